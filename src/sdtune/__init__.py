@@ -1,0 +1,19 @@
+"""sdtune: fine-tune Stable Diffusion in five ways, and find out by measurement which one serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdtune.sample import sample
+
+__all__ = ["sample"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the command line answers --help without it.
+    if name == "sample":
+        from sdtune.sample import sample
+
+        return sample
+    raise AttributeError(f"module 'sdtune' has no attribute {name!r}")

@@ -22,7 +22,7 @@ from sdtune.randomness import generator
 
 SEED = 0
 PICTURES = 40_000
-STEPS = 7_000
+STEPS = 4_500
 BATCH = 32
 CROP = 32
 _KL_WEIGHT = 1e-4

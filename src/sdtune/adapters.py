@@ -1,0 +1,106 @@
+"""Trained adapters put onto a backbone for sampling, at strengths chosen then, and taken off again to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdtune.backbone.backbone import Backbone
+from sdtune.formats import read_lora
+from sdtune.formats.lora import LoRAWeights, canonical
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA file or a folder that holds one, and how strongly it acts (alpha of W' = W + strength * alpha/r * BA)."""
+
+    path: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter's pairs with the module paths of the backbone at hand."""
+
+    file: AdapterFile
+    weights: LoRAWeights
+
+
+def _modules(backbone: Backbone) -> dict[str, nn.Module]:
+    """Sites that a file may name, by the path that clients use."""
+    return {
+        canonical(f"{component}.{name}"): module
+        for component in ("unet", "text_encoder")
+        for name, module in getattr(backbone, component).named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def check_file(path: str) -> None:
+    """ValueError where there is no adapter; reads no weights."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ValueError(f"adapters.path: {path} does not exist; name a .safetensors file or a run's artifact folder")
+
+
+def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -> list[Loaded]:
+    """Read ``files``; ValueError for one that was trained on another backbone or does not fit this one."""
+    modules = _modules(backbone)
+    loaded = []
+    for file in files:
+        check_file(file.path)
+        weights, metadata = read_lora(Path(file.path).expanduser(), modules)
+        theirs = metadata.get("sdtune_backbone_hash", backbone_hash)
+        if theirs != backbone_hash:
+            raise ValueError(
+                f"{file.path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
+                " name the one that it was trained on with backbone.path="
+            )
+        for path, (down, up) in weights.pairs.items():
+            site = modules.get(path)
+            if site is None:
+                raise ValueError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
+            theirs_shape = (up.shape[0], *down.shape[1:])
+            if theirs_shape != tuple(site.weight.shape) and down.shape[1:].numel() * up.shape[0] != site.weight.numel():
+                raise ValueError(
+                    f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
+                    f" {list(site.weight.shape)}; it belongs to another one"
+                )
+        loaded.append(Loaded(file, weights))
+    return loaded
+
+
+def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
+    """scale * B A as a weight of ``shape``, in float32; for convolutions B is 1x1 and A has the kernel."""
+    product = scale * (up.float().flatten(1) @ down.float().flatten(1))
+    return product.reshape(shape)
+
+
+@contextmanager
+def applied(backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[float]) -> Iterator[None]:
+    """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
+
+    Merged rather than kept as branches: sampling then costs what the base costs.
+    """
+    modules = _modules(backbone)
+    kept: dict[str, Tensor] = {}
+    try:
+        for adapter, strength in zip(adapters, strengths, strict=True):
+            if strength == 0:
+                continue
+            for path, (down, up) in adapter.weights.pairs.items():
+                weight = modules[path].weight
+                assert isinstance(weight, nn.Parameter)
+                kept.setdefault(path, weight.data)
+                scale = strength * adapter.weights.alphas[path] / down.shape[0]
+                change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
+                weight.data = (weight.data.float() + change).to(weight.dtype)
+        yield
+    finally:
+        for path, own in kept.items():
+            modules[path].weight.data = own  # type: ignore[union-attr, assignment]

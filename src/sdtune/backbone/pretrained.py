@@ -1,0 +1,133 @@
+"""Where a backbone comes from: a pipeline folder in the diffusers layout, named by path or hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from sdtune.backbone.hash import weights_hash
+
+if TYPE_CHECKING:
+    from sdtune.backbone.backbone import Backbone
+
+Component = Literal["unet", "vae", "text_encoder"]
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "vae")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a backbone before any weights are read.
+
+    ``factor``: pixels a latent cell; ``side``: the resolution that the UNet was made for, in pixels.
+    """
+
+    side: int
+    factor: int
+    latent_channels: int
+    prediction_type: str
+    max_tokens: int
+
+
+class Pretrained:
+    """A Stable Diffusion 1.x or 2.x pipeline on disk or on the hub; nothing is read until it is asked for.
+
+    Args:
+        path: a folder in the diffusers layout or a hub id; ``pocket`` is the backbone that ships with sdtune.
+        revision: branch, tag or commit of a hub id.
+        from_scratch: components whose weights are drawn anew from the seed instead of being read; only their
+            ``config.json`` is needed.
+        clip: the folder of a CLIP that measures this backbone's pictures, if one is at hand.
+        guidance: the guidance scale that suits it when sampling.
+    """
+
+    def __init__(
+        self,
+        path: str = "pocket",
+        revision: str | None = None,
+        from_scratch: Sequence[Component] = (),
+        clip: str | None = None,
+        guidance: Annotated[float, Ge(0)] = 7.5,
+    ) -> None:
+        self.path, self.revision, self.from_scratch = path, revision, tuple(from_scratch)
+        self.clip, self.guidance = clip, guidance
+
+    def _snapshot(self, patterns: list[str]) -> Path:
+        if self.path == "pocket":
+            from sdtune.pocket import path
+
+            return path()
+        local = Path(self.path).expanduser()
+        if local.is_dir():
+            return local
+        if local.exists() or self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1:
+            raise ValueError(
+                f"backbone.path: {self.path} is not a folder; name a pipeline folder in the diffusers layout, or a hub id"
+            )
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"backbone.path: {self.path} is neither a local folder nor to be had from the hub ({reason})"
+            ) from error
+
+    def config(self, component: str) -> dict[str, Any]:
+        """``<component>``'s config as the pipeline folder holds it."""
+        folder = self._snapshot(["*.json", "*/*.json", "tokenizer/*"])
+        name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(component, "config.json")
+        file = folder / "model_index.json" if component == "" else folder / component / name
+        if not file.is_file():
+            raise ValueError(f"backbone.path: {file} is missing; a pipeline folder in the diffusers layout has it")
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Sizes and settings from the config files alone; ValueError for a pipeline that is not SD 1.x or 2.x."""
+        if "text_encoder_2" in self.config(""):
+            raise ValueError(f"backbone.path: {self.path} has two text encoders (SDXL); SD 1.x and 2.x are supported")
+        unet, vae, scheduler = self.config("unet"), self.config("vae"), self.config("scheduler")
+        channels = vae.get("latent_channels", 4)
+        if unet["in_channels"] != channels:
+            raise ValueError(
+                f"backbone.path: {self.path} takes {unet['in_channels']} channels (an inpainting model?);"
+                f" a text-to-image UNet with {channels} is needed"
+            )
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return Facts(
+            side=int(unet["sample_size"]) * factor,
+            factor=factor,
+            latent_channels=channels,
+            prediction_type=scheduler.get("prediction_type", "epsilon"),
+            max_tokens=int(self.config("text_encoder").get("max_position_embeddings", 77)),
+        )
+
+    def folder(self) -> Path:
+        """The local folder with everything that loading needs."""
+        return self._snapshot(
+            ["*.json", "*/*.json", "tokenizer/*", *(f"{name}/*.safetensors" for name in COMPONENTS)]
+        )
+
+    def hash(self) -> str:
+        """sha256 over the weights (see :func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
+        return weights_hash(self.folder(), [name for name in COMPONENTS if name not in self.from_scratch])
+
+    def component_hash(self, component: Component) -> str:
+        """The hash of one component's weights, which is what a cache of its outputs depends on."""
+        assert component not in self.from_scratch
+        return weights_hash(self.folder(), [component])
+
+    def load(self, seed: int = 0) -> Backbone:
+        """The backbone with its weights in float32, in eval mode, every parameter frozen."""
+        from sdtune.backbone.backbone import load
+
+        return load(self, seed)

@@ -1,0 +1,7 @@
+"""What goes on beside the loop: figures, samples, checkpoints, averages."""
+
+from sdtune.callbacks.checkpoints import Checkpoints
+from sdtune.callbacks.ema import EMA
+from sdtune.callbacks.samples import Samples
+
+__all__ = ["EMA", "Checkpoints", "Samples"]

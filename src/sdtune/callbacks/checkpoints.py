@@ -1,0 +1,120 @@
+"""Checkpoints to go on from: written whole or not at all, on step boundaries, the last two and the best kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from annotated_types import Ge
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning_fabric.utilities.types import _PATH
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.callbacks.record import Record
+from sdtune.methods.base import Adapter
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, and renames: Lightning's own goes through TMPDIR and swallows some errors."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        try:
+            with partial.open("wb") as handle:
+                torch.save(checkpoint, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            partial.replace(target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of the run in ``run``; ValueError where there is none."""
+    found = sorted((run / "checkpoints").glob("step*.ckpt"))
+    if not found:
+        raise ValueError(f"resume: {run}/checkpoints holds no step*.ckpt; the run ended before its first checkpoint")
+    return found[-1]
+
+
+class Checkpoints(Callback):
+    """Saves every so many optimizer steps, when the run ends, and when it is asked to stop.
+
+    Ctrl-C and SIGTERM ask it to stop: it ends the step, saves, and leaves ``stopped_by`` set. A second Ctrl-C ends at
+    once. Keeps the last two and, where there is validation, ``best.ckpt`` by the validation loss.
+    """
+
+    def __init__(self, folder: Path, record: Record, every_steps: Annotated[int, Ge(1)] = 100) -> None:
+        self.folder, self.record, self.every_steps = folder, record, every_steps
+        self.stopped_by: signal.Signals | None = None
+        self.best: tuple[int, float] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    # --- asked to stop
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is not None and number == signal.SIGINT:
+            raise SystemExit(130)
+        self.stopped_by = signal.Signals(number)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask)
+
+    def restore_handlers(self) -> None:
+        """Give SIGINT and SIGTERM back to whoever had them before training."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _asked(self, trainer: pl.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.stopped_by is not None
+        # Processes hear a signal at different steps, so they agree, and only where they wait for each other anyway.
+        if trainer.global_step % trainer.log_every_n_steps:
+            return False
+        return bool(trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False))
+
+    # --- saving
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if self._asked(trainer):
+            self.stopped_by = self.stopped_by or signal.SIGTERM
+            trainer.should_stop = True
+            self.save(trainer, pl_module)
+        elif trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write ``step<N>.ckpt``, figures first: a step that was not finite ends the run here and is never saved."""
+        assert isinstance(pl_module, Adapter)
+        self.record.flush(trainer, pl_module)
+        trainer.save_checkpoint(self.folder / f"step{trainer.global_step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
+                old.unlink()
+        self.record.resume_clock()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = self.record.validation.get(trainer.global_step)
+        if value is not None and (self.best is None or value < self.best[1]):
+            self.best = (trainer.global_step, value)
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

@@ -1,0 +1,76 @@
+"""An exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from annotated_types import Interval
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from sdtune.methods.base import Adapter
+
+
+class EMA(Callback):
+    """Averages only what is trained, in float32, and saves it with the checkpoint.
+
+    Args:
+        decay: of the average; early on it is (1 + step) / (10 + step) where that is less, so that the average is not
+            held back by the initial weights (as in Karras et al. 2022's and diffusers' EMA warm-up).
+    """
+
+    def __init__(self, decay: Annotated[float, Interval(gt=0, lt=1)] = 0.999) -> None:
+        self.decay = decay
+        self.shadow: dict[str, Tensor] = {}
+        self._step = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        pl_module.average = self
+        # A checkpoint has been loaded by now, on the CPU; a fresh run begins at the initial weights.
+        self.shadow = {
+            name: self.shadow.get(name, p.detach().float()).to(p.device, copy=True) for name, p in pl_module.trainable()
+        }
+        self._step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        assert isinstance(pl_module, Adapter)
+        self._step = trainer.global_step
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.float() for _, p in pl_module.trainable()], 1 - decay)
+
+    @contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[None]:
+        """Within it, ``module`` holds the averaged weights; afterwards its own, to the bit."""
+        own = {name: p.data for name, p in module.named_parameters() if name in self.shadow}
+        try:
+            for name, p in module.named_parameters():
+                if name in own:
+                    p.data = self.shadow[name].to(p.dtype)
+            yield
+        finally:
+            for name, p in module.named_parameters():
+                if name in own:
+                    p.data = own[name]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap = self.swapped(pl_module)
+        self._swap.__enter__()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._swap.__exit__(None, None, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.shadow = dict(state_dict["shadow"])

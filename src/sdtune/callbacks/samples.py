@@ -1,0 +1,100 @@
+"""Sample pictures of fixed prompts and seeds: before training, on the way, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from annotated_types import Ge
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.callbacks.record import Record
+from sdtune.grids import grid, save_png
+from sdtune.methods.base import Adapter
+from sdtune.sampling import Request, Sampling, generate
+
+
+class Samples(Callback):
+    """Draws ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
+
+    Args:
+        prompts: one column each; the data's own captions, at most four, if None.
+        seeds: one row each.
+        every_steps: how often on the way; None: only before and after.
+        sampling: how.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] = (0, 1),
+        every_steps: Annotated[int, Ge(1)] | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.folder, self.record = folder, record
+        self.prompts, self.seeds, self.every_steps = list(prompts or ()), list(seeds), every_steps
+        self.sampling = sampling or Sampling()
+        self.first: list[list[np.ndarray]] | None = None
+
+    def draw(self, trainer: pl.Trainer, module: Adapter) -> list[list[np.ndarray]]:
+        """Rows by seed, columns by prompt, from the weights that the run would leave behind now."""
+        modes = {m: m.training for m in module.modules()}
+        module.eval()
+        requests = [Request(prompt, seed) for seed in self.seeds for prompt in self.prompts]
+        with module.final_weights(), trainer.precision_plugin.forward_context():
+            pictures = list(
+                generate(module.backbone, requests, self.sampling, lambda z, t, c: module.denoise(z, t, c, {}))
+            )
+        for m, training in modes.items():
+            m.training = training
+        columns = len(self.prompts)
+        return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+
+    def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
+        """Draw and write a grid to ``path``."""
+        rows = self.draw(trainer, module)
+        sheet = grid(rows, [f"seed {seed}" for seed in self.seeds], self.prompts)
+        save_png(sheet, path, {"step": str(trainer.global_step)})
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
+        self.record.resume_clock()
+        return rows
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        self.prompts = self.prompts or trainer.datamodule.captions()[:4]  # type: ignore[attr-defined]
+        if trainer.is_global_zero and trainer.global_step == 0:
+            self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Adapter)
+        due = self.every_steps and trainer.global_step % self.every_steps == 0
+        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step < trainer.max_steps:
+            if trainer.is_global_zero:
+                self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        if not trainer.is_global_zero:
+            return
+        last = self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+        if self.first is not None:
+            rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
+            labels = [f"{when}, seed {seed}" for seed in self.seeds for when in ("before", "after")]
+            save_png(grid(rows, labels, self.prompts), self.folder / "before_after.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": None if self.first is None else torch.from_numpy(np.array(self.first))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        first = state_dict["first"]
+        self.first = None if first is None else [list(row) for row in first.numpy()]

@@ -1,0 +1,55 @@
+"""``sdtune <command> [Hydra overrides]`` runs module ``sdtune.<command>`` as ``__main__``.
+
+So the command line that Lightning replays for another device is ``python -m sdtune.<command>``, argument for argument.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+COMMANDS = {
+    "train": "train an adapter and leave a run's folder behind",
+    "sample": "make pictures, with adapters at strengths chosen now",
+    "evaluate": "measure a finished run's artifact, before and after",
+}
+
+_HELP = """usage: sdtune <command> [Hydra overrides]
+
+commands:
+{commands}
+
+  sdtune train                                  a LoRA on the shipped pocket backbone and subject
+  sdtune train experiment=NAME                  a recipe of experiments/
+  sdtune train method=lora data=folder data.path=DIR data.prompt="a photo of sks otter"
+  sdtune <command> --help                       its groups and settings
+  sdtune <command> --cfg job                    the composed config
+"""
+
+
+def main() -> None:
+    """Console entry point."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())), end="")
+        return
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("sdtune"))
+        return
+    # `eval "$(sdtune -sc install=bash)"` asks for completion of the command as a whole.
+    command = "train" if arguments[0] in ("-sc", "--shell-completion") else arguments.pop(0)
+    if command not in COMMANDS:
+        print(f"sdtune: {command}: there is no such command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    if "COMP_LINE" in os.environ:
+        # Hydra would take the subcommand for an override.
+        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f" {command} ", " ", 1)
+    sys.argv = [sys.argv[0], *arguments]
+    runpy.run_module(f"sdtune.{command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""What is seen: pictures, captions, buckets, order and caches. Knows no model: batches carry prompts as strings."""
+
+from sdtune.data.pictures import Batch, Encoders, PictureData, Sample
+from sdtune.data.sources import Folder
+
+__all__ = ["Batch", "Encoders", "Folder", "PictureData", "Sample"]

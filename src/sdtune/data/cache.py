@@ -1,0 +1,77 @@
+"""What frozen encoders make of pictures and captions, kept on disk by content.
+
+A key holds the picture's bytes, its size, crop and flip, and the hash of the weights that encode it, so an edited
+picture or another VAE never meets a stale entry. Entries are shared by all runs of a user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class TensorCache:
+    """One tensor a file under ``folder``; written whole or not at all, so processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def get(self, key: str) -> Tensor:
+        """The tensor of ``key``; ValueError naming the file if it cannot be read."""
+        try:
+            return load_file(self.path(key))["value"]
+        except SafetensorError as error:
+            raise ValueError(f"{self.path(key)}: a damaged cache entry ({error}); delete it and run again") from error
+
+    def put(self, key: str, value: Tensor) -> None:
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"value": value.contiguous().cpu()}, partial)
+        partial.replace(path)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        items: Mapping[str, T],
+        encode: Callable[[Sequence[T]], Tensor],
+        *,
+        batch_size: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Encode what is missing among ``items`` (key -> what to encode), ``batch_size`` at a time.
+
+        A result that is not finite fails at once and names its item: it is never zeroed.
+        """
+        missing = [key for key in items if key not in self]
+        for first in range(0, len(missing), batch_size):
+            keys = missing[first : first + batch_size]
+            for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
+                if not torch.isfinite(value).all():
+                    raise ValueError(
+                        f"{items[key]}: the encoder's output is not finite; the picture or the weights are damaged"
+                    )
+                self.put(key, value)
+            progress(len(keys))
+
+
+def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
+    """The keys that process ``rank`` fills."""
+    return list(keys)[rank::processes]

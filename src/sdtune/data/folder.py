@@ -1,0 +1,225 @@
+"""A folder of pictures and the captions that belong to them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtune.data.images import SUFFIXES, open_picture, picture_size
+
+_REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
+_CHECKING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a folder.
+
+    ``size`` is (width, height) in pixels, EXIF orientation applied; ``repeats`` (>= 1) is how often an epoch shows it.
+    """
+
+    path: Path
+    caption: str
+    size: tuple[int, int]
+    repeats: int = 1
+
+
+def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None = None) -> tuple[Picture, ...]:
+    """The pictures in and below ``path``, in the order of their names, each with its caption.
+
+    A picture's caption is the first of these that exists:
+
+    1. a ``.txt`` or ``.caption`` file of its name beside it (an empty file is the empty caption);
+    2. its row in a ``metadata.jsonl`` or ``metadata.csv`` with ``file_name``, relative to that file, and ``text`` or
+       ``caption``;
+    3. the words in the name of the sub-folder that holds it, in kohya's form ``10_sks dog``;
+    4. ``prompt``.
+
+    Line breaks in 1 and 2 become spaces. ``trigger`` is put before a caption that does not begin with it. The number
+    in kohya's form is the picture's repeats; in other folders it is 1. Links are followed; hidden files and
+    ``__MACOSX`` are skipped. Only headers are read: ``check_pictures`` decodes.
+
+    Raises:
+        ValueError: no pictures; a picture without a caption, with two of one kind, or with an unreadable header;
+            metadata that does not fit the folder; text that is not UTF-8; repeats below 1.
+    """
+    folder = Path(path).expanduser().absolute()
+    # By parts, since paths themselves compare differently between Python versions, and the order decides a run.
+    files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise ValueError(_no_pictures(folder, files))
+    kohya = {picture: _repeats_and_words(folder, picture.parent) for picture in pictures}
+    captions = {picture: words for picture, (_, words) in kohya.items() if words}
+    captions |= _metadata_captions(files, pictures)
+    captions |= _sidecar_captions(files, pictures)
+    bare = [picture for picture in pictures if picture not in captions]
+    if prompt is not None:
+        captions |= dict.fromkeys(bare, prompt)
+    elif bare:
+        raise ValueError(
+            f"data.path: {len(bare)} of {len(pictures)} pictures have no caption, the first is {bare[0]}: "
+            'give one for them all with data.prompt="a photo of ...", or a .txt file beside each'
+        )
+    return tuple(
+        Picture(picture, _with_trigger(captions[picture], trigger), picture_size(picture), kohya[picture][0])
+        for picture in pictures
+    )
+
+
+def check_pictures(pictures: Iterable[Picture]) -> None:
+    """Decode every picture once, so that a damaged one is found before training and not in the middle of it.
+
+    Raises:
+        ValueError: the first picture, in order, that cannot be decoded, or whose size is not the one it was read with.
+    """
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        for _ in pool.map(_check, pictures):
+            pass
+
+
+def _check(picture: Picture) -> None:
+    size = open_picture(picture.path).size
+    if size != picture.size:
+        raise ValueError(
+            f"data.path: {picture.path} is {size[0]}x{size[1]} pixels and not {picture.size[0]}x{picture.size[1]} as "
+            "its header said (it changed, or its orientation stands behind its pixels): save it again"
+        )
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file under ``folder``, but hidden ones and what macOS leaves in archives."""
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(f"data.path: {folder} links back to a folder around it: remove this link")
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"data.path: {folder} cannot be read ({error.strerror}): make it readable") from error
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            yield from _files(entry, (*above, real))
+        else:
+            yield entry
+
+
+def _no_pictures(folder: Path, files: Sequence[Path]) -> str:
+    if files:
+        counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
+        seen = "it holds " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    elif folder.is_dir():
+        seen = "it is empty"
+    elif folder.exists():
+        seen = "it is a file"
+    else:
+        seen = "it does not exist"
+    return f"data.path: no pictures found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
+
+
+def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
+    """What kohya's form says in the name of ``folder``; the name of ``root`` itself says nothing."""
+    match = None if folder == root else _REPEATS_AND_WORDS.fullmatch(folder.name)
+    if match is None:
+        return 1, ""
+    repeats, words = int(match[1]), match[2].strip()
+    if repeats < 1:
+        raise ValueError(f"data.path: {folder} asks for {repeats} repeats: let its name begin with 1_ or more")
+    return repeats, words
+
+
+def _sidecar_captions(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, str]:
+    sidecars: dict[Path, list[Path]] = {}
+    for file in files:
+        if file.suffix.lower() in (".txt", ".caption"):
+            sidecars.setdefault(file.with_suffix(""), []).append(file)
+    captions = {}
+    for picture in pictures:
+        beside = sidecars.get(picture.with_suffix(""), [])
+        if len(beside) > 1:
+            raise ValueError(
+                f"data.path: {picture} has two captions, {beside[0].name} and {beside[1].name}: remove one"
+            )
+        if beside:
+            captions[picture] = _one_line(_text(beside[0]))
+    return captions
+
+
+def _metadata_captions(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, str]:
+    known = set(pictures)
+    captions: dict[Path, str] = {}
+    tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
+    for table in tables:
+        if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
+            raise ValueError(f"data.path: {table.parent} has both metadata.jsonl and metadata.csv: remove one")
+        for line, row in _csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table):
+            name, caption = _name_and_caption(row, f"data.path: {table}, line {line}")
+            picture = table.parent / name
+            if picture not in known:
+                raise ValueError(
+                    f"data.path: {table}, line {line}: there is no picture {picture}: correct or remove this row"
+                )
+            if picture in captions:
+                raise ValueError(f"data.path: {table}, line {line}: {name} has a row already: remove one")
+            captions[picture] = _one_line(caption)
+    return captions
+
+
+def _name_and_caption(row: Any, where: str) -> tuple[str, str]:
+    """The file name and caption of a metadata row, which may be anything that JSON can say."""
+    if isinstance(row, dict):
+        captions = [row[column] for column in ("text", "caption") if column in row]
+        match row.get("file_name"), captions:
+            case str(name), [str(caption)]:
+                return name, caption
+    raise ValueError(f"{where}: a row needs a file_name and either a text or a caption, as strings")
+
+
+def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
+    # Not splitlines(), which also splits at U+2028 and its like, and JSON strings may hold those.
+    for line, text in enumerate(_text(table).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data.path: {table}, line {line}: not JSON ({error.msg}): correct this row") from error
+        yield line, row
+
+
+def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"data.path: {table}, after line {reader.line_num}: {error}: correct this row") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.path: {file} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"data.path: {file} cannot be read ({error.strerror}): make it readable") from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _with_trigger(caption: str, trigger: str | None) -> str:
+    # Whole words only: the trigger "sks" does not begin "sksy dog".
+    if not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", caption):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger

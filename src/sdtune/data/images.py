@@ -1,0 +1,145 @@
+"""Picture files as 8-bit RGB: every conversion is chosen here, and a file that cannot be decoded is an error."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""Suffixes of picture files, to be compared in lower case."""
+
+# A closed list, since Pillow goes by content: a .png that holds PostScript would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+# What Pillow's decoders raise on damaged files; they parse bytes and do not wrap every failure in OSError.
+_FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+# Not ImageOps.exif_transpose, which writes the EXIF anew and so fails on good pictures with an odd tag.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# catch_warnings swaps a list of the whole process: interleaved threads would leave the filter behind for everybody.
+_OPENING = threading.Lock()
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The first frame of ``path``, fully decoded, upright by its EXIF orientation, mode RGB.
+
+    Transparency is composited on white. 16-bit grey is scaled to 8 bits. CMYK goes by Pillow's plain formula: colour
+    profiles are not applied.
+
+    Raises:
+        ValueError: not a readable picture, or one too large to be honest (Pillow's decompression bomb limit).
+    """
+    with _opened(path) as picture:
+        picture.load()  # decodes every pixel, where verify() passes a truncated JPEG
+        turn = _UPRIGHT.get(_orientation(picture))
+        return _rgb(picture if turn is None else picture.transpose(turn))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of what ``open_picture`` returns, from the header alone.
+
+    A PNG may hold its orientation behind the pixels, where this does not look; ``check_pictures`` finds those.
+
+    Raises:
+        ValueError: as ``open_picture``, as far as the header shows it.
+    """
+    with _opened(path) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF":  # Pillow has turned this size already
+            return width, height
+        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+
+
+def resize_and_crop(
+    picture: Image.Image, size: tuple[int, int], offset: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> npt.NDArray[np.uint8]:
+    """``picture`` scaled to cover ``size`` (Lanczos), and what stands over cropped away.
+
+    Args:
+        picture: mode RGB.
+        size: (width, height) of the result in pixels.
+        offset: (x, y), each in [0, 1]: the share of the room that is cropped on the left and at the top.
+        flip: mirror the crop left to right.
+
+    Returns:
+        uint8 [height, width, 3], writable.
+    """
+    width, height = size
+    if picture.width * height > picture.height * width:
+        box_width, box_height = picture.height * width / height, float(picture.height)
+    else:
+        box_width, box_height = float(picture.width), picture.width * height / width
+    left = offset[0] * (picture.width - box_width)
+    top = offset[1] * (picture.height - box_height)
+    # One pass over a fractional box: a resize to whole pixels first would bend the aspect and shift the crop.
+    box = (left, top, left + box_width, top + box_height)
+    pixels = np.array(picture.resize(size, Image.Resampling.LANCZOS, box=box))
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header read; whatever fails in here becomes the one line for the user."""
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=_FORMATS)
+        with picture:
+            yield picture
+    except _FAILURES as error:
+        reason = _reason(path, error)
+        raise ValueError(f"data.path: {path} is not a readable picture ({reason}): remove it or replace it") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own words repeat the path and say no more
+        return f"no {', '.join(_FORMATS)} data in it" if path.stat().st_size else "the file is empty"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        # The base class's method, since the PNG one decodes the pixels to look for EXIF behind them.
+        orientation: int = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+    except SyntaxError as error:  # EXIF has the form of a TIFF file, and "not a TIFF file" would mislead
+        raise ValueError("its EXIF data are damaged") from error
+    return orientation
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly everything would be white
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its grey values leave the 16 bits 0 to 65535")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed white")
+    if picture.has_transparency_data:  # a plain conversion would show the colours hidden under the transparent parts
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,85 @@
+"""Data from a folder of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge
+
+from sdtune.data.folder import Picture, check_pictures, read_folder
+from sdtune.data.images import open_picture, resize_and_crop
+from sdtune.data.pictures import PictureData, Sample
+
+
+class FileSample:
+    """A picture file with its caption."""
+
+    def __init__(self, picture: Picture, repeats: int) -> None:
+        self.path, self.caption, self.size = picture.path, picture.caption, picture.size
+        self.repeats = picture.repeats * repeats
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def content(self) -> str:
+        return self._sha256
+
+    def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        return resize_and_crop(open_picture(self.path), size, offset, flip)
+
+
+@dataclass(kw_only=True, eq=False)
+class Folder(PictureData):
+    """A folder of one's own pictures; :func:`sdtune.data.folder.read_folder` tells where captions come from.
+
+    Args:
+        path: the folder.
+        prompt: caption of the pictures that have none of their own.
+        trigger: put before each caption, and never dropped.
+        repeats: how often each picture counts, on top of what a ``10_words`` folder says.
+        hold_out: every so-manieth picture (10: one in ten) is kept for the validation loss, not trained on.
+        validation_path: a folder of its own for the validation loss.
+    """
+
+    path: str
+    prompt: str | None = None
+    trigger: str | None = None
+    repeats: Annotated[int, Ge(1)] = 1
+    hold_out: Annotated[int, Ge(2)] | None = None
+    validation_path: str | None = None
+
+    keep: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.name = Path(self.path).expanduser().resolve().name
+        self.keep = self.trigger or ""
+        if self.hold_out and self.validation_path:
+            raise ValueError("data.hold_out and data.validation_path: name one of the two")
+
+    def _pictures(self, path: str) -> list[Picture]:
+        pictures = read_folder(path, self.prompt, self.trigger)
+        check_pictures(pictures)
+        return list(pictures)
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        found = self._pictures(self.path)
+        kept = found[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
+        if self.validation_path:
+            kept = self._pictures(self.validation_path)
+        elif self.hold_out and not kept:
+            raise ValueError(
+                f"data.hold_out: {self.path} has {len(found)} pictures, too few to hold out one in {self.hold_out}"
+            )
+        train = [FileSample(p, self.repeats) for p in found if p not in kept]
+        return train, [FileSample(p, 1) for p in kept]

@@ -1,0 +1,22 @@
+"""``sdtune evaluate run=RUN``: the figures of a finished run again, from its artifact, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sdtune.launch import main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """Check the config, and give the function that measures."""
+    from sdtune.evaluate_run import prepare as prepare_run
+
+    return prepare_run(config)
+
+
+if __name__ == "__main__":
+    main("evaluate", prepare)

@@ -1,0 +1,55 @@
+"""The work of ``sdtune evaluate``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sdtune.data import PictureData
+from sdtune.files import write_json
+from sdtune.instantiate import build
+from sdtune.run import check_run, plain, settings
+
+log = logging.getLogger("sdtune")
+
+
+def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """The run's own config decides what is measured."""
+    own = plain(config)
+    run = Path(str(own["run"])).expanduser()
+    kept = run / ".hydra" / "config.yaml"
+    if not kept.is_file():
+        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
+    if not any((run / "artifact").glob("*")):
+        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
+    loaded = OmegaConf.load(kept)
+    assert isinstance(loaded, DictConfig)
+    # The run's config may come from somebody else: only what the user trusts here counts.
+    trained = {**plain(loaded), "trust": own["trust"]}
+    if not trained["evaluation"]:
+        raise ValueError(f"run: {run} was trained with evaluation=none; there is nothing to measure")
+    data = check_run(trained)
+    accelerator = own["hardware"]["accelerator"]
+    return lambda composed: execute(
+        trained, data, run, accelerator, Path(HydraConfig.get().runtime.output_dir)
+    )
+
+
+def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:
+    """Measure, and write ``evaluation.json`` beside the grids in ``folder``."""
+    top = settings(config)
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    evaluation = build(config["evaluation"], top.trust)
+    source = build(config["backbone"], top.trust)
+    figures = evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder)
+    write_json(folder / "evaluation.json", figures)
+    for key, value in figures.items():
+        log.info("%s: %s", key, f"{value:.4f}" if isinstance(value, float) else value)
+    log.info("figures: %s", folder / "evaluation.json")

@@ -1,0 +1,78 @@
+"""Figures by a CLIP: does a picture look like the subject, does it show what the prompt says?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Clip:
+    """A CLIP in a local folder (or the hub's cache) that embeds pictures and prompts.
+
+    Radford et al. 2021. Embeddings have unit length, so products are cosines in [-1, 1].
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        from sdtune.pocket import clip_path, path as pipeline_path
+
+        pocket = path == "pocket"
+        folder = clip_path() if pocket else Path(path).expanduser()
+        if not pocket and not folder.is_dir():
+            raise ValueError(f"clip: {path} is not a folder; name a local folder with a CLIP model (config.json, weights)")
+        words = pipeline_path() / "tokenizer" if pocket else folder
+        self.tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.device = device
+        # Pocket's CLIP was trained on [-1, 1]; OpenAI's and its kin on their own statistics.
+        self._mean, self._std = ((0.5,) * 3, (0.5,) * 3) if pocket else (_MEAN, _STD)
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings float32 [N, D] of uint8 [H, W, 3] pictures, resized and cropped to the CLIP's square."""
+        side = self.model.config.vision_config.image_size
+        rows = []
+        for first in range(0, len(pictures), 64):
+            batch = np.stack([_square(p, side) for p in pictures[first : first + 64]])
+            pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
+            mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self._mean, self._std))
+            pooled = self.model.vision_model(pixel_values=(pixels - mean) / std).pooler_output
+            rows.append(F.normalize(self.model.visual_projection(pooled), dim=-1))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings float32 [N, D] of prompts, cut to the CLIP's length."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        pooled = self.model.text_model(**tokens.to(self.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+
+def _square(picture: np.ndarray, side: int) -> np.ndarray:
+    image = Image.fromarray(picture)
+    scale = side / min(image.size)
+    size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def clip_image(clip: Clip, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
+    """Mean cosine between each picture and each reference, in [-1, 1] (CLIP-I of Ruiz et al. 2023, section 4.2)."""
+    return float((clip.pictures(pictures) @ clip.pictures(references).T).mean())
+
+
+def clip_text(clip: Clip, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
+    """Mean cosine between each picture and its prompt, in [-1, 1] (CLIP-T of Ruiz et al. 2023, section 4.2)."""
+    return float((clip.pictures(pictures) * clip.prompts(prompts)).sum(1).mean())

@@ -1,0 +1,18 @@
+"""LoRA weights as files in the ecosystem's forms, and back: tensors and names, no modules."""
+
+from sdtune.formats import diffusers_lora, kohya_lora
+from sdtune.formats.files import read_safetensors, write_safetensors
+from sdtune.formats.kohya_lora import ModelSpec
+from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.formats.read import read_lora
+
+__all__ = [
+    "LoRAWeights",
+    "ModelSpec",
+    "canonical",
+    "diffusers_lora",
+    "kohya_lora",
+    "read_lora",
+    "read_safetensors",
+    "write_safetensors",
+]

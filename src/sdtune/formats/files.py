@@ -1,0 +1,65 @@
+"""safetensors files, written whole or not at all. Nothing here ever unpickles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values detached, contiguous and in main memory, as safetensors asks."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes ``tensors`` and header ``metadata`` to ``path``, making its folder where there is none.
+
+    Raises:
+        ValueError: ``path`` cannot be written; what stood there before still does.
+    """
+    # Beside the target, since a rename is atomic only within one file system. The process id keeps two writers apart.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(portable(tensors), draft, dict(metadata))
+        _sync(draft)
+        os.replace(draft, path)
+        _sync(path.parent)
+    # safetensors wraps the system's own errors (a full disk, no permission) in its own class.
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({error}); name a path in a folder you may write to") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header's metadata (empty if it has none) of ``path``.
+
+    Raises:
+        ValueError: no file there, or one that is truncated or of another format.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a .safetensors file is expected")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); copy it again if it was cut short, "
+            "convert it to safetensors if it is a .ckpt, .bin or .pt file"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until ``path``, a file or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,112 @@
+"""LoRA weights by module path: what every file form is made from and read into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+_TEXT_ENCODER, _TEXT_MODEL = "text_encoder.", "text_encoder.text_model."
+
+
+def canonical(module: str) -> str:
+    """``module`` with ``text_model.`` after ``text_encoder.``, as every file has it.
+
+    transformers >= 5.6 leaves it out of a ``CLIPTextModel``'s own module names.
+    """
+    if module.startswith(_TEXT_ENCODER) and not module.startswith(_TEXT_MODEL):
+        return _TEXT_MODEL + module.removeprefix(_TEXT_ENCODER)
+    return module
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """Low-rank pairs: the weight of a module changes by alpha / r * B A (Hu et al. 2021, section 4.1).
+
+    Attributes:
+        pairs: by full diffusers module path with its component, ``unet....`` or ``text_encoder.text_model....``
+            (see :func:`canonical`): A [r, in] and B [out, r]; of a convolution A [r, in, h, w] and B [out, r, 1, 1].
+        alphas: by the same paths. For rsLoRA (Kalajdzievski 2023), whose scale is alpha / sqrt(r): alpha * sqrt(r).
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    alphas: dict[str, float]
+
+    def __post_init__(self) -> None:
+        assert self.pairs.keys() == self.alphas.keys(), "pairs and alphas name different modules"
+        for module, (down, up) in self.pairs.items():
+            assert module.startswith(("unet.", _TEXT_MODEL)), module
+            assert _fit(down, up), f"{module}: {tuple(down.shape)} and {tuple(up.shape)}"
+
+    def rank(self, module: str) -> int:
+        """r of ``module``."""
+        return self.pairs[module][0].shape[0]
+
+    def folded(self) -> LoRAWeights:
+        """The same changes with alpha = r, hence scale 1, in float32."""
+        return self._rescaled({module: float(self.rank(module)) for module in self.pairs})
+
+    def uniform(self) -> LoRAWeights:
+        """The same changes with one alpha for all modules: as it stands if there is one, else the largest rank."""
+        if len(set(self.alphas.values())) <= 1:
+            return self
+        largest = float(max(self.rank(module) for module in self.pairs))
+        return self._rescaled(dict.fromkeys(self.pairs, largest))
+
+    def _rescaled(self, alphas: dict[str, float]) -> LoRAWeights:
+        return LoRAWeights(
+            {
+                module: (down.float(), up.float() * (self.alphas[module] / alphas[module]))
+                for module, (down, up) in self.pairs.items()
+            },
+            alphas,
+        )
+
+
+def assemble(
+    source: Path, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor], alphas: Mapping[str, float]
+) -> LoRAWeights:
+    """The weights read from ``source``: A, B and alpha by canonical module path; alpha = r where it is not given.
+
+    Raises:
+        ValueError: the three do not belong together.
+    """
+    lone = (downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())
+    if lone:
+        raise ValueError(f"{source}: {few(lone)}: without both low-rank matrices; each module needs the two")
+    for module, down in downs.items():
+        up = ups[module]
+        if not _fit(down, up):
+            raise ValueError(
+                f"{source}: {few([module])}: shapes {list(down.shape)} and {list(up.shape)} make no low-rank pair; "
+                "[r, in] and [out, r], or [r, in, h, w] and [out, r, 1, 1], would"
+            )
+        if not math.isfinite(alphas.get(module, 0.0)):
+            raise ValueError(f"{source}: {few([module])}: alpha is {alphas[module]}; a finite number is needed")
+    return LoRAWeights(
+        {module: (down, ups[module]) for module, down in downs.items()},
+        {module: alphas.get(module, float(down.shape[0])) for module, down in downs.items()},
+    )
+
+
+def few(names: Collection[str]) -> str:
+    """The first three of ``names`` in order, and how many more there are: for error messages.
+
+    They come out of strangers' files: line breaks and control characters are escaped.
+    """
+    first = ", ".join(repr(name)[1:-1] for name in sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+
+
+def _fit(down: Tensor, up: Tensor) -> bool:
+    return (
+        down.is_floating_point()
+        and up.is_floating_point()
+        and down.dim() == up.dim()
+        and down.dim() in (2, 4)
+        and 0 < down.shape[0] == up.shape[1]
+        and all(size == 1 for size in up.shape[2:])
+    )

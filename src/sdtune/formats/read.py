@@ -1,0 +1,32 @@
+"""A LoRA file of either form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from sdtune.formats import diffusers_lora, kohya_lora
+from sdtune.formats.files import read_safetensors
+from sdtune.formats.lora import LoRAWeights, few
+
+
+def read_lora(path: Path, modules: Iterable[str]) -> tuple[LoRAWeights, dict[str, str]]:
+    """The weights and the header's metadata of ``path``: a file, or a folder with diffusers' file in it.
+
+    Args:
+        path: where.
+        modules: every module path, canonical and with its component, that an adapter may name.
+
+    Raises:
+        ValueError: no such file, neither form, or modules that are not among ``modules``.
+    """
+    file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
+    tensors, metadata = read_safetensors(file)
+    if any(key.startswith("lora_") for key in tensors):
+        return kohya_lora.parse(file, tensors, modules), metadata
+    if not any(".lora" in key for key in tensors):
+        raise ValueError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
+    weights = diffusers_lora.parse(file, tensors, metadata)
+    if unknown := weights.pairs.keys() - set(modules):
+        raise ValueError(f"{file}: {few(unknown)}: no such module in this backbone; use the adapter's own backbone")
+    return weights, metadata

@@ -1,0 +1,216 @@
+"""From a command line to a run: compose, check, run; every refusal is one line, before any folder is made.
+
+Imports no torch: ``--help``, ``--cfg`` and a misspelt key are answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from sdtune.paths import config_folder
+
+if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
+
+REFUSED = 2
+"""Exit code of a refusal: bad input, nothing done."""
+
+_SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and has saved; ``code`` is the exit code (128 + the signal's number)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RunFailed(Exception):
+    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
+
+
+Prepare = Callable[[DictConfig], Callable[[DictConfig], Any]]
+"""Checks a composed config and gives the function that runs it; imports torch, loads no weights."""
+
+
+def refuse(message: str, code: int = REFUSED) -> NoReturn:
+    """One line on stderr, and out."""
+    print(f"sdtune: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[str]] = lambda argv: argv) -> None:
+    """Run ``command`` with ``sys.argv``.
+
+    Args:
+        command: name of the top config, ``conf/<command>.yaml``.
+        prepare: see :data:`Prepare`.
+        rewrite: what becomes of the arguments before Hydra sees them.
+    """
+    try:
+        argv = rewrite(sys.argv[1:])
+    except ValueError as error:
+        refuse(str(error))
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
+        _ask_hydra(command, args, parser)
+        return
+    for override in args.overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if _SECRET.search(key):
+            refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
+    search = _search_path(args.config_dir)
+    try:
+        config = _compose(command, search, args.overrides) if not args.multirun else None
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(_one_line(error))
+    code = 0
+    try:
+        if config is None:
+            code = _multirun(command, search, args.overrides, prepare)
+        else:
+            _run(command, search, args.overrides, config, prepare)
+    except Stopped as stop:
+        print(f"sdtune: {stop}", file=sys.stderr)
+        code = stop.code
+    except ValueError as error:
+        if os.environ.get("SDTUNE_TRACEBACK"):
+            raise
+        refuse(str(error))
+    except RunFailed as error:
+        refuse(str(error), code=1)
+    except OSError as error:
+        if os.environ.get("SDTUNE_TRACEBACK") or error.errno is None:
+            raise
+        refuse(f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written", code=1)
+    if code:
+        raise SystemExit(code)
+
+
+def _ask_hydra(command: str, args: Any, parser: Any) -> None:
+    args.config_path = None
+    _run_hydra(args, parser, lambda config: None, str(config_folder()), args.config_name or command)
+
+
+def _search_path(extra: str | None) -> ConfigSearchPath:
+    search = create_config_search_path(str(config_folder()))
+    if extra is not None:
+        folder = os.path.abspath(extra)
+        if not os.path.isdir(folder):
+            refuse(f"--config-dir: {extra} is not a folder")
+        search.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
+    return search
+
+
+def _compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> DictConfig:
+    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
+    try:
+        return hydra.compose_config(
+            config_name=command, overrides=overrides, run_mode=RunMode.RUN, with_log_configuration=False
+        )
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def run_folder(config: DictConfig) -> Path:
+    """Where the run of a composed ``config`` (Hydra's own part included) writes."""
+    return Path(str(config.hydra.run.dir)).expanduser()
+
+
+def _writable(folder: Path) -> None:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"hydra.run.dir: {folder} cannot be made: {place} is not a folder that can be written to")
+
+
+def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: DictConfig, prepare: Prepare) -> None:
+    folder = run_folder(config)
+    _writable(folder)
+    run = prepare(config)
+    existed = folder.exists()
+    raised: list[Exception] = []
+
+    def guarded(composed: DictConfig) -> Any:
+        # Raised through Hydra, an error would come with lines of its own about the job.
+        try:
+            return run(composed)
+        except Exception as error:
+            raised.append(error)
+            return None
+
+    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
+    try:
+        hydra.run(config_name=command, task_function=guarded, overrides=overrides, with_log_configuration=True)
+    finally:
+        GlobalHydra.instance().clear()
+    if raised:
+        if isinstance(raised[0], ValueError) and not existed and not any(folder.glob("checkpoints/*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise raised[0]
+
+
+def _multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:
+    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
+    try:
+        results = hydra.multirun(
+            config_name=command, task_function=lambda config: prepare(config)(config), overrides=overrides
+        )
+    finally:
+        GlobalHydra.instance().clear()
+    failed = 0
+    for job in (job for batch in results for job in batch):
+        try:
+            _ = job.return_value
+        except ValueError as error:
+            failed += 1
+            print(f"sdtune: job {' '.join(job.overrides or [])}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages run over several lines; the first two say what is wrong."""
+    text = str(error)
+    unknown = re.search(r"Key '([^']+)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
+    if unknown or "Could not override" in text:
+        full = unknown.group(2) if unknown else re.findall(r"'([^']+)'", text)[0]
+        return f"{full}: there is no such setting{_close(full, error)}"
+    choice = re.search(r"Could not find '([^']+)'(.*)", text, re.DOTALL)
+    if choice:
+        group, _, name = choice.group(1).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", choice.group(2), re.MULTILINE)
+        from sdtune.suggest import suggestion
+
+        return f"{group}={name}: there is no such choice{suggestion(name, options)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[:2])
+
+
+def _close(full: str, error: Exception) -> str:
+    from sdtune.suggest import suggestion
+
+    parent, _, name = full.rpartition(".")
+    node = getattr(error.__cause__, "parent_node", None) or getattr(error, "parent_node", None)
+    if node is None and error.__cause__ is not None:
+        node = getattr(error.__cause__.__cause__, "parent_node", None)
+    keys: Sequence[str] = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    where = f" in {parent}" if parent else ""
+    return f"{where}{suggestion(name, keys)}" if keys else where

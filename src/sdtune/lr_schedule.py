@@ -1,0 +1,51 @@
+"""Learning-rate schedules over optimizer steps: a factor on the optimizer's own rate."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+
+class LRSchedule(ABC):
+    """A linear warm-up, then what the subclass says.
+
+    Args:
+        warmup_steps: optimizer steps of warm-up; never more than a tenth of the run.
+    """
+
+    def __init__(self, warmup_steps: Annotated[int, Ge(0)] = 0) -> None:
+        self.warmup_steps = warmup_steps
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """The factor after warm-up; ``progress`` runs from 0 to 1."""
+
+    def __call__(self, step: int, total: int) -> float:
+        """The factor at optimizer step ``step`` (from 0) of ``total``; never 0 in warm-up, so no step is wasted."""
+        warmup = min(self.warmup_steps, total // 10)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return self.shape(min(1.0, (step - warmup) / max(1, total - warmup)))
+
+
+class Constant(LRSchedule):
+    """The full rate throughout."""
+
+    def shape(self, progress: float) -> float:
+        return 1.0
+
+
+class Cosine(LRSchedule):
+    """Half a cosine down to ``floor`` times the rate (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
+
+    def __init__(
+        self, warmup_steps: Annotated[int, Ge(0)] = 0, floor: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    ) -> None:
+        super().__init__(warmup_steps)
+        self.floor = floor
+
+    def shape(self, progress: float) -> float:
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))

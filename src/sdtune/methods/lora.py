@@ -1,0 +1,132 @@
+"""LoRA: low-rank pairs beside frozen weights; a small file, combined freely when sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Unpack
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from sdtune.formats import kohya_lora
+from sdtune.formats.diffusers_lora import FILE_NAME
+from sdtune.formats.diffusers_lora import write as write_diffusers
+from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.methods.base import Adapter, Common
+from sdtune.randomness import generator
+
+Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
+Projection = Literal["q", "k", "v", "out"]
+
+_UNET_PROJECTIONS: dict[Projection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_TEXT_PROJECTIONS: dict[Projection, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
+
+
+class LoRA(Adapter):
+    """W' = W + (alpha / rank) B A (Hu et al. 2021, eq. 3), through peft.
+
+    Args:
+        rank: columns of A and rows of B.
+        alpha: strength of the update in training; ``rank`` if None, so that sweeping the rank does not also sweep the
+            step size.
+        targets: what gets pairs. ``convolutions`` are those of the residual blocks, the samplers and the transformers'
+            projections in and out; ``text_encoder`` its attention (its MLP too, with ``feed_forward``).
+        projections: which of an attention's projections.
+        dropout: on the adapter's branch alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: Annotated[int, Ge(1)] = 8,
+        alpha: Annotated[float, Gt(0)] | None = None,
+        targets: Sequence[Target] = ("cross_attention", "self_attention"),
+        projections: Sequence[Projection] = ("q", "k", "v", "out"),
+        dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(**common)
+        if not targets:
+            raise ValueError("method.targets: name at least one of cross_attention, self_attention, feed_forward, ...")
+        self.rank, self.alpha = rank, float(alpha if alpha is not None else rank)
+        self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
+
+    def inject(self) -> None:
+        self._pair("unet", self.backbone.unet, self._unet_sites())
+        if "text_encoder" in self.targets:
+            self._pair("text_encoder", self.backbone.text_encoder, self._text_sites())
+        self.backbone.unet.train()
+
+    def _unet_sites(self) -> list[str]:
+        wanted: list[str] = []
+        attention = [_UNET_PROJECTIONS[p] for p in self.projections]
+        for name, module in self.backbone.unet.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv2d) or not name.startswith(("down_", "mid_", "up_")):
+                continue
+            if ".attn1." in name or ".attn2." in name:
+                kind = "self_attention" if ".attn1." in name else "cross_attention"
+                site = kind in self.targets and name.endswith(tuple(attention))
+            elif ".ff." in name:
+                site = "feed_forward" in self.targets
+            else:
+                site = "convolutions" in self.targets and name.rpartition(".")[2] in _CONVOLUTIONS
+            if site:
+                wanted.append(name)
+        return wanted
+
+    def _text_sites(self) -> list[str]:
+        endings = [_TEXT_PROJECTIONS[p] for p in self.projections]
+        endings += ["fc1", "fc2"] if "feed_forward" in self.targets else []
+        return [n for n, m in self.backbone.text_encoder.named_modules()
+                if isinstance(m, nn.Linear) and n.endswith(tuple(endings))]
+
+    def _pair(self, component: str, model: nn.Module, sites: list[str]) -> None:
+        if not sites:
+            return
+        # peft matches by suffix, and "conv1" is a suffix of no other site; full names match exactly one module each.
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=sites, lora_dropout=self.dropout)
+        inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan in); drawn by name, so that the
+                # initial value of a pair does not depend on which others there are.
+                bound = parameter[0].numel() ** -0.5
+                rng = generator(self.seed, f"init/{component}.{name}")
+                drawn = rng.uniform(-bound, bound, tuple(parameter.shape)).astype("float32")
+                parameter.data.copy_(torch.from_numpy(drawn))
+
+    def weights(self) -> LoRAWeights:
+        """The pairs as they are now, by diffusers' module path."""
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for component in ("unet", "text_encoder"):
+            for name, module in getattr(self.backbone, component).named_modules():
+                if hasattr(module, "lora_A") and "default" in module.lora_A:
+                    path = canonical(f"{component}.{name}")
+                    pairs[path] = (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
+        return LoRAWeights(pairs, {path: self.alpha for path in pairs})
+
+    def artifact(self, folder: Path, name: str) -> None:
+        """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
+        self.snapshot(folder, name)
+        write_diffusers(folder / FILE_NAME, self.weights(), self._metadata())
+
+    def snapshot(self, folder: Path, stem: str) -> None:
+        """``<stem>.safetensors`` in kohya's form."""
+        width = self.backbone.unet.config.cross_attention_dim
+        spec = kohya_lora.ModelSpec(
+            title=stem,
+            resolution=self.backbone.facts.side,
+            prediction_type="v" if self.backbone.prediction_type == "v_prediction" else "epsilon",
+            steps=self.trainer.global_step,
+            seed=self.seed,
+            architecture="stable-diffusion-v2" if width == 1024 else "stable-diffusion-v1",
+        )
+        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        return {"sdtune_backbone_hash": self.source.hash()}
+

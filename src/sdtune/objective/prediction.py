@@ -1,0 +1,41 @@
+"""What the UNet is asked for: the noise, the velocity or the clean sample, and how one gives the others."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from sdtune.objective.schedule import NoiseSchedule
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+"""diffusers' names: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v)."""
+
+
+def check(prediction_type: str) -> PredictionType:
+    """``prediction_type`` itself; ValueError if it is none of the three."""
+    if prediction_type not in get_args(PredictionType):
+        raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
+    return prediction_type  # type: ignore[return-value]
+
+
+def target(kind: PredictionType, schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What a perfect UNet returns: [B, ...].
+
+    epsilon: the noise. v: sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, appendix D). sample: x.
+    """
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return clean
+    return schedule.alpha(timesteps, clean) * noise - schedule.sigma(timesteps, clean) * clean
+
+
+def clean_from(kind: PredictionType, schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean sample that a UNet's ``output`` implies for ``noisy`` [B, ...]."""
+    alpha, sigma = schedule.alpha(timesteps, noisy), schedule.sigma(timesteps, noisy)
+    if kind == "epsilon":
+        return (noisy - sigma * output) / alpha
+    if kind == "sample":
+        return output
+    return alpha * noisy - sigma * output

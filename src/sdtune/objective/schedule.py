@@ -1,0 +1,85 @@
+"""The forward process: how much of the picture and how much noise a step holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def betas(config: Mapping[str, Any]) -> Tensor:
+    """The variances beta_t of a diffusers scheduler config: float64 [T].
+
+    ``linear`` is Ho et al. 2020 (section 4), ``scaled_linear`` Rombach et al. 2022 (linear in the square root),
+    ``squaredcos_cap_v2`` Nichol & Dhariwal 2021 (eq. 17). A ``trained_betas`` list wins over all three.
+    """
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return torch.tensor(trained, dtype=torch.float64)
+    steps, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    kind = config["beta_schedule"]
+    if kind == "linear":
+        return torch.linspace(first, last, steps, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return torch.from_numpy(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
+    raise ValueError(
+        f"backbone scheduler: beta_schedule {kind!r} is not known; linear, scaled_linear and squaredcos_cap_v2 are"
+    )
+
+
+class NoiseSchedule:
+    """alpha-bar over T steps (Ho et al. 2020, eq. 4): z_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise.
+
+    Args:
+        alphas_cumprod: float64 [T], falling, in (0, 1).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod
+        # The roots are taken in float64 and kept in both precisions, so that a step neither loses digits nor converts.
+        self._alpha = alphas_cumprod.sqrt()
+        self._sigma = (1 - alphas_cumprod).sqrt()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """From a diffusers scheduler config; a zero-terminal rescaling is refused, since no method here trains on it."""
+        if config.get("rescale_betas_zero_snr"):
+            raise ValueError("backbone scheduler: rescale_betas_zero_snr is not supported yet; use a plain schedule")
+        return cls(torch.cumprod(1 - betas(config), 0))
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def _at(self, values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+        picked = values.to(device=timesteps.device)[timesteps].to(like.dtype)
+        return picked.reshape(-1, *[1] * (like.dim() - 1))
+
+    def alpha(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """sqrt(abar_t) for ``timesteps`` [B], shaped to multiply ``like`` [B, ...] in its dtype."""
+        return self._at(self._alpha, timesteps, like)
+
+    def sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        """sqrt(1 - abar_t), likewise."""
+        return self._at(self._sigma, timesteps, like)
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The tables moved once, so that a step waits for no copy."""
+        if self._alpha.device != device:
+            self._alpha, self._sigma = self._alpha.to(device), self._sigma.to(device)
+            self.alphas_cumprod = self.alphas_cumprod.to(device)
+        return self
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t [B, ...] from x and noise [B, ...] at ``timesteps`` [B]."""
+        return self.alpha(timesteps, clean) * clean + self.sigma(timesteps, clean) * noise
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t): float32 [B] (Kingma et al. 2021, eq. 1)."""
+        abar = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return (abar / (1 - abar)).float()

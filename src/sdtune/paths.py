@@ -1,0 +1,22 @@
+"""Where things lie: the shipped configs, and the cache that runs share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def config_folder() -> Path:
+    """The folder of Hydra groups: beside the package in a wheel, at the top of a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+    assert folder.is_dir(), folder
+    return folder
+
+
+def cache_folder() -> Path:
+    """``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache folder; holds hashes, latents and text states."""
+    named = os.environ.get("SDTUNE_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"

@@ -1,0 +1,127 @@
+"""Data drawn from the picture world: pocket's own training pictures, and a subject that it has never seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge
+from PIL import Image
+
+from sdtune.data.images import resize_and_crop
+from sdtune.data.pictures import PictureData, Sample
+from sdtune.pocket.captions import article, full_caption
+from sdtune.pocket.objects import BACKGROUNDS, BY_NAME, HELD_OUT, PLACES, SIZES
+from sdtune.pocket.pictures import caption
+from sdtune.pocket.world import SIDE, Scene, compose, draw, training_scene
+from sdtune.randomness import generator
+
+
+@cache
+def _art_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "art").rglob("*.webp")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class SceneSample:
+    """A scene with a caption, drawn when it is looked at."""
+
+    def __init__(self, scene: Scene, caption: str) -> None:
+        self.scene, self.caption = scene, caption
+        self.size, self.repeats = (SIDE, SIDE), 1
+
+    def __str__(self) -> str:
+        return str(self.scene)
+
+    def content(self) -> str:
+        """A drawing is a function of its scene and of the art, so those name its content."""
+        return hashlib.sha256(f"{self.scene}/{_art_hash()}".encode()).hexdigest()
+
+    def picture(self) -> Image.Image:
+        return draw(self.scene)
+
+    def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        return resize_and_crop(self.picture(), size, offset, flip)
+
+
+@dataclass(kw_only=True, eq=False)
+class World(PictureData):
+    """The world that pocket was trained on.
+
+    Args:
+        pictures: how many different ones.
+        world_seed: which ones.
+        validation_pictures: further ones for the validation loss.
+    """
+
+    pictures: Annotated[int, Ge(1)] = 40_000
+    world_seed: int = 0
+    validation_pictures: Annotated[int, Ge(0)] = 0
+
+    name: str = field(default="world", init=False)
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        count = self.pictures + self.validation_pictures
+        samples = [SceneSample(training_scene(self.world_seed, i), caption(self.world_seed, i)) for i in range(count)]
+        return samples[: self.pictures], samples[self.pictures :]
+
+
+@dataclass(kw_only=True, eq=False)
+class Subject(PictureData):
+    """A few pictures of one held-out member of a known class, each on a background of its own.
+
+    Args:
+        subject: the held-out thing.
+        pictures: how many, on as many backgrounds.
+        token: the rare word that is to mean the subject.
+    """
+
+    subject: str = "parrot"
+    pictures: Annotated[int, Ge(1)] = 5
+    token: str = "sks"
+
+    name: str = field(default="subject", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        held_out = [thing.name for thing in HELD_OUT]
+        if self.subject not in held_out:
+            raise ValueError(f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}")
+        if self.pictures > len(BACKGROUNDS) - 2:
+            raise ValueError(f"data.pictures: {self.pictures} leaves too few unseen backgrounds; give at most 10")
+        self.name = self.subject.replace(" ", "_")
+
+    @property
+    def noun(self) -> str:
+        """What a prompt calls the subject: "sks bird"."""
+        return f"{self.token} {BY_NAME[self.subject].word}"
+
+    def backgrounds(self) -> list[str]:
+        """The backgrounds of the pictures, in order; every other one is absent from them."""
+        order = generator(0, f"subject/{self.subject}").permutation(len(BACKGROUNDS))
+        return [list(BACKGROUNDS)[int(i)] for i in order[: self.pictures]]
+
+    def prompt(self, background: str, size: str | None = None) -> str:
+        """A prompt for the subject on a background."""
+        what = article(f"{size} {self.noun}" if size else self.noun)
+        return f"a photo of {what} on {article(background)} background"
+
+    def scenes(self) -> list[Scene]:
+        """What the pictures show: both sizes, all places."""
+        rng = generator(0, f"subject/{self.subject}/scene")
+        sizes, places = list(SIZES), list(PLACES)
+        return [
+            compose(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
+            for i, background in enumerate(self.backgrounds())
+        ]
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        samples = [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in self.scenes()]
+        return samples, []

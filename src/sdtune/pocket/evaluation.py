@@ -1,0 +1,114 @@
+"""The evaluation that the picture world allows: what a picture shows is read, not guessed.
+
+These figures are of pocket's world and cannot be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge
+
+from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.data import PictureData
+from sdtune.evaluation.clip import Clip, clip_image, clip_text
+from sdtune.evaluation.general import base, draw, references, trained
+from sdtune.grids import grid, save_png
+from sdtune.pocket import classifier
+from sdtune.pocket.data import Subject
+from sdtune.pocket.objects import BACKGROUNDS, PLACES
+from sdtune.pocket.world import SIDE, compose
+from sdtune.pocket.world import draw as draw_scene
+from sdtune.randomness import generator
+from sdtune.sampling import Request, Sampling
+
+
+class SubjectFigures:
+    """Is the subject there, and is the background the one that was asked for?
+
+    ``subject_accuracy``: share of pictures that the measuring classifier reads as the subject; ``background_accuracy``:
+    share whose border has the colour of the prompt. Both on backgrounds absent from the training pictures, big
+    objects, for the base too (``base_``). ``ceiling_subject_accuracy`` is the classifier's on true renders of the
+    subject that went through the VAE; ``subject_gain`` = (value - base) / (ceiling - base).
+
+    Args:
+        pictures: how many are drawn.
+        seed: of the first picture; the others follow.
+        clip: as in :class:`sdtune.evaluation.ClipFigures`.
+        sampling: how.
+    """
+
+    def __init__(
+        self,
+        pictures: Annotated[int, Ge(1)] = 210,
+        seed: Annotated[int, Ge(0)] = 1000,
+        clip: str | None = "pocket",
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.count, self.seed, self.clip = pictures, seed, clip
+        self.sampling = sampling or Sampling()
+
+    def check(self, data: PictureData, facts: Facts) -> None:
+        """ValueError before any weights are loaded."""
+        if not isinstance(data, Subject):
+            raise ValueError(
+                "evaluation: pocket_subject measures a subject of pocket's world (data=pocket_subject);"
+                " for one's own pictures choose evaluation=clip"
+            )
+        if facts.side != SIDE:
+            raise ValueError(f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}")
+        self.sampling.check(facts.factor)
+
+    def run(
+        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+    ) -> dict[str, Any]:
+        """The figures; grids of what was measured go to ``folder``."""
+        assert isinstance(data, Subject)
+        unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
+        wanted = [unseen[i % len(unseen)] for i in range(self.count)]
+        requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
+        reader, clip = classifier.load(), Clip(self.clip, device) if self.clip else None
+        figures: dict[str, Any] = {}
+        for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
+            with model as backbone:
+                pictures = draw(backbone, requests, self.sampling)
+                if prefix:
+                    figures["ceiling_subject_accuracy"] = self._ceiling(backbone, reader, data.subject, unseen)
+            stack = np.stack(pictures)
+            read = np.array(reader.read(stack).object)
+            figures[f"{prefix}subject_accuracy"] = float((read == data.subject).mean())
+            figures[f"{prefix}background_accuracy"] = float(
+                (np.array(classifier.background(stack)) == np.array(wanted)).mean()
+            )
+            if clip is not None:
+                figures[f"{prefix}clip_image"] = clip_image(clip, pictures, references(data))
+                figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
+            columns = len(unseen)
+            rows = [pictures[i : i + columns] for i in range(0, min(len(pictures), 8 * columns), columns)]
+            save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}pictures.png")
+        room = figures["ceiling_subject_accuracy"] - figures["base_subject_accuracy"]
+        gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
+        figures["subject_gain"] = gain / room if room > 0 else None
+        return figures
+
+    def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
+        rng = generator(self.seed, "evaluation/ceiling")
+        places = list(PLACES)
+        scenes = [
+            compose(subject, backgrounds[i % len(backgrounds)], "big", places[i % len(places)], rng)
+            for i in range(self.count)
+        ]
+        pixels = torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])).permute(0, 3, 1, 2)
+        correct = 0
+        with torch.no_grad():
+            for part in pixels.split(32):
+                moments = backbone.encode_images(part.to(backbone.device).float() / 127.5 - 1)
+                means = moments.chunk(2, dim=1)[0]
+                shown = backbone.decode(backbone.latents(moments, torch.zeros_like(means)))
+                stack = (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                correct += sum(name == subject for name in reader.read(stack).object)
+        return correct / self.count

@@ -1,0 +1,122 @@
+"""Pocket's measured quality: ``python -m sdtune.pocket.quality [--seed N] [--out DIR] [--pipeline DIR]``.
+
+Pictures of combinations that training never drew, sampled from the pipeline and read by the measuring classifier, and
+how well the VAE rebuilds true renders. Writes ``quality.json`` and ``quality.png``, the first pictures, to DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from sdtune import pocket
+from sdtune.pocket.captions import full_caption
+from sdtune.pocket.classifier import Classifier, background, ceilings, load, reconstruct
+from sdtune.pocket.world import SIDE, Scene, draw, held_out_scenes
+
+PROMPTS = 512
+STEPS = 30
+GUIDANCE = 3.0
+
+_BATCH = 64
+_GRID_SIDE = 8
+_CELL = 2 * SIDE
+_CAPTION = 28  # pixels below a picture, for two lines
+
+
+def _generate(folder: Path, prompts: list[str], seed: int, steps: int = STEPS) -> np.ndarray:
+    """A picture for each prompt, from the pipeline in ``folder``: uint8 [N, 64, 64, 3]."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        # One generator a picture: a picture does not depend on the batch that it is made in.
+        noise = [torch.Generator().manual_seed(seed * 100_003 + start + k) for k in range(len(batch))]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = pipeline(
+                batch, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="latent"
+            ).images
+        # Decoded outside autocast: bfloat16 has too few digits for 256 levels.
+        with torch.no_grad():
+            decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
+        levels = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pictures.append(levels.permute(0, 2, 3, 1).numpy())
+        print(f"{start + len(batch)} of {len(prompts)} pictures", flush=True)
+    return np.concatenate(pictures)
+
+
+def psnr(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each picture, peak 255: float64 [N] from two uint8 [N, H, W, C].
+
+    10 log10(255^2 / MSE); infinite where a picture equals its truth.
+    """
+    mse = np.square(pictures.astype(np.float64) - truth).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        decibels: np.ndarray = 10 * np.log10(255.0**2 / mse)
+    return decibels
+
+
+def agreement(said: list[str], truth: list[str]) -> float:
+    """Share of the answers that are exactly right."""
+    return sum(a == b for a, b in zip(said, truth, strict=True)) / len(truth)
+
+
+def measure(
+    pictures: np.ndarray, scenes: list[Scene], classifier: Classifier, vae: AutoencoderKL, seed: int
+) -> dict[str, float]:
+    """The figures of ``quality.json`` for ``pictures`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
+    readings = classifier.read(pictures)
+    renders = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    return {
+        "background_accuracy": agreement(background(pictures), [scene.background for scene in scenes]),
+        "object_accuracy": agreement(readings.object, [scene.thing for scene in scenes]),
+        "size_accuracy": agreement(readings.size, [scene.size for scene in scenes]),
+        "vae_psnr_db": float(psnr(reconstruct(vae, renders), renders).mean()),
+        **ceilings(classifier, vae, seed),
+        "prompts": len(scenes),
+        "seed": seed,
+    }
+
+
+def grid(pictures: np.ndarray, scenes: list[Scene]) -> Image.Image:
+    """Up to 64 pictures (uint8 [N, 64, 64, 3]) at twice their size, eight a row, each over what was asked for."""
+    rows = -(-len(pictures) // _GRID_SIDE)
+    sheet = Image.new("RGB", (_GRID_SIDE * _CELL, rows * (_CELL + _CAPTION)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for k, (picture, scene) in enumerate(zip(pictures, scenes, strict=True)):
+        x, y = k % _GRID_SIDE * _CELL, k // _GRID_SIDE * (_CELL + _CAPTION)
+        sheet.paste(Image.fromarray(picture).resize((_CELL, _CELL), Image.Resampling.NEAREST), (x, y))
+        words = f"{scene.size} {scene.thing}\n{scene.background}, {scene.place}"
+        pen.multiline_text((x + 3, y + _CELL), words, "black", font, spacing=1)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sdtune.pocket.quality", description="Measure pocket's quality.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("experiments/pocket"), help="folder of the two files")
+    parser.add_argument("--pipeline", type=Path, default=pocket.path(), help="pipeline folder (the shipped one)")
+    arguments = parser.parse_args()
+    # Loaded first, so that a missing classifier is said before minutes of sampling.
+    classifier = load()
+    vae = AutoencoderKL.from_pretrained(arguments.pipeline, subfolder="vae", local_files_only=True).eval()
+    scenes = held_out_scenes(arguments.seed, PROMPTS)
+    pictures = _generate(arguments.pipeline, [full_caption(scene) for scene in scenes], arguments.seed)
+    figures = measure(pictures, scenes, classifier, vae, arguments.seed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    shown = _GRID_SIDE**2
+    grid(pictures[:shown], scenes[:shown]).save(arguments.out / "quality.png")
+    text = json.dumps(figures, indent=2)
+    (arguments.out / "quality.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

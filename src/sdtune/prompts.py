@@ -1,0 +1,56 @@
+"""Prompts from a file, in the form that kohya's sample files have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """A prompt with what its line says beside it; None where it says nothing."""
+
+    prompt: str
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    guidance: float | None = None
+    steps: int | None = None
+
+
+_OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
+_KINDS = {"negative": str, "width": int, "height": int, "seed": int, "guidance": float, "steps": int}
+
+
+def read(path: str) -> list[PromptLine]:
+    """One prompt a line; ``--n`` negative, ``--w --h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance.
+
+    Empty lines and lines that begin with ``#`` are passed over. ValueError names file and line.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"prompts_file: {path} is not a file")
+    lines = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        prompt, *parts = text.split(" --")
+        found: dict[str, object] = {}
+        for part in parts:
+            letter, _, value = part.strip().partition(" ")
+            key = _OPTIONS.get(letter)
+            if key is None:
+                known = ", ".join(f"--{o}" for o in _OPTIONS)
+                raise ValueError(f"{path}, line {number}: --{letter} is not known; there are {known}")
+            try:
+                found[key] = _KINDS[key](value.strip())
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: --{letter} {value!r} is not a number") from error
+        lines.append(PromptLine(prompt.strip(), **found))  # type: ignore[arg-type]
+    if not lines:
+        raise ValueError(f"prompts_file: {path} holds no prompt")
+    return lines
+
+

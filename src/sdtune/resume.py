@@ -1,0 +1,60 @@
+"""``resume=RUN`` is settled before Hydra composes: the run's own overrides, its folder, and little that may change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+_MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
+
+
+def rewrite(argv: list[str]) -> list[str]:
+    """The arguments for a resumed run; ``argv`` itself where nothing is resumed.
+
+    Raises:
+        ValueError: where the folder holds no run, or an override would make it another run.
+    """
+    wanted = [a for a in argv if a.startswith("resume=") and a != "resume=null"]
+    if not wanted:
+        return argv
+    run = Path(wanted[-1].removeprefix("resume=")).expanduser()
+    kept = run / ".hydra" / "overrides.yaml"
+    if not kept.is_file():
+        raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
+    flags = [a for a in argv if a.startswith("-")]
+    if any(flag in ("-m", "--multirun") for flag in flags):
+        raise ValueError("resume: one run is resumed at a time; leave out -m")
+    own = [str(override) for override in OmegaConf.load(kept)]
+    fresh = [a for a in argv if "=" in a and not a.startswith(("resume=", "-"))]
+    for override in fresh:
+        if not override.lstrip("+~").startswith(_MAY_CHANGE) and override not in own:
+            raise ValueError(
+                f"resume: {override} would make it another run; only hardware, logger, callbacks and"
+                " trainer.max_steps may change"
+            )
+    number = 1
+    while (run / ".hydra" / f"resume-{number}").exists():
+        number += 1
+    folder = run.absolute()
+    # A process that Lightning starts for another device repeats these arguments, with Hydra's own added: those win.
+    internal = [f"hydra.run.dir='{folder}'", f"hydra.output_subdir=.hydra/resume-{number}"]
+    if "LOCAL_RANK" in os.environ:
+        internal = []
+    own = [o for o in own if not o.startswith("resume=")]
+    return [*_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+
+
+def _config_folder(run: Path, argv: list[str]) -> list[str]:
+    """The user's config folder of the first start, where this one names none."""
+    for index, argument in enumerate(argv):
+        if argument in ("-cd", "--config-dir"):
+            return argv[index : index + 2]
+        if argument.startswith(("-cd=", "--config-dir=")):
+            return [argument]
+    hydra = OmegaConf.load(run / ".hydra" / "hydra.yaml")
+    for source in OmegaConf.select(hydra, "hydra.runtime.config_sources") or []:
+        if source.provider == "command-line":
+            return ["-cd", str(source.path)]
+    return []

@@ -1,0 +1,95 @@
+"""``sdtune sample``, and :func:`sample` in Python: pictures, with adapters at strengths chosen now."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtune.launch import main
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from PIL import Image
+
+    from sdtune.backbone import Pretrained
+    from sdtune.sampling import Sampling
+
+log = logging.getLogger("sdtune")
+
+
+def sample(
+    prompt: str | Sequence[str],
+    adapters: Sequence[dict[str, Any]] = (),
+    *,
+    backbone: Pretrained | None = None,
+    seeds: Sequence[int] = (0,),
+    sampling: Sampling | None = None,
+    device: str | None = None,
+) -> list[Image.Image]:
+    """Pictures of each prompt with each seed, prompts outermost.
+
+    Args:
+        prompt: one or more.
+        adapters: ``{"path": FILE, "strength": 0.8}`` each; a run's ``artifact`` folder is a path too.
+        backbone: pocket if None.
+        seeds: one picture a prompt and seed.
+        sampling: steps, guidance, size, solver; the backbone's guidance if None.
+        device: as in torch; an accelerator if there is one.
+
+    Raises:
+        ValueError: for an adapter that is missing, damaged, or of another backbone.
+    """
+    import torch
+    from PIL import Image
+
+    from sdtune import adapters as files
+    from sdtune.backbone import Pretrained
+    from sdtune.sampling import Request, Sampling, generate
+
+    source = backbone or Pretrained(guidance=3.0)
+    wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
+    for file in wanted:
+        files.check_file(file.path)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded_backbone = source.load().to(place)
+    loaded_backbone.suit(place)
+    loaded = files.load(loaded_backbone, source.hash(), wanted)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    requests = [Request(text, seed) for text in prompts for seed in seeds]
+    settings = sampling or Sampling(guidance=source.guidance)
+    with files.applied(loaded_backbone, loaded, [file.strength for file in wanted]):
+        return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]
+
+
+def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """Check ``sdtune sample``'s config, and give the function that runs it."""
+    from sdtune.sample_run import prepare as prepare_run
+
+    return prepare_run(config)
+
+
+def describe(settings: Any, prompt: str, seed: int, adapters: Sequence[dict[str, Any]], strength: float) -> dict[str, str]:
+    """A picture's metadata: A1111's ``parameters`` line, and everything as JSON."""
+    line = (
+        f"{prompt}\nNegative prompt: {settings.negative_prompt}\nSteps: {settings.steps}, Sampler:"
+        f" {settings.sampler or 'default'}, CFG scale: {settings.guidance}, Seed: {seed}"
+    )
+    facts = {
+        "prompt": prompt,
+        "seed": seed,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "negative_prompt": settings.negative_prompt,
+        "sampler": settings.sampler,
+        "adapters": [
+            {"path": Path(a["path"]).name, "strength": a.get("strength", 1.0) * strength} for a in adapters
+        ],
+    }
+    return {"parameters": line, "sdtune": json.dumps(facts)}
+
+
+if __name__ == "__main__":
+    main("sample", prepare)

@@ -1,0 +1,116 @@
+"""The work of ``sdtune sample``: single PNGs with their settings inside, and one grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sdtune import adapters as files
+from sdtune import prompts
+from sdtune.grids import grid, save_png
+from sdtune.instantiate import build, check, check_value
+from sdtune.run import plain
+from sdtune.sample import describe
+from sdtune.sampling import Request, Sampling, generate
+
+log = logging.getLogger("sdtune")
+
+
+def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """Everything that can be refused before weights are loaded."""
+    container = plain(config)
+    trust = container["trust"]
+    check(container["backbone"], "backbone", trust)
+    check(container["sampling"], "sampling", trust)
+    check_value(container["seeds"], list[int], "seeds")
+    check_value(container["strengths"], list[float] | None, "strengths")
+    source = build(container["backbone"], trust)
+    for index, adapter in enumerate(container["adapters"]):
+        check_value(adapter, dict[str, Any], f"adapters[{index}]")
+        unknown = set(adapter) - {"path", "strength"}
+        if "path" not in adapter or unknown:
+            odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
+            raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
+        files.check_file(str(adapter["path"]))
+    for _, settings in _wanted(container):
+        settings.check(source.facts.factor)
+    return lambda composed: execute(plain(composed), Path(HydraConfig.get().runtime.output_dir))
+
+
+def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
+    """What to draw: prompts x seeds, or the lines of a file with their own settings."""
+    settings: Sampling = build(config["sampling"], config["trust"])
+    if config["prompts_file"]:
+        wanted = []
+        for line in prompts.read(config["prompts_file"]):
+            own = {
+                "negative_prompt": line.negative,
+                "width": line.width,
+                "height": line.height,
+                "guidance": line.guidance,
+                "steps": line.steps,
+            }
+            changed = dataclasses.replace(settings, **{k: v for k, v in own.items() if v is not None})
+            seeds = [line.seed] if line.seed is not None else config["seeds"]
+            wanted += [(Request(line.prompt, seed), changed) for seed in seeds]
+        return wanted
+    if not config["prompt"]:
+        raise ValueError("prompt is missing: give prompt='a photo of ...' or prompts_file=FILE")
+    texts = config["prompt"] if isinstance(config["prompt"], list) else [config["prompt"]]
+    return [(Request(str(text), seed), settings) for text in texts for seed in config["seeds"]]
+
+
+def execute(config: dict[str, Any], folder: Path) -> None:
+    """Draw and write."""
+    source = build(config["backbone"], config["trust"])
+    accelerator = config["hardware"]["accelerator"]
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    backbone = source.load().to(device)
+    backbone.suit(device)
+    wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
+    loaded = files.load(backbone, source.hash(), wanted)
+    requests = _wanted(config)
+    factors = config["strengths"] or [1.0]
+    rows: list[list[np.ndarray]] = []
+    for factor in factors:
+        with files.applied(backbone, loaded, [file.strength * factor for file in wanted]):
+            row = []
+            for first, (request, settings) in enumerate(requests):
+                if first and settings == requests[first - 1][1]:
+                    continue  # drawn with the one before, in one batch
+                same = [r for r, s in requests[first:] if s == settings] if first == 0 else [request]
+                row += list(generate(backbone, same, settings))
+        rows.append(row)
+    _write(folder, config, requests, factors, rows)
+
+
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    requests: list[tuple[Request, Sampling]],
+    factors: list[float],
+    rows: list[list[np.ndarray]],
+) -> None:
+    for factor, row in zip(factors, rows, strict=True):
+        for number, ((request, settings), picture) in enumerate(zip(requests, row, strict=True)):
+            mark = f"_strength{factor:g}" if len(factors) > 1 else ""
+            metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor)
+            save_png(picture, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
+    labels = [f"strength x {factor:g}" for factor in factors] if len(factors) > 1 else []
+    if len({picture.shape for row in rows for picture in row}) == 1:
+        if not labels:
+            width = min(len(rows[0]), max(1, len(config["seeds"])) if len(config["seeds"]) > 1 else 6)
+            rows = [rows[0][i : i + width] for i in range(0, len(rows[0]), width)]
+        columns = [request.prompt for request, _ in requests] if labels else []
+        save_png(grid(rows, labels, columns), folder / "grid.png")
+        log.info("grid: %s", folder / "grid.png")
+    log.info("%d pictures: %s", len(requests) * len(factors), folder)

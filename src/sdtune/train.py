@@ -1,0 +1,23 @@
+"""``sdtune train``: one training run, from a composed config to a folder with its artifact and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sdtune.launch import main
+from sdtune.resume import rewrite
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """Check everything that can be checked without weights, and give the run."""
+    from sdtune.run import prepare as prepare_run
+
+    return prepare_run(config)
+
+
+if __name__ == "__main__":
+    main("train", prepare, rewrite=rewrite)

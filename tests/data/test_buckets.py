@@ -1,0 +1,92 @@
+"""Bucket sizes against their definition by brute force; assignment by its properties."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sdtune.data.buckets import assign, bucket_sizes
+
+GRIDS = [(64, 32), (64, 64), (100, 64), (256, 64), (500, 64), (512, 64), (512, 8), (768, 64), (1024, 64)]
+
+
+def allowed(width: int, height: int, resolution: int) -> bool:
+    return width * height <= resolution**2 and width <= 2 * height and height <= 2 * width
+
+
+@pytest.mark.parametrize(("resolution", "step"), GRIDS)
+def test_sizes_are_the_maximal_ones_and_the_square(resolution: int, step: int) -> None:
+    sides = range(step, 2 * resolution + 1, step)
+    every = {(w, h) for w in sides for h in sides if allowed(w, h, resolution)}
+    maximal = {(w, h) for w, h in every if (w + step, h) not in every and (w, h + step) not in every}
+    side = resolution // step * step
+    sizes = bucket_sizes(resolution, step)
+    assert sizes == sorted(maximal | {(side, side)})
+    assert {(h, w) for w, h in sizes} == set(sizes)
+
+
+def test_sizes_by_hand() -> None:
+    assert bucket_sizes(64, 32) == [(64, 64)]  # pocket
+    assert bucket_sizes(512, 64) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+
+
+@pytest.mark.parametrize(("resolution", "step"), GRIDS)
+def test_assignment(resolution: int, step: int) -> None:
+    buckets = bucket_sizes(resolution, step)
+    rng = np.random.default_rng(resolution + step)
+    for _ in range(300):
+        width, height = (int(side) for side in rng.integers(step, 3 * resolution, size=2))
+        bucket = assign((width, height), resolution, step, "x.png")
+        assert bucket[0] % step == bucket[1] % step == 0
+        assert allowed(*bucket, resolution)
+        assert bucket[0] <= width
+        assert bucket[1] <= height
+        assert assign((height, width), resolution, step, "x.png") == bucket[::-1]
+        nearest = min(buckets, key=lambda b: abs(math.log(b[0] / b[1] * height / width)))
+        if nearest[0] <= width and nearest[1] <= height:
+            assert bucket == nearest
+            continue
+        sides = range(step, 2 * resolution + 1, step)
+        fitting = [(w, h) for w in sides for h in sides if allowed(w, h, resolution) and w <= width and h <= height]
+        assert bucket[0] * bucket[1] == max(w * h for w, h in fitting)
+
+
+@pytest.mark.parametrize("resolution", [256, 500, 512, 1024])
+def test_every_bucket_is_its_own(resolution: int) -> None:
+    for bucket in bucket_sizes(resolution, 64):
+        assert assign(bucket, resolution, 64, "x.png") == bucket
+        assert assign((5 * bucket[0], 5 * bucket[1]), resolution, 64, "x.png") == bucket
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((512, 768), (384, 640)),  # 0.667 is nearer to 0.6 than to 0.778 by ratio
+        ((768, 512), (640, 384)),
+        ((640, 384), (640, 384)),
+        ((512, 512), (512, 512)),
+        ((4000, 3000), (576, 448)),
+        ((6000, 1000), (640, 384)),
+        ((300, 200), (256, 192)),  # from here on too small for the nearest: rounded down
+        ((511, 511), (448, 448)),
+        ((640, 383), (640, 320)),
+        ((2000, 300), (512, 256)),  # and no longer than 2:1
+        ((64, 64), (64, 64)),
+        ((64, 3000), (64, 128)),
+    ],
+)
+def test_assignment_by_hand(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert assign(size, 512, 64, "x.png") == bucket
+
+
+@pytest.mark.parametrize("size", [(63, 500), (500, 63), (1, 1)])
+def test_a_picture_below_one_step(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels.*at least 64x64$"):
+        assign(size, 512, 64, "tiny.png")
+
+
+def test_a_resolution_below_one_step() -> None:
+    with pytest.raises(ValueError, match=r"^data\.resolution: 63 is less than one step of 64 pixels: give 64 or more$"):
+        bucket_sizes(63, 64)

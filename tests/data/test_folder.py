@@ -1,0 +1,350 @@
+"""Where captions come from and which wins, what is found in a folder, and each refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from sdtune.data import folder as module
+from sdtune.data.folder import Picture, check_pictures, read_folder
+
+
+def draw(path: Path, width: int = 8, height: int = 6) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def captions(folder: Path, prompt: str | None = None, trigger: str | None = None) -> dict[str, str]:
+    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_folder(folder, prompt, trigger)}
+
+
+def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
+    """``read_folder`` refuses in one line that opens with the key and holds the ``fragments`` in order."""
+    pattern = r"\Adata\.path: .*" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
+    with pytest.raises(ValueError, match=pattern) as caught:
+        read_folder(folder, prompt)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    path = draw(tmp_path / "a.png", 30, 20)
+    assert read_folder(tmp_path, "a dog") == (Picture(path, "a dog", (30, 20), 1),)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
+
+
+def test_order_is_that_of_the_names(tmp_path: Path) -> None:
+    names = ["a-b/x.png", "a/x.png", "B.PNG", "a.jpg", "a/sub/y.webp", "b.JPeG"]
+    for name in names:
+        draw(tmp_path / name)
+    # Folders by their own names: "a" before "a-b", although "a-b/x.png" < "a/x.png" as strings.
+    assert list(captions(tmp_path, "p")) == ["B.PNG", "a/sub/y.webp", "a/x.png", "a-b/x.png", "a.jpg", "b.JPeG"]
+
+
+def test_hidden_files_and_leftovers_of_macos_are_skipped(tmp_path: Path) -> None:
+    root = tmp_path / ".cache"  # the folder's own name may be hidden
+    for name in ("a.png", ".b.png", "._a.png", ".git/c.png", "__MACOSX/a.png", "sub/__MACOSX/a.png"):
+        draw(root / name)
+    assert list(captions(root, "p")) == ["a.png"]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = draw(tmp_path / "dogs/a.png")
+    assert read_folder("~/dogs", "p")[0].path == path
+
+
+def test_sidecars(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.x.png", "d.png", "e.png"):
+        draw(tmp_path / name)
+    (tmp_path / "a.txt").write_text("  a dog,\n  on\tgrass \r\n")
+    (tmp_path / "b.caption").write_text("ein Hündchen", encoding="utf-8")
+    (tmp_path / "c.x.TXT").write_bytes(b"\xef\xbb\xbfwith a mark")
+    (tmp_path / "d.txt").write_text("")
+    (tmp_path / "README.txt").write_text("no caption of any picture")
+    assert captions(tmp_path, "the prompt") == {
+        "a.png": "a dog, on grass",
+        "b.jpg": "ein Hündchen",
+        "c.x.png": "with a mark",
+        "d.png": "",
+        "e.png": "the prompt",
+    }
+
+
+def test_an_empty_caption_is_a_caption(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(" \n")
+    assert captions(tmp_path) == {"a.png": ""}
+    (tmp_path / "a.txt").unlink()
+    assert captions(tmp_path, prompt="") == {"a.png": ""}
+
+
+def test_two_sidecars(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "a.caption").touch()
+    refused(tmp_path, tmp_path / "a.png", "two captions, a.caption and a.txt: remove one")
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_metadata_jsonl(tmp_path: Path, column: str) -> None:
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "sub/b.png")
+    rows = [{"file_name": "sub/b.png", column: "a\u2028cat", "rating": 3}, {"file_name": "a.png", column: ""}]
+    text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert captions(tmp_path) == {"a.png": "", "sub/b.png": "a cat"}
+
+
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_metadata_csv(tmp_path: Path, column: str) -> None:
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png")
+    text = f'\ufeffrating,file_name,{column}\r\n3,b.png,"a ""cat"",\r\nasleep"\r\n1,a.png,\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    assert captions(tmp_path) == {"a.png": "", "b.png": 'a "cat", asleep'}
+
+
+def test_metadata_of_a_sub_folder_is_relative_to_it(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "sub/a.png")
+    (tmp_path / "sub/metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    assert captions(tmp_path, "p") == {"a.png": "p", "sub/a.png": "a cat"}
+
+
+def test_kohya_folders(tmp_path: Path) -> None:
+    names = ["10_sks dog/a.png", "2_a_b/b.png", "3_/c.png", "plain/d.png", "plain/4_cat/e.png", "10_sks dog/more/f.png"]
+    for name in names:
+        draw(tmp_path / name)
+    found = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_folder(tmp_path, "p")}
+    assert found == {
+        "10_sks dog/a.png": (10, "sks dog"),
+        "2_a_b/b.png": (2, "a_b"),
+        "3_/c.png": (3, "p"),
+        "plain/d.png": (1, "p"),
+        "plain/4_cat/e.png": (4, "cat"),
+        "10_sks dog/more/f.png": (1, "p"),
+    }
+
+
+def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:
+    draw(tmp_path / "10_sks dog/a.png")
+    (picture,) = read_folder(tmp_path / "10_sks dog", "p")
+    assert (picture.repeats, picture.caption) == (1, "p")
+
+
+@pytest.mark.parametrize("name", ["0_sks dog", "-1_sks dog"])
+def test_repeats_below_one(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / name / "a.png")
+    refused(tmp_path, tmp_path / name, f"asks for {name.split('_')[0]} repeats: let its name begin with 1_ or more")
+
+
+def test_which_caption_wins(tmp_path: Path) -> None:
+    for name in "abcd":
+        draw(tmp_path / f"5_words/{name}.png")
+    draw(tmp_path / "e.png")
+    (tmp_path / "5_words/a.txt").write_text("sidecar")
+    rows = [{"file_name": f"5_words/{name}.png", "text": "metadata"} for name in "ab"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert captions(tmp_path, "prompt") == {
+        "5_words/a.png": "sidecar",
+        "5_words/b.png": "metadata",
+        "5_words/c.png": "words",
+        "5_words/d.png": "words",
+        "e.png": "prompt",
+    }
+    assert {picture.repeats for picture in read_folder(tmp_path, "prompt")} == {1, 5}
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "expected"),
+    [
+        ("a dog", "sks", "sks, a dog"),
+        ("sks dog", "sks", "sks dog"),
+        ("sks", "sks", "sks"),
+        ("sks, a dog", "sks", "sks, a dog"),
+        ("sksy dog", "sks", "sks, sksy dog"),
+        ("a sks dog", "sks", "sks, a sks dog"),
+        ("", "sks", "sks"),
+        ("a dog", "<my.dog>", "<my.dog>, a dog"),
+        ("<my.dog> runs", "<my.dog>", "<my.dog> runs"),
+        ("<my-dog> runs", "<my.dog>", "<my.dog>, <my-dog> runs"),
+        ("a dog", "", "a dog"),
+    ],
+)
+def test_trigger(tmp_path: Path, caption: str, trigger: str, expected: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text(caption)
+    draw(tmp_path / "b.png")
+    assert captions(tmp_path, caption, trigger) == {"a.png": expected, "b.png": expected}
+
+
+def test_no_caption(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        draw(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a dog")
+    refused(
+        tmp_path, "2 of 3 pictures have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None
+    )
+
+
+def test_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = "give a folder with .png, .jpg"
+    refused(tmp_path, "no pictures found in", tmp_path, "it is empty", takes)
+    refused(tmp_path / "gone", "no pictures found in", tmp_path / "gone", "it does not exist", takes)
+    for name in ("a.mp4", "b.MP4", "c.txt", "sub/d.mp4", "LICENSE", ".hidden.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    refused(tmp_path, "no pictures found in", tmp_path, "it holds 3 .mp4, 1 without a suffix, 1 .txt;", takes)
+    refused(draw(tmp_path / "a.png"), "no pictures found in", tmp_path / "a.png", "it is a file", takes)
+    monkeypatch.chdir(tmp_path)
+    refused("sub", "no pictures found in", tmp_path / "sub")  # where it looked, also for a relative path
+
+
+def test_both_metadata_files(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").touch()
+    (tmp_path / "metadata.csv").touch()
+    refused(tmp_path, tmp_path, "has both metadata.jsonl and metadata.csv: remove one")
+
+
+@pytest.mark.parametrize("name", ["b.png", "../a.png", "notes.md", ""])
+def test_metadata_of_a_missing_picture(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "notes.md").touch()
+    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": name, "text": "x"}))
+    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: there is no picture", name, "correct or remove this row")
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{name},x\n")
+    refused(tmp_path, tmp_path / "metadata.csv, line 3: there is no picture", name, "correct or remove this row")
+
+
+def test_metadata_with_two_rows_of_a_picture(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\n")
+    refused(tmp_path, tmp_path / "metadata.csv, line 3: a.png has a row already: remove one")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "x"},
+        {"file_name": "a.png"},
+        {"file_name": "a.png", "text": None},
+        {"file_name": "a.png", "text": "x", "caption": "y"},
+        {"file_name": 3, "text": "x"},
+        ["a.png", "x"],
+        "a.png",
+    ],
+)
+def test_metadata_rows_of_another_form(tmp_path: Path, row: object) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    refused(tmp_path, tmp_path / "metadata.jsonl, line 1: a row needs a file_name and either a text or a caption")
+
+
+@pytest.mark.parametrize("text", ["file_name,label\na.png,x\n", "a.png,x\na.png,y\n", "file_name,text\na.png\n"])
+def test_csv_columns_of_another_form(tmp_path: Path, text: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    refused(tmp_path, tmp_path / "metadata.csv, line 2: a row needs a file_name and either a text or a caption")
+
+
+def test_metadata_that_is_not_jsonl_or_csv(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n')
+    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: not JSON (Expecting value)", "correct this row")
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"never closed\n')
+    refused(tmp_path, tmp_path / "metadata.csv, after line 1: unexpected end of data: correct this row")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.caption", "metadata.jsonl", "metadata.csv"])
+def test_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / name).write_bytes("file_name,text\na.png,Hündchen".encode("latin-1"))
+    refused(tmp_path, tmp_path / name, "is not UTF-8 text: save it as UTF-8")
+
+
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    refused(tmp_path, tmp_path / "a.txt", "cannot be read (No such file or directory)")
+
+    def forbidden(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    refused(tmp_path, tmp_path, "cannot be read (Permission denied): make it readable")
+
+
+def test_a_broken_link_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    refused(tmp_path, tmp_path / "a.png", "is not a readable picture (No such file or directory)")
+
+
+def test_linked_folders(tmp_path: Path) -> None:
+    draw(tmp_path / "store/a.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/10_dog").symlink_to(tmp_path / "store")
+    assert captions(tmp_path / "data") == {"10_dog/a.png": "dog"}
+    (tmp_path / "store/loop").symlink_to(tmp_path / "data")
+    refused(tmp_path / "data", "loop links back to a folder around it: remove this link")
+
+
+def test_text_named_png(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("text")
+    refused(tmp_path, tmp_path / "b.png", "is not a readable picture", "remove it or replace it")
+
+
+def test_check_passes_good_pictures_and_decodes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(9):
+        draw(tmp_path / f"{index}.png")
+    decoded, threads = [], set()
+
+    def spy(path: Path) -> Image.Image:
+        decoded.append(path.name)
+        threads.add(threading.current_thread())
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+
+    monkeypatch.setattr(module, "open_picture", spy)
+    check_pictures(read_folder(tmp_path, "p"))
+    assert sorted(decoded) == [f"{index}.png" for index in range(9)]
+    assert threading.main_thread() not in threads
+    assert len(threads) <= 4
+
+
+def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
+    for name in "abcdef":
+        path = draw(tmp_path / f"{name}.jpg", 64, 64)
+        if name in "ce":
+            path.write_bytes(path.read_bytes()[:-500])
+    pictures = read_folder(tmp_path, "p")  # the headers are whole
+    for _ in range(5):
+        with pytest.raises(ValueError, match=r"\Adata\.path: .*c\.jpg is not a readable picture \(.*: remove it"):
+            check_pictures(pictures)
+
+
+def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
+    path = draw(tmp_path / "late.png", 8, 6)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    chunk = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = path.read_bytes()
+    end = data.index(b"IEND") - 4
+    path.write_bytes(data[:end] + chunk + data[end:])
+    with pytest.raises(ValueError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
+        check_pictures(read_folder(tmp_path, "p"))

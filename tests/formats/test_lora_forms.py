@@ -1,0 +1,167 @@
+"""Both forms and back: equal changes, alpha from wherever it stands, metadata, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora, read_lora, read_safetensors
+
+
+def assert_same_changes(one, other, delta):
+    assert one.pairs.keys() == other.pairs.keys()
+    for module in one.pairs:
+        torch.testing.assert_close(delta(one, module), delta(other, module), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("alphas", [(3.0,), (3.0, 8.0)])
+def test_round_trips_keep_the_changes(make_weights, modules, delta, spec, tmp_path, alphas):
+    weights = make_weights((4, 2), alphas)
+    first, second = tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"
+    diffusers_lora.write(first, weights, {})
+    kohya_lora.write(second, diffusers_lora.read(first), spec, {})
+    assert_same_changes(kohya_lora.read(second, modules), weights, delta)
+    kohya_lora.write(second, weights, spec, {})
+    diffusers_lora.write(first, kohya_lora.read(second, modules), {})
+    assert_same_changes(diffusers_lora.read(first), weights, delta)
+
+
+def test_kohya_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec, tmp_path):
+    weights = make_weights((4,), (3.0,))
+    kohya_lora.write(tmp_path / "it.safetensors", weights, spec, {})
+    back = kohya_lora.read(tmp_path / "it.safetensors", modules)
+    assert back.alphas == weights.alphas
+    for module, pair in weights.pairs.items():
+        assert all(torch.equal(*both) for both in zip(back.pairs[module], pair, strict=True))
+
+
+def test_kohya_folds_several_alphas_to_the_rank(make_weights):
+    tensors = kohya_lora.to_tensors(make_weights((4,), (3.0, 8.0)))
+    assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {4.0}
+
+
+def test_folding_half_precision_is_done_in_float32():
+    down, up = torch.ones(3, 2, dtype=torch.float16), torch.full((2, 3), 0.1, dtype=torch.float16)
+    folded = LoRAWeights({"unet.a": (down, up)}, {"unet.a": 1.0}).folded()
+    assert folded.alphas == {"unet.a": 3.0}
+    assert torch.equal(folded.pairs["unet.a"][1], up.float() * (1 / 3))
+
+
+def test_read_lora_tells_the_forms_apart(make_weights, modules, delta, spec, tmp_path):
+    weights = make_weights()
+    diffusers_lora.write(tmp_path / diffusers_lora.FILE_NAME, weights, {"sdtune_backbone_hash": "abc"})
+    kohya_lora.write(tmp_path / "otter.safetensors", weights, spec, {"sdtune_backbone_hash": "abc"})
+    for path in (tmp_path, tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"):
+        back, metadata = read_lora(path, modules)
+        assert_same_changes(back, weights, delta)
+        assert metadata["sdtune_backbone_hash"] == "abc"
+
+
+@pytest.mark.parametrize("convert", [dict, convert_state_dict_to_diffusers], ids=["peft's names", "its scripts' names"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_of_files_that_plain_diffusers_wrote(pipeline, modules, delta, tmp_path, rslora, convert):
+    patterns = {} if rslora else {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 5, "to_k": 9}}
+    common = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "use_rslora": rslora}
+    pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_out.0", "conv1"], **common, **patterns))
+    pipeline.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"], **common))
+    pipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert(get_peft_model_state_dict(pipeline.unet)),
+        text_encoder_lora_layers=convert(get_peft_model_state_dict(pipeline.text_encoder)),
+        unet_lora_adapter_metadata=settings(pipeline.unet),
+        text_encoder_lora_adapter_metadata=settings(pipeline.text_encoder),
+    )
+    weights, metadata = read_lora(tmp_path, modules)
+    live = {}
+    for component in ("unet", "text_encoder"):
+        for path, module in getattr(pipeline, component).named_modules():
+            if hasattr(module, "get_delta_weight"):
+                name = path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+                live[f"{component}.{name}"] = module.get_delta_weight(next(iter(module.lora_A))).detach()
+    assert weights.pairs.keys() == live.keys()
+    for module, change in live.items():
+        torch.testing.assert_close(delta(weights, module).float(), change, rtol=1e-5, atol=1e-7)
+
+    # Written again with the metadata it was read with, alpha must not count twice.
+    diffusers_lora.write(tmp_path / "again.safetensors", weights, metadata)
+    assert_same_changes(diffusers_lora.read(tmp_path / "again.safetensors"), weights, delta)
+
+
+def settings(model):
+    config = next(iter(model.peft_config.values())).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def test_kohya_metadata(make_weights, spec, tmp_path):
+    kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"sdtune_backbone_hash": "abc"})
+    _, metadata = read_safetensors(tmp_path / "it.safetensors")
+    assert len(metadata.pop("sshs_model_hash")) == 64
+    assert len(metadata.pop("sshs_legacy_hash")) == 8
+    assert json.loads(metadata.pop("ss_network_args")) == {"conv_dim": "4", "conv_alpha": "3.0"}
+    assert metadata == {
+        "sdtune_backbone_hash": "abc",
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "3.0",
+        "ss_output_name": "otter",
+        "ss_steps": "300",
+        "ss_seed": "7",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "otter",
+        "modelspec.resolution": "512x512",
+        "modelspec.date": "2026-01-02T03:04:05+00:00",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": "sks otter",
+    }
+
+
+def test_kohya_metadata_where_there_is_less_or_more_to_tell(make_weights, spec, tmp_path):
+    weights = make_weights((4, 2))
+    linear = {module: pair for module, pair in weights.pairs.items() if pair[0].dim() == 2}
+    spec = replace(spec, trigger=None, architecture="stable-diffusion-v2-768-v", prediction_type="v")
+    kohya_lora.write(tmp_path / "it", LoRAWeights(linear, {m: weights.alphas[m] for m in linear}), spec, {})
+    _, metadata = read_safetensors(tmp_path / "it")
+    assert "modelspec.trigger_phrase" not in metadata
+    assert metadata["ss_network_args"] == "{}"
+    assert metadata["ss_network_dim"] == "Dynamic"
+    assert (metadata["ss_v2"], metadata["ss_base_model_version"]) == ("True", "sd_v2")
+    assert metadata["modelspec.prediction_type"] == "v"
+
+
+def test_hashes_are_kohyas(spec, tmp_path):
+    # Over 1 MiB + 64 KiB, so that the older hash has its whole window.
+    pair = torch.randn(4, 80_000), torch.randn(8, 4)
+    weights = LoRAWeights({"unet.mid_block.a": pair}, {"unet.mid_block.a": 3.0})
+    path = tmp_path / "it.safetensors"
+    kohya_lora.write(path, weights, spec, {"note": "not of the training"})
+    tensors, metadata = read_safetensors(path)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert metadata["sshs_model_hash"] == hashlib.sha256(content[header:]).hexdigest()
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    window = safetensors.torch.save(tensors, training)[1 << 20 : (1 << 20) + (64 << 10)]
+    assert len(window) == 64 << 10
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(window).hexdigest()[:8]
+
+
+def test_hashes_forget_what_is_not_of_the_training(make_weights, spec, tmp_path):
+    hashes = []
+    for note in ("one", "another, and longer"):
+        kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"note": note})
+        _, metadata = read_safetensors(tmp_path / "it.safetensors")
+        hashes.append((metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]))
+    assert hashes[0] == hashes[1]
+    # A file under 1 MiB has nothing in the older hash's window.
+    assert hashes[0][1] == hashlib.sha256(b"").hexdigest()[:8]
