@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdtune.launch import main
+from sdtune.quiet import quiet, quiet_bars
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
     """Check the config, and give the function that measures."""
+    quiet()
     from sdtune.evaluate_run import prepare as prepare_run
 
+    quiet_bars()
     return prepare_run(config)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.paths import config_folder
+from sdtune.suggest import suggestion
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
@@ -197,20 +198,19 @@ def _one_line(error: Exception) -> str:
     if choice:
         group, _, name = choice.group(1).rpartition("/")
         options = re.findall(r"^\t(\S+)$", choice.group(2), re.MULTILINE)
-        from sdtune.suggest import suggestion
-
         return f"{group}={name}: there is no such choice{suggestion(name, options)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines[:2])
 
 
 def _close(full: str, error: Exception) -> str:
-    from sdtune.suggest import suggestion
-
-    parent, _, name = full.rpartition(".")
-    node = getattr(error.__cause__, "parent_node", None) or getattr(error, "parent_node", None)
-    if node is None and error.__cause__ is not None:
-        node = getattr(error.__cause__.__cause__, "parent_node", None)
-    keys: Sequence[str] = [str(key) for key in node] if isinstance(node, DictConfig) else []
-    where = f" in {parent}" if parent else ""
-    return f"{where}{suggestion(name, keys)}" if keys else where
+    """Where the first unknown part of the key stands, and what was probably meant."""
+    node: Any = None
+    at: BaseException | None = error
+    while at is not None and not isinstance(node, DictConfig):
+        node, at = getattr(at, "parent_node", None), at.__cause__
+    if not isinstance(node, DictConfig):
+        return ""
+    known, parts = [str(key) for key in node], full.split(".")
+    depth = len(str(node._get_full_key(None)).split(".")) if node._get_full_key(None) else 0
+    return suggestion(parts[min(depth, len(parts) - 1)], known)

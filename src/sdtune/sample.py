@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtune.launch import main
+from sdtune.quiet import quiet, quiet_bars
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -66,8 +67,10 @@ def sample(
 
 def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
     """Check ``sdtune sample``'s config, and give the function that runs it."""
+    quiet()
     from sdtune.sample_run import prepare as prepare_run
 
+    quiet_bars()
     return prepare_run(config)
 
 

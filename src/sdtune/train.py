@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdtune.launch import main
+from sdtune.quiet import quiet, quiet_bars
 from sdtune.resume import rewrite
 
 if TYPE_CHECKING:
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
     """Check everything that can be checked without weights, and give the run."""
+    quiet()
     from sdtune.run import prepare as prepare_run
 
+    quiet_bars()
     return prepare_run(config)
 
 

@@ -24,6 +24,7 @@ SIDE = 64
 MAX_ANGLE = 10.0
 _JITTER_SIZE = 2
 _JITTER_PLACE = 0.15
+_MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,22 @@ def art(thing: Thing, style: str) -> Image.Image:
 
 
 def _placed(scene: Scene) -> Image.Image:
-    """The object alone (RGBA, 64x64), colour premultiplied by nothing: transparent where the background shows."""
+    """The object alone (RGBA, 64x64), transparent where the background shows."""
     drawing = art(BY_NAME[scene.thing], scene.style)
     if scene.mirror:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # One affine map from picture to drawing (rotation, scale, place) instead of rotate + resize: one interpolation.
     # The drawing is first reduced to about the target's size, since bilinear sampling of a larger one would alias.
     drawing = drawing.resize((scene.side, scene.side), Image.Resampling.LANCZOS)
+    # A transparent margin, so that art that touches its box is blended at the edge instead of cut in steps.
+    canvas = Image.new("RGBA", (scene.side + 2 * _MARGIN, scene.side + 2 * _MARGIN))
+    canvas.paste(drawing, (_MARGIN, _MARGIN))
     turn = np.deg2rad(scene.angle)
     cos, sin = float(np.cos(turn)), float(np.sin(turn))
     cx, cy = scene.centre
-    half = scene.side / 2
+    half = canvas.width / 2
     matrix = (cos, -sin, half - cos * cx + sin * cy, sin, cos, half - sin * cx - cos * cy)
-    return drawing.transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
+    return canvas.transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
 
 
 def draw(scene: Scene) -> Image.Image:

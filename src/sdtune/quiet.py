@@ -1,0 +1,39 @@
+"""Keeps a run's output to what its user needs: the libraries' remarks about how sdtune uses them are not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+# Each of these is about something that sdtune does on purpose.
+_EXPECTED = (
+    r".*LeafSpec.*deprecated.*",
+    r".*Total length of `list` across ranks is zero.*",  # no held-out pictures, so no validation
+    r".*module\(s\) in eval mode at the start of training.*",  # the frozen parts
+    r".*your dataloader is not resumable.*",  # the sampler starts at the step; see data/order.py
+    r".*does not have many workers.*",
+    r".*The `srun` command is available.*",
+    r".*requires torchvision.*",
+)
+
+
+def quiet() -> None:
+    """Before the libraries are imported; ``SDTUNE_VERBOSE=1`` leaves everything as it is."""
+    if os.environ.get("SDTUNE_VERBOSE"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def quiet_bars() -> None:
+    """Once transformers is imported: no bar for each of a model's files."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
