@@ -31,7 +31,7 @@ class Loaded:
     weights: LoRAWeights
 
 
-def _modules(backbone: Backbone) -> dict[str, nn.Module]:
+def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     """Sites that a file may name, by the path that clients use."""
     return {
         canonical(f"{component}.{name}"): module
@@ -95,7 +95,6 @@ def applied(backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[
                 continue
             for path, (down, up) in adapter.weights.pairs.items():
                 weight = modules[path].weight
-                assert isinstance(weight, nn.Parameter)
                 kept.setdefault(path, weight.data)
                 scale = strength * adapter.weights.alphas[path] / down.shape[0]
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
@@ -103,4 +102,4 @@ def applied(backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[
         yield
     finally:
         for path, own in kept.items():
-            modules[path].weight.data = own  # type: ignore[union-attr, assignment]
+            modules[path].weight.data = own

@@ -123,9 +123,10 @@ def _search_path(extra: str | None) -> ConfigSearchPath:
 def _compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> DictConfig:
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
-        return hydra.compose_config(
+        config: DictConfig = hydra.compose_config(
             config_name=command, overrides=overrides, run_mode=RunMode.RUN, with_log_configuration=False
         )
+        return config
     finally:
         GlobalHydra.instance().clear()
 

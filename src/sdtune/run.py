@@ -59,7 +59,7 @@ _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "seed")
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """A resolved plain container; ValueError for a mandatory value that is missing."""
-    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         missing = sorted(OmegaConf.missing_keys(own))
         if missing:

@@ -51,7 +51,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
     if config["prompts_file"]:
         wanted = []
         for line in prompts.read(config["prompts_file"]):
-            own = {
+            own: dict[str, Any] = {
                 "negative_prompt": line.negative,
                 "width": line.width,
                 "height": line.height,

@@ -41,7 +41,8 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        device: torch.device = next(self.unet.parameters()).device
+        return device
 
     def suit(self, device: torch.device) -> None:
         """Fused attention on an accelerator; on a CPU plain products, whose backward is faster at short sequences."""
@@ -60,22 +61,24 @@ class Backbone(nn.Module):
         Autocast is off: in half precision the encoders of some VAEs overflow.
         """
         with torch.autocast(pictures.device.type, enabled=False):
-            moments = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters.float()
-        return moments
+            moments: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters
+        return moments.float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior with the given standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
         mean, log_variance = moments.chunk(2, dim=1)
         drawn = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
-        return (drawn - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        shift: float = self.vae.config.shift_factor or 0.0
+        scale: float = self.vae.config.scaling_factor
+        return (drawn - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         with torch.autocast(latents.device.type, enabled=False):
-            pictures = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
-        return (pictures / 2 + 0.5).clamp(0, 1)
+            pictures: Tensor = self.vae.decode(raw.to(self.vae.dtype)).sample
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     # --- text
 

@@ -79,7 +79,7 @@ class Checkpoints(Callback):
         if trainer.world_size == 1:
             return self.stopped_by is not None
         # Processes hear a signal at different steps, so they agree, and only where they wait for each other anyway.
-        if trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
         return bool(trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False))
 

@@ -60,13 +60,15 @@ class Record(Callback):
             return
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
         self.pending.append((trainer.global_step, dict(pl_module.step_figures), self._used(rates, trainer), self._prompts))
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:
             self.flush(trainer, pl_module)
 
     @staticmethod
     def _used(rates: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
         # By now the schedule has moved on to the next step's rate; the one that was used is in its record.
         schedule = trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         step = trainer.global_step - 1
         return {
             name: base * factor(step)
@@ -81,7 +83,7 @@ class Record(Callback):
         table = torch.stack([torch.stack([f[k].float() for k in keys]) for _, f, _, _ in self.pending])
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="mean")
-        rows = []
+        rows: list[dict[str, float]] = []
         for (step, _, rates, prompts), values in zip(self.pending, table.tolist(), strict=True):
             row = dict(zip(keys, values, strict=True))
             if row.pop("finite") < 1 or row["loss"] != row["loss"]:

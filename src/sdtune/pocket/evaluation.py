@@ -105,7 +105,7 @@ class SubjectFigures:
         pixels = torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])).permute(0, 3, 1, 2)
         correct = 0
         with torch.no_grad():
-            for part in pixels.split(32):
+            for part in torch.split(pixels, 32):
                 moments = backbone.encode_images(part.to(backbone.device).float() / 127.5 - 1)
                 means = moments.chunk(2, dim=1)[0]
                 shown = backbone.decode(backbone.latents(moments, torch.zeros_like(means)))

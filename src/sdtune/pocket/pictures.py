@@ -1,4 +1,4 @@
-"""The training world as arrays, drawn once and kept on disk: pocket's networks read pictures faster than Pillow draws."""
+"""The training world as arrays, drawn once and kept on disk: reading is faster than drawing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def training_pictures(folder: Path, seed: int, count: int) -> np.ndarray:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
-    return np.load(path, mmap_mode="r")
+    pictures: np.ndarray = np.load(path, mmap_mode="r")
+    return pictures
 
 
 def caption(seed: int, index: int) -> str:

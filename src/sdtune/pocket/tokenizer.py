@@ -1,4 +1,4 @@
-"""Pocket's tokenizer: CLIP's byte-level BPE (Radford et al. 2021, section 2.4), its merges learned from the captions."""
+"""Pocket's tokenizer: CLIP's byte-level BPE (Radford et al. 2021, section 2.4), merges learned from captions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPECIALS = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def train(folder: Path, seed: int) -> CLIPTokenizer:
-    """Learn the merges and write the tokenizer in the old form (vocab.json, merges.txt) and the new (tokenizer.json)."""
+    """Learn the merges; write the tokenizer as vocab.json and merges.txt (older clients) and as tokenizer.json."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

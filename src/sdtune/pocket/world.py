@@ -112,7 +112,9 @@ def compose(
     thing: str, background: str, size: str, where: str, rng: np.random.Generator, style: str = "fluent"
 ) -> Scene:
     """A scene with the given words and a random pose."""
-    assert style in STYLES and background in BACKGROUNDS and where in PLACES
+    assert style in STYLES
+    assert background in BACKGROUNDS
+    assert where in PLACES
     side, centre = place(size, where, rng)
     angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
     return Scene(thing, background, size, where, style, side, centre, angle, bool(rng.integers(2)))

@@ -1,0 +1,70 @@
+# make help lists what there is. demo and test set everything up by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+SEED ?= 0
+POCKET ?= outputs/pocket
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: .venv/.dev ## make .venv with everything that tests and checks need
+
+demo: .venv/.installed ## teach pocket a subject it has never seen (a LoRA, minutes on a CPU)
+	$(BIN)/sdtune train experiment=lora_subject
+
+test: .venv/.dev ## the tests, under ten minutes on two cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.dev ## the tests that take more than half a minute each
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev ## ruff's checks and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: .venv/.dev ## mypy, strict, on src
+	$(BIN)/mypy
+
+wheel: .venv/.dev ## build dist/sdtune-*.whl
+	$(BIN)/python -m build --wheel
+
+pocket-assets: .venv/.installed ## rebuild the art pack from its two source packages
+	mkdir -p $(POCKET)/assets
+	cd $(POCKET)/assets && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && apt-get download fonts-noto-color-emoji
+	cd $(POCKET)/assets && dpkg -x fonts-noto-color-emoji_*.deb noto
+	$(BIN)/python -m sdtune.pocket.assets $(POCKET)/assets/lobehub-fluent-emoji-3d-1.1.0.tgz \
+	  $(POCKET)/assets/noto/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+
+pocket-train: .venv/.installed ## train pocket from nothing: hours; saves as it goes, and goes on when called again
+	$(BIN)/python -m sdtune.pocket.vae $(POCKET)
+	$(BIN)/python -m sdtune.pocket.clip $(POCKET)
+	$(BIN)/python -m sdtune.pocket.classifier $(POCKET)
+	test -d $(POCKET)/pipeline || $(BIN)/python -m sdtune.pocket.assemble $(POCKET)
+	if test -d $(POCKET)/unet/checkpoints; then $(BIN)/sdtune train resume=$(POCKET)/unet; \
+	else $(BIN)/sdtune train experiment=pocket/unet backbone.path=$(POCKET)/pipeline hydra.run.dir=$(POCKET)/unet; fi
+
+pocket-ship: .venv/.installed ## put what pocket-train made into the package
+	$(BIN)/python -m sdtune.pocket.assemble $(POCKET) --unet $(POCKET)/unet/artifact/pocket/unet --ship
+
+pocket-quality: .venv/.installed ## measure the shipped pocket on 512 held-out prompts (SEED=n: into outputs/, nothing overwritten)
+	$(BIN)/python -m sdtune.pocket.quality --seed $(SEED) \
+	  --out $(if $(filter 0,$(SEED)),experiments/pocket,outputs/pocket-quality-$(SEED))
+
+clean: ## remove the environment and caches, not the outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
