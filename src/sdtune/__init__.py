@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdtune import pocket
     from sdtune.sample import sample
 
-__all__ = ["sample"]
+__all__ = ["pocket", "sample"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +18,6 @@ def __getattr__(name: str) -> Any:
         from sdtune.sample import sample
 
         return sample
+    if name == "pocket":
+        return import_module("sdtune.pocket")
     raise AttributeError(f"module 'sdtune' has no attribute {name!r}")

@@ -104,7 +104,8 @@ def check_run(config: dict[str, Any]) -> PictureData:
     check(config["optimizer"], "optimizer", trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
-    check(config["logger"], "logger", trust)
+    for key, node in config["logger"].items():
+        check(node, f"logger.{key}", trust, ("save_dir",))
     for key, node in config["callbacks"].items():
         check(node, f"callbacks.{key}", trust, ("folder", "record"))
     check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))

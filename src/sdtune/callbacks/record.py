@@ -71,7 +71,7 @@ class Record(Callback):
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         step = trainer.global_step - 1
         return {
-            name: base * factor(step)
+            name: float(base) * factor(step)
             for name, base, factor in zip(rates, schedule.base_lrs, schedule.lr_lambdas, strict=True)
         }
 

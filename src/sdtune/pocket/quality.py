@@ -11,14 +11,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
+from sdtune.backbone import Pretrained
+from sdtune.evaluation.general import draw as draw_pictures
 from sdtune.pocket.captions import full_caption
 from sdtune.pocket.classifier import Classifier, background, ceilings, load, reconstruct
 from sdtune.pocket.world import SIDE, Scene, draw, held_out_scenes
+from sdtune.sampling import Request, Sampling
 
 PROMPTS = 512
 STEPS = 30
@@ -32,24 +34,11 @@ _CAPTION = 28  # pixels below a picture, for two lines
 
 def _generate(folder: Path, prompts: list[str], seed: int, steps: int = STEPS) -> np.ndarray:
     """A picture for each prompt, from the pipeline in ``folder``: uint8 [N, 64, 64, 3]."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        # One generator a picture: a picture does not depend on the batch that it is made in.
-        noise = [torch.Generator().manual_seed(seed * 100_003 + start + k) for k in range(len(batch))]
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = pipeline(
-                batch, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=noise, output_type="latent"
-            ).images
-        # Decoded outside autocast: bfloat16 has too few digits for 256 levels.
-        with torch.no_grad():
-            decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
-        levels = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        pictures.append(levels.permute(0, 2, 3, 1).numpy())
-        print(f"{start + len(batch)} of {len(prompts)} pictures", flush=True)
-    return np.concatenate(pictures)
+    backbone = Pretrained(str(folder)).load()
+    backbone.suit(backbone.device)
+    requests = [Request(prompt, seed * 100_003 + k) for k, prompt in enumerate(prompts)]
+    sampling = Sampling(steps=steps, guidance=GUIDANCE, batch_size=_BATCH)
+    return np.stack(draw_pictures(backbone, requests, sampling))
 
 
 def psnr(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -1,0 +1,122 @@
+"""The noise schedule against diffusers and against the formulas, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sdtune.objective.schedule import NoiseSchedule, betas
+
+TRAINED = torch.linspace(1e-4, 0.03, 40).tolist()
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
+    "scaled_linear": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+    },
+    "squaredcos_cap_v2": {
+        "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "num_train_timesteps": 1000,
+    },
+    "trained_betas": {
+        "beta_schedule": "linear",
+        "beta_start": 0.5,
+        "beta_end": 0.6,
+        "num_train_timesteps": 40,
+        "trained_betas": TRAINED,
+    },
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return CONFIGS[request.param]
+
+
+def test_the_betas_and_alpha_bars_are_those_of_diffusers(config: dict[str, Any]) -> None:
+    theirs = DDPMScheduler(**config)
+    ours = NoiseSchedule.from_config(theirs.config)
+    assert ours.alphas_cumprod.dtype == torch.float64
+    assert len(ours) == config["num_train_timesteps"] == len(theirs.alphas_cumprod)
+    torch.testing.assert_close(betas(config).float(), theirs.betas, rtol=1e-5, atol=1e-8)
+    # diffusers multiplies a thousand float32 factors; ours are float64, so theirs sets the tolerance.
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-9)
+
+
+def test_alpha_bar_is_the_product_of_what_each_step_keeps() -> None:
+    schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
+    first, last = 0.00085**0.5, 0.012**0.5
+    product = 1.0
+    for t in range(1000):
+        product *= 1 - (first + (last - first) * t / 999) ** 2
+        assert float(schedule.alphas_cumprod[t]) == pytest.approx(product, rel=1e-12)
+
+
+def test_alpha_bar_falls_within_0_and_1(config: dict[str, Any]) -> None:
+    values = NoiseSchedule.from_config(config).alphas_cumprod
+    assert 0 < values.min() < values.max() < 1
+    assert (values.diff() < 0).all()
+
+
+def test_alpha_squared_plus_sigma_squared_is_one(config: dict[str, Any]) -> None:
+    schedule = NoiseSchedule.from_config(config)
+    timesteps = torch.arange(len(schedule))
+    like = torch.zeros(len(schedule), 4, 2, 2, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(timesteps, like), schedule.sigma(timesteps, like)
+    assert alpha.shape == sigma.shape == (len(schedule), 1, 1, 1)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-14)
+
+
+def test_adding_noise_is_the_formula_and_diffusers(config: dict[str, Any]) -> None:
+    theirs = DDPMScheduler(**config)
+    schedule = NoiseSchedule.from_config(config)
+    g = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 6, 4, 5, 3, generator=g, dtype=torch.float64)
+    timesteps = torch.randint(len(schedule), (6,), generator=g)
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    assert noisy.dtype == torch.float64
+    for i, t in enumerate(timesteps.tolist()):
+        abar = float(torch.cumprod(1 - betas(config), 0)[t])
+        torch.testing.assert_close(noisy[i], abar**0.5 * clean[i] + (1 - abar) ** 0.5 * noise[i], rtol=0, atol=1e-12)
+    torch.testing.assert_close(noisy, theirs.add_noise(clean, noise, timesteps), rtol=1e-4, atol=1e-4)
+
+
+def test_the_dtype_is_that_of_the_sample() -> None:
+    schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
+    clean = torch.randn(2, 4, 3, 3)
+    assert schedule.add_noise(clean, clean, torch.tensor([0, 999])).dtype == torch.float32
+
+
+def test_the_snr_is_the_formula(config: dict[str, Any]) -> None:
+    schedule = NoiseSchedule.from_config(config)
+    timesteps = torch.arange(len(schedule))
+    abar = torch.cumprod(1 - betas(config), 0)
+    snr = schedule.snr(timesteps)
+    assert snr.shape == (len(schedule),)
+    torch.testing.assert_close(snr.double(), abar / (1 - abar), rtol=1e-6, atol=0)
+    assert (snr.diff() < 0).all()
+
+
+def test_a_zero_terminal_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        NoiseSchedule.from_config({**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True})
+
+
+def test_an_unknown_schedule_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"beta_schedule 'sigmoid' .*scaled_linear"):
+        NoiseSchedule.from_config({**CONFIGS["linear"], "beta_schedule": "sigmoid"})
+
+
+def test_moving_keeps_the_values() -> None:
+    schedule = NoiseSchedule.from_config(CONFIGS["linear"])
+    before = schedule.alphas_cumprod.clone()
+    assert schedule.to(torch.device("cpu")) is schedule
+    assert torch.equal(schedule.alphas_cumprod, before)
