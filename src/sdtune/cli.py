@@ -9,6 +9,8 @@ import os
 import runpy
 import sys
 
+from sdtune.suggest import suggestion
+
 COMMANDS = {
     "train": "train an adapter and leave a run's folder behind",
     "sample": "make pictures, with adapters at strengths chosen now",
@@ -39,16 +41,33 @@ def main() -> None:
 
         print(version("sdtune"))
         return
-    # `eval "$(sdtune -sc install=bash)"` asks for completion of the command as a whole.
-    command = "train" if arguments[0] in ("-sc", "--shell-completion") else arguments.pop(0)
+    if arguments[0] in ("-sc", "--shell-completion"):
+        _complete()
+        return
+    command = arguments.pop(0)
     if command not in COMMANDS:
-        print(f"sdtune: {command}: there is no such command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"sdtune: {command}: there is no such command{suggestion(command, COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    if "COMP_LINE" in os.environ:
-        # Hydra would take the subcommand for an override.
-        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f" {command} ", " ", 1)
     sys.argv = [sys.argv[0], *arguments]
     runpy.run_module(f"sdtune.{command}", run_name="__main__", alter_sys=True)
+
+
+def _complete() -> None:
+    """Hydra's completion, for the command that the line names; the commands themselves before there is one.
+
+    ``eval "$(sdtune -sc install=bash)"`` installs it; the shell then asks with the line in ``COMP_LINE``.
+    """
+    from sdtune.launch import main as launch
+
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    named = words[1] if len(words) > 1 else ""
+    if line and (named not in COMMANDS or line.endswith(named)):
+        print(" ".join(name for name in COMMANDS if name.startswith(named)))
+        return
+    # Hydra would take the command for an override.
+    os.environ["COMP_LINE"] = line.replace(f" {named} ", " ", 1)
+    launch(named or "train", lambda config, folder: lambda composed: None)
 
 
 if __name__ == "__main__":

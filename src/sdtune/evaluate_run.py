@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune.data import PictureData
@@ -19,7 +18,7 @@ from sdtune.run import check_run, plain, settings
 log = logging.getLogger("sdtune")
 
 
-def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The run's own config decides what is measured."""
     own = plain(config)
     run = Path(str(own["run"])).expanduser()
@@ -36,9 +35,7 @@ def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
         raise ValueError(f"run: {run} was trained with evaluation=none; there is nothing to measure")
     data = check_run(trained)
     accelerator = own["hardware"]["accelerator"]
-    return lambda composed: execute(
-        trained, data, run, accelerator, Path(HydraConfig.get().runtime.output_dir)
-    )
+    return lambda composed: execute(trained, data, run, accelerator, folder)
 
 
 def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:

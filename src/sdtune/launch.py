@@ -17,6 +17,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -46,8 +47,8 @@ class RunFailed(Exception):
     """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
 
 
-Prepare = Callable[[DictConfig], Callable[[DictConfig], Any]]
-"""Checks a composed config and gives the function that runs it; imports torch, loads no weights."""
+Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
+"""Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
 
 
 def refuse(message: str, code: int = REFUSED) -> NoReturn:
@@ -147,7 +148,7 @@ def _writable(folder: Path) -> None:
 def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: DictConfig, prepare: Prepare) -> None:
     folder = run_folder(config)
     _writable(folder)
-    run = prepare(config)
+    run = prepare(config, folder)
     existed = folder.exists()
     raised: list[Exception] = []
 
@@ -171,21 +172,27 @@ def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: D
 
 
 def _multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:
+    def job(composed: DictConfig) -> Any:
+        try:
+            return prepare(composed, Path(HydraConfig.get().runtime.output_dir))(composed)
+        except Stopped as stop:
+            # Only what is no Exception passes through Hydra and ends the sweep with the job.
+            print(f"sdtune: {stop}", file=sys.stderr)
+            raise SystemExit(stop.code) from stop
+        except Exception as error:
+            # Raised, it would end the sweep; the other jobs run on.
+            failures.append((" ".join(HydraConfig.get().overrides.task), error))
+            return None
+
+    failures: list[tuple[str, Exception]] = []
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
-        results = hydra.multirun(
-            config_name=command, task_function=lambda config: prepare(config)(config), overrides=overrides
-        )
+        hydra.multirun(config_name=command, task_function=job, overrides=overrides)
     finally:
         GlobalHydra.instance().clear()
-    failed = 0
-    for job in (job for batch in results for job in batch):
-        try:
-            _ = job.return_value
-        except ValueError as error:
-            failed += 1
-            print(f"sdtune: job {' '.join(job.overrides or [])}: {error}", file=sys.stderr)
-    return 1 if failed else 0
+    for overrides_of, error in failures:
+        print(f"sdtune: job {overrides_of}: {error}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _one_line(error: Exception) -> str:

@@ -28,12 +28,14 @@ def quiet() -> None:
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def quiet_bars() -> None:
-    """Once transformers is imported: no bar for each of a model's files."""
+def quiet_libraries() -> None:
+    """Once they are imported: Lightning sets its own level then, and transformers draws a bar for each file."""
+    if os.environ.get("SDTUNE_VERBOSE"):
+        return
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -11,7 +11,6 @@ from typing import Annotated, Any, get_type_hints
 
 import pytorch_lightning as pl
 from annotated_types import Ge
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,7 +26,7 @@ from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.hardware import precision
 from sdtune.instantiate import build, check, check_value
-from sdtune.launch import RunFailed, Stopped, run_folder
+from sdtune.launch import RunFailed, Stopped
 from sdtune.methods.base import Adapter
 
 log = logging.getLogger("sdtune")
@@ -130,10 +129,9 @@ def check_run(config: dict[str, Any]) -> PictureData:
     return data
 
 
-def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
-    """Check ``config`` (with Hydra's part), and give the function that runs it."""
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+    """Check ``config`` and ``folder``, and give the function that runs it."""
     container = plain(config)
-    folder = run_folder(config)
     first = "LOCAL_RANK" not in os.environ
     if container.get("resume"):
         checkpoint = last_checkpoint(folder)
@@ -142,10 +140,10 @@ def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
             raise ValueError(
                 f"resume: the run in {folder} is complete at step {done}; give a larger trainer.max_steps= to extend it"
             )
-    elif first and ((folder / ".hydra").exists() or (folder / "metrics.csv").exists()):
+    elif first and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
     data = check_run(container)
-    return lambda composed: execute(plain(composed), data, Path(HydraConfig.get().runtime.output_dir))
+    return lambda composed: execute(plain(composed), data, folder)
 
 
 def _callbacks(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtune.launch import main
-from sdtune.quiet import quiet, quiet_bars
+from sdtune.quiet import quiet, quiet_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -65,13 +65,13 @@ def sample(
         return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]
 
 
-def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``sdtune sample``'s config, and give the function that runs it."""
     quiet()
     from sdtune.sample_run import prepare as prepare_run
 
-    quiet_bars()
-    return prepare_run(config)
+    quiet_libraries()
+    return prepare_run(config, folder)
 
 
 def describe(settings: Any, prompt: str, seed: int, adapters: Sequence[dict[str, Any]], strength: float) -> dict[str, str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sdtune import adapters as files
@@ -24,7 +23,7 @@ from sdtune.sampling import Request, Sampling, generate
 log = logging.getLogger("sdtune")
 
 
-def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Everything that can be refused before weights are loaded."""
     container = plain(config)
     trust = container["trust"]
@@ -42,7 +41,7 @@ def prepare(config: DictConfig) -> Callable[[DictConfig], Any]:
         files.check_file(str(adapter["path"]))
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
-    return lambda composed: execute(plain(composed), Path(HydraConfig.get().runtime.output_dir))
+    return lambda composed: execute(plain(composed), folder)
 
 
 def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:

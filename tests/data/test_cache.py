@@ -1,0 +1,130 @@
+"""The cache of latents and text states: by content, whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdtune.data.cache import TensorCache, share
+
+
+def test_what_is_put_comes_back(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path / "a" / "b")
+    value = torch.randn(3, 4).t()  # not contiguous
+    assert "key" not in cache
+    cache.put("key", value)
+    assert "key" in cache
+    assert torch.equal(TensorCache(tmp_path / "a" / "b").get("key"), value)
+    assert "another" not in cache
+
+
+def test_keys_of_any_text_have_files_of_their_own(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    keys = ["", "a/b", "../a", "a\0b", "é" * 500, "a", "A"]
+    for i, key in enumerate(keys):
+        cache.put(key, torch.tensor([i]))
+    assert [int(cache.get(key)) for key in keys] == list(range(len(keys)))
+    assert all(path.is_relative_to(tmp_path) for path in map(cache.path, keys))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not safetensors at all"])
+def test_a_damaged_entry_is_named(tmp_path: Path, damage) -> None:
+    cache = TensorCache(tmp_path)
+    cache.put("key", torch.randn(64))
+    cache.path("key").write_bytes(damage(cache.path("key").read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{cache.path('key')}: a damaged cache entry .*delete it") as caught:
+        cache.get("key")
+    assert "\n" not in str(caught.value)
+
+
+def encode(items: Sequence[str]) -> Tensor:
+    return torch.tensor([[float(len(item))] for item in items])
+
+
+def test_only_what_is_missing_is_encoded_in_batches(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    calls: list[list[str]] = []
+    done: list[int] = []
+
+    def recorded(items: Sequence[str]) -> Tensor:
+        calls.append(list(items))
+        return encode(items)
+
+    cache.fill({"k1": "a"}, recorded, batch_size=2)
+    items = {f"k{i}": "a" * i for i in range(1, 6)}
+    cache.fill(items, recorded, batch_size=3, progress=done.append)
+    assert calls == [["a"], ["aa", "aaa", "aaaa"], ["aaaaa"]]
+    assert done == [3, 1]
+    assert [float(cache.get(key)) for key in items] == [1, 2, 3, 4, 5]
+    cache.fill(items, recorded, batch_size=3)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_output_that_is_not_finite_is_refused_by_name_and_not_kept(tmp_path: Path, value: float) -> None:
+    cache = TensorCache(tmp_path)
+
+    def broken(items: Sequence[str]) -> Tensor:
+        out = encode(items)
+        out[[item == "bad.png" for item in items]] = value
+        return out
+
+    with pytest.raises(ValueError, match=r"^bad\.png: .*not finite"):
+        cache.fill({"g": "good.png", "b": "bad.png"}, broken, batch_size=2)
+    assert "g" in cache
+    assert "b" not in cache
+
+
+def test_an_encoder_that_gives_too_few_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        TensorCache(tmp_path).fill({"a": "a", "b": "b"}, lambda items: encode(items[:1]), batch_size=2)
+
+
+def test_the_shares_of_the_processes_part_the_keys() -> None:
+    keys = [f"k{i}" for i in range(7)]
+    shares = [share(keys, rank, 3) for rank in range(3)]
+    assert sorted(key for part in shares for key in part) == keys
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_threads_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    value = torch.arange(50_000.0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: cache.put("key", value), range(64)))
+    assert torch.equal(cache.get("key"), value)
+    assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
+
+
+def test_processes_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path; from sdtune.data.cache import TensorCache\n"
+        "cache = TensorCache(Path(sys.argv[1]))\n"
+        "for _ in range(50):\n"
+        "    cache.put('key', torch.arange(50_000.0)); assert cache.get('key')[-1] == 49_999\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0]
+    cache = TensorCache(tmp_path)
+    assert torch.equal(cache.get("key"), torch.arange(50_000.0))
+    assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
+
+
+def test_a_write_that_fails_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TensorCache(tmp_path)
+
+    def half(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("sdtune.data.cache.save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        cache.put("key", torch.zeros(1))
+    assert "key" not in cache
