@@ -30,8 +30,7 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
     What counts is where the thing found was defined: a prefix on the string alone is bypassed by a path that walks
     through a module's imports, ``pytorch_lightning.trainer.os.system``.
     """
-    module, _, name = target.rpartition(".")
-    if not _allowed(module, trust):
+    if not _allowed(target.rpartition(".")[0], trust):
         raise ValueError(f"{key}._target_: {target} is not allowed; add trust=[{target.split('.')[0]}] if you trust it")
     found: Any = None
     parts = target.split(".")
@@ -124,11 +123,13 @@ def check_value(value: Any, hint: Any, key: str) -> None:
 
 
 def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), **given: Any) -> Any:
-    """The object that a checked ``node`` describes, nested nodes first; ``given`` arguments are added. None from None."""
+    """The object that a checked ``node`` describes, nested nodes first, with ``given`` arguments. None from None."""
     if node is None:
         return None
     target = resolve(str(node["_target_"]), "config", trust)
-    arguments = {name: _value(v, trust) for name, v in node.items() if not (name.startswith("_") and name.endswith("_"))}
+    arguments = {
+        name: _value(v, trust) for name, v in node.items() if not (name.startswith("_") and name.endswith("_"))
+    }
     if node.get("_partial_"):
         return lambda *args: target(*args, **arguments)
     return target(**arguments, **given)

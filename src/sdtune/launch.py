@@ -114,8 +114,8 @@ def _ask_hydra(command: str, args: Any, parser: Any) -> None:
 def _search_path(extra: str | None) -> ConfigSearchPath:
     search = create_config_search_path(str(config_folder()))
     if extra is not None:
-        folder = os.path.abspath(extra)
-        if not os.path.isdir(folder):
+        folder = Path(extra).absolute()
+        if not folder.is_dir():
             refuse(f"--config-dir: {extra} is not a folder")
         search.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     return search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -23,10 +24,11 @@ def wandb_logger(
     """
     from pytorch_lightning.loggers import WandbLogger
 
-    if not offline and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
-        netrc = os.path.expanduser("~/.netrc")
-        if not os.path.exists(netrc):
-            raise ValueError("logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true")
+    account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (Path.home() / ".netrc").exists()
+    if not offline and not account:
+        raise ValueError(
+            "logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true"
+        )
     # Lightning's own offline=True sets WANDB_MODE for the whole process, and with it for the next job of a sweep.
     logger = WandbLogger(
         project=project, name=name, group=group, tags=list(tags), save_dir=save_dir, settings=_settings(offline)

@@ -52,5 +52,3 @@ def read(path: str) -> list[PromptLine]:
     if not lines:
         raise ValueError(f"prompts_file: {path} holds no prompt")
     return lines
-
-

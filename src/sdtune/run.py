@@ -281,4 +281,3 @@ def _close(loggers: list[Any], failed: bool) -> None:
             import wandb
 
             wandb.finish(exit_code=1 if failed else 0)
-

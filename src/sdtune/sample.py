@@ -74,7 +74,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     return prepare_run(config, folder)
 
 
-def describe(settings: Any, prompt: str, seed: int, adapters: Sequence[dict[str, Any]], strength: float) -> dict[str, str]:
+def describe(
+    settings: Any, prompt: str, seed: int, adapters: Sequence[dict[str, Any]], strength: float
+) -> dict[str, str]:
     """A picture's metadata: A1111's ``parameters`` line, and everything as JSON."""
     line = (
         f"{prompt}\nNegative prompt: {settings.negative_prompt}\nSteps: {settings.steps}, Sampler:"
@@ -87,9 +89,7 @@ def describe(settings: Any, prompt: str, seed: int, adapters: Sequence[dict[str,
         "guidance": settings.guidance,
         "negative_prompt": settings.negative_prompt,
         "sampler": settings.sampler,
-        "adapters": [
-            {"path": Path(a["path"]).name, "strength": a.get("strength", 1.0) * strength} for a in adapters
-        ],
+        "adapters": [{"path": Path(a["path"]).name, "strength": a.get("strength", 1.0) * strength} for a in adapters],
     }
     return {"parameters": line, "sdtune": json.dumps(facts)}
 

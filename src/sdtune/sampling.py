@@ -86,8 +86,11 @@ def generate(
     settings.check(backbone.facts.factor)
     denoise = denoise or backbone.predict
     device, facts = backbone.device, backbone.facts
-    shape = (facts.latent_channels, (settings.height or facts.side) // facts.factor,
-             (settings.width or facts.side) // facts.factor)
+    shape = (
+        facts.latent_channels,
+        (settings.height or facts.side) // facts.factor,
+        (settings.width or facts.side) // facts.factor,
+    )
     for first in range(0, len(requests), settings.batch_size):
         batch = requests[first : first + settings.batch_size]
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]

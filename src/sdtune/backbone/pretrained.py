@@ -67,7 +67,7 @@ class Pretrained:
             return local
         if local.exists() or self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1:
             raise ValueError(
-                f"backbone.path: {self.path} is not a folder; name a pipeline folder in the diffusers layout, or a hub id"
+                f"backbone.path: {self.path} is not a folder; name a pipeline folder (diffusers layout) or a hub id"
             )
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -83,7 +83,9 @@ class Pretrained:
     def config(self, component: str) -> dict[str, Any]:
         """``<component>``'s config as the pipeline folder holds it."""
         folder = self._snapshot(["*.json", "*/*.json", "tokenizer/*"])
-        name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(component, "config.json")
+        name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
+            component, "config.json"
+        )
         file = folder / "model_index.json" if component == "" else folder / component / name
         if not file.is_file():
             raise ValueError(f"backbone.path: {file} is missing; a pipeline folder in the diffusers layout has it")
@@ -113,12 +115,10 @@ class Pretrained:
 
     def folder(self) -> Path:
         """The local folder with everything that loading needs."""
-        return self._snapshot(
-            ["*.json", "*/*.json", "tokenizer/*", *(f"{name}/*.safetensors" for name in COMPONENTS)]
-        )
+        return self._snapshot(["*.json", "*/*.json", "tokenizer/*", *(f"{name}/*.safetensors" for name in COMPONENTS)])
 
     def hash(self) -> str:
-        """sha256 over the weights (see :func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
+        """The weights' sha256 (:func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
         return weights_hash(self.folder(), [name for name in COMPONENTS if name not in self.from_scratch])
 
     def component_hash(self, component: Component) -> str:

@@ -59,7 +59,9 @@ class Record(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
-        self.pending.append((trainer.global_step, dict(pl_module.step_figures), self._used(rates, trainer), self._prompts))
+        self.pending.append(
+            (trainer.global_step, dict(pl_module.step_figures), self._used(rates, trainer), self._prompts)
+        )
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:
             self.flush(trainer, pl_module)
@@ -108,8 +110,9 @@ class Record(Callback):
         module.flushed = {**rows[-1], "samples_per_second": speed}
         for row in rows:
             for logger in trainer.loggers:
-                logger.log_metrics({k: v for k, v in row.items() if k != "step"} | {"samples_per_second": speed},
-                                   step=int(row["step"]))
+                logger.log_metrics(
+                    {k: v for k, v in row.items() if k != "step"} | {"samples_per_second": speed}, step=int(row["step"])
+                )
 
     def resume_clock(self) -> None:
         """Leave out of the step times what another callback has just spent (samples, checkpoints)."""

@@ -78,9 +78,9 @@ class Samples(Callback):
     ) -> None:
         assert isinstance(pl_module, Adapter)
         due = self.every_steps and trainer.global_step % self.every_steps == 0
-        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step < trainer.max_steps:
-            if trainer.is_global_zero:
-                self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if due and boundary and trainer.is_global_zero and trainer.global_step < trainer.max_steps:
+            self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)

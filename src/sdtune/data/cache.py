@@ -7,7 +7,7 @@ picture or another VAE never meets a stale entry. Entries are shared by all runs
 from __future__ import annotations
 
 import hashlib
-import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -43,7 +43,8 @@ class TensorCache:
     def put(self, key: str, value: Tensor) -> None:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        # Not the process id: threads, and containers that share the folder, have the same.
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         save_file({"value": value.contiguous().cpu()}, partial)
         partial.replace(path)
 

@@ -18,7 +18,7 @@ from sdtune.randomness import generator
 
 
 class Draw(NamedTuple):
-    """One sample's place: which ``entry`` of the data, in which optimizer ``step``, at which ``position`` of its batch."""
+    """One sample's place: which ``entry`` of the data, in which optimizer ``step``, at which ``position`` in it."""
 
     entry: int
     step: int
@@ -110,7 +110,7 @@ class MicroBatches(Sampler[list[Draw]]):
 
 
 class FixedBatches(Sampler[list[Draw]]):
-    """Validation: every entry ``rungs`` times at fixed places, so that noise and timesteps are the same at each call."""
+    """Validation: every entry ``rungs`` times at fixed places, so that its draws are the same at each call."""
 
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, rungs: int) -> None:
         draws: list[list[Draw]] = []

@@ -28,7 +28,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(portable(tensors), draft, dict(metadata))
         _sync(draft)
-        os.replace(draft, path)
+        draft.replace(path)
         _sync(path.parent)
     # safetensors wraps the system's own errors (a full disk, no permission) in its own class.
     except (OSError, SafetensorError) as error:

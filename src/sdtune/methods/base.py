@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -21,6 +21,7 @@ from sdtune.methods.guard import skip_if_not_finite
 from sdtune.objective import Objective
 from sdtune.paths import cache_folder
 from sdtune.randomness import generator
+
 
 class Average(Protocol):
     """An average of the trained weights, which can stand in for them."""
@@ -60,7 +61,9 @@ class Adapter(pl.LightningModule, ABC):
         super().__init__()
         self.source = backbone or Pretrained()
         self.objective = objective or Objective()
-        self.make_optimizer: MakeOptimizer = optimizer or (lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True))
+        self.make_optimizer: MakeOptimizer = optimizer or (
+            lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        )
         self.lr_schedule = lr_schedule or Constant()
         self.seed = seed
         self.backbone: Backbone

@@ -81,8 +81,11 @@ class LoRA(Adapter):
     def _text_sites(self) -> list[str]:
         endings = [_TEXT_PROJECTIONS[p] for p in self.projections]
         endings += ["fc1", "fc2"] if "feed_forward" in self.targets else []
-        return [n for n, m in self.backbone.text_encoder.named_modules()
-                if isinstance(m, nn.Linear) and n.endswith(tuple(endings))]
+        return [
+            n
+            for n, m in self.backbone.text_encoder.named_modules()
+            if isinstance(m, nn.Linear) and n.endswith(tuple(endings))
+        ]
 
     def _pair(self, component: str, model: nn.Module, sites: list[str]) -> None:
         if not sites:
@@ -107,7 +110,7 @@ class LoRA(Adapter):
                 if hasattr(module, "lora_A") and "default" in module.lora_A:
                     path = canonical(f"{component}.{name}")
                     pairs[path] = (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
-        return LoRAWeights(pairs, {path: self.alpha for path in pairs})
+        return LoRAWeights(pairs, dict.fromkeys(pairs, self.alpha))
 
     def artifact(self, folder: Path, name: str) -> None:
         """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
@@ -129,4 +132,3 @@ class LoRA(Adapter):
 
     def _metadata(self) -> dict[str, str]:
         return {"sdtune_backbone_hash": self.source.hash()}
-

@@ -31,7 +31,9 @@ def target(kind: PredictionType, schedule: NoiseSchedule, clean: Tensor, noise: 
     return schedule.alpha(timesteps, clean) * noise - schedule.sigma(timesteps, clean) * clean
 
 
-def clean_from(kind: PredictionType, schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+def clean_from(
+    kind: PredictionType, schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps: Tensor
+) -> Tensor:
     """The clean sample that a UNet's ``output`` implies for ``noisy`` [B, ...]."""
     alpha, sigma = schedule.alpha(timesteps, noisy), schedule.sigma(timesteps, noisy)
     if kind == "epsilon":

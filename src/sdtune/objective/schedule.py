@@ -48,7 +48,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """From a diffusers scheduler config; a zero-terminal rescaling is refused, since no method here trains on it."""
+        """From a diffusers scheduler config; a zero-terminal rescaling is refused."""
         if config.get("rescale_betas_zero_snr"):
             raise ValueError("backbone scheduler: rescale_betas_zero_snr is not supported yet; use a plain schedule")
         return cls(torch.cumprod(1 - betas(config), 0))

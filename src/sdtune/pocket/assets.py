@@ -1,4 +1,4 @@
-"""Builds the art pack from its two sources: ``python -m sdtune.pocket.assets FLUENT.tgz NOTO.ttf`` (make pocket-assets).
+"""Builds the art pack (make pocket-assets): ``python -m sdtune.pocket.assets FLUENT.tgz NOTO.ttf``.
 
 FLUENT.tgz is the npm package ``@lobehub/fluent-emoji-3d`` (Fluent emoji, MIT), NOTO.ttf the font of Debian's
 ``fonts-noto-color-emoji`` (SIL OFL 1.1). Each drawing is reduced to 96x96 RGBA.

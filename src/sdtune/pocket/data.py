@@ -93,7 +93,9 @@ class Subject(PictureData):
         super().__post_init__()
         held_out = [thing.name for thing in HELD_OUT]
         if self.subject not in held_out:
-            raise ValueError(f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}")
+            raise ValueError(
+                f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}"
+            )
         if self.pictures > len(BACKGROUNDS) - 2:
             raise ValueError(f"data.pictures: {self.pictures} leaves too few unseen backgrounds; give at most 10")
         self.name = self.subject.replace(" ", "_")

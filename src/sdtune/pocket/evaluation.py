@@ -60,7 +60,9 @@ class SubjectFigures:
                 " for one's own pictures choose evaluation=clip"
             )
         if facts.side != SIDE:
-            raise ValueError(f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}")
+            raise ValueError(
+                f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}"
+            )
         self.sampling.check(facts.factor)
 
     def run(

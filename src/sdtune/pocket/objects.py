@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Recolour:
-    """A member made from another drawing: hue turned by ``hue`` (fraction of a turn), saturation times ``saturation``."""
+    """A member made from another drawing: hue turned by ``hue`` (of a turn), saturation times ``saturation``."""
 
     hue: float = 0.0
     saturation: float = 1.0
@@ -81,7 +81,12 @@ _CLASSES = [
     ),
     *_members(
         "cat",
-        {"kitten": "1f431", "tabby": "1f408", "gray kitten": ("1f431", _GRAY), "pink kitten": ("1f431", Recolour(-0.16))},
+        {
+            "kitten": "1f431",
+            "tabby": "1f408",
+            "gray kitten": ("1f431", _GRAY),
+            "pink kitten": ("1f431", Recolour(-0.16)),
+        },
         {"black cat": "1f408-200d-2b1b"},
     ),
     *_members(
@@ -125,9 +130,7 @@ _CLASSES = [
         },
         {"eight ball": "1f3b1"},
     ),
-    *_members(
-        "house", {"cottage": "1f3e0", "hut": "1f6d6", "church": "26ea", "school": "1f3eb"}, {"castle": "1f3f0"}
-    ),
+    *_members("house", {"cottage": "1f3e0", "hut": "1f6d6", "church": "26ea", "school": "1f3eb"}, {"castle": "1f3f0"}),
     *_members(
         "fruit",
         {

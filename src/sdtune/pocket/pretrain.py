@@ -37,9 +37,7 @@ class Pretraining(pl.LightningModule):
         self.lr, self.steps, self.weight_decay = lr, steps, weight_decay
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98)
-        )
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98))
         warm = max(1, self.steps // 50)
 
         def rate(step: int) -> float:
