@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import pytorch_lightning as pl
-from annotated_types import Ge
+import torch
+from annotated_types import Ge, Gt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -92,6 +93,16 @@ def _processes(config: dict[str, Any]) -> int:
     return count * int(config["hardware"].get("num_nodes", 1))
 
 
+def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
+    check(node, "optimizer", trust)
+    check_value(node.get("lr"), Annotated[float, Gt(0)] | None, "optimizer.lr")
+    try:
+        # torch's annotations hold no ranges; its constructors check them, and want something to optimise.
+        build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
+
+
 def check_run(config: dict[str, Any]) -> PictureData:
     """Every check that needs no weights; returns the data, read."""
     top = settings(config)
@@ -100,7 +111,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
     check(config["method"], "method", trust, _COMMON)
     for group in ("objective", "lr_schedule"):
         check(config[group], group, trust)
-    check(config["optimizer"], "optimizer", trust)
+    _check_optimizer(config["optimizer"], trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
     for key, node in config["logger"].items():

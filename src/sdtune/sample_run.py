@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,9 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     rows: list[list[np.ndarray]] = []
     for factor in factors:
         with files.applied(backbone, loaded, [file.strength * factor for file in wanted]):
-            row = []
-            for first, (request, settings) in enumerate(requests):
-                if first and settings == requests[first - 1][1]:
-                    continue  # drawn with the one before, in one batch
-                same = [r for r, s in requests[first:] if s == settings] if first == 0 else [request]
-                row += list(generate(backbone, same, settings))
+            row: list[np.ndarray] = []
+            for settings, same in groupby(requests, key=lambda wanted: wanted[1]):
+                row += generate(backbone, [request for request, _ in same], settings)
         rows.append(row)
     _write(folder, config, requests, factors, rows)
 

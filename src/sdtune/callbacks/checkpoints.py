@@ -55,7 +55,6 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, record: Record, every_steps: Annotated[int, Ge(1)] = 100) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps
         self.stopped_by: signal.Signals | None = None
-        self.best: tuple[int, float] | None = None
         self._handlers: dict[int, Any] = {}
 
     # --- asked to stop
@@ -68,6 +67,13 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._ask)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning took SIGTERM before this callback and gives it back after it; later would be too late.
+        self.restore_handlers()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.restore_handlers()
 
     def restore_handlers(self) -> None:
         """Give SIGINT and SIGTERM back to whoever had them before training."""
@@ -109,12 +115,5 @@ class Checkpoints(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
-        if value is not None and (self.best is None or value < self.best[1]):
-            self.best = (trainer.global_step, value)
+        if value is not None and value <= min(self.record.validation.values()):
             trainer.save_checkpoint(self.folder / "best.ckpt")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]

@@ -23,6 +23,9 @@ _STATUS = Path("/proc/self/status")
 class Cost(Callback):
     """Starts the memory peak anew when training starts: it would otherwise never fall between jobs of a process."""
 
+    peak: int | None = None
+    """Bytes; None where nothing was trained, as after resuming a run that had only its figures to make."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         opened = pl_module.trainable()

@@ -35,7 +35,9 @@ class EMA(Callback):
         self.shadow = {
             name: self.shadow.get(name, p.detach().float()).to(p.device, copy=True) for name, p in pl_module.trainable()
         }
-        self._step = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step  # at on_fit_start a resumed run's step is not yet known
 
     @torch.no_grad()
     def on_train_batch_end(

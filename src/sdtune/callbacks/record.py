@@ -41,8 +41,11 @@ class Record(Callback):
 
     # --- rows
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._cut(trainer.max_steps, trainer)  # a complete run, resumed for its figures alone, never starts to train
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._cut(trainer.global_step)
+        self._cut(trainer.global_step, trainer)
         self._since = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_start(
@@ -154,15 +157,19 @@ class Record(Callback):
             rows = list(reader)
         return list(reader.fieldnames or []), rows
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, step: int, trainer: pl.Trainer) -> None:
         """Drop the rows of steps that a resumed run is about to make again."""
         if not self.path.exists():
             return
         self.columns, rows = self._read()
+        rows = [row for row in rows if int(row["step"]) <= step]
+        self.validation = {int(r["step"]): float(r["validation_loss"]) for r in rows if r["validation_loss"]}
+        if not trainer.is_global_zero:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= step)
+        writer.writerows(rows)
         partial = self.path.with_suffix(".partial")
         with partial.open("w") as handle:
             handle.write(text.getvalue())

@@ -135,8 +135,18 @@ class Adapter(pl.LightningModule, ABC):
         self._halve_frozen()
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "prepare"):
+            data.open(self.source.facts.side, self.source.facts.factor)
             data.prepare(self.encoders())
             self.trainer.strategy.barrier("caches")
+
+    def on_train_start(self) -> None:
+        # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            for group, rate, factor in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * factor(schedule.last_epoch)
 
     def _halve_frozen(self) -> None:
         """Under bf16-mixed, frozen weights of UNet and text encoder go to bfloat16; trained ones stay float32.
@@ -185,7 +195,9 @@ class Adapter(pl.LightningModule, ABC):
 
     def _noise(self, shape: Sequence[int], stream: str, step: int, positions: Iterable[int]) -> Tensor:
         """Standard normal [len(positions), *shape], each sample a function of its place alone."""
-        rows = [generator(self.seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
+        # Validation looks at the same noise in every run, so that curves compare across seeds too.
+        seed = self.seed if stream.startswith("train/") else 0
+        rows = [generator(seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _timesteps(self, stream: str, step: int, positions: Sequence[int]) -> Tensor:

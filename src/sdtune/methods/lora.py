@@ -126,6 +126,7 @@ class LoRA(Adapter):
             prediction_type="v" if self.backbone.prediction_type == "v_prediction" else "epsilon",
             steps=self.trainer.global_step,
             seed=self.seed,
+            trigger=getattr(getattr(self.trainer, "datamodule", None), "keep", None) or None,
             architecture="stable-diffusion-v2-512" if width == 1024 else "stable-diffusion-v1",
         )
         kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._metadata())

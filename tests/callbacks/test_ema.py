@@ -1,0 +1,89 @@
+"""The average of the trained weights: its formula, and where it stands in for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from running import adamw, fit, folder_data
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+from sdtune.callbacks import EMA
+from sdtune.methods import LoRA
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.trainable()}
+
+
+class Watch(Callback):
+    """The weights after every optimizer step, and those that validation saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+        self.validated: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.seen.append(weights(pl_module))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == len(self.seen):
+            self.seen.append(weights(pl_module))
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.validated = weights(pl_module)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_formula_and_stand_in(tiny: Path, pictures: Path, accumulation: int) -> None:
+    model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
+    watch, ema = Watch(), EMA(decay=0.25)
+    fit(
+        model,
+        folder_data(pictures, hold_out=5),
+        5,
+        [ema, watch],
+        accumulate_grad_batches=accumulation,
+        val_check_interval=5 * accumulation,
+        check_val_every_n_epoch=None,
+    )
+    assert len(watch.seen) == 6
+    wanted = {name: p.double() for name, p in watch.seen[0].items()}
+    for step, now in enumerate(watch.seen[1:], 1):
+        decay = min(0.25, (1 + step) / (10 + step))
+        wanted = {name: decay * wanted[name] + (1 - decay) * now[name].double() for name in wanted}
+    for name, p in ema.shadow.items():
+        torch.testing.assert_close(p.double(), wanted[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(watch.validated[name], p)
+    own = weights(model)
+    assert all(torch.equal(own[name], watch.seen[-1][name]) for name in own)
+    assert any(not torch.equal(own[name], ema.shadow[name]) for name in own)
+
+    with model.final_weights():
+        assert all(torch.equal(p, ema.shadow[name]) for name, p in model.trainable())
+    assert all(torch.equal(p, own[name]) for name, p in model.trainable())
+    with pytest.raises(RuntimeError, match="inside"), model.final_weights():
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, own[name]) for name, p in model.trainable())
+
+
+def test_saved_and_resumed(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """With accumulation: the average must not move at a micro-batch that took no step."""
+
+    def run(steps: int, **settings: Any) -> tuple[EMA, pl.Trainer]:
+        ema = EMA(decay=0.5)
+        model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
+        return ema, fit(model, folder_data(pictures), steps, [ema], accumulate_grad_batches=2, **settings)
+
+    whole, _ = run(5)
+    first, trainer = run(3)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    assert torch.load(tmp_path / "kept.ckpt", weights_only=True)["callbacks"]["EMA"]["shadow"].keys() == first.shadow.keys()
+    second, _ = run(5, ckpt_path=tmp_path / "kept.ckpt")
+    assert all(torch.equal(second.shadow[name], p) for name, p in whole.shadow.items())
+    assert any(not torch.equal(first.shadow[name], p) for name, p in whole.shadow.items())

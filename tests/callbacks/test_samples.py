@@ -1,0 +1,53 @@
+"""Samples and snapshots: written when they are due, and training does not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from running import arguments, train
+from safetensors.torch import load_file
+
+
+def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Dropout makes training depend on the global generator and on the modules' modes."""
+    common = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
+    with_samples = [
+        "callbacks.samples={_target_:sdtune.callbacks.Samples,prompts:[a fox,a red fox,two foxes],seeds:[0,1],"
+        "every_steps:2,sampling:{_target_:sdtune.sampling.Sampling,steps:2,guidance:3.0,sampler:euler_ancestral}}",
+        "save_every=2",
+    ]
+    plain, drawn = tmp_path / "plain", tmp_path / "drawn"
+    assert train(*arguments(tiny, pictures, plain, *common)) == 0
+    own = [a for a in arguments(tiny, pictures, drawn, *common) if a != "callbacks.samples=null"]
+    assert train(*own, *with_samples) == 0
+
+    assert (drawn / "metrics.csv").read_bytes() == (plain / "metrics.csv").read_bytes()
+    ours, theirs = (load_file(run / "artifact" / "otter.safetensors") for run in (drawn, plain))
+    assert all(np.array_equal(value, theirs[key]) for key, value in ours.items())
+
+    names = [f"step{step:08d}.png" for step in (0, 2, 4, 5)]
+    snapshots = [f"otter-step{step:08d}" for step in (2, 4)]
+    assert sorted(p.name for p in (drawn / "samples").iterdir()) == sorted(
+        [*names, "before_after.png", *(f"{s}.png" for s in snapshots)]
+    )
+    assert not (plain / "samples").exists()
+    before, after, both = (
+        np.asarray(Image.open(drawn / "samples" / name)) for name in (names[0], names[-1], "before_after.png")
+    )
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
+    tile = 160 + 6
+    assert before.shape[:2] == (46 + 2 * tile + 6, 120 + 3 * tile + 6)
+    assert both.shape[:2] == (46 + 4 * tile + 6, 120 + 3 * tile + 6)
+    for row in (0, 1):  # before and after alternate
+        picture = np.s_[46 + 6 + row * tile : 46 + row * tile + tile, 126:]
+        mixed = np.s_[46 + 6 + 2 * row * tile : 46 + 2 * row * tile + tile, 126:]
+        assert np.array_equal(both[mixed], before[picture])
+
+    found = sorted(p.name for p in (drawn / "artifact").glob("otter-*"))
+    assert found == [f"{s}.safetensors" for s in snapshots]
+    first, last = (load_file(drawn / "artifact" / f"{s}.safetensors") for s in snapshots)
+    assert first.keys() == last.keys() == ours.keys()
+    assert any(not np.array_equal(first[key], last[key]) for key in first)

@@ -1,0 +1,146 @@
+"""The loop that all methods share, against diffusers' own modules put together by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import build_pipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from pytorch_lightning.callbacks import Callback
+from running import Spy, adamw, fit, folder_data
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+from sdtune.methods import Full, LoRA
+from sdtune.randomness import generator
+
+
+def drawn(seed: int, stream: str, step: int, positions: list[int], shape: tuple[int, ...]) -> Tensor:
+    rows = [generator(seed, stream, step, p).standard_normal(shape, dtype="float32") for p in positions]
+    return torch.stack([torch.from_numpy(row) for row in rows])
+
+
+def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    prompts, positions, step = ["a red fox", ""], [4, 5], 7
+    model = Full(backbone=Pretrained(str(tiny)), seed=11)
+    model.configure_model()
+    batch = {"prompts": prompts, "step": step, "positions": torch.tensor(positions), "pixels": pixels}
+    loss = model.losses(batch)
+    loss.mean().backward()
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels).latent_dist
+        sample = posterior.mean + posterior.std * drawn(11, "train/vae", step, positions, (4, 8, 8))
+        latents = sample * pipe.vae.config.scaling_factor
+        ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        text = pipe.text_encoder(ids)[0]
+    noise = drawn(11, "train/noise", step, positions, (4, 8, 8))
+    times = torch.tensor([int(generator(11, "train/timestep", step, p).integers(1000)) for p in positions])
+    output = pipe.unet(scheduler.add_noise(latents, noise, times), times, encoder_hidden_states=text).sample
+    wanted = (output - noise).square().mean((1, 2, 3))
+    wanted.mean().backward()
+
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    theirs = dict(pipe.unet.named_parameters())
+    for name, p in model.backbone.unet.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_caches_change_nothing(tiny: Path, pictures: Path) -> None:
+    losses = []
+    for cached in (True, False):
+        spy = Spy()
+        model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
+        data = folder_data(pictures, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
+        fit(model, data, 4, [spy])
+        losses.append(spy.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(set(losses[0])) == 4
+
+
+def test_validation_looks_at_the_same_draws_in_every_run(tiny: Path, pictures: Path) -> None:
+    """With nothing learnt it must be one number: at each call, and whatever the run's seed."""
+    seen = []
+    for seed in (0, 7):
+        spy = Spy()
+        model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), seed=seed)
+        data = folder_data(pictures, hold_out=5, seed=seed)
+        fit(model, data, 4, [spy], val_check_interval=2, check_val_every_n_epoch=None)
+        assert len(spy.validation) == 2
+        seen += spy.validation
+        assert len(set(spy.losses)) == 4
+    assert len(set(seen)) == 1
+
+
+class Types(Callback):
+    """The weights' types while training."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        names = {name for name, _ in pl_module.trainable()}
+        self.trained = {p.dtype for name, p in pl_module.named_parameters() if name in names}
+        self.frozen = {
+            part: {p.dtype for p in getattr(pl_module.backbone, part).parameters() if not p.requires_grad}
+            for part in ("unet", "text_encoder", "vae")
+        }
+
+
+def test_bf16_halves_only_what_is_frozen(tiny: Path, pictures: Path) -> None:
+    model = LoRA(
+        rank=2, targets=("cross_attention", "convolutions"), backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)
+    )
+    spy, types = Spy(), Types()
+    trainer = fit(
+        model,
+        folder_data(pictures, hold_out=5),
+        2,
+        [spy, types],
+        precision="bf16-mixed",
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )
+    assert types.trained == {torch.float32}
+    assert types.frozen == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    assert trainer.global_step == 2
+    assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
+    assert all(gradient.dtype == torch.float32 for gradient in spy.gradients[0].values())
+    assert any(up.any() for _, up in model.weights().pairs.values())
+
+
+def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    source = Pretrained(str(tiny))
+    model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-3))
+    trainer = fit(model, folder_data(pictures), 2)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
+    assert kept["sdtune"] == {"backbone": source.hash(), "method": "LoRA"}
+
+    again = LoRA(rank=2, backbone=source)
+    again.configure_model()
+    again.on_load_checkpoint(kept)
+    again.load_state_dict(kept["state_dict"])
+    theirs = dict(model.trainable())
+    assert all(torch.equal(p, theirs[name]) for name, p in again.trainable())
+
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    narrower = LoRA(rank=2, targets=["cross_attention"], backbone=source)
+    narrower.configure_model()
+    with pytest.raises(ValueError, match=r"^resume: \d+ trained tensors do not match the checkpoint's, first backbone"):
+        narrower.on_load_checkpoint(kept)
+    kept["state_dict"] = {}
+    with pytest.raises(ValueError, match="do not match"):
+        again.on_load_checkpoint(kept)
+
+    other = LoRA(rank=2, backbone=Pretrained(str(build_pipeline(tmp_path / "other", seed=1))))
+    other.configure_model()
+    with pytest.raises(ValueError, match="^resume: the checkpoint was trained on another backbone"):
+        other.on_load_checkpoint(torch.load(tmp_path / "kept.ckpt", weights_only=True))

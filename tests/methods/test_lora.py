@@ -1,0 +1,163 @@
+"""LoRA: what gets pairs, what they start as, what trains."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from running import Spy, adamw, fit, folder_data
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+from sdtune.methods import LoRA
+
+EVERYTHING = ("cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder")
+
+
+def injected(tiny: Path, **settings: Any) -> LoRA:
+    model = LoRA(backbone=Pretrained(str(tiny)), **settings)
+    model.configure_model()
+    return model
+
+
+def opened(model: LoRA) -> set[str]:
+    """The names of the modules with pairs, without their component's prefix in the method."""
+    return {re.sub(r"\.lora_[AB]\.default\.weight$", "", n).removeprefix("backbone.") for n, _ in model.trainable()}
+
+
+def predict(model: LoRA) -> Tensor:
+    rng = torch.Generator().manual_seed(1)
+    text = model.backbone.encode_text(["a fox", "two foxes"])
+    return model.backbone.predict(torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([3, 800]), text)
+
+
+def noise_in_b(model: LoRA, scale: float = 0.1) -> None:
+    rng = torch.Generator().manual_seed(2)
+    for name, p in model.trainable():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=rng) * scale)
+
+
+def test_parameters_a_rank_on_sd15() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet.requires_grad_(False)
+    model = LoRA(rank=1)
+    model.__dict__["backbone"] = SimpleNamespace(unet=unet)
+    model.inject()
+    assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 199_296
+
+
+ATTENTION = r"unet\.(down|mid|up)_block.*\.attn{}\.(to_q|to_k|to_v|to_out\.0)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"targets": ["cross_attention"]}, ATTENTION.format(2)),
+        ({"targets": ["self_attention"]}, ATTENTION.format(1)),
+        ({}, ATTENTION.format("[12]")),
+        ({"targets": ["feed_forward"]}, r"unet\..*\.ff\.net\.(0\.proj|2)"),
+        (
+            {"targets": ["convolutions"]},
+            r"unet\.(down|mid|up)_block.*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv|proj_in|proj_out)",
+        ),
+        ({"targets": ["text_encoder"]}, r"text_encoder\..*\.self_attn\.(q|k|v|out)_proj"),
+        (
+            {"targets": ["text_encoder", "feed_forward"]},
+            r"text_encoder\..*(\.self_attn\.(q|k|v|out)_proj|\.fc[12])|unet\..*\.ff\.net\.(0\.proj|2)",
+        ),
+        ({"projections": ["q", "out"]}, r"unet\..*\.attn[12]\.(to_q|to_out\.0)"),
+        ({"targets": ["text_encoder"], "projections": ["k"]}, r"text_encoder\..*\.k_proj"),
+    ],
+)
+def test_targets_and_projections_choose(tiny: Path, settings: dict[str, Any], pattern: str) -> None:
+    model = injected(tiny, rank=1, **settings)
+    modules = {
+        name.replace(".base_layer", "").removeprefix("backbone.")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and "lora" not in name
+    }
+    wanted = {name for name in modules if re.fullmatch(pattern, name)}
+    assert wanted
+    assert opened(model) == wanted
+
+
+def test_no_target_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^method\.targets: "):
+        LoRA(targets=[])
+
+
+def test_alpha_is_the_rank_unless_given_and_scales(tiny: Path) -> None:
+    model = injected(tiny, rank=3)
+    assert model.alpha == 3
+    base = predict(model).detach()
+    noise_in_b(model, 1e-3)
+    one = predict(model).detach() - base
+    twice = injected(tiny, rank=3, alpha=6)
+    noise_in_b(twice, 1e-3)
+    # At so small a change the output is linear in it.
+    torch.testing.assert_close(predict(twice).detach() - base, 2 * one, rtol=0.02, atol=2e-6)
+    assert set(twice.weights().alphas.values()) == {6.0}
+
+
+def test_starts_as_the_base_with_a_kaiming_uniform_and_b_zero(tiny: Path) -> None:
+    model = injected(tiny, rank=8, targets=EVERYTHING)
+    for name, p in model.trainable():
+        if "lora_B" in name:
+            assert not p.any()
+            continue
+        bound = p[0].numel() ** -0.5
+        assert p.abs().max() <= bound
+        assert p.abs().max() > 0.8 * bound
+        assert abs(float(p.mean())) < 0.3 * bound
+    base = Pretrained(str(tiny)).load()
+    model.backbone.eval()
+    rng = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 4, 8, 8, generator=rng)
+    wanted = base.predict(noisy, torch.tensor([3, 800]), base.encode_text(["a fox", "two foxes"]))
+    assert torch.equal(predict(model), wanted)
+
+
+def test_initial_a_depends_on_seed_and_name_alone(tiny: Path) -> None:
+    few = dict(injected(tiny, rank=4, targets=["cross_attention"], projections=["v"]).trainable())
+    torch.manual_seed(99)
+    many = dict(injected(tiny, rank=4, targets=EVERYTHING).trainable())
+    other = dict(injected(tiny, rank=4, targets=["cross_attention"], projections=["v"], seed=1).trainable())
+    for name in few:
+        assert torch.equal(few[name], many[name])
+        assert torch.equal(few[name], other[name]) == ("lora_B" in name)
+    values = [tuple(p.flatten()[:4].tolist()) for n, p in many.items() if "lora_A" in n]
+    assert len(set(values)) == len(values)
+
+
+def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, pictures: Path) -> None:
+    model = injected(tiny, rank=2, targets=EVERYTHING, optimizer=adamw(1e-3))
+    open_names = {name for name, _ in model.trainable()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spy = Spy()
+    fit(model, folder_data(pictures), 3, [spy], gradient_clip_val=1.0)
+    for name in open_names:
+        assert spy.gradients[1][name].any(), name
+    assert any(name.startswith("backbone.text_encoder") for name in open_names)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == open_names
+
+
+def test_dropout_falls_on_the_branch_alone(tiny: Path) -> None:
+    model = injected(tiny, rank=2, dropout=0.5, targets=("cross_attention", "text_encoder"))
+    plain = injected(tiny, rank=2, targets=("cross_attention", "text_encoder"))
+    model.train()
+    torch.manual_seed(0)
+    assert torch.equal(predict(model), predict(plain))  # B is zero: had the layer's input been dropped, this would show
+    noise_in_b(model)
+    noise_in_b(plain)
+    assert not torch.equal(predict(model), predict(model))
+    model.eval()
+    plain.eval()
+    assert torch.equal(predict(model), predict(plain))

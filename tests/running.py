@@ -1,0 +1,172 @@
+"""Runs on the tiny backbone: plain Lightning fits, and commands in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+import sdtune.sample
+import sdtune.train
+from sdtune.data import Folder
+from sdtune.launch import main
+from sdtune.resume import rewrite
+
+torch.set_num_threads(1)  # a tiny model gains nothing from more, and runs are compared to the bit at equal threads
+
+
+def folder_data(path: Path, **settings: Any) -> Folder:
+    return Folder(path=str(path), **{"batch_size": 2, **settings})
+
+
+def adamw(lr: float) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    return lambda groups: torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def fit(
+    model: pl.LightningModule, data: Folder, steps: int, callbacks: Sequence[Callback] = (), **arguments: Any
+) -> pl.Trainer:
+    """Train by Lightning alone, without Hydra."""
+    checkpoint = arguments.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=list(callbacks),
+        **{
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            **arguments,
+        },
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+class Spy(Callback):
+    """Keeps what each step used: losses, rates, gradients."""
+
+    used: list[float]
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.validation: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.gradients.append({name: p.grad.clone() for name, p in pl_module.trainable()})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.losses.append(float(pl_module.step_figures["loss"]))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.validation.append(float(trainer.callback_metrics["validation_loss"]))
+
+
+class Poison(Callback):
+    """Makes one value of one gradient NaN in optimizer step ``step`` (from 1)."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            pl_module.trainable()[0][1].grad.view(-1)[0] = float("nan")
+
+
+class Rates(Callback):
+    """Keeps the rates that the optimizer used, for runs that a config puts together."""
+
+    used: list[float] = []  # noqa: RUF012
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.used.append(optimizer.param_groups[0]["lr"])
+
+
+# --- commands
+
+
+def arguments(tiny: Path, pictures: Path, folder: Path, *more: str) -> list[str]:
+    """Of a short LoRA run that draws and measures nothing."""
+    return [
+        "method=lora",
+        "method.rank=2",
+        "backbone=sd15",
+        f"backbone.path={tiny}",
+        "data=folder",
+        f"data.path={pictures}",
+        "callbacks.samples=null",
+        "evaluation=none",
+        "hardware=cpu",
+        "hardware.precision=32-true",
+        "lr_schedule.warmup_steps=0",
+        "trainer.log_every_n_steps=1",
+        f"hydra.run.dir={folder}",
+        *more,
+    ]
+
+
+def _call(command: str, prepare: Any, argv: Sequence[str], **more: Any) -> int:
+    root = logging.getLogger()
+    kept = root.handlers[:], root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"sdtune {command}", *argv])
+        try:
+            main(command, prepare, **more)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        finally:
+            root.handlers[:], root.level = kept
+    return 0
+
+
+def train(*argv: str) -> int:
+    """``sdtune train`` in this process; the exit code."""
+    return _call("train", sdtune.train.prepare, argv, rewrite=rewrite)
+
+
+def sample(*argv: str) -> int:
+    """``sdtune sample`` in this process; the exit code."""
+    return _call("sample", sys.modules["sdtune.sample"].prepare, argv)
+
+
+def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
+    """``python -m sdtune.train`` as a process of its own; what it says goes to ``log``."""
+    with log.open("wb") as handle:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sdtune.train", *argv],
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, log: Path) -> None:
+    """Until ``metrics.csv`` holds ``step``."""
+    file = run / "metrics.csv"
+    until = time.monotonic() + 280
+    while not (file.exists() and file.read_text().count("\n") > step):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, "no such step in 280 s"
+        time.sleep(0.002)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """Of ``metrics.csv``."""
+    with (run / "metrics.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))

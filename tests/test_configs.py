@@ -1,0 +1,193 @@
+"""Every YAML composes, and what it names exists and takes these settings."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from sdtune import launch, run, sample_run
+from sdtune.instantiate import build, resolve
+from sdtune.paths import config_folder
+
+ROOT = Path(__file__).parents[1]
+CONF = config_folder()
+COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
+
+
+def options(group: str) -> list[str]:
+    """The names of a group's options, those of sub-folders included."""
+    folder = CONF / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+CHOICES = [(group, option) for group in GROUPS if group != "hydra" for option in options(group)]
+EXPERIMENTS = options("experiment")
+BASES = {("data", "base")}
+"""What others build on, and nobody chooses."""
+
+
+def compose(command: str, *overrides: str) -> DictConfig:
+    return launch._compose(command, launch._search_path(None), list(overrides))
+
+
+def missing(config: DictConfig) -> set[str]:
+    return OmegaConf.missing_keys(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+
+def filled(config: DictConfig) -> DictConfig:
+    for key in missing(config):
+        OmegaConf.update(config, key, "FOLDER")
+    return config
+
+
+class Passed(Exception):
+    """The checks are over, and something would be built."""
+
+
+def check(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``sdtune train``'s own checks up to where it builds the first object, an optimizer on nothing apart."""
+
+    def stop(node: dict[str, Any], *args: Any, **settings: Any) -> Any:
+        if node.get("_partial_"):
+            return build(node, *args, **settings)
+        raise Passed
+
+    monkeypatch.setattr(run, "build", stop)
+    with pytest.raises(Passed):
+        run.check_run(run.plain(config))
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def test_the_groups_are_those_of_the_map() -> None:
+    wanted = {
+        "method", "backbone", "objective", "data", "optimizer", "lr_schedule", "trainer", "hardware", "checkpoint",
+        "callbacks", "evaluation", "logger", "debug",
+    }  # fmt: skip
+    assert wanted <= set(GROUPS)
+    assert (CONF / "experiment").resolve() == (ROOT / "experiments").resolve()
+    assert {"train", "sample", "evaluate"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda value: value)
+def test_every_option_composes_and_fits_what_it_configures(
+    group: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose("train", f"{group}={option}")
+    if (group, option) in BASES:
+        return
+    assert missing(config) <= {"data.path", "backbone.path"}
+    check(filled(config), monkeypatch)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
+def test_every_target_is_allowed(path: Path) -> None:
+    for target in targets(yaml.safe_load(path.read_text())):
+        resolve(target, path.name)
+
+
+@pytest.mark.parametrize("option", options("hydra"))
+def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) -> None:
+    if option == "job_logging/sdtune":
+        assert compose("train").hydra.job_logging.handlers.console.stream == "ext://sys.stdout"
+        return
+    users = [c for c in COMMANDS if {"hydra": option} in yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"]]
+    assert users
+    for command in users:
+        assert "outputs/" in str(compose(command).hydra.run.dir)
+
+
+def test_sample_composes_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **settings: Any) -> None:
+        raise Passed
+
+    config = compose("sample", "prompt=a fox", "adapters=[{path: x, strength: 0.5}]", "strengths=[0, 0.5]")
+    assert missing(config) == set()
+    monkeypatch.setattr(sample_run, "build", stop)
+    with pytest.raises(Passed):
+        sample_run.prepare(config)
+
+
+def test_evaluate_asks_for_its_run() -> None:
+    assert missing(compose("evaluate")) == {"run"}
+    assert missing(compose("evaluate", "run=RUN")) == set()
+
+
+def test_with_nothing_said_it_is_a_lora_on_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("train")
+    choices = config.hydra.runtime.choices
+    assert (choices.method, choices.backbone, choices.data) == ("lora", "pocket", "pocket_subject")
+    assert missing(config) == set()
+    check(config, monkeypatch)
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_recipe_opens_with_the_command_that_runs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines() if line.strip()]
+    assert lines[0] == "# @package _global_"
+    words = shlex.split(lines[1].removeprefix("#"))
+    assert words[:3] == ["sdtune", "train", f"experiment={name}"]
+    config = compose("train", *words[2:])
+    assert missing(config) == set(), "the command leaves a setting open"
+    assert config.hydra.runtime.choices.experiment == name
+    check(config, monkeypatch)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("mode", [option for option in options("debug") if option != "none"])
+def test_debug_goes_with_every_recipe(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(filled(compose("train", f"experiment={name}", f"debug={mode}")), monkeypatch)
+
+
+# --- one name
+
+
+def methods() -> list[str]:
+    """The modules of sdtune.methods that define a method: a class that has an artifact of its own."""
+    found = []
+    for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
+        classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+        if path.stem != "base" and any(base.id for c in classes for base in c.bases if isinstance(base, ast.Name)):
+            found.append(path.stem)
+    return found
+
+
+def test_every_method_has_its_yaml_and_every_yaml_its_method() -> None:
+    assert options("method") == methods()
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_group_yaml_module_and_class_agree(name: str) -> None:
+    target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["_target_"]
+    found = resolve(target, "method")
+    assert target == f"sdtune.methods.{found.__name__}"
+    assert found.__module__ == f"sdtune.methods.{name}"
+    assert found.__name__.lower() == name.replace("_", "")
+    assert (ROOT / "src/sdtune/methods" / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize("group", ["objective", "optimizer", "lr_schedule", "backbone", "data", "method", "evaluation"])
+def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> None:
+    for option in options(group):
+        text = (CONF / group / f"{option}.yaml").read_text()
+        assert text.startswith("#") or "_target_" in text

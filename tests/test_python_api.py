@@ -1,0 +1,45 @@
+"""The README's few lines of plain Python: no Hydra, no config, no ceremony."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import running  # noqa: F401
+import torch
+
+import sdtune
+from sdtune.backbone import Pretrained
+from sdtune.data import Folder
+from sdtune.methods import LoRA
+from sdtune.sampling import Sampling
+
+
+def test_plain_python(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = Pretrained(str(tiny))
+    model = LoRA(rank=4, backbone=backbone)
+    trainer = pl.Trainer(max_steps=4, logger=False, accelerator="cpu")
+    trainer.fit(model, datamodule=Folder(path=str(pictures), batch_size=2))
+    assert trainer.global_step == 4
+    model.artifact(Path("otter"), "otter")
+    assert sorted(p.name for p in Path("otter").iterdir()) == ["otter.safetensors", "pytorch_lora_weights.safetensors"]
+    assert any(bool(torch.any(up)) for _, up in model.weights().pairs.values())
+
+    few = Sampling(steps=2, guidance=3.0)
+    adapter = {"path": "otter/otter.safetensors", "strength": 20.0}
+    [picture] = sdtune.sample("a photo of an otter", adapters=[adapter], backbone=backbone, sampling=few)
+    [base] = sdtune.sample("a photo of an otter", backbone=backbone, sampling=few)
+    assert picture.size == (32, 32)
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(base)).max() > 0
+
+
+def test_validation_by_lightnings_defaults(tiny: Path, pictures: Path) -> None:
+    model = LoRA(rank=1, backbone=Pretrained(str(tiny)))
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(model, datamodule=Folder(path=str(pictures), batch_size=2, hold_out=5))
+    assert 0 < float(trainer.callback_metrics["validation_loss"]) < 10

@@ -1,0 +1,52 @@
+"""The wheel alone, in an empty environment, outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+RECIPE = """# @package _global_
+# sdtune train -cd conf experiment=mine
+defaults:
+  - override /method: lora
+method:
+  rank: 2
+trainer:
+  max_steps: 3
+evaluation: null
+callbacks:
+  samples: null
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
+    def run(*command: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT))
+    run(sys.executable, "-m", "venv", str(tmp_path / "env"))
+    binaries = tmp_path / "env" / "bin"
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    run(str(binaries / "pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel))
+    sdtune = str(binaries / "sdtune")
+
+    run(sdtune, "train", "debug=smoke", "hydra.run.dir=smoke")
+    assert (tmp_path / "smoke" / "metrics.json").exists()
+
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(RECIPE)
+    run(sdtune, "train", "-cd", "conf", "experiment=mine", "hydra.run.dir=mine")
+    rows = (tmp_path / "mine" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert "lora_subject" in run(sdtune, "train", "--help")
