@@ -90,7 +90,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         yield
 
 
-@pytest.fixture()
+@pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Five small pictures with captions."""
     folder = tmp_path / "pictures"

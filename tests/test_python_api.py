@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytorch_lightning as pl
-import running  # noqa: F401
 import torch
 
+import running  # noqa: F401
 import sdtune
 from sdtune.backbone import Pretrained
 from sdtune.data import Folder

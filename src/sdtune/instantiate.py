@@ -122,8 +122,12 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         raise ValueError(_say(error, key, value)) from error
 
 
-def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), **given: Any) -> Any:
-    """The object that a checked ``node`` describes, nested nodes first, with ``given`` arguments. None from None."""
+def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
+    """The object that a checked ``node`` describes, nested nodes first. None from None.
+
+    Args:
+        given: further arguments, of which a constructor gets those that it takes.
+    """
     if node is None:
         return None
     target = resolve(str(node["_target_"]), "config", trust)
@@ -132,7 +136,10 @@ def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), **given: An
     }
     if node.get("_partial_"):
         return lambda *args: target(*args, **arguments)
-    return target(**arguments, **given)
+    parameters = inspect.signature(target).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    taken = {name: value for name, value in (given or {}).items() if takes_all or name in parameters}
+    return target(**arguments, **taken)
 
 
 def _value(value: Any, trust: Sequence[str]) -> Any:

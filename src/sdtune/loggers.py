@@ -42,3 +42,15 @@ def _settings(offline: bool) -> Any:
     import wandb
 
     return wandb.Settings(mode="offline") if offline else wandb.Settings()
+
+
+def tensorboard_logger(save_dir: str) -> Any:
+    """Lightning's TensorBoard logger, writing to ``<save_dir>/tensorboard``; needs the extra of that name."""
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(save_dir, name="", version="tensorboard")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "logger.tensorboard: tensorboard is not installed; pip install 'sdtune[tensorboard]'"
+        ) from error

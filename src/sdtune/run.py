@@ -114,10 +114,9 @@ def check_run(config: dict[str, Any]) -> PictureData:
     _check_optimizer(config["optimizer"], trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
-    for key, node in config["logger"].items():
-        check(node, f"logger.{key}", trust, ("save_dir",))
-    for key, node in config["callbacks"].items():
-        check(node, f"callbacks.{key}", trust, ("folder", "record"))
+    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
+        for key, node in config[group].items():
+            check(node, f"{group}.{key}", trust, given)
     check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
     check({**trainer_arguments(config)}, "trainer", trust)
     steps = config["trainer"]["max_steps"]
@@ -125,7 +124,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
         raise ValueError(f"trainer.max_steps: {steps} optimizer steps; give at least 1")
     source = build(config["backbone"], trust)
     facts = source.facts
-    data: PictureData = build(config["data"], trust, seed=top.seed)
+    data: PictureData = build(config["data"], trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     parts = accumulation * _processes(config)
@@ -134,7 +133,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
             f"data.batch_size: {data.batch_size} samples a step cannot be shared out over {_processes(config)}"
             f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
         )
-    build(config["method"], trust, backbone=source)  # a constructor that refuses a pair of settings does so here
+    build(config["method"], trust, {"backbone": source})  # a constructor that refuses a pair of settings does so here
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     return data
@@ -161,15 +160,11 @@ def _callbacks(
     config: dict[str, Any], folder: Path, name: str, top: Settings
 ) -> tuple[Record, Checkpoints, list[pl.Callback]]:
     record = Record(folder)
-    checkpoints: Checkpoints = build(config["checkpoint"], top.trust, folder=folder / "checkpoints", record=record)
-    chosen: list[pl.Callback] = []
-    for node in config["callbacks"].values():
-        if node is None:
-            continue
-        given: dict[str, Any] = {}
-        if node["_target_"].endswith(".Samples"):
-            given = {"folder": folder / "samples", "record": record}
-        chosen.append(build(node, top.trust, **given))
+    checkpoints: Checkpoints = build(
+        config["checkpoint"], top.trust, {"folder": folder / "checkpoints", "record": record}
+    )
+    offer = {"folder": folder / "samples", "record": record}
+    chosen: list[pl.Callback] = [build(node, top.trust, offer) for node in config["callbacks"].values() if node]
     samples = next((c for c in chosen if isinstance(c, Samples)), None)
     if top.save_every:
         chosen.append(Snapshots(folder, name, top.save_every, samples))
@@ -188,14 +183,16 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
     adapter: Adapter = build(
         config["method"],
         top.trust,
-        backbone=source,
-        objective=build(config["objective"], top.trust),
-        optimizer=build(config["optimizer"], top.trust),
-        lr_schedule=build(config["lr_schedule"], top.trust),
-        seed=top.seed,
+        {
+            "backbone": source,
+            "objective": build(config["objective"], top.trust),
+            "optimizer": build(config["optimizer"], top.trust),
+            "lr_schedule": build(config["lr_schedule"], top.trust),
+            "seed": top.seed,
+        },
     )
     record, checkpoints, callbacks = _callbacks(config, folder, name, top)
-    loggers = [build(node, top.trust, save_dir=str(folder)) for node in config["logger"].values() if node]
+    loggers = [build(node, top.trust, {"save_dir": str(folder)}) for node in config["logger"].values() if node]
     trainer = pl.Trainer(
         **{key: value for key, value in trainer_arguments(config).items() if key != "_target_"},
         max_epochs=-1,

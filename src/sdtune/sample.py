@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sdtune.launch import main
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
     from sdtune.sampling import Sampling
 
 log = logging.getLogger("sdtune")
+
+
+class _Callable(ModuleType):
+    """Importing this module puts it where ``sdtune.sample`` the function is looked for; calling it is the same."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return sample(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def sample(

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from sdtune import adapters as files
 from sdtune import prompts
 from sdtune.grids import grid, save_png
+from sdtune.hardware import precision
 from sdtune.instantiate import build, check, check_value
 from sdtune.run import plain
 from sdtune.sample import describe
@@ -30,6 +31,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     trust = container["trust"]
     check(container["backbone"], "backbone", trust)
     check(container["sampling"], "sampling", trust)
+    precision(str(container["hardware"]["precision"]), "auto")
     check_value(container["seeds"], list[int], "seeds")
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
@@ -81,8 +83,10 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = _wanted(config)
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
+    half = precision(config["hardware"]["precision"], device.type) == "bf16-mixed"
     for factor in factors:
-        with files.applied(backbone, loaded, [file.strength * factor for file in wanted]):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        with autocast, files.applied(backbone, loaded, [file.strength * factor for file in wanted]):
             row: list[np.ndarray] = []
             for settings, same in groupby(requests, key=lambda wanted: wanted[1]):
                 row += generate(backbone, [request for request, _ in same], settings)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import adamw, arguments, fit, folder_data, rows, train
 
+from running import adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.record import Record
@@ -42,7 +43,7 @@ class _Full(io.RawIOBase):
     """A file on a disk that is full after some bytes."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.left = path.open("wb"), 100  # noqa: SIM115
+        self.file, self.left = io.FileIO(path, "wb"), 100
 
     def write(self, data: Any) -> int:
         self.left -= len(data)
@@ -61,16 +62,11 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatc
     target = tmp_path / "step00000001.ckpt"
     AtomicIO().save_checkpoint({"value": torch.arange(3)}, target)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *_: _Full(self), raising=True)
-        patch.setattr(_Full, "__init__", _init)
+        patch.setattr(Path, "open", lambda self, *_: _Full(self))
         with pytest.raises(OSError, match="No space left"):
             AtomicIO().save_checkpoint({"value": torch.arange(3000)}, target)
     assert torch.load(target, weights_only=True)["value"].tolist() == [0, 1, 2]
     assert list(tmp_path.iterdir()) == [target]
-
-
-def _init(self: _Full, path: Path) -> None:
-    self.file, self.left = open(path, "wb"), 100  # noqa: PTH123, SIM115
 
 
 def test_a_complete_run_whose_figures_are_missing_goes_on_to_make_them(
@@ -84,7 +80,5 @@ def test_a_complete_run_whose_figures_are_missing_goes_on_to_make_them(
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
     assert (run / "metrics.csv").read_text() == table
-    assert '"validation_loss": 1' in (run / "metrics.json").read_text() or '"validation_loss": 0' in (
-        run / "metrics.json"
-    ).read_text()
+    assert json.loads((run / "metrics.json").read_text())["validation_loss"] == float(rows(run)[-1]["validation_loss"])
     assert train(f"resume={run}") == 2  # now it is complete

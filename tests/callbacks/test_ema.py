@@ -9,9 +9,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from running import adamw, fit, folder_data
 from torch import Tensor
 
+from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
 from sdtune.methods import LoRA

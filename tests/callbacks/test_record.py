@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 
+from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.record import Record
 from sdtune.lr_schedule import Cosine

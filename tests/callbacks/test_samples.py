@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from running import arguments, train
 from safetensors.torch import load_file
+
+from running import arguments, train
 
 
 def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tmp_path: Path) -> None:

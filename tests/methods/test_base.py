@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import build_pipeline
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from pytorch_lightning.callbacks import Callback
-from running import Spy, adamw, fit, folder_data
 from torch import Tensor
 
+from conftest import build_pipeline
+from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import Full, LoRA
 from sdtune.randomness import generator

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from running import Spy, adamw, fit, folder_data
 
+from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import Full
 

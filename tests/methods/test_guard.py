@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import arguments, rows, train
 from torch import nn
 
+from running import arguments, rows, train
 from sdtune.methods.guard import skip_if_not_finite
 
 

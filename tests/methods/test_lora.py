@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from running import Spy, adamw, fit, folder_data
 from torch import Tensor
 
+from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import LoRA
 
@@ -96,13 +96,12 @@ def test_no_target_is_refused() -> None:
 def test_alpha_is_the_rank_unless_given_and_scales(tiny: Path) -> None:
     model = injected(tiny, rank=3)
     assert model.alpha == 3
-    base = predict(model).detach()
-    noise_in_b(model, 1e-3)
-    one = predict(model).detach() - base
+    base = predict(model)
+    noise_in_b(model, 0.2)
     twice = injected(tiny, rank=3, alpha=6)
-    noise_in_b(twice, 1e-3)
-    # At so small a change the output is linear in it.
-    torch.testing.assert_close(predict(twice).detach() - base, 2 * one, rtol=0.02, atol=2e-6)
+    noise_in_b(twice, 0.1)
+    torch.testing.assert_close(predict(twice), predict(model), rtol=0, atol=1e-5)
+    assert (predict(twice) - base).abs().max() > 1e-3
     assert set(twice.weights().alphas.values()) == {6.0}
 
 
@@ -115,7 +114,7 @@ def test_starts_as_the_base_with_a_kaiming_uniform_and_b_zero(tiny: Path) -> Non
         bound = p[0].numel() ** -0.5
         assert p.abs().max() <= bound
         assert p.abs().max() > 0.8 * bound
-        assert abs(float(p.mean())) < 0.3 * bound
+        assert p.detach().mean().abs() < 0.3 * bound
     base = Pretrained(str(tiny)).load()
     model.backbone.eval()
     rng = torch.Generator().manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ class Encoders:
 
 
 @dataclass(kw_only=True, eq=False)
-class PictureData(pl.LightningDataModule):
+class PictureData(pl.LightningDataModule, ABC):
     """Pictures with captions.
 
     Args:
@@ -120,9 +121,9 @@ class PictureData(pl.LightningDataModule):
     keep: str = field(default="", init=False)
     """What a dropped caption keeps: the trigger."""
 
+    @abstractmethod
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """The training samples and those held out for validation; ValueError where the data is not usable."""
-        raise TypeError(f"{type(self).__name__} does not say what its pictures are")
 
     # --- what is made of it
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Unpack
 
 from sdtune.formats.pipeline import copy_pipeline, save_component
-from sdtune.methods.base import Adapter, Common
+from sdtune.methods.base import Adapter
 
 
 class Full(Adapter):
     """Every weight of the UNet is open (Rombach et al. 2022, section 3.3: the same loss as in pretraining)."""
-
-    def __init__(self, **common: Unpack[Common]) -> None:
-        super().__init__(**common)
 
     def inject(self) -> None:
         self.backbone.unet.requires_grad_(True)

@@ -1,0 +1,111 @@
+"""A run that was killed or stopped, and resumed, is the run that never was: to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from running import arguments, rows, start, train, wait_for_step
+
+EVERY = 5
+
+
+def same(run: Path, reference: Path) -> None:
+    """The figures of every step, the artifact's tensors, the final figures."""
+    assert (run / "metrics.csv").read_text() == (reference / "metrics.csv").read_text()
+    for file in ("mine.safetensors", "pytorch_lora_weights.safetensors"):
+        ours, theirs = load_file(run / "artifact" / file), load_file(reference / "artifact" / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        assert any(value.any() for key, value in ours.items() if "lora_up" in key or "lora_B" in key)
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (run, reference)]
+    assert figures[0]["steps"] == figures[1]["steps"]
+    assert figures[0]["validation_loss"] == figures[1]["validation_loss"]
+
+
+VARIANTS = {
+    "plain": ["method.dropout=0.2", "lr_schedule=cosine", "data.hold_out=5", "trainer.val_check_interval=5"],
+    "accumulation and average": [
+        "data.batch_size=4",
+        "trainer.accumulate_grad_batches=2",
+        "callbacks.ema={_target_:sdtune.callbacks.EMA,decay:0.9}",
+    ],
+    "two workers": ["data.workers=2", "data.flip=true", "data.caption_dropout=0.3", "data.cache_latents=false"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_is_never_killed(
+    variant: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = 30
+    common = ["name=mine", f"trainer.max_steps={steps}", f"checkpoint.every_steps={EVERY}", "optimizer.lr=1e-3"]
+    common += VARIANTS[variant]
+    run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "killed.log"
+    assert train(*arguments(tiny, pictures, reference, *common)) == 0
+
+    process = start(log, *arguments(tiny, pictures, run, *common))
+    wait_for_step(process, run, random.randint(EVERY + 1, steps - 8), log)
+    process.kill()
+    process.wait()
+    assert not (run / "metrics.json").exists()
+    assert not (run / "artifact").exists()
+    k = int(rows(run)[-1]["step"])
+    assert k < steps, "it was over before it could be killed"
+
+    capsys.readouterr()
+    assert train(f"resume={run}") == 0
+    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming at step ")]
+    j = int(said.split()[3])
+    assert 0 < j <= k
+    assert k - j <= EVERY
+    assert said in (run / "train.log").read_text()
+    same(run, reference)
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3"]
+    run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "stopped.log"
+    process = start(log, *arguments(tiny, pictures, run, *common))
+    wait_for_step(process, run, 3, log)
+    process.send_signal(asked)
+    assert process.wait(timeout=200) == code
+    stopped_at = int(rows(run)[-1]["step"])
+    assert 3 <= stopped_at < 40
+    last = log.read_text().splitlines()[-1]
+    assert last == (
+        f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved. Go on with: sdtune train resume={run}"
+    )
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{stopped_at:08d}.ckpt"]
+    assert (run / "artifact" / "mine.safetensors").exists()
+    assert not (run / "metrics.json").exists()
+
+    assert train(f"resume={run}") == 0
+    assert train(*arguments(tiny, pictures, reference, *common)) == 0
+    same(run, reference)
+
+
+def test_a_finished_run_is_extended(
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["name=mine", "checkpoint.every_steps=3", "optimizer.lr=1e-3", "data.hold_out=5"]
+    common += ["trainer.val_check_interval=2"]
+    run, reference = tmp_path / "run", tmp_path / "reference"
+    assert train(*arguments(tiny, pictures, run, *common, "trainer.max_steps=4")) == 0
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 4
+    assert train(f"resume={run}") == 2
+    assert "is complete at step 4; give a larger trainer.max_steps=" in capsys.readouterr().err
+    assert train(f"resume={run}", "optimizer.lr=1e-2") == 2
+    assert "optimizer.lr=1e-2 would make it another run" in capsys.readouterr().err
+    assert train(f"resume={run}", "trainer.max_steps=7") == 0
+    assert "resuming at step 4" in capsys.readouterr().out
+    assert (run / ".hydra" / "resume-1").is_dir()
+    assert train(*arguments(tiny, pictures, reference, *common, "trainer.max_steps=7")) == 0
+    same(run, reference)
