@@ -51,6 +51,4 @@ def tensorboard_logger(save_dir: str) -> Any:
     try:
         return TensorBoardLogger(save_dir, name="", version="tensorboard")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "logger.tensorboard: tensorboard is not installed; pip install 'sdtune[tensorboard]'"
-        ) from error
+        raise ValueError("logger.tensorboard: not installed; pip install 'sdtune[tensorboard]'") from error

@@ -143,6 +143,7 @@ class Adapter(pl.LightningModule, ABC):
         # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
         for config in self.trainer.lr_scheduler_configs:
             schedule = config.scheduler
+            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
             for group, rate, factor in zip(
                 schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
             ):
