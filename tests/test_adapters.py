@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline
-from running import adamw, fit, folder_data
 from safetensors.torch import load_file
 
 import sdtune
+from conftest import build_pipeline
+from running import adamw, fit, folder_data
 from sdtune import adapters
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone

@@ -122,7 +122,7 @@ def test_sample_composes_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(config) == set()
     monkeypatch.setattr(sample_run, "build", stop)
     with pytest.raises(Passed):
-        sample_run.prepare(config)
+        sample_run.prepare(config, Path("samples"))
 
 
 def test_evaluate_asks_for_its_run() -> None:

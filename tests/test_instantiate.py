@@ -242,7 +242,7 @@ def test_inner_nodes_are_built_first() -> None:
 
 def test_what_is_given_is_added_and_lists_and_dicts_are_walked() -> None:
     inner = node("Settings", share=0.25)
-    built = build(node("Thing", inner=[inner, {"deep": inner, "plain": 1}]), TRUST, count=2)
+    built = build(node("Thing", inner=[inner, {"deep": inner, "plain": 1}]), TRUST, {"count": 2})
     assert built.count == 2
     assert built.inner[0].share == built.inner[1]["deep"].share == 0.25
     assert built.inner[1]["plain"] == 1

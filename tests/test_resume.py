@@ -81,7 +81,8 @@ def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: P
     assert 3 <= stopped_at < 40
     last = log.read_text().splitlines()[-1]
     assert last == (
-        f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved. Go on with: sdtune train resume={run}"
+        f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved."
+        f" Go on with: sdtune train resume={run}"
     )
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{stopped_at:08d}.ckpt"]
     assert (run / "artifact" / "mine.safetensors").exists()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import sample
 
+from running import sample
 from sdtune.backbone import Pretrained
 from sdtune.formats import LoRAWeights
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -108,7 +108,10 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
     assert [picture.size for picture in opened] == [(32, 32), (32, 32), (48, 24), (48, 24), (32, 32)]
     facts = [json.loads(picture.info["sdtune"]) for picture in opened]
     assert [f["prompt"] for f in facts] == ["a fox", "a red fox", "two foxes", "three foxes", "a fox"]
-    assert [(f["steps"], f["guidance"], f["negative_prompt"]) for f in facts[1:3]] == [(2, 3.0, ""), (3, 5.5, "grey, blurred")]
+    assert [(f["steps"], f["guidance"], f["negative_prompt"]) for f in facts[1:3]] == [
+        (2, 3.0, ""),
+        (3, 5.5, "grey, blurred"),
+    ]
     first, last = (np.asarray(opened[i]).astype(int) for i in (0, 4))
     assert np.abs(first - last).max() <= 1
     assert np.abs(first - np.asarray(opened[1])).max() > 1
@@ -120,7 +123,10 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
     [
         ([], "prompt is missing"),
         (["prompt=a fox", "sampling.width=30"], "sampling.width: 30 is not a multiple of 4"),
-        (["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"], "adapters.path: /nowhere/a.safetensors does not"),
+        (
+            ["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"],
+            "adapters.path: /nowhere/a.safetensors does not",
+        ),
         (["prompt=a fox", "adapters=[{file:a}]"], "adapters[0]: file is not known; write {path: FILE, strength: 0.8}"),
     ],
 )

@@ -33,7 +33,9 @@ def pipe(tiny: Path) -> StableDiffusionPipeline:
     return loaded
 
 
-def floats(backbone: Backbone, requests: Sequence[Request], settings: Sampling, patch: pytest.MonkeyPatch) -> np.ndarray:
+def floats(
+    backbone: Backbone, requests: Sequence[Request], settings: Sampling, patch: pytest.MonkeyPatch
+) -> np.ndarray:
     """Pictures [B, H, W, 3] in [0, 1], as they are before they become bytes."""
     kept: list[torch.Tensor] = []
     decode = Backbone.decode

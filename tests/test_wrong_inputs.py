@@ -115,7 +115,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "misspelt top key": (["sede=4"], ("sede", "did you mean seed?")),
     "misspelt group": (["metod=lora"], ("metod",)),
     "misspelt choice": (["method=lroa"], ("method=lroa", "did you mean lora?")),
-    "misspelt experiment": (["experiment=lora_subjet"], ("experiment=lora_subjet", "did you mean lora_subject?")),
+    "misspelt experiment": (
+        ["experiment=lora_subjet", "data.path=./nowhere"],
+        ("experiment=lora_subjet", "did you mean lora_subject?"),
+    ),
     "key added": (["+method.extra=1"], ("method.extra", "not a setting of LoRA")),
     "no equals sign": (["method.rank"], ("method.rank",)),
     "wrong type": (["method.rank=many"], ("method.rank", "'many'", "integer")),
@@ -147,7 +150,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "target of another package": (["method._target_=os.system"], ("method._target_", "os.system", "not allowed")),
     "target through an import": (
         ["method._target_=pytorch_lightning.trainer.trainer.os.system"],
-        ("method._target_", "os.system", "leads to|neither"),
+        ("method._target_", "os.system"),
     ),
     "target that is not there": (["method._target_=sdtune.methods.Lora"], ("method._target_", "sdtune.methods.Lora")),
     "secret of W&B": (["logger=wandb", "logger.wandb.api_key=abc"], ("logger.wandb.api_key", "environment")),
@@ -163,9 +166,6 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_wrong_setting(line: CommandLine, pictures: Path, case: str) -> None:
     overrides, words = SETTINGS[case]
-    if case == "target through an import":
-        line.train(pictures, *overrides, words=words[:2])
-        return
     line.train(pictures, *overrides, words=words)
 
 
@@ -254,7 +254,7 @@ def test_resuming_a_run_without_a_checkpoint(line: CommandLine, pictures: Path) 
 
 
 @pytest.mark.parametrize(
-    "override", ["method.rank=4", "seed=1", "+method.alpha=3", "data=pocket_subject", "~callbacks"]
+    "override", ["method.rank=4", "seed=1", "+method.alpha=3", "data=pocket_subject", "~callbacks", "~data"]
 )
 def test_resuming_as_another_run(line: CommandLine, pictures: Path, override: str) -> None:
     holds_a_run(line, pictures)
@@ -312,7 +312,10 @@ SAMPLING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "adapter without a path": (["prompt=x", "adapters=[{strength: 1}]"], ("adapters[0]", "path is missing")),
     "misspelt strength": (["prompt=x", "adapters=[{path: a, strenght: 1}]"], ("adapters[0]", "strenght")),
-    "strength no number": (["prompt=x", "adapters=[{path: prompts.txt, strength: much}]"], ("adapters[0]", "much")),
+    "strength no number": (
+        ["prompt=x", "adapters=[{path: prompts.txt, strength: much}]"],
+        ("adapters[0].strength", "'much'"),
+    ),
     "no such prompts_file": (["prompts_file=nowhere.txt"], ("prompts_file", "nowhere.txt")),
     "unknown option in prompts_file": (["prompts_file=prompts.txt"], ("prompts.txt", "line 2", "--q", "--n")),
     "width no multiple": (["prompt=x", "sampling.width=33"], ("sampling.width", "33", "multiple of 4")),

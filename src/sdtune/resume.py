@@ -27,7 +27,9 @@ def rewrite(argv: list[str]) -> list[str]:
     if any(flag in ("-m", "--multirun") for flag in flags):
         raise ValueError("resume: one run is resumed at a time; leave out -m")
     own = [str(override) for override in OmegaConf.load(kept)]
-    fresh = [a for a in argv if "=" in a and not a.startswith(("resume=", "-"))]
+    values = {i + 1 for i, a in enumerate(argv) if a in ("-cd", "--config-dir")}
+    # "~key" has no "=": an override like any other, and none is passed over in silence.
+    fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
     for override in fresh:
         if not override.lstrip("+~").startswith(_MAY_CHANGE) and override not in own:
             raise ValueError(

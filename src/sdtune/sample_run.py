@@ -41,6 +41,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         if "path" not in adapter or unknown:
             odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
             raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
+        check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
         files.check_file(str(adapter["path"]))
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)

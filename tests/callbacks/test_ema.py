@@ -83,7 +83,10 @@ def test_saved_and_resumed(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     whole, _ = run(5)
     first, trainer = run(3)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
-    assert torch.load(tmp_path / "kept.ckpt", weights_only=True)["callbacks"]["EMA"]["shadow"].keys() == first.shadow.keys()
+    assert (
+        torch.load(tmp_path / "kept.ckpt", weights_only=True)["callbacks"]["EMA"]["shadow"].keys()
+        == first.shadow.keys()
+    )
     second, _ = run(5, ckpt_path=tmp_path / "kept.ckpt")
     assert all(torch.equal(second.shadow[name], p) for name, p in whole.shadow.items())
     assert any(not torch.equal(first.shadow[name], p) for name, p in whole.shadow.items())

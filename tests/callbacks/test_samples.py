@@ -15,8 +15,10 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     """Dropout makes training depend on the global generator and on the modules' modes."""
     common = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
     with_samples = [
-        "callbacks.samples={_target_:sdtune.callbacks.Samples,prompts:[a fox,a red fox,two foxes],seeds:[0,1],"
-        "every_steps:2,sampling:{_target_:sdtune.sampling.Sampling,steps:2,guidance:3.0,sampler:euler_ancestral}}",
+        "callbacks.samples.prompts=[a fox,a red fox,two foxes]",
+        "callbacks.samples.every_steps=2",
+        "callbacks.samples.sampling.steps=2",
+        "+callbacks.samples.sampling.sampler=euler_ancestral",
         "save_every=2",
     ]
     plain, drawn = tmp_path / "plain", tmp_path / "drawn"

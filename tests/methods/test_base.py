@@ -39,7 +39,9 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
         posterior = pipe.vae.encode(pixels).latent_dist
         sample = posterior.mean + posterior.std * drawn(11, "train/vae", step, positions, (4, 8, 8))
         latents = sample * pipe.vae.config.scaling_factor
-        ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        ids = pipe.tokenizer(
+            prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
         text = pipe.text_encoder(ids)[0]
     noise = drawn(11, "train/noise", step, positions, (4, 8, 8))
     times = torch.tensor([int(generator(11, "train/timestep", step, p).integers(1000)) for p in positions])
@@ -113,9 +115,7 @@ def test_bf16_halves_only_what_is_frozen(tiny: Path, pictures: Path) -> None:
     assert any(up.any() for _, up in model.weights().pairs.values())
 
 
-def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(
-    tiny: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny))
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-3))
     trainer = fit(model, folder_data(pictures), 2)

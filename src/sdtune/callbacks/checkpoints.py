@@ -32,8 +32,10 @@ class AtomicIO(TorchCheckpointIO):
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(target)
-        except OSError:
+        except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error.__context__, OSError):  # torch's zip writer hides the system's reason behind its own
+                raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
             raise
 
 

@@ -1,0 +1,75 @@
+"""The models that the package ships: complete, small enough, and loadable by others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+import sdtune
+from sdtune.backbone import Pretrained
+
+MODELS = sdtune.pocket.path().parent
+
+
+def keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def test_all_models_together_are_at_most_45_mb() -> None:
+    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 45e6
+
+
+def test_plain_diffusers_draws_with_it() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(sdtune.pocket.path(), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a big fox on a blue background", num_inference_steps=2, output_type="pt").images
+    assert picture.shape == (1, 3, 64, 64)
+    assert torch.isfinite(picture).all()
+
+
+def test_older_clients_find_their_files_and_names() -> None:
+    tokenizer = sdtune.pocket.path() / "tokenizer"
+    vocabulary = json.loads((tokenizer / "vocab.json").read_text())
+    merges = (tokenizer / "merges.txt").read_text().splitlines()[1:]
+    assert (tokenizer / "tokenizer.json").is_file()
+    assert all(len(merge.split()) == 2 for merge in merges)
+    assert {"<|startoftext|>", "<|endoftext|>"} <= vocabulary.keys()
+    assert all(k.startswith("text_model.") for k in keys(sdtune.pocket.path() / "text_encoder" / "model.safetensors"))
+
+
+def test_any_word_tokenises() -> None:
+    backbone = Pretrained().load()
+    unknown = "watercolour of a Ünïcode 漢字 sks <my_cat>"
+    ids = backbone.tokenizer(unknown).input_ids
+    assert backbone.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == unknown.lower().replace(" ", "")
+
+
+def test_the_text_encoder_is_the_clips_text_tower() -> None:
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(sdtune.pocket.clip_path(), dtype=torch.float32, local_files_only=True)
+    backbone = Pretrained().load()
+    ids = backbone.tokenize(["a big fox on a blue background"])
+    theirs = clip.text_model(ids).last_hidden_state
+    torch.testing.assert_close(backbone.encode_text(["a big fox on a blue background"]), theirs)
+
+
+def test_a_member_reads_nearer_to_its_own_words() -> None:
+    """The CLIP has learned the world: a drawing's caption beats the other eleven backgrounds and another thing's."""
+    import numpy as np
+
+    from sdtune.evaluation.clip import Clip
+    from sdtune.pocket.captions import full_caption
+    from sdtune.pocket.world import draw, held_out_scenes
+
+    scenes = held_out_scenes(11, 48)
+    clip = Clip("pocket", torch.device("cpu"))
+    pictures = clip.pictures([np.asarray(draw(scene)) for scene in scenes])
+    prompts = clip.prompts([full_caption(scene) for scene in scenes])
+    hits = (pictures @ prompts.T).argmax(1) == torch.arange(len(scenes))
+    assert float(hits.float().mean()) > 0.9
