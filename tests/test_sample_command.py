@@ -76,7 +76,7 @@ def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adap
     sweep = [f"adapters=[{{path:{adapter},strength:0.8}}]", "strengths=[0,0.5,1]"]
     assert sample(*command(tiny, run, "prompt=a fox", "seeds=[1,2]", *sweep)) == 0
     names = [f"{n:03d}_seed{n + 1}_strength{s}.png" for n in (0, 1) for s in ("0", "0.5", "1")]
-    assert [p.name for p in pictures(run)] == names
+    assert [p.name for p in pictures(run)] == sorted(names)
     strengths = [json.loads(Image.open(run / name).info["sdtune"])["adapters"][0]["strength"] for name in names[:3]]
     assert strengths == pytest.approx([0, 0.4, 0.8])
     drawn = [np.asarray(Image.open(run / name)) for name in names[:3]]

@@ -160,13 +160,16 @@ def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: D
             raised.append(error)
             return None
 
+    # Hydra composes once more, and a time in the folder's name would be another by then.
+    fixed = [*overrides, "hydra.run.dir='" + str(folder).replace("'", "\\'") + "'"]
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
-        hydra.run(config_name=command, task_function=guarded, overrides=overrides, with_log_configuration=True)
+        hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
     finally:
         GlobalHydra.instance().clear()
     if raised:
-        if isinstance(raised[0], ValueError) and not existed and not any(folder.glob("checkpoints/*")):
+        begun = (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))
+        if isinstance(raised[0], ValueError) and not existed and not begun:
             shutil.rmtree(folder, ignore_errors=True)
         raise raised[0]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 
 from sdtune.backbone import Pretrained
 from sdtune.data import PictureData
+from sdtune.formats.diffusers_lora import FILE_NAME
 
 
 def before(data: PictureData, source: Pretrained, trainer: pl.Trainer) -> list[str]:
@@ -35,18 +37,21 @@ def before(data: PictureData, source: Pretrained, trainer: pl.Trainer) -> list[s
     return lines
 
 
-def after(folder: Path, name: str, figures: dict[str, Any]) -> list[str]:
+def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> list[str]:
     """What was made, and the command that samples with it."""
     lines = [f"figures: {folder / 'metrics.json'}"]
-    for picture in ("before_after.png",):
-        if (folder / "samples" / picture).exists():
-            lines.append(f"before and after: {folder / 'samples' / picture}")
-    lora = folder / "artifact" / f"{name}.safetensors"
+    before_after = folder / "samples" / "before_after.png"
+    if before_after.exists():
+        lines.append(f"before and after: {before_after}")
+    prompt = shlex.quote(f"prompt={json.dumps(data.captions()[0], ensure_ascii=False)}")
+    lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")
-        lines.append(f"LoRA for diffusers: {folder / 'artifact' / 'pytorch_lora_weights.safetensors'}")
-        lines.append(f"sample with it: sdtune sample prompt='...' adapters=[{{path:{lora},strength:0.8}}]")
-    elif (folder / "artifact" / name).is_dir():
-        lines.append(f"pipeline folder for diffusers: {folder / 'artifact' / name}")
-        lines.append(f"sample with it: sdtune sample prompt='...' backbone.path={folder / 'artifact' / name}")
+        lines.append(f"LoRA for diffusers: {lora.with_name(FILE_NAME)}")
+        base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
+        adapter = shlex.quote(f'adapters=[{{path: "{lora}", strength: 0.8}}]')
+        lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
+    elif whole.is_dir():
+        lines.append(f"pipeline folder for diffusers: {whole}")
+        lines.append(f"sample with it: sdtune sample backbone=sd15 {shlex.quote(f'backbone.path={whole}')} {prompt}")
     return lines

@@ -276,7 +276,7 @@ def _figures(
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
     write_json(folder / "metrics.json", figures)
-    for line in report_lines.after(folder, name, figures):
+    for line in report_lines.after(folder, name, adapter.source, data):
         log.info(line)
     return figures
 
