@@ -1,0 +1,50 @@
+"""Loggers, without an account and without a server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from running import arguments, rows, train
+
+
+def test_wandb_offline_keeps_jobs_apart(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for number in range(2):
+        run = tmp_path / f"run{number}"
+        settings = ["trainer.max_steps=2", "logger=wandb", "logger.wandb.offline=true"]
+        assert train(*arguments(tiny, pictures, run, *settings)) == 0
+        assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+        assert len(rows(run)) == 2
+        assert "WANDB_MODE" not in os.environ
+
+
+def test_wandb_without_an_account_is_refused_and_leaves_no_folder(
+    tiny: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert train(*arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=2", "logger=wandb")) == 2
+    assert "logger.wandb: no account" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_holds_every_step(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    assert train(*arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=3", "logger=tensorboard")) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    logged = events.Scalars("loss")
+    assert [event.step for event in logged] == [1, 2, 3]
+    assert [event.value for event in logged] == pytest.approx([float(r["loss"]) for r in rows(tmp_path / "run")])
+    assert {"grad_norm", "lr/all", "samples_per_second"} <= set(events.Tags()["scalars"])
