@@ -29,7 +29,7 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
     prompts, positions, step = ["a red fox", ""], [4, 5], 7
     model = Full(backbone=Pretrained(str(tiny)), seed=11)
     model.configure_model()
-    batch = {"prompts": prompts, "step": step, "positions": torch.tensor(positions), "pixels": pixels}
+    batch = {"prompts": prompts, "step": step, "positions": positions, "pixels": pixels}
     loss = model.losses(batch)
     loss.mean().backward()
 

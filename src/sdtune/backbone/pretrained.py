@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Component = Literal["unet", "vae", "text_encoder"]
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "vae")
 
+_WEIGHTS = (".safetensors", "-?????-of-?????.safetensors")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -115,7 +117,10 @@ class Pretrained:
 
     def folder(self) -> Path:
         """The local folder with everything that loading needs."""
-        return self._snapshot(["*.json", "*/*.json", "tokenizer/*", *(f"{name}/*.safetensors" for name in COMPONENTS)])
+        # Hub repositories hold the same weights several times over (fp16, non-EMA, .bin): take the one that is read.
+        stems = ("diffusion_pytorch_model", "model")
+        weights = [f"{name}/{stem}{end}" for name in COMPONENTS for stem in stems for end in _WEIGHTS]
+        return self._snapshot(["*.json", "*/*.json", "tokenizer/*", *weights])
 
     def hash(self) -> str:
         """The weights' sha256 (:func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""

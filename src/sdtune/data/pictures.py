@@ -27,7 +27,8 @@ VALIDATION_RUNGS = 8
 """Timesteps at which each held-out picture is looked at."""
 
 Batch = dict[str, Any]
-"""prompts: list[str]; step: int; positions: int64 [B]; and either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments
+"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on
+a device, it would make the step wait); and either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments
 (float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text states are cached."""
 
 
@@ -272,7 +273,7 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
     batch: Batch = {
         "prompts": [item["prompt"] for item in items],
         "step": items[0]["step"],
-        "positions": torch.tensor([item["position"] for item in items]),
+        "positions": [item["position"] for item in items],
     }
     for key in ("pixels", "moments", "text"):
         if key in items[0]:

@@ -211,7 +211,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def losses(self, batch: Batch, stream: str = "train") -> Tensor:
         """The diffusion loss of each sample, float32 [B]; ``stream`` names the draws."""
-        step, positions = int(batch["step"]), batch["positions"].tolist()
+        step, positions = batch["step"], batch["positions"]
         seed_stream = stream if stream == "train" else "validation"
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
             moments = batch["moments"] if "moments" in batch else self.backbone.encode_images(batch["pixels"])
