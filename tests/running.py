@@ -59,8 +59,6 @@ def fit(
 class Spy(Callback):
     """Keeps what each step used: losses, rates, gradients."""
 
-    used: list[float]
-
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []

