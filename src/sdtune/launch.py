@@ -76,7 +76,8 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
         return
     for override in args.overrides:
         key = override.split("=", 1)[0].lstrip("+~")
-        if _SECRET.search(key):
+        # data.token is a word of a prompt.
+        if _SECRET.search(key) and not key.startswith("data."):
             refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
     search = _search_path(args.config_dir)
     try:

@@ -9,6 +9,9 @@ from omegaconf import OmegaConf
 
 _MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
 
+_FOLDER = ("-cd", "--config-dir")
+_VALUED = (*_FOLDER, "-c", "--cfg", "-p", "--package", "-i", "--info")
+
 
 def rewrite(argv: list[str]) -> list[str]:
     """The arguments for a resumed run; ``argv`` itself where nothing is resumed.
@@ -23,13 +26,13 @@ def rewrite(argv: list[str]) -> list[str]:
     kept = run / ".hydra" / "overrides.yaml"
     if not kept.is_file():
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
-    flags = [a for a in argv if a.startswith("-")]
-    if any(flag in ("-m", "--multirun") for flag in flags):
+    if any(a in ("-m", "--multirun") for a in argv):
         raise ValueError("resume: one run is resumed at a time; leave out -m")
     own = [str(override) for override in OmegaConf.load(kept)]
-    values = {i + 1 for i, a in enumerate(argv) if a in ("-cd", "--config-dir")}
+    values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
     # "~key" has no "=": an override like any other, and none is passed over in silence.
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
+    asks = [a for i, a in enumerate(argv) if (i in values or a.startswith("-")) and not _names_folder(argv, i)]
     for override in fresh:
         if not override.lstrip("+~").startswith(_MAY_CHANGE) and override not in own:
             raise ValueError(
@@ -45,13 +48,18 @@ def rewrite(argv: list[str]) -> list[str]:
     if "LOCAL_RANK" in os.environ:
         internal = []
     own = [o for o in own if not o.startswith("resume=")]
-    return [*_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+    return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+
+
+def _names_folder(argv: list[str], index: int) -> bool:
+    """Whether the argument at ``index`` is ``--config-dir`` or its value; those come by ``_config_folder``."""
+    return argv[index].split("=")[0] in _FOLDER or (index > 0 and argv[index - 1] in _FOLDER)
 
 
 def _config_folder(run: Path, argv: list[str]) -> list[str]:
     """The user's config folder of the first start, where this one names none."""
     for index, argument in enumerate(argv):
-        if argument in ("-cd", "--config-dir"):
+        if argument in _FOLDER:
             return argv[index : index + 2]
         if argument.startswith(("-cd=", "--config-dir=")):
             return [argument]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
     settings: Sampling = build(config["sampling"], config["trust"])
     if config["prompts_file"]:
         wanted = []
+        hints = get_type_hints(Sampling, include_extras=True)
         for line in prompts.read(config["prompts_file"]):
             own: dict[str, Any] = {
                 "negative_prompt": line.negative,
@@ -63,7 +64,10 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
                 "guidance": line.guidance,
                 "steps": line.steps,
             }
-            changed = dataclasses.replace(settings, **{k: v for k, v in own.items() if v is not None})
+            said = {key: value for key, value in own.items() if value is not None}
+            for key, value in said.items():
+                check_value(value, hints[key], f"prompts_file: {line.prompt!r}, {key}")
+            changed = dataclasses.replace(settings, **said)
             seeds = [line.seed] if line.seed is not None else config["seeds"]
             wanted += [(Request(line.prompt, seed), changed) for seed in seeds]
         return wanted

@@ -51,37 +51,39 @@ class Checkpoints(Callback):
     """Saves every so many optimizer steps, when the run ends, and when it is asked to stop.
 
     Ctrl-C and SIGTERM ask it to stop: it ends the step, saves, and leaves ``stopped_by`` set. A second Ctrl-C ends at
-    once. Keeps the last two and, where there is validation, ``best.ckpt`` by the validation loss.
+    once, and so does the first before training, while caches fill: what they hold is kept. The last two checkpoints
+    stay and, where there is validation, ``best.ckpt`` by the validation loss.
     """
 
     def __init__(self, folder: Path, record: Record, every_steps: Annotated[int, Ge(1)] = 100) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps
         self.stopped_by: signal.Signals | None = None
         self._handlers: dict[int, Any] = {}
+        self._training = False
 
     # --- asked to stop
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None and number == signal.SIGINT:
-            raise SystemExit(130)
+        if not self._training or (self.stopped_by is not None and number == signal.SIGINT):
+            raise SystemExit(128 + number)
         self.stopped_by = signal.Signals(number)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._listen()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._training = True
+        self._listen()  # Lightning has taken SIGTERM in the meantime
+
+    def _listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._ask)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning took SIGTERM before this callback and gives it back after it; later would be too late.
-        self.restore_handlers()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.restore_handlers()
+            before = signal.signal(number, self._ask)
+            self._handlers.setdefault(number, before)
 
     def restore_handlers(self) -> None:
-        """Give SIGINT and SIGTERM back to whoever had them before training."""
+        """Give SIGINT and SIGTERM back to whoever had them. Call it after ``fit``, which sets SIGTERM as it ends."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
 
     def _asked(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:

@@ -152,9 +152,10 @@ class Record(Callback):
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        with self.path.open(newline="") as handle:
-            reader = csv.DictReader(handle)
-            rows = list(reader)
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a process killed while it wrote leaves a torn line at the end
+        reader = csv.DictReader(io.StringIO(whole))
+        rows = list(reader)
         return list(reader.fieldnames or []), rows
 
     def _cut(self, step: int, trainer: pl.Trainer) -> None:
