@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sdtune import hardware
 from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.instantiate import build
@@ -21,6 +21,7 @@ log = logging.getLogger("sdtune")
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The run's own config decides what is measured."""
     own = plain(config)
+    hardware.check(own["hardware"])
     run = Path(str(own["run"])).expanduser()
     kept = run / ".hydra" / "config.yaml"
     if not kept.is_file():
@@ -30,19 +31,18 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     loaded = OmegaConf.load(kept)
     assert isinstance(loaded, DictConfig)
     # The run's config may come from somebody else: only what the user trusts here counts.
-    trained = {**plain(loaded), "trust": own["trust"]}
+    trained = {**plain(loaded), "trust": own["trust"], "hardware": own["hardware"]}
     if not trained["evaluation"]:
         raise ValueError(f"run: {run} was trained with evaluation=none; there is nothing to measure")
     data = check_run(trained)
-    accelerator = own["hardware"]["accelerator"]
+    accelerator = str(own["hardware"]["accelerator"])
     return lambda composed: execute(trained, data, run, accelerator, folder)
 
 
 def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:
     """Measure, and write ``evaluation.json`` beside the grids in ``folder``."""
     top = settings(config)
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = hardware.device(accelerator)
     evaluation = build(config["evaluation"], top.trust)
     source = build(config["backbone"], top.trust)
     figures = evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder)

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
+
+
+def check(node: Mapping[str, Any]) -> None:
+    """ValueError for a ``hardware`` node that is wrong, or that asks for what this machine lacks."""
+    kind = str(node.get("accelerator", "auto"))
+    if kind not in ACCELERATORS:
+        raise ValueError(f"hardware.accelerator: {kind!r} is not one of {', '.join(ACCELERATORS)}")
+    if kind in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"hardware.accelerator: {kind} is asked for, but torch {torch.__version__} sees no GPU;"
+            " install a CUDA build of torch, or choose hardware=cpu"
+        )
+    wanted = str(node.get("precision", "auto"))
+    if wanted not in PRECISIONS:
+        raise ValueError(f"hardware.precision: {wanted!r} is not one of {', '.join(PRECISIONS)}")
+    for key in ("devices", "num_nodes"):
+        value = node.get(key, 1)
+        if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
+            raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+
+
+def accelerator(wanted: str) -> str:
+    """Lightning's ``accelerator``; ``auto`` is a CUDA GPU if there is one, else the CPU."""
+    if wanted == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def device(wanted: str) -> torch.device:
+    """The device to sample on."""
+    kind = accelerator(wanted)
+    return torch.device("cuda" if kind == "gpu" else kind)
 
 
 def _cpu_has_bf16() -> bool:
@@ -15,12 +50,10 @@ def _cpu_has_bf16() -> bool:
     return info.is_file() and any(flag in info.read_text() for flag in (" amx_bf16", " avx512_bf16"))
 
 
-def precision(wanted: str, accelerator: str) -> str:
-    """Lightning's ``precision``, ``auto`` decided: bf16-mixed where the device has it, else 32-true."""
-    if wanted not in PRECISIONS:
-        raise ValueError(f"hardware.precision: {wanted!r} is not one of {', '.join(PRECISIONS)}")
+def precision(wanted: str, kind: str) -> str:
+    """Lightning's ``precision``; ``auto`` is bf16-mixed where the device multiplies bfloat16 itself, else 32-true."""
     if wanted != "auto":
         return wanted
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    return "bf16-mixed" if _cpu_has_bf16() else "32-true"
+    if accelerator(kind) in ("gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if kind != "mps" and _cpu_has_bf16() else "32-true"

@@ -20,8 +20,15 @@ ALLOWED = ("sdtune", "torch.optim", "pytorch_lightning")
 """Packages whose classes and functions a config may name; users add theirs with ``trust=[...]``."""
 
 
+_FUNCTIONS = ("sdtune.loggers",)
+
+
+def _trusted(module: str, prefixes: Sequence[str]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
+
+
 def _allowed(module: str, trust: Sequence[str]) -> bool:
-    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in (*ALLOWED, *trust))
+    return _trusted(module, (*ALLOWED, *trust))
 
 
 def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
@@ -48,6 +55,9 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
         raise ValueError(f"{key}._target_: {target} is neither a class nor a function")
     if not _allowed(found.__module__, trust):
         raise ValueError(f"{key}._target_: {target} leads to {found.__module__}, which is not allowed")
+    if inspect.isfunction(found) and found.__module__ not in _FUNCTIONS and not _trusted(found.__module__, trust):
+        # Classes are built; a function is done, whatever it does.
+        raise ValueError(f"{key}._target_: {target} is a function, not a class that can be configured")
     return found
 
 
@@ -117,7 +127,8 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         except (PydanticSchemaGenerationError, PydanticUserError):
             return  # an annotation that only names a class of another library; the constructor is the judge
     try:
-        adapter.validate_python(value)
+        # Strict for single values: what would only fit after a conversion reaches the constructor unconverted.
+        adapter.validate_python(value, strict=not isinstance(value, list | dict))
     except ValidationError as error:
         raise ValueError(_say(error, key, value)) from error
 

@@ -93,6 +93,8 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
     except Stopped as stop:
         print(f"sdtune: {stop}", file=sys.stderr)
         code = stop.code
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(_one_line(error))
     except ValueError as error:
         if os.environ.get("SDTUNE_TRACEBACK"):
             raise
@@ -195,7 +197,8 @@ def _multirun(command: str, search: ConfigSearchPath, overrides: list[str], prep
     finally:
         GlobalHydra.instance().clear()
     for overrides_of, error in failures:
-        print(f"sdtune: job {overrides_of}: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        print(f"sdtune: job {overrides_of}: {kind}{error}", file=sys.stderr)
     return 1 if failures else 0
 
 

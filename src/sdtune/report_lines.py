@@ -27,6 +27,13 @@ def before(data: PictureData, source: Pretrained, trainer: pl.Trainer) -> list[s
         f"order: {steps} step(s) an epoch at batch size {data.batch_size}; {trainer.max_steps} steps are"
         f" {trainer.max_steps / steps:.1f} epochs",
     ]
+    for (w, h), entries in buckets.items():
+        if len(entries) < data.batch_size and len(buckets) > 1:
+            times = data.batch_size / len(entries)
+            lines.append(
+                f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), less than a batch: each is seen"
+                f" {times:.1f} times an epoch, others about once"
+            )
     tokenizer = CLIPTokenizer.from_pretrained(source.folder() / "tokenizer", local_files_only=True)
     captions = list(dict.fromkeys(sample.caption for sample in data.train))[:10_000]
     longest = max(captions, key=lambda caption: len(tokenizer(caption).input_ids))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -28,7 +27,8 @@ def rewrite(argv: list[str]) -> list[str]:
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
     if any(a in ("-m", "--multirun") for a in argv):
         raise ValueError("resume: one run is resumed at a time; leave out -m")
-    own = [str(override) for override in OmegaConf.load(kept)]
+    resumed = sorted((run / ".hydra").glob("resume-*/overrides.yaml"), key=lambda p: int(p.parent.name[7:]))
+    own = [str(override) for override in OmegaConf.load(resumed[-1] if resumed else kept)]
     values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
     # "~key" has no "=": an override like any other, and none is passed over in silence.
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
@@ -45,7 +45,7 @@ def rewrite(argv: list[str]) -> list[str]:
     folder = run.absolute()
     # A process that Lightning starts for another device repeats these arguments, with Hydra's own added: those win.
     internal = [f"hydra.run.dir='{folder}'", f"hydra.output_subdir=.hydra/resume-{number}"]
-    if "LOCAL_RANK" in os.environ:
+    if any(a.startswith("hydra.run.dir=") for a in argv):
         internal = []
     own = [o for o in own if not o.startswith("resume=")]
     return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]

@@ -12,10 +12,13 @@ from typing import Annotated, Any, get_type_hints
 import pytorch_lightning as pl
 import torch
 from annotated_types import Ge, Gt
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import StringConstraints
 
-from sdtune import report_lines
+from sdtune import hardware, report_lines
 from sdtune.callbacks.bar import Bar
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.cost import Cost
@@ -25,7 +28,6 @@ from sdtune.callbacks.samples import Samples
 from sdtune.callbacks.snapshots import Snapshots
 from sdtune.data import PictureData
 from sdtune.files import write_json
-from sdtune.hardware import precision
 from sdtune.instantiate import build, check, check_value
 from sdtune.launch import RunFailed, Stopped
 from sdtune.methods.base import Adapter
@@ -46,7 +48,7 @@ class Settings:
         optimized_metric: the figure that ``train`` returns to a sweeper.
     """
 
-    name: str | None = None
+    name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
     seed: Annotated[int, Ge(0)] = 0
     save_every: Annotated[int, Ge(1)] | None = None
     resume: str | None = None
@@ -77,14 +79,53 @@ def settings(config: dict[str, Any]) -> Settings:
     values = {key: config[key] for key in hints if config.get(key) is not None}
     for key, value in values.items():
         check_value(value, hints[key], key)
+    if values.get("name") == "pytorch_lora_weights":
+        raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
     return Settings(**{**values, "trust": tuple(values.get("trust", ()))})
 
 
+_TRAINER_RANGES: dict[str, Any] = {
+    "max_steps": Annotated[int, Ge(1)],
+    "accumulate_grad_batches": Annotated[int, Ge(1)],
+    "log_every_n_steps": Annotated[int, Ge(1)],
+    "val_check_interval": Annotated[int, Ge(1)],
+    "gradient_clip_val": Annotated[float, Gt(0)] | None,
+}
+_OURS = (
+    "max_epochs",
+    "callbacks",
+    "logger",
+    "plugins",
+    "default_root_dir",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "gradient_clip_algorithm",
+)
+"""Trainer arguments that the run sets itself."""
+
+
 def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, ``auto`` precision decided."""
+    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
     merged = {**config["trainer"], **config["hardware"]}
-    merged["precision"] = precision(str(merged.get("precision", "auto")), str(merged.get("accelerator", "auto")))
+    kind = str(merged.get("accelerator", "auto"))
+    merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
+    merged["accelerator"] = hardware.accelerator(kind)
     return merged
+
+
+def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    hardware.check(config["hardware"])
+    for key, value in config["trainer"].items():
+        if key in _OURS:
+            raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
+        if key in _TRAINER_RANGES:
+            check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
+    check(trainer_arguments(config), "trainer", trust)
+    if _processes(config) > 1 and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        # Lightning would start the other processes with the sweep's own command line, each a sweep again.
+        raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
 
 
 def _processes(config: dict[str, Any]) -> int:
@@ -118,10 +159,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
         for key, node in config[group].items():
             check(node, f"{group}.{key}", trust, given)
     check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
-    check({**trainer_arguments(config)}, "trainer", trust)
-    steps = config["trainer"]["max_steps"]
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"trainer.max_steps: {steps} optimizer steps; give at least 1")
+    _check_trainer(config, trust)
     source = build(config["backbone"], trust)
     facts = source.facts
     data: PictureData = build(config["data"], trust, {"seed": top.seed})
@@ -142,10 +180,15 @@ def check_run(config: dict[str, Any]) -> PictureData:
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` and ``folder``, and give the function that runs it."""
     container = plain(config)
-    first = "LOCAL_RANK" not in os.environ
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     if container.get("resume"):
         checkpoint = last_checkpoint(folder)
         done = int(checkpoint.stem.removeprefix("step"))
+        if done > container["trainer"]["max_steps"]:
+            raise ValueError(
+                f"trainer.max_steps: {container['trainer']['max_steps']} lies before step {done}, which {folder} has"
+                " reached; give a larger one"
+            )
         if (folder / "metrics.json").exists() and done >= container["trainer"]["max_steps"]:
             raise ValueError(
                 f"resume: the run in {folder} is complete at step {done}; give a larger trainer.max_steps= to extend it"
@@ -192,22 +235,26 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         },
     )
     record, checkpoints, callbacks = _callbacks(config, folder, name, top)
-    loggers = [build(node, top.trust, {"save_dir": str(folder)}) for node in config["logger"].values() if node]
-    trainer = pl.Trainer(
-        **{key: value for key, value in trainer_arguments(config).items() if key != "_target_"},
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[AtomicIO()],
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-    )
     start = last_checkpoint(folder) if top.resume else None
+    loggers: list[Any] = []
     failed = True
     try:
+        for node in config["logger"].values():
+            if node:
+                loggers.append(build(node, top.trust, {"save_dir": str(folder)}))
+                loggers[-1].log_hyperparams(config)
+        given = {
+            "max_epochs": -1,
+            "callbacks": callbacks,
+            "logger": loggers,
+            "plugins": [AtomicIO()],
+            "default_root_dir": folder,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "use_distributed_sampler": False,
+        }
+        trainer: pl.Trainer = build(trainer_arguments(config), top.trust, given)
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         failed = False
@@ -270,7 +317,7 @@ def _figures(
     }
     if config["evaluation"]:
         trust = settings(config).trust
-        device = adapter.device
+        device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
         evaluation = build(config["evaluation"], trust)
         figures |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
     for logger in trainer.loggers:

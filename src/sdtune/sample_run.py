@@ -14,9 +14,8 @@ import torch
 from omegaconf import DictConfig
 
 from sdtune import adapters as files
-from sdtune import prompts
+from sdtune import hardware, prompts
 from sdtune.grids import grid, save_png
-from sdtune.hardware import precision
 from sdtune.instantiate import build, check, check_value
 from sdtune.run import plain
 from sdtune.sample import describe
@@ -33,7 +32,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     trust = container["trust"]
     check(container["backbone"], "backbone", trust)
     check(container["sampling"], "sampling", trust)
-    precision(str(container["hardware"]["precision"]), "auto")
+    hardware.check(container["hardware"])
     check_value(container["seeds"], list[int], "seeds")
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
@@ -80,9 +79,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
 def execute(config: dict[str, Any], folder: Path) -> None:
     """Draw and write."""
     source = build(config["backbone"], config["trust"])
-    accelerator = config["hardware"]["accelerator"]
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = hardware.device(str(config["hardware"]["accelerator"]))
     backbone = source.load().to(device)
     backbone.suit(device)
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
@@ -90,7 +87,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = _wanted(config)
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
-    half = precision(config["hardware"]["precision"], device.type) == "bf16-mixed"
+    half = hardware.precision(config["hardware"]["precision"], device.type) == "bf16-mixed"
     for factor in factors:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
         with autocast, files.applied(backbone, loaded, [file.strength * factor for file in wanted]):

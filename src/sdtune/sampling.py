@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -104,7 +105,7 @@ def generate(
             empty = backbone.encode_text([settings.negative_prompt])
             text = torch.cat([empty.expand(len(batch), -1, -1), text])
         extra = {}
-        if "generator" in scheduler.step.__code__.co_varnames:
+        if "generator" in inspect.signature(scheduler.step).parameters:
             extra["generator"] = generators
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents

@@ -16,6 +16,9 @@ from sdtune.backbone.pretrained import Facts, Pretrained
 from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
 
+_SHORT_SEQUENCE = 1024
+_DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+
 
 class Backbone(nn.Module):
     """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion.
@@ -45,12 +48,16 @@ class Backbone(nn.Module):
         return device
 
     def suit(self, device: torch.device) -> None:
-        """Fused attention on an accelerator; on a CPU plain products, whose backward is faster at short sequences."""
-        plain = device.type == "cpu"
+        """Fused attention; on a CPU plain products where latents are small: their backward is faster there.
+
+        At long sequences the scores would fill the memory.
+        """
+        cells = (self.facts.side // self.facts.factor) ** 2
+        plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
         self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         self.vae.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         self.text_encoder.set_attn_implementation("eager" if plain else "sdpa")
-        if plain:
+        if device.type == "cpu":
             self.unet.to(memory_format=torch.channels_last)
 
     # --- pictures
@@ -76,9 +83,12 @@ class Backbone(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
+        pictures: list[Tensor] = []
         with torch.autocast(latents.device.type, enabled=False):
-            pictures: Tensor = self.vae.decode(raw.to(self.vae.dtype)).sample
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)
+            for part in torch.split(raw.to(self.vae.dtype), max(1, _DECODED_PIXELS // pixels)):
+                pictures.append(self.vae.decode(part).sample.float())
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     # --- text
 

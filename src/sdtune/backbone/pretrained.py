@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,12 +76,15 @@ class Pretrained:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         try:
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"backbone.path: {self.path} is neither a local folder nor to be had from the hub ({reason})"
             ) from error
+        # One commit for the whole run, whatever is pushed meanwhile; the folder of a snapshot is named by it.
+        self.revision = folder.name
+        return folder
 
     def config(self, component: str) -> dict[str, Any]:
         """``<component>``'s config as the pipeline folder holds it."""
@@ -117,6 +121,10 @@ class Pretrained:
 
     def folder(self) -> Path:
         """The local folder with everything that loading needs."""
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> Path:
         # Hub repositories hold the same weights several times over (fp16, non-EMA, .bin): take the one that is read.
         stems = ("diffusion_pytorch_model", "model")
         weights = [f"{name}/{stem}{end}" for name in COMPONENTS for stem in stems for end in _WEIGHTS]
@@ -126,10 +134,17 @@ class Pretrained:
         """The weights' sha256 (:func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
         return weights_hash(self.folder(), [name for name in COMPONENTS if name not in self.from_scratch])
 
-    def component_hash(self, component: Component) -> str:
-        """The hash of one component's weights, which is what a cache of its outputs depends on."""
+    def encoder_key(self, component: Component, precision: str) -> str:
+        """What an encoder's outputs depend on: weights, config, precision, and a text encoder's tokenizer.
+
+        Caches of its outputs are kept under this name.
+        """
         assert component not in self.from_scratch
-        return weights_hash(self.folder(), [component])
+        digest = hashlib.sha256(f"{precision}/{weights_hash(self.folder(), [component])}".encode())
+        digest.update(json.dumps(self.config(component), sort_keys=True).encode())
+        for file in sorted((self.folder() / "tokenizer").glob("*")) if component == "text_encoder" else ():
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:32]
 
     def load(self, seed: int = 0) -> Backbone:
         """The backbone with its weights in float32, in eval mode, every parameter frozen."""

@@ -60,6 +60,7 @@ class Checkpoints(Callback):
         self.stopped_by: signal.Signals | None = None
         self._handlers: dict[int, Any] = {}
         self._training = False
+        self._due = False
 
     # --- asked to stop
 
@@ -103,21 +104,34 @@ class Checkpoints(Callback):
         if self._asked(trainer):
             self.stopped_by = self.stopped_by or signal.SIGTERM
             trainer.should_stop = True
+        due = trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps
+        self._due = due or trainer.should_stop
+        # A step's validation belongs to its checkpoint: resumed, Lightning would pass over it.
+        if self._due and not self._validates(trainer):
             self.save(trainer, pl_module)
-        elif trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps:
-            self.save(trainer, pl_module)
+
+    @staticmethod
+    def _validates(trainer: pl.Trainer) -> bool:
+        """Whether Lightning validates right after the micro-batch just made."""
+        if not trainer.enable_validation:
+            return False
+        every = trainer.val_check_batch
+        return every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write ``step<N>.ckpt``, figures first: a step that was not finite ends the run here and is never saved."""
         assert isinstance(pl_module, Adapter)
+        self._due = False
         self.record.flush(trainer, pl_module)
-        trainer.save_checkpoint(self.folder / f"step{trainer.global_step:08d}.ckpt")
+        with self.record.paused():
+            trainer.save_checkpoint(self.folder / f"step{trainer.global_step:08d}.ckpt")
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
                 old.unlink()
-        self.record.resume_clock()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
         if value is not None and value <= min(self.record.validation.values()):
             trainer.save_checkpoint(self.folder / "best.ckpt")
+        if self._due and not trainer.sanity_checking:
+            self.save(trainer, pl_module)

@@ -6,6 +6,8 @@ import csv
 import io
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,9 +119,16 @@ class Record(Callback):
                     {k: v for k, v in row.items() if k != "step"} | {"samples_per_second": speed}, step=int(row["step"])
                 )
 
-    def resume_clock(self) -> None:
-        """Leave out of the step times what another callback has just spent (samples, checkpoints)."""
-        self._since = (self._since[0], time.perf_counter())
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the step times what is done within (samples, checkpoints, validation)."""
+        began = time.perf_counter()
+        yield
+        self._since = (self._since[0], self._since[1] + time.perf_counter() - began)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating = self.paused()
+        self._validating.__enter__()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
@@ -130,7 +139,7 @@ class Record(Callback):
             self._append([{"step": trainer.global_step, "validation_loss": float(value)}], trainer)
             for logger in trainer.loggers:
                 logger.log_metrics({"validation_loss": float(value)}, step=trainer.global_step)
-        self.resume_clock()
+        self._validating.__exit__(None, None, None)
 
     def median_step_seconds(self) -> float | None:
         """Median over the flushes of this process; the first, which holds warm-up, only counts if it is alone."""

@@ -58,13 +58,13 @@ class Samples(Callback):
 
     def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
         """Draw and write a grid to ``path``."""
-        rows = self.draw(trainer, module)
-        sheet = grid(rows, [f"seed {seed}" for seed in self.seeds], self.prompts)
-        save_png(sheet, path, {"step": str(trainer.global_step)})
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
-        self.record.resume_clock()
+        with self.record.paused():
+            rows = self.draw(trainer, module)
+            sheet = grid(rows, [f"seed {seed}" for seed in self.seeds], self.prompts)
+            save_png(sheet, path, {"step": str(trainer.global_step)})
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
         return rows
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -114,6 +114,10 @@ class PictureData(pl.LightningDataModule, ABC):
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes: without the trainer, which cannot be pickled and is not needed there."""
+        return {**self.__dict__, "trainer": None}
+
     # --- what a source says
 
     name: str = field(default="pictures", init=False)
@@ -180,10 +184,10 @@ class PictureData(pl.LightningDataModule, ABC):
     def prepare(self, encoders: Encoders) -> None:
         """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise."""
         if self.cache_latents and encoders.images is not None:
-            self._latents = TensorCache(encoders.cache / "latents" / encoders.images_hash[:16])
+            self._latents = TensorCache(encoders.cache / "latents" / encoders.images_hash)
             self._fill_latents(self._latents, encoders)
         if self.cache_text and encoders.text is not None:
-            self._text = TensorCache(encoders.cache / "text" / encoders.text_hash[:16])
+            self._text = TensorCache(encoders.cache / "text" / encoders.text_hash)
             prompts = {_text_key(prompt): prompt for prompt in self.captions()}
             mine = {key: prompts[key] for key in share(prompts, encoders.rank, encoders.processes)}
             with bar("Encoding captions", sum(key not in self._text for key in mine)) as progress:
@@ -228,7 +232,10 @@ class PictureData(pl.LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
             return []
-        sampler = FixedBatches(list(self.buckets(self.held_out).values()), self.batch_size, VALIDATION_RUNGS)
+        trainer = self.trainer
+        assert trainer is not None
+        micro = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
+        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro, VALIDATION_RUNGS)
         return self._loader(_Pictures(self, self.held_out, training=False), sampler)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Batch]:

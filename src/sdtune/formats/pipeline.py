@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+_KEPT = (".json", ".txt", ".safetensors")
+
 
 def copy_pipeline(source: Path, target: Path, without: Sequence[str]) -> None:
-    """Copy the files of a pipeline folder, the components named in ``without`` left out."""
+    """Copy a text-to-image pipeline folder, the components named in ``without`` left out.
+
+    The safety checker stays behind, and the index says so: it is no part of what was trained, and a hub id's is not
+    downloaded. So do pickles and further variants of the weights.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for item in sorted(source.iterdir()):
-        if item.is_file() and item.name == "model_index.json":
-            shutil.copy2(item, target / item.name)
-        elif item.is_dir() and item.name not in without and not item.name.startswith("."):
-            shutil.copytree(item, target / item.name, dirs_exist_ok=True)
+    index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
+    for name, value in index.items():
+        if isinstance(value, list) and name not in _PARTS:
+            index[name] = [None, None]
+    index["requires_safety_checker"] = False
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for part in _PARTS:
+        if part in without or not (source / part).is_dir():
+            continue
+        (target / part).mkdir(exist_ok=True)
+        for file in sorted((source / part).iterdir()):
+            variant = file.suffix == ".safetensors" and len(file.name.split(".")) > 2
+            if file.is_file() and file.suffix in _KEPT and not variant:
+                shutil.copy2(file, target / part / file.name)
 
 
 def save_component(module: Any, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -64,7 +65,7 @@ class Adapter(pl.LightningModule, ABC):
         self.make_optimizer: MakeOptimizer = optimizer or (
             lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True)
         )
-        self.lr_schedule = lr_schedule or Constant()
+        self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
         self.seed = seed
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
@@ -138,6 +139,9 @@ class Adapter(pl.LightningModule, ABC):
             data.open(self.source.facts.side, self.source.facts.factor)
             data.prepare(self.encoders())
             self.trainer.strategy.barrier("caches")
+            if self.trainer.num_nodes > 1:
+                # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
+                data.prepare(replace(self.encoders(), rank=0, processes=1))
 
     def on_train_start(self) -> None:
         # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
@@ -174,10 +178,10 @@ class Adapter(pl.LightningModule, ABC):
         precision = str(self.trainer.precision)
         return Encoders(
             images=images if frozen_vae else None,
-            images_hash=self.source.component_hash("vae") if frozen_vae else "",
+            images_hash=self.source.encoder_key("vae", "32-true") if frozen_vae else "",
             text=text if frozen_text else None,
             # The text encoder's precision follows the run's, so states of one are not those of another.
-            text_hash=f"{precision}-{self.source.component_hash('text_encoder')}" if frozen_text else "",
+            text_hash=self.source.encoder_key("text_encoder", precision) if frozen_text else "",
             cache=cache_folder(),
             rank=self.trainer.global_rank,
             processes=self.trainer.world_size,
@@ -199,7 +203,10 @@ class Adapter(pl.LightningModule, ABC):
         # Validation looks at the same noise in every run, so that curves compare across seeds too.
         seed = self.seed if stream.startswith("train/") else 0
         rows = [generator(seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        drawn = torch.from_numpy(np.stack(rows))
+        # Only a copy from pinned memory does not wait.
+        drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+        return drawn.to(self.device, non_blocking=True)
 
     def _timesteps(self, stream: str, step: int, positions: Sequence[int]) -> Tensor:
         count = len(self.backbone.schedule)

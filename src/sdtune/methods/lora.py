@@ -119,15 +119,19 @@ class LoRA(Adapter):
 
     def snapshot(self, folder: Path, stem: str) -> None:
         """``<stem>.safetensors`` in kohya's form."""
-        width = self.backbone.unet.config.cross_attention_dim
+        data = getattr(self.trainer, "datamodule", None)
+        prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
+        architecture: kohya_lora.Architecture = "stable-diffusion-v1"
+        if self.backbone.unet.config.cross_attention_dim == 1024:
+            architecture = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
         spec = kohya_lora.ModelSpec(
             title=stem,
-            resolution=self.backbone.facts.side,
-            prediction_type="v" if self.backbone.prediction_type == "v_prediction" else "epsilon",
+            resolution=getattr(data, "resolution", None) or self.backbone.facts.side,
+            prediction_type=prediction,
             steps=self.trainer.global_step,
             seed=self.seed,
-            trigger=getattr(getattr(self.trainer, "datamodule", None), "keep", None) or None,
-            architecture="stable-diffusion-v2-512" if width == 1024 else "stable-diffusion-v1",
+            trigger=getattr(data, "keep", None) or None,
+            architecture=architecture,
         )
         kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._metadata())
 

@@ -71,8 +71,10 @@ class NoiseSchedule:
     def to(self, device: torch.device) -> NoiseSchedule:
         """The tables moved once, so that a step waits for no copy."""
         if self._alpha.device != device:
-            self._alpha, self._sigma = self._alpha.to(device), self._sigma.to(device)
-            self.alphas_cumprod = self.alphas_cumprod.to(device)
+            # Apple's GPUs know no float64; the roots have been taken by now.
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._alpha, self._sigma = self._alpha.to(device, dtype), self._sigma.to(device, dtype)
+            self.alphas_cumprod = self.alphas_cumprod.to(device, dtype)
         return self
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
