@@ -94,6 +94,9 @@ def test_every_option_composes_and_fits_what_it_configures(
     if (group, option) in BASES:
         return
     assert missing(config) <= {"data.path", "backbone.path"}
+    if group == "hardware":  # asked of this machine by hardware.check, whose tests are elsewhere
+        monkeypatch.setattr("torch.cuda.is_available", lambda: option not in ("auto", "cpu"))
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     check(filled(config), monkeypatch)
 
 
