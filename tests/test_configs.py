@@ -194,3 +194,9 @@ def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> N
     for option in options(group):
         text = (CONF / group / f"{option}.yaml").read_text()
         assert text.startswith("#") or "_target_" in text
+
+
+def test_debug_has_its_way_with_a_recipe() -> None:
+    config = compose("train", "experiment=lora_subject", "debug=smoke")
+    assert config.trainer.max_steps == 2
+    assert config.evaluation is None

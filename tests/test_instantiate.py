@@ -260,3 +260,8 @@ def test_a_partial_waits_for_its_arguments() -> None:
         [torch.nn.Parameter(torch.ones(1))]
     )
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_function_of_ours_is_not_a_target() -> None:
+    with pytest.raises(ValueError, match="is a function, not a class"):
+        resolve("sdtune.pocket.assemble.assemble", "evaluation")

@@ -110,3 +110,15 @@ def test_a_finished_run_is_extended(
     assert (run / ".hydra" / "resume-1").is_dir()
     assert train(*arguments(tiny, pictures, reference, *common, "trainer.max_steps=7")) == 0
     same(run, reference)
+
+
+def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(*arguments(tiny, pictures, run, "trainer.max_steps=2", "checkpoint.every_steps=1")) == 0
+    assert train(f"resume={run}", "trainer.max_steps=4") == 0
+    (run / "metrics.json").unlink()  # as if it had been stopped before its figures
+    assert train(f"resume={run}") == 0
+    assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4"]
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 4
+    assert train(f"resume={run}", "trainer.max_steps=3") == 2
+    assert len(rows(run)) == 4
