@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import sdtune
-from conftest import build_pipeline
+from pipelines import build_pipeline
 from running import adamw, fit, folder_data
 from sdtune import adapters
 from sdtune.backbone import Pretrained

@@ -173,8 +173,9 @@ def test_a_failed_write_leaves_no_draft(tmp_path):
     with pytest.raises(TypeError):
         write_safetensors(tmp_path / "it", {"a": DOWN}, {"number": 1})  # type: ignore[dict-item]
     (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("in the way of a folder")
     with pytest.raises(ValueError, match="folder: cannot be written"):
         write_safetensors(tmp_path / "folder", {"a": DOWN}, {})
     with pytest.raises(ValueError, match="cannot be written"):
-        write_safetensors(tmp_path / "gone" / "it", {"a": DOWN}, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        write_safetensors(tmp_path / "file" / "it", {"a": DOWN}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

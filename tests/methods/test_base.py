@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from conftest import build_pipeline
+from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import Full, LoRA

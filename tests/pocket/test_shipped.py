@@ -56,7 +56,8 @@ def test_the_text_encoder_is_the_clips_text_tower() -> None:
     backbone = Pretrained().load()
     ids = backbone.tokenize(["a big fox on a blue background"])
     theirs = clip.text_model(ids).last_hidden_state
-    torch.testing.assert_close(backbone.encode_text(["a big fox on a blue background"]), theirs)
+    # The CLIP is stored in half precision.
+    torch.testing.assert_close(backbone.encode_text(["a big fox on a blue background"]), theirs, rtol=0.02, atol=0.02)
 
 
 def test_a_member_reads_nearer_to_its_own_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -244,6 +245,7 @@ class PictureData(pl.LightningDataModule, ABC):
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
@@ -286,6 +288,12 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
         if key in items[0]:
             batch[key] = torch.stack([item[key] for item in items])
     return batch
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

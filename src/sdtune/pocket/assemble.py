@@ -1,7 +1,7 @@
 """Puts pocket's parts together: ``python -m sdtune.pocket.assemble FOLDER [--unet DIR] [--ship]``.
 
 Without ``--unet``: ``FOLDER/pipeline``, whose UNet has only its config, which is what the UNet's training starts from.
-With it: the same with that UNet's weights. ``--ship`` writes the package's own models, in half precision.
+With it: the same with that UNet's weights. ``--ship`` writes the package's own models, UNet and CLIP in half precision.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _UNET = {
 }
 
 
-def _text_encoder(clip: Path, target: Path, dtype: torch.dtype) -> None:
+def _text_encoder(clip: Path, target: Path) -> None:
     model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
     encoder = CLIPTextModel(model.config.text_config)
     encoder.load_state_dict(
         {k.removeprefix("text_model."): v for k, v in model.state_dict().items() if k.startswith("text_model.")}
     )
-    encoder.to(dtype).save_pretrained(target)
+    # In float32 also where it is shipped: transformers keeps a stored half precision, and the pipeline would mix two.
+    encoder.save_pretrained(target)
     # transformers >= 5.6 leaves the prefix out; without it older clients would take random weights, silently.
     file = target / "model.safetensors"
     tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
@@ -55,9 +56,8 @@ def assemble(folder: Path, target: Path, unet: Path | None, ship: bool) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     shutil.copytree(folder / "tokenizer", target / "tokenizer")
-    # Autoencoder and text encoder are read back in float32 also where they were stored in half precision.
     AutoencoderKL.from_pretrained(folder / "vae").save_pretrained(target / "vae")
-    _text_encoder(folder / "clip", target / "text_encoder", torch.float16 if ship else torch.float32)
+    _text_encoder(folder / "clip", target / "text_encoder")
     DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
