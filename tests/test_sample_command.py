@@ -67,7 +67,7 @@ def test_single_pictures_with_their_settings_and_a_grid(tiny: Path, adapter: Pat
     assert lines[2].startswith("Steps: 2, Sampler: ")
     assert "Seed: 3" in lines[2]
     assert len({np.asarray(Image.open(p)).tobytes() for p in found}) == 4
-    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 46 + 2 * 166 + 6)
+    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 2 * 166 + 6)
 
 
 def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adapter: Path, tmp_path: Path) -> None:

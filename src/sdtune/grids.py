@@ -35,12 +35,12 @@ def grid(
     tile_w, tile_h = width * scale + _MARGIN, height * scale + _MARGIN
     font = ImageFont.load_default(size=13)
     left = 120 if any(row_labels) else 0
-    top = 46 if any(column_labels) else 0
+    top = 62 if any(column_labels) else 0
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (left + columns * tile_w + _MARGIN, top + len(rows) * tile_h + _MARGIN), "white")
     ink = ImageDraw.Draw(sheet)
     for c, label in enumerate(column_labels):
-        lines = textwrap.wrap(label, max(8, tile_w // 7))[:3]
+        lines = textwrap.wrap(label, max(8, tile_w // 7))[:4]
         ink.multiline_text((left + _MARGIN + c * tile_w, 2), "\n".join(lines), fill="black", font=font, spacing=1)
     for r, row in enumerate(rows):
         if r < len(row_labels):

@@ -34,7 +34,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error}); name a path in a folder you may write to") from error
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.exists():
+            draft.unlink()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
