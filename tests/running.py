@@ -151,6 +151,7 @@ def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
             stdout=handle,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a group of its own, so that a test can signal it as a terminal does
         )
 
 

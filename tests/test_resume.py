@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -71,11 +72,11 @@ def test_killed_and_resumed_is_never_killed(
 
 @pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3"]
+    common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3", "data.workers=1"]
     run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "stopped.log"
     process = start(log, *arguments(tiny, pictures, run, *common))
     wait_for_step(process, run, 3, log)
-    process.send_signal(asked)
+    os.killpg(process.pid, asked)  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the loader's workers too
     assert process.wait(timeout=200) == code
     stopped_at = int(rows(run)[-1]["step"])
     assert 3 <= stopped_at < 40

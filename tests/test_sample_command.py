@@ -85,7 +85,7 @@ def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adap
     assert np.abs(drawn[0].astype(int) - np.asarray(Image.open(plain))).max() <= 1
     assert not np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[1], drawn[2])
-    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 46 + 3 * 166 + 6)
+    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 3 * 166 + 6)
 
 
 def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> None:
