@@ -74,6 +74,10 @@ def assemble(folder: Path, target: Path, unet: Path | None, ship: bool) -> None:
         UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
     if ship:
         _half(target / "unet", "diffusion_pytorch_model")
+    for config in target.glob("*/config.json"):
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)  # where it lay on the machine that trained it
+        config.write_text(json.dumps(content, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.36.0",
