@@ -42,11 +42,11 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
     tile = 160 + 6
-    assert before.shape[:2] == (46 + 2 * tile + 6, 120 + 3 * tile + 6)
-    assert both.shape[:2] == (46 + 4 * tile + 6, 120 + 3 * tile + 6)
+    assert before.shape[:2] == (62 + 2 * tile + 6, 120 + 3 * tile + 6)
+    assert both.shape[:2] == (62 + 4 * tile + 6, 120 + 3 * tile + 6)
     for row in (0, 1):  # before and after alternate
-        picture = np.s_[46 + 6 + row * tile : 46 + row * tile + tile, 126:]
-        mixed = np.s_[46 + 6 + 2 * row * tile : 46 + 2 * row * tile + tile, 126:]
+        picture = np.s_[62 + 6 + row * tile : 62 + row * tile + tile, 126:]
+        mixed = np.s_[62 + 6 + 2 * row * tile : 62 + 2 * row * tile + tile, 126:]
         assert np.array_equal(both[mixed], before[picture])
 
     found = sorted(p.name for p in (drawn / "artifact").glob("otter-*"))
