@@ -115,13 +115,6 @@ class Adapter(pl.LightningModule, ABC):
         self.inject()
         assert self.trainable(), "inject() opened nothing"
 
-    def load_for_sampling(self, device: torch.device) -> None:
-        """Ready to sample without a trainer."""
-        self.configure_model()
-        self.to(device)
-        self.backbone.suit(device)
-        self.eval()
-
     def final_weights(self) -> AbstractContextManager[None]:
         """Within it, the weights are those that a run leaves behind: the average where one is kept."""
         return self.average.swapped(self) if self.average is not None else nullcontext()
@@ -217,15 +210,14 @@ class Adapter(pl.LightningModule, ABC):
         return torch.tensor(rungs).to(self.device, non_blocking=True)
 
     def losses(self, batch: Batch, stream: str = "train") -> Tensor:
-        """The diffusion loss of each sample, float32 [B]; ``stream`` names the draws."""
+        """The diffusion loss of each sample, float32 [B]; ``stream``, train or validation, names the draws."""
         step, positions = batch["step"], batch["positions"]
-        seed_stream = stream if stream == "train" else "validation"
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
             moments = batch["moments"] if "moments" in batch else self.backbone.encode_images(batch["pixels"])
             shape = (moments.shape[1] // 2, *moments.shape[2:])
-            clean = self.backbone.latents(moments, self._noise(shape, f"{seed_stream}/vae", step, positions)).detach()
-        noise = self._noise(shape, f"{seed_stream}/noise", step, positions)
-        timesteps = self._timesteps(seed_stream, step, positions)
+            clean = self.backbone.latents(moments, self._noise(shape, f"{stream}/vae", step, positions)).detach()
+        noise = self._noise(shape, f"{stream}/noise", step, positions)
+        timesteps = self._timesteps(stream, step, positions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             text = batch["text"] if "text" in batch else self._encode_text(batch["prompts"])
         schedule = self.backbone.schedule
