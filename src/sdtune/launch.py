@@ -5,6 +5,7 @@ Imports no torch: ``--help``, ``--cfg`` and a misspelt key are answered at once.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.paths import config_folder
+from sdtune.quiet import quiet, quiet_libraries
 from sdtune.suggest import suggestion
 
 if TYPE_CHECKING:
@@ -49,6 +51,19 @@ class RunFailed(Exception):
 
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
 """Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
+
+
+def quietly(module: str) -> Prepare:
+    """``module``'s ``prepare``, imported when it is called: a command answers ``--help`` without torch."""
+
+    def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+        quiet()
+        work = importlib.import_module(module)
+        quiet_libraries()
+        run: Callable[[DictConfig], Any] = work.prepare(config, folder)
+        return run
+
+    return prepare
 
 
 def refuse(message: str, code: int = REFUSED) -> NoReturn:

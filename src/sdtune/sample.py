@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sdtune.launch import main
-from sdtune.quiet import quiet, quiet_libraries
+from sdtune.launch import main, quietly
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from PIL import Image
 
     from sdtune.backbone import Pretrained
@@ -77,13 +75,7 @@ def sample(
         return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]
 
 
-def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """Check ``sdtune sample``'s config, and give the function that runs it."""
-    quiet()
-    from sdtune.sample_run import prepare as prepare_run
-
-    quiet_libraries()
-    return prepare_run(config, folder)
+prepare = quietly("sdtune.sample_run")
 
 
 def describe(

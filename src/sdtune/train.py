@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from sdtune.launch import main
-from sdtune.quiet import quiet, quiet_libraries
+from sdtune.launch import main, quietly
 from sdtune.resume import rewrite
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """Check everything that can be checked without weights, and give the run."""
-    quiet()
-    from sdtune.run import prepare as prepare_run
-
-    quiet_libraries()
-    return prepare_run(config, folder)
+prepare = quietly("sdtune.run")
 
 
 if __name__ == "__main__":
