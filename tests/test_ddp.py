@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from running import arguments, rows, start, train
+from running import arguments, rows, start, train, wait_for_step
 
 
 def _processes_that_name(text: str) -> list[str]:
@@ -24,12 +25,16 @@ def _processes_that_name(text: str) -> list[str]:
     return found
 
 
+def _on_two(own: list[str]) -> list[str]:
+    kept = [argument for argument in own if argument != "hardware=cpu"]
+    return [*kept, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+
+
 def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=10", "data.batch_size=4", "optimizer.lr=1e-3", "data.hold_out=5"]
     common += ["trainer.val_check_interval=5", "checkpoint.every_steps=5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
-    own = [a for a in arguments(tiny, pictures, two, *common) if a != "hardware=cpu"]
-    process = start(log, *own, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2")
+    process = start(log, *_on_two(arguments(tiny, pictures, two, *common)))
     assert train(*arguments(tiny, pictures, one, *common)) == 0
     assert process.wait(timeout=280) == 0, log.read_text()
     assert not _processes_that_name(str(two))
@@ -50,3 +55,16 @@ def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> 
     for key, value in mine.items():
         assert torch.linalg.norm((value - single[key]).float()) <= 1e-3 * torch.linalg.norm(single[key].float()) + 1e-7
     assert log.read_text().count("captions: ") == 1
+
+
+def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    common = ["name=mine", "trainer.max_steps=100000", "data.batch_size=4", "checkpoint.every_steps=100000"]
+    process = start(log, *_on_two(arguments(tiny, pictures, run, *common)))
+    wait_for_step(process, run, 3, log)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=200) == 143, log.read_text()
+    assert not _processes_that_name(str(run))
+    assert log.read_text().splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{int(rows(run)[-1]['step']):08d}.ckpt"]
+    assert (run / "artifact" / "mine.safetensors").exists()

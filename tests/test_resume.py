@@ -123,3 +123,28 @@ def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, pictures: Pat
     assert json.loads((run / "metrics.json").read_text())["steps"] == 4
     assert train(f"resume={run}", "trainer.max_steps=3") == 2
     assert len(rows(run)) == 4
+
+
+def test_what_changed_since_is_refused(
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "conf" / "experiment"
+    own.mkdir(parents=True)
+    recipe = "# @package _global_\noptimizer:\n  lr: {}\n"
+    (own / "mine.yaml").write_text(recipe.format(1e-3))
+    run = tmp_path / "run"
+    common = ["-cd", str(own.parent), "experiment=mine", "trainer.max_steps=2"]
+    assert train(*common, *arguments(tiny, pictures, run)) == 0
+
+    again = [f"resume={run}", "trainer.max_steps=4"]
+    (own / "mine.yaml").write_text(recipe.format(2e-3))
+    assert train(*again) == 2
+    assert "optimizer.lr is 0.002 now and was 0.001" in capsys.readouterr().err
+    (own / "mine.yaml").write_text(recipe.format(1e-3))
+    (pictures / "0.txt").write_text("another caption")
+    assert train(*again) == 2
+    assert "captions or repeats have changed" in capsys.readouterr().err
+    assert len(rows(run)) == 2
+    (pictures / "0.txt").write_text("picture number 0")
+    assert train(*again) == 0
+    assert len(rows(run)) == 4

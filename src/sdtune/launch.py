@@ -111,7 +111,7 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
     except (HydraException, OmegaConfBaseException) as error:
         refuse(_one_line(error))
     except ValueError as error:
-        if os.environ.get("SDTUNE_TRACEBACK"):
+        if os.environ.get("SDTUNE_TRACEBACK") or not _ours(error):
             raise
         refuse(str(error))
     except RunFailed as error:
@@ -122,6 +122,15 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
         refuse(f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written", code=1)
     if code:
         raise SystemExit(code)
+
+
+def _ours(error: Exception) -> bool:
+    """Whether sdtune itself raised ``error``: a library's is a fault to be traced, not a refusal of bad input."""
+    place = error.__traceback__
+    assert place is not None
+    while place.tb_next is not None:
+        place = place.tb_next
+    return str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0] in ("sdtune", "__main__")
 
 
 def _ask_hydra(command: str, args: Any, parser: Any) -> None:

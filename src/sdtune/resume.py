@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -49,6 +51,34 @@ def rewrite(argv: list[str]) -> list[str]:
         internal = []
     own = [o for o in own if not o.startswith("resume=")]
     return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+
+
+def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
+    """ValueError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
+
+    Recipes and defaults are composed from the files of today, which may have been edited since. What is new in them, or
+    gone, is passed over: a later version of sdtune still resumes.
+    """
+    kept = OmegaConf.load(run / ".hydra" / "config.yaml")
+    before, now = _flat(OmegaConf.to_container(kept, resolve=False)), _flat(config)
+    for key, value in before.items():
+        free = key.startswith(tuple(f.rstrip("=") for f in _MAY_CHANGE)) or key == "resume"
+        interpolated = isinstance(value, str) and "${" in value
+        if not free and not interpolated and key in now and now[key] != value:
+            raise ValueError(
+                f"resume: {key} is {now[key]!r} now and was {value!r} when the run began; put the recipe or default"
+                " that sets it back"
+            )
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {key: node}
+    return {
+        name: leaf
+        for part, value in node.items()
+        for name, leaf in _flat(value, f"{key}.{part}" if key else part).items()
+    }
 
 
 def _names_folder(argv: list[str], index: int) -> bool:

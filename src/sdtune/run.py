@@ -26,11 +26,13 @@ from sdtune.callbacks.ema import EMA
 from sdtune.callbacks.record import NotFinite, Record
 from sdtune.callbacks.samples import Samples
 from sdtune.callbacks.snapshots import Snapshots
+from sdtune.children import wait_for_children
 from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.instantiate import build, check, check_value
 from sdtune.launch import RunFailed, Stopped
 from sdtune.methods.base import Adapter
+from sdtune.resume import check_unchanged
 
 log = logging.getLogger("sdtune")
 
@@ -183,6 +185,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if container.get("resume"):
         checkpoint = last_checkpoint(folder)
+        check_unchanged(container, folder)
         done = int(checkpoint.stem.removeprefix("step"))
         if done > container["trainer"]["max_steps"]:
             raise ValueError(
@@ -257,6 +260,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         trainer: pl.Trainer = build(trainer_arguments(config), top.trust, given)
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
+        wait_for_children(trainer)
         failed = False
     except NotFinite as error:
         kept = sorted((folder / "checkpoints").glob("step*.ckpt"))
@@ -290,7 +294,9 @@ def _train(
         if trainer.is_global_zero:
             adapter.artifact(folder / "artifact", name)
     trainer.strategy.barrier("artifact")
-    if checkpoints.stopped_by is not None:
+    # Lightning kills a run of which any process but the first ends with a code: the first one speaks for all.
+    if checkpoints.stopped_by is not None and trainer.local_rank == 0:
+        wait_for_children(trainer)
         raise Stopped(
             f"stopped at step {trainer.global_step}; checkpoint and artifact are saved. Go on with:"
             f" sdtune train resume={folder}",

@@ -348,3 +348,8 @@ def test_the_seed_decides(some: Path) -> None:
 def test_a_source_must_say_what_its_pictures_are() -> None:
     with pytest.raises(TypeError, match="PictureData.* read"):
         PictureData().open(64, 8)
+
+
+def test_limit_trains_on_the_first_pictures_alone(some: Path) -> None:
+    data = opened(some, limit=2, steps=5)
+    assert {prompt for batch in batches(data) for prompt in batch["prompts"]} == {"dog 0", "dog 1"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -91,6 +93,7 @@ class PictureData(pl.LightningDataModule, ABC):
         cache_latents: encode each picture once (moments, not samples) where the VAE is frozen.
         cache_text: encode each caption once where the text encoder is frozen.
         workers: processes that load pictures.
+        limit: train on so many of the pictures, the first ones; on all if None.
         seed: decides order, crops, flips and dropout; the run's seed.
     """
 
@@ -102,6 +105,7 @@ class PictureData(pl.LightningDataModule, ABC):
     cache_latents: bool = True
     cache_text: bool = True
     workers: Annotated[int, Ge(0)] = 0
+    limit: Annotated[int, Ge(1)] | None = None
     seed: int = 0
 
     factor: int = field(default=8, init=False)
@@ -109,6 +113,7 @@ class PictureData(pl.LightningDataModule, ABC):
     _held_out: Sequence[Sample] = field(default=(), init=False)
     _latents: TensorCache | None = field(default=None, init=False)
     _text: TensorCache | None = field(default=None, init=False)
+    _began_with: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -141,7 +146,8 @@ class PictureData(pl.LightningDataModule, ABC):
         self.factor = factor
         if self.resolution % factor:
             raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
-        self._train, self._held_out = self.read()
+        train, self._held_out = self.read()
+        self._train = train[: self.limit]
 
     @property
     def train(self) -> Sequence[Sample]:
@@ -180,10 +186,35 @@ class PictureData(pl.LightningDataModule, ABC):
         found = dict.fromkeys(s.caption for s in (*self.train, *self.held_out))
         return [*found, *([self.keep] if self.caption_dropout and self.keep not in found else [])]
 
+    # --- checkpoints
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what is trained on: pictures by content, captions, repeats, order."""
+        digest = hashlib.sha256()
+        for sample in self.train:
+            digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._began_with = state_dict["fingerprint"]
+
     # --- caches
 
     def prepare(self, encoders: Encoders) -> None:
-        """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise."""
+        """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise.
+
+        Raises:
+            ValueError: a resumed run's pictures or captions are not those that it began with.
+        """
+        if self._began_with and self._began_with != self.fingerprint:
+            raise ValueError(
+                "resume: the pictures, captions or repeats have changed since the run began; put them back, or start"
+                " a new run"
+            )
         if self.cache_latents and encoders.images is not None:
             self._latents = TensorCache(encoders.cache / "latents" / encoders.images_hash)
             self._fill_latents(self._latents, encoders)

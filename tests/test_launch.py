@@ -1,0 +1,47 @@
+"""What becomes of an error between a command and the shell."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from sdtune.instantiate import resolve
+from sdtune.launch import main
+
+
+def _library() -> None:
+    json.loads("{")
+
+
+def _own() -> None:
+    resolve("os.system", "data")
+
+
+def _command(raises: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(config: DictConfig, place: Path) -> Callable[[DictConfig], Any]:
+        return lambda composed: raises()
+
+    monkeypatch.setattr(sys, "argv", ["sdtune train", f"hydra.run.dir={folder}"])
+    main("train", prepare)
+
+
+def test_our_own_refusal_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        _command(_own, tmp_path / "run", monkeypatch)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("sdtune: data._target_: os.system is not allowed")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_library_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(json.JSONDecodeError) as raised:  # a ValueError too
+        _command(_library, tmp_path / "run", monkeypatch)
+    assert raised.traceback[-1].path.name == "decoder.py"
