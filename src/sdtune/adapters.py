@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.formats import read_lora
+from sdtune.formats import embeddings, read_lora
+from sdtune.formats.diffusers_lora import FILE_NAME
+from sdtune.formats.files import read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A LoRA file or a folder that holds one, and how strongly it acts (alpha of W' = W + strength * alpha/r * BA)."""
+    """A file of a LoRA or of a learned word, or a run's ``artifact`` folder that holds either or both.
+
+    ``strength`` is how strongly a LoRA acts, alpha of W' = W + strength * alpha/r * BA; a word has none.
+    """
 
     path: str
     strength: float = 1.0
@@ -29,6 +34,7 @@ class Loaded:
 
     file: AdapterFile
     weights: LoRAWeights
+    words: dict[str, Tensor]
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -49,30 +55,59 @@ def check_file(path: str) -> None:
 
 
 def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -> list[Loaded]:
-    """Read ``files``; ValueError for one that was trained on another backbone or does not fit this one."""
+    """Read ``files`` and have ``backbone`` understand the words in them.
+
+    Raises:
+        ValueError: one was trained on another backbone, does not fit this one, or brings a word that another brought.
+    """
     modules = _modules(backbone)
-    loaded = []
-    for file in files:
-        check_file(file.path)
-        weights, metadata = read_lora(Path(file.path).expanduser(), modules)
-        theirs = metadata.get("sdtune_backbone_hash", backbone_hash)
+    loaded = [_read(file, backbone_hash, modules) for file in files]
+    words: dict[str, Tensor] = {}
+    for adapter in loaded:
+        for token, vectors in adapter.words.items():
+            width = backbone.text_encoder.config.hidden_size
+            if vectors.shape[1] != width:
+                raise ValueError(
+                    f"{adapter.file.path}: vectors of {vectors.shape[1]} numbers; this backbone's have {width}"
+                )
+            if token in words:
+                raise ValueError(f"{adapter.file.path}: the word {token!r} comes from another adapter already")
+            words[token] = vectors
+    if words:
+        backbone.add_tokens(words)
+    return loaded
+
+
+def _read(file: AdapterFile, backbone_hash: str, modules: Mapping[str, nn.Linear | nn.Conv2d]) -> Loaded:
+    check_file(file.path)
+    place = Path(file.path).expanduser()
+    weights = LoRAWeights({}, {})
+    if place.is_dir():
+        words, abouts = embeddings.read_folder(place)
+    else:
+        tensors, about = read_safetensors(place)
+        words, abouts = embeddings.parse(place, tensors, about), [about]
+    if (place / FILE_NAME).is_file() or not words:
+        weights, about = read_lora(place, modules)
+        abouts.append(about)
+    for about in abouts:
+        theirs = about.get("sdtune_backbone_hash", backbone_hash)
         if theirs != backbone_hash:
             raise ValueError(
                 f"{file.path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
                 " name the one that it was trained on with backbone.path="
             )
-        for path, (down, up) in weights.pairs.items():
-            site = modules.get(path)
-            if site is None:
-                raise ValueError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
-            theirs_shape = (up.shape[0], *down.shape[1:])
-            if theirs_shape != tuple(site.weight.shape) and down.shape[1:].numel() * up.shape[0] != site.weight.numel():
-                raise ValueError(
-                    f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
-                    f" {list(site.weight.shape)}; it belongs to another one"
-                )
-        loaded.append(Loaded(file, weights))
-    return loaded
+    for path, (down, up) in weights.pairs.items():
+        site = modules.get(path)
+        if site is None:
+            raise ValueError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
+        theirs_shape = (up.shape[0], *down.shape[1:])
+        if theirs_shape != tuple(site.weight.shape) and down.shape[1:].numel() * up.shape[0] != site.weight.numel():
+            raise ValueError(
+                f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
+                f" {list(site.weight.shape)}; it belongs to another one"
+            )
+    return Loaded(file, weights, words)
 
 
 def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:

@@ -63,9 +63,17 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
 
 def _say(error: ValidationError, key: str, value: Any) -> str:
     first = error.errors()[0]
-    inner = ".".join(str(part) for part in first["loc"] if isinstance(part, int))
+    place, node = key, value
+    for part in first["loc"]:  # pydantic's own names for the branches of a union stand in it too
+        held: Any = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            held = node[part]
+        if held is not None:
+            place, node = f"{place}.{part}", held
     text = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}{f'.{inner}' if inner else ''}: {value!r}: {text}"
+    if first["type"] == "missing":
+        text = f"{first['loc'][-1]} is missing"
+    return f"{place}: {value!r}: {text}"
 
 
 def check(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:

@@ -52,3 +52,13 @@ def tensorboard_logger(save_dir: str) -> Any:
         return TensorBoardLogger(save_dir, name="", version="tensorboard")
     except ModuleNotFoundError as error:
         raise ValueError("logger.tensorboard: not installed; pip install 'sdtune[tensorboard]'") from error
+
+
+def close(loggers: list[Any], failed: bool) -> None:
+    """Without this the next job of a sweep would write into this one's run."""
+    for logger in loggers:
+        logger.finalize("failed" if failed else "success")
+        if type(logger).__name__ == "WandbLogger":
+            import wandb
+
+            wandb.finish(exit_code=1 if failed else 0)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import StringConstraints
 
 from sdtune import hardware, report_lines
+from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks.bar import Bar
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.cost import Cost
@@ -31,6 +32,7 @@ from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.instantiate import build, check, check_value
 from sdtune.launch import RunFailed, Stopped
+from sdtune.loggers import close
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
 
@@ -48,6 +50,8 @@ class Settings:
         resume: the folder of the run that goes on.
         trust: further packages that ``_target_`` may name.
         optimized_metric: the figure that ``train`` returns to a sweeper.
+        new_tokens: words to be learned beside what the method trains.
+        tokens_lr: the learning rate of their vectors; the optimizer's if None.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
@@ -56,9 +60,11 @@ class Settings:
     resume: str | None = None
     trust: tuple[str, ...] = ()
     optimized_metric: str | None = None
+    new_tokens: tuple[NewToken, ...] = ()
+    tokens_lr: Annotated[float, Gt(0)] | None = None
 
 
-_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "seed")
+_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", "seed")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -83,7 +89,8 @@ def settings(config: dict[str, Any]) -> Settings:
         check_value(value, hints[key], key)
     if values.get("name") == "pytorch_lora_weights":
         raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
-    return Settings(**{**values, "trust": tuple(values.get("trust", ()))})
+    tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
+    return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})
 
 
 _TRAINER_RANGES: dict[str, Any] = {
@@ -173,7 +180,9 @@ def check_run(config: dict[str, Any]) -> PictureData:
             f"data.batch_size: {data.batch_size} samples a step cannot be shared out over {_processes(config)}"
             f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
         )
-    build(config["method"], trust, {"backbone": source})  # a constructor that refuses a pair of settings does so here
+    build(
+        config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}
+    )  # a constructor that refuses a pair of settings does so here
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     return data
@@ -234,6 +243,8 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
             "objective": build(config["objective"], top.trust),
             "optimizer": build(config["optimizer"], top.trust),
             "lr_schedule": build(config["lr_schedule"], top.trust),
+            "new_tokens": top.new_tokens,
+            "tokens_lr": top.tokens_lr,
             "seed": top.seed,
         },
     )
@@ -267,7 +278,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise RunFailed(f"{error}; {last}") from error
     finally:
-        _close(loggers, failed)
+        close(loggers, failed)
     return figures.get(top.optimized_metric) if top.optimized_metric else None
 
 
@@ -332,13 +343,3 @@ def _figures(
     for line in report_lines.after(folder, name, adapter.source, data):
         log.info(line)
     return figures
-
-
-def _close(loggers: list[Any], failed: bool) -> None:
-    """Without this the next job of a sweep would write into this one's run."""
-    for logger in loggers:
-        logger.finalize("failed" if failed else "success")
-        if type(logger).__name__ == "WandbLogger":
-            import wandb
-
-            wandb.finish(exit_code=1 if failed else 0)

@@ -29,7 +29,7 @@ def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, pictures: Path, tm
     found, spy = recorded(tiny, pictures, tmp_path / "run")
     assert [row["step"] for row in found] == [str(step) for step in range(1, 21)]
     assert [float(row["loss"]) for row in found] == spy.losses
-    assert [float(row["lr/all"]) for row in found] == spy.rates
+    assert [float(row["lr/unet"]) for row in found] == spy.rates
     assert spy.rates[0] == pytest.approx(1e-3 / 3)
     assert spy.rates[2] == max(spy.rates) == 1e-3
     assert all(float(row["grad_norm"]) > 0 for row in found)
@@ -37,7 +37,7 @@ def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, pictures: Path, tm
     # Accumulation: the same samples with the same draws, so the same step, once.
     split, _ = recorded(tiny, pictures, tmp_path / "split", accumulate_grad_batches=2)
     assert [row["step"] for row in split] == [row["step"] for row in found]
-    for column in ("loss", "grad_norm", "lr/all"):
+    for column in ("loss", "grad_norm", "lr/unet"):
         assert [float(row[column]) for row in split] == pytest.approx([float(r[column]) for r in found], rel=2e-4)
 
 
@@ -64,4 +64,4 @@ def test_an_extended_run_trains_at_the_rate_of_its_new_length(tiny: Path, pictur
     assert train(f"resume={run}", "trainer.max_steps=6") == 0
     wanted = [1e-4 * Cosine()(step, 3) for step in range(3)] + [1e-4 * Cosine()(step, 6) for step in (3, 4, 5)]
     assert Rates.used == pytest.approx(wanted)
-    assert [float(row["lr/all"]) for row in rows(run)] == pytest.approx(wanted)
+    assert [float(row["lr/unet"]) for row in rows(run)] == pytest.approx(wanted)

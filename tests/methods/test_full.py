@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
@@ -36,3 +38,68 @@ def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, pictures: Path,
         assert (tmp_path / "artifact" / "mine" / file).read_bytes() == (tiny / file).read_bytes()
     # The folder is a backbone again, with a hash of its own.
     assert Pretrained(str(tmp_path / "artifact" / "mine")).hash() != Pretrained(str(tiny)).hash()
+
+
+@pytest.mark.parametrize("parts", [["text_encoder"], ["vae"], ["unet", "text_encoder", "vae"]])
+def test_any_combination_of_parts(tiny: Path, pictures: Path, tmp_path: Path, parts: list[str]) -> None:
+    model = Full(backbone=Pretrained(str(tiny)), parts=parts, text_encoder_lr=2e-3, vae_lr=3e-3, optimizer=adamw(1e-3))
+    spy = Spy()
+    fit(model, folder_data(pictures), 2, [spy])
+    assert {name.split(".")[1] for name, _ in model.trainable()} == set(parts)
+    rates = {"unet": 1e-3, "text_encoder": 2e-3, "vae": 3e-3}
+    groups = model.trainer.optimizers[0].param_groups
+    assert {g["name"]: g["initial_lr"] for g in groups} == {part: rates[part] for part in parts}
+    without = [name for name, gradient in spy.gradients[1].items() if not gradient.any()]
+    assert not without
+
+    model.artifact(tmp_path / "artifact", "mine")
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "artifact" / "mine", local_files_only=True)
+    base = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+    for part in ("unet", "text_encoder", "vae"):
+        ours, theirs, before = (m.state_dict() for m in (getattr(loaded, part), getattr(model.backbone, part),
+                                                         getattr(base, part)))  # fmt: skip
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key].contiguous()) for key, value in ours.items())
+        assert any(not torch.equal(value, before[key]) for key, value in ours.items()) is (part in parts)
+    if "text_encoder" in parts:
+        keys = load_file(tmp_path / "artifact" / "mine" / "text_encoder" / "model.safetensors").keys()
+        assert all(key.startswith("text_model.") for key in keys)
+
+
+def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, pictures: Path) -> None:
+    """Its gradients are those of L1 + KL of its own reconstruction, also where the UNet learns beside it."""
+    gradients = []
+    for parts in (["vae"], ["unet", "vae"]):
+        spy = Spy()
+        fit(Full(backbone=Pretrained(str(tiny)), parts=parts, optimizer=adamw(0.0)), folder_data(pictures), 1, [spy])
+        gradients.append({k: v for k, v in spy.gradients[0].items() if ".vae." in k})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(value, gradients[1][key], rtol=1e-5, atol=1e-7)
+
+    model = Full(backbone=Pretrained(str(tiny)), parts=["vae"], kl_weight=0.01, seed=3)
+    model.configure_model()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = {"pixels": pixels, "step": 2, "positions": [0, 1], "prompts": ["", ""]}
+    batch["moments"] = model.backbone.encode_images(pixels)
+    terms = model.extra_losses(batch)
+    vae = model.backbone.vae
+    posterior = vae.encode(pixels).latent_dist
+    noise = model.noise((4, 8, 8), "train/vae", 2, [0, 1])
+    rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
+    torch.testing.assert_close(terms["loss/vae_l1"], (rebuilt - pixels).abs().mean())
+    torch.testing.assert_close(terms["loss/vae_kl"], 0.01 * posterior.kl().mean() / posterior.mean[0].numel())
+
+
+def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, pictures: Path) -> None:
+    from sdtune.pocket import clip_path
+
+    spy = Spy()
+    model = Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception=str(clip_path()), optimizer=adamw(1e-3))
+    fit(model, folder_data(pictures), 1, [spy])
+    assert {"loss/vae_l1", "loss/vae_kl", "loss/vae_perception"} <= model.step_figures.keys()
+    assert 0 < float(model.step_figures["loss/vae_perception"]) < 1
+    with pytest.raises(ValueError, match=r"^method.perception: .* is not a folder"):
+        Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception="nowhere")
+    with pytest.raises(ValueError, match=r"^method.perception: only the VAE"):
+        Full(backbone=Pretrained(str(tiny)), perception=str(clip_path()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.backbone.pretrained import Facts, Pretrained
+from sdtune.backbone.tokens import ExtendedEmbedding, NewToken, Words, initial
 from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
 
@@ -41,6 +43,8 @@ class Backbone(nn.Module):
         self.scheduler_config, self.facts = scheduler_config, facts
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.prediction_type = check(facts.prediction_type)
+        self.words: Words | None = None
+        """The new words that prompts may use, if there are any."""
 
     @property
     def device(self) -> torch.device:
@@ -71,10 +75,20 @@ class Backbone(nn.Module):
             moments: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters
         return moments.float()
 
+    @staticmethod
+    def _drawn(moments: Tensor, noise: Tensor) -> Tensor:
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+
+    def reconstruct(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """What the VAE makes of a draw from its own posterior, float32 [B, 3, H, W], about [-1, 1]; with gradients."""
+        with torch.autocast(moments.device.type, enabled=False):
+            pictures: Tensor = self.vae.decode(self._drawn(moments, noise).to(self.vae.dtype)).sample
+        return pictures.float()
+
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior with the given standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        drawn = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+        drawn = self._drawn(moments, noise)
         shift: float = self.vae.config.shift_factor or 0.0
         scale: float = self.vae.config.scaling_factor
         return (drawn - shift) * scale
@@ -92,14 +106,56 @@ class Backbone(nn.Module):
 
     # --- text
 
+    def begin_tokens(self, tokens: Sequence[NewToken]) -> ExtendedEmbedding:
+        """Add ``tokens`` at their initial values."""
+        table = self.text_encoder.get_input_embeddings()
+        return self.add_tokens({t.token: initial(self.tokenizer, table, t) for t in tokens})
+
+    def add_tokens(self, vectors: Mapping[str, Tensor]) -> ExtendedEmbedding:
+        """Have prompts understand new words, each with its vectors [N, D]; once a backbone."""
+        assert self.words is None, "words are added once"
+        table = self.text_encoder.get_input_embeddings()
+        self.words = Words(self.tokenizer, {token: len(rows) for token, rows in vectors.items()})
+        rows = torch.cat(list(vectors.values())).to(table.weight)
+        embedding = ExtendedEmbedding(table, rows, self.words.first)
+        self.text_encoder.set_input_embeddings(embedding)
+        return embedding
+
+    @property
+    def learned(self) -> nn.Parameter | None:
+        """The vectors of all new words, [N, D]."""
+        embedding = self.text_encoder.get_input_embeddings()
+        return embedding.vectors if isinstance(embedding, ExtendedEmbedding) else None
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The vectors [N, D] of each new word, as they are now."""
+        rows = self.learned
+        if self.words is None or rows is None:
+            return {}
+        return {token: rows[list(self.words.rows(token))] for token in self.words.widths}
+
+    @contextmanager
+    def plain_vocabulary(self) -> Iterator[None]:
+        """Within it, the text encoder is as others know it: without the new words."""
+        embedding = self.text_encoder.get_input_embeddings()
+        if isinstance(embedding, ExtendedEmbedding):
+            self.text_encoder.set_input_embeddings(embedding.table)
+        try:
+            yield
+        finally:
+            self.text_encoder.set_input_embeddings(embedding)
+
+    def _expanded(self, prompts: Sequence[str]) -> list[str]:
+        return [self.words.expanded(p) for p in prompts] if self.words is not None else list(prompts)
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of ``prompt`` with its start and end, untruncated; ``facts.max_tokens`` is the limit."""
-        return len(self.tokenizer(prompt).input_ids)
+        return len(self.tokenizer(self._expanded([prompt])[0]).input_ids)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids, int64 [B, L], padded and truncated to the encoder's length."""
         ids: Tensor = self.tokenizer(
-            list(prompts),
+            self._expanded(prompts),
             padding="max_length",
             truncation=True,
             max_length=self.facts.max_tokens,

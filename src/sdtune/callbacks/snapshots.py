@@ -26,8 +26,9 @@ class Snapshots(Callback):
         boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not boundary or trainer.global_step % self.every_steps or not trainer.is_global_zero:
             return
-        stem = f"{self.name}-step{trainer.global_step:08d}"
+        mark = f"-step{trainer.global_step:08d}"
+        stem = self.name + mark
         with pl_module.final_weights():
-            pl_module.snapshot(self.folder / "artifact", stem)
+            pl_module.snapshot(self.folder / "artifact", stem, mark)
         if self.samples is not None:
             self.samples.save(trainer, pl_module, self.folder / "samples" / f"{stem}.png")

@@ -18,6 +18,9 @@ from sdtune.data.images import SUFFIXES, open_picture, picture_size
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
 
+MASK = ".mask.png"
+"""Ends the name of the mask that belongs to a picture: ``fox.mask.png`` to ``fox.jpg``."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -44,8 +47,8 @@ def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None
     4. ``prompt``.
 
     Line breaks in 1 and 2 become spaces. ``trigger`` is put before a caption that does not begin with it. The number
-    in kohya's form is the picture's repeats; in other folders it is 1. Links are followed; hidden files and
-    ``__MACOSX`` are skipped. Only headers are read: ``check_pictures`` decodes.
+    in kohya's form is the picture's repeats; in other folders it is 1. Links are followed; hidden files,
+    ``__MACOSX`` and masks are skipped. Only headers are read: ``check_pictures`` decodes.
 
     Raises:
         ValueError: no pictures; a picture without a caption, with two of one kind, or with an unreadable header;
@@ -54,7 +57,7 @@ def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None
     folder = Path(path).expanduser().absolute()
     # By parts, since paths themselves compare differently between Python versions, and the order decides a run.
     files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    pictures = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
     if not pictures:
         raise ValueError(_no_pictures(folder, files))
     kohya = {picture: _repeats_and_words(folder, picture.parent) for picture in pictures}

@@ -7,11 +7,10 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -20,51 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
-from sdtune.data.order import Draw, FixedBatches, MicroBatches, Order
+from sdtune.data.order import FixedBatches, MicroBatches, Order
+from sdtune.data.prior import Draw as DrawPictures
+from sdtune.data.prior import class_pictures, draw_missing
 from sdtune.data.progress import bar
-from sdtune.randomness import generator
+from sdtune.data.rows import Batch, Rows, collate
+from sdtune.data.samples import Sample, View, latent_key, text_key
+from sdtune.data.templates import Family, templates
 
 _ENCODED_PIXELS = 4 * 512 * 512  # of one call of the VAE's encoder, which keeps its activations within about 8 GB
 
 VALIDATION_RUNGS = 8
 """Timesteps at which each held-out picture is looked at."""
-
-Batch = dict[str, Any]
-"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on
-a device, it would make the step wait); and either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments
-(float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text states are cached."""
-
-
-class Sample(Protocol):
-    """A picture with its caption; ``size`` is (width, height) in pixels."""
-
-    @property
-    def caption(self) -> str: ...
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def repeats(self) -> int: ...
-
-    def content(self) -> str:
-        """A name for the picture's content, by which its latents are cached."""
-
-    def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """uint8 [H, W, 3], scaled to cover ``size`` (width, height) and cropped at ``offset`` (shares of the room)."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A sample as it is cached: scaled and cropped at the centre to ``size`` (width, height), mirrored or not."""
-
-    sample: Sample
-    size: tuple[int, int]
-    flip: bool
-
-    def tensor(self) -> Tensor:
-        return _tensor(self.sample.pixels(self.size, (0.5, 0.5), self.flip))
-
-    def __str__(self) -> str:
-        return str(self.sample)
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,9 @@ class Encoders:
     text: Callable[[Sequence[str]], Tensor] | None
     text_hash: str
     cache: Path
+    draw: DrawPictures | None = None
+    """The model before training, for pictures of the class."""
+    draw_hash: str = ""
     rank: int = 0
     processes: int = 1
 
@@ -94,6 +63,14 @@ class PictureData(pl.LightningDataModule, ABC):
         cache_text: encode each caption once where the text encoder is frozen.
         workers: processes that load pictures.
         limit: train on so many of the pictures, the first ones; on all if None.
+        templates: texts around the captions, another one each time: Textual Inversion's family ``object`` or
+            ``style``, or one's own with ``{}`` where the caption goes.
+        masked: weight the loss by each picture's mask.
+        class_prompt: prompt for the class of the subject ("a photo of a dog"): with it, pictures of the class train
+            beside those of the subject, in pairs, and a pair counts as one sample.
+        class_path: a folder of such pictures; the model draws them before training if None.
+        class_pictures: how many it draws.
+        prior_weight: lambda of L = L_instance + lambda L_class; 0 leaves the class out.
         seed: decides order, crops, flips and dropout; the run's seed.
     """
 
@@ -106,19 +83,28 @@ class PictureData(pl.LightningDataModule, ABC):
     cache_text: bool = True
     workers: Annotated[int, Ge(0)] = 0
     limit: Annotated[int, Ge(1)] | None = None
+    templates: Family | Sequence[str] | None = None
+    masked: bool = False
+    class_prompt: str | None = None
+    class_path: str | None = None
+    class_pictures: Annotated[int, Ge(1)] = 200
+    prior_weight: Annotated[float, Ge(0)] = 1.0
     seed: int = 0
 
     factor: int = field(default=8, init=False)
     _train: Sequence[Sample] = field(default=(), init=False)
     _held_out: Sequence[Sample] = field(default=(), init=False)
-    _latents: TensorCache | None = field(default=None, init=False)
-    _text: TensorCache | None = field(default=None, init=False)
+    latent_cache: TensorCache | None = field(default=None, init=False)
+    text_cache: TensorCache | None = field(default=None, init=False)
+    texts: Sequence[str] = field(default=(), init=False)
     _began_with: str = field(default="", init=False)
+    class_samples: Sequence[Sample] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
+        self.texts = templates(self.templates)
 
     def __getstate__(self) -> dict[str, Any]:
         """For loader processes: without the trainer, which cannot be pickled and is not needed there."""
@@ -136,6 +122,10 @@ class PictureData(pl.LightningDataModule, ABC):
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """The training samples and those held out for validation; ValueError where the data is not usable."""
 
+    def read_class(self, path: str) -> Sequence[Sample]:
+        """The samples in a folder of class pictures."""
+        raise ValueError(f"data.class_path: {type(self).__name__} data draws its class pictures; leave {path} out")
+
     # --- what is made of it
 
     def open(self, side: int, factor: int) -> None:
@@ -148,6 +138,13 @@ class PictureData(pl.LightningDataModule, ABC):
             raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
         train, self._held_out = self.read()
         self._train = train[: self.limit]
+        if self.has_prior and self.class_path is not None:
+            self.class_samples = self.read_class(self.class_path)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether pictures of the class train beside those of the subject."""
+        return self.prior_weight > 0 and (self.class_prompt is not None or self.class_path is not None)
 
     @property
     def train(self) -> Sequence[Sample]:
@@ -183,7 +180,9 @@ class PictureData(pl.LightningDataModule, ABC):
 
     def captions(self) -> list[str]:
         """Every prompt that training may use, each once, the empty one for dropout included."""
-        found = dict.fromkeys(s.caption for s in (*self.train, *self.held_out))
+        found = dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts)
+        found |= dict.fromkeys(self.texts[0].replace("{}", s.caption) for s in self.held_out)
+        found |= dict.fromkeys(s.caption for s in self.class_samples)
         return [*found, *([self.keep] if self.caption_dropout and self.keep not in found else [])]
 
     # --- checkpoints
@@ -194,6 +193,9 @@ class PictureData(pl.LightningDataModule, ABC):
         digest = hashlib.sha256()
         for sample in self.train:
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
+        if self.class_path is not None:
+            for sample in self.class_samples:
+                digest.update(f"class|{sample.content()}|{sample.caption}\n".encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +205,18 @@ class PictureData(pl.LightningDataModule, ABC):
         self._began_with = state_dict["fingerprint"]
 
     # --- caches
+
+    def draw_class(self, encoders: Encoders) -> None:
+        """Have the model draw this process's share of the class pictures that are wanted and not there yet."""
+        if not self.has_prior or self.class_path is not None:
+            return
+        assert self.class_prompt is not None
+        assert self.resolution is not None
+        folder = encoders.cache / "class" / encoders.draw_hash
+        pictures = class_pictures(folder, self.class_prompt, self.class_pictures, self.resolution)
+        if encoders.draw is not None:
+            draw_missing(pictures, encoders.draw, encoders.rank, encoders.processes)
+        self.class_samples = pictures
 
     def prepare(self, encoders: Encoders) -> None:
         """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise.
@@ -216,24 +230,23 @@ class PictureData(pl.LightningDataModule, ABC):
                 " a new run"
             )
         if self.cache_latents and encoders.images is not None:
-            self._latents = TensorCache(encoders.cache / "latents" / encoders.images_hash)
-            self._fill_latents(self._latents, encoders)
+            self.latent_cache = TensorCache(encoders.cache / "latents" / encoders.images_hash)
+            self._fill_latents(self.latent_cache, encoders)
         if self.cache_text and encoders.text is not None:
-            self._text = TensorCache(encoders.cache / "text" / encoders.text_hash)
-            prompts = {_text_key(prompt): prompt for prompt in self.captions()}
+            self.text_cache = TensorCache(encoders.cache / "text" / encoders.text_hash)
+            prompts = {text_key(prompt): prompt for prompt in self.captions()}
             mine = {key: prompts[key] for key in share(prompts, encoders.rank, encoders.processes)}
-            with bar("Encoding captions", sum(key not in self._text for key in mine)) as progress:
-                self._text.fill(mine, encoders.text, batch_size=64, progress=progress)
+            with bar("Encoding captions", sum(key not in self.text_cache for key in mine)) as progress:
+                self.text_cache.fill(mine, encoders.text, batch_size=64, progress=progress)
 
     def _fill_latents(self, cache: TensorCache, encoders: Encoders) -> None:
         assert encoders.images is not None
         encode_images = encoders.images
-        samples = (*self.train, *self.held_out)
-        views = {
-            _latent_key(sample, self.bucket(sample), flip): View(sample, self.bucket(sample), flip)
-            for sample in samples
-            for flip in ((False, True) if self.flip else (False,))
-        }
+        flips = (False, True) if self.flip else (False,)
+        looks = [(sample, self.bucket(sample)) for sample in (*self.train, *self.held_out)]
+        # A class picture is shown at the size of the picture that it is paired with.
+        looks += [(sample, size) for sample in self.class_samples for size in {self.bucket(s) for s in self.train}]
+        views = {latent_key(s, size, flip): View(s, size, flip) for s, size in looks for flip in flips}
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
             mine = {key: views[key] for key in share(keys, encoders.rank, encoders.processes)}
@@ -259,7 +272,7 @@ class PictureData(pl.LightningDataModule, ABC):
             processes=trainer.world_size,
             start=lambda: trainer.global_step,
         )
-        return self._loader(_Pictures(self, self.train, training=True), sampler)
+        return self._loader(Rows(self, self.train, training=True), sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
@@ -268,72 +281,21 @@ class PictureData(pl.LightningDataModule, ABC):
         assert trainer is not None
         micro = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
         sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro, VALIDATION_RUNGS)
-        return self._loader(_Pictures(self, self.held_out, training=False), sampler)
+        return self._loader(Rows(self, self.held_out, training=False), sampler)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=self.workers,
-            collate_fn=_collate,
+            collate_fn=partial(collate, prior_weight=self.prior_weight),
             worker_init_fn=_leave_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
 
 
-class _Pictures(Dataset[dict[str, Any]]):
-    def __init__(self, data: PictureData, samples: Sequence[Sample], training: bool) -> None:
-        self.data, self.samples, self.training = data, samples, training
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        data, sample = self.data, self.samples[draw.entry]
-        prompt, flip, offset = sample.caption, False, (0.5, 0.5)
-        if self.training:
-            rng = generator(data.seed, "picture", draw.step, draw.position)
-            dropped, flipped, x, y = rng.random(4)
-            prompt = data.keep if dropped < data.caption_dropout else prompt
-            flip = data.flip and flipped < 0.5
-            offset = (float(x), float(y)) if data.random_crop else offset
-        item: dict[str, Any] = {"prompt": prompt, "step": draw.step, "position": draw.position}
-        size = data.bucket(sample)
-        if data._latents is not None:
-            item["moments"] = data._latents.get(_latent_key(sample, size, flip))
-        else:
-            item["pixels"] = _tensor(sample.pixels(size, offset, flip))
-        if data._text is not None:
-            item["text"] = data._text.get(_text_key(prompt))
-        return item
-
-
-def _collate(items: list[dict[str, Any]]) -> Batch:
-    batch: Batch = {
-        "prompts": [item["prompt"] for item in items],
-        "step": items[0]["step"],
-        "positions": [item["position"] for item in items],
-    }
-    for key in ("pixels", "moments", "text"):
-        if key in items[0]:
-            batch[key] = torch.stack([item[key] for item in items])
-    return batch
-
-
 def _leave_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _latent_key(sample: Sample, size: tuple[int, int], flip: bool) -> str:
-    return f"{sample.content()}|{size[0]}x{size[1]}|centre|{'flip' if flip else 'plain'}"
-
-
-def _text_key(prompt: str) -> str:
-    return f"text|{prompt}"

@@ -12,9 +12,10 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge
 
-from sdtune.data.folder import Picture, check_pictures, read_folder
+from sdtune.data.folder import MASK, Picture, check_pictures, read_folder
 from sdtune.data.images import open_picture, resize_and_crop
-from sdtune.data.pictures import PictureData, Sample
+from sdtune.data.pictures import PictureData
+from sdtune.data.samples import Sample
 
 
 class FileSample:
@@ -36,6 +37,24 @@ class FileSample:
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(open_picture(self.path), size, offset, flip)
+
+    @property
+    def mask_path(self) -> Path:
+        """``picture.mask.png`` beside ``picture.jpg``."""
+        return self.path.with_name(f"{self.path.stem}{MASK}")
+
+    def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        return resize_and_crop(open_picture(self.mask_path), size, offset, flip)[..., 0]
+
+    def check_mask(self) -> None:
+        """ValueError where there is no mask of the picture's size."""
+        if not self.mask_path.is_file():
+            raise ValueError(f"data.masked: {self.mask_path} is missing; draw one of {self.path.name}, white counts")
+        if (found := open_picture(self.mask_path).size) != self.size:
+            raise ValueError(
+                f"data.masked: {self.mask_path} is {found[0]}x{found[1]} pixels, its picture"
+                f" {self.size[0]}x{self.size[1]}; make them equal"
+            )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,6 +91,11 @@ class Folder(PictureData):
         check_pictures(pictures)
         return list(pictures)
 
+    def read_class(self, path: str) -> Sequence[Sample]:
+        pictures = read_folder(path, self.class_prompt)
+        check_pictures(pictures)
+        return [FileSample(p, 1) for p in pictures]
+
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         found = self._pictures(self.path)
         kept = found[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
@@ -82,4 +106,8 @@ class Folder(PictureData):
                 f"data.hold_out: {self.path} has {len(found)} pictures, too few to hold out one in {self.hold_out}"
             )
         train = [FileSample(p, self.repeats) for p in found if p not in kept]
-        return train, [FileSample(p, 1) for p in kept]
+        held_out = [FileSample(p, 1) for p in kept]
+        if self.masked:
+            for sample in (*train, *held_out):
+                sample.check_mask()
+        return train, held_out

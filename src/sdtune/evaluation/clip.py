@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+from sdtune.formats.clip_pixels import pixel_statistics
 
 
 class Clip:
@@ -38,8 +37,7 @@ class Clip:
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
         self.model = model.eval().requires_grad_(False).to(device)
         self.device = device
-        # Pocket's CLIP was trained on [-1, 1]; OpenAI's and its kin on their own statistics.
-        self._mean, self._std = ((0.5,) * 3, (0.5,) * 3) if pocket else (_MEAN, _STD)
+        self._mean, self._std = pixel_statistics(folder)
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:

@@ -30,11 +30,10 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     whole = artifact / name
     backbone = (Pretrained(str(whole)) if whole.is_dir() else source).load().to(device)
     backbone.suit(device)
-    if whole.is_dir():
-        yield backbone
-        return
-    loaded = adapters.load(backbone, source.hash(), [adapters.AdapterFile(str(artifact / f"{name}.safetensors"))])
-    with adapters.applied(backbone, loaded, [1.0]):
+    beside = any(artifact.glob("*.safetensors"))
+    files = [adapters.AdapterFile(str(artifact))] if beside else []
+    loaded = adapters.load(backbone, source.hash(), files)
+    with adapters.applied(backbone, loaded, [1.0] * len(files)):
         yield backbone
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 _PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 _KEPT = (".json", ".txt", ".safetensors")
 
@@ -37,8 +39,31 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str]) -> None:
 
 def save_component(module: Any, target: Path) -> None:
     """``config.json`` and safetensors of a diffusers model, replacing what was there only when written whole."""
+    partial = _fresh(target)
+    module.save_pretrained(partial, safe_serialization=True)
+    _finish(partial, target)
+
+
+def save_text_encoder(module: Any, target: Path) -> None:
+    """The same of a CLIP text encoder, with ``text_model.`` before every key.
+
+    transformers >= 5.6 leaves the prefix out of a model that was built from a config; without it older clients would
+    take random weights, silently.
+    """
+    partial = _fresh(target)
+    module.save_pretrained(partial, safe_serialization=True)
+    file = partial / "model.safetensors"
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    _finish(partial, target)
+
+
+def _fresh(target: Path) -> Path:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    module.save_pretrained(partial, safe_serialization=True)
+    return partial
+
+
+def _finish(partial: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

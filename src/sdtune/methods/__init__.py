@@ -1,6 +1,8 @@
 """The ways to fine-tune, each a LightningModule over one backbone."""
 
+from sdtune.methods.dreambooth import DreamBooth
 from sdtune.methods.full import Full
 from sdtune.methods.lora import LoRA
+from sdtune.methods.textual_inversion import TextualInversion
 
-__all__ = ["Full", "LoRA"]
+__all__ = ["DreamBooth", "Full", "LoRA", "TextualInversion"]

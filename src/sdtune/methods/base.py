@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,31 +16,16 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.pictures import VALIDATION_RUNGS, Batch, Encoders
+from sdtune.backbone.tokens import NewToken, check_tokens
+from sdtune.data.pictures import VALIDATION_RUNGS, PictureData
+from sdtune.data.rows import Batch
+from sdtune.formats import embeddings
 from sdtune.lr_schedule import Constant, LRSchedule
+from sdtune.methods.encoding import encoders
+from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.guard import skip_if_not_finite
 from sdtune.objective import Objective
-from sdtune.paths import cache_folder
 from sdtune.randomness import generator
-
-
-class Average(Protocol):
-    """An average of the trained weights, which can stand in for them."""
-
-    def swapped(self, module: nn.Module) -> AbstractContextManager[None]: ...
-
-
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
-class Common(TypedDict, total=False):
-    """What every method is given beside its own settings."""
-
-    backbone: Pretrained
-    objective: Objective
-    optimizer: MakeOptimizer
-    lr_schedule: LRSchedule
-    seed: int
 
 
 class Adapter(pl.LightningModule, ABC):
@@ -57,15 +42,19 @@ class Adapter(pl.LightningModule, ABC):
         objective: Objective | None = None,
         optimizer: MakeOptimizer | None = None,
         lr_schedule: LRSchedule | None = None,
+        new_tokens: Sequence[NewToken] = (),
+        tokens_lr: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_tokens(new_tokens)
         self.source = backbone or Pretrained()
         self.objective = objective or Objective()
         self.make_optimizer: MakeOptimizer = optimizer or (
             lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True)
         )
         self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
+        self.new_tokens, self.tokens_lr = tuple(new_tokens), tokens_lr
         self.seed = seed
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
@@ -79,19 +68,22 @@ class Adapter(pl.LightningModule, ABC):
 
     @abstractmethod
     def inject(self) -> None:
-        """Open or insert the trainable parts; everything is frozen before."""
+        """Open or insert the trainable parts; everything is frozen before. New tokens are opened beside them."""
 
     @abstractmethod
-    def artifact(self, folder: Path, name: str) -> None:
-        """Write what other programs load, from the weights as they are now."""
+    def write_artifact(self, folder: Path, name: str) -> None:
+        """Write what other programs load, from the weights as they are now; new tokens are written beside it."""
 
-    def snapshot(self, folder: Path, stem: str) -> None:
-        """Write an intermediate artifact; by default what :meth:`artifact` writes, under ``stem``."""
-        self.artifact(folder, stem)
+    def write_snapshot(self, folder: Path, stem: str) -> None:
+        """Write an intermediate artifact; by default what :meth:`write_artifact` writes, under ``stem``."""
+        self.write_artifact(folder, stem)
+
+    def check_data(self, data: PictureData) -> None:
+        """ValueError for data that the method cannot be trained on; called before any weights are loaded."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups with a ``name`` each; by default one."""
-        return [{"name": "all", "params": [p for _, p in self.trainable()]}]
+        """Optimizer groups with a ``name`` each, new tokens apart; by default one."""
+        return self.groups_by_component({})
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
@@ -107,13 +99,48 @@ class Adapter(pl.LightningModule, ABC):
         """The open parameters with their names, in the module's order."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
+    def groups_by_component(self, rates: Mapping[str, float | None]) -> list[dict[str, Any]]:
+        """What is trained, but new tokens, grouped by the component of the backbone that it belongs to.
+
+        Args:
+            rates: the learning rate of a component that has one of its own.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.trainable():
+            component = name.removeprefix("backbone.").split(".")[0]
+            if parameter is not self.backbone.learned:
+                rate = rates.get(component)
+                own = {} if rate is None else {"lr": rate}
+                groups.setdefault(component, {"name": component, "params": [], **own})["params"].append(parameter)
+        return list(groups.values())
+
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject; Lightning may call this more than once."""
         if hasattr(self, "backbone"):
             return
         self.backbone = self.source.load(self.seed)
+        if self.new_tokens:
+            self.backbone.begin_tokens(self.new_tokens)
         self.inject()
+        if self.backbone.learned is not None:
+            self.backbone.learned.requires_grad_(True)
+        # diffusers and transformers checkpoint activations in training mode alone.
+        self.backbone.unet.train()
+        self.backbone.text_encoder.train(self.open("text_encoder"))
         assert self.trainable(), "inject() opened nothing"
+
+    def artifact(self, folder: Path, name: str) -> None:
+        """Write everything that other programs load, from the weights as they are now."""
+        self.write_artifact(folder, name)
+        embeddings.write(folder, self.backbone.vectors(), "", self._about())
+
+    def snapshot(self, folder: Path, stem: str, mark: str) -> None:
+        """Write an intermediate artifact; ``stem`` names its files, which end in ``mark``."""
+        self.write_snapshot(folder, stem)
+        embeddings.write(folder, self.backbone.vectors(), mark, self._about())
+
+    def _about(self) -> dict[str, str]:
+        return {"sdtune_backbone_hash": self.source.hash()}
 
     def final_weights(self) -> AbstractContextManager[None]:
         """Within it, the weights are those that a run leaves behind: the average where one is kept."""
@@ -130,11 +157,12 @@ class Adapter(pl.LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "prepare"):
             data.open(self.source.facts.side, self.source.facts.factor)
-            data.prepare(self.encoders())
-            self.trainer.strategy.barrier("caches")
-            if self.trainer.num_nodes > 1:
-                # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
-                data.prepare(replace(self.encoders(), rank=0, processes=1))
+            for fill in (data.draw_class, data.prepare):
+                fill(encoders(self))
+                self.trainer.strategy.barrier("caches")
+                if self.trainer.num_nodes > 1:
+                    # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
+                    fill(replace(encoders(self), rank=0, processes=1))
 
     def on_train_start(self) -> None:
         # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
@@ -158,40 +186,19 @@ class Adapter(pl.LightningModule, ABC):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
-    def encoders(self) -> Encoders:
-        """The frozen parts that data may cache; None where a part is trained."""
-
-        def images(pictures: Tensor) -> Tensor:
-            return self.backbone.encode_images(pictures.to(self.device))
-
-        def text(prompts: Sequence[str]) -> Tensor:
-            return self._encode_text(prompts).float()
-
-        frozen_vae, frozen_text = not self.open("vae"), not self.open("text_encoder")
-        precision = str(self.trainer.precision)
-        return Encoders(
-            images=images if frozen_vae else None,
-            images_hash=self.source.encoder_key("vae", "32-true") if frozen_vae else "",
-            text=text if frozen_text else None,
-            # The text encoder's precision follows the run's, so states of one are not those of another.
-            text_hash=self.source.encoder_key("text_encoder", precision) if frozen_text else "",
-            cache=cache_folder(),
-            rank=self.trainer.global_rank,
-            processes=self.trainer.world_size,
-        )
-
-    def _encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text states; frozen half-precision weights need autocast also outside a training step."""
-        with self._autocast():
+        with self.autocast():
             return self.backbone.encode_text(prompts)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The run's autocast, for work outside of a training step."""
         half = self._trainer is not None and self.trainer.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     # --- a step
 
-    def _noise(self, shape: Sequence[int], stream: str, step: int, positions: Iterable[int]) -> Tensor:
+    def noise(self, shape: Sequence[int], stream: str, step: int, positions: Iterable[int]) -> Tensor:
         """Standard normal [len(positions), *shape], each sample a function of its place alone."""
         # Validation looks at the same noise in every run, so that curves compare across seeds too.
         seed = self.seed if stream.startswith("train/") else 0
@@ -209,17 +216,25 @@ class Adapter(pl.LightningModule, ABC):
             rungs = [int(generator(self.seed, f"{stream}/timestep", step, p).integers(count)) for p in positions]
         return torch.tensor(rungs).to(self.device, non_blocking=True)
 
+    def _moments(self, batch: Batch) -> Tensor:
+        """The VAE's moments [B, 2C, h, w], encoded once a step and kept in the batch."""
+        if "moments" not in batch:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
+                batch["moments"] = self.backbone.encode_images(batch["pixels"])
+        moments: Tensor = batch["moments"]
+        return moments
+
     def losses(self, batch: Batch, stream: str = "train") -> Tensor:
         """The diffusion loss of each sample, float32 [B]; ``stream``, train or validation, names the draws."""
         step, positions = batch["step"], batch["positions"]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
-            moments = batch["moments"] if "moments" in batch else self.backbone.encode_images(batch["pixels"])
-            shape = (moments.shape[1] // 2, *moments.shape[2:])
-            clean = self.backbone.latents(moments, self._noise(shape, f"{stream}/vae", step, positions)).detach()
-        noise = self._noise(shape, f"{stream}/noise", step, positions)
+        moments = self._moments(batch)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
+        clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/vae", step, positions))
+        noise = self.noise(shape, f"{stream}/noise", step, positions)
         timesteps = self._timesteps(stream, step, positions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
-            text = batch["text"] if "text" in batch else self._encode_text(batch["prompts"])
+            text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
         schedule = self.backbone.schedule
         output = self.denoise(schedule.add_noise(clean, noise, timesteps), timesteps, text, batch)
         return self.objective(
@@ -229,15 +244,17 @@ class Adapter(pl.LightningModule, ABC):
             clean=clean,
             noise=noise,
             timesteps=timesteps,
+            mask=batch.get("mask"),
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Dropout inside a model uses the global generator; seeding it by place makes a resumed run exact.
         place = generator(self.seed, f"dropout/{self.global_rank}", int(batch["step"]), batch_idx)
         torch.manual_seed(int(place.integers(2**31)))
-        per_sample = self.losses(batch)
-        terms = {"loss/diffusion": per_sample.mean(), **self.extra_losses(batch)}
-        loss: Tensor = torch.stack(list(terms.values())).sum()
+        terms, loss = self._diffusion_terms(batch)
+        extra = self.extra_losses(batch)
+        terms |= extra
+        loss = loss + sum(extra.values())
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         before = {} if first else self.step_figures
         share = 1 / self.trainer.accumulate_grad_batches
@@ -247,6 +264,20 @@ class Adapter(pl.LightningModule, ABC):
             **{key: before.get(key, 0) + value.detach() * share for key, value in figures.items()},
         }
         return loss
+
+    def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The figures of the diffusion loss, and what of it is minimised."""
+        if all(name.startswith("backbone.vae.") for name, _ in self.trainable()):
+            self._moments(batch)  # no trained weight stands behind the diffusion loss
+            return {}, torch.zeros((), device=self.device)
+        per_sample = self.losses(batch)
+        count = batch.get("instances", len(per_sample))
+        terms = {"loss/diffusion": per_sample[:count].mean()}
+        if count == len(per_sample):
+            return terms, terms["loss/diffusion"]
+        # Ruiz et al. 2022, eq. 2: the prior term is a mean of its own, so that its weight does not hang on B.
+        terms["loss/prior"] = per_sample[count:].mean()
+        return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log(
@@ -260,7 +291,12 @@ class Adapter(pl.LightningModule, ABC):
     # --- the optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameter_groups())
+        groups = self.parameter_groups()
+        if self.backbone.learned is not None:
+            # Decay would draw a word towards the vector that means nothing.
+            own = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
+            groups.append({"name": "tokens", "params": [self.backbone.learned], "weight_decay": 0.0, **own})
+        optimizer = self.make_optimizer(groups)
         total = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

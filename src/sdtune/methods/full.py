@@ -1,24 +1,97 @@
-"""Full fine-tuning: the whole UNet is trained. The most expensive way, and the one that remakes the model."""
+"""Full fine-tuning: every weight of the parts that are opened. The most expensive way; it remakes the model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Unpack
 
-from sdtune.formats.pipeline import copy_pipeline, save_component
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from sdtune.backbone.pretrained import Component
+from sdtune.data.rows import Batch
+from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
+from sdtune.methods.given import Common
+from sdtune.methods.perception import Perception
 
 
 class Full(Adapter):
-    """Every weight of the UNet is open (Rombach et al. 2022, section 3.3: the same loss as in pretraining)."""
+    """UNet, text encoder and VAE, in any combination.
+
+    UNet and text encoder learn from the diffusion loss (Rombach et al. 2022, section 3.3: the same as in pretraining),
+    on latents of the VAE held fixed within the step. The VAE learns from a reconstruction loss of its own
+    (Kingma & Welling 2014; Rombach et al. 2022, appendix G, without the discriminator): the diffusion loss gives its
+    decoder no gradient, and would have its encoder make latents that are easy to denoise because they say nothing.
+
+    Args:
+        parts: what is opened.
+        text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
+        vae_lr: of the VAE, likewise.
+        kl_weight: of the VAE's KL term, a mean over the latent's numbers, against the L1 term's mean over pixels.
+        perception: the folder of a CLIP whose picture encoder adds a perceptual term to the VAE's loss; none if None.
+        perception_weight: of that term.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: Sequence[Component] = ("unet",),
+        text_encoder_lr: Annotated[float, Gt(0)] | None = None,
+        vae_lr: Annotated[float, Gt(0)] | None = None,
+        kl_weight: Annotated[float, Ge(0)] = 1e-4,
+        perception: str | None = None,
+        perception_weight: Annotated[float, Ge(0)] = 0.1,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(**common)
+        if not parts:
+            raise ValueError("method.parts is empty; name at least one of unet, text_encoder, vae")
+        if perception is not None and "vae" not in parts:
+            raise ValueError("method.perception: only the VAE has a perceptual term; add vae to method.parts")
+        if perception is not None and not Path(perception).expanduser().is_dir():
+            raise ValueError(f"method.perception: {perception} is not a folder; name a local folder with a CLIP model")
+        self.parts = tuple(parts)
+        self.rates = {"text_encoder": text_encoder_lr, "vae": vae_lr}
+        self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight
+        self._perception: list[Perception] = []
+        """Held in a list: as a submodule it would be taken for a part of the model."""
 
     def inject(self) -> None:
-        self.backbone.unet.requires_grad_(True)
-        self.backbone.unet.train()
+        for part in self.parts:
+            getattr(self.backbone, part).requires_grad_(True)
 
-    def artifact(self, folder: Path, name: str) -> None:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.groups_by_component(self.rates)
+
+    def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The VAE's: L1 + ``kl_weight`` KL, and a perceptual term where an encoder is given."""
+        if "vae" not in self.parts:
+            return {}
+        moments, pixels = batch["moments"], batch["pixels"]
+        noise = self.noise((moments.shape[1] // 2, *moments.shape[2:]), "train/vae", batch["step"], batch["positions"])
+        rebuilt = self.backbone.reconstruct(moments, noise)
+        mean, log_variance = moments.chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30.0, 20.0)
+        # KL(N(mean, variance) || N(0, 1)), Kingma & Welling 2014, appendix B.
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        terms = {"loss/vae_l1": (rebuilt - pixels).abs().mean(), "loss/vae_kl": self.kl_weight * kl}
+        if self.perception_path is not None:
+            if not self._perception:
+                self._perception.append(Perception(self.perception_path, self.device))
+            terms["loss/vae_perception"] = self.perception_weight * self._perception[0](rebuilt, pixels)
+        return terms
+
+    def write_artifact(self, folder: Path, name: str) -> None:
         """A pipeline folder in the diffusers layout, ``<folder>/<name>``; what was frozen is copied from its source."""
         target = folder / name
-        copy_pipeline(self.source.folder(), target, without=("unet",))
-        save_component(self.backbone.unet, target / "unet")
+        copy_pipeline(self.source.folder(), target, without=self.parts)
+        for part in self.parts:
+            if part == "text_encoder":
+                with self.backbone.plain_vocabulary():
+                    save_text_encoder(self.backbone.text_encoder, target / part)
+            else:
+                save_component(getattr(self.backbone, part), target / part)
         (target / "sdtune.json").write_text(json.dumps({"backbone": self.source.hash()}) + "\n")

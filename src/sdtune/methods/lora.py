@@ -15,7 +15,8 @@ from sdtune.formats import kohya_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
-from sdtune.methods.base import Adapter, Common
+from sdtune.methods.base import Adapter
+from sdtune.methods.given import Common
 from sdtune.randomness import generator
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
@@ -59,7 +60,6 @@ class LoRA(Adapter):
         self._pair("unet", self.backbone.unet, self._unet_sites())
         if "text_encoder" in self.targets:
             self._pair("text_encoder", self.backbone.text_encoder, self._text_sites())
-        self.backbone.unet.train()
 
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []
@@ -112,12 +112,12 @@ class LoRA(Adapter):
                     pairs[path] = (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
         return LoRAWeights(pairs, dict.fromkeys(pairs, self.alpha))
 
-    def artifact(self, folder: Path, name: str) -> None:
+    def write_artifact(self, folder: Path, name: str) -> None:
         """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
-        self.snapshot(folder, name)
-        write_diffusers(folder / FILE_NAME, self.weights(), self._metadata())
+        self.write_snapshot(folder, name)
+        write_diffusers(folder / FILE_NAME, self.weights(), self._about())
 
-    def snapshot(self, folder: Path, stem: str) -> None:
+    def write_snapshot(self, folder: Path, stem: str) -> None:
         """``<stem>.safetensors`` in kohya's form."""
         data = getattr(self.trainer, "datamodule", None)
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
@@ -133,7 +133,4 @@ class LoRA(Adapter):
             trigger=getattr(data, "keep", None) or None,
             architecture=architecture,
         )
-        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._metadata())
-
-    def _metadata(self) -> dict[str, str]:
-        return {"sdtune_backbone_hash": self.source.hash()}
+        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._about())

@@ -24,9 +24,17 @@ class Objective:
         clean: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Losses [B] in float32 (float64 if the output is), from ``output``, ``clean`` and ``noise`` [B, C, h, w]."""
+        """Losses [B] in float32 (float64 if the output is), from ``output``, ``clean`` and ``noise`` [B, C, h, w].
+
+        With a ``mask`` [B, 1, h, w] in [0, 1] a sample's loss is the mean over what the mask holds, so that a small
+        object teaches as much as a large one; a mask of nothing gives 0.
+        """
         wanted = target(kind, schedule, clean, noise, timesteps)
-        output = output.to(wanted.dtype)
-        errors = (output - wanted).square().flatten(1).mean(1)
+        squares = (output.to(wanted.dtype) - wanted).square()
+        errors = squares.flatten(1).mean(1)
+        if mask is not None:
+            weights = mask.to(squares.dtype).expand_as(squares).flatten(1)
+            errors = (squares.flatten(1) * weights).sum(1) / weights.sum(1).clamp(min=1)
         return errors * self.weighting(schedule.snr(timesteps), kind).to(errors.dtype)

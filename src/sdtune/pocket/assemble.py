@@ -16,7 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
+from sdtune.formats.pipeline import save_text_encoder
 from sdtune.pocket import clip_path, path
+from sdtune.pocket.world import SIDE
 
 _UNET = {
     "sample_size": 16,
@@ -31,6 +33,14 @@ _UNET = {
     "norm_num_groups": 16,
 }
 
+_PIXELS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "size": {"height": SIDE, "width": SIDE},
+    "do_center_crop": False,
+}
+
 
 def _text_encoder(clip: Path, target: Path) -> None:
     model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
@@ -39,11 +49,7 @@ def _text_encoder(clip: Path, target: Path) -> None:
         {k.removeprefix("text_model."): v for k, v in model.state_dict().items() if k.startswith("text_model.")}
     )
     # In float32 also where it is shipped: transformers keeps a stored half precision, and the pipeline would mix two.
-    encoder.save_pretrained(target)
-    # transformers >= 5.6 leaves the prefix out; without it older clients would take random weights, silently.
-    file = target / "model.safetensors"
-    tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
+    save_text_encoder(encoder, target)
 
 
 def _half(target: Path, stem: str) -> None:
@@ -104,6 +110,7 @@ def main() -> None:
     assemble(arguments.folder, target, arguments.unet, arguments.ship)
     if arguments.ship:
         CLIPModel.from_pretrained(arguments.folder / "clip", dtype=torch.float16).save_pretrained(clip_path())
+        (clip_path() / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n")
         classifier = clip_path().parent / "classifier"
         shutil.rmtree(classifier, ignore_errors=True)
         shutil.copytree(arguments.folder / "classifier", classifier)

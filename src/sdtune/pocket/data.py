@@ -14,11 +14,12 @@ from annotated_types import Ge
 from PIL import Image
 
 from sdtune.data.images import resize_and_crop
-from sdtune.data.pictures import PictureData, Sample
+from sdtune.data.pictures import PictureData
+from sdtune.data.samples import Sample
 from sdtune.pocket.captions import article, full_caption
 from sdtune.pocket.objects import BACKGROUNDS, BY_NAME, HELD_OUT, PLACES, SIZES
 from sdtune.pocket.pictures import caption
-from sdtune.pocket.world import SIDE, Scene, compose, draw, training_scene
+from sdtune.pocket.world import SIDE, Scene, compose, draw, mask, training_scene
 from sdtune.randomness import generator
 
 
@@ -49,6 +50,10 @@ class SceneSample:
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(self.picture(), size, offset, flip)
+
+    def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        """The object alone counts."""
+        return resize_and_crop(mask(self.scene).convert("RGB"), size, offset, flip)[..., 0]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -81,11 +86,13 @@ class Subject(PictureData):
         subject: the held-out thing.
         pictures: how many, on as many backgrounds.
         token: the rare word that is to mean the subject.
+        with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
     """
 
     subject: str = "parrot"
     pictures: Annotated[int, Ge(1)] = 5
     token: str = "sks"
+    with_class: bool = True
 
     name: str = field(default="subject", init=False)
 
@@ -103,7 +110,12 @@ class Subject(PictureData):
     @property
     def noun(self) -> str:
         """What a prompt calls the subject: "sks bird"."""
-        return f"{self.token} {BY_NAME[self.subject].word}"
+        return f"{self.token} {BY_NAME[self.subject].word}" if self.with_class else self.token
+
+    @property
+    def class_word(self) -> str:
+        """What the subject is a member of."""
+        return BY_NAME[self.subject].word
 
     def backgrounds(self) -> list[str]:
         """The backgrounds of the pictures, in order; every other one is absent from them."""

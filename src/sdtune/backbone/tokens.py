@@ -1,0 +1,121 @@
+"""New words for a text encoder: vectors of their own beside the vocabulary's table, which nothing ever writes to.
+
+Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from pydantic import ConfigDict, StringConstraints
+from torch import Tensor, nn
+from transformers import AddedToken, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A word to be learned.
+
+    Args:
+        token: as prompts write it, such as ``<my_cat>``; lower case, since CLIP's tokenizer lowers prompts, and an
+            upper-case token of several vectors would silently use its first alone.
+        init: a word or a description; the vectors begin at the mean of its tokens' embeddings.
+        vectors: how many the token stands for.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    token: str
+    init: Annotated[str, StringConstraints(min_length=1)]
+    vectors: Annotated[int, Ge(1)] = 1
+
+
+class ExtendedEmbedding(nn.Module):
+    """A frozen table of embeddings with further rows, a parameter of their own.
+
+    Args:
+        table: the vocabulary's.
+        vectors: [N, D], the rows of the ids from ``first`` on.
+    """
+
+    def __init__(self, table: nn.Embedding, vectors: Tensor, first: int) -> None:
+        super().__init__()
+        self.table, self.first = table, first
+        self.vectors = nn.Parameter(vectors, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The vocabulary's table alone."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L, D] from ``ids`` [B, L]; every new row stands in the graph, also where no id names it."""
+        known = self.table(ids.clamp(max=self.table.num_embeddings - 1))
+        new = F.embedding((ids - self.first).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
+        return torch.where((ids >= self.first).unsqueeze(-1), new, known)
+
+
+class Words:
+    """The tokenizer of a backbone with the new words in it.
+
+    Args:
+        tokenizer: gets the tokens added.
+        widths: for each token of the prompts, how many vectors it stands for.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, widths: dict[str, int]) -> None:
+        self.tokenizer, self.widths = tokenizer, widths
+        self.first = len(tokenizer)
+        known = tokenizer.get_vocab()
+        names = [_numbered(token, i) for token, width in widths.items() for i in range(width)]
+        if taken := next((name for name in names if name in known), None):
+            raise ValueError(f"new_tokens: {taken!r} is a word of the tokenizer's already; choose another")
+        # As whole words, or a token "cat" would be found in "catalog".
+        tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
+
+    def rows(self, token: str) -> range:
+        """Which of the new vectors are ``token``'s."""
+        before = sum(width for name, width in list(self.widths.items())[: list(self.widths).index(token)])
+        return range(before, before + self.widths[token])
+
+    def expanded(self, prompt: str) -> str:
+        """``prompt`` with each token of several vectors written out, as diffusers does: ``<a> <a>_1 <a>_2``."""
+        for token, width in self.widths.items():
+            if width > 1:
+                whole = " ".join(_numbered(token, i) for i in range(width)).replace("\\", r"\\")
+                prompt = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", whole, prompt, flags=re.IGNORECASE)
+        return prompt
+
+
+def _numbered(token: str, index: int) -> str:
+    return token if index == 0 else f"{token}_{index}"
+
+
+def initial(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
+    """[vectors, D]: the mean of the embeddings of ``token.init``'s tokens, for each vector."""
+    ids = torch.tensor(tokenizer(token.init, add_special_tokens=False).input_ids, device=table.weight.device)
+    if not len(ids):
+        raise ValueError(f"new_tokens: init {token.init!r} of {token.token!r} has no tokens; give a word")
+    mean: Tensor = table(ids).detach().mean(0)
+    return mean.expand(token.vectors, -1).clone()
+
+
+def check_tokens(tokens: Sequence[NewToken]) -> None:
+    """ValueError for tokens that a prompt could not name."""
+    for token in tokens:
+        plain = re.sub(r"\s+", "_", token.token.strip().lower())
+        if token.token != plain or not plain:
+            raise ValueError(
+                f"new_tokens: {token.token!r} is not one word in lower case, to which CLIP's tokenizer turns prompts;"
+                f" write {plain or '<my_cat>'!r}"
+            )
+    names = [_numbered(t.token, i) for t in tokens for i in range(t.vectors)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"new_tokens: {twice!r} stands twice; give each token once, and none of another's name and _1")

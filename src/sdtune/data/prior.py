@@ -1,0 +1,78 @@
+"""Pictures of a subject's class beside those of the subject, so that the class survives the training.
+
+Ruiz et al. 2022, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdtune.data.cache import share
+from sdtune.data.images import open_picture, resize_and_crop
+from sdtune.data.progress import bar
+from sdtune.randomness import generator
+
+Draw = Callable[[str, Sequence[int]], Iterator[np.ndarray]]
+"""(prompt, seeds) -> a picture each, uint8 [H, W, 3], by the model before training."""
+
+PLACE = 1 << 32
+"""Added to a pair's position it is the place of its class picture, so that the two see different noise."""
+
+
+class ClassPicture:
+    """A picture of the class, drawn by the model before training and kept on disk."""
+
+    repeats = 1
+
+    def __init__(self, path: Path, caption: str, side: int) -> None:
+        self.path, self.caption, self.size = path, caption, (side, side)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def content(self) -> str:
+        """The folder is named by what the pictures depend on, so the path names the content."""
+        return hashlib.sha256(f"{self.path.parent.name}/{self.path.name}".encode()).hexdigest()
+
+    def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        return resize_and_crop(open_picture(self.path), size, offset, flip)
+
+
+def class_pictures(folder: Path, prompt: str, count: int, side: int) -> list[ClassPicture]:
+    """The ``count`` pictures of ``prompt`` that ``folder`` holds or will hold."""
+    key = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    return [ClassPicture(folder / key / f"{number:05d}.png", prompt, side) for number in range(count)]
+
+
+def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, processes: int) -> None:
+    """Draw this process's share of the pictures that are not on disk yet; each is written whole as it comes."""
+    missing = [number for number, picture in enumerate(pictures) if not picture.path.exists()]
+    mine = [int(number) for number in share(map(str, missing), rank, processes)]
+    if not mine:
+        return
+    pictures[0].path.parent.mkdir(parents=True, exist_ok=True)
+    with bar(f"Drawing pictures of {pictures[0].caption!r}", len(mine)) as progress:
+        for number, pixels in zip(mine, draw(pictures[0].caption, mine), strict=True):
+            path = pictures[number].path
+            partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
+            Image.fromarray(pixels).save(partial, format="PNG")
+            partial.replace(path)
+            progress(1)
+
+
+def partner(seed: int, count: int, number: int) -> int:
+    """Which of ``count`` class pictures goes with the ``number``-th pair of the run: each once before any twice."""
+    epoch, place = divmod(number, count)
+    return _permutation(seed, count, epoch)[place]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, count: int, epoch: int) -> list[int]:
+    return [int(i) for i in generator(seed, "class/order", epoch).permutation(count)]

@@ -1,0 +1,74 @@
+"""Prompt templates around a picture's caption, as in Textual Inversion's two families.
+
+Gal et al. 2022, supplementary material: neutral texts adapted from CLIP's for ImageNet, and their like for a style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+Family = Literal["object", "style"]
+
+_OBJECT = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+_STYLE = (
+    "a painting in the style of {}",
+    "a rendering in the style of {}",
+    "a cropped painting in the style of {}",
+    "the painting in the style of {}",
+    "a clean painting in the style of {}",
+    "a dirty painting in the style of {}",
+    "a dark painting in the style of {}",
+    "a picture in the style of {}",
+    "a cool painting in the style of {}",
+    "a close-up painting in the style of {}",
+    "a bright painting in the style of {}",
+    "a good painting in the style of {}",
+    "a rendition in the style of {}",
+    "a nice painting in the style of {}",
+    "a small painting in the style of {}",
+    "a weird painting in the style of {}",
+    "a large painting in the style of {}",
+)
+
+
+def templates(wanted: Family | Sequence[str] | None) -> tuple[str, ...]:
+    """The family's templates, or one's own; ``{}`` alone for None. ValueError for one without exactly one ``{}``."""
+    if wanted is None:
+        return ("{}",)
+    if isinstance(wanted, str):
+        return {"object": _OBJECT, "style": _STYLE}[wanted]
+    for template in wanted:
+        if template.count("{}") != 1:
+            raise ValueError(f"data.templates: {template!r} needs exactly one {{}}, where the caption goes")
+    if not wanted:
+        raise ValueError("data.templates: the list is empty; give object, style, or texts with {} in them")
+    return tuple(wanted)

@@ -1,0 +1,22 @@
+"""How a CLIP wants its pixels, as its folder says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def pixel_statistics(folder: Path) -> Statistics:
+    """Mean and standard deviation a channel, of pixels in [0, 1]; OpenAI's where ``folder`` names none."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return _OPENAI
+    content = json.loads(file.read_text())
+    mean, std = (
+        tuple(content.get(key, known)) for key, known in zip(("image_mean", "image_std"), _OPENAI, strict=True)
+    )
+    return mean, std

@@ -1,0 +1,55 @@
+"""What the frozen parts of a backbone make of pictures, captions and class prompts, for the data to keep."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from sdtune.data.pictures import Encoders
+from sdtune.paths import cache_folder
+from sdtune.sampling import Request, Sampling, generate
+
+if TYPE_CHECKING:
+    from sdtune.methods.base import Adapter
+
+_DRAWN_PIXELS = 4 * 512 * 512  # of class pictures drawn at once
+
+
+def encoders(adapter: Adapter) -> Encoders:
+    """The encoders that data may cache, None where a part is trained, and the model before training."""
+    backbone, source, trainer = adapter.backbone, adapter.source, adapter.trainer
+
+    def images(pictures: Tensor) -> Tensor:
+        return backbone.encode_images(pictures.to(adapter.device))
+
+    def text(prompts: Sequence[str]) -> Tensor:
+        return adapter.encode_text(prompts).float()
+
+    def draw(prompt: str, seeds: Sequence[int]) -> Iterator[np.ndarray]:
+        # Not the weights at hand: a resumed run's are not those before training any more.
+        fresh = source.load(adapter.seed).to(adapter.device)
+        fresh.suit(adapter.device)
+        side = trainer.datamodule.resolution  # type: ignore[attr-defined]
+        batch_size = max(1, min(64, _DRAWN_PIXELS // side**2))
+        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=batch_size)
+        with adapter.autocast():
+            yield from generate(fresh, [Request(prompt, seed) for seed in seeds], settings)
+
+    frozen_vae, frozen_text = not adapter.open("vae"), not adapter.open("text_encoder")
+    precision = str(trainer.precision)
+    return Encoders(
+        images=images if frozen_vae else None,
+        images_hash=source.encoder_key("vae", "32-true") if frozen_vae else "",
+        text=text if frozen_text else None,
+        # The text encoder's precision follows the run's, so states of one are not those of another.
+        text_hash=source.encoder_key("text_encoder", precision) if frozen_text else "",
+        draw=draw,
+        draw_hash=hashlib.sha256(f"{source.hash()}/{precision}/{source.guidance}".encode()).hexdigest()[:32],
+        cache=cache_folder(),
+        rank=trainer.global_rank,
+        processes=trainer.world_size,
+    )

@@ -1,0 +1,139 @@
+"""DreamBooth: pairs of the subject's and the class's pictures, the class drawn by the model before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from running import Spy, adamw, fit, folder_data
+from sdtune.backbone import Pretrained
+from sdtune.data.prior import PLACE, partner
+from sdtune.methods import DreamBooth, LoRA
+
+
+class Batches(Callback):
+    """Keeps what the steps saw, and the losses apart."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.figures: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch)
+        self.figures.append({k: float(v) for k, v in pl_module.step_figures.items()})
+
+
+def drawn(cache: Path) -> list[Path]:
+    return sorted(cache.glob("class/*/*/*.png"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_micro_batch_holds_pairs(tiny: Path, pictures: Path, cache: Path) -> None:
+    data = folder_data(pictures, batch_size=4, class_prompt="a dog", class_pictures=3, prior_weight=0.5)
+    seen = Batches()
+    model = DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-4))
+    fit(model, data, 3, [seen], accumulate_grad_batches=2)
+    assert len(drawn(cache)) == 3
+    assert len(seen.seen) == 6
+    for batch in seen.seen:
+        assert batch["instances"] == 2
+        assert batch["moments"].shape[0] == batch["text"].shape[0] == len(batch["prompts"]) == 4
+        assert batch["prompts"][2:] == ["a dog", "a dog"]
+        assert all(prompt.startswith("picture number") for prompt in batch["prompts"][:2])
+        assert batch["positions"][2:] == [p + PLACE for p in batch["positions"][:2]]
+    for row in seen.figures[1::2]:
+        assert row["loss"] == pytest.approx(row["loss/diffusion"] + 0.5 * row["loss/prior"], rel=1e-5)
+        assert row["loss/prior"] != row["loss/diffusion"]
+
+
+def test_the_weights_are_lambdas(tiny: Path, pictures: Path, cache: Path) -> None:
+    """The gradient is that of the subject plus lambda times that of the class."""
+
+    def gradients(weight: float) -> dict[str, torch.Tensor]:
+        spy = Spy()
+        data = folder_data(pictures, class_prompt="a dog", class_pictures=2, prior_weight=weight)
+        fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(0.0)), data, 1, [spy])
+        return spy.gradients[0]
+
+    one, two, three = gradients(1.0), gradients(2.0), gradients(3.0)
+    for key in one:
+        torch.testing.assert_close(three[key] - two[key], two[key] - one[key], rtol=1e-3, atol=1e-6)
+    assert any((two[key] - one[key]).abs().max() > 1e-4 for key in one)
+
+
+def test_class_pictures_are_drawn_once_by_the_model_before_training(
+    tiny: Path, pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(count: int, seed: int = 0) -> None:
+        data = folder_data(pictures, class_prompt="a dog", class_pictures=count)
+        fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-1), seed=seed), data, 1)
+
+    train(2)
+    first = {path: path.read_bytes() for path in drawn(cache)}
+    assert len(first) == 2
+    drawn(cache)[0].unlink()
+    train(3, seed=4)  # what is missing alone, and the same picture whatever was trained since
+    second = {path: path.read_bytes() for path in drawn(cache)}
+    assert len(second) == 3
+    for path, content in first.items():
+        assert second[path] == content
+    monkeypatch.setattr("sdtune.methods.encoding.generate", lambda *_: pytest.fail("drawn again"))
+    train(3)
+
+
+def test_each_class_picture_comes_once_before_any_twice() -> None:
+    order = [partner(0, 5, number) for number in range(15)]
+    for epoch in range(3):
+        assert sorted(order[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert order[:5] != order[5:10] or order[5:10] != order[10:]
+
+
+def test_a_folder_of_ones_own(tiny: Path, pictures: Path, tmp_path: Path, cache: Path) -> None:
+    own = tmp_path / "dogs"
+    own.mkdir()
+    for path in pictures.glob("*.png"):
+        (own / path.name).write_bytes(path.read_bytes())
+    seen = Batches()
+    data = folder_data(pictures, class_path=str(own), class_prompt="any dog")
+    fit(LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-4)), data, 2, [seen])
+    assert [batch["prompts"][2:] for batch in seen.seen] == [["any dog"] * 2] * 2
+    assert not drawn(cache)
+
+
+def test_without_class_pictures_it_is_refused(tiny: Path, pictures: Path) -> None:
+    model = DreamBooth(backbone=Pretrained(str(tiny)))
+    with pytest.raises(ValueError, match="^data.class_prompt is missing"):
+        model.check_data(folder_data(pictures))
+    model.check_data(folder_data(pictures, prior_weight=0))
+    model.check_data(folder_data(pictures, class_prompt="a dog"))
+    with pytest.raises(ValueError, match="^method.parts: DreamBooth leaves the VAE as it is"):
+        DreamBooth(backbone=Pretrained(str(tiny)), parts=["vae"])
+
+
+def test_masked_pairs(tiny: Path, pictures: Path, cache: Path) -> None:
+    from PIL import Image
+
+    for path in pictures.glob("*.png"):
+        mask = np.zeros((36, 40), dtype=np.uint8)
+        mask[:, :20] = 255
+        Image.fromarray(mask).save(path.with_suffix(".mask.png"))
+    seen = Batches()
+    data = folder_data(pictures, masked=True, class_prompt="a dog", class_pictures=2)
+    fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-4)), data, 1, [seen])
+    mask = seen.seen[0]["mask"]
+    assert mask.shape == (4, 1, 8, 8)
+    assert mask[:2, ..., :3].min() > 0.99
+    assert mask[:2, ..., 5:].max() < 0.01
+    assert mask[2:].min() == 1
+    assert len(data.train) == 5, "a mask is no picture"

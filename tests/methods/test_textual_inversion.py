@@ -1,0 +1,149 @@
+"""Learned words: only their vectors move, prompts name all of them, and other programs load them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sdtune
+from running import Spy, adamw, fit, folder_data
+from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken
+from sdtune.methods import LoRA, TextualInversion
+from sdtune.sampling import Sampling
+
+CAT, DOG = NewToken("<my_cat>", "cat", vectors=2), NewToken("<my_dog>", "a big dog")
+
+
+def frozen(model: Any) -> dict[str, Tensor]:
+    open_names = {name for name, _ in model.trainable()}
+    return {k: v.clone() for k, v in model.state_dict().items() if k not in open_names}
+
+
+def learned(tiny: Path, pictures: Path, steps: int = 2, **settings: Any) -> tuple[TextualInversion, Spy]:
+    settings = {"new_tokens": [CAT, DOG], **settings}
+    model = TextualInversion(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-1), **settings)
+    spy = Spy()
+    data = folder_data(pictures, templates=["a photo of <my_cat> and <my_dog>, {}"], cache_latents=False)
+    model.configure_model()
+    model.before = frozen(model)
+    fit(model, data, steps, [spy])
+    return model, spy
+
+
+def test_only_the_vectors_are_trained_and_nothing_else_moves(tiny: Path, pictures: Path) -> None:
+    model, spy = learned(tiny, pictures)
+    [(name, vectors)] = model.trainable()
+    assert name.endswith("token_embedding.vectors")
+    assert vectors.shape == (3, 32)
+    [group] = model.trainer.optimizers[0].param_groups
+    assert [p.shape for p in group["params"]] == [vectors.shape]
+    assert group["weight_decay"] == 0
+    assert spy.gradients[1][name].any(1).all(), "a vector without a gradient"
+    after = frozen(model)
+    assert model.before.keys() == after.keys()
+    for key, value in model.before.items():
+        assert torch.equal(value, after[key]), key
+
+
+def test_vectors_begin_at_the_mean_of_the_words(tiny: Path) -> None:
+    model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[CAT, DOG])
+    model.configure_model()
+    backbone = model.backbone
+    table = backbone.text_encoder.get_input_embeddings().table.weight
+    for token in (CAT, DOG):
+        ids = backbone.tokenizer(token.init, add_special_tokens=False).input_ids
+        assert len(ids) > 1
+        rows = backbone.vectors()[token.token]
+        assert len(rows) == token.vectors
+        for row in rows:
+            torch.testing.assert_close(row, table[ids].mean(0))
+
+
+def test_every_vector_stands_in_every_prompt(tiny: Path) -> None:
+    model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[CAT, DOG])
+    model.configure_model()
+    backbone = model.backbone
+    first = len(backbone.tokenizer) - 3
+    ids = backbone.tokenize(["A <My_Cat>, a <my_dog>.", "<my_cat>s x<my_cat> <my_dog>_1"])
+    assert [i for i in ids[0].tolist() if i >= first] == [first, first + 1, first + 2]
+    assert not (ids[1] >= first).any(), "a part of another word"
+    assert backbone.count_tokens("<my_cat>") == 4
+
+
+def test_tokens_are_refused_that_no_prompt_could_name(tiny: Path) -> None:
+    source = Pretrained(str(tiny))
+    with pytest.raises(ValueError, match="^new_tokens: '<Cat>' is not one word in lower case.*write '<cat>'"):
+        TextualInversion(backbone=source, new_tokens=[NewToken("<Cat>", "cat")])
+    with pytest.raises(ValueError, match="write 'my_cat'"):
+        TextualInversion(backbone=source, new_tokens=[NewToken("my cat", "cat")])
+    with pytest.raises(ValueError, match="'<a>_1' stands twice"):
+        TextualInversion(backbone=source, new_tokens=[NewToken("<a>", "cat", 2), NewToken("<a>_1", "cat")])
+    with pytest.raises(ValueError, match="new_tokens is empty"):
+        TextualInversion(backbone=source)
+    model = TextualInversion(backbone=source, new_tokens=[NewToken("a", "cat")])
+    with pytest.raises(ValueError, match="'a' is a word of the tokenizer's already"):
+        model.configure_model()
+
+
+def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    model, _ = learned(tiny, pictures)
+    model.artifact(tmp_path, "mine")
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors")}
+    assert names == {
+        "learned_embeds_my_cat.safetensors",
+        "learned_embeds_my_dog.safetensors",
+        "embeddings/my_cat.safetensors",
+        "embeddings/my_dog.safetensors",
+    }
+    assert set(load_file(tmp_path / "learned_embeds_my_cat.safetensors")) == {"<my_cat>"}
+    assert load_file(tmp_path / "embeddings/my_cat.safetensors")["emb_params"].shape == (2, 32)
+
+    prompt, source = "a photo of <my_cat> with <my_dog>", Pretrained(str(tiny))
+    settings = Sampling(steps=3, guidance=4.0, negative_prompt="bad <my_dog>")
+    [ours] = sdtune.sample(prompt, [{"path": str(tmp_path)}], backbone=source, seeds=[5], sampling=settings)
+    [base] = sdtune.sample(prompt, backbone=source, seeds=[5], sampling=settings)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("my_cat", "my_dog"):
+        pipe.load_textual_inversion(str(tmp_path), weight_name=f"learned_embeds_{name}.safetensors")
+    [theirs] = pipe(
+        prompt,
+        negative_prompt="bad <my_dog>",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
+    assert difference <= 1
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(base)).max() > 2
+
+    [triggered] = sdtune.sample(
+        prompt.replace("<my_dog>", "my_dog").replace("<my_cat>", "my_cat"),
+        backbone=source,
+        seeds=[5],
+        sampling=settings,
+    )
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(triggered)).max() > 2
+
+
+def test_words_and_a_lora_in_one_run(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Pivotal tuning: composed, with no class of its own."""
+    model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), new_tokens=[DOG], tokens_lr=1e-1)
+    fit(model, folder_data(pictures, templates=["<my_dog>, {}"]), 2)
+    groups = model.trainer.optimizers[0].param_groups
+    assert [(g["name"], g["lr"] > 5e-2) for g in groups] == [("unet", False), ("tokens", True)]
+    model.artifact(tmp_path, "mine")
+    source, prompt = Pretrained(str(tiny)), "one <my_dog>"
+    with_both, without = (
+        np.asarray(sdtune.sample(prompt, files, backbone=source, sampling=Sampling(steps=2))[0]).astype(int)
+        for files in ([{"path": str(tmp_path)}], [{"path": str(tmp_path / "learned_embeds.safetensors")}])
+    )
+    assert np.abs(with_both - without).max() > 0
