@@ -68,6 +68,7 @@ def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LoRA(
         rank=4,
         alpha=10.0,
+        alpha_policy="constant",
         targets=("cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"),
         backbone=Pretrained(str(tiny)),
         optimizer=adamw(1e-2),

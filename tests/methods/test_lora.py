@@ -95,10 +95,10 @@ def test_no_target_is_refused() -> None:
 
 def test_alpha_is_the_rank_unless_given_and_scales(tiny: Path) -> None:
     model = injected(tiny, rank=3)
-    assert model.alpha == 3
+    assert set(model.weights().alphas.values()) == {3.0}
     base = predict(model)
     noise_in_b(model, 0.2)
-    twice = injected(tiny, rank=3, alpha=6)
+    twice = injected(tiny, rank=3, alpha=6, alpha_policy="constant")
     noise_in_b(twice, 0.1)
     torch.testing.assert_close(predict(twice), predict(model), rtol=0, atol=1e-5)
     assert (predict(twice) - base).abs().max() > 1e-3
@@ -160,3 +160,53 @@ def test_dropout_falls_on_the_branch_alone(tiny: Path) -> None:
     model.eval()
     plain.eval()
     assert torch.equal(predict(model), predict(plain))
+
+
+@pytest.mark.parametrize(
+    ("policy", "alpha", "scale"), [("rank", None, 1.0), ("constant", 4.0, 0.5), ("rslora", 4.0, 4 / 8**0.5)]
+)
+def test_alpha_policies(tiny: Path, tmp_path: Path, policy: str, alpha: float | None, scale: float) -> None:
+    """The update is scale * B A in training, and in both files."""
+    model = injected(tiny, rank=8, alpha=alpha, alpha_policy=policy)
+    noise_in_b(model)
+    module = model.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    down, up = (getattr(module, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
+    torch.testing.assert_close(module.get_delta_weight("default"), scale * up @ down)
+    weights = model.weights()
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for written in (weights, weights.uniform(), weights.folded()):
+        down, up = written.pairs[path]
+        torch.testing.assert_close(written.alphas[path] / 8 * up @ down, module.get_delta_weight("default"))
+
+
+def test_rank_and_alpha_by_block(tiny: Path) -> None:
+    blocks = {"unet.mid_block": {"rank": 6}, "unet": {"rank": 3, "alpha": 9}, "text_encoder": {"rank": 2}}
+    model = injected(
+        tiny, rank=4, alpha=5, alpha_policy="constant", blocks=blocks, targets=["cross_attention", "text_encoder"]
+    )
+    weights = model.weights()
+    for path in weights.pairs:
+        wanted = (6, 5.0) if "mid_block" in path else (3, 9.0) if path.startswith("unet") else (2, 5.0)
+        assert (weights.rank(path), weights.alphas[path]) == wanted
+    noise_in_b(model)
+    module = model.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+    assert module.scaling["default"] == 5 / 6
+    with pytest.raises(ValueError, match="^method.blocks: unet.mid is the start of no module"):
+        injected(tiny, blocks={"unet.mid": {"rank": 2}})
+
+
+def test_the_text_encoder_has_a_rate_of_its_own(tiny: Path, pictures: Path) -> None:
+    model = LoRA(
+        backbone=Pretrained(str(tiny)), targets=["cross_attention", "text_encoder"], text_encoder_lr=1e-5,
+        optimizer=adamw(1e-3),
+    )  # fmt: skip
+    fit(model, folder_data(pictures), 1)
+    groups = model.trainer.optimizers[0].param_groups
+    assert {g["name"]: g["initial_lr"] for g in groups} == {"unet": 1e-3, "text_encoder": 1e-5}
+
+
+def test_alpha_is_never_guessed(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="add method.alpha_policy=constant"):
+        LoRA(alpha=4.0)
+    with pytest.raises(ValueError, match="^method.alpha is missing: alpha_policy=rslora needs one"):
+        LoRA(alpha_policy="rslora")

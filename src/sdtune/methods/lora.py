@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from annotated_types import Ge, Gt, Interval
 from peft import LoraConfig, inject_adapter_in_model
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sdtune.formats import kohya_lora
@@ -20,6 +23,24 @@ from sdtune.methods.given import Common
 from sdtune.randomness import generator
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
+AlphaPolicy = Literal["rank", "constant", "rslora"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the modules below one part of the model have instead of the run's own.
+
+    Args:
+        rank: of their pairs.
+        alpha: of their pairs; by the policy from ``rank`` if None.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rank: Annotated[int, Ge(1)]
+    alpha: Annotated[float, Gt(0)] | None = None
+
+
 Projection = Literal["q", "k", "v", "out"]
 
 _UNET_PROJECTIONS: dict[Projection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -32,12 +53,17 @@ class LoRA(Adapter):
 
     Args:
         rank: columns of A and rows of B.
-        alpha: strength of the update in training; ``rank`` if None, so that sweeping the rank does not also sweep the
-            step size.
+        alpha: of W' = W + (alpha / rank) B A; given where the policy does not make it follow from the rank.
+        alpha_policy: ``rank``: alpha = rank, so that sweeping the rank does not also sweep the step size;
+            ``constant``: ``alpha`` at every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
+            eq. 4).
+        blocks: by the start of a module's path, such as ``unet.mid_block`` or ``text_encoder``, the rank and alpha of
+            what lies below it; the longest that fits counts.
         targets: what gets pairs. ``convolutions`` are those of the residual blocks, the samplers and the transformers'
             projections in and out; ``text_encoder`` its attention (its MLP too, with ``feed_forward``).
         projections: which of an attention's projections.
         dropout: on the adapter's branch alone.
+        text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
     """
 
     def __init__(
@@ -45,21 +71,58 @@ class LoRA(Adapter):
         *,
         rank: Annotated[int, Ge(1)] = 8,
         alpha: Annotated[float, Gt(0)] | None = None,
+        alpha_policy: AlphaPolicy = "rank",
+        blocks: Mapping[str, Block] | None = None,
         targets: Sequence[Target] = ("cross_attention", "self_attention"),
         projections: Sequence[Projection] = ("q", "k", "v", "out"),
         dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
+        text_encoder_lr: Annotated[float, Gt(0)] | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
         if not targets:
             raise ValueError("method.targets: name at least one of cross_attention, self_attention, feed_forward, ...")
-        self.rank, self.alpha = rank, float(alpha if alpha is not None else rank)
+        if alpha_policy == "rank" and alpha is not None:
+            raise ValueError(
+                f"method.alpha: {alpha} is given, but alpha is the rank; add method.alpha_policy=constant"
+            )
+        if alpha_policy != "rank" and alpha is None:
+            raise ValueError(f"method.alpha is missing: alpha_policy={alpha_policy} needs one; give method.alpha=16")
+        self.rank, self.alpha, self.alpha_policy = rank, alpha, alpha_policy
+        # From a config they come as plain mappings.
+        self.blocks = {k: Block(**b) if isinstance(b, Mapping) else b for k, b in (blocks or {}).items()}
+        for key, block in self.blocks.items():
+            if alpha_policy == "rank" and block.alpha is not None:
+                raise ValueError(f"method.blocks.{key}.alpha: give method.alpha_policy=constant and method.alpha too")
+        self.text_encoder_lr = text_encoder_lr
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
 
     def inject(self) -> None:
         self._pair("unet", self.backbone.unet, self._unet_sites())
         if "text_encoder" in self.targets:
             self._pair("text_encoder", self.backbone.text_encoder, self._text_sites())
+        paths = [canonical(f"{component}.{name}") for component, name, _ in self._paired()] if self.blocks else []
+        for key in self.blocks:
+            if not any(_below(path, canonical(key)) for path in paths):
+                raise ValueError(f"method.blocks: {key} is the start of no module that gets pairs, such as {paths[0]}")
+
+    def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Component, name in it, and module of each site."""
+        for component in ("unet", "text_encoder"):
+            for name, module in getattr(self.backbone, component).named_modules():
+                if hasattr(module, "lora_A") and "default" in module.lora_A:
+                    yield component, name, module
+
+    def _rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """Of the module at ``path``, canonical and with its component."""
+        fits = [key for key in self.blocks if _below(path, canonical(key))]
+        block = self.blocks[max(fits, key=len)] if fits else Block(self.rank)
+        if self.alpha is None:
+            return block.rank, float(block.rank)
+        return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.groups_by_component({"text_encoder": self.text_encoder_lr})
 
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []
@@ -91,7 +154,15 @@ class LoRA(Adapter):
         if not sites:
             return
         # peft matches by suffix, and "conv1" is a suffix of no other site; full names match exactly one module each.
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=sites, lora_dropout=self.dropout)
+        own = {name: self._rank_and_alpha(canonical(f"{component}.{name}")) for name in sites}
+        config = LoraConfig(
+            r=self.rank,
+            target_modules=sites,
+            rank_pattern={name: rank for name, (rank, _) in own.items()},
+            alpha_pattern={name: alpha for name, (_, alpha) in own.items()},
+            lora_dropout=self.dropout,
+            use_rslora=self.alpha_policy == "rslora",
+        )
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
@@ -105,12 +176,15 @@ class LoRA(Adapter):
     def weights(self) -> LoRAWeights:
         """The pairs as they are now, by diffusers' module path."""
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for component in ("unet", "text_encoder"):
-            for name, module in getattr(self.backbone, component).named_modules():
-                if hasattr(module, "lora_A") and "default" in module.lora_A:
-                    path = canonical(f"{component}.{name}")
-                    pairs[path] = (module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach())
-        return LoRAWeights(pairs, dict.fromkeys(pairs, self.alpha))
+        alphas: dict[str, float] = {}
+        for component, name, module in self._paired():
+            path = canonical(f"{component}.{name}")
+            down, up = (getattr(module, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
+            pairs[path] = (down, up)
+            rank, alpha = self._rank_and_alpha(path)
+            # Files know one scale, alpha / rank.
+            alphas[path] = alpha * math.sqrt(rank) if self.alpha_policy == "rslora" else alpha
+        return LoRAWeights(pairs, alphas)
 
     def write_artifact(self, folder: Path, name: str) -> None:
         """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
@@ -134,3 +208,7 @@ class LoRA(Adapter):
             architecture=architecture,
         )
         kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._about())
+
+
+def _below(path: str, start: str) -> bool:
+    return path == start or path.startswith(f"{start}.")
