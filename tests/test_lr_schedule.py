@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sdtune.lr_schedule import Constant, Cosine, LRSchedule
+from sdtune.lr_schedule import Constant, Cosine, LRSchedule, Polynomial
 
 
 def test_a_constant_rate_is_one_throughout() -> None:
@@ -25,7 +25,7 @@ def test_a_cosine_falls_from_one_to_its_floor() -> None:
         assert schedule(100, 100) == pytest.approx(floor)
 
 
-@pytest.mark.parametrize("schedule", [Constant(4), Cosine(4)])
+@pytest.mark.parametrize("schedule", [Constant(4), Cosine(4), Polynomial(4)])
 def test_warm_up_rises_evenly_and_wastes_no_step(schedule: LRSchedule) -> None:
     assert [schedule(step, 100) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
@@ -62,3 +62,10 @@ def test_it_is_a_factor_on_the_optimizers_rate() -> None:
         schedule.step()
     assert rates[:3] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3])
     assert rates[11] == pytest.approx(2e-3 * 0.75)
+
+
+@pytest.mark.parametrize(("power", "floor"), [(1.0, 0.0), (2.0, 0.1)])
+def test_a_polynomial_falls_from_one_to_its_floor(power: float, floor: float) -> None:
+    schedule = Polynomial(power=power, floor=floor)
+    for step in range(101):
+        assert schedule(step, 100) == pytest.approx(floor + (1 - floor) * (1 - step / 100) ** power, abs=1e-12)

@@ -16,7 +16,14 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from sdtune.suggest import suggestion
 
-ALLOWED = ("sdtune", "torch.optim", "pytorch_lightning")
+ALLOWED = (
+    "sdtune",
+    "torch.optim",
+    "pytorch_lightning",
+    "transformers.optimization",
+    "bitsandbytes.optim",
+    "prodigyopt",
+)
 """Packages whose classes and functions a config may name; users add theirs with ``trust=[...]``."""
 
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Annotated
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
 
 class LRSchedule(ABC):
@@ -49,3 +49,19 @@ class Cosine(LRSchedule):
 
     def shape(self, progress: float) -> float:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Polynomial(LRSchedule):
+    """(1 - progress) ** power of the rate, down to ``floor`` times it; ``power`` 1 is linear."""
+
+    def __init__(
+        self,
+        warmup_steps: Annotated[int, Ge(0)] = 0,
+        power: Annotated[float, Gt(0)] = 1.0,
+        floor: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+    ) -> None:
+        super().__init__(warmup_steps)
+        self.power, self.floor = power, floor
+
+    def shape(self, progress: float) -> float:
+        return float(self.floor + (1 - self.floor) * (1 - progress) ** self.power)

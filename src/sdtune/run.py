@@ -21,6 +21,7 @@ from pydantic import StringConstraints
 from sdtune import hardware, report_lines
 from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks.bar import Bar
+from sdtune.callbacks.best import write_best
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.cost import Cost
 from sdtune.callbacks.ema import EMA
@@ -304,6 +305,7 @@ def _train(
     with adapter.final_weights():
         if trainer.is_global_zero:
             adapter.artifact(folder / "artifact", name)
+            write_best(adapter, folder, name)
     trainer.strategy.barrier("artifact")
     # Lightning kills a run of which any process but the first ends with a code: the first one speaks for all.
     if checkpoints.stopped_by is not None and trainer.local_rank == 0:

@@ -68,8 +68,12 @@ class Request:
 def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.SchedulerMixin:
     """The solver over the backbone's own noise schedule."""
     config = dict(backbone.scheduler_config)
-    name = _SCHEDULERS[sampler] if sampler else config["_class_name"]
-    return getattr(diffusers, name).from_config(config)
+    kind = getattr(diffusers, _SCHEDULERS[sampler] if sampler else config["_class_name"])
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+        if sampler is not None:
+            raise ValueError(f"sampling.sampler: {sampler} cannot begin at pure noise; ddim, euler and dpmpp_2m can")
+        kind = diffusers.DDIMScheduler
+    return kind.from_config(config)
 
 
 @torch.no_grad()

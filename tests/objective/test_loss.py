@@ -68,3 +68,24 @@ def test_the_gradient_is_that_of_the_formula(case) -> None:
         output, kind="epsilon", schedule=schedule, clean=clean, noise=noise, timesteps=timesteps
     ).mean().backward()
     torch.testing.assert_close(output.grad, 2 * (output.detach() - noise) / output.numel())
+
+
+def test_a_mask_is_a_mean_over_what_it_holds(case) -> None:
+    schedule, clean, noise, output, timesteps = case
+    mask = torch.zeros(8, 1, *clean.shape[2:], dtype=torch.float32)
+    mask[:, :, 0] = 1
+    mask[:, :, 1, 0] = 0.5
+    mask[3] = 0
+
+    def losses(mask: torch.Tensor | None) -> torch.Tensor:
+        return Objective()(
+            output, kind="epsilon", schedule=schedule, clean=clean, noise=noise, timesteps=timesteps, mask=mask
+        )
+
+    found = losses(mask)
+    for i in range(8):
+        weights = mask[i].double().expand_as(clean[i])
+        total = float(weights.sum())
+        wanted = float(((output[i] - noise[i]) ** 2 * weights).sum()) / total if total else 0
+        assert float(found[i]) == pytest.approx(wanted, rel=1e-9)
+    torch.testing.assert_close(losses(torch.ones_like(mask)), losses(None))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from sdtune.objective.prediction import target
 from sdtune.objective.schedule import NoiseSchedule, betas
 
 TRAINED = torch.linspace(1e-4, 0.03, 40).tolist()
@@ -105,8 +106,23 @@ def test_the_snr_is_the_formula(config: dict[str, Any]) -> None:
     assert (snr.diff() < 0).all()
 
 
-def test_a_zero_terminal_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+def test_zero_terminal_is_diffusers_and_ends_in_pure_noise() -> None:
+    config = {**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    schedule = NoiseSchedule.from_config(config)
+    plain = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
+    assert float(schedule.alphas_cumprod[-1]) == 0
+    assert float(schedule.snr(torch.tensor([len(schedule) - 1]))) == 0
+    torch.testing.assert_close(schedule.alphas_cumprod[0], plain.alphas_cumprod[0])
+    theirs = DDPMScheduler(**config).alphas_cumprod.double()
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs, rtol=1e-4, atol=1e-6)
+    clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    last = torch.full((3,), len(schedule) - 1)
+    assert torch.equal(schedule.add_noise(clean, noise, last), noise)
+    torch.testing.assert_close(target("v_prediction", schedule, clean, noise, last), -clean)
+
+
+def test_pure_noise_and_epsilon_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr.*prediction_type=v_prediction"):
         NoiseSchedule.from_config({**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True})
 
 

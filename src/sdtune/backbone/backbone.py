@@ -198,7 +198,7 @@ def load(source: Pretrained, seed: int) -> Backbone:
         text_encoder=component("text_encoder", CLIPTextModel),
         vae=component("vae", AutoencoderKL),
         unet=component("unet", UNet2DConditionModel),
-        scheduler_config=source.config("scheduler"),
+        scheduler_config=source.scheduler(),
         facts=facts,
     )
     backbone.requires_grad_(False)

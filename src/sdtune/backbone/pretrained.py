@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from sdtune.backbone.hash import weights_hash
+from sdtune.objective.prediction import PredictionType
+from sdtune.objective.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from sdtune.backbone.backbone import Backbone
@@ -47,6 +49,8 @@ class Pretrained:
             ``config.json`` is needed.
         clip: the folder of a CLIP that measures this backbone's pictures, if one is at hand.
         guidance: the guidance scale that suits it when sampling.
+        prediction_type: what the UNet is to predict, where that is not what its scheduler's config says.
+        zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
     """
 
     def __init__(
@@ -56,9 +60,12 @@ class Pretrained:
         from_scratch: Sequence[Component] = (),
         clip: str | None = None,
         guidance: Annotated[float, Ge(0)] = 7.5,
+        prediction_type: PredictionType | None = None,
+        zero_terminal_snr: bool = False,
     ) -> None:
         self.path, self.revision, self.from_scratch = path, revision, tuple(from_scratch)
         self.clip, self.guidance = clip, guidance
+        self.prediction_type, self.zero_terminal_snr = prediction_type, zero_terminal_snr
 
     def _snapshot(self, patterns: list[str]) -> Path:
         if self.path == "pocket":
@@ -98,12 +105,20 @@ class Pretrained:
         content: dict[str, Any] = json.loads(file.read_text())
         return content
 
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config with this backbone's own settings in it."""
+        changed: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
+        if self.zero_terminal_snr:
+            # Sampling must begin at the last step, where there is pure noise (Lin et al. 2024, section 3.3).
+            changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return {**self.config("scheduler"), **changed}
+
     @cached_property
     def facts(self) -> Facts:
         """Sizes and settings from the config files alone; ValueError for a pipeline that is not SD 1.x or 2.x."""
         if "text_encoder_2" in self.config(""):
             raise ValueError(f"backbone.path: {self.path} has two text encoders (SDXL); SD 1.x and 2.x are supported")
-        unet, vae, scheduler = self.config("unet"), self.config("vae"), self.config("scheduler")
+        unet, vae, scheduler = self.config("unet"), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
         if unet["in_channels"] != channels:
             raise ValueError(
@@ -111,6 +126,7 @@ class Pretrained:
                 f" a text-to-image UNet with {channels} is needed"
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        NoiseSchedule.from_config(scheduler)  # refuses one that cannot be trained
         return Facts(
             side=int(unet["sample_size"]) * factor,
             factor=factor,

@@ -1,7 +1,8 @@
 """What goes on beside the loop: figures, samples, checkpoints, averages."""
 
+from sdtune.callbacks.best import EarlyStopping
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.ema import EMA
 from sdtune.callbacks.samples import Samples
 
-__all__ = ["EMA", "Checkpoints", "Samples"]
+__all__ = ["EMA", "Checkpoints", "EarlyStopping", "Samples"]

@@ -15,6 +15,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.callbacks import Callback
 
+from sdtune.callbacks.best import BEST
 from sdtune.callbacks.record import Record
 from sdtune.methods.base import Adapter
 
@@ -132,6 +133,6 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
         if value is not None and value <= min(self.record.validation.values()):
-            trainer.save_checkpoint(self.folder / "best.ckpt")
-        if self._due and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / BEST)
+        if (self._due or trainer.should_stop) and not trainer.sanity_checking:
             self.save(trainer, pl_module)

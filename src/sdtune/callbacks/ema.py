@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import pytorch_lightning as pl
@@ -13,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from sdtune.methods.base import Adapter
+from sdtune.methods.swap import swapped
 
 
 class EMA(Callback):
@@ -50,19 +50,9 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
         torch._foreach_lerp_(list(self.shadow.values()), [p.float() for _, p in pl_module.trainable()], 1 - decay)
 
-    @contextmanager
-    def swapped(self, module: nn.Module) -> Iterator[None]:
+    def swapped(self, module: nn.Module) -> AbstractContextManager[None]:
         """Within it, ``module`` holds the averaged weights; afterwards its own, to the bit."""
-        own = {name: p.data for name, p in module.named_parameters() if name in self.shadow}
-        try:
-            for name, p in module.named_parameters():
-                if name in own:
-                    p.data = self.shadow[name].to(p.dtype)
-            yield
-        finally:
-            for name, p in module.named_parameters():
-                if name in own:
-                    p.data = own[name]
+        return swapped(module, self.shadow)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._swap = self.swapped(pl_module)

@@ -232,6 +232,9 @@ class Adapter(pl.LightningModule, ABC):
         # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
         clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/vae", step, positions))
         noise = self.noise(shape, f"{stream}/noise", step, positions)
+        if self.objective.offset_noise:
+            offset = self.noise((shape[0], 1, 1), f"{stream}/offset", step, positions)
+            noise = noise + self.objective.offset_noise * offset
         timesteps = self._timesteps(stream, step, positions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Unpack
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sdtune.backbone.pretrained import Component
 from sdtune.data.rows import Batch
+from sdtune.files import write_json
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
@@ -94,4 +94,6 @@ class Full(Adapter):
                     save_text_encoder(self.backbone.text_encoder, target / part)
             else:
                 save_component(getattr(self.backbone, part), target / part)
-        (target / "sdtune.json").write_text(json.dumps({"backbone": self.source.hash()}) + "\n")
+        if self.backbone.scheduler_config != self.source.config("scheduler"):
+            write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
+        write_json(target / "sdtune.json", {"backbone": self.source.hash()})

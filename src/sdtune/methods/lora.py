@@ -83,9 +83,7 @@ class LoRA(Adapter):
         if not targets:
             raise ValueError("method.targets: name at least one of cross_attention, self_attention, feed_forward, ...")
         if alpha_policy == "rank" and alpha is not None:
-            raise ValueError(
-                f"method.alpha: {alpha} is given, but alpha is the rank; add method.alpha_policy=constant"
-            )
+            raise ValueError(f"method.alpha: {alpha} is given, but alpha is the rank; add method.alpha_policy=constant")
         if alpha_policy != "rank" and alpha is None:
             raise ValueError(f"method.alpha is missing: alpha_policy={alpha_policy} needs one; give method.alpha=16")
         self.rank, self.alpha, self.alpha_policy = rank, alpha, alpha_policy

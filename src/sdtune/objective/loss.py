@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from annotated_types import Ge
 from torch import Tensor
 
 from sdtune.objective.prediction import PredictionType, target
@@ -10,10 +13,17 @@ from sdtune.objective.weighting import Uniform, Weighting
 
 
 class Objective:
-    """Weighted mean squared error between a UNet's output and its target (Ho et al. 2020, eq. 14, generalised)."""
+    """Weighted mean squared error between a UNet's output and its target (Ho et al. 2020, eq. 14, generalised).
 
-    def __init__(self, weighting: Weighting | None = None) -> None:
+    Args:
+        weighting: how much each noise level counts.
+        offset_noise: strength of noise that is one number a channel, added to the noise so that a model learns to move
+            a picture's mean brightness (Guttenberg 2023, "Diffusion with offset noise"; there 0.1).
+    """
+
+    def __init__(self, weighting: Weighting | None = None, offset_noise: Annotated[float, Ge(0)] = 0.0) -> None:
         self.weighting = weighting or Uniform()
+        self.offset_noise = offset_noise
 
     def __call__(
         self,

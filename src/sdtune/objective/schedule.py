@@ -33,11 +33,17 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     )
 
 
+def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
+    """alpha-bar [T] shifted and scaled so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+
+
 class NoiseSchedule:
     """alpha-bar over T steps (Ho et al. 2020, eq. 4): z_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise.
 
     Args:
-        alphas_cumprod: float64 [T], falling, in (0, 1).
+        alphas_cumprod: float64 [T], falling, in [0, 1).
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -48,10 +54,20 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """From a diffusers scheduler config; a zero-terminal rescaling is refused."""
-        if config.get("rescale_betas_zero_snr"):
-            raise ValueError("backbone scheduler: rescale_betas_zero_snr is not supported yet; use a plain schedule")
-        return cls(torch.cumprod(1 - betas(config), 0))
+        """From a diffusers scheduler config; with ``rescale_betas_zero_snr`` its last step is pure noise.
+
+        Raises:
+            ValueError: an unknown schedule, or epsilon-prediction with pure noise, from which no sample follows.
+        """
+        alphas_cumprod = torch.cumprod(1 - betas(config), 0)
+        if not config.get("rescale_betas_zero_snr"):
+            return cls(alphas_cumprod)
+        if config.get("prediction_type", "epsilon") == "epsilon":
+            raise ValueError(
+                "backbone.zero_terminal_snr: with epsilon-prediction pure noise says nothing about the sample; choose"
+                " backbone.prediction_type=v_prediction too"
+            )
+        return cls(zero_terminal(alphas_cumprod))
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)

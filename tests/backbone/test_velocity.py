@@ -1,0 +1,47 @@
+"""Another prediction type and a zero-terminal schedule: in training, in sampling, and in what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+import sdtune
+from running import adamw, fit, folder_data
+from sdtune.backbone import Pretrained
+from sdtune.methods import Full
+from sdtune.sampling import Sampling
+
+
+def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
+    model = Full(backbone=source, optimizer=adamw(1e-3))
+    fit(model, folder_data(pictures), 2)
+    model.artifact(tmp_path, "mine")
+    written = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text())
+    assert written["prediction_type"] == "v_prediction"
+    assert written["rescale_betas_zero_snr"] is True
+    assert written["timestep_spacing"] == "trailing"
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "mine", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    settings = Sampling(steps=3, guidance=2.0)
+    [ours] = sdtune.sample("a fox", backbone=Pretrained(str(tmp_path / "mine")), seeds=[1], sampling=settings)
+    theirs = pipe("a fox", num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(1))
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs.images[0])).max() <= 1
+
+
+def test_a_solver_that_cannot_begin_at_pure_noise_is_refused(tiny: Path) -> None:
+    source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="^sampling.sampler: pndm cannot begin at pure noise"):
+        sdtune.sample("a fox", backbone=source, sampling=Sampling(steps=2, sampler="pndm"))
+
+
+def test_epsilon_with_pure_noise_is_refused_before_weights(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="^backbone.zero_terminal_snr"):
+        _ = Pretrained(str(tiny), zero_terminal_snr=True).facts
