@@ -12,12 +12,12 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
 
 
-def check(node: Mapping[str, Any]) -> None:
-    """ValueError for a ``hardware`` node that is wrong, or that asks for what this machine lacks."""
+def check(node: Mapping[str, Any], here: bool = True) -> None:
+    """ValueError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
         raise ValueError(f"hardware.accelerator: {kind!r} is not one of {', '.join(ACCELERATORS)}")
-    if kind in ("gpu", "cuda") and not torch.cuda.is_available():
+    if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"hardware.accelerator: {kind} is asked for, but torch {torch.__version__} sees no GPU;"
             " install a CUDA build of torch, or choose hardware=cpu"
@@ -29,6 +29,24 @@ def check(node: Mapping[str, Any]) -> None:
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
             raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+
+
+def processes(node: Mapping[str, Any]) -> int:
+    """How many processes a ``hardware`` node asks for."""
+    devices = node.get("devices", 1)
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return count * int(node.get("num_nodes", 1))
+
+
+def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
+    """Samples that a process sees at once; ValueError where ``batch_size`` cannot be shared out."""
+    parts = accumulation * processes(node)
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size: {batch_size} samples a step cannot be shared out over {processes(node)}"
+            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
+        )
+    return batch_size // parts
 
 
 def accelerator(wanted: str) -> str:

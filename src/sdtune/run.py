@@ -125,15 +125,9 @@ def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check(trainer_arguments(config), "trainer", trust)
-    if _processes(config) > 1 and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+    if hardware.processes(config["hardware"]) > 1 and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         # Lightning would start the other processes with the sweep's own command line, each a sweep again.
         raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
-
-
-def _processes(config: dict[str, Any]) -> int:
-    devices = config["hardware"].get("devices", 1)
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
-    return count * int(config["hardware"].get("num_nodes", 1))
 
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
@@ -146,15 +140,20 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
         raise ValueError(f"optimizer: {error}") from error
 
 
-def check_run(config: dict[str, Any]) -> PictureData:
-    """Every check that needs no weights; returns the data, read."""
-    top = settings(config)
-    trust = top.trust
+def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    """The checks of what is trained and how."""
     check(config["backbone"], "backbone", trust)
     check(config["method"], "method", trust, _COMMON)
     for group in ("objective", "lr_schedule"):
         check(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
+
+
+def check_run(config: dict[str, Any]) -> PictureData:
+    """Every check that needs no weights; returns the data, read."""
+    top = settings(config)
+    trust = top.trust
+    check_model(config, trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
     for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
@@ -167,12 +166,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
     data: PictureData = build(config["data"], trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
-    parts = accumulation * _processes(config)
-    if data.batch_size % parts:
-        raise ValueError(
-            f"data.batch_size: {data.batch_size} samples a step cannot be shared out over {_processes(config)}"
-            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
-        )
+    hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
     build(config["method"], trust, {"backbone": source})  # a constructor that refuses a pair of settings does so here
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)

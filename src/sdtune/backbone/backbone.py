@@ -17,7 +17,12 @@ from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
 
 _SHORT_SEQUENCE = 1024
-_DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """To bfloat16. The meta device has no autocast of its own: the CPU's stands for it (sdtune.planning.kernels)."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, torch.bfloat16, enabled=enabled)
 
 
 class Backbone(nn.Module):
@@ -67,7 +72,7 @@ class Backbone(nn.Module):
 
         Autocast is off: in half precision the encoders of some VAEs overflow.
         """
-        with torch.autocast(pictures.device.type, enabled=False):
+        with autocast(pictures.device, False):
             moments: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters
         return moments.float()
 
@@ -85,8 +90,8 @@ class Backbone(nn.Module):
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
         pictures: list[Tensor] = []
-        with torch.autocast(latents.device.type, enabled=False):
-            for part in torch.split(raw.to(self.vae.dtype), max(1, _DECODED_PIXELS // pixels)):
+        with autocast(latents.device, False):
+            for part in torch.split(raw.to(self.vae.dtype), max(1, DECODED_PIXELS // pixels)):
                 pictures.append(self.vae.decode(part).sample.float())
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
@@ -132,7 +137,9 @@ def load(source: Pretrained, seed: int) -> Backbone:
 
     def component(name: str, kind: Any) -> Any:
         if name in source.from_scratch:
-            return _from_scratch(name, folder, kind, seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return from_config(name, folder, kind)
         return kind.from_pretrained(
             folder / name, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
@@ -149,9 +156,8 @@ def load(source: Pretrained, seed: int) -> Backbone:
     return backbone.eval()
 
 
-def _from_scratch(name: str, folder: Path, kind: Any, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if name == "text_encoder":
-            return kind(CLIPTextConfig.from_pretrained(folder / name))
-        return kind.from_config(kind.load_config(folder / name))
+def from_config(name: str, folder: Path, kind: Any) -> Any:
+    """Component ``name`` with weights drawn anew."""
+    if name.startswith("text_encoder"):
+        return kind(CLIPTextConfig.from_pretrained(folder / name))
+    return kind.from_config(kind.load_config(folder / name))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.backbone import Backbone, autocast
 from sdtune.data.pictures import VALIDATION_RUNGS, Batch, Encoders
 from sdtune.lr_schedule import Constant, LRSchedule
 from sdtune.methods.guard import skip_if_not_finite
@@ -89,6 +89,10 @@ class Adapter(pl.LightningModule, ABC):
         """Write an intermediate artifact; by default what :meth:`artifact` writes, under ``stem``."""
         self.artifact(folder, stem)
 
+    def artifact_bytes(self) -> int:
+        """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
+        return sum(4 * p.numel() for _, p in self.trainable())
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with a ``name`` each; by default one."""
         return [{"name": "all", "params": [p for _, p in self.trainable()]}]
@@ -147,16 +151,15 @@ class Adapter(pl.LightningModule, ABC):
                 group["lr"] = rate * factor(schedule.last_epoch)
 
     def _halve_frozen(self) -> None:
-        """Under bf16-mixed, frozen weights of UNet and text encoder go to bfloat16; trained ones stay float32.
+        """Under bf16-mixed, frozen weights of all but the VAE go to bfloat16; trained ones stay float32.
 
         The VAE stays float32: its encoder runs once a picture, and some overflow in half precision.
         """
         if self.trainer.precision != "bf16-mixed":
             return
-        for component in (self.backbone.unet, self.backbone.text_encoder):
-            for parameter in component.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        for name, parameter in self.backbone.named_parameters():
+            if not name.startswith("vae.") and not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def encoders(self) -> Encoders:
         """The frozen parts that data may cache; None where a part is trained."""
@@ -187,7 +190,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def _autocast(self) -> torch.autocast:
         half = self._trainer is not None and self.trainer.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        return autocast(self.device, half)
 
     # --- a step
 

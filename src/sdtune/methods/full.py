@@ -16,6 +16,10 @@ class Full(Adapter):
         self.backbone.unet.requires_grad_(True)
         self.backbone.unet.train()
 
+    def artifact_bytes(self) -> int:
+        """The whole pipeline's, with its frozen parts as float32 files."""
+        return sum(4 * p.numel() for p in self.backbone.parameters())
+
     def artifact(self, folder: Path, name: str) -> None:
         """A pipeline folder in the diffusers layout, ``<folder>/<name>``; what was frozen is copied from its source."""
         target = folder / name

@@ -117,6 +117,10 @@ class LoRA(Adapter):
         self.snapshot(folder, name)
         write_diffusers(folder / FILE_NAME, self.weights(), self._metadata())
 
+    def artifact_bytes(self) -> int:
+        """Of both files."""
+        return 2 * super().artifact_bytes()
+
     def snapshot(self, folder: Path, stem: str) -> None:
         """``<stem>.safetensors`` in kohya's form."""
         data = getattr(self.trainer, "datamodule", None)
