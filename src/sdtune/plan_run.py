@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import pytorch_lightning as pl
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, MinLen
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune import hardware
@@ -44,24 +44,24 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check everything, for each method that is asked for; the data is not read."""
     fits = config.fits
     check_value(fits, Annotated[float, Gt(0)] | None, "fits")
-    chosen = _methods(config)
-    if chosen is None:
-        jobs = {str(config.hydra.runtime.choices.method): _job(config)}
+    several = config.methods is not None
+    if several:
+        jobs = {name: _job(composed_again(config, "method", name)) for name in _methods(config)}
     else:
-        jobs = {name: _job(composed_again(config, "method", name)) for name in chosen}
-    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, chosen is not None, fits)
+        jobs = {str(config.hydra.runtime.choices.method): _job(config)}
+    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, several, fits)
 
 
-def _methods(config: DictConfig) -> list[str] | None:
-    wanted = OmegaConf.to_container(config)["methods"]  # type: ignore[call-overload,index]
-    check_value(wanted, str | list[str] | None, "methods")
+def _methods(config: DictConfig) -> list[str]:
     known = choices(config, "method")
-    if wanted is None or wanted == "all":
-        return None if wanted is None else known
-    for name in (names := [wanted] if isinstance(wanted, str) else list(wanted)):
+    if config.methods == "all":
+        return known
+    names = list(config.methods) if OmegaConf.is_list(config.methods) else [config.methods]
+    check_value(names, Annotated[list[str], MinLen(1)], "methods")
+    for name in names:
         if name not in known:
             raise ValueError(f"methods: {name}: there is no such method{suggestion(name, known)}")
-    return names or known
+    return names
 
 
 def _job(config: DictConfig) -> Job:

@@ -125,7 +125,8 @@ def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check(trainer_arguments(config), "trainer", trust)
-    if hardware.processes(config["hardware"]) > 1 and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+    several = hardware.processes(config["hardware"]) > 1
+    if several and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         # Lightning would start the other processes with the sweep's own command line, each a sweep again.
         raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
 

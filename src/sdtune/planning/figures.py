@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,8 +65,10 @@ class Figures:
     previews: int
 
     @property
-    def trained(self) -> int:
-        return sum(component.trained for component in self.components)
+    def total(self) -> Component:
+        """Of all components."""
+        counts = zip(*((c.frozen, c.trained, c.bytes) for c in self.components), strict=True)
+        return Component("total", *map(sum, counts))
 
 
 class Blank(dict[str, Any]):
@@ -170,14 +173,14 @@ def _pass(adapter: Adapter, batch: Blank, gpu: bool) -> Pass:
         assert parameter.grad is not None
         meter.put_aside(parameter.grad)
 
-    for _, parameter in adapter.trainable():
-        parameter.grad = None
-    hooks = [parameter.register_post_accumulate_grad_hook(keep) for _, parameter in adapter.trainable()]
+    adapter.zero_grad()
+    trained: list[Any] = [parameter for _, parameter in adapter.trainable()]
+    hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in trained]
     with meter:
         with Kernels(gpu), autocast(_META, adapter.trainer.precision == "bf16-mixed"):
             loss = adapter.training_step(batch, 0)
         forward = meter.flop
-        loss.backward()
+        torch.autograd.backward(loss)
     for hook in hooks:
         hook.remove()
     return Pass(forward, meter.flop, meter.activations, meter.together)
@@ -200,11 +203,14 @@ def _checkpoint(adapter: Adapter, gpu: bool) -> None:
     def run(module: torch.nn.Module, *args: Any) -> Any:
         return checkpoint(module.__call__, *args, **settings)
 
-    for module in adapter.modules():
+    modules: list[Any] = list(adapter.modules())
+    for module in modules:
         if hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing(run)
         elif hasattr(module, "gradient_checkpointing_enable"):
-            module.gradient_checkpointing_enable(settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all versions that we take
+                module.gradient_checkpointing_enable(settings)
 
 
 def _state(adapter: Adapter) -> int:

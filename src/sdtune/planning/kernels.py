@@ -30,7 +30,7 @@ class Kernels(TorchFunctionMode):
 
     def __exit__(self, *raised: Any) -> None:
         self._casts.clear()
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

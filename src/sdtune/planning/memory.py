@@ -9,7 +9,7 @@ from sdtune.planning.figures import Figures
 GIB = 1024**3
 
 ALLOWANCE = GIB // 2
-"""For what is not counted: the CUDA context, the kernels' work space, gaps between blocks. A guess, not a measurement."""
+"""For what is not counted: CUDA's context, the kernels' work space, gaps. A guess, not a measurement."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Memory:
 
 def memory(figures: Figures, switches: Switches, accumulation: int) -> Memory:
     """``accumulation``: micro-batches a step."""
-    weights = sum(component.bytes for component in figures.components)
+    weights = figures.total.bytes
     resident = weights - (figures.idle if switches.offload else 0)
     state = figures.state_8bit if switches.eight_bit else figures.state
     cost = figures.checkpointed if switches.checkpointing else figures.plain

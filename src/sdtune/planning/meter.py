@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes that are alive between one operation and the next, and the floating-point operations.
 
     Each storage counts once, from the operation that makes it until the last tensor on it is gone, as an allocator
@@ -26,7 +26,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """``known``: tensors that exist already, and are not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flop = self.activations = self.together = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}

@@ -15,11 +15,10 @@ _NOTE = (
 
 def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -> list[str]:
     """Everything about one method."""
-    components = [(c.name, c.frozen, c.trained, c.bytes) for c in figures.components]
-    total = ("total", *(sum(int(row[column]) for row in components) for column in (1, 2, 3)))
     rows = [["parameters", "frozen", "trained", "total", "weights"]]
-    for name, frozen, trained, size in (*components, total):
-        rows.append([str(name), f"{frozen:,}", f"{trained:,}", f"{frozen + trained:,}", _size(size)])
+    for part in (*figures.components, figures.total):
+        counts = (part.frozen, part.trained, part.frozen + part.trained)
+        rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
     lines = [*_aligned(rows), "", f"artifact: {_size(figures.artifact)}"]
     micro_batches = accumulation * devices
     forward, plain, again = (
@@ -28,7 +27,8 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
     )
     lines.append(f"a step: {plain} TFLOP, {forward} of them forward; {again} with gradient checkpointing")
     costs = [memory(figures, switches, accumulation) for switches in SWITCHES.values()]
-    table = [["GiB a device", *SWITCHES]]
+    unit, word = (GIB, "GiB") if costs[0].peak >= GIB else (1024**2, "MiB")
+    table = [[f"{word} a device", *SWITCHES]]
     for name, attribute in (
         ("weights", "weights"),
         ("gradients", "gradients"),
@@ -39,7 +39,7 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
         ("peak in previews", "previews"),
         ("peak", "peak"),
     ):
-        table.append([name, *(f"{getattr(cost, attribute) / GIB:.2f}" for cost in costs)])
+        table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in costs)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in costs)])
     return [*lines, "", *_aligned(table), "", *_NOTE]
@@ -52,7 +52,7 @@ def many(figures: dict[str, Figures], accumulation: int, devices: int, fits: flo
     for method, found in figures.items():
         peaks = [memory(found, SWITCHES[name], accumulation).peak for name in ("plain", "all of them")]
         flop = found.plain.flop * accumulation * devices
-        row = [method, f"{found.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
+        row = [method, f"{found.total.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
         rows.append([*row, *([_verdict(found, accumulation, fits)] if fits is not None else [])])
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
