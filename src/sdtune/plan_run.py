@@ -46,9 +46,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_value(fits, Annotated[float, Gt(0)] | None, "fits")
     several = config.methods is not None
     if several:
-        jobs = {name: _job(composed_again(config, "method", name)) for name in _methods(config)}
+        jobs = {name: job(composed_again(config, "method", name)) for name in _methods(config)}
     else:
-        jobs = {str(config.hydra.runtime.choices.method): _job(config)}
+        jobs = {str(config.hydra.runtime.choices.method): job(config)}
     return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, several, fits)
 
 
@@ -64,7 +64,8 @@ def _methods(config: DictConfig) -> list[str]:
     return names
 
 
-def _job(config: DictConfig) -> Job:
+def job(config: DictConfig) -> Job:
+    """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong."""
     # The rest of the config is a training's own: pictures need not exist, and nothing is logged.
     own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed"])
     configs = shipped(str(config.hydra.runtime.choices.backbone))
@@ -103,19 +104,20 @@ def execute(backbone: str, jobs: dict[str, Job], table: bool, fits: float | None
     """Measure and print."""
     first = next(iter(jobs.values()))
     devices = hardware.processes(first.config["hardware"])
-    figures = {name: _measure(job) for name, job in jobs.items()}
+    found = {name: figures(job) for name, job in jobs.items()}
     print(
         f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']},"
         f" {first.precision}, {devices} {'GPU' if first.gpu else 'CPU'}{'s' if devices > 1 else ''}\n"
     )
     if table:
-        lines = tables.many(figures, first.accumulation, devices, fits)
+        lines = tables.many(found, first.accumulation, devices, fits)
     else:
-        lines = tables.one(next(iter(figures.values())), first.accumulation, devices, fits)
+        lines = tables.one(next(iter(found.values())), first.accumulation, devices, fits)
     print("\n".join(lines))
 
 
-def _measure(job: Job) -> Figures:
+def figures(job: Job) -> Figures:
+    """Build the method on the meta device and measure it."""
     trust = settings(job.config).trust
     optimizer = dict(job.config["optimizer"])
     if "fused" in optimizer:

@@ -60,12 +60,14 @@ class Memory:
         return self.peak + ALLOWANCE <= gib * GIB
 
 
-def memory(figures: Figures, switches: Switches, accumulation: int) -> Memory:
-    """``accumulation``: micro-batches a step."""
+def memory(figures: Figures, switches: Switches, accumulation: int, devices: int) -> Memory:
+    """``accumulation``: micro-batches a step and device."""
     weights = figures.total.bytes
     resident = weights - (figures.idle if switches.offload else 0)
     state = figures.state_8bit if switches.eight_bit else figures.state
     cost = figures.checkpointed if switches.checkpointing else figures.plain
+    # DDP's buckets hold the gradients a second time.
+    buckets = figures.gradients if devices > 1 else 0
     passing = cost.together if accumulation == 1 else cost.activations + figures.gradients
     return Memory(
         weights=resident,
@@ -73,13 +75,13 @@ def memory(figures: Figures, switches: Switches, accumulation: int) -> Memory:
         state=state,
         activations=cost.activations,
         # The optimizer's step finds all gradients and no activations.
-        step=resident + state + max(passing, figures.gradients),
+        step=resident + state + buckets + max(passing, figures.gradients),
         encoding=weights + figures.encoding,
         previews=weights + state + figures.previews if figures.previews else 0,
     )
 
 
-def first_that_fits(figures: Figures, accumulation: int, gib: float) -> str | None:
+def first_that_fits(figures: Figures, accumulation: int, devices: int, gib: float) -> str | None:
     """The first of :data:`SWITCHES` with which a device of ``gib`` GiB suffices."""
-    found = (name for name, switches in SWITCHES.items() if memory(figures, switches, accumulation).fits(gib))
+    found = (name for name, switches in SWITCHES.items() if memory(figures, switches, accumulation, devices).fits(gib))
     return next(found, None)

@@ -26,7 +26,7 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
         for flop in (figures.plain.forward, figures.plain.flop, figures.checkpointed.flop)
     )
     lines.append(f"a step: {plain} TFLOP, {forward} of them forward; {again} with gradient checkpointing")
-    costs = [memory(figures, switches, accumulation) for switches in SWITCHES.values()]
+    costs = [memory(figures, switches, accumulation, devices) for switches in SWITCHES.values()]
     unit, word = (GIB, "GiB") if costs[0].peak >= GIB else (1024**2, "MiB")
     table = [[f"{word} a device", *SWITCHES]]
     for name, attribute in (
@@ -50,23 +50,23 @@ def many(figures: dict[str, Figures], accumulation: int, devices: int, fits: flo
     head = ["method", "trained", "artifact", "TFLOP a step", *(f"peak, {name}" for name in ("plain", "all of them"))]
     rows = [[*head, *([f"fits {fits:g} GiB"] if fits is not None else [])]]
     for method, found in figures.items():
-        peaks = [memory(found, SWITCHES[name], accumulation).peak for name in ("plain", "all of them")]
+        peaks = [memory(found, SWITCHES[name], accumulation, devices).peak for name in ("plain", "all of them")]
         flop = found.plain.flop * accumulation * devices
         row = [method, f"{found.total.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
-        rows.append([*row, *([_verdict(found, accumulation, fits)] if fits is not None else [])])
+        rows.append([*row, *([_verdict(found, accumulation, devices, fits)] if fits is not None else [])])
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
 
-def _verdict(figures: Figures, accumulation: int, fits: float) -> str:
-    name = first_that_fits(figures, accumulation, fits)
+def _verdict(figures: Figures, accumulation: int, devices: int, fits: float) -> str:
+    name = first_that_fits(figures, accumulation, devices, fits)
     if name is not None:
         return name if name == "plain" else f"with {name}"
-    least = min(memory(figures, switches, accumulation).peak for switches in SWITCHES.values())
+    least = min(memory(figures, switches, accumulation, devices).peak for switches in SWITCHES.values())
     return f"no: {_size(least + ALLOWANCE)} at the least"
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 1024**2:.2f} MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 1024**2:.2f} MiB"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
