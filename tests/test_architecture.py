@@ -14,18 +14,8 @@ SRC = Path(__file__).parents[1] / "src"
 PACKAGE = SRC / "sdtune"
 
 LAYERS = [
-    {
-        "__init__",
-        "train",
-        "run",
-        "evaluate",
-        "evaluate_run",
-        "sample",
-        "sample_run",
-        "report_lines",
-        "plan",
-        "plan_run",
-    },  # commands
+    {"__init__", "train", "run", "report_lines"}  # commands
+    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run"},
     {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
     {"sampling", "adapters"},

@@ -185,8 +185,9 @@ def test_figures_follow_the_config(tiny: Path, tmp_path: Path) -> None:
     assert after.state > before.state
 
 
-def test_twice_the_batch_is_twice_the_work() -> None:
-    one, two = (figures(f"data.batch_size={size}", "method=lora") for size in (1, 2))
+def test_twice_the_batch_is_twice_the_work(tiny: Path) -> None:
+    where = "backbone=sd15", f"backbone.path={tiny}"
+    one, two = (figures(f"data.batch_size={size}", "method=lora", *where) for size in (1, 2))
     assert two.plain.flop == 2 * one.plain.flop
     assert two.plain.activations == pytest.approx(2 * one.plain.activations, rel=0.1)
     assert (two.state, two.artifact, two.encoding) == (one.state, one.artifact, one.encoding)
@@ -197,9 +198,9 @@ def test_checkpointing_saves_activations_for_work(full: Figures) -> None:
     assert full.plain.flop < full.checkpointed.flop < full.plain.flop + full.checkpointed.forward
 
 
-def test_what_is_not_cached_is_encoded_in_the_step() -> None:
-    targets = "method.targets=[cross_attention,text_encoder]"
-    cached, fresh = (figures(targets, f"data.cache_latents={on}", f"data.cache_text={on}") for on in ("true", "false"))
+def test_what_is_not_cached_is_encoded_in_the_step(tiny: Path) -> None:
+    fixed = "method.targets=[cross_attention,text_encoder]", "backbone=sd15", f"backbone.path={tiny}"
+    cached, fresh = (figures(*fixed, f"data.cache_latents={on}", f"data.cache_text={on}") for on in ("true", "false"))
     assert fresh.plain.forward > cached.plain.forward
     assert (cached.idle, fresh.idle) == (4 * parts(cached)["vae"], 0)  # the text encoder is trained
     assert cached.encoding > fresh.encoding == 0
@@ -259,7 +260,7 @@ def test_it_needs_no_weights_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "20")
-    assert plan("method=full", "backbone=sdxl", "data.batch_size=1") == 0
+    assert plan("method=full", "backbone=sdxl", "data.batch_size=1", "callbacks.samples=null") == 0
     said = capsys.readouterr()
     assert said.err == ""
     lines = said.out.splitlines()
@@ -270,15 +271,20 @@ def test_it_needs_no_weights_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_is_planned_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_planned_as_it_stands(
+    full: Figures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[plan_run.Job] = []
+    monkeypatch.setattr(plan_run, "figures", lambda job: (asked.append(job), full)[1])
     assert plan("experiment=lora_subject") == 0
     assert capsys.readouterr().out.startswith("lora on pocket: 64x64 pixels, batch 8, bf16-mixed, 1 GPU")
+    assert asked[0].config["method"]["rank"] == 16
 
 
 def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [lora]\nrank: 3\n")
-    where = "-cd", str(tmp_path / "conf"), "backbone=sd15", f"backbone.path={tiny}"
+    where = "backbone=sd15", f"backbone.path={tiny}", "-cd", str(tmp_path / "conf")
     assert plan("methods=all", "data=folder", *where) == 0  # the data's folder is not named, and not needed
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[3:] if line[:1].strip()}
     assert [*METHODS, "mine"] == sorted([*METHODS, "mine"], key=list(rows).index)
