@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+import sdtune.plan
 import sdtune.sample
 import sdtune.train
 from sdtune.data import Folder
@@ -141,6 +142,11 @@ def train(*argv: str) -> int:
 def sample(*argv: str) -> int:
     """``sdtune sample`` in this process; the exit code."""
     return _call("sample", sys.modules["sdtune.sample"].prepare, argv)
+
+
+def plan(*argv: str) -> int:
+    """``sdtune plan`` in this process; the exit code."""
+    return _call("plan", sdtune.plan.prepare, argv, writes=False)
 
 
 def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:

@@ -14,8 +14,9 @@ SRC = Path(__file__).parents[1] / "src"
 PACKAGE = SRC / "sdtune"
 
 LAYERS = [
-    {"__init__", "train", "run", "evaluate", "evaluate_run", "sample", "sample_run", "report_lines"},  # commands
-    {"callbacks", "evaluation", "pocket"},
+    {"__init__", "train", "run", "report_lines"}  # commands
+    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run"},
+    {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
     {"sampling", "adapters"},
     {"backbone"},
@@ -26,7 +27,7 @@ LAYERS = [
 ANYWHERE = {"data", "formats"}
 """Beside the layers: they know no model, and any layer may use them."""
 
-HYDRA = {"launch", "run", "sample_run", "evaluate_run", "resume", "train", "sample", "evaluate"}
+HYDRA = {"launch", "run", "sample_run", "evaluate_run", "resume", "train", "sample", "evaluate", "plan_run"}
 OMEGACONF_FOR_TYPES = {"train", "sample", "evaluate"}
 
 
@@ -164,6 +165,8 @@ sys.exit(code)
         (["train", "--cfg", "job"], 0, "_target_: sdtune.methods.LoRA"),
         (["train", "--help"], 0, "method"),
         (["sample", "--cfg", "job"], 0, "guidance"),
+        (["plan", "--cfg", "job"], 0, "fits: null"),
+        (["plan", "--help"], 0, "method"),
         (["train", "method.rnak=4"], 2, "did you mean rank?"),
         (["train", "method=lroa"], 2, "did you mean lora?"),
         (["trian"], 2, "no such command"),

@@ -29,7 +29,7 @@ def test_answers_at_once(arguments: tuple[str, ...]) -> None:
 
 def test_help_names_every_command() -> None:
     said = sdtune("--help").stdout
-    assert all(name in said for name in ("train", "sample", "evaluate"))
+    assert all(name in said for name in ("train", "sample", "plan", "evaluate"))
 
 
 def test_an_unknown_command_is_refused_with_the_one_meant() -> None:
@@ -45,6 +45,8 @@ def test_an_unknown_command_is_refused_with_the_one_meant() -> None:
         ("sdtune train method=", "method=lora"),
         ("sdtune train method.ra", "method.rank="),
         ("sdtune sample samplin", "sampling."),
+        ("sdtune pl", "plan"),
+        ("sdtune plan backbone=", "backbone=sdxl"),
     ],
 )
 def test_completion_knows_the_subcommand(line: str, wanted: str) -> None:

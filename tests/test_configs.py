@@ -83,7 +83,7 @@ def test_the_groups_are_those_of_the_map() -> None:
     }  # fmt: skip
     assert wanted <= set(GROUPS)
     assert (CONF / "experiment").resolve() == (ROOT / "experiments").resolve()
-    assert {"train", "sample", "evaluate"} <= set(COMMANDS)
+    assert {"train", "sample", "plan", "evaluate"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda value: value)

@@ -50,3 +50,4 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     rows = (tmp_path / "mine" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 4
     assert "lora_subject" in run(sdtune, "train", "--help")
+    assert "859,520,964" in run(sdtune, "plan", "method=full", "backbone=sd15", "callbacks.samples=null")

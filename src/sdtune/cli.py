@@ -14,6 +14,7 @@ from sdtune.suggest import suggestion
 COMMANDS = {
     "train": "train an adapter and leave a run's folder behind",
     "sample": "make pictures, with adapters at strengths chosen now",
+    "plan": "what a training will cost, before anything is loaded",
     "evaluate": "measure a finished run's artifact, before and after",
 }
 
@@ -25,6 +26,7 @@ commands:
   sdtune train                                  a LoRA on the shipped pocket backbone and subject
   sdtune train experiment=NAME                  a recipe of experiments/
   sdtune train method=lora data=folder data.path=DIR data.prompt="a photo of sks otter"
+  sdtune plan methods=all backbone=sd15 fits=12 which methods fit a GPU of 12 GiB
   sdtune <command> --help                       its groups and settings
   sdtune <command> --cfg job                    the composed config
 """

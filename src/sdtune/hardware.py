@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+SWITCHES = ("gradient_checkpointing", "offload")
+"""Keys of a ``hardware`` node that are a method's and not Lightning's."""
 
 
-def check(node: Mapping[str, Any]) -> None:
-    """ValueError for a ``hardware`` node that is wrong, or that asks for what this machine lacks."""
+def check(node: Mapping[str, Any], here: bool = True) -> None:
+    """ValueError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
         raise ValueError(f"hardware.accelerator: {kind!r} is not one of {', '.join(ACCELERATORS)}")
-    if kind in ("gpu", "cuda") and not torch.cuda.is_available():
+    if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"hardware.accelerator: {kind} is asked for, but torch {torch.__version__} sees no GPU;"
             " install a CUDA build of torch, or choose hardware=cpu"
@@ -25,10 +27,35 @@ def check(node: Mapping[str, Any]) -> None:
     wanted = str(node.get("precision", "auto"))
     if wanted not in PRECISIONS:
         raise ValueError(f"hardware.precision: {wanted!r} is not one of {', '.join(PRECISIONS)}")
+    if wanted == "16-mixed" and kind == "cpu":
+        raise ValueError("hardware.precision: a CPU has no 16-mixed; choose bf16-mixed or 32-true")
+    for key in SWITCHES:
+        if not isinstance(node.get(key, False), bool):
+            raise ValueError(f"hardware.{key}: {node[key]!r}; give true or false")
+    if node.get("offload") and processes(node) > 1:
+        raise ValueError("hardware.offload: with several devices every process needs all of the model; leave it off")
     for key in ("devices", "num_nodes"):
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
             raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+
+
+def processes(node: Mapping[str, Any]) -> int:
+    """How many processes a ``hardware`` node asks for."""
+    devices = node.get("devices", 1)
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return count * int(node.get("num_nodes", 1))
+
+
+def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
+    """Samples that a process sees at once; ValueError where ``batch_size`` cannot be shared out."""
+    parts = accumulation * processes(node)
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size: {batch_size} samples a step cannot be shared out over {processes(node)}"
+            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
+        )
+    return batch_size // parts
 
 
 def accelerator(wanted: str) -> str:
@@ -51,9 +78,12 @@ def _cpu_has_bf16() -> bool:
 
 
 def precision(wanted: str, kind: str) -> str:
-    """Lightning's ``precision``; ``auto`` is bf16-mixed where the device multiplies bfloat16 itself, else 32-true."""
+    """Lightning's ``precision``; ``auto`` is bf16-mixed where the device multiplies bfloat16 itself.
+
+    Elsewhere it is 16-mixed on a GPU, with a gradient scaler, and 32-true on a CPU.
+    """
     if wanted != "auto":
         return wanted
     if accelerator(kind) in ("gpu", "cuda"):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "bf16-mixed" if kind != "mps" and _cpu_has_bf16() else "32-true"

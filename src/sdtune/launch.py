@@ -72,13 +72,20 @@ def refuse(message: str, code: int = REFUSED) -> NoReturn:
     raise SystemExit(code)
 
 
-def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[str]] = lambda argv: argv) -> None:
+def main(
+    command: str,
+    prepare: Prepare,
+    *,
+    rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
+    writes: bool = True,
+) -> None:
     """Run ``command`` with ``sys.argv``.
 
     Args:
         command: name of the top config, ``conf/<command>.yaml``.
         prepare: see :data:`Prepare`.
         rewrite: what becomes of the arguments before Hydra sees them.
+        writes: whether it leaves a folder behind; one that does not is no job of Hydra's.
     """
     try:
         argv = rewrite(sys.argv[1:])
@@ -94,6 +101,8 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
         # data.token is a word of a prompt.
         if _SECRET.search(key) and not key.startswith("data."):
             refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
+    if args.multirun and not writes:
+        refuse(f"--multirun: sdtune {command} runs once; leave it out")
     search = _search_path(args.config_dir)
     try:
         config = _compose(command, search, args.overrides) if not args.multirun else None
@@ -103,6 +112,8 @@ def main(command: str, prepare: Prepare, *, rewrite: Callable[[list[str]], list[
     try:
         if config is None:
             code = _multirun(command, search, args.overrides, prepare)
+        elif not writes:
+            prepare(config, run_folder(config))(config)
         else:
             _run(command, search, args.overrides, config, prepare)
     except Stopped as stop:
@@ -157,6 +168,23 @@ def _compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Di
         return config
     finally:
         GlobalHydra.instance().clear()
+
+
+def composed_again(config: DictConfig, group: str, option: str) -> DictConfig:
+    """What the command line of a composed ``config`` gives with another choice for ``group``."""
+    overrides = [o for o in config.hydra.overrides.task if not o.startswith(f"{group}=")]
+    return _compose(config.hydra.job.name, _search_path(_own_folder(config)), [*overrides, f"{group}={option}"])
+
+
+def choices(config: DictConfig, group: str) -> list[str]:
+    """The options of ``group``, those of the command line's ``--config-dir`` too."""
+    folders = [config_folder(), *([Path(own)] if (own := _own_folder(config)) else [])]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _own_folder(config: DictConfig) -> str | None:
+    sources = config.hydra.runtime.config_sources
+    return next((str(source.path) for source in sources if source.provider == "command-line"), None)
 
 
 def run_folder(config: DictConfig) -> Path:

@@ -65,7 +65,7 @@ class Settings:
     tokens_lr: Annotated[float, Gt(0)] | None = None
 
 
-_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", "seed")
+_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -119,6 +119,8 @@ _OURS = (
 def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
     merged = {**config["trainer"], **config["hardware"]}
+    for key in hardware.SWITCHES:
+        merged.pop(key, None)
     kind = str(merged.get("accelerator", "auto"))
     merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
     merged["accelerator"] = hardware.accelerator(kind)
@@ -133,15 +135,10 @@ def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check(trainer_arguments(config), "trainer", trust)
-    if _processes(config) > 1 and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+    several = hardware.processes(config["hardware"]) > 1
+    if several and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         # Lightning would start the other processes with the sweep's own command line, each a sweep again.
         raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
-
-
-def _processes(config: dict[str, Any]) -> int:
-    devices = config["hardware"].get("devices", 1)
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
-    return count * int(config["hardware"].get("num_nodes", 1))
 
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
@@ -154,15 +151,20 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
         raise ValueError(f"optimizer: {error}") from error
 
 
-def check_run(config: dict[str, Any]) -> PictureData:
-    """Every check that needs no weights; returns the data, read."""
-    top = settings(config)
-    trust = top.trust
+def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    """The checks of what is trained and how."""
     check(config["backbone"], "backbone", trust)
     check(config["method"], "method", trust, _COMMON)
     for group in ("objective", "lr_schedule"):
         check(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
+
+
+def check_run(config: dict[str, Any]) -> PictureData:
+    """Every check that needs no weights; returns the data, read."""
+    top = settings(config)
+    trust = top.trust
+    check_model(config, trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
     for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
@@ -175,15 +177,9 @@ def check_run(config: dict[str, Any]) -> PictureData:
     data: PictureData = build(config["data"], trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
-    parts = accumulation * _processes(config)
-    if data.batch_size % parts:
-        raise ValueError(
-            f"data.batch_size: {data.batch_size} samples a step cannot be shared out over {_processes(config)}"
-            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
-        )
-    build(
-        config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}
-    )  # a constructor that refuses a pair of settings does so here
+    hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
+    # A constructor that refuses a pair of settings does so here.
+    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_data(data)
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     return data
@@ -246,6 +242,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
             "lr_schedule": build(config["lr_schedule"], top.trust),
             "new_tokens": top.new_tokens,
             "tokens_lr": top.tokens_lr,
+            **{key: config["hardware"].get(key, False) for key in hardware.SWITCHES},
             "seed": top.seed,
         },
     )

@@ -19,7 +19,17 @@ from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
 
 _SHORT_SEQUENCE = 1024
-_DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+
+
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""The half type of each of Lightning's mixed precisions."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """As Lightning's ``precision`` has it; the meta device has none, and the CPU's stands for it (planning.kernels)."""
+    kind = "cpu" if device.type == "meta" else device.type
+    return torch.autocast(kind, HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
 
 
 class Backbone(nn.Module):
@@ -71,7 +81,7 @@ class Backbone(nn.Module):
 
         Autocast is off: in half precision the encoders of some VAEs overflow.
         """
-        with torch.autocast(pictures.device.type, enabled=False):
+        with autocast(pictures.device, "32-true"):
             moments: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters
         return moments.float()
 
@@ -82,7 +92,7 @@ class Backbone(nn.Module):
 
     def reconstruct(self, moments: Tensor, noise: Tensor) -> Tensor:
         """What the VAE makes of a draw from its own posterior, float32 [B, 3, H, W], about [-1, 1]; with gradients."""
-        with torch.autocast(moments.device.type, enabled=False):
+        with autocast(moments.device, "32-true"):
             pictures: Tensor = self.vae.decode(self._drawn(moments, noise).to(self.vae.dtype)).sample
         return pictures.float()
 
@@ -99,8 +109,8 @@ class Backbone(nn.Module):
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
         pictures: list[Tensor] = []
-        with torch.autocast(latents.device.type, enabled=False):
-            for part in torch.split(raw.to(self.vae.dtype), max(1, _DECODED_PIXELS // pixels)):
+        with autocast(latents.device, "32-true"):
+            for part in torch.split(raw.to(self.vae.dtype), max(1, DECODED_PIXELS // pixels)):
                 pictures.append(self.vae.decode(part).sample.float())
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
@@ -188,7 +198,9 @@ def load(source: Pretrained, seed: int) -> Backbone:
 
     def component(name: str, kind: Any) -> Any:
         if name in source.from_scratch:
-            return _from_scratch(name, folder, kind, seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return from_config(name, folder, kind)
         return kind.from_pretrained(
             folder / name, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
@@ -205,9 +217,8 @@ def load(source: Pretrained, seed: int) -> Backbone:
     return backbone.eval()
 
 
-def _from_scratch(name: str, folder: Path, kind: Any, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if name == "text_encoder":
-            return kind(CLIPTextConfig.from_pretrained(folder / name))
-        return kind.from_config(kind.load_config(folder / name))
+def from_config(name: str, folder: Path, kind: Any) -> Any:
+    """Component ``name`` with weights drawn anew."""
+    if name.startswith("text_encoder"):
+        return kind(CLIPTextConfig.from_pretrained(folder / name))
+    return kind.from_config(kind.load_config(folder / name))

@@ -118,6 +118,10 @@ class Pretrained:
         """Sizes and settings from the config files alone; ValueError for a pipeline that is not SD 1.x or 2.x."""
         if "text_encoder_2" in self.config(""):
             raise ValueError(f"backbone.path: {self.path} has two text encoders (SDXL); SD 1.x and 2.x are supported")
+        return self.read_facts()
+
+    def read_facts(self) -> Facts:
+        """The facts of any pipeline, trainable here or not."""
         unet, vae, scheduler = self.config("unet"), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
         if unet["in_channels"] != channels:

@@ -47,7 +47,7 @@ class Samples(Callback):
         modes = {m: m.training for m in module.modules()}
         module.eval()
         requests = [Request(prompt, seed) for seed in self.seeds for prompt in self.prompts]
-        with module.final_weights(), trainer.precision_plugin.forward_context():
+        with module.final_weights(), module.resident(), trainer.precision_plugin.forward_context():
             pictures = list(
                 generate(module.backbone, requests, self.sampling, lambda z, t, c: module.denoise(z, t, c, {}))
             )

@@ -27,7 +27,7 @@ from sdtune.data.rows import Batch, Rows, collate
 from sdtune.data.samples import Sample, View, latent_key, text_key
 from sdtune.data.templates import Family, templates
 
-_ENCODED_PIXELS = 4 * 512 * 512  # of one call of the VAE's encoder, which keeps its activations within about 8 GB
+ENCODED_PIXELS = 4 * 512 * 512  # of one call of the VAE's encoder, which keeps its activations within about 8 GB
 
 VALIDATION_RUNGS = 8
 """Timesteps at which each held-out picture is looked at."""
@@ -254,7 +254,7 @@ class PictureData(pl.LightningDataModule, ABC):
                 cache.fill(
                     mine,
                     lambda batch: encode_images(torch.stack([view.tensor() for view in batch])),
-                    batch_size=max(1, min(64, _ENCODED_PIXELS // (size[0] * size[1]))),
+                    batch_size=max(1, min(64, ENCODED_PIXELS // (size[0] * size[1]))),
                     progress=progress,
                 )
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.backbone import HALVES, Backbone, autocast
 from sdtune.backbone.tokens import NewToken, check_tokens
-from sdtune.data.pictures import VALIDATION_RUNGS, PictureData
+from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.formats import embeddings
 from sdtune.lr_schedule import Constant, LRSchedule
+from sdtune.methods import draws
+from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.encoding import encoders
 from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.guard import skip_if_not_finite
@@ -35,6 +36,9 @@ class Adapter(pl.LightningModule, ABC):
     where it must, how it denoises. It overrides nothing else.
     """
 
+    needs_tokens: ClassVar[bool] = False
+    """Whether there is nothing to train without new tokens."""
+
     def __init__(
         self,
         *,
@@ -44,10 +48,14 @@ class Adapter(pl.LightningModule, ABC):
         lr_schedule: LRSchedule | None = None,
         new_tokens: Sequence[NewToken] = (),
         tokens_lr: float | None = None,
+        gradient_checkpointing: bool = False,
+        offload: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_tokens(new_tokens)
+        if self.needs_tokens and not new_tokens:
+            raise ValueError("new_tokens is empty: give 'new_tokens=[{token: \"<my_cat>\", init: cat}]'")
         self.source = backbone or Pretrained()
         self.objective = objective or Objective()
         self.make_optimizer: MakeOptimizer = optimizer or (
@@ -55,10 +63,13 @@ class Adapter(pl.LightningModule, ABC):
         )
         self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
         self.new_tokens, self.tokens_lr = tuple(new_tokens), tokens_lr
+        self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
         self.seed = seed
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
         """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
+        self._away: list[str] = []
+        """Components that wait off the device, since all that they would make in a step is cached."""
         self.flushed: dict[str, float] = {}
         """The last figures brought over from the device, for the progress bar."""
         self.average: Average | None = None
@@ -80,6 +91,10 @@ class Adapter(pl.LightningModule, ABC):
 
     def check_data(self, data: PictureData) -> None:
         """ValueError for data that the method cannot be trained on; called before any weights are loaded."""
+
+    def artifact_bytes(self) -> int:
+        """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
+        return sum(4 * p.numel() for _, p in self.trainable())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with a ``name`` each, new tokens apart; by default one."""
@@ -127,6 +142,8 @@ class Adapter(pl.LightningModule, ABC):
         # diffusers and transformers checkpoint activations in training mode alone.
         self.backbone.unet.train()
         self.backbone.text_encoder.train(self.open("text_encoder"))
+        if self.gradient_checkpointing:
+            checkpoint_activations(self)
         assert self.trainable(), "inject() opened nothing"
 
     def artifact(self, folder: Path, name: str) -> None:
@@ -163,6 +180,26 @@ class Adapter(pl.LightningModule, ABC):
                 if self.trainer.num_nodes > 1:
                     # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
                     fill(replace(encoders(self), rank=0, processes=1))
+            self._away = [
+                component
+                for component, cache in (("vae", data.latent_cache), ("text_encoder", data.text_cache))
+                if self.offload and cache is not None
+            ]
+            self._move_away()
+
+    def _move_away(self) -> None:
+        for component in self._away:
+            getattr(self.backbone, component).to("cpu")
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Within it, all of the backbone is on the device, what is kept away from it too."""
+        try:
+            for component in self._away:
+                getattr(self.backbone, component).to(self.device)
+            yield
+        finally:
+            self._move_away()
 
     def on_train_start(self) -> None:
         # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
@@ -175,16 +212,14 @@ class Adapter(pl.LightningModule, ABC):
                 group["lr"] = rate * factor(schedule.last_epoch)
 
     def _halve_frozen(self) -> None:
-        """Under bf16-mixed, frozen weights of UNet and text encoder go to bfloat16; trained ones stay float32.
+        """Under mixed precision, frozen weights of all but the VAE go to the half type; trained ones stay float32.
 
         The VAE stays float32: its encoder runs once a picture, and some overflow in half precision.
         """
-        if self.trainer.precision != "bf16-mixed":
-            return
-        for component in (self.backbone.unet, self.backbone.text_encoder):
-            for parameter in component.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        half = HALVES.get(str(self.trainer.precision))
+        for name, parameter in self.backbone.named_parameters() if half is not None else ():
+            if not name.startswith("vae.") and not parameter.requires_grad:
+                parameter.data = parameter.data.to(half)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text states; frozen half-precision weights need autocast also outside a training step."""
@@ -193,28 +228,13 @@ class Adapter(pl.LightningModule, ABC):
 
     def autocast(self) -> torch.autocast:
         """The run's autocast, for work outside of a training step."""
-        half = self._trainer is not None and self.trainer.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        return autocast(self.device, str(self.trainer.precision) if self._trainer is not None else "32-true")
 
     # --- a step
 
     def noise(self, shape: Sequence[int], stream: str, step: int, positions: Iterable[int]) -> Tensor:
-        """Standard normal [len(positions), *shape], each sample a function of its place alone."""
-        # Validation looks at the same noise in every run, so that curves compare across seeds too.
-        seed = self.seed if stream.startswith("train/") else 0
-        rows = [generator(seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
-        drawn = torch.from_numpy(np.stack(rows))
-        # Only a copy from pinned memory does not wait.
-        drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
-        return drawn.to(self.device, non_blocking=True)
-
-    def _timesteps(self, stream: str, step: int, positions: Sequence[int]) -> Tensor:
-        count = len(self.backbone.schedule)
-        if stream == "validation":
-            rungs = [int((p % VALIDATION_RUNGS + 0.5) * count / VALIDATION_RUNGS) for p in positions]
-        else:
-            rungs = [int(generator(self.seed, f"{stream}/timestep", step, p).integers(count)) for p in positions]
-        return torch.tensor(rungs).to(self.device, non_blocking=True)
+        """Standard normal [len(positions), *shape]; ``stream`` names the draw."""
+        return draws.noise(shape, self.seed, stream, step, positions, self.device)
 
     def _moments(self, batch: Batch) -> Tensor:
         """The VAE's moments [B, 2C, h, w], encoded once a step and kept in the batch."""
@@ -235,7 +255,7 @@ class Adapter(pl.LightningModule, ABC):
         if self.objective.offset_noise:
             offset = self.noise((shape[0], 1, 1), f"{stream}/offset", step, positions)
             noise = noise + self.objective.offset_noise * offset
-        timesteps = self._timesteps(stream, step, positions)
+        timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
         schedule = self.backbone.schedule
@@ -293,13 +313,17 @@ class Adapter(pl.LightningModule, ABC):
 
     # --- the optimizer
 
-    def configure_optimizers(self) -> Any:
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The method's parameter groups, and new tokens in one of their own."""
         groups = self.parameter_groups()
         if self.backbone.learned is not None:
             # Decay would draw a word towards the vector that means nothing.
             own = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
             groups.append({"name": "tokens", "params": [self.backbone.learned], "weight_decay": 0.0, **own})
-        optimizer = self.make_optimizer(groups)
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.optimizer_groups())
         total = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

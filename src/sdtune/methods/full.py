@@ -84,6 +84,10 @@ class Full(Adapter):
             terms["loss/vae_perception"] = self.perception_weight * self._perception[0](rebuilt, pixels)
         return terms
 
+    def artifact_bytes(self) -> int:
+        """The whole pipeline's, with its frozen parts as float32 files."""
+        return sum(4 * p.numel() for p in self.backbone.parameters())
+
     def write_artifact(self, folder: Path, name: str) -> None:
         """A pipeline folder in the diffusers layout, ``<folder>/<name>``; what was frozen is copied from its source."""
         target = folder / name

@@ -33,4 +33,6 @@ class Common(TypedDict, total=False):
     lr_schedule: LRSchedule
     new_tokens: Sequence[NewToken]
     tokens_lr: float | None
+    gradient_checkpointing: bool
+    offload: bool
     seed: int

@@ -189,6 +189,10 @@ class LoRA(Adapter):
         self.write_snapshot(folder, name)
         write_diffusers(folder / FILE_NAME, self.weights(), self._about())
 
+    def artifact_bytes(self) -> int:
+        """Of both files."""
+        return 2 * super().artifact_bytes()
+
     def write_snapshot(self, folder: Path, stem: str) -> None:
         """``<stem>.safetensors`` in kohya's form."""
         data = getattr(self.trainer, "datamodule", None)

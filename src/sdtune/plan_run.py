@@ -1,0 +1,178 @@
+"""The work of ``sdtune plan``: each method on the meta device, measured, and the figures printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import pytorch_lightning as pl
+import torch
+from annotated_types import Ge, Gt, MinLen
+from omegaconf import DictConfig, OmegaConf
+
+from sdtune import hardware
+from sdtune.backbone.outline import Outline, shipped
+from sdtune.backbone.tokens import NewToken
+from sdtune.data import PictureData
+from sdtune.instantiate import build, check_value, resolve
+from sdtune.launch import choices, composed_again
+from sdtune.methods import DreamBooth
+from sdtune.methods.base import Adapter
+from sdtune.planning import Figures, measure, tables
+from sdtune.run import check_model, plain, settings
+from sdtune.suggest import suggestion
+
+_GROUPS = ("method", "backbone", "objective", "optimizer", "lr_schedule", "trainer", "hardware", "callbacks")
+_DATA = ("batch_size", "resolution", "cache_latents", "cache_text", "class_prompt", "class_path", "prior_weight")
+
+_WORD = NewToken("<new>", "a")
+"""Stands for the words of a method that is nothing without one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method's checked config, and what was made of it."""
+
+    config: dict[str, Any]
+    source: Outline
+    data: dict[str, Any]
+    count: int
+    side: int
+    accumulation: int
+    precision: str
+    gpu: bool
+
+
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+    """Check everything, for each method that is asked for; the data is not read."""
+    fits = config.fits
+    check_value(fits, Annotated[float, Gt(0)] | None, "fits")
+    several = config.methods is not None
+    if several:
+        jobs = {name: job(composed_again(config, "method", name)) for name in _methods(config)}
+    else:
+        jobs = {str(config.hydra.runtime.choices.method): job(config)}
+    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, several, fits)
+
+
+def _methods(config: DictConfig) -> list[str]:
+    known = choices(config, "method")
+    if config.methods == "all":
+        return known
+    names = list(config.methods) if OmegaConf.is_list(config.methods) else [config.methods]
+    check_value(names, Annotated[list[str], MinLen(1)], "methods")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"methods: {name}: there is no such method{suggestion(name, known)}")
+    return names
+
+
+def job(config: DictConfig) -> Job:
+    """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong."""
+    # The rest of the config is a training's own: pictures need not exist, and nothing is logged.
+    own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr"])
+    configs = shipped(str(config.hydra.runtime.choices.backbone))
+    if OmegaConf.is_missing(own.backbone, "path") and configs is not None:
+        own.backbone.path = str(configs)
+    container = plain(own)
+    hints = get_type_hints(PictureData, include_extras=True)
+    data = {key: config.data.get(key, getattr(PictureData, key)) for key in _DATA}
+    for key, value in data.items():
+        check_value(value, hints[key], f"data.{key}")
+    check_model(container, settings(container).trust)
+    accumulation = container["trainer"].get("accumulate_grad_batches", 1)
+    check_value(accumulation, Annotated[int, Ge(1)], "trainer.accumulate_grad_batches")
+    hardware.check(container["hardware"], here=False)
+    kind = hardware.accelerator(str(container["hardware"].get("accelerator", "auto")))
+    wanted = str(container["hardware"].get("precision", "auto"))
+    if wanted == "auto" and kind in ("gpu", "cuda") and not torch.cuda.is_available():
+        wanted = "bf16-mixed"  # of a GPU that is elsewhere; every one since 2020 has it
+    source = Outline(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
+    side = data["resolution"] or source.facts.side
+    if side % source.facts.factor:
+        raise ValueError(f"data.resolution: {side} is not a multiple of {source.facts.factor}, the VAE's factor")
+    return Job(
+        config=container,
+        source=source,
+        data=data,
+        count=hardware.micro_batch(container["hardware"], data["batch_size"], accumulation),
+        side=side,
+        accumulation=accumulation,
+        precision=hardware.precision(wanted, kind),
+        gpu=kind != "cpu",
+    )
+
+
+def execute(backbone: str, jobs: dict[str, Job], table: bool, fits: float | None) -> None:
+    """Measure and print."""
+    first = next(iter(jobs.values()))
+    devices = hardware.processes(first.config["hardware"])
+    found = {name: figures(job) for name, job in jobs.items()}
+    print(
+        f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']},"
+        f" {first.precision}, {devices} {'GPU' if first.gpu else 'CPU'}{'s' if devices > 1 else ''}\n"
+    )
+    if table:
+        lines = tables.many(found, first.accumulation, devices, fits)
+    else:
+        lines = tables.one(next(iter(found.values())), first.accumulation, devices, fits)
+    print("\n".join(lines))
+
+
+def _class(config: dict[str, Any]) -> type[Adapter]:
+    found: type[Adapter] = resolve(config["method"]["_target_"], "method", config["trust"])
+    return found
+
+
+def _pairs(job: Job) -> bool:
+    """Whether each sample is a picture of the subject and one of its class."""
+    named = job.data["class_prompt"] is not None or job.data["class_path"] is not None
+    return job.data["prior_weight"] > 0 and (named or issubclass(_class(job.config), DreamBooth))
+
+
+def figures(job: Job) -> Figures:
+    """Build the method on the meta device and measure it."""
+    top = settings(job.config)
+    trust = top.trust
+    optimizer = dict(job.config["optimizer"])
+    if "fused" in optimizer:
+        optimizer["fused"] = False  # there is no such kernel for the meta device; its state is the same
+    adapter: Adapter = build(
+        job.config["method"],
+        trust,
+        {
+            "backbone": job.source,
+            "objective": build(job.config["objective"], trust),
+            "optimizer": build(optimizer, trust),
+            "new_tokens": top.new_tokens or ((_WORD,) if _class(job.config).needs_tokens else ()),
+            "tokens_lr": top.tokens_lr,
+        },
+    )
+    adapter.trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=job.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=job.accumulation,
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with torch.device("meta"):
+        adapter.configure_model()
+    adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
+    samples = job.config["callbacks"].get("samples")
+    return measure(
+        adapter,
+        count=job.count,
+        pairs=_pairs(job),
+        side=job.side,
+        gpu=job.gpu,
+        cache_latents=job.data["cache_latents"],
+        cache_text=job.data["cache_text"],
+        # With guidance, each picture goes through the UNet twice, with its prompt and without.
+        drawn=2 * samples["sampling"]["batch_size"] if samples else 0,
+    )

@@ -1,0 +1,224 @@
+"""A method's figures, from one step of it on the meta device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtune.backbone.backbone import DECODED_PIXELS, autocast
+from sdtune.data.pictures import ENCODED_PIXELS
+from sdtune.methods.activations import checkpoint_activations
+from sdtune.methods.base import Adapter
+from sdtune.planning.kernels import Kernels
+from sdtune.planning.meter import Meter
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Component:
+    """Parameters of a part of the model: how many are frozen, how many trained, and the bytes of all."""
+
+    name: str
+    frozen: int
+    trained: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch, forward and back: floating-point operations, and peaks in bytes (see :class:`Meter`)."""
+
+    forward: int
+    flop: int
+    activations: int
+    together: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a method costs on one device.
+
+    Attributes:
+        artifact: bytes of what the run leaves for other programs.
+        gradients, state, state_8bit: bytes; the optimizer's state as configured, and of AdamW with 8-bit moments.
+        idle: bytes of the encoders that a step with full caches does not need.
+        encoding, previews: peaks in bytes above weights and state; 0 where nothing is cached, or nothing drawn.
+    """
+
+    components: tuple[Component, ...]
+    artifact: int
+    gradients: int
+    state: int
+    state_8bit: int
+    idle: int
+    plain: Pass
+    checkpointed: Pass
+    encoding: int
+    previews: int
+
+    @property
+    def total(self) -> Component:
+        """Of all components."""
+        counts = zip(*((c.frozen, c.trained, c.bytes) for c in self.components), strict=True)
+        return Component("total", *map(sum, counts))
+
+
+class Blank(dict[str, Any]):
+    """A batch of the right shapes. What else a method reads from one, a control map, is as large as its pictures."""
+
+    def __missing__(self, key: str) -> Tensor:
+        pixels: Tensor = self["picture"]
+        return pixels
+
+
+def measure(
+    adapter: Adapter,
+    *,
+    count: int,
+    pairs: bool,
+    side: int,
+    gpu: bool,
+    cache_latents: bool,
+    cache_text: bool,
+    drawn: int,
+) -> Figures:
+    """Take one step of ``adapter``, which stands on the meta device with a trainer attached, and count.
+
+    Args:
+        count: samples a micro-batch.
+        pairs: whether each sample is two pictures, the subject's and one of its class.
+        side: of their square pictures, in pixels.
+        gpu: whether a GPU is planned for, or a CPU.
+        cache_latents, cache_text: whether the data keeps what frozen encoders make.
+        drawn: samples that the UNet sees at once when a preview is drawn; 0 for no previews.
+    """
+    adapter.on_fit_start()
+    backbone = adapter.backbone
+    if not gpu:
+        backbone.suit(torch.device("cpu"))
+    caches = cache_latents and not adapter.open("vae"), cache_text and not adapter.open("text_encoder")
+    batch = _batch(adapter, 2 * count if pairs else count, side, *caches)
+    if pairs:
+        batch |= {"instances": count, "prior_weight": 1.0}
+    plain = _pass(adapter, batch, gpu)
+    gradients = sum(_bytes(p.grad) for _, p in adapter.trainable() if p.grad is not None)
+    # Blocks are computed again within backward, where only this context brings the kernels back.
+    checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(gpu)))
+    checkpointed = _pass(adapter, batch, gpu)
+    state = _state(adapter)
+
+    def encode() -> None:
+        pictures = max(1, min(64, ENCODED_PIXELS // side**2))
+        backbone.encode_images(torch.empty(pictures, 3, side, side, device=_META))
+
+    def draw() -> None:
+        shown = _batch(adapter, drawn, side, True, True)
+        latents = shown["moments"].chunk(2, dim=1)[0]
+        adapter.denoise(latents, torch.empty(drawn, dtype=torch.long, device=_META), shown["text"], shown)
+        backbone.decode(latents[: max(1, DECODED_PIXELS // side**2)])
+
+    parts = {"vae": caches[0], "text_encoder": caches[1], "text_encoder_2": caches[1]}
+    components = _components(adapter)
+    return Figures(
+        components=components,
+        artifact=adapter.artifact_bytes(),
+        gradients=gradients,
+        state=state,
+        state_8bit=sum(_eight_bit(p.numel()) for _, p in adapter.trainable()),
+        idle=sum(component.bytes for component in components if parts.get(component.name)),
+        plain=plain,
+        checkpointed=checkpointed,
+        encoding=_peak(adapter, gpu, encode) if caches[0] else 0,
+        previews=_peak(adapter, gpu, draw) if drawn else 0,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _components(adapter: Adapter) -> tuple[Component, ...]:
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in adapter.named_parameters():
+        found.setdefault(name.removeprefix("backbone.").split(".")[0], []).append(parameter)
+    return tuple(
+        Component(
+            name,
+            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            bytes=sum(_bytes(p) for p in parameters),
+        )
+        for name, parameters in found.items()
+    )
+
+
+def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Blank:
+    facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
+    batch = Blank(prompts=[""] * count, step=0, positions=list(range(count)))
+    batch["picture"] = torch.empty(count, 3, side, side, device=_META)
+    if cached_latents:
+        batch["moments"] = torch.empty(count, 2 * facts.latent_channels, cells, cells, device=_META)
+    else:
+        batch["pixels"] = batch["picture"]
+    if cached_text:
+        width = adapter.backbone.unet.config.cross_attention_dim
+        batch["text"] = torch.empty(count, facts.max_tokens, width, device=_META)
+    return batch
+
+
+def _meter(adapter: Adapter, *more: Any) -> Meter:
+    return Meter([*adapter.parameters(), *adapter.buffers(), *(t for t in more if isinstance(t, Tensor))])
+
+
+def _pass(adapter: Adapter, batch: Blank, gpu: bool) -> Pass:
+    meter = _meter(adapter, *batch.values())
+
+    def keep(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        meter.put_aside(parameter.grad)
+
+    adapter.zero_grad()
+    trained: list[Any] = [parameter for _, parameter in adapter.trainable()]
+    hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in trained]
+    with meter:
+        with Kernels(gpu), autocast(_META, str(adapter.trainer.precision)):
+            loss = adapter.training_step(batch, 0)
+        forward = meter.flop
+        torch.autograd.backward(loss)
+    for hook in hooks:
+        hook.remove()
+    return Pass(forward, meter.flop, meter.activations, meter.together)
+
+
+def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None]) -> int:
+    """Peak in bytes of ``work``, without gradients."""
+    meter = _meter(adapter)
+    half = autocast(_META, str(adapter.trainer.precision))
+    with Kernels(gpu), meter, torch.no_grad(), half:
+        work()
+    return meter.activations
+
+
+def _state(adapter: Adapter) -> int:
+    """Bytes of what the optimizer keeps, by a step of it."""
+    optimizer = adapter.make_optimizer(adapter.optimizer_groups())
+    for _, parameter in adapter.trainable():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(_bytes(value) for value in values if isinstance(value, Tensor))
+
+
+def _eight_bit(count: int) -> int:
+    """Bytes of AdamW's two moments of ``count`` parameters in blocks of 256 with a float32 scale each.
+
+    Tensors below 4096 values keep float32 (Dettmers et al. 2022; the defaults of bitsandbytes).
+    """
+    return 2 * (count + 4 * math.ceil(count / 256)) if count >= 4096 else 8 * count

@@ -1,0 +1,74 @@
+"""What a device would do that the meta device does not: autocast, and fused attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_HALF = (F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm)
+_FLOAT = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.mse_loss)
+
+
+class Kernels(TorchFunctionMode):
+    """Casts as autocast to bfloat16 casts (torch's op reference for autocast), and attends without a score matrix.
+
+    The CPU's flag says whether autocast is on, as ``sdtune.backbone.backbone.autocast`` has it.
+
+    Args:
+        gpu: norms, softmax and losses are taken in float32, as CUDA's autocast does and the CPU's does not.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self._casts: dict[int, Tensor] = {}
+        """Autocast keeps its casts of trained weights until its region ends."""
+
+    def __exit__(self, *raised: Any) -> None:
+        self._casts.clear()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu"):
+            if func in _HALF or func is F.scaled_dot_product_attention:
+                args, kwargs = self._cast(args, kwargs, torch.bfloat16)
+            elif self.gpu and func in _FLOAT:
+                args, kwargs = self._cast(args, kwargs, torch.float32)
+        return _fused(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+
+    def _cast(self, args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+        def cast(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16):
+                return value
+            if value.dtype == dtype:
+                return value
+            if not isinstance(value, nn.Parameter) or not value.requires_grad:
+                return value.to(dtype)
+            if id(value) not in self._casts:
+                self._casts[id(value)] = value.to(dtype)
+            return self._casts[id(value)]
+
+        return [cast(value) for value in args], {name: cast(value) for name, value in kwargs.items()}
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **more: Any,
+) -> Tensor:
+    """Saves q, k, v, the output and a logsumexp a row; on the meta device torch itself would choose plain products."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: Tensor = attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return out

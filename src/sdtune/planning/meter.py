@@ -1,0 +1,66 @@
+"""Counts what a computation holds and multiplies, operation by operation; on the meta device nothing is computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes that are alive between one operation and the next, and the floating-point operations.
+
+    Each storage counts once, from the operation that makes it until the last tensor on it is gone, as an allocator
+    sees it. So the peak holds what autograd saves, what a block computes again, and what passes by.
+
+    Attributes:
+        flop: so far, by torch's own formulas (:mod:`torch.utils.flop_counter`): products and convolutions alone.
+        activations: peak in bytes of everything but what was put aside.
+        together: peak in bytes of that and of what was put aside.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """``known``: tensors that exist already, and are not counted."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flop = self.activations = self.together = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._live = self._aside = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            if self._alive.pop(key, None) is not None:
+                self._live -= size
+
+        self._alive[key] = weakref.ref(storage, gone), size
+        self._live += size
+        self.activations = max(self.activations, self._live)
+        self.together = max(self.together, self._live + self._aside)
+
+    def put_aside(self, tensor: Tensor) -> None:
+        """From now on ``tensor``, a gradient that stays, is no activation."""
+        _, size = self._alive.pop(tensor.untyped_storage()._cdata)
+        self._live -= size
+        self._aside += size
+        self._known.add(tensor.untyped_storage()._cdata)

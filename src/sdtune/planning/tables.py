@@ -1,0 +1,78 @@
+"""Figures as plain lines, numbers in full; nothing is cut to a terminal's width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdtune.planning.figures import Figures
+from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, memory
+
+_NOTE = (
+    "offloading: the VAE and the text encoder leave the device once what they make is cached.",
+    f"Not in the peaks: CUDA's context and the kernels' work space; fits= allows {ALLOWANCE / GIB:g} GiB for them.",
+)
+
+
+def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -> list[str]:
+    """Everything about one method."""
+    rows = [["parameters", "frozen", "trained", "total", "weights"]]
+    for part in (*figures.components, figures.total):
+        counts = (part.frozen, part.trained, part.frozen + part.trained)
+        rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
+    lines = [*_aligned(rows), "", f"artifact: {_size(figures.artifact)}"]
+    micro_batches = accumulation * devices
+    forward, plain, again = (
+        f"{flop * micro_batches / 1e12:.3f}"
+        for flop in (figures.plain.forward, figures.plain.flop, figures.checkpointed.flop)
+    )
+    lines.append(f"a step: {plain} TFLOP, {forward} of them forward; {again} with gradient checkpointing")
+    costs = [memory(figures, switches, accumulation, devices) for switches in SWITCHES.values()]
+    unit, word = (GIB, "GiB") if costs[0].peak >= GIB else (1024**2, "MiB")
+    table = [[f"{word} a device", *SWITCHES]]
+    for name, attribute in (
+        ("weights", "weights"),
+        ("gradients", "gradients"),
+        ("optimizer state", "state"),
+        ("activations", "activations"),
+        ("peak in a step", "step"),
+        ("peak while encoding", "encoding"),
+        ("peak in previews", "previews"),
+        ("peak", "peak"),
+    ):
+        table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in costs)])
+    if fits is not None:
+        table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in costs)])
+    return [*lines, "", *_aligned(table), "", *_NOTE]
+
+
+def many(figures: dict[str, Figures], accumulation: int, devices: int, fits: float | None) -> list[str]:
+    """A line a method."""
+    head = ["method", "trained", "artifact", "TFLOP a step", *(f"peak, {name}" for name in ("plain", "all of them"))]
+    rows = [[*head, *([f"fits {fits:g} GiB"] if fits is not None else [])]]
+    for method, found in figures.items():
+        peaks = [memory(found, SWITCHES[name], accumulation, devices).peak for name in ("plain", "all of them")]
+        flop = found.plain.flop * accumulation * devices
+        row = [method, f"{found.total.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
+        rows.append([*row, *([_verdict(found, accumulation, devices, fits)] if fits is not None else [])])
+    return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
+
+
+def _verdict(figures: Figures, accumulation: int, devices: int, fits: float) -> str:
+    name = first_that_fits(figures, accumulation, devices, fits)
+    if name is not None:
+        return name if name == "plain" else f"with {name}"
+    least = min(memory(figures, switches, accumulation, devices).peak for switches in SWITCHES.values())
+    return f"no: {_size(least + ALLOWANCE)} at the least"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 1024**2:.2f} MiB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
