@@ -173,7 +173,8 @@ def check_run(config: dict[str, Any]) -> PictureData:
             f"data.batch_size: {data.batch_size} samples a step cannot be shared out over {_processes(config)}"
             f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
         )
-    build(config["method"], trust, {"backbone": source})  # a constructor that refuses a pair of settings does so here
+    # A constructor that refuses a pair of settings does so here.
+    build(config["method"], trust, {"backbone": source}).check_data(data)
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     return data

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
+from sdtune.data.control import CENTRE, Control, as_map
 from sdtune.data.order import Draw, FixedBatches, MicroBatches, Order
 from sdtune.data.progress import bar
 from sdtune.randomness import generator
@@ -32,7 +33,8 @@ VALIDATION_RUNGS = 8
 Batch = dict[str, Any]
 """prompts: list[str]; step: int; positions: list[int] (no tensor: read on
 a device, it would make the step wait); and either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments
-(float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text states are cached."""
+(float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text states are cached; control (float32 [B, 3, H, W] in
+[0, 1]) where the data has control maps."""
 
 
 class Sample(Protocol):
@@ -61,7 +63,7 @@ class View:
     flip: bool
 
     def tensor(self) -> Tensor:
-        return _tensor(self.sample.pixels(self.size, (0.5, 0.5), self.flip))
+        return _tensor(self.sample.pixels(self.size, CENTRE, self.flip))
 
     def __str__(self) -> str:
         return str(self.sample)
@@ -94,6 +96,7 @@ class PictureData(pl.LightningDataModule, ABC):
         cache_text: encode each caption once where the text encoder is frozen.
         workers: processes that load pictures.
         limit: train on so many of the pictures, the first ones; on all if None.
+        control: where the pictures' control maps come from.
         seed: decides order, crops, flips and dropout; the run's seed.
     """
 
@@ -106,6 +109,7 @@ class PictureData(pl.LightningDataModule, ABC):
     cache_text: bool = True
     workers: Annotated[int, Ge(0)] = 0
     limit: Annotated[int, Ge(1)] | None = None
+    control: Control | None = None
     seed: int = 0
 
     factor: int = field(default=8, init=False)
@@ -148,6 +152,8 @@ class PictureData(pl.LightningDataModule, ABC):
             raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
         train, self._held_out = self.read()
         self._train = train[: self.limit]
+        if self.control is not None:
+            self.control.open((*self._train, *self._held_out))
 
     @property
     def train(self) -> Sequence[Sample]:
@@ -194,6 +200,8 @@ class PictureData(pl.LightningDataModule, ABC):
         digest = hashlib.sha256()
         for sample in self.train:
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
+            if self.control is not None:
+                digest.update(self.control.content(sample).encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +223,8 @@ class PictureData(pl.LightningDataModule, ABC):
                 "resume: the pictures, captions or repeats have changed since the run began; put them back, or start"
                 " a new run"
             )
+        if self.control is not None:
+            self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes)
         if self.cache_latents and encoders.images is not None:
             self._latents = TensorCache(encoders.cache / "latents" / encoders.images_hash)
             self._fill_latents(self._latents, encoders)
@@ -291,7 +301,7 @@ class _Pictures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         data, sample = self.data, self.samples[draw.entry]
-        prompt, flip, offset = sample.caption, False, (0.5, 0.5)
+        prompt, flip, offset = sample.caption, False, CENTRE
         if self.training:
             rng = generator(data.seed, "picture", draw.step, draw.position)
             dropped, flipped, x, y = rng.random(4)
@@ -304,6 +314,8 @@ class _Pictures(Dataset[dict[str, Any]]):
             item["moments"] = data._latents.get(_latent_key(sample, size, flip))
         else:
             item["pixels"] = _tensor(sample.pixels(size, offset, flip))
+        if data.control is not None:
+            item["control"] = as_map(data.control.map(sample, size, offset, flip))
         if data._text is not None:
             item["text"] = data._text.get(_text_key(prompt))
         return item
@@ -315,7 +327,7 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
         "step": items[0]["step"],
         "positions": [item["position"] for item in items],
     }
-    for key in ("pixels", "moments", "text"):
+    for key in ("pixels", "moments", "text", "control"):
         if key in items[0]:
             batch[key] = torch.stack([item[key] for item in items])
     return batch

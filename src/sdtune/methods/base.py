@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.pictures import VALIDATION_RUNGS, Batch, Encoders
+from sdtune.data.pictures import VALIDATION_RUNGS, Batch, Encoders, PictureData
 from sdtune.lr_schedule import Constant, LRSchedule
 from sdtune.methods.guard import skip_if_not_finite
 from sdtune.objective import Objective
@@ -93,6 +93,9 @@ class Adapter(pl.LightningModule, ABC):
         """Optimizer groups with a ``name`` each; by default one."""
         return [{"name": "all", "params": [p for _, p in self.trainable()]}]
 
+    def check_data(self, data: PictureData) -> None:
+        """ValueError for data that this method cannot learn from; called before weights are loaded."""
+
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
         return self.backbone.predict(noisy, timesteps, text)
@@ -124,11 +127,13 @@ class Adapter(pl.LightningModule, ABC):
         return any(p.requires_grad for p in getattr(self.backbone, component).parameters())
 
     def on_fit_start(self) -> None:
-        self.backbone.suit(self.device)
+        beside = [model for model in self.children() if hasattr(model, "set_attn_processor")]
+        self.backbone.suit(self.device, *beside)
         self.backbone.schedule.to(self.device)
         self._halve_frozen()
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "prepare"):
+            self.check_data(data)
             data.open(self.source.facts.side, self.source.facts.factor)
             data.prepare(self.encoders())
             self.trainer.strategy.barrier("caches")
