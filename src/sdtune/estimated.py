@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Estimated(Control):
         self.model, self.task = model, task
         self._kept: Path | None = None
 
-    def open(self, samples: Any) -> None:
+    def open(self, samples: Sequence[Sample]) -> None:
         local = Path(self.model).expanduser()
         named_as_folder = self.model.startswith(("/", ".", "~")) or self.model.count("/") != 1
         if not local.is_dir() and named_as_folder:
@@ -46,18 +47,17 @@ class Estimated(Control):
                 " a hub id"
             )
 
-    def prepare(self, samples: Any, rank: int = 0, processes: int = 1) -> None:
+    def prepare(self, samples: Sequence[Sample], rank: int = 0, processes: int = 1) -> None:
         folder = self._folder()
         self._kept = cache_folder() / "control" / f"{self.task}-{_hash(folder)}"
-        mine = {name: s for s in samples if not (name := self._file(s)).exists()}
-        names = share([str(name) for name in mine], rank, processes)
-        if not names:
+        missing = {s.content(): s for s in samples if not self._file(s).exists()}
+        mine = [missing[content] for content in share(missing, rank, processes)]
+        if not mine:
             return
         estimate = _Estimator(folder, self.task)
-        with bar(f"Estimating {self.task}", len(names)) as progress:
-            for name in names:
-                sample: Sample = mine[Path(name)]
-                save_png(estimate(sample.pixels(_whole(sample.size), CENTRE, False)), Path(name))
+        with bar(f"Estimating {self.task}", len(mine)) as progress:
+            for sample in mine:
+                save_png(estimate(sample.pixels(_whole(sample.size), CENTRE, False)), self._file(sample))
                 progress(1)
 
     def _folder(self) -> Path:

@@ -96,10 +96,10 @@ class Paired(Control):
         for sample in samples:
             picture = _path(sample)
             parts = picture.with_suffix("").parts
-            file = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
-            if file is None:
+            own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
+            if own is None:
                 raise ValueError(f"data.control.path: no map for {picture}: put {picture.stem}.png into {self.path}")
-            self._maps[picture] = file
+            self._maps[picture] = own
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             for _ in pool.map(self._check, samples):
                 pass

@@ -43,9 +43,9 @@ class Scribble(Computed):
 
     def __init__(
         self,
-        blur: Annotated[float, Interval(gt=0, le=50)] = 1.0,
-        low: Threshold = 60.0,
-        high: Threshold = 150.0,
+        blur: Annotated[float, Interval(gt=0, le=50)] = 1.5,
+        low: Threshold = 50.0,
+        high: Threshold = 120.0,
         width: Annotated[int, Ge(1)] = 3,
     ) -> None:
         if low > high:
