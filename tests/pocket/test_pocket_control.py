@@ -116,7 +116,7 @@ def test_a_turned_drawing_lies_where_its_pose_says() -> None:
 
 
 def test_pictures_of_ones_own_are_refused(pictures: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.control: control=pocket knows the maps of pocket's world alone"):
+    with pytest.raises(ValueError, match=r"^data\.control: pocket's maps are of its own world"):
         Folder(path=str(pictures), control=PocketControl()).open(32, 4)
 
 
@@ -162,8 +162,8 @@ def data(control: Control | None) -> World:
 
 
 def test_the_figures_are_those_of_base_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_evaluation, "trained", lambda source, artifact, name, device: base(source, device))
     base = control_evaluation.base
+    monkeypatch.setattr(control_evaluation, "trained", lambda source, artifact, name, device: base(source, device))
     figures = few().run(Pretrained(), data(PocketControl("pose")), tmp_path, "net", torch.device("cpu"), tmp_path)
     keys = ["control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy"]
     assert set(figures) == {*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"}

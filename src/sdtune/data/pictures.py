@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from sdtune.data.cache import TensorCache, share
 from sdtune.data.control import CENTRE, Control, as_map
 from sdtune.data.order import Draw, FixedBatches, MicroBatches, Order
 from sdtune.data.progress import bar
+from sdtune.data.workers import leave_signals
 from sdtune.randomness import generator
 
 _ENCODED_PIXELS = 4 * 512 * 512  # of one call of the VAE's encoder, which keeps its activations within about 8 GB
@@ -286,7 +286,7 @@ class PictureData(pl.LightningDataModule, ABC):
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
@@ -331,12 +331,6 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
         if key in items[0]:
             batch[key] = torch.stack([item[key] for item in items])
     return batch
-
-
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

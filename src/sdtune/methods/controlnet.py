@@ -46,7 +46,7 @@ class ControlNet(Adapter):
     def check_data(self, data: PictureData) -> None:
         if data.control is None:
             raise ValueError(
-                "data.control: method=controlnet learns from a map of each picture; choose one with control=canny,"
+                "data.control: method=controlnet learns from a map of each picture; choose one with data/control=canny,"
                 " scribble, paired, estimated or pocket"
             )
 

@@ -39,8 +39,8 @@ class PocketControl(Control):
         odd = next((s for s in samples if not isinstance(s, SceneSample)), None)
         if odd is not None:
             raise ValueError(
-                "data.control: control=pocket knows the maps of pocket's world alone (data=pocket_world); for one's own"
-                " pictures choose control=canny, scribble, paired or estimated"
+                "data.control: pocket's maps are of its own world (data=pocket_world); for one's own pictures choose"
+                " data/control=canny, scribble, paired or estimated"
             )
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:

@@ -64,7 +64,7 @@ class ControlFigures:
         """ValueError before any weights are loaded."""
         if data.control is None:
             raise ValueError(
-                "evaluation: pocket_control compares pictures with control maps; choose control=canny, ..."
+                "evaluation: pocket_control compares pictures with control maps; choose data/control=canny"
             )
         if not all(isinstance(sample, SceneSample) for sample in data.train):
             raise ValueError(
