@@ -59,6 +59,7 @@ def test_a_run_from_preview_to_picture(
     assert sorted(p.name for p in (run / "artifact").iterdir()) == ["edges", "edges-step00000002"]
     said = capsys.readouterr().out
     assert f"ControlNet for diffusers: {run / 'artifact' / 'edges'}" in said
+    assert "image: FILE, preprocess: canny}]" in said
     entry = f"control=[{{path:{run / 'artifact' / 'edges'},image:{drawings / '1.png'},preprocess:canny}}]"
     tiny_one = ["backbone=sd15", f"backbone.path={tiny}", "hardware=cpu", "sampling.steps=2"]
     assert sample(*tiny_one, "prompt=a fox", entry, f"hydra.run.dir={tmp_path / 'drawn'}") == 0

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from sdtune.backbone import Pretrained
 from sdtune.data import PictureData
+from sdtune.data.control import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 
 
@@ -60,7 +61,8 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
     elif (whole / "config.json").is_file():
         lines.append(f"ControlNet for diffusers: {whole}")
-        control = shlex.quote(f'control=[{{path: "{whole}", image: FILE}}]')
+        computed = f", preprocess: {data.control.name}" if isinstance(data.control, Computed) else ""
+        control = shlex.quote(f'control=[{{path: "{whole}", image: FILE{computed}}}]')
         lines.append(f"sample with it: sdtune sample{base} {prompt} {control}")
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ class Control(ABC):
 
 class Computed(Control):
     """A map that the picture's pixels alone decide."""
+
+    name: ClassVar[str]
+    """What ``sdtune sample`` calls it: ``preprocess``."""
 
     @abstractmethod
     def extract(self, pixels: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ class Canny(Computed):
             on above ``low``. 100 and 200 are what published ControlNets were trained around.
     """
 
+    name = "canny"
+
     def __init__(self, low: Threshold = 100.0, high: Threshold = 200.0) -> None:
         if low > high:
             raise ValueError(f"data.control.low: {low:g} is above data.control.high ({high:g}); give the smaller first")
@@ -40,6 +42,8 @@ class Scribble(Computed):
         low, high: as for :class:`Canny`, of the blurred picture.
         width: of the lines, in pixels.
     """
+
+    name = "scribble"
 
     def __init__(
         self,

@@ -78,12 +78,14 @@ class ControlNet(Adapter):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The net, and the opened UNet with a rate of its own."""
-        groups: list[dict[str, Any]] = [{"name": "controlnet", "params": list(self.controlnet.parameters())}]
-        if self.unet != "frozen":
-            opened = [p for p in self.backbone.unet.parameters() if p.requires_grad]
-            rate = {} if self.unet_lr is None else {"lr": self.unet_lr}
-            groups.append({"name": "unet", "params": opened, **rate})
-        return groups
+        if self.unet == "frozen":
+            return super().parameter_groups()
+        opened = [p for p in self.backbone.unet.parameters() if p.requires_grad]
+        rate = {} if self.unet_lr is None else {"lr": self.unet_lr}
+        return [
+            {"name": "controlnet", "params": list(self.controlnet.parameters())},
+            {"name": "unet", "params": opened, **rate},
+        ]
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
