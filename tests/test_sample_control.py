@@ -83,7 +83,7 @@ def test_several_nets_go_with_adapters_and_with_sizes_of_their_own(
 def test_python_takes_a_picture_or_its_file(tiny: Path, net: Path, image: Path) -> None:
     few = {"backbone": Pretrained(str(tiny)), "sampling": Sampling(steps=2, guidance=3.0), "seeds": (3,)}
     picture = Image.open(image)
-    [by_file] = sdtune.sample("a fox", control=str(net), control_image=str(image), **few)
+    [by_file] = sdtune.sample("a fox", control=net, control_image=image, **few)
     [by_picture] = sdtune.sample("a fox", control=str(net), control_image=picture, **few)
     [by_entry] = sdtune.sample("a fox", control=[{"path": str(net), "image": str(image), "strength": 1.0}], **few)
     [none] = sdtune.sample("a fox", control=[{"path": str(net), "image": picture, "strength": 0.0}], **few)

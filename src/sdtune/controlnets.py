@@ -69,9 +69,10 @@ def _computed(name: str) -> Computed:
     return Canny() if name == "canny" else Scribble()
 
 
-def read(entry: Mapping[str, Any], key: str, image: str | Image.Image | None = None) -> ControlImage:
+def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None) -> ControlImage:
     """What a user wrote as ``key``; ``image`` stands in for an entry that names none."""
-    given = {**({} if image is None else {"image": image}), **entry}
+    merged = {**({} if image is None else {"image": image}), **entry}
+    given: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
     hints = {
         "path": str,
         "image": str | Image.Image,

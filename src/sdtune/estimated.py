@@ -36,6 +36,7 @@ class Estimated(Control):
 
     def __init__(self, model: str, task: Literal["depth", "segmentation"] = "depth") -> None:
         self.model, self.task = model, task
+        self._source: Path
         self._kept: Path | None = None
 
     def open(self, samples: Sequence[Sample]) -> None:
@@ -48,13 +49,14 @@ class Estimated(Control):
             )
 
     def prepare(self, samples: Sequence[Sample], rank: int = 0, processes: int = 1) -> None:
-        folder = self._folder()
-        self._kept = cache_folder() / "control" / f"{self.task}-{_hash(folder)}"
+        if self._kept is None:
+            self._source = self._folder()
+            self._kept = cache_folder() / "control" / f"{self.task}-{_hash(self._source)}"
         missing = {s.content(): s for s in samples if not self._file(s).exists()}
         mine = [missing[content] for content in share(missing, rank, processes)]
         if not mine:
             return
-        estimate = _Estimator(folder, self.task)
+        estimate = _Estimator(self._source, self.task)
         with bar(f"Estimating {self.task}", len(mine)) as progress:
             for sample in mine:
                 save_png(estimate(sample.pixels(_whole(sample.size), CENTRE, False)), self._file(sample))

@@ -36,8 +36,8 @@ def sample(
     prompt: str | Sequence[str],
     adapters: Sequence[dict[str, Any]] = (),
     *,
-    control: str | Sequence[dict[str, Any]] = (),
-    control_image: str | Image.Image | None = None,
+    control: str | Path | Sequence[dict[str, Any]] = (),
+    control_image: str | Path | Image.Image | None = None,
     backbone: Pretrained | None = None,
     seeds: Sequence[int] = (0,),
     sampling: Sampling | None = None,
@@ -71,7 +71,7 @@ def sample(
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
     for file in wanted:
         files.check_file(file.path)
-    entries = [{"path": control}] if isinstance(control, str) else control
+    entries = [{"path": control}] if isinstance(control, str | Path) else control
     controls = [controlnets.read(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
     settings = sampling or Sampling(guidance=source.guidance)
     maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
