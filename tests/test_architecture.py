@@ -18,7 +18,7 @@ LAYERS = [
     | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run"},
     {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
-    {"sampling", "adapters"},
+    {"sampling", "adapters", "controlnets"},
     {"backbone"},
     {"objective"},
 ]
@@ -113,7 +113,7 @@ def test_the_objective_is_pure(name: str) -> None:
     assert not uses(name, "transformers", "diffusers", "peft", "pytorch_lightning", "pathlib", "os", "sdtune.paths")
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) in {"backbone", "sampling", "adapters"}])
+@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) in {"backbone", "sampling", "adapters", "controlnets"}])
 def test_the_backbone_knows_no_trainer(name: str) -> None:
     assert not uses(name, "pytorch_lightning", "lightning_fabric", "peft")
 

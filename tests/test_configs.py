@@ -19,13 +19,17 @@ from sdtune.paths import config_folder
 ROOT = Path(__file__).parents[1]
 CONF = config_folder()
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
+SUBGROUPS = ["data/control"]
+"""Groups in another group's folder."""
+GROUPS = sorted([*(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment"), *SUBGROUPS])
 
 
 def options(group: str) -> list[str]:
     """The names of a group's options, those of sub-folders included."""
     folder = CONF / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    others = [CONF / other for other in SUBGROUPS if other != group]
+    found = [path for path in folder.rglob("*.yaml") if not any(other in path.parents for other in others)]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in found)
 
 
 CHOICES = [(group, option) for group in GROUPS if group != "hydra" for option in options(group)]
@@ -93,7 +97,7 @@ def test_every_option_composes_and_fits_what_it_configures(
     config = compose("train", f"{group}={option}")
     if (group, option) in BASES:
         return
-    assert missing(config) <= {"data.path", "backbone.path"}
+    assert missing(config) <= {"data.path", "backbone.path", "data.control.path", "data.control.model"}
     if group == "hardware":  # asked of this machine by hardware.check, whose tests are elsewhere
         monkeypatch.setattr("torch.cuda.is_available", lambda: option not in ("auto", "cpu"))
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
@@ -190,7 +194,9 @@ def test_group_yaml_module_and_class_agree(name: str) -> None:
     assert (ROOT / "src/sdtune/methods" / f"{name}.py").is_file()
 
 
-@pytest.mark.parametrize("group", ["objective", "optimizer", "lr_schedule", "backbone", "data", "method", "evaluation"])
+@pytest.mark.parametrize(
+    "group", ["objective", "optimizer", "lr_schedule", "backbone", "data", "data/control", "method", "evaluation"]
+)
 def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> None:
     for option in options(group):
         text = (CONF / group / f"{option}.yaml").read_text()

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Gt, Interval
 
 
@@ -65,3 +66,14 @@ class Polynomial(LRSchedule):
 
     def shape(self, progress: float) -> float:
         return float(self.floor + (1 - self.floor) * (1 - progress) ** self.power)
+
+
+def take_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Give the optimizer the rates of the schedule's step.
+
+    A checkpoint brings those that followed from its own length of the run; an extended run has another.
+    """
+    for group, rate, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(schedule.last_epoch)

@@ -26,6 +26,8 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
+    # peft imports it where it is installed, and it then misses kernels that only a CPU's 4-bit layers need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from sdtune.backbone import Pretrained
 from sdtune.data import PictureData
+from sdtune.data.control import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 
 
@@ -51,13 +52,18 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = shlex.quote(f"prompt={json.dumps(data.captions()[0], ensure_ascii=False)}")
+    base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")
         lines.append(f"LoRA for diffusers: {lora.with_name(FILE_NAME)}")
-        base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
         adapter = shlex.quote(f'adapters=[{{path: "{lora}", strength: 0.8}}]')
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
+    elif (whole / "config.json").is_file():
+        lines.append(f"ControlNet for diffusers: {whole}")
+        computed = f", preprocess: {data.control.name}" if isinstance(data.control, Computed) else ""
+        control = shlex.quote(f'control=[{{path: "{whole}", image: FILE{computed}}}]')
+        lines.append(f"sample with it: sdtune sample{base} {prompt} {control}")
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")
         lines.append(f"sample with it: sdtune sample backbone=sd15 {shlex.quote(f'backbone.path={whole}')} {prompt}")

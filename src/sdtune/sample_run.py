@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig
 
 from sdtune import adapters as files
-from sdtune import hardware, prompts
+from sdtune import controlnets, hardware, prompts
+from sdtune.controlnets import ControlImage
 from sdtune.grids import grid, save_png
 from sdtune.instantiate import build, check, check_value
 from sdtune.run import plain
@@ -44,9 +45,17 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
         files.check_file(str(adapter["path"]))
+    for one in _controls(container):
+        one.picture()
+        controlnets.check(one.path, source)
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
     return lambda composed: execute(plain(composed), folder)
+
+
+def _controls(config: dict[str, Any]) -> list[ControlImage]:
+    check_value(config["control"], list[dict[str, Any]], "control")
+    return [controlnets.read(entry, f"control[{i}]") for i, entry in enumerate(config["control"])]
 
 
 def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
@@ -66,7 +75,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
             said = {key: value for key, value in own.items() if value is not None}
             for key, value in said.items():
                 check_value(value, hints[key], f"prompts_file: {line.prompt!r}, {key}")
-            changed = dataclasses.replace(settings, **said)
+            changed = replace(settings, **said)
             seeds = [line.seed] if line.seed is not None else config["seeds"]
             wanted += [(Request(line.prompt, seed), changed) for seed in seeds]
         return wanted
@@ -84,31 +93,41 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     backbone.suit(device)
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
     loaded = files.load(backbone, source.hash(), wanted)
+    controls = _controls(config)
+    nets = controlnets.load(backbone, source, [one.path for one in controls])
     requests = _wanted(config)
+    sizes = {settings.size(source.facts.side) for _, settings in requests}
+    maps = {size: tuple(one.map(size) for one in controls) for size in sizes}
+    requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
     half = hardware.precision(config["hardware"]["precision"], device.type) == "bf16-mixed"
     for factor in factors:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-        with autocast, files.applied(backbone, loaded, [file.strength * factor for file in wanted]):
+        with (
+            autocast,
+            controlnets.applied(backbone, nets, [one.strength * factor for one in controls]),
+            files.applied(backbone, loaded, [file.strength * factor for file in wanted]),
+        ):
             row: list[np.ndarray] = []
             for settings, same in groupby(requests, key=lambda wanted: wanted[1]):
                 row += generate(backbone, [request for request, _ in same], settings)
         rows.append(row)
-    _write(folder, config, requests, factors, rows)
+    _write(folder, config, requests, controls, factors, rows)
 
 
 def _write(
     folder: Path,
     config: dict[str, Any],
     requests: list[tuple[Request, Sampling]],
+    controls: list[ControlImage],
     factors: list[float],
     rows: list[list[np.ndarray]],
 ) -> None:
     for factor, row in zip(factors, rows, strict=True):
         for number, ((request, settings), picture) in enumerate(zip(requests, row, strict=True)):
             mark = f"_strength{factor:g}" if len(factors) > 1 else ""
-            metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor)
+            metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor, controls)
             save_png(picture, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
     if len({picture.shape for row in rows for picture in row}) == 1:
         prompts_shown = [request.prompt for request, _ in requests]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import diffusers
@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.data.control import as_map
 
 Sampler = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
 
@@ -25,8 +26,8 @@ _SCHEDULERS = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(noisy [B, C, h, w], timestep, text [B, L, D]) -> the UNet's output."""
+Denoise = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""(noisy [B, C, h, w], timestep, text [B, L, D], control maps [B, 3, H, W] one a net) -> the UNet's output."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Sampling:
     height: Annotated[int, Gt(0)] | None = None
     batch_size: Annotated[int, Ge(1)] = 4
 
+    def size(self, side: int) -> tuple[int, int]:
+        """(width, height) in pixels with a backbone of ``side``."""
+        return self.width or side, self.height or side
+
     def check(self, factor: int) -> None:
         """ValueError where a side does not fit a VAE that shrinks by ``factor``."""
         for key, side in (("width", self.width), ("height", self.height)):
@@ -59,10 +64,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture wanted."""
+    """One picture wanted; ``maps`` are its control maps, uint8 [H, W, 3] of the picture's size, one a net."""
 
     prompt: str
     seed: int
+    maps: tuple[np.ndarray, ...] = field(default=(), compare=False)
 
 
 def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.SchedulerMixin:
@@ -89,13 +95,10 @@ def generate(
         denoise: the method's own where it has one; the backbone's otherwise.
     """
     settings.check(backbone.facts.factor)
-    denoise = denoise or backbone.predict
+    denoise = denoise or backbone.predict_under
     device, facts = backbone.device, backbone.facts
-    shape = (
-        facts.latent_channels,
-        (settings.height or facts.side) // facts.factor,
-        (settings.width or facts.side) // facts.factor,
-    )
+    width, height = settings.size(facts.side)
+    shape = (facts.latent_channels, height // facts.factor, width // facts.factor)
     for first in range(0, len(requests), settings.batch_size):
         batch = requests[first : first + settings.batch_size]
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
@@ -108,12 +111,18 @@ def generate(
         if guided:
             empty = backbone.encode_text([settings.negative_prompt])
             text = torch.cat([empty.expand(len(batch), -1, -1), text])
+        maps = [
+            torch.stack([as_map(pixels) for pixels in each]).to(device)
+            for each in zip(*(request.maps for request in batch), strict=True)
+        ]
+        assert all(each.shape[2:] == (height, width) for each in maps)
+        maps = [torch.cat([m, m]) for m in maps] if guided else maps
         extra = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             extra["generator"] = generators
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guided else latents
-            output = denoise(scheduler.scale_model_input(doubled, timestep), timestep, text).float()
+            output = denoise(scheduler.scale_model_input(doubled, timestep), timestep, text, maps).float()
             if guided:
                 without, with_text = output.chunk(2)
                 output = without + settings.guidance * (with_text - without)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtune.backbone.pretrained import Facts, Pretrained
+from sdtune.backbone.residuals import Net, Residuals, residuals
 from sdtune.backbone.tokens import ExtendedEmbedding, NewToken, Words, initial
 from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
@@ -55,24 +57,28 @@ class Backbone(nn.Module):
         self.prediction_type = check(facts.prediction_type)
         self.words: Words | None = None
         """The new words that prompts may use, if there are any."""
+        self.nets: tuple[Net, ...] = ()
+        """ControlNets that act when sampling; :func:`sdtune.controlnets.applied` puts them there."""
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.unet.parameters()).device
         return device
 
-    def suit(self, device: torch.device) -> None:
+    def suit(self, device: torch.device, *beside: Any) -> None:
         """Fused attention; on a CPU plain products where latents are small: their backward is faster there.
 
-        At long sequences the scores would fill the memory.
+        At long sequences the scores would fill the memory. ``beside`` are further models with attentions like the
+        UNet's.
         """
         cells = (self.facts.side // self.facts.factor) ** 2
         plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
-        self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
-        self.vae.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+        for model in (self.unet, self.vae, *beside):
+            model.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         self.text_encoder.set_attn_implementation("eager" if plain else "sdpa")
         if device.type == "cpu":
-            self.unet.to(memory_format=torch.channels_last)
+            for model in (self.unet, *beside):
+                model.to(memory_format=torch.channels_last)
 
     # --- pictures
 
@@ -181,14 +187,25 @@ class Backbone(nn.Module):
 
     # --- denoising
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, added: Residuals | None = None) -> Tensor:
         """The UNet's output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) under ``text`` [B, L, D].
 
         Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
         """
         dtype = self.unet.conv_in.weight.dtype
-        out: Tensor = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype)).sample
+        control: dict[str, Any] = {}
+        if added is not None:
+            control["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
+            control["mid_block_additional_residual"] = added.middle.to(dtype)
+        out: Tensor = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype), **control).sample
         return out
+
+    def predict_under(self, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """:meth:`predict` under ``nets``, one map (float32 [B, 3, H, W] in [0, 1]) each; plainly without either."""
+        pairs = zip(self.nets, maps, strict=True) if self.nets and maps else ()
+        # At strength 0 a net is not asked: the base then costs what it costs.
+        added = [residuals(n.model, noisy, timesteps, text, own, n.strength) for n, own in pairs if n.strength]
+        return self.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
 
 
 def load(source: Pretrained, seed: int) -> Backbone:

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdtune.backbone.backbone import Backbone, from_config
 from sdtune.backbone.pretrained import Facts, Pretrained
+from sdtune.backbone.residuals import Residuals
 
 
 def shipped(kind: str) -> Path | None:
@@ -78,7 +79,8 @@ class _TwoEncoders(Backbone):
         encoders = (self.text_encoder, self.text_encoder_2)
         return torch.cat([encoder(ids, output_hidden_states=True).hidden_states[-2] for encoder in encoders], dim=-1)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, added: Residuals | None = None) -> Tensor:
+        assert added is None, "SDXL's ControlNets take its conditions too"
         dtype, count = self.unet.conv_in.weight.dtype, len(noisy)
         conditions = {
             "text_embeds": noisy.new_empty(count, self.text_encoder_2.config.projection_dim, dtype=dtype),

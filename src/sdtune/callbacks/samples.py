@@ -10,9 +10,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
 
 from sdtune.callbacks.record import Record
+from sdtune.data.previews import Wanted, wanted
 from sdtune.grids import grid, save_png
 from sdtune.methods.base import Adapter
 from sdtune.sampling import Request, Sampling, generate
@@ -20,6 +23,9 @@ from sdtune.sampling import Request, Sampling, generate
 
 class Samples(Callback):
     """Draws ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
+
+    Where the data has control maps, a prompt is drawn under that of a held-out (or else a training) picture, and the
+    maps are the grid's first row.
 
     Args:
         prompts: one column each; the data's own captions, at most four, if None.
@@ -40,27 +46,35 @@ class Samples(Callback):
         self.folder, self.record = folder, record
         self.prompts, self.seeds, self.every_steps = list(prompts or ()), list(seeds), every_steps
         self.sampling = sampling or Sampling()
+        self.wanted: list[Wanted] = []
         self.first: list[list[np.ndarray]] | None = None
 
     def draw(self, trainer: pl.Trainer, module: Adapter) -> list[list[np.ndarray]]:
         """Rows by seed, columns by prompt, from the weights that the run would leave behind now."""
         modes = {m: m.training for m in module.modules()}
         module.eval()
-        requests = [Request(prompt, seed) for seed in self.seeds for prompt in self.prompts]
+        requests = [Request(one.prompt, seed, one.maps) for seed in self.seeds for one in self.wanted]
+
+        def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
+            return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
+
         with module.final_weights(), module.resident(), trainer.precision_plugin.forward_context():
-            pictures = list(
-                generate(module.backbone, requests, self.sampling, lambda z, t, c: module.denoise(z, t, c, {}))
-            )
+            pictures = list(generate(module.backbone, requests, self.sampling, denoise))
         for m, training in modes.items():
             m.training = training
-        columns = len(self.prompts)
+        columns = len(self.wanted)
         return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+
+    def sheet(self, rows: list[list[np.ndarray]], labels: list[str]) -> Image.Image:
+        """``rows`` under their prompts and, where there are any, the control maps."""
+        maps = [[one.maps[0] for one in self.wanted]] if self.wanted[0].maps else []
+        return grid([*maps, *rows], [*("control" for _ in maps), *labels], [one.prompt for one in self.wanted])
 
     def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
         """Draw and write a grid to ``path``."""
         with self.record.paused():
             rows = self.draw(trainer, module)
-            sheet = grid(rows, [f"seed {seed}" for seed in self.seeds], self.prompts)
+            sheet = self.sheet(rows, [f"seed {seed}" for seed in self.seeds])
             save_png(sheet, path, {"step": str(trainer.global_step)})
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
@@ -69,7 +83,8 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        self.prompts = self.prompts or trainer.datamodule.captions()[:4]  # type: ignore[attr-defined]
+        size = self.sampling.size(pl_module.backbone.facts.side)
+        self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
         if trainer.is_global_zero and trainer.global_step == 0:
             self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
 
@@ -90,7 +105,7 @@ class Samples(Callback):
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
             labels = [f"{when}, seed {seed}" for seed in self.seeds for when in ("before", "after")]
-            save_png(grid(rows, labels, self.prompts), self.folder / "before_after.png")
+            save_png(self.sheet(rows, labels), self.folder / "before_after.png")
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": None if self.first is None else torch.from_numpy(np.array(self.first))}

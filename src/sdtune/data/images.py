@@ -43,16 +43,16 @@ _UPRIGHT = {
 _OPENING = threading.Lock()
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, key: str = "data.path") -> Image.Image:
     """The first frame of ``path``, fully decoded, upright by its EXIF orientation, mode RGB.
 
     Transparency is composited on white. 16-bit grey is scaled to 8 bits. CMYK goes by Pillow's plain formula: colour
-    profiles are not applied.
+    profiles are not applied. ``key`` is the setting that errors name.
 
     Raises:
         ValueError: not a readable picture, or one too large to be honest (Pillow's decompression bomb limit).
     """
-    with _opened(path) as picture:
+    with _opened(path, key) as picture:
         picture.load()  # decodes every pixel, where verify() passes a truncated JPEG
         turn = _UPRIGHT.get(_orientation(picture))
         return _rgb(picture if turn is None else picture.transpose(turn))
@@ -74,15 +74,20 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def resize_and_crop(
-    picture: Image.Image, size: tuple[int, int], offset: tuple[float, float] = (0.5, 0.5), flip: bool = False
+    picture: Image.Image,
+    size: tuple[int, int],
+    offset: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """``picture`` scaled to cover ``size`` (Lanczos), and what stands over cropped away.
+    """``picture`` scaled to cover ``size``, and what stands over cropped away.
 
     Args:
         picture: mode RGB.
         size: (width, height) of the result in pixels.
         offset: (x, y), each in [0, 1]: the share of the room that is cropped on the left and at the top.
         flip: mirror the crop left to right.
+        resample: the filter.
 
     Returns:
         uint8 [height, width, 3], writable.
@@ -96,12 +101,12 @@ def resize_and_crop(
     top = offset[1] * (picture.height - box_height)
     # One pass over a fractional box: a resize to whole pixels first would bend the aspect and shift the crop.
     box = (left, top, left + box_width, top + box_height)
-    pixels = np.array(picture.resize(size, Image.Resampling.LANCZOS, box=box))
+    pixels = np.array(picture.resize(size, resample, box=box))
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
     """The picture with its header read; whatever fails in here becomes the one line for the user."""
     try:
         with _OPENING, warnings.catch_warnings():
@@ -111,7 +116,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield picture
     except _FAILURES as error:
         reason = _reason(path, error)
-        raise ValueError(f"data.path: {path} is not a readable picture ({reason}): remove it or replace it") from error
+        raise ValueError(f"{key}: {path} is not a readable picture ({reason}): remove it or replace it") from error
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
+from sdtune.data.control import Control
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import Draw as DrawPictures
 from sdtune.data.prior import class_pictures, draw_missing
@@ -26,6 +26,7 @@ from sdtune.data.progress import bar
 from sdtune.data.rows import Batch, Rows, collate
 from sdtune.data.samples import Sample, View, latent_key, text_key
 from sdtune.data.templates import Family, templates
+from sdtune.data.workers import leave_signals
 
 ENCODED_PIXELS = 4 * 512 * 512  # of one call of the VAE's encoder, which keeps its activations within about 8 GB
 
@@ -71,6 +72,7 @@ class PictureData(pl.LightningDataModule, ABC):
         class_path: a folder of such pictures; the model draws them before training if None.
         class_pictures: how many it draws.
         prior_weight: lambda of L = L_instance + lambda L_class; 0 leaves the class out.
+        control: where the pictures' control maps come from.
         seed: decides order, crops, flips and dropout; the run's seed.
     """
 
@@ -89,6 +91,7 @@ class PictureData(pl.LightningDataModule, ABC):
     class_path: str | None = None
     class_pictures: Annotated[int, Ge(1)] = 200
     prior_weight: Annotated[float, Ge(0)] = 1.0
+    control: Control | None = None
     seed: int = 0
 
     factor: int = field(default=8, init=False)
@@ -104,6 +107,8 @@ class PictureData(pl.LightningDataModule, ABC):
         super().__init__()
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
+        if self.control is not None and self.has_prior:
+            raise ValueError("data.class_prompt: class pictures have no control maps; leave them or the maps out")
         self.texts = templates(self.templates)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,6 +143,8 @@ class PictureData(pl.LightningDataModule, ABC):
             raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
         train, self._held_out = self.read()
         self._train = train[: self.limit]
+        if self.control is not None:
+            self.control.open((*self._train, *self._held_out))
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
 
@@ -193,6 +200,8 @@ class PictureData(pl.LightningDataModule, ABC):
         digest = hashlib.sha256()
         for sample in self.train:
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
+            if self.control is not None:
+                digest.update(self.control.content(sample).encode())
         if self.class_path is not None:
             for sample in self.class_samples:
                 digest.update(f"class|{sample.content()}|{sample.caption}\n".encode())
@@ -229,6 +238,8 @@ class PictureData(pl.LightningDataModule, ABC):
                 "resume: the pictures, captions or repeats have changed since the run began; put them back, or start"
                 " a new run"
             )
+        if self.control is not None:
+            self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes)
         if self.cache_latents and encoders.images is not None:
             self.latent_cache = TensorCache(encoders.cache / "latents" / encoders.images_hash)
             self._fill_latents(self.latent_cache, encoders)
@@ -289,13 +300,7 @@ class PictureData(pl.LightningDataModule, ABC):
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=partial(collate, prior_weight=self.prior_weight),
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
-
-
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from sdtune.data.control import CENTRE, as_map
 from sdtune.data.order import Draw
 from sdtune.data.prior import PLACE, partner
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from sdtune.data.pictures import PictureData
 
 Batch = dict[str, Any]
-"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on
-a device, it would make the step wait); and either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments
-(float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text states are cached; mask (float32 [B, 1, h, w] in [0, 1])
-where the loss is masked. With class pictures B is twice the pairs: the subject's rows come first, ``instances: int`` of
-them, and ``prior_weight: float`` is the weight of the others."""
+"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on a device, it would make the step wait); and
+either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments (float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text
+states are cached; mask (float32 [B, 1, h, w] in [0, 1]) where the loss is masked; control (float32 [B, 3, H, W] in
+[0, 1]) where the data has control maps. With class pictures B is twice the pairs: the subject's rows come first,
+``instances: int`` of them, and ``prior_weight: float`` is the weight of the others."""
 
 Row = dict[str, Any]
 
@@ -50,7 +51,7 @@ class Rows(Dataset[list[Row]]):
     def _row(self, sample: Sample, size: tuple[int, int], step: int, position: int) -> Row:
         data, subject = self.data, position < PLACE
         texts = data.texts if subject else ("{}",)
-        prompt, flip, offset = texts[0].replace("{}", sample.caption), False, (0.5, 0.5)
+        prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTRE
         if self.training:
             dropped, flipped, x, y, text = generator(data.seed, "picture", step, position).random(5)
             prompt = texts[int(text * len(texts))].replace("{}", sample.caption)
@@ -62,6 +63,8 @@ class Rows(Dataset[list[Row]]):
             row["moments"] = data.latent_cache.get(latent_key(sample, size, flip))
         else:
             row["pixels"] = to_tensor(sample.pixels(size, offset, flip))
+        if data.control is not None:
+            row["control"] = as_map(data.control.map(sample, size, offset, flip))
         if data.text_cache is not None:
             row["text"] = data.text_cache.get(text_key(prompt))
         if data.masked:
@@ -85,7 +88,7 @@ def collate(pairs: list[list[Row]], prior_weight: float) -> Batch:
         "step": rows[0]["step"],
         "positions": [row["position"] for row in rows],
     }
-    for key in ("pixels", "moments", "text", "mask"):
+    for key in ("pixels", "moments", "text", "mask", "control"):
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
     if len(rows) > len(subject):

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from annotated_types import Ge
 
-from sdtune import adapters
+from sdtune import adapters, controlnets
 from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import PictureData
+from sdtune.data.previews import wanted
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.grids import grid, save_png
 from sdtune.hardware import precision
@@ -28,12 +29,13 @@ REFERENCES = 64
 def trained(source: Pretrained, artifact: Path, name: str, device: torch.device) -> Iterator[Backbone]:
     """The backbone with the artifact of a run: what others load is what is measured, not the weights in memory."""
     whole = artifact / name
-    backbone = (Pretrained(str(whole)) if whole.is_dir() else source).load().to(device)
+    pipeline = (whole / "model_index.json").is_file()
+    backbone = (Pretrained(str(whole)) if pipeline else source).load().to(device)
     backbone.suit(device)
-    beside = any(artifact.glob("*.safetensors"))
-    files = [adapters.AdapterFile(str(artifact))] if beside else []
+    nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
+    files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
     loaded = adapters.load(backbone, source.hash(), files)
-    with adapters.applied(backbone, loaded, [1.0] * len(files)):
+    with controlnets.applied(backbone, nets, [1.0] * len(nets)), adapters.applied(backbone, loaded, [1.0] * len(files)):
         yield backbone
 
 
@@ -95,8 +97,9 @@ class ClipFigures:
         if self.clip is None:
             reason = "no CLIP named: evaluation.clip=FOLDER measures with one; nothing is downloaded unasked"
             return {**dict.fromkeys(keys), "reasons": dict.fromkeys(keys, reason)}
-        prompts = list(self.prompts or data.captions()[:8])
-        requests = [Request(prompts[i % len(prompts)], self.seed + i) for i in range(self.count)]
+        asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
+        shown_for = [asked[i % len(asked)] for i in range(self.count)]
+        requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
         clip, shown = Clip(self.clip, device), references(data)
         figures: dict[str, Any] = {}
         for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):

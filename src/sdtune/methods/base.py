@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +18,10 @@ from sdtune.backbone.tokens import NewToken, check_tokens
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.formats import embeddings
-from sdtune.lr_schedule import Constant, LRSchedule
+from sdtune.lr_schedule import Constant, LRSchedule, take_rates
 from sdtune.methods import draws
 from sdtune.methods.activations import checkpoint_activations
-from sdtune.methods.encoding import encoders
+from sdtune.methods.encoding import prepare
 from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.guard import skip_if_not_finite
 from sdtune.objective import Objective
@@ -168,18 +167,14 @@ class Adapter(pl.LightningModule, ABC):
         return any(p.requires_grad for p in getattr(self.backbone, component).parameters())
 
     def on_fit_start(self) -> None:
-        self.backbone.suit(self.device)
+        beside = [model for model in self.children() if hasattr(model, "set_attn_processor")]
+        self.backbone.suit(self.device, *beside)
         self.backbone.schedule.to(self.device)
         self._halve_frozen()
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and hasattr(data, "prepare"):
-            data.open(self.source.facts.side, self.source.facts.factor)
-            for fill in (data.draw_class, data.prepare):
-                fill(encoders(self))
-                self.trainer.strategy.barrier("caches")
-                if self.trainer.num_nodes > 1:
-                    # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
-                    fill(replace(encoders(self), rank=0, processes=1))
+        if isinstance(data, PictureData):
+            self.check_data(data)
+            prepare(self, data)
             self._away = [
                 component
                 for component, cache in (("vae", data.latent_cache), ("text_encoder", data.text_cache))
@@ -202,14 +197,9 @@ class Adapter(pl.LightningModule, ABC):
             self._move_away()
 
     def on_train_start(self) -> None:
-        # A checkpoint brings the rate that followed from its own trainer.max_steps; an extended run has another.
         for config in self.trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-            for group, rate, factor in zip(
-                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            ):
-                group["lr"] = rate * factor(schedule.last_epoch)
+            assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
+            take_rates(config.scheduler)
 
     def _halve_frozen(self) -> None:
         """Under mixed precision, frozen weights of all but the VAE go to the half type; trained ones stay float32.

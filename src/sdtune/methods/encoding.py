@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from sdtune.data.pictures import Encoders
+from sdtune.data.pictures import Encoders, PictureData
 from sdtune.paths import cache_folder
 from sdtune.sampling import Request, Sampling, generate
 
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
     from sdtune.methods.base import Adapter
 
 _DRAWN_PIXELS = 4 * 512 * 512  # of class pictures drawn at once
+
+
+def prepare(adapter: Adapter, data: PictureData) -> None:
+    """Read ``data`` and fill its caches, each process a share of them."""
+    data.open(adapter.source.facts.side, adapter.source.facts.factor)
+    for fill in (data.draw_class, data.prepare):
+        fill(encoders(adapter))
+        adapter.trainer.strategy.barrier("caches")
+        if adapter.trainer.num_nodes > 1:
+            # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
+            fill(replace(encoders(adapter), rank=0, processes=1))
 
 
 def encoders(adapter: Adapter) -> Encoders:

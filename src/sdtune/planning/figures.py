@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import DECODED_PIXELS, autocast
 from sdtune.data.pictures import ENCODED_PIXELS
+from sdtune.data.rows import Batch
 from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.base import Adapter
 from sdtune.planning.kernels import Kernels
@@ -68,14 +69,6 @@ class Figures:
         """Of all components."""
         counts = zip(*((c.frozen, c.trained, c.bytes) for c in self.components), strict=True)
         return Component("total", *map(sum, counts))
-
-
-class Blank(dict[str, Any]):
-    """A batch of the right shapes. What else a method reads from one, a control map, is as large as its pictures."""
-
-    def __missing__(self, key: str) -> Tensor:
-        pixels: Tensor = self["picture"]
-        return pixels
 
 
 def measure(
@@ -159,14 +152,15 @@ def _components(adapter: Adapter) -> tuple[Component, ...]:
     )
 
 
-def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Blank:
+def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
     facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
-    batch = Blank(prompts=[""] * count, step=0, positions=list(range(count)))
-    batch["picture"] = torch.empty(count, 3, side, side, device=_META)
+    pictures = torch.empty(count, 3, side, side, device=_META)
+    # Only a method that reads maps looks at them.
+    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count)), "control": pictures}
     if cached_latents:
         batch["moments"] = torch.empty(count, 2 * facts.latent_channels, cells, cells, device=_META)
     else:
-        batch["pixels"] = batch["picture"]
+        batch["pixels"] = pictures
     if cached_text:
         width = adapter.backbone.unet.config.cross_attention_dim
         batch["text"] = torch.empty(count, facts.max_tokens, width, device=_META)
@@ -177,7 +171,7 @@ def _meter(adapter: Adapter, *more: Any) -> Meter:
     return Meter([*adapter.parameters(), *adapter.buffers(), *(t for t in more if isinstance(t, Tensor))])
 
 
-def _pass(adapter: Adapter, batch: Blank, gpu: bool) -> Pass:
+def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> Pass:
     meter = _meter(adapter, *batch.values())
 
     def keep(parameter: Tensor) -> None:

@@ -147,12 +147,18 @@ def background(pictures: np.ndarray) -> list[str]:
     Raises:
         ValueError: another shape or type, or no picture.
     """
+    colours = border_colours(pictures)
+    distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
+    return [list(BACKGROUNDS)[int(k)] for k in distances.argmin(1)]
+
+
+def border_colours(pictures: np.ndarray) -> np.ndarray:
+    """Median colour of the two outermost pixels on each side: float [N, 3] from uint8 [N, 64, 64, 3]."""
     _check(pictures)
     border = np.ones((SIDE, SIDE), dtype=bool)
     border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
-    colours = np.median(pictures[:, border], axis=1)
-    distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
-    return [list(BACKGROUNDS)[int(k)] for k in distances.argmin(1)]
+    colours: np.ndarray = np.median(pictures[:, border], axis=1)
+    return colours
 
 
 @torch.no_grad()

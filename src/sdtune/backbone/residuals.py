@@ -1,0 +1,49 @@
+"""What ControlNets add to a UNet (Zhang et al. 2023, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Added to each skip connection of the UNet, outermost first, and to what leaves its middle block."""
+
+    skips: tuple[Tensor, ...]
+    middle: Tensor
+
+    def __add__(self, other: Residuals) -> Residuals:
+        skips = tuple(a + b for a, b in zip(self.skips, other.skips, strict=True))
+        return Residuals(skips, self.middle + other.middle)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A ControlNet that acts when sampling, and how strongly."""
+
+    model: ControlNetModel
+    strength: float
+
+
+def residuals(
+    model: ControlNetModel, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Tensor, strength: float = 1.0
+) -> Residuals:
+    """Of one net under ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the picture."""
+    dtype = model.conv_in.weight.dtype
+    skips, middle = model(
+        noisy.to(dtype),
+        timesteps,
+        encoder_hidden_states=text.to(dtype),
+        controlnet_cond=maps.to(dtype),
+        conditioning_scale=strength,
+        return_dict=False,
+    )
+    return Residuals(tuple(skips), middle)
+
+
+def skips(unet: UNet2DConditionModel) -> int:
+    """How many skip connections ``unet`` has: diffusers passes over residuals that are too many or too few."""
+    return 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in unet.down_blocks)

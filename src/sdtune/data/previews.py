@@ -1,0 +1,32 @@
+"""What previews and evaluations draw from data: prompts, with the control maps that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdtune.data.pictures import PictureData
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt; ``maps`` holds its control map (uint8 [H, W, 3]) where the data has one."""
+
+    prompt: str
+    maps: tuple[np.ndarray, ...] = ()
+
+
+def wanted(data: PictureData, prompts: Sequence[str] | None, count: int, size: tuple[int, int]) -> list[Wanted]:
+    """``prompts``, or the data's own captions, at most ``count`` of them.
+
+    With control maps each prompt gets that of a held-out (or else a training) picture, at ``size`` (width, height).
+    """
+    if data.control is None:
+        return [Wanted(prompt) for prompt in prompts or data.captions()[:count]]
+    samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
+    data.control.prepare(samples)
+    maps = [data.control.map(sample, size) for sample in samples]
+    texts = prompts or [sample.caption for sample in samples]
+    return [Wanted(text, (maps[i % len(maps)],)) for i, text in enumerate(texts)]

@@ -1,0 +1,117 @@
+"""ControlNet: a copy of the UNet's encoder reads a map, and steers the UNet through convolutions that start at zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Unpack
+
+import torch
+from annotated_types import Gt
+from diffusers import ControlNetModel
+from torch import Tensor, nn
+
+from sdtune.backbone.residuals import residuals, skips
+from sdtune.data.pictures import PictureData
+from sdtune.data.rows import Batch
+from sdtune.files import write_json
+from sdtune.formats.pipeline import save_component
+from sdtune.methods.base import Adapter
+from sdtune.methods.given import Common
+from sdtune.randomness import generator
+
+_DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
+_WIDTHS = (16, 32, 96, 256)  # of the map's embedding, as in diffusers and in the authors' code
+
+
+class ControlNet(Adapter):
+    """Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models", section 3.
+
+    Args:
+        unet: what of the UNet is trained along: nothing, its decoder (the authors' ``sd_locked=False``: for maps and
+            styles that it does not know, at a lower rate), or all of it.
+        unet_lr: the opened UNet's own learning rate; the optimizer's if None.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: Literal["frozen", "decoder", "open"] = "frozen",
+        unet_lr: Annotated[float, Gt(0)] | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(**common)
+        if unet == "frozen" and unet_lr is not None:
+            raise ValueError("method.unet_lr: the UNet is frozen; set method.unet=decoder or open, or leave it out")
+        self.unet, self.unet_lr = unet, unet_lr
+        self.controlnet: ControlNetModel
+
+    def check_data(self, data: PictureData) -> None:
+        if data.control is None:
+            raise ValueError(
+                "data.control: method=controlnet learns from a map of each picture; choose one with data/control=canny,"
+                " scribble, paired, estimated or pocket"
+            )
+
+    def inject(self) -> None:
+        unet = self.backbone.unet
+        with torch.random.fork_rng(devices=[]):  # what this draws is drawn again, from the run's seed
+            self.controlnet = ControlNetModel.from_unet(
+                unet, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
+            )
+        assert len(self.controlnet.controlnet_down_blocks) == skips(unet)
+        embedding = self.controlnet.controlnet_cond_embedding
+        for name, layer in (
+            ("conv_in", embedding.conv_in),
+            *((f"blocks.{i}", b) for i, b in enumerate(embedding.blocks)),
+        ):
+            self._draw(f"controlnet.controlnet_cond_embedding.{name}", layer)
+        self.controlnet.train()
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))
+
+    def _draw(self, name: str, layer: nn.Conv2d) -> None:
+        """torch's default: uniform within 1 / sqrt(fan in)."""
+        bound = layer.weight[0].numel() ** -0.5
+        for part in ("weight", "bias"):
+            parameter = getattr(layer, part)
+            drawn = generator(self.seed, f"init/{name}.{part}").uniform(-bound, bound, tuple(parameter.shape))
+            parameter.data.copy_(torch.from_numpy(drawn.astype("float32")))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The net, and the opened UNet with a rate of its own."""
+        return self.groups_by_component({"unet": self.unet_lr})
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
+        """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
+        if "control" not in batch:
+            return self.backbone.predict(noisy, timesteps, text)
+        added = residuals(self.controlnet, noisy, timesteps, text, batch["control"])
+        return self.backbone.predict(noisy, timesteps, text, added)
+
+    def artifact_bytes(self) -> int:
+        """The net's, and the whole UNet's where any of it is open."""
+        parts = [self.controlnet, *([] if self.unet == "frozen" else [self.backbone.unet])]
+        return sum(4 * p.numel() for part in parts for p in part.parameters())
+
+    def write_artifact(self, folder: Path, name: str) -> None:
+        """diffusers' ControlNet, ``<folder>/<name>``; a UNet that was trained along goes with it, as ``unet/``."""
+        target = folder / name
+        save_component(self.controlnet, target)
+        if self.unet != "frozen":
+            # Frozen parts may be in half precision here, so they are read again.
+            whole = self.source.load(self.seed).unet
+            whole.load_state_dict(
+                {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
+            )
+            save_component(whole, target / "unet")
+        write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet})
+
+
+def embedding_widths(factor: int) -> tuple[int, ...]:
+    """Channels of the map's embedding, which halves the sides between each two, for a VAE that shrinks by ``factor``.
+
+    The authors' four at a factor of 8, as many less or more as it takes elsewhere.
+    """
+    halvings = factor.bit_length() - 1
+    assert factor == 2**halvings
+    return (*_WIDTHS, *_WIDTHS[-1:] * halvings)[: halvings + 1]

@@ -1,0 +1,176 @@
+"""Does a picture of the world follow its control map, and still its prompt?
+
+These figures are of pocket's world and cannot be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+from annotated_types import Ge
+
+from sdtune.backbone import Facts, Pretrained
+from sdtune.data import PictureData
+from sdtune.data.control import Computed
+from sdtune.evaluation.general import base, draw, trained
+from sdtune.grids import grid, save_png
+from sdtune.pocket import classifier
+from sdtune.pocket.captions import full_caption
+from sdtune.pocket.control import PocketControl
+from sdtune.pocket.data import SceneSample
+from sdtune.pocket.quality import agreement
+from sdtune.pocket.world import SIDE, held_out_scenes, mask
+from sdtune.pocket.world import draw as draw_scene
+from sdtune.sampling import Request, Sampling
+
+NEAR = 2
+"""Pixels within which two edges count as the same."""
+
+APART = 40  # where the true masks are found best in true renders
+"""Distance in RGB from the background's colour beyond which a pixel counts as the object's."""
+
+_SHOWN = 8  # a row of a grid
+
+
+class ControlFigures:
+    """On scenes of combinations that training never draws, each from its caption and its own map.
+
+    ``control_agreement`` compares the map with what is found in the picture: for edges the F1 of precision and recall
+    within two pixels; for segmentation and depth the IoU of the object's area, found by its distance from the border's
+    colour; for pose the IoU of the boxes with the areas' centre and spread. ``control_agreement_shuffled`` compares the
+    same pictures with another scene's map, ``ceiling_control_agreement`` the true renders with their own.
+    ``background_accuracy`` and ``object_accuracy`` are as in pocket's quality. All for the base too (``base_``), which
+    sees the prompt alone.
+
+    Args:
+        pictures: how many are drawn.
+        seed: of the scenes and of the first picture; the others follow.
+        sampling: how.
+    """
+
+    def __init__(
+        self,
+        pictures: Annotated[int, Ge(2)] = 256,
+        seed: Annotated[int, Ge(0)] = 1000,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.count, self.seed, self.sampling = pictures, seed, sampling or Sampling()
+
+    def check(self, data: PictureData, facts: Facts) -> None:
+        """ValueError before any weights are loaded."""
+        if data.control is None:
+            raise ValueError(
+                "evaluation: pocket_control compares pictures with control maps; choose data/control=canny"
+            )
+        if not all(isinstance(sample, SceneSample) for sample in data.train):
+            raise ValueError(
+                "evaluation: pocket_control measures on pocket's world (data=pocket_world); for one's own pictures"
+                " choose evaluation=clip"
+            )
+        if self.sampling.size(facts.side) != (SIDE, SIDE):
+            raise ValueError(f"evaluation: pocket_control reads {SIDE}x{SIDE} pictures, others are asked for")
+        self.sampling.check(facts.factor)
+
+    def run(
+        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+    ) -> dict[str, Any]:
+        """The figures; grids of what was measured go to ``folder``."""
+        control = data.control
+        if not isinstance(control, Computed | PocketControl):
+            keys = ("control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy")
+            both = [*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"]
+            reason = f"{type(control).__name__} has no map of the scenes that are measured on"
+            return {**dict.fromkeys(both), "reasons": dict.fromkeys(both, reason)}
+        samples = [SceneSample(scene, full_caption(scene)) for scene in held_out_scenes(self.seed, self.count)]
+        maps = [control.map(sample, (SIDE, SIDE)) for sample in samples]
+        truth = [wanted(sample, control) for sample in samples]
+        requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
+        reader = classifier.load()
+        figures: dict[str, Any] = {}
+        for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
+            with model as backbone:
+                pictures = draw(backbone, requests, self.sampling)
+            figures[f"{prefix}control_agreement"] = score(pictures, truth, control)
+            figures[f"{prefix}control_agreement_shuffled"] = score(pictures, truth[1:] + truth[:1], control)
+            stack = np.stack(pictures)
+            backgrounds, things = [s.scene.background for s in samples], [s.scene.thing for s in samples]
+            figures[f"{prefix}background_accuracy"] = agreement(classifier.background(stack), backgrounds)
+            figures[f"{prefix}object_accuracy"] = agreement(reader.read(stack).object, things)
+            rows = [
+                row
+                for i in range(0, min(len(pictures), 4 * _SHOWN), _SHOWN)
+                for row in (maps[i : i + _SHOWN], pictures[i : i + _SHOWN])
+            ]
+            save_png(
+                grid(rows, ["control", "picture"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}pictures.png"
+            )
+        renders = [np.asarray(draw_scene(sample.scene)) for sample in samples]
+        return {**figures, "ceiling_control_agreement": score(renders, truth, control)}
+
+
+Measured = Computed | PocketControl
+"""Controls whose maps can be found again in a picture."""
+
+
+def score(pictures: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> float:
+    """Mean agreement in [0, 1] of ``pictures`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
+    compare = edge_f1 if isinstance(control, Computed) else iou
+    return float(np.mean([compare(found(p, control), own) for p, own in zip(pictures, truth, strict=True)]))
+
+
+def wanted(sample: SceneSample, control: Measured) -> np.ndarray:
+    """What a picture of ``sample``'s map should show, bool [64, 64]: edges, the object's area or its box."""
+    if isinstance(control, Computed):
+        edges: np.ndarray = control.map(sample, (SIDE, SIDE))[..., 0] > 0
+        return edges
+    area: np.ndarray = np.asarray(mask(sample.scene)) > 0
+    return box(area) if control.kind == "pose" else area
+
+
+def found(picture: np.ndarray, control: Measured) -> np.ndarray:
+    """The same as in :func:`wanted`, as a picture (uint8 [64, 64, 3]) shows it."""
+    if isinstance(control, Computed):
+        edges: np.ndarray = control.extract(picture)[..., 0] > 0
+        return edges
+    area = object_area(picture)
+    return box(area) if control.kind == "pose" else area
+
+
+def object_area(picture: np.ndarray) -> np.ndarray:
+    """bool [64, 64]: what differs from the border's median colour by more than :data:`APART`."""
+    distance = np.linalg.norm(picture.astype(float) - classifier.border_colours(picture[None])[0], axis=-1)
+    area: np.ndarray = distance > APART
+    return area
+
+
+def box(area: np.ndarray) -> np.ndarray:
+    """The upright box with the centre and spread of ``area``, filled: a stray pixel does not move it as it would a
+    bounding box. A box of side w has the variance w^2 / 12."""
+    out = np.zeros_like(area)
+    if area.any():
+        rows, columns = np.nonzero(area)
+        spans = [(c.mean() - 3**0.5 * c.std(), c.mean() + 3**0.5 * c.std()) for c in (rows, columns)]
+        out[tuple(slice(max(0, round(low)), round(high) + 1) for low, high in spans)] = True
+    return out
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two areas; 1 where both are empty."""
+    union = float((one | other).sum())
+    return float((one & other).sum()) / union if union else 1.0
+
+
+def edge_f1(one: np.ndarray, other: np.ndarray) -> float:
+    """Harmonic mean of the shares of each one's edges within two pixels of the other's; 1 where both are empty."""
+    if not one.any() or not other.any():
+        return float(not one.any() and not other.any())
+    shares = []
+    for edges, near in ((one, other), (other, one)):
+        distance = cv2.distanceTransform((~near).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        shares.append(float((distance[edges] <= NEAR).mean()))
+    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0

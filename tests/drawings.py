@@ -1,0 +1,26 @@
+"""Pictures with edges, for control maps: a bright rectangle on a dark ground, each somewhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def drawing(number: int, width: int = 40, height: int = 36) -> np.ndarray:
+    """uint8 [height, width, 3]; not its own mirror image."""
+    pixels = np.full((height, width, 3), (20, 40, 60), np.uint8)
+    left, top = 3 + 2 * number, 4 + number
+    pixels[top : top + height // 2, left : left + width // 3] = (230, 200 - 20 * number, 90)
+    pixels[top : top + 4, left : left + width // 2] = (90, 230, 40 * number)
+    return pixels
+
+
+def save_drawings(folder: Path, count: int = 5, width: int = 40, height: int = 36) -> Path:
+    """``0.png`` and so on, each with a caption."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(drawing(i, width, height)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture number {i}")
+    return folder

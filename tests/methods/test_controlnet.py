@@ -1,0 +1,308 @@
+"""ControlNet: what it opens, that every residual acts, and that plain diffusers makes the same pictures of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor
+
+from drawings import drawing, save_drawings
+from pipelines import build_pipeline
+from running import Spy, adamw, fit, folder_data
+from sdtune import controlnets
+from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.data.edges import Canny
+from sdtune.evaluation.general import trained
+from sdtune.methods import ControlNet
+from sdtune.methods.controlnet import embedding_widths
+from sdtune.sampling import Request, Sampling, generate
+
+MODES = ["frozen", "decoder", "open"]
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    return save_drawings(tmp_path / "drawings")
+
+
+def injected(tiny: Path, **settings: Any) -> ControlNet:
+    model = ControlNet(backbone=Pretrained(str(tiny)), **settings)
+    model.configure_model()
+    model.eval()
+    return model
+
+
+def shaken(model: ControlNet, seed: int = 2, scale: float = 0.1) -> ControlNet:
+    """With noise in everything that is open, as if it had been trained."""
+    rng = torch.Generator().manual_seed(seed)
+    for _, p in model.trainable():
+        p.data += torch.randn(p.shape, generator=rng) * scale
+    return model
+
+
+def predict(model: ControlNet, maps: Tensor | None = None) -> Tensor:
+    rng = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 4, 8, 8, generator=rng)
+    text = model.backbone.encode_text(["a fox", "two foxes"])
+    batch = {} if maps is None else {"control": maps}
+    with torch.no_grad():
+        return model.denoise(noisy, torch.tensor([3, 800]), text, batch)
+
+
+def maps() -> Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def test_parameters_on_sd15() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        model = ControlNet()
+        model.__dict__["backbone"] = SimpleNamespace(unet=unet, facts=SimpleNamespace(factor=8))
+        model.inject()
+    assert sum(p.numel() for p in model.controlnet.parameters()) == 361_279_120
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
+def test_the_embedding_shrinks_a_map_as_the_vae_does() -> None:
+    assert embedding_widths(8) == (16, 32, 96, 256)
+    assert embedding_widths(4) == (16, 32, 96)
+    assert embedding_widths(16) == (16, 32, 96, 256, 256)
+
+
+@pytest.mark.parametrize("unet", MODES)
+def test_starts_as_the_base_to_the_bit_and_every_residual_acts(tiny: Path, unet: str) -> None:
+    model = injected(tiny, unet=unet)
+    base = predict(model)
+    assert torch.equal(predict(model, maps()), base)
+    gates = [*model.controlnet.controlnet_down_blocks, model.controlnet.controlnet_mid_block]
+    assert len(gates) == 5  # conv_in, two blocks, a downsampler, the middle
+    for gate in gates:
+        assert not gate.weight.any()
+        gate.weight.data.fill_(0.05)
+        assert (predict(model, maps()) - base).abs().max() > 1e-5
+        gate.weight.data.zero_()
+    assert torch.equal(predict(model, maps()), base)
+
+
+def test_the_map_and_nothing_but_the_map_steers(tiny: Path) -> None:
+    model = shaken(injected(tiny))
+    assert (predict(model, maps()) - predict(model, maps().flip(-1))).abs().max() > 1e-4
+    assert torch.equal(predict(model), predict(injected(tiny)))
+
+
+def test_initial_values_depend_on_seed_and_name_alone(tiny: Path) -> None:
+    first = injected(tiny)
+    torch.manual_seed(99)
+    second, other = injected(tiny, unet="open"), injected(tiny, seed=1)
+    for name, p in first.controlnet.named_parameters():
+        assert torch.equal(p, second.controlnet.get_parameter(name))
+        drawn = "controlnet_cond_embedding" in name and "conv_out" not in name
+        assert torch.equal(p, other.controlnet.get_parameter(name)) != drawn, name
+    copied = first.controlnet.down_blocks.state_dict()
+    assert all(torch.equal(v, copied[k]) for k, v in first.backbone.unet.down_blocks.state_dict().items())
+
+
+@pytest.mark.parametrize("unet", MODES)
+def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, drawings: Path, unet: str) -> None:
+    model = injected(tiny, unet=unet, optimizer=adamw(1e-3))
+    names = {name for name, _ in model.trainable()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spy = Spy()
+    fit(model, folder_data(drawings, control=Canny()), 4, [spy], gradient_clip_val=1.0)
+    for name in names:
+        assert any(gradients[name].any() for gradients in spy.gradients[:3]), name
+        assert spy.gradients[2][name].any(), name
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == names
+    opened = {name.removeprefix("backbone.unet.").split(".")[0] for name in names if name.startswith("backbone.unet.")}
+    assert (
+        opened
+        == {
+            "frozen": set(),
+            "decoder": {"up_blocks", "conv_norm_out", "conv_out"},
+            "open": {name.split(".")[0] for name, _ in model.backbone.unet.named_parameters()},
+        }[unet]
+    )
+    assert not any(name.startswith(("backbone.vae", "backbone.text_encoder")) for name in names)
+
+
+@pytest.mark.parametrize("unet", MODES)
+def test_trains_and_validates_with_half_the_frozen_weights(tiny: Path, drawings: Path, unet: str) -> None:
+    model = injected(tiny, unet=unet, optimizer=adamw(1e-3))
+    spy = Spy()
+    data = folder_data(drawings, control=Canny(), hold_out=5)
+    how: dict[str, Any] = {"precision": "bf16-mixed", "val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(model, data, 2, [spy], **how)
+    assert {p.dtype for _, p in model.trainable()} == {torch.float32}
+    halves = {p.dtype for p in model.backbone.unet.parameters() if not p.requires_grad}
+    assert halves == (set() if unet == "open" else {torch.bfloat16})
+    assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
+
+
+def test_the_unet_has_a_rate_of_its_own(tiny: Path, drawings: Path) -> None:
+    model = injected(tiny, unet="decoder", unet_lr=1e-6, optimizer=adamw(1e-3))
+    assert [group["name"] for group in model.parameter_groups()] == ["controlnet", "unet"]
+    trainer = fit(model, folder_data(drawings, control=Canny()), 1)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-3, 1e-6]
+    with pytest.raises(ValueError, match=r"^method\.unet_lr: the UNet is frozen"):
+        ControlNet(unet_lr=1e-6)
+
+
+def test_data_without_maps_is_refused(tiny: Path, pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data\.control: method=controlnet learns from a map"):
+        fit(injected(tiny), folder_data(pictures), 1)
+
+
+# --- what others load
+
+SETTINGS = Sampling(steps=3, guidance=4.0)
+
+
+def floats(backbone: Backbone, requests: list[Request], patch: pytest.MonkeyPatch) -> np.ndarray:
+    """Pictures [B, H, W, 3] in [0, 1], as they are before they become bytes."""
+    kept: list[Tensor] = []
+    decode = Backbone.decode
+
+    def spy(self: Backbone, latents: Tensor) -> Tensor:
+        kept.append(decode(self, latents))
+        return kept[-1]
+
+    with patch.context() as inner:
+        inner.setattr(Backbone, "decode", spy)
+        list(generate(backbone, requests, SETTINGS))
+    return torch.cat(kept).permute(0, 2, 3, 1).numpy()
+
+
+def diffusers_pictures(tiny: Path, net: Any, images: Any, strength: Any, **parts: Any) -> np.ndarray:
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(tiny, controlnet=net, local_files_only=True, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red fox", "two blue foxes"]
+    return pipe(
+        prompts,
+        image=images,
+        controlnet_conditioning_scale=strength,
+        num_inference_steps=SETTINGS.steps,
+        guidance_scale=SETTINGS.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="np",
+        height=32,
+        width=32,
+    ).images
+
+
+def requests(*maps: np.ndarray) -> list[Request]:
+    return [Request("a red fox", 3, maps), Request("two blue foxes", 4, maps)]
+
+
+def artifact(tiny: Path, folder: Path, seed: int = 2, **settings: Any) -> Path:
+    shaken(injected(tiny, **settings), seed).artifact(folder, "net")
+    return folder / "net"
+
+
+@pytest.mark.parametrize("unet", MODES)
+def test_diffusers_makes_the_same_pictures(
+    tiny: Path, tmp_path: Path, unet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = artifact(tiny, tmp_path, unet=unet)
+    shown = drawing(2, 32, 32)
+    parts = {}
+    if unet != "frozen":
+        parts["unet"] = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
+    net = ControlNetModel.from_pretrained(folder, local_files_only=True)
+    wanted = diffusers_pictures(tiny, net, [Image.fromarray(shown)] * 2, 0.8, **parts)
+    source = Pretrained(str(tiny))
+    backbone = source.load()
+    backbone.suit(torch.device("cpu"))
+    kept = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
+    base = floats(backbone, requests(), monkeypatch)
+    nets = controlnets.load(backbone, source, [str(folder)])
+    with controlnets.applied(backbone, nets, [0.8]):
+        ours = floats(backbone, requests(shown), monkeypatch)
+    assert np.abs(ours - wanted).max() <= 1e-4
+    assert np.abs(ours - base).max() > 1e-2
+    with controlnets.applied(backbone, nets, [0.0]):
+        assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
+    assert all(torch.equal(value, kept[name]) for name, value in backbone.unet.state_dict().items())
+    assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
+    with trained(source, tmp_path, "net", torch.device("cpu")) as measured:
+        assert np.abs(floats(measured, requests(shown), monkeypatch) - ours).max() > 1e-4  # at full strength
+    assert json.loads((folder / "sdtune.json").read_text()) == {"backbone": source.hash(), "unet": unet}
+    assert (folder / "unet").exists() == (unet != "frozen")
+
+
+def test_several_nets_add_up_as_in_diffusers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [artifact(tiny, tmp_path / str(seed), seed) for seed in (2, 3)]
+    shown = [drawing(0, 32, 32), drawing(4, 32, 32)]
+    multi = MultiControlNetModel([ControlNetModel.from_pretrained(f, local_files_only=True) for f in folders])
+    wanted = diffusers_pictures(tiny, multi, [[Image.fromarray(s) for s in shown]] * 2, [0.7, 0.4])
+    source = Pretrained(str(tiny))
+    backbone = source.load()
+    nets = controlnets.load(backbone, source, [str(f) for f in folders])
+    with controlnets.applied(backbone, nets, [0.7, 0.4]):
+        ours = floats(backbone, requests(*shown), monkeypatch)
+    assert np.abs(ours - wanted).max() <= 1e-4
+    with controlnets.applied(backbone, nets, [0.7, 0.0]):
+        assert np.abs(ours - floats(backbone, requests(*shown), monkeypatch)).max() > 1e-3
+
+
+def test_two_nets_with_a_unet_each_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folders = [artifact(tiny, tmp_path / str(seed), seed, unet="decoder") for seed in (2, 3)]
+    source = Pretrained(str(tiny))
+    backbone = source.load()
+    nets = controlnets.load(backbone, source, [str(f) for f in folders])
+    with (
+        pytest.raises(ValueError, match=r"^control: .* each bring a UNet"),
+        controlnets.applied(backbone, nets, [1, 1]),
+    ):
+        pass
+    with controlnets.applied(backbone, nets, [1, 0]):
+        pass
+
+
+def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path: Path) -> None:
+    model = shaken(injected(tiny, unet="decoder"))
+    model.backbone.unet.conv_in.to(torch.bfloat16)
+    model.artifact(tmp_path, "net")
+    written = UNet2DConditionModel.from_pretrained(tmp_path / "net" / "unet", local_files_only=True)
+    base = UNet2DConditionModel.from_pretrained(tiny / "unet", local_files_only=True)
+    assert torch.equal(written.conv_in.weight, base.conv_in.weight)
+    assert torch.equal(written.conv_out.weight, model.backbone.unet.conv_out.weight)
+    assert not torch.equal(written.conv_out.weight, base.conv_out.weight)
+
+
+# --- refusals
+
+
+def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
+    controlnets.check(str(folder), source)
+    with pytest.raises(ValueError, match=r"^control\.path: /nowhere is not a folder with config\.json"):
+        controlnets.check("/nowhere", source)
+    with pytest.raises(ValueError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
+        controlnets.check(str(tiny / "unet"), source)
+    other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
+    with pytest.raises(ValueError, match=r"^control\.path: .* was trained on another backbone"):
+        controlnets.check(str(folder), other)
+    (folder / "sdtune.json").unlink()
+    controlnets.check(str(folder), other)  # another program's net says nothing of its backbone
+    with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this backbone \[64"):
+        controlnets.check(str(folder), Pretrained())
+    config = json.loads((folder / "config.json").read_text())
+    config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^control\.path: .* shrinks its map by 8, this backbone's VAE by 4"):
+        controlnets.check(str(folder), source)
