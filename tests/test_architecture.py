@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src"
 PACKAGE = SRC / "sdtune"
 
 LAYERS = [
-    {"__init__", "train", "run", "report_lines"}  # commands
+    {"__init__", "train", "run", "checks", "report_lines", "prepare", "prepare_run"}  # commands
     | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run"},
     {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
@@ -27,7 +27,11 @@ LAYERS = [
 ANYWHERE = {"data", "formats"}
 """Beside the layers: they know no model, and any layer may use them."""
 
-HYDRA = {"launch", "run", "sample_run", "evaluate_run", "resume", "train", "sample", "evaluate", "plan_run"}
+HYDRA = (
+    {"launch", "checks", "resume", "train", "sample", "evaluate"}
+    | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "plan")}
+    | {"run"}
+)
 OMEGACONF_FOR_TYPES = {"train", "sample", "evaluate"}
 
 

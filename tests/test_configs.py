@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from sdtune import launch, run, sample_run
+from sdtune import checks, launch, sample_run
 from sdtune.instantiate import build, resolve
 from sdtune.paths import config_folder
 
@@ -64,9 +64,9 @@ def check(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
             return build(node, *args, **settings)
         raise Passed
 
-    monkeypatch.setattr(run, "build", stop)
+    monkeypatch.setattr(checks, "build", stop)
     with pytest.raises(Passed):
-        run.check_run(run.plain(config))
+        checks.check_run(checks.plain(config))
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -115,7 +115,8 @@ def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) 
     if option == "job_logging/sdtune":
         assert compose("train").hydra.job_logging.handlers.console.stream == "ext://sys.stdout"
         return
-    users = [c for c in COMMANDS if {"hydra": option} in yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"]]
+    entries = {c: yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"] for c in COMMANDS}
+    users = [c for c in COMMANDS if {"hydra": option} in entries[c] or {"override hydra": option} in entries[c]]
     assert users
     for command in users:
         assert "outputs/" in str(compose(command).hydra.run.dir)

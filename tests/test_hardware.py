@@ -15,7 +15,7 @@ def test_auto_is_cuda_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (hardware.accelerator("auto"), hardware.device("auto")) == ("gpu", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(("native", "wanted"), [(True, "bf16-mixed"), (False, "32-true")])
+@pytest.mark.parametrize(("native", "wanted"), [(True, "bf16-mixed"), (False, "16-mixed")])
 def test_emulated_bfloat16_is_not_chosen(native: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,12 @@ def _command(raises: Callable[[], None], folder: Path, monkeypatch: pytest.Monke
         return lambda composed: raises()
 
     monkeypatch.setattr(sys, "argv", ["sdtune train", f"hydra.run.dir={folder}"])
-    main("train", prepare)
+    root = logging.getLogger()
+    kept = root.handlers[:], root.level
+    try:
+        main("train", prepare)
+    finally:
+        root.handlers[:], root.level = kept  # the run's log goes with its folder
 
 
 def test_our_own_refusal_is_one_line(

@@ -9,11 +9,11 @@ import torch
 
 from running import Poison, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
+from sdtune.checks import plain
 from sdtune.instantiate import build
 from sdtune.launch import _compose, _search_path
 from sdtune.methods import LoRA
 from sdtune.paths import config_folder
-from sdtune.run import plain
 
 NAMES = sorted(path.stem for path in (config_folder() / "optimizer").glob("*.yaml"))
 

@@ -13,6 +13,7 @@ from sdtune.suggest import suggestion
 
 COMMANDS = {
     "train": "train an adapter and leave a run's folder behind",
+    "prepare": "make what a training needs before its first step: class pictures, caches, control maps",
     "sample": "make pictures, with adapters at strengths chosen now",
     "plan": "what a training will cost, before anything is loaded",
     "evaluate": "measure a finished run's artifact, before and after",

@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune import hardware
+from sdtune.checks import check_run, plain, settings
 from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.instantiate import build
-from sdtune.run import check_run, plain, settings
 
 log = logging.getLogger("sdtune")
 

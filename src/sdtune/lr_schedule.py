@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -68,11 +68,12 @@ class Polynomial(LRSchedule):
         return float(self.floor + (1 - self.floor) * (1 - progress) ** self.power)
 
 
-def take_rates(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+def take_rates(schedule: Any) -> None:
     """Give the optimizer the rates of the schedule's step.
 
     A checkpoint brings those that followed from its own length of the run; an extended run has another.
     """
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
     for group, rate, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):

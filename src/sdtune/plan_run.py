@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from sdtune import hardware
 from sdtune.backbone.outline import Outline, shipped
 from sdtune.backbone.tokens import NewToken
+from sdtune.checks import check_model, plain, settings
 from sdtune.data import PictureData
 from sdtune.instantiate import build, check_value, resolve
 from sdtune.launch import choices, composed_again
 from sdtune.methods import DreamBooth
 from sdtune.methods.base import Adapter
 from sdtune.planning import Figures, measure, tables
-from sdtune.run import check_model, plain, settings
 from sdtune.suggest import suggestion
 
 _GROUPS = ("method", "backbone", "objective", "optimizer", "lr_schedule", "trainer", "hardware", "callbacks")
@@ -150,6 +150,8 @@ def figures(job: Job) -> Figures:
             "tokens_lr": top.tokens_lr,
         },
     )
+    with torch.device("meta"):
+        adapter.configure_model()
     adapter.trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -161,8 +163,6 @@ def figures(job: Job) -> Figures:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with torch.device("meta"):
-        adapter.configure_model()
     adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
     samples = job.config["callbacks"].get("samples")
     return measure(

@@ -6,15 +6,14 @@ import json
 import shlex
 from pathlib import Path
 
-import pytorch_lightning as pl
-
 from sdtune.backbone import Pretrained
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
+from sdtune.formats.embeddings import FOLDER as WORDS
 
 
-def before(data: PictureData, source: Pretrained, trainer: pl.Trainer) -> list[str]:
+def before(data: PictureData, source: Pretrained, steps: int) -> list[str]:
     """The data as it will be seen."""
     from transformers import CLIPTokenizer
 
@@ -22,11 +21,11 @@ def before(data: PictureData, source: Pretrained, trainer: pl.Trainer) -> list[s
     pictures = len(data.train)
     seen = sum(len(entries) for entries in buckets.values())
     sizes = ", ".join(f"{w}x{h} ({len(set(entries))})" for (w, h), entries in buckets.items())
-    steps = data.order().steps_per_epoch
+    epoch = data.order().steps_per_epoch
     lines = [
         f"data: {pictures} pictures, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
-        f"order: {steps} step(s) an epoch at batch size {data.batch_size}; {trainer.max_steps} steps are"
-        f" {trainer.max_steps / steps:.1f} epochs",
+        f"order: {epoch} step(s) an epoch at batch size {data.batch_size};"
+        f" {steps} steps are {steps / epoch:.1f} epochs",
     ]
     for (w, h), entries in buckets.items():
         if len(entries) < data.batch_size and len(buckets) > 1:
@@ -54,10 +53,15 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     prompt = shlex.quote(f"prompt={json.dumps(data.captions()[0], ensure_ascii=False)}")
     base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
+    words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
+    words = [file for file in words if not file.stem.endswith("-best") and "-step" not in file.stem]
+    lines += [f"word for ComfyUI and A1111: {file}" for file in words]
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")
         lines.append(f"LoRA for diffusers: {lora.with_name(FILE_NAME)}")
-        adapter = shlex.quote(f'adapters=[{{path: "{lora}", strength: 0.8}}]')
+    if lora.exists() or (words and not whole.is_dir()):
+        place = lora.parent if words else lora
+        adapter = shlex.quote(f'adapters=[{{path: "{place}", strength: 0.8}}]')
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
     elif (whole / "config.json").is_file():
         lines.append(f"ControlNet for diffusers: {whole}")

@@ -5,21 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from annotated_types import Ge, Gt
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import StringConstraints
+from omegaconf import DictConfig
 
 from sdtune import hardware, report_lines
-from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks.bar import Bar
 from sdtune.callbacks.best import write_best
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
@@ -28,161 +21,17 @@ from sdtune.callbacks.ema import EMA
 from sdtune.callbacks.record import NotFinite, Record
 from sdtune.callbacks.samples import Samples
 from sdtune.callbacks.snapshots import Snapshots
+from sdtune.checks import Settings, check_run, plain, settings, trainer_arguments
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
 from sdtune.files import write_json
-from sdtune.instantiate import build, check, check_value
+from sdtune.instantiate import build
 from sdtune.launch import RunFailed, Stopped
 from sdtune.loggers import close
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
 
 log = logging.getLogger("sdtune")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The run's own settings, at the top of the config.
-
-    Args:
-        name: names files; the data's name if None.
-        seed: decides every draw of the run.
-        save_every: optimizer steps between intermediate artifacts with their sample row.
-        resume: the folder of the run that goes on.
-        trust: further packages that ``_target_`` may name.
-        optimized_metric: the figure that ``train`` returns to a sweeper.
-        new_tokens: words to be learned beside what the method trains.
-        tokens_lr: the learning rate of their vectors; the optimizer's if None.
-    """
-
-    name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
-    seed: Annotated[int, Ge(0)] = 0
-    save_every: Annotated[int, Ge(1)] | None = None
-    resume: str | None = None
-    trust: tuple[str, ...] = ()
-    optimized_metric: str | None = None
-    new_tokens: tuple[NewToken, ...] = ()
-    tokens_lr: Annotated[float, Gt(0)] | None = None
-
-
-_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A resolved plain container; ValueError for a mandatory value that is missing."""
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    try:
-        missing = sorted(OmegaConf.missing_keys(own))
-        if missing:
-            raise ValueError(f"{missing[0]} is missing: give {missing[0]}=...")
-        container = OmegaConf.to_container(own, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def settings(config: dict[str, Any]) -> Settings:
-    """The top-level settings, checked."""
-    hints = get_type_hints(Settings.__init__, include_extras=True)
-    values = {key: config[key] for key in hints if config.get(key) is not None}
-    for key, value in values.items():
-        check_value(value, hints[key], key)
-    if values.get("name") == "pytorch_lora_weights":
-        raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
-    tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
-    return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})
-
-
-_TRAINER_RANGES: dict[str, Any] = {
-    "max_steps": Annotated[int, Ge(1)],
-    "accumulate_grad_batches": Annotated[int, Ge(1)],
-    "log_every_n_steps": Annotated[int, Ge(1)],
-    "val_check_interval": Annotated[int, Ge(1)],
-    "gradient_clip_val": Annotated[float, Gt(0)] | None,
-}
-_OURS = (
-    "max_epochs",
-    "callbacks",
-    "logger",
-    "plugins",
-    "default_root_dir",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "enable_checkpointing",
-    "use_distributed_sampler",
-    "gradient_clip_algorithm",
-)
-"""Trainer arguments that the run sets itself."""
-
-
-def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
-    merged = {**config["trainer"], **config["hardware"]}
-    for key in hardware.SWITCHES:
-        merged.pop(key, None)
-    kind = str(merged.get("accelerator", "auto"))
-    merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
-    merged["accelerator"] = hardware.accelerator(kind)
-    return merged
-
-
-def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
-    hardware.check(config["hardware"])
-    for key, value in config["trainer"].items():
-        if key in _OURS:
-            raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
-        if key in _TRAINER_RANGES:
-            check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
-    check(trainer_arguments(config), "trainer", trust)
-    several = hardware.processes(config["hardware"]) > 1
-    if several and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        # Lightning would start the other processes with the sweep's own command line, each a sweep again.
-        raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
-
-
-def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
-    check(node, "optimizer", trust)
-    check_value(node.get("lr"), Annotated[float, Gt(0)] | None, "optimizer.lr")
-    try:
-        # torch's annotations hold no ranges; its constructors check them, and want something to optimise.
-        build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
-    except ValueError as error:
-        raise ValueError(f"optimizer: {error}") from error
-
-
-def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
-    """The checks of what is trained and how."""
-    check(config["backbone"], "backbone", trust)
-    check(config["method"], "method", trust, _COMMON)
-    for group in ("objective", "lr_schedule"):
-        check(config[group], group, trust)
-    _check_optimizer(config["optimizer"], trust)
-
-
-def check_run(config: dict[str, Any]) -> PictureData:
-    """Every check that needs no weights; returns the data, read."""
-    top = settings(config)
-    trust = top.trust
-    check_model(config, trust)
-    check(config["data"], "data", trust, ("seed",))
-    check(config["evaluation"], "evaluation", trust, ())
-    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
-        for key, node in config[group].items():
-            check(node, f"{group}.{key}", trust, given)
-    check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
-    _check_trainer(config, trust)
-    source = build(config["backbone"], trust)
-    facts = source.facts
-    data: PictureData = build(config["data"], trust, {"seed": top.seed})
-    data.open(facts.side, facts.factor)
-    accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
-    hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
-    # A constructor that refuses a pair of settings does so here.
-    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_data(data)
-    if config["evaluation"]:
-        build(config["evaluation"], trust).check(data, facts)
-    return data
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
@@ -226,26 +75,22 @@ def _callbacks(
     return record, checkpoints, [*averages, record, Cost(), Bar(), *chosen[len(averages) :], checkpoints]
 
 
+def build_adapter(config: dict[str, Any]) -> Adapter:
+    """The method of a checked ``config``, with everything that it is given."""
+    top = settings(config)
+    parts = {group: build(config[group], top.trust) for group in ("backbone", "objective", "optimizer", "lr_schedule")}
+    switches = {key: config["hardware"].get(key, False) for key in hardware.SWITCHES}
+    own = {"new_tokens": top.new_tokens, "tokens_lr": top.tokens_lr, "seed": top.seed}
+    adapter: Adapter = build(config["method"], top.trust, {**parts, **switches, **own})
+    return adapter
+
+
 def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | None:
     """Train, write the artifact, evaluate, and write ``metrics.json`` last."""
     top = settings(config)
     name = top.name or data.name
     (folder / "metrics.json").unlink(missing_ok=True)
-    source = build(config["backbone"], top.trust)
-    adapter: Adapter = build(
-        config["method"],
-        top.trust,
-        {
-            "backbone": source,
-            "objective": build(config["objective"], top.trust),
-            "optimizer": build(config["optimizer"], top.trust),
-            "lr_schedule": build(config["lr_schedule"], top.trust),
-            "new_tokens": top.new_tokens,
-            "tokens_lr": top.tokens_lr,
-            **{key: config["hardware"].get(key, False) for key in hardware.SWITCHES},
-            "seed": top.seed,
-        },
-    )
+    adapter = build_adapter(config)
     record, checkpoints, callbacks = _callbacks(config, folder, name, top)
     start = last_checkpoint(folder) if top.resume else None
     loggers: list[Any] = []
@@ -275,6 +120,11 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         kept = sorted((folder / "checkpoints").glob("step*.ckpt"))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise RunFailed(f"{error}; {last}") from error
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            "out of memory on the device: give hardware=gpu_12gb, or halve data.batch_size and double"
+            " trainer.accumulate_grad_batches; sdtune plan fits=GIB with the same settings says what would do"
+        ) from error
     finally:
         close(loggers, failed)
     return figures.get(top.optimized_metric) if top.optimized_metric else None
@@ -291,7 +141,7 @@ def _train(
     checkpoints: Checkpoints,
 ) -> None:
     if trainer.is_global_zero:
-        for line in report_lines.before(data, adapter.source, trainer):
+        for line in report_lines.before(data, adapter.source, trainer.max_steps):
             log.info(line)
         if start:
             log.info("resuming at step %d from %s", int(start.stem.removeprefix("step")), start)

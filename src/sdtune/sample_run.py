@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 
 from sdtune import adapters as files
 from sdtune import controlnets, hardware, prompts
+from sdtune.checks import plain
 from sdtune.controlnets import ControlImage
 from sdtune.grids import grid, save_png
 from sdtune.instantiate import build, check, check_value
-from sdtune.run import plain
 from sdtune.sample import describe
 from sdtune.sampling import Request, Sampling, generate
 

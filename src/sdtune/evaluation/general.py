@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from sdtune.data.previews import wanted
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.grids import grid, save_png
 from sdtune.hardware import precision
+from sdtune.paths import cache_folder
 from sdtune.sampling import Request, Sampling, generate
 
 REFERENCES = 64
@@ -53,6 +56,27 @@ def draw(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) ->
     half = precision("auto", kind) == "bf16-mixed"
     with torch.autocast(kind, torch.bfloat16, enabled=half):
         return list(generate(backbone, requests, sampling))
+
+
+def draw_base(
+    source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
+) -> list[np.ndarray]:
+    """What the backbone draws as it was; kept by content, so that runs on one backbone draw it once.
+
+    The drawing hangs on the device's kind and precision too, and these name it.
+    """
+    assert not any(request.maps for request in requests), "maps are not in the name"
+    wanted = repr((source.hash(), device.type, precision("auto", device.type), sampling, list(requests)))
+    file = cache_folder() / "base" / f"{hashlib.sha256(wanted.encode()).hexdigest()}.npy"
+    if not file.exists():
+        with base(source, device) as backbone:
+            pictures = np.stack(draw(backbone, requests, sampling))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
+        with partial.open("wb") as handle:
+            np.save(handle, pictures)
+        partial.replace(file)
+    return list(np.load(file))
 
 
 def references(data: PictureData) -> list[np.ndarray]:

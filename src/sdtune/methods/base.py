@@ -23,7 +23,7 @@ from sdtune.methods import draws
 from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.encoding import prepare
 from sdtune.methods.given import Average, MakeOptimizer
-from sdtune.methods.guard import skip_if_not_finite
+from sdtune.methods.guard import clip
 from sdtune.objective import Objective
 from sdtune.randomness import generator
 
@@ -129,9 +129,18 @@ class Adapter(pl.LightningModule, ABC):
         return list(groups.values())
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it, inject; Lightning may call this more than once."""
-        if hasattr(self, "backbone"):
-            return
+        """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
+        if not hasattr(self, "backbone"):
+            self._build()
+        if self._trainer is not None:
+            # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
+            self.suit(self.trainer.strategy.root_device)
+
+    def suit(self, device: torch.device) -> None:
+        """Attention and memory layout for ``device``."""
+        self.backbone.suit(device, *[model for model in self.children() if hasattr(model, "set_attn_processor")])
+
+    def _build(self) -> None:
         self.backbone = self.source.load(self.seed)
         if self.new_tokens:
             self.backbone.begin_tokens(self.new_tokens)
@@ -167,8 +176,6 @@ class Adapter(pl.LightningModule, ABC):
         return any(p.requires_grad for p in getattr(self.backbone, component).parameters())
 
     def on_fit_start(self) -> None:
-        beside = [model for model in self.children() if hasattr(model, "set_attn_processor")]
-        self.backbone.suit(self.device, *beside)
         self.backbone.schedule.to(self.device)
         self._halve_frozen()
         data = getattr(self.trainer, "datamodule", None)
@@ -198,7 +205,6 @@ class Adapter(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            assert isinstance(config.scheduler, torch.optim.lr_scheduler.LambdaLR)
             take_rates(config.scheduler)
 
     def _halve_frozen(self) -> None:
@@ -236,8 +242,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def losses(self, batch: Batch, stream: str = "train") -> Tensor:
         """The diffusion loss of each sample, float32 [B]; ``stream``, train or validation, names the draws."""
-        step, positions = batch["step"], batch["positions"]
-        moments = self._moments(batch)
+        step, positions, moments = batch["step"], batch["positions"], self._moments(batch)
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
         clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/vae", step, positions))
@@ -313,7 +318,10 @@ class Adapter(pl.LightningModule, ABC):
         return groups
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.optimizer_groups())
+        optimizer: Any = self.make_optimizer(self.optimizer_groups())
+        if self.trainer.precision == "16-mixed":
+            # A fused optimizer would take scaled gradients; then their norm could not be clipped before.
+            optimizer._step_supports_amp_scaling = False
         total = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -325,10 +333,9 @@ class Adapter(pl.LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
+        scaled = self.trainer.precision == "16-mixed"
         parameters = [p for _, p in self.trainable()]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-        self.step_figures["grad_norm"] = norm.detach()
-        self.step_figures["finite"] = skip_if_not_finite(optimizer, parameters, norm)
+        self.step_figures |= clip(optimizer, parameters, gradient_clip_val, self.step_figures["loss"], scaled)
 
     # --- checkpoints: only what is trained
 

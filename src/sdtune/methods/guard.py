@@ -8,6 +8,24 @@ import torch
 from torch import Tensor, nn
 
 
+def clip(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    limit: float | None,
+    loss: Tensor,
+    scaled: bool,
+) -> dict[str, Tensor]:
+    """Clip the gradients' joint norm to ``limit`` and guard the step; the figures, still on the device.
+
+    Args:
+        scaled: whether a gradient scaler (Micikevicius et al. 2018) looks after the step. It passes over gradients that
+            overflow, as they do while it finds its scale; only a loss that is not finite is then a failure.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf")).detach()
+    finite = torch.isfinite(loss) if scaled else skip_if_not_finite(optimizer, parameters, norm)
+    return {"grad_norm": norm, "finite": finite}
+
+
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: Tensor) -> Tensor:
     """Have ``optimizer`` pass over this step if the gradients' ``norm`` is not finite; returns the flag, on the device.
 

@@ -94,8 +94,7 @@ def measure(
     """
     adapter.on_fit_start()
     backbone = adapter.backbone
-    if not gpu:
-        backbone.suit(torch.device("cpu"))
+    adapter.suit(torch.device("cpu") if not gpu else _META)
     caches = cache_latents and not adapter.open("vae"), cache_text and not adapter.open("text_encoder")
     batch = _batch(adapter, 2 * count if pairs else count, side, *caches)
     if pairs:

@@ -56,6 +56,10 @@ class SceneSample:
         return resize_and_crop(mask(self.scene).convert("RGB"), size, offset, flip)[..., 0]
 
 
+def _prompt(noun: str, background: str, size: str | None) -> str:
+    return f"a photo of {article(f'{size} {noun}' if size else noun)} on {article(background)} background"
+
+
 @dataclass(kw_only=True, eq=False)
 class World(PictureData):
     """The world that pocket was trained on.
@@ -124,8 +128,11 @@ class Subject(PictureData):
 
     def prompt(self, background: str, size: str | None = None) -> str:
         """A prompt for the subject on a background."""
-        what = article(f"{size} {self.noun}" if size else self.noun)
-        return f"a photo of {what} on {article(background)} background"
+        return _prompt(self.noun, background, size)
+
+    def class_text(self, background: str, size: str | None = None) -> str:
+        """A prompt for the class on a background."""
+        return _prompt(self.class_word, background, size)
 
     def scenes(self) -> list[Scene]:
         """What the pictures show: both sizes, all places."""

@@ -16,7 +16,8 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
-from sdtune.evaluation.general import base, draw, references, trained
+from sdtune.evaluation.diversity import diversity
+from sdtune.evaluation.general import draw, draw_base, references, trained
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.data import Subject
@@ -28,15 +29,19 @@ from sdtune.sampling import Request, Sampling
 
 
 class SubjectFigures:
-    """Is the subject there, and is the background the one that was asked for?
+    """Is the subject there, on the background that was asked for, and is its class still the class?
 
     ``subject_accuracy``: share of pictures that the measuring classifier reads as the subject; ``background_accuracy``:
     share whose border has the colour of the prompt. Both on backgrounds absent from the training pictures, big
     objects, for the base too (``base_``). ``ceiling_subject_accuracy`` is the classifier's on true renders of the
     subject that went through the VAE; ``subject_gain`` = (value - base) / (ceiling - base).
 
+    Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the subject;
+    ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's.
+
     Args:
-        pictures: how many are drawn.
+        pictures: how many are drawn of the subject.
+        class_pictures: how many of the class; 0 leaves its figures out.
         seed: of the first picture; the others follow.
         clip: as in :class:`sdtune.evaluation.ClipFigures`.
         sampling: how.
@@ -45,12 +50,15 @@ class SubjectFigures:
     def __init__(
         self,
         pictures: Annotated[int, Ge(1)] = 210,
+        class_pictures: Annotated[int, Ge(0)] = 0,
         seed: Annotated[int, Ge(0)] = 1000,
         clip: str | None = "pocket",
         sampling: Sampling | None = None,
     ) -> None:
-        self.count, self.seed, self.clip = pictures, seed, clip
+        self.count, self.class_count, self.seed, self.clip = pictures, class_pictures, seed, clip
         self.sampling = sampling or Sampling()
+        if class_pictures and clip is None:
+            raise ValueError("evaluation.class_pictures: class_diversity needs a CLIP; give evaluation.clip=pocket too")
 
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
@@ -73,13 +81,18 @@ class SubjectFigures:
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
         wanted = [unseen[i % len(unseen)] for i in range(self.count)]
         requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
+        colours = list(BACKGROUNDS)
+        plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
+        others = [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
         reader, clip = classifier.load(), Clip(self.clip, device) if self.clip else None
-        figures: dict[str, Any] = {}
-        for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
-            with model as backbone:
-                pictures = draw(backbone, requests, self.sampling)
-                if prefix:
-                    figures["ceiling_subject_accuracy"] = self._ceiling(backbone, reader, data.subject, unseen)
+
+        drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
+        with trained(source, artifact, name, device) as backbone:
+            drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+            ceiling = self._ceiling(backbone, reader, data.subject, unseen)
+        figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
+        for prefix, both in drawn.items():
+            pictures, classes = both[: self.count], both[self.count :]
             stack = np.stack(pictures)
             read = np.array(reader.read(stack).object)
             figures[f"{prefix}subject_accuracy"] = float((read == data.subject).mean())
@@ -92,7 +105,16 @@ class SubjectFigures:
             columns = len(unseen)
             rows = [pictures[i : i + columns] for i in range(0, min(len(pictures), 8 * columns), columns)]
             save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}pictures.png")
-        room = figures["ceiling_subject_accuracy"] - figures["base_subject_accuracy"]
+            if classes and clip is not None:
+                leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
+                figures[f"{prefix}prior_leak"] = float(leaked.mean())
+                figures[f"{prefix}class_distance"] = diversity(clip.pictures(classes))
+                columns = len(colours)
+                rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
+                save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
+        if others:
+            figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
+        room = ceiling - figures["base_subject_accuracy"]
         gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
         figures["subject_gain"] = gain / room if room > 0 else None
         return figures

@@ -1,0 +1,164 @@
+"""Everything that can be refused before a training loads weights or writes a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+import torch
+from annotated_types import Ge, Gt
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import StringConstraints
+
+from sdtune import hardware
+from sdtune.backbone.tokens import NewToken
+from sdtune.data import PictureData
+from sdtune.instantiate import build, check, check_value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's own settings, at the top of the config.
+
+    Args:
+        name: names files; the data's name if None.
+        seed: decides every draw of the run.
+        save_every: optimizer steps between intermediate artifacts with their sample row.
+        resume: the folder of the run that goes on.
+        trust: further packages that ``_target_`` may name.
+        optimized_metric: the figure that ``train`` returns to a sweeper.
+        new_tokens: words to be learned beside what the method trains.
+        tokens_lr: the learning rate of their vectors; the optimizer's if None.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    save_every: Annotated[int, Ge(1)] | None = None
+    resume: str | None = None
+    trust: tuple[str, ...] = ()
+    optimized_metric: str | None = None
+    new_tokens: tuple[NewToken, ...] = ()
+    tokens_lr: Annotated[float, Gt(0)] | None = None
+
+
+_COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A resolved plain container; ValueError for a mandatory value that is missing."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    try:
+        missing = sorted(OmegaConf.missing_keys(own))
+        if missing:
+            raise ValueError(f"{missing[0]} is missing: give {missing[0]}=...")
+        container = OmegaConf.to_container(own, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def settings(config: dict[str, Any]) -> Settings:
+    """The top-level settings, checked."""
+    hints = get_type_hints(Settings.__init__, include_extras=True)
+    values = {key: config[key] for key in hints if config.get(key) is not None}
+    for key, value in values.items():
+        check_value(value, hints[key], key)
+    if values.get("name") == "pytorch_lora_weights":
+        raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
+    tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
+    return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})
+
+
+_TRAINER_RANGES: dict[str, Any] = {
+    "max_steps": Annotated[int, Ge(1)],
+    "accumulate_grad_batches": Annotated[int, Ge(1)],
+    "log_every_n_steps": Annotated[int, Ge(1)],
+    "val_check_interval": Annotated[int, Ge(1)],
+    "gradient_clip_val": Annotated[float, Gt(0)] | None,
+}
+_OURS = (
+    "max_epochs",
+    "callbacks",
+    "logger",
+    "plugins",
+    "default_root_dir",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "gradient_clip_algorithm",
+)
+"""Trainer arguments that the run sets itself."""
+
+
+def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
+    merged = {**config["trainer"], **config["hardware"]}
+    for key in hardware.SWITCHES:
+        merged.pop(key, None)
+    kind = str(merged.get("accelerator", "auto"))
+    merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
+    merged["accelerator"] = hardware.accelerator(kind)
+    return merged
+
+
+def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    hardware.check(config["hardware"])
+    for key, value in config["trainer"].items():
+        if key in _OURS:
+            raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
+        if key in _TRAINER_RANGES:
+            check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
+    check(trainer_arguments(config), "trainer", trust)
+    several = hardware.processes(config["hardware"]) > 1
+    if several and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        # Lightning would start the other processes with the sweep's own command line, each a sweep again.
+        raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
+
+
+def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
+    check(node, "optimizer", trust)
+    check_value(node.get("lr"), Annotated[float, Gt(0)] | None, "optimizer.lr")
+    try:
+        # torch's annotations hold no ranges; its constructors check them, and want something to optimise.
+        build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
+
+
+def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    """The checks of what is trained and how."""
+    check(config["backbone"], "backbone", trust)
+    check(config["method"], "method", trust, _COMMON)
+    for group in ("objective", "lr_schedule"):
+        check(config[group], group, trust)
+    _check_optimizer(config["optimizer"], trust)
+
+
+def check_run(config: dict[str, Any]) -> PictureData:
+    """Every check that needs no weights; returns the data, read."""
+    top = settings(config)
+    trust = top.trust
+    check_model(config, trust)
+    check(config["data"], "data", trust, ("seed",))
+    check(config["evaluation"], "evaluation", trust, ())
+    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
+        for key, node in config[group].items():
+            check(node, f"{group}.{key}", trust, given)
+    check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
+    _check_trainer(config, trust)
+    source = build(config["backbone"], trust)
+    facts = source.facts
+    data: PictureData = build(config["data"], trust, {"seed": top.seed})
+    data.open(facts.side, facts.factor)
+    accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
+    hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
+    # A constructor that refuses a pair of settings does so here.
+    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_data(data)
+    if config["evaluation"]:
+        build(config["evaluation"], trust).check(data, facts)
+    return data

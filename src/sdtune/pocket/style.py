@@ -1,0 +1,151 @@
+"""A style that pocket has never seen: the same objects as Noto Color Emoji draws them.
+
+The figures are of pocket's world and cannot be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge
+
+from sdtune.backbone import Facts, Pretrained
+from sdtune.data.pictures import PictureData
+from sdtune.data.samples import Sample
+from sdtune.evaluation.general import draw, draw_base, trained
+from sdtune.grids import grid, save_png
+from sdtune.pocket import classifier
+from sdtune.pocket.captions import full_caption
+from sdtune.pocket.data import SceneSample
+from sdtune.pocket.objects import BACKGROUNDS, PLACES, SIZES, TRAINED, Thing
+from sdtune.pocket.quality import agreement, psnr
+from sdtune.pocket.world import SIDE, Scene, compose
+from sdtune.pocket.world import draw as draw_scene
+from sdtune.randomness import generator
+from sdtune.sampling import Request, Sampling
+
+STYLE = "noto"
+
+
+def drawn() -> list[Thing]:
+    """The objects that the style has drawings of its own for, in a fixed random order."""
+    own = [thing for thing in TRAINED if thing.recolour is None]
+    return [own[int(i)] for i in generator(0, "style/objects").permutation(len(own))]
+
+
+@dataclass(kw_only=True, eq=False)
+class Style(PictureData):
+    """Pictures of some objects in the style, captioned as pocket's own with the style's word behind.
+
+    Args:
+        objects: of how many things; the others serve the evaluation.
+        pictures: how many, objects, backgrounds, sizes and places by turns and at random.
+        token: what captions call the style: "in sks style".
+    """
+
+    objects: Annotated[int, Ge(1)] = 20
+    pictures: Annotated[int, Ge(1)] = 200
+    token: str = "sks"
+
+    name: str = field(default="style", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(drawn()) - self.objects < 1:
+            raise ValueError(f"data.objects: the style has {len(drawn())} objects, and some must be left to measure on")
+
+    def caption(self, scene: Scene) -> str:
+        """What a prompt calls ``scene`` in the style."""
+        return f"{full_caption(scene)}, in {self.token} style"
+
+    def _scene(self, number: int) -> Scene:
+        rng = generator(0, "style/scene", number)
+        background, size, place = (list(table)[int(rng.integers(len(table)))] for table in (BACKGROUNDS, SIZES, PLACES))
+        return compose(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        scenes = [self._scene(number) for number in range(self.pictures)]
+        return [SceneSample(scene, self.caption(scene)) for scene in scenes], []
+
+
+class StyleFigures:
+    """Is the picture in the style, and still of the object that was asked for, where the object was not shown?
+
+    ``style_accuracy``: share of pictures that the measuring classifier reads as the style; ``object_accuracy`` and
+    ``background_accuracy``: share of which the object, the background is the prompt's. Big objects that training never
+    showed in the style; for the base too (``base_``). ``vae_psnr_db``: how well the VAE rebuilds true renders of them.
+
+    Args:
+        objects: how many of those that were not shown.
+        seeds: pictures of each.
+        seed: of the first picture; the others follow.
+        sampling: how.
+    """
+
+    def __init__(
+        self,
+        objects: Annotated[int, Ge(1)] = 26,
+        seeds: Annotated[int, Ge(1)] = 8,
+        seed: Annotated[int, Ge(0)] = 1000,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.objects, self.seeds, self.seed = objects, seeds, seed
+        self.sampling = sampling or Sampling()
+
+    def check(self, data: PictureData, facts: Facts) -> None:
+        """ValueError before any weights are loaded."""
+        if not isinstance(data, Style):
+            raise ValueError(
+                "evaluation: pocket_style measures a style of pocket's world (data=pocket_style); for one's own"
+                " pictures choose evaluation=clip"
+            )
+        left = len(drawn()) - data.objects
+        if self.objects > left:
+            raise ValueError(f"evaluation.objects: {self.objects}, but data.objects={data.objects} leaves {left}")
+        if self.sampling.size(facts.side) != (SIDE, SIDE):
+            raise ValueError(f"evaluation: pocket_style reads {SIDE}x{SIDE} pictures, others are asked for")
+        self.sampling.check(facts.factor)
+
+    def _scenes(self, data: Style) -> list[Scene]:
+        names = [thing.name for thing in drawn()[data.objects : data.objects + self.objects]]
+        colours, rng = list(BACKGROUNDS), generator(self.seed, "evaluation/style")
+        pairs = [(name, colours[(i + k) % len(colours)]) for k in range(self.seeds) for i, name in enumerate(names)]
+        return [compose(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
+
+    def run(
+        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+    ) -> dict[str, Any]:
+        """The figures; grids of what was measured go to ``folder``."""
+        assert isinstance(data, Style)
+        scenes = self._scenes(data)
+        requests = [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(scenes)]
+        renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
+        pictures = {"base_": draw_base(source, requests, self.sampling, device)}
+        figures: dict[str, Any] = {}
+        with trained(source, artifact, name, device) as backbone:
+            pictures[""] = draw(backbone, requests, self.sampling)
+            figures["vae_psnr_db"] = _psnr(backbone.vae, renders)
+        figures["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
+        reader = classifier.load()
+        for prefix, found in pictures.items():
+            stack = np.stack(found)
+            readings = reader.read(stack)
+            figures[f"{prefix}style_accuracy"] = agreement(readings.style, [STYLE] * len(scenes))
+            figures[f"{prefix}object_accuracy"] = agreement(readings.object, [scene.thing for scene in scenes])
+            figures[f"{prefix}background_accuracy"] = agreement(
+                classifier.background(stack), [scene.background for scene in scenes]
+            )
+            columns = min(self.objects, 13)
+            rows = [found[i : i + columns] for i in range(0, min(len(found), 6 * columns), columns)]
+            labels = [scene.thing for scene in scenes[:columns]]
+            save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
+        return figures
+
+
+def _psnr(vae: Any, renders: np.ndarray) -> float:
+    return float(psnr(classifier.reconstruct(vae.cpu(), renders), renders).mean())

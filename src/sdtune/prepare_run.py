@@ -1,0 +1,81 @@
+"""The work of ``sdtune prepare``: class pictures, caches and control maps, and pictures of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from sdtune import report_lines
+from sdtune.checks import check_run, plain, settings, trainer_arguments
+from sdtune.children import wait_for_children
+from sdtune.data import PictureData
+from sdtune.data.samples import Sample
+from sdtune.grids import grid, save_png
+from sdtune.instantiate import build
+from sdtune.run import build_adapter
+
+log = logging.getLogger("sdtune")
+
+_SHOWN = 64
+_ROW = 8
+
+
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+    """The same checks as before a training."""
+    data = check_run(plain(config))
+    return lambda composed: execute(plain(composed), data, folder)
+
+
+def execute(config: dict[str, Any], data: PictureData, folder: Path) -> None:
+    """Fill what the training would fill, and write pictures of what it will see."""
+    top = settings(config)
+    given = {
+        "max_epochs": -1,
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+    }
+    # A training of no steps: all that comes before the first one happens, on every process.
+    arguments = {**trainer_arguments(config), "max_steps": 0}
+    trainer: pl.Trainer = build(arguments, top.trust, given)
+    adapter = build_adapter(config)
+    if trainer.is_global_zero:
+        for line in report_lines.before(data, adapter.source, config["trainer"]["max_steps"]):
+            log.info(line)
+    trainer.fit(adapter, datamodule=data)
+    if trainer.is_global_zero:
+        _show(data, folder)
+    wait_for_children(trainer)
+
+
+def _show(data: PictureData, folder: Path) -> None:
+    samples = list(data.train[:_SHOWN])
+    _sheet(samples, [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in samples], folder / "pictures.png")
+    if data.class_samples:
+        shown = list(data.class_samples[:_SHOWN])
+        _sheet(shown, [s.pixels(s.size, (0.5, 0.5), False) for s in shown], folder / "class.png")
+        place = Path(str(data.class_samples[0])).parent
+        log.info("class: %d pictures of %r in %s", len(data.class_samples), shown[0].caption, place)
+    if data.control is not None:
+        maps = [data.control.map(sample, data.bucket(sample)) for sample in samples]
+        for number, (sample, drawn) in enumerate(zip(samples, maps, strict=True)):
+            save_png(drawn, folder / "maps" / f"{number:05d}.png", {"caption": sample.caption, "picture": str(sample)})
+        _sheet(samples, maps, folder / "maps.png")
+    log.info("to look at: %s", folder)
+
+
+def _sheet(samples: Sequence[Sample], pictures: list[np.ndarray], path: Path) -> None:
+    """One grid of pictures, each cropped to the smallest sides among them."""
+    height, width = (min(p.shape[axis] for p in pictures) for axis in (0, 1))
+    same = [p[:height, :width] for p in pictures]
+    save_png(grid([same[i : i + _ROW] for i in range(0, len(same), _ROW)]), path)
+    log.info("%d of them: %s", len(samples), path)

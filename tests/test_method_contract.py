@@ -1,0 +1,286 @@
+"""What every method is held to, found by itself from ``conf/method``: a sixth one is tested without a line here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from safetensors.torch import load_file
+from torch import Tensor
+
+from running import Spy, adamw, arguments, fit, folder_data, rows, train
+from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken
+from sdtune.callbacks import EMA
+from sdtune.data.control import as_map
+from sdtune.data.edges import Canny
+from sdtune.evaluation.general import trained
+from sdtune.instantiate import resolve
+from sdtune.paths import config_folder
+from sdtune.sampling import Request, Sampling, generate
+
+METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
+
+WORD = NewToken("<new>", "a word")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with settings, and what its data needs."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        values = (v if isinstance(v, str) else "+".join(v) for v in self.settings.values())
+        return "-".join([self.name, *values])
+
+    @property
+    def kind(self) -> Any:
+        node = yaml.safe_load((config_folder() / "method" / f"{self.name}.yaml").read_text())
+        return resolve(node["_target_"], "method")
+
+    def model(self, tiny: Path, lr: float = 1e-2, **more: Any) -> Any:
+        words = {"new_tokens": [WORD]} if self.kind.needs_tokens else {}
+        return self.kind(backbone=Pretrained(str(tiny)), optimizer=adamw(lr), **self.settings, **words, **more)
+
+    def data(self, tiny: Path, pictures: Path, **more: Any) -> Any:
+        """The first of these that the method does not refuse; its word, where it learns one, in every prompt."""
+        words = {"templates": ["<new> {}"]} if self.kind.needs_tokens else {}
+        model = self.model(tiny)
+        for needed in ({}, {"control": Canny()}, {"class_prompt": "a dog", "class_pictures": 2}):
+            data = folder_data(pictures, **{**needed, **words, **more})
+            try:
+                model.check_data(data)
+            except ValueError:
+                continue
+            return data
+        raise AssertionError(f"no data suits {self.name}")
+
+    def command(self) -> list[str]:
+        own = [f"method={self.name}"]
+        if self.kind.needs_tokens:
+            own += ['new_tokens=[{token: "<new>", init: "a word"}]', "data.templates=['<new> {}']"]
+        if self.name == "controlnet":
+            own.append("data/control=canny")
+        if self.name == "dreambooth":
+            own += ["data.class_prompt=a dog", "data.class_pictures=2"]
+        return own
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five pictures with edges in them, and captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        pixels = np.full((36, 40, 3), 30 * i, dtype=np.uint8)
+        pixels[6 + i : 24, 8 : 20 + 3 * i] = (250, 40 * i, 90)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture number {i}")
+    return folder
+
+
+PLAIN = [Case(name) for name in METHODS]
+MORE = [
+    Case("lora", {"targets": ["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]}),
+    Case("full", {"parts": ["unet", "text_encoder", "vae"]}),
+    Case("dreambooth", {"parts": ["unet", "text_encoder"]}),
+    Case("controlnet", {"unet": "decoder"}),
+    Case("controlnet", {"unet": "open"}),
+]
+every = pytest.mark.parametrize("case", [*PLAIN, *MORE], ids=str)
+each = pytest.mark.parametrize("case", PLAIN, ids=str)
+
+
+def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items() if key not in names}
+
+
+# --- what is trained
+
+
+@every
+def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, tiny: Path, pictures: Path) -> None:
+    # Zero convolutions in series: a ControlNet's embedding has no gradient before the third step.
+    steps = 3 if case.name == "controlnet" else 2
+    model, spy = case.model(tiny), Spy()
+    model.configure_model()
+    opened = {name for name, _ in model.trainable()}
+    before = bits(model, opened)
+    fit(model, case.data(tiny, pictures), steps, [spy])
+    assert {name for name, _ in model.trainable()} == opened
+    without = [name for name, gradient in spy.gradients[-1].items() if not gradient.any()]
+    assert not without
+    after = bits(model, opened)
+    assert before.keys() == after.keys()
+    moved = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert not moved
+
+
+@every
+def test_at_step_0_it_is_the_base(case: Case, tiny: Path) -> None:
+    model, base = case.model(tiny), Pretrained(str(tiny)).load()
+    base.suit(torch.device("cpu"))
+    model.configure_model()
+    model.suit(torch.device("cpu"))
+    model.eval()
+    rng = torch.Generator().manual_seed(0)
+    noisy, maps = torch.randn(2, 4, 8, 8, generator=rng), torch.rand(2, 3, 32, 32, generator=rng)
+    timesteps, prompts = torch.tensor([5, 800]), ["a fox", ""]
+    with torch.no_grad():
+        mine = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
+        wanted = base.predict(noisy, timesteps, base.encode_text(prompts))
+    assert torch.equal(mine, wanted)
+
+
+# --- what the loss is
+
+
+class Losses(Callback):
+    """The batches, and each row's loss."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = {**batch}
+        with torch.no_grad():
+            self.losses = pl_module.losses({**batch})
+
+
+@each
+def test_the_loss_is_plain_diffusers(case: Case, tiny: Path, pictures: Path) -> None:
+    """At step 0, where each method is the base: every row, those of the class too."""
+    seen = Losses()
+    model = case.model(tiny, lr=0.0)
+    fit(model, case.data(tiny, pictures), 1, [seen])
+    batch = seen.batch
+    pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+    prompts = batch["prompts"]
+    if case.kind.needs_tokens:
+        model.artifact(pictures.parent / "artifact", "it")
+        pipe.load_textual_inversion(str(pictures.parent / "artifact"), weight_name="learned_embeds.safetensors")
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    count = len(prompts)
+    with torch.no_grad():
+        text = pipe.text_encoder(ids)[0]
+        mean, log_variance = batch["moments"].chunk(2, dim=1)
+        drawn = model.noise((4, 8, 8), "train/vae", 0, batch["positions"])
+        clean = (mean + (0.5 * log_variance).exp() * drawn) * pipe.vae.config.scaling_factor
+        noise = model.noise((4, 8, 8), "train/noise", 0, batch["positions"])
+        from sdtune.methods.draws import timesteps
+
+        times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
+        output = pipe.unet(
+            pipe.scheduler.add_noise(clean, noise, times), times, encoder_hidden_states=text
+        ).sample  # fmt: skip
+    wanted = (output - noise).square().mean((1, 2, 3))
+    assert wanted.shape == (count,)
+    torch.testing.assert_close(seen.losses, wanted, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_caches_change_nothing(case: Case, tiny: Path, pictures: Path) -> None:
+    losses = []
+    for cached in (True, False):
+        spy = Spy()
+        data = case.data(tiny, pictures, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
+        fit(case.model(tiny), data, 3, [spy])
+        losses.append(spy.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 3
+
+
+# --- what is kept
+
+
+@every
+def test_saved_and_loaded_it_draws_the_same(case: Case, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    model, data = case.model(tiny, lr=1e-2), case.data(tiny, pictures)
+    trainer = fit(model, data, 2)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
+
+    model.artifact(tmp_path / "artifact", "mine")
+    size = (32, 32)
+    maps = (data.control.map(data.train[0], size),) if data.control is not None else ()
+    requests = [Request("a fox <new>", 3, maps)]
+    settings = Sampling(steps=2, guidance=3.0)
+    model.eval()
+
+    def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, shown: Any) -> Tensor:
+        return model.denoise(noisy, timestep, text, {"control": shown[0]} if shown else {})
+
+    [mine] = generate(model.backbone, requests, settings, denoise)
+    with trained(Pretrained(str(tiny)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
+        [theirs] = generate(loaded, requests, settings)
+    base = Pretrained(str(tiny)).load()
+    base.suit(torch.device("cpu"))
+    [before] = generate(base, [Request("a fox <new>", 3)], settings)
+    assert np.abs(mine.astype(int) - theirs).max() <= 1
+    assert np.abs(mine.astype(int) - before).max() > 1
+    assert as_map(mine).shape == (3, 32, 32)
+
+
+@each
+def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Bit for bit, with two loader workers, accumulation and an average of the weights."""
+    common = [a for a in arguments(tiny, pictures, tmp_path, *case.command()) if not a.startswith(
+        ("method=lora", "method.rank", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
+    common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
+    common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=2", "optimizer.lr=1e-3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*common, f"hydra.run.dir={whole}", "trainer.max_steps=4") == 0
+    assert train(*common, f"hydra.run.dir={parts}", "trainer.max_steps=2") == 0
+    assert train(f"resume={parts}", "trainer.max_steps=4") == 0
+    assert rows(whole) == rows(parts)
+    files = {p.relative_to(whole / "artifact") for p in (whole / "artifact").rglob("*.safetensors")}
+    assert files
+    for file in files:
+        one, other = load_file(whole / "artifact" / file), load_file(parts / "artifact" / file)
+        assert all(torch.equal(value, other[key]) for key, value in one.items()), file
+
+
+# --- several processes
+
+_SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+def test_two_processes_are_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Under torchrun, all methods in one start; the same global batch in one process gives the same losses."""
+    out = tmp_path / "losses.json"
+    names = [*METHODS, "lora-text"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(_SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_SCRIPT.parent)}
+    done = subprocess.run(
+        [*command, str(tiny), str(pictures), str(out), *names], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert sorted(found) == sorted(names)
+    for name in names:
+        spy = Spy()
+        case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
+        fit(case.model(tiny, lr=1e-3), case.data(tiny, pictures, batch_size=4), 4, [spy])
+        assert found[name] == pytest.approx(spy.losses, rel=1e-5), name
+
+
+def test_an_average_stands_in_when_a_run_leaves_its_files(tiny: Path, pictures: Path) -> None:
+    case = Case("full")
+    model, ema = case.model(tiny, lr=1e-2), EMA(decay=0.5)
+    fit(model, case.data(tiny, pictures), 2, [ema])
+    own = {name: p.detach().clone() for name, p in model.trainable()}
+    with model.final_weights():
+        assert all(torch.equal(p, ema.shadow[name]) for name, p in model.trainable())
+    assert all(torch.equal(p, own[name]) for name, p in model.trainable())

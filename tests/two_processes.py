@@ -1,0 +1,43 @@
+"""Run by torchrun from tests/test_method_contract.py: each method's losses over two processes, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from running import fit
+from test_method_contract import MORE, Case
+
+
+class Mean(Callback):
+    """The loss of each step, over both processes."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        value = trainer.strategy.reduce(pl_module.step_figures["loss"].clone(), reduce_op="mean")
+        self.losses.append(float(value))
+
+
+def main() -> None:
+    tiny, pictures, out, *names = sys.argv[1:]
+    found: dict[str, list[float]] = {}
+    for name in names:
+        case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
+        model, data = case.model(Path(tiny), lr=1e-3), case.data(Path(tiny), Path(pictures), batch_size=4)
+        seen = Mean()
+        trainer = fit(model, data, 4, [seen], strategy="ddp", devices=2, use_distributed_sampler=False)
+        found[name] = seen.losses
+        if trainer.is_global_zero:
+            Path(out).write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
