@@ -98,8 +98,8 @@ def main(
         return
     for override in args.overrides:
         key = override.split("=", 1)[0].lstrip("+~")
-        # data.token is a word of a prompt.
-        if _SECRET.search(key) and not key.startswith("data."):
+        # data.token and new_tokens are words of a prompt.
+        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens")):
             refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
     if args.multirun and not writes:
         refuse(f"--multirun: sdtune {command} runs once; leave it out")

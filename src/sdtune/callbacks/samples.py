@@ -58,7 +58,7 @@ class Samples(Callback):
         def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
-        with module.final_weights(), module.resident(), trainer.precision_plugin.forward_context():
+        with module.final_weights(), module.away.back(), trainer.precision_plugin.forward_context():
             pictures = list(generate(module.backbone, requests, self.sampling, denoise))
         for m, training in modes.items():
             m.training = training

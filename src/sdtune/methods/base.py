@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from sdtune.formats import embeddings
 from sdtune.lr_schedule import Constant, LRSchedule, take_rates
 from sdtune.methods import draws
 from sdtune.methods.activations import checkpoint_activations
+from sdtune.methods.away import Away
 from sdtune.methods.encoding import prepare
 from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.guard import clip
@@ -67,8 +68,7 @@ class Adapter(pl.LightningModule, ABC):
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
         """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
-        self._away: list[str] = []
-        """Components that wait off the device, since all that they would make in a step is cached."""
+        self.away = Away()
         self.flushed: dict[str, float] = {}
         """The last figures brought over from the device, for the progress bar."""
         self.average: Average | None = None
@@ -182,26 +182,10 @@ class Adapter(pl.LightningModule, ABC):
         if isinstance(data, PictureData):
             self.check_data(data)
             prepare(self, data)
-            self._away = [
-                component
-                for component, cache in (("vae", data.latent_cache), ("text_encoder", data.text_cache))
-                if self.offload and cache is not None
-            ]
-            self._move_away()
-
-    def _move_away(self) -> None:
-        for component in self._away:
-            getattr(self.backbone, component).to("cpu")
-
-    @contextmanager
-    def resident(self) -> Iterator[None]:
-        """Within it, all of the backbone is on the device, what is kept away from it too."""
-        try:
-            for component in self._away:
-                getattr(self.backbone, component).to(self.device)
-            yield
-        finally:
-            self._move_away()
+            if self.offload:
+                cached = {"vae": data.latent_cache, "text_encoder": data.text_cache}
+                parts = [getattr(self.backbone, name) for name, cache in cached.items() if cache is not None]
+                self.away = Away(parts, self.device)
 
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
