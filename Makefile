@@ -61,8 +61,10 @@ pocket-train: .venv/.installed ## train pocket from nothing: hours; saves as it 
 	$(BIN)/python -m sdtune.pocket.clip $(POCKET)
 	$(BIN)/python -m sdtune.pocket.classifier $(POCKET)
 	test -d $(POCKET)/pipeline || $(BIN)/python -m sdtune.pocket.assemble $(POCKET)
-	if test -d $(POCKET)/unet/checkpoints; then $(BIN)/sdtune train resume=$(POCKET)/unet; \
-	else $(BIN)/sdtune train experiment=pocket/unet backbone.path=$(POCKET)/pipeline hydra.run.dir=$(POCKET)/unet; fi
+	if test -f $(POCKET)/unet/metrics.json; then echo "$(POCKET)/unet is complete"; \
+	elif ls $(POCKET)/unet/checkpoints/step*.ckpt >/dev/null 2>&1; then $(BIN)/sdtune train resume=$(POCKET)/unet; \
+	else rm -rf $(POCKET)/unet && \
+	$(BIN)/sdtune train experiment=pocket/unet backbone.path=$(POCKET)/pipeline hydra.run.dir=$(POCKET)/unet; fi
 
 pocket-ship: .venv/.installed ## put what pocket-train made into the package
 	$(BIN)/python -m sdtune.pocket.assemble $(POCKET) --unet $(POCKET)/unet/artifact/pocket/unet --ship

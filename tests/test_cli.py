@@ -22,14 +22,17 @@ def test_answers_at_once(arguments: tuple[str, ...]) -> None:
     best = float("inf")
     for _ in range(3):  # the best of three: the machine may be busy with other tests
         began = time.perf_counter()
-        sdtune(*arguments)
+        done = sdtune(*arguments)
         best = min(best, time.perf_counter() - began)
     assert best < 1.5
+    wanted = (2, "methd: there is no such setting") if "methd.rank=4" in arguments else (0, "method")
+    assert done.returncode == wanted[0]
+    assert wanted[1] in done.stdout + done.stderr
 
 
 def test_help_names_every_command() -> None:
     said = sdtune("--help").stdout
-    assert all(name in said for name in ("train", "sample", "plan", "evaluate"))
+    assert all(name in said for name in ("train", "prepare", "sample", "plan", "evaluate"))
 
 
 def test_an_unknown_command_is_refused_with_the_one_meant() -> None:

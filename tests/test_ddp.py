@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,21 @@ def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path)
     assert log.read_text().splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{int(rows(run)[-1]['step']):08d}.ckpt"]
     assert (run / "artifact" / "mine.safetensors").exists()
+
+
+def test_torchrun_starts_it_as_well(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run, one = tmp_path / "run", tmp_path / "one"
+    common = ["name=mine", "trainer.max_steps=3", "data.batch_size=4", "optimizer.lr=1e-3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
+    own = _on_two(arguments(tiny, pictures, run, *common))
+    done = subprocess.run(
+        [*launch, "-m", "sdtune.train", *own],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "metrics.json").is_file()
+    assert train(*arguments(tiny, pictures, one, *common)) == 0
+    assert [float(r["loss"]) for r in rows(run)] == pytest.approx([float(r["loss"]) for r in rows(one)], rel=1e-5)

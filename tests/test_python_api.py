@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,23 @@ def test_plain_python(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: p
     [base] = sdtune.sample("a photo of an otter", backbone=backbone, sampling=few)
     assert picture.size == (32, 32)
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(base)).max() > 0
+
+
+def test_the_readmes_lines_run(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, but on the tiny backbone and for two steps."""
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [lines] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for old, new in (
+        ('Pretrained("pocket")', f'Pretrained("{tiny}")'),
+        ('path="DIR"', f'path="{pictures}"'),
+        ("max_steps=400", "max_steps=2"),
+        ("sdtune.sample(", f'sdtune.sample(backbone=Pretrained("{tiny}"), prompt='),
+    ):
+        assert old in lines
+        lines = lines.replace(old, new)
+    exec(compile(lines, "README.md", "exec"), {})
+    assert {p.name for p in tmp_path.iterdir()} >= {"otter", "otter.png"}
 
 
 def test_validation_by_lightnings_defaults(tiny: Path, pictures: Path) -> None:

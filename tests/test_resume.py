@@ -31,6 +31,12 @@ def same(run: Path, reference: Path) -> None:
 
 
 VARIANTS = {
+    "accumulation and validation": [
+        "data.batch_size=2",
+        "trainer.accumulate_grad_batches=2",
+        "data.hold_out=5",
+        "trainer.val_check_interval=3",
+    ],
     "plain": ["method.dropout=0.2", "lr_schedule=cosine", "data.hold_out=5", "trainer.val_check_interval=5"],
     "accumulation and average": [
         "data.batch_size=4",
@@ -73,6 +79,7 @@ def test_killed_and_resumed_is_never_killed(
 @pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3", "data.workers=1"]
+    common += ["data.hold_out=5", "trainer.val_check_interval=7"]
     run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "stopped.log"
     process = start(log, *arguments(tiny, pictures, run, *common))
     wait_for_step(process, run, 3, log)
@@ -85,7 +92,9 @@ def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: P
         f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved."
         f" Go on with: sdtune train resume={run}"
     )
-    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{stopped_at:08d}.ckpt"]
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert kept - {"best.ckpt"} == {f"step{stopped_at:08d}.ckpt"}
+    assert all(int(r["step"]) % 7 == 0 for r in rows(run) if r["validation_loss"])
     assert (run / "artifact" / "mine.safetensors").exists()
     assert not (run / "metrics.json").exists()
 

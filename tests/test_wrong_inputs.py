@@ -138,7 +138,6 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "negative clip": (["trainer.gradient_clip_val=-1"], ("trainer.gradient_clip_val", "-1", "greater than 0")),
     "an argument of the run's own": (["+trainer.max_epochs=3"], ("trainer.max_epochs", "leave it out")),
     "no devices": (["hardware.devices=0"], ("hardware.devices", "0", "at least 1")),
-    "a GPU that is not there": (["hardware=gpu"], ("hardware.accelerator", "gpu", "hardware=cpu")),
     "a name that leads elsewhere": (["name=../x"], ("name", "../x")),
     "seed -1": (["seed=-1"], ("seed", "-1")),
     "save_every 0": (["save_every=0"], ("save_every", "0")),
@@ -353,3 +352,42 @@ def test_what_is_right_is_not_refused(line: CommandLine, pictures: Path) -> None
     assert code == 0, "\n".join(lines)
     assert (line.run / "metrics.json").is_file()
     assert (line.run / "artifact" / "pictures.safetensors").is_file()
+
+
+# --- backbones that cannot be loaded
+
+
+def spoilt(tiny: Path, folder: Path, spoil: Callable[[Path], object]) -> Path:
+    copy = Path(shutil.copytree(tiny, folder / "backbone"))
+    spoil(copy)
+    return copy
+
+
+BACKBONES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "pickles alone": (
+        lambda f: (f / "unet/diffusion_pytorch_model.safetensors").rename(f / "unet/diffusion_pytorch_model.bin"),
+        ("backbone.path", "unet", "diffusion_pytorch_model.safetensors"),
+    ),
+    "truncated weights": (
+        lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"abc"),
+        ("vae", "truncated"),
+    ),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ("tokenizer",)),
+}
+
+
+@pytest.mark.parametrize("case", BACKBONES)
+def test_a_backbone_that_cannot_be_loaded(line: CommandLine, pictures: Path, case: str) -> None:
+    spoil, words = BACKBONES[case]
+    folder = spoilt(line.tiny, line.folder, spoil)
+    line.train(pictures, f"backbone.path={folder}", words=words)
+
+
+def test_another_top_config_is_not_passed_over(line: CommandLine, pictures: Path) -> None:
+    line.refuses("train", "-cn", "mine", *line.training(pictures)[1:], words=("-cn", "experiment=mine"))
+
+
+def test_resuming_elsewhere(line: CommandLine, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    holds_a_run(line, pictures)
+    line.refuses("train", f"resume={line.run}", "hydra.run.dir=x", words=("resume", "hydra.run.dir=x", "another run"))

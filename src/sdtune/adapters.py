@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdtune.backbone.backbone import Backbone
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
-from sdtune.formats.files import read_safetensors
+from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
 
 
@@ -47,11 +47,21 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def check_file(path: str) -> None:
-    """ValueError where there is no adapter; reads no weights."""
+def check_file(path: str, backbone_hash: str) -> None:
+    """ValueError where there is no adapter, or one that was trained on another backbone; reads headers alone."""
     place = Path(path).expanduser()
     if not place.exists():
         raise ValueError(f"adapters.path: {path} does not exist; name a .safetensors file or a run's artifact folder")
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"adapters.path: {path} holds no .safetensors file; name a run's artifact folder")
+    for file in files:
+        theirs = read_metadata(file).get("sdtune_backbone_hash", backbone_hash)
+        if theirs != backbone_hash:
+            raise ValueError(
+                f"{path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
+                " name the one that it was trained on with backbone.path="
+            )
 
 
 def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -> list[Loaded]:
@@ -79,24 +89,12 @@ def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -
 
 
 def _read(file: AdapterFile, backbone_hash: str, modules: Mapping[str, nn.Linear | nn.Conv2d]) -> Loaded:
-    check_file(file.path)
+    check_file(file.path, backbone_hash)
     place = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
-    if place.is_dir():
-        words, abouts = embeddings.read_folder(place)
-    else:
-        tensors, about = read_safetensors(place)
-        words, abouts = embeddings.parse(place, tensors, about), [about]
+    words = embeddings.read_folder(place) if place.is_dir() else embeddings.parse(place, *read_safetensors(place))
     if (place / FILE_NAME).is_file() or not words:
-        weights, about = read_lora(place, modules)
-        abouts.append(about)
-    for about in abouts:
-        theirs = about.get("sdtune_backbone_hash", backbone_hash)
-        if theirs != backbone_hash:
-            raise ValueError(
-                f"{file.path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
-                " name the one that it was trained on with backbone.path="
-            )
+        weights, _ = read_lora(place, modules)
     for path, (down, up) in weights.pairs.items():
         site = modules.get(path)
         if site is None:

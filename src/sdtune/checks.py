@@ -100,6 +100,9 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     merged = {**config["trainer"], **config["hardware"]}
     for key in hardware.SWITCHES:
         merged.pop(key, None)
+    if isinstance(merged.get("val_check_interval"), int):
+        # Lightning counts micro-batches.
+        merged["val_check_interval"] *= int(merged.get("accumulate_grad_batches", 1))
     kind = str(merged.get("accelerator", "auto"))
     merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
     merged["accelerator"] = hardware.accelerator(kind)
@@ -161,4 +164,5 @@ def check_run(config: dict[str, Any]) -> PictureData:
     build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_data(data)
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
+    source.check()
     return data

@@ -17,6 +17,8 @@ from sdtune.instantiate import build
 
 log = logging.getLogger("sdtune")
 
+_WITH_CLIP = "sdtune.evaluation.ClipFigures"
+
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The run's own config decides what is measured."""
@@ -32,8 +34,10 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     assert isinstance(loaded, DictConfig)
     # The run's config may come from somebody else: only what the user trusts here counts.
     trained = {**plain(loaded), "trust": own["trust"], "hardware": own["hardware"]}
+    if own["clip"] is not None:
+        trained["evaluation"] = {**(trained["evaluation"] or {"_target_": _WITH_CLIP}), "clip": str(own["clip"])}
     if not trained["evaluation"]:
-        raise ValueError(f"run: {run} was trained with evaluation=none; there is nothing to measure")
+        raise ValueError(f"run: {run} was trained with evaluation=none; give clip=FOLDER to measure it with a CLIP")
     data = check_run(trained)
     accelerator = str(own["hardware"]["accelerator"])
     return lambda composed: execute(trained, data, run, accelerator, folder)

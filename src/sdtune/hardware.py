@@ -42,8 +42,13 @@ def check(node: Mapping[str, Any], here: bool = True) -> None:
 
 def processes(node: Mapping[str, Any]) -> int:
     """How many processes a ``hardware`` node asks for."""
-    devices = node.get("devices", 1)
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    devices, kind = node.get("devices", 1), str(node.get("accelerator", "auto"))
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count()) if accelerator(kind) in ("gpu", "cuda") else 1
+    else:
+        count = int(devices) if str(devices).isdigit() else len(str(devices).split(","))
     return count * int(node.get("num_nodes", 1))
 
 

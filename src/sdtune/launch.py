@@ -96,6 +96,13 @@ def main(
     if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
         _ask_hydra(command, args, parser)
         return
+    for option, value in (
+        ("-cn", args.config_name),
+        ("-cp", args.config_path),
+        ("--experimental-rerun", args.experimental_rerun),
+    ):
+        if value:
+            refuse(f"{option}: sdtune has one top config a command; name a recipe with -cd DIR experiment={value}")
     for override in args.overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         # data.token and new_tokens are words of a prompt.
@@ -127,6 +134,8 @@ def main(
         refuse(str(error))
     except RunFailed as error:
         refuse(str(error), code=1)
+    except KeyboardInterrupt:
+        refuse("stopped; a training that has begun goes on with sdtune train resume=RUN", code=130)
     except OSError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or error.errno is None:
             raise
@@ -220,13 +229,21 @@ def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: D
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
         hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
+    except SystemExit:
+        _clear(folder, existed)
+        raise
     finally:
         GlobalHydra.instance().clear()
     if raised:
-        begun = (folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))
-        if isinstance(raised[0], ValueError) and not existed and not begun:
-            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(raised[0], ValueError):
+            _clear(folder, existed)
         raise raised[0]
+
+
+def _clear(folder: Path, existed: bool) -> None:
+    """Leave no folder of a run that had not begun."""
+    if not existed and not (folder / "metrics.csv").exists() and not any(folder.glob("checkpoints/*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:

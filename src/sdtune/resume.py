@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def rewrite(argv: list[str]) -> list[str]:
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
     asks = [a for i, a in enumerate(argv) if (i in values or a.startswith("-")) and not _names_folder(argv, i)]
     for override in fresh:
-        if not override.lstrip("+~").startswith(_MAY_CHANGE) and override not in own:
+        free = override.lstrip("+~").startswith(_MAY_CHANGE)
+        if override.startswith("hydra.") and "LOCAL_RANK" not in os.environ:
+            free = False  # only a process that Lightning starts for another device is told Hydra's part
+        if not free and override not in own:
             raise ValueError(
                 f"resume: {override} would make it another run; only hardware, logger, callbacks and"
                 " trainer.max_steps may change"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,9 @@ def _figures(
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
         evaluation = build(config["evaluation"], trust)
         figures |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
+    odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
+    if odd:
+        figures |= {**dict.fromkeys(odd), "reasons": {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}}
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
     write_json(folder / "metrics.json", figures)

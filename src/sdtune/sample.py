@@ -70,7 +70,7 @@ def sample(
     source = backbone or Pretrained(guidance=3.0)
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
     for file in wanted:
-        files.check_file(file.path)
+        files.check_file(file.path, source.hash())
     entries = [{"path": control}] if isinstance(control, str | Path) else control
     controls = [controlnets.read(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
     settings = sampling or Sampling(guidance=source.guidance)

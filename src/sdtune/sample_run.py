@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from sdtune import adapters as files
 from sdtune import controlnets, hardware, prompts
+from sdtune.backbone.backbone import autocast
 from sdtune.checks import plain
 from sdtune.controlnets import ControlImage
 from sdtune.grids import grid, save_png
@@ -37,6 +37,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_value(container["seeds"], list[int], "seeds")
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
+    source.check()
     for index, adapter in enumerate(container["adapters"]):
         check_value(adapter, dict[str, Any], f"adapters[{index}]")
         unknown = set(adapter) - {"path", "strength"}
@@ -44,7 +45,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
             raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
-        files.check_file(str(adapter["path"]))
+        files.check_file(str(adapter["path"]), source.hash())
     for one in _controls(container):
         one.picture()
         controlnets.check(one.path, source)
@@ -101,11 +102,10 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
-    half = hardware.precision(config["hardware"]["precision"], device.type) == "bf16-mixed"
+    precision = hardware.precision(config["hardware"]["precision"], device.type)
     for factor in factors:
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
         with (
-            autocast,
+            autocast(device, precision),
             controlnets.applied(backbone, nets, [one.strength * factor for one in controls]),
             files.applied(backbone, loaded, [file.strength * factor for file in wanted]),
         ):

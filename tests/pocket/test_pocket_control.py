@@ -15,7 +15,7 @@ from sdtune.data.control import Control, Paired
 from sdtune.data.edges import Canny, Scribble
 from sdtune.pocket import control_evaluation
 from sdtune.pocket.control import PocketControl, background_colour, depth, keypoints, object_colour, pose, segmentation
-from sdtune.pocket.control_evaluation import ControlFigures, box, edge_f1, found, iou, score, wanted
+from sdtune.pocket.control_evaluation import ControlFigures, box, edge_f1, found, iou, scores, wanted
 from sdtune.pocket.data import SceneSample, World
 from sdtune.pocket.objects import BACKGROUNDS, BY_NAME, THINGS
 from sdtune.pocket.world import SIDE, Scene, draw, held_out_scenes, mask
@@ -127,7 +127,7 @@ def test_pictures_of_ones_own_are_refused(pictures: Path) -> None:
 def test_true_pictures_agree_with_their_own_map_and_not_with_anothers(control: Control) -> None:
     pictures = [np.asarray(draw(scene)) for scene in SCENES]
     truth = [wanted(SceneSample(scene, ""), control) for scene in SCENES]
-    own, others = score(pictures, truth, control), score(pictures, truth[1:] + truth[:1], control)
+    own, others = (float(np.mean(scores(pictures, t, control))) for t in (truth, truth[1:] + truth[:1]))
     assert own > 0.9
     assert others < 0.5
     blank = np.full((SIDE, SIDE, 3), 90, np.uint8)

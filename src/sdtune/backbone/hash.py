@@ -51,6 +51,15 @@ def weight_files(folder: Path, component: str) -> list[Path]:
     )
 
 
+def check_weights(folder: Path, components: Sequence[str]) -> None:
+    """ValueError where a component's weights are missing or cut short; reads headers alone."""
+    for component in components:
+        for file in weight_files(folder, component):
+            if not file.is_file():
+                raise ValueError(f"backbone.path: {file} is missing, which its index names; copy it too")
+            _tensors(file)
+
+
 def weights_hash(folder: Path, components: Sequence[str]) -> str:
     """sha256 over sorted (component, key, dtype, shape, bytes) of the files' tensors.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from sdtune.backbone.hash import weights_hash
+from sdtune.backbone.hash import check_weights, weights_hash
 from sdtune.objective.prediction import PredictionType
 from sdtune.objective.schedule import NoiseSchedule
 
@@ -150,6 +150,16 @@ class Pretrained:
         weights = [f"{name}/{stem}{end}" for name in COMPONENTS for stem in stems for end in _WEIGHTS]
         return self._snapshot(["*.json", "*/*.json", "tokenizer/*", *weights])
 
+    def check(self) -> None:
+        """ValueError for what loading would miss: weights as safetensors, whole, and the tokenizer's files."""
+        folder = self.folder()
+        check_weights(folder, [name for name in COMPONENTS if name not in self.from_scratch])
+        names = {file.name for file in (folder / "tokenizer").glob("*")}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise ValueError(
+                f"backbone.path: {folder / 'tokenizer'} lacks tokenizer.json, or vocab.json and merges.txt; copy them"
+            )
+
     def hash(self) -> str:
         """The weights' sha256 (:func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
         return weights_hash(self.folder(), [name for name in COMPONENTS if name not in self.from_scratch])
@@ -163,6 +173,15 @@ class Pretrained:
         digest = hashlib.sha256(f"{precision}/{weights_hash(self.folder(), [component])}".encode())
         digest.update(json.dumps(self.config(component), sort_keys=True).encode())
         for file in sorted((self.folder() / "tokenizer").glob("*")) if component == "text_encoder" else ():
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:32]
+
+    def drawing_key(self) -> str:
+        """What this backbone's pictures depend on beside prompt, seed and sampling: weights, configs, tokenizer."""
+        digest = hashlib.sha256(f"{self.hash()}/{self.from_scratch}".encode())
+        configs = [self.scheduler(), *(self.config(component) for component in COMPONENTS)]
+        digest.update(json.dumps(configs, sort_keys=True).encode())
+        for file in sorted((self.folder() / "tokenizer").glob("*")):
             digest.update(file.read_bytes())
         return digest.hexdigest()[:32]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -66,9 +67,16 @@ class Checkpoints(Callback):
     # --- asked to stop
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if not self._training or (self.stopped_by is not None and number == signal.SIGINT):
-            raise SystemExit(128 + number)
+        if not self._training:
+            self._leave("before the first step; what the caches hold is kept, the same command goes on", number)
+        if self.stopped_by is not None and number == signal.SIGINT:
+            self._leave("at once; sdtune train resume=RUN goes on from the last checkpoint", number)
         self.stopped_by = signal.Signals(number)
+
+    @staticmethod
+    def _leave(how: str, number: int) -> NoReturn:
+        print(f"sdtune: stopped {how}", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._listen()
@@ -104,6 +112,9 @@ class Checkpoints(Callback):
             return
         if self._asked(trainer):
             self.stopped_by = self.stopped_by or signal.SIGTERM
+            if not self._validates(trainer):
+                # Lightning would validate once more because it stops, which a run never stopped does not.
+                trainer.limit_val_batches = 0
             trainer.should_stop = True
         due = trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps
         self._due = due or trainer.should_stop

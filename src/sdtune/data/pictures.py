@@ -190,7 +190,10 @@ class PictureData(pl.LightningDataModule, ABC):
         found = dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts)
         found |= dict.fromkeys(self.texts[0].replace("{}", s.caption) for s in self.held_out)
         found |= dict.fromkeys(s.caption for s in self.class_samples)
-        return [*found, *([self.keep] if self.caption_dropout and self.keep not in found else [])]
+        if self.caption_dropout:
+            # A picture of the class keeps nothing.
+            found |= dict.fromkeys([self.keep, *([""] if self.has_prior else [])])
+        return list(found)
 
     # --- checkpoints
 

@@ -105,7 +105,8 @@ class Folder(PictureData):
             raise ValueError(
                 f"data.hold_out: {self.path} has {len(found)} pictures, too few to hold out one in {self.hold_out}"
             )
-        train = [FileSample(p, self.repeats) for p in found if p not in kept]
+        away = {picture.path for picture in kept}
+        train = [FileSample(p, self.repeats) for p in found if p.path not in away]
         held_out = [FileSample(p, 1) for p in kept]
         if self.masked:
             for sample in (*train, *held_out):

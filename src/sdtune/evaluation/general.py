@@ -66,7 +66,7 @@ def draw_base(
     The drawing hangs on the device's kind and precision too, and these name it.
     """
     assert not any(request.maps for request in requests), "maps are not in the name"
-    wanted = repr((source.hash(), device.type, precision("auto", device.type), sampling, list(requests)))
+    wanted = repr((source.drawing_key(), device.type, precision("auto", device.type), sampling, list(requests)))
     file = cache_folder() / "base" / f"{hashlib.sha256(wanted.encode()).hexdigest()}.npy"
     if not file.exists():
         with base(source, device) as backbone:

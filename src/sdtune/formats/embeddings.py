@@ -46,13 +46,11 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     return found if len(found) == len(tensors) == 1 else {}
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    """Vectors by token, and the headers' metadata, of diffusers' files in ``folder`` but intermediate ones."""
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Vectors by token, of diffusers' files in ``folder`` but intermediate ones."""
     found: dict[str, Tensor] = {}
-    abouts: list[dict[str, str]] = []
     for file in sorted(folder.glob(f"{FILE_NAME}*.safetensors")):
         if "-step" not in file.stem and not file.stem.endswith("-best"):
             tensors, metadata = read_safetensors(file)
             found |= parse(file, tensors, metadata)
-            abouts.append(metadata)
-    return found, abouts
+    return found

@@ -38,6 +38,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             draft.unlink()
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's metadata of ``path``, empty if it has none; no tensor is read.
+
+    Raises:
+        ValueError: as :func:`read_safetensors`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); copy it again if it was cut short, "
+            "convert it to safetensors if it is a .ckpt, .bin or .pt file"
+        ) from error
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header's metadata (empty if it has none) of ``path``.
 

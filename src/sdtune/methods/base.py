@@ -32,8 +32,8 @@ from sdtune.randomness import generator
 class Adapter(pl.LightningModule, ABC):
     """One way to fine-tune, over a frozen backbone.
 
-    A subclass says which parts it opens or inserts (:meth:`inject`) and what it leaves behind (:meth:`artifact`), and
-    where it must, how it denoises. It overrides nothing else.
+    A subclass says which parts it opens or inserts (:meth:`inject`) and what it leaves behind
+    (:meth:`write_artifact`), and where it must, how it denoises. It overrides nothing else.
     """
 
     needs_tokens: ClassVar[bool] = False

@@ -41,11 +41,12 @@ def encoders(adapter: Adapter) -> Encoders:
     def text(prompts: Sequence[str]) -> Tensor:
         return adapter.encode_text(prompts).float()
 
+    side = trainer.datamodule.resolution  # type: ignore[attr-defined]
+
     def draw(prompt: str, seeds: Sequence[int]) -> Iterator[np.ndarray]:
         # Not the weights at hand: a resumed run's are not those before training any more.
         fresh = source.load(adapter.seed).to(adapter.device)
         fresh.suit(adapter.device)
-        side = trainer.datamodule.resolution  # type: ignore[attr-defined]
         batch_size = max(1, min(64, _DRAWN_PIXELS // side**2))
         settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=batch_size)
         with adapter.autocast():
@@ -60,7 +61,9 @@ def encoders(adapter: Adapter) -> Encoders:
         # The text encoder's precision follows the run's, so states of one are not those of another.
         text_hash=source.encoder_key("text_encoder", precision) if frozen_text else "",
         draw=draw,
-        draw_hash=hashlib.sha256(f"{source.hash()}/{precision}/{source.guidance}".encode()).hexdigest()[:32],
+        draw_hash=hashlib.sha256(f"{source.drawing_key()}/{precision}/{source.guidance}/{side}".encode()).hexdigest()[
+            :32
+        ],
         cache=cache_folder(),
         rank=trainer.global_rank,
         processes=trainer.world_size,

@@ -57,8 +57,9 @@ def _half(target: Path, stem: str) -> None:
     save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
-def assemble(folder: Path, target: Path, unet: Path | None, ship: bool) -> None:
-    """Write the pipeline folder ``target`` from the trained parts in ``folder``."""
+def assemble(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
+    """Write the pipeline folder ``final`` from the trained parts in ``folder``, whole or not at all."""
+    target = final.with_name(f"{final.name}.partial")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     shutil.copytree(folder / "tokenizer", target / "tokenizer")
@@ -98,6 +99,8 @@ def assemble(folder: Path, target: Path, unet: Path | None, ship: bool) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    target.rename(final)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from sdtune.pocket import classifier
 from sdtune.pocket.captions import full_caption
 from sdtune.pocket.control import PocketControl
 from sdtune.pocket.data import SceneSample
-from sdtune.pocket.quality import agreement
+from sdtune.pocket.evaluation import shares
 from sdtune.pocket.world import SIDE, held_out_scenes, mask
 from sdtune.pocket.world import draw as draw_scene
 from sdtune.sampling import Request, Sampling
@@ -91,16 +91,16 @@ class ControlFigures:
         truth = [wanted(sample, control) for sample in samples]
         requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
         reader = classifier.load()
-        figures: dict[str, Any] = {}
+        readings: dict[str, list[float]] = {}
         for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
             with model as backbone:
                 pictures = draw(backbone, requests, self.sampling)
-            figures[f"{prefix}control_agreement"] = score(pictures, truth, control)
-            figures[f"{prefix}control_agreement_shuffled"] = score(pictures, truth[1:] + truth[:1], control)
+            readings[f"{prefix}control_agreement"] = scores(pictures, truth, control)
+            readings[f"{prefix}control_agreement_shuffled"] = scores(pictures, truth[1:] + truth[:1], control)
             stack = np.stack(pictures)
             backgrounds, things = [s.scene.background for s in samples], [s.scene.thing for s in samples]
-            figures[f"{prefix}background_accuracy"] = agreement(classifier.background(stack), backgrounds)
-            figures[f"{prefix}object_accuracy"] = agreement(reader.read(stack).object, things)
+            readings[f"{prefix}background_accuracy"] = _equal(classifier.background(stack), backgrounds)
+            readings[f"{prefix}object_accuracy"] = _equal(reader.read(stack).object, things)
             rows = [
                 row
                 for i in range(0, min(len(pictures), 4 * _SHOWN), _SHOWN)
@@ -110,17 +110,22 @@ class ControlFigures:
                 grid(rows, ["control", "picture"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}pictures.png"
             )
         renders = [np.asarray(draw_scene(sample.scene)) for sample in samples]
-        return {**figures, "ceiling_control_agreement": score(renders, truth, control)}
+        readings["ceiling_control_agreement"] = scores(renders, truth, control)
+        return dict(shares(readings, folder))
 
 
 Measured = Computed | PocketControl
 """Controls whose maps can be found again in a picture."""
 
 
-def score(pictures: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> float:
-    """Mean agreement in [0, 1] of ``pictures`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
+def _equal(said: Sequence[str], truth: Sequence[str]) -> list[float]:
+    return [float(a == b) for a, b in zip(said, truth, strict=True)]
+
+
+def scores(pictures: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> list[float]:
+    """Agreement in [0, 1] of each of ``pictures`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
     compare = edge_f1 if isinstance(control, Computed) else iou
-    return float(np.mean([compare(found(p, control), own) for p, own in zip(pictures, truth, strict=True)]))
+    return [compare(found(p, control), own) for p, own in zip(pictures, truth, strict=True)]
 
 
 def wanted(sample: SceneSample, control: Measured) -> np.ndarray:

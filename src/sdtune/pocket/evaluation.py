@@ -5,6 +5,7 @@ These figures are of pocket's world and cannot be compared with published ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.diversity import diversity
 from sdtune.evaluation.general import draw, draw_base, references, trained
+from sdtune.files import write_json
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.data import Subject
@@ -26,6 +28,15 @@ from sdtune.pocket.world import SIDE, compose
 from sdtune.pocket.world import draw as draw_scene
 from sdtune.randomness import generator
 from sdtune.sampling import Request, Sampling
+
+READINGS = "readings.json"
+"""In an evaluation's folder: what was read off each picture."""
+
+
+def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, float]:
+    """The mean of each figure; the readings of the single pictures are kept in ``folder``, for intervals."""
+    write_json(folder / READINGS, readings)
+    return {key: sum(values) / len(values) for key, values in readings.items()}
 
 
 class SubjectFigures:
@@ -91,14 +102,14 @@ class SubjectFigures:
             drawn[""] = draw(backbone, [*requests, *others], self.sampling)
             ceiling = self._ceiling(backbone, reader, data.subject, unseen)
         figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
+        readings: dict[str, list[bool]] = {}
         for prefix, both in drawn.items():
             pictures, classes = both[: self.count], both[self.count :]
             stack = np.stack(pictures)
             read = np.array(reader.read(stack).object)
-            figures[f"{prefix}subject_accuracy"] = float((read == data.subject).mean())
-            figures[f"{prefix}background_accuracy"] = float(
-                (np.array(classifier.background(stack)) == np.array(wanted)).mean()
-            )
+            readings[f"{prefix}subject_accuracy"] = (read == data.subject).tolist()
+            right = np.array(classifier.background(stack)) == np.array(wanted)
+            readings[f"{prefix}background_accuracy"] = right.tolist()
             if clip is not None:
                 figures[f"{prefix}clip_image"] = clip_image(clip, pictures, references(data))
                 figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
@@ -107,11 +118,12 @@ class SubjectFigures:
             save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}pictures.png")
             if classes and clip is not None:
                 leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
-                figures[f"{prefix}prior_leak"] = float(leaked.mean())
+                readings[f"{prefix}prior_leak"] = leaked.tolist()
                 figures[f"{prefix}class_distance"] = diversity(clip.pictures(classes))
                 columns = len(colours)
                 rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
+        figures |= shares(readings, folder)
         if others:
             figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
         room = ceiling - figures["base_subject_accuracy"]

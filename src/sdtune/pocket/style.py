@@ -22,8 +22,9 @@ from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.captions import full_caption
 from sdtune.pocket.data import SceneSample
+from sdtune.pocket.evaluation import shares
 from sdtune.pocket.objects import BACKGROUNDS, PLACES, SIZES, TRAINED, Thing
-from sdtune.pocket.quality import agreement, psnr
+from sdtune.pocket.quality import psnr
 from sdtune.pocket.world import SIDE, Scene, compose
 from sdtune.pocket.world import draw as draw_scene
 from sdtune.randomness import generator
@@ -127,6 +128,7 @@ class StyleFigures:
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
         pictures = {"base_": draw_base(source, requests, self.sampling, device)}
         figures: dict[str, Any] = {}
+        single: dict[str, list[bool]] = {}
         with trained(source, artifact, name, device) as backbone:
             pictures[""] = draw(backbone, requests, self.sampling)
             figures["vae_psnr_db"] = _psnr(backbone.vae, renders)
@@ -135,16 +137,16 @@ class StyleFigures:
         for prefix, found in pictures.items():
             stack = np.stack(found)
             readings = reader.read(stack)
-            figures[f"{prefix}style_accuracy"] = agreement(readings.style, [STYLE] * len(scenes))
-            figures[f"{prefix}object_accuracy"] = agreement(readings.object, [scene.thing for scene in scenes])
-            figures[f"{prefix}background_accuracy"] = agreement(
-                classifier.background(stack), [scene.background for scene in scenes]
-            )
+            single[f"{prefix}style_accuracy"] = [said == STYLE for said in readings.style]
+            said = zip(readings.object, classifier.background(stack), scenes, strict=True)
+            right = [(thing == scene.thing, colour == scene.background) for thing, colour, scene in said]
+            single[f"{prefix}object_accuracy"] = [thing for thing, _ in right]
+            single[f"{prefix}background_accuracy"] = [colour for _, colour in right]
             columns = min(self.objects, 13)
             rows = [found[i : i + columns] for i in range(0, min(len(found), 6 * columns), columns)]
             labels = [scene.thing for scene in scenes[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
-        return figures
+        return {**figures, **shares(single, folder)}
 
 
 def _psnr(vae: Any, renders: np.ndarray) -> float:

@@ -1,0 +1,55 @@
+"""The table of a recipe's figures over seeds: its intervals, and what stands in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdtune.pocket import table
+
+
+def test_intervals_are_those_of_a_share() -> None:
+    """Of independent readings the interval is about mean +- 1.96 standard errors."""
+    rng = np.random.default_rng(0)
+    values = (rng.random((3, 400)) < 0.3).astype(float)
+    mean, low, high = table.intervals({"x": values}, None)["x"]
+    error = 1.96 * (0.3 * 0.7 / values.size) ** 0.5
+    assert mean == values.mean()
+    assert low == pytest.approx(mean - error, abs=0.6 * error)
+    assert high == pytest.approx(mean + error, abs=0.6 * error)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    same, apart = np.full((3, 100), 0.5), np.repeat([[0.0], [0.5], [1.0]], 100, axis=1)
+    assert table.intervals({"x": same}, None)["x"] == (0.5, 0.5, 0.5)
+    _, low, high = table.intervals({"x": apart}, None)["x"]
+    assert low < 0.1
+    assert high > 0.9
+
+
+def test_the_gain_is_taken_within_each_draw() -> None:
+    readings = {"subject_accuracy": np.full((2, 10), 0.8), "base_subject_accuracy": np.full((2, 10), 0.1)}
+    assert table.intervals(readings, 0.9)["subject_gain"] == pytest.approx((0.875, 0.875, 0.875))
+
+
+def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        run = tmp_path / "outputs/results/some" / f"seed-{seed}"
+        (run / "evaluation").mkdir(parents=True)
+        (run / "samples").mkdir()
+        (run / "samples" / "before_after.png").write_bytes(b"png")
+        (run / "metrics.json").write_text(json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567}))
+        (run / "evaluation" / table.READINGS).write_text(json.dumps({"object_accuracy": [True, seed == 0]}))
+    monkeypatch.setattr(table.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was run again"))
+    monkeypatch.setattr(sys, "argv", ["table", "some", "--seeds", "0", "1"])
+    table.main()
+    page = (tmp_path / "experiments/some/README.md").read_text()
+    assert "| object_accuracy | 0.750 |" in page
+    assert "| clip_text | 0.500 | 1.500 |" in page
+    assert "| artifact_bytes | 1,234,567 | 1,234,567 |" in page
+    assert json.loads((tmp_path / "experiments/some/metrics.json").read_text())["1"]["clip_text"] == 1.5
