@@ -25,7 +25,11 @@ def test_answers_at_once(arguments: tuple[str, ...]) -> None:
         done = sdtune(*arguments)
         best = min(best, time.perf_counter() - began)
     assert best < 1.5
-    wanted = (2, "methd: there is no such setting") if "methd.rank=4" in arguments else (0, "method")
+    wanted = (
+        (2, "methd.rank: there is no such setting; did you mean method?")
+        if "methd.rank=4" in arguments
+        else (0, "method")
+    )
     assert done.returncode == wanted[0]
     assert wanted[1] in done.stdout + done.stderr
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sdtune import cli
+from sdtune.backbone import Pretrained
 from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora
 from sdtune.launch import REFUSED
 
@@ -294,7 +295,8 @@ def test_an_adapter_of_another_backbone(line: CommandLine) -> None:
 
 
 def test_an_adapter_for_other_layers(line: CommandLine) -> None:
-    file = adapter(line.folder / "other.safetensors", "0" * 64, "unet.down_blocks.7.attentions.0.proj_in")
+    own = Pretrained(str(line.tiny)).hash()
+    file = adapter(line.folder / "other.safetensors", own, "unet.down_blocks.7.attentions.0.proj_in")
     line.refuses(
         *line.sampling(), "prompt=a dog", f"adapters=[{{path: {file}}}]", words=("other.safetensors", "no such module")
     )

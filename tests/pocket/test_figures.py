@@ -86,7 +86,7 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {background_of(r.prompt) for r in requests[:40]} == unseen
     assert not any("sks" in r.prompt for r in requests[40:])
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
-        "base_pictures.png", "trained_pictures.png", "base_class.png", "trained_class.png",
+        "base_pictures.png", "trained_pictures.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
     with pytest.raises(ValueError, match="class_diversity needs a CLIP"):
         SubjectFigures(class_pictures=1, clip=None)
