@@ -393,3 +393,8 @@ def test_resuming_elsewhere(line: CommandLine, pictures: Path, monkeypatch: pyte
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     holds_a_run(line, pictures)
     line.refuses("train", f"resume={line.run}", "hydra.run.dir=x", words=("resume", "hydra.run.dir=x", "another run"))
+
+
+def test_what_hydra_cannot_read_says_how_to_quote_it(line: CommandLine, pictures: Path) -> None:
+    wanted = """'data.prompt="a photo of <disc>"'"""
+    line.train(pictures, "data.prompt=a photo of <disc>", words=("data.prompt", "quote it", wanted))

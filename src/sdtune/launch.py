@@ -19,7 +19,7 @@ from hydra._internal.utils import _run_hydra, create_config_search_path, get_arg
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -283,6 +283,10 @@ def _one_line(error: Exception) -> str:
         group, _, name = choice.group(1).rpartition("/")
         options = re.findall(r"^\t(\S+)$", choice.group(2), re.MULTILINE)
         return f"{group}={name}: there is no such choice{suggestion(name, options)}"
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        quoted = value.replace('"', r"\"")
+        return f"{key}: {value} cannot be read as it stands; quote it for Hydra and for the shell: '{key}=\"{quoted}\"'"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines[:2])
 

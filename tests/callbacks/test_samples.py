@@ -9,6 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from running import arguments, train
+from sdtune.callbacks import Samples
+from sdtune.callbacks.record import Record
+from sdtune.sampling import Sampling
 
 
 def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tmp_path: Path) -> None:
@@ -54,3 +57,19 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     first, last = (load_file(drawn / "artifact" / f"{s}.safetensors") for s in snapshots)
     assert first.keys() == last.keys() == ours.keys()
     assert any(not np.array_equal(first[key], last[key]) for key in first)
+
+
+def test_pictures_by_other_settings_are_no_before(tmp_path: Path) -> None:
+    """A run resumed with other sampling must not set its last pictures against the first run's."""
+
+    def samples(steps: int) -> Samples:
+        return Samples(tmp_path, Record(tmp_path), sampling=Sampling(steps=steps))
+
+    first = samples(30)
+    first.first = [[np.zeros((2, 2, 3), dtype=np.uint8)]]
+    same, other = samples(30), samples(2)
+    same.load_state_dict(first.state_dict())
+    other.load_state_dict(first.state_dict())
+    assert same.first is not None
+    assert np.array_equal(same.first[0][0], first.first[0][0])
+    assert other.first is None

@@ -108,8 +108,13 @@ class Samples(Callback):
             save_png(self.sheet(rows, labels), self.folder / "before_after.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": None if self.first is None else torch.from_numpy(np.array(self.first))}
+        first = None if self.first is None else torch.from_numpy(np.array(self.first))
+        return {"first": first, "drawn_by": self._how()}
+
+    def _how(self) -> str:
+        return repr((self.sampling, self.seeds))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        first = state_dict["first"]
+        # Pictures by other settings are no "before" to these.
+        first = state_dict["first"] if state_dict.get("drawn_by", self._how()) == self._how() else None
         self.first = None if first is None else [list(row) for row in first.numpy()]
