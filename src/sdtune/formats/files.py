@@ -44,14 +44,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         ValueError: as :func:`read_safetensors`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({error}); copy it again if it was cut short, "
-            "convert it to safetensors if it is a .ckpt, .bin or .pt file"
-        ) from error
+    return _read(path, tensors=False)[1]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,11 +53,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: no file there, or one that is truncated or of another format.
     """
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a .safetensors file is expected")
     try:
         with safe_open(path, framework="pt") as file:
-            keys = file.keys()
+            keys = file.keys() if tensors else ()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(
