@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
+RECIPES ?= lora_subject
+JOBS ?= 1
 POCKET ?= outputs/pocket
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -24,10 +26,11 @@ setup: .venv/.dev ## make .venv with everything that tests and checks need
 demo: .venv/.installed ## teach pocket a subject it has never seen (a LoRA, minutes on a CPU)
 	$(BIN)/sdtune train experiment=lora_subject
 
-results: .venv/.installed ## make the demo's figures and grid in experiments/lora_subject again
-	rm -rf outputs/results/lora_subject
-	$(BIN)/sdtune train experiment=lora_subject hydra.run.dir=outputs/results/lora_subject
-	cp outputs/results/lora_subject/metrics.json outputs/results/lora_subject/samples/before_after.png experiments/lora_subject/
+results: .venv/.installed ## measure RECIPES="lora_subject ..." with three seeds each, and write experiments/<recipe>/
+	$(BIN)/python -m sdtune.pocket.table $(RECIPES) --jobs $(JOBS)
+
+real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the CPU, against sdtune plan (16 GiB of memory)
+	$(BIN)/python experiments/real_shapes/measure.py
 
 test: .venv/.dev ## the tests, under ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow"

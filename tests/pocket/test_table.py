@@ -36,15 +36,22 @@ def test_the_gain_is_taken_within_each_draw() -> None:
     assert table.intervals(readings, 0.9)["subject_gain"] == pytest.approx((0.875, 0.875, 0.875))
 
 
+READ = {"control_agreement": [0.5, 1.0], "control_agreement_shuffled": [0.0, 0.5]}
+
+
 def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
     for seed in (0, 1):
         run = tmp_path / "outputs/results/some" / f"seed-{seed}"
         (run / "evaluation").mkdir(parents=True)
         (run / "samples").mkdir()
         (run / "samples" / "before_after.png").write_bytes(b"png")
-        (run / "metrics.json").write_text(json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567}))
-        (run / "evaluation" / table.READINGS).write_text(json.dumps({"object_accuracy": [True, seed == 0]}))
+        (run / "metrics.json").write_text(
+            json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567, "zero": 0.0})
+        )
+        (run / "evaluation" / table.READINGS).write_text(json.dumps(READ | {"object_accuracy": [1.0, seed == 0]}))
     monkeypatch.setattr(table.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was run again"))
     monkeypatch.setattr(sys, "argv", ["table", "some", "--seeds", "0", "1"])
     table.main()
@@ -52,4 +59,12 @@ def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "| object_accuracy | 0.750 |" in page
     assert "| clip_text | 0.500 | 1.500 |" in page
     assert "| artifact_bytes | 1,234,567 | 1,234,567 |" in page
-    assert json.loads((tmp_path / "experiments/some/metrics.json").read_text())["1"]["clip_text"] == 1.5
+    assert "| zero | 0.000 | 0.000 |" in page
+    kept = json.loads((tmp_path / "experiments/some/metrics.json").read_text())
+    assert kept["seeds"]["1"]["clip_text"] == 1.5
+    assert kept["figures"]["control_less_shuffled"] == [0.5, 0.5, 0.5]
+    all_of_them = (tmp_path / "experiments/README.md").read_text()
+    assert all_of_them.startswith("before\n")
+    assert all_of_them.endswith("after\n")
+    assert "old" not in all_of_them
+    assert "| [some](some/README.md) | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them

@@ -182,7 +182,8 @@ def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> Pass:
     hooks = [parameter.register_post_accumulate_grad_hook(keep) for parameter in trained]
     with meter:
         with Kernels(gpu), autocast(_META, str(adapter.trainer.precision)):
-            loss = adapter.training_step(batch, 0)
+            # A copy: a step keeps in its batch what it encoded, with the graph of this pass.
+            loss = adapter.training_step(dict(batch), 0)
         forward = meter.flop
         torch.autograd.backward(loss)
     for hook in hooks:

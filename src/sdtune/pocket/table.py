@@ -1,17 +1,21 @@
-"""A recipe's measured result over several seeds: ``python -m sdtune.pocket.table NAME [--seeds 0 1 2]``.
+"""Recipes' measured results over several seeds: ``python -m sdtune.pocket.table NAME ... [--seeds 0 1 2] [--jobs 2]``.
 
 Runs ``sdtune train experiment=NAME`` once a seed, unless it has been run already, and writes ``experiments/NAME/``: a
-table with intervals, the figures of each seed, and the grid of the first.
+table with intervals, the figures of each seed, and the grid of the first; then the table of all recipes in
+``experiments/README.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,22 @@ from sdtune.randomness import generator
 DRAWS = 2_000
 """Of the bootstrap."""
 
-_COST = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes", "median_step_seconds", "images_per_second")
+_COST = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes")
+_TIMES = ("median_step_seconds", "images_per_second")  # of runs that may have shared the machine: for no table
+_BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
+
+_OVERVIEW = {
+    "subject": ("subject_gain", "background_accuracy", "prior_leak"),
+    "style": ("style_accuracy", "object_accuracy", "background_accuracy"),
+    "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
+}
+"""Table -> the figures that it shows; a recipe stands in the first whose leading figure it has."""
 
 Readings = Mapping[str, np.ndarray]
 """By figure, float64 [seeds, pictures]."""
+
+Interval = tuple[float, float, float]
+"""Mean, and the interval's low and high end."""
 
 
 def gain(means: Mapping[str, Any], ceiling: float) -> Any:
@@ -35,23 +51,26 @@ def gain(means: Mapping[str, Any], ceiling: float) -> Any:
     return (means["subject_accuracy"] - means["base_subject_accuracy"]) / (ceiling - means["base_subject_accuracy"])
 
 
-def intervals(readings: Readings, ceiling: float | None) -> dict[str, tuple[float, float, float]]:
+def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
     """Mean and 95% interval of each figure (percentile bootstrap, Efron & Tibshirani 1993, chapter 13).
 
     Seeds are drawn with replacement, then pictures within each; the base's pictures with those of the trained model,
     since their prompts and seeds are the same.
     """
-    seeds, pictures = next(iter(readings.values())).shape
+    own = dict(readings)
+    if "control_agreement" in own:
+        own["control_less_shuffled"] = own["control_agreement"] - own["control_agreement_shuffled"]
+    seeds, pictures = next(iter(own.values())).shape
     rng = generator(0, "bootstrap")
-    drawn: dict[str, list[float]] = {key: [] for key in readings}
+    drawn: dict[str, list[float]] = {key: [] for key in own}
     for _ in range(DRAWS):
         rows = rng.integers(seeds, size=(seeds, 1))
         columns = rng.integers(pictures, size=(seeds, pictures))
-        for key, values in readings.items():
+        for key, values in own.items():
             drawn[key].append(float(values[rows, columns % values.shape[1]].mean()))
-    centre = {key: float(values.mean()) for key, values in readings.items()}
+    centre = {key: float(values.mean()) for key, values in own.items()}
     spread = {key: np.array(values) for key, values in drawn.items()}
-    if ceiling is not None and {"subject_accuracy", "base_subject_accuracy"} <= readings.keys():
+    if ceiling is not None and {"subject_accuracy", "base_subject_accuracy"} <= own.keys():
         centre["subject_gain"], spread["subject_gain"] = gain(centre, ceiling), gain(spread, ceiling)
     return {
         key: (centre[key], float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975)))
@@ -59,7 +78,7 @@ def intervals(readings: Readings, ceiling: float | None) -> dict[str, tuple[floa
     }
 
 
-def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
+def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], found: Mapping[str, Interval]) -> str:
     """The page ``experiments/<name>/README.md``."""
     lines = [
         f"# {name}",
@@ -72,43 +91,77 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
         "|---|---|---|",
     ]
     lines += [f"| {key} | {mean:.3f} | {low:.3f} to {high:.3f} |" for key, (mean, low, high) in sorted(found.items())]
-    others = [k for k in runs[0] if k not in found and k not in _COST and k not in ("steps", "reasons")]
-    rows = [(key, [run[key] for run in runs]) for key in (*others, *_COST) if all(run.get(key) for run in runs)]
+    others = [k for k in runs[0] if k not in found and k not in (*_COST, *_TIMES, "steps", "reasons")]
+    rows = [(key, [run.get(key) for run in runs]) for key in (*others, *_COST)]
     lines += ["", f"| figure | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
     lines += [
         f"| {key} | {' | '.join(f'{v:,}' if isinstance(v, int) else f'{v:.3f}' for v in values)} |"
         for key, values in rows
+        if all(value is not None for value in values)
     ]
     return "\n".join([*lines, "", "![Before and after, the first seed](before_after.png)", ""])
 
 
-def _run(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    if not (folder / "metrics.json").is_file():
-        command = [sys.executable, "-m", "sdtune.train"]
-        begun = any(folder.glob("checkpoints/step*.ckpt"))
-        own = [f"resume={folder}"] if begun else [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
-        subprocess.run([*command, *own], check=True)
-    figures: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return figures
+def overview(folder: Path) -> list[str]:
+    """The tables of every recipe that has been measured, from the ``metrics.json`` below ``folder``."""
+    found = {}
+    for file in sorted(folder.glob("*/metrics.json")):
+        found[file.parent.name] = json.loads(file.read_text())["figures"]
+    lines: list[str] = []
+    for figures in _OVERVIEW.values():
+        mine = {name: values for name, values in found.items() if figures[0] in values}
+        if mine:
+            lines += ["", f"| recipe | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
+        for name, values in mine.items():
+            cells = [f"{v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" if (v := values.get(key)) else "" for key in figures]
+            lines.append(f"| [{name}]({name}/README.md) | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdtune.pocket.table", description="Measure a recipe over seeds.")
-    parser.add_argument("name", help="of experiments/<name>.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("outputs/results"), help="folder of the runs")
-    arguments = parser.parse_args()
-    folders = [arguments.runs / arguments.name / f"seed-{seed}" for seed in arguments.seeds]
-    runs = [_run(arguments.name, seed, folder) for seed, folder in zip(arguments.seeds, folders, strict=True)]
+def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
+    if (folder / "metrics.json").is_file():
+        return
+    command = [sys.executable, "-m", "sdtune.train"]
+    begun = any(folder.glob("checkpoints/step*.ckpt"))
+    own = [f"resume={folder}"] if begun else [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    subprocess.run([*command, *own], check=True, env=environment)
+
+
+def _write(name: str, seeds: Sequence[int], folders: Sequence[Path], target: Path) -> None:
+    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     single = [json.loads((folder / "evaluation" / READINGS).read_text()) for folder in folders]
     readings = {key: np.array([values[key] for values in single], dtype=float) for key in single[0]}
     found = intervals(readings, runs[0].get("ceiling_subject_accuracy"))
-    target = Path("experiments") / arguments.name
     target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(text(arguments.name, arguments.seeds, runs, found))
-    write_json(target / "metrics.json", dict(zip(map(str, arguments.seeds), runs, strict=True)))
+    (target / "README.md").write_text(text(name, seeds, runs, found))
+    write_json(target / "metrics.json", {"figures": found, "seeds": dict(zip(map(str, seeds), runs, strict=True))})
     shutil.copy2(folders[0] / "samples" / "before_after.png", target / "before_after.png")
     print(target / "README.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sdtune.pocket.table", description="Measure recipes over seeds.")
+    parser.add_argument("names", nargs="+", help="of experiments/<name>.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("outputs/results"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, the cores shared out")
+    arguments = parser.parse_args()
+    threads = None if arguments.jobs == 1 else max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        wanted = [
+            pool.submit(_run, name, seed, arguments.runs / name / f"seed-{seed}", threads)
+            for name, seed in product(arguments.names, arguments.seeds)
+        ]
+    for run in wanted:
+        run.result()
+    experiments = Path("experiments")
+    for name in arguments.names:
+        folders = [arguments.runs / name / f"seed-{seed}" for seed in arguments.seeds]
+        _write(name, arguments.seeds, folders, experiments / name)
+    page = experiments / "README.md"
+    before, rest = page.read_text().split(_BEGIN)
+    page.write_text("\n".join([before + _BEGIN, *overview(experiments), _END + rest.split(_END)[1]]))
 
 
 if __name__ == "__main__":

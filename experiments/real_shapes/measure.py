@@ -1,0 +1,168 @@
+"""One training step of each method at Stable Diffusion 1.5's true shapes, against what sdtune plan counts.
+
+``make real-shapes``. The weights are random, drawn once; everything else is ``sdtune train`` on a CPU in bfloat16: a
+process a step, its peak memory read by the run itself. Writes results.json and README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdtune import plan_run
+from sdtune.backbone.outline import shipped
+from sdtune.paths import config_folder
+from sdtune.planning import SWITCHES, memory
+
+HERE = Path(__file__).parent
+SIZES = ((256, 256), (320, 192))
+"""Width and height in pixels; the second is what an aspect bucket of data.resolution=256 holds."""
+
+METHODS = {
+    "textual_inversion": ['new_tokens=[{token: "<new>", init: cat}]'],
+    "lora": [],
+    "dreambooth": ["data.class_prompt=a photo of a dog"],
+    "full": [],
+    "controlnet": ["data/control=canny"],
+}
+
+_ROOM = "import sdtune.run, sdtune.callbacks, sdtune.methods, pytorch_lightning"
+_RESIDENT = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
+
+
+def random_pipeline(folder: Path) -> None:
+    """A pipeline folder of SD 1.5's configs, its weights random and in half precision; a tokenizer of single bytes."""
+    if (folder / "model_index.json").is_file():
+        return
+    configs = shipped("sd15")
+    assert configs is not None
+    torch.manual_seed(0)
+    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        kind.from_config(kind.load_config(configs / name)).half().save_pretrained(folder / name)
+    text = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
+    text.half().save_pretrained(folder / "text_encoder")
+    shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
+    shutil.copy2(configs / "model_index.json", folder)  # last: with it the folder is complete
+
+
+def pictures(folder: Path, size: tuple[int, int]) -> Path:
+    """Two pictures of noise and colour with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(2):
+        noise = Image.effect_noise(size, 80 + 40 * number)
+        Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT))).save(
+            folder / f"{number}.png"
+        )
+        (folder / f"{number}.txt").write_text("a cat")
+    return folder
+
+
+def planned(method: str, settings: list[str]) -> dict[str, int]:
+    """What ``sdtune plan`` counts: trained parameters, bytes of the artifact and of the peak in a step."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("plan", [f"method={method}", *settings], return_hydra_config=True)
+        job = plan_run.job(config)
+    figures = plan_run.figures(job)
+    step = memory(figures, SWITCHES["plain"], job.accumulation, 1).step
+    return {"trained": figures.total.trained, "artifact": figures.artifact, "step": step}
+
+
+def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
+    """What a step of ``sdtune train`` took."""
+    shutil.rmtree(run, ignore_errors=True)
+    command = [sys.executable, "-m", "sdtune.train", f"method={method}", *settings, f"hydra.run.dir={run}"]
+    subprocess.run(command, check=True)
+    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    with (run / "metrics.csv").open(newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    shutil.rmtree(run)
+    loss = float(row["loss"])
+    if not math.isfinite(loss) or figures["steps"] != 1:
+        raise RuntimeError(f"{method}: the step has a loss of {loss} and counts {figures['steps']}")
+    return {
+        "trained": figures["trainable_parameters"],
+        "artifact": figures["artifact_bytes"],
+        "peak": figures["peak_memory_bytes"],
+        "loss": loss,
+    }
+
+
+def room() -> int:
+    """Bytes resident in a process that has imported everything and loaded nothing."""
+    code = f"{_ROOM}\n{_RESIDENT}"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return int(said.split()[-1]) * 1024
+
+
+def page(found: dict[str, Any]) -> str:
+    """README.md from results.json."""
+    lines = [
+        "# One step at Stable Diffusion 1.5's true shapes",
+        "",
+        "`make real-shapes` takes one step of each method with random weights in SD 1.5's shapes: `sdtune train` on a",
+        "CPU, bf16-mixed, one sample (a pair for DreamBooth), AdamW, no checkpointing. The peak is the resident memory",
+        f"of the process in training, less the {found['room'] / 1024**2:,.0f} MiB of one that has imported the same",
+        "and loaded nothing; beside it stands the peak that `sdtune plan hardware=cpu` counts for 256x256. What is",
+        "beyond that is what the allocator keeps of the loading before, and the work space of the kernels.",
+        "",
+        "| method | pixels | trained | artifact, MiB (planned) | peak, MiB | planned | ratio | loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["steps"]:
+        peak, plan = row["peak"] - found["room"], row["planned"]["step"]
+        lines.append(
+            f"| {row['method']} | {row['width']}x{row['height']} | {row['trained']:,}"
+            f" | {row['artifact'] / 1024**2:,.1f} ({row['planned']['artifact'] / 1024**2:,.1f})"
+            f" | {peak / 1024**2:,.0f} | {plan / 1024**2:,.0f} | {peak / plan:.2f} | {row['loss']:.3f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="for weights and runs")
+    folder = parser.parse_args().folder
+    random_pipeline(folder / "sd15")
+    rows = []
+    for method, own in METHODS.items():
+        settings = [
+            "backbone=sd15", f"backbone.path={folder / 'sd15'}", "data=folder", "data.batch_size=1",
+            "data.resolution=256", "hardware=cpu", "hardware.precision=bf16-mixed", "trainer.max_steps=1",
+            "trainer.log_every_n_steps=1", "lr_schedule.warmup_steps=0", "callbacks.samples=null", "evaluation=none",
+            *own,
+        ]  # fmt: skip
+        plan = planned(method, [*settings, f"data.path={folder}"])
+        for width, height in SIZES:
+            path = pictures(folder / f"{width}x{height}", (width, height))
+            more = [f"data.path={path}", *([f"data.class_path={path}"] if method == "dreambooth" else [])]
+            row = trained(folder / "run", method, [*settings, *more])
+            if row["trained"] != plan["trained"]:
+                raise RuntimeError(f"{method}: {row['trained']} parameters are trained, {plan['trained']} are planned")
+            rows.append({"method": method, "width": width, "height": height, **row, "planned": plan})
+            print(rows[-1], flush=True)
+    found = {"room": room(), "steps": rows}
+    (HERE / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (HERE / "README.md").write_text(page(found))
+    print(HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The recipes for real Stable Diffusion train two steps as they stand, on a backbone that is tiny."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from running import plan, rows, train
+from sdtune.paths import config_folder
+
+RECIPES = sorted((config_folder() / "experiment").glob("sd*.yaml"))
+
+SMALL = (
+    "data.resolution=32",
+    "trainer.max_steps=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.samples.sampling.steps=2",
+    "evaluation.pictures=2",
+    "evaluation.sampling.steps=2",
+    "hardware=cpu",
+    "hardware.precision=32-true",
+)
+
+
+def words(recipe: Path, tiny: Path, pictures: Path) -> list[str]:
+    """The recipe's own command after ``sdtune train``, with folders that exist."""
+    found = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    assert found[0] == f"experiment={recipe.stem}"
+    places = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={pictures}"}
+    return [places.get(word, word) for word in found]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("sd15")], ids=lambda path: path.stem)
+def test_it_trains_two_steps(recipe: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    own = words(recipe, tiny, pictures)
+    less = [*SMALL, *(["data.class_pictures=2"] if "class_prompt" in " ".join(own) else [])]
+    run = tmp_path / "run"
+    assert train(*own, *less, f"hydra.run.dir={run}") == 0
+    assert len(rows(run)) == 2
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 2
+    assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
+    assert (run / "samples" / "before_after.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=[pytest.mark.slow] if r.stem.startswith("sdxl") else [], id=r.stem) for r in RECIPES],
+)
+def test_it_is_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word != "backbone.path=FOLDER"]
+    assert plan(*own) == 0
+    side = 1024 if recipe.stem.startswith("sdxl") else 512
+    assert f": {side}x{side} pixels, batch " in capsys.readouterr().out.splitlines()[0]
