@@ -7,7 +7,7 @@ JOBS ?= 1
 POCKET ?= outputs/pocket
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results together real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -28,6 +28,15 @@ demo: .venv/.installed ## teach pocket a subject it has never seen (a LoRA, minu
 
 results: .venv/.installed ## measure RECIPES="lora_subject ..." with three seeds each, and write experiments/<recipe>/
 	$(BIN)/python -m sdtune.pocket.table $(RECIPES) --jobs $(JOBS)
+
+together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: train what is missing, sample into experiments/sample
+	for name in lora_subject lora_style controlnet_canny; do \
+	  test -f outputs/results/$$name/seed-0/metrics.json || \
+	  $(BIN)/sdtune train experiment=$$name hydra.run.dir=outputs/results/$$name/seed-0 || exit 1; done
+	for name in subject_in_style map_with_lora; do \
+	  rm -rf outputs/results/$$name && \
+	  $(BIN)/sdtune sample experiment=sample/$$name hydra.run.dir=outputs/results/$$name && \
+	  cp outputs/results/$$name/grid.png experiments/sample/$$name.png || exit 1; done
 
 real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the CPU, against sdtune plan (16 GiB of memory)
 	$(BIN)/python experiments/real_shapes/measure.py

@@ -33,7 +33,8 @@ def options(group: str) -> list[str]:
 
 
 CHOICES = [(group, option) for group in GROUPS if group != "hydra" for option in options(group)]
-EXPERIMENTS = options("experiment")
+SAMPLES = [name for name in options("experiment") if name.startswith("sample/")]
+EXPERIMENTS = [name for name in options("experiment") if name not in SAMPLES]
 BASES = {("data", "base")}
 """What others build on, and nobody chooses."""
 
@@ -159,6 +160,20 @@ def test_a_recipe_opens_with_the_command_that_runs_it(name: str, monkeypatch: py
     assert missing(config) == set(), "the command leaves a setting open"
     assert config.hydra.runtime.choices.experiment == name
     check(config, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_recipe_for_sampling_opens_with_its_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines()
+    assert lines[:2] == ["# @package _global_", f"# sdtune sample experiment={name}"]
+    config = compose("sample", f"experiment={name}")
+    assert missing(config) == set()
+    monkeypatch.chdir(tmp_path)  # where nothing has been trained
+    # What it samples with is trained first, and it says so before any weights are loaded.
+    with pytest.raises(ValueError, match=r"path: outputs/results/\w+/seed-0/artifact\S* "):
+        sample_run.prepare(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

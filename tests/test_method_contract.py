@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from sdtune.data.control import as_map
 from sdtune.data.edges import Canny
 from sdtune.evaluation.general import trained
 from sdtune.instantiate import resolve
+from sdtune.methods.draws import timesteps
 from sdtune.paths import config_folder
 from sdtune.sampling import Request, Sampling, generate
 
@@ -158,35 +159,61 @@ class Losses(Callback):
             self.losses = pl_module.losses({**batch})
 
 
-@each
-def test_the_loss_is_plain_diffusers(case: Case, tiny: Path, pictures: Path) -> None:
-    """At step 0, where each method is the base: every row, those of the class too."""
-    seen = Losses()
-    model = case.model(tiny, lr=0.0)
-    fit(model, case.data(tiny, pictures), 1, [seen])
-    batch = seen.batch
-    pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
-    prompts = batch["prompts"]
-    if case.kind.needs_tokens:
-        model.artifact(pictures.parent / "artifact", "it")
-        pipe.load_textual_inversion(str(pictures.parent / "artifact"), weight_name="learned_embeds.safetensors")
-    ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    count = len(prompts)
-    with torch.no_grad():
-        text = pipe.text_encoder(ids)[0]
+class Plain:
+    """The same step by diffusers' own modules, loaded from the backbone's folder and from what the method leaves."""
+
+    def __init__(self, case: Case, model: Any, batch: Any, tiny: Path, artifact: Path) -> None:
+        pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+        model.artifact(artifact, "it")
+        if case.kind.needs_tokens:
+            pipe.load_textual_inversion(str(artifact), weight_name="learned_embeds.safetensors")
+        settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+        text = pipe.text_encoder(pipe.tokenizer(batch["prompts"], **settings).input_ids)[0]
         mean, log_variance = batch["moments"].chunk(2, dim=1)
         drawn = model.noise((4, 8, 8), "train/vae", 0, batch["positions"])
         clean = (mean + (0.5 * log_variance).exp() * drawn) * pipe.vae.config.scaling_factor
         noise = model.noise((4, 8, 8), "train/noise", 0, batch["positions"])
-        from sdtune.methods.draws import timesteps
-
         times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
-        output = pipe.unet(
-            pipe.scheduler.add_noise(clean, noise, times), times, encoder_hidden_states=text
-        ).sample  # fmt: skip
-    wanted = (output - noise).square().mean((1, 2, 3))
-    assert wanted.shape == (count,)
-    torch.testing.assert_close(seen.losses, wanted, rtol=1e-5, atol=1e-6)
+        noisy = pipe.scheduler.add_noise(clean, noise, times)
+        parts, more = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
+        if (artifact / "it" / "config.json").is_file():
+            parts["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
+            down, mid = net(noisy, times, text, batch["control"], return_dict=False)
+            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        output = pipe.unet(noisy, times, encoder_hidden_states=text, **more).sample
+        self.losses = (output - noise).square().mean((1, 2, 3))
+        count = batch.get("instances", len(self.losses))
+        terms = [rows.mean() for rows in (self.losses[:count], self.losses[count:]) if len(rows)]
+        sum(terms).backward()
+        self.gradients = {f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()}
+        self.word = pipe.text_encoder.get_input_embeddings().weight.grad[-1:]
+
+    def gradient(self, name: str, parameters: dict[str, Tensor]) -> Tensor | None:
+        """Of what the method calls ``name``; None where diffusers has nothing of that name."""
+        own = name.removeprefix("backbone.")
+        if own.endswith(".lora_A.default.weight"):
+            return torch.zeros_like(parameters[name])  # behind a B of zeros
+        if own.endswith(".lora_B.default.weight"):
+            outer = self.gradients[own.replace(".lora_B.default", "")]
+            return outer @ parameters[name.replace("lora_B", "lora_A")].T  # W + B A at a scale of 1
+        if own.endswith("token_embedding.vectors"):
+            return self.word
+        return self.gradients.get(own)
+
+
+@each
+def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, tiny: Path, pictures: Path) -> None:
+    """At step 0: every row's loss, those of the class too, and the gradient of every tensor that is trained."""
+    seen, spy = Losses(), Spy()
+    model = case.model(tiny, lr=0.0)
+    fit(model, case.data(tiny, pictures), 1, [seen, spy])
+    plain = Plain(case, model, seen.batch, tiny, pictures.parent / "artifact")
+    assert plain.losses.shape == (len(seen.batch["prompts"]),)
+    torch.testing.assert_close(seen.losses, plain.losses.detach(), rtol=1e-5, atol=1e-6)
+    parameters = {name: p.detach() for name, p in model.trainable()}
+    wanted = {name: plain.gradient(name, parameters) for name in parameters}
+    assert None not in wanted.values()
+    torch.testing.assert_close(spy.gradients[0], wanted, rtol=1e-5, atol=1e-6)
 
 
 @each
