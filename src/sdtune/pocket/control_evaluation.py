@@ -6,6 +6,7 @@ These figures are of pocket's world and cannot be compared with published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from annotated_types import Ge
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
-from sdtune.evaluation.general import base, draw, trained
+from sdtune.evaluation.general import draw, draw_base, trained
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.captions import full_caption
@@ -92,9 +93,11 @@ class ControlFigures:
         requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
         reader = classifier.load()
         readings: dict[str, list[float]] = {}
-        for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
-            with model as backbone:
-                pictures = draw(backbone, requests, self.sampling)
+        # The base reads no map, so it draws the same for all of them.
+        drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in requests], self.sampling, device)}
+        with trained(source, artifact, name, device) as backbone:
+            drawn[""] = draw(backbone, requests, self.sampling)
+        for prefix, pictures in drawn.items():
             readings[f"{prefix}control_agreement"] = scores(pictures, truth, control)
             readings[f"{prefix}control_agreement_shuffled"] = scores(pictures, truth[1:] + truth[:1], control)
             stack = np.stack(pictures)

@@ -143,7 +143,7 @@ class StyleFigures:
             single[f"{prefix}object_accuracy"] = [thing for thing, _ in right]
             single[f"{prefix}background_accuracy"] = [colour for _, colour in right]
             columns = min(self.objects, 13)
-            rows = [found[i : i + columns] for i in range(0, min(len(found), 6 * columns), columns)]
+            rows = [found[i : i + columns] for i in range(0, len(found), self.objects)][:6]
             labels = [scene.thing for scene in scenes[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
         return {**figures, **shares(single, folder)}
