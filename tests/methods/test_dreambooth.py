@@ -92,6 +92,22 @@ def test_class_pictures_are_drawn_once_by_the_model_before_training(
     train(3)
 
 
+def test_several_class_prompts_take_turns(tiny: Path, pictures: Path, cache: Path) -> None:
+    data = folder_data(pictures, class_prompt=["a dog", "a big dog"], class_pictures=5)
+    fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), data, 1)
+    assert [sample.caption for sample in data.class_samples] == ["a dog", "a big dog", "a dog", "a big dog", "a dog"]
+    assert sorted(path.name for path in drawn(cache)) == [f"{number:05d}.png" for number in range(5)]
+    assert {path.parent.name for path in drawn(cache)} == {sample.path.parent.name for sample in data.class_samples}
+    alone = folder_data(pictures, class_prompt="a dog", class_pictures=1)
+    fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), alone, 1)
+    assert alone.class_samples[0].path == data.class_samples[0].path  # the same prompt's, so it is not drawn again
+
+
+def test_several_class_prompts_do_not_caption_a_folder(pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data.class_prompt: pictures of data.class_path"):
+        folder_data(pictures, class_path=str(pictures), class_prompt=["a dog", "a big dog"])
+
+
 def test_each_class_picture_comes_once_before_any_twice() -> None:
     order = [partner(0, 5, number) for number in range(15)]
     for epoch in range(3):

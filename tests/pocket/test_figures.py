@@ -100,22 +100,25 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     assert {sample.scene.style for sample in data.train} == {"noto"}
     assert all(sample.caption.endswith(", in sks style") for sample in data.train)
     figures = StyleFigures(objects=24, seeds=2)
-    scenes = figures._scenes(data)
-    assert len(scenes) == 48
+    scenes, again = figures._scenes(data, False), figures._scenes(data, True)
+    assert len(scenes) == len(again) == 48
+    assert {scene.thing for scene in again} == shown
     assert len({scene.thing for scene in scenes}) == 24
     assert not shown & {scene.thing for scene in scenes}
 
-    def draws(kind: str) -> Any:
-        return lambda *_: [picture(s.thing, s.background, i, kind) for i, s in enumerate(scenes)]
+    def draws(kind: str, asked: list[Any]) -> Any:
+        return lambda *_: [picture(s.thing, s.background, i, kind) for i, s in enumerate(asked)]
 
-    monkeypatch.setattr(style, "draw", draws("noto"))
-    monkeypatch.setattr(style, "draw_base", draws("fluent"))
+    # What was not shown comes out well, what was shown does not: the two are told apart.
+    monkeypatch.setattr(style, "draw", lambda *_: draws("noto", scenes)() + draws("fluent", again)())
+    monkeypatch.setattr(style, "draw_base", draws("fluent", scenes))
     monkeypatch.setattr(style, "trained", nothing)
     monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))
     monkeypatch.setattr(style, "_psnr", lambda vae, renders: 30.0)
     found = figures.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
     assert found["style_accuracy"] > 0.95
     assert found["base_style_accuracy"] < 0.05
+    assert found["shown_style_accuracy"] < 0.05
     assert found["object_accuracy"] > 0.95
     assert found["background_accuracy"] == 1
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -67,8 +67,8 @@ class PictureData(pl.LightningDataModule, ABC):
         templates: texts around the captions, another one each time: Textual Inversion's family ``object`` or
             ``style``, or one's own with ``{}`` where the caption goes.
         masked: weight the loss by each picture's mask.
-        class_prompt: prompt for the class of the subject ("a photo of a dog"): with it, pictures of the class train
-            beside those of the subject, in pairs, and a pair counts as one sample.
+        class_prompt: prompt for the class of the subject ("a photo of a dog"), or several that take turns: with it,
+            pictures of the class train beside those of the subject, in pairs, and a pair counts as one sample.
         class_path: a folder of such pictures; the model draws them before training if None.
         class_pictures: how many it draws.
         prior_weight: lambda of L = L_instance + lambda L_class; 0 leaves the class out.
@@ -87,7 +87,7 @@ class PictureData(pl.LightningDataModule, ABC):
     limit: Annotated[int, Ge(1)] | None = None
     templates: Family | Sequence[str] | None = None
     masked: bool = False
-    class_prompt: str | None = None
+    class_prompt: str | Annotated[list[str], MinLen(1)] | None = None
     class_path: str | None = None
     class_pictures: Annotated[int, Ge(1)] = 200
     prior_weight: Annotated[float, Ge(0)] = 1.0
@@ -109,6 +109,8 @@ class PictureData(pl.LightningDataModule, ABC):
             raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
         if self.control is not None and self.has_prior:
             raise ValueError("data.class_prompt: class pictures have no control maps; leave them or the maps out")
+        if self.class_path is not None and not isinstance(self.class_prompt, str | None):
+            raise ValueError("data.class_prompt: pictures of data.class_path that have no caption share one; give one")
         self.texts = templates(self.templates)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,7 +227,8 @@ class PictureData(pl.LightningDataModule, ABC):
         assert self.class_prompt is not None
         assert self.resolution is not None
         folder = encoders.cache / "class" / encoders.draw_hash
-        pictures = class_pictures(folder, self.class_prompt, self.class_pictures, self.resolution)
+        prompts = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt
+        pictures = class_pictures(folder, prompts, self.class_pictures, self.resolution)
         if encoders.draw is not None:
             draw_missing(pictures, encoders.draw, encoders.rank, encoders.processes)
         self.class_samples = pictures

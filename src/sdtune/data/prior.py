@@ -19,8 +19,8 @@ from sdtune.data.images import open_picture, resize_and_crop
 from sdtune.data.progress import bar
 from sdtune.randomness import generator
 
-Draw = Callable[[str, Sequence[int]], Iterator[np.ndarray]]
-"""(prompt, seeds) -> a picture each, uint8 [H, W, 3], by the model before training."""
+Draw = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
+"""(prompt, seed) each -> a picture each, uint8 [H, W, 3], by the model before training."""
 
 PLACE = 1 << 32
 """Added to a pair's position it is the place of its class picture, so that the two see different noise."""
@@ -45,10 +45,11 @@ class ClassPicture:
         return resize_and_crop(open_picture(self.path), size, offset, flip)
 
 
-def class_pictures(folder: Path, prompt: str, count: int, side: int) -> list[ClassPicture]:
-    """The ``count`` pictures of ``prompt`` that ``folder`` holds or will hold."""
-    key = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    return [ClassPicture(folder / key / f"{number:05d}.png", prompt, side) for number in range(count)]
+def class_pictures(folder: Path, prompts: Sequence[str], count: int, side: int) -> list[ClassPicture]:
+    """The ``count`` pictures of ``prompts``, by turns, that ``folder`` holds or will hold."""
+    keys = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
+    turns = [number % len(prompts) for number in range(count)]
+    return [ClassPicture(folder / keys[t] / f"{n:05d}.png", prompts[t], side) for n, t in enumerate(turns)]
 
 
 def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, processes: int) -> None:
@@ -57,10 +58,11 @@ def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, proces
     mine = [int(number) for number in share(map(str, missing), rank, processes)]
     if not mine:
         return
-    pictures[0].path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = [(pictures[number].caption, number) for number in mine]
     with bar(f"Drawing pictures of {pictures[0].caption!r}", len(mine)) as progress:
-        for number, pixels in zip(mine, draw(pictures[0].caption, mine), strict=True):
+        for number, pixels in zip(mine, draw(wanted), strict=True):
             path = pictures[number].path
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
             Image.fromarray(pixels).save(partial, format="PNG")
             partial.replace(path)

@@ -92,6 +92,7 @@ class Folder(PictureData):
         return list(pictures)
 
     def read_class(self, path: str) -> Sequence[Sample]:
+        assert isinstance(self.class_prompt, str | None)
         pictures = read_folder(path, self.class_prompt)
         check_pictures(pictures)
         return [FileSample(p, 1) for p in pictures]

@@ -43,14 +43,14 @@ def encoders(adapter: Adapter) -> Encoders:
 
     side = trainer.datamodule.resolution  # type: ignore[attr-defined]
 
-    def draw(prompt: str, seeds: Sequence[int]) -> Iterator[np.ndarray]:
+    def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
         # Not the weights at hand: a resumed run's are not those before training any more.
         fresh = source.load(adapter.seed).to(adapter.device)
         fresh.suit(adapter.device)
         batch_size = max(1, min(64, _DRAWN_PIXELS // side**2))
         settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=batch_size)
         with adapter.autocast():
-            yield from generate(fresh, [Request(prompt, seed) for seed in seeds], settings)
+            yield from generate(fresh, [Request(prompt, seed) for prompt, seed in wanted], settings)
 
     frozen_vae, frozen_text = not adapter.open("vae"), not adapter.open("text_encoder")
     precision = str(trainer.precision)

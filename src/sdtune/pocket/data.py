@@ -91,14 +91,12 @@ class Subject(PictureData):
         pictures: how many, on as many backgrounds.
         token: the rare word that is to mean the subject.
         with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
-        described: whether captions tell size, background and place too; "a photo of a sks bird" for all if not.
     """
 
     subject: str = "parrot"
     pictures: Annotated[int, Ge(1)] = 5
     token: str = "sks"
     with_class: bool = True
-    described: bool = True
 
     name: str = field(default="subject", init=False)
 
@@ -146,6 +144,5 @@ class Subject(PictureData):
         ]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        scenes = self.scenes()
-        texts = [full_caption(scene, self.noun) if self.described else article(self.noun) for scene in scenes]
-        return [SceneSample(scene, f"a photo of {text}") for scene, text in zip(scenes, texts, strict=True)], []
+        samples = [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in self.scenes()]
+        return samples, []

@@ -79,7 +79,12 @@ class StyleFigures:
 
     ``style_accuracy``: share of pictures that the measuring classifier reads as the style; ``object_accuracy`` and
     ``background_accuracy``: share of which the object, the background is the prompt's. Big objects that training never
-    showed in the style; for the base too (``base_``). ``vae_psnr_db``: how well the VAE rebuilds true renders of them.
+    showed in the style; for the base too (``base_``). ``shown_style_accuracy`` and ``shown_object_accuracy`` are the
+    same on objects that it did show: what was learned, apart from how far it carries. ``vae_psnr_db``: how well the
+    VAE rebuilds true renders of the unseen ones.
+
+    The classifier knows one drawing of each object in each style, and a drawing of a style's own is more than its
+    strokes: views and shapes differ as well, which nobody can guess of an object that was not shown.
 
     Args:
         objects: how many of those that were not shown.
@@ -112,10 +117,12 @@ class StyleFigures:
             raise ValueError(f"evaluation: pocket_style reads {SIDE}x{SIDE} pictures, others are asked for")
         self.sampling.check(facts.factor)
 
-    def _scenes(self, data: Style) -> list[Scene]:
-        names = [thing.name for thing in drawn()[data.objects : data.objects + self.objects]]
+    def _scenes(self, data: Style, shown: bool) -> list[Scene]:
+        """Of objects that training shows, or of the next ones; as many of both."""
+        things = drawn()[: data.objects] if shown else drawn()[data.objects : data.objects + self.objects]
         colours, rng = list(BACKGROUNDS), generator(self.seed, "evaluation/style")
-        pairs = [(name, colours[(i + k) % len(colours)]) for k in range(self.seeds) for i, name in enumerate(names)]
+        rounds = [divmod(number, len(things)) for number in range(self.objects * self.seeds)]
+        pairs = [(things[i].name, colours[(i + k) % len(colours)]) for k, i in rounds]
         return [compose(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
 
     def run(
@@ -123,28 +130,33 @@ class StyleFigures:
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
         assert isinstance(data, Style)
-        scenes = self._scenes(data)
-        requests = [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(scenes)]
+        scenes, shown = self._scenes(data, False), self._scenes(data, True)
+        requests, more = (
+            [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown)
+        )
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
         pictures = {"base_": draw_base(source, requests, self.sampling, device)}
         figures: dict[str, Any] = {}
         single: dict[str, list[bool]] = {}
         with trained(source, artifact, name, device) as backbone:
-            pictures[""] = draw(backbone, requests, self.sampling)
+            both = draw(backbone, [*requests, *more], self.sampling)
             figures["vae_psnr_db"] = _psnr(backbone.vae, renders)
         figures["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
         reader = classifier.load()
+        pictures |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
         for prefix, found in pictures.items():
+            asked = shown if prefix == "shown_" else scenes
             stack = np.stack(found)
             readings = reader.read(stack)
             single[f"{prefix}style_accuracy"] = [said == STYLE for said in readings.style]
-            said = zip(readings.object, classifier.background(stack), scenes, strict=True)
+            said = zip(readings.object, classifier.background(stack), asked, strict=True)
             right = [(thing == scene.thing, colour == scene.background) for thing, colour, scene in said]
             single[f"{prefix}object_accuracy"] = [thing for thing, _ in right]
             single[f"{prefix}background_accuracy"] = [colour for _, colour in right]
-            columns = min(self.objects, 13)
-            rows = [found[i : i + columns] for i in range(0, len(found), self.objects)][:6]
-            labels = [scene.thing for scene in scenes[:columns]]
+            objects = len({scene.thing for scene in asked})
+            columns = min(objects, 13)
+            rows = [found[i : i + columns] for i in range(0, len(found), objects)][:6]
+            labels = [scene.thing for scene in asked[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
         return {**figures, **shares(single, folder)}
 
