@@ -36,6 +36,8 @@ def words(recipe: Path, tiny: Path, pictures: Path) -> list[str]:
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("sd15")], ids=lambda path: path.stem)
 def test_it_trains_two_steps(recipe: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     own = words(recipe, tiny, pictures)
+    for caption in pictures.glob("*.txt") if "textual_inversion" in recipe.stem else ():
+        caption.unlink()  # the word stands in data.prompt, which captions what has no caption of its own
     less = [*SMALL, *(["data.class_pictures=2"] if "class_prompt" in " ".join(own) else [])]
     run = tmp_path / "run"
     assert train(*own, *less, f"hydra.run.dir={run}") == 0

@@ -161,7 +161,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
     # A constructor that refuses a pair of settings does so here.
-    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_data(data)
+    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_against(data)
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     source.check()

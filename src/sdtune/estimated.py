@@ -48,15 +48,23 @@ class Estimated(Control):
                 " a hub id"
             )
 
-    def prepare(self, samples: Sequence[Sample], rank: int = 0, processes: int = 1) -> None:
+    def prepare(
+        self,
+        samples: Sequence[Sample],
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
         if self._kept is None:
             self._source = self._folder()
             self._kept = cache_folder() / "control" / f"{self.task}-{_hash(self._source)}"
-        missing = {s.content(): s for s in samples if not self._file(s).exists()}
-        mine = [missing[content] for content in share(missing, rank, processes)]
+        wanted = {s.content(): s for s in samples}
+        # Shared out first: another process may write one of its own while this one looks.
+        shared = [wanted[content] for content in share(wanted, rank, processes)]
+        mine = [sample for sample in shared if not self._file(sample).exists()]
         if not mine:
             return
-        estimate = _Estimator(self._source, self.task)
+        estimate = _Estimator(self._source, self.task, device or torch.device("cpu"))
         with bar(f"Estimating {self.task}", len(mine)) as progress:
             for sample in mine:
                 save_png(estimate(sample.pixels(_whole(sample.size), CENTRE, False)), self._file(sample))
@@ -87,11 +95,11 @@ class Estimated(Control):
 
 
 class _Estimator:
-    def __init__(self, folder: Path, task: str) -> None:
+    def __init__(self, folder: Path, task: str, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
         kind = AutoModelForDepthEstimation if task == "depth" else AutoModelForSemanticSegmentation
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
         try:
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)

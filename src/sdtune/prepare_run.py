@@ -49,7 +49,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> None:
     trainer: pl.Trainer = build(arguments, top.trust, given)
     adapter = build_adapter(config)
     if trainer.is_global_zero:
-        for line in report_lines.before(data, adapter.source, config["trainer"]["max_steps"]):
+        for line in report_lines.before(data, adapter.source, config["trainer"]["max_steps"], adapter.new_tokens):
             log.info(line)
     trainer.fit(adapter, datamodule=data)
     if trainer.is_global_zero:
@@ -63,8 +63,11 @@ def _show(data: PictureData, folder: Path) -> None:
     if data.class_samples:
         shown = list(data.class_samples[:_SHOWN])
         _sheet(shown, [s.pixels(s.size, (0.5, 0.5), False) for s in shown], folder / "class.png")
-        place = Path(str(data.class_samples[0])).parent
-        log.info("class: %d pictures of %r in %s", len(data.class_samples), shown[0].caption, place)
+        prompts: dict[str, list[str]] = {}
+        for sample in data.class_samples:
+            prompts.setdefault(sample.caption, []).append(str(sample))
+        for prompt, files in prompts.items():
+            log.info("class: %d pictures of %r in %s", len(files), prompt, Path(files[0]).parent)
     if data.control is not None:
         maps = [data.control.map(sample, data.bucket(sample)) for sample in samples]
         for number, (sample, drawn) in enumerate(zip(samples, maps, strict=True)):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken, Words
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
+from sdtune.formats.embeddings import intermediate
 
 
-def before(data: PictureData, source: Pretrained, steps: int) -> list[str]:
-    """The data as it will be seen."""
+def before(data: PictureData, source: Pretrained, steps: int, tokens: Sequence[NewToken]) -> list[str]:
+    """The data as it will be seen; ``tokens`` are the new words of its prompts."""
     from transformers import CLIPTokenizer
 
     buckets = data.buckets(data.train)
@@ -35,9 +38,14 @@ def before(data: PictureData, source: Pretrained, steps: int) -> list[str]:
                 f" {times:.1f} times an epoch, others about once"
             )
     tokenizer = CLIPTokenizer.from_pretrained(source.folder() / "tokenizer", local_files_only=True)
-    captions = list(dict.fromkeys(sample.caption for sample in data.train))[:10_000]
-    longest = max(captions, key=lambda caption: len(tokenizer(caption).input_ids))
-    length, limit = len(tokenizer(longest).input_ids), source.facts.max_tokens
+    words = Words(tokenizer, {token.token: token.vectors for token in tokens})
+
+    def count(prompt: str) -> int:
+        return len(tokenizer(words.expanded(prompt)).input_ids)
+
+    captions = data.captions()[:10_000]
+    longest = max(captions, key=count)
+    length, limit = count(longest), source.facts.max_tokens
     lines.append(f"captions: {len(captions)} different ones; the longest has {length} tokens of {limit}")
     if length > limit:
         lines.append(f"WARNING: captions above {limit} tokens are cut; the longest is {longest!r}")
@@ -54,7 +62,7 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
-    words = [file for file in words if not file.stem.endswith("-best") and "-step" not in file.stem]
+    words = [file for file in words if not intermediate(file.stem)]
     lines += [f"word for ComfyUI and A1111: {file}" for file in words]
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")

@@ -142,7 +142,7 @@ def _train(
     checkpoints: Checkpoints,
 ) -> None:
     if trainer.is_global_zero:
-        for line in report_lines.before(data, adapter.source, trainer.max_steps):
+        for line in report_lines.before(data, adapter.source, trainer.max_steps, adapter.new_tokens):
             log.info(line)
         if start:
             log.info("resuming at step %d from %s", int(start.stem.removeprefix("step")), start)

@@ -162,6 +162,13 @@ def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
     assert maps[2] == np.asarray(Image.open(tmp_path / "maps" / "y.png").convert("RGB")).tobytes()
 
 
+def test_one_map_for_two_pictures_is_refused(tmp_path: Path) -> None:
+    for i, name in enumerate(("pictures/a/x.png", "pictures/b/x.png", "maps/x.png")):
+        noise(tmp_path / name, 64, 64, seed=i)
+    with pytest.raises(ValueError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
+        Paired(str(tmp_path / "maps")).open(samples(tmp_path / "pictures"))
+
+
 def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     def refused(match: str, control: Paired | None = None) -> None:
         with pytest.raises(ValueError, match=match):

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
-from sdtune.data.prior import PLACE, partner
+from sdtune.data.prior import PLACE, class_pictures, draw_missing, partner
 from sdtune.methods import DreamBooth, LoRA
 
 
@@ -153,3 +153,23 @@ def test_masked_pairs(tiny: Path, pictures: Path, cache: Path) -> None:
     assert mask[:2, ..., 5:].max() < 0.01
     assert mask[2:].min() == 1
     assert len(data.train) == 5, "a mask is no picture"
+
+
+def test_a_class_picture_is_named_by_the_model_that_drew_it(tmp_path: Path) -> None:
+    one, other = (class_pictures(tmp_path / model, ["a dog"], 1, 32)[0].content() for model in ("one", "other"))
+    assert one != other
+
+
+def test_processes_share_out_the_same_list(tmp_path: Path) -> None:
+    """One may have written a picture already when the next one looks."""
+    pictures = class_pictures(tmp_path, ["a dog"], 8, 8)
+    made: list[int] = []
+
+    def draw(wanted: Any) -> Any:
+        for _, number in wanted:
+            made.append(number)
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    for rank in (0, 1):
+        draw_missing(pictures, draw, rank, 2)
+    assert sorted(made) == list(range(8))

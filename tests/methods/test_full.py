@@ -103,3 +103,8 @@ def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, pictures: Path)
         Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception="nowhere")
     with pytest.raises(ValueError, match=r"^method.perception: only the VAE"):
         Full(backbone=Pretrained(str(tiny)), perception=str(clip_path()))
+
+
+def test_a_validation_loss_that_says_nothing_is_refused(tiny: Path, pictures: Path) -> None:
+    with pytest.raises(ValueError, match="^data.hold_out: the validation loss is the diffusion loss"):
+        fit(Full(parts=["vae"], backbone=Pretrained(str(tiny))), folder_data(pictures, hold_out=2), 1)

@@ -26,7 +26,12 @@ from sdtune.sampling import Request, Sampling
 METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
 OWN = {
     "dreambooth": ["data.class_prompt=a photo of a dog"],
-    "lora": ["method.targets=[cross_attention,self_attention,feed_forward,convolutions,text_encoder]"],
+    "lora": [
+        "method.targets=[cross_attention,self_attention,feed_forward,convolutions,text_encoder]",
+        "objective=min_snr",
+        "objective.offset_noise=0.1",
+        "backbone.prediction_type=v_prediction",
+    ],
     "full": ["method.parts=[unet,text_encoder,vae]"],
     "controlnet": ["method.unet=open", "data/control=canny"],
 }

@@ -14,8 +14,10 @@ from torch import Tensor
 
 import sdtune
 from running import Spy, adamw, fit, folder_data
+from sdtune import report_lines
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken
+from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
 from sdtune.sampling import Sampling
 
@@ -86,6 +88,9 @@ def test_tokens_are_refused_that_no_prompt_could_name(tiny: Path) -> None:
         TextualInversion(backbone=source, new_tokens=[NewToken("my cat", "cat")])
     with pytest.raises(ValueError, match="'<a>_1' stands twice"):
         TextualInversion(backbone=source, new_tokens=[NewToken("<a>", "cat", 2), NewToken("<a>_1", "cat")])
+    for tokens in ([NewToken("<cat>", "cat"), NewToken("[cat]", "cat")], [NewToken("cat-best", "cat")]):
+        with pytest.raises(ValueError, match="would be kept as cat"):
+            TextualInversion(backbone=source, new_tokens=tokens)
     with pytest.raises(ValueError, match="new_tokens is empty"):
         TextualInversion(backbone=source)
     model = TextualInversion(backbone=source, new_tokens=[NewToken("a", "cat")])
@@ -147,3 +152,24 @@ def test_words_and_a_lora_in_one_run(tiny: Path, pictures: Path, tmp_path: Path)
         for files in ([{"path": str(tmp_path)}], [{"path": str(tmp_path / "learned_embeds.safetensors")}])
     )
     assert np.abs(with_both - without).max() > 0
+
+
+def test_a_word_that_no_caption_holds_is_refused(tiny: Path, pictures: Path) -> None:
+    model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[NewToken("<new>", "a")])
+    with pytest.raises(ValueError, match="^new_tokens: <new> stands in no caption, such as 'picture number 0'"):
+        fit(model, folder_data(pictures), 1)
+
+
+def test_a_word_with_step_in_it_is_read_again(tmp_path: Path) -> None:
+    embeddings.write(tmp_path, {"<two-step>": torch.ones(1, 4), "<b>": torch.zeros(1, 4)}, "", {})
+    embeddings.write(tmp_path, {"<two-step>": torch.ones(1, 4)}, "-step00000400", {})
+    assert set(embeddings.read_folder(tmp_path)) == {"<two-step>", "<b>"}
+
+
+def test_captions_are_counted_with_every_vector(tiny: Path, pictures: Path) -> None:
+    for file in pictures.glob("*.txt"):
+        file.write_text("<new>")
+    data, source = folder_data(pictures), Pretrained(str(tiny))
+    data.open(32, 4)
+    lines = report_lines.before(data, source, 1, [NewToken("<new>", "a", 5)])
+    assert "captions: 1 different ones; the longest has 7 tokens of 77" in lines

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.diversity import diversity
+from sdtune.evaluation.diversity import distances
 from sdtune.pocket import evaluation, path, style
 from sdtune.pocket.data import Subject
 from sdtune.pocket.evaluation import SubjectFigures
@@ -45,8 +45,9 @@ def nothing(*_: Any) -> Iterator[Any]:
 def test_diversity_is_the_mean_distance_of_any_two() -> None:
     rows = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     pairs = [1 - float(rows[i] @ rows[j]) for i in range(5) for j in range(5) if i < j]
-    assert diversity(rows) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
-    assert diversity(rows[:1].expand(4, -1)) == pytest.approx(0, abs=1e-6)
+    found = distances(rows)
+    assert sum(found) / len(found) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    assert distances(rows[:1].expand(4, -1)) == pytest.approx([0] * 4, abs=1e-6)
 
 
 def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +115,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     monkeypatch.setattr(style, "draw_base", draws("fluent", scenes))
     monkeypatch.setattr(style, "trained", nothing)
     monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))
-    monkeypatch.setattr(style, "_psnr", lambda vae, renders: 30.0)
+    monkeypatch.setattr(style, "_psnr", lambda vae, renders: [30.0] * len(renders))
     found = figures.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
     assert found["style_accuracy"] > 0.95
     assert found["base_style_accuracy"] < 0.05

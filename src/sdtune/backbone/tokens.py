@@ -17,6 +17,8 @@ from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer
 
+from sdtune.formats.embeddings import intermediate, word
+
 
 @dataclass(frozen=True)
 class NewToken:
@@ -119,3 +121,21 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"new_tokens: {twice!r} stands twice; give each token once, and none of another's name and _1")
+    files = [word(token.token) for token in tokens]
+    for token, file in zip(tokens, files, strict=True):
+        if files.count(file) > 1 or intermediate(file):
+            raise ValueError(
+                f"new_tokens: {token.token!r} would be kept as {file}.safetensors, which is another's name or an"
+                " intermediate file's; choose another word"
+            )
+
+
+def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
+    """ValueError for a token that none of ``prompts`` holds: it would learn nothing."""
+    for token in tokens:
+        own = re.compile(rf"(?<!\w){re.escape(token.token)}(?!\w)", re.IGNORECASE)
+        if not any(own.search(prompt) for prompt in prompts):
+            raise ValueError(
+                f"new_tokens: {token.token} stands in no caption, such as {prompts[0]!r}; write it into the captions,"
+                " or around them with data.templates"
+            )

@@ -34,8 +34,14 @@ class Control(ABC):
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
         """ValueError where one of ``samples`` has no usable map; loads no weights."""
 
-    def prepare(self, samples: Sequence[Sample], rank: int = 0, processes: int = 1) -> None:  # noqa: B027
-        """Make what needs a model, before training."""
+    def prepare(  # noqa: B027
+        self,
+        samples: Sequence[Sample],
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        """Make what needs a model, on ``device`` (the CPU if None), before training."""
 
     def content(self, sample: Sample) -> str:
         """A name for what a map hangs on beside its picture and the settings."""
@@ -102,6 +108,12 @@ class Paired(Control):
             own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
             if own is None:
                 raise ValueError(f"data.control.path: no map for {picture}: put {picture.stem}.png into {self.path}")
+            other = next((p for p, m in self._maps.items() if m == own and p != picture), None)
+            if other is not None:
+                raise ValueError(
+                    f"data.control.path: {own} is the map of {other} and of {picture}: put maps into folders named as"
+                    " the pictures' are"
+                )
             self._maps[picture] = own
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             for _ in pool.map(self._check, samples):

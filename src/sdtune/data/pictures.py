@@ -46,6 +46,7 @@ class Encoders:
     draw: DrawPictures | None = None
     """The model before training, for pictures of the class."""
     draw_hash: str = ""
+    device: torch.device | None = None
     rank: int = 0
     processes: int = 1
 
@@ -245,7 +246,7 @@ class PictureData(pl.LightningDataModule, ABC):
                 " a new run"
             )
         if self.control is not None:
-            self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes)
+            self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes, encoders.device)
         if self.cache_latents and encoders.images is not None:
             self.latent_cache = TensorCache(encoders.cache / "latents" / encoders.images_hash)
             self._fill_latents(self.latent_cache, encoders)

@@ -38,8 +38,8 @@ class ClassPicture:
         return str(self.path)
 
     def content(self) -> str:
-        """The folder is named by what the pictures depend on, so the path names the content."""
-        return hashlib.sha256(f"{self.path.parent.name}/{self.path.name}".encode()).hexdigest()
+        """The folders are named by the model that draws and by the prompt, so the path names the content."""
+        return hashlib.sha256("/".join(self.path.parts[-3:]).encode()).hexdigest()
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(open_picture(self.path), size, offset, flip)
@@ -54,12 +54,15 @@ def class_pictures(folder: Path, prompts: Sequence[str], count: int, side: int) 
 
 def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, processes: int) -> None:
     """Draw this process's share of the pictures that are not on disk yet; each is written whole as it comes."""
-    missing = [number for number, picture in enumerate(pictures) if not picture.path.exists()]
-    mine = [int(number) for number in share(map(str, missing), rank, processes)]
+    # Shared out first: another process may write one of its own while this one looks.
+    shared = [int(number) for number in share(map(str, range(len(pictures))), rank, processes)]
+    mine = [number for number in shared if not pictures[number].path.exists()]
     if not mine:
         return
     wanted = [(pictures[number].caption, number) for number in mine]
-    with bar(f"Drawing pictures of {pictures[0].caption!r}", len(mine)) as progress:
+    more = len({picture.caption for picture in pictures}) - 1
+    others = f" and {more} other prompts" if more else ""
+    with bar(f"Drawing pictures of {pictures[0].caption!r}{others}", len(mine)) as progress:
         for number, pixels in zip(mine, draw(wanted), strict=True):
             path = pictures[number].path
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,11 @@ def word(token: str) -> str:
     return re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
 
 
+def intermediate(stem: str) -> bool:
+    """Whether a file of this name is a step's or the best step's, beside the one that a run leaves in the end."""
+    return re.search(r"-step\d{8}$|-best$", stem) is not None
+
+
 def write(folder: Path, vectors: Mapping[str, Tensor], mark: str, metadata: Mapping[str, str]) -> None:
     """Both forms of each token's vectors [N, D] into ``folder``; ``mark`` ends the files' names."""
     for token, rows in vectors.items():
@@ -50,7 +55,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """Vectors by token, of diffusers' files in ``folder`` but intermediate ones."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob(f"{FILE_NAME}*.safetensors")):
-        if "-step" not in file.stem and not file.stem.endswith("-best"):
+        if not intermediate(file.stem):
             tensors, metadata = read_safetensors(file)
             found |= parse(file, tensors, metadata)
     return found

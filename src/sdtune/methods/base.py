@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import HALVES, Backbone, autocast
-from sdtune.backbone.tokens import NewToken, check_tokens
+from sdtune.backbone.tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.formats import embeddings
@@ -90,6 +90,11 @@ class Adapter(pl.LightningModule, ABC):
 
     def check_data(self, data: PictureData) -> None:
         """ValueError for data that the method cannot be trained on; called before any weights are loaded."""
+
+    def check_against(self, data: PictureData) -> None:
+        """:meth:`check_data`, and ValueError for a new token that no prompt holds: it would learn nothing."""
+        self.check_data(data)
+        check_mentioned(self.new_tokens, data.captions())
 
     def artifact_bytes(self) -> int:
         """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
@@ -180,7 +185,8 @@ class Adapter(pl.LightningModule, ABC):
         self._halve_frozen()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PictureData):
-            self.check_data(data)
+            data.open(self.source.facts.side, self.source.facts.factor)
+            self.check_against(data)
             prepare(self, data)
             if self.offload:
                 cached = {"vae": data.latent_cache, "text_encoder": data.text_cache}

@@ -22,7 +22,6 @@ _DRAWN_PIXELS = 4 * 512 * 512  # of class pictures drawn at once
 
 def prepare(adapter: Adapter, data: PictureData) -> None:
     """Read ``data`` and fill its caches, each process a share of them."""
-    data.open(adapter.source.facts.side, adapter.source.facts.factor)
     for fill in (data.draw_class, data.prepare):
         fill(encoders(adapter))
         adapter.trainer.strategy.barrier("caches")
@@ -65,6 +64,7 @@ def encoders(adapter: Adapter) -> Encoders:
             :32
         ],
         cache=cache_folder(),
+        device=adapter.device,
         rank=trainer.global_rank,
         processes=trainer.world_size,
     )

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sdtune.backbone.pretrained import Component
+from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.files import write_json
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
@@ -58,6 +59,13 @@ class Full(Adapter):
         self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight
         self._perception: list[Perception] = []
         """Held in a list: as a submodule it would be taken for a part of the model."""
+
+    def check_data(self, data: PictureData) -> None:
+        if data.held_out and self.parts == ("vae",):
+            raise ValueError(
+                "data.hold_out: the validation loss is the diffusion loss, which says nothing of method.parts=[vae];"
+                " leave it out"
+            )
 
     def inject(self) -> None:
         for part in self.parts:

@@ -10,6 +10,7 @@ from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, me
 _NOTE = (
     "offloading: the VAE and the text encoder leave the device once what they make is cached.",
     f"Not in the peaks: CUDA's context and the kernels' work space; fits= allows {ALLOWANCE / GIB:g} GiB for them.",
+    "Nor an average of the weights (callbacks=ema: 4 bytes a trained parameter), nor the drawing of class pictures.",
 )
 
 

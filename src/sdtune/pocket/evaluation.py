@@ -17,7 +17,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
-from sdtune.evaluation.diversity import diversity
+from sdtune.evaluation.diversity import distances
 from sdtune.evaluation.general import draw, draw_base, references, trained
 from sdtune.files import write_json
 from sdtune.grids import grid, save_png
@@ -102,7 +102,7 @@ class SubjectFigures:
             drawn[""] = draw(backbone, [*requests, *others], self.sampling)
             ceiling = self._ceiling(backbone, reader, data.subject, unseen)
         figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
-        readings: dict[str, list[bool]] = {}
+        readings: dict[str, list[float]] = {}
         for prefix, both in drawn.items():
             pictures, classes = both[: self.count], both[self.count :]
             stack = np.stack(pictures)
@@ -119,7 +119,7 @@ class SubjectFigures:
             if classes and clip is not None:
                 leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
                 readings[f"{prefix}prior_leak"] = leaked.tolist()
-                figures[f"{prefix}class_distance"] = diversity(clip.pictures(classes))
+                readings[f"{prefix}class_distance"] = distances(clip.pictures(classes))
                 columns = len(colours)
                 rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")

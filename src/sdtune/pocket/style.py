@@ -136,12 +136,11 @@ class StyleFigures:
         )
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
         pictures = {"base_": draw_base(source, requests, self.sampling, device)}
-        figures: dict[str, Any] = {}
-        single: dict[str, list[bool]] = {}
+        single: dict[str, list[float]] = {}
         with trained(source, artifact, name, device) as backbone:
             both = draw(backbone, [*requests, *more], self.sampling)
-            figures["vae_psnr_db"] = _psnr(backbone.vae, renders)
-        figures["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
+            single["vae_psnr_db"] = _psnr(backbone.vae, renders)
+        single["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
         reader = classifier.load()
         pictures |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
         for prefix, found in pictures.items():
@@ -158,8 +157,8 @@ class StyleFigures:
             rows = [found[i : i + columns] for i in range(0, len(found), objects)][:6]
             labels = [scene.thing for scene in asked[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
-        return {**figures, **shares(single, folder)}
+        return dict(shares(single, folder))
 
 
-def _psnr(vae: Any, renders: np.ndarray) -> float:
-    return float(psnr(classifier.reconstruct(vae.cpu(), renders), renders).mean())
+def _psnr(vae: Any, renders: np.ndarray) -> list[float]:
+    return [float(value) for value in psnr(classifier.reconstruct(vae.cpu(), renders), renders)]

@@ -33,7 +33,7 @@ _TIMES = ("median_step_seconds", "images_per_second")  # of runs that may have s
 _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 _OVERVIEW = {
-    "subject": ("subject_gain", "background_accuracy", "prior_leak"),
+    "subject": ("subject_gain", "background_accuracy", "prior_leak", "class_diversity"),
     "style": ("style_accuracy", "object_accuracy", "background_accuracy"),
     "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
 }
@@ -60,18 +60,21 @@ def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
     own = dict(readings)
     if "control_agreement" in own:
         own["control_less_shuffled"] = own["control_agreement"] - own["control_agreement_shuffled"]
-    seeds, pictures = next(iter(own.values())).shape
+    seeds = len(next(iter(own.values())))
     rng = generator(0, "bootstrap")
     drawn: dict[str, list[float]] = {key: [] for key in own}
     for _ in range(DRAWS):
         rows = rng.integers(seeds, size=(seeds, 1))
-        columns = rng.integers(pictures, size=(seeds, pictures))
+        columns = {n: rng.integers(n, size=(seeds, n)) for n in sorted({v.shape[1] for v in own.values()})}
         for key, values in own.items():
-            drawn[key].append(float(values[rows, columns % values.shape[1]].mean()))
+            drawn[key].append(float(values[rows, columns[values.shape[1]]].mean()))
     centre = {key: float(values.mean()) for key, values in own.items()}
     spread = {key: np.array(values) for key, values in drawn.items()}
     if ceiling is not None and {"subject_accuracy", "base_subject_accuracy"} <= own.keys():
         centre["subject_gain"], spread["subject_gain"] = gain(centre, ceiling), gain(spread, ceiling)
+    if "class_distance" in own:
+        centre["class_diversity"] = centre["class_distance"] / centre["base_class_distance"]
+        spread["class_diversity"] = spread["class_distance"] / spread["base_class_distance"]
     return {
         key: (centre[key], float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975)))
         for key, values in spread.items()
