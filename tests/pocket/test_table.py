@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +54,14 @@ def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
             json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567, "zero": 0.0})
         )
         (run / "evaluation" / table.READINGS).write_text(json.dumps(READ | {"object_accuracy": [1.0, seed == 0]}))
-    monkeypatch.setattr(table.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was run again"))
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\n")
+
+    def run_(command: list[str], **_: Any) -> Any:
+        assert command[-2:] == ["--cfg", "job"], "a finished run was run again"
+        return SimpleNamespace(stdout="\n".join(word.replace("=", ": ") for word in command if word[:4] == "seed"))
+
+    monkeypatch.setattr(table.subprocess, "run", run_)
     monkeypatch.setattr(sys, "argv", ["table", "some", "--seeds", "0", "1"])
     table.main()
     page = (tmp_path / "experiments/some/README.md").read_text()
@@ -68,3 +77,6 @@ def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all_of_them.endswith("after\n")
     assert "old" not in all_of_them
     assert "| [some](some/README.md) | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them
+    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 1\nmethod: changed\n")
+    with pytest.raises(ValueError, match="seed-1: some was another recipe when this was run"):
+        table.main()

@@ -122,11 +122,17 @@ def overview(folder: Path) -> list[str]:
 
 
 def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
-    if (folder / "metrics.json").is_file():
-        return
     command = [sys.executable, "-m", "sdtune.train"]
-    begun = any(folder.glob("checkpoints/step*.ckpt"))
-    own = [f"resume={folder}"] if begun else [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
+    own = [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
+    if (folder / "metrics.json").is_file():
+        today = subprocess.run([*command, *own, "--cfg", "job"], check=True, capture_output=True, text=True).stdout
+        if today.strip() != (folder / ".hydra" / "config.yaml").read_text().strip():
+            raise ValueError(
+                f"{folder}: {name} was another recipe when this was run; remove the folder to run it again"
+            )
+        return
+    if any(folder.glob("checkpoints/step*.ckpt")):
+        own = [f"resume={folder}"]
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     subprocess.run([*command, *own], check=True, env=environment)
 
