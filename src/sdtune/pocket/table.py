@@ -127,9 +127,7 @@ def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
     if (folder / "metrics.json").is_file():
         today = subprocess.run([*command, *own, "--cfg", "job"], check=True, capture_output=True, text=True).stdout
         if today.strip() != (folder / ".hydra" / "config.yaml").read_text().strip():
-            raise ValueError(
-                f"{folder}: {name} was another recipe when this was run; remove the folder to run it again"
-            )
+            raise ValueError(f"{folder}: {name} was another recipe then; remove the folder to run it again")
         return
     if any(folder.glob("checkpoints/step*.ckpt")):
         own = [f"resume={folder}"]
