@@ -13,6 +13,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
 from sdtune.data.control import Control, Paired
 from sdtune.data.edges import Canny, Scribble
+from sdtune.evaluation.general import base
 from sdtune.pocket import control_evaluation
 from sdtune.pocket.control import PocketControl, background_colour, depth, keypoints, object_colour, pose, segmentation
 from sdtune.pocket.control_evaluation import ControlFigures, box, edge_f1, found, iou, scores, wanted
@@ -162,7 +163,6 @@ def data(control: Control | None) -> World:
 
 
 def test_the_figures_are_those_of_base_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = control_evaluation.base
     monkeypatch.setattr(control_evaluation, "trained", lambda source, artifact, name, device: base(source, device))
     figures = few().run(Pretrained(), data(PocketControl("pose")), tmp_path, "net", torch.device("cpu"), tmp_path)
     keys = ["control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy"]
