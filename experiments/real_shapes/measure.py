@@ -20,11 +20,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune import plan_run
-from sdtune.backbone.outline import shipped
+from sdtune.backbone.outline import byte_tokenizer, shipped
 from sdtune.paths import config_folder
 from sdtune.planning import SWITCHES, memory
 
@@ -56,10 +55,7 @@ def random_pipeline(folder: Path) -> None:
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
     text.half().save_pretrained(folder / "text_encoder")
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77).save_pretrained(folder / "tokenizer")
+    byte_tokenizer(77).save_pretrained(folder / "tokenizer")
     shutil.copy2(configs / "model_index.json", folder)  # last: with it the folder is complete
 
 

@@ -23,6 +23,14 @@ def shipped(kind: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def byte_tokenizer(max_tokens: int) -> CLIPTokenizer:
+    """A tokenizer of CLIP's kind that knows single bytes alone: for where only lengths count."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=max_tokens)
+
+
 class Outline(Pretrained):
     """What :class:`Pretrained` is, without its weights: for counting. SDXL has an outline too."""
 
@@ -57,10 +65,7 @@ class Outline(Pretrained):
         folder = self.folder() / "tokenizer"
         if folder.is_dir():
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
-        vocabulary = {token: number for number, token in enumerate(tokens)}
-        return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=self.facts.max_tokens)
+        return byte_tokenizer(self.facts.max_tokens)
 
 
 class _TwoEncoders(Backbone):

@@ -91,8 +91,13 @@ class Words:
         for token, width in self.widths.items():
             if width > 1:
                 whole = " ".join(_numbered(token, i) for i in range(width)).replace("\\", r"\\")
-                prompt = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", whole, prompt, flags=re.IGNORECASE)
+                prompt = _alone(token).sub(whole, prompt)
         return prompt
+
+
+def _alone(token: str) -> re.Pattern[str]:
+    """``token`` as a word of its own, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)
 
 
 def _numbered(token: str, index: int) -> str:
@@ -133,7 +138,7 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
 def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
     """ValueError for a token that none of ``prompts`` holds: it would learn nothing."""
     for token in tokens:
-        own = re.compile(rf"(?<!\w){re.escape(token.token)}(?!\w)", re.IGNORECASE)
+        own = _alone(token.token)
         if not any(own.search(prompt) for prompt in prompts):
             raise ValueError(
                 f"new_tokens: {token.token} stands in no caption, such as {prompts[0]!r}; write it into the captions,"

@@ -102,14 +102,15 @@ class Paired(Control):
             if name in found:
                 raise ValueError(f"data.control.path: {file} and {found[name].name} have one name: remove one")
             found[name] = file
+        owners: dict[Path, Path] = {}
         for sample in samples:
             picture = _path(sample)
             parts = picture.with_suffix("").parts
             own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
             if own is None:
                 raise ValueError(f"data.control.path: no map for {picture}: put {picture.stem}.png into {self.path}")
-            other = next((p for p, m in self._maps.items() if m == own and p != picture), None)
-            if other is not None:
+            other = owners.setdefault(own, picture)
+            if other != picture:
                 raise ValueError(
                     f"data.control.path: {own} is the map of {other} and of {picture}: put maps into folders named as"
                     " the pictures' are"

@@ -94,7 +94,7 @@ class Adapter(pl.LightningModule, ABC):
     def check_against(self, data: PictureData) -> None:
         """:meth:`check_data`, and ValueError for a new token that no prompt holds: it would learn nothing."""
         self.check_data(data)
-        check_mentioned(self.new_tokens, data.captions())
+        check_mentioned(self.new_tokens, data.captions() if self.new_tokens else [])
 
     def artifact_bytes(self) -> int:
         """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
