@@ -219,6 +219,29 @@ def test_the_artifact_has_the_size_that_was_planned(
     assert model.artifact_bytes() <= written < 1.02 * model.artifact_bytes()  # kohya's form has an alpha a pair
 
 
+def test_an_average_is_four_bytes_a_trained_parameter(tiny: Path) -> None:
+    where = "method=lora", "backbone=sd15", f"backbone.path={tiny}"
+    without, kept = (figures(*where, *own) for own in ((), ("callbacks=ema",)))
+    assert (without.average, kept.average) == (0, 4 * kept.total.trained)
+    plain, averaged = (memory(found, SWITCHES["plain"], 1, 1) for found in (without, kept))
+    assert averaged.step - plain.step == averaged.previews - plain.previews == kept.average
+    assert averaged.encoding == plain.encoding
+
+
+def test_a_class_is_drawn_by_a_model_beside_the_one_that_is_trained(tiny: Path, tmp_path: Path) -> None:
+    where = "method=dreambooth", "backbone=sd15", f"backbone.path={tiny}"
+    drawn = figures(*where, "data.class_prompt=a dog")
+    own = figures(*where, f"data.class_path={tmp_path}")
+    none = figures(*where, "data.prior_weight=0")
+    assert (own.drawing, none.drawing) == (0, 0)
+    count = parts(drawn)
+    halved = 2 * (count["unet"] + count["text_encoder"]) + 4 * count["vae"]
+    # Sixty-four of 32 pixels at once, each latents and maps of several numbers a cell.
+    assert halved < drawn.drawing < halved + 64 * 32 * 32 * 1024
+    cost = memory(drawn, SWITCHES["plain"], 1, 1)
+    assert cost.drawing == cost.weights + drawn.drawing == cost.peak
+
+
 # --- what fits
 
 

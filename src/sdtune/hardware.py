@@ -10,7 +10,7 @@ import torch
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
-SWITCHES = ("gradient_checkpointing", "offload")
+SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
 """Keys of a ``hardware`` node that are a method's and not Lightning's."""
 
 

@@ -21,6 +21,7 @@ from sdtune.instantiate import build, check_value, resolve
 from sdtune.launch import choices, composed_again
 from sdtune.methods import DreamBooth
 from sdtune.methods.base import Adapter
+from sdtune.methods.encoding import drawn_at_once
 from sdtune.planning import Figures, measure, tables
 from sdtune.suggest import suggestion
 
@@ -148,6 +149,7 @@ def figures(job: Job) -> Figures:
             "optimizer": build(optimizer, trust),
             "new_tokens": top.new_tokens or ((_WORD,) if _class(job.config).needs_tokens else ()),
             "tokens_lr": top.tokens_lr,
+            "vae_tiling": job.config["hardware"].get("vae_tiling", False),
         },
     )
     with torch.device("meta"):
@@ -173,6 +175,7 @@ def figures(job: Job) -> Figures:
         gpu=job.gpu,
         cache_latents=job.data["cache_latents"],
         cache_text=job.data["cache_text"],
-        # With guidance, each picture goes through the UNet twice, with its prompt and without.
-        drawn=2 * samples["sampling"]["batch_size"] if samples else 0,
+        average=job.config["callbacks"].get("ema") is not None,
+        previews=samples["sampling"]["batch_size"] if samples else 0,
+        class_pictures=drawn_at_once(job.side) if _pairs(job) and job.data["class_path"] is None else 0,
     )

@@ -92,6 +92,8 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     device = hardware.device(str(config["hardware"]["accelerator"]))
     backbone = source.load().to(device)
     backbone.suit(device)
+    if config["hardware"].get("vae_tiling"):
+        backbone.decode_in_tiles()
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
     loaded = files.load(backbone, source.hash(), wanted)
     controls = _controls(config)

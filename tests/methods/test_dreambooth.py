@@ -11,10 +11,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken
 from sdtune.data.prior import PLACE, class_pictures, draw_missing, partner
 from sdtune.methods import DreamBooth, LoRA
+from sdtune.sampling import Request, Sampling, generate
 
 
 class Batches(Callback):
@@ -173,3 +176,27 @@ def test_processes_share_out_the_same_list(tmp_path: Path) -> None:
     for rank in (0, 1):
         draw_missing(pictures, draw, rank, 2)
     assert sorted(made) == list(range(8))
+
+
+def test_words_learned_beside_an_open_unet_belong_to_the_trained_pipeline(
+    tiny: Path, pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Pivotal tuning with DreamBooth: what is drawn with the artifact is what the trained modules draw."""
+    source = Pretrained(str(tiny))
+    model = DreamBooth(
+        backbone=source, optimizer=adamw(1e-2), new_tokens=[NewToken("<my_dog>", "dog", 2)], tokens_lr=1e-1
+    )
+    data = folder_data(pictures, class_prompt="a dog", class_pictures=2, templates=["<my_dog>, {}"])
+    fit(model, data, 2)
+    model.artifact(tmp_path, "mine")
+    prompt, settings = "one <my_dog>", Sampling(steps=2, guidance=4.0)
+    words = [{"path": str(tmp_path / "learned_embeds.safetensors")}]
+    trained = Pretrained(str(tmp_path / "mine"))
+    [loaded] = sdtune.sample(prompt, words, backbone=trained, sampling=settings)
+    model.backbone.suit(torch.device("cpu"))
+    [live] = generate(model.backbone.eval(), [Request(prompt, 0)], settings)
+    assert np.abs(np.asarray(loaded).astype(int) - live).max() <= 1
+    [plain] = sdtune.sample(prompt, backbone=trained, sampling=settings)
+    assert np.abs(np.asarray(plain).astype(int) - live).max() > 2
+    with pytest.raises(ValueError, match="trained on another backbone"):
+        sdtune.sample(prompt, words, backbone=source, sampling=settings)

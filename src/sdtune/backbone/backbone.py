@@ -23,6 +23,8 @@ from sdtune.objective.schedule import NoiseSchedule
 _SHORT_SEQUENCE = 1024
 DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
 
+TILE = 512
+"""Side in pixels of the tiles that a large picture is decoded in, where that is wanted."""
 
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The half type of each of Lightning's mixed precisions."""
@@ -57,6 +59,8 @@ class Backbone(nn.Module):
         self.prediction_type = check(facts.prediction_type)
         self.words: Words | None = None
         """The new words that prompts may use, if there are any."""
+        self.tiled = False
+        """Whether large pictures are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.controlnets.applied` puts them there."""
 
@@ -79,6 +83,16 @@ class Backbone(nn.Module):
         if device.type == "cpu":
             for model in (self.unet, *beside):
                 model.to(memory_format=torch.channels_last)
+
+    def halve_frozen(self, precision: str) -> None:
+        """Under a mixed ``precision`` of Lightning's, frozen weights of all but the VAE go to its half type.
+
+        The VAE stays float32: its encoder runs once a picture, and some overflow in half precision.
+        """
+        half = HALVES.get(precision)
+        for name, parameter in self.named_parameters() if half is not None else ():
+            if not name.startswith("vae.") and not parameter.requires_grad:
+                parameter.data = parameter.data.to(half)
 
     # --- pictures
 
@@ -109,15 +123,26 @@ class Backbone(nn.Module):
         scale: float = self.vae.config.scaling_factor
         return (drawn - shift) * scale
 
+    def decode_in_tiles(self, side: int = TILE) -> None:
+        """From now on pictures larger than ``side`` are decoded in blended tiles: their memory no longer grows.
+
+        Their colours may differ a little from those of a whole decoding: the VAE's norms see a tile at a time.
+        """
+        self.tiled = True
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self.facts.factor
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
+        # Asked for by name: the VAE's own switch would have it encode in tiles too, and latents would be others.
+        tiles = self.tiled and max(raw.shape[2:]) > self.vae.tile_latent_min_size
+        decode = self.vae.tiled_decode if tiles else self.vae.decode
         pictures: list[Tensor] = []
         with autocast(latents.device, "32-true"):
             for part in torch.split(raw.to(self.vae.dtype), max(1, DECODED_PIXELS // pixels)):
-                pictures.append(self.vae.decode(part).sample.float())
+                pictures.append(decode(part).sample.float())
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     # --- text

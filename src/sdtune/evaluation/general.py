@@ -33,11 +33,12 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     """The backbone with the artifact of a run: what others load is what is measured, not the weights in memory."""
     whole = artifact / name
     pipeline = (whole / "model_index.json").is_file()
-    backbone = (Pretrained(str(whole)) if pipeline else source).load().to(device)
+    own = Pretrained(str(whole)) if pipeline else source
+    backbone = own.load().to(device)
     backbone.suit(device)
     nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
-    loaded = adapters.load(backbone, source.hash(), files)
+    loaded = adapters.load(backbone, own.hash(), files)
     with controlnets.applied(backbone, nets, [1.0] * len(nets)), adapters.applied(backbone, loaded, [1.0] * len(files)):
         yield backbone
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.backbone import HALVES, Backbone, autocast
+from sdtune.backbone.backbone import Backbone, autocast
 from sdtune.backbone.tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
@@ -22,6 +22,7 @@ from sdtune.lr_schedule import Constant, LRSchedule, take_rates
 from sdtune.methods import draws
 from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.away import Away
+from sdtune.methods.checkpoint import check_same_backbone, complete, only_trained
 from sdtune.methods.encoding import prepare
 from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.guard import clip
@@ -50,6 +51,7 @@ class Adapter(pl.LightningModule, ABC):
         tokens_lr: float | None = None,
         gradient_checkpointing: bool = False,
         offload: bool = False,
+        vae_tiling: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class Adapter(pl.LightningModule, ABC):
         )
         self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
         self.new_tokens, self.tokens_lr = tuple(new_tokens), tokens_lr
-        self.gradient_checkpointing, self.offload = gradient_checkpointing, offload
+        self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
         self.seed = seed
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
@@ -157,19 +159,26 @@ class Adapter(pl.LightningModule, ABC):
         self.backbone.text_encoder.train(self.open("text_encoder"))
         if self.gradient_checkpointing:
             checkpoint_activations(self)
+        if self.vae_tiling:
+            self.backbone.decode_in_tiles()
         assert self.trainable(), "inject() opened nothing"
 
     def artifact(self, folder: Path, name: str) -> None:
         """Write everything that other programs load, from the weights as they are now."""
         self.write_artifact(folder, name)
-        embeddings.write(folder, self.backbone.vectors(), "", self._about())
+        self._write_words(folder, name, "")
 
     def snapshot(self, folder: Path, stem: str, mark: str) -> None:
         """Write an intermediate artifact; ``stem`` names its files, which end in ``mark``."""
         self.write_snapshot(folder, stem)
-        embeddings.write(folder, self.backbone.vectors(), mark, self._about())
+        self._write_words(folder, stem, mark)
 
-    def _about(self) -> dict[str, str]:
+    def _write_words(self, folder: Path, stem: str, mark: str) -> None:
+        if self.new_tokens:
+            embeddings.write(folder, self.backbone.vectors(), mark, self.about(folder / stem))
+
+    def about(self, artifact: Path) -> dict[str, str]:
+        """Metadata of the files that go onto a backbone; ``artifact`` is what has just been written."""
         return {"sdtune_backbone_hash": self.source.hash()}
 
     def final_weights(self) -> AbstractContextManager[None]:
@@ -182,7 +191,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
-        self._halve_frozen()
+        self.backbone.halve_frozen(str(self.trainer.precision))
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PictureData):
             data.open(self.source.facts.side, self.source.facts.factor)
@@ -196,16 +205,6 @@ class Adapter(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
             take_rates(config.scheduler)
-
-    def _halve_frozen(self) -> None:
-        """Under mixed precision, frozen weights of all but the VAE go to the half type; trained ones stay float32.
-
-        The VAE stays float32: its encoder runs once a picture, and some overflow in half precision.
-        """
-        half = HALVES.get(str(self.trainer.precision))
-        for name, parameter in self.backbone.named_parameters() if half is not None else ():
-            if not name.startswith("vae.") and not parameter.requires_grad:
-                parameter.data = parameter.data.to(half)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text states; frozen half-precision weights need autocast also outside a training step."""
@@ -330,21 +329,10 @@ class Adapter(pl.LightningModule, ABC):
     # --- checkpoints: only what is trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = {name for name, _ in self.trainable()}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        only_trained(checkpoint, [name for name, _ in self.trainable()])
         checkpoint["sdtune"] = {"backbone": self.source.hash(), "method": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone or of other tensors, and load without the frozen ones."""
-        theirs = checkpoint["sdtune"]["backbone"]
-        if theirs != self.source.hash():
-            raise ValueError(
-                f"resume: the checkpoint was trained on another backbone ({theirs[:12]}) than"
-                f" {self.source.path} ({self.source.hash()[:12]}); name the one that it was trained on"
-            )
-        ours, found = {name for name, _ in self.trainable()}, set(checkpoint["state_dict"])
-        if ours != found:
-            odd = sorted(ours ^ found)
-            raise ValueError(f"resume: {len(odd)} trained tensors do not match the checkpoint's, first {odd[0]}")
-        # A strict load wants every frozen tensor; the names have just been compared, so hand those in as they are.
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        check_same_backbone(checkpoint["sdtune"]["backbone"], self.source)
+        complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())

@@ -17,7 +17,10 @@ from sdtune.sampling import Request, Sampling, generate
 if TYPE_CHECKING:
     from sdtune.methods.base import Adapter
 
-_DRAWN_PIXELS = 4 * 512 * 512  # of class pictures drawn at once
+
+def drawn_at_once(side: int) -> int:
+    """How many class pictures of ``side`` x ``side`` pixels are drawn at once: four of 512, at most 64."""
+    return max(1, min(64, 4 * 512 * 512 // side**2))
 
 
 def prepare(adapter: Adapter, data: PictureData) -> None:
@@ -44,10 +47,10 @@ def encoders(adapter: Adapter) -> Encoders:
 
     def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
         # Not the weights at hand: a resumed run's are not those before training any more.
-        fresh = source.load(adapter.seed).to(adapter.device)
-        fresh.suit(adapter.device)
-        batch_size = max(1, min(64, _DRAWN_PIXELS // side**2))
-        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=batch_size)
+        fresh = source.load(adapter.seed)
+        fresh.halve_frozen(precision)
+        fresh.to(adapter.device).suit(adapter.device)
+        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=drawn_at_once(side))
         with adapter.autocast():
             yield from generate(fresh, [Request(prompt, seed) for prompt, seed in wanted], settings)
 

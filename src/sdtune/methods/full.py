@@ -9,7 +9,7 @@ from typing import Annotated, Any, Unpack
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from sdtune.backbone.pretrained import Component
+from sdtune.backbone.pretrained import Component, Pretrained
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.files import write_json
@@ -109,3 +109,7 @@ class Full(Adapter):
         if self.backbone.scheduler_config != self.source.config("scheduler"):
             write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
         write_json(target / "sdtune.json", {"backbone": self.source.hash()})
+
+    def about(self, artifact: Path) -> dict[str, str]:
+        """Words learned beside what was opened belong to the trained pipeline."""
+        return {"sdtune_backbone_hash": Pretrained(str(artifact)).hash()}

@@ -35,4 +35,5 @@ class Common(TypedDict, total=False):
     tokens_lr: float | None
     gradient_checkpointing: bool
     offload: bool
+    vae_tiling: bool
     seed: int

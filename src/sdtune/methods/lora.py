@@ -187,7 +187,7 @@ class LoRA(Adapter):
     def write_artifact(self, folder: Path, name: str) -> None:
         """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
         self.write_snapshot(folder, name)
-        write_diffusers(folder / FILE_NAME, self.weights(), self._about())
+        write_diffusers(folder / FILE_NAME, self.weights(), self.about(folder / name))
 
     def artifact_bytes(self) -> int:
         """Of both files."""
@@ -209,7 +209,7 @@ class LoRA(Adapter):
             trigger=getattr(data, "keep", None) or None,
             architecture=architecture,
         )
-        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self._about())
+        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self.about(folder / stem))
 
 
 def _below(path: str, start: str) -> bool:

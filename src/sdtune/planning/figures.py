@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtune.backbone.backbone import DECODED_PIXELS, autocast
+from sdtune.backbone.backbone import DECODED_PIXELS, Backbone, autocast
 from sdtune.data.pictures import ENCODED_PIXELS
 from sdtune.data.rows import Batch
 from sdtune.methods.activations import checkpoint_activations
@@ -49,8 +49,10 @@ class Figures:
     Attributes:
         artifact: bytes of what the run leaves for other programs.
         gradients, state, state_8bit: bytes; the optimizer's state as configured, and of AdamW with 8-bit moments.
+        average: bytes of an average of what is trained, where one is kept.
         idle: bytes of the encoders that a step with full caches does not need.
-        encoding, previews: peaks in bytes above weights and state; 0 where nothing is cached, or nothing drawn.
+        encoding, previews, drawing: peaks in bytes above weights and state; 0 where nothing is cached, nothing is
+            shown, or no pictures of the class are drawn (by a model of their own, which is counted).
     """
 
     components: tuple[Component, ...]
@@ -58,11 +60,13 @@ class Figures:
     gradients: int
     state: int
     state_8bit: int
+    average: int
     idle: int
     plain: Pass
     checkpointed: Pass
     encoding: int
     previews: int
+    drawing: int
 
     @property
     def total(self) -> Component:
@@ -80,7 +84,9 @@ def measure(
     gpu: bool,
     cache_latents: bool,
     cache_text: bool,
-    drawn: int,
+    average: bool,
+    previews: int,
+    class_pictures: int,
 ) -> Figures:
     """Take one step of ``adapter``, which stands on the meta device with a trainer attached, and count.
 
@@ -90,7 +96,8 @@ def measure(
         side: of their square pictures, in pixels.
         gpu: whether a GPU is planned for, or a CPU.
         cache_latents, cache_text: whether the data keeps what frozen encoders make.
-        drawn: samples that the UNet sees at once when a preview is drawn; 0 for no previews.
+        average: whether an average of the weights is kept.
+        previews, class_pictures: how many are drawn at once; 0 for none.
     """
     adapter.on_fit_start()
     backbone = adapter.backbone
@@ -110,11 +117,12 @@ def measure(
         pictures = max(1, min(64, ENCODED_PIXELS // side**2))
         backbone.encode_images(torch.empty(pictures, 3, side, side, device=_META))
 
-    def draw() -> None:
-        shown = _batch(adapter, drawn, side, True, True)
+    def draw(count: int, model: Backbone, denoise: Callable[..., Tensor]) -> None:
+        # With guidance, each picture goes through the UNet twice, with its prompt and without.
+        shown = _batch(adapter, 2 * count, side, True, True)
         latents = shown["moments"].chunk(2, dim=1)[0]
-        adapter.denoise(latents, torch.empty(drawn, dtype=torch.long, device=_META), shown["text"], shown)
-        backbone.decode(latents[: max(1, DECODED_PIXELS // side**2)])
+        denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), shown["text"], shown)
+        model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
 
     parts = {"vae": caches[0], "text_encoder": caches[1], "text_encoder_2": caches[1]}
     components = _components(adapter)
@@ -124,11 +132,15 @@ def measure(
         gradients=gradients,
         state=state,
         state_8bit=sum(_eight_bit(p.numel()) for _, p in adapter.trainable()),
+        average=sum(4 * p.numel() for _, p in adapter.trainable()) if average else 0,
         idle=sum(component.bytes for component in components if parts.get(component.name)),
         plain=plain,
         checkpointed=checkpointed,
         encoding=_peak(adapter, gpu, encode) if caches[0] else 0,
-        previews=_peak(adapter, gpu, draw) if drawn else 0,
+        previews=_peak(adapter, gpu, lambda: draw(previews, backbone, adapter.denoise)) if previews else 0,
+        drawing=_drawing(adapter, gpu, lambda fresh, denoise: draw(class_pictures, fresh, denoise))
+        if class_pictures
+        else 0,
     )
 
 
@@ -191,13 +203,28 @@ def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> Pass:
     return Pass(forward, meter.flop, meter.activations, meter.together)
 
 
-def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None]) -> int:
-    """Peak in bytes of ``work``, without gradients."""
-    meter = _meter(adapter)
+def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None], *there: Tensor) -> int:
+    """Peak in bytes of ``work``, without gradients, above the adapter's weights and what is ``there`` already."""
+    meter = _meter(adapter, *there)
     half = autocast(_META, str(adapter.trainer.precision))
     with Kernels(gpu), meter, torch.no_grad(), half:
         work()
     return meter.activations
+
+
+def _drawing(adapter: Adapter, gpu: bool, draw: Callable[[Backbone, Callable[..., Tensor]], None]) -> int:
+    """Bytes of the model before training, which draws the class, and its peak."""
+    fresh = adapter.source.load(adapter.seed)
+    fresh.halve_frozen(str(adapter.trainer.precision))
+    fresh.suit(torch.device("cpu") if not gpu else _META)
+    weights = sum(_bytes(p) for p in fresh.parameters())
+    return weights + _peak(
+        adapter,
+        gpu,
+        lambda: draw(fresh, lambda *inputs: fresh.predict(*inputs[:3])),
+        *fresh.parameters(),
+        *fresh.buffers(),
+    )
 
 
 def _state(adapter: Adapter) -> int:

@@ -40,20 +40,23 @@ class Memory:
         step: peak of a training step. Gradients come as activations go, so it is less than the sum, unless
             gradients of a micro-batch before are there already.
         encoding: peak while pictures are encoded for the cache.
-        previews: peak while pictures are drawn.
+        previews: peak while previews are drawn.
+        drawing: peak while pictures of the class are drawn, before training; 0 where none are.
     """
 
     weights: int
     gradients: int
     state: int
+    average: int
     activations: int
     step: int
     encoding: int
     previews: int
+    drawing: int
 
     @property
     def peak(self) -> int:
-        return max(self.step, self.encoding, self.previews)
+        return max(self.step, self.encoding, self.previews, self.drawing)
 
     def fits(self, gib: float) -> bool:
         """Whether a device of ``gib`` GiB holds it."""
@@ -73,11 +76,13 @@ def memory(figures: Figures, switches: Switches, accumulation: int, devices: int
         weights=resident,
         gradients=figures.gradients,
         state=state,
+        average=figures.average,
         activations=cost.activations,
         # The optimizer's step finds all gradients and no activations.
-        step=resident + state + buckets + max(passing, figures.gradients),
+        step=resident + state + figures.average + buckets + max(passing, figures.gradients),
         encoding=weights + figures.encoding,
-        previews=weights + state + figures.previews if figures.previews else 0,
+        previews=weights + state + figures.average + figures.previews if figures.previews else 0,
+        drawing=weights + figures.drawing if figures.drawing else 0,
     )
 
 

@@ -10,7 +10,6 @@ from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, me
 _NOTE = (
     "offloading: the VAE and the text encoder leave the device once what they make is cached.",
     f"Not in the peaks: CUDA's context and the kernels' work space; fits= allows {ALLOWANCE / GIB:g} GiB for them.",
-    "Nor an average of the weights (callbacks=ema: 4 bytes a trained parameter), nor the drawing of class pictures.",
 )
 
 
@@ -34,12 +33,16 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
         ("weights", "weights"),
         ("gradients", "gradients"),
         ("optimizer state", "state"),
+        ("average of the weights", "average"),
         ("activations", "activations"),
         ("peak in a step", "step"),
         ("peak while encoding", "encoding"),
         ("peak in previews", "previews"),
+        ("peak in class pictures", "drawing"),
         ("peak", "peak"),
     ):
+        if attribute in ("average", "drawing") and not getattr(costs[0], attribute):
+            continue  # few runs have them
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in costs)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in costs)])

@@ -1,0 +1,35 @@
+"""What a checkpoint holds: only what is trained, and by which backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+
+
+def only_trained(checkpoint: dict[str, Any], names: Sequence[str]) -> None:
+    """Leave the tensors called ``names`` alone in ``checkpoint``."""
+    checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+
+
+def check_same_backbone(theirs: str, source: Pretrained) -> None:
+    """ValueError for a checkpoint of other weights than ``source``'s; ``theirs`` is the hash that it holds."""
+    if theirs != source.hash():
+        raise ValueError(
+            f"resume: the checkpoint was trained on another backbone ({theirs[:12]}) than {source.path}"
+            f" ({source.hash()[:12]}); name the one that it was trained on"
+        )
+
+
+def complete(checkpoint: dict[str, Any], names: Sequence[str], model: Mapping[str, Tensor]) -> None:
+    """Put the frozen tensors of ``model`` beside the checkpoint's; ValueError where it holds others than ``names``.
+
+    A strict load wants every tensor, and the names have just been compared.
+    """
+    odd = sorted(set(names) ^ set(checkpoint["state_dict"]))
+    if odd:
+        raise ValueError(f"resume: {len(odd)} trained tensors do not match the checkpoint's, first {odd[0]}")
+    checkpoint["state_dict"] = {**model, **checkpoint["state_dict"]}
