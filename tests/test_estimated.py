@@ -19,7 +19,8 @@ from transformers import (
 from drawings import save_drawings
 from running import folder_data
 from sdtune import estimated
-from sdtune.estimated import Estimated, _colours
+from sdtune.estimated import Estimated
+from sdtune.estimators import colours
 
 SIZES = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
 SIZES |= {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
@@ -53,13 +54,13 @@ def test_maps_are_estimated_once_and_cut_with_their_picture(
         if task == "depth":
             assert (full.min(), full.max()) == (0, 255)
         else:
-            allowed = {tuple(c) for c in _colours(np.arange(5)[None])[0].tolist()}
+            allowed = {tuple(c) for c in colours(np.arange(5)[None])[0].tolist()}
             assert {tuple(c) for c in full.reshape(-1, 3).tolist()} <= allowed
 
     def fail(*_: object) -> None:
         raise AssertionError("estimated again")
 
-    monkeypatch.setattr(estimated, "_Estimator", fail)
+    monkeypatch.setattr(estimated, "Estimator", fail)
     again = Estimated(str(models[task]), task)
     again.prepare(data.train)
     assert np.array_equal(again.map(data.train[0], (96, 64)), whole[0])
@@ -67,8 +68,8 @@ def test_maps_are_estimated_once_and_cut_with_their_picture(
 
 def test_colours_are_those_of_pascal_voc() -> None:
     wanted = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert [tuple(c) for c in _colours(np.arange(5)[None])[0].tolist()] == wanted
-    assert tuple(_colours(np.array([[9]]))[0, 0].tolist()) == (192, 0, 0)
+    assert [tuple(c) for c in colours(np.arange(5)[None])[0].tolist()] == wanted
+    assert tuple(colours(np.array([[9]]))[0, 0].tolist()) == (192, 0, 0)
 
 
 def test_models_that_are_none_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
