@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from sdtune.instantiate import resolve
@@ -51,3 +52,29 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path: Path, monkeypatch: 
     with pytest.raises(json.JSONDecodeError) as raised:  # a ValueError too
         _command(_library, tmp_path / "run", monkeypatch)
     assert raised.traceback[-1].path.name == "decoder.py"
+
+
+def test_a_device_that_is_full_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit) as stop:
+        _command(full, tmp_path / "run", monkeypatch)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("sdtune: out of memory on the device: draw fewer pictures at once (sampling.batch_size=1")
+    assert said.count("\n") == 1
+
+
+def test_torchruns_processes_must_be_told_the_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", ["sdtune train"])
+    with pytest.raises(SystemExit) as stop:
+        main("train", lambda *_: pytest.fail("prepared"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir is missing: under torchrun")

@@ -32,3 +32,19 @@ def test_a_step_that_is_not_finite_reaches_no_weight(tiny: Path, pictures: Path,
     fit(model, folder_data(pictures), 3, [Poison(2)])
     assert all(torch.isfinite(p).all() for _, p in model.trainable())
     assert any(p.any() for n, p in model.trainable() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["experiment=sd15_lora"], "optimizer.lr: 0.0001 is a factor on the step size that Prodigy finds by itself"),
+        (["method.text_encoder_lr=1e-5"], "method.text_encoder_lr: Prodigy has one rate for all"),
+        (["tokens_lr=1e-3"], "tokens_lr: Prodigy has one rate for all"),
+    ],
+)
+def test_prodigys_rate_is_a_factor_for_all(
+    own: list[str], words: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*own, "optimizer=prodigy"]
+    assert train(*arguments(tiny, pictures, tmp_path / "run", *own)) == 2
+    assert capsys.readouterr().err.startswith(f"sdtune: {words}")

@@ -345,3 +345,9 @@ def test_sdxl_is_planned_and_not_trained(more: tuple[str, ...], capsys: pytest.C
     assert said.startswith("sdtune: backbone.path")
     assert ("SDXL" in said) == bool(more)
     assert said.count("\n") == 1
+
+
+def test_an_optimizer_that_looks_at_its_sums_is_counted(tiny: Path) -> None:
+    """Prodigy: two moments, the sum that its estimate divides by, and the initial weights."""
+    found = figures("method=lora", "optimizer=prodigy", "backbone=sd15", f"backbone.path={tiny}")
+    assert found.state == pytest.approx(4 * 4 * found.total.trained, rel=0.01)

@@ -35,7 +35,8 @@ def test_class_pictures_are_there_before_the_training(
     assert {p for p in (tmp_path / "cache").rglob("*") if p.is_file()} == files, "the training made something itself"
 
 
-def test_maps_are_written_to_be_looked_at(tiny: Path, tmp_path: Path) -> None:
+def test_every_map_is_written_to_be_looked_at(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdtune.prepare_run._SHOWN", 2)  # of the grids
     folder = save_drawings(tmp_path / "drawings")
     own = [a for a in arguments(tiny, folder, tmp_path / "seen") if not a.startswith("method")]
     assert prepare(*own, "method=controlnet", "data/control=canny") == 0

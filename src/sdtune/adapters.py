@@ -52,7 +52,7 @@ def check_file(path: str, backbone_hash: str) -> None:
     place = Path(path).expanduser()
     if not place.exists():
         raise ValueError(f"adapters.path: {path} does not exist; name a .safetensors file or a run's artifact folder")
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else sorted(f for f in place.glob("*.safetensors") if not _passed_over(f))
     if not files:
         raise ValueError(f"adapters.path: {path} holds no .safetensors file; name a run's artifact folder")
     for file in files:
@@ -62,6 +62,11 @@ def check_file(path: str, backbone_hash: str) -> None:
                 f"{path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
                 " name the one that it was trained on with backbone.path="
             )
+
+
+def _passed_over(file: Path) -> bool:
+    """Whether it is an intermediate word's, which a folder's last ones stand in for."""
+    return file.stem.startswith(embeddings.FILE_NAME) and embeddings.intermediate(file.stem)
 
 
 def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -> list[Loaded]:

@@ -133,6 +133,29 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
         raise ValueError(f"optimizer: {error}") from error
 
 
+_PRODIGY = "prodigyopt.Prodigy"
+_OWN_FACTOR = 0.1  # below it, a rate is another optimizer's
+
+
+def _check_prodigy(config: dict[str, Any]) -> None:
+    """Its rate is a factor on the step size that it finds, the same for all that it trains."""
+    if config["optimizer"]["_target_"] != _PRODIGY:
+        return
+    rate = config["optimizer"].get("lr", 1.0)
+    if rate < _OWN_FACTOR:
+        raise ValueError(
+            f"optimizer.lr: {rate:g} is a factor on the step size that Prodigy finds by itself; give optimizer.lr=1.0"
+            " behind the recipe"
+        )
+    rates = {"tokens_lr": config.get("tokens_lr")}
+    rates |= {f"method.{key}": value for key, value in config["method"].items() if key.endswith("_lr")}
+    own = [key for key, value in rates.items() if value is not None]
+    if own:
+        raise ValueError(
+            f"{own[0]}: Prodigy has one rate for all that it trains; give {own[0]}=null, or another optimizer"
+        )
+
+
 def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     """The checks of what is trained and how."""
     check(config["backbone"], "backbone", trust)
@@ -140,6 +163,7 @@ def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     for group in ("objective", "lr_schedule"):
         check(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
+    _check_prodigy(config)
 
 
 def check_run(config: dict[str, Any]) -> PictureData:

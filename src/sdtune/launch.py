@@ -134,6 +134,14 @@ def main(
         refuse(str(error))
     except RunFailed as error:
         refuse(str(error), code=1)
+    except RuntimeError as error:
+        if os.environ.get("SDTUNE_TRACEBACK") or not _out_of_memory(error):
+            raise
+        refuse(
+            "out of memory on the device: draw fewer pictures at once (sampling.batch_size=1,"
+            " hardware.vae_tiling=true), or choose hardware=cpu",
+            code=1,
+        )
     except KeyboardInterrupt:
         refuse("stopped; a training that has begun goes on with sdtune train resume=RUN", code=130)
     except OSError as error:
@@ -151,6 +159,11 @@ def _ours(error: Exception) -> bool:
     while place.tb_next is not None:
         place = place.tb_next
     return str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0] in ("sdtune", "__main__")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _ask_hydra(command: str, args: Any, parser: Any) -> None:
@@ -211,6 +224,10 @@ def _writable(folder: Path) -> None:
 
 def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: DictConfig, prepare: Prepare) -> None:
     folder = run_folder(config)
+    torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    if torchrun and not any(override.startswith("hydra.run.dir=") for override in overrides):
+        # Each process composes by itself, and the time in a folder's name may be another for each.
+        raise ValueError("hydra.run.dir is missing: under torchrun every process must be told the run's folder")
     _writable(folder)
     run = prepare(config, folder)
     existed = folder.exists()

@@ -15,6 +15,7 @@ from sdtune import report_lines
 from sdtune.checks import check_run, plain, settings, trainer_arguments
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
+from sdtune.data.progress import bar
 from sdtune.data.samples import Sample
 from sdtune.grids import grid, save_png
 from sdtune.instantiate import build
@@ -69,10 +70,16 @@ def _show(data: PictureData, folder: Path) -> None:
         for prompt, files in prompts.items():
             log.info("class: %d pictures of %r in %s", len(files), prompt, Path(files[0]).parent)
     if data.control is not None:
-        maps = [data.control.map(sample, data.bucket(sample)) for sample in samples]
-        for number, (sample, drawn) in enumerate(zip(samples, maps, strict=True)):
-            save_png(drawn, folder / "maps" / f"{number:05d}.png", {"caption": sample.caption, "picture": str(sample)})
+        maps = []
+        with bar("Writing control maps", len(data.train)) as progress:
+            for number, sample in enumerate(data.train):
+                drawn = data.control.map(sample, data.bucket(sample))
+                about = {"caption": sample.caption, "picture": str(sample)}
+                save_png(drawn, folder / "maps" / f"{number:05d}.png", about)
+                maps += [drawn] if number < _SHOWN else []
+                progress(1)
         _sheet(samples, maps, folder / "maps.png")
+        log.info("all %d control maps: %s", len(data.train), folder / "maps")
     log.info("to look at: %s", folder)
 
 

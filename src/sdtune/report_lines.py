@@ -15,6 +15,9 @@ from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
 from sdtune.formats.embeddings import intermediate
 
+_GUIDANCE = {True: 3.0, False: 7.5}
+"""Of ``conf/backbone``: pocket's, and Stable Diffusion's."""
+
 
 def before(data: PictureData, source: Pretrained, steps: int, tokens: Sequence[NewToken]) -> list[str]:
     """The data as it will be seen; ``tokens`` are the new words of its prompts."""
@@ -59,7 +62,7 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = shlex.quote(f"prompt={json.dumps(data.captions()[0], ensure_ascii=False)}")
-    base = "" if source.path == "pocket" else f" backbone=sd15 {shlex.quote(f'backbone.path={source.path}')}"
+    base = _backbone(source)
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
     words = [file for file in words if not intermediate(file.stem)]
@@ -78,5 +81,24 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
         lines.append(f"sample with it: sdtune sample{base} {prompt} {control}")
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")
-        lines.append(f"sample with it: sdtune sample backbone=sd15 {shlex.quote(f'backbone.path={whole}')} {prompt}")
+        # Its own scheduler says what it predicts.
+        trained = Pretrained(str(whole), guidance=source.guidance)
+        lines.append(f"sample with it: sdtune sample{_backbone(trained)} {prompt}")
     return lines
+
+
+def _backbone(source: Pretrained) -> str:
+    """The overrides that name ``source``, with a space before each; none for pocket as it is."""
+    own = {
+        **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),
+        "prediction_type": source.prediction_type,
+        "zero_terminal_snr": source.zero_terminal_snr or None,
+        "guidance": source.guidance if source.guidance != _GUIDANCE[source.path == "pocket"] else None,
+    }
+    said = [
+        f"backbone.{key}={str(value).lower() if value is True else value}"
+        for key, value in own.items()
+        if value is not None
+    ]
+    group = [] if source.path == "pocket" else ["backbone=sd15"]
+    return "".join(f" {shlex.quote(override)}" for override in [*group, *said])

@@ -122,9 +122,13 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise RunFailed(f"{error}; {last}") from error
     except torch.OutOfMemoryError as error:
+        accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
+        several = hardware.micro_batch(config["hardware"], data.batch_size, accumulation) > 1
+        # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
+        smaller = f" or trainer.accumulate_grad_batches={2 * accumulation}," if several else ""
         raise RunFailed(
-            "out of memory on the device: give hardware=gpu_12gb, or halve data.batch_size and double"
-            " trainer.accumulate_grad_batches; sdtune plan fits=GIB with the same settings says what would do"
+            f"out of memory on the device: give hardware=gpu_12gb,{smaller} or a smaller data.resolution; sdtune plan"
+            " fits=GIB with the same settings says what would do"
         ) from error
     finally:
         close(loggers, failed)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from running import arguments, rows, train
+from running import adamw, arguments, fit, folder_data, rows, train
+from sdtune.backbone import Pretrained
+from sdtune.callbacks import EarlyStopping
+from sdtune.methods import LoRA
 
 
 def test_the_best_steps_files_are_written_and_the_run_stops(tiny: Path, pictures: Path, tmp_path: Path) -> None:
@@ -48,3 +51,10 @@ def test_stopping_needs_something_held_out(
     assert train(*arguments(tiny, pictures, run, "callbacks=early_stopping", "callbacks.samples=null")) == 2
     assert "callbacks.early_stopping: no picture is held out" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_without_hydra_too(tiny: Path, pictures: Path) -> None:
+    model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
+    fit(model, folder_data(pictures, hold_out=2), 1, [EarlyStopping()], val_check_interval=1)
+    with pytest.raises(ValueError, match=r"^callbacks\.early_stopping: no picture is held out"):
+        fit(LoRA(rank=2, backbone=Pretrained(str(tiny))), folder_data(pictures), 1, [EarlyStopping()])

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sdtune.data import Encoders, Folder, PictureData
 from sdtune.data.pictures import VALIDATION_RUNGS
+from sdtune.data.previews import wanted
 
 
 def encode(pictures: Tensor) -> Tensor:
@@ -353,3 +354,38 @@ def test_a_source_must_say_what_its_pictures_are() -> None:
 def test_limit_trains_on_the_first_pictures_alone(some: Path) -> None:
     data = opened(some, limit=2, steps=5)
     assert {prompt for batch in batches(data) for prompt in batch["prompts"]} == {"dog 0", "dog 1"}
+
+
+def test_with_another_backbone_its_side_counts(some: Path) -> None:
+    data, own = Folder(path=str(some), prompt="a dog"), Folder(path=str(some), prompt="a dog", resolution=64)
+    for side, factor in ((64, 4), (512, 8)):
+        for folder in (data, own):
+            folder.open(side, factor)
+        assert (data.resolution, data.factor) == (side, factor)
+        assert (own.resolution, own.factor) == (64, factor)
+
+
+def test_edited_masks_and_held_out_pictures_are_another_run(some: Path) -> None:
+    def fingerprint(**settings: Any) -> str:
+        return opened(some, **settings).fingerprint
+
+    for picture in sorted(some.rglob("*.png")):
+        Image.new("L", Image.open(picture).size, 255).save(picture.with_suffix(".mask.png"))
+    plain, masked, held = fingerprint(), fingerprint(masked=True), fingerprint(hold_out=2)
+    assert (fingerprint(masked=True), fingerprint(hold_out=2)) == (masked, held)
+    mask = sorted(some.rglob("*.mask.png"))[0]
+    Image.new("L", Image.open(mask).size, 0).save(mask)
+    assert fingerprint() == plain
+    assert fingerprint(masked=True) != masked
+    data = opened(some, hold_out=2)
+    path = data.held_out[0].path
+    Image.new("RGB", Image.open(path).size).save(path)
+    assert fingerprint(hold_out=2) != held
+
+
+def test_previews_show_the_pictures_own_prompts(some: Path) -> None:
+    data = opened(some, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
+    data.draw_class(encoders(some.parent / "cache"))
+    assert {"", "a cat"} <= set(data.captions())
+    shown = [one.prompt for one in wanted(data, None, 100, (64, 64))]
+    assert shown == data.shown() == list(dict.fromkeys(s.caption for s in data.train))

@@ -16,6 +16,8 @@ from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import Full, LoRA
+from sdtune.objective import Objective
+from sdtune.objective.weighting import MinSNR
 from sdtune.randomness import generator
 
 
@@ -144,3 +146,32 @@ def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, p
     other.configure_model()
     with pytest.raises(ValueError, match="^resume: the checkpoint was trained on another backbone"):
         other.on_load_checkpoint(torch.load(tmp_path / "kept.ckpt", weights_only=True))
+
+
+def test_validation_measures_the_same_whatever_is_trained(tiny: Path, pictures: Path) -> None:
+    """Of equal weights; a weighting that halves the loss would look like better weights."""
+    measured = []
+    for objective in (Objective(), Objective(MinSNR(0.1), offset_noise=0.5)):
+        spy = Spy()
+        model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), objective=objective)
+        fit(model, folder_data(pictures, hold_out=2), 1, [spy], val_check_interval=1)
+        measured.append((spy.losses, spy.validation))
+    assert measured[0][1] == measured[1][1] != []
+    assert measured[0][0] != measured[1][0]
+
+
+def test_data_may_serve_a_second_model(tiny: Path, pictures: Path) -> None:
+    """What the first had cached is nothing to one that trains those parts."""
+    data, spy = folder_data(pictures), Spy()
+    fit(LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), data, 1)
+    model = Full(backbone=Pretrained(str(tiny)), parts=["unet", "text_encoder", "vae"], optimizer=adamw(1e-3))
+    fit(model, data, 1, [spy])
+    assert all(gradient.any() for gradient in spy.gradients[0].values())
+
+
+def test_what_stays_random_is_refused(tiny: Path, pictures: Path) -> None:
+    source = Pretrained(str(tiny), from_scratch=["unet", "text_encoder"])
+    model = Full(backbone=source, parts=["unet"], optimizer=adamw(1e-3))
+    with pytest.raises(ValueError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
+        model.check_against(folder_data(pictures))
+    Full(backbone=source, parts=["unet", "text_encoder"]).check_against(folder_data(pictures))

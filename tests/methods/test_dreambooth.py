@@ -16,6 +16,7 @@ from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken
 from sdtune.data.prior import PLACE, class_pictures, draw_missing, partner
+from sdtune.evaluation.general import trained
 from sdtune.methods import DreamBooth, LoRA
 from sdtune.sampling import Request, Sampling, generate
 
@@ -200,3 +201,18 @@ def test_words_learned_beside_an_open_unet_belong_to_the_trained_pipeline(
     assert np.abs(np.asarray(plain).astype(int) - live).max() > 2
     with pytest.raises(ValueError, match="trained on another backbone"):
         sdtune.sample(prompt, words, backbone=source, sampling=settings)
+
+
+def test_intermediate_words_do_not_stand_in_the_way(tiny: Path, pictures: Path, cache: Path, tmp_path: Path) -> None:
+    """They belong to the pipelines of their steps; the run's evaluation takes the last ones."""
+    model = DreamBooth(
+        backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), new_tokens=[NewToken("<my_dog>", "dog")], tokens_lr=1e-1
+    )
+    data = folder_data(pictures, class_prompt="a dog", class_pictures=2, templates=["<my_dog>, {}"])
+    fit(model, data, 1)
+    model.snapshot(tmp_path, "mine-step00000001", "-step00000001")
+    for _, parameter in model.trainable():
+        parameter.data += 0.01
+    model.artifact(tmp_path, "mine")
+    with trained(Pretrained(str(tiny)), tmp_path, "mine", torch.device("cpu")) as backbone:
+        assert torch.equal(backbone.vectors()["<my_dog>"], model.backbone.vectors()["<my_dog>"])

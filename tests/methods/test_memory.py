@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from running import Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.methods import LoRA
-from sdtune.methods.guard import clip
+from sdtune.methods.guard import OVERFLOWS, Guard
 
 WITH_TEXT = ("cross_attention", "text_encoder")
 
@@ -75,10 +75,44 @@ def test_an_overflow_under_a_scaler_is_its_to_pass_over() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.tensor([1.0, float("inf"), 1.0, 1.0])
-    figures = clip(optimizer, [weight], 1.0, loss=torch.tensor(2.0), scaled=True)
+    figures = Guard().clip(optimizer, [weight], 1.0, loss=torch.tensor(2.0), scaled=True)
     assert bool(figures["finite"])
     assert not torch.isfinite(weight.grad).all(), "the scaler must still see it"
-    assert not bool(clip(optimizer, [weight], 1.0, loss=torch.tensor(float("nan")), scaled=True)["finite"])
+    assert not bool(Guard().clip(optimizer, [weight], 1.0, loss=torch.tensor(float("nan")), scaled=True)["finite"])
     weight.grad = torch.tensor([1.0, float("inf"), 1.0, 1.0])
-    assert not bool(clip(optimizer, [weight], 1.0, loss=torch.tensor(2.0), scaled=False)["finite"])
+    assert not bool(Guard().clip(optimizer, [weight], 1.0, loss=torch.tensor(2.0), scaled=False)["finite"])
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("micro", [2, 1])
+def test_a_full_device_names_what_this_run_can_do(
+    micro: int,
+    tiny: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LoRA, "training_step", full)
+    own = ["data.batch_size=4", f"trainer.accumulate_grad_batches={4 // micro}"]
+    assert train(*arguments(tiny, pictures, tmp_path / "run", *own)) == 1
+    said = capsys.readouterr().err
+    assert "out of memory on the device: give hardware=gpu_12gb," in said
+    assert ("trainer.accumulate_grad_batches=4" in said) is (micro > 1)
+
+
+def test_gradients_that_no_scale_makes_finite_end_the_run() -> None:
+    weight, guard = torch.nn.Parameter(torch.ones(2)), Guard()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    def step(value: float) -> bool:
+        weight.grad = torch.full((2,), value)
+        return bool(guard.clip(optimizer, [weight], 1.0, loss=torch.tensor(1.0), scaled=True)["finite"])
+
+    assert all(step(float("nan")) for _ in range(OVERFLOWS - 1))
+    assert step(1.0), "one that is finite begins the count anew"
+    assert all(step(float("inf")) for _ in range(OVERFLOWS - 1))
+    assert not step(float("nan"))

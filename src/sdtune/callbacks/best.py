@@ -28,7 +28,10 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """ValueError, before any weights are loaded, where nothing is held out: there would be no loss to watch."""
-        if not trainer.datamodule.held_out:  # type: ignore[attr-defined]
+        assert isinstance(pl_module, Adapter)
+        data, facts = trainer.datamodule, pl_module.source.facts  # type: ignore[attr-defined]
+        data.open(facts.side, facts.factor)
+        if not data.held_out:
             raise ValueError("callbacks.early_stopping: no picture is held out; give data.hold_out=10, for one in ten")
         super().setup(trainer, pl_module, stage)
 

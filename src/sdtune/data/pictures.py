@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
-from sdtune.data.control import Control
+from sdtune.data.control import CENTRE, Control
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import Draw as DrawPictures
 from sdtune.data.prior import class_pictures, draw_missing
 from sdtune.data.progress import bar
 from sdtune.data.rows import Batch, Rows, collate
-from sdtune.data.samples import Sample, View, latent_key, text_key
+from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import Family, templates
 from sdtune.data.workers import leave_signals
 
@@ -96,6 +96,8 @@ class PictureData(pl.LightningDataModule, ABC):
     seed: int = 0
 
     factor: int = field(default=8, init=False)
+    _asked: int | None = field(default=None, init=False)
+    _opened: tuple[int, int] | None = field(default=None, init=False)
     _train: Sequence[Sample] = field(default=(), init=False)
     _held_out: Sequence[Sample] = field(default=(), init=False)
     latent_cache: TensorCache | None = field(default=None, init=False)
@@ -113,6 +115,7 @@ class PictureData(pl.LightningDataModule, ABC):
         if self.class_path is not None and not isinstance(self.class_prompt, str | None):
             raise ValueError("data.class_prompt: pictures of data.class_path that have no caption share one; give one")
         self.texts = templates(self.templates)
+        self._asked = self.resolution
 
     def __getstate__(self) -> dict[str, Any]:
         """For loader processes: without the trainer, which cannot be pickled and is not needed there."""
@@ -138,10 +141,11 @@ class PictureData(pl.LightningDataModule, ABC):
 
     def open(self, side: int, factor: int) -> None:
         """Read the source, for a backbone of ``side`` pixels whose VAE shrinks by ``factor``. Loads no weights."""
-        if self._train:
+        if self._opened == (side, factor):
             return
-        self.resolution = self.resolution or side
-        self.factor = factor
+        # With another backbone than before, its side counts where none was asked for.
+        self.resolution = self._asked or side
+        self._opened, self.factor = (side, factor), factor
         if self.resolution % factor:
             raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
         train, self._held_out = self.read()
@@ -188,9 +192,13 @@ class PictureData(pl.LightningDataModule, ABC):
         """The global batches of the training samples."""
         return Order(tuple(self.buckets(self.train).values()), self.batch_size, self.seed)
 
+    def shown(self) -> list[str]:
+        """Every prompt of the training pictures themselves, each once."""
+        return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts))
+
     def captions(self) -> list[str]:
         """Every prompt that training may use, each once, the empty one for dropout included."""
-        found = dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts)
+        found = dict.fromkeys(self.shown())
         found |= dict.fromkeys(self.texts[0].replace("{}", s.caption) for s in self.held_out)
         found |= dict.fromkeys(s.caption for s in self.class_samples)
         if self.caption_dropout:
@@ -202,12 +210,14 @@ class PictureData(pl.LightningDataModule, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what is trained on: pictures by content, captions, repeats, order."""
+        """Of what is trained and validated on: pictures, masks and maps by content, captions, repeats, order."""
         digest = hashlib.sha256()
-        for sample in self.train:
+        for sample in (*self.train, *self.held_out):
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
             if self.control is not None:
                 digest.update(self.control.content(sample).encode())
+            if self.masked:
+                digest.update(cast(Masked, sample).mask(self.bucket(sample), CENTRE, False).tobytes())
         if self.class_path is not None:
             for sample in self.class_samples:
                 digest.update(f"class|{sample.content()}|{sample.caption}\n".encode())
@@ -242,9 +252,11 @@ class PictureData(pl.LightningDataModule, ABC):
         """
         if self._began_with and self._began_with != self.fingerprint:
             raise ValueError(
-                "resume: the pictures, captions or repeats have changed since the run began; put them back, or start"
-                " a new run"
+                "resume: the pictures, masks, captions or repeats have changed since the run began; put them back, or"
+                " start a new run"
             )
+        # Another model may have used this data before, with other parts open.
+        self.latent_cache = self.text_cache = None
         if self.control is not None:
             self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes, encoders.device)
         if self.cache_latents and encoders.images is not None:

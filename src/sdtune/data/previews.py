@@ -19,12 +19,12 @@ class Wanted:
 
 
 def wanted(data: PictureData, prompts: Sequence[str] | None, count: int, size: tuple[int, int]) -> list[Wanted]:
-    """``prompts``, or the data's own captions, at most ``count`` of them.
+    """``prompts``, or the prompts of its training pictures, at most ``count`` of them.
 
     With control maps each prompt gets that of a held-out (or else a training) picture, at ``size`` (width, height).
     """
     if data.control is None:
-        return [Wanted(prompt) for prompt in prompts or data.captions()[:count]]
+        return [Wanted(prompt) for prompt in prompts or data.shown()[:count]]
     samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone, autocast
+from sdtune.backbone.pretrained import Component
 from sdtune.backbone.tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
@@ -25,7 +26,8 @@ from sdtune.methods.away import Away
 from sdtune.methods.checkpoint import check_same_backbone, complete, only_trained
 from sdtune.methods.encoding import prepare
 from sdtune.methods.given import Average, MakeOptimizer
-from sdtune.methods.guard import clip
+from sdtune.methods.groups import by_component
+from sdtune.methods.guard import Guard
 from sdtune.objective import Objective
 from sdtune.randomness import generator
 
@@ -39,6 +41,9 @@ class Adapter(pl.LightningModule, ABC):
 
     needs_tokens: ClassVar[bool] = False
     """Whether there is nothing to train without new tokens."""
+
+    parts: Sequence[Component] = ()
+    """The components that are trained whole."""
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class Adapter(pl.LightningModule, ABC):
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
         """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
-        self.away = Away()
+        self.away, self.guard = Away(), Guard()
         self.flushed: dict[str, float] = {}
         """The last figures brought over from the device, for the progress bar."""
         self.average: Average | None = None
@@ -95,6 +100,12 @@ class Adapter(pl.LightningModule, ABC):
 
     def check_against(self, data: PictureData) -> None:
         """:meth:`check_data`, and ValueError for a new token that no prompt holds: it would learn nothing."""
+        random = [part for part in self.source.from_scratch if part not in self.parts]
+        if random:
+            raise ValueError(
+                f"backbone.from_scratch: {random[0]} would stay at its random weights; only what method.parts of"
+                " method=full names can begin from scratch"
+            )
         self.check_data(data)
         check_mentioned(self.new_tokens, data.captions() if self.new_tokens else [])
 
@@ -104,7 +115,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with a ``name`` each, new tokens apart; by default one."""
-        return self.groups_by_component({})
+        return by_component(self, {})
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
@@ -119,21 +130,6 @@ class Adapter(pl.LightningModule, ABC):
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """The open parameters with their names, in the module's order."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-
-    def groups_by_component(self, rates: Mapping[str, float | None]) -> list[dict[str, Any]]:
-        """What is trained, but new tokens, grouped by the component of the backbone that it belongs to.
-
-        Args:
-            rates: the learning rate of a component that has one of its own.
-        """
-        groups: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.trainable():
-            component = name.removeprefix("backbone.").split(".")[0]
-            if parameter is not self.backbone.learned:
-                rate = rates.get(component)
-                own = {} if rate is None else {"lr": rate}
-                groups.setdefault(component, {"name": component, "params": [], **own})["params"].append(parameter)
-        return list(groups.values())
 
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
@@ -230,21 +226,26 @@ class Adapter(pl.LightningModule, ABC):
         return moments
 
     def losses(self, batch: Batch, stream: str = "train") -> Tensor:
-        """The diffusion loss of each sample, float32 [B]; ``stream``, train or validation, names the draws."""
+        """The diffusion loss of each sample, float32 [B].
+
+        Args:
+            stream: ``train`` or ``validation``: names the draws; validation has L_simple, so that curves compare.
+        """
         step, positions, moments = batch["step"], batch["positions"], self._moments(batch)
+        objective = self.objective if stream == "train" else self.objective.plain()
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
         clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/vae", step, positions))
         noise = self.noise(shape, f"{stream}/noise", step, positions)
-        if self.objective.offset_noise:
+        if objective.offset_noise:
             offset = self.noise((shape[0], 1, 1), f"{stream}/offset", step, positions)
-            noise = noise + self.objective.offset_noise * offset
+            noise = noise + objective.offset_noise * offset
         timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
         schedule = self.backbone.schedule
         output = self.denoise(schedule.add_noise(clean, noise, timesteps), timesteps, text, batch)
-        return self.objective(
+        return objective(
             output,
             kind=self.backbone.prediction_type,
             schedule=schedule,
@@ -324,7 +325,9 @@ class Adapter(pl.LightningModule, ABC):
         """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
         scaled = self.trainer.precision == "16-mixed"
         parameters = [p for _, p in self.trainable()]
-        self.step_figures |= clip(optimizer, parameters, gradient_clip_val, self.step_figures["loss"], scaled)
+        self.step_figures |= self.guard.clip(
+            optimizer, parameters, gradient_clip_val, self.step_figures["loss"], scaled
+        )
 
     # --- checkpoints: only what is trained
 

@@ -17,6 +17,7 @@ from sdtune.files import write_json
 from sdtune.formats.pipeline import save_component
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
+from sdtune.methods.groups import by_component
 from sdtune.randomness import generator
 
 _DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
@@ -79,7 +80,7 @@ class ControlNet(Adapter):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The net, and the opened UNet with a rate of its own."""
-        return self.groups_by_component({"unet": self.unet_lr})
+        return by_component(self, {"unet": self.unet_lr})
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""

@@ -16,6 +16,7 @@ from sdtune.files import write_json
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
+from sdtune.methods.groups import by_component
 from sdtune.methods.perception import Perception
 
 
@@ -72,7 +73,7 @@ class Full(Adapter):
             getattr(self.backbone, part).requires_grad_(True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return self.groups_by_component(self.rates)
+        return by_component(self, self.rates)
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The VAE's: L1 + ``kl_weight`` KL, and a perceptual term where an encoder is given."""

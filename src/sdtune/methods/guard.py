@@ -7,23 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+OVERFLOWS = 40
+"""So many steps in a row a gradient scaler may pass over: halved as often, any scale that it begins at is below 1."""
 
-def clip(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    limit: float | None,
-    loss: Tensor,
-    scaled: bool,
-) -> dict[str, Tensor]:
-    """Clip the gradients' joint norm to ``limit`` and guard the step; the figures, still on the device.
 
-    Args:
-        scaled: whether a gradient scaler (Micikevicius et al. 2018) looks after the step. It passes over gradients that
-            overflow, as they do while it finds its scale; only a loss that is not finite is then a failure.
-    """
-    norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf")).detach()
-    finite = torch.isfinite(loss) if scaled else skip_if_not_finite(optimizer, parameters, norm)
-    return {"grad_norm": norm, "finite": finite}
+class Guard:
+    """Clips gradients and keeps steps that are not finite from the weights; its figures stay on the device."""
+
+    def __init__(self) -> None:
+        self._overflows: Tensor | None = None
+
+    def clip(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        limit: float | None,
+        loss: Tensor,
+        scaled: bool,
+    ) -> dict[str, Tensor]:
+        """Clip the gradients' joint norm to ``limit``, guard the step, and give the figures.
+
+        Args:
+            scaled: whether a gradient scaler (Micikevicius et al. 2018) looks after the step. It passes over gradients
+                that overflow, as they do while it finds its scale; a loss that is not finite is then a failure, and
+                gradients that no scale makes finite.
+        """
+        norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf")).detach()
+        if not scaled:
+            return {"grad_norm": norm, "finite": skip_if_not_finite(optimizer, parameters, norm)}
+        before = torch.zeros_like(norm) if self._overflows is None else self._overflows
+        self._overflows = torch.where(torch.isfinite(norm), 0.0, before + 1)
+        return {"grad_norm": norm, "finite": torch.isfinite(loss) & (self._overflows < OVERFLOWS)}
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
+from sdtune.methods.groups import by_component
 from sdtune.randomness import generator
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
@@ -120,7 +121,7 @@ class LoRA(Adapter):
         return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return self.groups_by_component({"text_encoder": self.text_encoder_lr})
+        return by_component(self, {"text_encoder": self.text_encoder_lr})
 
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sdtune.backbone.backbone import DECODED_PIXELS, Backbone, autocast
 from sdtune.data.pictures import ENCODED_PIXELS
@@ -227,12 +228,23 @@ def _drawing(adapter: Adapter, gpu: bool, draw: Callable[[Backbone, Callable[...
     )
 
 
+class _NoNumbers(TorchFunctionMode):
+    """Within it, a number read from a tensor on the meta device is 1: some optimizers look at what they have summed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        numbers = {Tensor.item: 1.0, Tensor.__float__: 1.0, Tensor.__bool__: True}
+        if func in numbers and args[0].is_meta:
+            return numbers[func]
+        return func(*args, **(kwargs or {}))
+
+
 def _state(adapter: Adapter) -> int:
     """Bytes of what the optimizer keeps, by a step of it."""
     optimizer = adapter.make_optimizer(adapter.optimizer_groups())
     for _, parameter in adapter.trainable():
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
+    with _NoNumbers():
+        optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(_bytes(value) for value in values if isinstance(value, Tensor))
 
