@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from running import Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks import EMA
+from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.data.control import as_map
 from sdtune.data.edges import Canny
 from sdtune.evaluation.general import trained
@@ -159,7 +161,12 @@ class Losses(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batch = {**batch}
         with torch.no_grad():
-            self.losses = pl_module.losses({**batch})
+            self.losses = pl_module.losses(self.batch)  # which keeps in it what it encoded
+
+
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """Of matrices, and of convolutions as the matrices that they are over a kernel's numbers."""
+    return one.flatten(1) @ other.flatten(1)
 
 
 def merge(model: Any, pipe: Any) -> None:
@@ -168,7 +175,7 @@ def merge(model: Any, pipe: Any) -> None:
     for name in (name for name in opened if name.endswith(".lora_A.default.weight")):
         component, path = name.removesuffix(".lora_A.default.weight").split(".", 1)
         weight = getattr(pipe, component).get_submodule(path).weight
-        weight.data += opened[name.replace("lora_A", "lora_B")] @ opened[name]
+        weight.data += product(opened[name.replace("lora_A", "lora_B")], opened[name]).view(weight.shape)
 
 
 def shake(model: Any) -> None:
@@ -200,6 +207,8 @@ class Plain:
         if (artifact / "it" / "config.json").is_file():
             parts["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
             down, mid = net(noisy, times, text, batch["control"], return_dict=False)
+            if (artifact / "it" / "unet").is_dir():  # it was trained along
+                parts["unet"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
             more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         output = pipe.unet(noisy, times, encoder_hidden_states=text, **more).sample
         self.losses = (output - noise).square().mean((1, 2, 3))
@@ -214,18 +223,23 @@ class Plain:
         own = name.removeprefix("backbone.")
         if own.endswith(".lora_A.default.weight"):  # of W + B A at a scale of 1
             outer = self.gradients[own.replace(".lora_A.default", "")]
-            return parameters[name.replace("lora_A", "lora_B")].T @ outer
+            up = parameters[name.replace("lora_A", "lora_B")]
+            return product(up.flatten(1).T, outer).view(parameters[name].shape)
         if own.endswith(".lora_B.default.weight"):
             outer = self.gradients[own.replace(".lora_B.default", "")]
-            return outer @ parameters[name.replace("lora_B", "lora_A")].T
+            down = parameters[name.replace("lora_B", "lora_A")]
+            return product(outer, down.flatten(1).T).view(parameters[name].shape)
         if own.endswith("token_embedding.vectors"):
             return self.word
         return self.gradients.get(own)
 
 
-@each
+@every
 def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, tiny: Path, pictures: Path) -> None:
-    """Every row's loss, those of the class too, and the gradient of every tensor that is trained."""
+    """Every row's loss, those of the class too, and the gradient of every tensor that is trained.
+
+    The VAE's are of another loss, and tested with full fine-tuning.
+    """
     seen, spy = Losses(), Spy()
     model = case.model(tiny, lr=0.0)
     model.configure_model()
@@ -234,11 +248,12 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, tiny: Path,
     plain = Plain(case, model, seen.batch, tiny, pictures.parent / "artifact")
     assert plain.losses.shape == (len(seen.batch["prompts"]),)
     torch.testing.assert_close(seen.losses, plain.losses.detach(), rtol=1e-5, atol=1e-6)
-    parameters = {name: p.detach() for name, p in model.trainable()}
+    parameters = {name: p.detach() for name, p in model.trainable() if not name.startswith("backbone.vae.")}
     wanted = {name: plain.gradient(name, parameters) for name in parameters}
     assert None not in wanted.values()
     assert all(gradient.any() for gradient in wanted.values())
-    torch.testing.assert_close(spy.gradients[0], wanted, rtol=1e-5, atol=1e-6)
+    found = {name: spy.gradients[0][name] for name in parameters}
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @each
@@ -287,15 +302,19 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, tiny: Path, pictures: Pa
 
 @each
 def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    """Bit for bit, with two loader workers, accumulation and an average of the weights."""
+    """Bit for bit, with two loader workers, accumulation and an average of the weights; asked to stop after step 2."""
     common = [a for a in arguments(tiny, pictures, tmp_path, *case.command()) if not a.startswith(
         ("method=lora", "method.rank", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
     common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
-    common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=2", "optimizer.lr=1e-3"]
+    common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=3", "optimizer.lr=1e-3"]
+    common += ["trainer.max_steps=4", "lr_schedule=cosine", "lr_schedule.warmup_steps=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(*common, f"hydra.run.dir={whole}", "trainer.max_steps=4") == 0
-    assert train(*common, f"hydra.run.dir={parts}", "trainer.max_steps=2") == 0
-    assert train(f"resume={parts}", "trainer.max_steps=4") == 0
+    assert train(*common, f"hydra.run.dir={whole}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "_asked", lambda self, trainer: trainer.global_step == 2)
+        assert train(*common, f"hydra.run.dir={parts}") == 128 + signal.SIGTERM
+    assert int(rows(parts)[-1]["step"]) == 2
+    assert train(f"resume={parts}") == 0
     assert rows(whole) == rows(parts)
     files = {p.relative_to(whole / "artifact") for p in (whole / "artifact").rglob("*.safetensors")}
     assert files
