@@ -24,6 +24,7 @@ from sdtune.planning.kernels import Kernels
 from sdtune.planning.meter import Meter
 
 METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
 GIB = 1024**3
 
 
@@ -302,6 +303,12 @@ def test_a_recipe_is_planned_as_it_stands(
     assert plan("experiment=lora_subject") == 0
     assert capsys.readouterr().out.startswith("lora on pocket: 64x64 pixels, batch 8, bf16-mixed, 1 GPU")
     assert asked[0].config["method"]["rank"] == 16
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_planned(recipe: str) -> None:
+    config = launch._compose("plan", launch._search_path(None), [f"experiment={recipe}"])
+    assert plan_run.job(config).count > 0
 
 
 def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,8 @@ def job(config: DictConfig) -> Job:
         own.backbone.path = str(configs)
     container = plain(own)
     hints = get_type_hints(PictureData, include_extras=True)
-    data = {key: config.data.get(key, getattr(PictureData, key)) for key in _DATA}
+    given = plain(OmegaConf.masked_copy(config.data, [key for key in _DATA if key in config.data]))
+    data = {key: given.get(key, getattr(PictureData, key)) for key in _DATA}
     for key, value in data.items():
         check_value(value, hints[key], f"data.{key}")
     check_model(container, settings(container).trust)
