@@ -18,6 +18,7 @@ from torch import Tensor
 from sdtune import launch, plan_run, sampling
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.outline import Outline
+from sdtune.backbone.residuals import Net
 from sdtune.methods.base import Adapter
 from sdtune.paths import config_folder
 from sdtune.planning import figures as planning
@@ -85,6 +86,19 @@ def test_a_step_and_a_picture_stay_on_the_device(method: str, tiny: Path, monkey
     model = adapter(method, tiny, monkeypatch)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     draw(model, monkeypatch)
+
+
+def test_a_masked_loss_and_a_net_beside_stay_on_the_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapter("controlnet", tiny, monkeypatch)
+    batch = planning._batch(model, 2, 32, cached_latents=False, cached_text=False)
+    batch["mask"] = torch.empty(2, 1, 8, 8, device="meta")
+    with model.autocast():
+        assert model.losses(batch).device.type == "meta"
+        model.backbone.nets = (Net(model.controlnet, 0.5), Net(model.controlnet, 0.0))
+        noisy, times = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+        text = model.encode_text(["a fox", ""])
+        out = model.backbone.predict_under(noisy, times, text, [batch["control"], batch["control"]])
+    assert out.device.type == "meta"
 
 
 def careless(monkeypatch: pytest.MonkeyPatch) -> None:
