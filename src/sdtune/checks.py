@@ -7,8 +7,6 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 from annotated_types import Ge, Gt
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import StringConstraints
@@ -117,10 +115,6 @@ def _check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check(trainer_arguments(config), "trainer", trust)
-    several = hardware.processes(config["hardware"]) > 1
-    if several and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        # Lightning would start the other processes with the sweep's own command line, each a sweep again.
-        raise ValueError("hardware.devices: a sweep's jobs have one device each for now; start such runs one by one")
 
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:

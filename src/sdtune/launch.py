@@ -18,15 +18,16 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from sdtune.errors import RunFailed, Stopped
 from sdtune.paths import config_folder
 from sdtune.quiet import quiet, quiet_libraries
 from sdtune.suggest import suggestion
+from sdtune.sweeps import multirun
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
@@ -35,18 +36,6 @@ REFUSED = 2
 """Exit code of a refusal: bad input, nothing done."""
 
 _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
-
-
-class Stopped(Exception):
-    """A run that was asked to stop and has saved; ``code`` is the exit code (128 + the signal's number)."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class RunFailed(Exception):
-    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
 
 
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
@@ -118,7 +107,7 @@ def main(
     code = 0
     try:
         if config is None:
-            code = _multirun(command, search, args.overrides, prepare)
+            code = multirun(command, search, args.overrides, prepare)
         elif not writes:
             prepare(config, run_folder(config))(config)
         else:
@@ -261,31 +250,6 @@ def _clear(folder: Path, existed: bool) -> None:
     """Leave no folder of a run that had not begun."""
     if not existed and not (folder / "metrics.csv").exists() and not any(folder.glob("checkpoints/*")):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:
-    def job(composed: DictConfig) -> Any:
-        try:
-            return prepare(composed, Path(HydraConfig.get().runtime.output_dir))(composed)
-        except Stopped as stop:
-            # Only what is no Exception passes through Hydra and ends the sweep with the job.
-            print(f"sdtune: {stop}", file=sys.stderr)
-            raise SystemExit(stop.code) from stop
-        except Exception as error:
-            # Raised, it would end the sweep; the other jobs run on.
-            failures.append((" ".join(HydraConfig.get().overrides.task), error))
-            return None
-
-    failures: list[tuple[str, Exception]] = []
-    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
-    try:
-        hydra.multirun(config_name=command, task_function=job, overrides=overrides)
-    finally:
-        GlobalHydra.instance().clear()
-    for overrides_of, error in failures:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        print(f"sdtune: job {overrides_of}: {kind}{error}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 def _one_line(error: Exception) -> str:

@@ -24,12 +24,12 @@ def rewrite(argv: list[str]) -> list[str]:
     wanted = [a for a in argv if a.startswith("resume=") and a != "resume=null"]
     if not wanted:
         return argv
+    if any(a in ("-m", "--multirun") for a in argv):
+        return argv  # a sweep is resumed: see sdtune.sweeps
     run = Path(wanted[-1].removeprefix("resume=")).expanduser()
     kept = run / ".hydra" / "overrides.yaml"
     if not kept.is_file():
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
-    if any(a in ("-m", "--multirun") for a in argv):
-        raise ValueError("resume: one run is resumed at a time; leave out -m")
     resumed = sorted((run / ".hydra").glob("resume-*/overrides.yaml"), key=lambda p: int(p.parent.name[7:]))
     own = [str(override) for override in OmegaConf.load(resumed[-1] if resumed else kept)]
     values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}

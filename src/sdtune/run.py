@@ -20,14 +20,15 @@ from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.cost import Cost
 from sdtune.callbacks.ema import EMA
 from sdtune.callbacks.record import NotFinite, Record
+from sdtune.callbacks.same_config import SameConfig
 from sdtune.callbacks.samples import Samples
 from sdtune.callbacks.snapshots import Snapshots
 from sdtune.checks import Settings, check_run, plain, settings, trainer_arguments
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
+from sdtune.errors import RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.instantiate import build
-from sdtune.launch import RunFailed, Stopped
 from sdtune.loggers import close
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
@@ -73,7 +74,8 @@ def _callbacks(
     # The average must have moved before anything reads it, and figures must be down before a checkpoint is.
     chosen.sort(key=lambda callback: not isinstance(callback, EMA))
     averages = [c for c in chosen if isinstance(c, EMA)]
-    return record, checkpoints, [*averages, record, Cost(), Bar(), *chosen[len(averages) :], checkpoints]
+    own = [SameConfig(config), *averages, record, Cost(), Bar()]
+    return record, checkpoints, [*own, *chosen[len(averages) :], checkpoints]
 
 
 def build_adapter(config: dict[str, Any]) -> Adapter:

@@ -1,0 +1,37 @@
+"""Several processes train one run only if they were started with one config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+log = logging.getLogger("sdtune")
+
+
+class SameConfig(Callback):
+    """Compares a hash of the composed ``config`` over the processes, before any weights are loaded.
+
+    A launcher that repeats a sweep's command line would start another job as the second process, in silence.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+        self.rate = config["optimizer"].get("lr")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size == 1:
+            return
+        log.info("process %d of %d: config %s, optimizer.lr %s",
+                 trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
+        first = trainer.strategy.broadcast(self.digest)
+        if first != self.digest:
+            raise ValueError(
+                f"process {trainer.global_rank} was started with another config ({self.digest}) than process 0"
+                f" ({first}); start every process with the same overrides"
+            )

@@ -1,0 +1,15 @@
+"""How a run may end other than by being complete."""
+
+from __future__ import annotations
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and has saved; ``code`` is the exit code (128 + the signal's number)."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RunFailed(Exception):
+    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
