@@ -30,6 +30,7 @@ class Settings:
         optimized_metric: the figure that ``train`` returns to a sweeper.
         new_tokens: words to be learned beside what the method trains.
         tokens_lr: the learning rate of their vectors; the optimizer's if None.
+        trial: the number of the job's Optuna trial, which the sweeper gives.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
@@ -40,6 +41,7 @@ class Settings:
     optimized_metric: str | None = None
     new_tokens: tuple[NewToken, ...] = ()
     tokens_lr: Annotated[float, Gt(0)] | None = None
+    trial: Annotated[int, Ge(0)] | None = None
 
 
 _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
@@ -167,7 +169,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
     check_model(config, trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
-    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record"))):
+    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record", "run", "trial"))):
         for key, node in config[group].items():
             check(node, f"{group}.{key}", trust, given)
     check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))

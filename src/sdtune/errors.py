@@ -13,3 +13,11 @@ class Stopped(Exception):
 
 class RunFailed(Exception):
     """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
+
+
+class Pruned(Exception):
+    """A sweep's run that fell behind the others and was ended at ``step``."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"pruned at step {step}")
+        self.step = step

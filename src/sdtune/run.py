@@ -26,7 +26,7 @@ from sdtune.callbacks.snapshots import Snapshots
 from sdtune.checks import Settings, check_run, plain, settings, trainer_arguments
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
-from sdtune.errors import RunFailed, Stopped
+from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.instantiate import build
 from sdtune.loggers import close
@@ -66,7 +66,7 @@ def _callbacks(
     checkpoints: Checkpoints = build(
         config["checkpoint"], top.trust, {"folder": folder / "checkpoints", "record": record}
     )
-    offer = {"folder": folder / "samples", "record": record}
+    offer = {"folder": folder / "samples", "record": record, "run": folder, "trial": top.trial}
     chosen: list[pl.Callback] = [build(node, top.trust, offer) for node in config["callbacks"].values() if node]
     samples = next((c for c in chosen if isinstance(c, Samples)), None)
     if top.save_every:
@@ -119,6 +119,9 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         wait_for_children(trainer)
         failed = False
+    except Pruned:
+        failed = False
+        raise
     except NotFinite as error:
         kept = sorted((folder / "checkpoints").glob("step*.ckpt"))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

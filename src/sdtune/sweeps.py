@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sdtune.errors import RunFailed, Stopped
+from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.resume import check_unchanged
 from sdtune.sweep_process import run_apart
@@ -51,10 +51,13 @@ class Job:
         try:
             with _going_on(composed, folder):
                 self._run(composed, overrides, folder)
-            state |= {"state": "done"}
+            state |= {"state": "done", "metric": _metric(composed, folder)}
         except Stopped as stop:
             # Only what is no Exception passes through Hydra and ends the sweep with the job.
             raise SystemExit(stop.code) from stop
+        except Pruned as end:
+            state |= {"state": "pruned", "step": end.step}
+            return None
         except Exception as error:
             # Raised, it would end the sweep; the other jobs run on.
             ours = isinstance(error, ValueError | RunFailed)
@@ -205,7 +208,9 @@ def _summary(folder: Path, command: str) -> int:
     jobs = [{"job": place.name, **json.loads((place / STATE).read_text())} for place in found]
     failed = [job for job in jobs if job["state"] == "failed"]
     write_json(folder / "sweep.json", {"jobs": jobs})
-    print(f"sweep: {len(jobs) - len(failed)} of {len(jobs)} jobs are done: {folder}")
+    count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
+    pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
+    print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
     for job in failed:
         own = _own(job["overrides"], [each["overrides"] for each in jobs])
         print(f"sdtune: job {job['job']} ({own}) failed: {job['error']}", file=sys.stderr)

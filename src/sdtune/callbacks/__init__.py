@@ -3,6 +3,7 @@
 from sdtune.callbacks.best import EarlyStopping
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.ema import EMA
+from sdtune.callbacks.pruning import Pruning
 from sdtune.callbacks.samples import Samples
 
-__all__ = ["EMA", "Checkpoints", "EarlyStopping", "Samples"]
+__all__ = ["EMA", "Checkpoints", "EarlyStopping", "Pruning", "Samples"]

@@ -91,12 +91,14 @@ class Subject(PictureData):
         pictures: how many, on as many backgrounds.
         token: the rare word that is to mean the subject.
         with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
+        validation_pictures: further ones for the validation loss, on backgrounds that the others do not have.
     """
 
     subject: str = "parrot"
     pictures: Annotated[int, Ge(1)] = 5
     token: str = "sks"
     with_class: bool = True
+    validation_pictures: Annotated[int, Ge(0)] = 0
 
     name: str = field(default="subject", init=False)
 
@@ -136,13 +138,21 @@ class Subject(PictureData):
 
     def scenes(self) -> list[Scene]:
         """What the pictures show: both sizes, all places."""
-        rng = generator(0, f"subject/{self.subject}/scene")
+        return self._scenes(self.backgrounds(), "scene")
+
+    def _scenes(self, backgrounds: Sequence[str], stream: str) -> list[Scene]:
+        rng = generator(0, f"subject/{self.subject}/{stream}")
         sizes, places = list(SIZES), list(PLACES)
         return [
             compose(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
-            for i, background in enumerate(self.backgrounds())
+            for i, background in enumerate(backgrounds)
         ]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        samples = [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in self.scenes()]
-        return samples, []
+        absent = [background for background in BACKGROUNDS if background not in self.backgrounds()]
+        held_out = self._scenes([absent[i % len(absent)] for i in range(self.validation_pictures)], "validation")
+        train, validation = (
+            [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in scenes]
+            for scenes in (self.scenes(), held_out)
+        )
+        return train, validation

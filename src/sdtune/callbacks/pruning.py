@@ -1,0 +1,67 @@
+"""Ends a sweep's job that falls behind the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytorch_lightning as pl
+from annotated_types import Ge
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.callbacks.record import Record
+from sdtune.errors import Pruned
+from sdtune.methods.base import Adapter
+from sdtune.trials import own_trial, require_optuna
+
+
+class Pruning(Callback):
+    """Reports each validation loss to the job's Optuna trial (``sweep=optuna``) and ends the job if it says so.
+
+    Args:
+        run: the job's folder, in the sweep's.
+        record: where the validation losses are.
+        trial: the trial's number; without one nothing happens.
+        pruner: ``median`` ends what is worse than the median of the trials before at the same step, ``asha``
+            (Li et al. 2020) all but the best third at each of a few steps that grow threefold.
+        after: trials that end by themselves first (median), and the first step at which one may end (asha).
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        record: Record,
+        trial: int | None,
+        pruner: Literal["median", "asha"] = "median",
+        after: Annotated[int, Ge(1)] = 4,
+    ) -> None:
+        require_optuna()
+        self.run, self.record, self.number, self.kind, self.after = run, record, trial, pruner, after
+        self._trial: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        import optuna
+
+        assert isinstance(pl_module, Adapter)
+        data, facts = trainer.datamodule, pl_module.source.facts  # type: ignore[attr-defined]
+        data.open(facts.side, facts.factor)
+        if not data.held_out:
+            raise ValueError("callbacks.pruning: no picture is held out to judge by; give data.hold_out=10")
+        if self.number is not None and trainer.is_global_zero:
+            pruner = (
+                optuna.pruners.MedianPruner(n_startup_trials=self.after)
+                if self.kind == "median"
+                else optuna.pruners.SuccessiveHalvingPruner(min_resource=self.after, reduction_factor=3)
+            )
+            self._trial = own_trial(self.run.parent, self.number, pruner)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = self.record.validation.get(trainer.global_step)
+        behind = False
+        if self._trial is not None and value is not None and not trainer.sanity_checking:
+            self._trial.report(value, trainer.global_step)
+            behind = bool(self._trial.should_prune())
+        if trainer.world_size > 1:
+            behind = bool(trainer.strategy.reduce_boolean_decision(behind, all=False))
+        if behind and trainer.global_step < trainer.max_steps:
+            raise Pruned(trainer.global_step)

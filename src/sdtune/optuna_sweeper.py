@@ -1,0 +1,170 @@
+"""A Hydra sweeper on Optuna that can prune, and that goes on where it was stopped.
+
+The published plugin gives its jobs no trial and starts from zero. Optuna is imported when a sweep begins, so that
+Hydra's search for plugins costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from sdtune.trials import STUDY, require_optuna, storage
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger("sdtune")
+
+DIRECTIONS = ("minimize", "maximize")
+
+
+class OptunaSweeper(Sweeper):  # type: ignore[misc]
+    """Chooses settings by Optuna's TPE (Bergstra et al. 2011), one trial a job, the study in the sweep's own folder.
+
+    Args:
+        n_trials: how many in all, those of an earlier start included.
+        at_once: jobs that the launcher gets together; more than one only helps with one that runs them side by side.
+        direction: of the metric that ``optimized_metric`` names.
+        seed: of the sampler.
+        startup_trials: so many are drawn at random before the model decides.
+        params: search space in Hydra's words: ``optimizer.lr: tag(log, interval(1e-5, 1e-2))``; the command line's
+            overrides come on top.
+    """
+
+    def __init__(
+        self,
+        n_trials: int = 20,
+        at_once: int = 1,
+        direction: str = "minimize",
+        seed: int = 0,
+        startup_trials: int = 8,
+        params: DictConfig | None = None,
+    ) -> None:
+        self.n_trials, self.at_once, self.direction = n_trials, at_once, direction
+        self.seed, self.startup_trials = seed, startup_trials
+        self.params: dict[str, Any] = dict(params or {})
+        self.config: DictConfig
+        self.context: HydraContext
+        self.launcher: Launcher
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run trials until there are ``n_trials`` that have ended."""
+        require_optuna()
+        import optuna
+
+        # Not in the constructor: Hydra would wrap the refusal in lines of its own.
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"hydra.sweeper.direction: {self.direction!r}; give minimize or maximize")
+        for key, value in (("n_trials", self.n_trials), ("at_once", self.at_once)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"hydra.sweeper.{key}: {value!r}; give at least 1")
+        if not self.config.get("optimized_metric"):
+            raise ValueError("optimized_metric is missing: name the figure of metrics.json that Optuna shall improve")
+        folder = Path(str(self.config.hydra.sweep.dir))
+        space, fixed = self._space(arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=storage(folder),
+            study_name=STUDY,
+            direction=self.direction,  # type: ignore[arg-type]
+            load_if_exists=True,
+            # Another seed after a stop: the same one would draw again what it drew at the start.
+            sampler=optuna.samplers.TPESampler(
+                seed=self.seed + len(_trials(folder)), n_startup_trials=self.startup_trials
+            ),
+        )
+        for begun in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            self._launch(study, folder, [(begun.number, list(begun.user_attrs["overrides"]))])
+        while (left := self.n_trials - len(study.get_trials(deepcopy=False))) > 0:
+            asked = [study.ask() for _ in range(min(left, self.at_once))]
+            jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in asked]
+            for trial, (_, overrides) in zip(asked, jobs, strict=True):
+                trial.set_user_attr("overrides", overrides)
+            self._launch(study, folder, jobs)
+        self._say(study)
+
+    def _space(self, arguments: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
+        """What is searched, and what is the same for all jobs."""
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
+        by_key = {override.get_key_element(): override for override in parsed}
+        space = {key: override for key, override in by_key.items() if override.is_sweep_override()}
+        if not space:
+            raise ValueError(
+                "hydra.sweeper.params: nothing is searched; give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'"
+            )
+        fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if k not in space]
+        return space, fixed
+
+    def _launch(self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]]) -> None:
+        from optuna.trial import TrialState
+
+        self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
+        for number, _ in jobs:
+            # The job's own folder says how it ended: it may have run in another process.
+            state = json.loads((folder / str(number) / "job.json").read_text())
+            ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
+            value = state.get("metric")
+            if ended is TrialState.COMPLETE and value is None:
+                log.info("job %d: %s is null, which counts as a failure", number, self.config.optimized_metric)
+                ended = TrialState.FAIL
+            study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
+
+    def _say(self, study: optuna.Study) -> None:
+        from optuna.trial import TrialState
+
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        log.info("optuna: %d trials complete, %d pruned", len(done), len(pruned))
+        if done:
+            best = study.best_trial
+            chosen = " ".join(f"{key}={value}" for key, value in best.params.items())
+            log.info("best: job %d, %s %.6g: %s", best.number, self.config.optimized_metric, best.value, chosen)
+
+
+def _trials(folder: Path) -> list[Path]:
+    return list(folder.glob("*/job.json"))
+
+
+def _suggest(trial: optuna.Trial, space: dict[str, Override]) -> list[str]:
+    return [f"{key}={_value(trial, key, override)}" for key, override in space.items()]
+
+
+def _value(trial: optuna.Trial, key: str, override: Override) -> Any:
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return trial.suggest_categorical(key, [str(one) for one in override.sweep_string_iterator()])
+    assert isinstance(value, IntervalSweep | RangeSweep)
+    log_scale = "log" in value.tags
+    if isinstance(value, RangeSweep):
+        start, stop, step = value.start, value.stop, value.step
+        assert start is not None
+        assert stop is not None
+        if all(isinstance(number, int) for number in (start, stop, step)):
+            return trial.suggest_int(key, int(start), int(stop) - 1, step=int(step))
+        return trial.suggest_float(key, float(start), float(stop), step=float(step))
+    assert value.start is not None
+    assert value.end is not None
+    if isinstance(value.start, int) and isinstance(value.end, int):
+        return trial.suggest_int(key, value.start, value.end, log=log_scale)
+    return trial.suggest_float(key, float(value.start), float(value.end), log=log_scale)

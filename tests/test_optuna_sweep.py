@@ -1,0 +1,117 @@
+"""sweep=optuna: it searches, prunes, says the best, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import optuna
+import pytest
+
+from running import arguments, rows, start, train, wait_for_step
+from sdtune.trials import STUDY, storage
+
+
+@pytest.fixture
+def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={tmp_path}/sweep")
+    own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
+    more = ["sweep=optuna", "trainer.val_check_interval=2", "data.hold_out=5", "hydra.sweeper.n_trials=5"]
+    more += ["hydra.sweeper.startup_trials=3", "callbacks.pruning.after=2"]
+    return ["-m", *own, *more, "optimizer.lr=tag(log, interval(1e-3, 1e-1))", "method.rank=choice(1, 2)"]
+
+
+def trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=STUDY, storage=storage(sweep)).trials
+
+
+def test_it_searches_and_says_the_best(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep"
+    assert train(*settings) == 0
+    said = capsys.readouterr().out
+    found = trials(sweep)
+    assert [t.number for t in found] == [0, 1, 2, 3, 4]
+    done = [t for t in found if t.state is optuna.trial.TrialState.COMPLETE]
+    assert len(done) >= 2
+    for trial in found:
+        job = sweep / str(trial.number)
+        used = [float(r["lr/unet"]) for r in rows(job) if r["lr/unet"]]
+        assert used == [pytest.approx(trial.params["optimizer.lr"])] * len(used)
+        assert 1e-3 <= trial.params["optimizer.lr"] <= 1e-1
+        state = json.loads((job / "job.json").read_text())["state"]
+        assert state == {"COMPLETE": "done", "PRUNED": "pruned"}[trial.state.name]
+        measured = {int(r["step"]): float(r["validation_loss"]) for r in rows(job) if r["validation_loss"]}
+        assert trial.intermediate_values == measured
+    for trial in done:
+        assert trial.value == json.loads((sweep / str(trial.number) / "metrics.json").read_text())["validation_loss"]
+    best = min(done, key=lambda t: t.value)
+    assert f"best: job {best.number}, validation_loss {best.value:.6g}: " in said
+    assert f"optuna: {len(done)} trials complete, {5 - len(done)} pruned" in said
+    ages = [f.stat().st_mtime_ns for f in sorted(sweep.glob("*/metrics.csv"))]
+    assert train("-m", f"resume={sweep}") == 0, "nothing remains"
+    assert [f.stat().st_mtime_ns for f in sorted(sweep.glob("*/metrics.csv"))] == ages
+
+
+def test_what_falls_behind_is_pruned(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rates by turns: two that learn, then none at all."""
+    sweep = tmp_path / "sweep"
+    own = [a for a in settings if not a.startswith(("optimizer.lr", "method.rank"))]
+    assert train(*own, "method.rank=2", "optimizer.lr=choice(1e-2, 1e-2)", "hydra.sweeper.n_trials=2") == 0
+    own = [*own, "method.rank=2", "optimizer.lr=choice(1e-2, 1e-2)"]
+    study = optuna.load_study(study_name=STUDY, storage=storage(sweep))
+    assert {t.state.name for t in study.trials} == {"COMPLETE"}
+    trial = study.ask()  # a third one, put there by hand: it does not learn
+    overrides = [o for o in study.trials[0].user_attrs["overrides"] if not o.startswith(("optimizer.lr", "trial="))]
+    trial.set_user_attr("overrides", [*overrides, "optimizer.lr=1e-12", "trial=2"])
+    assert train("-m", f"resume={sweep}") == 0
+    last = trials(sweep)[2]
+    assert last.state is optuna.trial.TrialState.PRUNED
+    assert json.loads((sweep / "2" / "job.json").read_text())["state"] == "pruned"
+    assert (
+        len([r for r in rows(sweep / "2") if r["loss"]])
+        == json.loads((sweep / "2" / "job.json").read_text())["step"]
+        < 6
+    )
+    assert "sweep: 2 of 3 jobs are done, 1 pruned" in capsys.readouterr().out
+
+
+def test_killed_it_goes_on_with_what_remains(settings: list[str], tmp_path: Path) -> None:
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = ["callbacks.pruning=null", "checkpoint.every_steps=2", "trainer.max_steps=20", "hydra.sweeper.n_trials=3"]
+    process = start(log, *settings, *own)
+    wait_for_step(process, sweep / "1", 5, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = [(t.params, t.state.name) for t in trials(sweep)]
+    assert [state for _, state in before] == ["COMPLETE", "RUNNING"]
+    age = (sweep / "0" / "metrics.json").stat().st_mtime_ns
+    assert train("-m", f"resume={sweep}") == 0
+    after = trials(sweep)
+    assert [t.params for t in after][:2] == [params for params, _ in before]
+    assert [t.state.name for t in after] == ["COMPLETE"] * 3
+    assert (sweep / "0" / "metrics.json").stat().st_mtime_ns == age
+    assert [int(r["step"]) for r in rows(sweep / "1") if r["loss"]] == list(range(1, 21))
+    assert "resuming at step" in (sweep / "1" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["optimized_metric=null"], "optimized_metric is missing"),
+        (["hydra.sweeper.direction=up"], "hydra.sweeper.direction: 'up'; give minimize or maximize"),
+        (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials: 0; give at least 1"),
+        (
+            ["hydra.sweeper.params=null", "optimizer.lr=1e-3", "method.rank=2"],
+            "hydra.sweeper.params: nothing is searched",
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    own: list[str], words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*settings, *own) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sdtune: {words}")
+    assert said.count("\n") == 1
