@@ -32,7 +32,7 @@ SIZES = ((256, 256), (320, 192))
 """Width and height in pixels; the second is what an aspect bucket of data.resolution=256 holds."""
 
 METHODS = {
-    "textual_inversion": ['new_tokens=[{token: "<new>", init: cat}]'],
+    "textual_inversion": ['new_tokens=[{token: "<new>", init: cat}]', "data.templates=['<new> {}']"],
     "lora": [],
     "dreambooth": ["data.class_prompt=a photo of a dog"],
     "full": [],
