@@ -169,7 +169,10 @@ def check_run(config: dict[str, Any]) -> PictureData:
     check_model(config, trust)
     check(config["data"], "data", trust, ("seed",))
     check(config["evaluation"], "evaluation", trust, ())
-    for group, given in (("logger", ("save_dir",)), ("callbacks", ("folder", "record", "run", "trial"))):
+    for group, given in (
+        ("logger", ("save_dir", "method", "label", "sweep")),
+        ("callbacks", ("folder", "record", "run", "trial")),
+    ):
         for key, node in config[group].items():
             check(node, f"{group}.{key}", trust, given)
     check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,27 @@ from typing import Any
 
 def wandb_logger(
     save_dir: str,
+    method: str,
+    label: str,
+    sweep: str | None,
     project: str = "sdtune",
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
     offline: bool = False,
+    log_artifact: bool = False,
 ) -> Any:
     """Lightning's W&B logger, its figures on axes of their own so that none is dropped for coming late.
 
+    A resumed run goes on under its id, which its folder keeps.
+
     Args:
         save_dir: the run's folder.
+        method: the run's job type.
+        label, sweep: the run's name and group where ``name`` and ``group`` are None: what sets it apart from the others
+            of its sweep, and the sweep's folder's name.
         offline: keep everything on disk for ``wandb sync``; needs no account.
+        log_artifact: upload the run's artifact as a version of a W&B artifact called by the run's group or name.
     """
     from pytorch_lightning.loggers import WandbLogger
 
@@ -29,13 +41,42 @@ def wandb_logger(
         raise ValueError(
             "logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true"
         )
+    folder = Path(save_dir)
     # Lightning's own offline=True sets WANDB_MODE for the whole process, and with it for the next job of a sweep.
     logger = WandbLogger(
-        project=project, name=name, group=group, tags=list(tags), save_dir=save_dir, settings=_settings(offline)
+        project=project,
+        name=name or label,
+        group=group or sweep,
+        job_type=method,
+        tags=list(tags),
+        save_dir=save_dir,
+        id=_run_id(folder),
+        settings=_settings(offline),
     )
     logger.experiment.define_metric("trainer/global_step")
     logger.experiment.define_metric("*", step_metric="trainer/global_step")
+    logger.experiment.define_metric("validation_loss", step_metric="trainer/global_step", summary="min")
+    logger.keeps_artifact = log_artifact  # type: ignore[attr-defined]
     return logger
+
+
+def _run_id(run: Path) -> str:
+    file = run / "wandb" / "id"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
+def keep_artifact(loggers: Sequence[Any], artifact: Path, name: str) -> None:
+    """Upload ``artifact`` where a logger was asked to."""
+    for logger in loggers:
+        if getattr(logger, "keeps_artifact", False):
+            import wandb
+
+            version = wandb.Artifact(re.sub(r"[^\w.-]+", "-", name), type="model")
+            version.add_dir(str(artifact))
+            logger.experiment.log_artifact(version)
 
 
 def _settings(offline: bool) -> Any:

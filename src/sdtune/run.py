@@ -29,9 +29,10 @@ from sdtune.data import PictureData
 from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.instantiate import build
-from sdtune.loggers import close
+from sdtune.loggers import close, keep_artifact
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
+from sdtune.sweeps import names
 
 log = logging.getLogger("sdtune")
 
@@ -101,7 +102,8 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
     try:
         for node in config["logger"].values():
             if node:
-                loggers.append(build(node, top.trust, {"save_dir": str(folder)}))
+                offered = {"save_dir": str(folder), "method": type(adapter).__name__, **names(folder)}
+                loggers.append(build(node, top.trust, offered))
                 loggers[-1].log_hyperparams(config)
         given = {
             "max_epochs": -1,
@@ -117,6 +119,8 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         trainer: pl.Trainer = build(trainer_arguments(config), top.trust, given)
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
+        if trainer.is_global_zero:
+            keep_artifact(loggers, folder / "artifact", name)
         wait_for_children(trainer)
         failed = False
     except Pruned:

@@ -224,5 +224,17 @@ def _own(overrides: Sequence[str], of_all: Sequence[Sequence[str]]) -> str:
     return " ".join(o for o in overrides if not all(o in each for each in of_all)) or "the only one"
 
 
+def names(run: Path) -> dict[str, str | None]:
+    """``label``: what sets ``run`` apart from its sweep's other jobs, or its folder's name; ``sweep``: the sweep's."""
+    kept, file = run / ".hydra" / "overrides.yaml", run.parent / "multirun.yaml"
+    if not file.is_file() or not kept.is_file():
+        return {"label": run.name, "sweep": None}
+    master = OmegaConf.load(file)
+    parsed = OverridesParser.create().parse_overrides([str(o) for o in master.hydra.overrides.task])
+    varied = {o.get_key_element() for o in parsed if o.is_sweep_override()} | set(master.hydra.sweeper.params or {})
+    own = [str(o) for o in OmegaConf.load(kept) if str(o).split("=", 1)[0] in varied]
+    return {"label": " ".join(own) or run.name, "sweep": run.parent.name}
+
+
 def _number(folder: Path) -> tuple[int, str]:
     return (int(folder.name) if folder.name.isdigit() else sys.maxsize, folder.name)

@@ -106,6 +106,21 @@ class Samples(Callback):
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
             labels = [f"{when}, seed {seed}" for seed in self.seeds for when in ("before", "after")]
             save_png(self.sheet(rows, labels), self.folder / "before_after.png")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_table"):
+                    self._log_table(logger, last, trainer.global_step)
+
+    def _log_table(self, logger: Any, last: list[list[np.ndarray]], step: int) -> None:
+        """W&B's: a row a prompt and seed."""
+        import wandb
+
+        assert self.first is not None
+        rows = [
+            [one.prompt, seed, wandb.Image(before), wandb.Image(after)]
+            for seed, first, now in zip(self.seeds, self.first, last, strict=True)
+            for one, before, after in zip(self.wanted, first, now, strict=True)
+        ]
+        logger.log_table("before_after", columns=["prompt", "seed", "before", "after"], data=rows, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         first = None if self.first is None else torch.from_numpy(np.array(self.first))
