@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from wandb.proto import wandb_internal_pb2
 
 from running import arguments, rows, train
+from sdtune import loggers
+from sdtune.launch import _compose, _search_path
 
 _BLOCK, _HEADER = 2**15, struct.Struct("<IHB")
 _FULL, _LAST = 1, 4
@@ -144,3 +147,22 @@ def test_an_artifact_is_versioned_on_request(offline: list[str], tiny: Path, pic
         [file] = run.glob("wandb/offline-run-*/run-*.wandb")
         kept = [r for r in records(file) if r.WhichOneof("record_type") == "artifact"]
         assert bool(kept) is on
+
+
+def test_wandbs_own_agent_hands_over_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as it goes without a server: its command line composes, and the run's id stays the agent's."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    sweep = yaml.safe_load((Path(__file__).parents[1] / "docs" / "wandb-sweep.yaml").read_text())
+    chosen = {"method.rank": {"value": 8}, "optimizer.lr": {"value": 0.0003}}
+    assert chosen.keys() == sweep["parameters"].keys()
+    filled = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    assert sweep["command"][:2] == ["sdtune", "train"]
+    words = [w for part in sweep["command"][2:] for w in (filled if part == "${args_no_hyphens}" else [part])]
+    config = _compose("train", _search_path(None), words)
+    assert (config.method.rank, config.optimizer.lr) == (8, 0.0003)
+    assert "wandb" in config.logger
+    assert sweep["metric"]["name"] == "final/subject_gain"
+    assert loggers._run_id(tmp_path) == loggers._run_id(tmp_path) is not None
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert loggers._run_id(tmp_path) is None

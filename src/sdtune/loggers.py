@@ -60,7 +60,9 @@ def wandb_logger(
     return logger
 
 
-def _run_id(run: Path) -> str:
+def _run_id(run: Path) -> str | None:
+    if "WANDB_SWEEP_ID" in os.environ:
+        return None  # W&B's agent has named the run
     file = run / "wandb" / "id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
