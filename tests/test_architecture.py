@@ -15,7 +15,7 @@ PACKAGE = SRC / "sdtune"
 
 LAYERS = [
     {"__init__", "train", "run", "checks", "report_lines", "prepare", "prepare_run"}  # commands
-    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run"},
+    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run", "report", "reporting"},
     {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
     {"sampling", "adapters", "controlnets"},

@@ -17,9 +17,11 @@ COMMANDS = {
     "sample": "make pictures, with adapters at strengths chosen now",
     "plan": "what a training will cost, before anything is loaded",
     "evaluate": "measure a finished run's artifact, before and after",
+    "report": "one page of a run, a sweep, or any folder of runs",
 }
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
+       sdtune report FOLDER
 
 commands:
 {commands}

@@ -81,12 +81,20 @@ class Samples(Callback):
                     logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
         return rows
 
+    def _keep(self, rows: list[list[np.ndarray]], when: str) -> None:
+        """Single pictures, for reports that lay several runs side by side."""
+        for seed, row in zip(self.seeds, rows, strict=True):
+            for number, (one, picture) in enumerate(zip(self.wanted, row, strict=True)):
+                about = {"prompt": one.prompt, "seed": str(seed)}
+                save_png(picture, self.folder / when / f"{number:03d}_seed{seed}.png", about)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         size = self.sampling.size(pl_module.backbone.facts.side)
         self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
         if trainer.is_global_zero and trainer.global_step == 0:
             self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
+            self._keep(self.first, "before")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,6 +110,7 @@ class Samples(Callback):
         if not trainer.is_global_zero:
             return
         last = self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+        self._keep(last, "after")
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
             labels = [f"{when}, seed {seed}" for seed in self.seeds for when in ("before", "after")]

@@ -1,0 +1,196 @@
+"""Plotly figures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from sdtune.reporting.ranking import LOWER_IS_BETTER, Setting
+
+COLOURS = ("#1f5fa8", "#d9622b", "#2b8a57", "#8a4fb0", "#b8860b", "#c2385a", "#3a8fa3", "#6b6b6b")
+_LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "font": {"family": "system-ui, sans-serif", "size": 13},
+    "margin": {"l": 70, "r": 20, "t": 50, "b": 60},
+    "height": 420,
+}
+COSTS = {
+    "seconds": "training time, s",
+    "trainable_parameters": "trained parameters",
+    "artifact_bytes": "artifact, bytes",
+    "peak_memory_bytes": "peak memory, bytes",
+}
+
+
+def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go.Figure | None:
+    """Any of ``metrics`` over the two settings that vary most; None where fewer than two do."""
+    keys = _axes(found)
+    if keys is None:
+        return None
+    across, down = keys
+    columns, rows = (sorted({s.own[key] for s in found}, key=_sortable) for key in keys)
+    ordered = [first, *(metric for metric in metrics if metric != first)]
+
+    def values(metric: str) -> list[list[float | None]]:
+        cells: list[list[float | None]] = []
+        for row in rows:
+            line: list[float | None] = []
+            for column in columns:
+                here = [s.figure(metric) for s in found if s.own[across] == column and s.own[down] == row]
+                means = [figure.mean for figure in here if figure is not None]
+                line.append(_best(means, metric) if means else None)
+            cells.append(line)
+        return cells
+
+    traces = [
+        go.Heatmap(
+            z=values(metric),
+            x=[str(c) for c in columns],
+            y=[str(r) for r in rows],
+            colorscale="Blues",
+            reversescale=metric in LOWER_IS_BETTER,
+            texttemplate="%{z:.4g}",
+            visible=metric == first,
+            hovertemplate=f"{across} %{{x}}, {down} %{{y}}: %{{z:.6g}}<extra></extra>",
+        )
+        for metric in ordered
+    ]
+    buttons = [
+        {"label": metric, "method": "update", "args": [{"visible": [m == metric for m in ordered]}]}
+        for metric in ordered
+    ]
+    figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": across, "type": "category"}})
+    figure.update_layout(
+        yaxis={"title": down, "type": "category"},
+        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}],
+    )
+    return figure
+
+
+def _best(values: Sequence[float], metric: str) -> float:
+    return min(values) if metric in LOWER_IS_BETTER else max(values)
+
+
+def _sortable(value: Any) -> tuple[int, Any]:
+    return (0, value) if isinstance(value, int | float) else (1, str(value))
+
+
+def _axes(found: Sequence[Setting]) -> tuple[str, str] | None:
+    counts = {key: len({str(s.own[key]) for s in found}) for key in found[0].own}
+    varied = [key for key, count in counts.items() if count > 1 and _plain(found, key)]
+    preferred = [key for key in ("optimizer.lr", "method.rank") if key in varied]
+    keys = [*preferred, *sorted((k for k in varied if k not in preferred), key=lambda k: -counts[k])]
+    return (keys[0], keys[1]) if len(keys) > 1 else None
+
+
+def _plain(found: Sequence[Setting], key: str) -> bool:
+    return all(isinstance(s.own[key], int | float | str) for s in found)
+
+
+def curves(found: Sequence[Setting], column: str, smooth: float) -> go.Figure | None:
+    """``column`` of each run's history over its steps, smoothed exponentially; a setting has one colour."""
+    figure = go.Figure(layout={**_LAYOUT, "xaxis": {"title": "step"}, "yaxis": {"title": column}})
+    for number, setting in enumerate(found):
+        for index, run in enumerate(setting.runs):
+            points = [(row["step"], row[column]) for row in run.history if column in row]
+            if not points:
+                continue
+            figure.add_scatter(
+                x=[step for step, _ in points],
+                y=_smoothed([value for _, value in points], smooth),
+                mode="lines" if len(points) > 1 else "markers",
+                name=setting.label,
+                legendgroup=str(number),
+                showlegend=index == 0,
+                line={"color": COLOURS[number % len(COLOURS)], "dash": _dash(number)},
+            )
+    return figure if figure.data else None
+
+
+def _dash(number: int) -> str:
+    return ("solid", "dash", "dot")[number // len(COLOURS) % 3]
+
+
+def _smoothed(values: Sequence[float], weight: float) -> list[float]:
+    out: list[float] = []
+    total = share = 0.0
+    for value in values:
+        total, share = weight * total + (1 - weight) * value, weight * share + (1 - weight)
+        out.append(total / share)
+    return out
+
+
+def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
+    """``metric`` against each of :data:`COSTS`, with the front of settings that none beats in both."""
+    traces: list[go.Scatter] = []
+    shown: list[str] = []
+    for cost in COSTS:
+        points = [(setting, x, figure.mean) for setting in found if (x := _cost(setting, cost)) is not None
+                  and (figure := setting.figure(metric)) is not None]  # fmt: skip
+        if not points:
+            continue
+        first = not shown
+        shown.append(cost)
+        traces.append(
+            go.Scatter(
+                x=[x for _, x, _ in points],
+                y=[y for _, _, y in points],
+                text=[setting.label for setting, _, _ in points],
+                mode="markers+text" if len(points) <= 12 else "markers",
+                textposition="top center",
+                cliponaxis=False,
+                marker={"size": 11, "color": [COLOURS[i % len(COLOURS)] for i in range(len(points))]},
+                hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
+                visible=first,
+                showlegend=False,
+            )
+        )
+        front = pareto([(x, y) for _, x, y in points], lower=metric in LOWER_IS_BETTER)
+        traces.append(
+            go.Scatter(
+                x=[x for x, _ in front],
+                y=[y for _, y in front],
+                mode="lines",
+                line={"color": "#999", "dash": "dot"},
+                name="Pareto front",
+                hoverinfo="skip",
+                visible=first,
+            )
+        )
+    if not shown:
+        return None
+    buttons = [
+        {
+            "label": COSTS[cost],
+            "method": "update",
+            "args": [
+                {"visible": [i // 2 == number for i in range(len(traces))]},
+                {"xaxis.title.text": COSTS[cost]},
+            ],
+        }
+        for number, cost in enumerate(shown)
+    ]
+    figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": {"text": COSTS[shown[0]]}, "type": "log"}})
+    figure.update_layout(
+        yaxis={"title": metric}, updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}]
+    )
+    return figure
+
+
+def _cost(setting: Setting, cost: str) -> float | None:
+    if cost != "seconds":
+        figure = setting.figure(cost)
+        return figure.mean if figure is not None and figure.mean > 0 else None
+    step, steps = setting.figure("median_step_seconds"), setting.figure("steps")
+    return step.mean * steps.mean if step is not None and steps is not None else None
+
+
+def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
+    """The points that none other beats in cost (less) and effect (more, or less where ``lower``), by cost."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], p[1] if lower else -p[1])):
+        if not front or (y < front[-1][1] if lower else y > front[-1][1]):
+            front.append((x, y))
+    return front

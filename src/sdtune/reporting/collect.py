@@ -1,0 +1,125 @@
+"""What runs have left, read from their folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from PIL import Image
+
+_DEPTH = 3
+"""So deep below the folder of a report its runs may lie."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample that a run has drawn; ``when`` is ``before`` or ``after``."""
+
+    file: Path
+    prompt: str
+    seed: str
+    when: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        overrides: of its command line.
+        state: ``done``, ``failed``, ``pruned``, or ``unfinished`` where it was stopped, killed, or is still running.
+        error: why it failed.
+        config: the composed config, flat: dotted key -> value.
+        metrics: the numbers of ``metrics.json``; empty where it is not complete.
+        reasons: why a figure is null.
+        history: the rows of ``metrics.csv``.
+        pictures: single samples.
+        sheets: further grids that it has drawn, by name.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    state: str
+    error: str | None
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    reasons: Mapping[str, str]
+    history: tuple[Mapping[str, float], ...]
+    pictures: tuple[Picture, ...]
+    sheets: Mapping[str, Path]
+
+
+def collect(folder: Path) -> list[Run]:
+    """The run in ``folder``, or the runs below it, in their folders' order; ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; name that of a run or of a sweep")
+    if (folder / ".hydra" / "config.yaml").is_file():
+        return [_read(folder)]
+    patterns = ["/".join(["*"] * depth) + "/.hydra/config.yaml" for depth in range(1, _DEPTH + 1)]
+    found = sorted({file.parents[1] for pattern in patterns for file in folder.glob(pattern)}, key=_order)
+    runs = [path for path in found if (path / "metrics.csv").exists() or (path / "job.json").exists()]
+    if not runs:
+        raise ValueError(f"{folder} holds no training run; name the folder of a run or of a sweep")
+    return [_read(path) for path in runs]
+
+
+def _order(folder: Path) -> tuple[Any, ...]:
+    return (folder.parent, int(folder.name) if folder.name.isdigit() else -1, folder.name)
+
+
+def _read(folder: Path) -> Run:
+    figures = _json(folder / "metrics.json")
+    job = _json(folder / "job.json")
+    state = str(job.get("state", "done" if figures else "unfinished"))
+    config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
+    kept = folder / ".hydra" / "overrides.yaml"
+    return Run(
+        folder=folder,
+        overrides=tuple(str(o) for o in OmegaConf.load(kept)) if kept.is_file() else (),
+        state="unfinished" if state == "stopped" else state,
+        error=job.get("error"),
+        config=flat(config),
+        metrics={k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)},
+        reasons=figures.get("reasons", {}),
+        history=tuple(_rows(folder / "metrics.csv")),
+        pictures=tuple(_pictures(folder)),
+        sheets={file.stem: file for file in sorted((folder / "evaluation").glob("*.png"))},
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return content
+
+
+def _rows(file: Path) -> list[dict[str, float]]:
+    if not file.is_file():
+        return []
+    with file.open(newline="") as handle:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(handle)]
+
+
+def _pictures(folder: Path) -> list[Picture]:
+    found = []
+    for when in ("before", "after"):
+        for file in sorted((folder / "samples" / when).glob("*.png")):
+            with Image.open(file) as picture:
+                about = picture.info
+            found.append(Picture(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
+    return found
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf of a nested container; an empty one is a leaf."""
+    if isinstance(node, Mapping) and node:
+        return {
+            name: leaf
+            for part, value in node.items()
+            for name, leaf in flat(value, f"{key}.{part}" if key else str(part)).items()
+        }
+    return {key: node}

@@ -1,0 +1,160 @@
+"""The report as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import secrets
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+from sdtune.reporting import charts
+from sdtune.reporting.collect import Run
+from sdtune.reporting.ranking import LOWER_IS_BETTER, Figure, Setting, chosen, metrics, ranked, settings, varied
+
+_SIDE = 192
+"""Pixels of a sample in the report, at most; a sheet has three times as many a column of it."""
+
+_SHEET = 900
+_COLUMNS = 12
+"""Of the ranking, at most: the figures that follow the one to rank by."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure under its title."""
+
+    title: str
+    note: str
+    figure: Markup
+
+
+def write(runs: Sequence[Run], folder: Path, title: str) -> Path:
+    """``folder/report.html`` of ``runs``, whole or not at all."""
+    environment = Environment(
+        autoescape=True, loader=PackageLoader("sdtune.reporting", "."), undefined=StrictUndefined, trim_blocks=True
+    )
+    content = environment.get_template("report.html.j2").render(**_content(runs, title))
+    file = folder / "report.html"
+    partial = file.with_name("report.html.partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(file)
+    return file
+
+
+def _content(runs: Sequence[Run], title: str) -> dict[str, Any]:
+    done = [run for run in runs if run.metrics]
+    found = settings(runs)
+    metric = chosen(done)
+    order = ranked(found, metric) if metric else []
+    columns = [m for m in metrics(done) if m != metric and not m.startswith(("base_", "ceiling_"))][:_COLUMNS]
+    best = order[0][0] if order else found[0]
+    nonce = secrets.token_urlsafe(12)  # a script that came in with a text has none, and does not run
+    return {
+        "title": title,
+        "nonce": nonce,
+        "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        "metric": metric,
+        "lower": metric in LOWER_IS_BETTER,
+        "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
+        "columns": columns,
+        "ranking": [_row(i, *entry, columns) for i, entry in enumerate(order)],
+        "reasons": _reasons(done),
+        "charts": _charts(found, done, metric, nonce),
+        "prompts": _prompts([setting for setting, *_ in order] or found),
+        "sheets": [(name, _image(file, _SHEET)) for name, file in best.runs[0].sheets.items()],
+        "best": best.label,
+        "varied": varied(runs),
+        "runs": [_about(run, varied(runs)) for run in runs],
+        "shown": _shown,
+    }
+
+
+def _row(place: int, setting: Setting, figure: Figure, noise: bool, columns: Sequence[str]) -> dict[str, Any]:
+    cells = [setting.figure(column) for column in columns]
+    return {"place": place + 1, "label": setting.label, "figure": figure, "noise": noise, "cells": cells}
+
+
+def _shown(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.mean:.4g}" + (f" ± {figure.spread:.2g}" if figure.spread is not None else "")
+
+
+def _reasons(runs: Sequence[Run]) -> dict[str, str]:
+    return {key: reason for run in runs for key, reason in run.reasons.items()}
+
+
+def _charts(found: Sequence[Setting], done: Sequence[Run], metric: str | None, nonce: str) -> list[Chart]:
+    charted: list[tuple[str, str, go.Figure | None]] = []
+    if metric is not None:
+        heat = charts.heat_map(found, metrics(done), metric)
+        charted.append(("Over the settings", "Darker is better where one number is better than another.", heat))
+        cost = charts.cost_and_effect(found, metric)
+        charted.append(("Cost against effect", "The dotted front holds what nothing else beats in both.", cost))
+    charted.append(("Loss", "Smoothed exponentially; a line a run.", charts.curves(found, "loss", 0.95)))
+    charted.append(("Validation loss", "", charts.curves(found, "validation_loss", 0.0)))
+    return [
+        Chart(title, note, _script(figure, f"chart{i}", nonce))
+        for i, (title, note, figure) in enumerate(charted)
+        if figure is not None
+    ]
+
+
+def _script(figure: go.Figure, place: str, nonce: str) -> Markup:
+    """``figure`` as JSON that no text in it can end."""
+    data = json.dumps(json.loads(figure.to_json()), allow_nan=False).replace("<", "\\u003c")
+    safe = data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Markup(
+        f'<div id="{place}" class="chart"></div><script nonce="{nonce}">'
+        f"{{const f={safe};Plotly.newPlot('{place}',f.data,f.layout,{{responsive:true,displaylogo:false}})}}</script>"
+    )
+
+
+def _prompts(order: Sequence[Setting]) -> list[dict[str, Any]]:
+    """For each prompt and seed: the base's sample, and each run's, best first."""
+    runs = [run for setting in order for run in setting.runs if run.pictures]
+    keys = list(dict.fromkeys((p.prompt, p.seed) for run in runs for p in run.pictures))
+    labels = {run.folder: setting.label for setting in order for run in setting.runs}
+    blocks = []
+    for prompt, seed in keys:
+        shown: list[tuple[str, str]] = []
+        for run in runs:
+            own = {p.when: p.file for p in run.pictures if (p.prompt, p.seed) == (prompt, seed)}
+            if not shown and "before" in own:
+                shown.append(("before", _image(own["before"], _SIDE)))
+            if "after" in own:
+                again = f", seed {run.config.get('seed')}" if len(runs) > len(order) else ""
+                shown.append((labels[run.folder] + again, _image(own["after"], _SIDE)))
+        blocks.append({"prompt": prompt, "seed": seed, "shown": shown})
+    return blocks
+
+
+def _image(file: Path, side: int) -> str:
+    """A data URI of the picture in ``file``, its longer side at most ``side`` pixels."""
+    with Image.open(file) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    small.save(out, format="WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _about(run: Run, keys: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": run.folder.name,
+        "state": run.state,
+        "error": run.error,
+        "values": [run.config.get(key) for key in keys],
+        "command": shlex.join(["sdtune", "train", *run.overrides]),
+    }

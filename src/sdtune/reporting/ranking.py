@@ -1,0 +1,94 @@
+"""Runs that differ in their seed alone are one setting; settings are ranked, and what lies within the noise says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from sdtune.reporting.collect import Run
+
+LOWER_IS_BETTER = frozenset(
+    {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
+    | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled"}
+)
+
+_PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
+_SEED = "seed"
+_OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed."""
+
+    mean: float
+    spread: float | None
+    count: int
+
+    def near(self, other: Figure) -> bool:
+        """Whether the difference of the two means lies within twice its standard error, as Welch 1947 has it."""
+        if self.spread is None or other.spread is None:
+            return False
+        error = math.sqrt(self.spread**2 / self.count + other.spread**2 / other.count)
+        return abs(self.mean - other.mean) <= 2 * error
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone; ``own`` is what sets it apart from the others."""
+
+    own: Mapping[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        """Its own settings, or the run's folder where there are none."""
+        return ", ".join(f"{key} {_short(value)}" for key, value in self.own.items()) or self.runs[0].folder.name
+
+    def figure(self, metric: str) -> Figure | None:
+        """``metric`` over the runs that have it."""
+        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def varied(runs: Sequence[Run]) -> list[str]:
+    """The settings in which ``runs`` differ, seeds and names apart, in the config's order."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    values = {key: {json.dumps(run.config.get(key), sort_keys=True, default=str) for run in runs} for key in keys}
+    return [key for key in keys if len(values[key]) > 1 and key not in _OF_A_RUN_ALONE]
+
+
+def settings(runs: Sequence[Run]) -> list[Setting]:
+    """``runs``, those together that differ in their seed alone."""
+    keys = varied(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps([run.config.get(key) for key in keys], default=str), []).append(run)
+    return [Setting({key: group[0].config.get(key) for key in keys}, tuple(group)) for group in groups.values()]
+
+
+def metrics(runs: Sequence[Run]) -> list[str]:
+    """All that was measured, in the order in which runs have it."""
+    return list(dict.fromkeys(key for run in runs for key in run.metrics))
+
+
+def chosen(runs: Sequence[Run]) -> str | None:
+    """The metric to rank by: the one that was optimised, or the first that says most."""
+    known = metrics(runs)
+    wanted = [run.config.get("optimized_metric") for run in runs]
+    return next((key for key in (*wanted, *_PREFERRED) if key in known), None)
+
+
+def ranked(found: Sequence[Setting], metric: str) -> list[tuple[Setting, Figure, bool]]:
+    """The settings that have ``metric``, best first, and whether each lies within the noise of the best."""
+    rows = [(setting, figure) for setting in found if (figure := setting.figure(metric)) is not None]
+    rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
+    return [(setting, figure, i > 0 and figure.near(rows[0][1])) for i, (setting, figure) in enumerate(rows)]

@@ -1,0 +1,142 @@
+"""The report: ranking with spread, charts, samples side by side, failures, and captions that are hostile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from running import arguments, train
+from sdtune.reporting import collect, write
+from sdtune.reporting.charts import pareto
+from sdtune.reporting.ranking import chosen, ranked, settings, varied
+
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 ranks x 2 rates x 2 seeds, one rate absurd; a caption that would break out of a page."""
+    from drawings import save_drawings
+
+    folder = tmp_path_factory.mktemp("sweep")
+    pictures = save_drawings(folder / "pictures", 4)
+    for file in pictures.glob("*.png"):
+        file.with_suffix(".txt").write_text(f"a thing {HOSTILE}")
+    own = [a for a in arguments(tiny, pictures, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))]
+    own += ["trainer.max_steps=3", "data.hold_out=4", "trainer.val_check_interval=1", f"hydra.sweep.dir={folder}/it"]
+    own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
+    assert train("-m", *own, "method.rank=1,2", "optimizer.lr=1e-2,1e30", "seed=0,1") == 1
+    return folder / "it"
+
+
+def test_seeds_are_replicates(sweep: Path) -> None:
+    runs = collect(sweep)
+    assert [run.folder.name for run in runs] == [str(i) for i in range(8)]
+    assert [run.state for run in runs] == ["done", "done", "failed", "failed"] * 2
+    assert "not finite" in str(runs[2].error)
+    assert varied(runs) == ["method.rank", "optimizer.lr"]
+    found = settings(runs)
+    assert [len(setting.runs) for setting in found] == [2, 2, 2, 2]
+    assert chosen(runs) == "validation_loss"
+    order = ranked(found, "validation_loss")
+    assert len(order) == 2, "what failed has no place"
+    means = [figure.mean for _, figure, _ in order]
+    assert means == sorted(means)
+    for setting, figure, _ in order:
+        values = [json.loads((run.folder / "metrics.json").read_text())["validation_loss"] for run in setting.runs]
+        assert figure.mean == pytest.approx(sum(values) / 2)
+        assert figure.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+class Scripts(HTMLParser):
+    """Script elements, the visible text, and what is fetched from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[dict[str, Any]] = []
+        self.images: list[str] = []
+        self.text = ""
+        self._in = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in = tag in ("script", "style")
+        if tag == "script":
+            self.scripts.append(dict(attrs))
+        if tag in ("img", "link", "iframe"):
+            self.images.append(str(dict(attrs).get("src") or dict(attrs).get("href")))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = False if tag in ("script", "style") else self._in
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._in else data
+
+
+def test_the_page_holds_everything_and_runs_nothing_else(sweep: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sdtune.cli", "report", str(sweep)], capture_output=True, text=True, check=True
+    )
+    file = sweep / "report.html"
+    assert done.stdout == f"report: {file}\n"
+    page = Scripts()
+    page.feed(file.read_text())
+    nonces = {script.get("nonce") for script in page.scripts}
+    assert len(nonces) == 1
+    assert None not in nonces
+    assert len(page.scripts) == 1 + 4, "Plotly, and a chart each"
+    assert all(source.startswith("data:image/webp;base64,") for source in page.images)
+    # Two settings of two seeds that have ended: a base and four samples of each held prompt.
+    assert len(page.images) >= 5
+    assert HOSTILE in page.text, "it is shown as what it is"
+    for words in ("Ranking", "method.rank 1, optimizer.lr 0.01", "2 seeds", "What failed", "not finite"):
+        assert words in page.text, words
+    assert "sdtune train method=lora" in page.text
+    assert "method.rank=2" in page.text
+    assert "optimizer.lr=1e+30" in page.text
+
+
+def test_a_single_run_and_any_folder_of_runs(sweep: Path, tmp_path: Path) -> None:
+    assert [run.state for run in collect(sweep / "0")] == ["done"]
+    assert write(collect(sweep / "0"), tmp_path, "one").stat().st_size > 1_000_000
+    shutil.copytree(sweep / "0", tmp_path / "a" / "seed-0")
+    shutil.copytree(sweep / "4", tmp_path / "b" / "seed-0")
+    runs = collect(tmp_path)
+    assert [str(run.folder.relative_to(tmp_path)) for run in runs] == ["a/seed-0", "b/seed-0"]
+    assert varied(runs) == ["method.rank"]
+
+
+def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep / "0", tmp_path / "0")
+    for name in ("metrics.json", "job.json"):
+        (tmp_path / "0" / name).unlink()
+    [run] = collect(tmp_path)
+    assert run.state == "unfinished"
+    assert write([run], tmp_path, "killed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [(False, "is not a folder"), (True, "holds no training run")], ids=["missing", "empty"]
+)
+def test_no_runs(make: bool, words: str, tmp_path: Path) -> None:
+    if make:
+        (tmp_path / "x").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "sdtune.cli", "report", str(tmp_path / "x")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("sdtune: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (4.0, 5.0), (2.0, 0.0)]
+    assert pareto(points, lower=False) == [(1.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
+    assert pareto(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
