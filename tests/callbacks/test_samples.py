@@ -36,7 +36,7 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     names = [f"step{step:08d}.png" for step in (0, 2, 4, 5)]
     snapshots = [f"otter-step{step:08d}" for step in (2, 4)]
     assert sorted(p.name for p in (drawn / "samples").iterdir()) == sorted(
-        [*names, "before_after.png", *(f"{s}.png" for s in snapshots)]
+        [*names, "before", "after", "before_after.png", *(f"{s}.png" for s in snapshots)]
     )
     assert not (plain / "samples").exists()
     before, after, both = (
