@@ -31,7 +31,7 @@ from sdtune.callbacks import EMA
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.data.control import as_map
 from sdtune.data.edges import Canny
-from sdtune.evaluation.general import trained
+from sdtune.evaluation.drawing import trained
 from sdtune.instantiate import resolve
 from sdtune.methods.draws import timesteps
 from sdtune.paths import config_folder

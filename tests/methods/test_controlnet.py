@@ -26,7 +26,7 @@ from sdtune import controlnets
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data.edges import Canny
-from sdtune.evaluation.general import trained
+from sdtune.evaluation.drawing import trained
 from sdtune.methods import ControlNet
 from sdtune.methods.controlnet import embedding_widths
 from sdtune.sampling import Request, Sampling, generate

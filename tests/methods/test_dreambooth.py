@@ -16,7 +16,7 @@ from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken
 from sdtune.data.prior import PLACE, class_pictures, draw_missing, partner
-from sdtune.evaluation.general import trained
+from sdtune.evaluation.drawing import trained
 from sdtune.methods import DreamBooth, LoRA
 from sdtune.sampling import Request, Sampling, generate
 

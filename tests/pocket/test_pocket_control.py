@@ -13,7 +13,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
 from sdtune.data.control import Control, Paired
 from sdtune.data.edges import Canny, Scribble
-from sdtune.evaluation.general import base
+from sdtune.evaluation.drawing import base
 from sdtune.pocket import control_evaluation
 from sdtune.pocket.control import PocketControl, background_colour, depth, keypoints, object_colour, pose, segmentation
 from sdtune.pocket.control_evaluation import ControlFigures, box, edge_f1, found, iou, scores, wanted

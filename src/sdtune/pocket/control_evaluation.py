@@ -18,7 +18,7 @@ from annotated_types import Ge
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
-from sdtune.evaluation.general import draw, draw_base, trained
+from sdtune.evaluation.drawing import draw, draw_base, trained
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.captions import full_caption

@@ -18,7 +18,8 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.diversity import distances
-from sdtune.evaluation.general import draw, draw_base, references, trained
+from sdtune.evaluation.drawing import draw, draw_base, references, trained
+from sdtune.evaluation.strengths import strength_grid
 from sdtune.files import write_json
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
@@ -123,6 +124,7 @@ class SubjectFigures:
                 columns = len(colours)
                 rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
+        strength_grid(source, artifact, requests, self.sampling, device, folder)
         figures |= shares(readings, folder)
         if others:
             figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]

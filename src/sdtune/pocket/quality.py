@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.general import draw as draw_pictures
+from sdtune.evaluation.drawing import draw as draw_pictures
 from sdtune.pocket.captions import full_caption
 from sdtune.pocket.classifier import Classifier, background, ceilings, load, reconstruct
 from sdtune.pocket.world import SIDE, Scene, draw, held_out_scenes

@@ -17,7 +17,8 @@ from annotated_types import Ge
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data.pictures import PictureData
 from sdtune.data.samples import Sample
-from sdtune.evaluation.general import draw, draw_base, trained
+from sdtune.evaluation.drawing import draw, draw_base, trained
+from sdtune.evaluation.strengths import strength_grid
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
 from sdtune.pocket.captions import full_caption
@@ -157,6 +158,7 @@ class StyleFigures:
             rows = [found[i : i + columns] for i in range(0, len(found), objects)][:6]
             labels = [scene.thing for scene in asked[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
+        strength_grid(source, artifact, requests, self.sampling, device, folder)
         return dict(shares(single, folder))
 
 

@@ -1,0 +1,43 @@
+"""How strongly a LoRA shall act is chosen when sampling: the same pictures at each strength, to choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sdtune import adapters
+from sdtune.backbone import Pretrained
+from sdtune.evaluation.drawing import base, draw
+from sdtune.formats.diffusers_lora import FILE_NAME
+from sdtune.grids import grid, save_png
+from sdtune.sampling import Request, Sampling
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_COLUMNS = 4
+
+
+def strength_grid(
+    source: Pretrained,
+    artifact: Path,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    """``folder/strengths.png``: a row a strength, a column a request, at most four; nothing without a LoRA.
+
+    Strength 0 is the base, with the words that were learned beside.
+    """
+    if not (artifact / FILE_NAME).is_file():
+        return
+    shown = requests[:_COLUMNS]
+    with base(source, device) as backbone:
+        loaded = adapters.load(backbone, source.hash(), [adapters.AdapterFile(str(artifact))])
+        rows = []
+        for strength in STRENGTHS:
+            with adapters.applied(backbone, loaded, [strength]):
+                rows.append(draw(backbone, shown, sampling))
+    labels = [f"strength {strength:g}" for strength in STRENGTHS]
+    save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")

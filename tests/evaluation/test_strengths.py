@@ -1,0 +1,51 @@
+"""The grid of a LoRA's strengths begins with the base and ends with the LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from running import adamw, fit, folder_data
+from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken
+from sdtune.evaluation.drawing import base, draw, trained
+from sdtune.evaluation.strengths import STRENGTHS, strength_grid
+from sdtune.grids import grid
+from sdtune.methods import LoRA, TextualInversion
+from sdtune.sampling import Request, Sampling
+
+CPU = torch.device("cpu")
+
+
+def test_a_row_a_strength(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    source, settings = Pretrained(str(tiny)), Sampling(steps=2)
+    model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
+    fit(model, folder_data(pictures), 2)
+    model.artifact(tmp_path / "artifact", "mine")
+    requests = [Request(f"thing {i}", i) for i in range(5)]
+    strength_grid(source, tmp_path / "artifact", requests, settings, CPU, tmp_path)
+    shown = np.asarray(Image.open(tmp_path / "strengths.png"))
+    with base(source, CPU) as backbone:
+        first = draw(backbone, requests[:4], settings)
+    with trained(source, tmp_path / "artifact", "mine", CPU) as backbone:
+        last = draw(backbone, requests[:4], settings)
+    assert not np.array_equal(first[0], last[0])
+    sheet = np.asarray(grid([first, *[last] * (len(STRENGTHS) - 1)]))
+    # Labels at the left and above; the rest is the rows.
+    rows = shown[-sheet.shape[0] :, -sheet.shape[1] :]
+    tile = (sheet.shape[0] - 6) // len(STRENGTHS)
+    assert np.array_equal(rows[:tile], sheet[:tile])
+    assert np.abs(rows[-tile:].astype(int) - sheet[-tile:]).max() <= 1
+    assert not np.array_equal(rows[2 * tile : 3 * tile], sheet[2 * tile : 3 * tile])
+
+
+def test_words_alone_have_no_strength(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    source = Pretrained(str(tiny))
+    model = TextualInversion(backbone=source, optimizer=adamw(1e-2), new_tokens=[NewToken("<new>", "a")])
+    fit(model, folder_data(pictures, templates=["<new> {}"]), 1)
+    model.artifact(tmp_path / "artifact", "mine")
+    strength_grid(source, tmp_path / "artifact", [Request("<new>", 0)], Sampling(steps=1), CPU, tmp_path)
+    assert not (tmp_path / "strengths.png").exists()
