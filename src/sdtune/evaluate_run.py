@@ -34,10 +34,11 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     assert isinstance(loaded, DictConfig)
     # The run's config may come from somebody else: only what the user trusts here counts.
     trained = {**plain(loaded), "trust": own["trust"], "hardware": own["hardware"]}
-    if own["clip"] is not None:
-        trained["evaluation"] = {**(trained["evaluation"] or {"_target_": _WITH_CLIP}), "clip": str(own["clip"])}
+    for key in ("clip", "dino"):
+        if own[key] is not None:
+            trained["evaluation"] = {**(trained["evaluation"] or {"_target_": _WITH_CLIP}), key: str(own[key])}
     if not trained["evaluation"]:
-        raise ValueError(f"run: {run} was trained with evaluation=none; give clip=FOLDER to measure it with a CLIP")
+        raise ValueError(f"run: {run} was trained with evaluation=none; give clip=FOLDER or dino=FOLDER to measure it")
     data = check_run(trained)
     accelerator = str(own["hardware"]["accelerator"])
     return lambda composed: execute(trained, data, run, accelerator, folder)

@@ -195,6 +195,8 @@ def _figures(
         "validation_loss": record.validation.get(max(record.validation, default=-1)),
         **cost.figures(adapter, data, record, folder / "artifact"),
     }
+    best, step = min(record.validation, key=lambda s: record.validation[s], default=None), record.median_step_seconds()
+    figures["seconds_to_best"] = best * step if best is not None and step is not None else None
     if config["evaluation"]:
         trust = settings(config).trust
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU

@@ -2,70 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.previews import wanted
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
+from sdtune.evaluation.dino import Dino, dino_image
+from sdtune.evaluation.diversity import distances
 from sdtune.evaluation.drawing import base, draw, references, trained
+from sdtune.evaluation.drift import prior_drift
+from sdtune.evaluation.memorisation import nearest
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.grids import grid, save_png
 from sdtune.sampling import Request, Sampling
 
 
 class ClipFigures:
-    """``clip_image`` and ``clip_text`` of the trained model and of the base, on fixed prompts and seeds.
+    """Figures of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
+
+    ``clip_image``, ``clip_text``: likeness to the training pictures and to the prompts. ``diversity``: mean distance
+    between the pictures (:func:`sdtune.evaluation.diversity.distances`). ``memorisation``: mean likeness to the nearest
+    training picture (:func:`sdtune.evaluation.memorisation.nearest`). ``prior_drift``, where the data has a class
+    prompt: distance between the class's pictures and the base's (:func:`sdtune.evaluation.drift.prior_drift`).
+    ``dino_image``: as ``clip_image``, by a DINO.
 
     Args:
         prompts: what is drawn; the data's own captions (at most eight) if None.
-        pictures: how many pictures in all, shared out over the prompts.
+        pictures: how many pictures in all, shared out over the prompts; as many of the class.
         seed: of the first picture; the others follow.
-        clip: the folder of a CLIP; without one the figures are null, and nothing is downloaded.
+        clip: the folder of a CLIP; without one its figures are null, and nothing is downloaded.
+        dino: the folder of a DINO or DINOv2, likewise.
         sampling: how.
     """
 
     def __init__(
         self,
         prompts: Sequence[str] | None = None,
-        pictures: Annotated[int, Ge(1)] = 32,
+        pictures: Annotated[int, Ge(2)] = 32,
         seed: Annotated[int, Ge(0)] = 1000,
         clip: str | None = None,
+        dino: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        self.prompts, self.count, self.seed, self.clip = prompts, pictures, seed, clip
+        self.prompts, self.count, self.seed, self.clip, self.dino = prompts, pictures, seed, clip, dino
         self.sampling = sampling or Sampling()
 
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         self.sampling.check(facts.factor)
-        if self.clip not in (None, "pocket") and not Path(str(self.clip)).expanduser().is_dir():
-            raise ValueError(f"evaluation.clip: {self.clip} is not a folder; name a local folder with a CLIP model")
+        for key, name, kind in (("clip", self.clip, "CLIP"), ("dino", self.dino, "DINO")):
+            if name not in (None, "pocket") and not Path(str(name)).expanduser().is_dir():
+                raise ValueError(f"evaluation.{key}: {name} is not a folder; name a local folder with a {kind} model")
 
     def run(
         self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
-        keys = ("clip_image", "clip_text", "base_clip_image", "base_clip_text")
-        if self.clip is None:
-            reason = "no CLIP named: evaluation.clip=FOLDER measures with one; nothing is downloaded unasked"
-            return {**dict.fromkeys(keys), "reasons": dict.fromkeys(keys, reason)}
+        clip = Clip(self.clip, device) if self.clip is not None else None
+        dino = Dino(self.dino, device) if self.dino is not None else None
+        figures: dict[str, Any] = {}
+        if clip is not None or dino is not None:
+            figures = self._measured(source, data, artifact, name, device, folder, clip, dino)
+        return {**figures, **_null(figures, self._reasons(data))}
+
+    def _reasons(self, data: PictureData) -> dict[str, str]:
+        """Why figures that are missing are."""
+        ours = ("clip_image", "clip_text", "diversity", "memorisation")
+        without = "no {}: evaluation.{}=FOLDER measures with one; nothing is downloaded unasked"
+        reasons = {f"{prefix}{key}": without.format("CLIP named", "clip") for prefix in ("", "base_") for key in ours}
+        for prefix in ("", "base_"):
+            reasons[f"{prefix}dino_image"] = without.format("DINO named", "dino")
+        drift = "the data has no data.class_prompt" if self.clip else without.format("CLIP named", "clip")
+        return {**reasons, "prior_drift": drift}
+
+    def _measured(
+        self,
+        source: Pretrained,
+        data: PictureData,
+        artifact: Path,
+        name: str,
+        device: torch.device,
+        folder: Path,
+        clip: Clip | None,
+        dino: Dino | None,
+    ) -> dict[str, Any]:
         asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
         shown_for = [asked[i % len(asked)] for i in range(self.count)]
         requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
-        clip, shown = Clip(self.clip, device), references(data)
+        others = self._class(data) if clip is not None else []
+        shown = references(data)
         figures: dict[str, Any] = {}
+        classes: list[Tensor] = []
         for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
             with model as backbone:
-                pictures = draw(backbone, requests, self.sampling)
-            figures[f"{prefix}clip_image"] = clip_image(clip, pictures, shown)
-            figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
-            sheet = grid([pictures[i : i + 8] for i in range(0, min(64, len(pictures)), 8)])
-            save_png(sheet, folder / f"{prefix or 'trained_'}pictures.png")
+                pictures = draw(backbone, [*requests, *others], self.sampling)
+            pictures, of_class = pictures[: self.count], pictures[self.count :]
+            if clip is not None:
+                embedded, training = clip.pictures(pictures), clip.pictures(shown)
+                figures[f"{prefix}clip_image"] = clip_image(clip, pictures, shown)
+                figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
+                figures[f"{prefix}diversity"] = fmean(distances(embedded))
+                figures[f"{prefix}memorisation"] = fmean(nearest(embedded, training))
+                classes += [clip.pictures(of_class)] if of_class else []
+            if dino is not None:
+                figures[f"{prefix}dino_image"] = dino_image(dino, pictures, shown)
+            for kind, found in (("pictures", pictures), ("class", of_class)):
+                if found:
+                    sheet = grid([found[i : i + 8] for i in range(0, min(64, len(found)), 8)])
+                    save_png(sheet, folder / f"{prefix or 'trained_'}{kind}.png")
+        if classes:
+            figures["prior_drift"] = prior_drift(classes[1], classes[0])
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         return figures
+
+    def _class(self, data: PictureData) -> list[Request]:
+        """As many pictures of the class, where the data names it."""
+        if data.class_prompt is None:
+            return []
+        prompts = [data.class_prompt] if isinstance(data.class_prompt, str) else data.class_prompt
+        return [Request(prompts[i % len(prompts)], self.seed + self.count + i) for i in range(self.count)]
+
+
+def _null(figures: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
+    """What was not measured, with its reasons."""
+    missing = {key: reason for key, reason in reasons.items() if key not in figures}
+    return {**dict.fromkeys(missing), **({"reasons": missing} if missing else {})}

@@ -19,6 +19,8 @@ from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.diversity import distances
 from sdtune.evaluation.drawing import draw, draw_base, references, trained
+from sdtune.evaluation.drift import prior_drift
+from sdtune.evaluation.memorisation import nearest
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.files import write_json
 from sdtune.grids import grid, save_png
@@ -49,7 +51,9 @@ class SubjectFigures:
     subject that went through the VAE; ``subject_gain`` = (value - base) / (ceiling - base).
 
     Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the subject;
-    ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's.
+    ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's; ``prior_drift``, how
+    far they are from the base's (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are
+    those of :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures.
 
     Args:
         pictures: how many are drawn of the subject.
@@ -112,6 +116,9 @@ class SubjectFigures:
             right = np.array(classifier.background(stack)) == np.array(wanted)
             readings[f"{prefix}background_accuracy"] = right.tolist()
             if clip is not None:
+                embedded = clip.pictures(pictures)
+                readings[f"{prefix}diversity"] = distances(embedded)
+                readings[f"{prefix}memorisation"] = nearest(embedded, clip.pictures(references(data)))
                 figures[f"{prefix}clip_image"] = clip_image(clip, pictures, references(data))
                 figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
             columns = len(unseen)
@@ -126,7 +133,8 @@ class SubjectFigures:
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         figures |= shares(readings, folder)
-        if others:
+        if others and clip is not None:
+            figures["prior_drift"] = prior_drift(*(clip.pictures(drawn[key][self.count :]) for key in ("", "base_")))
             figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
         room = ceiling - figures["base_subject_accuracy"]
         gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]

@@ -1,0 +1,47 @@
+"""Likeness of pictures by a DINO or DINOv2, which knows no words and so looks at the subject itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+class Dino:
+    """A model of that family (Caron et al. 2021; Oquab et al. 2023) in a local folder.
+
+    Embeddings are the class token's, of unit length, so products are cosines in [-1, 1].
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        folder = Path(path).expanduser()
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"evaluation.dino: {path} holds no model of pictures ({reason})") from error
+        self.model, self.device = model.eval().requires_grad_(False).to(device), device
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings float32 [N, D] of uint8 [H, W, 3] pictures."""
+        rows = []
+        for first in range(0, len(pictures), 64):
+            images = [Image.fromarray(p) for p in pictures[first : first + 64]]
+            inputs = self.processor(images=images, return_tensors="pt").to(self.device)
+            rows.append(F.normalize(self.model(**inputs).last_hidden_state[:, 0].float(), dim=-1))
+        return torch.cat(rows)
+
+
+def dino_image(dino: Dino, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
+    """Mean cosine between each picture and each reference, in [-1, 1] (DINO of Ruiz et al. 2023, section 4.2)."""
+    return float((dino.pictures(pictures) @ dino.pictures(references).T).mean())
