@@ -5,6 +5,7 @@ SEED ?= 0
 RECIPES ?= lora_subject
 JOBS ?= 1
 POCKET ?= outputs/pocket
+TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo results together real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
@@ -42,7 +43,7 @@ real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the
 	$(BIN)/python experiments/real_shapes/measure.py
 
 test: .venv/.dev ## the tests, under ten minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal
 
 test-slow: .venv/.dev ## the tests that take more than half a minute each
 	$(BIN)/python -m pytest -m slow
