@@ -33,7 +33,7 @@ HYDRA = (
     | {"run"}
 )
 OMEGACONF_FOR_TYPES = {"train", "sample", "evaluate"}
-READS_CONFIGS = {"reporting.collect"}
+READS_CONFIGS = {"reporting.collect", "pocket.table"}
 """Those of runs that are over."""
 
 

@@ -64,7 +64,7 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     gone, is passed over: a later version of sdtune still resumes.
     """
     kept = OmegaConf.load(run / ".hydra" / "config.yaml")
-    before, now = _flat(OmegaConf.to_container(kept, resolve=False)), _flat(config)
+    before, now = flat(OmegaConf.to_container(kept, resolve=False)), flat(config)
     for key, value in before.items():
         free = key.startswith(tuple(f.rstrip("=") for f in _MAY_CHANGE)) or key == "resume"
         interpolated = isinstance(value, str) and "${" in value
@@ -75,13 +75,14 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
             )
 
 
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf of a nested container."""
     if not isinstance(node, Mapping):
         return {key: node}
     return {
         name: leaf
         for part, value in node.items()
-        for name, leaf in _flat(value, f"{key}.{part}" if key else part).items()
+        for name, leaf in flat(value, f"{key}.{part}" if key else part).items()
     }
 
 

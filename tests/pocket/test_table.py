@@ -76,7 +76,7 @@ def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all_of_them.startswith("before\n")
     assert all_of_them.endswith("after\n")
     assert "old" not in all_of_them
-    assert "| [some](some/README.md) | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them
-    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 1\nmethod: changed\n")
-    with pytest.raises(ValueError, match="seed-1: some was another recipe then"):
+    assert "| [some](some/README.md) | 2 | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them
+    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 2\n")
+    with pytest.raises(ValueError, match="seed-1: some was another recipe then .seed 2, now 1."):
         table.main()

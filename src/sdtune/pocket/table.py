@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from sdtune.files import write_json
 from sdtune.pocket.evaluation import READINGS
 from sdtune.randomness import generator
+from sdtune.resume import flat
 
 DRAWS = 2_000
 """Of the bootstrap."""
@@ -107,17 +109,16 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
 
 def overview(folder: Path) -> list[str]:
     """The tables of every recipe that has been measured, from the ``metrics.json`` below ``folder``."""
-    found = {}
-    for file in sorted(folder.glob("*/metrics.json")):
-        found[file.parent.name] = json.loads(file.read_text())["figures"]
+    contents = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/metrics.json"))}
+    found = {name: content["figures"] for name, content in contents.items()}
     lines: list[str] = []
     for figures in _OVERVIEW.values():
         mine = {name: values for name, values in found.items() if figures[0] in values}
         if mine:
-            lines += ["", f"| recipe | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|"]
+            lines += ["", f"| recipe | seeds | {' | '.join(figures)} |", "|---" * (len(figures) + 2) + "|"]
         for name, values in mine.items():
             cells = [f"{v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" if (v := values.get(key)) else "" for key in figures]
-            lines.append(f"| [{name}]({name}/README.md) | {' | '.join(cells)} |")
+            lines.append(f"| [{name}]({name}/README.md) | {len(contents[name]['seeds'])} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -126,8 +127,17 @@ def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
     own = [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
     if (folder / "metrics.json").is_file():
         today = subprocess.run([*command, *own, "--cfg", "job"], check=True, capture_output=True, text=True).stdout
-        if today.strip() != (folder / ".hydra" / "config.yaml").read_text().strip():
-            raise ValueError(f"{folder}: {name} was another recipe then; remove the folder to run it again")
+        before, now = (
+            flat(OmegaConf.to_container(config))
+            for config in (OmegaConf.load(folder / ".hydra" / "config.yaml"), OmegaConf.create(today))
+        )
+        # Settings that are new since, or gone, are passed over: a later version's recipe is still the same.
+        other = next((key for key, value in before.items() if key in now and now[key] != value), None)
+        if other is not None:
+            raise ValueError(
+                f"{folder}: {name} was another recipe then ({other} {before[other]!r}, now {now[other]!r}); remove the"
+                " folder to run it again"
+            )
         return
     if any(folder.glob("checkpoints/step*.ckpt")):
         own = [f"resume={folder}"]

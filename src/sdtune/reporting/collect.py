@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 
+from sdtune.resume import flat
+
 _DEPTH = 3
 """So deep below the folder of a report its runs may lie."""
 
@@ -112,14 +114,3 @@ def _pictures(folder: Path) -> list[Picture]:
                 about = picture.info
             found.append(Picture(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
     return found
-
-
-def flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf of a nested container; an empty one is a leaf."""
-    if isinstance(node, Mapping) and node:
-        return {
-            name: leaf
-            for part, value in node.items()
-            for name, leaf in flat(value, f"{key}.{part}" if key else str(part)).items()
-        }
-    return {key: node}
