@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from running import arguments, rows, train, wait_for_step
+from running import arguments, rows, start, train, wait_for_step
 
 
 @pytest.fixture
@@ -106,17 +104,6 @@ def test_an_edited_recipe_is_noticed(settings: list[str], tmp_path: Path, capsys
 def test_no_sweep_to_resume(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("-m", f"resume={tmp_path}") == 2
     assert f"resume: {tmp_path} holds no sweep (no multirun.yaml)" in capsys.readouterr().err
-
-
-def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
-    with log.open("wb") as handle:
-        return subprocess.Popen(
-            [sys.executable, "-m", "sdtune.train", *argv],
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
 
 
 def test_stopped_it_says_how_to_go_on(settings: list[str], tmp_path: Path) -> None:

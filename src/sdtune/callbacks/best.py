@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
 
+from sdtune.callbacks.held_out import check_held_out
 from sdtune.methods.base import Adapter
 from sdtune.methods.swap import swapped
 
@@ -28,11 +29,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """ValueError, before any weights are loaded, where nothing is held out: there would be no loss to watch."""
-        assert isinstance(pl_module, Adapter)
-        data, facts = trainer.datamodule, pl_module.source.facts  # type: ignore[attr-defined]
-        data.open(facts.side, facts.factor)
-        if not data.held_out:
-            raise ValueError("callbacks.early_stopping: no picture is held out; give data.hold_out=10, for one in ten")
+        check_held_out(trainer, pl_module, "callbacks.early_stopping")
         super().setup(trainer, pl_module, stage)
 
 

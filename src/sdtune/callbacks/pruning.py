@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 from annotated_types import Ge
 from pytorch_lightning.callbacks import Callback
 
+from sdtune.callbacks.held_out import check_held_out
 from sdtune.callbacks.record import Record
 from sdtune.errors import Pruned
-from sdtune.methods.base import Adapter
 from sdtune.trials import own_trial, require_optuna
 
 
@@ -42,11 +42,7 @@ class Pruning(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         import optuna
 
-        assert isinstance(pl_module, Adapter)
-        data, facts = trainer.datamodule, pl_module.source.facts  # type: ignore[attr-defined]
-        data.open(facts.side, facts.factor)
-        if not data.held_out:
-            raise ValueError("callbacks.pruning: no picture is held out to judge by; give data.hold_out=10")
+        check_held_out(trainer, pl_module, "callbacks.pruning")
         if self.number is not None and trainer.is_global_zero:
             pruner = (
                 optuna.pruners.MedianPruner(n_startup_trials=self.after)

@@ -1,0 +1,16 @@
+"""What judges by the validation loss needs one."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+
+from sdtune.methods.base import Adapter
+
+
+def check_held_out(trainer: pl.Trainer, module: pl.LightningModule, key: str) -> None:
+    """ValueError that names ``key``, before any weights are loaded, where nothing is held out."""
+    assert isinstance(module, Adapter)
+    data, facts = trainer.datamodule, module.source.facts  # type: ignore[attr-defined]
+    data.open(facts.side, facts.factor)
+    if not data.held_out:
+        raise ValueError(f"{key}: no picture is held out to judge by; give data.hold_out=10, for one in ten")
