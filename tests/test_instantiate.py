@@ -265,3 +265,10 @@ def test_a_partial_waits_for_its_arguments() -> None:
 def test_a_function_of_ours_is_not_a_target() -> None:
     with pytest.raises(ValueError, match="is a function, not a class"):
         resolve("sdtune.pocket.assemble.assemble", "evaluation")
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs prodigyopt: pip install it, or 'sdtune\[optimizers\]'"):
+        resolve("prodigyopt.Prodigy", "optimizer")

@@ -398,3 +398,7 @@ def test_resuming_elsewhere(line: CommandLine, pictures: Path, monkeypatch: pyte
 def test_what_hydra_cannot_read_says_how_to_quote_it(line: CommandLine, pictures: Path) -> None:
     wanted = """'data.prompt="a photo of <disc>"'"""
     line.train(pictures, "data.prompt=a photo of <disc>", words=("data.prompt", "quote it", wanted))
+
+
+def test_pictures_of_ones_own_need_their_data(line: CommandLine) -> None:
+    line.refuses("train", "data.prompt=a dog", "method=lora", words=("data.prompt", "need data=folder"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_type_hints
@@ -28,6 +29,8 @@ ALLOWED = (
 
 
 _FUNCTIONS = ("sdtune.loggers",)
+
+_EXTRAS = dict.fromkeys(("bitsandbytes", "prodigyopt"), ", or 'sdtune[optimizers]'")
 
 
 def _trusted(module: str, prefixes: Sequence[str]) -> bool:
@@ -58,6 +61,8 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
         for part in parts[cut:]:
             found = getattr(found, part, None)
         break
+    if found is None and importlib.util.find_spec(parts[0]) is None:
+        raise ValueError(f"{key}._target_: {target} needs {parts[0]}: pip install it{_EXTRAS.get(parts[0], '')}")
     if not (inspect.isclass(found) or inspect.isfunction(found)):
         raise ValueError(f"{key}._target_: {target} is neither a class nor a function")
     if not _allowed(found.__module__, trust):

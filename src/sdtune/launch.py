@@ -38,6 +38,10 @@ REFUSED = 2
 _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
 
 
+_OF_FOLDERS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
+    f"data.{key}" for key in ("path", "prompt", "trigger", "repeats", "hold_out", "validation_path")
+)
+
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
 """Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
 
@@ -258,6 +262,8 @@ def _one_line(error: Exception) -> str:
     unknown = re.search(r"Key '([^']+)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
     if unknown or "Could not override" in text:
         full = unknown.group(2) if unknown else re.findall(r"'([^']+)'", text)[0]
+        if full in _OF_FOLDERS:
+            return f"{full}: there is no such setting here; pictures of your own need data=folder"
         return f"{full}: there is no such setting{_close(full, error)}"
     choice = re.search(r"Could not find '([^']+)'(.*)", text, re.DOTALL)
     if choice:
