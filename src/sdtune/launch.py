@@ -39,8 +39,6 @@ _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECA
 
 
 _OF_FOLDERS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
-    f"data.{key}" for key in ("path", "prompt", "trigger", "repeats", "hold_out", "validation_path")
-)
 
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
 """Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
