@@ -6,9 +6,10 @@ RECIPES ?= lora_subject
 JOBS ?= 1
 POCKET ?= outputs/pocket
 TEST_JOBS ?= 2
+COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results together real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -29,6 +30,12 @@ demo: .venv/.installed ## teach pocket a subject it has never seen (a LoRA, minu
 
 results: .venv/.installed ## measure RECIPES="lora_subject ..." with three seeds each, and write experiments/<recipe>/
 	$(BIN)/python -m sdtune.pocket.table $(RECIPES) --jobs $(JOBS)
+
+compare: .venv/.installed ## the five methods, three seeds each, and their tables; goes on where it stopped (hours)
+	if test -f $(COMPARISON)/multirun.yaml; then $(BIN)/sdtune train -m resume=$(COMPARISON); \
+	else $(BIN)/sdtune train -m sweep=compare_methods hydra.sweep.dir=$(COMPARISON); fi
+	$(BIN)/python -m sdtune.pocket.comparison $(COMPARISON)
+	$(BIN)/sdtune report $(COMPARISON)
 
 together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: train what is missing, sample into experiments/sample
 	for name in lora_subject lora_style controlnet_canny; do \

@@ -223,6 +223,12 @@ def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> N
         assert text.startswith("#") or "_target_" in text
 
 
+def test_an_evaluation_is_switched_off_behind_a_recipe_that_sets_its_details() -> None:
+    config = compose("train", "experiment=dreambooth_subject", "evaluation=none")
+    assert config.evaluation == {"class_pictures": 210}
+    assert checks.plain(config)["evaluation"] == {}
+
+
 def test_debug_has_its_way_with_a_recipe() -> None:
     config = compose("train", "experiment=lora_subject", "debug=smoke")
     assert config.trainer.max_steps == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.methods.base import Adapter
 
 
 @pytest.fixture
@@ -54,6 +56,16 @@ def test_a_job_that_fails_is_named_and_the_others_run_on(
     assert [len(rows(sweep / job)) for job in ("0", "2")] == [3, 3]
     rates = [float(rows(sweep / job)[-1]["lr/unet"]) for job in ("0", "2")]
     assert rates == [pytest.approx(1e-3), pytest.approx(1e-4)]
+
+
+def test_no_job_leaves_its_model_in_memory(settings: list[str]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        assert train(*settings, "method.rank=1,2") == 0
+        assert not [found for found in gc.get_objects() if isinstance(found, Adapter)]
+    finally:
+        gc.enable()
 
 
 def test_resumed_only_what_is_missing_runs(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import struct
 import time
 from pathlib import Path
@@ -85,6 +87,38 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["logger=wandb", "logger.wandb.offline=true", "logger.wandb.tags=[mine]"]
 
 
+def assert_the_dashboard_finds_it(job: dict[str, Any]) -> None:
+    """Every name in the dashboard's panels is one that ``job`` has told W&B."""
+    file = Path(__file__).parents[1] / "docs" / "wandb_dashboard.py"
+    view = runpy.run_path(str(file))["dashboard"](
+        "us", "sdtune", "my sweep", "validation_loss", ["method.rank", "optimizer.lr"], ["optimizer.lr"]
+    )
+    spec = json.loads(view._to_model().model_dump_json(by_alias=True))["spec"]["section"]
+    [runs] = spec["runSets"]
+    assert runs["filters"]["filters"][0]["value"] == ["my sweep"] == [job["run"].run_group]
+    assert runs["sort"]["keys"] == [
+        {"key": {"section": "summary", "name": "final/validation_loss"}, "ascending": True}
+    ], "the lowest loss first"
+    panels = [panel["config"] for part in spec["panelBankConfig"]["sections"] for panel in part["panels"]]
+    logged = {key for row in job["history"] for key in row}
+    lines = [panel for panel in panels if "xExpression" in panel]
+    assert len(lines) == 4
+    for line in lines:
+        assert line["xAxis"] in logged
+        assert set(line["metrics"] or ()) <= logged
+        assert line["metricRegex"] is None or any(re.fullmatch(line["metricRegex"], key) for key in logged)
+    axes = [panel[axis] for panel in panels if "showLinearRegression" in panel for axis in ("xAxis", "yAxis")]
+    axes += [column["accessor"] for panel in panels for column in panel.get("columns", ())]
+    assert len(axes) == 15
+    for axis in axes:
+        place, _, key = axis.partition(":")
+        if place == "summary":
+            assert key in job["summary"]
+        else:
+            group, _, name = key.split(".")
+            assert name in job["config"][group]
+
+
 def test_a_sweeps_runs_share_a_group_and_keep_their_own_settings(
     offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +157,7 @@ def test_a_sweeps_runs_share_a_group_and_keep_their_own_settings(
         assert shown["columns"] == ["prompt", "seed", "before", "after"]
         assert [row[:2] for row in shown["data"]] == [[f"picture number {i}", 0] for i in range(4)]
         assert "run_table" in found[job]["artifacts"], "it has the pictures"
+    assert_the_dashboard_finds_it(found["0"])
 
 
 def test_a_resumed_run_keeps_its_id(offline: list[str], tiny: Path, pictures: Path, tmp_path: Path) -> None:

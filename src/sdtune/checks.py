@@ -58,7 +58,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    named = {str(key): value for key, value in container.items()}
+    if named.get("evaluation") and "_target_" not in named["evaluation"]:
+        named["evaluation"] = {}  # evaluation=none behind a recipe that sets details of its own
+    return named
 
 
 def settings(config: dict[str, Any]) -> Settings:

@@ -32,7 +32,8 @@ DRAWS = 2_000
 
 _COST = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes")
 _TIMES = ("median_step_seconds", "images_per_second")  # of runs that may have shared the machine: for no table
-_BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+"""Around what is written into a page that people write as well."""
 
 _OVERVIEW = {
     "subject": ("subject_gain", "background_accuracy", "prior_leak", "class_diversity"),
@@ -177,8 +178,8 @@ def main() -> None:
         folders = [arguments.runs / name / f"seed-{seed}" for seed in arguments.seeds]
         _write(name, arguments.seeds, folders, experiments / name)
     page = experiments / "README.md"
-    before, rest = page.read_text().split(_BEGIN)
-    page.write_text("\n".join([before + _BEGIN, *overview(experiments), _END + rest.split(_END)[1]]))
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text("\n".join([before + BEGIN, *overview(experiments), END + rest.split(END)[1]]))
 
 
 if __name__ == "__main__":
