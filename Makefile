@@ -34,7 +34,7 @@ results: .venv/.installed ## measure RECIPES="lora_subject ..." with three seeds
 compare: .venv/.installed ## the five methods, three seeds each, and their tables; goes on where it stopped (hours)
 	if test -f $(COMPARISON)/multirun.yaml; then $(BIN)/sdtune train -m resume=$(COMPARISON); \
 	else $(BIN)/sdtune train -m sweep=compare_methods hydra.sweep.dir=$(COMPARISON); fi
-	$(BIN)/python -m sdtune.pocket.comparison $(COMPARISON)
+	$(BIN)/python -m sdtune.comparison $(COMPARISON)
 	$(BIN)/sdtune report $(COMPARISON)
 
 together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: train what is missing, sample into experiments/sample

@@ -15,7 +15,7 @@ PACKAGE = SRC / "sdtune"
 
 LAYERS = [
     {"__init__", "train", "run", "checks", "report_lines", "prepare", "prepare_run"}  # commands
-    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run", "report", "reporting"},
+    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run", "report", "reporting", "comparison"},
     {"callbacks", "evaluation", "pocket", "planning"},
     {"methods"},
     {"sampling", "adapters", "controlnets"},
@@ -32,6 +32,8 @@ HYDRA = (
     | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "plan")}
     | {"run"}
 )
+COMPOSES = {"comparison.figures"}
+"""A recipe that it does not run."""
 OMEGACONF_FOR_TYPES = {"train", "sample", "evaluate"}
 READS_CONFIGS = {"reporting.collect", "pocket.table"}
 """Those of runs that are over."""
@@ -126,7 +128,7 @@ def test_the_backbone_knows_no_trainer(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_commands_import_hydra(name: str) -> None:
-    if name not in HYDRA and name not in READS_CONFIGS:
+    if name not in HYDRA | COMPOSES | READS_CONFIGS:
         assert not uses(name, "hydra", "omegaconf")
     if name in OMEGACONF_FOR_TYPES | READS_CONFIGS:
         assert uses(name, "hydra") == []

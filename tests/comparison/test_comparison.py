@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdtune.comparison import __main__ as command
+from sdtune.comparison import figures
+from sdtune.comparison.figures import measured, planned
+from sdtune.comparison.folklore import ASSERTED, CLAIMS, METHODS, SUBJECT_METHODS, suits
+from sdtune.comparison.page import page
 from sdtune.grids import save_png
-from sdtune.pocket import comparison
-from sdtune.pocket.folklore import ASSERTED, CLAIMS, METHODS, SUBJECT_METHODS, suits
 
 GAINS = {"textual_inversion": 0.4, "lora": 0.9, "dreambooth": 0.7, "full": 0.9}
 LEAKS = {"textual_inversion": 0.0, "lora": 0.8, "dreambooth": 0.0, "full": 0.9}
@@ -68,12 +71,12 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_the_page_says_what_the_runs_have(sweep: Path) -> None:
-    found = {method: comparison.measured(runs) for method, runs in comparison.gathered(sweep).items()}
+    found = {method: measured(runs) for method, runs in command.gathered(sweep).items()}
     assert found["lora"]["subject_gain"].mean == pytest.approx(0.9)
     assert found["lora"]["seconds"].mean == pytest.approx(55)
     assert found["lora"]["seconds"].shown("seconds") == "55 s ± 7 s"
     plans = dict.fromkeys(METHODS, PLAN)
-    lines = comparison.page(found, plans, 2)
+    lines = page(found, plans, 2)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
     for claim in CLAIMS:
         assert claim.text in rows
@@ -99,13 +102,13 @@ def test_it_writes_between_the_marks(sweep: Path, tmp_path: Path, monkeypatch: p
     into = tmp_path / "page"
     into.mkdir()
     (into / "README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    monkeypatch.setattr(comparison, "planned", lambda method: PLAN)
+    monkeypatch.setattr(figures, "planned", lambda method: PLAN)
     monkeypatch.setattr(sys, "argv", ["comparison", str(sweep), "--into", str(into)])
-    comparison.main()
-    page = (into / "README.md").read_text()
-    assert page.startswith("before\n<!-- measured -->\n")
-    assert page.endswith("<!-- /measured -->\nafter\n")
-    assert "old" not in page
+    command.main()
+    written = (into / "README.md").read_text()
+    assert written.startswith("before\n<!-- measured -->\n")
+    assert written.endswith("<!-- /measured -->\nafter\n")
+    assert "old" not in written
     results = json.loads((into / "results.json").read_text())
     assert results["measured"]["full"]["prior_leak"]["mean"] == pytest.approx(0.9)
     assert set(results["planned_sd15"]) == set(METHODS)
@@ -116,17 +119,17 @@ def test_it_writes_between_the_marks(sweep: Path, tmp_path: Path, monkeypatch: p
 def test_a_run_that_is_missing_is_named(sweep: Path) -> None:
     (sweep / "6" / "metrics.json").unlink()
     with pytest.raises(ValueError, match=r"sweep/6 is unfinished; sdtune train -m resume="):
-        comparison.gathered(sweep)
+        command.gathered(sweep)
 
 
 def test_another_sweep_is_refused(sweep: Path) -> None:
     (sweep / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=lora_subject\n")
     with pytest.raises(ValueError, match=r"sweep/0 is no run of sweep=compare_methods"):
-        comparison.gathered(sweep)
+        command.gathered(sweep)
 
 
 def test_the_plan_is_of_stable_diffusions_own_shapes() -> None:
-    found = comparison.planned("lora")
+    found = planned("lora")
     assert found["trainable_parameters"] == 1_594_368
     assert found["steps"] == 1500
     assert found["peak_memory_bytes"] > 2**31

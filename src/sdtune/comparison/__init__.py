@@ -1,0 +1,1 @@
+"""The five methods compared: ``python -m sdtune.comparison SWEEP`` (make compare)."""

@@ -1,0 +1,78 @@
+"""A method's figures over seeds, and what ``sdtune plan`` counts for it at Stable Diffusion's size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+
+from sdtune import plan_run
+from sdtune.paths import config_folder
+from sdtune.planning import Switches, memory
+from sdtune.pocket.evaluation import READINGS
+from sdtune.pocket.table import intervals
+from sdtune.reporting import Run
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure over the seeds: its mean, and an interval's ends (95%, by bootstrap) or a standard deviation."""
+
+    mean: float
+    interval: tuple[float, float] | None = None
+    spread: float | None = None
+
+    def shown(self, figure: str) -> str:
+        """Mean and spread, in the unit that suits ``figure``."""
+        if self.interval is not None:
+            return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
+        spread = f" ± {unit(self.spread, figure)}" if self.spread else ""
+        return unit(self.mean, figure) + spread
+
+
+def unit(value: float, figure: str) -> str:
+    """``value`` in the unit that suits ``figure``."""
+    if figure.endswith("_bytes"):
+        return f"{value / 1024**2:,.2f} MiB" if value < 1024**2 else f"{value / 1024**2:,.0f} MiB"
+    if figure.startswith("seconds"):
+        return f"{value:,.0f} s"
+    if figure == "trainable_parameters":
+        return f"{value:,.0f}"
+    return f"{value:.4f}"
+
+
+def measured(runs: Sequence[Run]) -> dict[str, Value]:
+    """A method's figures over its seeds."""
+    found: dict[str, Value] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.metrics):
+        values = [run.metrics[key] for run in runs if key in run.metrics]
+        found[key] = Value(fmean(values), spread=stdev(values) if len(values) > 1 else None)
+    seconds = [run.metrics["median_step_seconds"] * run.metrics["steps"] for run in runs]
+    found["seconds"] = Value(fmean(seconds), spread=stdev(seconds) if len(seconds) > 1 else None)
+    single = [json.loads((run.folder / "evaluation" / READINGS).read_text()) for run in runs]
+    readings = {key: np.array([values[key] for values in single], dtype=float) for key in single[0]}
+    for key, (mean, low, high) in intervals(readings, runs[0].metrics.get("ceiling_subject_accuracy")).items():
+        found[key] = Value(mean, interval=(low, high))
+    return found
+
+
+def planned(method: str) -> dict[str, float]:
+    """What ``sdtune plan experiment=sd15_<method>`` counts: parameters, artifact, peak a device, TFLOP a step."""
+    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+        job = plan_run.job(compose("plan", [f"experiment=sd15_{method}"], return_hydra_config=True))
+    figures = plan_run.figures(job)
+    hardware = job.config["hardware"]
+    # The optimizer's state is counted as the recipe configures it, 8-bit or not.
+    switches = Switches(checkpointing=hardware["gradient_checkpointing"], offload=hardware["offload"])
+    cost = figures.checkpointed if switches.checkpointing else figures.plain
+    return {
+        "trainable_parameters": figures.total.trained,
+        "artifact_bytes": figures.artifact,
+        "peak_memory_bytes": memory(figures, switches, job.accumulation, 1).peak,
+        "tflop": cost.flop * job.accumulation / 1e12,
+        "steps": job.config["trainer"]["max_steps"],
+    }
