@@ -17,6 +17,7 @@ from PIL import Image
 from sdtune.comparison.folklore import METHODS, SUBJECT_METHODS
 from sdtune.files import write_json
 from sdtune.grids import grid, save_png
+from sdtune.quiet import quiet, quiet_libraries
 from sdtune.reporting import Run, collect
 
 
