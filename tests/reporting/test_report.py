@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from running import arguments, train
-from sdtune.reporting import collect, write
+from sdtune.reporting import Run, collect, write
 from sdtune.reporting.charts import pareto
-from sdtune.reporting.ranking import chosen, ranked, settings, varied
+from sdtune.reporting.ranking import chosen, ranked, rankings, settings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -53,6 +53,38 @@ def test_seeds_are_replicates(sweep: Path) -> None:
         values = [json.loads((run.folder / "metrics.json").read_text())["validation_loss"] for run in setting.runs]
         assert figure.mean == pytest.approx(sum(values) / 2)
         assert figure.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def run_of(folder: str, overrides: tuple[str, ...], config: dict[str, Any], metrics: dict[str, float]) -> Run:
+    return Run(Path(folder), overrides, "done", None, config, metrics, {}, (), (), {})
+
+
+def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_figure() -> None:
+    runs = [
+        run_of(
+            f"{name}-{seed}",
+            (f"experiment={name}", f"seed={seed}", f"hydra.run.dir={name}-{seed}"),
+            {"seed": seed, "method.lr": lr, "data.prompts": [name]},
+            {figure: value + seed},
+        )
+        for name, lr, figure, value in (
+            ("weak", 1, "subject_gain", 10.0),
+            ("edges", 2, "control_agreement", 30.0),
+            ("strong", 2, "subject_gain", 20.0),
+        )
+        for seed in (0, 1)
+    ]
+    found = settings(runs)
+    assert [setting.label for setting in found] == ["weak", "edges", "strong"]
+    assert [(metric, [s.label for s, *_ in places]) for metric, places in rankings(found)] == [
+        ("subject_gain", ["strong", "weak"]),
+        ("control_agreement", ["edges"]),
+    ]
+
+
+def test_runs_whose_command_lines_say_nothing_are_told_apart_by_their_settings() -> None:
+    runs = [run_of(str(lr), ("hydra.run.dir=x",), {"optimizer.lr": lr}, {"validation_loss": lr}) for lr in (0.1, 0.2)]
+    assert [setting.label for setting in settings(runs)] == ["optimizer.lr 0.1", "optimizer.lr 0.2"]
 
 
 class Scripts(HTMLParser):

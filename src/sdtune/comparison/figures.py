@@ -16,6 +16,7 @@ from sdtune.planning import Switches, memory
 from sdtune.pocket.evaluation import READINGS
 from sdtune.pocket.table import intervals
 from sdtune.reporting import Run
+from sdtune.reporting.units import unit
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,8 @@ class Value:
         """Mean and spread, in the unit that suits ``figure``."""
         if self.interval is not None:
             return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
-        spread = f" ± {unit(self.spread, figure)}" if self.spread else ""
+        spread = f" ± {unit(self.spread, figure, 2)}" if self.spread else ""
         return unit(self.mean, figure) + spread
-
-
-def unit(value: float, figure: str) -> str:
-    """``value`` in the unit that suits ``figure``."""
-    if figure.endswith("_bytes"):
-        return f"{value / 1024**2:,.2f} MiB" if value < 1024**2 else f"{value / 1024**2:,.0f} MiB"
-    if figure.startswith("seconds"):
-        return f"{value:,.0f} s"
-    if figure == "trainable_parameters":
-        return f"{value:,.0f}"
-    return f"{value:.4f}"
 
 
 def measured(runs: Sequence[Run]) -> dict[str, Value]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sdtune.comparison.figures import Value, unit
+from sdtune.comparison.figures import Value
 from sdtune.comparison.folklore import ASSERTED, CLAIMS, COSTS, SUBJECT_METHODS, suits
+from sdtune.reporting.units import unit
 
 _EFFECT = (
     "subject_gain", "background_accuracy", "clip_image", "clip_text", "diversity", "memorisation", "prior_leak",

@@ -20,14 +20,18 @@ from plotly.offline import get_plotlyjs
 
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
-from sdtune.reporting.ranking import LOWER_IS_BETTER, Figure, Setting, chosen, metrics, ranked, settings, varied
+from sdtune.reporting.ranking import LOWER_IS_BETTER, Figure, Place, Setting, metrics, rankings, settings, varied
+from sdtune.reporting.units import unit
 
 _SIDE = 192
 """Pixels of a sample in the report, at most; a sheet has three times as many a column of it."""
 
 _SHEET = 900
-_COLUMNS = 12
+_COLUMNS = 16
 """Of the ranking, at most: the figures that follow the one to rank by."""
+
+_COSTS = frozenset({"steps", "median_step_seconds", "images_per_second", "seconds_to_best", *charts.COSTS})
+"""They stand last."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def write(runs: Sequence[Run], folder: Path, title: str) -> Path:
     environment = Environment(
         autoescape=True, loader=PackageLoader("sdtune.reporting", "."), undefined=StrictUndefined, trim_blocks=True
     )
-    content = environment.get_template("report.html.j2").render(**_content(runs, title))
+    content = environment.get_template("report.html.j2").render(**_content(runs, folder, title))
     file = folder / "report.html"
     partial = file.with_name("report.html.partial")
     partial.write_text(content, encoding="utf-8")
@@ -52,43 +56,64 @@ def write(runs: Sequence[Run], folder: Path, title: str) -> Path:
     return file
 
 
-def _content(runs: Sequence[Run], title: str) -> dict[str, Any]:
+def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
     done = [run for run in runs if run.metrics]
     found = settings(runs)
-    metric = chosen(done)
-    order = ranked(found, metric) if metric else []
-    columns = [m for m in metrics(done) if m != metric and not m.startswith(("base_", "ceiling_"))][:_COLUMNS]
-    best = order[0][0] if order else found[0]
+    tables = rankings(found)
+    order = [setting for _, places in tables for setting, *_ in places]
+    metric = tables[0][0] if tables else None
+    best = order[0] if order else found[0]
+    own = list(found[0].own)
     nonce = secrets.token_urlsafe(12)  # a script that came in with a text has none, and does not run
     return {
         "title": title,
         "nonce": nonce,
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        "metric": metric,
-        "lower": metric in LOWER_IS_BETTER,
         "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
-        "columns": columns,
-        "ranking": [_row(i, *entry, columns) for i, entry in enumerate(order)],
+        "rankings": [_ranking(metric, places) for metric, places in tables],
         "reasons": _reasons(done),
         "charts": _charts(found, done, metric, nonce),
-        "prompts": _prompts([setting for setting, *_ in order] or found),
+        "prompts": _prompts(order or found),
         "sheets": [(name, _image(file, _SHEET)) for name, file in best.runs[0].sheets.items()],
         "best": best.label,
-        "varied": varied(runs),
-        "runs": [_about(run, varied(runs)) for run in runs],
-        "shown": _shown,
+        "own": own,
+        "runs": [_about(run, folder, setting) for run in runs for setting in found if run in setting.runs],
+        "differences": _differences(found, [key for key in varied(runs) if key not in own]),
     }
 
 
-def _row(place: int, setting: Setting, figure: Figure, noise: bool, columns: Sequence[str]) -> dict[str, Any]:
-    cells = [setting.figure(column) for column in columns]
-    return {"place": place + 1, "label": setting.label, "figure": figure, "noise": noise, "cells": cells}
+def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
+    runs = [run for setting, *_ in places for run in setting.runs]
+    shown = [m for m in metrics(runs) if m != metric and not m.startswith(("base_", "ceiling_"))]
+    columns = sorted(shown, key=lambda m: m in _COSTS)[:_COLUMNS]
+    rows = [
+        {
+            "place": i + 1,
+            "label": setting.label,
+            "figure": _shown(figure, metric),
+            "count": figure.count,
+            "noise": noise,
+            "cells": [_shown(setting.figure(column), column) for column in columns],
+        }
+        for i, (setting, figure, noise) in enumerate(places)
+    ]
+    return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "rows": rows}
 
 
-def _shown(figure: Figure | None) -> str:
+def _shown(figure: Figure | None, metric: str) -> str:
     if figure is None:
         return ""
-    return f"{figure.mean:.4g}" + (f" ± {figure.spread:.2g}" if figure.spread is not None else "")
+    return unit(figure.mean, metric) + (f" ± {unit(figure.spread, metric, 2)}" if figure.spread else "")
+
+
+def _differences(found: Sequence[Setting], keys: Sequence[str]) -> dict[str, Any]:
+    """Of settings whose command lines name recipes: what these change."""
+    values = [[_value(setting.runs[0].config.get(key)) for setting in found] for key in keys]
+    return {"labels": [s.label for s in found], "rows": list(zip(keys, values, strict=True))}
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _reasons(runs: Sequence[Run]) -> dict[str, str]:
@@ -150,11 +175,12 @@ def _image(file: Path, side: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _about(run: Run, keys: Sequence[str]) -> dict[str, Any]:
+def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
+    inside = run.folder.relative_to(folder) if run.folder.is_relative_to(folder) else run.folder
     return {
-        "name": run.folder.name,
+        "name": str(inside) if inside.parts else run.folder.resolve().name,
         "state": run.state,
         "error": run.error,
-        "values": [run.config.get(key) for key in keys],
+        "values": [_value(value) for value in setting.own.values()],
         "command": shlex.join(["sdtune", "train", *run.overrides]),
     }

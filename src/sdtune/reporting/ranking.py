@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone; ``own`` is what sets it apart from the others."""
+    """Runs that differ in their seed alone; ``own`` is what sets them apart: of their command lines, or of all."""
 
     own: Mapping[str, Any]
     runs: tuple[Run, ...]
@@ -47,7 +47,10 @@ class Setting:
     @property
     def label(self) -> str:
         """Its own settings, or the run's folder where there are none."""
-        return ", ".join(f"{key} {_short(value)}" for key, value in self.own.items()) or self.runs[0].folder.name
+        own = {key: value for key, value in self.own.items() if value is not None}
+        if list(own) == ["experiment"]:
+            return str(own["experiment"])
+        return ", ".join(f"{key} {_short(value)}" for key, value in own.items()) or self.runs[0].folder.name
 
     def figure(self, metric: str) -> Figure | None:
         """``metric`` over the runs that have it."""
@@ -72,7 +75,23 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.config.get(key) for key in keys], default=str), []).append(run)
-    return [Setting({key: group[0].config.get(key) for key in keys}, tuple(group)) for group in groups.values()]
+    # A recipe's name says more than the fifty settings that it changes.
+    typed = _typed([group[0] for group in groups.values()])
+    own = typed or [{key: group[0].config.get(key) for key in keys} for group in groups.values()]
+    return [Setting(mine, tuple(group)) for mine, group in zip(own, groups.values(), strict=True)]
+
+
+def _typed(runs: Sequence[Run]) -> list[dict[str, Any]] | None:
+    """What each command line has that others have not; None where that does not tell ``runs`` apart."""
+    lines = [dict(o.lstrip("+~").partition("=")[::2] for o in run.overrides) for run in runs]
+    keys = [
+        key
+        for key in dict.fromkeys(key for line in lines for key in line)
+        if key not in _OF_A_RUN_ALONE and not key.startswith("hydra.") and len({line.get(key) for line in lines}) > 1
+    ]
+    found = [{key: run.config.get(key, line.get(key)) for key in keys} for run, line in zip(runs, lines, strict=True)]
+    apart = len({json.dumps(mine, default=str) for mine in found}) == len(runs)
+    return found if keys and apart else None
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:
@@ -87,8 +106,22 @@ def chosen(runs: Sequence[Run]) -> str | None:
     return next((key for key in (*wanted, *_PREFERRED) if key in known), None)
 
 
-def ranked(found: Sequence[Setting], metric: str) -> list[tuple[Setting, Figure, bool]]:
-    """The settings that have ``metric``, best first, and whether each lies within the noise of the best."""
+Place = tuple[Setting, "Figure", bool]
+"""A setting, its figure, and whether that lies within the noise of the best."""
+
+
+def rankings(found: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
+    """A ranking by the metric that :func:`chosen` names; the settings that lack it by their own, and so on."""
+    out: list[tuple[str, list[Place]]] = []
+    left = list(found)
+    while (metric := chosen([run for setting in left for run in setting.runs])) is not None:
+        out.append((metric, ranked(left, metric)))
+        left = [setting for setting in left if setting.figure(metric) is None]
+    return out
+
+
+def ranked(found: Sequence[Setting], metric: str) -> list[Place]:
+    """The settings that have ``metric``, best first."""
     rows = [(setting, figure) for setting in found if (figure := setting.figure(metric)) is not None]
     rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
     return [(setting, figure, i > 0 and figure.near(rows[0][1])) for i, (setting, figure) in enumerate(rows)]
