@@ -20,6 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from sdtune.side_by_side import stopping
 from sdtune.trials import STUDY, require_optuna, storage
 
 if TYPE_CHECKING:
@@ -120,15 +121,23 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         from optuna.trial import TrialState
 
         self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
+        stopped = stopping(folder)
         for number, _ in jobs:
             # The job's own folder says how it ended: it may have run in another process.
-            state = json.loads((folder / str(number) / "job.json").read_text())
+            file = folder / str(number) / "job.json"
+            if stopped is not None and not file.is_file():
+                continue
+            state = json.loads(file.read_text())
+            if state["state"] == "stopped":
+                continue  # it goes on when the sweep does
             ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
             value = state.get("metric")
             if ended is TrialState.COMPLETE and value is None:
                 log.info("job %d: %s is null, which counts as a failure", number, self.config.optimized_metric)
                 ended = TrialState.FAIL
             study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
+        if stopped is not None:
+            raise SystemExit(stopped)
 
     def _say(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState

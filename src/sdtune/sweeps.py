@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.resume import check_unchanged
+from sdtune.side_by_side import Relay, reachable, stopping
 from sdtune.sweep_process import run_apart
 
 if TYPE_CHECKING:
@@ -40,11 +42,23 @@ STATE = "job.json"
 class Job:
     """What the launcher calls for each job, in this process or in another: it can be pickled."""
 
-    def __init__(self, command: str, prepare: Prepare) -> None:
-        self.command, self.prepare = command, prepare
+    def __init__(self, command: str, prepare: Prepare, beside: bool = False) -> None:
+        self.command, self.prepare, self.beside = command, prepare, beside
 
     def __call__(self, composed: DictConfig) -> float | None:
         """The metric that ``optimized_metric`` names; None where the job failed, which its folder then says."""
+        if not self.beside:
+            return self._tracked(composed)
+        sweep = Path(str(HydraConfig.get().sweep.dir))
+        if stopping(sweep) is not None:
+            return None
+        try:
+            with reachable(sweep):
+                return self._tracked(composed)
+        except (SystemExit, KeyboardInterrupt):
+            return None
+
+    def _tracked(self, composed: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = [str(override) for override in HydraConfig.get().overrides.task]
         if finished(folder):
@@ -145,11 +159,21 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         if before is None and (folder / "multirun.yaml").exists():
             raise ValueError(f"hydra.sweep.dir: {folder} already holds a sweep; resume={folder} goes on with it")
         _check(hydra, command, fixed, prepare)
+        beside = str(master.hydra.launcher._target_).endswith(".JoblibLauncher")
+        job = Job(command, prepare, beside)
+        again = f"sdtune {command} -m resume={folder} goes on with it"
         try:
-            hydra.multirun(config_name=command, task_function=Job(command, prepare), overrides=fixed)
+            with Relay(folder) if beside else contextlib.nullcontext() as relay:
+                hydra.multirun(config_name=command, task_function=job, overrides=fixed)
         except (SystemExit, KeyboardInterrupt) as stop:
             code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-            raise Stopped(f"the sweep is stopped; sdtune {command} -m resume={folder} goes on with it", code) from stop
+            raise Stopped(f"the sweep is stopped; {again}", code) from stop
+        except BrokenExecutor as error:
+            raise RunFailed(
+                f"a worker was killed, perhaps for memory (hydra.launcher.n_jobs says how many); {again}"
+            ) from error
+        if relay is not None and relay.code is not None:
+            raise Stopped(f"the sweep is stopped; {again}", relay.code)
     finally:
         GlobalHydra.instance().clear()
     return _summary(folder, command)
