@@ -28,7 +28,7 @@ ANYWHERE = {"data", "formats"}
 """Beside the layers: they know no model, and any layer may use them."""
 
 HYDRA = (
-    {"launch", "sweeps", "optuna_sweeper", "checks", "resume", "train", "sample", "evaluate"}
+    {"launch", "sweeps", "jobs", "optuna_sweeper", "checks", "resume", "train", "sample", "evaluate"}
     | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "plan")}
     | {"run"}
 )

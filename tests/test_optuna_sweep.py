@@ -6,11 +6,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.callbacks import pruning
+from sdtune.callbacks.record import Record
+from sdtune.errors import Pruned
 from sdtune.trials import STUDY, storage
 
 
@@ -115,3 +120,63 @@ def test_what_cannot_be_searched_is_refused(
     said = capsys.readouterr().err
     assert said.startswith(f"sdtune: {words}")
     assert said.count("\n") == 1
+
+
+def test_a_search_is_tried_on_one_example_before_it_begins(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*settings, "data.hold_out=null") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sdtune: job example")
+    assert "callbacks.pruning: no picture is held out to judge by" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_misspelt_metric_ends_the_search_after_its_first_job(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["callbacks.pruning=null", "trainer.max_steps=1", "hydra.sweeper.n_trials=3"]
+    assert train(*settings, *own, "optimized_metric=step") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("sdtune: optimized_metric: step: the run in ")
+    assert "did you mean steps?" in said[-1]
+    assert [f.name for f in (tmp_path / "sweep").iterdir() if f.is_dir()] == ["0"]
+
+
+def test_a_search_is_extended_and_passes_over_a_trial_that_was_no_job_yet(settings: list[str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    assert train(*settings, "callbacks.pruning=null", "trainer.max_steps=2", "hydra.sweeper.n_trials=2") == 0
+    optuna.load_study(study_name=STUDY, storage=storage(sweep)).ask()  # and killed there
+    (sweep / "1" / "job.json").unlink()  # killed between the run's last file and the job's
+    assert train("-m", f"resume={sweep}", "hydra.sweeper.n_trials=3") == 0
+    found = trials(sweep)
+    assert [t.state.name for t in found] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert len({str(t.params) for t in found if t.params}) == 3, "no point is drawn twice"
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+@pytest.mark.parametrize(("loss", "ends"), [(0.9, True), (0.1, False)])
+def test_the_loss_is_better_the_lower_whatever_is_searched_for(
+    direction: str, loss: float, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "check_held_out", lambda *args: None)
+    study = optuna.create_study(storage=storage(tmp_path), study_name=STUDY, direction=direction)
+    record = Record(tmp_path / "run")
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1, max_steps=9, world_size=1, sanity_checking=False)
+
+    def report(value: float) -> None:
+        number = study.ask().number
+        callback = pruning.Pruning(tmp_path / str(number), record, number, after=2)
+        callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        record.validation = {1: value}
+        callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+
+    for value in (0.5, 0.6):
+        report(value)
+        study.tell(study.trials[-1].number, 1.0)
+    if ends:
+        with pytest.raises(Pruned):
+            report(loss)
+    else:
+        report(loss)

@@ -163,6 +163,3 @@ def test_what_finds_no_people_is_refused(
         Estimated("somebody/model", "depth", "somebody/detector")
     with pytest.raises(ValueError, match=r"^data\.control\.detector: /nowhere is not a folder"):
         Estimated(str(models["one"]), "pose", "/nowhere").open([])
-    monkeypatch.setattr(poses.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^data\.control\.task: pose needs scipy; pip install 'sdtune\[pose\]'"):
-        Estimated(str(models["one"]), "pose").open([])

@@ -6,12 +6,19 @@ import gc
 import json
 import os
 import signal
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.errors import PRUNED, Pruned, RunFailed
+from sdtune.files import locked
+from sdtune.launch import main
 from sdtune.methods.base import Adapter
+from sdtune.sweep_process import run_apart
 
 
 @pytest.fixture
@@ -131,7 +138,7 @@ def test_stopped_it_says_how_to_go_on(settings: list[str], tmp_path: Path) -> No
         == f"sdtune: the sweep is stopped; sdtune train -m resume={sweep} goes on with it"
     )
     assert len(list((sweep / "0" / "checkpoints").glob("step*.ckpt"))) == 1
-    assert json.loads((sweep / "0" / "job.json").read_text())["state"] == "stopped"
+    assert json.loads((sweep / "0" / "job.json").read_text())["state"] == "unfinished"
     assert not (sweep / "1").exists()
 
 
@@ -159,3 +166,111 @@ def test_a_job_of_two_devices_that_fails_leaves_the_others(settings: list[str], 
     assert states(sweep) == {"0": "failed", "1": "failed"}
     errors = [json.loads((sweep / job / "job.json").read_text())["error"] for job in ("0", "1")]
     assert all(error.startswith("step 2: the loss or its gradient is not finite") for error in errors)
+
+
+def test_a_sweep_that_runs_keeps_others_out(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "sweep"):
+        assert train(*settings, "method.rank=2,3") == 2
+    assert f"{tmp_path}/sweep is in use by another process" in capsys.readouterr().err
+    assert train(*settings, "method.rank=2,3") == 0
+    with locked(tmp_path / "sweep" / "0"):
+        (tmp_path / "sweep" / "0" / "metrics.json").unlink()
+        assert train("-m", f"resume={tmp_path / 'sweep'}") == 1
+    assert states(tmp_path / "sweep") == {"0": "failed", "1": "done"}
+
+
+def test_what_killed_processes_leave_says_nothing_wrong(settings: list[str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    assert train(*settings, "method.rank=2,3,4") == 0
+    before, config = ages(sweep), (sweep / "0" / ".hydra" / "config.yaml").read_text()
+    (sweep / "0" / "job.json").unlink()  # killed between the run's last file and the job's
+    state = json.loads((sweep / "1" / "job.json").read_text())
+    (sweep / "1" / "job.json").write_text(json.dumps({**state, "state": "failed", "error": "mended by hand since"}))
+    assert train("-m", f"resume={sweep}") == 0
+    assert states(sweep) == {"0": "done", "1": "done", "2": "done"}
+    assert ages(sweep) == before
+    assert (sweep / "0" / ".hydra" / "config.yaml").read_text() == config
+
+
+def test_a_sweep_remembers_its_config_folder(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: constant}\n")
+    assert train("-cd", str(tmp_path / "conf"), *settings, "experiment=mine", "method.rank=2,3") == 0
+    (tmp_path / "sweep" / "1" / "metrics.json").unlink()
+    assert train("-m", f"resume={tmp_path / 'sweep'}") == 0
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: rslora}\n")
+    assert train("-m", f"resume={tmp_path / 'sweep'}") == 2
+    assert "method.alpha_policy is 'rslora' now and was 'constant'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["hydra.sweep.subdir=x${hydra.job.num}"], "hydra.sweep.subdir: the jobs' folders are called by their numbers"),
+        (["logger=wandb"], "job 0 (method.rank=2): logger.wandb: no account"),
+    ],
+)
+def test_what_would_fail_in_every_job_is_refused_at_once(
+    own: list[str],
+    words: str,
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train(*settings, *own, "method.rank=2,3") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_under_torchrun_a_sweep_is_refused(
+    settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert train(*settings, "method.rank=2,3") == 2
+    assert "--multirun: torchrun would run the whole sweep in every process" in capsys.readouterr().err
+
+
+def child(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have :func:`run_apart` start ``script`` in place of Python."""
+    file = folder / "python"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+
+
+def test_a_job_apart_that_is_pruned_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(tmp_path, "echo sdtune: pruned at step 7 >&2; exit 4", monkeypatch)
+    with pytest.raises(Pruned) as end:
+        run_apart("train", [], [], tmp_path, False)
+    assert end.value.step == 7
+
+
+def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(tmp_path, f"sleep 100 & echo $! > {tmp_path}/other; exit 9", monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="its process ended with exit code 9"):
+        run_apart("train", [], [], tmp_path, False)
+    assert time.monotonic() - began < 9
+    other = Path("/proc") / (tmp_path / "other").read_text().strip() / "stat"
+    assert not other.exists() or other.read_text().split()[2] == "Z"
+
+
+def test_the_exit_code_of_a_pruned_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(composed: Any) -> None:
+        raise Pruned(3)
+
+    monkeypatch.setattr(sys, "argv", ["sdtune train", f"hydra.run.dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as end:
+        main("train", lambda config, folder: run)
+    assert end.value.code == PRUNED

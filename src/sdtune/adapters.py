@@ -47,14 +47,14 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     }
 
 
-def check_file(path: str, backbone_hash: str) -> None:
+def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
     """ValueError where there is no adapter, or one that was trained on another backbone; reads headers alone."""
     place = Path(path).expanduser()
     if not place.exists():
-        raise ValueError(f"adapters.path: {path} does not exist; name a .safetensors file or a run's artifact folder")
+        raise ValueError(f"{key}: {path} does not exist; name a .safetensors file or a run's artifact folder")
     files = [place] if place.is_file() else sorted(f for f in place.glob("*.safetensors") if not _passed_over(f))
     if not files:
-        raise ValueError(f"adapters.path: {path} holds no .safetensors file; name a run's artifact folder")
+        raise ValueError(f"{key}: {path} holds no .safetensors file; name a run's artifact folder")
     for file in files:
         theirs = read_metadata(file).get("sdtune_backbone_hash", backbone_hash)
         if theirs != backbone_hash:

@@ -13,8 +13,10 @@ from pydantic import StringConstraints
 
 from sdtune import hardware
 from sdtune.backbone.tokens import NewToken
+from sdtune.callbacks.held_out import NOTHING_HELD_OUT
 from sdtune.data import PictureData
-from sdtune.instantiate import build, check, check_value
+from sdtune.instantiate import build, check, check_value, resolve
+from sdtune.loggers import require_account
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,13 @@ def check_run(config: dict[str, Any]) -> PictureData:
     facts = source.facts
     data: PictureData = build(config["data"], trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
+    for key, node in config["callbacks"].items():
+        kind = resolve(node["_target_"], "callbacks", trust) if node else None
+        if getattr(kind, "needs_held_out", False) and not data.held_out:
+            raise ValueError(f"callbacks.{key}: {NOTHING_HELD_OUT}")
+    for node in config["logger"].values():
+        if node and str(node["_target_"]).endswith("wandb_logger"):
+            require_account(bool(node.get("offline")))
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
     # A constructor that refuses a pair of settings does so here.

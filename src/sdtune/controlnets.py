@@ -94,7 +94,10 @@ def check(path: str, source: Pretrained) -> None:
     folder = Path(path).expanduser()
     file = folder / "config.json"
     if not file.is_file() or not (folder / WEIGHTS).is_file():
-        raise ValueError(f"control.path: {path} is not a folder with config.json and {WEIGHTS}; name a ControlNet's")
+        raise ValueError(
+            f"control.path: {path} is not a folder with config.json and {WEIGHTS}; name a ControlNet's folder (a LoRA"
+            " goes to adapters=)"
+        )
     config, unet = json.loads(file.read_text()), source.config("unet")
     if config.get("_class_name") != "ControlNetModel":
         raise ValueError(f"control.path: {path} holds a {config.get('_class_name')} and not a ControlNetModel")

@@ -15,6 +15,10 @@ class RunFailed(Exception):
     """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
 
 
+PRUNED = 4
+"""Exit code of a job in a process of its own that was pruned."""
+
+
 class Pruned(Exception):
     """A sweep's run that fell behind the others and was ended at ``step``."""
 

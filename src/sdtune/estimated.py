@@ -18,7 +18,7 @@ from sdtune.data.samples import Sample
 from sdtune.estimators import Estimator
 from sdtune.grids import save_png
 from sdtune.paths import cache_folder
-from sdtune.poses import PoseEstimator, check_installed
+from sdtune.poses import PoseEstimator
 
 _LONGEST = 1024  # pixels of the longer side of what is estimated and kept
 
@@ -62,8 +62,6 @@ class Estimated(Control):
                     f"data.control.{key}: {name} is not a folder; name a local folder with a transformers model, or a"
                     " hub id"
                 )
-        if self.task == "pose":
-            check_installed()
 
     def prepare(
         self,

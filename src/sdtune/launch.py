@@ -5,6 +5,7 @@ Imports no torch: ``--help``, ``--cfg`` and a misspelt key are answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -23,7 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sdtune.errors import RunFailed, Stopped
+from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
+from sdtune.files import locked
 from sdtune.paths import config_folder
 from sdtune.quiet import quiet, quiet_libraries
 from sdtune.suggest import suggestion
@@ -101,6 +103,8 @@ def main(
             refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
     if args.multirun and not writes:
         refuse(f"--multirun: sdtune {command} runs once; leave it out")
+    if args.multirun and "TORCHELASTIC_RUN_ID" in os.environ:
+        refuse("--multirun: torchrun would run the whole sweep in every process; give hardware.devices=N without it")
     search = _search_path(args.config_dir)
     try:
         config = _compose(command, search, args.overrides) if not args.multirun else None
@@ -117,6 +121,9 @@ def main(
     except Stopped as stop:
         print(f"sdtune: {stop}", file=sys.stderr)
         code = stop.code
+    except Pruned as end:
+        print(f"sdtune: {end}", file=sys.stderr)
+        code = PRUNED
     except (HydraException, OmegaConfBaseException) as error:
         refuse(_one_line(error))
     except ValueError as error:
@@ -236,7 +243,8 @@ def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: D
     fixed = [*overrides, "hydra.run.dir='" + str(folder).replace("'", "\\'") + "'"]
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
-        hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
+        with locked(folder) if _is_first() else contextlib.nullcontext():
+            hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
     except SystemExit:
         _clear(folder, existed)
         raise
@@ -246,6 +254,11 @@ def _run(command: str, search: ConfigSearchPath, overrides: list[str], config: D
         if isinstance(raised[0], ValueError):
             _clear(folder, existed)
         raise raised[0]
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for the run, of those that a launcher has started for it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _clear(folder: Path, existed: bool) -> None:

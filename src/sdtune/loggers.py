@@ -36,11 +36,7 @@ def wandb_logger(
     """
     from pytorch_lightning.loggers import WandbLogger
 
-    account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (Path.home() / ".netrc").exists()
-    if not offline and not account:
-        raise ValueError(
-            "logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true"
-        )
+    require_account(offline)
     folder = Path(save_dir)
     # Lightning's own offline=True sets WANDB_MODE for the whole process, and with it for the next job of a sweep.
     logger = WandbLogger(
@@ -58,6 +54,15 @@ def wandb_logger(
     logger.experiment.define_metric("validation_loss", step_metric="trainer/global_step", summary="min")
     logger.keeps_artifact = log_artifact  # type: ignore[attr-defined]
     return logger
+
+
+def require_account(offline: bool) -> None:
+    """ValueError where W&B would ask for one."""
+    account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (Path.home() / ".netrc").exists()
+    if not offline and not account:
+        raise ValueError(
+            "logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true"
+        )
 
 
 def _run_id(run: Path) -> str | None:

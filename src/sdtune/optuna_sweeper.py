@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune.side_by_side import stopping
+from sdtune.suggest import suggestion
 from sdtune.trials import STUDY, require_optuna, storage
 
 if TYPE_CHECKING:
@@ -89,14 +90,17 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             study_name=STUDY,
             direction=self.direction,  # type: ignore[arg-type]
             load_if_exists=True,
-            # Another seed after a stop: the same one would draw again what it drew at the start.
-            sampler=optuna.samplers.TPESampler(
-                seed=self.seed + len(_trials(folder)), n_startup_trials=self.startup_trials
-            ),
+        )
+        # Another seed after a stop: the same one would draw again what it drew at the start.
+        study.sampler = optuna.samplers.TPESampler(
+            seed=self.seed + len(study.get_trials(deepcopy=False)), n_startup_trials=self.startup_trials
         )
         for begun in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            self._launch(study, folder, [(begun.number, list(begun.user_attrs["overrides"]))])
-        while (left := self.n_trials - len(study.get_trials(deepcopy=False))) > 0:
+            if "overrides" in begun.user_attrs:
+                self._launch(study, folder, [(begun.number, list(begun.user_attrs["overrides"]))])
+            else:  # killed before it was a job
+                study.tell(begun.number, state=optuna.trial.TrialState.FAIL)
+        while (left := self.n_trials - len(_jobs(study))) > 0:
             asked = [study.ask() for _ in range(min(left, self.at_once))]
             jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in asked]
             for trial, (_, overrides) in zip(asked, jobs, strict=True):
@@ -128,16 +132,28 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             if stopped is not None and not file.is_file():
                 continue
             state = json.loads(file.read_text())
-            if state["state"] == "stopped":
+            if stopped is not None and state["state"] == "unfinished":
                 continue  # it goes on when the sweep does
             ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
             value = state.get("metric")
             if ended is TrialState.COMPLETE and value is None:
+                self._refuse_unknown(folder / str(number))
                 log.info("job %d: %s is null, which counts as a failure", number, self.config.optimized_metric)
                 ended = TrialState.FAIL
             study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
         if stopped is not None:
             raise SystemExit(stopped)
+
+    def _refuse_unknown(self, run: Path) -> None:
+        """A figure that the run does not even have null is misspelt, and no later trial will have it."""
+        found = json.loads((run / "metrics.json").read_text())
+        wanted = str(self.config.optimized_metric)
+        if wanted not in found:
+            known = [key for key, value in found.items() if isinstance(value, int | float)]
+            raise ValueError(
+                f"optimized_metric: {wanted}: the run in {run} has no such figure{suggestion(wanted, known)}; it has"
+                f" {', '.join(known)}"
+            )
 
     def _say(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState
@@ -151,8 +167,23 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             log.info("best: job %d, %s %.6g: %s", best.number, self.config.optimized_metric, best.value, chosen)
 
 
-def _trials(folder: Path) -> list[Path]:
-    return list(folder.glob("*/job.json"))
+def _jobs(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in study.get_trials(deepcopy=False) if "overrides" in trial.user_attrs]
+
+
+def example(parsed: Sequence[Override]) -> list[str]:
+    """Overrides of a job that the search could ask for: the first of every choice, the lower end of every interval."""
+    last = {override.get_key_element(): override for override in parsed}
+    return [f"{key}={_first(override)}" for key, override in last.items()]
+
+
+def _first(override: Override) -> Any:
+    value = override.value()
+    if not override.is_sweep_override():
+        return override.get_value_element_as_str()
+    if isinstance(value, IntervalSweep | RangeSweep):
+        return value.start
+    return next(iter(override.sweep_string_iterator()))
 
 
 def _suggest(trial: optuna.Trial, space: dict[str, Override]) -> list[str]:

@@ -73,7 +73,7 @@ def _methods(config: DictConfig) -> list[str]:
 def job(config: DictConfig) -> Job:
     """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong."""
     # The rest of the config is a training's own: pictures need not exist, and nothing is logged.
-    own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr"])
+    own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr", "default_lr"])
     configs = shipped(str(config.hydra.runtime.choices.backbone))
     if OmegaConf.is_missing(own.backbone, "path") and configs is not None:
         own.backbone.path = str(configs)

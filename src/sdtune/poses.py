@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,9 +143,3 @@ class PoseEstimator:
         picture = Image.fromarray(pixels)
         people = self.people(picture)
         return skeletons(people, picture.size), skeletons([other_side(p) for p in people], picture.size)
-
-
-def check_installed() -> None:
-    """ValueError where ViTPose's own reading of its maps, which is scipy's, is not there."""
-    if importlib.util.find_spec("scipy") is None:
-        raise ValueError("data.control.task: pose needs scipy; pip install 'sdtune[pose]'")

@@ -72,7 +72,8 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
         lines.append(f"LoRA for diffusers: {lora.with_name(FILE_NAME)}")
     if lora.exists() or (words and not whole.is_dir()):
         place = lora.parent if words else lora
-        adapter = shlex.quote(f'adapters=[{{path: "{place}", strength: 0.8}}]')
+        strength = ", strength: 0.8" if lora.exists() else ""  # a word acts by standing in the prompt
+        adapter = shlex.quote(f'adapters=[{{path: "{place}"{strength}}}]')
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
     elif (whole / "config.json").is_file():
         lines.append(f"ControlNet for diffusers: {whole}")

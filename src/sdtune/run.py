@@ -121,6 +121,9 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         if trainer.is_global_zero:
             keep_artifact(loggers, folder / "artifact", name)
+            write_json(folder / "metrics.json", figures)
+            for line in report_lines.after(folder, name, adapter.source, data):
+                log.info(line)
         wait_for_children(trainer)
         failed = False
     except Pruned:
@@ -178,6 +181,12 @@ def _train(
         )
 
 
+def _validation(record: Record) -> dict[str, Any]:
+    """The last validation's loss, and its step: the artifact's own, where the interval divides the run."""
+    step = max(record.validation, default=None)
+    return {"validation_loss": None if step is None else record.validation[step], "validation_step": step}
+
+
 def _figures(
     trainer: pl.Trainer,
     adapter: Adapter,
@@ -192,22 +201,25 @@ def _figures(
     cost = next(c for c in trainer.callbacks if isinstance(c, Cost))  # type: ignore[attr-defined]
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
-        "validation_loss": record.validation.get(max(record.validation, default=-1)),
+        **_validation(record),
         **cost.figures(adapter, data, record, folder / "artifact"),
     }
-    best, step = min(record.validation, key=lambda s: record.validation[s], default=None), record.median_step_seconds()
-    figures["seconds_to_best"] = best * step if best is not None and step is not None else None
     if config["evaluation"]:
         trust = settings(config).trust
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
         evaluation = build(config["evaluation"], trust)
         figures |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
+    if not record.validation:
+        why = (
+            f"no validation before step {trainer.global_step}: trainer.val_check_interval is larger"
+            if data.held_out
+            else "no picture is held out: data.hold_out, data.validation_path"
+        )
+        reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
+        figures["reasons"] = {**figures.get("reasons", {}), **reasons}
     odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
     if odd:
         figures |= {**dict.fromkeys(odd), "reasons": {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}}
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
-    write_json(folder / "metrics.json", figures)
-    for line in report_lines.after(folder, name, adapter.source, data):
-        log.info(line)
     return figures

@@ -45,7 +45,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
             raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
-        files.check_file(str(adapter["path"]), source.hash())
+        files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
     for one in _controls(container):
         one.picture()
         controlnets.check(one.path, source)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from sdtune.errors import RunFailed, Stopped
+from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 
 _ANOTHERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
 )
-"""What a start of several processes leaves in the environment; the next one must find its own."""
+"""What a start of several processes leaves in the environment; the next one must find its own, and Lightning would take
+SLURM's count of tasks, which is the sweep's, for the job's.
+"""
+
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE = 10.0
+"""Seconds for the last words of a process that has ended."""
 
 
 def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], folder: Path, resume: bool) -> None:
@@ -24,11 +33,14 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
 
     Raises:
         Stopped: it was asked to stop, and has saved.
+        Pruned: it fell behind the others of a search.
         RunFailed: it ended with another code than 0; the message is its own last word.
     """
     place = str(folder).replace("'", "\\'")
     own = [f"resume={folder}"] if resume else [*overrides, f"hydra.run.dir='{place}'"]
-    environment = {key: value for key, value in os.environ.items() if key not in _ANOTHERS}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in _ANOTHERS and not key.startswith("SLURM_")
+    }
     # A session of its own: a signal reaches it once, from here, however it came.
     child = subprocess.Popen(
         [sys.executable, "-m", f"sdtune.{command}", *options, *own],
@@ -36,23 +48,43 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        os.killpg(child.pid, number)
+        # A terminal that goes away asks for the same as a scheduler, and the job knows that.
+        os.killpg(child.pid, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    said = ""
+    handlers = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    words: list[str] = []
+    reader = threading.Thread(target=_repeat, args=(child, words), daemon=True)
+    reader.start()
     try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            sys.stderr.write(line)
-            said = line.removeprefix("sdtune: ").strip() if line.startswith("sdtune: ") else said
+        # Not the end of its words: the other processes of a job whose first one has died hold them open.
         code = child.wait()
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    reader.join(_PATIENCE)
+    said = words[-1] if words else ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stopped(said, code)
+    if code == PRUNED:
+        raise Pruned(int(said.rpartition(" ")[2]))
     if code:
         raise RunFailed(said or f"its process ended with exit code {code}")
+
+
+def _end_with_parent() -> None:
+    """In the new process: be asked to stop, and save, when the sweep is killed (prctl's PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _repeat(child: subprocess.Popen[str], words: list[str]) -> None:
+    assert child.stderr is not None
+    for line in child.stderr:
+        sys.stderr.write(line)
+        if line.startswith("sdtune: "):
+            words.append(line.removeprefix("sdtune: ").strip())

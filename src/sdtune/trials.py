@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from optuna.storages import JournalStorage
 
 STUDY = "sweep"
+JOURNAL = "optuna.journal"
+"""Of a sweep's folder."""
 
 
 def require_optuna() -> None:
@@ -24,7 +26,7 @@ def storage(sweep: Path) -> JournalStorage:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(str(sweep / "optuna.journal")))
+    return JournalStorage(JournalFileBackend(str(sweep / JOURNAL)))
 
 
 def own_trial(sweep: Path, number: int, pruner: optuna.pruners.BasePruner) -> optuna.Trial:

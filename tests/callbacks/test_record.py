@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytorch_lightning.callbacks import Callback
 
 from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
@@ -65,3 +67,19 @@ def test_an_extended_run_trains_at_the_rate_of_its_new_length(tiny: Path, pictur
     wanted = [1e-4 * Cosine()(step, 3) for step in range(3)] + [1e-4 * Cosine()(step, 6) for step in (3, 4, 5)]
     assert Rates.used == pytest.approx(wanted)
     assert [float(row["lr/unet"]) for row in rows(run)] == pytest.approx(wanted)
+
+
+class SlowValidation(Callback):
+    def on_validation_batch_start(self, *args: Any) -> None:
+        time.sleep(1.0)
+
+
+def test_validation_is_no_part_of_the_steps_time(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """At an interval that is no multiple of the flushes' own."""
+    record = Record(tmp_path)
+    model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
+    data = folder_data(pictures, hold_out=4)
+    fit(model, data, 10, [record, SlowValidation()], log_every_n_steps=4, val_check_interval=3)
+    assert sorted(record.validation) == [3, 6, 9]
+    assert len(record.step_seconds) == 6
+    assert all(0 < seconds < 0.9 for seconds in record.step_seconds)

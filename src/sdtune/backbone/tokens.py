@@ -125,7 +125,7 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
     names = [_numbered(t.token, i) for t in tokens for i in range(t.vectors)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"new_tokens: {twice!r} stands twice; give each token once, and none of another's name and _1")
+        raise ValueError(f"new_tokens: {twice!r} stands twice; give each token once (<a>'s second vector is <a>_1)")
     files = [word(token.token) for token in tokens]
     for token, file in zip(tokens, files, strict=True):
         if files.count(file) > 1 or intermediate(file):
@@ -142,5 +142,5 @@ def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
         if not any(own.search(prompt) for prompt in prompts):
             raise ValueError(
                 f"new_tokens: {token.token} stands in no caption, such as {prompts[0]!r}; write it into the captions,"
-                " or around them with data.templates"
+                f' or give data.prompt="{token.token}", with data.templates around it or not'
             )

@@ -144,6 +144,7 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
         if value is not None and value <= min(self.record.validation.values()):
-            trainer.save_checkpoint(self.folder / BEST)
+            with self.record.paused():
+                trainer.save_checkpoint(self.folder / BEST)
         if (self._due or trainer.should_stop) and not trainer.sanity_checking:
             self.save(trainer, pl_module)

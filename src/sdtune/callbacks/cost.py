@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.callbacks.record import Record
 from sdtune.data import PictureData
 from sdtune.methods.base import Adapter
+from sdtune.release import release
 
 log = logging.getLogger("sdtune")
 
@@ -21,10 +23,12 @@ _STATUS = Path("/proc/self/status")
 
 
 class Cost(Callback):
-    """Starts the memory peak anew when training starts: it would otherwise never fall between jobs of a process."""
+    """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own."""
 
     peak: int | None = None
     """Bytes; None where nothing was trained, as after resuming a run that had only its figures to make."""
+
+    _begun = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
@@ -37,6 +41,13 @@ class Cost(Callback):
             100 * count / whole,
             f"{whole:,}",
         )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._begun:
+            self._begun = True
+            release()  # of what loading and the first previews have left
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         elif _CLEAR_REFS.exists():
@@ -44,20 +55,34 @@ class Cost(Callback):
             with suppress(PermissionError):
                 _CLEAR_REFS.write_text("5")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.peak = _peak(pl_module.device)
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        peak = _peak(pl_module.device)
+        if peak is not None:
+            self.peak = max(self.peak or 0, peak)
 
     def figures(
         self, adapter: Adapter, data: PictureData, record: Record, artifact: Path
     ) -> dict[str, int | float | None]:
-        """``peak_memory_bytes`` is the accelerator's allocations, on a CPU the process's resident memory."""
+        """What the run has cost.
+
+        ``trainable_parameters`` and ``artifact_bytes`` are counts. ``peak_memory_bytes``: of the training steps, the
+        accelerator's allocations, or on a CPU the resident memory of the whole process, Python and libraries
+        included. ``median_step_seconds``: of the optimizer steps, without previews, validation and checkpoints.
+        ``images_per_second``: pictures that went through the model, both of a pair with its class. ``seconds_to_best``:
+        median step times the step of the least validation loss. Speeds and the peak are those of the process that
+        ended the run, where it was resumed.
+        """
         step = record.median_step_seconds()
+        best = min(record.validation, key=lambda s: record.validation[s], default=None)
         return {
             "trainable_parameters": sum(p.numel() for _, p in adapter.trainable()),
             "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
             "peak_memory_bytes": self.peak,
             "median_step_seconds": step,
-            "images_per_second": data.batch_size / step if step else None,
+            "images_per_second": data.batch_size * (2 if data.has_prior else 1) / step if step else None,
+            "seconds_to_best": best * step if best is not None and step else None,
         }
 
 

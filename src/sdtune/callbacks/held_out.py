@@ -6,6 +6,10 @@ import pytorch_lightning as pl
 
 from sdtune.methods.base import Adapter
 
+NOTHING_HELD_OUT = (
+    "no picture is held out to judge by; give data.hold_out=10, for one in ten (on pocket data.validation_pictures=12)"
+)
+
 
 def check_held_out(trainer: pl.Trainer, module: pl.LightningModule, key: str) -> None:
     """ValueError that names ``key``, before any weights are loaded, where nothing is held out."""
@@ -13,4 +17,4 @@ def check_held_out(trainer: pl.Trainer, module: pl.LightningModule, key: str) ->
     data, facts = trainer.datamodule, module.source.facts  # type: ignore[attr-defined]
     data.open(facts.side, facts.factor)
     if not data.held_out:
-        raise ValueError(f"{key}: no picture is held out to judge by; give data.hold_out=10, for one in ten")
+        raise ValueError(f"{key}: {NOTHING_HELD_OUT}")

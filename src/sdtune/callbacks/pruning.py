@@ -18,6 +18,8 @@ from sdtune.trials import own_trial, require_optuna
 class Pruning(Callback):
     """Reports each validation loss to the job's Optuna trial (``sweep=optuna``) and ends the job if it says so.
 
+    Whatever figure the search is for, it is the validation loss that is judged: fidelities are measured at the end.
+
     Args:
         run: the job's folder, in the sweep's.
         record: where the validation losses are.
@@ -26,6 +28,8 @@ class Pruning(Callback):
             (Li et al. 2020) all but the best third at each of a few steps that grow threefold.
         after: trials that end by themselves first (median), and the first step at which one may end (asha).
     """
+
+    needs_held_out = True
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class Pruning(Callback):
         require_optuna()
         self.run, self.record, self.number, self.kind, self.after = run, record, trial, pruner, after
         self._trial: Any = None
+        self._sign = 1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         import optuna
@@ -50,12 +55,14 @@ class Pruning(Callback):
                 else optuna.pruners.SuccessiveHalvingPruner(min_resource=self.after, reduction_factor=3)
             )
             self._trial = own_trial(self.run.parent, self.number, pruner)
+            # The study's direction is that of the figure at the end; a loss is always the better the lower.
+            self._sign = 1 if self._trial.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
         behind = False
         if self._trial is not None and value is not None and not trainer.sanity_checking:
-            self._trial.report(value, trainer.global_step)
+            self._trial.report(self._sign * value, trainer.global_step)
             behind = bool(self._trial.should_prune())
         if trainer.world_size > 1:
             behind = bool(trainer.strategy.reduce_boolean_decision(behind, all=False))

@@ -132,6 +132,8 @@ class Record(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
+        # The flush below takes the time since the last one, so the pause must be over by then.
+        self._validating.__exit__(None, None, None)
         value = trainer.callback_metrics.get("validation_loss")
         if value is not None and not trainer.sanity_checking:
             self.flush(trainer, pl_module)
@@ -139,7 +141,6 @@ class Record(Callback):
             self._append([{"step": trainer.global_step, "validation_loss": float(value)}], trainer)
             for logger in trainer.loggers:
                 logger.log_metrics({"validation_loss": float(value)}, step=trainer.global_step)
-        self._validating.__exit__(None, None, None)
 
     def median_step_seconds(self) -> float | None:
         """Median over the flushes of this process; the first, which holds warm-up, only counts if it is alone."""

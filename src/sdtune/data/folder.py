@@ -35,7 +35,12 @@ class Picture:
     repeats: int = 1
 
 
-def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None = None) -> tuple[Picture, ...]:
+_ASK = 'give one for them all with data.prompt="a photo of ...", or a .txt file beside each'
+
+
+def read_folder(
+    path: str | Path, prompt: str | None = None, trigger: str | None = None, key: str = "data.path", ask: str = _ASK
+) -> tuple[Picture, ...]:
     """The pictures in and below ``path``, in the order of their names, each with its caption.
 
     A picture's caption is the first of these that exists:
@@ -46,9 +51,10 @@ def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None
     3. the words in the name of the sub-folder that holds it, in kohya's form ``10_sks dog``;
     4. ``prompt``.
 
-    Line breaks in 1 and 2 become spaces. ``trigger`` is put before a caption that does not begin with it. The number
-    in kohya's form is the picture's repeats; in other folders it is 1. Links are followed; hidden files,
-    ``__MACOSX`` and masks are skipped. Only headers are read: ``check_pictures`` decodes.
+    ``key`` and ``ask`` are for the refusal of a picture without one. Line breaks in 1 and 2 become spaces. ``trigger``
+    is put before a caption that does not begin with it. The number in kohya's form is the picture's repeats; in other
+    folders it is 1. Links are followed; hidden files, ``__MACOSX`` and masks are skipped. Only headers are read:
+    ``check_pictures`` decodes.
 
     Raises:
         ValueError: no pictures; a picture without a caption, with two of one kind, or with an unreadable header;
@@ -69,8 +75,7 @@ def read_folder(path: str | Path, prompt: str | None = None, trigger: str | None
         captions |= dict.fromkeys(bare, prompt)
     elif bare:
         raise ValueError(
-            f"data.path: {len(bare)} of {len(pictures)} pictures have no caption, the first is {bare[0]}: "
-            'give one for them all with data.prompt="a photo of ...", or a .txt file beside each'
+            f"{key}: {len(bare)} of {len(pictures)} pictures have no caption, the first is {bare[0]}: {ask}"
         )
     return tuple(
         Picture(picture, _with_trigger(captions[picture], trigger), picture_size(picture), kohya[picture][0])

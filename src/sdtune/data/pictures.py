@@ -154,6 +154,14 @@ class PictureData(pl.LightningDataModule, ABC):
             self.control.open((*self._train, *self._held_out))
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
+        if self.has_prior:
+            prompts = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or ()
+            same = next((s.caption for s in self._train if s.caption in prompts), None)
+            if same is not None:
+                raise ValueError(
+                    f"data.class_prompt: {same!r} is a caption of the subject too, and the two would pull the same"
+                    " words apart; put a rare word into the subject's"
+                )
 
     @property
     def has_prior(self) -> bool:

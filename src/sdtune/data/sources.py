@@ -87,13 +87,15 @@ class Folder(PictureData):
             raise ValueError("data.hold_out and data.validation_path: name one of the two")
 
     def _pictures(self, path: str) -> list[Picture]:
-        pictures = read_folder(path, self.prompt, self.trigger)
+        templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
+        pictures = read_folder(path, self.prompt, self.trigger, **(templated if self.texts else {}))
         check_pictures(pictures)
         return list(pictures)
 
     def read_class(self, path: str) -> Sequence[Sample]:
         assert isinstance(self.class_prompt, str | None)
-        pictures = read_folder(path, self.class_prompt)
+        ask = 'give one for them all with data.class_prompt="a photo of a dog", or a .txt file beside each'
+        pictures = read_folder(path, self.class_prompt, key="data.class_path", ask=ask)
         check_pictures(pictures)
         return [FileSample(p, 1) for p in pictures]
 

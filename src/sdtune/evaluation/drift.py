@@ -21,7 +21,7 @@ def prior_drift(ours: Tensor, base: Tensor) -> float:
 
     The unbiased squared MMD under the kernel (cosine + 1)^3, which is KID's (Binkowski et al. 2018, section 4) on
     embeddings of a CLIP in place of Inception's: not comparable with published KIDs. It may be a little below 0, and is
-    at most 8.
+    at most 16.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 

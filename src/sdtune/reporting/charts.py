@@ -17,7 +17,7 @@ _LAYOUT: dict[str, Any] = {
     "height": 420,
 }
 COSTS = {
-    "seconds": "training time, s",
+    "seconds": "time of the steps, s",
     "trainable_parameters": "trained parameters",
     "artifact_bytes": "artifact, bytes",
     "peak_memory_bytes": "peak memory, bytes",

@@ -77,14 +77,15 @@ def _order(folder: Path) -> tuple[Any, ...]:
 def _read(folder: Path) -> Run:
     figures = _json(folder / "metrics.json")
     job = _json(folder / "job.json")
-    state = str(job.get("state", "done" if figures else "unfinished"))
+    # A job that failed may have been completed by itself since.
+    state = "done" if figures else str(job.get("state", "unfinished"))
     config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
     kept = folder / ".hydra" / "overrides.yaml"
     return Run(
         folder=folder,
         overrides=tuple(str(o) for o in OmegaConf.load(kept)) if kept.is_file() else (),
-        state="unfinished" if state == "stopped" else state,
-        error=job.get("error"),
+        state=state,
+        error=None if figures else job.get("error"),
         config=flat(config),
         metrics={k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         reasons=figures.get("reasons", {}),

@@ -30,7 +30,9 @@ _SHEET = 900
 _COLUMNS = 16
 """Of the ranking, at most: the figures that follow the one to rank by."""
 
-_COSTS = frozenset({"steps", "median_step_seconds", "images_per_second", "seconds_to_best", *charts.COSTS})
+_COSTS = frozenset(
+    {"steps", "validation_step", "median_step_seconds", "images_per_second", "seconds_to_best", *charts.COSTS}
+)
 """They stand last."""
 
 
@@ -124,7 +126,8 @@ def _charts(found: Sequence[Setting], done: Sequence[Run], metric: str | None, n
     charted: list[tuple[str, str, go.Figure | None]] = []
     if metric is not None:
         heat = charts.heat_map(found, metrics(done), metric)
-        charted.append(("Over the settings", "Darker is better where one number is better than another.", heat))
+        note = "Darker is better. Where several settings share a cell, it is the best of them."
+        charted.append(("Over the settings", note, heat))
         cost = charts.cost_and_effect(found, metric)
         charted.append(("Cost against effect", "The dotted front holds what nothing else beats in both.", cost))
     charted.append(("Loss", "Smoothed exponentially; a line a run.", charts.curves(found, "loss", 0.95)))

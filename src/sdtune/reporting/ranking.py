@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -13,7 +12,7 @@ from sdtune.reporting.collect import Run
 
 LOWER_IS_BETTER = frozenset(
     {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
-    | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled"}
+    | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
 )
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
@@ -29,12 +28,21 @@ class Figure:
     spread: float | None
     count: int
 
-    def near(self, other: Figure) -> bool:
-        """Whether the difference of the two means lies within twice its standard error, as Welch 1947 has it."""
+    def near(self, other: Figure, comparisons: int) -> bool | None:
+        """Whether the two means may well be one: Welch's t-test (1947) at 5%, shared out over ``comparisons``.
+
+        None where one of them has a single seed, whose noise nobody knows.
+        """
         if self.spread is None or other.spread is None:
-            return False
-        error = math.sqrt(self.spread**2 / self.count + other.spread**2 / other.count)
-        return abs(self.mean - other.mean) <= 2 * error
+            return None
+        if self.spread == other.spread == 0:
+            return self.mean == other.mean
+        from scipy.stats import ttest_ind_from_stats  # a second of imports
+
+        test = ttest_ind_from_stats(
+            self.mean, self.spread, self.count, other.mean, other.spread, other.count, equal_var=False
+        )
+        return bool(test.pvalue > 0.05 / comparisons)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Setting:
 
     def figure(self, metric: str) -> Figure | None:
         """``metric`` over the runs that have it."""
-        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        # A seed that was run twice is one replicate.
+        by_seed = {str(run.config.get(_SEED)): run.metrics[metric] for run in self.runs if metric in run.metrics}
+        values = list(by_seed.values())
         return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
 
@@ -106,8 +116,8 @@ def chosen(runs: Sequence[Run]) -> str | None:
     return next((key for key in (*wanted, *_PREFERRED) if key in known), None)
 
 
-Place = tuple[Setting, "Figure", bool]
-"""A setting, its figure, and whether that lies within the noise of the best."""
+Place = tuple[Setting, "Figure", "bool | None"]
+"""A setting, its figure, and whether that lies within the noise of the best; None where nobody knows."""
 
 
 def rankings(found: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
@@ -124,4 +134,4 @@ def ranked(found: Sequence[Setting], metric: str) -> list[Place]:
     """The settings that have ``metric``, best first."""
     rows = [(setting, figure) for setting in found if (figure := setting.figure(metric)) is not None]
     rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
-    return [(setting, figure, i > 0 and figure.near(rows[0][1])) for i, (setting, figure) in enumerate(rows)]
+    return [(s, figure, i > 0 and figure.near(rows[0][1], len(rows) - 1)) for i, (s, figure) in enumerate(rows)]

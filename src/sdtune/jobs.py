@@ -1,0 +1,151 @@
+"""A sweep's job: its folder says what it was asked, how it ended, and why. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sdtune.errors import Pruned, RunFailed, Stopped
+from sdtune.files import locked, write_json
+from sdtune.release import release
+from sdtune.resume import check_unchanged
+from sdtune.side_by_side import reachable, stopping
+from sdtune.sweep_process import run_apart
+
+if TYPE_CHECKING:
+    from sdtune.launch import Prepare
+
+STATE = "job.json"
+"""Of a job's folder: its overrides, its ``state`` (done, failed, pruned, or unfinished), and why."""
+
+UNFINISHED = "unfinished"
+
+
+class Job:
+    """What the launcher calls for each job, in this process or in another: it can be pickled.
+
+    Args:
+        beside: it runs in one of joblib's workers.
+    """
+
+    def __init__(self, command: str, prepare: Prepare, beside: bool = False) -> None:
+        self.command, self.prepare, self.beside = command, prepare, beside
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        """The metric that ``optimized_metric`` names; None where the job failed, which its folder then says."""
+        if not self.beside:
+            return self._tracked(composed)
+        sweep = Path(str(HydraConfig.get().sweep.dir))
+        if stopping(sweep) is not None:
+            return None
+        try:
+            with reachable(sweep):
+                return self._tracked(composed)
+        except (SystemExit, KeyboardInterrupt):
+            return None
+
+    def _tracked(self, composed: DictConfig) -> float | None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        overrides = [str(override) for override in HydraConfig.get().overrides.task]
+        state: dict[str, Any] = {"overrides": overrides, "state": UNFINISHED}
+        try:
+            if not finished(folder):
+                # What a killed process leaves behind says that it was not at an end.
+                write_json(folder / STATE, state)
+                self._run(composed, overrides, folder)
+            state |= {"state": "done", "metric": _metric(composed, folder)}
+        except Stopped as stop:
+            # Only what is no Exception passes through Hydra and ends the sweep with the job.
+            raise SystemExit(stop.code) from stop
+        except Pruned as end:
+            state |= {"state": "pruned", "step": end.step}
+            return None
+        except Exception as error:
+            # Raised, it would end the sweep; the other jobs run on.
+            ours = isinstance(error, ValueError | RunFailed)
+            state |= {"state": "failed", "error": f"{'' if ours else f'{type(error).__name__}: '}{error}"}
+            print(f"sdtune: job {folder.name} failed: {state['error']}", file=sys.stderr)
+            return None
+        finally:
+            write_json(folder / STATE, state)
+            release()
+        return _metric(composed, folder)
+
+    def _run(self, composed: DictConfig, overrides: Sequence[str], folder: Path) -> None:
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(folder))
+            _keep_config(composed, folder)
+            _go_on(composed, folder)
+            run = self.prepare(composed, folder)
+            if not _apart(composed):
+                run(composed)
+                return
+        # Lightning would start the other processes with the sweep's own command line, and kill this one with them.
+        sources = HydraConfig.get().runtime.config_sources
+        own = next((["-cd", str(s.path)] for s in sources if s.provider == "command-line"), [])
+        run_apart(self.command, own, overrides, folder, bool(composed.get("resume")))
+
+
+def _keep_config(composed: DictConfig, folder: Path) -> None:
+    """Write what Hydra writes of a job, once: resumed, it would be overwritten by what is composed today."""
+    place = folder / ".hydra"
+    if (place / "config.yaml").is_file():
+        container = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(container, dict)
+        check_unchanged({str(key): value for key, value in container.items()}, folder)
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    whole = HydraConfig.instance().cfg
+    assert whole is not None
+    OmegaConf.save(OmegaConf.masked_copy(whole, ["hydra"]), place / "hydra.yaml")
+    OmegaConf.save(whole.hydra.overrides.task, place / "overrides.yaml")
+    OmegaConf.save(composed, place / "config.yaml")
+
+
+def _go_on(composed: DictConfig, folder: Path) -> None:
+    """Have ``composed`` resume what an earlier start of the sweep left in ``folder``, or clear it away."""
+    if any((folder / "checkpoints").glob("step*.ckpt")):
+        with open_dict(composed):
+            composed.resume = str(folder)
+        return
+    for name in ("samples", "checkpoints", "artifact", "evaluation"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "metrics.csv").unlink(missing_ok=True)
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` is complete."""
+    return (folder / "metrics.json").is_file()
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """What ``folder`` says of its job; a run that was completed by itself since is done."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if finished(folder):
+        state = {key: value for key, value in state.items() if key != "error"} | {"state": "done"}
+    return state
+
+
+def _metric(config: DictConfig, folder: Path) -> float | None:
+    if not finished(folder) or not config.get("optimized_metric"):
+        return None
+    value = json.loads((folder / "metrics.json").read_text()).get(config.optimized_metric)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _apart(config: DictConfig) -> bool:
+    """Whether the job is a process of its own: where it has several devices, or a process group to leave behind."""
+    from sdtune.hardware import processes
+
+    node = OmegaConf.to_container(config.hardware, resolve=True) if "hardware" in config else {}
+    assert isinstance(node, dict)
+    settings = {str(key): value for key, value in node.items()}
+    return processes(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
