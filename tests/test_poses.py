@@ -147,9 +147,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
     assert not estimator(picture)[0].any(), "nobody is there"
 
 
-def test_what_finds_no_people_is_refused(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_finds_no_people_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match=r"^data\.control\.model: .* finds 21 keypoints; COCO's 17 are needed"):
         PoseEstimator(models["hands"], None, cpu)

@@ -199,11 +199,11 @@ def test_a_sweep_remembers_its_config_folder(
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
-    recipe.write_text("# @package _global_\nmethod: {alpha_policy: constant}\n")
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: constant, alpha: 4}\n")
     assert train("-cd", str(tmp_path / "conf"), *settings, "experiment=mine", "method.rank=2,3") == 0
     (tmp_path / "sweep" / "1" / "metrics.json").unlink()
     assert train("-m", f"resume={tmp_path / 'sweep'}") == 0
-    recipe.write_text("# @package _global_\nmethod: {alpha_policy: rslora}\n")
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: rslora, alpha: 4}\n")
     assert train("-m", f"resume={tmp_path / 'sweep'}") == 2
     assert "method.alpha_policy is 'rslora' now and was 'constant'" in capsys.readouterr().err
 

@@ -52,6 +52,8 @@ def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> Non
     place = Path(path).expanduser()
     if not place.exists():
         raise ValueError(f"{key}: {path} does not exist; name a .safetensors file or a run's artifact folder")
+    if (place / "config.json").is_file():
+        raise ValueError(f"{key}: {path} holds a ControlNet or another whole model; a ControlNet goes to control=")
     files = [place] if place.is_file() else sorted(f for f in place.glob("*.safetensors") if not _passed_over(f))
     if not files:
         raise ValueError(f"{key}: {path} holds no .safetensors file; name a run's artifact folder")

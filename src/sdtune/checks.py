@@ -106,8 +106,9 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     for key in hardware.SWITCHES:
         merged.pop(key, None)
     if isinstance(merged.get("val_check_interval"), int):
-        # Lightning counts micro-batches.
-        merged["val_check_interval"] *= int(merged.get("accumulate_grad_batches", 1))
+        # Lightning counts micro-batches; a run that is shorter than the interval is measured at its end.
+        every = min(merged["val_check_interval"], merged.get("max_steps") or merged["val_check_interval"])
+        merged["val_check_interval"] = every * int(merged.get("accumulate_grad_batches", 1))
     kind = str(merged.get("accelerator", "auto"))
     merged["precision"] = hardware.precision(str(merged.get("precision", "auto")), kind)
     merged["accelerator"] = hardware.accelerator(kind)

@@ -70,17 +70,23 @@ def _show(data: PictureData, folder: Path) -> None:
         for prompt, files in prompts.items():
             log.info("class: %d pictures of %r in %s", len(files), prompt, Path(files[0]).parent)
     if data.control is not None:
-        maps = []
+        maps, names = [], _names(data.train)
         with bar("Writing control maps", len(data.train)) as progress:
             for number, sample in enumerate(data.train):
                 drawn = data.control.map(sample, data.bucket(sample))
                 about = {"caption": sample.caption, "picture": str(sample)}
-                save_png(drawn, folder / "maps" / f"{number:05d}.png", about)
+                save_png(drawn, folder / "maps" / f"{names[number]}.png", about)
                 maps += [drawn] if number < _SHOWN else []
                 progress(1)
         _sheet(samples, maps, folder / "maps.png")
         log.info("all %d control maps: %s", len(data.train), folder / "maps")
     log.info("to look at: %s", folder)
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    """The pictures' own names, by which data/control=paired takes maps; numbers where they have none of their own."""
+    stems = [Path(str(sample)).stem for sample in samples if Path(str(sample)).is_file()]
+    return stems if len(set(stems)) == len(samples) else [f"{number:05d}" for number in range(len(samples))]
 
 
 def _sheet(samples: Sequence[Sample], pictures: list[np.ndarray], path: Path) -> None:

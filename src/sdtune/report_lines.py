@@ -84,22 +84,26 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
         lines.append(f"pipeline folder for diffusers: {whole}")
         # Its own scheduler says what it predicts.
         trained = Pretrained(str(whole), guidance=source.guidance)
-        lines.append(f"sample with it: sdtune sample{_backbone(trained)} {prompt}")
+        lines.append(f"sample with it: sdtune sample{_backbone(trained, source.path == 'pocket')} {prompt}")
     return lines
 
 
-def _backbone(source: Pretrained) -> str:
-    """The overrides that name ``source``, with a space before each; none for pocket as it is."""
+def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
+    """The overrides that name ``source``, with a space before each; none for pocket as it is.
+
+    ``pocket``: whether pocket's settings are behind it, by its path if None.
+    """
+    pocket = source.path == "pocket" if pocket is None else pocket
     own = {
         **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),
         "prediction_type": source.prediction_type,
         "zero_terminal_snr": source.zero_terminal_snr or None,
-        "guidance": source.guidance if source.guidance != _GUIDANCE[source.path == "pocket"] else None,
+        "guidance": source.guidance if source.guidance != _GUIDANCE[pocket] else None,
     }
     said = [
         f"backbone.{key}={str(value).lower() if value is True else value}"
         for key, value in own.items()
         if value is not None
     ]
-    group = [] if source.path == "pocket" else ["backbone=sd15"]
+    group = [] if pocket else ["backbone=sd15"]
     return "".join(f" {shlex.quote(override)}" for override in [*group, *said])

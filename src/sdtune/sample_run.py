@@ -38,8 +38,13 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
     source.check()
+    if not isinstance(container["adapters"], list):
+        raise ValueError(
+            f"adapters: {container['adapters']} is no list; write adapters=[{{path: FILE, strength: 0.8}}]"
+        )
     for index, adapter in enumerate(container["adapters"]):
-        check_value(adapter, dict[str, Any], f"adapters[{index}]")
+        if not isinstance(adapter, dict):
+            raise ValueError(f"adapters[{index}]: {adapter} stands alone; write {{path: {adapter}, strength: 0.8}}")
         unknown = set(adapter) - {"path", "strength"}
         if "path" not in adapter or unknown:
             odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"

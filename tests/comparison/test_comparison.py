@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,19 @@ import pytest
 from sdtune.comparison import __main__ as command
 from sdtune.comparison import figures
 from sdtune.comparison.figures import measured, planned
-from sdtune.comparison.folklore import ASSERTED, CLAIMS, METHODS, SUBJECT_METHODS, suits
+from sdtune.comparison.folklore import (
+    ASSERTED,
+    CLAIMS,
+    METHODS,
+    SUBJECT_METHODS,
+    at_least,
+    at_most,
+    both,
+    less,
+    suits,
+)
 from sdtune.comparison.page import page
+from sdtune.comparison.value import Value
 from sdtune.grids import save_png
 
 GAINS = {"textual_inversion": 0.4, "lora": 0.9, "dreambooth": 0.7, "full": 0.9}
@@ -81,14 +93,29 @@ def test_the_page_says_what_the_runs_have(sweep: Path) -> None:
     for claim in CLAIMS:
         assert claim.text in rows
     assert "| so |" in rows["Textual Inversion trains the fewest parameters and leaves the smallest file"]
-    assert "| **not so** |" in rows["Textual Inversion is done soonest"], "all take as long here"
-    assert "| **not so** |" in rows["DreamBooth's effect is stronger than LoRA's"]
+    assert "| within the noise |" in rows["Textual Inversion is done soonest"], "all take as long here"
+    assert "| within the noise |" in rows["DreamBooth's effect is stronger than LoRA's"]
     assert "| **not so** |" in rows["LoRA leaves the class alone"]
     assert "| so |" in rows["DreamBooth keeps the class, full fine-tuning loses it"]
     whole = "\n".join(lines)
     for said in ASSERTED.values():
         assert f"| {said.resources} |" in whole
     assert "map followed: 0.500" in whole
+
+
+def test_a_verdict_knows_the_noise() -> None:
+    low, high, wide = Value(0.1, spread=0.01), Value(0.3, interval=(0.25, 0.35)), Value(0.2, interval=(0.05, 0.4))
+    assert (less(low, high), less(high, low), less(low, wide), less(low, low)) == (True, False, None, None)
+    assert less(Value(3.0), Value(3.0)) is False, "counts have no noise"
+    assert (at_most(low, 0.2), at_most(high, 0.2), at_most(wide, 0.2)) == (True, False, None)
+    assert (at_least(high, 0.2), at_least(low, 0.2), at_least(wide, 0.2)) == (True, False, None)
+    assert (both(True, True), both(True, None), both(None, False)) == (True, None, False)
+
+
+def test_seeds_that_are_missing_are_noticed(sweep: Path) -> None:
+    shutil.rmtree(sweep / "6")
+    with pytest.raises(ValueError, match=r"lacks seeds of lora"):
+        command.gathered(sweep)
 
 
 def test_what_a_method_suits_follows_from_its_figures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,12 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sdtune.methods.base import Adapter
 
+log = logging.getLogger("sdtune")
+
+
+_LINES = 10
+"""Of a whole run, where nobody watches a bar."""
+
 
 class Bar(Callback):
-    """A Rich bar on stderr of the first process."""
+    """A Rich bar on stderr of the first process; where that is no terminal, a line in the log now and then."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
+        self._watched = True
+        self._said = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -31,6 +40,8 @@ class Bar(Callback):
             console=Console(stderr=True),
             refresh_per_second=4,
         )
+        self._watched = self._progress.console.is_terminal
+        self._said = trainer.global_step * _LINES // trainer.max_steps
         self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, figures="")
         self._progress.start()
 
@@ -45,6 +56,10 @@ class Bar(Callback):
         if row:
             rate = next(value for key, value in row.items() if key.startswith("lr/"))
             figures = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
+        part = trainer.global_step * _LINES // trainer.max_steps
+        if not self._watched and part > self._said and trainer.max_steps >= _LINES and figures:
+            self._said = part
+            log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, figures)
         self._progress.update(self._task, completed=trainer.global_step, figures=figures)
 
     def _stop(self) -> None:

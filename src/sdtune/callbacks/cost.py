@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.record import Record
 from sdtune.data import PictureData
+from sdtune.formats.embeddings import intermediate
 from sdtune.methods.base import Adapter
 from sdtune.release import release
 
@@ -67,18 +68,20 @@ class Cost(Callback):
     ) -> dict[str, int | float | None]:
         """What the run has cost.
 
-        ``trainable_parameters`` and ``artifact_bytes`` are counts. ``peak_memory_bytes``: of the training steps, the
-        accelerator's allocations, or on a CPU the resident memory of the whole process, Python and libraries
-        included. ``median_step_seconds``: of the optimizer steps, without previews, validation and checkpoints.
-        ``images_per_second``: pictures that went through the model, both of a pair with its class. ``seconds_to_best``:
-        median step times the step of the least validation loss. Speeds and the peak are those of the process that
-        ended the run, where it was resumed.
+        ``trainable_parameters`` is a count, ``artifact_bytes`` that of every form of the artifact without those of
+        steps on the way. ``peak_memory_bytes``: of the training steps, the accelerator's allocations, or on a CPU the
+        resident memory of the whole process, Python and libraries included. ``median_step_seconds``: of the optimizer
+        steps, without previews, validation and checkpoints. ``images_per_second``: pictures that went through the
+        model, both of a pair with its class. ``seconds_to_best``: median step times the step of the least validation
+        loss. Speeds and the peak are those of the process that ended the run, where it was resumed.
         """
         step = record.median_step_seconds()
         best = min(record.validation, key=lambda s: record.validation[s], default=None)
         return {
             "trainable_parameters": sum(p.numel() for _, p in adapter.trainable()),
-            "artifact_bytes": sum(f.stat().st_size for f in artifact.rglob("*") if f.is_file()),
+            "artifact_bytes": sum(
+                f.stat().st_size for f in artifact.rglob("*") if f.is_file() and not intermediate(f.stem)
+            ),
             "peak_memory_bytes": self.peak,
             "median_step_seconds": step,
             "images_per_second": data.batch_size * (2 if data.has_prior else 1) / step if step else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from sdtune.data.previews import Wanted, wanted
 from sdtune.grids import grid, save_png
 from sdtune.methods.base import Adapter
 from sdtune.sampling import Request, Sampling, generate
+
+log = logging.getLogger("sdtune")
 
 
 class Samples(Callback):
@@ -93,6 +96,7 @@ class Samples(Callback):
         size = self.sampling.size(pl_module.backbone.facts.side)
         self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
         if trainer.is_global_zero and trainer.global_step == 0:
+            log.info("samples: %d before training", len(self.wanted) * len(self.seeds))
             self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
             self._keep(self.first, "before")
 

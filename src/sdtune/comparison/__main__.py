@@ -31,9 +31,10 @@ def gathered(sweep: Path) -> dict[str, list[Run]]:
         if run.state != "done":
             raise ValueError(f"{run.folder} is {run.state}; sdtune train -m resume={sweep} runs what is missing")
         found[chosen[0]].append(run)
-    missing = next((method for method, runs in found.items() if not runs), None)
-    if missing is not None:
-        raise ValueError(f"{sweep} has no run of {missing}; sdtune train -m resume={sweep} runs what is missing")
+    seeds = {method: {run.config.get("seed") for run in runs} for method, runs in found.items()}
+    fewer = next((method for method in METHODS if seeds[method] != set.union(*seeds.values())), None)
+    if fewer is not None:
+        raise ValueError(f"{sweep} lacks seeds of {fewer}; sdtune train -m resume={sweep} runs what is missing")
     return found
 
 

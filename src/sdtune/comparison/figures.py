@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 
 from sdtune import plan_run
+from sdtune.comparison.value import Value
 from sdtune.paths import config_folder
 from sdtune.planning import Switches, memory
 from sdtune.pocket.evaluation import READINGS
 from sdtune.pocket.table import intervals
 from sdtune.reporting import Run
-from sdtune.reporting.units import unit
-
-
-@dataclass(frozen=True)
-class Value:
-    """A figure over the seeds: its mean, and an interval's ends (95%, by bootstrap) or a standard deviation."""
-
-    mean: float
-    interval: tuple[float, float] | None = None
-    spread: float | None = None
-
-    def shown(self, figure: str) -> str:
-        """Mean and spread, in the unit that suits ``figure``."""
-        if self.interval is not None:
-            return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
-        spread = f" ± {unit(self.spread, figure, 2)}" if self.spread else ""
-        return unit(self.mean, figure) + spread
 
 
 def measured(runs: Sequence[Run]) -> dict[str, Value]:

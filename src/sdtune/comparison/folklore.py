@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sdtune.comparison.value import Value
+
 SUBJECT_METHODS = ("textual_inversion", "lora", "dreambooth", "full")
 METHODS = (*SUBJECT_METHODS, "controlnet")
 
@@ -20,8 +22,11 @@ LEAK = 0.10
 FOLLOWED = 0.3
 """``control_less_shuffled`` from which a map is said to be followed."""
 
-Figures = Mapping[str, Mapping[str, float]]
-"""By method, the mean of each figure over the seeds."""
+Figures = Mapping[str, Mapping[str, Value]]
+"""By method, each figure over the seeds."""
+
+Verdict = bool | None
+"""None: within the noise."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +61,44 @@ class Claim:
     text: str
     figures: tuple[str, ...]
     methods: tuple[str, ...]
-    holds: Callable[[Figures], bool]
+    holds: Callable[[Figures], Verdict]
 
 
 COSTS = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes", "seconds")
 
 
-def _least(method: str, figure: str) -> Callable[[Figures], bool]:
-    return lambda f: all(f[method][figure] < f[other][figure] for other in SUBJECT_METHODS if other != method)
+def less(a: Value, b: Value) -> Verdict:
+    """Whether ``a`` is less than ``b``, by more than their spreads reach."""
+    if a.ends[1] < b.ends[0]:
+        return True
+    return None if a.ends[0] < b.ends[1] else False
 
 
-def _most(method: str, figure: str) -> Callable[[Figures], bool]:
-    return lambda f: all(f[method][figure] > f[other][figure] for other in SUBJECT_METHODS if other != method)
+def at_most(a: Value, limit: float) -> Verdict:
+    """Whether ``a`` lies up to ``limit``, its spread and all."""
+    return True if a.ends[1] <= limit else None if a.ends[0] <= limit else False
+
+
+def at_least(a: Value, limit: float) -> Verdict:
+    """Whether ``a`` lies from ``limit`` on, its spread and all."""
+    return True if a.ends[0] >= limit else None if a.ends[1] >= limit else False
+
+
+def both(*verdicts: Verdict) -> Verdict:
+    """Whether all are so."""
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _least(method: str, figure: str) -> Callable[[Figures], Verdict]:
+    return lambda f: both(*(less(f[method][figure], f[other][figure]) for other in SUBJECT_METHODS if other != method))
+
+
+def _most(method: str, figure: str) -> Callable[[Figures], Verdict]:
+    return lambda f: both(*(less(f[other][figure], f[method][figure]) for other in SUBJECT_METHODS if other != method))
+
+
+def _cheaper(method: str, *others: str) -> Callable[[Figures], Verdict]:
+    return lambda f: both(*(less(f[method][cost], f[other][cost]) for cost in COSTS for other in others))
 
 
 CLAIMS = (
@@ -75,7 +106,7 @@ CLAIMS = (
         "Textual Inversion trains the fewest parameters and leaves the smallest file",
         ("trainable_parameters", "artifact_bytes"),
         SUBJECT_METHODS,
-        lambda f: _least("textual_inversion", COSTS[0])(f) and _least("textual_inversion", COSTS[1])(f),
+        lambda f: both(*(_least("textual_inversion", cost)(f) for cost in COSTS[:2])),
     ),
     Claim(
         "Textual Inversion needs the least memory",
@@ -94,37 +125,37 @@ CLAIMS = (
         "DreamBooth needs less than full fine-tuning",
         COSTS,
         ("dreambooth", "full"),
-        lambda f: all(f["dreambooth"][cost] < f["full"][cost] for cost in COSTS),
+        _cheaper("dreambooth", "full"),
     ),
     Claim(
         "DreamBooth's effect is stronger than LoRA's",
         ("subject_gain",),
         ("dreambooth", "lora"),
-        lambda f: f["dreambooth"]["subject_gain"] > f["lora"]["subject_gain"],
+        lambda f: less(f["lora"]["subject_gain"], f["dreambooth"]["subject_gain"]),
     ),
     Claim(
         "DreamBooth keeps the class, full fine-tuning loses it",
         ("prior_leak", "class_diversity"),
         ("dreambooth", "full"),
-        lambda f: f["dreambooth"]["prior_leak"] <= LEAK < f["full"]["prior_leak"],
+        lambda f: both(at_most(f["dreambooth"]["prior_leak"], LEAK), at_least(f["full"]["prior_leak"], LEAK)),
     ),
     Claim(
         "LoRA needs less than DreamBooth and full fine-tuning",
         COSTS,
         ("lora", "dreambooth", "full"),
-        lambda f: all(f["lora"][cost] < f[other][cost] for cost in COSTS for other in ("dreambooth", "full")),
+        _cheaper("lora", "dreambooth", "full"),
     ),
     Claim(
         "LoRA shows the subject and still follows the prompt",
         ("subject_gain", "background_accuracy"),
         ("lora",),
-        lambda f: f["lora"]["subject_gain"] >= SUBJECT and f["lora"]["background_accuracy"] >= FREE,
+        lambda f: both(at_least(f["lora"]["subject_gain"], SUBJECT), at_least(f["lora"]["background_accuracy"], FREE)),
     ),
     Claim(
         "LoRA leaves the class alone",
         ("prior_leak", "prior_drift", "class_diversity"),
         ("lora",),
-        lambda f: f["lora"]["prior_leak"] <= LEAK,
+        lambda f: at_most(f["lora"]["prior_leak"], LEAK),
     ),
     Claim(
         "Full fine-tuning moves the model furthest",
@@ -136,14 +167,15 @@ CLAIMS = (
         "ControlNet needs less than full fine-tuning",
         COSTS,
         ("controlnet", "full"),
-        lambda f: all(f["controlnet"][cost] < f["full"][cost] for cost in COSTS),
+        _cheaper("controlnet", "full"),
     ),
     Claim(
         "ControlNet gives the structure, and the prompt still counts",
         ("control_less_shuffled", "object_accuracy", "background_accuracy"),
         ("controlnet",),
-        lambda f: (
-            f["controlnet"]["control_less_shuffled"] >= FOLLOWED and f["controlnet"]["background_accuracy"] >= FREE
+        lambda f: both(
+            at_least(f["controlnet"]["control_less_shuffled"], FOLLOWED),
+            at_least(f["controlnet"]["background_accuracy"], FREE),
         ),
     ),
 )

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sdtune.comparison.figures import Value
-from sdtune.comparison.folklore import ASSERTED, CLAIMS, COSTS, SUBJECT_METHODS, suits
+from sdtune.comparison.folklore import (
+    ASSERTED,
+    CLAIMS,
+    COSTS,
+    FOLLOWED,
+    FREE,
+    LEAK,
+    LIKENESS,
+    SUBJECT,
+    SUBJECT_METHODS,
+    suits,
+)
+from sdtune.comparison.value import Value
 from sdtune.reporting.units import unit
 
 _EFFECT = (
@@ -52,13 +63,20 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
     lines += _figures({method: found[method] for method in SUBJECT_METHODS}, _EFFECT)
     lines += ["", "What a map does, on scenes of its own:", ""]
     lines += _figures({"controlnet": found["controlnet"]}, _STRUCTURE)
-    lines += ["", "What is usually said, and what these figures say to it:", ""]
+    lines += [
+        "",
+        "What is usually said, and what these figures say to it. The subject is shown from a `subject_gain` of",
+        f"{SUBJECT:g} on and resembled from {LIKENESS:g}, prompts are followed from a `background_accuracy` of",
+        f"{FREE:g}, a class is kept up to a `prior_leak` of {LEAK:g}, a map is followed from {FOLLOWED:g} above",
+        "another's; within the noise: intervals (or standard deviations) meet.",
+        "",
+    ]
     lines += _table(
         ["saying", "here", "by"],
         [
             [
                 claim.text,
-                "so" if claim.holds(means) else "**not so**",
+                _SAID[claim.holds(found)],
                 "; ".join(
                     f"{figure}: " + ", ".join(f"{m} {found[m][figure].shown(figure)}" for m in claim.methods)
                     for figure in claim.figures
@@ -68,6 +86,9 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
         ],
     )
     return lines
+
+
+_SAID = {True: "so", False: "**not so**", None: "within the noise"}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

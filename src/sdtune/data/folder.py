@@ -65,7 +65,7 @@ def read_folder(
     files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
     pictures = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
     if not pictures:
-        raise ValueError(_no_pictures(folder, files))
+        raise ValueError(f"{key}: {_no_pictures(folder, files)}")
     kohya = {picture: _repeats_and_words(folder, picture.parent) for picture in pictures}
     captions = {picture: words for picture, (_, words) in kohya.items() if words}
     captions |= _metadata_captions(files, pictures)
@@ -131,7 +131,7 @@ def _no_pictures(folder: Path, files: Sequence[Path]) -> str:
         seen = "it is a file"
     else:
         seen = "it does not exist"
-    return f"data.path: no pictures found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
+    return f"no pictures found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
 
 
 def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
