@@ -222,6 +222,30 @@ def test_wrong_pictures(line: CommandLine, pictures: Path, case: str) -> None:
     line.train(pictures, *prompt, words=words)
 
 
+def test_pictures_of_the_class_are_asked_for_by_their_own_key(line: CommandLine, pictures: Path) -> None:
+    shutil.copytree(pictures, line.folder / "class")
+    for caption in (line.folder / "class").glob("*.txt"):
+        caption.unlink()
+    own = ["method=dreambooth", f"data.class_path={line.folder}/class"]
+    line.train(pictures, *own, words=("data.class_path: 5 of 5 pictures have no caption", "data.class_prompt="))
+    own = ["method=dreambooth", f"data.class_path={line.folder}/nowhere"]
+    line.train(pictures, *own, words=("data.class_path: no pictures found in", "nowhere"))
+
+
+def test_a_class_prompt_that_is_a_caption_too(line: CommandLine, pictures: Path) -> None:
+    for caption in pictures.glob("*.txt"):
+        caption.write_text("a photo of a dog")
+    own = ["method=dreambooth", 'data.class_prompt="a photo of a dog"']
+    line.train(pictures, *own, words=("data.class_prompt: 'a photo of a dog' is a caption of the subject too",))
+
+
+def test_templates_ask_for_the_bare_word(line: CommandLine, pictures: Path) -> None:
+    for caption in pictures.glob("*.txt"):
+        caption.unlink()
+    own = ["method=textual_inversion", "data.templates=object", 'new_tokens=[{token: "<cat>", init: cat}]']
+    line.train(pictures, *own, words=("data.path", 'data.prompt="<my_cat>"'))
+
+
 # --- folders of runs
 
 
@@ -317,6 +341,14 @@ SAMPLING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no such adapter": (
         ["prompt=x", "adapters=[{path: nowhere.safetensors}]"],
         ("nowhere.safetensors", "does not exist"),
+    ),
+    "adapters as a file": (
+        ["prompt=x", "adapters=a.safetensors"],
+        ("adapters: a.safetensors is no list", "{path: FILE"),
+    ),
+    "adapter as a file": (
+        ["prompt=x", "adapters=[a.safetensors]"],
+        ("adapters[0]: a.safetensors stands alone", "{path:"),
     ),
     "adapter without a path": (["prompt=x", "adapters=[{strength: 1}]"], ("adapters[0]", "path is missing")),
     "misspelt strength": (["prompt=x", "adapters=[{path: a, strenght: 1}]"], ("adapters[0]", "strenght")),

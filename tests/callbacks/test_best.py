@@ -44,6 +44,14 @@ def test_the_best_of_an_average_is_the_average(tiny: Path, pictures: Path, tmp_p
         assert torch.equal(best[key], value)
 
 
+def test_a_run_shorter_than_the_interval_is_measured_at_its_end(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    own = ["name=mine", "trainer.max_steps=3", "data.hold_out=5", "trainer.accumulate_grad_batches=2"]
+    assert train(*arguments(tiny, pictures, run, *own, "callbacks.samples=null")) == 0
+    assert [r["step"] for r in rows(run) if r["validation_loss"]] == ["3"]
+    assert (run / "artifact" / "mine-best.safetensors").is_file()
+
+
 def test_stopping_needs_something_held_out(
     tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
