@@ -125,7 +125,7 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
         (["prompt=a fox", "sampling.width=30"], "sampling.width: 30 is not a multiple of 4"),
         (
             ["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"],
-            "adapters.path: /nowhere/a.safetensors does not",
+            "adapters[0].path: /nowhere/a.safetensors does not",
         ),
         (["prompt=a fox", "adapters=[{file:a}]"], "adapters[0]: file is not known; write {path: FILE, strength: 0.8}"),
     ],

@@ -39,6 +39,15 @@ def test_the_last_two_and_the_best_are_kept(tiny: Path, pictures: Path, tmp_path
     assert best["global_step"] == min(values, key=values.__getitem__)
 
 
+def test_without_held_out_pictures_no_validation_is_waited_for(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """At steps that are multiples of the interval: Lightning passes over a validation that has no pictures."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Record(tmp_path), every_steps=2)
+    model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
+    own = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(model, folder_data(pictures), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **own)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002.ckpt", "step00000004.ckpt"]
+
+
 class _Full(io.RawIOBase):
     """A file on a disk that is full after some bytes."""
 

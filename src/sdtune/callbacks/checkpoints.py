@@ -125,7 +125,8 @@ class Checkpoints(Callback):
     @staticmethod
     def _validates(trainer: pl.Trainer) -> bool:
         """Whether Lightning validates right after the micro-batch just made."""
-        if not trainer.enable_validation:
+        # Lightning takes an empty list of pictures for a validation too, and then passes over it.
+        if not trainer.enable_validation or not trainer.datamodule.held_out:  # type: ignore[attr-defined]
             return False
         every = trainer.val_check_batch
         return every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
