@@ -14,6 +14,7 @@ from sdtune.checks import check_run, plain, settings
 from sdtune.data import PictureData
 from sdtune.files import write_json
 from sdtune.instantiate import build
+from sdtune.report_lines import finite
 
 log = logging.getLogger("sdtune")
 
@@ -50,7 +51,7 @@ def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: s
     device = hardware.device(accelerator)
     evaluation = build(config["evaluation"], top.trust)
     source = build(config["backbone"], top.trust)
-    figures = evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder)
+    figures = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
     write_json(folder / "evaluation.json", figures)
     for key, value in figures.items():
         log.info("%s: %s", key, f"{value:.4f}" if isinstance(value, float) else value)

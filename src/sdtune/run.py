@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -217,9 +216,7 @@ def _figures(
         )
         reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
         figures["reasons"] = {**figures.get("reasons", {}), **reasons}
-    odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
-    if odd:
-        figures |= {**dict.fromkeys(odd), "reasons": {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}}
+    figures = report_lines.finite(figures)
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
     return figures

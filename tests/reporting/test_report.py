@@ -15,6 +15,7 @@ import pytest
 from running import arguments, train
 from sdtune.reporting import Run, collect, write
 from sdtune.reporting.charts import pareto
+from sdtune.reporting.page import _by_itself
 from sdtune.reporting.ranking import chosen, ranked, rankings, settings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -151,6 +152,26 @@ def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> Non
     [run] = collect(tmp_path)
     assert run.state == "unfinished"
     assert write([run], tmp_path, "killed").is_file()
+
+
+def test_torn_files_do_not_take_the_report_down(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep / "0", tmp_path / "0")
+    with (tmp_path / "0" / "metrics.csv").open("a") as handle:
+        handle.write("4,1.2e-")
+    broken = next((tmp_path / "0" / "samples" / "after").glob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:50])
+    [run], [whole] = collect(tmp_path), collect(sweep / "0")
+    assert run.history == whole.history
+    assert len(run.pictures) == len(whole.pictures) - 1
+
+
+def test_a_trials_command_runs_by_itself() -> None:
+    assert _by_itself(["sweep=optuna", "trial=3", "method.rank=2"]) == [
+        "sweep=optuna",
+        "method.rank=2",
+        "callbacks.pruning=null",
+    ]
+    assert _by_itself(["method.rank=2"]) == ["method.rank=2"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from sdtune.data.previews import wanted
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.diversity import distances
-from sdtune.evaluation.drawing import base, draw, references, trained
+from sdtune.evaluation.drawing import draw, draw_base, references, trained
 from sdtune.evaluation.drift import prior_drift
 from sdtune.evaluation.memorisation import nearest
 from sdtune.evaluation.strengths import strength_grid
@@ -101,10 +102,12 @@ class ClipFigures:
         shown = references(data)
         figures: dict[str, Any] = {}
         classes: list[Tensor] = []
-        for prefix, model in (("base_", base(source, device)), ("", trained(source, artifact, name, device))):
-            with model as backbone:
-                pictures = draw(backbone, [*requests, *others], self.sampling)
-            pictures, of_class = pictures[: self.count], pictures[self.count :]
+        # The base reads no map, and draws the same for all runs of a sweep.
+        drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in (*requests, *others)], self.sampling, device)}
+        with trained(source, artifact, name, device) as backbone:
+            drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+        for prefix, whole in drawn.items():
+            pictures, of_class = whole[: self.count], whole[self.count :]
             if clip is not None:
                 embedded, training = clip.pictures(pictures), clip.pictures(shown)
                 figures[f"{prefix}clip_image"] = clip_image(clip, pictures, shown)

@@ -41,12 +41,12 @@ _SHOWN = 8  # a row of a grid
 class ControlFigures:
     """On scenes of combinations that training never draws, each from its caption and its own map.
 
-    ``control_agreement`` compares the map with what is found in the picture: for edges the F1 of precision and recall
-    within two pixels; for segmentation and depth the IoU of the object's area, found by its distance from the border's
-    colour; for pose the IoU of the boxes with the areas' centre and spread. ``control_agreement_shuffled`` compares the
-    same pictures with another scene's map, ``ceiling_control_agreement`` the true renders with their own.
-    ``background_accuracy`` and ``object_accuracy`` are as in pocket's quality. All for the base too (``base_``), which
-    sees the prompt alone.
+    All are from 0 to 1. ``control_agreement`` compares the map with what is found in the picture: for edges the F1 of
+    precision and recall within two pixels; for segmentation and depth the IoU of the object's area, found by its
+    distance from the border's colour; for pose the IoU of the boxes with the areas' centre and spread.
+    ``control_agreement_shuffled`` compares the same pictures with another scene's map, ``ceiling_control_agreement``
+    the true renders with their own. ``background_accuracy`` and ``object_accuracy`` are as in pocket's quality. All
+    for the base too (``base_``), which sees the prompt alone.
 
     Args:
         pictures: how many are drawn.

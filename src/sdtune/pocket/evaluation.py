@@ -45,15 +45,18 @@ def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, f
 class SubjectFigures:
     """Is the subject there, on the background that was asked for, and is its class still the class?
 
-    ``subject_accuracy``: share of pictures that the measuring classifier reads as the subject; ``background_accuracy``:
-    share whose border has the colour of the prompt. Both on backgrounds absent from the training pictures, big
-    objects, for the base too (``base_``). ``ceiling_subject_accuracy`` is the classifier's on true renders of the
-    subject that went through the VAE; ``subject_gain`` = (value - base) / (ceiling - base).
+    All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of pictures that the measuring
+    classifier reads as the subject; ``background_accuracy``: share whose border has the colour of the prompt. Both on
+    backgrounds absent from the training pictures, big objects, for the base too (``base_``).
+    ``ceiling_subject_accuracy`` is the classifier's on true renders of the subject that went through the VAE;
+    ``subject_gain`` = (value - base) / (ceiling - base): 0 is the base, 1 the ceiling; it can be negative, and a
+    little above 1.
 
-    Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the subject;
-    ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's; ``prior_drift``, how
-    far they are from the base's (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are
-    those of :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures.
+    Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the
+    subject; ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's (0 where
+    all are one, 1 as the base); ``prior_drift``, how far they are from the base's
+    (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
+    :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures.
 
     Args:
         pictures: how many are drawn of the subject.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,15 +104,20 @@ def _json(file: Path) -> dict[str, Any]:
 def _rows(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
-    with file.open(newline="") as handle:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(handle)]
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]  # a process that is writing, or was killed at it, leaves a torn line
+    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(whole))]
 
 
 def _pictures(folder: Path) -> list[Picture]:
     found = []
     for when in ("before", "after"):
         for file in sorted((folder / "samples" / when).glob("*.png")):
-            with Image.open(file) as picture:
-                about = picture.info
+            try:
+                with Image.open(file) as picture:
+                    picture.load()
+                    about = picture.info
+            except OSError:
+                continue  # torn, or of another program: the other pictures are still worth a report
             found.append(Picture(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
     return found

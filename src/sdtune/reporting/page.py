@@ -178,6 +178,12 @@ def _image(file: Path, side: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
+def _by_itself(overrides: Sequence[str]) -> list[str]:
+    """A trial is none without its study, and is pruned by nothing."""
+    own = [override for override in overrides if not override.startswith("trial=")]
+    return own if len(own) == len(overrides) else [*own, "callbacks.pruning=null"]
+
+
 def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
     inside = run.folder.relative_to(folder) if run.folder.is_relative_to(folder) else run.folder
     return {
@@ -185,5 +191,5 @@ def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
         "state": run.state,
         "error": run.error,
         "values": [_value(value) for value in setting.own.values()],
-        "command": shlex.join(["sdtune", "train", *run.overrides]),
+        "command": shlex.join(["sdtune", "train", *_by_itself(run.overrides)]),
     }
