@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+import sdtune.evaluate
 import sdtune.plan
 import sdtune.sample
 import sdtune.train
@@ -142,6 +143,11 @@ def train(*argv: str) -> int:
 def sample(*argv: str) -> int:
     """``sdtune sample`` in this process; the exit code."""
     return _call("sample", sys.modules["sdtune.sample"].prepare, argv)
+
+
+def evaluate(*argv: str) -> int:
+    """``sdtune evaluate`` in this process; the exit code."""
+    return _call("evaluate", sdtune.evaluate.prepare, argv)
 
 
 def plan(*argv: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from running import train
+from running import evaluate, train
 
 
 def test_the_demos_recipe_leaves_its_figures(tmp_path: Path) -> None:
@@ -32,3 +32,8 @@ def test_the_demos_recipe_leaves_its_figures(tmp_path: Path) -> None:
     assert {"before_after.png", "step00000000.png", "step00000002.png"} <= {p.name for p in (run / "samples").iterdir()}
     readings = json.loads((run / "evaluation" / "readings.json").read_text())
     assert len(readings["subject_accuracy"]) == len(readings["base_prior_leak"]) == 4
+
+    # Measured again from its artifact, it has the same figures.
+    assert evaluate(f"run={run}", f"hydra.run.dir={tmp_path}/again") == 0
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    assert again == {key: value for key, value in figures.items() if key != "reasons"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ from sdtune.instantiate import build
 from sdtune.report_lines import finite
 
 log = logging.getLogger("sdtune")
+
+OF_TRAINING = (
+    *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
+    *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
+)
+"""Figures of ``metrics.json`` that no evaluation makes again."""
 
 _WITH_CLIP = "sdtune.evaluation.ClipFigures"
 
@@ -46,12 +53,15 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
 
 
 def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:
-    """Measure, and write ``evaluation.json`` beside the grids in ``folder``."""
+    """Measure, and write ``evaluation.json`` beside the grids in ``folder``, with what only a training measures."""
     top = settings(config)
     device = hardware.device(accelerator)
     evaluation = build(config["evaluation"], top.trust)
     source = build(config["backbone"], top.trust)
     figures = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
+    complete = run / "metrics.json"
+    before = json.loads(complete.read_text()) if complete.is_file() else {}
+    figures = {**{key: value for key, value in before.items() if key in OF_TRAINING}, **figures}
     write_json(folder / "evaluation.json", figures)
     for key, value in figures.items():
         log.info("%s: %s", key, f"{value:.4f}" if isinstance(value, float) else value)

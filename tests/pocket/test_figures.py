@@ -89,6 +89,9 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
         "base_pictures.png", "trained_pictures.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
+    without = SubjectFigures(pictures=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
+    assert without["prior_leak"] is without["prior_drift"] is without["class_diversity"] is None
+    assert "evaluation.class_pictures=210" in without["reasons"]["prior_drift"]
     with pytest.raises(ValueError, match="class_diversity needs a CLIP"):
         SubjectFigures(class_pictures=1, clip=None)
 

@@ -142,7 +142,11 @@ class SubjectFigures:
         room = ceiling - figures["base_subject_accuracy"]
         gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
         figures["subject_gain"] = gain / room if room > 0 else None
-        return figures
+        reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
+        if not others:
+            why = "no pictures of the class alone are drawn: evaluation.class_pictures=210"
+            reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
+        return {**dict.fromkeys(reasons), **figures, **({"reasons": reasons} if reasons else {})}
 
     def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
         rng = generator(self.seed, "evaluation/ceiling")
