@@ -57,6 +57,7 @@ def test_a_run_from_preview_to_picture(
     assert not np.array_equal(before[top + tile :], after[top + tile :])
 
     assert sorted(p.name for p in (run / "artifact").iterdir()) == ["edges", "edges-best", "edges-step00000002"]
+    assert json.loads((run / "artifact" / "edges" / "sdtune.json").read_text())["preprocess"] == "canny"
     said = capsys.readouterr().out
     assert f"ControlNet for diffusers: {run / 'artifact' / 'edges'}" in said
     assert "image: FILE, preprocess: canny}]" in said

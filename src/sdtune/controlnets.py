@@ -89,8 +89,11 @@ def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | N
     return ControlImage(**given)
 
 
-def check(path: str, source: Pretrained) -> None:
-    """ValueError where there is no ControlNet, or one for another backbone than ``source``; loads no weights."""
+def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
+    """ValueError where there is no ControlNet, or one for another backbone than ``source``; loads no weights.
+
+    Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
+    """
     folder = Path(path).expanduser()
     file = folder / "config.json"
     if not file.is_file() or not (folder / WEIGHTS).is_file():
@@ -101,6 +104,10 @@ def check(path: str, source: Pretrained) -> None:
     config, unet = json.loads(file.read_text()), source.config("unet")
     if config.get("_class_name") != "ControlNetModel":
         raise ValueError(f"control.path: {path} holds a {config.get('_class_name')} and not a ControlNetModel")
+    learned = _facts(folder).get("preprocess", preprocess)
+    if preprocess is not None and learned != preprocess:
+        right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
+        raise ValueError(f"control.preprocess: {preprocess}, but {path} has learned from other maps; {right}")
     theirs = _facts(folder).get("backbone", source.hash())
     if theirs != source.hash():
         raise ValueError(

@@ -76,7 +76,7 @@ def sample(
     settings = sampling or Sampling(guidance=source.guidance)
     maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
     for one in controls:
-        controlnets.check(one.path, source)
+        controlnets.check(one.path, source, one.preprocess)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded_backbone = source.load().to(place)
     loaded_backbone.suit(place)

@@ -53,7 +53,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
     for one in _controls(container):
         one.picture()
-        controlnets.check(one.path, source)
+        controlnets.check(one.path, source, one.preprocess)
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
     return lambda composed: execute(plain(composed), folder)

@@ -297,6 +297,12 @@ def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
     with pytest.raises(ValueError, match=r"^control\.path: .* was trained on another backbone"):
         controlnets.check(str(folder), other)
+    facts = json.loads((folder / "sdtune.json").read_text())
+    for learned, words in (("scribble", "give preprocess: scribble"), (None, "give the map itself as image")):
+        (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": learned}))
+        with pytest.raises(ValueError, match=rf"^control\.preprocess: canny, but .* other maps; {words}"):
+            controlnets.check(str(folder), source, "canny")
+        controlnets.check(str(folder), source, learned)
     (folder / "sdtune.json").unlink()
     controlnets.check(str(folder), other)  # another program's net says nothing of its backbone
     with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this backbone \[64"):

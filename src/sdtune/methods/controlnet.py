@@ -11,6 +11,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from sdtune.backbone.residuals import residuals, skips
+from sdtune.data.control import Computed
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.files import write_json
@@ -45,6 +46,8 @@ class ControlNet(Adapter):
             raise ValueError("method.unet_lr: the UNet is frozen; set method.unet=decoder or open, or leave it out")
         self.unet, self.unet_lr = unet, unet_lr
         self.controlnet: ControlNetModel
+        self._maps: dict[str, str | None] = {}
+        """How the maps that it learns from are made, once the data is known; goes into the artifact."""
 
     def check_data(self, data: PictureData) -> None:
         if data.control is None:
@@ -52,6 +55,7 @@ class ControlNet(Adapter):
                 "data.control: method=controlnet learns from a map of each picture; choose one with data/control=canny,"
                 " scribble, paired, estimated or pocket"
             )
+        self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}
 
     def inject(self) -> None:
         unet = self.backbone.unet
@@ -105,7 +109,7 @@ class ControlNet(Adapter):
                 {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
             )
             save_component(whole, target / "unet")
-        write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet})
+        write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})
 
 
 def embedding_widths(factor: int) -> tuple[int, ...]:
