@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from running import arguments, train
-from sdtune.reporting import Run, collect, write
+from sdtune.reporting import Run, charts, collect, write
 from sdtune.reporting.charts import pareto
 from sdtune.reporting.page import _by_itself
 from sdtune.reporting.ranking import chosen, ranked, rankings, settings, varied
@@ -86,6 +86,28 @@ def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_fi
 def test_runs_whose_command_lines_say_nothing_are_told_apart_by_their_settings() -> None:
     runs = [run_of(str(lr), ("hydra.run.dir=x",), {"optimizer.lr": lr}, {"validation_loss": lr}) for lr in (0.1, 0.2)]
     assert [setting.label for setting in settings(runs)] == ["optimizer.lr 0.1", "optimizer.lr 0.2"]
+
+
+def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
+    rates = (1e-4, 3e-4, 2e-3, 7e-3)
+
+    def runs(pairs: list[tuple[float, int]]) -> list[Run]:
+        return [
+            run_of(str(i), (f"optimizer.lr={lr}", f"method.rank={rank}"), {"optimizer.lr": lr, "method.rank": rank},
+                   {"subject_gain": float(i)})
+            for i, (lr, rank) in enumerate(pairs)
+        ]  # fmt: skip
+
+    grid = settings(runs([(lr, rank) for lr in rates for rank in (4, 8)]))
+    search = settings(runs([(rates[0], 4), (rates[1], 8), (rates[2], 16), (rates[3], 32)]))
+    assert charts.heat_map(grid, ["subject_gain"], "subject_gain") is not None
+    assert charts.heat_map(search, ["subject_gain"], "subject_gain") is None
+    figure = charts.plane(search, "subject_gain")
+    assert figure is not None
+    [points] = figure.data
+    assert (list(points.x), list(points.y)) == (list(rates), [4, 8, 16, 32])
+    assert list(points.marker.color) == [0, 1, 2, 3]
+    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.type) == ("optimizer.lr", "category")
 
 
 class Scripts(HTMLParser):

@@ -25,12 +25,14 @@ COSTS = {
 
 
 def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go.Figure | None:
-    """Any of ``metrics`` over the two settings that vary most; None where fewer than two do."""
+    """Any of ``metrics`` over the two settings that vary most; None where fewer do, or most cells are empty."""
     keys = _axes(found)
     if keys is None:
         return None
     across, down = keys
     columns, rows = (sorted({s.own[key] for s in found}, key=_sortable) for key in keys)
+    if 2 * len({(s.own[across], s.own[down]) for s in found}) < len(columns) * len(rows):
+        return None  # a search, which asks for a new value each time
     ordered = [first, *(metric for metric in metrics if metric != first)]
 
     def values(metric: str) -> list[list[float | None]]:
@@ -67,6 +69,47 @@ def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go
         updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}],
     )
     return figure
+
+
+def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
+    """``metric`` as the colour of points over the two settings that vary most; None where fewer than two do.
+
+    Plotly's parallel coordinates would show more, but need WebGL and code made at run time, which the page forbids.
+    """
+    keys = _axes(found)
+    rows = [(setting, figure.mean) for setting in found if (figure := setting.figure(metric)) is not None]
+    if keys is None or len(rows) < 2:
+        return None
+    places = [[setting.own[key] for setting, _ in rows] for key in keys]
+    figure = go.Figure(
+        go.Scatter(
+            x=places[0],
+            y=places[1],
+            mode="markers",
+            text=[setting.label for setting, _ in rows],
+            marker={
+                "size": 14,
+                "color": [value for _, value in rows],
+                "colorscale": "Blues",
+                "reversescale": metric in LOWER_IS_BETTER,
+                "colorbar": {"title": {"text": metric}},
+                "line": {"width": 1, "color": "#8893a5"},
+            },
+            hovertemplate="%{text}: %{marker.color:.6g}<extra></extra>",
+        ),
+        {**_LAYOUT},
+    )
+    for axis, key, values in zip((figure.layout.xaxis, figure.layout.yaxis), keys, places, strict=True):
+        axis.title.text, axis.type, axis.exponentformat = key, _scale(values), "e"
+        axis.categoryorder, axis.categoryarray = "array", sorted(set(values), key=_sortable)
+    return figure
+
+
+def _scale(values: Sequence[Any]) -> str:
+    """Logarithmic where numbers span a decade, one step a value where they are few or words."""
+    if len(set(values)) <= 5 or not all(isinstance(value, int | float) for value in values):
+        return "category"
+    return "log" if min(values) > 0 and max(values) / min(values) >= 10 else "linear"
 
 
 def _best(values: Sequence[float], metric: str) -> float:

@@ -127,6 +127,9 @@ def _charts(found: Sequence[Setting], done: Sequence[Run], metric: str | None, n
     if metric is not None:
         heat = charts.heat_map(found, metrics(done), metric)
         note = "Darker is better. Where several settings share a cell, it is the best of them."
+        if heat is None:
+            note = "A point a setting. Darker is better."
+            heat = charts.plane(found, metric)
         charted.append(("Over the settings", note, heat))
         cost = charts.cost_and_effect(found, metric)
         charted.append(("Cost against effect", "The dotted front holds what nothing else beats in both.", cost))
