@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -15,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import locked, write_json
+from sdtune.paths import command_line_folder
 from sdtune.release import release
 from sdtune.resume import check_unchanged
 from sdtune.side_by_side import reachable, stopping
@@ -80,8 +80,7 @@ class Job:
         return _metric(composed, folder)
 
     def _run(self, composed: DictConfig, overrides: Sequence[str], folder: Path) -> None:
-        with contextlib.ExitStack() as held:
-            held.enter_context(locked(folder))
+        with locked(folder):
             _keep_config(composed, folder)
             _go_on(composed, folder)
             run = self.prepare(composed, folder)
@@ -89,9 +88,8 @@ class Job:
                 run(composed)
                 return
         # Lightning would start the other processes with the sweep's own command line, and kill this one with them.
-        sources = HydraConfig.get().runtime.config_sources
-        own = next((["-cd", str(s.path)] for s in sources if s.provider == "command-line"), [])
-        run_apart(self.command, own, overrides, folder, bool(composed.get("resume")))
+        own = command_line_folder(HydraConfig.get().runtime.config_sources)
+        run_apart(self.command, [] if own is None else ["-cd", own], overrides, folder, bool(composed.get("resume")))
 
 
 def _keep_config(composed: DictConfig, folder: Path) -> None:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.files import locked
-from sdtune.paths import config_folder
+from sdtune.paths import command_line_folder, config_folder
 from sdtune.quiet import quiet, quiet_libraries
 from sdtune.suggest import suggestion
 from sdtune.sweeps import multirun
@@ -203,8 +203,7 @@ def choices(config: DictConfig, group: str) -> list[str]:
 
 
 def _own_folder(config: DictConfig) -> str | None:
-    sources = config.hydra.runtime.config_sources
-    return next((str(source.path) for source in sources if source.provider == "command-line"), None)
+    return command_line_folder(config.hydra.runtime.config_sources)
 
 
 def run_folder(config: DictConfig) -> Path:

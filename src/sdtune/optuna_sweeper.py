@@ -20,6 +20,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from sdtune.jobs import STATE, UNFINISHED
 from sdtune.side_by_side import stopping
 from sdtune.suggest import suggestion
 from sdtune.trials import STUDY, require_optuna, storage
@@ -128,11 +129,11 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         stopped = stopping(folder)
         for number, _ in jobs:
             # The job's own folder says how it ended: it may have run in another process.
-            file = folder / str(number) / "job.json"
+            file = folder / str(number) / STATE
             if stopped is not None and not file.is_file():
                 continue
             state = json.loads(file.read_text())
-            if stopped is not None and state["state"] == "unfinished":
+            if stopped is not None and state["state"] == UNFINISHED:
                 continue  # it goes on when the sweep does
             ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
             value = state.get("metric")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def config_folder() -> Path:
@@ -20,3 +22,8 @@ def cache_folder() -> Path:
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"
+
+
+def command_line_folder(sources: Iterable[Any]) -> str | None:
+    """The ``--config-dir`` among Hydra's config ``sources``."""
+    return next((str(source.path) for source in sources if source.provider == "command-line"), None)

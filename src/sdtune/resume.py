@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sdtune.paths import command_line_folder
+
 _MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
 
 _FOLDER = ("-cd", "--config-dir")
@@ -65,14 +67,23 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     """
     kept = OmegaConf.load(run / ".hydra" / "config.yaml")
     before, now = flat(OmegaConf.to_container(kept, resolve=False)), flat(config)
-    for key, value in before.items():
-        free = key.startswith(tuple(f.rstrip("=") for f in _MAY_CHANGE)) or key == "resume"
-        interpolated = isinstance(value, str) and "${" in value
-        if not free and not interpolated and key in now and now[key] != value:
-            raise ValueError(
-                f"resume: {key} is {now[key]!r} now and was {value!r} when the run began; put the recipe or default"
-                " that sets it back"
-            )
+    free = tuple(f.rstrip("=") for f in _MAY_CHANGE)
+    fixed = {
+        key: value
+        for key, value in before.items()
+        if not key.startswith(free) and key != "resume" and not (isinstance(value, str) and "${" in value)
+    }
+    key = first_change(fixed, now)
+    if key is not None:
+        raise ValueError(
+            f"resume: {key} is {now[key]!r} now and was {fixed[key]!r} when the run began; put the recipe or default"
+            " that sets it back"
+        )
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first key of ``before`` that has another value ``now``; what is new since, or gone, is passed over."""
+    return next((key for key, value in before.items() if key in now and now[key] != value), None)
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:
@@ -99,7 +110,5 @@ def _config_folder(run: Path, argv: list[str]) -> list[str]:
         if argument.startswith(("-cd=", "--config-dir=")):
             return [argument]
     hydra = OmegaConf.load(run / ".hydra" / "hydra.yaml")
-    for source in OmegaConf.select(hydra, "hydra.runtime.config_sources") or []:
-        if source.provider == "command-line":
-            return ["-cd", str(source.path)]
-    return []
+    own = command_line_folder(OmegaConf.select(hydra, "hydra.runtime.config_sources") or [])
+    return [] if own is None else ["-cd", own]

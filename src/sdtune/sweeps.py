@@ -26,7 +26,8 @@ from sdtune.errors import RunFailed, Stopped
 from sdtune.files import locked, write_json
 from sdtune.jobs import STATE, Job, ended
 from sdtune.optuna_sweeper import example
-from sdtune.resume import check_unchanged, flat
+from sdtune.paths import command_line_folder
+from sdtune.resume import check_unchanged, first_change, flat
 from sdtune.side_by_side import Relay
 from sdtune.trials import JOURNAL
 
@@ -105,8 +106,7 @@ def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str]
             f"resume: {odd[0]} makes it another sweep than the one in {folder}; repeat its overrides exactly, or give"
             " none"
         )
-    sources = loaded.hydra.runtime.config_sources
-    kept_folder = next((str(source.path) for source in sources if source.provider == "command-line"), None)
+    kept_folder = command_line_folder(loaded.hydra.runtime.config_sources)
     if kept_folder is not None and not any(one.provider == "command-line" for one in search.get_path()):
         search.prepend(provider="command-line", path=f"file://{kept_folder}", anchor=SearchPathQuery(provider="schema"))
     return [*own, *longer], folder
@@ -120,7 +120,7 @@ def _check_master(master: DictConfig, folder: Path) -> None:
         flat(OmegaConf.to_container(OmegaConf.masked_copy(each, [str(k) for k in each if k != "hydra"])))
         for each in (kept, master)
     )
-    changed = next((key for key, value in before.items() if key in now and now[key] != value), None)
+    changed = first_change(before, now)
     if changed is not None:
         raise ValueError(
             f"resume: {changed} is {now[changed]!r} now and was {before[changed]!r} when the sweep began; put the"

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from sdtune.files import write_json
 from sdtune.pocket.evaluation import READINGS
 from sdtune.randomness import generator
-from sdtune.resume import flat
+from sdtune.resume import first_change, flat
 
 DRAWS = 2_000
 """Of the bootstrap."""
@@ -144,7 +144,7 @@ def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
             for config in (OmegaConf.load(folder / ".hydra" / "config.yaml"), OmegaConf.create(today))
         )
         # Settings that are new since, or gone, are passed over: a later version's recipe is still the same.
-        other = next((key for key, value in before.items() if key in now and now[key] != value), None)
+        other = first_change(before, now)
         if other is not None:
             raise ValueError(
                 f"{folder}: {name} was another recipe then ({other} {before[other]!r}, now {now[other]!r}); remove the"
