@@ -64,6 +64,11 @@ def test_maps_are_estimated_once_and_cut_with_their_picture(
     again = Estimated(str(models[task]), task)
     again.prepare(data.train)
     assert np.array_equal(again.map(data.train[0], (96, 64)), whole[0])
+    monkeypatch.undo()
+    drawn = data.train[0].pixels((96, 64), (0.5, 0.5), False)
+    fresh = Estimated(str(models[task]), task)
+    assert fresh.task == task
+    assert np.array_equal(fresh.again([drawn], torch.device("cpu"))[0], whole[0])
 
 
 def test_colours_are_those_of_pascal_voc() -> None:

@@ -70,27 +70,37 @@ class Estimated(Control):
         processes: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        if self._kept is None:
-            self._sources = [_folder(key, name) for key, name in self._models.items()]
-            self._kept = cache_folder() / "control" / f"{self.task}-{'-'.join(map(_hash, self._sources))}"
+        self._find()
         wanted = {s.content(): s for s in samples}
         # Shared out first: another process may write one of its own while this one looks.
         shared = [wanted[content] for content in share(wanted, rank, processes)]
         mine = [sample for sample in shared if not all(file.exists() for file in self._files(sample))]
         if not mine:
             return
-        place = device or torch.device("cpu")
-        estimate: Callable[[np.ndarray], Sequence[np.ndarray]] = (
-            PoseEstimator(self._sources[0], self._sources[1] if self.detector else None, place)
-            if self.task == "pose"
-            else Estimator(self._sources[0], self.task, place)
-        )
+        estimate = self._estimator(device or torch.device("cpu"))
         with bar(f"Estimating {self.task}", len(mine)) as progress:
             for sample in mine:
                 pixels = sample.pixels(_whole(sample.size), CENTRE, False)
                 for picture, file in zip(estimate(pixels), self._files(sample), strict=True):
                     save_png(picture, file)
                 progress(1)
+
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        self._find()
+        estimate = self._estimator(device)
+        return [estimate(picture)[0] for picture in pictures]
+
+    def _find(self) -> None:
+        """The folders of the models, and where their maps are kept; a hub id is asked for here."""
+        if self._kept is None:
+            self._sources = [_folder(key, name) for key, name in self._models.items()]
+            self._kept = cache_folder() / "control" / f"{self.task}-{'-'.join(map(_hash, self._sources))}"
+
+    def _estimator(self, device: torch.device) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+        """A picture's map, first of what it gives."""
+        if self.task == "pose":
+            return PoseEstimator(self._sources[0], self._sources[1] if self.detector else None, device)
+        return Estimator(self._sources[0], self.task, device)
 
     def _files(self, sample: Sample) -> list[Path]:
         """The map's, and a pose's with left and right changed over."""

@@ -13,10 +13,11 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
 from sdtune.data.control import Control, Paired
 from sdtune.data.edges import Canny, Scribble
+from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.drawing import base
 from sdtune.pocket import control_evaluation
 from sdtune.pocket.control import PocketControl, background_colour, depth, keypoints, object_colour, pose, segmentation
-from sdtune.pocket.control_evaluation import ControlFigures, box, edge_f1, found, iou, scores, wanted
+from sdtune.pocket.control_evaluation import NEAR, ControlFigures, box, found, scores, wanted
 from sdtune.pocket.data import SceneSample, World
 from sdtune.pocket.objects import BACKGROUNDS, BY_NAME, THINGS
 from sdtune.pocket.world import SIDE, Scene, draw, held_out_scenes, mask
@@ -138,13 +139,13 @@ def test_true_pictures_agree_with_their_own_map_and_not_with_anothers(control: C
 def test_agreements_by_hand() -> None:
     one, other, nothing = (np.zeros((16, 16), bool) for _ in range(3))
     one[4, 2:12], other[6, 2:12] = True, True
-    assert edge_f1(one, other) == 1  # two pixels apart
-    assert edge_f1(one, np.roll(other, 1, 0)) == 0
-    assert edge_f1(one, nothing) == iou(one, nothing) == 0
-    assert edge_f1(nothing, nothing) == iou(nothing, nothing) == 1
+    assert line_f1(one, other, NEAR) == 1  # two pixels apart
+    assert line_f1(one, np.roll(other, 1, 0), NEAR) == 0
+    assert line_f1(one, nothing, NEAR) == iou(one, nothing) == 0
+    assert line_f1(nothing, nothing, NEAR) == iou(nothing, nothing) == 1
     half = one.copy()
     half[4, 7:] = False
-    assert edge_f1(half, one) == pytest.approx(2 * 0.7 / 1.7)  # recall 7 of 10, precision 1
+    assert line_f1(half, one, NEAR) == pytest.approx(2 * 0.7 / 1.7)  # recall 7 of 10, precision 1
     assert iou(half, one) == 0.5
     area = np.zeros((32, 32), bool)
     area[4:20, 10:26] = True

@@ -24,12 +24,17 @@ CENTRE = (0.5, 0.5)
 
 Resample = Literal["nearest", "bilinear"]
 
+Task = Literal["edges", "depth", "segmentation", "pose"]
+
 _READING_THREADS = 4
 _ASPECT_TOLERANCE = 0.01
 
 
 class Control(ABC):
     """Where the control map of a picture comes from."""
+
+    task: Task | None = None
+    """What a map shows; None where :meth:`again` cannot make a drawn picture's."""
 
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
         """ValueError where one of ``samples`` has no usable map; loads no weights."""
@@ -46,6 +51,10 @@ class Control(ABC):
     def content(self, sample: Sample) -> str:
         """A name for what a map hangs on beside its picture and the settings."""
         return ""
+
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        """The maps of ``pictures`` (all uint8 [H, W, 3]) that are no samples of the data."""
+        raise NotImplementedError(f"{type(self).__name__} has no task")
 
     @abstractmethod
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
@@ -66,9 +75,14 @@ class Computed(Control):
     name: ClassVar[str]
     """What ``sdtune sample`` calls it: ``preprocess``."""
 
+    task = "edges"
+
     @abstractmethod
     def extract(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] from a picture, uint8 [H, W, 3]."""
+
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        return [self.extract(picture) for picture in pictures]
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self.extract(sample.pixels(size, offset, False))

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.previews import wanted
+from sdtune.evaluation.agreement import agreement
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.diversity import distances
@@ -33,7 +34,9 @@ class ClipFigures:
     between the pictures (:func:`sdtune.evaluation.diversity.distances`). ``memorisation``: mean likeness to the nearest
     training picture (:func:`sdtune.evaluation.memorisation.nearest`). ``prior_drift``, where the data has a class
     prompt: distance between the class's pictures and the base's (:func:`sdtune.evaluation.drift.prior_drift`).
-    ``dino_image``: as ``clip_image``, by a DINO.
+    ``dino_image``: as ``clip_image``, by a DINO. ``control_agreement``, for a ControlNet: mean agreement of the asked
+    map with that of the picture (:func:`sdtune.evaluation.agreement.agreement`); the base sees the prompt alone, and
+    shows what agrees by chance.
 
     Args:
         prompts: what is drawn; the data's own captions (at most eight) if None.
@@ -70,7 +73,8 @@ class ClipFigures:
         clip = Clip(self.clip, device) if self.clip is not None else None
         dino = Dino(self.dino, device) if self.dino is not None else None
         figures: dict[str, Any] = {}
-        if clip is not None or dino is not None:
+        comparable = data.control is not None and data.control.task is not None
+        if clip is not None or dino is not None or comparable:
             figures = self._measured(source, data, artifact, name, device, folder, clip, dino)
         return {**figures, **_null(figures, self._reasons(data))}
 
@@ -82,7 +86,8 @@ class ClipFigures:
         for prefix in ("", "base_"):
             reasons[f"{prefix}dino_image"] = without.format("DINO named", "dino")
         drift = "the data has no data.class_prompt" if self.clip else without.format("CLIP named", "clip")
-        return {**reasons, "prior_drift": drift}
+        none = "the data has no control maps" if data.control is None else "its maps are not made from pictures"
+        return {**reasons, "prior_drift": drift, "control_agreement": none, "base_control_agreement": none}
 
     def _measured(
         self,
@@ -117,6 +122,10 @@ class ClipFigures:
                 classes += [clip.pictures(of_class)] if of_class else []
             if dino is not None:
                 figures[f"{prefix}dino_image"] = dino_image(dino, pictures, shown)
+            if data.control is not None and data.control.task is not None:
+                pairs = zip(requests, data.control.again(pictures, device), strict=True)
+                agreed = [agreement(data.control.task, request.maps[0], found) for request, found in pairs]
+                figures[f"{prefix}control_agreement"] = fmean(agreed)
             for kind, found in (("pictures", pictures), ("class", of_class)):
                 if found:
                     sheet = grid([found[i : i + 8] for i in range(0, min(64, len(found)), 8)])

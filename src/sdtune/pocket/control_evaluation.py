@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import torch
 from annotated_types import Ge
@@ -18,6 +17,7 @@ from annotated_types import Ge
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
+from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.drawing import draw, draw_base, trained
 from sdtune.grids import grid, save_png
 from sdtune.pocket import classifier
@@ -127,8 +127,9 @@ def _equal(said: Sequence[str], truth: Sequence[str]) -> list[float]:
 
 def scores(pictures: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> list[float]:
     """Agreement in [0, 1] of each of ``pictures`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
-    compare = edge_f1 if isinstance(control, Computed) else iou
-    return [compare(found(p, control), own) for p, own in zip(pictures, truth, strict=True)]
+    lines = isinstance(control, Computed)
+    pairs = [(found(picture, control), own) for picture, own in zip(pictures, truth, strict=True)]
+    return [line_f1(shown, own, NEAR) if lines else iou(shown, own) for shown, own in pairs]
 
 
 def wanted(sample: SceneSample, control: Measured) -> np.ndarray:
@@ -165,20 +166,3 @@ def box(area: np.ndarray) -> np.ndarray:
         spans = [(c.mean() - 3**0.5 * c.std(), c.mean() + 3**0.5 * c.std()) for c in (rows, columns)]
         out[tuple(slice(max(0, round(low)), round(high) + 1) for low, high in spans)] = True
     return out
-
-
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two areas; 1 where both are empty."""
-    union = float((one | other).sum())
-    return float((one & other).sum()) / union if union else 1.0
-
-
-def edge_f1(one: np.ndarray, other: np.ndarray) -> float:
-    """Harmonic mean of the shares of each one's edges within two pixels of the other's; 1 where both are empty."""
-    if not one.any() or not other.any():
-        return float(not one.any() and not other.any())
-    shares = []
-    for edges, near in ((one, other), (other, one)):
-        distance = cv2.distanceTransform((~near).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        shares.append(float((distance[edges] <= NEAR).mean()))
-    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
