@@ -38,6 +38,8 @@ class Estimated(Control):
             for one person's.
     """
 
+    task: Literal["depth", "segmentation", "pose"]
+
     def __init__(
         self, model: str, task: Literal["depth", "segmentation", "pose"] = "depth", detector: str | None = None
     ) -> None:

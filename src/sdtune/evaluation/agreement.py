@@ -24,7 +24,7 @@ def agreement(task: Task, asked: np.ndarray, shown: np.ndarray) -> float:
     if task == "segmentation":
         return mean_iou(_numbers(asked), _numbers(shown))
     height, width = asked.shape[:2]
-    return line_f1(asked.any(-1), shown.any(-1), MATCH * float(np.hypot(height, width)))
+    return line_f1(asked.max(-1) > 0, shown.max(-1) > 0, MATCH * float(np.hypot(height, width)))
 
 
 def line_f1(one: np.ndarray, other: np.ndarray, near: float) -> float:
