@@ -11,12 +11,15 @@ from typing import Any
 
 import optuna
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from running import arguments, rows, start, train, wait_for_step
 from sdtune.callbacks import pruning
 from sdtune.callbacks.record import Record
 from sdtune.errors import Pruned
+from sdtune.optuna_sweeper import _direction, _value
 from sdtune.trials import STUDY, storage
+from wandb_files import told
 
 
 @pytest.fixture
@@ -106,6 +109,7 @@ def test_killed_it_goes_on_with_what_remains(settings: list[str], tmp_path: Path
     [
         (["optimized_metric=null"], "optimized_metric is missing"),
         (["hydra.sweeper.direction=up"], "hydra.sweeper.direction: 'up'; give minimize or maximize"),
+        (["hydra.sweeper.direction=maximize"], "hydra.sweeper.direction: validation_loss is the better the lower"),
         (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials: 0; give at least 1"),
         (
             ["hydra.sweeper.params=null", "optimizer.lr=1e-3", "method.rank=2"],
@@ -114,12 +118,13 @@ def test_killed_it_goes_on_with_what_remains(settings: list[str], tmp_path: Path
     ],
 )
 def test_what_cannot_be_searched_is_refused(
-    own: list[str], words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+    own: list[str], words: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(*settings, *own) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"sdtune: {words}")
     assert said.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_search_is_tried_on_one_example_before_it_begins(
@@ -180,3 +185,57 @@ def test_the_loss_is_better_the_lower_whatever_is_searched_for(
             report(loss)
     else:
         report(loss)
+
+
+def test_asha_keeps_the_best_third_at_its_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "check_held_out", lambda *args: None)
+    study = optuna.create_study(storage=storage(tmp_path), study_name=STUDY, direction="minimize")
+    record = Record(tmp_path / "run")
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=2, max_steps=9, world_size=1, sanity_checking=False)
+    ended = []
+    for value in (0.5, 0.6, 0.7, 0.4):
+        number = study.ask().number
+        callback = pruning.Pruning(tmp_path / str(number), record, number, pruner="asha", after=2)
+        callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+        record.validation = {2: value}
+        try:
+            callback.on_validation_end(trainer, None)  # type: ignore[arg-type]
+        except Pruned:
+            ended.append(value)
+    assert ended == [0.6, 0.7], "the first has nobody to be compared with, and the last is the best"
+
+
+def test_ranges_exclude_their_stop_as_in_hydra(settings: list[str]) -> None:
+    parser = OverridesParser.create()
+    [whole, part] = parser.parse_overrides(["method.rank=range(1,4)", "optimizer.lr=range(0.0,1.0,0.25)"])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [
+        {str(_value(trial, key, o)) for trial in (study.ask() for _ in range(60))}
+        for key, o in (("rank", whole), ("lr", part))
+    ]
+    assert drawn == [{"1", "2", "3"}, {"0.0", "0.25", "0.5", "0.75"}]
+
+
+def test_the_metrics_name_says_which_way_it_goes() -> None:
+    assert [_direction(metric) for metric in ("validation_loss", "subject_gain")] == ["minimize", "maximize"]
+
+
+def test_a_job_of_two_devices_is_pruned_by_both_and_closes_its_loggers(settings: list[str], tmp_path: Path) -> None:
+    """The first process must not be killed for the others' end: it has W&B to finish."""
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    sweep.mkdir()
+    study = optuna.create_study(storage=storage(sweep), study_name=STUDY, direction="minimize")
+    better = optuna.trial.create_trial(value=0.0, intermediate_values={2: 0.0, 4: 0.0})
+    study.add_trial(better)
+    own = [a for a in settings if a != "hardware=cpu"]
+    own += ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2", "data.batch_size=4"]
+    own += ["hydra.sweeper.n_trials=1", "callbacks.pruning.after=1", "logger=wandb", "logger.wandb.offline=true"]
+    process = start(log, *own)
+    assert process.wait(timeout=280) == 0, log.read_text()
+    assert json.loads((sweep / "1" / "job.json").read_text()) | {"overrides": None} == {
+        "overrides": None,
+        "state": "pruned",
+        "step": 2,
+    }
+    assert trials(sweep)[1].state is optuna.trial.TrialState.PRUNED
+    assert told(sweep / "1")["exit"] == 0

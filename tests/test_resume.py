@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -157,3 +158,24 @@ def test_what_changed_since_is_refused(
     (pictures / "0.txt").write_text("picture number 0")
     assert train(*again) == 0
     assert len(rows(run)) == 4
+
+
+def test_killed_at_its_last_step_it_still_gets_its_last_samples_and_costs(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    own = [a for a in arguments(tiny, pictures, run, "trainer.max_steps=3") if a != "callbacks.samples=null"]
+    own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
+    assert train(*own) == 0
+    before = json.loads((run / "metrics.json").read_text())
+    drawn = {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")}
+    # As if it had been killed right after the last step's checkpoint.
+    shutil.rmtree(run / "samples" / "after")
+    shutil.rmtree(run / "artifact")
+    (run / "samples" / "before_after.png").unlink()
+    (run / "metrics.json").unlink()
+    assert train(f"resume={run}") == 0
+    assert {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")} == drawn
+    after = json.loads((run / "metrics.json").read_text())
+    costs = ("median_step_seconds", "images_per_second", "peak_memory_bytes", "trainable_parameters")
+    assert {key: after[key] for key in costs} == {key: before[key] for key in costs}

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from running import arguments, rows, start, train, wait_for_step
-from sdtune.errors import PRUNED, Pruned, RunFailed
+from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.files import locked
 from sdtune.launch import main
 from sdtune.methods.base import Adapter
@@ -147,29 +148,32 @@ def test_stopped_it_says_how_to_go_on(settings: list[str], tmp_path: Path) -> No
 
 
 def test_each_job_of_two_devices_trains_its_own_rate_on_both(settings: list[str], tmp_path: Path) -> None:
-    """Lightning's further processes repeat a command line; a sweep's would be a sweep again (and was)."""
+    """Lightning's further processes repeat a command line; a sweep's would be a sweep again (and was).
+
+    The third job has one device: nothing of the two before it is left.
+    """
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if a != "hardware=cpu"]
-    own += ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2", "data.batch_size=4", "method.rank=2"]
-    process = start(log, *own, "optimizer.lr=1e-3,1e-4")
+    own += ["hardware=ddp", "hardware.accelerator=cpu", "data.batch_size=4", "method.rank=2"]
+    process = start(log, *own, "optimizer.lr=1e-3,1e-4", "hardware.devices=2,1")
     assert process.wait(timeout=280) == 0, log.read_text()
-    for job, rate in (("0", 1e-3), ("1", 1e-4)):
+    for job, rate, devices in (("0", 1e-3, 2), ("1", 1e-3, 1), ("2", 1e-4, 2), ("3", 1e-4, 1)):
         assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
         assert json.loads((sweep / job / "metrics.json").read_text())["steps"] == 3
         ranks = sorted((sweep / job).glob("train*.log"))
-        assert len(ranks) == 2, "each rank has a log"
+        assert len(ranks) == devices, "each rank has a log"
         assert all(f"optimizer.lr {rate}" in file.read_text() for file in ranks)
-    assert states(sweep) == {"0": "done", "1": "done"}
+    assert states(sweep) == dict.fromkeys("0123", "done")
 
 
 def test_a_job_of_two_devices_that_fails_leaves_the_others(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
-    own = [*settings, "hardware.strategy=ddp", "hardware.devices=2,1", "data.batch_size=4", "optimizer.lr=1e30"]
+    own = [*settings, "hardware.strategy=ddp", "hardware.devices=2", "data.batch_size=4", "optimizer.lr=1e30,1e-3"]
     process = start(log, *own, "method.rank=2")
     assert process.wait(timeout=280) == 1, log.read_text()
-    assert states(sweep) == {"0": "failed", "1": "failed"}
-    errors = [json.loads((sweep / job / "job.json").read_text())["error"] for job in ("0", "1")]
-    assert all(error.startswith("step 2: the loss or its gradient is not finite") for error in errors)
+    assert states(sweep) == {"0": "failed", "1": "done"}
+    error = json.loads((sweep / "0" / "job.json").read_text())["error"]
+    assert error.startswith("step 2: the loss or its gradient is not finite")
 
 
 def test_a_sweep_that_runs_keeps_others_out(
@@ -270,6 +274,19 @@ def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(
     assert not other.exists() or other.read_text().split()[2] == "Z"
 
 
+@pytest.mark.parametrize("script", ["trap 'exit 1' TERM; while :; do sleep 0.05; done", "sleep 20"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_apart_that_is_stopped_too_early_to_save_stops_the_sweep(
+    script: str, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(tmp_path, script, monkeypatch)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(Stopped) as stop:
+        run_apart("train", [], [], tmp_path, False)
+    assert stop.value.code == 128 + signal.SIGTERM
+
+
 def test_the_exit_code_of_a_pruned_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(composed: Any) -> None:
         raise Pruned(3)
@@ -278,3 +295,22 @@ def test_the_exit_code_of_a_pruned_run(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(SystemExit) as end:
         main("train", lambda config, folder: run)
     assert end.value.code == PRUNED
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first process speaks for all, and is killed with another's code
+    main("train", lambda config, folder: run)
+
+
+@pytest.mark.parametrize(("agreed", "code"), [(True, 0), (False, 1)])
+def test_a_further_process_leaves_its_code_to_the_first_where_all_know(
+    agreed: bool, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(composed: Any) -> None:
+        raise RunFailed("step 2 is not finite", agreed)
+
+    monkeypatch.setattr(sys, "argv", ["sdtune train", f"hydra.run.dir={tmp_path}/run"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found = 0
+    try:
+        main("train", lambda config, folder: run)
+    except SystemExit as end:
+        found = int(str(end.code))
+    assert found == code

@@ -3,80 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
-import struct
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from wandb.proto import wandb_internal_pb2
 
-from running import arguments, rows, train
+from running import arguments, rows, start, train
 from sdtune import loggers
 from sdtune.launch import _compose, _search_path
-
-_BLOCK, _HEADER = 2**15, struct.Struct("<IHB")
-_FULL, _LAST = 1, 4
-
-
-def records(file: Path) -> list[Any]:
-    """Of a run that is over; W&B's own process writes the end of its file, a moment after the run's."""
-    until = time.monotonic() + 20
-    while not (found := parsed(file)) or found[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < until, "no end in 20 s"
-        time.sleep(0.1)
-    return found
-
-
-def parsed(file: Path) -> list[Any]:
-    """Of a ``.wandb`` file: protobuf messages in LevelDB's log format, behind a header of its own."""
-    content = file.read_bytes()
-    assert content[:4] == b":W&B"
-    found, whole, at = [], b"", 7
-    while at + _HEADER.size <= len(content):
-        if _BLOCK - at % _BLOCK < _HEADER.size:
-            at += _BLOCK - at % _BLOCK
-            continue
-        _, length, kind = _HEADER.unpack_from(content, at)
-        at += _HEADER.size
-        if at + length > len(content):
-            break  # it is still being written
-        whole += content[at : at + length]
-        at += length
-        if kind in (_FULL, _LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            found.append(record)
-            whole = b""
-    return found
-
-
-def told(run: Path) -> dict[str, Any]:
-    """Of one job: the run's facts, config, history and summary."""
-    [file] = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
-    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "artifacts": []}
-    for record in records(file):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            found["run"] = record.run
-            found["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
-        elif kind == "config":
-            found["config"] |= {u.key: json.loads(u.value_json) for u in record.config.update}
-        elif kind == "history":
-            keys = ["/".join(item.nested_key) or item.key for item in record.history.item]
-            values = [json.loads(item.value_json) for item in record.history.item]
-            found["history"].append(dict(zip(keys, values, strict=True)))
-        elif kind == "summary":
-            for update in record.summary.update:
-                found["summary"]["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
-        elif kind == "artifact":
-            found["artifacts"].append(record.artifact.type)
-        elif kind == "exit":
-            found["exit"] = record.exit.exit_code
-    return found
+from wandb_files import records, told
 
 
 @pytest.fixture
@@ -201,3 +143,40 @@ def test_wandbs_own_agent_hands_over_overrides(monkeypatch: pytest.MonkeyPatch, 
     assert loggers._run_id(tmp_path) == loggers._run_id(tmp_path) is not None
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     assert loggers._run_id(tmp_path) is None
+
+
+def test_terminated_while_it_is_measured_a_run_is_closed(
+    offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    own = [a for a in arguments(tiny, pictures, run, *offline, "trainer.max_steps=1") if a != "evaluation=none"]
+    slow = ["evaluation.clip=pocket", "evaluation.pictures=200", "evaluation.sampling.steps=500"]
+    process = start(log, *own, *slow)
+    until = time.monotonic() + 200
+    while not list(run.glob("artifact/*.safetensors")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()
+    assert told(run)["exit"] == 1
+    assert "sdtune: stopped; sdtune train resume=RUN goes on" in log.read_text()
+
+
+def test_disabled_it_leaves_nothing(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = tmp_path / "run"
+    own = [a for a in arguments(tiny, pictures, run, "logger=wandb") if a != "callbacks.samples=null"]
+    own += ["callbacks.samples.sampling.steps=1", "trainer.max_steps=1", "logger.wandb.log_artifact=true"]
+    assert train(*own) == 0
+    assert not list(run.glob("wandb/*run-*"))
+
+
+def test_processes_that_come_together_agree_on_the_id(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: loggers._run_id(tmp_path), range(64)))
+    assert len(found) == 1
+    assert [file.name for file in (tmp_path / "wandb").iterdir()] == ["id"]

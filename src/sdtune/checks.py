@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import StringConstraints
 
 from sdtune import hardware
+from sdtune.backbone import Facts
 from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks.held_out import NOTHING_HELD_OUT
 from sdtune.data import PictureData
@@ -168,6 +169,25 @@ def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     _check_prodigy(config)
 
 
+def check_measured(config: dict[str, Any]) -> PictureData:
+    """Of :func:`check_run` what measuring a run's artifact needs: no method, optimizer or logger."""
+    top = settings(config)
+    check(config["backbone"], "backbone", top.trust)
+    check(config["data"], "data", top.trust, ("seed",))
+    check(config["evaluation"], "evaluation", top.trust, ())
+    source = build(config["backbone"], top.trust)
+    data = _opened(config, source.facts, top)
+    build(config["evaluation"], top.trust).check(data, source.facts)
+    source.check()
+    return data
+
+
+def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> PictureData:
+    data: PictureData = build(config["data"], top.trust, {"seed": top.seed})
+    data.open(facts.side, facts.factor)
+    return data
+
+
 def check_run(config: dict[str, Any]) -> PictureData:
     """Every check that needs no weights; returns the data, read."""
     top = settings(config)
@@ -185,8 +205,7 @@ def check_run(config: dict[str, Any]) -> PictureData:
     _check_trainer(config, trust)
     source = build(config["backbone"], trust)
     facts = source.facts
-    data: PictureData = build(config["data"], trust, {"seed": top.seed})
-    data.open(facts.side, facts.factor)
+    data = _opened(config, facts, top)
     for key, node in config["callbacks"].items():
         kind = resolve(node["_target_"], "callbacks", trust) if node else None
         if getattr(kind, "needs_held_out", False) and not data.held_out:

@@ -12,7 +12,14 @@ class Stopped(Exception):
 
 
 class RunFailed(Exception):
-    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept."""
+    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept.
+
+    ``agreed``: all of its processes know, and the first one speaks for them.
+    """
+
+    def __init__(self, message: str, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 PRUNED = 4

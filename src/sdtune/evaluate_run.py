@@ -11,11 +11,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune import hardware
-from sdtune.checks import check_run, plain, settings
+from sdtune.checks import check_measured, plain, settings
 from sdtune.data import PictureData
+from sdtune.figures import finite
 from sdtune.files import write_json
 from sdtune.instantiate import build
-from sdtune.report_lines import finite
 
 log = logging.getLogger("sdtune")
 
@@ -44,12 +44,18 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     trained = {**plain(loaded), "trust": own["trust"], "hardware": own["hardware"]}
     for key in ("clip", "dino"):
         if own[key] is not None:
-            trained["evaluation"] = {**(trained["evaluation"] or {"_target_": _WITH_CLIP}), key: str(own[key])}
+            asked = trained["evaluation"] or {"_target_": _WITH_CLIP, "sampling": _sampling(trained["backbone"])}
+            trained["evaluation"] = {**asked, key: str(own[key])}
     if not trained["evaluation"]:
         raise ValueError(f"run: {run} was trained with evaluation=none; give clip=FOLDER or dino=FOLDER to measure it")
-    data = check_run(trained)
+    data = check_measured(trained)
     accelerator = str(own["hardware"]["accelerator"])
     return lambda composed: execute(trained, data, run, accelerator, folder)
+
+
+def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:
+    """As ``evaluation=clip`` samples with ``backbone``."""
+    return {"_target_": "sdtune.sampling.Sampling", "guidance": backbone["guidance"]}
 
 
 def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:
@@ -61,7 +67,10 @@ def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: s
     figures = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
     complete = run / "metrics.json"
     before = json.loads(complete.read_text()) if complete.is_file() else {}
-    figures = {**{key: value for key, value in before.items() if key in OF_TRAINING}, **figures}
+    kept = {key: value for key, value in before.items() if key in OF_TRAINING}
+    reasons = {key: why for key, why in before.get("reasons", {}).items() if key in kept}
+    reasons |= figures.get("reasons", {})
+    figures = {**kept, **figures, **({"reasons": reasons} if reasons else {})}
     write_json(folder / "evaluation.json", figures)
     for key, value in figures.items():
         log.info("%s: %s", key, f"{value:.4f}" if isinstance(value, float) else value)

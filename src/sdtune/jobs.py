@@ -44,11 +44,10 @@ class Job:
         if not self.beside:
             return self._tracked(composed)
         sweep = Path(str(HydraConfig.get().sweep.dir))
-        if stopping(sweep) is not None:
-            return None
         try:
+            # A stop that comes between the two reaches this process by a signal.
             with reachable(sweep):
-                return self._tracked(composed)
+                return self._tracked(composed) if stopping(sweep) is None else None
         except (SystemExit, KeyboardInterrupt):
             return None
 
@@ -100,12 +99,19 @@ def _keep_config(composed: DictConfig, folder: Path) -> None:
         assert isinstance(container, dict)
         check_unchanged({str(key): value for key, value in container.items()}, folder)
         return
-    place.mkdir(parents=True, exist_ok=True)
     whole = HydraConfig.instance().cfg
     assert whole is not None
-    OmegaConf.save(OmegaConf.masked_copy(whole, ["hydra"]), place / "hydra.yaml")
-    OmegaConf.save(whole.hydra.overrides.task, place / "overrides.yaml")
-    OmegaConf.save(composed, place / "config.yaml")
+    write_yaml(place / "hydra.yaml", OmegaConf.masked_copy(whole, ["hydra"]))
+    write_yaml(place / "overrides.yaml", whole.hydra.overrides.task)
+    write_yaml(place / "config.yaml", composed)  # last: that it is there says that the others are
+
+
+def write_yaml(path: Path, config: Any) -> None:
+    """``config`` with its interpolations as they stand, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    OmegaConf.save(config, partial)
+    partial.replace(path)
 
 
 def _go_on(composed: DictConfig, folder: Path) -> None:

@@ -122,8 +122,10 @@ def main(
         print(f"sdtune: {stop}", file=sys.stderr)
         code = stop.code
     except Pruned as end:
-        print(f"sdtune: {end}", file=sys.stderr)
-        code = PRUNED
+        # Lightning kills the first process where another ends with a code, and it has its loggers to close.
+        if _is_first():
+            print(f"sdtune: {end}", file=sys.stderr)
+            code = PRUNED
     except (HydraException, OmegaConfBaseException) as error:
         refuse(_one_line(error))
     except ValueError as error:
@@ -131,7 +133,8 @@ def main(
             raise
         refuse(str(error))
     except RunFailed as error:
-        refuse(str(error), code=1)
+        if _is_first() or not error.agreed:
+            refuse(str(error), code=1)
     except RuntimeError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or not _out_of_memory(error):
             raise

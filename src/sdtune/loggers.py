@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -32,7 +33,7 @@ def wandb_logger(
         label, sweep: the run's name and group where ``name`` and ``group`` are None: what sets it apart from the others
             of its sweep, and the sweep's folder's name.
         offline: keep everything on disk for ``wandb sync``; needs no account.
-        log_artifact: upload the run's artifact as a version of a W&B artifact called by the run's group or name.
+        log_artifact: upload the run's artifact as a version of a W&B artifact that has the run's file's name.
     """
     from pytorch_lightning.loggers import WandbLogger
 
@@ -71,7 +72,11 @@ def _run_id(run: Path) -> str | None:
     file = run / "wandb" / "id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
+        own = file.with_name(f"id.{secrets.token_hex(4)}")
+        own.write_text(secrets.token_hex(4))
+        with contextlib.suppress(FileExistsError):
+            file.hardlink_to(own)  # torchrun's processes all come by here: the first one's counts
+        own.unlink()
     return file.read_text()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from sdtune.jobs import STATE, UNFINISHED
+from sdtune.figures import LOWER_IS_BETTER
+from sdtune.jobs import STATE, UNFINISHED, write_yaml
 from sdtune.side_by_side import stopping
 from sdtune.suggest import suggestion
 from sdtune.trials import STUDY, require_optuna, storage
@@ -33,13 +35,36 @@ log = logging.getLogger("sdtune")
 DIRECTIONS = ("minimize", "maximize")
 
 
+def _direction(metric: str) -> str:
+    return "minimize" if metric in LOWER_IS_BETTER else "maximize"
+
+
+def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
+    """ValueError for a search that cannot begin; ``parsed`` are its overrides."""
+    sweeper = master.hydra.sweeper
+    if sweeper.direction not in (None, *DIRECTIONS):
+        raise ValueError(f"hydra.sweeper.direction: {sweeper.direction!r}; give minimize or maximize")
+    for key in ("n_trials", "at_once"):
+        if not isinstance(sweeper[key], int) or sweeper[key] < 1:
+            raise ValueError(f"hydra.sweeper.{key}: {sweeper[key]!r}; give at least 1")
+    metric = master.get("optimized_metric")
+    if not metric:
+        raise ValueError("optimized_metric is missing: name the figure of metrics.json that Optuna shall improve")
+    if metric in LOWER_IS_BETTER and sweeper.direction == "maximize":
+        raise ValueError(f"hydra.sweeper.direction: {metric} is the better the lower; leave it out")
+    if not any(override.is_sweep_override() for override in parsed):
+        raise ValueError(
+            "hydra.sweeper.params: nothing is searched; give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'"
+        )
+
+
 class OptunaSweeper(Sweeper):  # type: ignore[misc]
     """Chooses settings by Optuna's TPE (Bergstra et al. 2011), one trial a job, the study in the sweep's own folder.
 
     Args:
         n_trials: how many in all, those of an earlier start included.
         at_once: jobs that the launcher gets together; more than one only helps with one that runs them side by side.
-        direction: of the metric that ``optimized_metric`` names.
+        direction: of the metric that ``optimized_metric`` names: ``minimize``, ``maximize``, or by its name if None.
         seed: of the sampler.
         startup_trials: so many are drawn at random before the model decides.
         params: search space in Hydra's words: ``optimizer.lr: tag(log, interval(1e-5, 1e-2))``; the command line's
@@ -50,7 +75,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         self,
         n_trials: int = 20,
         at_once: int = 1,
-        direction: str = "minimize",
+        direction: str | None = None,
         seed: int = 0,
         startup_trials: int = 8,
         params: DictConfig | None = None,
@@ -73,23 +98,14 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         require_optuna()
         import optuna
 
-        # Not in the constructor: Hydra would wrap the refusal in lines of its own.
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"hydra.sweeper.direction: {self.direction!r}; give minimize or maximize")
-        for key, value in (("n_trials", self.n_trials), ("at_once", self.at_once)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"hydra.sweeper.{key}: {value!r}; give at least 1")
-        if not self.config.get("optimized_metric"):
-            raise ValueError("optimized_metric is missing: name the figure of metrics.json that Optuna shall improve")
         folder = Path(str(self.config.hydra.sweep.dir))
         space, fixed = self._space(arguments)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        write_yaml(folder / "multirun.yaml", self.config)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
             storage=storage(folder),
             study_name=STUDY,
-            direction=self.direction,  # type: ignore[arg-type]
+            direction=self.direction or _direction(str(self.config.optimized_metric)),  # type: ignore[arg-type]
             load_if_exists=True,
         )
         # Another seed after a stop: the same one would draw again what it drew at the start.
@@ -115,10 +131,6 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
         by_key = {override.get_key_element(): override for override in parsed}
         space = {key: override for key, override in by_key.items() if override.is_sweep_override()}
-        if not space:
-            raise ValueError(
-                "hydra.sweeper.params: nothing is searched; give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'"
-            )
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if k not in space]
         return space, fixed
 
@@ -203,7 +215,8 @@ def _value(trial: optuna.Trial, key: str, override: Override) -> Any:
         assert stop is not None
         if all(isinstance(number, int) for number in (start, stop, step)):
             return trial.suggest_int(key, int(start), int(stop) - 1, step=int(step))
-        return trial.suggest_float(key, float(start), float(stop), step=float(step))
+        count = math.ceil((float(stop) - float(start)) / float(step) - 1e-9)  # Hydra's ranges exclude their stop
+        return trial.suggest_float(key, float(start), float(start) + (count - 1) * float(step), step=float(step))
     assert value.start is not None
     assert value.end is not None
     if isinstance(value.start, int) and isinstance(value.end, int):

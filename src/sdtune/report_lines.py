@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken, Words
@@ -109,10 +107,3 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
     ]
     group = [] if pocket else ["backbone=sd15"]
     return "".join(f" {shlex.quote(override)}" for override in [*group, *said])
-
-
-def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """``figures``, what is NaN or infinite null with its reason: JSON has neither."""
-    odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
-    reasons = {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
-    return {**figures, **dict.fromkeys(odd), "reasons": reasons} if odd else figures

@@ -32,8 +32,7 @@ def rewrite(argv: list[str]) -> list[str]:
     kept = run / ".hydra" / "overrides.yaml"
     if not kept.is_file():
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
-    resumed = sorted((run / ".hydra").glob("resume-*/overrides.yaml"), key=lambda p: int(p.parent.name[7:]))
-    own = [str(override) for override in OmegaConf.load(resumed[-1] if resumed else kept)]
+    own = [str(o) for o in OmegaConf.load((resumptions(run)[-1:] or [kept.parent])[0] / "overrides.yaml")]
     values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
     # "~key" has no "=": an override like any other, and none is passed over in silence.
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
@@ -57,6 +56,12 @@ def rewrite(argv: list[str]) -> list[str]:
         internal = []
     own = [o for o in own if not o.startswith("resume=")]
     return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+
+
+def resumptions(run: Path) -> list[Path]:
+    """Hydra's folders of each time that ``run`` was resumed, in order."""
+    found = [file.parent for file in (run / ".hydra").glob("resume-*/overrides.yaml")]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("resume-")))
 
 
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:

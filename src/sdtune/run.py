@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -26,6 +30,7 @@ from sdtune.checks import Settings, check_run, plain, settings, trainer_argument
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
 from sdtune.errors import Pruned, RunFailed, Stopped
+from sdtune.figures import finite
 from sdtune.files import write_json
 from sdtune.instantiate import build
 from sdtune.loggers import close, keep_artifact
@@ -98,7 +103,10 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
     start = last_checkpoint(folder) if top.resume else None
     loggers: list[Any] = []
     failed = True
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if before == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _leave)  # while it trains, Checkpoints listens
         for node in config["logger"].values():
             if node:
                 offered = {"save_dir": str(folder), "method": type(adapter).__name__, **names(folder)}
@@ -131,7 +139,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
     except NotFinite as error:
         kept = sorted((folder / "checkpoints").glob("step*.ckpt"))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise RunFailed(f"{error}; {last}") from error
+        raise RunFailed(f"{error}; {last}", agreed=True) from error
     except torch.OutOfMemoryError as error:
         accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
         several = hardware.micro_batch(config["hardware"], data.batch_size, accumulation) > 1
@@ -143,7 +151,15 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         ) from error
     finally:
         close(loggers, failed)
+        if signal.getsignal(signal.SIGTERM) is _leave:
+            signal.signal(signal.SIGTERM, before)
     return figures.get(top.optimized_metric) if top.optimized_metric else None
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Out, before training or after it, with the loggers closed on the way."""
+    print("sdtune: stopped; sdtune train resume=RUN goes on from the last checkpoint, if there is one", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def _train(
@@ -165,6 +181,8 @@ def _train(
         trainer.fit(adapter, datamodule=data, ckpt_path=start, weights_only=True)
     finally:
         checkpoints.restore_handlers()
+    for samples in (c for c in trainer.callbacks if isinstance(c, Samples)):  # type: ignore[attr-defined]
+        samples.complete(trainer, adapter)
     with adapter.final_weights():
         if trainer.is_global_zero:
             adapter.artifact(folder / "artifact", name)
@@ -216,7 +234,7 @@ def _figures(
         )
         reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
         figures["reasons"] = {**figures.get("reasons", {}), **reasons}
-    figures = report_lines.finite(figures)
+    figures = finite(figures)
     for logger in trainer.loggers:
         logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
     return figures

@@ -64,7 +64,9 @@ class Relay:
             return
         self.code = 128 + number
         self.sweep.mkdir(parents=True, exist_ok=True)
-        (self.sweep / _STOPPING).write_text(str(self.code))
+        partial = self.sweep / f"{_STOPPING}.partial"
+        partial.write_text(str(self.code))
+        partial.replace(self.sweep / _STOPPING)  # a worker may look at any moment
         print("sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)", file=sys.stderr)
         ready = {file.name for file in self.sweep.glob(f"{_WORKERS}/*")}
         for process in multiprocessing.active_children():

@@ -51,9 +51,13 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
 
+    asked: list[int] = []
+
     def hand_on(number: int, frame: FrameType | None) -> None:
         # A terminal that goes away asks for the same as a scheduler, and the job knows that.
-        os.killpg(child.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, asked[-1])
 
     handlers = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
     words: list[str] = []
@@ -71,6 +75,9 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
     said = words[-1] if words else ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stopped(said, code)
+    if asked and code:
+        # It was too early, or too late, for the job to answer with a code of its own.
+        raise Stopped(said or "stopped", 128 + asked[0])
     if code == PRUNED:
         raise Pruned(int(said.rpartition(" ")[2]))
     if code:

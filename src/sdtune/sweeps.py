@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sdtune.errors import RunFailed, Stopped
 from sdtune.files import locked, write_json
 from sdtune.jobs import STATE, Job, ended
-from sdtune.optuna_sweeper import example
+from sdtune.optuna_sweeper import check_search, example
 from sdtune.paths import command_line_folder
 from sdtune.resume import check_unchanged, first_change, flat
 from sdtune.side_by_side import Relay
@@ -137,6 +137,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     texts += [str(override) for override in master.hydra.overrides.task]
     parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
+    if str(sweeper._target_).endswith(".OptunaSweeper"):
+        check_search(master, parsed)
     if str(sweeper._target_).endswith(".BasicSweeper"):
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
         called = [str(number) for number in range(len(jobs))]
@@ -174,14 +176,15 @@ def _summary(folder: Path, command: str) -> int:
     """Say how each job ended, and keep it in ``sweep.json``."""
     found = sorted((f.parent for f in folder.glob(f"*/{STATE}")), key=_number)
     jobs = [{"job": place.name, **ended(place)} for place in found]
-    failed = [job for job in jobs if job["state"] == "failed"]
+    failed = [job for job in jobs if job["state"] not in ("done", "pruned")]
     write_json(folder / "sweep.json", {"jobs": jobs})
     count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
     pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
     print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
     for job in failed:
         own = _own(job["overrides"], [each["overrides"] for each in jobs])
-        print(f"sdtune: job {job['job']} ({own}) failed: {job['error']}", file=sys.stderr)
+        how = f"failed: {job['error']}" if job["state"] == "failed" else f"is {job['state']}"
+        print(f"sdtune: job {job['job']} ({own}) {how}", file=sys.stderr)
     if failed and not (folder / JOURNAL).exists():  # to a search they are trials that have ended
         print(f"sdtune: sdtune {command} -m {shlex.quote(f'resume={folder}')} runs them again", file=sys.stderr)
     return 1 if failed else 0

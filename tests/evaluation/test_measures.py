@@ -86,8 +86,36 @@ def test_a_dino_looks_at_the_class_token(dino_folder: Path) -> None:
 def test_what_is_no_dino_is_refused(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"^evaluation\.dino: .* holds no model of pictures"):
         Dino(str(tmp_path), CPU)
-    with pytest.raises(ValueError, match=r"^evaluation\.dino: /nowhere is not a folder; name a local folder"):
-        ClipFigures(dino="/nowhere").check(folder_data(pictures), Facts(32, 4, 4, "epsilon", 77))
+
+
+def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    data, facts = folder_data(pictures), Facts(32, 4, 4, "epsilon", 77)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    for own, words in (
+        ({"dino": "/nowhere"}, r"dino: /nowhere is no folder with a config\.json; name a local folder with a DINO"),
+        ({"dino": "pocket"}, "dino: pocket is no folder"),
+        ({"clip": "/nowhere"}, "clip: /nowhere is no folder"),
+        ({"clip": str(dino_folder)}, "clip: .* holds a model of the type dinov2, and a CLIP is needed"),
+        ({"dino": str(tmp_path)}, r"dino: .* holds no weights as \.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=rf"^evaluation\.{words}"):
+            ClipFigures(**own).check(data, facts)
+    ClipFigures(clip="pocket", dino=str(dino_folder)).check(data, facts)
+
+
+def test_a_loras_strengths_are_shown_without_any_model_to_measure_with(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    source = Pretrained(str(tiny))
+    model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
+    data = folder_data(pictures)
+    fit(model, data, 1)
+    model.artifact(tmp_path / "artifact", "mine")
+    figures = ClipFigures(pictures=2, sampling=Sampling(steps=1)).run(
+        source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen"
+    )
+    assert all(value is None for key, value in figures.items() if key != "reasons")
+    assert [file.name for file in (tmp_path / "seen").iterdir()] == ["strengths.png"]
 
 
 def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
@@ -99,8 +127,10 @@ def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, pictures: Path, tmp
     measure = ClipFigures(pictures=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
     figures = measure.run(source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen")
     both = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image")
-    assert set(figures) == {*both, *(f"base_{key}" for key in both), "prior_drift"}
-    assert all(isinstance(value, float) for value in figures.values())
+    found = {key: value for key, value in figures.items() if value is not None and key != "reasons"}
+    assert set(found) == {*both, *(f"base_{key}" for key in both), "prior_drift"}
+    assert all(isinstance(value, float) for value in found.values())
+    assert set(figures["reasons"]) == {"control_agreement", "base_control_agreement"}
     assert figures["memorisation"] >= figures["clip_image"]
     assert figures["diversity"] != figures["base_diversity"]
     assert {p.name for p in (tmp_path / "seen").iterdir()} >= {"strengths.png", "trained_class.png", "base_class.png"}

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from sdtune.pocket import table
+from sdtune.pocket.intervals import intervals
 
 
 def test_intervals_are_those_of_a_share() -> None:
     """Of independent readings the interval is about mean +- 1.96 standard errors."""
     rng = np.random.default_rng(0)
     values = (rng.random((3, 400)) < 0.3).astype(float)
-    mean, low, high = table.intervals({"x": values}, None)["x"]
+    mean, low, high = intervals({"x": values}, None)["x"]
     error = 1.96 * (0.3 * 0.7 / values.size) ** 0.5
     assert mean == values.mean()
     assert low == pytest.approx(mean - error, abs=0.6 * error)
@@ -27,15 +28,15 @@ def test_intervals_are_those_of_a_share() -> None:
 
 def test_seeds_that_differ_widen_the_interval() -> None:
     same, apart = np.full((3, 100), 0.5), np.repeat([[0.0], [0.5], [1.0]], 100, axis=1)
-    assert table.intervals({"x": same}, None)["x"] == (0.5, 0.5, 0.5)
-    _, low, high = table.intervals({"x": apart}, None)["x"]
+    assert intervals({"x": same}, None)["x"] == (0.5, 0.5, 0.5)
+    _, low, high = intervals({"x": apart}, None)["x"]
     assert low < 0.1
     assert high > 0.9
 
 
 def test_the_gain_is_taken_within_each_draw() -> None:
     readings = {"subject_accuracy": np.full((2, 10), 0.8), "base_subject_accuracy": np.full((2, 10), 0.1)}
-    assert table.intervals(readings, 0.9)["subject_gain"] == pytest.approx((0.875, 0.875, 0.875))
+    assert intervals(readings, 0.9)["subject_gain"] == pytest.approx((0.875, 0.875, 0.875))
 
 
 READ = {"control_agreement": [0.5, 1.0], "control_agreement_shuffled": [0.0, 0.5]}

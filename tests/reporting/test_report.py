@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write
 from sdtune.reporting.charts import pareto
-from sdtune.reporting.page import _by_itself
+from sdtune.reporting.page import _by_itself, _ranking
 from sdtune.reporting.ranking import chosen, ranked, rankings, settings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -57,7 +59,7 @@ def test_seeds_are_replicates(sweep: Path) -> None:
 
 
 def run_of(folder: str, overrides: tuple[str, ...], config: dict[str, Any], metrics: dict[str, float]) -> Run:
-    return Run(Path(folder), overrides, "done", None, config, metrics, {}, (), (), {})
+    return Run(Path(folder), overrides, None, "done", None, config, metrics, {}, (), (), {})
 
 
 def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_figure() -> None:
@@ -215,3 +217,40 @@ def test_the_front_holds_what_nothing_beats() -> None:
     points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (4.0, 5.0), (2.0, 0.0)]
     assert pareto(points, lower=False) == [(1.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
     assert pareto(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
+
+
+def test_an_extended_run_says_what_it_is_now(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {batch_size: 2}\n")
+    run = tmp_path / "run"
+    own = arguments(tiny, pictures, run, "trainer.max_steps=1", "experiment=mine")
+    assert train("-cd", str(tmp_path / "conf"), *own) == 0
+    assert train(f"resume={run}", "trainer.max_steps=2") == 0
+    [found] = collect(run)
+    assert found.config["trainer.max_steps"] == 2
+    assert found.config["optimizer.lr"] == found.config["default_lr"] == 1e-4, "as it was, not as it was written"
+    page = html.unescape(write([found], run, "it").read_text())
+    command = f"sdtune train -cd {tmp_path / 'conf'} "
+    shown = page[page.index(command) :].partition("</code>")[0]
+    assert "resume=" not in shown
+    again = shlex.split(shown)[2:]
+    again = [a for a in again if not a.startswith("hydra.run.dir=")]
+    assert train(*again, f"hydra.run.dir={tmp_path}/again") == 0
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_what_is_said_of_seeds_and_noise() -> None:
+    def run(number: int, seed: int, lr: float, **metrics: float) -> Run:
+        return run_of(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
+
+    one = settings([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
+    place, second = _ranking("subject_gain", ranked(one, "subject_gain"))["rows"]
+    assert place["noise"] == "1 of 2 seeds"
+    assert second["noise"] == "noise unknown: one seed here or above"
+    runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.01 * i) for i in range(6)]
+    place, second = _ranking("subject_gain", ranked(settings(runs), "subject_gain"))["rows"]
+    assert (place["noise"], second["noise"]) == ("3 seeds", "3 seeds")
+    runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) + 0.01 * (i // 3)) for i in range(6)]
+    assert _ranking("subject_gain", ranked(settings(runs), "subject_gain"))["rows"][1]["noise"] == (
+        "3 seeds, within the noise"
+    )

@@ -27,7 +27,7 @@ class Cost(Callback):
     """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own."""
 
     peak: int | None = None
-    """Bytes; None where nothing was trained, as after resuming a run that had only its figures to make."""
+    """Bytes, of all processes that the run has had; None where the system does not say."""
 
     _begun = False
 
@@ -63,6 +63,12 @@ class Cost(Callback):
         if peak is not None:
             self.peak = max(self.peak or 0, peak)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak": self.peak}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.peak = state_dict["peak"]
+
     def figures(
         self, adapter: Adapter, data: PictureData, record: Record, artifact: Path
     ) -> dict[str, int | float | None]:
@@ -73,7 +79,7 @@ class Cost(Callback):
         resident memory of the whole process, Python and libraries included. ``median_step_seconds``: of the optimizer
         steps, without previews, validation and checkpoints. ``images_per_second``: pictures that went through the
         model, both of a pair with its class. ``seconds_to_best``: median step times the step of the least validation
-        loss. Speeds and the peak are those of the process that ended the run, where it was resumed.
+        loss. Where the run was resumed, its processes count together.
         """
         step = record.median_step_seconds()
         best = min(record.validation, key=lambda s: record.validation[s], default=None)

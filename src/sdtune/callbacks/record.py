@@ -36,6 +36,7 @@ class Record(Callback):
         self.pending: list[tuple[int, dict[str, Tensor], dict[str, float], list[str]]] = []
         self.columns: list[str] = []
         self.step_seconds: list[float] = []
+        self._earlier: list[float] = []
         self.samples = 0
         self.validation: dict[int, float] = {}
         self._since = (0, 0.0)
@@ -143,9 +144,18 @@ class Record(Callback):
                 logger.log_metrics({"validation_loss": float(value)}, step=trainer.global_step)
 
     def median_step_seconds(self) -> float | None:
-        """Median over the flushes of this process; the first, which holds warm-up, only counts if it is alone."""
-        times = self.step_seconds[1:] or self.step_seconds
+        """Median over the run's flushes; a process's first, which holds warm-up, only counts if it is alone."""
+        times = self._times()
         return median(times) if times else None
+
+    def _times(self) -> list[float]:
+        return [*self._earlier, *self.step_seconds[1:]] or self.step_seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_seconds": torch.tensor(self._times(), dtype=torch.float64)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = state_dict["step_seconds"].tolist()
 
     # --- the file
 

@@ -51,6 +51,7 @@ class Samples(Callback):
         self.sampling = sampling or Sampling()
         self.wanted: list[Wanted] = []
         self.first: list[list[np.ndarray]] | None = None
+        self._finished = False
 
     def draw(self, trainer: pl.Trainer, module: Adapter) -> list[list[np.ndarray]]:
         """Rows by seed, columns by prompt, from the weights that the run would leave behind now."""
@@ -93,12 +94,15 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        size = self.sampling.size(pl_module.backbone.facts.side)
-        self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
+        self._want(trainer, pl_module)
         if trainer.is_global_zero and trainer.global_step == 0:
             log.info("samples: %d before training", len(self.wanted) * len(self.seeds))
             self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
             self._keep(self.first, "before")
+
+    def _want(self, trainer: pl.Trainer, module: Adapter) -> None:
+        size = self.sampling.size(module.backbone.facts.side)
+        self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,9 +115,21 @@ class Samples(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module)
+
+    def complete(self, trainer: pl.Trainer, module: Adapter) -> None:
+        """After ``fit``: draw the last samples where training was over already, and Lightning has begun nothing."""
+        if self._finished or not trainer.is_global_zero:
             return
-        last = self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+        self._want(trainer, module)
+        module.to(trainer.strategy.root_device)
+        self._finish(trainer, module)
+        module.to("cpu")
+
+    def _finish(self, trainer: pl.Trainer, module: Adapter) -> None:
+        self._finished = True
+        last = self.save(trainer, module, self.folder / f"step{trainer.global_step:08d}.png")
         self._keep(last, "after")
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]

@@ -17,6 +17,7 @@ from PIL import Image
 from sdtune.comparison.folklore import METHODS, SUBJECT_METHODS
 from sdtune.files import write_json
 from sdtune.grids import grid, save_png
+from sdtune.marked_page import rewrite
 from sdtune.quiet import quiet, quiet_libraries
 from sdtune.reporting import Run, collect
 
@@ -61,7 +62,6 @@ def main() -> None:
     quiet()
     from sdtune.comparison.figures import measured, planned
     from sdtune.comparison.page import page
-    from sdtune.pocket.table import BEGIN, END
 
     quiet_libraries()
     found = {method: measured(own) for method, own in runs.items()}
@@ -75,9 +75,7 @@ def main() -> None:
     )
     pictures(runs, arguments.into)
     file = arguments.into / "README.md"
-    start, rest = file.read_text().split(BEGIN)
-    lines = page(found, plans, len(runs["lora"]))
-    file.write_text("\n".join([start + BEGIN, "", *lines, "", END + rest.split(END)[1]]))
+    rewrite(file, page(found, plans, len(runs["lora"])))
     print(file)
 
 

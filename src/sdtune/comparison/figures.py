@@ -14,7 +14,7 @@ from sdtune.comparison.value import Value
 from sdtune.paths import config_folder
 from sdtune.planning import Switches, memory
 from sdtune.pocket.evaluation import READINGS
-from sdtune.pocket.table import intervals
+from sdtune.pocket.intervals import intervals
 from sdtune.reporting import Run
 
 

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sdtune.evaluation.named import check_model
 from sdtune.formats.clip_pixels import pixel_statistics
+
+
+def check(name: str) -> None:
+    """ValueError where ``name`` is not pocket and no folder with a CLIP; reads its config alone."""
+    if name != "pocket":
+        check_model("clip", name, "CLIP", ("clip",))
 
 
 class Clip:

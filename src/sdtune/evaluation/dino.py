@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sdtune.evaluation.named import check_model
+
+
+def check(name: str) -> None:
+    """ValueError where ``name`` is no folder with a DINO or DINOv2; reads its config alone."""
+    # The first DINO is a plain ViT in transformers.
+    check_model("dino", name, "DINO or DINOv2", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"))
+
 
 class Dino:
     """A model of that family (Caron et al. 2021; Oquab et al. 2023) in a local folder.

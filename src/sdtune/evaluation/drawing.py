@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from sdtune import adapters, controlnets
 from sdtune.backbone import Pretrained
@@ -64,15 +65,22 @@ def draw_base(
     assert not any(request.maps for request in requests), "maps are not in the name"
     wanted = repr((source.drawing_key(), device.type, precision("auto", device.type), sampling, list(requests)))
     file = cache_folder() / "base" / f"{hashlib.sha256(wanted.encode()).hexdigest()}.npy"
-    if not file.exists():
-        with base(source, device) as backbone:
-            pictures = np.stack(draw(backbone, requests, sampling))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
-        with partial.open("wb") as handle:
-            np.save(handle, pictures)
-        partial.replace(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # of jobs side by side one draws, and the others wait
+        if not file.exists():
+            _draw_into(file, source, requests, sampling, device)
     return list(np.load(file))
+
+
+def _draw_into(
+    file: Path, source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
+) -> None:
+    with base(source, device) as backbone:
+        pictures = np.stack(draw(backbone, requests, sampling))
+    partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
+    with partial.open("wb") as handle:
+        np.save(handle, pictures)
+    partial.replace(file)
 
 
 def references(data: PictureData) -> list[np.ndarray]:

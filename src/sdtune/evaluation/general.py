@@ -15,6 +15,8 @@ from torch import Tensor
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
 from sdtune.data.previews import wanted
+from sdtune.evaluation import clip as clip_model
+from sdtune.evaluation import dino as dino_model
 from sdtune.evaluation.agreement import agreement
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
@@ -62,20 +64,23 @@ class ClipFigures:
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         self.sampling.check(facts.factor)
-        for key, name, kind in (("clip", self.clip, "CLIP"), ("dino", self.dino, "DINO")):
-            if name not in (None, "pocket") and not Path(str(name)).expanduser().is_dir():
-                raise ValueError(f"evaluation.{key}: {name} is not a folder; name a local folder with a {kind} model")
+        if self.clip is not None:
+            clip_model.check(self.clip)
+        if self.dino is not None:
+            dino_model.check(self.dino)
 
     def run(
         self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
-        clip = Clip(self.clip, device) if self.clip is not None else None
-        dino = Dino(self.dino, device) if self.dino is not None else None
+        asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
+        shown_for = [asked[i % len(asked)] for i in range(self.count)]
+        requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
         figures: dict[str, Any] = {}
         comparable = data.control is not None and data.control.task is not None
-        if clip is not None or dino is not None or comparable:
-            figures = self._measured(source, data, artifact, name, device, folder, clip, dino)
+        if self.clip is not None or self.dino is not None or comparable:
+            figures = self._measured(source, data, artifact, name, device, folder, requests)
+        strength_grid(source, artifact, requests, self.sampling, device, folder)
         return {**figures, **_null(figures, self._reasons(data))}
 
     def _reasons(self, data: PictureData) -> dict[str, str]:
@@ -97,12 +102,10 @@ class ClipFigures:
         name: str,
         device: torch.device,
         folder: Path,
-        clip: Clip | None,
-        dino: Dino | None,
+        requests: Sequence[Request],
     ) -> dict[str, Any]:
-        asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
-        shown_for = [asked[i % len(asked)] for i in range(self.count)]
-        requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
+        clip = Clip(self.clip, device) if self.clip is not None else None
+        dino = Dino(self.dino, device) if self.dino is not None else None
         others = self._class(data) if clip is not None else []
         shown = references(data)
         figures: dict[str, Any] = {}
@@ -132,7 +135,6 @@ class ClipFigures:
                     save_png(sheet, folder / f"{prefix or 'trained_'}{kind}.png")
         if classes:
             figures["prior_drift"] = prior_drift(classes[1], classes[0])
-        strength_grid(source, artifact, requests, self.sampling, device, folder)
         return figures
 
     def _class(self, data: PictureData) -> list[Request]:

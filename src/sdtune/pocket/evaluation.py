@@ -17,6 +17,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import PictureData
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
+from sdtune.evaluation.clip import check as check_clip
 from sdtune.evaluation.diversity import distances
 from sdtune.evaluation.drawing import draw, draw_base, references, trained
 from sdtune.evaluation.drift import prior_drift
@@ -91,6 +92,8 @@ class SubjectFigures:
                 f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}"
             )
         self.sampling.check(facts.factor)
+        if self.clip is not None:
+            check_clip(self.clip)
 
     def run(
         self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path

@@ -23,22 +23,14 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from sdtune.files import write_json
+from sdtune.marked_page import rewrite
 from sdtune.pocket.evaluation import READINGS
-from sdtune.randomness import generator
+from sdtune.pocket.intervals import Interval, intervals
 from sdtune.resume import first_change, flat
 
-DRAWS = 2_000
-"""Of the bootstrap."""
-
 _COST = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes")
-_OF_PAIRS = ("class_distance", "diversity")
-"""Figures whose reading of a picture is a mean over its pairs with the others."""
-
 _TIMES = ("median_step_seconds", "images_per_second", "seconds_to_best")
 """Of runs that may have shared the machine: for no table."""
-
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-"""Around what is written into a page that people write as well."""
 
 _OVERVIEW = {
     "subject": ("subject_gain", "background_accuracy", "prior_leak", "class_diversity"),
@@ -46,50 +38,6 @@ _OVERVIEW = {
     "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
 }
 """Table -> the figures that it shows; a recipe stands in the first whose leading figure it has."""
-
-Readings = Mapping[str, np.ndarray]
-"""By figure, float64 [seeds, pictures]."""
-
-Interval = tuple[float, float, float]
-"""Mean, and the interval's low and high end."""
-
-
-def gain(means: Mapping[str, Any], ceiling: float) -> Any:
-    """``subject_gain`` from ``subject_accuracy`` and its base."""
-    return (means["subject_accuracy"] - means["base_subject_accuracy"]) / (ceiling - means["base_subject_accuracy"])
-
-
-def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
-    """Mean and 95% interval of each figure (percentile bootstrap, Efron & Tibshirani 1993, chapter 13).
-
-    Seeds are drawn with replacement, then pictures within each; the base's pictures with those of the trained model,
-    since their prompts and seeds are the same. With three seeds it covers less than 95% where these differ more than
-    the pictures. A mean over pairs of pictures has twice the error that its pictures' own means show (a U-statistic of
-    degree 2, Hoeffding 1948), so their deviations count twice.
-    """
-    own = dict(readings)
-    if "control_agreement" in own:
-        own["control_less_shuffled"] = own["control_agreement"] - own["control_agreement_shuffled"]
-    seeds = len(next(iter(own.values())))
-    rng = generator(0, "bootstrap")
-    drawn: dict[str, list[float]] = {key: [] for key in own}
-    for _ in range(DRAWS):
-        rows = rng.integers(seeds, size=(seeds, 1))
-        columns = {n: rng.integers(n, size=(seeds, n)) for n in sorted({v.shape[1] for v in own.values()})}
-        for key, values in own.items():
-            value, whole = float(values[rows, columns[values.shape[1]]].mean()), float(values[rows[:, 0]].mean())
-            drawn[key].append(2 * value - whole if key.removeprefix("base_") in _OF_PAIRS else value)
-    centre = {key: float(values.mean()) for key, values in own.items()}
-    spread = {key: np.array(values) for key, values in drawn.items()}
-    if ceiling is not None and {"subject_accuracy", "base_subject_accuracy"} <= own.keys():
-        centre["subject_gain"], spread["subject_gain"] = gain(centre, ceiling), gain(spread, ceiling)
-    if "class_distance" in own:
-        centre["class_diversity"] = centre["class_distance"] / centre["base_class_distance"]
-        spread["class_diversity"] = spread["class_distance"] / spread["base_class_distance"]
-    return {
-        key: (centre[key], float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975)))
-        for key, values in spread.items()
-    }
 
 
 def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], found: Mapping[str, Interval]) -> str:
@@ -131,7 +79,7 @@ def overview(folder: Path) -> list[str]:
         for name, values in mine.items():
             cells = [f"{v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" if (v := values.get(key)) else "" for key in figures]
             lines.append(f"| [{name}]({name}/README.md) | {len(contents[name]['seeds'])} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return lines[1:]
 
 
 def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
@@ -188,9 +136,7 @@ def main() -> None:
     for name in arguments.names:
         folders = [arguments.runs / name / f"seed-{seed}" for seed in arguments.seeds]
         _write(name, arguments.seeds, folders, experiments / name)
-    page = experiments / "README.md"
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text("\n".join([before + BEGIN, *overview(experiments), END + rest.split(END)[1]]))
+    rewrite(experiments / "README.md", overview(experiments))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdtune.resume import flat
+from sdtune.paths import command_line_folder
+from sdtune.resume import flat, resumptions
 
 _DEPTH = 3
 """So deep below the folder of a report its runs may lie."""
@@ -34,7 +35,8 @@ class Run:
     """A run's folder, read.
 
     Attributes:
-        overrides: of its command line.
+        overrides: of its command line; of its last one, where it was resumed.
+        config_folder: the command line's ``-cd``.
         state: ``done``, ``failed``, ``pruned``, or ``unfinished`` where it was stopped, killed, or is still running.
         error: why it failed.
         config: the composed config, flat: dotted key -> value.
@@ -47,6 +49,7 @@ class Run:
 
     folder: Path
     overrides: tuple[str, ...]
+    config_folder: str | None
     state: str
     error: str | None
     config: Mapping[str, Any]
@@ -80,11 +83,17 @@ def _read(folder: Path) -> Run:
     job = _json(folder / "job.json")
     # A job that failed may have been completed by itself since.
     state = "done" if figures else str(job.get("state", "unfinished"))
-    config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=False)
-    kept = folder / ".hydra" / "overrides.yaml"
+    last = resumptions(folder)[-1:] or [folder / ".hydra"]
+    # Resolved, or what was typed would differ from the same value by an interpolation.
+    config = OmegaConf.to_container(OmegaConf.load(last[0] / "config.yaml"), resolve=True)
+    kept = last[0] / "overrides.yaml"
+    overrides = [str(o) for o in OmegaConf.load(kept)] if kept.is_file() else []
+    hydra = folder / ".hydra" / "hydra.yaml"
+    sources = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.config_sources") if hydra.is_file() else None
     return Run(
         folder=folder,
-        overrides=tuple(str(o) for o in OmegaConf.load(kept)) if kept.is_file() else (),
+        overrides=tuple(o for o in overrides if not o.startswith("resume=")),
+        config_folder=command_line_folder(sources or []),
         state=state,
         error=None if figures else job.get("error"),
         config=flat(config),

@@ -18,9 +18,10 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from sdtune.figures import LOWER_IS_BETTER
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
-from sdtune.reporting.ranking import LOWER_IS_BETTER, Figure, Place, Setting, metrics, rankings, settings, varied
+from sdtune.reporting.ranking import Figure, Place, Setting, metrics, rankings, settings, varied
 from sdtune.reporting.units import unit
 
 _SIDE = 192
@@ -93,13 +94,22 @@ def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
             "place": i + 1,
             "label": setting.label,
             "figure": _shown(figure, metric),
-            "count": figure.count,
-            "noise": noise,
+            "noise": _noise(setting, figure, noise, best=i == 0),
             "cells": [_shown(setting.figure(column), column) for column in columns],
         }
         for i, (setting, figure, noise) in enumerate(places)
     ]
     return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "rows": rows}
+
+
+def _noise(setting: Setting, figure: Figure, within: bool | None, best: bool) -> str:
+    """What the row says of its seeds, and of the best one's lead."""
+    seeds = len({str(run.config.get("seed")) for run in setting.runs})
+    counted = f"{figure.count} of {seeds} seeds" if figure.count < seeds else f"{seeds} seeds" if seeds > 1 else ""
+    if best or within is False:
+        return counted
+    lead = "within the noise" if within else "noise unknown: one seed here or above"
+    return f"{counted}, {lead}" if counted else lead
 
 
 def _shown(figure: Figure | None, metric: str) -> str:
@@ -187,6 +197,10 @@ def _by_itself(overrides: Sequence[str]) -> list[str]:
     return own if len(own) == len(overrides) else [*own, "callbacks.pruning=null"]
 
 
+def _folder(run: Run) -> list[str]:
+    return [] if run.config_folder is None else ["-cd", run.config_folder]
+
+
 def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
     inside = run.folder.relative_to(folder) if run.folder.is_relative_to(folder) else run.folder
     return {
@@ -194,5 +208,5 @@ def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
         "state": run.state,
         "error": run.error,
         "values": [_value(value) for value in setting.own.values()],
-        "command": shlex.join(["sdtune", "train", *_by_itself(run.overrides)]),
+        "command": shlex.join(["sdtune", "train", *_folder(run), *_by_itself(run.overrides)]),
     }

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from sdtune.figures import LOWER_IS_BETTER
 from sdtune.reporting.collect import Run
-
-LOWER_IS_BETTER = frozenset(
-    {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
-    | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
-)
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
 _SEED = "seed"

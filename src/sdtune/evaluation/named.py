@@ -1,0 +1,24 @@
+"""Models that measure, which the user names by a local folder: nothing is downloaded for a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+
+def check_model(key: str, name: str, called: str, types: Collection[str]) -> None:
+    """ValueError where ``evaluation.<key>`` names no folder whose ``config.json`` is of one of ``types``."""
+    file = Path(name).expanduser() / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"evaluation.{key}: {name} is no folder with a config.json; name a local folder with a {called} model"
+        )
+    try:
+        kind = json.loads(file.read_text()).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"evaluation.{key}: {file} cannot be read ({error})") from error
+    if not any(file.parent.glob("*.safetensors")):
+        raise ValueError(f"evaluation.{key}: {name} holds no weights as .safetensors, which alone are read")
+    if kind not in types:
+        raise ValueError(f"evaluation.{key}: {name} holds a model of the type {kind}, and a {called} is needed")

@@ -1,0 +1,20 @@
+"""Pages that people write, with a part between two marks that figures are written into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+
+
+def rewrite(page: Path, lines: Sequence[str]) -> None:
+    """Put ``lines`` between the marks of ``page``; ValueError where it lacks one."""
+    text = page.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no {END if begin else BEGIN}, between which the figures go; put it back")
+    partial = page.with_name(f"{page.name}.partial")
+    partial.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
+    partial.replace(page)
