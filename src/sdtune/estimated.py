@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdtune.data.cache import share
-from sdtune.data.control import CENTRE, Control, fit
+from sdtune.data.control import CENTRE, FromPicture, fit
 from sdtune.data.progress import bar
 from sdtune.data.samples import Sample
 from sdtune.estimators import Estimator
@@ -23,7 +23,7 @@ from sdtune.poses import PoseEstimator
 _LONGEST = 1024  # pixels of the longer side of what is estimated and kept
 
 
-class Estimated(Control):
+class Estimated(FromPicture):
     """Depth, segmentation or pose by a transformers model, once a picture, kept on disk by the picture's content.
 
     Depth is shown from black to white between a picture's own least and greatest value, as the model has it: models of

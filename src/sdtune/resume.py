@@ -32,7 +32,7 @@ def rewrite(argv: list[str]) -> list[str]:
     kept = run / ".hydra" / "overrides.yaml"
     if not kept.is_file():
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
-    own = [str(o) for o in OmegaConf.load((resumptions(run)[-1:] or [kept.parent])[0] / "overrides.yaml")]
+    own = [str(override) for override in OmegaConf.load(last_start(run) / "overrides.yaml")]
     values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
     # "~key" has no "=": an override like any other, and none is passed over in silence.
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
@@ -58,10 +58,17 @@ def rewrite(argv: list[str]) -> list[str]:
     return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
 
 
-def resumptions(run: Path) -> list[Path]:
-    """Hydra's folders of each time that ``run`` was resumed, in order."""
-    found = [file.parent for file in (run / ".hydra").glob("resume-*/overrides.yaml")]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("resume-")))
+def last_start(run: Path) -> Path:
+    """Hydra's folder of the last time that ``run`` was started or resumed."""
+    resumed = [file.parent for file in (run / ".hydra").glob("resume-*/overrides.yaml")]
+    return max(resumed, key=lambda folder: int(folder.name.removeprefix("resume-")), default=run / ".hydra")
+
+
+def own_config_folder(run: Path) -> str | None:
+    """The ``--config-dir`` of the command line that ``run`` began with."""
+    kept = run / ".hydra" / "hydra.yaml"
+    sources = OmegaConf.select(OmegaConf.load(kept), "hydra.runtime.config_sources") if kept.is_file() else None
+    return command_line_folder(sources or [])
 
 
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
@@ -114,6 +121,5 @@ def _config_folder(run: Path, argv: list[str]) -> list[str]:
             return argv[index : index + 2]
         if argument.startswith(("-cd=", "--config-dir=")):
             return [argument]
-    hydra = OmegaConf.load(run / ".hydra" / "hydra.yaml")
-    own = command_line_folder(OmegaConf.select(hydra, "hydra.runtime.config_sources") or [])
+    own = own_config_folder(run)
     return [] if own is None else ["-cd", own]

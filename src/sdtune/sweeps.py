@@ -137,12 +137,11 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     texts += [str(override) for override in master.hydra.overrides.task]
     parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
-    if str(sweeper._target_).endswith(".OptunaSweeper"):
-        check_search(master, parsed)
     if str(sweeper._target_).endswith(".BasicSweeper"):
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
         called = [str(number) for number in range(len(jobs))]
     elif str(sweeper._target_).endswith(".OptunaSweeper"):
+        check_search(master, parsed)
         jobs, called = [example(parsed)], ["example"]
     else:
         return

@@ -33,9 +33,6 @@ _ASPECT_TOLERANCE = 0.01
 class Control(ABC):
     """Where the control map of a picture comes from."""
 
-    task: Task | None = None
-    """What a map shows; None where :meth:`again` cannot make a drawn picture's."""
-
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
         """ValueError where one of ``samples`` has no usable map; loads no weights."""
 
@@ -52,10 +49,6 @@ class Control(ABC):
         """A name for what a map hangs on beside its picture and the settings."""
         return ""
 
-    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        """The maps of ``pictures`` (all uint8 [H, W, 3]) that are no samples of the data."""
-        raise NotImplementedError(f"{type(self).__name__} has no task")
-
     @abstractmethod
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         """uint8 [H, W, 3], the same crop as :meth:`sdtune.data.pictures.Sample.pixels` makes, not mirrored."""
@@ -69,7 +62,18 @@ class Control(ABC):
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
-class Computed(Control):
+class FromPicture(Control):
+    """A map that is made of its picture, and so of any other, such as one that was drawn under it."""
+
+    task: Task
+    """What a map shows."""
+
+    @abstractmethod
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        """The maps of ``pictures`` (all uint8 [H, W, 3]) that are no samples of the data."""
+
+
+class Computed(FromPicture):
     """A map that the picture's pixels alone decide."""
 
     name: ClassVar[str]

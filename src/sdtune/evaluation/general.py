@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import PictureData
+from sdtune.data.control import FromPicture
 from sdtune.data.previews import wanted
 from sdtune.evaluation import clip as clip_model
 from sdtune.evaluation import dino as dino_model
@@ -77,8 +78,7 @@ class ClipFigures:
         shown_for = [asked[i % len(asked)] for i in range(self.count)]
         requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
         figures: dict[str, Any] = {}
-        comparable = data.control is not None and data.control.task is not None
-        if self.clip is not None or self.dino is not None or comparable:
+        if self.clip is not None or self.dino is not None or isinstance(data.control, FromPicture):
             figures = self._measured(source, data, artifact, name, device, folder, requests)
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         return {**figures, **_null(figures, self._reasons(data))}
@@ -125,7 +125,7 @@ class ClipFigures:
                 classes += [clip.pictures(of_class)] if of_class else []
             if dino is not None:
                 figures[f"{prefix}dino_image"] = dino_image(dino, pictures, shown)
-            if data.control is not None and data.control.task is not None:
+            if isinstance(data.control, FromPicture):
                 pairs = zip(requests, data.control.again(pictures, device), strict=True)
                 agreed = [agreement(data.control.task, request.maps[0], found) for request, found in pairs]
                 figures[f"{prefix}control_agreement"] = fmean(agreed)

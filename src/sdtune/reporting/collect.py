@@ -13,8 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdtune.paths import command_line_folder
-from sdtune.resume import flat, resumptions
+from sdtune.resume import flat, last_start, own_config_folder
 
 _DEPTH = 3
 """So deep below the folder of a report its runs may lie."""
@@ -83,17 +82,15 @@ def _read(folder: Path) -> Run:
     job = _json(folder / "job.json")
     # A job that failed may have been completed by itself since.
     state = "done" if figures else str(job.get("state", "unfinished"))
-    last = resumptions(folder)[-1:] or [folder / ".hydra"]
+    last = last_start(folder)
     # Resolved, or what was typed would differ from the same value by an interpolation.
-    config = OmegaConf.to_container(OmegaConf.load(last[0] / "config.yaml"), resolve=True)
-    kept = last[0] / "overrides.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(last / "config.yaml"), resolve=True)
+    kept = last / "overrides.yaml"
     overrides = [str(o) for o in OmegaConf.load(kept)] if kept.is_file() else []
-    hydra = folder / ".hydra" / "hydra.yaml"
-    sources = OmegaConf.select(OmegaConf.load(hydra), "hydra.runtime.config_sources") if hydra.is_file() else None
     return Run(
         folder=folder,
         overrides=tuple(o for o in overrides if not o.startswith("resume=")),
-        config_folder=command_line_folder(sources or []),
+        config_folder=own_config_folder(folder),
         state=state,
         error=None if figures else job.get("error"),
         config=flat(config),
