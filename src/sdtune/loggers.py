@@ -35,6 +35,7 @@ def wandb_logger(
         offline: keep everything on disk for ``wandb sync``; needs no account.
         log_artifact: upload the run's artifact as a version of a W&B artifact that has the run's file's name.
     """
+    import wandb
     from pytorch_lightning.loggers import WandbLogger
 
     require_account(offline)
@@ -48,7 +49,7 @@ def wandb_logger(
         tags=list(tags),
         save_dir=save_dir,
         id=_run_id(folder),
-        settings=_settings(offline),
+        settings=wandb.Settings(mode="offline") if offline else None,
     )
     logger.experiment.define_metric("trainer/global_step")
     logger.experiment.define_metric("*", step_metric="trainer/global_step")
@@ -89,12 +90,6 @@ def keep_artifact(loggers: Sequence[Any], artifact: Path, name: str) -> None:
             version = wandb.Artifact(re.sub(r"[^\w.-]+", "-", name), type="model")
             version.add_dir(str(artifact))
             logger.experiment.log_artifact(version)
-
-
-def _settings(offline: bool) -> Any:
-    import wandb
-
-    return wandb.Settings(mode="offline") if offline else wandb.Settings()
 
 
 def tensorboard_logger(save_dir: str) -> Any:

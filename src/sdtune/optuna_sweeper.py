@@ -52,7 +52,7 @@ def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
         raise ValueError("optimized_metric is missing: name the figure of metrics.json that Optuna shall improve")
     if metric in LOWER_IS_BETTER and sweeper.direction == "maximize":
         raise ValueError(f"hydra.sweeper.direction: {metric} is the better the lower; leave it out")
-    if not any(override.is_sweep_override() for override in parsed):
+    if not any(override.is_sweep_override() for override in _by_key(parsed).values()):
         raise ValueError(
             "hydra.sweeper.params: nothing is searched; give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'"
         )
@@ -129,7 +129,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         """What is searched, and what is the same for all jobs."""
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        by_key = {override.get_key_element(): override for override in parsed}
+        by_key = _by_key(parsed)
         space = {key: override for key, override in by_key.items() if override.is_sweep_override()}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if k not in space]
         return space, fixed
@@ -184,10 +184,14 @@ def _jobs(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if "overrides" in trial.user_attrs]
 
 
+def _by_key(parsed: Sequence[Override]) -> dict[str, Override]:
+    """The last override of each key, which counts."""
+    return {override.get_key_element(): override for override in parsed}
+
+
 def example(parsed: Sequence[Override]) -> list[str]:
     """Overrides of a job that the search could ask for: the first of every choice, the lower end of every interval."""
-    last = {override.get_key_element(): override for override in parsed}
-    return [f"{key}={_first(override)}" for key, override in last.items()]
+    return [f"{key}={_first(override)}" for key, override in _by_key(parsed).items()]
 
 
 def _first(override: Override) -> Any:

@@ -12,7 +12,7 @@ import torch
 from drawings import save_drawings
 from running import folder_data
 from sdtune.backbone import Pretrained
-from sdtune.data.control import Control, Paired
+from sdtune.data.control import FromPicture, Paired
 from sdtune.data.edges import Canny
 from sdtune.evaluation import ClipFigures, general
 from sdtune.evaluation.agreement import agreement, mean_iou
@@ -53,7 +53,7 @@ def test_depth_by_its_error() -> None:
     assert agreement("depth", asked, shown) == pytest.approx(1 - 0.5**0.5)
 
 
-class Halves(Control):
+class Halves(FromPicture):
     """The map of whatever picture: its upper half white."""
 
     task = "segmentation"
@@ -93,10 +93,11 @@ def test_agreement_is_measured_without_a_clip(
     assert "control_agreement" not in figures["reasons"]
 
 
-def test_maps_that_no_picture_gives_say_so(pictures: Path, tmp_path: Path) -> None:
+def test_maps_that_no_picture_gives_say_so(pictures: Path, tmp_path: Path, tiny: Path) -> None:
     for control, reason in ((None, "no control maps"), (Paired(str(pictures)), "not made from pictures")):
         data = folder_data(pictures, control=control)
-        figures = ClipFigures().run(Pretrained("/nowhere"), data, tmp_path, "lora", CPU, tmp_path)
+        data.open(32, 4)
+        figures = ClipFigures().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)
         assert figures["control_agreement"] is None
         assert reason in figures["reasons"]["control_agreement"]
 

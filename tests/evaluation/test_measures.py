@@ -92,9 +92,9 @@ def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, p
     data, facts = folder_data(pictures), Facts(32, 4, 4, "epsilon", 77)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     for own, words in (
-        ({"dino": "/nowhere"}, r"dino: /nowhere is no folder with a config\.json; name a local folder with a DINO"),
-        ({"dino": "pocket"}, "dino: pocket is no folder"),
-        ({"clip": "/nowhere"}, "clip: /nowhere is no folder"),
+        ({"dino": "/nowhere"}, r"dino: /nowhere is not a folder; name a local folder with a DINO"),
+        ({"dino": "pocket"}, "dino: pocket is not a folder; name a local folder"),
+        ({"clip": "/nowhere"}, "clip: /nowhere is not a folder; name a local folder"),
         ({"clip": str(dino_folder)}, "clip: .* holds a model of the type dinov2, and a CLIP is needed"),
         ({"dino": str(tmp_path)}, r"dino: .* holds no weights as \.safetensors"),
     ):

@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def check_model(key: str, name: str, called: str, types: Collection[str]) -> None:
-    """ValueError where ``evaluation.<key>`` names no folder whose ``config.json`` is of one of ``types``."""
-    file = Path(name).expanduser() / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"evaluation.{key}: {name} is no folder with a config.json; name a local folder with a {called} model"
-        )
+    """ValueError where ``name`` (``evaluation.<key>``) is no folder whose ``config.json`` is of one of ``types``."""
+    folder = Path(name).expanduser()
+    file = folder / "config.json"
+    if not folder.is_dir() or not file.is_file():
+        lack = "is not a folder" if not folder.is_dir() else "holds no config.json"
+        raise ValueError(f"evaluation.{key}: {name} {lack}; name a local folder with a {called} model")
     try:
         kind = json.loads(file.read_text()).get("model_type")
     except ValueError as error:
         raise ValueError(f"evaluation.{key}: {file} cannot be read ({error})") from error
-    if not any(file.parent.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")):
         raise ValueError(f"evaluation.{key}: {name} holds no weights as .safetensors, which alone are read")
     if kind not in types:
         raise ValueError(f"evaluation.{key}: {name} holds a model of the type {kind}, and a {called} is needed")
