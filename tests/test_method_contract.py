@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor
 
+from families import FAMILIES, build_family
 from running import Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.backbone.tokens import NewToken
@@ -58,14 +60,14 @@ class Case:
         node = yaml.safe_load((config_folder() / "method" / f"{self.name}.yaml").read_text())
         return resolve(node["_target_"], "method")
 
-    def model(self, tiny: Path, lr: float = 1e-2, **more: Any) -> Any:
+    def model(self, folder: Path, lr: float = 1e-2, **more: Any) -> Any:
         words = {"new_tokens": [WORD]} if self.kind.needs_tokens else {}
-        return self.kind(backbone=Pretrained(str(tiny)), optimizer=adamw(lr), **self.settings, **words, **more)
+        return self.kind(backbone=Pretrained(str(folder)), optimizer=adamw(lr), **self.settings, **words, **more)
 
-    def data(self, tiny: Path, pictures: Path, **more: Any) -> Any:
+    def data(self, folder: Path, pictures: Path, **more: Any) -> Any:
         """The first of these that the method does not refuse; its word, where it learns one, in every prompt."""
         words = {"templates": ["<new> {}"]} if self.kind.needs_tokens else {}
-        model = self.model(tiny)
+        model = self.model(folder)
         for needed in ({}, {"control": Canny()}, {"class_prompt": "a dog", "class_pictures": 2}):
             data = folder_data(pictures, **{**needed, **words, **more})
             try:
@@ -92,8 +94,8 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(5):
-        pixels = np.full((36, 40, 3), 30 * i, dtype=np.uint8)
-        pixels[6 + i : 24, 8 : 20 + 3 * i] = (250, 40 * i, 90)
+        pixels = np.full((72, 80, 3), 30 * i, dtype=np.uint8)
+        pixels[12 + 2 * i : 48, 16 : 40 + 6 * i] = (250, 40 * i, 90)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture number {i}")
     return folder
@@ -107,8 +109,33 @@ MORE = [
     Case("controlnet", {"unet": "decoder"}),
     Case("controlnet", {"unet": "open"}),
 ]
-every = pytest.mark.parametrize("case", [*PLAIN, *MORE], ids=str)
+
+
+def _quick(case: Case, family: str) -> bool:
+    """The rest has a command of its own, ``make test-slow``."""
+    return family == "tiny" or (family == "sdxl" and case.kind.needs_tokens)
+
+
+every = pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        pytest.param(case, family, id=f"{case}-{family}", marks=() if _quick(case, family) else pytest.mark.slow)
+        for family in ("tiny", *FAMILIES)
+        for case in [*PLAIN, *MORE]
+    ],
+)
 each = pytest.mark.parametrize("case", PLAIN, ids=str)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cache(lambda family: build_family(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture
+def folder(family: str, tiny: Path, build: Any) -> Path:
+    """A backbone: the small one of most tests, or one with the true structure of its family."""
+    return tiny if family == "tiny" else build(family)
 
 
 def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
@@ -119,14 +146,14 @@ def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
 
 
 @every
-def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, tiny: Path, pictures: Path) -> None:
+def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Path, pictures: Path) -> None:
     # Zero convolutions in series: a ControlNet's embedding has no gradient before the third step.
     steps = 3 if case.name == "controlnet" else 2
-    model, spy = case.model(tiny), Spy()
+    model, spy = case.model(folder), Spy()
     model.configure_model()
     opened = {name for name, _ in model.trainable()}
     before = bits(model, opened)
-    fit(model, case.data(tiny, pictures), steps, [spy])
+    fit(model, case.data(folder, pictures), steps, [spy])
     assert {name for name, _ in model.trainable()} == opened
     without = [name for name, gradient in spy.gradients[-1].items() if not gradient.any()]
     assert not without
@@ -137,14 +164,14 @@ def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, tiny: Path
 
 
 @every
-def test_at_step_0_it_is_the_base(case: Case, tiny: Path) -> None:
-    model, base = case.model(tiny), Pretrained(str(tiny)).load()
+def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
+    model, base = case.model(folder), Pretrained(str(folder)).load()
     base.suit(torch.device("cpu"))
     model.configure_model()
     model.suit(torch.device("cpu"))
     model.eval()
-    rng = torch.Generator().manual_seed(0)
-    noisy, maps = torch.randn(2, 4, 8, 8, generator=rng), torch.rand(2, 3, 32, 32, generator=rng)
+    rng, factor = torch.Generator().manual_seed(0), base.facts.factor
+    noisy, maps = torch.randn(2, 4, 8, 8, generator=rng), torch.rand(2, 3, 8 * factor, 8 * factor, generator=rng)
     timesteps, prompts = torch.tensor([5, 800]), ["a fox", ""]
     with torch.no_grad():
         mine = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
@@ -188,15 +215,14 @@ def shake(model: Any) -> None:
 class Plain:
     """The same step by diffusers' own modules, loaded from the backbone's folder and from what the method leaves."""
 
-    def __init__(self, case: Case, model: Any, batch: Any, tiny: Path, artifact: Path) -> None:
+    def __init__(self, case: Case, model: Any, batch: Any, folder: Path, artifact: Path) -> None:
         model.artifact(artifact, "it")
-        whole = artifact / "it" if (artifact / "it" / "model_index.json").is_file() else tiny
-        pipe = StableDiffusionPipeline.from_pretrained(whole, local_files_only=True)
+        whole = artifact / "it" if (artifact / "it" / "model_index.json").is_file() else folder
+        pipe: Any = DiffusionPipeline.from_pretrained(whole, local_files_only=True)
         merge(model, pipe)
         if case.kind.needs_tokens:
-            pipe.load_textual_inversion(str(artifact), weight_name="learned_embeds.safetensors")
-        settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-        text = pipe.text_encoder(pipe.tokenizer(batch["prompts"], **settings).input_ids)[0]
+            self._learn(pipe, artifact)
+        text, conditions = self._conditions(pipe, batch)
         mean, log_variance = batch["moments"].chunk(2, dim=1)
         drawn = model.noise((4, 8, 8), "train/vae", 0, batch["positions"])
         clean = (mean + (0.5 * log_variance).exp() * drawn) * pipe.vae.config.scaling_factor
@@ -204,19 +230,58 @@ class Plain:
         times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
         noisy = pipe.scheduler.add_noise(clean, noise, times)
         parts, more = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
+        if hasattr(pipe, "text_encoder_2"):
+            parts["text_encoder_2"] = pipe.text_encoder_2
         if (artifact / "it" / "config.json").is_file():
             parts["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
-            down, mid = net(noisy, times, text, batch["control"], return_dict=False)
+            down, mid = net(noisy, times, text, batch["control"], return_dict=False, **conditions)
             if (artifact / "it" / "unet").is_dir():  # it was trained along
                 parts["unet"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
             more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        output = pipe.unet(noisy, times, encoder_hidden_states=text, **more).sample
-        self.losses = (output - noise).square().mean((1, 2, 3))
+        output = pipe.unet(noisy, times, encoder_hidden_states=text, **conditions, **more).sample
+        velocity = pipe.scheduler.config.prediction_type == "v_prediction"
+        target = (
+            DDPMScheduler.from_config(pipe.scheduler.config).get_velocity(clean, noise, times) if velocity else noise
+        )
+        self.losses = (output - target).square().mean((1, 2, 3))
         count = batch.get("instances", len(self.losses))
         terms = [rows.mean() for rows in (self.losses[:count], self.losses[count:]) if len(rows)]
         sum(terms).backward()
         self.gradients = {f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()}
-        self.word = pipe.text_encoder.get_input_embeddings().weight.grad[-1:]
+        self.word = {k: v.get_input_embeddings().weight.grad for k, v in parts.items() if k.startswith("text")}
+
+    def _learn(self, pipe: Any, artifact: Path) -> None:
+        """The word, as diffusers' documentation has it loaded."""
+        if not hasattr(pipe, "text_encoder_2"):
+            pipe.load_textual_inversion(str(artifact), weight_name="learned_embeds.safetensors")
+            return
+        vectors = load_file(artifact / "learned_embeds.safetensors")
+        for key, place in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, words = getattr(pipe, f"text_encoder{place}"), getattr(pipe, f"tokenizer{place}")
+            pipe.load_textual_inversion(vectors[key], token=WORD.token, text_encoder=encoder, tokenizer=words)
+
+    def _conditions(self, pipe: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Of SDXL also what its UNet takes beside the states; the pooled state at the end token, by hand.
+
+        transformers would take it at the largest id, which a new word has.
+        """
+        settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+        ids = pipe.tokenizer(batch["prompts"], **settings).input_ids
+        if not hasattr(pipe, "text_encoder_2"):
+            return pipe.text_encoder(ids)[0], {}
+        second = pipe.tokenizer_2(batch["prompts"], **settings).input_ids
+        one = pipe.text_encoder(ids, output_hidden_states=True)
+        two = pipe.text_encoder_2(second, output_hidden_states=True)
+        ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in second]
+        last = torch.stack([states[end] for states, end in zip(two.last_hidden_state, ends, strict=True)])
+        # A picture of 80x72, scaled to cover 64x64 and cropped at the centre.
+        wide = torch.tensor([[72.0, 80.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
+        drawn = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(wide)))
+        conditions = {
+            "text_embeds": pipe.text_encoder_2.text_projection(last),
+            "time_ids": torch.cat([wide, drawn.view(-1, 6)]),
+        }
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), {"added_cond_kwargs": conditions}
 
     def gradient(self, name: str, parameters: dict[str, Tensor]) -> Tensor | None:
         """Of what the method calls ``name``; None where diffusers has nothing of that name."""
@@ -230,22 +295,22 @@ class Plain:
             down = parameters[name.replace("lora_B", "lora_A")]
             return product(outer, down.flatten(1).T).view(parameters[name].shape)
         if own.endswith("token_embedding.vectors"):
-            return self.word
+            return self.word[own.partition(".")[0]][-1:]
         return self.gradients.get(own)
 
 
 @every
-def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, tiny: Path, pictures: Path) -> None:
+def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Path, pictures: Path) -> None:
     """Every row's loss, those of the class too, and the gradient of every tensor that is trained.
 
     The VAE's are of another loss, and tested with full fine-tuning.
     """
     seen, spy = Losses(), Spy()
-    model = case.model(tiny, lr=0.0)
+    model = case.model(folder, lr=0.0)
     model.configure_model()
     shake(model)
-    fit(model, case.data(tiny, pictures), 1, [seen, spy])
-    plain = Plain(case, model, seen.batch, tiny, pictures.parent / "artifact")
+    fit(model, case.data(folder, pictures), 1, [seen, spy])
+    plain = Plain(case, model, seen.batch, folder, pictures.parent / "artifact")
     assert plain.losses.shape == (len(seen.batch["prompts"]),)
     torch.testing.assert_close(seen.losses, plain.losses.detach(), rtol=1e-5, atol=1e-6)
     parameters = {name: p.detach() for name, p in model.trainable() if not name.startswith("backbone.vae.")}
@@ -272,15 +337,15 @@ def test_caches_change_nothing(case: Case, tiny: Path, pictures: Path) -> None:
 
 
 @every
-def test_saved_and_loaded_it_draws_the_same(case: Case, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    model, data = case.model(tiny, lr=1e-2), case.data(tiny, pictures)
+def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, pictures: Path, tmp_path: Path) -> None:
+    model, data = case.model(folder, lr=1e-2), case.data(folder, pictures)
     trainer = fit(model, data, 2)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
     assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
 
     model.artifact(tmp_path / "artifact", "mine")
-    size = (32, 32)
+    size = (8 * model.backbone.facts.factor,) * 2
     maps = (data.control.map(data.train[0], size),) if data.control is not None else ()
     requests = [Request("a fox <new>", 3, maps)]
     settings = Sampling(steps=2, guidance=3.0)
@@ -290,14 +355,14 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, tiny: Path, pictures: Pa
         return model.denoise(noisy, timestep, text, {"control": shown[0]} if shown else {})
 
     [mine] = generate(model.backbone, requests, settings, denoise)
-    with trained(Pretrained(str(tiny)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
+    with trained(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
         [theirs] = generate(loaded, requests, settings)
-    base = Pretrained(str(tiny)).load()
+    base = Pretrained(str(folder)).load()
     base.suit(torch.device("cpu"))
     [before] = generate(base, [Request("a fox <new>", 3)], settings)
     assert np.abs(mine.astype(int) - theirs).max() <= 1
     assert np.abs(mine.astype(int) - before).max() > 1
-    assert as_map(mine).shape == (3, 32, 32)
+    assert as_map(mine).shape == (3, *size)
 
 
 @each

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,14 @@ class Loaded:
 
     file: AdapterFile
     weights: LoRAWeights
-    words: dict[str, Tensor]
+    words: embeddings.Words
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     """Sites that a file may name, by the path that clients use."""
     return {
         canonical(f"{component}.{name}"): module
-        for component in ("unet", "text_encoder")
+        for component in ("unet", *backbone.encoders)
         for name, module in getattr(backbone, component).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
@@ -78,14 +79,16 @@ def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -
         ValueError: one was trained on another backbone, does not fit this one, or brings a word that another brought.
     """
     modules = _modules(backbone)
-    loaded = [_read(file, backbone_hash, modules) for file in files]
-    words: dict[str, Tensor] = {}
+    xl = dict(backbone.unet.config) if backbone.facts.family == "sdxl" else None
+    loaded = [_read(file, backbone_hash, modules, xl) for file in files]
+    words: embeddings.Words = {}
+    widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for adapter in loaded:
         for token, vectors in adapter.words.items():
-            width = backbone.text_encoder.config.hidden_size
-            if vectors.shape[1] != width:
+            theirs = [rows.shape[1] for rows in vectors]
+            if theirs != widths:
                 raise ValueError(
-                    f"{adapter.file.path}: vectors of {vectors.shape[1]} numbers; this backbone's have {width}"
+                    f"{adapter.file.path}: vectors of {_and(theirs)} numbers; this backbone's have {_and(widths)}"
                 )
             if token in words:
                 raise ValueError(f"{adapter.file.path}: the word {token!r} comes from another adapter already")
@@ -95,13 +98,22 @@ def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -
     return loaded
 
 
-def _read(file: AdapterFile, backbone_hash: str, modules: Mapping[str, nn.Linear | nn.Conv2d]) -> Loaded:
+def _and(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
+
+
+def _read(
+    file: AdapterFile,
+    backbone_hash: str,
+    modules: Mapping[str, nn.Linear | nn.Conv2d],
+    xl: Mapping[str, Any] | None,
+) -> Loaded:
     check_file(file.path, backbone_hash)
     place = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
     words = embeddings.read_folder(place) if place.is_dir() else embeddings.parse(place, *read_safetensors(place))
     if (place / FILE_NAME).is_file() or not words:
-        weights, _ = read_lora(place, modules)
+        weights, _ = read_lora(place, modules, xl)
     for path, (down, up) in weights.pairs.items():
         site = modules.get(path)
         if site is None:

@@ -13,7 +13,8 @@ from annotated_types import Ge, Gt, MinLen
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune import hardware
-from sdtune.backbone.outline import Outline, shipped
+from sdtune.backbone.outline import Outline
+from sdtune.backbone.single_file import shipped
 from sdtune.backbone.tokens import NewToken
 from sdtune.checks import check_model, plain, settings
 from sdtune.data import PictureData

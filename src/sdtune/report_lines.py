@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdtune.backbone import Pretrained
+from sdtune.backbone.pretrained import FAMILIES
 from sdtune.backbone.tokens import NewToken, Words
 from sdtune.data import PictureData
 from sdtune.data.control import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
 from sdtune.formats.embeddings import intermediate
+from sdtune.formats.original import Family
 
-_GUIDANCE = {True: 3.0, False: 7.5}
-"""Of ``conf/backbone``: pocket's, and Stable Diffusion's."""
+_GUIDANCE: dict[Family, float] = {"sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}
+_POCKETS = 3.0
+"""Of ``conf/backbone``."""
 
 
 def before(data: PictureData, source: Pretrained, steps: int, tokens: Sequence[NewToken]) -> list[str]:
@@ -41,7 +44,7 @@ def before(data: PictureData, source: Pretrained, steps: int, tokens: Sequence[N
                 f" {times:.1f} times an epoch, others about once"
             )
     tokenizer = CLIPTokenizer.from_pretrained(source.folder() / "tokenizer", local_files_only=True)
-    words = Words(tokenizer, {token.token: token.vectors for token in tokens})
+    words = Words([tokenizer], {token.token: token.vectors for token in tokens})
 
     def count(prompt: str) -> int:
         return len(tokenizer(words.expanded(prompt)).input_ids)
@@ -83,7 +86,7 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")
         # Its own scheduler says what it predicts.
-        trained = Pretrained(str(whole), guidance=source.guidance)
+        trained = source.trained(whole)
         lines.append(f"sample with it: sdtune sample{_backbone(trained, source.path == 'pocket')} {prompt}")
     return lines
 
@@ -94,16 +97,24 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
     ``pocket``: whether pocket's settings are behind it, by its path if None.
     """
     pocket = source.path == "pocket" if pocket is None else pocket
+    family = source.facts.family
+    usual = _POCKETS if pocket else _GUIDANCE[family]
     own = {
         **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),
+        "variant": source.variant,
+        "config": source.config_folder,
+        "vae": source.vae,
+        "allow_pickle": source.allow_pickle or None,
+        "clip_skip": source.clip_skip or None,
+        "max_tokens": source.max_tokens,
         "prediction_type": source.prediction_type,
         "zero_terminal_snr": source.zero_terminal_snr or None,
-        "guidance": source.guidance if source.guidance != _GUIDANCE[pocket] else None,
+        "guidance": source.guidance if source.guidance != usual else None,
     }
     said = [
         f"backbone.{key}={str(value).lower() if value is True else value}"
         for key, value in own.items()
         if value is not None
     ]
-    group = [] if pocket else ["backbone=sd15"]
+    group = [] if pocket else [FAMILIES[family][1]]
     return "".join(f" {shlex.quote(override)}" for override in [*group, *said])

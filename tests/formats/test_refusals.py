@@ -53,7 +53,7 @@ def plain(prefix=f"unet.{Q}", down=DOWN, up=UP):
         (kohya(down=torch.ones(2, 6, 3, 3), up=torch.ones(5, 2, 3, 3)), "make no low-rank pair"),
         ({f"lora_te2_{i}.alpha": UP for i in range(5)}, "lora_te2_0, lora_te2_1, lora_te2_2 and 2 more: no such"),
         (plain("unet.label_embedding"), "unet.label_embedding: no such module"),
-        (plain("text_encoder_2.layers.0"), "text_encoder_2.layers.0.lora_A.weight"),
+        (plain("text_encoder_2.layers.0"), "text_encoder_2.text_model.layers.0: no such module"),
         (plain() | {f"unet.{Q}.lora_magnitude_vector": UP}, "lora_magnitude_vector: not read"),
         ({f"unet.{Q}.lora_A.weight": DOWN}, "without both"),
         (plain("unet.a\n\x1b[2J"), "unet.a\\n\\x1b[2J"),

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtune.backbone.pretrained import Facts, Pretrained
-from sdtune.backbone.residuals import Net, Residuals, residuals
+from sdtune.backbone.pretrained import Facts
+from sdtune.backbone.residuals import Net, Residuals, cast, residuals
+from sdtune.backbone.text import hidden, unused, windowed
 from sdtune.backbone.tokens import ExtendedEmbedding, NewToken, Words, initial
 from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
@@ -40,7 +40,8 @@ class Backbone(nn.Module):
     """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion.
 
     Pictures are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
-    variance; text states are [B, L, D].
+    variance; text states are [B, L, D]; ``frame`` is float32 [B, 6]: height and width of the picture as it was before
+    it was scaled, top and left of its crop, height and width of the crop, in pixels (SDXL's size conditions).
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Backbone(nn.Module):
         unet: UNet2DConditionModel,
         scheduler_config: dict[str, Any],
         facts: Facts,
+        clip_skip: int = 0,
     ) -> None:
         super().__init__()
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
-        self.scheduler_config, self.facts = scheduler_config, facts
+        self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.prediction_type = check(facts.prediction_type)
         self.words: Words | None = None
@@ -63,6 +65,31 @@ class Backbone(nn.Module):
         """Whether large pictures are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.controlnets.applied` puts them there."""
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """Its text encoders, by component."""
+        return {"text_encoder": self.text_encoder}
+
+    @property
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        """One a text encoder."""
+        return (self.tokenizer,)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Of what :meth:`encode_text` makes of a prompt: (L, D)."""
+        return self._tokens, int(self.unet.config.cross_attention_dim)
+
+    @property
+    def _tokens(self) -> int:
+        """Of all windows together, each with a start and an end."""
+        windows = self.facts.windows
+        return windows * ((self.facts.max_tokens - 2) // windows + 2)
+
+    def unused(self, component: str) -> tuple[str, ...]:
+        """Starts of the names of what no state of text encoder ``component`` passes through: it gets no gradient."""
+        return unused(self.encoders[component], self.clip_skip)
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +106,8 @@ class Backbone(nn.Module):
         plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
         for model in (self.unet, self.vae, *beside):
             model.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
-        self.text_encoder.set_attn_implementation("eager" if plain else "sdpa")
+        for encoder in self.encoders.values():
+            encoder.set_attn_implementation("eager" if plain else "sdpa")
         if device.type == "cpu":
             for model in (self.unet, *beside):
                 model.to(memory_format=torch.channels_last)
@@ -147,44 +175,47 @@ class Backbone(nn.Module):
 
     # --- text
 
-    def begin_tokens(self, tokens: Sequence[NewToken]) -> ExtendedEmbedding:
+    def begin_tokens(self, tokens: Sequence[NewToken]) -> None:
         """Add ``tokens`` at their initial values."""
-        table = self.text_encoder.get_input_embeddings()
-        return self.add_tokens({t.token: initial(self.tokenizer, table, t) for t in tokens})
+        pairs = list(zip(self.tokenizers, self.encoders.values(), strict=True))
+        self.add_tokens(
+            {t.token: tuple(initial(words, e.get_input_embeddings(), t) for words, e in pairs) for t in tokens}
+        )
 
-    def add_tokens(self, vectors: Mapping[str, Tensor]) -> ExtendedEmbedding:
-        """Have prompts understand new words, each with its vectors [N, D]; once a backbone."""
+    def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
+        """Have prompts understand new words, each with its vectors [N, D], one a text encoder; once a backbone."""
         assert self.words is None, "words are added once"
-        table = self.text_encoder.get_input_embeddings()
-        self.words = Words(self.tokenizer, {token: len(rows) for token, rows in vectors.items()})
-        rows = torch.cat(list(vectors.values())).to(table.weight)
-        embedding = ExtendedEmbedding(table, rows, self.words.first)
-        self.text_encoder.set_input_embeddings(embedding)
-        return embedding
+        self.words = Words(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
+        for place, encoder in enumerate(self.encoders.values()):
+            table = encoder.get_input_embeddings()
+            rows = torch.cat([each[place] for each in vectors.values()]).to(table.weight)
+            encoder.set_input_embeddings(ExtendedEmbedding(table, rows, self.words.first))
 
     @property
-    def learned(self) -> nn.Parameter | None:
-        """The vectors of all new words, [N, D]."""
-        embedding = self.text_encoder.get_input_embeddings()
-        return embedding.vectors if isinstance(embedding, ExtendedEmbedding) else None
+    def learned(self) -> list[nn.Parameter]:
+        """The vectors of all new words, [N, D], of each text encoder; empty where there are none."""
+        tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
+        return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
-    def vectors(self) -> dict[str, Tensor]:
-        """The vectors [N, D] of each new word, as they are now."""
-        rows = self.learned
-        if self.words is None or rows is None:
+    def vectors(self) -> dict[str, tuple[Tensor, ...]]:
+        """The vectors [N, D] of each new word, one of each text encoder, as they are now."""
+        if self.words is None:
             return {}
-        return {token: rows[list(self.words.rows(token))] for token in self.words.widths}
+        words = self.words
+        return {token: tuple(rows[list(words.rows(token))] for rows in self.learned) for token in words.widths}
 
     @contextmanager
     def plain_vocabulary(self) -> Iterator[None]:
-        """Within it, the text encoder is as others know it: without the new words."""
-        embedding = self.text_encoder.get_input_embeddings()
-        if isinstance(embedding, ExtendedEmbedding):
-            self.text_encoder.set_input_embeddings(embedding.table)
+        """Within it, the text encoders are as others know them: without the new words."""
+        tables = {name: encoder.get_input_embeddings() for name, encoder in self.encoders.items()}
+        for name, table in tables.items():
+            if isinstance(table, ExtendedEmbedding):
+                self.encoders[name].set_input_embeddings(table.table)
         try:
             yield
         finally:
-            self.text_encoder.set_input_embeddings(embedding)
+            for name, table in tables.items():
+                self.encoders[name].set_input_embeddings(table)
 
     def _expanded(self, prompts: Sequence[str]) -> list[str]:
         return [self.words.expanded(p) for p in prompts] if self.words is not None else list(prompts)
@@ -193,74 +224,60 @@ class Backbone(nn.Module):
         """Tokens of ``prompt`` with its start and end, untruncated; ``facts.max_tokens`` is the limit."""
         return len(self.tokenizer(self._expanded([prompt])[0]).input_ids)
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, L], padded and truncated to the encoder's length."""
-        ids: Tensor = self.tokenizer(
-            self._expanded(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.facts.max_tokens,
-            return_tensors="pt",
-        ).input_ids
-        return ids
+    def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
+        """Token ids, int64 [B, L], padded and truncated: one or more windows of the encoder's length."""
+        return windowed(tokenizer or self.tokenizer, self._expanded(prompts), self._tokens, self.facts.windows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's last states after its final norm, [B, L, D]: what SD 1.x and 2.x are conditioned on."""
         ids = self.tokenize(prompts).to(self.text_encoder.device)
-        states: Tensor = self.text_encoder(ids).last_hidden_state
-        return states
+        out = self.text_encoder(ids.view(len(ids) * self.facts.windows, -1), output_hidden_states=self.clip_skip > 0)
+        states = hidden(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
+        return states.reshape(*ids.shape, -1)
 
     # --- denoising
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, added: Residuals | None = None) -> Tensor:
+    def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
+        """What a UNet and its ControlNets take beside the noisy latents and the timestep."""
+        return {"encoder_hidden_states": text}
+
+    def predict(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        added: Residuals | None = None,
+        frame: Tensor | None = None,
+    ) -> Tensor:
         """The UNet's output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) under ``text`` [B, L, D].
 
-        Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
+        Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations. ``frame`` is
+        that of a whole picture of the latents' size if None.
         """
         dtype = self.unet.conv_in.weight.dtype
-        control: dict[str, Any] = {}
+        control: dict[str, Any] = cast(self.conditions(text, noisy, frame), dtype)
         if added is not None:
             control["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
             control["mid_block_additional_residual"] = added.middle.to(dtype)
-        out: Tensor = self.unet(noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype), **control).sample
+        out: Tensor = self.unet(noisy.to(dtype), timesteps, **control).sample
         return out
+
+    def residuals(
+        self,
+        net: ControlNetModel,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        maps: Tensor,
+        strength: float = 1.0,
+        frame: Tensor | None = None,
+    ) -> Residuals:
+        """What ``net`` adds under ``maps``, float32 [B, 3, H, W] in [0, 1], of the picture's size."""
+        return residuals(net, noisy, timesteps, self.conditions(text, noisy, frame), maps, strength)
 
     def predict_under(self, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """:meth:`predict` under ``nets``, one map (float32 [B, 3, H, W] in [0, 1]) each; plainly without either."""
         pairs = zip(self.nets, maps, strict=True) if self.nets and maps else ()
         # At strength 0 a net is not asked: the base then costs what it costs.
-        added = [residuals(n.model, noisy, timesteps, text, own, n.strength) for n, own in pairs if n.strength]
+        added = [self.residuals(n.model, noisy, timesteps, text, own, n.strength) for n, own in pairs if n.strength]
         return self.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
-
-
-def load(source: Pretrained, seed: int) -> Backbone:
-    """Read ``source``: float32, eval mode, frozen."""
-    facts = source.facts
-    folder = source.folder()
-
-    def component(name: str, kind: Any) -> Any:
-        if name in source.from_scratch:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return from_config(name, folder, kind)
-        return kind.from_pretrained(
-            folder / name, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-
-    backbone = Backbone(
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        text_encoder=component("text_encoder", CLIPTextModel),
-        vae=component("vae", AutoencoderKL),
-        unet=component("unet", UNet2DConditionModel),
-        scheduler_config=source.scheduler(),
-        facts=facts,
-    )
-    backbone.requires_grad_(False)
-    return backbone.eval()
-
-
-def from_config(name: str, folder: Path, kind: Any) -> Any:
-    """Component ``name`` with weights drawn anew."""
-    if name.startswith("text_encoder"):
-        return kind(CLIPTextConfig.from_pretrained(folder / name))
-    return kind.from_config(kind.load_config(folder / name))

@@ -1,4 +1,4 @@
-"""A name for a backbone's weights that survives renaming, re-sharding and copying."""
+"""A name for a backbone's weights that survives renaming, re-sharding, copying and another file layout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.paths import cache_folder
 
 _CHUNK = 1 << 24
+_STEMS = ("diffusion_pytorch_model", "model")
+
+Files = Mapping[str, Sequence[Path]]
+"""The safetensors files that hold each component."""
 
 
 def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
@@ -24,55 +29,101 @@ def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
             raise ValueError(f"{file}: not a safetensors file, or a truncated one; copy or download it again")
         try:
             header = json.loads(handle.read(size))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            entries = {key: _entry(entry, 8 + size) for key, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: its safetensors header cannot be read; copy or download it again") from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for key, entry in header.items():
-        first, last = entry["data_offsets"]
-        entries[key] = (entry["dtype"], entry["shape"], first + 8 + size, last + 8 + size)
     if max((last for *_, last in entries.values()), default=0) > file.stat().st_size:
         raise ValueError(f"{file}: truncated safetensors file; copy or download it again")
     return entries
 
 
-def weight_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files that hold ``component``: one file, or the shards that its index names."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        single = folder / component / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-        index = folder / component / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [folder / component / shard for shard in shards]
+def _entry(entry: Mapping[str, object], start: int) -> tuple[str, list[int], int, int]:
+    offsets, shape = entry["data_offsets"], entry["shape"]
+    if not isinstance(offsets, list) or not isinstance(shape, list):
+        raise TypeError("data_offsets and shape are lists of numbers")
+    first, last = offsets
+    return str(entry["dtype"]), shape, int(first) + start, int(last) + start
+
+
+def shapes(files: Sequence[Path], component: str) -> dict[str, list[int]]:
+    """The shape of each tensor in ``files``, by canonical key; headers alone are read."""
+    return {
+        canonical_key(component, key): shape
+        for file in files
+        for key, (_, shape, *_) in _tensors(file).items()
+        if not is_buffer(key)
+    }
+
+
+def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files that hold ``component``: one file, or the shards that its index names.
+
+    Args:
+        folder: of the pipeline.
+        component: its sub-folder.
+        variant: as in diffusers, such as ``fp16``: the file is ``<stem>.fp16.safetensors``. If None, the files without
+            one, and where there are none those of the only variant there is.
+    """
+    place = folder / component
+    if found := _files(place, variant):
+        return found
+    if variant is None:
+        others = sorted({file.name.split(".")[1] for stem in _STEMS for file in place.glob(f"{stem}.*.safetensors")})
+        if len(others) == 1 and (found := _files(place, others[0])):
+            return found
+    mark = f".{variant}" if variant else ""
+    pickles = [file.name for file in sorted(place.glob("*.bin"))]
+    reason = f"; {pickles[0]} is a pickle, which can carry code, and is not read" if pickles else ""
     raise ValueError(
-        f"backbone.path: {folder / component} holds no diffusion_pytorch_model.safetensors or model.safetensors"
+        f"backbone.path: {place} holds no diffusion_pytorch_model{mark}.safetensors or model{mark}.safetensors{reason}"
     )
 
 
-def check_weights(folder: Path, components: Sequence[str]) -> None:
+def _files(place: Path, variant: str | None) -> list[Path]:
+    mark = f".{variant}" if variant else ""
+    for stem in _STEMS:
+        single, index = place / f"{stem}{mark}.safetensors", place / f"{stem}.safetensors.index{mark}.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return [place / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return []
+
+
+def variant_of(files: Sequence[Path]) -> str | None:
+    """The variant whose files :func:`weight_files` found, as ``from_pretrained`` wants it named."""
+    name = files[0].name.split("-000")[0].removesuffix(".safetensors")
+    return name.partition(".")[2] or None
+
+
+def check_files(files: Files) -> None:
     """ValueError where a component's weights are missing or cut short; reads headers alone."""
-    for component in components:
-        for file in weight_files(folder, component):
+    for each in files.values():
+        for file in each:
             if not file.is_file():
                 raise ValueError(f"backbone.path: {file} is missing, which its index names; copy it too")
             _tensors(file)
 
 
-def weights_hash(folder: Path, components: Sequence[str]) -> str:
-    """sha256 over sorted (component, key, dtype, shape, bytes) of the files' tensors.
+def weights_hash(files: Files) -> str:
+    """sha256 over sorted (component, canonical key, dtype, shape, bytes) of the files' tensors.
 
     Reading several gigabytes takes seconds, so the answer is kept by the files' path, size and time of change.
     """
-    found = [(name, file) for name in sorted(components) for file in weight_files(folder, name)]
+    found = [(name, file) for name in sorted(files) for file in files[name]]
     states = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in found]
     kept = cache_folder() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
     if kept.is_file():
         return kept.read_text()
     digest = hashlib.sha256()
-    for name in sorted(components):
-        places = [(key, file, entry) for n, file in found if n == name for key, entry in _tensors(file).items()]
+    for name in sorted(files):
+        places = [
+            (canonical_key(name, key), file, entry)
+            for file in files[name]
+            for key, entry in _tensors(file).items()
+            if not is_buffer(key)
+        ]
         maps: dict[Path, mmap.mmap] = {}
         for key, file, (dtype, shape, first, last) in sorted(places, key=lambda place: place[0]):
             digest.update(f"{name}\0{key}\0{dtype}\0{shape}\0".encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
@@ -28,18 +30,31 @@ class Net:
     strength: float
 
 
+def cast(conditions: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``conditions`` in a model's ``dtype``, but sizes in pixels, which half precision would round."""
+    return {
+        name: value if name == "time_ids" else cast(value, dtype) if isinstance(value, dict) else value.to(dtype)
+        for name, value in conditions.items()
+    }
+
+
 def residuals(
-    model: ControlNetModel, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Tensor, strength: float = 1.0
+    model: ControlNetModel,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditions: dict[str, Any],
+    maps: Tensor,
+    strength: float = 1.0,
 ) -> Residuals:
     """Of one net under ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the picture."""
     dtype = model.conv_in.weight.dtype
     skips, middle = model(
         noisy.to(dtype),
         timesteps,
-        encoder_hidden_states=text.to(dtype),
         controlnet_cond=maps.to(dtype),
         conditioning_scale=strength,
         return_dict=False,
+        **cast(conditions, dtype),
     )
     return Residuals(tuple(skips), middle)
 

@@ -64,22 +64,24 @@ class ExtendedEmbedding(nn.Module):
 
 
 class Words:
-    """The tokenizer of a backbone with the new words in it.
+    """A backbone's tokenizers with the new words in them.
 
     Args:
-        tokenizer: gets the tokens added.
+        tokenizers: get the tokens added; they differ in nothing but what they pad with.
         widths: for each token of the prompts, how many vectors it stands for.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, widths: dict[str, int]) -> None:
-        self.tokenizer, self.widths = tokenizer, widths
-        self.first = len(tokenizer)
-        known = tokenizer.get_vocab()
+    def __init__(self, tokenizers: Sequence[CLIPTokenizer], widths: dict[str, int]) -> None:
+        self.widths = widths
+        self.first = len(tokenizers[0])
+        assert all(len(tokenizer) == self.first for tokenizer in tokenizers)
+        known = tokenizers[0].get_vocab()
         names = [_numbered(token, i) for token, width in widths.items() for i in range(width)]
         if taken := next((name for name in names if name in known), None):
             raise ValueError(f"new_tokens: {taken!r} is a word of the tokenizer's already; choose another")
         # As whole words, or a token "cat" would be found in "catalog".
-        tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
+        for tokenizer in tokenizers:
+            tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
 
     def rows(self, token: str) -> range:
         """Which of the new vectors are ``token``'s."""

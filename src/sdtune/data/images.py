@@ -105,6 +105,25 @@ def resize_and_crop(
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
+def frame(
+    whole: tuple[int, int], size: tuple[int, int], offset: tuple[float, float], flip: bool
+) -> tuple[float, float, float, float, float, float]:
+    """Where :func:`resize_and_crop` has a crop from: what SDXL is told of it (Podell et al. 2023, section 2.2).
+
+    Args:
+        whole: (width, height) of the picture.
+        size, offset, flip: as there.
+
+    Returns:
+        height and width of the picture, top and left of the crop in the scaled picture, height and width of the crop.
+    """
+    width, height = size
+    scale = max(width / whole[0], height / whole[1])
+    across, down = whole[0] * scale - width, whole[1] * scale - height
+    left = (1 - offset[0] if flip else offset[0]) * across
+    return whole[1], whole[0], round(offset[1] * down), round(left), height, width
+
+
 @contextmanager
 def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
     """The picture with its header read; whatever fails in here becomes the one line for the user."""

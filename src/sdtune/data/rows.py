@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from sdtune.data.control import CENTRE, as_map
+from sdtune.data.images import frame
 from sdtune.data.order import Draw
 from sdtune.data.prior import PLACE, partner
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from sdtune.data.pictures import PictureData
 
 Batch = dict[str, Any]
-"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on a device, it would make the step wait); and
+"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on a device, it would make the step wait);
+frame (float32 [B, 6]: where each crop comes from, as sdtune.data.images.frame has it); and
 either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments (float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text
 states are cached; mask (float32 [B, 1, h, w] in [0, 1]) where the loss is masked; control (float32 [B, 3, H, W] in
 [0, 1]) where the data has control maps. With class pictures B is twice the pairs: the subject's rows come first,
@@ -59,6 +61,7 @@ class Rows(Dataset[list[Row]]):
             flip = bool(data.flip and flipped < 0.5)
             offset = (float(x), float(y)) if data.random_crop else offset
         row: Row = {"prompt": prompt, "step": step, "position": position}
+        row["frame"] = torch.tensor(frame(sample.size, size, offset, flip))
         if data.latent_cache is not None:
             row["moments"] = data.latent_cache.get(latent_key(sample, size, flip))
         else:
@@ -88,7 +91,7 @@ def collate(pairs: list[list[Row]], prior_weight: float) -> Batch:
         "step": rows[0]["step"],
         "positions": [row["position"] for row in rows],
     }
-    for key in ("pixels", "moments", "text", "mask", "control"):
+    for key in ("frame", "pixels", "moments", "text", "mask", "control"):
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
     if len(rows) > len(subject):

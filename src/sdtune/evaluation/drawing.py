@@ -29,7 +29,7 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     """The backbone with the artifact of a run: what others load is what is measured, not the weights in memory."""
     whole = artifact / name
     pipeline = (whole / "model_index.json").is_file()
-    own = Pretrained(str(whole)) if pipeline else source
+    own = source.trained(whole) if pipeline else source
     backbone = own.load().to(device)
     backbone.suit(device)
     nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []

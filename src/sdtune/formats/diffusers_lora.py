@@ -22,7 +22,7 @@ _SETTINGS = "lora_adapter_metadata"
 
 # peft's names, and those that diffusers' own training scripts give (diffusers.utils.convert_state_dict_to_diffusers).
 _KEY = re.compile(
-    r"(?P<module>(?:unet|text_encoder)\..+)\."
+    r"(?P<module>(?:unet|text_encoder|text_encoder_2)\..+)\."
     r"(?:(?P<down>lora_A|lora\.down|lora_linear_layer\.down)|lora_B|lora\.up|lora_linear_layer\.up)\.weight"
 )
 
@@ -73,7 +73,9 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         written[module] = match["module"]
         (downs if match["down"] else ups)[module] = tensor
     if strange:
-        raise ValueError(f"{source}: {few(strange)}: not read; plain LoRA of 'unet' and 'text_encoder' is")
+        raise ValueError(
+            f"{source}: {few(strange)}: not read; plain LoRA of 'unet', 'text_encoder' and 'text_encoder_2' is"
+        )
     weights = assemble(source, downs, ups, {})
     settings = _settings(source, metadata, {module.partition(".")[0] for module in downs})
     if not settings:

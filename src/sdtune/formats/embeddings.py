@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -13,10 +13,14 @@ from sdtune.formats.files import read_safetensors, write_safetensors
 FILE_NAME = "learned_embeds"
 """Of diffusers' files, which hold one token each: ``learned_embeds.safetensors``, with several one a token."""
 
+Words = dict[str, tuple[Tensor, ...]]
+"""The vectors [N, D] of each word, one of each text encoder: SDXL has two."""
+
 FOLDER = "embeddings"
 """Of the other form's files, which are called by the word that prompts use."""
 
 _VECTORS = "emb_params"
+_TWO = ("clip_l", "clip_g")  # SDXL's encoders, as kohya, A1111, ComfyUI and diffusers' scripts all call them
 
 
 def word(token: str) -> str:
@@ -29,31 +33,46 @@ def intermediate(stem: str) -> bool:
     return re.search(r"-step\d{8}$|-best$", stem) is not None
 
 
-def write(folder: Path, vectors: Mapping[str, Tensor], mark: str, metadata: Mapping[str, str]) -> None:
-    """Both forms of each token's vectors [N, D] into ``folder``; ``mark`` ends the files' names."""
+def write(folder: Path, vectors: Mapping[str, Sequence[Tensor]], mark: str, metadata: Mapping[str, str]) -> None:
+    """Both forms of each token's vectors into ``folder``; ``mark`` ends the files' names.
+
+    For two text encoders all programs share one form, so the two files hold the same.
+    """
     for token, rows in vectors.items():
         several = f"_{word(token)}" if len(vectors) > 1 else ""
         about = {**metadata, "sdtune_token": token}
-        write_safetensors(folder / f"{FILE_NAME}{several}{mark}.safetensors", {token: rows.float()}, about)
-        write_safetensors(folder / FOLDER / f"{word(token)}{mark}.safetensors", {_VECTORS: rows.float()}, about)
+        plain, other = (
+            ({token: rows[0].float()}, {_VECTORS: rows[0].float()})
+            if len(rows) == 1
+            else ({name: each.float() for name, each in zip(_TWO, rows, strict=True)},) * 2
+        )
+        write_safetensors(folder / f"{FILE_NAME}{several}{mark}.safetensors", plain, about)
+        write_safetensors(folder / FOLDER / f"{word(token)}{mark}.safetensors", other, about)
 
 
-def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Vectors [N, D] by token, from what was read from ``source``, in either form; nothing for any other file.
+def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Words:
+    """The vectors of each token in what was read from ``source``, in any form; nothing for any other file.
 
-    In the form without a token the file's name is the trigger, unless the header names another.
+    In the forms without a token the file's name is the trigger, unless the header names another.
     """
-    found = {
-        metadata.get("sdtune_token", source.stem) if key == _VECTORS else key: rows if rows.dim() == 2 else rows[None]
-        for key, rows in tensors.items()
-        if rows.is_floating_point() and rows.dim() in (1, 2)
+    rows = {
+        key: tensor if tensor.dim() == 2 else tensor[None]
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.dim() in (1, 2)
     }
-    return found if len(found) == len(tensors) == 1 else {}
+    named = metadata.get("sdtune_token", source.stem)
+    if set(rows) == set(tensors) == set(_TWO):
+        both = tuple(rows[name] for name in _TWO)
+        return {named: both} if len(both[0]) == len(both[1]) else {}
+    if len(rows) == len(tensors) == 1:
+        (key, only), *_ = rows.items()
+        return {named if key == _VECTORS else key: (only,)}
+    return {}
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
+def read_folder(folder: Path) -> Words:
     """Vectors by token, of diffusers' files in ``folder`` but intermediate ones."""
-    found: dict[str, Tensor] = {}
+    found: Words = {}
     for file in sorted(folder.glob(f"{FILE_NAME}*.safetensors")):
         if not intermediate(file.stem):
             tensors, metadata = read_safetensors(file)

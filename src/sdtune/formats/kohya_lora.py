@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -16,11 +16,23 @@ from torch import Tensor
 
 from sdtune.formats.files import portable, read_safetensors, write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble, few
+from sdtune.formats.original.names import rename_unet_module
 
-Architecture = Literal["stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"]
-"""ModelSpec's names. SDXL is absent: kohya names its modules after the original layout, not after diffusers'."""
+Architecture = Literal[
+    "stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-xl-v1-base"
+]
+"""ModelSpec's names."""
+
+XL: Architecture = "stable-diffusion-xl-v1-base"
 
 _PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_XL_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_VERSIONS: dict[Architecture, str] = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2",
+    XL: "sdxl_base_v1-0",
+}
 _DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 
 
@@ -53,8 +65,10 @@ class ModelSpec:
         fields = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{self.architecture}/lora",
-            # kohya's choice for SD 1 and 2: their module names are diffusers'.
-            "implementation": "diffusers",
+            # kohya's choice: the module names of SD 1 and 2 are diffusers', and SDXL's those of the original layout.
+            "implementation": "https://github.com/Stability-AI/generative-models"
+            if self.architecture == XL
+            else "diffusers",
             "title": self.title,
             "resolution": f"{self.resolution}x{self.resolution}",
             "date": self.date.isoformat(timespec="seconds"),
@@ -65,13 +79,19 @@ class ModelSpec:
         return {f"modelspec.{name}": value for name, value in fields.items()}
 
 
-def name_of(module: str) -> str:
-    """kohya's name of a diffusers module path, canonical and with its component."""
+def name_of(module: str, xl: Mapping[str, Any] | None = None) -> str:
+    """kohya's name of a diffusers module path, canonical and with its component.
+
+    ``xl`` is SDXL's UNet config: kohya names its modules after the original layout, others' after diffusers'.
+    """
     component, _, path = module.partition(".")
-    return _PREFIXES[component] + path.replace(".", "_")
+    if xl is None:
+        return _PREFIXES[component] + path.replace(".", "_")
+    own = rename_unet_module(path, xl) if component == "unet" else path
+    return _XL_PREFIXES[component] + own.replace(".", "_")
 
 
-def to_tensors(weights: LoRAWeights) -> dict[str, Tensor]:
+def to_tensors(weights: LoRAWeights, xl: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The tensors by file key, with one alpha for all modules.
 
     diffusers loses an attention layer's own alpha when it converts this form: with several alphas it would scale
@@ -80,30 +100,44 @@ def to_tensors(weights: LoRAWeights) -> dict[str, Tensor]:
     weights = weights.uniform()
     tensors: dict[str, Tensor] = {}
     for module, (down, up) in weights.pairs.items():
-        name = name_of(module)
+        name = name_of(module, xl)
         tensors[f"{name}.{_DOWN}"], tensors[f"{name}.{_UP}"] = down, up
         tensors[f"{name}.{_ALPHA}"] = torch.tensor(weights.alphas[module])
     return tensors
 
 
-def write(path: Path, weights: LoRAWeights, spec: ModelSpec, metadata: Mapping[str, str]) -> None:
+def write(
+    path: Path,
+    weights: LoRAWeights,
+    spec: ModelSpec,
+    metadata: Mapping[str, str],
+    unet: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes ``path``; programs list the adapter by this file's name. Own fields win over equal ones in ``metadata``.
+
+    Args:
+        unet: the config of the UNet that it is for; only SDXL's is looked at.
+        dtype: of the matrices.
 
     Raises:
         ValueError: ``path`` cannot be written.
     """
-    tensors = portable(to_tensors(weights))
+    named = to_tensors(weights, unet if spec.architecture == XL else None)
+    tensors = portable({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
     header = {**metadata, **spec.metadata(), **_training_fields(weights, spec)}
     write_safetensors(path, tensors, {**header, **_hashes(tensors, header)})
 
 
-def read(path: Path, modules: Iterable[str]) -> LoRAWeights:
+def read(path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None) -> LoRAWeights:
     """The weights of ``path``; see :func:`parse`."""
     tensors, _ = read_safetensors(path)
-    return parse(path, tensors, modules)
+    return parse(path, tensors, modules, xl)
 
 
-def parse(source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str]) -> LoRAWeights:
+def parse(
+    source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str], xl: Mapping[str, Any] | None = None
+) -> LoRAWeights:
     """The weights in what was read from ``source``; alpha = r where it is not given, as in kohya.
 
     Args:
@@ -111,13 +145,15 @@ def parse(source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str]) -
         tensors: by file key.
         modules: every module path, canonical and with its component, that an adapter may name. The names in the
             file have lost their dots, so the way back is found by going forth from these.
+        xl: SDXL's UNet config where the backbone is SDXL; then diffusers' names with underscores are known too.
 
     Raises:
         ValueError: a tensor that is not plain LoRA, or of none of ``modules``.
     """
     paths: dict[str, str] = {}
     for module in modules:
-        assert paths.setdefault(name_of(module), module) == module, f"{module} and another share a name"
+        for name in _names(module, xl):
+            assert paths.setdefault(name, module) == module, f"{module} and another share a name"
     parts: dict[str, dict[str, Tensor]] = {_DOWN: {}, _UP: {}, _ALPHA: {}}
     strange: set[str] = set()
     unknown: set[str] = set()
@@ -141,6 +177,13 @@ def parse(source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str]) -
     return assemble(source, parts[_DOWN], parts[_UP], alphas)
 
 
+def _names(module: str, xl: Mapping[str, Any] | None) -> set[str]:
+    if xl is None:
+        return {name_of(module)}
+    component, _, path = module.partition(".")
+    return {name_of(module, xl), _XL_PREFIXES[component] + path.replace(".", "_")}
+
+
 def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
     """kohya's ``ss_`` fields. Its ``conv_dim`` and ``conv_alpha`` speak of kernels larger than 1x1 alone."""
     spatial = {module for module, (down, _) in weights.pairs.items() if down[0].numel() > down.shape[1]}
@@ -148,10 +191,9 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
     arguments = {}
     if spatial:
         arguments = {"conv_dim": _one_of({weights.rank(module) for module in spatial}), "conv_alpha": alpha}
-    second = spec.architecture != "stable-diffusion-v1"
     return {
-        "ss_v2": str(second),
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_v2": str(spec.architecture.startswith("stable-diffusion-v2")),
+        "ss_base_model_version": _VERSIONS[spec.architecture],
         "ss_network_module": "networks.lora",
         "ss_network_dim": _one_of({weights.rank(module) for module in weights.pairs.keys() - spatial or spatial}),
         "ss_network_alpha": alpha,

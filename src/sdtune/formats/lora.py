@@ -9,16 +9,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-_TEXT_ENCODER, _TEXT_MODEL = "text_encoder.", "text_encoder.text_model."
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def canonical(module: str) -> str:
-    """``module`` with ``text_model.`` after ``text_encoder.``, as every file has it.
+    """``module`` with ``text_model.`` after its text encoder, as every file has it.
 
     transformers >= 5.6 leaves it out of a ``CLIPTextModel``'s own module names.
     """
-    if module.startswith(_TEXT_ENCODER) and not module.startswith(_TEXT_MODEL):
-        return _TEXT_MODEL + module.removeprefix(_TEXT_ENCODER)
+    component, _, path = module.partition(".")
+    if component in _TEXT_ENCODERS and not path.startswith(("text_model.", "text_projection")):
+        return f"{component}.text_model.{path}"
     return module
 
 
@@ -38,7 +39,7 @@ class LoRAWeights:
     def __post_init__(self) -> None:
         assert self.pairs.keys() == self.alphas.keys(), "pairs and alphas name different modules"
         for module, (down, up) in self.pairs.items():
-            assert module.startswith(("unet.", _TEXT_MODEL)), module
+            assert module.startswith("unet.") or canonical(module) == module, module
             assert _fit(down, up), f"{module}: {tuple(down.shape)} and {tuple(up.shape)}"
 
     def rank(self, module: str) -> int:

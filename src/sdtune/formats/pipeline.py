@@ -10,7 +10,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+from sdtune.formats.keys import canonical_key
+
+_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 _KEPT = (".json", ".txt", ".safetensors")
 
 
@@ -25,7 +27,8 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str]) -> None:
     for name, value in index.items():
         if isinstance(value, list) and name not in _PARTS:
             index[name] = [None, None]
-    index["requires_safety_checker"] = False
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     for part in _PARTS:
         if part in without or not (source / part).is_dir():
@@ -53,7 +56,7 @@ def save_text_encoder(module: Any, target: Path) -> None:
     partial = _fresh(target)
     module.save_pretrained(partial, safe_serialization=True)
     file = partial / "model.safetensors"
-    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    tensors = {canonical_key("text_encoder", key): value for key, value in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     _finish(partial, target)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.lora import LoRAWeights, few
 
 
-def read_lora(path: Path, modules: Iterable[str]) -> tuple[LoRAWeights, dict[str, str]]:
+def read_lora(
+    path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None
+) -> tuple[LoRAWeights, dict[str, str]]:
     """The weights and the header's metadata of ``path``: a file, or a folder with diffusers' file in it.
 
     Args:
         path: where.
         modules: every module path, canonical and with its component, that an adapter may name.
+        xl: SDXL's UNet config where the backbone is SDXL.
 
     Raises:
         ValueError: no such file, neither form, or modules that are not among ``modules``.
@@ -23,7 +27,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> tuple[LoRAWeights, dict[str
     file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
     tensors, metadata = read_safetensors(file)
     if any(key.startswith("lora_") for key in tensors):
-        return kohya_lora.parse(file, tensors, modules), metadata
+        return kohya_lora.parse(file, tensors, modules, xl), metadata
     if not any(".lora" in key for key in tensors):
         raise ValueError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
     weights = diffusers_lora.parse(file, tensors, metadata)

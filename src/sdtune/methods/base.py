@@ -119,7 +119,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
-        return self.backbone.predict(noisy, timesteps, text)
+        return self.backbone.predict(noisy, timesteps, text, frame=batch.get("frame"))
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Further terms of the loss, each a scalar."""
@@ -148,11 +148,12 @@ class Adapter(pl.LightningModule, ABC):
         if self.new_tokens:
             self.backbone.begin_tokens(self.new_tokens)
         self.inject()
-        if self.backbone.learned is not None:
-            self.backbone.learned.requires_grad_(True)
+        for vectors in self.backbone.learned:
+            vectors.requires_grad_(True)
         # diffusers and transformers checkpoint activations in training mode alone.
         self.backbone.unet.train()
-        self.backbone.text_encoder.train(self.open("text_encoder"))
+        for encoder in self.backbone.encoders.values():
+            encoder.train(self.open("text_encoder"))
         if self.gradient_checkpointing:
             checkpoint_activations(self)
         if self.vae_tiling:
@@ -182,8 +183,9 @@ class Adapter(pl.LightningModule, ABC):
         return self.average.swapped(self) if self.average is not None else nullcontext()
 
     def open(self, component: str) -> bool:
-        """Whether any parameter of the backbone's ``component`` is trained."""
-        return any(p.requires_grad for p in getattr(self.backbone, component).parameters())
+        """Whether any parameter of the backbone's ``component`` is trained; ``text_encoder`` stands for all of them."""
+        models = self.backbone.encoders.values() if component == "text_encoder" else [getattr(self.backbone, component)]
+        return any(p.requires_grad for model in models for p in model.parameters())
 
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
@@ -195,7 +197,13 @@ class Adapter(pl.LightningModule, ABC):
             prepare(self, data)
             if self.offload:
                 cached = {"vae": data.latent_cache, "text_encoder": data.text_cache}
-                parts = [getattr(self.backbone, name) for name, cache in cached.items() if cache is not None]
+                names = {"text_encoder": self.backbone.encoders, "vae": ("vae",)}
+                parts = [
+                    getattr(self.backbone, name)
+                    for kind, cache in cached.items()
+                    if cache is not None
+                    for name in names[kind]
+                ]
                 self.away = Away(parts, self.device)
 
     def on_train_start(self) -> None:
@@ -301,10 +309,10 @@ class Adapter(pl.LightningModule, ABC):
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The method's parameter groups, and new tokens in one of their own."""
         groups = self.parameter_groups()
-        if self.backbone.learned is not None:
+        if self.backbone.learned:
             # Decay would draw a word towards the vector that means nothing.
             own = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
-            groups.append({"name": "tokens", "params": [self.backbone.learned], "weight_decay": 0.0, **own})
+            groups.append({"name": "tokens", "params": self.backbone.learned, "weight_decay": 0.0, **own})
         return groups
 
     def configure_optimizers(self) -> Any:

@@ -10,7 +10,7 @@ from annotated_types import Gt
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from sdtune.backbone.residuals import residuals, skips
+from sdtune.backbone.residuals import skips
 from sdtune.data.control import Computed
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
@@ -88,10 +88,11 @@ class ControlNet(Adapter):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
+        frame = batch.get("frame")
         if "control" not in batch:
-            return self.backbone.predict(noisy, timesteps, text)
-        added = residuals(self.controlnet, noisy, timesteps, text, batch["control"])
-        return self.backbone.predict(noisy, timesteps, text, added)
+            return self.backbone.predict(noisy, timesteps, text, frame=frame)
+        added = self.backbone.residuals(self.controlnet, noisy, timesteps, text, batch["control"], frame=frame)
+        return self.backbone.predict(noisy, timesteps, text, added, frame)
 
     def artifact_bytes(self) -> int:
         """The net's, and the whole UNet's where any of it is open."""

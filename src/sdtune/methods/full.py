@@ -70,7 +70,14 @@ class Full(Adapter):
 
     def inject(self) -> None:
         for part in self.parts:
-            getattr(self.backbone, part).requires_grad_(True)
+            if part != "text_encoder":
+                getattr(self.backbone, part).requires_grad_(True)
+                continue
+            for component, encoder in self.backbone.encoders.items():
+                behind = self.backbone.unused(component)
+                for name, parameter in encoder.named_parameters():
+                    # Layers behind the states that are used would get no gradient, on which DDP fails.
+                    parameter.requires_grad_(not name.startswith(behind))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return by_component(self, self.rates)
@@ -100,13 +107,14 @@ class Full(Adapter):
     def write_artifact(self, folder: Path, name: str) -> None:
         """A pipeline folder in the diffusers layout, ``<folder>/<name>``; what was frozen is copied from its source."""
         target = folder / name
-        copy_pipeline(self.source.folder(), target, without=self.parts)
-        for part in self.parts:
-            if part == "text_encoder":
-                with self.backbone.plain_vocabulary():
-                    save_text_encoder(self.backbone.text_encoder, target / part)
-            else:
-                save_component(getattr(self.backbone, part), target / part)
+        encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
+        models = {part: getattr(self.backbone, part) for part in self.parts if part != "text_encoder"}
+        copy_pipeline(self.source.folder(), target, without=[*models, *encoders])
+        for part, model in models.items():
+            save_component(model, target / part)
+        with self.backbone.plain_vocabulary():
+            for name, encoder in encoders.items():
+                save_text_encoder(encoder, target / name)
         if self.backbone.scheduler_config != self.source.config("scheduler"):
             write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
         write_json(target / "sdtune.json", {"backbone": self.source.hash()})

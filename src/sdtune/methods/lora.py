@@ -98,8 +98,8 @@ class LoRA(Adapter):
 
     def inject(self) -> None:
         self._pair("unet", self.backbone.unet, self._unet_sites())
-        if "text_encoder" in self.targets:
-            self._pair("text_encoder", self.backbone.text_encoder, self._text_sites())
+        for component, encoder in self.backbone.encoders.items() if "text_encoder" in self.targets else ():
+            self._pair(component, encoder, self._text_sites(component))
         paths = [canonical(f"{component}.{name}") for component, name, _ in self._paired()] if self.blocks else []
         for key in self.blocks:
             if not any(_below(path, canonical(key)) for path in paths):
@@ -107,7 +107,7 @@ class LoRA(Adapter):
 
     def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:
         """Component, name in it, and module of each site."""
-        for component in ("unet", "text_encoder"):
+        for component in ("unet", *self.backbone.encoders):
             for name, module in getattr(self.backbone, component).named_modules():
                 if hasattr(module, "lora_A") and "default" in module.lora_A:
                     yield component, name, module
@@ -140,13 +140,14 @@ class LoRA(Adapter):
                 wanted.append(name)
         return wanted
 
-    def _text_sites(self) -> list[str]:
+    def _text_sites(self, component: str) -> list[str]:
         endings = [_TEXT_PROJECTIONS[p] for p in self.projections]
         endings += ["fc1", "fc2"] if "feed_forward" in self.targets else []
+        behind = self.backbone.unused(component)
         return [
             n
-            for n, m in self.backbone.text_encoder.named_modules()
-            if isinstance(m, nn.Linear) and n.endswith(tuple(endings))
+            for n, m in self.backbone.encoders[component].named_modules()
+            if isinstance(m, nn.Linear) and n.endswith(tuple(endings)) and not n.startswith(behind)
         ]
 
     def _pair(self, component: str, model: nn.Module, sites: list[str]) -> None:
@@ -198,9 +199,10 @@ class LoRA(Adapter):
         """``<stem>.safetensors`` in kohya's form."""
         data = getattr(self.trainer, "datamodule", None)
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
-        architecture: kohya_lora.Architecture = "stable-diffusion-v1"
-        if self.backbone.unet.config.cross_attention_dim == 1024:
-            architecture = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
+        second: kohya_lora.Architecture = (
+            "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
+        )
+        architectures = {"sd1": "stable-diffusion-v1", "sd2": second, "sdxl": kohya_lora.XL}
         spec = kohya_lora.ModelSpec(
             title=stem,
             resolution=getattr(data, "resolution", None) or self.backbone.facts.side,
@@ -208,9 +210,10 @@ class LoRA(Adapter):
             steps=self.trainer.global_step,
             seed=self.seed,
             trigger=getattr(data, "keep", None) or None,
-            architecture=architecture,
+            architecture=architectures[self.backbone.facts.family],
         )
-        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, self.about(folder / stem))
+        about, unet = self.about(folder / stem), dict(self.backbone.unet.config)
+        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, about, unet)
 
 
 def _below(path: str, start: str) -> bool:

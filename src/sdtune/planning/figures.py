@@ -174,8 +174,7 @@ def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached
     else:
         batch["pixels"] = pictures
     if cached_text:
-        width = adapter.backbone.unet.config.cross_attention_dim
-        batch["text"] = torch.empty(count, facts.max_tokens, width, device=_META)
+        batch["text"] = torch.empty(count, *adapter.backbone.text_shape, device=_META)
     return batch
 
 

@@ -1,0 +1,48 @@
+"""From a pipeline folder to a backbone, its weights read or drawn anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPTokenizer
+
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.models import KINDS, from_config
+from sdtune.backbone.pretrained import Pretrained
+from sdtune.backbone.sdxl import TwoEncoders
+
+
+def load(source: Pretrained, seed: int) -> Backbone:
+    """Read ``source``: float32, eval mode, frozen."""
+    folder = source.folder()
+
+    def component(name: str) -> Any:
+        if source.drawn_anew(name):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return from_config(name, folder)
+        return KINDS[name].from_pretrained(
+            folder / name,
+            torch_dtype=torch.float32,
+            variant=source.weights_variant(name),
+            use_safetensors=True,
+            local_files_only=True,
+        )
+
+    parts = {name: component(name) for name in source.components}
+    parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
+    return assemble(source, parts)
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def assemble(source: Pretrained, parts: dict[str, Any]) -> Backbone:
+    """The backbone of ``parts``: models and tokenizers by their folders' names."""
+    kind = TwoEncoders if "text_encoder_2" in parts else Backbone
+    backbone = kind(scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts)
+    backbone.requires_grad_(False)
+    return backbone.eval()

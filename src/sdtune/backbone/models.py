@@ -1,0 +1,43 @@
+"""The models of a pipeline by their configs: their classes, their tensors' names and shapes, their family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdtune.formats.keys import canonical_key
+
+KINDS: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
+
+
+def from_config(component: str, folder: Path) -> Any:
+    """``component`` of the pipeline ``folder`` with weights drawn anew."""
+    kind = KINDS[component]
+    if component.startswith("text_encoder"):
+        return kind(CLIPTextConfig.from_pretrained(folder / component))
+    return kind.from_config(kind.load_config(folder / component))
+
+
+def wanted_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each tensor of ``component``, by canonical key; nothing is allocated."""
+    return _shapes(component, (folder / component / "config.json").read_text(), str(folder))
+
+
+@lru_cache(maxsize=8)
+def _shapes(component: str, config: str, folder: str) -> dict[str, tuple[int, ...]]:
+    assert json.loads(config)
+    with torch.device("meta"):
+        model = from_config(component, Path(folder))
+    return {canonical_key(component, key): tuple(value.shape) for key, value in model.state_dict().items()}

@@ -1,0 +1,77 @@
+"""SDXL's conditioning: two text encoders' states side by side, a pooled state, and sizes.
+
+Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.text import hidden, unused
+
+_SKIPPED = 1  # both encoders give their penultimate states, as they are
+
+
+class TwoEncoders(Backbone):
+    """A backbone that is conditioned on two text encoders and on sizes.
+
+    What :meth:`encode_text` returns has one row more than there are tokens: the second encoder's pooled state, filled
+    up with zeros. So all that keeps, stacks or repeats a prompt's states takes the pooled state along.
+    """
+
+    def __init__(self, text_encoder_2: CLIPTextModelWithProjection, tokenizer_2: CLIPTokenizer, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        return {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+
+    @property
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        return (self.tokenizer, self.tokenizer_2)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        length, width = super().text_shape
+        return length + 1, width
+
+    def unused(self, component: str) -> tuple[str, ...]:
+        # The second encoder's pooled state passes through all of it.
+        return () if component == "text_encoder_2" else unused(self.text_encoder, _SKIPPED + self.clip_skip, norm=False)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Both encoders' penultimate states and the pooled one, [B, L + 1, D]."""
+        states, pooled, skip = [], None, _SKIPPED + self.clip_skip
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
+            ids = self.tokenize(prompts, tokenizer).to(encoder.device)
+            windows = ids.view(len(ids) * self.facts.windows, -1)
+            out = encoder(windows, output_hidden_states=True)
+            states.append(hidden(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
+            if encoder is self.text_encoder_2:
+                # At the end of the first window; not where transformers looks, which with `eos_token_id: 2` in the
+                # config is the largest id, and new words have larger ones.
+                ends = (windows == tokenizer.eos_token_id).int().argmax(-1)
+                last = out.last_hidden_state[torch.arange(len(windows), device=ends.device), ends]
+                pooled = encoder.text_projection(last).view(len(ids), self.facts.windows, -1)[:, 0]
+        assert pooled is not None
+        joined = torch.cat(states, dim=-1)
+        row = F.pad(pooled.to(joined.dtype), (0, joined.shape[-1] - pooled.shape[-1]))
+        return torch.cat([joined, row[:, None]], dim=1)
+
+    def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
+        width: int = self.text_encoder_2.config.projection_dim
+        if frame is None:
+            side = self.facts.factor
+            height, across = noisy.shape[-2] * side, noisy.shape[-1] * side
+            frame = torch.tensor([height, across, 0, 0, height, across], dtype=torch.float32, device=noisy.device)
+            frame = frame.expand(len(noisy), -1)
+        added = {"text_embeds": text[:, -1, :width], "time_ids": frame}
+        return {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": added}

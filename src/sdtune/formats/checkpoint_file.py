@@ -1,0 +1,57 @@
+"""A model's tensors in one file: safetensors, or a pickle where that was asked for, read without running its code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtune.formats.files import read_safetensors
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of ``path`` and its header's metadata.
+
+    Args:
+        path: ``.safetensors``, or a pickle by its suffix.
+        allow_pickle: whether a pickle may be read: with torch's ``weights_only``, which makes tensors and plain
+            containers and refuses everything else.
+        key: of the setting that named it, for messages.
+
+    Raises:
+        ValueError: a pickle that is not allowed, or holds more than tensors; a file that is damaged.
+    """
+    if path.suffix not in PICKLES:
+        return read_safetensors(path)
+    if not allow_pickle:
+        raise ValueError(
+            f"{key}: {path} is a pickle, which can carry code; get it as .safetensors, or, if you trust where it"
+            " comes from, set backbone.allow_pickle=true: then tensors alone are taken from it"
+        )
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{key}: {path} holds more than tensors and was not read ({_first_line(error)});"
+            " get it as .safetensors, or from someone else"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{key}: {path} cannot be read ({_first_line(error)}); copy it again") from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{key}: {path} holds no tensors by name; a checkpoint's state dict is expected")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, {}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    # torch explains at length how to load it all the same; what it met comes after.
+    found = next((line for line in text.splitlines() if "Unsupported" in line or "GLOBAL" in line), text)
+    return found.strip().splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,131 @@
+"""Small models with the true structure of SD 1.x, 2.x and XL: levels, transformer depths, heads, encoders, names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+Family = Literal["sd1", "sd2", "sdxl"]
+FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
+
+_DOWN, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+_UP, _CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
+
+_UNETS: dict[Family, dict[str, Any]] = {
+    "sd1": {
+        "block_out_channels": (16, 16, 32, 32),
+        "down_block_types": (_CROSS, _CROSS, _CROSS, _DOWN),
+        "up_block_types": (_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+    },
+    "sd2": {
+        "block_out_channels": (20, 40, 80, 80),
+        "down_block_types": (_CROSS, _CROSS, _CROSS, _DOWN),
+        "up_block_types": (_UP, _CROSS_UP, _CROSS_UP, _CROSS_UP),
+        "attention_head_dim": (5, 10, 20, 20),
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "block_out_channels": (20, 40, 80),
+        "down_block_types": (_DOWN, _CROSS, _CROSS),
+        "up_block_types": (_CROSS_UP, _CROSS_UP, _UP),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 40,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+}
+
+
+def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
+    """A pipeline folder of ``family``, 64x64 pixels, VAE factor 8, weights that float16 holds exactly."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(sample_size=8, layers_per_block=2, norm_num_groups=4, **_UNETS[family])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.13025 if family == "sdxl" else 0.18215,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+    )
+    parts: dict[str, Any] = {"unet": unet, "vae": vae, "scheduler": scheduler}
+    parts["tokenizer"] = _tokenizer("!" if family == "sd2" else "<|endoftext|>")
+    parts["text_encoder"] = _encoder(24 if family == "sd2" else 16, "gelu" if family == "sd2" else "quick_gelu")
+    if family == "sdxl":
+        parts |= {"tokenizer_2": _tokenizer("!"), "text_encoder_2": _encoder(24, "gelu", projected=True)}
+        pipeline: Any = StableDiffusionXLPipeline(**parts)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        for parameter in getattr(pipeline, name).parameters() if hasattr(pipeline, name) else ():
+            parameter.data = parameter.data.half().float()
+    pipeline.save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        if name in parts:
+            _write_vocabulary(folder / name)
+    return folder
+
+
+def _tokens() -> dict[str, int]:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{b}</w>" for b in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _tokenizer(pad: str) -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=_tokens(), merges=[], model_max_length=77, pad_token=pad)
+
+
+def _write_vocabulary(folder: Path) -> None:
+    (folder / "vocab.json").write_text(json.dumps(_tokens()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def _encoder(width: int, activation: str, projected: bool = False) -> Any:
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(_tokens()),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act=activation,
+            projection_dim=24,
+            # As the true configs have it; the tokenizer's own end is another.
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+        )
+    )
