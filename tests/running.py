@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import sdtune.evaluate
+import sdtune.export
 import sdtune.plan
 import sdtune.sample
 import sdtune.train
@@ -153,6 +154,11 @@ def evaluate(*argv: str) -> int:
 def plan(*argv: str) -> int:
     """``sdtune plan`` in this process; the exit code."""
     return _call("plan", sdtune.plan.prepare, argv, writes=False)
+
+
+def export(*argv: str) -> int:
+    """``sdtune export`` in this process; the exit code."""
+    return _call("export", sdtune.export.prepare, argv)
 
 
 def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:

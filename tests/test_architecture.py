@@ -15,8 +15,20 @@ PACKAGE = SRC / "sdtune"
 
 LAYERS = [
     {"__init__", "train", "run", "checks", "report_lines", "prepare", "prepare_run"}  # commands
-    | {"sample", "sample_run", "evaluate", "evaluate_run", "plan", "plan_run", "report", "reporting", "comparison"},
-    {"callbacks", "evaluation", "pocket", "planning"},
+    | {
+        "export",
+        "export_run",
+        "sample",
+        "sample_run",
+        "evaluate",
+        "evaluate_run",
+        "plan",
+        "plan_run",
+        "report",
+        "reporting",
+        "comparison",
+    },
+    {"callbacks", "evaluation", "exporting", "pocket", "planning"},
     {"methods"},
     {"sampling", "adapters", "controlnets"},
     {"backbone"},
@@ -29,7 +41,7 @@ ANYWHERE = {"data", "formats"}
 
 HYDRA = (
     {"launch", "sweeps", "jobs", "optuna_sweeper", "checks", "resume", "train", "sample", "evaluate"}
-    | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "plan")}
+    | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "export", "plan")}
     | {"run"}
 )
 COMPOSES = {"comparison.figures"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import torch
@@ -16,8 +17,11 @@ from sdtune.backbone import Facts
 from sdtune.backbone.tokens import NewToken
 from sdtune.callbacks.held_out import NOTHING_HELD_OUT
 from sdtune.data import PictureData
+from sdtune.exporting import FORMATS, Artifact, Export
+from sdtune.exporting.artifact import Kind
 from sdtune.instantiate import build, check, check_value, resolve
 from sdtune.loggers import require_account
+from sdtune.suggest import suggestion
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,26 @@ def check_measured(config: dict[str, Any]) -> PictureData:
     return data
 
 
+def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
+    """The forms that the run's artifact, of ``kind``, is to be written in at its end."""
+    check_value(config["exports"], list[dict[str, Any]], "exports")
+    made = []
+    for number, entry in enumerate(config["exports"]):
+        hints = get_type_hints(Export, include_extras=True)
+        if odd := next((key for key in entry if key not in hints), None):
+            raise ValueError(f"exports[{number}].{odd}: there is no such setting{suggestion(str(odd), list(hints))}")
+        for key, value in entry.items():
+            check_value(value, hints[key], f"exports[{number}].{key}")
+        if "format" not in entry:
+            raise ValueError(f"exports[{number}]: format is missing; write {{format: {FORMATS[kind][-1]}}}")
+        made.append(Export(**entry))
+        try:
+            made[-1].check(Artifact(kind, Path(), ""))
+        except ValueError as error:
+            raise ValueError(f"exports[{number}].{error}") from error
+    return made
+
+
 def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> PictureData:
     data: PictureData = build(config["data"], top.trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
@@ -216,7 +240,9 @@ def check_run(config: dict[str, Any]) -> PictureData:
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
     # A constructor that refuses a pair of settings does so here.
-    build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens}).check_against(data)
+    method = build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens})
+    method.check_against(data)
+    exports(config, method.leaves)
     if config["evaluation"]:
         build(config["evaluation"], trust).check(data, facts)
     source.check()

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "make what a training needs before its first step: class pictures, caches, control maps",
     "sample": "make pictures, with adapters at strengths chosen now",
     "plan": "what a training will cost, before anything is loaded",
+    "export": "what a run has left, in the form that another program reads",
     "evaluate": "measure a finished run's artifact, before and after",
     "report": "one page of a run, a sweep, or any folder of runs",
 }

@@ -26,10 +26,11 @@ from sdtune.callbacks.record import NotFinite, Record
 from sdtune.callbacks.same_config import SameConfig
 from sdtune.callbacks.samples import Samples
 from sdtune.callbacks.snapshots import Snapshots
-from sdtune.checks import Settings, check_run, plain, settings, trainer_arguments
+from sdtune.checks import Settings, check_run, exports, plain, settings, trainer_arguments
 from sdtune.children import wait_for_children
 from sdtune.data import PictureData
 from sdtune.errors import Pruned, RunFailed, Stopped
+from sdtune.exporting import find, write_card
 from sdtune.figures import finite
 from sdtune.files import write_json
 from sdtune.instantiate import build
@@ -127,6 +128,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         if trainer.is_global_zero:
+            _leave_behind(adapter, data, folder, config, figures)
             keep_artifact(loggers, folder / "artifact", name)
             write_json(folder / "metrics.json", figures)
             for line in report_lines.after(folder, name, adapter.source, data):
@@ -154,6 +156,25 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         if signal.getsignal(signal.SIGTERM) is _leave:
             signal.signal(signal.SIGTERM, before)
     return figures.get(top.optimized_metric) if top.optimized_metric else None
+
+
+def _leave_behind(
+    adapter: Adapter, data: PictureData, folder: Path, config: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """The artifact's card, and the further forms that are asked for."""
+    source, artifact = adapter.source, find(folder / "artifact", "run")
+    local = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
+    facts: dict[str, Any] = {
+        "family": source.facts.family,
+        "backbone": local,
+        "hash": source.hash(),
+        "trigger": data.keep,
+    }
+    facts |= {"pictures": len(data.train), "captions": data.captions()}
+    write_card(folder / "artifact", artifact, config, facts, figures, folder / "samples" / "before_after.png")
+    for export in exports(config, adapter.leaves):
+        for place in export.write(artifact, source, folder / "export" / export.format):
+            log.info("export: %s", place)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def to_tensors(weights: LoRAWeights) -> dict[str, Tensor]:
     return tensors
 
 
-def write(path: Path, weights: LoRAWeights, metadata: Mapping[str, str]) -> None:
+def write(path: Path, weights: LoRAWeights, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
     """Writes ``path``, by custom a folder's ``FILE_NAME``, for any diffusers, old or new.
 
     Raises:
@@ -46,7 +47,7 @@ def write(path: Path, weights: LoRAWeights, metadata: Mapping[str, str]) -> None
     """
     # Settings carried over from a file that was read would scale the folded tensors a second time.
     kept = {key: value for key, value in metadata.items() if key != _SETTINGS}
-    write_safetensors(path, to_tensors(weights), kept)
+    write_safetensors(path, {key: value.to(dtype) for key, value in to_tensors(weights).items()}, kept)
 
 
 def read(path: Path) -> LoRAWeights:

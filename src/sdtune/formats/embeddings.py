@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sdtune.formats.files import read_safetensors, write_safetensors
@@ -33,21 +34,35 @@ def intermediate(stem: str) -> bool:
     return re.search(r"-step\d{8}$|-best$", stem) is not None
 
 
-def write(folder: Path, vectors: Mapping[str, Sequence[Tensor]], mark: str, metadata: Mapping[str, str]) -> None:
-    """Both forms of each token's vectors into ``folder``; ``mark`` ends the files' names.
+def write(
+    folder: Path,
+    vectors: Mapping[str, Sequence[Tensor]],
+    mark: str,
+    metadata: Mapping[str, str],
+    forms: Sequence[str] = ("diffusers", "kohya"),
+    dtype: torch.dtype = torch.float32,
+) -> list[Path]:
+    """Each token's vectors into ``folder``, as the ``forms`` have it; ``mark`` ends the files' names, which come back.
 
     For two text encoders all programs share one form, so the two files hold the same.
     """
+    written: list[Path] = []
     for token, rows in vectors.items():
         several = f"_{word(token)}" if len(vectors) > 1 else ""
         about = {**metadata, "sdtune_token": token}
         plain, other = (
-            ({token: rows[0].float()}, {_VECTORS: rows[0].float()})
+            ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
             if len(rows) == 1
-            else ({name: each.float() for name, each in zip(_TWO, rows, strict=True)},) * 2
+            else ({name: each.to(dtype) for name, each in zip(_TWO, rows, strict=True)},) * 2
         )
-        write_safetensors(folder / f"{FILE_NAME}{several}{mark}.safetensors", plain, about)
-        write_safetensors(folder / FOLDER / f"{word(token)}{mark}.safetensors", other, about)
+        files = {
+            "diffusers": (folder / f"{FILE_NAME}{several}{mark}.safetensors", plain),
+            "kohya": (folder / FOLDER / f"{word(token)}{mark}.safetensors", other),
+        }
+        for form in forms:
+            write_safetensors(*files[form], about)
+            written.append(files[form][0])
+    return written
 
 
 def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Words:

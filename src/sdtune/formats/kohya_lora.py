@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdtune.formats.files import portable, read_safetensors, write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble, few
+from sdtune.formats.original import Family
 from sdtune.formats.original.names import rename_unet_module
 
 Architecture = Literal[
@@ -77,6 +78,13 @@ class ModelSpec:
         if self.trigger is not None:
             fields["trigger_phrase"] = self.trigger
         return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def architecture(family: Family, velocity: bool) -> Architecture:
+    """ModelSpec's name of a Stable Diffusion of ``family``; ``velocity``: its UNet predicts v."""
+    second: Architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    found: dict[Family, Architecture] = {"sd1": "stable-diffusion-v1", "sd2": second, "sdxl": XL}
+    return found[family]
 
 
 def name_of(module: str, xl: Mapping[str, Any] | None = None) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -38,6 +38,9 @@ class Adapter(pl.LightningModule, ABC):
     A subclass says which parts it opens or inserts (:meth:`inject`) and what it leaves behind
     (:meth:`write_artifact`), and where it must, how it denoises. It overrides nothing else.
     """
+
+    leaves: ClassVar[Literal["lora", "words", "controlnet", "model"]]
+    """What kind of artifact it writes, of those that ``sdtune export`` knows."""
 
     needs_tokens: ClassVar[bool] = False
     """Whether there is nothing to train without new tokens."""
@@ -196,14 +199,8 @@ class Adapter(pl.LightningModule, ABC):
             self.check_against(data)
             prepare(self, data)
             if self.offload:
-                cached = {"vae": data.latent_cache, "text_encoder": data.text_cache}
-                names = {"text_encoder": self.backbone.encoders, "vae": ("vae",)}
-                parts = [
-                    getattr(self.backbone, name)
-                    for kind, cache in cached.items()
-                    if cache is not None
-                    for name in names[kind]
-                ]
+                parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
+                parts += self.backbone.encoders.values() if data.text_cache is not None else []
                 self.away = Away(parts, self.device)
 
     def on_train_start(self) -> None:

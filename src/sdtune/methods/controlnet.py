@@ -34,6 +34,8 @@ class ControlNet(Adapter):
         unet_lr: the opened UNet's own learning rate; the optimizer's if None.
     """
 
+    leaves = "controlnet"
+
     def __init__(
         self,
         *,

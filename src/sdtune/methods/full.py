@@ -37,6 +37,8 @@ class Full(Adapter):
         perception_weight: of that term.
     """
 
+    leaves = "model"
+
     def __init__(
         self,
         *,

@@ -67,6 +67,8 @@ class LoRA(Adapter):
         text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
     """
 
+    leaves = "lora"
+
     def __init__(
         self,
         *,
@@ -199,10 +201,6 @@ class LoRA(Adapter):
         """``<stem>.safetensors`` in kohya's form."""
         data = getattr(self.trainer, "datamodule", None)
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
-        second: kohya_lora.Architecture = (
-            "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
-        )
-        architectures = {"sd1": "stable-diffusion-v1", "sd2": second, "sdxl": kohya_lora.XL}
         spec = kohya_lora.ModelSpec(
             title=stem,
             resolution=getattr(data, "resolution", None) or self.backbone.facts.side,
@@ -210,7 +208,7 @@ class LoRA(Adapter):
             steps=self.trainer.global_step,
             seed=self.seed,
             trigger=getattr(data, "keep", None) or None,
-            architecture=architectures[self.backbone.facts.family],
+            architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
         )
         about, unet = self.about(folder / stem), dict(self.backbone.unet.config)
         kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, about, unet)

@@ -11,6 +11,8 @@ from sdtune.methods.base import Adapter
 class TextualInversion(Adapter):
     """Only the vectors of ``new_tokens`` are trained (Gal et al. 2022, section 3.2, eq. 2)."""
 
+    leaves = "words"
+
     needs_tokens: ClassVar[bool] = True
 
     def inject(self) -> None:

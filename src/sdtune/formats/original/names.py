@@ -117,3 +117,21 @@ def _vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
         blocks[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
         blocks[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - i}.upsample.conv"
     return blocks
+
+
+def controlnet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The original name of each of ``keys``, diffusers' of a ControlNet of ``config``.
+
+    Source: lllyasviel/ControlNet, ``cldm/cldm.py``: the map's embedding is one list of convolutions and activations.
+    """
+    layers = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
+    blocks = {start: to for start, to in _unet_blocks({**config, "up_block_types": ()}).items() if "out." not in to}
+    embedding = "controlnet_cond_embedding"
+    blocks |= {f"{embedding}.conv_in": "input_hint_block.0"}
+    blocks |= {f"{embedding}.blocks.{i}": f"input_hint_block.{2 * (i + 1)}" for i in range(layers)}
+    blocks |= {f"{embedding}.conv_out": f"input_hint_block.{2 * (layers + 1)}"}
+    skips = len([name for name in blocks if ".resnets." in name and name.startswith("down")])
+    skips += len([name for name in blocks if name.endswith("downsamplers.0.conv")]) + 1
+    blocks |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(skips)}
+    blocks |= {"controlnet_mid_block": "middle_block_out.0"}
+    return {key: _renamed(key, blocks, _UNET_RESNET) for key in keys}

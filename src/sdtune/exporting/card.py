@@ -1,0 +1,107 @@
+"""A model card: what an artifact is, what it was made from and how, what it scores; for people and for the hub.
+
+Mitchell et al. 2019, "Model cards for model reporting"; the front matter is the hub's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from sdtune.exporting.artifact import Artifact
+from sdtune.figures import finite
+
+_TAGS = {"lora": ["lora"], "words": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
+_SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
+_FIGURES = 12
+
+
+def write_card(
+    folder: Path,
+    artifact: Artifact,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    grid: Path | None,
+) -> Path:
+    """``README.md`` in ``folder``, with the sample ``grid`` beside it.
+
+    Args:
+        folder: the artifact's.
+        artifact: what lies in it.
+        config: the run's, resolved.
+        facts: ``family``, ``backbone`` (its name), ``hash``, ``pictures``, ``captions`` and ``trigger``.
+        figures: of ``metrics.json``.
+        grid: of samples, before and after.
+    """
+    words = [f"`{token}`" for token in artifact.words] + ([f"`{facts['trigger']}`"] if facts.get("trigger") else [])
+    front = ModelCardData(
+        license="other",
+        license_name="to-be-named-by-the-author",
+        base_model=_base(str(facts["backbone"])),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion", "sdtune", *_TAGS[artifact.kind]],
+        instance_prompt=facts.get("trigger") or next(iter(artifact.words), None),
+    )
+    lines = [f"---\n{front.to_yaml().strip()}\n---", "", f"# {artifact.name}", ""]
+    lines += [f"{_WHAT[artifact.kind]}, trained with sdtune.", ""]
+    if grid is not None and grid.is_file():
+        shutil.copyfile(grid, folder / "samples.png")
+        lines += ["![Before and after, the same prompts and seeds](samples.png)", ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| base model | {_cell(facts['backbone'])}, weights `{str(facts['hash'])[:16]}` |"]
+    lines += [f"| trigger words | {', '.join(words) or 'none'} |"]
+    lines += [f"| data | {facts['pictures']} pictures; captions such as {_quoted(facts['captions'])} |"]
+    lines += ["| licence | **to be named by the author**; the base model's own applies too |", ""]
+    lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
+    numbers = {k: v for k, v in finite(dict(figures)).items() if isinstance(v, int | float)}
+    lines += ["## Figures", "", "| figure | value |", "|---|---|"]
+    lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_FIGURES]]
+    lines += ["", "All of them, and how each is measured: sdtune's `docs/evaluation.md`.", ""]
+    target = folder / "README.md"
+    target.write_text("\n".join(lines))
+    return target
+
+
+_WHAT = {
+    "lora": "A LoRA for Stable Diffusion",
+    "words": "A learned word (Textual Inversion) for Stable Diffusion",
+    "controlnet": "A ControlNet for Stable Diffusion",
+    "model": "A fine-tuned Stable Diffusion",
+}
+
+
+def _base(backbone: str) -> str | None:
+    """The hub's name of the base model; nobody knows it of pocket or of a local folder."""
+    return backbone if backbone.count("/") == 1 and not Path(backbone).exists() else None
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: config[key] for key in _SETTINGS if key in config}
+    plain: dict[str, Any] = json.loads(json.dumps({**kept, "seed": config.get("seed")}, default=str))
+    return {key: _without_targets(value) for key, value in plain.items()}
+
+
+def _without_targets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    named = {"is": str(value["_target_"]).rpartition(".")[2]} if "_target_" in value else {}
+    return {**named, **{k: _without_targets(v) for k, v in value.items() if not k.startswith("_") and v is not None}}
+
+
+def _quoted(captions: Sequence[str]) -> str:
+    return ", ".join(f"“{_cell(caption)}”" for caption in captions[:3])
+
+
+def _cell(text: object) -> str:
+    """Text of a stranger's, harmless within a table of Markdown."""
+    plain = " ".join(str(text).split())
+    for letter in "\\`*_[]<>|#":
+        plain = plain.replace(letter, f"\\{letter}" if letter != "<" else "&lt;")
+    return plain
