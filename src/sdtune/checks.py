@@ -19,6 +19,7 @@ from sdtune.callbacks.held_out import NOTHING_HELD_OUT
 from sdtune.data import PictureData
 from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
+from sdtune.figures import OF_TRAINING
 from sdtune.instantiate import build, check, check_value, resolve
 from sdtune.loggers import require_account
 from sdtune.suggest import suggestion
@@ -243,7 +244,16 @@ def check_run(config: dict[str, Any]) -> PictureData:
     method = build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens})
     method.check_against(data)
     exports(config, method.leaves)
-    if config["evaluation"]:
-        build(config["evaluation"], trust).check(data, facts)
+    evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
+    if evaluation is not None:
+        evaluation.check(data, facts)
+    known = [*OF_TRAINING, *getattr(evaluation, "names", ())]
+    # Of a stranger's evaluation nobody knows the names before it has run.
+    sure = evaluation is None or hasattr(evaluation, "names")
+    if sure and top.optimized_metric and top.optimized_metric.removeprefix("base_") not in known:
+        raise ValueError(
+            f"optimized_metric: {top.optimized_metric}: there is no such figure"
+            f"{suggestion(top.optimized_metric, known)}; there are {', '.join(known)}"
+        )
     source.check()
     return data

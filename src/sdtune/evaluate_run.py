@@ -13,17 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from sdtune import hardware
 from sdtune.checks import check_measured, plain, settings
 from sdtune.data import PictureData
-from sdtune.figures import finite
+from sdtune.figures import OF_TRAINING, finite
 from sdtune.files import write_json
 from sdtune.instantiate import build
+from sdtune.reporting.units import unit
 
 log = logging.getLogger("sdtune")
-
-OF_TRAINING = (
-    *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
-    *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
-)
-"""Figures of ``metrics.json`` that no evaluation makes again."""
 
 _WITH_CLIP = "sdtune.evaluation.ClipFigures"
 
@@ -72,6 +67,25 @@ def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: s
     reasons |= figures.get("reasons", {})
     figures = {**kept, **figures, **({"reasons": reasons} if reasons else {})}
     write_json(folder / "evaluation.json", figures)
-    for key, value in figures.items():
-        log.info("%s: %s", key, f"{value:.4f}" if isinstance(value, float) else value)
+    for line in _table(figures):
+        log.info("%s", line)
     log.info("figures: %s", folder / "evaluation.json")
+
+
+def _table(figures: dict[str, Any]) -> list[str]:
+    """What was measured, as the model was and as it is; what could not be, with the reason; what training cost."""
+    measured = [
+        key
+        for key, value in figures.items()
+        if key not in OF_TRAINING and not key.startswith("base_") and isinstance(value, int | float)
+    ]
+    rows = [("", "before", "after")]
+    rows += [(key, _number(figures.get(f"base_{key}"), key), _number(figures[key], key)) for key in measured]
+    lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
+    lines += [f"{key}: not measured: {why}" for key, why in figures.get("reasons", {}).items()]
+    cost = [f"{key} {_number(figures[key], key)}" for key in OF_TRAINING if figures.get(key) is not None]
+    return [*lines, *([f"of its training: {', '.join(cost)}"] if cost else [])]
+
+
+def _number(value: Any, key: str) -> str:
+    return "" if value is None else unit(value, key)

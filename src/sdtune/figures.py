@@ -10,6 +10,17 @@ LOWER_IS_BETTER = frozenset(
     | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
 )
 
+SHARES = frozenset(
+    {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
+)
+"""Shares of pictures that are right: one of n pictures is the least that they can change by."""
+
+OF_TRAINING = (
+    *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
+    *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
+)
+"""Figures of ``metrics.json`` that every run has, and no evaluation makes again."""
+
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
     """``figures``, what is NaN or infinite null with its reason: JSON has neither."""

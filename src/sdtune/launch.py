@@ -86,6 +86,8 @@ def main(
         refuse(str(error))
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    if args.multirun and args.cfg:
+        refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
     if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
         _ask_hydra(command, args, parser)
         return
@@ -272,6 +274,10 @@ def _clear(folder: Path, existed: bool) -> None:
 def _one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's messages run over several lines; the first two say what is wrong."""
     text = str(error)
+    if several := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        return (
+            f"{several[1]}: {several[2]} are several values; add -m for a run of each, or write a list: [{several[2]}]"
+        )
     unknown = re.search(r"Key '([^']+)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
     if unknown or "Could not override" in text:
         full = unknown.group(2) if unknown else re.findall(r"'([^']+)'", text)[0]

@@ -24,7 +24,6 @@ from omegaconf import DictConfig
 from sdtune.figures import LOWER_IS_BETTER
 from sdtune.jobs import STATE, UNFINISHED, write_yaml
 from sdtune.side_by_side import stopping
-from sdtune.suggest import suggestion
 from sdtune.trials import STUDY, require_optuna, storage
 
 if TYPE_CHECKING:
@@ -163,10 +162,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         wanted = str(self.config.optimized_metric)
         if wanted not in found:
             known = [key for key, value in found.items() if isinstance(value, int | float)]
-            raise ValueError(
-                f"optimized_metric: {wanted}: the run in {run} has no such figure{suggestion(wanted, known)}; it has"
-                f" {', '.join(known)}"
-            )
+            raise ValueError(f"optimized_metric: {wanted}: there is no such figure; {run} has {', '.join(known)}")
 
     def _say(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState

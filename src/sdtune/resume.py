@@ -30,6 +30,8 @@ def rewrite(argv: list[str]) -> list[str]:
         return argv  # a sweep is resumed: see sdtune.sweeps
     run = Path(wanted[-1].removeprefix("resume=")).expanduser()
     kept = run / ".hydra" / "overrides.yaml"
+    if (run / "multirun.yaml").is_file():
+        raise ValueError(f"resume: {run} is a sweep's; add -m: sdtune train -m resume={run}")
     if not kept.is_file():
         raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
     own = [str(override) for override in OmegaConf.load(last_start(run) / "overrides.yaml")]

@@ -251,7 +251,8 @@ def _figures(
         why = (
             f"no validation before step {trainer.global_step}: trainer.val_check_interval is larger"
             if data.held_out
-            else "no picture is held out: data.hold_out, data.validation_path"
+            else "no picture is held out: data.hold_out or data.validation_path of data=folder,"
+            " data.validation_pictures of pocket's"
         )
         reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
         figures["reasons"] = {**figures.get("reasons", {}), **reasons}

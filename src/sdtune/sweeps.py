@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
@@ -60,6 +61,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             raise ValueError("hydra.sweep.subdir: the jobs' folders are called by their numbers; leave it out")
         if before is None and (folder / "multirun.yaml").exists():
             raise ValueError(f"hydra.sweep.dir: {folder} already holds a sweep; resume={folder} goes on with it")
+        _check_launcher(str(master.hydra.launcher._target_))
         _check(hydra, command, fixed, prepare)
         if before is not None:
             _check_master(master, folder)
@@ -85,6 +87,13 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
     return _summary(folder, command)
 
 
+def _check_launcher(target: str) -> None:
+    if target.endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        raise ValueError(
+            "hydra/launcher: submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without"
+        )
+
+
 def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str], Path | None]:
     """The sweep's own overrides, and the folder that ``resume=`` names; its ``--config-dir`` goes to ``search``."""
     wanted = [o for o in overrides if o.startswith("resume=") and o != "resume=null"]
@@ -100,12 +109,10 @@ def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str]
     longer = [o for o in overrides if o.startswith(_TRIALS)]  # a search may be extended
     own = [o for o in own if not (longer and o.startswith(_TRIALS))]
     given = [o for o in overrides if o not in (*wanted, *longer) and not o.startswith("hydra.sweep.dir=")]
-    odd = sorted(set(given) ^ set(own)) if given else []
+    odd = [o for o in given if o not in own] or [o for o in own if given and o not in given]
     if odd:
-        raise ValueError(
-            f"resume: {odd[0]} makes it another sweep than the one in {folder}; repeat its overrides exactly, or give"
-            " none"
-        )
+        how = "makes it another sweep than" if odd[0] in given else "is left out, which makes it another sweep than"
+        raise ValueError(f"resume: {odd[0]} {how} the one in {folder}; repeat its overrides exactly, or give none")
     kept_folder = command_line_folder(loaded.hydra.runtime.config_sources)
     if kept_folder is not None and not any(one.provider == "command-line" for one in search.get_path()):
         search.prepend(provider="command-line", path=f"file://{kept_folder}", anchor=SearchPathQuery(provider="schema"))
@@ -145,6 +152,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         jobs, called = [example(parsed)], ["example"]
     else:
         return
+    if len(jobs) > 1:
+        print(f"checking {len(jobs)} jobs before the first starts")
     refused = []
     for number, job in enumerate(jobs):
         config = hydra.config_loader.load_sweep_config(master, list(job))
@@ -155,7 +164,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         try:
             _check_job(config, folder, prepare)
         except ValueError as error:
-            refused.append(f"job {called[number]} ({_own(job, jobs)}): {error}")
+            own = f" ({_own(job, jobs)})" if len(jobs) > 1 else ""
+            refused.append(f"job {called[number]}{own}: {error}" if called[0] == "0" else f"the search's jobs: {error}")
     if refused:
         more = f" (and {len(refused) - 1} more of its jobs)" if len(refused) > 1 else ""
         raise ValueError(f"{refused[0]}{more}; nothing was started")

@@ -57,7 +57,8 @@ class Bar(Callback):
             rate = next(value for key, value in row.items() if key.startswith("lr/"))
             figures = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
         part = trainer.global_step * _LINES // trainer.max_steps
-        if not self._watched and part > self._said and trainer.max_steps >= _LINES and figures:
+        flushed = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps  # type: ignore[attr-defined]
+        if not self._watched and part > self._said and trainer.max_steps >= _LINES and figures and flushed:
             self._said = part
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, figures)
         self._progress.update(self._task, completed=trainer.global_step, figures=figures)

@@ -62,6 +62,9 @@ class ClipFigures:
         self.prompts, self.count, self.seed, self.clip, self.dino = prompts, pictures, seed, clip, dino
         self.sampling = sampling or Sampling()
 
+    names = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image", "control_agreement", "prior_drift")
+    """Of its figures."""
+
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         self.sampling.check(facts.factor)

@@ -80,6 +80,12 @@ class SubjectFigures:
         if class_pictures and clip is None:
             raise ValueError("evaluation.class_pictures: class_diversity needs a CLIP; give evaluation.clip=pocket too")
 
+    names = (
+        *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
+        *("prior_drift", "class_diversity", "class_distance", "diversity", "memorisation", "clip_image", "clip_text"),
+    )
+    """Of its figures."""
+
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Subject):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ _LAYOUT: dict[str, Any] = {
     "margin": {"l": 70, "r": 20, "t": 50, "b": 60},
     "height": 420,
 }
+_NAME, _LINE = 0.3, 0.08
+"""Width and height of a point's name, as shares of the chart."""
+
 COSTS = {
     "seconds": "time of the steps, s",
     "trainable_parameters": "trained parameters",
@@ -182,7 +186,7 @@ def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
                 x=[x for _, x, _ in points],
                 y=[y for _, _, y in points],
                 text=[setting.label for setting, _, _ in points],
-                mode="markers+text" if len(points) <= 12 else "markers",
+                mode="markers+text" if _roomy(points) else "markers",
                 textposition="top center",
                 cliponaxis=False,
                 marker={"size": 11, "color": [COLOURS[i % len(COLOURS)] for i in range(len(points))]},
@@ -221,6 +225,18 @@ def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
         yaxis={"title": metric}, updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}]
     )
     return figure
+
+
+def _roomy(points: Sequence[tuple[Setting, float, float]]) -> bool:
+    """Whether the points lie far enough apart for their names to be read; else they show under the pointer."""
+    across, up = [math.log(x) for _, x, _ in points], [y for _, _, y in points]
+    wide, high = (max(v) - min(v) or 1.0 for v in (across, up))
+    places = list(zip(across, up, strict=True))
+    return not any(
+        abs(x - a) < _NAME * wide and abs(y - b) < _LINE * high
+        for i, (x, y) in enumerate(places)
+        for a, b in places[:i]
+    )
 
 
 def _cost(setting: Setting, cost: str) -> float | None:

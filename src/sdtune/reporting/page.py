@@ -72,6 +72,7 @@ def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
         "title": title,
         "nonce": nonce,
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        "left": _left(folder),
         "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
         "rankings": [_ranking(metric, places) for metric, places in tables],
         "reasons": _reasons(done),
@@ -85,9 +86,18 @@ def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
     }
 
 
+def _left(folder: Path) -> str:
+    """How a sweep that is not at its end goes on."""
+    if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
+        return ""
+    return f"sdtune train -m {shlex.quote(f'resume={folder}')}"
+
+
 def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
     runs = [run for setting, *_ in places for run in setting.runs]
     shown = [m for m in metrics(runs) if m != metric and not m.startswith(("base_", "ceiling_"))]
+    # What is the same for all says nothing about which to take.
+    shown = [m for m in shown if len(places) == 1 or len({run.metrics.get(m) for run in runs}) > 1]
     columns = sorted(shown, key=lambda m: m in _COSTS)[:_COLUMNS]
     rows = [
         {
@@ -115,7 +125,7 @@ def _noise(setting: Setting, figure: Figure, within: bool | None, best: bool) ->
 def _shown(figure: Figure | None, metric: str) -> str:
     if figure is None:
         return ""
-    return unit(figure.mean, metric) + (f" ± {unit(figure.spread, metric, 2)}" if figure.spread else "")
+    return unit(figure.mean, metric) + (f" ± {unit(figure.spread, metric, 2)}" if figure.spread is not None else "")
 
 
 def _differences(found: Sequence[Setting], keys: Sequence[str]) -> dict[str, Any]:
@@ -194,7 +204,9 @@ def _image(file: Path, side: int) -> str:
 def _by_itself(overrides: Sequence[str]) -> list[str]:
     """A trial is none without its study, and is pruned by nothing."""
     own = [override for override in overrides if not override.startswith("trial=")]
-    return own if len(own) == len(overrides) else [*own, "callbacks.pruning=null"]
+    if len(own) == len(overrides):
+        return own
+    return [*(o for o in own if not o.startswith(("callbacks.pruning=", "sweep="))), "callbacks.pruning=null"]
 
 
 def _folder(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from sdtune.figures import LOWER_IS_BETTER
+from sdtune.figures import LOWER_IS_BETTER, SHARES
 from sdtune.reporting.collect import Run
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
@@ -18,11 +18,15 @@ _OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed."""
+    """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed.
+
+    ``floor``: the standard deviation that a share of so many pictures has anyway, 0 for other figures.
+    """
 
     mean: float
     spread: float | None
     count: int
+    floor: float = 0.0
 
     def near(self, other: Figure, comparisons: int) -> bool | None:
         """Whether the two means may well be one: Welch's t-test (1947) at 5%, shared out over ``comparisons``.
@@ -31,13 +35,15 @@ class Figure:
         """
         if self.spread is None or other.spread is None:
             return None
-        if self.spread == other.spread == 0:
-            return self.mean == other.mean
+        if self.mean == other.mean:
+            return True
+        # Seeds that agree by chance, or at the end of a scale, do not make a figure exact.
+        mine, theirs = max(self.spread, self.floor), max(other.spread, other.floor)
+        if mine == theirs == 0:
+            return False
         from scipy.stats import ttest_ind_from_stats  # a second of imports
 
-        test = ttest_ind_from_stats(
-            self.mean, self.spread, self.count, other.mean, other.spread, other.count, equal_var=False
-        )
+        test = ttest_ind_from_stats(self.mean, mine, self.count, other.mean, theirs, other.count, equal_var=False)
         return bool(test.pvalue > 0.05 / comparisons)
 
 
@@ -61,7 +67,15 @@ class Setting:
         # A seed that was run twice is one replicate.
         by_seed = {str(run.config.get(_SEED)): run.metrics[metric] for run in self.runs if metric in run.metrics}
         values = list(by_seed.values())
-        return Figure(fmean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
+        if not values:
+            return None
+        mean, pictures = fmean(values), self.runs[0].config.get("evaluation.pictures")
+        floor = 0.0
+        if metric in SHARES and isinstance(pictures, int):
+            # A binomial share's deviation, by Laplace's rule: not nothing where all or none are right.
+            share = (min(max(mean, 0.0), 1.0) * pictures + 1) / (pictures + 2)
+            floor = (share * (1 - share) / pictures) ** 0.5
+        return Figure(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
 
 
 def _short(value: Any) -> str:
