@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.nets import WEIGHTS, check_net, embedding_widths, load_net
 from sdtune.backbone.residuals import Net
 from sdtune.data.control import Computed, Resample, fit
 from sdtune.data.images import open_picture, resize_and_crop
 from sdtune.formats import read_safetensors
 from sdtune.instantiate import check_value
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-_SHAPE = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
 
 
 @dataclass(frozen=True)
@@ -94,16 +91,7 @@ def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
 
     Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
     """
-    folder = Path(path).expanduser()
-    file = folder / "config.json"
-    if not file.is_file() or not (folder / WEIGHTS).is_file():
-        raise ValueError(
-            f"control.path: {path} is not a folder with config.json and {WEIGHTS}; name a ControlNet's folder (a LoRA"
-            " goes to adapters=)"
-        )
-    config, unet = json.loads(file.read_text()), source.config("unet")
-    if config.get("_class_name") != "ControlNetModel":
-        raise ValueError(f"control.path: {path} holds a {config.get('_class_name')} and not a ControlNetModel")
+    folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
     learned = _facts(folder).get("preprocess", preprocess)
     if preprocess is not None and learned != preprocess:
         right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
@@ -113,18 +101,6 @@ def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
         raise ValueError(
             f"control.path: {path} was trained on another backbone ({theirs[:12]}) than this one"
             f" ({source.hash()[:12]}); name the one that it was trained on with backbone.path="
-        )
-    for name in _SHAPE:
-        if config.get(name) != unet.get(name):
-            raise ValueError(
-                f"control.path: {path} has {name} {config.get(name)}, this backbone {unet.get(name)}; it belongs to"
-                " another one"
-            )
-    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
-    if factor != source.facts.factor:
-        raise ValueError(
-            f"control.path: {path} shrinks its map by {factor}, this backbone's VAE by {source.facts.factor}; it"
-            " belongs to another one"
         )
 
 
@@ -150,9 +126,7 @@ def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[L
     for path in paths:
         check(path, source)
         folder = Path(path).expanduser()
-        model = ControlNetModel.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        model = load_net(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
         model = model.to(backbone.device).eval().requires_grad_(False)
         backbone.suit(backbone.device, model)
         own = folder / "unet" / WEIGHTS

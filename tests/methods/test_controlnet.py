@@ -25,10 +25,10 @@ from running import Spy, adamw, fit, folder_data
 from sdtune import controlnets
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.nets import embedding_widths
 from sdtune.data.edges import Canny
 from sdtune.evaluation.drawing import trained
 from sdtune.methods import ControlNet
-from sdtune.methods.controlnet import embedding_widths
 from sdtune.sampling import Request, Sampling, generate
 
 MODES = ["frozen", "decoder", "open"]
@@ -290,7 +290,7 @@ def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path:
 def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
     controlnets.check(str(folder), source)
-    with pytest.raises(ValueError, match=r"^control\.path: /nowhere is not a folder with config\.json"):
+    with pytest.raises(ValueError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
         controlnets.check("/nowhere", source)
     with pytest.raises(ValueError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
         controlnets.check(str(tiny / "unet"), source)

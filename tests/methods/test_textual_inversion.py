@@ -63,7 +63,7 @@ def test_vectors_begin_at_the_mean_of_the_words(tiny: Path) -> None:
     for token in (CAT, DOG):
         ids = backbone.tokenizer(token.init, add_special_tokens=False).input_ids
         assert len(ids) > 1
-        rows = backbone.vectors()[token.token]
+        [rows] = backbone.vectors()[token.token]
         assert len(rows) == token.vectors
         for row in rows:
             torch.testing.assert_close(row, table[ids].mean(0))

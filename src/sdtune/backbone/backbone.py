@@ -177,10 +177,8 @@ class Backbone(nn.Module):
 
     def begin_tokens(self, tokens: Sequence[NewToken]) -> None:
         """Add ``tokens`` at their initial values."""
-        pairs = list(zip(self.tokenizers, self.encoders.values(), strict=True))
-        self.add_tokens(
-            {t.token: tuple(initial(words, e.get_input_embeddings(), t) for words, e in pairs) for t in tokens}
-        )
+        tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
+        self.add_tokens({t.token: initial(self.tokenizers, tables, t) for t in tokens})
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
         """Have prompts understand new words, each with its vectors [N, D], one a text encoder; once a backbone."""

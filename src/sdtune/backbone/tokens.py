@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -17,6 +18,7 @@ from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer
 
+from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.embeddings import intermediate, word
 
 
@@ -29,13 +31,15 @@ class NewToken:
             upper-case token of several vectors would silently use its first alone.
         init: a word or a description; the vectors begin at the mean of its tokens' embeddings.
         vectors: how many the token stands for.
+        weights: an embedding's file to begin from instead, in any program's form, of as many vectors.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     token: str
-    init: Annotated[str, StringConstraints(min_length=1)]
+    init: Annotated[str, StringConstraints(min_length=1)] | None = None
     vectors: Annotated[int, Ge(1)] = 1
+    weights: str | None = None
 
 
 class ExtendedEmbedding(nn.Module):
@@ -106,7 +110,26 @@ def _numbered(token: str, index: int) -> str:
     return token if index == 0 else f"{token}_{index}"
 
 
-def initial(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
+def initial(tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding], token: NewToken) -> tuple[Tensor, ...]:
+    """Where the vectors of ``token`` begin, [vectors, D] of each text encoder."""
+    if token.weights is None:
+        return tuple(_mean(words, table, token) for words, table in zip(tokenizers, tables, strict=True))
+    file = Path(token.weights).expanduser()
+    tensors, metadata = read_safetensors(file)
+    found = list(embeddings.parse(file, tensors, metadata).values())
+    theirs = [tuple(rows.shape) for rows in found[0]] if found else []
+    wanted = [(token.vectors, table.weight.shape[1]) for table in tables]
+    if theirs != wanted:
+        shown = " and ".join(f"{n} x {d}" for n, d in theirs) or "no embedding"
+        raise ValueError(
+            f"new_tokens: weights of {token.token!r}: {file} holds {shown}, and this token has"
+            f" {' and '.join(f'{n} x {d}' for n, d in wanted)}; give vectors: {theirs[0][0] if theirs else 1},"
+            " or another file"
+        )
+    return tuple(rows.clone() for rows in found[0])
+
+
+def _mean(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
     """[vectors, D]: the mean of the embeddings of ``token.init``'s tokens, for each vector."""
     ids = torch.tensor(tokenizer(token.init, add_special_tokens=False).input_ids, device=table.weight.device)
     if not len(ids):
@@ -118,6 +141,10 @@ def initial(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> T
 def check_tokens(tokens: Sequence[NewToken]) -> None:
     """ValueError for tokens that a prompt could not name."""
     for token in tokens:
+        if (token.init is None) == (token.weights is None):
+            raise ValueError(f"new_tokens: {token.token!r} needs a word to begin at: give init: cat, or weights: FILE")
+        if token.weights is not None and not Path(token.weights).expanduser().is_file():
+            raise ValueError(f"new_tokens: weights of {token.token!r}: {token.weights} does not exist")
         plain = re.sub(r"\s+", "_", token.token.strip().lower())
         if token.token != plain or not plain:
             raise ValueError(

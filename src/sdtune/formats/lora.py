@@ -18,7 +18,7 @@ def canonical(module: str) -> str:
     transformers >= 5.6 leaves it out of a ``CLIPTextModel``'s own module names.
     """
     component, _, path = module.partition(".")
-    if component in _TEXT_ENCODERS and not path.startswith(("text_model.", "text_projection")):
+    if component in _TEXT_ENCODERS and path and not path.startswith(("text_model.", "text_projection")):
         return f"{component}.text_model.{path}"
     return module
 

@@ -10,6 +10,7 @@ from annotated_types import Gt
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
+from sdtune.backbone.nets import check_net, embedding_widths, load_net
 from sdtune.backbone.residuals import skips
 from sdtune.data.control import Computed
 from sdtune.data.pictures import PictureData
@@ -22,7 +23,6 @@ from sdtune.methods.groups import by_component
 from sdtune.randomness import generator
 
 _DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
-_WIDTHS = (16, 32, 96, 256)  # of the map's embedding, as in diffusers and in the authors' code
 
 
 class ControlNet(Adapter):
@@ -32,6 +32,8 @@ class ControlNet(Adapter):
         unet: what of the UNet is trained along: nothing, its decoder (the authors' ``sd_locked=False``: for maps and
             styles that it does not know, at a lower rate), or all of it.
         unet_lr: the opened UNet's own learning rate; the optimizer's if None.
+        weights: a ControlNet to begin from, a folder in the diffusers layout or a single file, sdtune's or another's; a
+            copy of the UNet's encoder if None.
     """
 
     leaves = "controlnet"
@@ -41,12 +43,13 @@ class ControlNet(Adapter):
         *,
         unet: Literal["frozen", "decoder", "open"] = "frozen",
         unet_lr: Annotated[float, Gt(0)] | None = None,
+        weights: str | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
         if unet == "frozen" and unet_lr is not None:
             raise ValueError("method.unet_lr: the UNet is frozen; set method.unet=decoder or open, or leave it out")
-        self.unet, self.unet_lr = unet, unet_lr
+        self.unet, self.unet_lr, self.weights = unet, unet_lr, weights
         self.controlnet: ControlNetModel
         self._maps: dict[str, str | None] = {}
         """How the maps that it learns from are made, once the data is known; goes into the artifact."""
@@ -57,24 +60,34 @@ class ControlNet(Adapter):
                 "data.control: method=controlnet learns from a map of each picture; choose one with data/control=canny,"
                 " scribble, paired, estimated or pocket"
             )
+        if self.weights is not None:
+            check_net(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
         self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}
 
     def inject(self) -> None:
         unet = self.backbone.unet
+        if self.weights is not None:
+            place, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
+            self.controlnet = load_net(place, "method.weights", unet, widths)
+        else:
+            self._copy()
+        assert len(self.controlnet.controlnet_down_blocks) == skips(unet)
+        self.controlnet.train()
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))
+
+    def _copy(self) -> None:
+        """The UNet's encoder, and an embedding of maps that is drawn from the run's seed."""
         with torch.random.fork_rng(devices=[]):  # what this draws is drawn again, from the run's seed
             self.controlnet = ControlNetModel.from_unet(
-                unet, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
+                self.backbone.unet, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
             )
-        assert len(self.controlnet.controlnet_down_blocks) == skips(unet)
         embedding = self.controlnet.controlnet_cond_embedding
         for name, layer in (
             ("conv_in", embedding.conv_in),
             *((f"blocks.{i}", b) for i, b in enumerate(embedding.blocks)),
         ):
             self._draw(f"controlnet.controlnet_cond_embedding.{name}", layer)
-        self.controlnet.train()
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))
 
     def _draw(self, name: str, layer: nn.Conv2d) -> None:
         """torch's default: uniform within 1 / sqrt(fan in)."""
@@ -113,13 +126,3 @@ class ControlNet(Adapter):
             )
             save_component(whole, target / "unet")
         write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})
-
-
-def embedding_widths(factor: int) -> tuple[int, ...]:
-    """Channels of the map's embedding, which halves the sides between each two, for a VAE that shrinks by ``factor``.
-
-    The authors' four at a factor of 8, as many less or more as it takes elsewhere.
-    """
-    halvings = factor.bit_length() - 1
-    assert factor == 2**halvings
-    return (*_WIDTHS, *_WIDTHS[-1:] * halvings)[: halvings + 1]

@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from sdtune.formats import kohya_lora
+from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
@@ -65,6 +65,7 @@ class LoRA(Adapter):
         projections: which of an attention's projections.
         dropout: on the adapter's branch alone.
         text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
+        weights: a LoRA to begin from, in diffusers' form or kohya's, sdtune's or another's; of the same ranks.
     """
 
     leaves = "lora"
@@ -80,6 +81,7 @@ class LoRA(Adapter):
         projections: Sequence[Projection] = ("q", "k", "v", "out"),
         dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         text_encoder_lr: Annotated[float, Gt(0)] | None = None,
+        weights: str | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
@@ -95,7 +97,9 @@ class LoRA(Adapter):
         for key, block in self.blocks.items():
             if alpha_policy == "rank" and block.alpha is not None:
                 raise ValueError(f"method.blocks.{key}.alpha: give method.alpha_policy=constant and method.alpha too")
-        self.text_encoder_lr = text_encoder_lr
+        self.text_encoder_lr, self.weights_file = text_encoder_lr, weights
+        if weights is not None and not Path(weights).expanduser().exists():
+            raise ValueError(f"method.weights: {weights} does not exist; name a LoRA's file")
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
 
     def inject(self) -> None:
@@ -106,6 +110,35 @@ class LoRA(Adapter):
         for key in self.blocks:
             if not any(_below(path, canonical(key)) for path in paths):
                 raise ValueError(f"method.blocks: {key} is the start of no module that gets pairs, such as {paths[0]}")
+        if self.weights_file is not None:
+            self._begin_from(Path(self.weights_file).expanduser())
+
+    def _begin_from(self, file: Path) -> None:
+        """Take the pairs in ``file``; what it has none for begins as ever."""
+        xl = dict(self.backbone.unet.config) if self.backbone.facts.family == "sdxl" else None
+        sites = {canonical(f"{component}.{name}"): module for component, name, module in self._paired()}
+        try:
+            theirs, _ = read_lora(file, sites, xl)
+        except ValueError as error:
+            raise ValueError(
+                f"method.weights: {error}; method.targets and method.projections say what gets pairs"
+            ) from error
+        for path, (down, up) in theirs.pairs.items():
+            rank, alpha = self._rank_and_alpha(path)
+            if theirs.rank(path) != rank:
+                raise ValueError(
+                    f"method.weights: {path} has rank {theirs.rank(path)} in {file.name} and {rank} in this run; give"
+                    f" method.rank={theirs.rank(path)}"
+                )
+            # The file's scale goes into B, so that at the run's own the change is the same.
+            own = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
+            scale = theirs.alphas[path] / rank / own
+            parts = {"lora_A": down, "lora_B": up * scale}
+            for part, value in parts.items():
+                weight: Tensor = getattr(sites[path], part)["default"].weight
+                if weight.shape != value.shape:
+                    raise ValueError(f"method.weights: {path} is for another backbone than this one")
+                weight.data.copy_(value)
 
     def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:
         """Component, name in it, and module of each site."""
