@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes test test-slow lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -54,6 +54,14 @@ test: .venv/.dev ## the tests, under ten minutes on two cores
 
 test-slow: .venv/.dev ## the tests that take more than half a minute each
 	$(BIN)/python -m pytest -m slow
+
+.venv-clients/.installed: tests/clients/requirements.txt
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
+	@touch $@
+
+test-clients: .venv/.dev .venv-clients/.installed ## every artifact in diffusers of today and of an older release; writes docs/clients.md
+	$(BIN)/python tests/clients/compare.py $(BIN)/python .venv-clients/bin/python
 
 lint: .venv/.dev ## ruff's checks and formatting
 	$(BIN)/ruff check .

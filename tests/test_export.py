@@ -142,7 +142,7 @@ def test_a_lora_is_merged_at_its_strength(base: Path, tmp_path: Path, form: Any)
     config = {"config": str(base)} if form == "single_file" else {}
     source = Pretrained(str(base))
     backbone = source.load()
-    loaded = adapters.load(backbone, source.hash(), [adapters.AdapterFile(str(file))])
+    loaded = adapters.load(backbone, [adapters.AdapterFile(str(file))])
     with adapters.applied(backbone, loaded, [0.5]):
         wanted = next(generate(backbone, *PICTURE))
     assert close(drawn(Pretrained(str(place), **config)), wanted)

@@ -308,16 +308,6 @@ def adapter(path: Path, backbone_hash: str, module: str = "unet.down_blocks.0.at
     return path
 
 
-def test_an_adapter_of_another_backbone(line: CommandLine) -> None:
-    file = adapter(line.folder / "other.safetensors", "0" * 64)
-    line.refuses(
-        *line.sampling(),
-        "prompt=a dog",
-        f"adapters=[{{path: {file}}}]",
-        words=("other.safetensors", "another backbone", "000000000000", "backbone.path="),
-    )
-
-
 def test_an_adapter_for_other_layers(line: CommandLine) -> None:
     own = Pretrained(str(line.tiny)).hash()
     file = adapter(line.folder / "other.safetensors", own, "unet.down_blocks.7.attentions.0.proj_in")

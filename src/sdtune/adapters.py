@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
+
+log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,11 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
-    """ValueError where there is no adapter, or one that was trained on another backbone; reads headers alone."""
+    """ValueError where there is no adapter; a warning for one of another backbone; reads headers alone.
+
+    A LoRA is used on models that were made from its own, and whether it suits one shows in the pictures. One that does
+    not fit is refused by its shapes.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         raise ValueError(f"{key}: {path} does not exist; name a .safetensors file or a run's artifact folder")
@@ -61,9 +68,11 @@ def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> Non
     for file in files:
         theirs = read_metadata(file).get("sdtune_backbone_hash", backbone_hash)
         if theirs != backbone_hash:
-            raise ValueError(
-                f"{path}: trained on another backbone ({theirs[:12]}) than this one ({backbone_hash[:12]});"
-                " name the one that it was trained on with backbone.path="
+            log.warning(
+                "%s: trained on another backbone (%s) than this one (%s): its pictures may be others than it learned",
+                path,
+                theirs[:12],
+                backbone_hash[:12],
             )
 
 
@@ -72,15 +81,15 @@ def _passed_over(file: Path) -> bool:
     return file.stem.startswith(embeddings.FILE_NAME) and embeddings.intermediate(file.stem)
 
 
-def load(backbone: Backbone, backbone_hash: str, files: Sequence[AdapterFile]) -> list[Loaded]:
+def load(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Loaded]:
     """Read ``files`` and have ``backbone`` understand the words in them.
 
     Raises:
-        ValueError: one was trained on another backbone, does not fit this one, or brings a word that another brought.
+        ValueError: one does not fit this backbone, or brings a word that another brought.
     """
     modules = _modules(backbone)
     xl = dict(backbone.unet.config) if backbone.facts.family == "sdxl" else None
-    loaded = [_read(file, backbone_hash, modules, xl) for file in files]
+    loaded = [_read(file, modules, xl) for file in files]
     words: embeddings.Words = {}
     widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for adapter in loaded:
@@ -104,11 +113,9 @@ def _and(widths: Sequence[int]) -> str:
 
 def _read(
     file: AdapterFile,
-    backbone_hash: str,
     modules: Mapping[str, nn.Linear | nn.Conv2d],
     xl: Mapping[str, Any] | None,
 ) -> Loaded:
-    check_file(file.path, backbone_hash)
     place = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
     words = embeddings.read_folder(place) if place.is_dir() else embeddings.parse(place, *read_safetensors(place))

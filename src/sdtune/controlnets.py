@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from sdtune.data.control import Computed, Resample, fit
 from sdtune.data.images import open_picture, resize_and_crop
 from sdtune.formats import read_safetensors
 from sdtune.instantiate import check_value
+
+log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | N
 
 
 def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
-    """ValueError where there is no ControlNet, or one for another backbone than ``source``; loads no weights.
+    """ValueError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
 
     Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
     """
@@ -98,9 +101,11 @@ def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
         raise ValueError(f"control.preprocess: {preprocess}, but {path} has learned from other maps; {right}")
     theirs = _facts(folder).get("backbone", source.hash())
     if theirs != source.hash():
-        raise ValueError(
-            f"control.path: {path} was trained on another backbone ({theirs[:12]}) than this one"
-            f" ({source.hash()[:12]}); name the one that it was trained on with backbone.path="
+        log.warning(
+            "control.path: %s was trained on another backbone (%s) than this one (%s)",
+            path,
+            theirs[:12],
+            source.hash()[:12],
         )
 
 
@@ -124,8 +129,7 @@ def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[L
     """Read the nets in ``paths``, in float32."""
     loaded = []
     for path in paths:
-        check(path, source)
-        folder = Path(path).expanduser()
+        folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
         model = load_net(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
         model = model.to(backbone.device).eval().requires_grad_(False)
         backbone.suit(backbone.device, model)

@@ -57,7 +57,7 @@ def sample(
         device: as in torch; an accelerator if there is one.
 
     Raises:
-        ValueError: for an adapter or a ControlNet that is missing, damaged, or of another backbone.
+        ValueError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
     """
     import torch
     from PIL import Image
@@ -80,7 +80,7 @@ def sample(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded_backbone = source.load().to(place)
     loaded_backbone.suit(place)
-    loaded = files.load(loaded_backbone, source.hash(), wanted)
+    loaded = files.load(loaded_backbone, wanted)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
     nets = controlnets.load(loaded_backbone, source, [one.path for one in controls])

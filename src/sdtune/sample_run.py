@@ -100,7 +100,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     if config["hardware"].get("vae_tiling"):
         backbone.decode_in_tiles()
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
-    loaded = files.load(backbone, source.hash(), wanted)
+    loaded = files.load(backbone, wanted)
     controls = _controls(config)
     nets = controlnets.load(backbone, source, [one.path for one in controls])
     requests = _wanted(config)

@@ -287,7 +287,7 @@ def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path:
 # --- refusals
 
 
-def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
     controlnets.check(str(folder), source)
     with pytest.raises(ValueError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
@@ -295,8 +295,8 @@ def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
         controlnets.check(str(tiny / "unet"), source)
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
-    with pytest.raises(ValueError, match=r"^control\.path: .* was trained on another backbone"):
-        controlnets.check(str(folder), other)
+    controlnets.check(str(folder), other)
+    assert "was trained on another backbone" in caplog.text
     facts = json.loads((folder / "sdtune.json").read_text())
     for learned, words in (("scribble", "give preprocess: scribble"), (None, "give the map itself as image")):
         (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": learned}))
@@ -305,7 +305,7 @@ def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
         controlnets.check(str(folder), source, learned)
     (folder / "sdtune.json").unlink()
     controlnets.check(str(folder), other)  # another program's net says nothing of its backbone
-    with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this backbone \[64"):
+    with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this one's UNet \[64"):
         controlnets.check(str(folder), Pretrained())
     config = json.loads((folder / "config.json").read_text())
     config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]

@@ -180,7 +180,7 @@ def test_processes_share_out_the_same_list(tmp_path: Path) -> None:
 
 
 def test_words_learned_beside_an_open_unet_belong_to_the_trained_pipeline(
-    tiny: Path, pictures: Path, cache: Path, tmp_path: Path
+    tiny: Path, pictures: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pivotal tuning with DreamBooth: what is drawn with the artifact is what the trained modules draw."""
     source = Pretrained(str(tiny))
@@ -199,8 +199,8 @@ def test_words_learned_beside_an_open_unet_belong_to_the_trained_pipeline(
     assert np.abs(np.asarray(loaded).astype(int) - live).max() <= 1
     [plain] = sdtune.sample(prompt, backbone=trained, sampling=settings)
     assert np.abs(np.asarray(plain).astype(int) - live).max() > 2
-    with pytest.raises(ValueError, match="trained on another backbone"):
-        sdtune.sample(prompt, words, backbone=source, sampling=settings)
+    sdtune.sample(prompt, words, backbone=source, sampling=settings)
+    assert "trained on another backbone" in caplog.text
 
 
 def test_intermediate_words_do_not_stand_in_the_way(tiny: Path, pictures: Path, cache: Path, tmp_path: Path) -> None:

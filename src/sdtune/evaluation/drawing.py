@@ -34,7 +34,7 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     backbone.suit(device)
     nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
-    loaded = adapters.load(backbone, own.hash(), files)
+    loaded = adapters.load(backbone, files)
     with controlnets.applied(backbone, nets, [1.0] * len(nets)), adapters.applied(backbone, loaded, [1.0] * len(files)):
         yield backbone
 

@@ -34,7 +34,7 @@ def strength_grid(
         return
     shown = requests[:_COLUMNS]
     with base(source, device) as backbone:
-        loaded = adapters.load(backbone, source.hash(), [adapters.AdapterFile(str(artifact))])
+        loaded = adapters.load(backbone, [adapters.AdapterFile(str(artifact))])
         rows = []
         for strength in STRENGTHS:
             with adapters.applied(backbone, loaded, [strength]):

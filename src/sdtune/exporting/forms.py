@@ -108,7 +108,7 @@ class Export:
     def _lora(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         backbone = source.load()
         file = adapters.AdapterFile(str(artifact.path))
-        [loaded] = adapters.load(backbone, source.hash(), [file])
+        [loaded] = adapters.load(backbone, [file])
         if self._whole:
             with adapters.applied(backbone, [loaded], [self.strength]):
                 return self._whole_model(artifact.name, backbone, source, folder)

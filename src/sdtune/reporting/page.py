@@ -206,7 +206,7 @@ def _by_itself(overrides: Sequence[str]) -> list[str]:
     own = [override for override in overrides if not override.startswith("trial=")]
     if len(own) == len(overrides):
         return own
-    return [*(o for o in own if not o.startswith(("callbacks.pruning=", "sweep="))), "callbacks.pruning=null"]
+    return [*(o for o in own if not o.startswith("callbacks.pruning=")), "callbacks.pruning=null"]
 
 
 def _folder(run: Run) -> list[str]:

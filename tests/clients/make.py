@@ -1,0 +1,149 @@
+"""Every kind of artifact in every form, for small models of each family, with the pictures that sdtune draws of them.
+
+``python make.py FOLDER`` writes the files and ``cases.json``; ``client.py`` loads each with plain diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from families import FAMILIES, Family, build_family
+from running import fit, folder_data
+from sdtune import adapters, controlnets
+from sdtune.backbone import Pretrained
+from sdtune.backbone.tokens import NewToken
+from sdtune.data.edges import Canny
+from sdtune.exporting import Export, find
+from sdtune.methods import ControlNet, Full, LoRA, TextualInversion
+from sdtune.sampling import Request, Sampling, generate
+
+PROMPT, SEED, STRENGTH = "a photo of a <cat> cat", 7, 0.7
+SETTINGS = Sampling(steps=2, guidance=4.0)
+EVERYWHERE = ["cross_attention", "self_attention", "feed_forward", "text_encoder"]
+
+
+def pictures(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def trained(model: Any, data: Any, folder: Path, name: str) -> Path:
+    """The artifact of ``model``, trained a step and moved far enough to be seen."""
+    fit(model, data, 1)
+    rng = torch.Generator().manual_seed(5)
+    for _, parameter in model.trainable():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=rng)
+    model.artifact(folder, name)
+    return folder
+
+
+def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | None, maps: Any) -> np.ndarray:
+    backbone = source.load()
+    loaded = adapters.load(backbone, [adapters.AdapterFile(str(file)) for file in files])
+    nets = controlnets.load(backbone, source, [str(net)] if net else [])
+    request = Request(PROMPT, SEED, (maps,) if net else ())
+    with (
+        controlnets.applied(backbone, nets, [1.0] * len(nets)),
+        adapters.applied(backbone, loaded, [strength] * len(files)),
+    ):
+        return next(generate(backbone, [request], SETTINGS))
+
+
+def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
+    """Each file of ``family`` with its kind, its form, and the picture that it should give."""
+    raw = build_family(folder / "raw", family)
+    # As a file has it: built from a config, transformers of today saves an encoder under names that older ones do not know.
+    [base] = Export("pipeline", dtype="fp32").write(find(raw, "artifact"), Pretrained(str(raw)), folder / "base")
+    source = Pretrained(str(base))
+    shown = pictures(folder / "pictures")
+    maps = np.random.default_rng(1).integers(0, 2, (64, 64, 1), dtype=np.uint8).repeat(3, 2) * 255
+    Image.fromarray(maps).save(folder / "map.png")
+    plain = folder_data(shown, prompt="a cat", resolution=64)
+
+    def case(kind: str, form: str, place: Path, picture: np.ndarray) -> dict[str, Any]:
+        name = f"{family}-{kind}-{form}".replace(" ", "_")
+        np.save(folder / f"{name}.npy", picture)
+        return {
+            "name": name,
+            "family": family,
+            "kind": kind,
+            "form": form,
+            "base": str(base),
+            "place": str(place),
+            "picture": str(folder / f"{name}.npy"),
+            "map": str(folder / "map.png"),
+            "prompt": PROMPT,
+            "seed": SEED,
+            "steps": SETTINGS.steps,
+            "guidance": SETTINGS.guidance,
+            "strength": STRENGTH,
+        }
+
+    def written(place: Path, form: Any, **more: Any) -> Path:
+        export = Export(form, dtype="fp32", **more)
+        return export.write(find(place, "artifact"), source, folder / f"{place.name}-{form}")[0]
+
+    yield case("base", "folder", base, drawn(source, [], 1.0, None, maps))
+    single = written(base, "single_file")
+    yield case("base", "single file", single, drawn(source, [], 1.0, None, maps))
+
+    lora = trained(
+        LoRA(backbone=source, rank=4, alpha_policy="constant", alpha=6.0, targets=EVERYWHERE),
+        plain,
+        folder / "lora",
+        "it",
+    )
+    file = lora / "pytorch_lora_weights.safetensors"
+    wanted = drawn(source, [file], STRENGTH, None, maps)
+    yield case("LoRA", "diffusers", file, wanted)
+    yield case("LoRA", "kohya", lora / "it.safetensors", wanted)
+    yield case("LoRA", "kohya, folded", written(lora, "kohya", alpha="folded"), wanted)
+    yield case("LoRA, merged", "folder", written(lora, "pipeline", strength=STRENGTH), wanted)
+    yield case("LoRA, merged", "single file", written(lora, "single_file", strength=STRENGTH), wanted)
+
+    tokens = [NewToken("<cat>", "cat", 2)]
+    words = trained(
+        TextualInversion(backbone=source, new_tokens=tokens),
+        folder_data(shown, prompt="a <cat>", resolution=64),
+        folder / "words",
+        "it",
+    )
+    wanted = drawn(source, [words], 1.0, None, maps)
+    yield case("word", "diffusers", words / "learned_embeds.safetensors", wanted)
+    yield case("word", "A1111", words / "embeddings" / "cat.safetensors", wanted)
+
+    mapped = folder_data(shown, prompt="a cat", resolution=64, control=Canny())
+    net = trained(ControlNet(backbone=source), mapped, folder / "net", "it") / "it"
+    wanted = drawn(source, [], 1.0, net, maps)
+    yield case("ControlNet", "folder", net, wanted)
+    yield case("ControlNet", "single file", written(net, "single_file"), wanted)
+
+    full = trained(Full(backbone=source, parts=["unet", "text_encoder", "vae"]), plain, folder / "full", "it") / "it"
+    wanted = drawn(Pretrained(str(full)), [], 1.0, None, maps)
+    yield case("model", "folder", full, wanted)
+    yield case("model", "single file", written(full, "single_file"), wanted)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    target = Path(sys.argv[1]).absolute()
+    found = []
+    for family in FAMILIES:
+        (target / family).mkdir(parents=True)
+        found += list(cases(family, target / family))
+    (target / "cases.json").write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
