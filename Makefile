@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes real-recipes test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: 
 
 real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the CPU, against sdtune plan (16 GiB of memory)
 	$(BIN)/python experiments/real_shapes/measure.py
+
+real-recipes: .venv/.installed ## two steps of each sd15_... and sdxl_lora recipe as it stands, random weights at true shapes (an hour)
+	$(BIN)/python experiments/real_shapes/recipes.py
 
 test: .venv/.dev ## the tests, under ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal

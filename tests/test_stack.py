@@ -31,7 +31,7 @@ def test_a_stack_on_a_merged_single_file(family: Family, tmp_path: Path) -> None
     [single] = Export("single_file").write(find(net, "artifact"), source, tmp_path / "net-file")
     Image.fromarray(np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2) * 255).save(tmp_path / "map.png")
     group = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}[family]
-    common = [f"backbone={group}", f"backbone.path={merged}", f"backbone.config={base}", "prompt=a <cat> cat"]
+    common = [f"backbone={group}", f"backbone.path={merged}", f"backbone.config={base}", 'prompt="a <cat> cat"']
     common += ["sampling.steps=2", "hardware=cpu"]
     parts = {
         "first": f"{{path: {first}, strength: 0.5}}",

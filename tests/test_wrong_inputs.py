@@ -164,7 +164,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "secret added": (["+wandb.token=abc"], ("wandb.token", "environment")),
     "secret forced": (["++backbone.hf_token=abc"], ("backbone.hf_token", "environment")),
     "W&B without an account": (["logger=wandb"], ("logger.wandb", "WANDB_API_KEY", "offline=true")),
-    "backbone that is not there": (["backbone.path=./nowhere"], ("backbone.path", "./nowhere", "not a folder")),
+    "backbone that is not there": (["backbone.path=./nowhere"], ("backbone.path", "./nowhere", "does not exist")),
     "missing value": (["data.path=???"], ("data.path is missing", "data.path=")),
     "missing folder": (["data.path=./nowhere"], ("data.path", "nowhere", "does not exist")),
 }

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdtune import plan_run
-from sdtune.backbone.outline import byte_tokenizer, shipped
+from sdtune.backbone.models import KINDS, from_config
+from sdtune.backbone.single_file import shipped
+from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.paths import config_folder
 from sdtune.planning import SWITCHES, memory
 
@@ -43,19 +43,19 @@ _ROOM = "import sdtune.run, sdtune.callbacks, sdtune.methods, pytorch_lightning"
 _RESIDENT = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
 
 
-def random_pipeline(folder: Path) -> None:
-    """A pipeline folder of SD 1.5's configs, its weights random and in half precision; a tokenizer of single bytes."""
+def random_pipeline(folder: Path, kind: str = "sd15") -> None:
+    """A pipeline folder of the shipped configs of ``kind``, its weights random and in half precision."""
     if (folder / "model_index.json").is_file():
         return
-    configs = shipped("sd15")
+    configs = shipped(kind)
     assert configs is not None
     torch.manual_seed(0)
-    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        kind.from_config(kind.load_config(configs / name)).half().save_pretrained(folder / name)
-    text = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
-    text.half().save_pretrained(folder / "text_encoder")
+    for name in [name for name in KINDS if (configs / name).is_dir()]:
+        from_config(name, configs).half().save_pretrained(folder / name)
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    byte_tokenizer(77).save_pretrained(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", END)
+    if (configs / "text_encoder_2").is_dir():
+        write_tokenizer(folder / "tokenizer_2", "!")
     shutil.copy2(configs / "model_index.json", folder)  # last: with it the folder is complete
 
 

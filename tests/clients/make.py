@@ -63,7 +63,7 @@ def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | No
 def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
     """Each file of ``family`` with its kind, its form, and the picture that it should give."""
     raw = build_family(folder / "raw", family)
-    # As a file has it: built from a config, transformers of today saves an encoder under names that older ones do not know.
+    # As files have it: transformers of today saves an encoder that was built from a config under names of its own.
     [base] = Export("pipeline", dtype="fp32").write(find(raw, "artifact"), Pretrained(str(raw)), folder / "base")
     source = Pretrained(str(base))
     shown = pictures(folder / "pictures")
