@@ -130,6 +130,37 @@ def test_no_sweep_to_resume(settings: list[str], tmp_path: Path, capsys: pytest.
     assert f"resume: {tmp_path} holds no sweep (no multirun.yaml)" in capsys.readouterr().err
 
 
+HINTS = {
+    "without -m": (["method.rank=2,3"], "method.rank: 2,3 are several values; add -m for a run of each"),
+    "with --cfg": (["-m", "--cfg", "job", "method.rank=2,3"], "--cfg: shows the config of one job; leave out -m"),
+    "no SLURM": (
+        ["-m", "method.rank=2,3", "hydra/launcher=submitit_slurm"],
+        "there is no srun here; submitit_local tries",
+    ),
+    "a figure": (["-m", "method.rank=2,3", "optimized_metric=stepz"], "there is no such figure; did you mean steps?"),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_what_is_easily_got_wrong_is_answered_in_one_line(
+    case: str, settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    words, message = HINTS[case]
+    own = [word for word in settings if word != "-m"]
+    capsys.readouterr()
+    assert train(*words, *own) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_sweep_is_resumed_with_m(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "multirun.yaml").write_text("")
+    assert train(f"resume={tmp_path}") == 2
+    assert f"is a sweep's; add -m: sdtune train -m resume={tmp_path}" in capsys.readouterr().err
+
+
 def test_stopped_it_says_how_to_go_on(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]

@@ -92,7 +92,7 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
 
     def written(place: Path, form: Any, **more: Any) -> Path:
         export = Export(form, dtype="fp32", **more)
-        return export.write(find(place, "artifact"), source, folder / f"{place.name}-{form}")[0]
+        return export.write(find(place, "artifact"), source, folder / f"{place.parent.name}-{place.name}-{form}")[0]
 
     yield case("base", "folder", base, drawn(source, [], 1.0, None, maps))
     single = written(base, "single_file")

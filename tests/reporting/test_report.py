@@ -18,7 +18,7 @@ from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write
 from sdtune.reporting.charts import pareto
 from sdtune.reporting.page import _by_itself, _ranking
-from sdtune.reporting.ranking import chosen, ranked, rankings, settings, varied
+from sdtune.reporting.ranking import Setting, chosen, ranked, rankings, settings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -254,3 +254,23 @@ def test_what_is_said_of_seeds_and_noise() -> None:
     assert _ranking("subject_gain", ranked(settings(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
+
+
+def test_seeds_that_agree_do_not_make_a_share_exact() -> None:
+    """One picture of fourteen, by both seeds, is no lead."""
+
+    def setting(share: float, pictures: int) -> Setting:
+        config = {"evaluation.pictures": pictures}
+        runs = [
+            run_of(f"{share}-{s}", (), {**config, "seed": s}, {"subject_gain": share, "clip_image": share})
+            for s in (0, 1)
+        ]
+        return Setting({}, tuple(runs))
+
+    places = ranked([setting(0.0, 14), setting(1 / 14, 14)], "subject_gain")
+    assert [within for _, _, within in places] == [False, True]
+    apart = ranked([setting(0.0, 1000), setting(1.0, 1000)], "subject_gain")
+    assert [within for _, _, within in apart] == [False, False]
+    # Another figure has no such floor, and equal means are one.
+    assert [within for _, _, within in ranked([setting(0.0, 14), setting(1 / 14, 14)], "clip_image")] == [False, False]
+    assert [within for _, _, within in ranked([setting(0.5, 14), setting(0.5, 14)], "clip_image")] == [False, True]
