@@ -55,9 +55,14 @@ _UNETS: dict[Family, dict[str, Any]] = {
 
 
 def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
-    """A pipeline folder of ``family``, 64x64 pixels, VAE factor 8, weights that float16 holds exactly."""
+    """A pipeline folder of ``family``, VAE factor 8, weights that float16 holds exactly.
+
+    128x128 pixels, SDXL 64x64: the middle block, below three halvings and two, then attends to more than one place.
+    """
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(sample_size=8, layers_per_block=2, norm_num_groups=4, **_UNETS[family])
+    unet = UNet2DConditionModel(
+        sample_size=8 if family == "sdxl" else 16, layers_per_block=2, norm_num_groups=4, **_UNETS[family]
+    )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -94,8 +94,8 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(5):
-        pixels = np.full((72, 80, 3), 30 * i, dtype=np.uint8)
-        pixels[12 + 2 * i : 48, 16 : 40 + 6 * i] = (250, 40 * i, 90)
+        pixels = np.full((144, 160, 3), 30 * i, dtype=np.uint8)
+        pixels[24 + 4 * i : 96, 32 : 80 + 12 * i] = (250, 40 * i, 90)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture number {i}")
     return folder
@@ -170,8 +170,11 @@ def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
     model.configure_model()
     model.suit(torch.device("cpu"))
     model.eval()
-    rng, factor = torch.Generator().manual_seed(0), base.facts.factor
-    noisy, maps = torch.randn(2, 4, 8, 8, generator=rng), torch.rand(2, 3, 8 * factor, 8 * factor, generator=rng)
+    rng, side, factor = torch.Generator().manual_seed(0), base.facts.side, base.facts.factor
+    noisy, maps = (
+        torch.randn(2, 4, side // factor, side // factor, generator=rng),
+        torch.rand(2, 3, side, side, generator=rng),
+    )
     timesteps, prompts = torch.tensor([5, 800]), ["a fox", ""]
     with torch.no_grad():
         mine = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
@@ -224,9 +227,10 @@ class Plain:
             self._learn(pipe, artifact)
         text, conditions = self._conditions(pipe, batch)
         mean, log_variance = batch["moments"].chunk(2, dim=1)
-        drawn = model.noise((4, 8, 8), "train/vae", 0, batch["positions"])
+        shape = (4, *mean.shape[2:])
+        drawn = model.noise(shape, "train/vae", 0, batch["positions"])
         clean = (mean + (0.5 * log_variance).exp() * drawn) * pipe.vae.config.scaling_factor
-        noise = model.noise((4, 8, 8), "train/noise", 0, batch["positions"])
+        noise = model.noise(shape, "train/noise", 0, batch["positions"])
         times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
         noisy = pipe.scheduler.add_noise(clean, noise, times)
         parts, more = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
@@ -274,8 +278,8 @@ class Plain:
         two = pipe.text_encoder_2(second, output_hidden_states=True)
         ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in second]
         last = torch.stack([states[end] for states, end in zip(two.last_hidden_state, ends, strict=True)])
-        # A picture of 80x72, scaled to cover 64x64 and cropped at the centre.
-        wide = torch.tensor([[72.0, 80.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
+        # A picture of 160x144, scaled to cover 64x64 and cropped at the centre.
+        wide = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
         drawn = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(wide)))
         conditions = {
             "text_embeds": pipe.text_encoder_2.text_projection(last),
@@ -345,7 +349,7 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, pictures: 
     assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
 
     model.artifact(tmp_path / "artifact", "mine")
-    size = (8 * model.backbone.facts.factor,) * 2
+    size = (model.backbone.facts.side,) * 2
     maps = (data.control.map(data.train[0], size),) if data.control is not None else ()
     requests = [Request("a fox <new>", 3, maps)]
     settings = Sampling(steps=2, guidance=3.0)

@@ -295,3 +295,22 @@ def test_the_shipped_vocabulary_is_clips(tmp_path: Path) -> None:
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (len(tokenizer), tokenizer.pad_token_id) == (49408, 0)
     assert json.loads((tmp_path / "tokenizer/vocab.json").read_text())["<|endoftext|>"] == 49407
+
+
+@pytest.mark.parametrize("shard", [None, "20KB"])
+def test_what_is_trained_from_half_precision_files_is_whole(
+    folders: dict[Family, Path], tmp_path: Path, shard: str | None
+) -> None:
+    """The frozen parts go into the artifact, under the names that every program looks for."""
+    from sdtune.methods import Full
+
+    source = Pretrained(str(half(folders["sd1"], tmp_path / "half", shard)), variant="fp16")
+    model = Full(backbone=source, parts=["text_encoder"])
+    model.configure_model()
+    model.write_artifact(tmp_path / "artifact", "it")
+    made = Pretrained(str(tmp_path / "artifact/it"))
+    made.check()
+    assert not list((tmp_path / "artifact/it").rglob("*fp16*"))
+    assert same(made.load().state_dict(), source.load().state_dict())
+    theirs = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
+    assert torch.equal(theirs.unet.conv_in.weight, model.backbone.unet.conv_in.weight)

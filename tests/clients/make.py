@@ -66,8 +66,8 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
     # As files have it: transformers of today saves an encoder that was built from a config under names of its own.
     [base] = Export("pipeline", dtype="fp32").write(find(raw, "artifact"), Pretrained(str(raw)), folder / "base")
     source = Pretrained(str(base))
-    shown = pictures(folder / "pictures")
-    maps = np.random.default_rng(1).integers(0, 2, (64, 64, 1), dtype=np.uint8).repeat(3, 2) * 255
+    shown, side = pictures(folder / "pictures"), source.facts.side
+    maps = np.random.default_rng(1).integers(0, 2, (side, side, 1), dtype=np.uint8).repeat(3, 2) * 255
     Image.fromarray(maps).save(folder / "map.png")
     plain = folder_data(shown, prompt="a cat", resolution=64)
 

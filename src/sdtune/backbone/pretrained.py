@@ -278,6 +278,10 @@ class Pretrained:
         """The weights' sha256 (:func:`sdtune.backbone.hash.weights_hash`), those drawn from scratch left out."""
         return weights_hash(self._files(self._weighed))
 
+    def weights(self, without: Sequence[str] = ()) -> dict[str, list[Path]]:
+        """The files that hold each component's weights, those named in ``without`` left out."""
+        return self._files([name for name in self.components if name not in without])
+
     def weights_variant(self, component: str) -> str | None:
         """The variant whose files hold ``component``."""
         return variant_of(self._files([component])[component])

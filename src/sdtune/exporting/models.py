@@ -41,7 +41,7 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: torch.dtype) -> None:
     """A pipeline folder in the diffusers layout, safetensors of ``dtype``."""
     parts = components(backbone)
-    copy_pipeline(source.folder(), target, without=list(parts))
+    copy_pipeline(source.folder(), target, without=list(parts), weights={})
     for name, tensors in parts.items():
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         write_json(target / name / "config.json", source.config(name))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from safetensors.torch import load_file, save_file
 from sdtune.formats.keys import canonical_key
 
 _PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-_KEPT = (".json", ".txt", ".safetensors")
+_KEPT = (".json", ".txt")
 
 
-def copy_pipeline(source: Path, target: Path, without: Sequence[str]) -> None:
+def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: Mapping[str, Sequence[Path]]) -> None:
     """Copy a text-to-image pipeline folder, the components named in ``without`` left out.
 
     The safety checker stays behind, and the index says so: it is no part of what was trained, and a hub id's is not
     downloaded. So do pickles and further variants of the weights.
+
+    Args:
+        weights: the files that hold each component's: one, or shards; a variant's lose its mark.
     """
     target.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
@@ -35,9 +39,30 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str]) -> None:
             continue
         (target / part).mkdir(exist_ok=True)
         for file in sorted((source / part).iterdir()):
-            variant = file.suffix == ".safetensors" and len(file.name.split(".")) > 2
-            if file.is_file() and file.suffix in _KEPT and not variant:
+            if file.is_file() and file.suffix in _KEPT and ".safetensors." not in file.name:
                 shutil.copy2(file, target / part / file.name)
+        own = weights.get(part, ())
+        names = {file.name: _plain(file.name) for file in own}
+        for file in own:
+            shutil.copy2(file, target / part / names[file.name])
+        if len(own) > 1:
+            _copy_index(source / part, target / part, names)
+
+
+def _plain(name: str) -> str:
+    """A weight file's ``name`` without the mark of a variant: ``model.fp16-00001-of-00002.safetensors`` has one."""
+    return re.sub(r"^([^.]+)\.[^.]+?((?:-\d{5}-of-\d{5})?\.safetensors)$", r"\1\2", name)
+
+
+def _copy_index(source: Path, target: Path, names: Mapping[str, str]) -> None:
+    """The index of the shards ``names``, by what they are called now."""
+    for file in sorted(source.glob("*.safetensors.index*.json")):
+        content: dict[str, Any] = json.loads(file.read_text())
+        if set(content["weight_map"].values()) == set(names):
+            content["weight_map"] = {key: names[shard] for key, shard in content["weight_map"].items()}
+            stem = file.name.partition(".safetensors.index")[0]
+            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2))
+            return
 
 
 def save_component(module: Any, target: Path) -> None:

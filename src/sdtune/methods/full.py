@@ -111,7 +111,8 @@ class Full(Adapter):
         target = folder / name
         encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
         models = {part: getattr(self.backbone, part) for part in self.parts if part != "text_encoder"}
-        copy_pipeline(self.source.folder(), target, without=[*models, *encoders])
+        trained = [*models, *encoders]
+        copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained))
         for part, model in models.items():
             save_component(model, target / part)
         with self.backbone.plain_vocabulary():
