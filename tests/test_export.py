@@ -18,7 +18,7 @@ from running import export, train
 from sdtune.backbone import Pretrained
 from sdtune.exporting import Export, find
 from sdtune.formats import LoRAWeights, canonical, diffusers_lora, factors
-from sdtune.methods import ControlNet, LoRA
+from sdtune.methods import ControlNet, Full, LoRA
 from sdtune.sampling import Request, Sampling, generate
 
 PICTURE = (Request("a cat", 1),), Sampling(steps=2)
@@ -116,14 +116,6 @@ def test_a_velocity_model_is_marked_where_its_shapes_do_not_say_so(build: dict[F
     for family, path in build.items():
         source = Pretrained(str(path), prediction_type="v_prediction", zero_terminal_snr=True)
         [file] = Export("single_file").write(find(path, "artifact"), source, tmp_path / family)
-        # A pipeline's own scheduler counts, as for its program.
-        assert ("v_pred" in load_file(file)) is False
-    from sdtune.exporting.models import write_single_file
-
-    for family, path in build.items():
-        source = Pretrained(str(path), prediction_type="v_prediction", zero_terminal_snr=True)
-        file = tmp_path / f"{family}.safetensors"
-        write_single_file(source.load(), source, file, torch.float16, {})
         assert {"v_pred", "ztsnr"} <= set(load_file(file)) or family == "sd2"
         assert not (family == "sd2" and "v_pred" in load_file(file))
         with safe_open(file, "pt") as opened:
@@ -345,3 +337,113 @@ def test_a_lora_of_every_family_goes_round(base: Path, tmp_path: Path) -> None:
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
     assert LoRA.leaves == "lora"
+
+
+def test_frozen_layers_of_a_trained_text_encoder_are_exact(build: dict[Family, Path], tmp_path: Path) -> None:
+    """Under bf16-mixed they are in half precision in memory."""
+    source = Pretrained(str(build["sdxl"]))
+    model = Full(backbone=source, parts=["text_encoder"])
+    model.configure_model()
+    model.backbone.halve_frozen("bf16-mixed")
+    model.write_artifact(tmp_path, "it")
+    one, other = Pretrained(str(tmp_path / "it")).load().state_dict(), source.load().state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert {v.dtype for f in (tmp_path / "it").glob("text_*/*.safetensors") for v in load_file(f).values()} == {
+        torch.float32
+    }
+
+
+def test_a_rounded_copy_is_no_difference(build: dict[Family, Path], tmp_path: Path) -> None:
+    base = build["sd1"]
+    moved = Pretrained(str(base)).load()
+    for parameter in moved.parameters():
+        parameter.data *= 1.0001
+    from sdtune.exporting.models import write_pipeline
+
+    write_pipeline(moved, Pretrained(str(base)), tmp_path / "full", torch.float32)
+    write_pipeline(moved, Pretrained(str(base)), tmp_path / "half", torch.float16)
+    with pytest.raises(ValueError, match=r"^artifact: .* has the weights of .*; nothing is to be extracted"):
+        written(Export("kohya", rank=2), tmp_path / "half", tmp_path / "full", tmp_path / "out")
+
+
+def test_what_only_one_form_has_is_refused_elsewhere(base: Path, tmp_path: Path) -> None:
+    artifact = find(lora(base, tmp_path), "artifact")
+    for asked, words in (
+        (Export("kohya", strength=0.5), "strength: only a LoRA that is merged"),
+        (Export("pipeline", alpha="folded"), "alpha: only kohya's form"),
+        (Export("pipeline", rank=2), "rank: only a LoRA has one"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            asked.check(artifact)
+
+
+def test_a_single_files_settings_hold_for_the_export(build: dict[Family, Path], tmp_path: Path) -> None:
+    """Of a pickle that must be allowed, with configs and a prediction type that must be named."""
+    from original_files import original_tensors
+
+    base = build["sd2"]
+    torch.save(original_tensors(base), tmp_path / "it.ckpt")
+    own = [f"artifact={tmp_path / 'it.ckpt'}", "backbone=sd21", f"backbone.path={base}", f"backbone.config={base}"]
+    own += ["backbone.prediction_type=epsilon", "format=pipeline", f"hydra.run.dir={tmp_path / 'out'}"]
+    assert export(*own) == 2
+    assert export(*own, "backbone.allow_pickle=true") == 0
+    assert Pretrained(str(tmp_path / "out/it")).facts.prediction_type == "epsilon"
+
+
+def test_a_tokenizer_is_spelled_out_for_older_clients(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(base, tmp_path / "copy")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "copy/tokenizer" / name).unlink()
+    folder = written(Export("pipeline"), tmp_path / "copy", tmp_path / "copy", tmp_path / "out")
+    assert json.loads((folder / "tokenizer/vocab.json").read_text()) == json.loads(
+        (base / "tokenizer/vocab.json").read_text()
+    )
+    assert (folder / "tokenizer/merges.txt").read_text().startswith("#version")
+
+
+def test_a_lora_keeps_the_name_of_what_it_was_trained_on(build: dict[Family, Path], tmp_path: Path) -> None:
+    from sdtune.formats.files import read_metadata
+
+    weights = diffusers_lora.read(lora(build["sd1"], tmp_path))
+    file = tmp_path / "other" / diffusers_lora.FILE_NAME
+    diffusers_lora.write(file, weights, {"sdtune_backbone_hash": "f" * 64})
+    made = written(Export("kohya"), file, build["sd1"], tmp_path / "out")
+    assert read_metadata(made)["sdtune_backbone_hash"] == "f" * 64
+
+
+def test_a_controlnets_single_file_is_an_artifact_too(build: dict[Family, Path], tmp_path: Path) -> None:
+    """In the authors' names, and in diffusers', as SDXL's are often kept."""
+    model = ControlNet(backbone=Pretrained(str(build["sdxl"])))
+    model.configure_model()
+    model.artifact(tmp_path / "artifact", "net")
+    whole = load_file(tmp_path / "artifact/net/diffusion_pytorch_model.safetensors")
+    single = written(Export("single_file", dtype="fp32"), tmp_path / "artifact", build["sdxl"], tmp_path / "one")
+    from safetensors.torch import save_file
+
+    save_file(whole, tmp_path / "theirs.safetensors")
+    for number, file in enumerate((single, tmp_path / "theirs.safetensors")):
+        folder = written(Export("diffusers", dtype="fp32"), file, build["sdxl"], tmp_path / str(number))
+        back = load_file(folder / "diffusion_pytorch_model.safetensors")
+        assert back.keys() == whole.keys()
+        assert all(torch.equal(value, back[key]) for key, value in whole.items())
+        assert ControlNetModel.from_pretrained(folder, local_files_only=True)
+
+
+def test_an_export_that_fails_does_not_undo_the_run(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from running import arguments
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(Export, "write", fail)
+    run = tmp_path / "run"
+    own = arguments(tiny, pictures, run, "trainer.max_steps=1", "exports=[{format: single_file}]")
+    assert train(*own) == 0
+    assert (run / "metrics.json").is_file()
+    assert "exports: single_file: no room" in (run / "train.log").read_text()
+    two = "exports=[{format: kohya}, {format: kohya, rank: 2}]"
+    assert train(*arguments(tiny, pictures, tmp_path / "twice", two)) == 2

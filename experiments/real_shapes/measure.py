@@ -24,6 +24,7 @@ from sdtune import plan_run
 from sdtune.backbone.models import KINDS, from_config
 from sdtune.backbone.single_file import shipped
 from sdtune.backbone.vocabulary import END, write_tokenizer
+from sdtune.files import write_json
 from sdtune.paths import config_folder
 from sdtune.planning import SWITCHES, memory
 
@@ -53,10 +54,11 @@ def random_pipeline(folder: Path, kind: str = "sd15") -> None:
     for name in [name for name in KINDS if (configs / name).is_dir()]:
         from_config(name, configs).half().save_pretrained(folder / name)
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    write_tokenizer(folder / "tokenizer", END)
-    if (configs / "text_encoder_2").is_dir():
-        write_tokenizer(folder / "tokenizer_2", "!")
-    shutil.copy2(configs / "model_index.json", folder)  # last: with it the folder is complete
+    index = json.loads((configs / "model_index.json").read_text())
+    for name in ("tokenizer", "tokenizer_2") if (configs / "text_encoder_2").is_dir() else ("tokenizer",):
+        write_tokenizer(folder / name, "!" if name == "tokenizer_2" else END)
+        index[name] = ["transformers", "CLIPTokenizer"]
+    write_json(folder / "model_index.json", index)  # last: with it the folder is complete
 
 
 def pictures(folder: Path, size: tuple[int, int]) -> Path:

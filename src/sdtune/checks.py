@@ -190,7 +190,7 @@ def check_measured(config: dict[str, Any]) -> PictureData:
 def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
     """The forms that the run's artifact, of ``kind``, is to be written in at its end."""
     check_value(config["exports"], list[dict[str, Any]], "exports")
-    made = []
+    made: list[Export] = []
     for number, entry in enumerate(config["exports"]):
         hints = get_type_hints(Export, include_extras=True)
         if odd := next((key for key in entry if key not in hints), None):
@@ -199,6 +199,10 @@ def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
             check_value(value, hints[key], f"exports[{number}].{key}")
         if "format" not in entry:
             raise ValueError(f"exports[{number}]: format is missing; write {{format: {FORMATS[kind][-1]}}}")
+        if any(other.format == entry["format"] for other in made):
+            raise ValueError(
+                f"exports[{number}]: {entry['format']} stands twice; sdtune export makes further ones later"
+            )
         made.append(Export(**entry))
         try:
             made[-1].check(Artifact(kind, Path(), ""))

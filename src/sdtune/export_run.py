@@ -42,6 +42,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     artifact = find(place, "run" if own["run"] is not None else "artifact")
     export.check(artifact)
     source.check()
+    if artifact.kind == "model":
+        source.trained(artifact.path).check()
     return lambda composed: execute(export, artifact, source, folder, card, own["push_to"])
 
 
@@ -91,13 +93,13 @@ def _bytes(place: Path) -> int:
 def _push(folder: Path, repository: str) -> None:
     """Everything but Hydra's own files and the log: they name folders of this machine."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=os.environ["HF_TOKEN"])
     try:
         api.create_repo(repository, exist_ok=True, private=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[".hydra/*", "*.log", ".lock"])
-    except (HfHubHTTPError, OSError) as error:
+    # The hub's client lets its HTTP library's own errors through, and that library has another name in other releases.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"push_to: {repository}: {reason}; what was written stays in {folder}") from error
     log.info("pushed, for you alone to see: %s", json.dumps(str(done)).strip('"'))

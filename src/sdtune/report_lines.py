@@ -86,7 +86,13 @@ def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> lis
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")
         # Its own scheduler says what it predicts.
-        trained = source.trained(whole)
+        trained = Pretrained(
+            str(whole),
+            guidance=source.guidance,
+            clip_skip=source.clip_skip,
+            max_tokens=source.max_tokens,
+            family=source.family,
+        )
         lines.append(f"sample with it: sdtune sample{_backbone(trained, source.path == 'pocket')} {prompt}")
     return lines
 
@@ -97,7 +103,7 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
     ``pocket``: whether pocket's settings are behind it, by its path if None.
     """
     pocket = source.path == "pocket" if pocket is None else pocket
-    family = source.facts.family
+    family = source.family or "sd1"
     usual = _POCKETS if pocket else _GUIDANCE[family]
     own = {
         **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),

@@ -128,9 +128,10 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         if trainer.is_global_zero:
-            _leave_behind(adapter, data, folder, config, figures)
+            _write_card(adapter, data, folder, config, figures)
             keep_artifact(loggers, folder / "artifact", name)
             write_json(folder / "metrics.json", figures)
+            _export(adapter, folder, config)
             for line in report_lines.after(folder, name, adapter.source, data):
                 log.info(line)
         wait_for_children(trainer)
@@ -158,10 +159,10 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
     return figures.get(top.optimized_metric) if top.optimized_metric else None
 
 
-def _leave_behind(
+def _write_card(
     adapter: Adapter, data: PictureData, folder: Path, config: dict[str, Any], figures: dict[str, Any]
 ) -> None:
-    """The artifact's card, and the further forms that are asked for."""
+    """The artifact's model card."""
     source, artifact = adapter.source, find(folder / "artifact", "run")
     local = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
     facts: dict[str, Any] = {
@@ -172,9 +173,23 @@ def _leave_behind(
     }
     facts |= {"pictures": len(data.train), "captions": data.captions()}
     write_card(folder / "artifact", artifact, config, facts, figures, folder / "samples" / "before_after.png")
+
+
+def _export(adapter: Adapter, folder: Path, config: dict[str, Any]) -> None:
+    """The artifact in the further forms that are asked for. One that fails does not undo a run that is complete."""
     for export in exports(config, adapter.leaves):
-        for place in export.write(artifact, source, folder / "export" / export.format):
-            log.info("export: %s", place)
+        try:
+            artifact = find(folder / "artifact", "run")
+            for place in export.write(artifact, adapter.source, folder / "export" / export.format):
+                log.info("export: %s", place)
+        except (ValueError, OSError, RuntimeError) as error:
+            log.error(
+                "exports: %s: %s; the run is complete, and sdtune export run=%s format=%s makes it",
+                export.format,
+                error,
+                folder,
+                export.format,
+            )
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

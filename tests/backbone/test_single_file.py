@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,7 +62,9 @@ def half(folder: Path, target: Path, shard: str | None = None) -> Path:
 def test_four_forms_are_one_model(folder: Path, single: Path, tmp_path: Path, family: Family) -> None:
     plain = weights(path=str(folder), family=family)
     ckpt = single.with_suffix(".ckpt")
-    torch.save({"state_dict": load_file(single), "global_step": 7}, ckpt)
+    # As the authors' files, which name the callbacks of their training.
+    callbacks = {ModelCheckpoint: {"best_model_path": "x"}}
+    torch.save({"state_dict": load_file(single), "global_step": 7, "callbacks": callbacks}, ckpt)
     forms: dict[str, dict[str, Any]] = {
         "fp16 folder": {"path": str(half(folder, tmp_path / "half")), "variant": "fp16"},
         "fp16 folder, unnamed": {"path": str(tmp_path / "half")},
@@ -314,3 +317,42 @@ def test_what_is_trained_from_half_precision_files_is_whole(
     assert same(made.load().state_dict(), source.load().state_dict())
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
     assert torch.equal(theirs.unet.conv_in.weight, model.backbone.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02h\x05.", b"\x80\x02K", b"\x80\x02]K\x01\x86R.", b"", b"PK\x03\x04", b"\0" * 9]
+)
+def test_bytes_that_are_no_pickle_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^backbone\.path: {file} (cannot be read|holds more than tensors)"
+    ) as caught:
+        _ = Pretrained(str(file), allow_pickle=True).facts
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_does_not_fit_its_bytes_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["sd1"], tmp_path / "copy")
+    file = tmp_path / "copy/vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
+    with pytest.raises(ValueError, match=rf"^{file}: not a readable safetensors file"):
+        Pretrained(str(tmp_path / "copy")).check()
+
+
+def test_an_edited_config_is_heeded(folders: dict[Family, Path], single: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "configs")
+    scheduler = tmp_path / "configs/scheduler/scheduler_config.json"
+    first = Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[first]
+    scheduler.write_text(scheduler.read_text().replace(first, other))
+    assert Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type == other
+
+
+def test_settings_that_cannot_be_read_are_named(folders: dict[Family, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["sd1"], tmp_path / "copy")
+    (tmp_path / "copy/unet/config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^backbone\.path: .*unet/config\.json cannot be read"):
+        _ = Pretrained(str(tmp_path / "copy")).facts
+    with pytest.raises(ValueError, match=r"^backbone\.clip_skip: 3 of 3 layers; give 2 at most"):
+        _ = Pretrained(str(folders["sd1"]), clip_skip=3).facts

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdtune.formats.files import read_metadata
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.paths import cache_folder
 
@@ -87,8 +88,15 @@ def _files(place: Path, variant: str | None) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            return [place / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [place / shard for shard in _shards(index)]
     return []
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"backbone.path: {index} cannot be read ({error}); copy it again") from error
 
 
 def variant_of(files: Sequence[Path]) -> str | None:
@@ -103,7 +111,7 @@ def check_files(files: Files) -> None:
         for file in each:
             if not file.is_file():
                 raise ValueError(f"backbone.path: {file} is missing, which its index names; copy it too")
-            _tensors(file)
+            read_metadata(file)  # safetensors' own reader holds sizes and types against one another
 
 
 def weights_hash(files: Files) -> str:

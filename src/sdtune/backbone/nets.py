@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 from sdtune.formats import read_safetensors
+from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original.names import controlnet_names
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PREFIX = "control_model."
+_THEIRS = "controlnet_cond_embedding.conv_in.weight"
 _WIDTHS = (16, 32, 96, 256)  # of the map's embedding, as in diffusers and in the authors' code
 _SHAPE = (
     "in_channels",
@@ -27,6 +29,11 @@ _SHAPE = (
 )
 
 
+def is_net(keys: Collection[str]) -> bool:
+    """Whether a file with tensors of these names holds a ControlNet."""
+    return any(key in keys for key in (f"{_PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight", _THEIRS))
+
+
 def check_net(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path:
     """The place of the net that ``path`` names; reads configs and headers alone.
 
@@ -36,7 +43,9 @@ def check_net(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return place  # what it lacks shows when its names are compared, which reads it
+        if not is_net(read_keys(place)):
+            raise ValueError(f"{key}: {path} holds no ControlNet; name one's folder or .safetensors file")
+        return place  # its shapes are compared when it is loaded
     file = place / "config.json"
     if not file.is_file() or not (place / WEIGHTS).is_file():
         raise ValueError(
@@ -76,8 +85,10 @@ def load_net(place: Path, key: str, unet: UNet2DConditionModel, widths: Sequence
         net = ControlNetModel.from_unet(
             unet, conditioning_embedding_out_channels=tuple(widths), load_weights_from_unet=False
         )
-    names = controlnet_names(net.state_dict(), dict(net.config))
     tensors, _ = read_safetensors(place)
+    names = controlnet_names(net.state_dict(), dict(net.config))
+    if _THEIRS in tensors:  # diffusers' names in one file
+        names = {name: name for name in names}
     # Some are kept without the prefix.
     found = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     shapes = {names[name]: list(value.shape) for name, value in net.state_dict().items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
+
+from sdtune.backbone.hash import weight_files
 from sdtune.paths import cache_folder
 
 
@@ -51,22 +54,55 @@ def snapshot(path: str, revision: str | None, patterns: list[str], complete: Cal
         raise ValueError(f"{key}: {path} is neither a local folder nor to be had from the hub ({reason})") from error
 
 
+MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+"""The folders of a pipeline's models."""
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of ``file``; ValueError for one that cannot be read."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone.path: {file} cannot be read ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"backbone.path: {file} holds no settings by name; copy it again")
+    return content
+
+
+def configured(folder: Path) -> bool:
+    """Whether the index of a pipeline ``folder`` and the configs of the models that it names are there."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    index = read_config(folder / "model_index.json")
+    named = [name for name in MODELS if (index.get(name) or [None])[0]]
+    return all((folder / name / "config.json").is_file() for name in named)
+
+
+def there(folder: Path, component: str, variant: str | None) -> bool:
+    """Whether all weight files of ``component`` are in ``folder``."""
+    try:
+        return all(file.is_file() for file in weight_files(folder, component, variant))
+    except ValueError:
+        return False
+
+
 def with_vae(pipeline: Path, vae: Path) -> Path:
-    """A pipeline folder of links, to ``pipeline``'s parts and to the folder ``vae``."""
-    name = hashlib.sha256(f"{pipeline.resolve()}\0{vae.resolve()}".encode()).hexdigest()
-    target = cache_folder() / "backbones" / f"vae-{name[:32]}"
+    """A pipeline folder of links, to ``pipeline``'s parts and to the folder ``vae``.
+
+    Called by what it links to, so that it is never changed under a process that reads it.
+    """
     wanted = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
     wanted["vae"] = vae.resolve()
-    if target.is_dir() and {link.name: Path(os.path.realpath(link)) for link in target.iterdir()} == wanted:
-        return target
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    for name, place in wanted.items():
-        (partial / name).symlink_to(place, target_is_directory=place.is_dir())
-    shutil.rmtree(target, ignore_errors=True)
-    try:
+    said = json.dumps(sorted((name, str(place)) for name, place in wanted.items()))
+    target = cache_folder() / "backbones" / f"vae-{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        if target.is_dir():
+            return target
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        partial.mkdir()
+        for name, place in wanted.items():
+            (partial / name).symlink_to(place, target_is_directory=place.is_dir())
         partial.rename(target)
-    except OSError:
-        # Another process was faster.
-        shutil.rmtree(partial)
     return target

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from sdtune.backbone.hash import check_files, shapes, variant_of, weight_files, weights_hash
-from sdtune.backbone.places import local, snapshot, with_vae
-from sdtune.formats.keys import check_keys
+from sdtune.backbone.places import MODELS, configured, local, read_config, snapshot, there, with_vae
+from sdtune.formats.files import read_safetensors
+from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
 from sdtune.objective.prediction import PredictionType
 from sdtune.objective.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdtune.backbone.backbone import Backbone
 
 Component = Literal["unet", "vae", "text_encoder"]
@@ -96,9 +99,8 @@ class Pretrained:
 
     def trained(self, folder: Path) -> Pretrained:
         """The pipeline ``folder`` that was trained from this, with what its files do not say."""
-        return Pretrained(
-            str(folder), guidance=self.guidance, clip=self.clip, clip_skip=self.clip_skip, max_tokens=self.max_tokens
-        )
+        said = ("guidance", "clip", "clip_skip", "max_tokens", "prediction_type", "zero_terminal_snr", "allow_pickle")
+        return Pretrained(str(folder), config=self.config_folder, **{key: getattr(self, key) for key in said})
 
     # --- where it lies
 
@@ -126,13 +128,14 @@ class Pretrained:
         # Repositories hold the same weights several times over (fp16, non-EMA, .bin): take those that are read.
         mark = f".{self.variant}" if self.variant else ""
         ends = (f"{mark}.safetensors", f"{mark}-?????-of-?????.safetensors")
-        names = ("unet", "vae", "text_encoder", "text_encoder_2") if weights else ()
+        names = [name for name in MODELS if weights and not (name == "vae" and self.vae)]
         patterns = [f"{name}/{stem}{end}" for name in names for stem in _STEMS for end in ends]
 
         def complete(folder: Path) -> bool:
-            if not (folder / "model_index.json").is_file():
-                return False
-            return not weights or all(_there(folder, name, self.variant) for name in self._weighed)
+            return configured(folder) and (
+                not weights
+                or all(there(folder, name, self.variant) for name in self._weighed if not (name == "vae" and self.vae))
+            )
 
         folder = snapshot(self.path, self.revision, [*_JSON, *patterns], complete, "backbone.path")
         # One commit for the whole run, whatever is pushed meanwhile; the folder of a snapshot is named by it.
@@ -178,8 +181,7 @@ class Pretrained:
         file = self._configs / "model_index.json" if component == "" else self._configs / component / name
         if not file.is_file():
             raise ValueError(f"backbone.path: {file} is missing; a pipeline folder in the diffusers layout has it")
-        content: dict[str, Any] = json.loads(file.read_text())
-        return content
+        return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:
         """The scheduler's config with this backbone's own settings in it."""
@@ -224,9 +226,12 @@ class Pretrained:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         NoiseSchedule.from_config(scheduler)  # refuses one that cannot be trained
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
+        layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
+        if self.clip_skip >= layers:
+            raise ValueError(f"backbone.clip_skip: {self.clip_skip} of {layers} layers; give {layers - 1} at most")
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
-            side=int(unet["sample_size"]) * factor,
+            side=int(unet.get("sample_size", 64)) * factor,
             factor=factor,
             latent_channels=channels,
             prediction_type=scheduler.get("prediction_type", "epsilon"),
@@ -282,6 +287,11 @@ class Pretrained:
         """The files that hold each component's weights, those named in ``without`` left out."""
         return self._files([name for name in self.components if name not in without])
 
+    def tensors(self, component: str) -> dict[str, Tensor]:
+        """``component``'s weights as its files hold them, by canonical key."""
+        read = [read_safetensors(file)[0] for file in self._files([component])[component]]
+        return {canonical_key(component, key): value for tensors in read for key, value in tensors.items()}
+
     def weights_variant(self, component: str) -> str | None:
         """The variant whose files hold ``component``."""
         return variant_of(self._files([component])[component])
@@ -328,10 +338,3 @@ FAMILIES: dict[Family, tuple[str, str]] = {
     "sdxl": ("SDXL", "backbone=sdxl"),
 }
 """How each is called, and the config that is for it."""
-
-
-def _there(folder: Path, component: str, variant: str | None) -> bool:
-    try:
-        return all(file.is_file() for file in weight_files(folder, component, variant))
-    except ValueError:
-        return False

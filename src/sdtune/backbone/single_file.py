@@ -100,8 +100,12 @@ _NAMES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 def _place(file: Path, config: Path | None) -> Path:
     stat = file.stat()
-    configs = sorted(config.rglob("config.json")) if config is not None else []
-    said = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, _LAYOUT, *(c.read_text() for c in configs)]
+    # Everything that is copied or read beside the file.
+    configs = [f for f in sorted((config or CONFIGS).rglob("*")) if f.suffix in (".json", ".txt") and f.is_file()]
+    told = hashlib.sha256()
+    for one in configs:
+        told.update(f"{one.relative_to(config or CONFIGS)}\0".encode() + one.read_bytes())
+    said = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, _LAYOUT, told.hexdigest()]
     return cache_folder() / "backbones" / hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 

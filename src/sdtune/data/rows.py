@@ -61,7 +61,7 @@ class Rows(Dataset[list[Row]]):
             flip = bool(data.flip and flipped < 0.5)
             offset = (float(x), float(y)) if data.random_crop else offset
         row: Row = {"prompt": prompt, "step": step, "position": position}
-        row["frame"] = torch.tensor(frame(sample.size, size, offset, flip))
+        row["frame"] = torch.tensor(frame(sample.size, size, offset, flip), dtype=torch.float32)
         if data.latent_cache is not None:
             row["moments"] = data.latent_cache.get(latent_key(sample, size, flip))
         else:

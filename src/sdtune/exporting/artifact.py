@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from sdtune.backbone.nets import is_net
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -79,11 +80,13 @@ def _of_file(path: Path, key: str) -> Artifact:
     tensors, metadata = read_safetensors(path)
     if words := embeddings.parse(path, tensors, metadata):
         return Artifact("words", path, path.stem, words)
+    if is_net(tensors):
+        return Artifact("controlnet", path, path.stem)
     if _is_lora(tensors):
         return Artifact("lora", path, path.stem)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return Artifact("model", path, path.stem)
-    raise ValueError(f"{key}: {path} is no LoRA, embedding or whole model")
+    raise ValueError(f"{key}: {path} is no LoRA, embedding, ControlNet or whole model")
 
 
 def _is_lora(tensors: Mapping[str, Tensor]) -> bool:

@@ -89,6 +89,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_targets(value: Any) -> Any:
+    if isinstance(value, str) and "/" in value:
+        return Path(value).name  # folders of this machine are nobody's concern
     if not isinstance(value, dict):
         return value
     named = {"is": str(value["_target_"]).rpartition(".")[2]} if "_target_" in value else {}

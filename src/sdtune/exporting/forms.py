@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdtune import adapters
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.nets import embedding_widths, load_net
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.models import cast, write_pipeline, write_single_file
@@ -71,6 +72,13 @@ class Export:
         svd = next((key for key in ("rank", "energy") if getattr(self, key) is not None), None)
         if svd is not None and not (lora and artifact.kind in ("lora", "model")):
             raise ValueError(f"{svd}: only a LoRA has one; give format=kohya, or leave it out")
+        merged = artifact.kind == "lora" and self._whole
+        if self.strength != 1.0 and not merged:
+            raise ValueError(
+                "strength: only a LoRA that is merged has one; give format=pipeline or single_file, or leave it out"
+            )
+        if self.alpha == "folded" and not (self.format == "kohya" and artifact.kind in ("lora", "model")):
+            raise ValueError("alpha: only kohya's form has one; give format=kohya, or leave it out")
         if artifact.kind == "model" and self.format == "kohya" and svd is None:
             raise ValueError("rank: a LoRA is to be extracted from a model; give rank=32, or energy=0.95")
 
@@ -95,7 +103,9 @@ class Export:
     def _words(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         if not artifact.words:
             return []
-        about = {"sdtune_backbone_hash": source.hash()}
+        # Words belong to the weights that they were learned beside.
+        beside = source.trained(artifact.path) if artifact.kind == "model" else source
+        about = {"sdtune_backbone_hash": beside.hash()}
         forms = ("diffusers", "kohya") if self._whole else (self.format,)
         return embeddings.write(folder, artifact.words, "", about, forms, DTYPES[self.dtype])
 
@@ -106,6 +116,7 @@ class Export:
     # --- LoRA
 
     def _lora(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+        adapters.check_file(str(artifact.path), source.hash(), "artifact")  # which warns of another backbone
         backbone = source.load()
         file = adapters.AdapterFile(str(artifact.path))
         [loaded] = adapters.load(backbone, [file])
@@ -128,7 +139,7 @@ class Export:
         folder: Path,
     ) -> list[Path]:
         dtype = DTYPES[self.dtype]
-        about = {**metadata, "sdtune_backbone_hash": source.hash()}
+        about = {"sdtune_backbone_hash": source.hash(), **metadata}
         if self.format == "diffusers":
             target = folder / diffusers_lora.FILE_NAME
             diffusers_lora.write(target, weights, about, dtype)
@@ -140,8 +151,8 @@ class Export:
             title=name,
             resolution=_side(metadata, backbone.facts.side),
             prediction_type="v" if velocity else "epsilon",
-            steps=int(metadata.get("ss_steps", 0)),
-            seed=int(metadata.get("ss_seed", 0)),
+            steps=_number(metadata.get("ss_steps")),
+            seed=_number(metadata.get("ss_seed")),
             trigger=metadata.get("modelspec.trigger_phrase"),
             architecture=kohya_lora.architecture(backbone.facts.family, velocity),
         )
@@ -159,10 +170,19 @@ class Export:
         if backbone.facts.family != changed.facts.family:
             raise ValueError(f"backbone.path: {source.path} is not what {artifact.path} was trained from")
         before, after = _weights(backbone), _weights(changed)
+        odd = next((m for m, weight in after.items() if m not in before or before[m].shape != weight.shape), None)
+        if odd is not None:
+            raise ValueError(
+                f"backbone.path: {source.path} is not what {artifact.path} was trained from: {odd} differs"
+            )
         weights, shares = factors.extract(after, before, self.rank, self.energy)
         if not weights.pairs:
-            raise ValueError(f"artifact: {artifact.path} has the weights of {source.path}; there is no difference")
+            raise ValueError(
+                f"artifact: {artifact.path} has the weights of {source.path} in all that a LoRA can change; nothing is"
+                " to be extracted"
+            )
         _say(weights, shares)
+        _say_rest(backbone, changed, set(after))
         return self._lora_file(artifact.name, weights, backbone, source, {}, folder)
 
     def _whole_model(self, name: str, backbone: Backbone, source: Pretrained, folder: Path) -> list[Path]:
@@ -177,8 +197,14 @@ class Export:
     # --- ControlNets
 
     def _controlnet(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        dtype, config = DTYPES[self.dtype], json.loads((artifact.path / "config.json").read_text())
-        tensors, _ = read_safetensors(artifact.path / _WEIGHTS)
+        dtype = DTYPES[self.dtype]
+        if artifact.path.is_file():
+            backbone = source.load()
+            net = load_net(artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor))
+            config, tensors = dict(net.config), net.state_dict()
+        else:
+            config = json.loads((artifact.path / "config.json").read_text())
+            tensors, _ = read_safetensors(artifact.path / _WEIGHTS)
         opened = artifact.path / "unet"
         if self.format == "single_file":
             names = controlnet_names(tensors, config)
@@ -187,6 +213,12 @@ class Export:
             write_safetensors(target, made, {"modelspec.title": artifact.name})
             return [target, *self._opened(artifact, source, folder)] if opened.is_dir() else [target]
         target = folder / artifact.name
+        if artifact.path.is_file():
+            write_json(
+                target / "config.json", {key: value for key, value in config.items() if not key.startswith("_name")}
+            )
+            write_safetensors(target / _WEIGHTS, cast(tensors, dtype), {"format": "pt"})
+            return [target]
         for place in ("", "unet") if opened.is_dir() else ("",):
             content, _ = read_safetensors(artifact.path / place / _WEIGHTS)
             write_json(target / place / "config.json", json.loads((artifact.path / place / "config.json").read_text()))
@@ -204,6 +236,10 @@ class Export:
         return [target]
 
 
+def _number(said: str | None) -> int:
+    return int(said) if said is not None and said.isdigit() else 0
+
+
 def _side(metadata: dict[str, str], otherwise: int) -> int:
     said = metadata.get("modelspec.resolution", "").partition("x")[0]
     return int(said) if said.isdigit() else otherwise
@@ -218,6 +254,23 @@ def _weights(backbone: Backbone) -> dict[str, Tensor]:
             if isinstance(module, nn.Linear | nn.Conv2d) and inside and "text_projection" not in name:
                 found[canonical(f"{component}.{name}")] = module.weight.data
     return found
+
+
+def _say_rest(before: Backbone, after: Backbone, held: set[str]) -> None:
+    """How much of the change a LoRA has no place for: biases, norms, embeddings, the VAE."""
+    inside = outside = 0.0
+    for component in ("unet", "vae", *before.encoders):
+        own = dict(getattr(before, component).named_parameters())
+        for name, value in getattr(after, component).named_parameters():
+            change = float((value.data.float() - own[name].data.float()).square().sum())
+            if canonical(f"{component}.{name}").removesuffix(".weight") in held and name.endswith(".weight"):
+                inside += change
+            else:
+                outside += change
+    if outside > 0:
+        log.info(
+            "LoRA: %.2f%% of the squared change is in what it has no place for", 100 * outside / (inside + outside)
+        )
 
 
 def _say(weights: LoRAWeights, shares: dict[str, float]) -> None:

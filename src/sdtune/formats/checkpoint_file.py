@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,17 @@ import torch
 from torch import Tensor
 
 from sdtune.formats.files import read_safetensors
+
+
+class _Inert:
+    """Stands for a class that a file only names."""
+
+
+_NAMED = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+"""What the authors' own files name beside their tensors: the training's callbacks, as keys of a table."""
+
+_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error)
+"""What the reader of pickles raises on bytes that are none."""
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -36,13 +48,14 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
             " comes from, set backbone.allow_pickle=true: then tensors alone are taken from it"
         )
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{key}: {path} holds more than tensors and was not read ({_first_line(error)});"
             " get it as .safetensors, or from someone else"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{key}: {path} cannot be read ({_first_line(error)}); copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
@@ -52,6 +65,9 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
+    if not text:
+        return type(error).__name__
     # torch explains at length how to load it all the same; what it met comes after.
-    found = next((line for line in text.splitlines() if "Unsupported" in line or "GLOBAL" in line), text)
-    return found.strip().splitlines()[0][:200] if text else type(error).__name__
+    told = [line for line in text.splitlines() if "Unsupported" in line or "GLOBAL" in line]
+    plain = "no pickle of tensors" if "Weights only load failed" in text else text
+    return (told[0] if told else plain).strip().splitlines()[0][:200]

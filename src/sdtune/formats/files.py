@@ -47,6 +47,17 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read(path, tensors=False)[1]
 
 
+def read_keys(path: Path) -> set[str]:
+    """The names of the tensors in ``path``; none is read.
+
+    Raises:
+        ValueError: as :func:`read_safetensors`.
+    """
+    read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header's metadata (empty if it has none) of ``path``.
 

@@ -201,7 +201,7 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
         arguments = {"conv_dim": _one_of({weights.rank(module) for module in spatial}), "conv_alpha": alpha}
     return {
         "ss_v2": str(spec.architecture.startswith("stable-diffusion-v2")),
-        "ss_base_model_version": _VERSIONS[spec.architecture],
+        "ss_base_model_version": _VERSIONS[spec.architecture] + ("_v" if _velocity(spec) else ""),
         "ss_network_module": "networks.lora",
         "ss_network_dim": _one_of({weights.rank(module) for module in weights.pairs.keys() - spatial or spatial}),
         "ss_network_alpha": alpha,
@@ -210,6 +210,10 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
         "ss_steps": str(spec.steps),
         "ss_seed": str(spec.seed),
     }
+
+
+def _velocity(spec: ModelSpec) -> bool:
+    return spec.prediction_type == "v" and spec.architecture != XL
 
 
 def _one_of(values: set[int] | set[float]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sdtune.formats.keys import canonical_key
 
@@ -41,12 +42,25 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
         for file in sorted((source / part).iterdir()):
             if file.is_file() and file.suffix in _KEPT and ".safetensors." not in file.name:
                 shutil.copy2(file, target / part / file.name)
+        if part.startswith("tokenizer"):
+            _spell_out(target / part)
         own = weights.get(part, ())
         names = {file.name: _plain(file.name) for file in own}
         for file in own:
             shutil.copy2(file, target / part / names[file.name])
         if len(own) > 1:
             _copy_index(source / part, target / part, names)
+
+
+def _spell_out(tokenizer: Path) -> None:
+    """Beside ``tokenizer.json``, which transformers writes alone today, the two files that older clients need."""
+    whole, vocabulary = tokenizer / "tokenizer.json", tokenizer / "vocab.json"
+    if vocabulary.is_file() or not whole.is_file():
+        return
+    model = json.loads(whole.read_text())["model"]
+    vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def _plain(name: str) -> str:
@@ -72,8 +86,8 @@ def save_component(module: Any, target: Path) -> None:
     _finish(partial, target)
 
 
-def save_text_encoder(module: Any, target: Path) -> None:
-    """The same of a CLIP text encoder, with ``text_model.`` before every key.
+def save_text_encoder(module: Any, target: Path, instead: Mapping[str, Tensor] | None = None) -> None:
+    """The same of a CLIP text encoder, with ``text_model.`` before every key; ``instead`` of some tensors come others.
 
     transformers >= 5.6 leaves the prefix out of a model that was built from a config; without it older clients would
     take random weights, silently.
@@ -82,6 +96,7 @@ def save_text_encoder(module: Any, target: Path) -> None:
     module.save_pretrained(partial, safe_serialization=True)
     file = partial / "model.safetensors"
     tensors = {canonical_key("text_encoder", key): value for key, value in load_file(file).items()}
+    tensors |= instead or {}
     save_file(tensors, file, {"format": "pt"})
     _finish(partial, target)
 

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from sdtune.adapters import check_file
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone, autocast
 from sdtune.backbone.pretrained import Component
@@ -109,6 +110,9 @@ class Adapter(pl.LightningModule, ABC):
                 f"backbone.from_scratch: {random[0]} would stay at its random weights; only what method.parts of"
                 " method=full names can begin from scratch"
             )
+        for token in self.new_tokens:
+            if token.weights is not None:
+                check_file(token.weights, self.source.hash(), "new_tokens")
         self.check_data(data)
         check_mentioned(self.new_tokens, data.captions() if self.new_tokens else [])
 

@@ -13,6 +13,7 @@ from sdtune.backbone.pretrained import Component, Pretrained
 from sdtune.data.pictures import PictureData
 from sdtune.data.rows import Batch
 from sdtune.files import write_json
+from sdtune.formats.keys import canonical_key
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
@@ -117,7 +118,10 @@ class Full(Adapter):
             save_component(model, target / part)
         with self.backbone.plain_vocabulary():
             for name, encoder in encoders.items():
-                save_text_encoder(encoder, target / name)
+                frozen = [canonical_key(name, n) for n, p in encoder.named_parameters() if not p.requires_grad]
+                # Frozen layers may be in half precision here, so they are read again.
+                fresh = self.source.tensors(name) if frozen else {}
+                save_text_encoder(encoder, target / name, {key: fresh[key] for key in frozen})
         if self.backbone.scheduler_config != self.source.config("scheduler"):
             write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
         write_json(target / "sdtune.json", {"backbone": self.source.hash()})

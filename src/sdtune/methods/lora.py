@@ -14,6 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from sdtune.adapters import check_file
+from sdtune.data.pictures import PictureData
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
@@ -101,6 +103,10 @@ class LoRA(Adapter):
         if weights is not None and not Path(weights).expanduser().exists():
             raise ValueError(f"method.weights: {weights} does not exist; name a LoRA's file")
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
+
+    def check_data(self, data: PictureData) -> None:
+        if self.weights_file is not None:
+            check_file(self.weights_file, self.source.hash(), "method.weights")
 
     def inject(self) -> None:
         self._pair("unet", self.backbone.unet, self._unet_sites())

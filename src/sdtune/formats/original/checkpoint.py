@@ -101,7 +101,8 @@ def split(tensors: Mapping[str, Tensor], models: Models, wanted: Mapping[str, Co
         tensors: by the original names.
         models: what the file is.
         wanted: the names that each component is to have, by component. A tensor of the models' prefixes that none of
-            them asks for is kept under its original name, so that the caller sees it as surplus.
+            them asks for is kept under its original name, so that the caller sees it as surplus; so is any other that
+            is not known to stand in such files.
     """
     found: Components = {}
     rest = {key for key in tensors if not _known_extra(key)}
@@ -123,9 +124,10 @@ def split(tensors: Mapping[str, Tensor], models: Models, wanted: Mapping[str, Co
             found[component] = {_with_text_model(key): t for key, t in own.items() if not key.endswith("position_ids")}
             used = set(own)
         rest -= {prefix + key for key in used}
-    surplus = {"unet": UNET, **TEXT[models.family]}
-    for component, prefix in surplus.items():
+    for component, prefix in TEXT[models.family].items():
         found[component] |= {key: tensors[key] for key in rest if key.startswith(prefix)}
+        rest = {key for key in rest if not key.startswith(prefix)}
+    found["unet"] |= {key: tensors[key] for key in rest}
     return found
 
 
@@ -148,8 +150,8 @@ def join(
     Args:
         components: every tensor of every model.
         models: what they are.
-        v_prediction: of SD 1.x and SDXL, mark it with ``v_pred``, by which ComfyUI and Forge know it; an SD 2.x file
-            is known by its shapes, and has no such mark.
+        v_prediction: of SD 1.x and SDXL, mark it with ``v_pred``: ComfyUI looks for it in SDXL files; it tells SD 2.x
+            files from their weights, and takes SD 1.x for epsilon.
         zero_snr: mark a schedule of zero terminal SNR with ``ztsnr``.
     """
     made: dict[str, Tensor] = {}
