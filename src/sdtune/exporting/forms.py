@@ -207,9 +207,12 @@ class Export:
             tensors, _ = read_safetensors(artifact.path / _WEIGHTS)
         opened = artifact.path / "unet"
         if self.format == "single_file":
-            names = controlnet_names(tensors, config)
+            names = {key: f"control_model.{theirs}" for key, theirs in controlnet_names(tensors, config).items()}
+            if config.get("addition_embed_type"):
+                # SDXL's nets came after the authors' layout, and programs look for diffusers' names in their files.
+                names = {key: key for key in tensors}
             target = folder / f"{artifact.name}.safetensors"
-            made = {f"control_model.{names[key]}": value for key, value in cast(tensors, dtype).items()}
+            made = {names[key]: value for key, value in cast(tensors, dtype).items()}
             write_safetensors(target, made, {"modelspec.title": artifact.name})
             return [target, *self._opened(artifact, source, folder)] if opened.is_dir() else [target]
         target = folder / artifact.name
