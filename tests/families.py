@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -19,6 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
+EACH = [pytest.param(family, marks=() if family == "sd1" else pytest.mark.slow) for family in FAMILIES]
+"""For tests that are run for every family: ``make test`` takes the first, ``make test-slow`` the others."""
 
 _DOWN, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 _UP, _CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"

@@ -56,7 +56,8 @@ def test_a_run_from_preview_to_picture(
     assert all(np.array_equal(sheet[maps], before[maps]) for sheet in (after, both))
     assert not np.array_equal(before[top + tile :], after[top + tile :])
 
-    assert sorted(p.name for p in (run / "artifact").iterdir()) == ["edges", "edges-best", "edges-step00000002"]
+    left = sorted(p.name for p in (run / "artifact").iterdir())
+    assert left == ["README.md", "edges", "edges-best", "edges-step00000002", "samples.png"]
     assert json.loads((run / "artifact" / "edges" / "sdtune.json").read_text())["preprocess"] == "canny"
     said = capsys.readouterr().out
     assert f"ControlNet for diffusers: {run / 'artifact' / 'edges'}" in said

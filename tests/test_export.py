@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from families import FAMILIES, Family, build_family
+from families import EACH, FAMILIES, Family, build_family
 from running import export, train
 from sdtune.backbone import Pretrained
 from sdtune.exporting import Export, find
@@ -29,7 +29,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
     return {family: build_family(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EACH)
 def base(request: pytest.FixtureRequest, build: dict[Family, Path]) -> Path:
     return build[request.param]
 

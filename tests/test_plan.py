@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from running import fit, folder_data, plan, train
 from sdtune import launch, plan_run
 from sdtune.backbone import Pretrained
-from sdtune.backbone.outline import Outline, shipped
+from sdtune.backbone.outline import Outline
+from sdtune.backbone.single_file import shipped
 from sdtune.methods import Full, LoRA
 from sdtune.paths import config_folder
 from sdtune.planning import SWITCHES, Figures, memory

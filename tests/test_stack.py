@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from clients import make
-from families import FAMILIES, Family, build_family
+from families import EACH, Family, build_family
 from running import sample
 from sdtune.backbone import Pretrained
 from sdtune.exporting import Export, find
 from test_export import lora
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "sd1" else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", EACH)
 def test_a_stack_on_a_merged_single_file(family: Family, tmp_path: Path) -> None:
     base = build_family(tmp_path / "base", family)
     source = Pretrained(str(base))

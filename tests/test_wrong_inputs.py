@@ -394,7 +394,7 @@ BACKBONES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "truncated weights": (
         lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"abc"),
-        ("vae", "truncated"),
+        ("vae", "cut short"),
     ),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ("tokenizer",)),
 }

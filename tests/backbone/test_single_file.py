@@ -15,12 +15,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families import FAMILIES, Family, build_family
+from families import EACH, FAMILIES, Family, build_family
 from original_files import original_tensors
 from sdtune.backbone import Pretrained
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=EACH)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

@@ -155,6 +155,7 @@ def test_another_sweep_is_refused(sweep: Path) -> None:
         command.gathered(sweep)
 
 
+@pytest.mark.slow
 def test_the_plan_is_of_stable_diffusions_own_shapes() -> None:
     found = planned("lora")
     assert found["trainable_parameters"] == 1_594_368

@@ -136,7 +136,7 @@ def test_kohya_metadata_where_there_is_less_or_more_to_tell(make_weights, spec, 
     assert "modelspec.trigger_phrase" not in metadata
     assert metadata["ss_network_args"] == "{}"
     assert metadata["ss_network_dim"] == "Dynamic"
-    assert (metadata["ss_v2"], metadata["ss_base_model_version"]) == ("True", "sd_v2")
+    assert (metadata["ss_v2"], metadata["ss_base_model_version"]) == ("True", "sd_v2_v")
     assert metadata["modelspec.prediction_type"] == "v"
 
 

@@ -81,7 +81,9 @@ def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
         list(sampling.generate(model.backbone, [request], Sampling(steps=2), denoise))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m in ("lora", "controlnet") else pytest.mark.slow) for m in METHODS]
+)
 def test_a_step_and_a_picture_stay_on_the_device(method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter(method, tiny, monkeypatch)
     assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -105,8 +107,8 @@ def careless(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the backbone adds a tensor that was made on the CPU."""
     predict = Backbone.predict
 
-    def wrong(self: Backbone, noisy: Tensor, *more: Any) -> Tensor:
-        return predict(self, noisy, *more) + torch.zeros(noisy.shape)
+    def wrong(self: Backbone, noisy: Tensor, *more: Any, **named: Any) -> Tensor:
+        return predict(self, noisy, *more, **named) + torch.zeros(noisy.shape)
 
     monkeypatch.setattr(Backbone, "predict", wrong)
 

@@ -119,11 +119,13 @@ def test_spoilt_pictures_keep_their_background(pool: np.ndarray) -> None:
     assert background(mixed) == [pool_scene(index).background for index in range(64)]
 
 
+@pytest.mark.slow
 def test_it_is_small_enough_to_ship(trained: Classifier, tmp_path: Path) -> None:
     save(trained, tmp_path)
     assert (tmp_path / "classifier.safetensors").stat().st_size <= 1_500_000
 
 
+@pytest.mark.slow
 def test_it_learns(trained: Classifier, pool: np.ndarray) -> None:
     batch = PoolBatches(pool)(0)
 
@@ -136,6 +138,7 @@ def test_it_learns(trained: Classifier, pool: np.ndarray) -> None:
     assert loss(trained) < 0.9 * loss(Classifier())
 
 
+@pytest.mark.slow
 def test_the_saved_classifier_reads_as_the_trained_one(trained: Classifier, pool: np.ndarray, tmp_path: Path) -> None:
     save(trained, tmp_path)
     rounded = Classifier()
@@ -152,6 +155,7 @@ def test_the_saved_classifier_reads_as_the_trained_one(trained: Classifier, pool
     assert (got.size_probability >= 0.5).all()
 
 
+@pytest.mark.slow
 def test_reading_is_fp32_under_autocast_and_does_not_change_the_classifier(
     trained: Classifier, pool: np.ndarray
 ) -> None:
@@ -211,6 +215,7 @@ class _Interrupted:
         return self.batches(step)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_the_one_never_interrupted(
     trained: Classifier, folder: Path, vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
