@@ -132,21 +132,23 @@ def test_a_search_is_tried_on_one_example_before_it_begins(
 ) -> None:
     assert train(*settings, "data.hold_out=null") == 2
     said = capsys.readouterr().err
-    assert said.startswith("sdtune: job example")
+    assert said.startswith("sdtune: the search's jobs: callbacks.pruning")
     assert "callbacks.pruning: no picture is held out to judge by" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_misspelt_metric_ends_the_search_after_its_first_job(
+def test_a_misspelt_metric_is_refused_before_the_first_job(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ["callbacks.pruning=null", "trainer.max_steps=1", "hydra.sweeper.n_trials=3"]
     assert train(*settings, *own, "optimized_metric=step") == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("sdtune: optimized_metric: step: the run in ")
-    assert "did you mean steps?" in said[-1]
-    assert [f.name for f in (tmp_path / "sweep").iterdir() if f.is_dir()] == ["0"]
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "sdtune: the search's jobs: optimized_metric: step: there is no such figure; did you mean steps?"
+    )
+    assert said.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_search_is_extended_and_passes_over_a_trial_that_was_no_job_yet(settings: list[str], tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[] if "accumulation" in v else pytest.mark.slow) for v in VARIANTS]
+)
 def test_killed_and_resumed_is_never_killed(
     variant: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

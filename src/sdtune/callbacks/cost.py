@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.record import Record
 from sdtune.data import PictureData
+from sdtune.exporting.card import CARD
 from sdtune.formats.embeddings import intermediate
 from sdtune.methods.base import Adapter
 from sdtune.release import release
@@ -86,7 +87,9 @@ class Cost(Callback):
         return {
             "trainable_parameters": sum(p.numel() for _, p in adapter.trainable()),
             "artifact_bytes": sum(
-                f.stat().st_size for f in artifact.rglob("*") if f.is_file() and not intermediate(f.stem)
+                f.stat().st_size
+                for f in artifact.rglob("*")
+                if f.is_file() and not intermediate(f.stem) and not (f.parent == artifact and f.name in CARD)
             ),
             "peak_memory_bytes": self.peak,
             "median_step_seconds": step,

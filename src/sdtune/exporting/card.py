@@ -16,6 +16,9 @@ from huggingface_hub import ModelCardData
 from sdtune.exporting.artifact import Artifact
 from sdtune.figures import finite
 
+CARD = ("README.md", "samples.png")
+"""Its files in an artifact's folder."""
+
 _TAGS = {"lora": ["lora"], "words": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _FIGURES = 12
