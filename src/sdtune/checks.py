@@ -72,6 +72,18 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return named
 
 
+def kept_config(run: Path) -> dict[str, Any]:
+    """The resolved config of the finished ``run``; ValueError for a folder that holds none."""
+    kept = run / ".hydra" / "config.yaml"
+    if not kept.is_file():
+        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
+    if not any((run / "artifact").glob("*")):
+        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
+    loaded = OmegaConf.load(kept)
+    assert isinstance(loaded, DictConfig)
+    return plain(loaded)
+
+
 def settings(config: dict[str, Any]) -> Settings:
     """The top-level settings, checked."""
     hints = get_type_hints(Settings.__init__, include_extras=True)

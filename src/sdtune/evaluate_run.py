@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sdtune import hardware
-from sdtune.checks import check_measured, plain, settings
+from sdtune.checks import check_measured, kept_config, plain, settings
 from sdtune.data import PictureData
 from sdtune.figures import OF_TRAINING, finite
 from sdtune.files import write_json
@@ -28,15 +28,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     own = plain(config)
     hardware.check(own["hardware"])
     run = Path(str(own["run"])).expanduser()
-    kept = run / ".hydra" / "config.yaml"
-    if not kept.is_file():
-        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
-    if not any((run / "artifact").glob("*")):
-        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
-    loaded = OmegaConf.load(kept)
-    assert isinstance(loaded, DictConfig)
     # The run's config may come from somebody else: only what the user trusts here counts.
-    trained = {**plain(loaded), "trust": own["trust"], "hardware": own["hardware"]}
+    trained = {**kept_config(run), "trust": own["trust"], "hardware": own["hardware"]}
     for key in ("clip", "dino"):
         if own[key] is not None:
             asked = trained["evaluation"] or {"_target_": _WITH_CLIP, "sampling": _sampling(trained["backbone"])}

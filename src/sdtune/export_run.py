@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sdtune.backbone import Pretrained
-from sdtune.checks import plain
+from sdtune.checks import kept_config, plain
 from sdtune.exporting import Artifact, Export, find
 from sdtune.instantiate import build, check, check_value
 
@@ -33,7 +33,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     trust = own["trust"]
     if own["run"] is not None:
         run = Path(str(own["run"])).expanduser()
-        place, backbone = run / "artifact", _backbone_of(run)
+        place, backbone = run / "artifact", kept_config(run)["backbone"]
         card = place / "README.md"
     else:
         place, backbone, card = Path(str(own["artifact"])).expanduser(), own["backbone"], None
@@ -50,18 +50,6 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
 def _checked(value: Any, hint: Any, key: str) -> Any:
     check_value(value, hint, key)
     return value
-
-
-def _backbone_of(run: Path) -> dict[str, Any]:
-    kept = run / ".hydra" / "config.yaml"
-    if not kept.is_file():
-        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
-    if not any((run / "artifact").glob("*")):
-        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
-    loaded = OmegaConf.load(kept)
-    assert isinstance(loaded, DictConfig)
-    backbone: dict[str, Any] = plain(loaded)["backbone"]
-    return backbone
 
 
 def _check_push(repository: str) -> None:
