@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -37,14 +38,18 @@ def judged(found: dict[str, int]) -> str:
 
 
 def main() -> int:
-    pythons = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pythons", nargs="+")
+    parser.add_argument("--only", default="", help="cases whose names hold this; the page's other rows stay")
+    arguments = parser.parse_args()
+    pythons = arguments.pythons
     clients = [
         dict(zip(("diffusers", "transformers", "peft"), run(p, "-c", _VERSIONS).split(), strict=True)) for p in pythons
     ]
     with tempfile.TemporaryDirectory() as place:
         run(sys.executable, str(HERE / "make.py"), place)
         listed = Path(place) / "cases.json"
-        cases = json.loads(listed.read_text())
+        cases = [case for case in json.loads(listed.read_text()) if arguments.only in case["name"]]
         rows, failed = [], 0
         for case in cases:
             cells = []
@@ -61,9 +66,13 @@ def main() -> int:
             rows.append((_FAMILIES[case["family"]], _KINDS.get(case["kind"], case["kind"]), case["form"], *cells))
     titles = [", ".join(f"{name} {version}" for name, version in client.items()) for client in clients]
     lines = [f"| family | artifact | form | {' | '.join(titles)} |", "|" + "---|" * (3 + len(titles))]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    made = {row[:3]: f"| {' | '.join(row)} |" for row in rows}
     page = HERE.parents[1] / "docs" / "clients.md"
     text = page.read_text()
+    if arguments.only and lines[0] in text:
+        kept = text.partition(lines[1])[2].partition("<!--")[0].strip().splitlines()
+        made = {tuple(line.strip("| ").split(" | ")[:3]): line for line in kept} | made
+    lines += made.values()
     start, end = "<!-- table -->", "<!-- end -->"
     before, _, rest = text.partition(start)
     page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
