@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -241,9 +241,7 @@ class Pretrained:
         )
 
     def _family(self, unet: dict[str, Any]) -> Family:
-        # 2.x came with linear projections around its transformers, and 1.x with convolutions.
-        found: Family = "sd2" if unet.get("use_linear_projection") else "sd1"
-        found = "sdxl" if len(self.text_encoders) > 1 else found
+        found = family_by(unet, two_encoders=len(self.text_encoders) > 1)
         if self.family not in (None, found):
             asked, kind = FAMILIES[self.family or found], FAMILIES[found]
             raise ValueError(
@@ -338,3 +336,10 @@ FAMILIES: dict[Family, tuple[str, str]] = {
     "sdxl": ("SDXL", "backbone=sdxl"),
 }
 """How each is called, and the config that is for it."""
+
+
+def family_by(unet: Mapping[str, Any], two_encoders: bool) -> Family:
+    """Which Stable Diffusion has a UNet of this config, and so many text encoders."""
+    # 2.x came with linear projections around its transformers, and 1.x with convolutions.
+    single: Family = "sd2" if unet.get("use_linear_projection") else "sd1"
+    return "sdxl" if two_encoders else single

@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from sdtune.backbone.models import wanted_shapes
+from sdtune.backbone.pretrained import FAMILIES, family_by
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.files import write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
@@ -22,6 +23,7 @@ from sdtune.formats.files import write_safetensors
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original import Family, Models, detect, split
 from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae
+from sdtune.formats.pipeline import weights_name
 from sdtune.paths import cache_folder
 
 log = logging.getLogger("sdtune")
@@ -40,11 +42,8 @@ def shipped(kind: str) -> Path | None:
 
 def family_of(folder: Path) -> Family:
     """Which Stable Diffusion the pipeline ``folder`` is, from its configs."""
-    if (folder / "text_encoder_2").is_dir():
-        return "sdxl"
     unet = json.loads((folder / "unet" / "config.json").read_text())
-    # 2.x came with linear projections around its transformers, and 1.x with convolutions.
-    return "sd2" if unet.get("use_linear_projection") else "sd1"
+    return family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())
 
 
 def unpacked(file: Path, config: Path | None, allow_pickle: bool) -> Path:
@@ -70,9 +69,9 @@ def unpacked(file: Path, config: Path | None, allow_pickle: bool) -> Path:
         source = config or CONFIGS / SHIPPED[family]
         if family_of(source) != family:
             raise ValueError(
-                f"backbone.config: {source} is of {_NAMES[family_of(source)]}, and {file} is {_NAMES[family]}"
+                f"backbone.config: {source} is of {FAMILIES[family_of(source)][0]}, and {file} is {FAMILIES[family][0]}"
             )
-        log.info("backbone: unpacking %s (%s) into the cache, once", file.name, _NAMES[family])
+        log.info("backbone: unpacking %s (%s) into the cache, once", file.name, FAMILIES[family][0])
         _write(target, source, tensors, family, f"backbone.path: {file}")
     return target
 
@@ -89,13 +88,10 @@ def unpacked_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
         found = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, wanted)
         check_keys(f"backbone.vae: {file}", _shapes(found), wanted)
         partial = _partial(target)
-        write_safetensors(partial / "diffusion_pytorch_model.safetensors", found, {"format": "pt"})
+        write_safetensors(partial / weights_name("vae"), found, {"format": "pt"})
         write_json(partial / "config.json", config)
         partial.rename(target)
     return target
-
-
-_NAMES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 
 
 def _place(file: Path, config: Path | None) -> Path:
@@ -133,8 +129,7 @@ def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Famil
         check_keys(f"{where} ({name})", _shapes(found[name]), wanted[name])
     partial = _partial(target)
     for name in components:
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_safetensors(partial / name / f"{stem}.safetensors", found[name], {"format": "pt"})
+        write_safetensors(partial / name / weights_name(name), found[name], {"format": "pt"})
         write_json(partial / name / "config.json", configs[name])
     for name, pads in _PADS.items():
         if family not in pads:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-from torch import Tensor
 
 from sdtune.backbone.nets import is_net
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
+from sdtune.formats.read import is_lora
 
 Kind = Literal["lora", "words", "controlnet", "model"]
 
@@ -82,12 +80,8 @@ def _of_file(path: Path, key: str) -> Artifact:
         return Artifact("words", path, path.stem, words)
     if is_net(tensors):
         return Artifact("controlnet", path, path.stem)
-    if _is_lora(tensors):
+    if is_lora(tensors):
         return Artifact("lora", path, path.stem)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return Artifact("model", path, path.stem)
     raise ValueError(f"{key}: {path} is no LoRA, embedding, ControlNet or whole model")
-
-
-def _is_lora(tensors: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith("lora_") or ".lora" in name for name in tensors)

@@ -14,7 +14,7 @@ from sdtune.files import write_json
 from sdtune.formats import write_safetensors
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.original import Models, join
-from sdtune.formats.pipeline import copy_pipeline
+from sdtune.formats.pipeline import copy_pipeline, weights_name
 
 
 def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
@@ -43,9 +43,8 @@ def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: 
     parts = components(backbone)
     copy_pipeline(source.folder(), target, without=list(parts), weights={})
     for name, tensors in parts.items():
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         write_json(target / name / "config.json", source.config(name))
-        write_safetensors(target / name / f"{stem}.safetensors", cast(tensors, dtype), {"format": "pt"})
+        write_safetensors(target / name / weights_name(name), cast(tensors, dtype), {"format": "pt"})
     write_json(target / "scheduler" / "scheduler_config.json", backbone.scheduler_config)
 
 

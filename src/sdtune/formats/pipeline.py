@@ -52,6 +52,11 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
             _copy_index(source / part, target / part, names)
 
 
+def weights_name(component: str) -> str:
+    """What the file of ``component``'s weights is called: transformers' and diffusers' own names."""
+    return f"{'model' if component.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
+
+
 def _spell_out(tokenizer: Path) -> None:
     """Beside ``tokenizer.json``, which transformers writes alone today, the two files that older clients need."""
     whole, vocabulary = tokenizer / "tokenizer.json", tokenizer / "vocab.json"

@@ -11,6 +11,11 @@ from sdtune.formats.files import read_safetensors
 from sdtune.formats.lora import LoRAWeights, few
 
 
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names holds a LoRA, of either form."""
+    return any(key.startswith("lora_") or ".lora" in key for key in keys)
+
+
 def read_lora(
     path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None
 ) -> tuple[LoRAWeights, dict[str, str]]:
@@ -28,7 +33,7 @@ def read_lora(
     tensors, metadata = read_safetensors(file)
     if any(key.startswith("lora_") for key in tensors):
         return kohya_lora.parse(file, tensors, modules, xl), metadata
-    if not any(".lora" in key for key in tensors):
+    if not is_lora(tensors):
         raise ValueError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
     weights = diffusers_lora.parse(file, tensors, metadata)
     if unknown := weights.pairs.keys() - set(modules):
