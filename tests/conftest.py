@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from pipelines import build_pipeline
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more
+os.environ["OMP_NUM_THREADS"] = "1"  # nor in the processes that tests start
 
 
 @pytest.fixture(scope="session")

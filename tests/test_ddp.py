@@ -59,6 +59,7 @@ def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> 
     assert log.read_text().count("captions: ") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     common = ["name=mine", "trainer.max_steps=100000", "data.batch_size=4", "checkpoint.every_steps=100000"]
@@ -72,6 +73,7 @@ def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path)
     assert (run / "artifact" / "mine.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_as_well(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     run, one = tmp_path / "run", tmp_path / "one"
     common = ["name=mine", "trainer.max_steps=3", "data.batch_size=4", "optimizer.lr=1e-3"]

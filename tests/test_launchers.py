@@ -20,6 +20,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_run_side_by_side(launcher: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"

@@ -397,6 +397,7 @@ def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, pictures: 
 _SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     """Under torchrun, all methods in one start; the same global batch in one process gives the same losses."""
     out = tmp_path / "losses.json"

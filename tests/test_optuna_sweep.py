@@ -85,6 +85,7 @@ def test_what_falls_behind_is_pruned(settings: list[str], tmp_path: Path, capsys
     assert "sweep: 2 of 3 jobs are done, 1 pruned" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_what_remains(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = ["callbacks.pruning=null", "checkpoint.every_steps=2", "trainer.max_steps=20", "hydra.sweeper.n_trials=3"]
@@ -222,6 +223,7 @@ def test_the_metrics_name_says_which_way_it_goes() -> None:
     assert [_direction(metric) for metric in ("validation_loss", "subject_gain")] == ["minimize", "maximize"]
 
 
+@pytest.mark.slow
 def test_a_job_of_two_devices_is_pruned_by_both_and_closes_its_loggers(settings: list[str], tmp_path: Path) -> None:
     """The first process must not be killed for the others' end: it has W&B to finish."""
     sweep, log = tmp_path / "sweep", tmp_path / "log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -178,6 +179,7 @@ def test_stopped_it_says_how_to_go_on(settings: list[str], tmp_path: Path) -> No
     assert not (sweep / "1").exists()
 
 
+@pytest.mark.slow
 def test_each_job_of_two_devices_trains_its_own_rate_on_both(settings: list[str], tmp_path: Path) -> None:
     """Lightning's further processes repeat a command line; a sweep's would be a sweep again (and was).
 
@@ -198,6 +200,7 @@ def test_each_job_of_two_devices_trains_its_own_rate_on_both(settings: list[str]
     assert states(sweep) == dict.fromkeys("0123", "done")
 
 
+@pytest.mark.slow
 def test_a_job_of_two_devices_that_fails_leaves_the_others(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [*settings, "hardware.strategy=ddp", "hardware.devices=2", "data.batch_size=4", "optimizer.lr=1e30,1e-3"]
@@ -303,7 +306,10 @@ def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(
         run_apart("train", [], [], tmp_path, False)
     assert time.monotonic() - began < 9
     other = Path("/proc") / (tmp_path / "other").read_text().strip() / "stat"
-    assert not other.exists() or other.read_text().split()[2] == "Z"
+    with contextlib.suppress(FileNotFoundError):
+        while other.read_text().split()[2] != "Z":  # a killed process takes a moment to go
+            assert time.monotonic() - began < 12
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("script", ["trap 'exit 1' TERM; while :; do sleep 0.05; done", "sleep 20"])

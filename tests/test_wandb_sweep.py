@@ -145,6 +145,7 @@ def test_wandbs_own_agent_hands_over_overrides(monkeypatch: pytest.MonkeyPatch, 
     assert loggers._run_id(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_terminated_while_it_is_measured_a_run_is_closed(
     offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
