@@ -152,6 +152,7 @@ def test_a_misspelt_metric_is_refused_before_the_first_job(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_search_is_extended_and_passes_over_a_trial_that_was_no_job_yet(settings: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     assert train(*settings, "callbacks.pruning=null", "trainer.max_steps=2", "hydra.sweeper.n_trials=2") == 0

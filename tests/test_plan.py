@@ -280,6 +280,7 @@ def test_it_says_with_which_switches_it_fits(
 # --- the command
 
 
+@pytest.mark.slow
 def test_it_needs_no_weights_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +313,7 @@ def test_every_recipe_can_be_planned(recipe: str) -> None:
     assert plan_run.job(config).count > 0
 
 
+@pytest.mark.slow
 def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [lora]\nrank: 3\n")

@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=[] if "accumulation" in v else pytest.mark.slow) for v in VARIANTS]
+    "variant", [pytest.param(v, marks=[] if v == "accumulation and validation" else pytest.mark.slow) for v in VARIANTS]
 )
 def test_killed_and_resumed_is_never_killed(
     variant: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -79,9 +79,8 @@ def test_killed_and_resumed_is_never_killed(
     same(run, reference)
 
 
-@pytest.mark.parametrize(
-    ("asked", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3", "data.workers=1"]
     common += ["data.hold_out=5", "trainer.val_check_interval=7"]

@@ -211,6 +211,7 @@ def test_a_job_of_two_devices_that_fails_leaves_the_others(settings: list[str], 
     assert error.startswith("step 2: the loss or its gradient is not finite")
 
 
+@pytest.mark.slow
 def test_a_sweep_that_runs_keeps_others_out(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_sweep_that_runs_keeps_others_out(
     assert states(tmp_path / "sweep") == {"0": "failed", "1": "done"}
 
 
+@pytest.mark.slow
 def test_what_killed_processes_leave_says_nothing_wrong(settings: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     assert train(*settings, "method.rank=2,3,4") == 0

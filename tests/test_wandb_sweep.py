@@ -165,6 +165,7 @@ def test_terminated_while_it_is_measured_a_run_is_closed(
     assert "sdtune: stopped; sdtune train resume=RUN goes on" in log.read_text()
 
 
+@pytest.mark.slow
 def test_disabled_it_leaves_nothing(
     tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

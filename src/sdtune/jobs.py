@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,25 +40,28 @@ class Job:
 
     def __call__(self, composed: DictConfig) -> float | None:
         """The metric that ``optimized_metric`` names; None where the job failed, which its folder then says."""
+        whole = HydraConfig.instance().cfg
+        assert whole is not None
         if not self.beside:
-            return self._tracked(composed)
-        sweep = Path(str(HydraConfig.get().sweep.dir))
+            return self.run(composed, whole)
+        sweep = Path(str(whole.hydra.sweep.dir))
         try:
             # A stop that comes between the two reaches this process by a signal.
             with reachable(sweep):
-                return self._tracked(composed) if stopping(sweep) is None else None
+                return self.run(composed, whole) if stopping(sweep) is None else None
         except (SystemExit, KeyboardInterrupt):
             return None
 
-    def _tracked(self, composed: DictConfig) -> float | None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    def run(self, composed: DictConfig, whole: DictConfig) -> float | None:
+        """Run the job of ``composed``, and keep how it ended; ``whole`` is its config with Hydra's own part."""
+        folder = Path(whole.hydra.runtime.output_dir)
+        overrides = [str(override) for override in whole.hydra.overrides.task]
         state: dict[str, Any] = {"overrides": overrides, "state": UNFINISHED}
         try:
             if not finished(folder):
                 # What a killed process leaves behind says that it was not at an end.
                 write_json(folder / STATE, state)
-                self._run(composed, overrides, folder)
+                self._run(composed, whole, folder)
             state |= {"state": "done", "metric": _metric(composed, folder)}
         except Stopped as stop:
             # Only what is no Exception passes through Hydra and ends the sweep with the job.
@@ -78,20 +80,31 @@ class Job:
             release()
         return _metric(composed, folder)
 
-    def _run(self, composed: DictConfig, overrides: Sequence[str], folder: Path) -> None:
+    def _run(self, composed: DictConfig, whole: DictConfig, folder: Path) -> None:
         with locked(folder):
-            _keep_config(composed, folder)
+            _keep_config(composed, whole, folder)
             _go_on(composed, folder)
             run = self.prepare(composed, folder)
-            if not _apart(composed):
+            if not self.apart(composed):
                 run(composed)
                 return
         # Lightning would start the other processes with the sweep's own command line, and kill this one with them.
-        own = command_line_folder(HydraConfig.get().runtime.config_sources)
+        own = command_line_folder(whole.hydra.runtime.config_sources)
+        overrides = [str(override) for override in whole.hydra.overrides.task]
         run_apart(self.command, [] if own is None else ["-cd", own], overrides, folder, bool(composed.get("resume")))
 
+    @staticmethod
+    def apart(config: DictConfig) -> bool:
+        """Whether the job is a process of its own: where it has several devices, or a process group to leave behind."""
+        from sdtune.hardware import processes
 
-def _keep_config(composed: DictConfig, folder: Path) -> None:
+        node = OmegaConf.to_container(config.hardware, resolve=True) if "hardware" in config else {}
+        assert isinstance(node, dict)
+        settings = {str(key): value for key, value in node.items()}
+        return processes(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
+
+
+def _keep_config(composed: DictConfig, whole: DictConfig, folder: Path) -> None:
     """Write what Hydra writes of a job, once: resumed, it would be overwritten by what is composed today."""
     place = folder / ".hydra"
     if (place / "config.yaml").is_file():
@@ -99,8 +112,6 @@ def _keep_config(composed: DictConfig, folder: Path) -> None:
         assert isinstance(container, dict)
         check_unchanged({str(key): value for key, value in container.items()}, folder)
         return
-    whole = HydraConfig.instance().cfg
-    assert whole is not None
     write_yaml(place / "hydra.yaml", OmegaConf.masked_copy(whole, ["hydra"]))
     write_yaml(place / "overrides.yaml", whole.hydra.overrides.task)
     write_yaml(place / "config.yaml", composed)  # last: that it is there says that the others are
@@ -143,13 +154,3 @@ def _metric(config: DictConfig, folder: Path) -> float | None:
         return None
     value = json.loads((folder / "metrics.json").read_text()).get(config.optimized_metric)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _apart(config: DictConfig) -> bool:
-    """Whether the job is a process of its own: where it has several devices, or a process group to leave behind."""
-    from sdtune.hardware import processes
-
-    node = OmegaConf.to_container(config.hardware, resolve=True) if "hardware" in config else {}
-    assert isinstance(node, dict)
-    settings = {str(key): value for key, value in node.items()}
-    return processes(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")

@@ -49,7 +49,8 @@ def wandb_logger(
         tags=list(tags),
         save_dir=save_dir,
         id=_run_id(folder),
-        settings=wandb.Settings(mode="offline") if offline else None,
+        # Several runs of one process may be open at once.
+        settings=wandb.Settings(mode="offline" if offline else None, reinit="create_new"),
     )
     logger.experiment.define_metric("trainer/global_step")
     logger.experiment.define_metric("*", step_metric="trainer/global_step")
@@ -107,6 +108,4 @@ def close(loggers: list[Any], failed: bool) -> None:
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
         if type(logger).__name__ == "WandbLogger":
-            import wandb
-
-            wandb.finish(exit_code=1 if failed else 0)
+            logger.experiment.finish(exit_code=1 if failed else 0)

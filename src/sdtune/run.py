@@ -37,12 +37,13 @@ from sdtune.instantiate import build
 from sdtune.loggers import close, keep_artifact
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
+from sdtune.sharing.run import Sharing
 from sdtune.sweeps import names
 
 log = logging.getLogger("sdtune")
 
 
-def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+def prepare(config: DictConfig, folder: Path, sharing: Sharing | None = None) -> Callable[[DictConfig], Any]:
     """Check ``config`` and ``folder``, and give the function that runs it."""
     container = plain(config)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -62,7 +63,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     elif first and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
     data = check_run(container)
-    return lambda composed: execute(plain(composed), data, folder)
+    return lambda composed: execute(plain(composed), data, folder, sharing)
 
 
 def _callbacks(
@@ -84,23 +85,27 @@ def _callbacks(
     return record, checkpoints, [*own, *chosen[len(averages) :], checkpoints]
 
 
-def build_adapter(config: dict[str, Any]) -> Adapter:
+def build_adapter(config: dict[str, Any], sharing: Sharing | None = None) -> Adapter:
     """The method of a checked ``config``, with everything that it is given."""
     top = settings(config)
     parts = {group: build(config[group], top.trust) for group in ("backbone", "objective", "optimizer", "lr_schedule")}
+    if sharing is not None:
+        parts["backbone"] = sharing.source(parts["backbone"])
     switches = {key: config["hardware"].get(key, False) for key in hardware.SWITCHES}
     own = {"new_tokens": top.new_tokens, "tokens_lr": top.tokens_lr, "seed": top.seed}
     adapter: Adapter = build(config["method"], top.trust, {**parts, **switches, **own})
     return adapter
 
 
-def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | None:
+def execute(config: dict[str, Any], data: PictureData, folder: Path, sharing: Sharing | None = None) -> float | None:
     """Train, write the artifact, evaluate, and write ``metrics.json`` last."""
     top = settings(config)
     name = top.name or data.name
     (folder / "metrics.json").unlink(missing_ok=True)
-    adapter = build_adapter(config)
+    adapter = build_adapter(config, sharing)
     record, checkpoints, callbacks = _callbacks(config, folder, name, top)
+    if sharing is not None:
+        callbacks = sharing.callbacks(callbacks, checkpoints)
     start = last_checkpoint(folder) if top.resume else None
     loggers: list[Any] = []
     failed = True
@@ -124,10 +129,13 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> float | 
             "enable_checkpointing": False,
             "use_distributed_sampler": False,
         }
-        trainer: pl.Trainer = build(trainer_arguments(config), top.trust, given)
+        alone = sharing.alone() if sharing is not None else {}
+        trainer: pl.Trainer = build({**trainer_arguments(config), **alone}, top.trust, given)
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
         figures = _figures(trainer, adapter, data, record, folder, name, config)
         if trainer.is_global_zero:
+            if sharing is not None:
+                figures["shared_with"] = sharing.count
             _write_card(adapter, data, folder, config, figures)
             keep_artifact(loggers, folder / "artifact", name)
             write_json(folder / "metrics.json", figures)

@@ -74,6 +74,7 @@ class SlowValidation(Callback):
         time.sleep(1.0)
 
 
+@pytest.mark.slow
 def test_validation_is_no_part_of_the_steps_time(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     """At an interval that is no multiple of the flushes' own."""
     record = Record(tmp_path)

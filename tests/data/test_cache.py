@@ -103,6 +103,7 @@ def test_threads_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) 
     assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
 
 
+@pytest.mark.slow
 def test_processes_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) -> None:
     script = (
         "import sys, torch; from pathlib import Path; from sdtune.data.cache import TensorCache\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -66,12 +67,16 @@ class Checkpoints(Callback):
 
     # --- asked to stop
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def ask(self, number: int) -> None:
+        """Have the run end its step, save and stop."""
+        self.stopped_by = signal.Signals(number)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
             self._leave("before the first step; what the caches hold is kept, the same command goes on", number)
         if self.stopped_by is not None and number == signal.SIGINT:
             self._leave("at once; sdtune train resume=RUN goes on from the last checkpoint", number)
-        self.stopped_by = signal.Signals(number)
+        self.ask(number)
 
     @staticmethod
     def _leave(how: str, number: int) -> NoReturn:
@@ -86,8 +91,10 @@ class Checkpoints(Callback):
         self._listen()  # Lightning has taken SIGTERM in the meantime
 
     def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # of several runs in one process; whoever has started them listens
         for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, self._ask)
+            before = signal.signal(number, self._heard)
             self._handlers.setdefault(number, before)
 
     def restore_handlers(self) -> None:

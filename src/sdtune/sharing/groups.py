@@ -1,0 +1,80 @@
+"""Which jobs of a sweep may share a backbone, by their configs alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdtune import hardware
+from sdtune.instantiate import resolve
+
+_OWN = (
+    *("method", "optimizer", "lr_schedule", "objective", "evaluation", "callbacks", "logger", "checkpoint", "data"),
+    *("name", "seed", "trial", "new_tokens", "tokens_lr", "exports", "save_every", "optimized_metric", "default_lr"),
+    *("resume", "trust", "paths"),
+)
+"""Top-level keys that each run follows by itself, whatever its neighbours do."""
+
+_SAME = ("method._target_", "data.batch_size", "data.resolution")
+"""Below those, what makes the samples of two runs fit into one batch."""
+
+
+@dataclass
+class Group:
+    """Jobs, by their place in the sweep's list, that go through one backbone; or one that cannot, with the reason."""
+
+    jobs: list[int] = field(default_factory=list)
+    alone: str | None = None
+
+
+def groups(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """Sort the resolved ``configs`` of a sweep's jobs, in their order."""
+    found: dict[str, Group] = {}
+    for number, config in enumerate(configs):
+        reason = _alone(config)
+        key = f"{number}" if reason else json.dumps(_shared(config), sort_keys=True, default=str)
+        found.setdefault(key, Group(alone=reason)).jobs.append(number)
+    return list(found.values())
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """A key in which two jobs differ that must have it in common to share; None where there is none."""
+    here, there = _shared(one), _shared(other)
+    return next((key for key in here if here[key] != there.get(key)), None)
+
+
+def _alone(config: Mapping[str, Any]) -> str | None:
+    """Why a job can share its backbone with none."""
+    method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
+    if getattr(method, "leaves", None) not in ("lora", "words"):
+        return f"method: {method.__name__} trains the backbone itself, or a net beside it"
+    if config["backbone"].get("from_scratch"):
+        return "backbone.from_scratch: its weights are drawn from the job's own seed"
+    if config["hardware"].get("offload"):
+        return "hardware.offload: it would move what the others need"
+    if hardware.processes(config["hardware"]) > 1 or str(config["hardware"].get("strategy", "")).startswith("ddp"):
+        return "hardware.devices: several processes share no memory; give hardware.devices=1"
+    return None
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What two jobs must have in common, by dotted key."""
+    common = _flat({key: value for key, value in config.items() if key not in _OWN})
+    for key in _SAME:
+        group, _, name = key.partition(".")
+        common[key] = config[group].get(name)
+    data = config["data"]
+    named = data.get("class_prompt") is not None or data.get("class_path") is not None
+    common["data.class_prompt"] = named and data.get("prior_weight", 1.0) > 0
+    return common
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found

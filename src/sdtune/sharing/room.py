@@ -1,0 +1,30 @@
+"""How many runs a device holds at once, by what ``sdtune plan`` counts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+from omegaconf import DictConfig
+
+from sdtune import hardware, plan_run
+from sdtune.planning.memory import ALLOWANCE
+
+
+def room(wholes: Sequence[DictConfig]) -> int:
+    """At least 1; ``wholes`` are the composed configs of jobs that may share a backbone."""
+    # The widest job stands for all.
+    job = plan_run.job(max(wholes, key=lambda whole: int(whole.method.get("rank", 0))))
+    figures = plan_run.figures(job)
+    cost = figures.checkpointed if job.config["hardware"].get("gradient_checkpointing") else figures.plain
+    own = figures.gradients + figures.state + figures.average + max(cost.together, figures.gradients)
+    free = _memory(str(job.config["hardware"].get("accelerator", "auto"))) - ALLOWANCE - figures.total.bytes
+    return max(1, min(len(wholes), free // own))
+
+
+def _memory(kind: str) -> int:
+    """Bytes of the device, or those that a CPU's machine has free."""
+    if hardware.accelerator(kind) in ("gpu", "cuda"):
+        return torch.cuda.get_device_properties(0).total_memory
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,114 @@
+"""What a training run does otherwise where it shares its backbone with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from diffusers import UNet2DConditionModel
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+from sdtune.callbacks.bar import Bar
+from sdtune.callbacks.checkpoints import Checkpoints
+from sdtune.methods.base import Adapter
+from sdtune.sharing.pool import Back, Forward, Mode, Pool, Shared
+from sdtune.sharing.turns import Join, Turns
+
+
+class Sharing:
+    """A group's backbone, as one of its runs sees it.
+
+    Args:
+        count: how many runs move together; figures of cost are theirs together.
+    """
+
+    def __init__(self, pool: Pool, turns: Turns, count: int) -> None:
+        self.pool, self.turns, self.count = pool, turns, count
+        self.asked: int | None = None
+        """The signal by which the group was asked to stop."""
+        self._checkpoints: dict[int, Checkpoints] = {}
+
+    def source(self, source: Pretrained) -> Pretrained:
+        """The same backbone, whose weights are in memory once."""
+        return Shared(source, self.pool)
+
+    def alone(self) -> dict[str, Any]:
+        """The trainer's arguments that differ from the config's: a run has one device, and moves nothing of it."""
+        return {"devices": 1, "num_nodes": 1, "strategy": OneDevice(self)}
+
+    def callbacks(self, own: list[Callback], checkpoints: Checkpoints) -> list[Callback]:
+        """A run's callbacks, of which ``checkpoints`` is one, with what it needs to move with the others."""
+        seat = self.turns.here
+        assert seat is not None
+        self.pool.enter(seat)
+        self._checkpoints[seat] = checkpoints
+        if self.asked is not None:
+            checkpoints.ask(self.asked)
+        # One bar tells how far all of them are.
+        return [Together(self.turns), *(each for each in own if seat == 0 or not isinstance(each, Bar))]
+
+    def stop(self, number: int) -> None:
+        """Have every run end its step, save and stop."""
+        self.asked = number
+        for checkpoints in self._checkpoints.values():
+            checkpoints.ask(number)
+
+    def left(self, seat: int) -> None:
+        """The run at ``seat`` is over."""
+        self._checkpoints.pop(seat, None)
+        self.pool.leave(seat)
+
+    def attach(self, adapter: Adapter) -> None:
+        """Have ``adapter``'s UNet and its gradients go through the one for all."""
+        unet = adapter.backbone.unet
+        unet.forward = self._forward(unet)
+        adapter.backward = self._back  # type: ignore[method-assign]
+
+    def _forward(self, unet: UNet2DConditionModel) -> Callable[..., Any]:
+        def forward(sample: Tensor, timestep: Tensor, **more: Any) -> Any:
+            kind = sample.device.type
+            mode = Mode(
+                torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
+                unet.training,
+                (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            )
+            inputs = {"sample": sample, "timestep": timestep.expand(len(sample)), **more}
+            return self.turns.ask(Forward(unet, inputs, mode))
+
+        return forward
+
+    def _back(self, loss: Tensor, *args: Any, **more: Any) -> None:
+        self.turns.ask(Back(loss, more))
+
+
+class OneDevice(SingleDeviceStrategy):
+    """Leaves the weights that are shared where they are, when a run begins and when it ends."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        super().__init__(sharing.pool.device)
+        self._sharing = sharing
+
+    def model_to_device(self) -> None:
+        assert isinstance(self.model, Adapter)
+        self._sharing.pool.settle(self.model)
+        self._sharing.attach(self.model)
+
+    def teardown(self) -> None:
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
+
+
+class Together(Callback):
+    """From the first step on, a run moves with the others."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._turns.ask(Join())
