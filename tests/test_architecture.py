@@ -27,6 +27,8 @@ LAYERS = [
         "report",
         "reporting",
         "comparison",
+        "sharing",
+        "shared_launcher",
     },
     {"callbacks", "evaluation", "exporting", "pocket", "planning"},
     {"methods"},
@@ -40,7 +42,7 @@ ANYWHERE = {"data", "formats"}
 """Beside the layers: they know no model, and any layer may use them."""
 
 HYDRA = (
-    {"launch", "sweeps", "jobs", "optuna_sweeper", "checks", "resume", "train", "sample", "evaluate"}
+    {"launch", "sweeps", "jobs", "optuna_sweeper", "shared_launcher", "checks", "resume", "train", "sample", "evaluate"}
     | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "export", "plan")}
     | {"run"}
 )

@@ -18,6 +18,7 @@ from running import export, train
 from sdtune.backbone import Pretrained
 from sdtune.exporting import Export, find
 from sdtune.formats import LoRAWeights, canonical, diffusers_lora, factors
+from sdtune.formats.files import read_metadata
 from sdtune.methods import ControlNet, Full, LoRA
 from sdtune.sampling import Request, Sampling, generate
 
@@ -234,7 +235,9 @@ def test_words_of_two_encoders_are_one_form(build: dict[Family, Path], tmp_path:
 # --- the command
 
 
-def test_a_run_is_exported_and_its_card_goes_along(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_run_is_exported_and_its_card_goes_along(
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     common = [f"backbone.path={tiny}", "backbone=sd15", "data=folder", f"data.path={pictures}", "data.prompt=a fox"]
     code = train(
@@ -243,7 +246,7 @@ def test_a_run_is_exported_and_its_card_goes_along(tiny: Path, pictures: Path, t
         'exports=[{format: single_file}, {format: kohya, rank: 2}]',
     )  # fmt: skip
     assert code == 0
-    assert (run / "export/single_file/fox.safetensors").is_file()
+    assert (run / "export/single_file/fox-merged.safetensors").is_file()
     assert {
         v.shape[0] for k, v in load_file(run / "export/kohya/fox.safetensors").items() if k.endswith("lora_down.weight")
     } == {2}
@@ -255,8 +258,24 @@ def test_a_run_is_exported_and_its_card_goes_along(tiny: Path, pictures: Path, t
     assert (run / "artifact/samples.png").is_file()
     out = tmp_path / "out"
     assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 0
-    assert Pretrained(str(out / "fox")).facts.side == 32
-    assert (out / "README.md").read_text() == card
+    assert Pretrained(str(out / "fox-merged")).facts.side == 32
+    assert "A whole Stable Diffusion, a pipeline folder in fp16: a LoRA merged into its base at 1." in (
+        said := (out / "README.md").read_text()
+    )
+    assert "# fox-merged\n" in said
+    assert "- lora\n" in card
+    assert "- lora\n" not in said
+    assert card[card.index("## Settings") :] == said[said.index("## Settings") :]
+    assert "The LoRA in kohya's form, fp16, reduced to rank 2." in (run / "export/kohya/README.md").read_text()
+    assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 2
+    assert f"hydra.run.dir: {out} holds an export already" in capsys.readouterr().err
+    assert export(f"run={run}", "format=single_file", "strength=0.5", f"hydra.run.dir={tmp_path}/half") == 0
+    about = read_metadata(tmp_path / "half/fox-merged-0.5.safetensors")
+    assert (about["sdtune_lora"], about["sdtune_strength"]) == ("fox", "0.5")
+    assert about["sdtune_base_hash"] == Pretrained(str(tiny)).hash()
+    assert export(f"run={run}", "format=diffusers", f"hydra.run.dir={tmp_path}/diffusers") == 0
+    header = read_metadata(tmp_path / "diffusers/pytorch_lora_weights.safetensors")
+    assert not [key for key in header if key.startswith(("ss_", "sshs_"))]
 
 
 WRONG = {

@@ -365,3 +365,8 @@ def test_an_optimizer_that_looks_at_its_sums_is_counted(tiny: Path) -> None:
     """Prodigy: two moments, the sum that its estimate divides by, and the initial weights."""
     found = figures("method=lora", "optimizer=prodigy", "backbone=sd15", f"backbone.path={tiny}")
     assert found.state == pytest.approx(4 * 4 * found.total.trained, rel=0.01)
+
+
+def test_a_prompt_may_be_as_long_as_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("backbone=sd15", f"backbone.path={tiny}", "backbone.max_tokens=150", "hardware=cpu") == 0
+    assert "secrets" not in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -41,6 +40,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     source = build(backbone, trust)
     artifact = find(place, "run" if own["run"] is not None else "artifact")
     export.check(artifact)
+    if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
+        raise ValueError(f"hydra.run.dir: {folder} holds an export already; name another, or leave it out")
     source.check()
     if artifact.kind == "model":
         source.trained(artifact.path).check()
@@ -65,9 +66,7 @@ def execute(
     """Write, and push where that is asked for."""
     written = export.write(artifact, source, folder)
     if card is not None and card.is_file():
-        for file in (card, card.with_name("samples.png")):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        export.write_card(artifact, card, folder)
     for place in written:
         log.info("%s (%.1f MB)", place, _bytes(place) / 1e6)
     if push_to is not None:

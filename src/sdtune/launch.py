@@ -100,8 +100,8 @@ def main(
             refuse(f"{option}: sdtune has one top config a command; name a recipe with -cd DIR experiment={value}")
     for override in args.overrides:
         key = override.split("=", 1)[0].lstrip("+~")
-        # data.token and new_tokens are words of a prompt.
-        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens")):
+        # data.token and new_tokens are words of a prompt, and max_tokens is how many it may have.
+        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens", "backbone.max_tokens")):
             refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
     if args.multirun and not writes:
         refuse(f"--multirun: sdtune {command} runs once; leave it out")

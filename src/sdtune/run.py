@@ -31,6 +31,7 @@ from sdtune.children import wait_for_children
 from sdtune.data import PictureData
 from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.exporting import find, write_card
+from sdtune.exporting.card import CARD
 from sdtune.figures import finite
 from sdtune.files import write_json
 from sdtune.instantiate import build
@@ -179,7 +180,7 @@ def _write_card(
         "hash": source.hash(),
         "trigger": data.keep,
     }
-    facts |= {"pictures": len(data.train), "captions": data.captions()}
+    facts |= {"pictures": len(data.train), "captions": data.captions(), "side": data.resolution}
     write_card(folder / "artifact", artifact, config, facts, figures, folder / "samples" / "before_after.png")
 
 
@@ -188,8 +189,10 @@ def _export(adapter: Adapter, folder: Path, config: dict[str, Any]) -> None:
     for export in exports(config, adapter.leaves):
         try:
             artifact = find(folder / "artifact", "run")
-            for place in export.write(artifact, adapter.source, folder / "export" / export.format):
-                log.info("export: %s", place)
+            place = folder / "export" / export.format
+            for written in export.write(artifact, adapter.source, place):
+                log.info("export: %s", written)
+            export.write_card(artifact, folder / "artifact" / CARD[0], place)
         except (ValueError, OSError, RuntimeError) as error:
             log.error(
                 "exports: %s: %s; the run is complete, and sdtune export run=%s format=%s makes it",

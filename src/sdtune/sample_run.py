@@ -139,7 +139,9 @@ def _write(
     if len({picture.shape for row in rows for picture in row}) == 1:
         prompts_shown = [request.prompt for request, _ in requests]
         if len(factors) > 1:
-            sheet = grid(rows, [f"strength x {factor:g}" for factor in factors], prompts_shown)
+            seeded = [f"{request.prompt}, seed {request.seed}" for request, _ in requests]
+            columns = seeded if len(config["seeds"]) > 1 else prompts_shown
+            sheet = grid(rows, [f"strength x {factor:g}" for factor in factors], columns)
         elif len(config["seeds"]) > 1 and not config["prompts_file"]:
             seeds = len(config["seeds"])
             shown = [rows[0][i : i + seeds] for i in range(0, len(rows[0]), seeds)]

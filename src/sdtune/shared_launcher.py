@@ -110,7 +110,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
 
     def _together(self, wholes: Sequence[DictConfig], called: str) -> None:
         """Run jobs that share a backbone, so many at once as there is room for."""
-        from sdtune import hardware, run
+        from sdtune import hardware, plan_run, run
         from sdtune.checks import plain, trainer_arguments
         from sdtune.sharing.pool import Pool
         from sdtune.sharing.room import room
@@ -118,7 +118,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
 
         with _as_current(wholes[0]):
             arguments = trainer_arguments(plain(_own(wholes[0])))
-        most = room(wholes) if self.max_adapters == "auto" else self.max_adapters
+        most = room([plan_run.job(whole) for whole in wholes]) if self.max_adapters == "auto" else self.max_adapters
         turns_of = -(-len(wholes) // most)
         seats = -(-len(wholes) // turns_of)
         several = "" if turns_of == 1 else f", {seats} at once"

@@ -118,6 +118,7 @@ class Pretrained:
         from sdtune.backbone.single_file import unpacked
 
         config = Path(self.config_folder).expanduser() if self.config_folder else None
+        config = Pretrained().folder() if self.config_folder == "pocket" else config
         if config is not None and not (config / "model_index.json").is_file():
             raise ValueError(
                 f"backbone.config: {config / 'model_index.json'} is missing; name a pipeline folder's configs"
@@ -155,8 +156,9 @@ class Pretrained:
             from sdtune.backbone.single_file import unpacked_vae
 
             place = unpacked_vae(place, pipeline, self.allow_pickle)
-        if not (place / "config.json").is_file():
-            raise ValueError(f"backbone.vae: {place / 'config.json'} is missing; name the folder of an AutoencoderKL")
+        file = place / "config.json"
+        if not file.is_file() or read_config(file).get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"backbone.vae: {place} is no AutoencoderKL's folder; name one, with its config.json")
         return with_vae(pipeline, place)
 
     @cached_property
@@ -180,7 +182,9 @@ class Pretrained:
         )
         file = self._configs / "model_index.json" if component == "" else self._configs / component / name
         if not file.is_file():
-            raise ValueError(f"backbone.path: {file} is missing; a pipeline folder in the diffusers layout has it")
+            lora = component == "" and any(self._configs.glob("*.safetensors"))
+            how = "a LoRA goes to adapters=" if lora else "a pipeline folder in the diffusers layout has it"
+            raise ValueError(f"backbone.path: {file} is missing; {how}")
         return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:

@@ -125,8 +125,16 @@ def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Famil
     configs = {name: json.loads((source / name / "config.json").read_text()) for name in components}
     wanted = {name: wanted_shapes(name, source) for name in components}
     found = split(tensors, Models(family, **configs), wanted)
-    for name in components:
-        check_keys(f"{where} ({name})", _shapes(found[name]), wanted[name])
+    try:
+        for name in components:
+            check_keys(f"{where} ({name})", _shapes(found[name]), wanted[name])
+    except ValueError as error:
+        if not source.is_relative_to(CONFIGS):
+            raise
+        raise ValueError(
+            f"{error} Or a model of another shape: then give backbone.config=FOLDER, a pipeline of that shape"
+            " (backbone.config=pocket for what was made from pocket)"
+        ) from error
     partial = _partial(target)
     for name in components:
         write_safetensors(partial / name / weights_name(name), found[name], {"format": "pt"})

@@ -20,6 +20,12 @@ CARD = ("README.md", "samples.png")
 """Its files in an artifact's folder."""
 
 _TAGS = {"lora": ["lora"], "words": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
+_USE = {
+    "lora": "diffusers: `pipe.load_lora_weights(FOLDER)`; ComfyUI, A1111: `{name}.safetensors` among their LoRAs",
+    "words": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's own file among embeddings",
+    "controlnet": "diffusers: `ControlNetModel.from_pretrained('{name}')`",
+    "model": "diffusers: `StableDiffusionPipeline.from_pretrained('{name}')`",
+}
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _FIGURES = 12
 
@@ -38,7 +44,8 @@ def write_card(
         folder: the artifact's.
         artifact: what lies in it.
         config: the run's, resolved.
-        facts: ``family``, ``backbone`` (its name), ``hash``, ``pictures``, ``captions`` and ``trigger``.
+        facts: ``family``, ``backbone`` (its name), ``hash``, ``pictures``, ``side`` (in pixels), ``captions`` and
+            ``trigger``.
         figures: of ``metrics.json``.
         grid: of samples, before and after.
     """
@@ -60,7 +67,10 @@ def write_card(
     lines += ["| | |", "|---|---|"]
     lines += [f"| base model | {_cell(facts['backbone'])}, weights `{str(facts['hash'])[:16]}` |"]
     lines += [f"| trigger words | {', '.join(words) or 'none'} |"]
-    lines += [f"| data | {facts['pictures']} pictures; captions such as {_quoted(facts['captions'])} |"]
+    data = config.get("data", {})
+    sizes = f"batch size {data.get('batch_size')}, {facts['side']} pixels"
+    lines += [f"| data | {facts['pictures']} pictures, {sizes}; captions such as {_quoted(facts['captions'])} |"]
+    lines += [f"| use | {_USE[artifact.kind].format(name=artifact.name)} |"]
     lines += ["| licence | **to be named by the author**; the base model's own applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
     numbers = {k: v for k, v in finite(dict(figures)).items() if isinstance(v, int | float)}
@@ -70,6 +80,22 @@ def write_card(
     target = folder / "README.md"
     target.write_text("\n".join(lines))
     return target
+
+
+def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, what: str, whole: bool) -> None:
+    """The run's ``card`` for one of its exports in ``folder``: called ``name``, and saying ``what`` it is.
+
+    Args:
+        whole: whether it is a model by itself, whatever the run has trained.
+    """
+    text = card.read_text()
+    text = text.replace(f"\n# {artifact.name}\n", f"\n# {name}\n", 1)
+    text = text.replace(f"{_WHAT[artifact.kind]}, trained with sdtune.", f"{what}. All below is of the run.", 1)
+    for tag in _TAGS[artifact.kind] if whole else ():
+        text = text.replace(f"- {tag}\n", "", 1)
+    (folder / card.name).write_text(text)
+    if (grid := card.with_name("samples.png")).is_file():
+        shutil.copyfile(grid, folder / grid.name)
 
 
 _WHAT = {

@@ -17,6 +17,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.nets import embedding_widths, load_net
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.exporting.artifact import Artifact, Kind
+from sdtune.exporting.card import write_export_card
 from sdtune.exporting.models import cast, write_pipeline, write_single_file
 from sdtune.files import write_json
 from sdtune.formats import LoRAWeights, canonical, diffusers_lora, embeddings, factors, kohya_lora, write_safetensors
@@ -98,6 +99,27 @@ class Export:
         }[artifact.kind](artifact, source, folder)
         return [*written, *self._words(artifact, source, folder)]
 
+    def write_card(self, artifact: Artifact, card: Path, folder: Path) -> None:
+        """Beside what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
+        lora = artifact.kind == "lora"
+        form = {"pipeline": "a pipeline folder", "single_file": "a single file", "kohya": "kohya's form"}.get(
+            self.format, "diffusers' form"
+        )
+        if lora and self._whole:
+            name = self.merged(artifact.name)
+            what = f"A whole Stable Diffusion, {form} in {self.dtype}: a LoRA merged into its base at {self.strength:g}"
+        else:
+            model = "LoRA extracted from a fine-tuned model" if self.format == "kohya" else "model"
+            kinds = {"lora": "LoRA", "words": "learned word", "controlnet": "ControlNet", "model": model}
+            name, kind = artifact.name, kinds[artifact.kind]
+            cut = f", reduced to {self._kept}" if lora and self._kept else ""
+            what = f"The {kind} in {form}, {self.dtype}{cut}"
+        write_export_card(folder, card, artifact, name, what, self._whole and lora)
+
+    @property
+    def _kept(self) -> str:
+        return f"rank {self.rank}" if self.rank else f"{self.energy:.0%} of its energy" if self.energy else ""
+
     # --- words
 
     def _words(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
@@ -122,7 +144,9 @@ class Export:
         [loaded] = adapters.load(backbone, [file])
         if self._whole:
             with adapters.applied(backbone, [loaded], [self.strength]):
-                return self._whole_model(artifact.name, backbone, source, folder)
+                about = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
+                about["sdtune_base_hash"] = source.hash()
+                return self._whole_model(self.merged(artifact.name), backbone, source, folder, about)
         weights, metadata = loaded.weights, read_metadata(artifact.path)
         if self.rank is not None or self.energy is not None:
             weights, shares = factors.reduce(weights, self.rank, self.energy)
@@ -141,6 +165,8 @@ class Export:
         dtype = DTYPES[self.dtype]
         about = {"sdtune_backbone_hash": source.hash(), **metadata}
         if self.format == "diffusers":
+            # kohya's fields speak of kohya's file, its hash among them.
+            about = {key: value for key, value in about.items() if not key.startswith(("ss_", "sshs_"))}
             target = folder / diffusers_lora.FILE_NAME
             diffusers_lora.write(target, weights, about, dtype)
             return [target]
@@ -165,7 +191,7 @@ class Export:
     def _model(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         tuned = source.trained(artifact.path)
         if self.format != "kohya":
-            return self._whole_model(artifact.name, tuned.load(), tuned, folder)
+            return self._whole_model(artifact.name, tuned.load(), tuned, folder, {})
         backbone, changed = source.load(), tuned.load()
         if backbone.facts.family != changed.facts.family:
             raise ValueError(f"backbone.path: {source.path} is not what {artifact.path} was trained from")
@@ -185,10 +211,16 @@ class Export:
         _say_rest(backbone, changed, set(after))
         return self._lora_file(artifact.name, weights, backbone, source, {}, folder)
 
-    def _whole_model(self, name: str, backbone: Backbone, source: Pretrained, folder: Path) -> list[Path]:
+    def merged(self, name: str) -> str:
+        """What a whole model is called that the LoRA ``name`` is merged into: it goes to another folder of programs."""
+        return f"{name}-merged" + (f"-{self.strength:g}" if self.strength != 1.0 else "")
+
+    def _whole_model(
+        self, name: str, backbone: Backbone, source: Pretrained, folder: Path, about: dict[str, str]
+    ) -> list[Path]:
         if self.format == "single_file":
             target = folder / f"{name}.safetensors"
-            write_single_file(backbone, source, target, DTYPES[self.dtype], {})
+            write_single_file(backbone, source, target, DTYPES[self.dtype], about)
         else:
             target = folder / name
             write_pipeline(backbone, source, target, DTYPES[self.dtype])

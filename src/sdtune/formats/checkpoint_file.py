@@ -47,6 +47,10 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
             f"{key}: {path} is a pickle, which can carry code; get it as .safetensors, or, if you trust where it"
             " comes from, set backbone.allow_pickle=true: then tensors alone are taken from it"
         )
+    with path.open("rb") as handle:
+        begins = handle.read(1)
+    if not zipfile.is_zipfile(path) and begins not in (b"\x80", b"P"):
+        raise ValueError(f"{key}: {path} is no checkpoint of torch's, perhaps a web page under that name; get it again")
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -70,4 +74,4 @@ def _first_line(error: Exception) -> str:
     # torch explains at length how to load it all the same; what it met comes after.
     told = [line for line in text.splitlines() if "Unsupported" in line or "GLOBAL" in line]
     plain = "no pickle of tensors" if "Weights only load failed" in text else text
-    return (told[0] if told else plain).strip().splitlines()[0][:200]
+    return (told[0] if told else plain).strip().splitlines()[0].split(". ")[0].split(", there is")[0][:200]

@@ -92,6 +92,8 @@ class Pool:
         if self._base is None:
             self._base = source.load()
             self._base.suit(self.device)
+            if self.precision == "64-true":
+                self._base.double()  # as Lightning does with a model that it is given
         base = self._base
         memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.parameters()}
         memo |= {id(b): b for b in base.buffers()}

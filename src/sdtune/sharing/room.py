@@ -6,21 +6,20 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from omegaconf import DictConfig
 
 from sdtune import hardware, plan_run
 from sdtune.planning.memory import ALLOWANCE
 
 
-def room(wholes: Sequence[DictConfig]) -> int:
-    """At least 1; ``wholes`` are the composed configs of jobs that may share a backbone."""
+def room(jobs: Sequence[plan_run.Job]) -> int:
+    """At least 1; ``jobs`` may share a backbone."""
     # The widest job stands for all.
-    job = plan_run.job(max(wholes, key=lambda whole: int(whole.method.get("rank", 0))))
+    job = max(jobs, key=lambda job: int(job.config["method"].get("rank", 0)))
     figures = plan_run.figures(job)
     cost = figures.checkpointed if job.config["hardware"].get("gradient_checkpointing") else figures.plain
     own = figures.gradients + figures.state + figures.average + max(cost.together, figures.gradients)
     free = _memory(str(job.config["hardware"].get("accelerator", "auto"))) - ALLOWANCE - figures.total.bytes
-    return max(1, min(len(wholes), free // own))
+    return max(1, min(len(jobs), free // own))
 
 
 def _memory(kind: str) -> int:

@@ -1,0 +1,129 @@
+"""The launcher: which jobs go together, the folders that they leave, a stop, and what remains afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from running import arguments, rows, start, train, wait_for_step
+from sdtune.sharing.groups import difference, groups
+
+LAUNCHER = "hydra/launcher=shared_backbone"
+
+
+@pytest.fixture
+def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=3")
+    return ["-m", *(a for a in own if not a.startswith(("hydra.run.dir", "callbacks.samples")))]
+
+
+def files(run: Path) -> set[str]:
+    return {
+        str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and not file.name.startswith("run-")
+    }
+
+
+def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
+    assert train(*own, LAUNCHER, "hydra.launcher.max_adapters=2", f"hydra.sweep.dir={tmp_path}/together") == 0
+    assert "jobs 0-2 share one backbone, 2 at once" in capsys.readouterr().out
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/alone") == 0
+    for job in "012":
+        together, alone = tmp_path / "together" / job, tmp_path / "alone" / job
+        assert files(together) == files(alone)
+        for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "job.json", "samples/step00000000.png"):
+            assert (together / name).read_bytes() == (alone / name).read_bytes(), name
+        kept = yaml.safe_load((together / ".hydra/hydra.yaml").read_text())["hydra"]
+        assert kept["runtime"]["output_dir"] == str(together)
+        ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (together, alone))
+        assert ours.pop("shared_with") == 2
+        assert ours.keys() == theirs.keys()
+        assert f"figures: {together}" in (together / "train.log").read_text()
+        assert (together / "train.log").read_text().count("figures:") == 1
+
+
+def test_what_cannot_share_runs_by_itself_and_is_named(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [a for a in settings if not a.startswith(("method=", "method.rank", "data.batch_size"))]
+    assert (
+        train(
+            *own, "callbacks.samples=null", LAUNCHER, "method=lora,full", "data.batch_size=1,2", "seed=0,1",
+            f"hydra.sweep.dir={tmp_path}/sweep",
+        )
+        == 0
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "jobs 0-1 share one backbone\n" in said
+    assert "jobs 2-3 share one backbone\n" in said
+    assert said.count("by itself: method: Full trains the backbone itself, or a net beside it") == 4
+    assert "sweep: 8 of 8 jobs are done" in said
+
+
+def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_path: Path) -> None:
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = [a for a in settings if not a.startswith("trainer.max_steps")]
+    own += ["callbacks.samples=null", LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}"]
+    process = start(log, *own, "trainer.max_steps=4000")
+    wait_for_step(process, sweep / "1", 3, log)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert f"sdtune: the sweep is stopped; sdtune train -m resume={sweep} goes on with it" in log.read_text()
+    last = [max((sweep / job / "checkpoints").glob("step*.ckpt")).stem for job in "01"]
+    assert last[0] == last[1]
+    assert all((sweep / job / "artifact" / "mine.safetensors").is_file() for job in "01")
+    assert rows(sweep / "0")[-1]["step"] == str(int(last[0].removeprefix("step")))
+
+
+BASE = {
+    "method": {"_target_": "sdtune.methods.LoRA", "rank": 4},
+    "backbone": {"_target_": "sdtune.backbone.Pretrained", "path": "pocket"},
+    "hardware": {"devices": 1, "strategy": "auto"},
+    "data": {"batch_size": 2, "resolution": None, "class_prompt": None},
+    "trainer": {"max_steps": 3},
+    "seed": 0,
+}
+
+
+def changed(group: str, **settings: object) -> dict[str, object]:
+    return {**BASE, group: {**BASE[group], **settings}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        (changed("method", rank=8), None),
+        (changed("data", path="elsewhere", flip=True), None),
+        ({**BASE, "seed": 1}, None),
+        (changed("data", batch_size=4), "data.batch_size"),
+        (changed("data", class_prompt="a dog"), "data.class_prompt"),
+        (changed("trainer", max_steps=4), "trainer.max_steps"),
+        (changed("backbone", path="other"), "backbone.path"),
+    ],
+)
+def test_settings_may_differ_and_the_model_may_not(other: dict[str, object], key: str | None) -> None:
+    assert difference(BASE, other) == key
+    assert len(groups([BASE, other])) == (1 if key is None else 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (changed("hardware", offload=True), "hardware.offload"),
+        (changed("hardware", devices=2), "hardware.devices"),
+        (changed("method", _target_="sdtune.methods.ControlNet"), "method: ControlNet"),
+        (changed("backbone", from_scratch=["unet"]), "backbone.from_scratch"),
+    ],
+)
+def test_who_can_share_with_none(config: dict[str, object], reason: str) -> None:
+    [one, two] = groups([config, config])
+    assert one.alone is not None
+    assert one.alone.startswith(reason)
+    assert two.jobs == [1]

@@ -1,0 +1,72 @@
+"""Jobs that move in turns: who waits for whom, what comes back, and how one's end leaves the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sdtune.sharing.turns import Join, Question, Turns
+
+
+class Number(Question):
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+def run(seats: int, jobs: list[Callable[[Turns], None]]) -> list[dict[int, int]]:
+    """The questions that were answered together, by seat; each answer is a hundred more."""
+    asked: list[dict[int, int]] = []
+
+    def answer(questions: dict[int, Question]) -> None:
+        numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
+        if numbers:
+            asked.append({seat: q.value for seat, q in numbers.items()})
+        for question in numbers.values():
+            question.answer = question.value + 100
+
+    turns = Turns(seats, answer)
+    turns.run(lambda job=job: job(turns) for job in jobs)
+    return asked
+
+
+def asks(*values: int, joins: bool = True) -> Callable[[Turns], None]:
+    def job(turns: Turns) -> None:
+        if joins:
+            turns.ask(Join())
+        for value in values:
+            assert turns.ask(Number(value)) == value + 100
+
+    return job
+
+
+def test_what_all_ask_is_answered_together() -> None:
+    assert run(2, [asks(1, 2), asks(10, 20)]) == [{0: 1, 1: 10}, {0: 2, 1: 20}]
+
+
+def test_before_it_has_joined_a_job_waits_for_none() -> None:
+    assert run(2, [asks(1, joins=False), asks(10), asks(20)]) == [{0: 1}, {0: 10, 1: 20}]
+
+
+def test_the_next_job_takes_the_place_of_one_that_ends() -> None:
+    assert run(2, [asks(1), asks(10, 20, 30), asks(5, 6)]) == [{0: 1, 1: 10}, {1: 20, 0: 5}, {0: 6, 1: 30}]
+
+
+def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:
+    ended: list[str] = []
+
+    def fails(turns: Turns) -> None:
+        turns.ask(Join())
+        turns.ask(Number(1))
+        raise RuntimeError("over")
+
+    def waits(turns: Turns) -> None:
+        try:
+            asks(10, 20, 30)(turns)
+        except RuntimeError as error:
+            ended.append(str(error))
+            raise
+
+    with pytest.raises(RuntimeError, match="over"):
+        run(2, [waits, fails])
+    assert ended == ["over"]
