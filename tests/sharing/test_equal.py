@@ -99,6 +99,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_setting_in_float32(variant: str, settings: list[str], tmp_path: Path) -> None:
     own = [*settings, *VARIANTS[variant], "optimizer.lr=1e-3", EPS]
@@ -114,6 +115,7 @@ def test_every_setting_in_float32(variant: str, settings: list[str], tmp_path: P
         assert [r["step"] for r in ours] == [r["step"] for r in theirs]
 
 
+@pytest.mark.slow
 def test_in_half_precision_no_further_than_splits_of_a_batch(settings: list[str], tmp_path: Path) -> None:
     own = [*settings, "hardware.precision=bf16-mixed", "method.rank=4", "data.batch_size=4", "optimizer.lr=1e-3"]
     splits = sweep(tmp_path / "splits", own, "trainer.accumulate_grad_batches=1,2,4")
@@ -123,7 +125,7 @@ def test_in_half_precision_no_further_than_splits_of_a_batch(settings: list[str]
     assert max(distance(together / job, alone / job) for job in "012") < 2 * usual
 
 
-@pytest.mark.parametrize("other", ["3e-4", "1e30"])
+@pytest.mark.parametrize("other", [pytest.param("3e-4", marks=pytest.mark.slow), "1e30"])
 def test_a_neighbour_moves_nothing(other: str, settings: list[str], tmp_path: Path) -> None:
     own = [*settings, "method.rank=2", LAUNCHER]
     quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4,1e-5")
@@ -133,6 +135,7 @@ def test_a_neighbour_moves_nothing(other: str, settings: list[str], tmp_path: Pa
         assert (quiet / job / "metrics.csv").read_text() == (loud / job / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_subject_each(settings: list[str], tiny: Path, tmp_path: Path) -> None:
     for number in range(3):
         folder = tmp_path / f"subject{number}"

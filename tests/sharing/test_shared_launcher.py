@@ -49,6 +49,7 @@ def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
         assert (together / "train.log").read_text().count("figures:") == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_share_runs_by_itself_and_is_named(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,7 @@ def test_what_cannot_share_runs_by_itself_and_is_named(
     assert "sweep: 8 of 8 jobs are done" in said
 
 
+@pytest.mark.slow
 def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
