@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 
@@ -18,12 +18,13 @@ def run(seats: int, jobs: list[Callable[[Turns], None]]) -> list[dict[int, int]]
     """The questions that were answered together, by seat; each answer is a hundred more."""
     asked: list[dict[int, int]] = []
 
-    def answer(questions: dict[int, Question]) -> None:
+    def answer(questions: dict[int, Question]) -> Collection[int]:
         numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
         if numbers:
             asked.append({seat: q.value for seat, q in numbers.items()})
         for question in numbers.values():
             question.answer = question.value + 100
+        return numbers
 
     turns = Turns(seats, answer)
     turns.run(lambda job=job: job(turns) for job in jobs)
@@ -50,6 +51,22 @@ def test_before_it_has_joined_a_job_waits_for_none() -> None:
 
 def test_the_next_job_takes_the_place_of_one_that_ends() -> None:
     assert run(2, [asks(1), asks(10, 20, 30), asks(5, 6)]) == [{0: 1, 1: 10}, {1: 20, 0: 5}, {0: 6, 1: 30}]
+
+
+def test_what_is_not_answered_waits_for_the_next_time() -> None:
+    asked: list[list[int]] = []
+
+    def answer(questions: dict[int, Question]) -> Collection[int]:
+        numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
+        first = {seat for seat, q in numbers.items() if q.value < 10} or set(numbers)
+        asked.append(sorted(numbers[seat].value for seat in first))
+        for seat in first:
+            numbers[seat].answer = numbers[seat].value + 100
+        return first
+
+    turns = Turns(2, answer)
+    turns.run(lambda job=job: job(turns) for job in [asks(1, 11), asks(12)])
+    assert asked == [[1], [11, 12]]
 
 
 def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,21 +118,23 @@ class Pool:
 
     # --- one UNet for all
 
-    def answer(self, questions: dict[int, Question]) -> None:
-        """Answer what the runs at these seats ask, in as few passes as their shapes allow."""
-        alike: dict[Any, dict[int, Forward]] = {}
-        losses: list[Back] = []
-        for seat, question in questions.items():
-            if isinstance(question, Forward):
-                key = (question.mode, _shape(question.inputs))
-                alike.setdefault(key, {})[seat] = question
-            else:
-                assert isinstance(question, Back)
-                losses.append(question)
+    def answer(self, questions: dict[int, Question]) -> Collection[int]:
+        """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
+
+        Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
+        """
+        losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
         if losses:
-            torch.autograd.backward([one.loss for one in losses], **losses[0].more)
+            each = list(losses.values())
+            torch.autograd.backward([one.loss for one in each], **each[0].more)
+            return losses.keys()
+        alike: dict[Any, dict[int, Forward]] = {}
+        for seat, question in questions.items():
+            assert isinstance(question, Forward)
+            alike.setdefault((question.mode, _shape(question.inputs)), {})[seat] = question
         for calls in alike.values():
             self._forward(calls)
+        return questions.keys()
 
     def leave(self, seat: int) -> None:
         """The run at ``seat`` has ended: zeros stand for its samples, so that the others' sums stay as they are."""

@@ -7,7 +7,7 @@ questions are answered together. Imports no torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 
@@ -51,10 +51,11 @@ class Turns:
 
     Args:
         seats: how many; as one job ends, the next takes its place.
-        answer: sets the answers of the questions that are given, by seat.
+        answer: sets the answers of the questions that are given, by seat, and says whose it has answered: others wait
+            for the next time, with those who ask the same by then.
     """
 
-    def __init__(self, seats: int, answer: Callable[[dict[int, Question]], None]) -> None:
+    def __init__(self, seats: int, answer: Callable[[dict[int, Question]], Collection[int]]) -> None:
         self.places = range(seats)
         self._answer = answer
         self._seats: dict[int, Seat] = {}
@@ -105,14 +106,13 @@ class Turns:
             seat.go.release()
             self._back.acquire()
             if isinstance(seat.question, Join):
-                seat.joined = True
-            if seat.question is not None and not seat.joined:
+                seat.joined, seat.question = True, None
+            elif seat.question is not None and not seat.joined:
                 self._reply({number: seat.question})
         return not seat.ended
 
     def _reply(self, questions: dict[int, Question]) -> None:
-        self._answer({n: q for n, q in questions.items() if not isinstance(q, Join)})
-        for number in questions:
+        for number in self._answer(questions):
             self._seats[number].question = None
 
     def _end(self, error: BaseException) -> None:
