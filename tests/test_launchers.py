@@ -35,7 +35,8 @@ def test_jobs_run_side_by_side(launcher: str, tiny: Path, pictures: Path, tmp_pa
     assert "job 1 (optimizer.lr=1e+30) failed: step 2: the loss or its gradient is not finite" in log.read_text()
 
 
-@pytest.mark.parametrize("how", [pytest.param("Ctrl-C", marks=pytest.mark.slow), "SIGTERM"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_stopped_side_by_side_every_job_saves(how: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
     """A terminal's Ctrl-C reaches all processes; a scheduler's SIGTERM perhaps only the sweep's own."""
     sweep, log = tmp_path / "sweep", tmp_path / "log"

@@ -100,7 +100,7 @@ def test_sizes_and_crops_reach_the_unet(backbone: Backbone, pipe: Any) -> None:
         whole = backbone.predict(noisy, times, text)
         alone = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
         same = backbone.predict(noisy, times, text, frame=alone)
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # layouts differ, and sums with them
     assert torch.equal(whole, same)
     assert not torch.allclose(ours, whole)
 

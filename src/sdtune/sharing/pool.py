@@ -25,18 +25,34 @@ from sdtune.sharing.turns import Question
 
 @dataclass(frozen=True)
 class Mode:
-    """What of the state around a call decides how it is computed; each thread has its own."""
+    """What of the state around a call decides how it is computed."""
 
     gradients: bool
     training: bool
     autocast: tuple[bool, torch.dtype]
+    default: torch.dtype
 
     @contextmanager
     def entered(self, kind: str) -> Iterator[None]:
         """The same state in the thread at hand, on devices of ``kind``."""
         enabled, dtype = self.autocast
-        with torch.set_grad_enabled(self.gradients), torch.autocast(kind, dtype, enabled=enabled):
+        with (
+            default_dtype(self.default),
+            torch.set_grad_enabled(self.gradients),
+            torch.autocast(kind, dtype, enabled=enabled),
+        ):
             yield
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default type, which all threads have in common."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass

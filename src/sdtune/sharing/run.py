@@ -16,8 +16,8 @@ from sdtune.backbone import Pretrained
 from sdtune.callbacks.bar import Bar
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.methods.base import Adapter
-from sdtune.sharing.pool import Back, Forward, Mode, Pool, Shared
-from sdtune.sharing.turns import Join, Turns
+from sdtune.sharing.pool import Back, Forward, Mode, Pool, Shared, default_dtype
+from sdtune.sharing.turns import Join, Question, Turns
 
 
 class Sharing:
@@ -32,6 +32,7 @@ class Sharing:
         self.asked: int | None = None
         """The signal by which the group was asked to stop."""
         self._checkpoints: dict[int, Checkpoints] = {}
+        self._default = torch.get_default_dtype()
 
     def source(self, source: Pretrained) -> Pretrained:
         """The same backbone, whose weights are in memory once."""
@@ -76,14 +77,20 @@ class Sharing:
                 torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
                 unet.training,
                 (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+                torch.get_default_dtype(),
             )
             inputs = {"sample": sample, "timestep": timestep.expand(len(sample)), **more}
-            return self.turns.ask(Forward(unet, inputs, mode))
+            return self._ask(Forward(unet, inputs, mode))
 
         return forward
 
     def _back(self, loss: Tensor, *args: Any, **more: Any) -> None:
-        self.turns.ask(Back(loss, more))
+        self._ask(Back(loss, more))
+
+    def _ask(self, question: Question) -> Any:
+        # Lightning's 64-true and 16-true change torch's default type for a step; a neighbour moves within it.
+        with default_dtype(self._default):
+            return self.turns.ask(question)
 
 
 class OneDevice(SingleDeviceStrategy):
