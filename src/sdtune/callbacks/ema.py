@@ -26,15 +26,16 @@ class EMA(Callback):
     def __init__(self, decay: Annotated[float, Interval(gt=0, lt=1)] = 0.999) -> None:
         self.decay = decay
         self.shadow: dict[str, Tensor] = {}
+        self._trained: list[Tensor] = []
         self._step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         pl_module.average = self
         # A checkpoint has been loaded by now, on the CPU; a fresh run begins at the initial weights.
-        self.shadow = {
-            name: self.shadow.get(name, p.detach().float()).to(p.device, copy=True) for name, p in pl_module.trainable()
-        }
+        trained = pl_module.trainable()
+        self.shadow = {name: self.shadow.get(name, p.detach().float()).to(p.device, copy=True) for name, p in trained}
+        self._trained = [p for _, p in trained]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step  # at on_fit_start a resumed run's step is not yet known
@@ -48,7 +49,7 @@ class EMA(Callback):
         assert isinstance(pl_module, Adapter)
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.float() for _, p in pl_module.trainable()], 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), [p.float() for p in self._trained], 1 - decay)
 
     def swapped(self, module: nn.Module) -> AbstractContextManager[None]:
         """Within it, ``module`` holds the averaged weights; afterwards its own, to the bit."""

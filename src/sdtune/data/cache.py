@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ class TensorCache:
     def get(self, key: str) -> Tensor:
         """The tensor of ``key``; ValueError naming the file if it cannot be read."""
         try:
-            return load_file(self.path(key))["value"]
+            return _read(self.path(key))
         except SafetensorError as error:
             raise ValueError(f"{self.path(key)}: a damaged cache entry ({error}); delete it and run again") from error
 
@@ -71,6 +72,12 @@ class TensorCache:
                     )
                 self.put(key, value)
             progress(len(keys))
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path) -> Tensor:
+    # A few pictures are read again and again, in a sweep on one backbone by every run; at most some 100 MiB stay.
+    return load_file(path)["value"]
 
 
 def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:

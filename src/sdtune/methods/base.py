@@ -30,7 +30,6 @@ from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.groups import by_component
 from sdtune.methods.guard import Guard
 from sdtune.objective import Objective
-from sdtune.randomness import generator
 
 
 class Adapter(pl.LightningModule, ABC):
@@ -165,7 +164,9 @@ class Adapter(pl.LightningModule, ABC):
             checkpoint_activations(self)
         if self.vae_tiling:
             self.backbone.decode_in_tiles()
-        assert self.trainable(), "inject() opened nothing"
+        opened = self.trainable()
+        assert opened, "inject() opened nothing"
+        self._vae_alone = all(name.startswith("backbone.vae.") for name, _ in opened)
 
     def artifact(self, folder: Path, name: str) -> None:
         """Write everything that other programs load, from the weights as they are now."""
@@ -213,7 +214,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text states; frozen half-precision weights need autocast also outside a training step."""
-        with self.autocast():
+        with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             return self.backbone.encode_text(prompts)
 
     def autocast(self) -> torch.autocast:
@@ -250,8 +251,7 @@ class Adapter(pl.LightningModule, ABC):
             offset = self.noise((shape[0], 1, 1), f"{stream}/offset", step, positions)
             noise = noise + objective.offset_noise * offset
         timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
-            text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
+        text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
         schedule = self.backbone.schedule
         output = self.denoise(schedule.add_noise(clean, noise, timesteps), timesteps, text, batch)
         return objective(
@@ -265,9 +265,7 @@ class Adapter(pl.LightningModule, ABC):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # Dropout inside a model uses the global generator; seeding it by place makes a resumed run exact.
-        place = generator(self.seed, f"dropout/{self.global_rank}", int(batch["step"]), batch_idx)
-        torch.manual_seed(int(place.integers(2**31)))
+        draws.seed_dropout(self.seed, self.global_rank, int(batch["step"]), batch_idx, self.device)
         terms, loss = self._diffusion_terms(batch)
         extra = self.extra_losses(batch)
         terms |= extra
@@ -284,7 +282,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The figures of the diffusion loss, and what of it is minimised."""
-        if all(name.startswith("backbone.vae.") for name, _ in self.trainable()):
+        if self._vae_alone:
             self._moments(batch)  # no trained weight stands behind the diffusion loss
             return {}, torch.zeros((), device=self.device)
         per_sample = self.losses(batch)
@@ -333,7 +331,7 @@ class Adapter(pl.LightningModule, ABC):
     ) -> None:
         """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
         scaled = self.trainer.precision == "16-mixed"
-        parameters = [p for _, p in self.trainable()]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.step_figures |= self.guard.clip(
             optimizer, parameters, gradient_clip_val, self.step_figures["loss"], scaled
         )

@@ -32,3 +32,12 @@ def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence
     else:
         rungs = [int(generator(seed, f"{stream}/timestep", step, p).integers(count)) for p in positions]
     return torch.tensor(rungs).to(device, non_blocking=True)
+
+
+def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:
+    """Seed the global generators, which dropout inside a model uses, by place: a resumed run is exact."""
+    number = int(generator(seed, f"dropout/{rank}", step, batch_idx).integers(2**31))
+    # torch.manual_seed takes milliseconds: it looks up its caller's whole stack for devices that there are not.
+    torch.default_generator.manual_seed(number)
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).manual_seed(number)

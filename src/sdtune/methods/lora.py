@@ -23,6 +23,7 @@ from sdtune.formats.lora import LoRAWeights, canonical
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
 from sdtune.methods.groups import by_component
+from sdtune.methods.site import Site
 from sdtune.randomness import generator
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
@@ -204,6 +205,7 @@ class LoRA(Adapter):
             lora_dropout=self.dropout,
             use_rslora=self.alpha_policy == "rslora",
         )
+        config._register_custom_module({nn.Linear: Site})  # peft's way to layers of one's own
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             if "lora_A" in name:

@@ -19,7 +19,8 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import HALVES, Backbone
 from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.base import Adapter
-from sdtune.sharing.stack import Pair, Present, Stacked
+from sdtune.sharing.padded import Padding, Pair, Stack
+from sdtune.sharing.stack import Present, Stacked
 from sdtune.sharing.turns import Question
 
 
@@ -97,7 +98,7 @@ class Pool:
         self._moved: dict[int, Tensor] = {}
         self._unet: UNet2DConditionModel | None = None
         self._sites: set[str] = set()
-        self._present = Present()
+        self._present, self._padding = Present(), Padding()
         self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
         self._vacant: set[int] = set()
 
@@ -170,14 +171,22 @@ class Pool:
         pairs = {seat: self._pairs(calls[seat].unet) if seat in calls else {} for seat in seats}
         for name in {name for own in pairs.values() for name in own} - self._sites:
             self._open(unet, name)
-        self._present.pairs = {name: [pairs[seat].get(name) for seat in seats] for name in self._sites}
+        present = {name: [pairs[seat].get(name) for seat in seats] for name in self._sites}
         blank = _mapped(torch.zeros_like, first.inputs) if empty else {}
         inputs = _joined([calls[seat].inputs if seat in calls else blank for seat in seats])
         with first.mode.entered(self.device.type):
+            self._present.stacks = self._padding.stacks(present, self._products())
             out = unet(**inputs).sample
         for part, seat in zip(out.chunk(len(seats)), seats, strict=True):
             if seat in calls:
                 calls[seat].answer = UNet2DConditionOutput(sample=part)
+
+    def _products(self) -> torch.dtype:
+        """The type in which pairs are multiplied."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return torch.float64 if self.precision == "64-true" else torch.float32
 
     def _built(self, like: UNet2DConditionModel) -> UNet2DConditionModel:
         """The UNet that works for all, without pairs to begin with; ``like`` a run's own is."""
@@ -190,7 +199,9 @@ class Pool:
             self._unet = copy.deepcopy(self._base.unet, memo)
             if like.is_gradient_checkpointing:
                 # Blocks are computed again within backward, when others may be in the batch.
-                checkpoint_activations(self._unet, context_fn=lambda: (nullcontext(), self._again(self._present.pairs)))
+                checkpoint_activations(
+                    self._unet, context_fn=lambda: (nullcontext(), self._again(self._present.stacks))
+                )
         return self._unet
 
     def _open(self, unet: UNet2DConditionModel, name: str) -> None:
@@ -202,12 +213,12 @@ class Pool:
         self._sites.add(name)
 
     @contextmanager
-    def _again(self, pairs: Mapping[str, Sequence[Pair | None]]) -> Iterator[None]:
-        now, self._present.pairs = self._present.pairs, pairs
+    def _again(self, stacks: Mapping[str, Stack]) -> Iterator[None]:
+        now, self._present.stacks = self._present.stacks, stacks
         try:
             yield
         finally:
-            self._present.pairs = now
+            self._present.stacks = now
 
     def _pairs(self, unet: UNet2DConditionModel) -> dict[str, Pair]:
         """The pairs in a run's own UNet as they are now, by the site's name."""

@@ -1,0 +1,171 @@
+"""``make bench``: step time, memory and start-up of each method, ours and diffusers' example scripts, on this machine.
+
+Each measurement is a process of its own; what is compared alternates. A group of measurements is written to
+results.json as it is complete, and the next call goes on with those that are missing; README.md is made from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from commands import BEST, DOCUMENTED, METHODS, Command, Shape, ours, peer, pictures
+from gate import gate
+from page import page
+from sweep import sweeps
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "real_shapes"))
+from measure import random_pipeline
+
+HERE = Path(__file__).parent
+ROUNDS = 3
+STEPS = {"pocket": 40, "sd15": 6}
+"""Optimizer steps of a measurement; the first quarter, at least two, is warm-up."""
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str, Any]:
+    """What ``clock.py`` saw of ``command`` in a fresh process."""
+    out = folder / "seen.json"
+    out.unlink(missing_ok=True)
+    argv = [sys.executable, str(HERE / "clock.py"), watch, str(steps), str(out), command.target, *command.arguments]
+    log = folder / "log"
+    with log.open("w") as handle:
+        began = {"BENCH_BEGAN": repr(time.monotonic()), "SDTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        run = subprocess.Popen(
+            argv, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | began, start_new_session=True
+        )
+        run.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)  # workers of a data loader
+    if not out.is_file():
+        raise RuntimeError(f"{' '.join(argv)}: no figures; its output ends {log.read_text()[-2000:]}")
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def figures(ends: list[float]) -> dict[str, Any]:
+    """Of the times at which steps ended, since the process was asked for."""
+    warm = max(2, len(ends) // 4)
+    each = [later - sooner for sooner, later in zip(ends[warm - 1 :], ends[warm:], strict=False)]
+    return {"first_step_seconds": ends[0], "step_seconds": each}
+
+
+def compared(method: str, shape: Shape, precision: str, examples: Path | None, folder: Path) -> dict[str, Any]:
+    """The variants of a method by turns, each several times in a fresh process; and what a step of each does."""
+    data, run = folder / f"pictures-{shape.side}", folder / "run"
+    variants = {
+        "sdtune": ours(method, shape, data, run, precision),
+        "sdtune, no caches": ours(
+            method, shape, data, run, precision, "data.cache_latents=false", "data.cache_text=false"
+        ),
+    }
+    if examples is not None:
+        documented = DOCUMENTED.get(method, ())
+        variants["diffusers"] = peer(examples, method, shape, data, run, precision, *documented)
+        if documented or method in BEST:
+            variants["diffusers, best flags"] = peer(
+                examples, method, shape, data, run, precision, *BEST.get(method, ())
+            )
+    found: dict[str, Any] = {name: {"step_seconds": [], "first_step_seconds": [], "peak": []} for name in variants}
+    for turn in range(ROUNDS):
+        for name, command in variants.items():
+            shutil.rmtree(run, ignore_errors=True)
+            seen = measured("time", command, STEPS[shape.name], folder)
+            one = figures(seen["ends"])
+            found[name]["step_seconds"].append(median(one["step_seconds"]))
+            found[name]["first_step_seconds"].append(one["first_step_seconds"])
+            found[name]["peak"].append(seen["peak_memory_bytes"])
+            print(f"{shape.name} {method} {precision} {name} {turn}: {median(one['step_seconds']):.3f} s", flush=True)
+    for name, command in variants.items():
+        shutil.rmtree(run, ignore_errors=True)
+        found[name] |= measured("count", command, 4, folder)
+    shutil.rmtree(run, ignore_errors=True)
+    found["rate"] = rate(torch.float32 if precision == "32-true" else torch.bfloat16)
+    return found
+
+
+def rate(dtype: torch.dtype, side: int = 2048, times: int = 8) -> float:
+    """TFLOP/s that the cores reach in the product of two square matrices, the best of several."""
+    one, other = torch.randn(2, side, side).to(dtype)
+    best = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        one @ other
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best / 1e12
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "multiplies bfloat16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="a checkout of diffusers, whose examples are timed too")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="for weights and runs")
+    parser.add_argument("groups", nargs="*", help="beginnings of names such as pocket/lora; all if there is none")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    examples = arguments.peer / "examples" if arguments.peer else None
+    if examples is not None and not examples.is_dir():
+        raise SystemExit(f"--peer: {arguments.peer} has no folder examples; name a checkout of diffusers")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = HERE / "results.json"
+    found: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+
+    def wanted(name: str) -> bool:
+        return name not in found and (not arguments.groups or name.startswith(tuple(arguments.groups)))
+
+    def keep(name: str, figures: dict[str, Any]) -> None:
+        found[name] = {**figures, "machine": machine()}
+        target.write_text(json.dumps(found, indent=1) + "\n")
+        (HERE / "README.md").write_text(page(found))
+
+    from sdtune.pocket import path
+
+    shapes = [Shape("pocket", path(), 64), Shape("sd15", folder / "sd15", 256)]
+    if wanted("gate"):
+        keep("gate", gate(shapes[0]))
+    for shape in shapes:
+        pictures(folder / f"pictures-{shape.side}", shape.side)
+        for precision in PRECISIONS:
+            for method in METHODS:
+                name = f"{shape.name}/{method}/{precision}"
+                if wanted(name):
+                    if shape.name == "sd15":
+                        random_pipeline(shape.weights)
+                    keep(name, compared(method, shape, precision, examples, folder))
+    for batch in (1, 4):
+        for precision in PRECISIONS:
+            name = f"sweep/{batch}/{precision}"
+            if wanted(name):
+                keep(name, sweeps(batch, precision, folder))
+    (HERE / "README.md").write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()

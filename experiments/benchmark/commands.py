@@ -1,0 +1,139 @@
+"""What is timed: sdtune's command and its peer's for the same work, with the same pictures on the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+CAPTION = "a photo of a cat"
+METHODS = ("lora", "textual_inversion", "dreambooth", "full", "controlnet")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone and the pictures it is trained on: ``weights`` a pipeline's folder, ``side`` in pixels."""
+
+    name: str
+    weights: Path
+    side: int
+
+
+@dataclass(frozen=True)
+class Command:
+    """A module or script with its arguments."""
+
+    target: str
+    arguments: tuple[str, ...]
+
+
+def pictures(folder: Path, side: int, count: int = 8) -> Path:
+    """A folder that both read: pictures with captions beside them, and diffusers' list of them with control maps."""
+    rows = []
+    for sub in ("captioned", "bare", "listed", "paired"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        noise = Image.effect_noise((side, side), 60 + 10 * number)
+        picture = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+        for sub in ("captioned", "bare", "listed", "paired"):
+            picture.save(folder / sub / f"{number}.png")
+        picture.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
+        (folder / "captioned" / f"{number}.txt").write_text(CAPTION)
+        rows.append({"file_name": f"{number}.png", "text": CAPTION})
+    _list(folder / "listed", rows)
+    _list(folder / "paired", [{**r, "conditioning_image_file_name": f"{i}-map.png"} for i, r in enumerate(rows)])
+    return folder
+
+
+def _list(folder: Path, rows: Sequence[dict[str, str]]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more: str) -> Command:
+    """``sdtune train`` with what its peer does by default: batch 1, AdamW, a constant rate, no average."""
+    own = {
+        "lora": ["method.rank=4", f"data.path={data / 'captioned'}"],
+        "textual_inversion": [
+            'new_tokens=[{token: "<new>", init: cat}]',
+            "data.templates=object",
+            'data.prompt="<new>"',
+            f"data.path={data / 'bare'}",
+        ],
+        "dreambooth": [
+            "data.class_prompt=a photo of a dog",
+            f"data.class_path={data / 'bare'}",
+            f"data.path={data / 'captioned'}",
+        ],
+        "full": [f"data.path={data / 'captioned'}"],
+        "controlnet": ["data/control=canny", f"data.path={data / 'captioned'}"],
+    }[method]
+    arguments = [
+        f"method={method}",
+        f"backbone.path={shape.weights}",
+        *(["backbone.prediction_type=null"] if shape.name == "pocket" else []),
+        "data=folder",
+        "data.batch_size=1",
+        f"data.resolution={shape.side}",
+        "hardware=cpu",
+        f"hardware.precision={precision}",
+        "trainer.max_steps=1000",
+        "lr_schedule.warmup_steps=0",
+        "callbacks.samples=null",
+        "evaluation=none",
+        f"hydra.run.dir={run}",
+    ]
+    return Command("sdtune.train", (*arguments, *own, *more))
+
+
+SCRIPTS = {
+    "lora": "text_to_image/train_text_to_image_lora.py",
+    "textual_inversion": "textual_inversion/textual_inversion.py",
+    "dreambooth": "dreambooth/train_dreambooth.py",
+    "full": "text_to_image/train_text_to_image.py",
+    "controlnet": "controlnet/train_controlnet.py",
+}
+"""Of diffusers' ``examples``."""
+
+DOCUMENTED = {"full": ("--gradient_checkpointing",)}
+"""What a script's README adds that costs time; its average (``--use_ema``) does not fit 24 GB beside the rest."""
+
+BEST = {"dreambooth": ("--pre_compute_text_embeddings", "--set_grads_to_none"), "controlnet": ("--set_grads_to_none",)}
+"""Flags by which a script is faster on a CPU and learns the same; what only GPUs have is left out."""
+
+
+def peer(examples: Path, method: str, shape: Shape, data: Path, run: Path, precision: str, *more: str) -> Command:
+    """diffusers' script for the same, with the arguments of its README but for the size and the accumulation."""
+    own = {
+        "lora": [
+            f"--train_data_dir={data / 'listed'}", "--caption_column=text", "--random_flip", "--learning_rate=1e-04",
+            "--seed=42",
+        ],
+        "textual_inversion": [
+            f"--train_data_dir={data / 'bare'}", "--learnable_property=object", "--placeholder_token=<new>",
+            "--initializer_token=cat", "--learning_rate=5.0e-04",
+        ],
+        "dreambooth": [
+            f"--instance_data_dir={data / 'bare'}", f"--class_data_dir={data / 'bare'}", "--with_prior_preservation",
+            "--prior_loss_weight=1.0", "--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog",
+            "--num_class_images=8", "--learning_rate=5e-6",
+        ],
+        "full": [
+            f"--train_data_dir={data / 'listed'}", "--caption_column=text", "--center_crop", "--random_flip",
+            "--learning_rate=1e-05", "--max_grad_norm=1",
+        ],
+        "controlnet": [f"--train_data_dir={data / 'paired'}", "--caption_column=text", "--learning_rate=1e-5"],
+    }[method]  # fmt: skip
+    arguments = [
+        f"--pretrained_model_name_or_path={shape.weights}",
+        f"--resolution={shape.side}",
+        "--train_batch_size=1",
+        "--max_train_steps=1000",
+        "--lr_scheduler=constant",
+        "--lr_warmup_steps=0",
+        f"--output_dir={run}",
+        f"--mixed_precision={'bf16' if precision == 'bf16-mixed' else 'no'}",
+    ]
+    return Command(str(examples / SCRIPTS[method]), (*arguments, *own, *more))

@@ -1,0 +1,155 @@
+"""README.md of the benchmark, from results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+AIMS = {
+    "sd15": {"lora": 0.55, "textual_inversion": 0.55, "dreambooth": 0.62, "full": 0.62, "controlnet": 0.62},
+    "pocket": dict.fromkeys(("lora", "textual_inversion", "dreambooth", "full", "controlnet"), 0.5),
+}
+"""Step time over that of diffusers' documented default, at most."""
+
+BEST_AIM, START_AIM, PEAK_AIM, FLOOR_AIM = 0.9, 0.5, 0.7, 0.4
+LOOP_AIMS, WALL_AIM = {1: 0.20, 4: 0.32}, 0.35
+DEFAULT = "diffusers"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The whole page; a group that has not been measured is left out."""
+    lines = ["# How fast it is", "", *_intro(found)]
+    for shape, title in (
+        ("pocket", "On pocket (64x64)"),
+        ("sd15", "At SD 1.5's true shapes, random weights (256x256)"),
+    ):
+        groups = {name: value for name, value in found.items() if name.startswith(f"{shape}/")}
+        if groups:
+            lines += ["", f"## {title}", "", *_steps(shape, groups), "", *_work(groups)]
+    sweeps = {name: value for name, value in found.items() if name.startswith("sweep/")}
+    if sweeps:
+        lines += ["", "## A sweep of eight: 4 ranks by 2 rates, LoRA on pocket", "", *_sweeps(sweeps)]
+    return "\n".join([*lines, ""])
+
+
+def _intro(found: Mapping[str, Any]) -> list[str]:
+    machines = {
+        f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, "
+        + (f"bfloat16 by {', '.join(m['multiplies bfloat16'])}" if m["multiplies bfloat16"] else NO_HALF)
+        for m in (value["machine"] for value in found.values())
+    }
+    lines = [
+        "`make bench` writes this page from results.json. Each figure is the median of three fresh processes that took",
+        "turns with those beside it, and in brackets the least and the most. Batch 1, AdamW, a constant rate. Ratios",
+        "hold for the machine that they were measured on:",
+        *(f"{machine}." for machine in sorted(machines)),
+    ]
+    if "gate" in found:
+        worst = max(v for k, of in found["gate"].items() if k != "machine" for v in of.values())
+        lines += [
+            "",
+            "With the same noise and timesteps, the losses and gradients of all five methods are those of plain",
+            f"diffusers within {worst:.0e} of each tensor's norm (pocket, float32).",
+        ]
+    return lines
+
+
+NO_HALF = "no bfloat16 in hardware, where bf16-mixed says nothing about a machine that has it"
+
+
+def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| method | precision | variant | step, ms | of diffusers | to first step, s | of diffusers | peak, MiB |"
+        " of diffusers | of the matrix rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, group in groups.items():
+        _, method, precision = name.split("/")
+        base = group.get(DEFAULT)
+        for variant, figures in _variants(group).items():
+            ratios = [
+                f"{median(figures[key]) / median(base[key]):.2f}" if base and variant != DEFAULT else ""
+                for key in ("step_seconds", "first_step_seconds", "peak")
+            ]
+            floor = figures["flop"] / 1e12 / (median(figures["step_seconds"]) * group["rate"])
+            lines.append(
+                f"| {method} | {precision} | {variant} | {_spread(figures['step_seconds'], 1000)} | {ratios[0]}"
+                f" | {_spread(figures['first_step_seconds'], 1, 1)} | {ratios[1]}"
+                f" | {_spread(figures['peak'], 1 / 1024**2)} | {ratios[2]} | {floor:.0%} |"
+            )
+    return [*lines, "", *_aims(shape, groups)]
+
+
+def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
+    missed = []
+    for name, group in groups.items():
+        _, method, precision = name.split("/")
+        ours = group["sdtune"]
+        wanted = [
+            ("step", "step_seconds", DEFAULT, AIMS[shape][method]),
+            ("step, best flags", "step_seconds", "diffusers, best flags", BEST_AIM),
+            ("start", "first_step_seconds", DEFAULT, START_AIM),
+            ("peak", "peak", DEFAULT, PEAK_AIM),
+        ]
+        for what, key, other, aim in wanted:
+            theirs = group.get(other) or (group.get(DEFAULT) if "best" in other else None)
+            if theirs is None:
+                continue
+            ratio = median(ours[key]) / median(theirs[key])
+            if ratio > aim:
+                missed.append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
+    if not any(DEFAULT in group for group in groups.values()):
+        return ["diffusers' scripts were not timed; `make bench PEER=CHECKOUT` does."]
+    return ["Every aim is met." if not missed else f"Aims that are missed: {'; '.join(missed)}."]
+
+
+def _work(groups: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "What one optimizer step does:",
+        "",
+        "| method | precision | variant | operators | scalar synchronisations | TFLOP |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, group in groups.items():
+        _, method, precision = name.split("/")
+        for variant, figures in _variants(group).items():
+            lines.append(
+                f"| {method} | {precision} | {variant} | {figures['operators']:,} | {figures['synchronisations']}"
+                f" | {figures['flop'] / 1e12:.3f} |"
+            )
+    return lines
+
+
+def _sweeps(groups: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| batch | precision | way | loop, s | ratio | aim | wall, s | ratio | aim |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    apart = []
+    for name, group in groups.items():
+        _, batch, precision = name.split("/")
+        base = group["one after another"]
+        for way in ("one after another", "two processes at once", "shared backbone"):
+            loop, wall = (median(group[way][key]) / median(base[key]) for key in ("loop_seconds", "wall_seconds"))
+            shared = way == "shared backbone"
+            lines.append(
+                f"| {batch} | {precision} | {way} | {_spread(group[way]['loop_seconds'], 1, 1)} | {loop:.2f}"
+                f" | {LOOP_AIMS[int(batch)] if shared else ''} | {_spread(group[way]['wall_seconds'], 1, 1)}"
+                f" | {wall:.2f} | {WALL_AIM if shared and batch == '4' else ''} |"
+            )
+        apart.append(f"{group['largest difference']:.0e} (batch {batch}, {precision})")
+    return [
+        *lines,
+        "",
+        f"Largest difference of a tensor between the first and the last, of its norm: {', '.join(apart)}.",
+    ]
+
+
+def _variants(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("machine", "rate")}
+
+
+def _spread(values: list[float], scale: float, digits: int = 0) -> str:
+    middle, least, most = (f"{scale * v:,.{digits}f}" for v in (median(values), min(values), max(values)))
+    return f"{middle} ({least}-{most})"

@@ -1,0 +1,146 @@
+"""The pairs of several runs as one tensor a site: what the batched products of :mod:`sdtune.sharing.stack` take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Pair(NamedTuple):
+    """A run's pair at a site: A [r, in] and B [out, r] (of a convolution [r, in, k, k] and [out, r, 1, 1])."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    dropout: float
+
+
+class Stack(NamedTuple):
+    """A site's pairs: A [N, R, in] and B [N, R, out], its scale in it; zero where a run has none, or a narrower one."""
+
+    downs: Tensor
+    ups: Tensor
+    dropouts: tuple[float, ...]
+
+
+class Site(NamedTuple):
+    """How a site's tensors are laid out: N, R, and of each pair its place, its rank and its scale."""
+
+    runs: int
+    rank: int
+    pairs: tuple[tuple[int, int, float], ...]
+
+
+class Padding:
+    """Pads pairs to a common rank, the largest that a site has seen: shapes, and with them the order of every sum,
+    stay when a run leaves."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, int] = {}
+        self._scales: dict[tuple[Site, ...], list[Tensor] | None] = {}
+
+    def stacks(self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype) -> dict[str, Stack]:
+        """By site, for those at which a run has a pair; ``dtype`` is the products'."""
+        sites: list[Site] = []
+        flat: list[Tensor] = []
+        found: dict[str, tuple[float, ...]] = {}
+        for name, own in pairs.items():
+            present = [(place, pair) for place, pair in enumerate(own) if pair is not None]
+            if not present:
+                continue
+            self._ranks[name] = max(self._ranks.get(name, 0), *(len(pair.down) for _, pair in present))
+            sites.append(Site(len(own), self._ranks[name], tuple((i, len(p.down), p.scale) for i, p in present)))
+            flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
+            found[name] = tuple(0.0 if pair is None else pair.dropout for pair in own)
+        if not found:
+            return {}
+        tensors = Padded.apply(sites, self._scaling(tuple(sites), flat[0]), dtype, *flat)  # type: ignore[no-untyped-call]
+        return {
+            name: Stack(downs, ups, dropouts)
+            for (name, dropouts), downs, ups in zip(found.items(), tensors[::2], tensors[1::2], strict=True)
+        }
+
+    def _scaling(self, sites: tuple[Site, ...], like: Tensor) -> list[Tensor] | None:
+        """For each site [N, 1, 1]; None where all are 1. Kept, for to bring them to a device is to wait for it."""
+        if sites not in self._scales:
+            rows = [[1.0] * site.runs for site in sites]
+            for row, site in zip(rows, sites, strict=True):
+                for place, _, scale in site.pairs:
+                    row[place] = scale
+            scales = [like.new_tensor(row)[:, None, None] for row in rows]
+            self._scales[sites] = scales if any(value != 1 for row in rows for value in row) else None
+        return self._scales[sites]
+
+
+class Padded(torch.autograd.Function):
+    """All sites by a few operators: a site's own would be dozens, and a UNet has hundreds of sites."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sites: Sequence[Site], scales: list[Tensor] | None, dtype: torch.dtype, *parts: Tensor
+    ) -> Any:
+        """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
+        firsts = [sum(2 * len(site.pairs) for site in sites[:i]) for i in range(len(sites))]
+        widths = [(parts[first].shape[1], parts[first + 1].shape[0]) for first in firsts]
+        shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
+        flat = parts[0].new_zeros(sum(n * r * width for n, r, width in shapes), dtype=dtype)
+        blocks = torch.split(flat, [n * r * width for n, r, width in shapes])
+        out = [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
+        torch._foreach_copy_(_filled(sites, out), [p if i % 2 == 0 else p.t() for i, p in enumerate(parts)])
+        if scales is not None:
+            torch._foreach_mul_(out[1::2], scales)
+        ctx.sites, ctx.scales, ctx.dtype = sites, scales, parts[0].dtype
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ups = gradients[1::2] if ctx.scales is None else torch._foreach_mul(gradients[1::2], ctx.scales)
+        both = [part for pair in zip(gradients[::2], ups, strict=True) for part in pair]
+        own = _filled(ctx.sites, both)
+        return None, None, None, *((g if i % 2 == 0 else g.t()).to(ctx.dtype) for i, g in enumerate(own))
+
+
+def _filled(sites: Sequence[Site], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of A and B of each site by turns, the part of each pair."""
+    return [
+        tensor[place, :rank]
+        for site, first in zip(sites, range(0, len(tensors), 2), strict=True)
+        for place, rank, _ in site.pairs
+        for tensor in tensors[first : first + 2]
+    ]
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b + (x A^T) B for N runs whose samples lie behind each other: the base once, the pairs in batches.
+
+    As plain operators each product would be a tensor of its own before it is added, forward and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups: Tensor) -> Tensor:
+        """[N * M, ..., out] from x [N * M, ..., in], A [N, R, in] and B [N, R, out]; the base is frozen."""
+        count = len(downs)
+        x = x.to(downs.dtype)
+        out = torch.nn.functional.linear(x, weight, bias)
+        rows = x.reshape(count, -1, x.shape[-1])
+        low = torch.bmm(rows, downs.transpose(1, 2))
+        out.view(count, -1, out.shape[-1]).baddbmm_(low, ups)
+        ctx.save_for_backward(rows, low, weight, downs, ups)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, low, weight, downs, ups = ctx.saved_tensors
+        above = gradient.reshape(len(downs), -1, gradient.shape[-1])
+        below = torch.bmm(above, ups.transpose(1, 2))
+        own = None
+        if ctx.needs_input_grad[0]:
+            own = torch.matmul(gradient, weight.to(gradient.dtype))
+            own.view(len(downs), -1, own.shape[-1]).baddbmm_(below, downs)
+        return own, None, None, torch.bmm(below.transpose(1, 2), rows), torch.bmm(low.transpose(1, 2), above)
