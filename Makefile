@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes real-recipes test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,15 @@ real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the
 
 real-recipes: .venv/.installed ## two steps of each sd15_... and sdxl_lora recipe as it stands, random weights at true shapes (an hour)
 	$(BIN)/python experiments/real_shapes/recipes.py
+
+.venv-peer/.installed: experiments/benchmark/requirements.txt pyproject.toml
+	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install -q --disable-pip-version-check -r experiments/benchmark/requirements.txt -e .
+	@touch $@
+
+# With a peer both run in one environment, which has the torchvision that its scripts want.
+bench: $(if $(PEER),.venv-peer/.installed,.venv/.installed) ## time every method and a sweep of eight; PEER=CHECKOUT of diffusers times its scripts too (hours)
+	$(if $(PEER),.venv-peer,.venv)/bin/python experiments/benchmark/bench.py $(if $(PEER),--peer $(PEER)) $(BENCH)
 
 test: .venv/.dev ## the tests, under ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal

@@ -28,6 +28,7 @@ LAYERS = [
         "reporting",
         "comparison",
         "sharing",
+        "shared_group",
         "shared_launcher",
     },
     {"callbacks", "evaluation", "exporting", "pocket", "planning"},
@@ -42,7 +43,19 @@ ANYWHERE = {"data", "formats"}
 """Beside the layers: they know no model, and any layer may use them."""
 
 HYDRA = (
-    {"launch", "sweeps", "jobs", "optuna_sweeper", "shared_launcher", "checks", "resume", "train", "sample", "evaluate"}
+    {
+        "launch",
+        "sweeps",
+        "jobs",
+        "optuna_sweeper",
+        "shared_group",
+        "shared_launcher",
+        "checks",
+        "resume",
+        "train",
+        "sample",
+        "evaluate",
+    }
     | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "export", "plan")}
     | {"run"}
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +104,22 @@ class Job:
         assert isinstance(node, dict)
         settings = {str(key): value for key, value in node.items()}
         return processes(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
+
+
+def own(whole: DictConfig) -> DictConfig:
+    """A job's config without Hydra's part."""
+    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+
+
+@contextlib.contextmanager
+def as_current(whole: DictConfig) -> Iterator[None]:
+    """Within it, interpolations of Hydra's are those of ``whole``."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(whole)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def _keep_config(composed: DictConfig, whole: DictConfig, folder: Path) -> None:

@@ -5,30 +5,17 @@ torch is imported when jobs are launched, so that Hydra's search for plugins cos
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-from sdtune.jobs import Job, finished
+from sdtune.jobs import Job, as_current, finished, own
 from sdtune.quiet import quiet, quiet_libraries
-from sdtune.sharing.turns import Turns
-
-if TYPE_CHECKING:
-    from sdtune.sharing.run import Sharing
-
-log = logging.getLogger("sdtune")
 
 
 class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
@@ -53,6 +40,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         setup_globals()
         quiet()
         from sdtune.checks import plain
+        from sdtune.shared_group import run_group
         from sdtune.sharing.groups import Group, difference, groups
 
         quiet_libraries()
@@ -62,15 +50,17 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         left = [i for i, whole in enumerate(wholes) if not finished(Path(whole.hydra.runtime.output_dir))]
         configs = []
         for number in left:
-            with _as_current(wholes[number]):
-                configs.append(plain(_own(wholes[number])))
+            with as_current(wholes[number]):
+                configs.append(plain(own(wholes[number])))
         found = groups(configs)
         largest = max(found, key=lambda group: len(group.jobs), default=Group())
         for group in found:
             numbers = [left[place] for place in group.jobs]
             called = _called([initial_job_idx + number for number in numbers])
             if len(numbers) > 1:
-                self._together([wholes[number] for number in numbers], called)
+                run_group(
+                    [wholes[n] for n in numbers], self.task.command, self.context.callbacks, self.max_adapters, called
+                )
                 continue
             if len(left) > 1:
                 other = configs[largest.jobs[0]] if largest.jobs else configs[0]
@@ -91,7 +81,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
     def _whole(self, overrides: list[str], number: int) -> DictConfig:
         """The job's config with Hydra's own part, its folder settled, as Hydra's ``run_job`` has it."""
         config = self._sweep_config(overrides, number)
-        with _as_current(config):
+        with as_current(config):
             folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
         with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
             config.hydra.runtime.output_dir = str(folder.absolute())
@@ -108,123 +98,9 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         return done
 
-    def _together(self, wholes: Sequence[DictConfig], called: str) -> None:
-        """Run jobs that share a backbone, so many at once as there is room for."""
-        from sdtune import hardware, plan_run, run
-        from sdtune.checks import plain, trainer_arguments
-        from sdtune.sharing.pool import Pool
-        from sdtune.sharing.room import room
-        from sdtune.sharing.run import Sharing
-
-        with _as_current(wholes[0]):
-            arguments = trainer_arguments(plain(_own(wholes[0])))
-        most = room([plan_run.job(whole) for whole in wholes]) if self.max_adapters == "auto" else self.max_adapters
-        turns_of = -(-len(wholes) // most)
-        seats = -(-len(wholes) // turns_of)
-        several = "" if turns_of == 1 else f", {seats} at once"
-        print(f"{called} share one backbone{several}")
-        pool = Pool(hardware.device(str(arguments["accelerator"])), str(arguments["precision"]))
-        turns = Turns(seats, pool.answer)
-        sharing = Sharing(pool, turns, seats)
-
-        def job(whole: DictConfig) -> Callable[[], None]:
-            task = Job(self.task.command, lambda config, folder: run.prepare(config, folder, sharing))
-
-            def moved() -> None:
-                seat = turns.here
-                assert seat is not None
-                try:
-                    with _written(whole, seat == 0):
-                        # A config is read before a run waits for another one.
-                        HydraConfig.instance().set_config(whole)
-                        self.context.callbacks.on_job_start(config=whole, task_function=task)
-                        metric = task.run(_own(whole), whole)
-                        done = JobReturn(cfg=_own(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
-                        done.return_value = metric
-                        self.context.callbacks.on_job_end(config=whole, job_return=done)
-                finally:
-                    sharing.left(seat)
-
-            return moved
-
-        with _listening(sharing), _as_current(wholes[0]):
-            turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
-        if sharing.asked is not None:
-            raise SystemExit(128 + sharing.asked)
-
-
-def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:
-    for job in jobs:
-        if sharing.asked is not None:
-            return
-        yield job
-
-
-def _own(whole: DictConfig) -> DictConfig:
-    """A job's config without Hydra's part."""
-    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-
-
-@contextlib.contextmanager
-def _as_current(config: DictConfig) -> Iterator[None]:
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
-
 
 def _called(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
         return f"job {numbers[0]}"
     run = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"jobs {numbers[0]}-{numbers[-1]}" if run else f"jobs {', '.join(map(str, numbers))}"
-
-
-@contextlib.contextmanager
-def _written(whole: DictConfig, shown: bool) -> Iterator[None]:
-    """What the thread at hand logs goes to its job's file; on the console one job speaks for all, and errors do."""
-    settings: Any = OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
-    file = settings["handlers"]["file"]
-    Path(file["filename"]).parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(file["filename"])]
-    handlers += [logging.StreamHandler(sys.stdout)]
-    own = threading.get_ident()
-    for handler, node in zip(handlers, (file, settings["handlers"]["console"]), strict=True):
-        handler.setFormatter(logging.Formatter(settings["formatters"][node["formatter"]]["format"]))
-        handler.addFilter(lambda record: record.thread == own)
-    if not shown:
-        handlers[1].setLevel(logging.WARNING)
-    root = logging.getLogger()
-    for handler in handlers:
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
-
-
-@contextlib.contextmanager
-def _listening(sharing: Sharing) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask every run to save and stop; a second Ctrl-C ends at once."""
-
-    def heard(number: int, frame: FrameType | None) -> None:
-        if sharing.asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        print("sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)", file=sys.stderr)
-        sharing.stop(number)
-
-    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    root.handlers = []  # each job has its own
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.handlers = handlers
-        for number, handler in before.items():
-            signal.signal(number, handler)

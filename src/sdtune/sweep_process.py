@@ -48,7 +48,7 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
 
     asked: list[int] = []
@@ -84,7 +84,7 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         raise RunFailed(said or f"its process ended with exit code {code}")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the new process: be asked to stop, and save, when the sweep is killed (prctl's PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -69,6 +69,39 @@ def test_what_cannot_share_runs_by_itself_and_is_named(
 
 
 @pytest.mark.slow
+def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: Path) -> None:
+    own = [*settings, "callbacks.samples=null", "data.batch_size=2", "optimizer.lr=1e-3,1e-4,1e-5"]
+    two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "log"
+    process = start(
+        log, *own, LAUNCHER, "hydra.launcher.max_adapters=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
+    )
+    assert process.wait(240) == 0, log.read_text()
+    assert "jobs 0-2 share one backbone on each of 2 devices" in log.read_text()
+    assert train(*own, LAUNCHER, "hydra.launcher.max_adapters=2", f"hydra.sweep.dir={one}") == 0
+    for job, count in zip("012", (2, 1, 2), strict=True):
+        assert json.loads((two / job / "metrics.json").read_text())["shared_with"] == count
+        assert files(two / job) == files(one / job)
+        ours, theirs = ([float(row["loss"]) for row in rows(place / job)] for place in (two, one))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_stopped_on_two_devices_every_job_saves(settings: list[str], tmp_path: Path) -> None:
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = [a for a in settings if not a.startswith("trainer.max_steps")]
+    own += ["callbacks.samples=null", LAUNCHER, "hydra.launcher.max_adapters=2", "data.batch_size=2"]
+    process = start(
+        log, *own, "optimizer.lr=1e-3,1e-4", "hardware.devices=2", "trainer.max_steps=4000", f"hydra.sweep.dir={sweep}"
+    )
+    wait_for_step(process, sweep / "1", 3, log)
+    wait_for_step(process, sweep / "0", 3, log)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert f"sdtune: the sweep is stopped; sdtune train -m resume={sweep} goes on with it" in log.read_text()
+    assert all((sweep / job / "artifact" / "mine.safetensors").is_file() for job in "01")
+
+
+@pytest.mark.slow
 def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
@@ -119,7 +152,7 @@ def test_settings_may_differ_and_the_model_may_not(other: dict[str, object], key
     ("config", "reason"),
     [
         (changed("hardware", offload=True), "hardware.offload"),
-        (changed("hardware", devices=2), "hardware.devices"),
+        (changed("hardware", num_nodes=2), "hardware.num_nodes"),
         (changed("method", _target_="sdtune.methods.ControlNet"), "method: ControlNet"),
         (changed("backbone", from_scratch=["unet"]), "backbone.from_scratch"),
     ],

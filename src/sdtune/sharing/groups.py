@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdtune import hardware
 from sdtune.instantiate import resolve
 
 _OWN = (
@@ -54,8 +53,8 @@ def _alone(config: Mapping[str, Any]) -> str | None:
         return "backbone.from_scratch: its weights are drawn from the job's own seed"
     if config["hardware"].get("offload"):
         return "hardware.offload: it would move what the others need"
-    if hardware.processes(config["hardware"]) > 1 or str(config["hardware"].get("strategy", "")).startswith("ddp"):
-        return "hardware.devices: several processes share no memory; give hardware.devices=1"
+    if int(config["hardware"].get("num_nodes", 1)) > 1:
+        return "hardware.num_nodes: a group of jobs stays on one machine; give hardware.num_nodes=1"
     return None
 
 
