@@ -274,3 +274,13 @@ def test_seeds_that_agree_do_not_make_a_share_exact() -> None:
     # Another figure has no such floor, and equal means are one.
     assert [within for _, _, within in ranked([setting(0.0, 14), setting(1 / 14, 14)], "clip_image")] == [False, False]
     assert [within for _, _, within in ranked([setting(0.5, 14), setting(0.5, 14)], "clip_image")] == [False, True]
+
+
+def test_costs_of_runs_on_one_backbone_are_marked(tmp_path: Path) -> None:
+    runs = [
+        run_of(f"{i}", (f"seed={i}", "method.rank=4"), {"seed": i, "method.rank": 4}, {"validation_loss": 0.1, **more})
+        for i, more in enumerate(({"shared_with": 8.0}, {"shared_with": 8.0}, {}))
+    ]
+    said = "2 of 3 runs trained 8 at once on one backbone (shared_with)"
+    assert said in write(runs, tmp_path, "a sweep").read_text()
+    assert said not in write(runs[2:], tmp_path, "a sweep").read_text()

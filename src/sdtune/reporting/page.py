@@ -32,7 +32,8 @@ _COLUMNS = 16
 """Of the ranking, at most: the figures that follow the one to rank by."""
 
 _COSTS = frozenset(
-    {"steps", "validation_step", "median_step_seconds", "images_per_second", "seconds_to_best", *charts.COSTS}
+    {"steps", "validation_step", "median_step_seconds", "images_per_second", "seconds_to_best", "shared_with"}
+    | set(charts.COSTS)
 )
 """They stand last."""
 
@@ -76,6 +77,7 @@ def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
         "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
         "rankings": [_ranking(metric, places) for metric, places in tables],
         "reasons": _reasons(done),
+        "shared": _shared(done),
         "charts": _charts(found, done, metric, nonce),
         "prompts": _prompts(order or found),
         "sheets": [(name, _image(file, _SHEET)) for name, file in best.runs[0].sheets.items()],
@@ -84,6 +86,18 @@ def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
         "runs": [_about(run, folder, setting) for run in runs for setting in found if run in setting.runs],
         "differences": _differences(found, [key for key in varied(runs) if key not in own]),
     }
+
+
+def _shared(done: Sequence[Run]) -> str:
+    """Which runs' costs are not theirs alone."""
+    counts = [int(run.metrics["shared_with"]) for run in done if run.metrics.get("shared_with", 1) > 1]
+    if not counts:
+        return ""
+    together = " or ".join(map(str, sorted(set(counts))))
+    return (
+        f"{len(counts)} of {len(done)} runs trained {together} at once on one backbone (shared_with): their step times,"
+        " their peak memory and what follows from them are those of all together."
+    )
 
 
 def _left(folder: Path) -> str:
