@@ -54,11 +54,11 @@ real-recipes: .venv/.installed ## two steps of each sd15_... and sdxl_lora recip
 
 .venv-peer/.installed: experiments/benchmark/requirements.txt pyproject.toml
 	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/pip install -q --disable-pip-version-check -r experiments/benchmark/requirements.txt -e .
+	.venv-peer/bin/pip install -q --disable-pip-version-check -r experiments/benchmark/requirements.txt -e '.[sweeps]'
 	@touch $@
 
 # With a peer both run in one environment, which has the torchvision that its scripts want.
-bench: $(if $(PEER),.venv-peer/.installed,.venv/.installed) ## time every method and a sweep of eight; PEER=CHECKOUT of diffusers times its scripts too (hours)
+bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) ## time every method and a sweep of eight; PEER=CHECKOUT of diffusers times its scripts too (hours)
 	$(if $(PEER),.venv-peer,.venv)/bin/python experiments/benchmark/bench.py $(if $(PEER),--peer $(PEER)) $(BENCH)
 
 test: .venv/.dev ## the tests, under ten minutes on two cores

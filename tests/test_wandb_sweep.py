@@ -61,14 +61,16 @@ def assert_the_dashboard_finds_it(job: dict[str, Any]) -> None:
             assert name in job["config"][group]
 
 
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("shared_backbone", marks=pytest.mark.slow)])
 def test_a_sweeps_runs_share_a_group_and_keep_their_own_settings(
-    offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
+    launcher: str, offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "my sweep"
     own = [a for a in arguments(tiny, pictures, tmp_path, *offline) if not a.startswith(("hydra.run", "method.rank"))]
     own += [f"hydra.sweep.dir='{sweep}'", "trainer.max_steps=3", "data.hold_out=5", "trainer.val_check_interval=1"]
     own = [a for a in own if a != "callbacks.samples=null"]
     own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
+    own += [f"hydra/launcher={launcher}"]
     assert train("-m", *own, "method.rank=2,3", "optimizer.lr=1e-2,1e30") == 1
     found = {job: told(sweep / job) for job in "0123"}
     assert len({one["run"].run_id for one in found.values()}) == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,21 +144,29 @@ def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
 def applied(backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[float]) -> Iterator[None]:
     """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
 
-    Merged rather than kept as branches: sampling then costs what the base costs.
+    Merged rather than kept as branches: sampling then costs what the base costs. Only one LoRA on a UNet that several
+    runs share is kept beside it, so that they draw together.
     """
     modules = _modules(backbone)
     kept: dict[str, Tensor] = {}
+    branches: dict[str, tuple[Tensor, Tensor, float]] = {}
+    beside = backbone.beside if len(adapters) == 1 else None
+    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if beside else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):
             if strength == 0:
                 continue
             for path, (down, up) in adapter.weights.pairs.items():
                 weight = modules[path].weight
-                kept.setdefault(path, weight.data)
                 scale = strength * adapter.weights.alphas[path] / down.shape[0]
+                if path in names:
+                    branches[names[path]] = (down.float(), up.float(), scale)
+                    continue
+                kept.setdefault(path, weight.data)
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
-        yield
+        with beside(backbone.unet, branches) if beside else nullcontext():
+            yield
     finally:
         for path, own in kept.items():
             modules[path].weight.data = own

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.sharing import pool
 from sdtune.sharing.groups import difference, groups
 
 LAUNCHER = "hydra/launcher=shared_backbone"
@@ -47,6 +48,37 @@ def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
         assert ours.keys() == theirs.keys()
         assert f"figures: {together}" in (together / "train.log").read_text()
         assert (together / "train.log").read_text().count("figures:") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "words"])
+def test_finished_runs_are_evaluated_together(
+    method: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [a for a in settings if not a.startswith("evaluation")]
+    own += ["callbacks.samples=null", "evaluation=clip", "evaluation.pictures=2", "evaluation.sampling.steps=2"]
+    if method == "words":
+        own = [a for a in own if not a.startswith("method")]
+        own += ["method=textual_inversion", 'new_tokens=[{token: "<x>", init: a}]', "data.templates=['{} <x>']"]
+    drawn: list[int] = []
+    forward = pool.Pool._forward
+
+    def spy(self: pool.Pool, calls: dict[int, pool.Forward]) -> None:
+        if next(iter(calls.values())).pairs is not None:
+            drawn.append(len(calls))
+        forward(self, calls)
+
+    monkeypatch.setattr(pool.Pool, "_forward", spy)
+    assert train(*own, LAUNCHER, "optimizer.lr=1e-1,1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/together") == 0
+    assert drawn
+    assert set(drawn) == {3}
+    assert train(*own, "optimizer.lr=1e-1,1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/alone") == 0
+    for job in "012":
+        ours, theirs = (
+            json.loads((tmp_path / way / job / "metrics.json").read_text()) for way in ("together", "alone")
+        )
+        for name in ("clip_image", "clip_text", "diversity"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
 
 
 @pytest.mark.slow

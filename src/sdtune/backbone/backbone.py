@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any
 
@@ -28,6 +28,10 @@ TILE = 512
 
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The half type of each of Lightning's mixed precisions."""
+
+
+Beside = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
+"""Within it a UNet goes forward under pairs A, B with a scale each, by the name of their module in it."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -65,6 +69,8 @@ class Backbone(nn.Module):
         """Whether large pictures are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.controlnets.applied` puts them there."""
+        self.beside: Beside | None = None
+        """How a LoRA acts where the UNet's weights are others' too; merged into them where it is None."""
 
     @property
     def encoders(self) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,52 +16,23 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import HALVES, Backbone
-from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.base import Adapter
-from sdtune.sharing.padded import Padding, Pair, Stack
-from sdtune.sharing.stack import Present, Stacked
+from sdtune.sharing.joint import Joint, Mode, mapped, shape
+from sdtune.sharing.padded import Pair
 from sdtune.sharing.turns import Question
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What of the state around a call decides how it is computed."""
-
-    gradients: bool
-    training: bool
-    autocast: tuple[bool, torch.dtype]
-    default: torch.dtype
-
-    @contextmanager
-    def entered(self, kind: str) -> Iterator[None]:
-        """The same state in the thread at hand, on devices of ``kind``."""
-        enabled, dtype = self.autocast
-        with (
-            default_dtype(self.default),
-            torch.set_grad_enabled(self.gradients),
-            torch.autocast(kind, dtype, enabled=enabled),
-        ):
-            yield
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default type, which all threads have in common."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @dataclass
 class Forward(Question):
-    """One run's call of its UNet: ``inputs`` all have its samples in their first dimension."""
+    """One run's call of its UNet: ``inputs`` all have its samples in their first dimension.
+
+    ``pairs`` are what a finished run left, on the weights as they were loaded; None for those that the UNet trains.
+    """
 
     unet: UNet2DConditionModel
     inputs: dict[str, Any]
     mode: Mode
+    pairs: Mapping[str, Pair] | None = None
 
 
 @dataclass
@@ -76,16 +46,18 @@ class Back(Question):
 class Shared(Pretrained):
     """``source`` for several runs: each load is a model of its own on the same weights."""
 
-    def __init__(self, source: Pretrained, pool: Pool) -> None:
+    def __init__(self, source: Pretrained, pool: Pool, beside: Callable[..., Any]) -> None:
         self.__dict__.update(source.__dict__)
-        self._source, self._pool = source, pool
+        self._source, self._pool, self._beside = source, pool, beside
 
     def load(self, seed: int = 0) -> Backbone:
-        return self._pool.copied(self._source)
+        loaded = self._pool.copied(self._source)
+        loaded.beside = self._beside
+        return loaded
 
 
 class Pool:
-    """The weights that runs share, and the UNet that works for all of them.
+    """The weights that runs share, and the UNets that work for all of them.
 
     Args:
         device: where they train.
@@ -96,9 +68,8 @@ class Pool:
         self.device, self.precision = device, precision
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
-        self._unet: UNet2DConditionModel | None = None
-        self._sites: set[str] = set()
-        self._present, self._padding = Present(), Padding()
+        self._trained: Joint | None = None
+        self._whole: Joint | None = None
         self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
         self._vacant: set[int] = set()
 
@@ -112,6 +83,12 @@ class Pool:
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with a model that it is given
         base = self._base
+        if self._moved and base.device != self.device:
+            # What is loaded from now on draws pictures, and would bring a copy of its own to the device.
+            for parameter in base.parameters():
+                moved = self._moved.pop(parameter.data_ptr(), parameter.data)
+                parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(self.device)
+                self._moved[parameter.data_ptr()] = moved
         memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.parameters()}
         memo |= {id(b): b for b in base.buffers()}
         return copy.deepcopy(base, memo)
@@ -148,7 +125,8 @@ class Pool:
         alike: dict[Any, dict[int, Forward]] = {}
         for seat, question in questions.items():
             assert isinstance(question, Forward)
-            alike.setdefault((question.mode, _shape(question.inputs)), {})[seat] = question
+            key = (question.pairs is None, question.mode, shape(question.inputs))
+            alike.setdefault(key, {})[seat] = question
         for calls in alike.values():
             self._forward(calls)
         return questions.keys()
@@ -163,69 +141,40 @@ class Pool:
 
     def _forward(self, calls: dict[int, Forward]) -> None:
         first = next(iter(calls.values()))
-        unet = self._built(first.unet)
-        if unet.training != first.mode.training:
-            unet.train(first.mode.training)
         empty = self._vacant - set(calls) if first.mode.gradients else set()
         seats = sorted({*calls, *empty})
-        pairs = {seat: self._pairs(calls[seat].unet) if seat in calls else {} for seat in seats}
-        for name in {name for own in pairs.values() for name in own} - self._sites:
-            self._open(unet, name)
-        present = {name: [pairs[seat].get(name) for seat in seats] for name in self._sites}
-        blank = _mapped(torch.zeros_like, first.inputs) if empty else {}
-        inputs = _joined([calls[seat].inputs if seat in calls else blank for seat in seats])
-        with first.mode.entered(self.device.type):
-            self._present.stacks = self._padding.stacks(present, self._products())
-            out = unet(**inputs).sample
-        for part, seat in zip(out.chunk(len(seats)), seats, strict=True):
+        blank = mapped(torch.zeros_like, first.inputs) if empty else {}
+        said = self._joint(first)(
+            [self._pairs(calls[seat]) if seat in calls else {} for seat in seats],
+            [calls[seat].inputs if seat in calls else blank for seat in seats],
+            first.mode,
+        )
+        for part, seat in zip(said, seats, strict=True):
             if seat in calls:
                 calls[seat].answer = UNet2DConditionOutput(sample=part)
 
-    def _products(self) -> torch.dtype:
-        """The type in which pairs are multiplied."""
-        kind = self.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return torch.float64 if self.precision == "64-true" else torch.float32
+    def _joint(self, call: Forward) -> Joint:
+        """The UNet for calls like ``call``."""
+        assert self._base is not None
+        own = self._base.unet
+        if call.pairs is not None:
+            if self._whole is None:
+                memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in own.parameters()}
+                self._whole = Joint(copy.deepcopy(own, memo), False)
+            return self._whole
+        if self._trained is None:
+            memo = {id(p): nn.Parameter(self._moved[p.data_ptr()], requires_grad=False) for p in own.parameters()}
+            self._trained = Joint(copy.deepcopy(own, memo), call.unet.is_gradient_checkpointing)
+        return self._trained
 
-    def _built(self, like: UNet2DConditionModel) -> UNet2DConditionModel:
-        """The UNet that works for all, without pairs to begin with; ``like`` a run's own is."""
-        if self._unet is None:
-            assert self._base is not None
-            memo: dict[int, Any] = {
-                id(p): nn.Parameter(self._moved[p.data_ptr()], requires_grad=False)
-                for p in self._base.unet.parameters()
-            }
-            self._unet = copy.deepcopy(self._base.unet, memo)
-            if like.is_gradient_checkpointing:
-                # Blocks are computed again within backward, when others may be in the batch.
-                checkpoint_activations(
-                    self._unet, context_fn=lambda: (nullcontext(), self._again(self._present.stacks))
-                )
-        return self._unet
-
-    def _open(self, unet: UNet2DConditionModel, name: str) -> None:
-        parent, _, own = name.rpartition(".")
-        holder = unet.get_submodule(parent)
-        layer = getattr(holder, own)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
-        setattr(holder, own, Stacked(layer, name, self._present))
-        self._sites.add(name)
-
-    @contextmanager
-    def _again(self, stacks: Mapping[str, Stack]) -> Iterator[None]:
-        now, self._present.stacks = self._present.stacks, stacks
-        try:
-            yield
-        finally:
-            self._present.stacks = now
-
-    def _pairs(self, unet: UNet2DConditionModel) -> dict[str, Pair]:
-        """The pairs in a run's own UNet as they are now, by the site's name."""
-        if unet not in self._layers:
-            named = unet.named_modules()
-            self._layers[unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
-        return {name: _pair(layer) for name, layer in self._layers[unet].items()}
+    def _pairs(self, call: Forward) -> Mapping[str, Pair]:
+        """The pairs of a run as they are now, by the site's name."""
+        if call.pairs is not None:
+            return call.pairs
+        if call.unet not in self._layers:
+            named = call.unet.named_modules()
+            self._layers[call.unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
+        return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
 
 
 def _pair(layer: LoraLayer) -> Pair:
@@ -236,37 +185,3 @@ def _pair(layer: LoraLayer) -> Pair:
         float(layer.scaling["default"]),
         dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
     )
-
-
-def _shape(inputs: Any) -> Any:
-    """What two calls must have in common to be one: the tensors' shapes and types, by place."""
-    if isinstance(inputs, Tensor):
-        return (tuple(inputs.shape), inputs.dtype)
-    if isinstance(inputs, dict):
-        return tuple((key, _shape(value)) for key, value in inputs.items())
-    if isinstance(inputs, tuple | list):
-        return tuple(_shape(value) for value in inputs)
-    return inputs
-
-
-def _mapped(change: Any, inputs: Any) -> Any:
-    """``inputs`` with ``change`` made to each tensor."""
-    if isinstance(inputs, Tensor):
-        return change(inputs)
-    if isinstance(inputs, dict):
-        return {key: _mapped(change, value) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(_mapped(change, value) for value in inputs)
-    return inputs
-
-
-def _joined(each: Sequence[Any]) -> Any:
-    """The inputs of several calls, one behind the other."""
-    first = each[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(each))
-    if isinstance(first, dict):
-        return {key: _joined([one[key] for one in each]) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_joined([one[i] for one in each]) for i in range(len(first)))
-    return first

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +17,9 @@ from sdtune.backbone import Pretrained
 from sdtune.callbacks.bar import Bar
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.methods.base import Adapter
-from sdtune.sharing.pool import Back, Forward, Mode, Pool, Shared, default_dtype
+from sdtune.sharing.joint import Mode, default_dtype
+from sdtune.sharing.padded import Pair
+from sdtune.sharing.pool import Back, Forward, Pool, Shared
 from sdtune.sharing.turns import Join, Question, Turns
 
 
@@ -36,7 +39,7 @@ class Sharing:
 
     def source(self, source: Pretrained) -> Pretrained:
         """The same backbone, whose weights are in memory once."""
-        return Shared(source, self.pool)
+        return Shared(source, self.pool, self.beside)
 
     def alone(self) -> dict[str, Any]:
         """The trainer's arguments that differ from the config's: a run has one device, and moves nothing of it."""
@@ -70,7 +73,18 @@ class Sharing:
         unet.forward = self._forward(unet)
         adapter.backward = self._back  # type: ignore[method-assign]
 
-    def _forward(self, unet: UNet2DConditionModel) -> Callable[..., Any]:
+    @contextmanager
+    def beside(self, unet: UNet2DConditionModel, pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> Iterator[None]:
+        """See :attr:`sdtune.backbone.backbone.Backbone.beside`: ``unet`` draws with the others'."""
+        device = self.pool.device
+        own = {n: Pair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()}
+        unet.forward = self._forward(unet, own)
+        try:
+            yield
+        finally:
+            del unet.forward
+
+    def _forward(self, unet: UNet2DConditionModel, pairs: Mapping[str, Pair] | None = None) -> Callable[..., Any]:
         def forward(sample: Tensor, timestep: Tensor, **more: Any) -> Any:
             kind = sample.device.type
             mode = Mode(
@@ -80,7 +94,7 @@ class Sharing:
                 torch.get_default_dtype(),
             )
             inputs = {"sample": sample, "timestep": timestep.expand(len(sample)), **more}
-            return self._ask(Forward(unet, inputs, mode))
+            return self._ask(Forward(unet, inputs, mode, pairs))
 
         return forward
 
