@@ -56,7 +56,8 @@ def test_finished_runs_are_evaluated_together(
     method: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [a for a in settings if not a.startswith("evaluation")]
-    own += ["callbacks.samples=null", "evaluation=clip", "evaluation.pictures=2", "evaluation.sampling.steps=2"]
+    own += ["callbacks.samples=null", "evaluation=clip", "evaluation.clip=pocket", "evaluation.pictures=2"]
+    own += ["evaluation.sampling.steps=2"]
     if method == "words":
         own = [a for a in own if not a.startswith("method")]
         own += ["method=textual_inversion", 'new_tokens=[{token: "<x>", init: a}]', "data.templates=['{} <x>']"]

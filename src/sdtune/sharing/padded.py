@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,13 +85,13 @@ class Padded(torch.autograd.Function):
         ctx: Any, sites: Sequence[Site], scales: list[Tensor] | None, dtype: torch.dtype, *parts: Tensor
     ) -> Any:
         """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
-        firsts = [sum(2 * len(site.pairs) for site in sites[:i]) for i in range(len(sites))]
+        firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
         widths = [(parts[first].shape[1], parts[first + 1].shape[0]) for first in firsts]
         shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
         flat = parts[0].new_zeros(sum(n * r * width for n, r, width in shapes), dtype=dtype)
         blocks = torch.split(flat, [n * r * width for n, r, width in shapes])
         out = [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
-        torch._foreach_copy_(_filled(sites, out), [p if i % 2 == 0 else p.t() for i, p in enumerate(parts)])
+        torch._foreach_copy_(_own(sites, out), parts)
         if scales is not None:
             torch._foreach_mul_(out[1::2], scales)
         ctx.sites, ctx.scales, ctx.dtype = sites, scales, parts[0].dtype
@@ -100,19 +101,23 @@ class Padded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         ups = gradients[1::2] if ctx.scales is None else torch._foreach_mul(gradients[1::2], ctx.scales)
-        both = [part for pair in zip(gradients[::2], ups, strict=True) for part in pair]
-        own = _filled(ctx.sites, both)
-        return None, None, None, *((g if i % 2 == 0 else g.t()).to(ctx.dtype) for i, g in enumerate(own))
+        both = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
+        own = _own(ctx.sites, both)
+        return None, None, None, *(own if both[0].dtype == ctx.dtype else [g.to(ctx.dtype) for g in own])
 
 
-def _filled(sites: Sequence[Site], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of A and B of each site by turns, the part of each pair."""
-    return [
-        tensor[place, :rank]
-        for site, first in zip(sites, range(0, len(tensors), 2), strict=True)
-        for place, rank, _ in site.pairs
-        for tensor in tensors[first : first + 2]
-    ]
+def _own(sites: Sequence[Site], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of contiguous A and B of each site by turns, the part of each pair, B as [out, r]."""
+    found = []
+    for site, downs, ups in zip(sites, tensors[::2], tensors[1::2], strict=True):
+        across, up = downs.shape[2], ups.shape[2]
+        down_at, up_at = downs.storage_offset(), ups.storage_offset()
+        for place, rank, _ in site.pairs:
+            first = place * site.rank
+            # By hand: thousands of slices a step are milliseconds.
+            found.append(downs.as_strided((rank, across), (across, 1), down_at + first * across))
+            found.append(ups.as_strided((up, rank), (1, up), up_at + first * up))
+    return found
 
 
 class Product(torch.autograd.Function):
