@@ -50,7 +50,7 @@ def wandb_logger(
         save_dir=save_dir,
         id=_run_id(folder),
         # Several runs of one process may be open at once.
-        settings=wandb.Settings(mode="offline" if offline else None, reinit="create_new"),
+        settings=wandb.Settings(reinit="create_new", **({"mode": "offline"} if offline else {})),
     )
     logger.experiment.define_metric("trainer/global_step")
     logger.experiment.define_metric("*", step_metric="trainer/global_step")

@@ -145,7 +145,7 @@ def _together(
     seats = -(-len(wholes) // turns_of)
     if devices == 1:
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
-    pool = Pool(hardware.device(str(arguments["accelerator"])), str(arguments["precision"]))
+    pool = Pool(hardware.device(str(arguments["accelerator"])), str(arguments["precision"]), seats)
     turns = Turns(seats, pool.answer)
     sharing = Sharing(pool, turns, seats)
 
@@ -155,6 +155,7 @@ def _together(
         def moved() -> None:
             seat = turns.here
             assert seat is not None
+            pool.use_threads(False)
             try:
                 with _written(whole, shown and seat == 0):
                     # A config is read before a run waits for another one.
@@ -171,6 +172,7 @@ def _together(
 
     with _listening(sharing), as_current(wholes[0]):
         turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
+    pool.use_threads(True)
     if sharing.asked is not None:
         raise SystemExit(128 + sharing.asked)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
 from running import arguments, rows, train
-from sdtune.sharing import pool
+from sdtune.sharing import joint
 from sdtune.trials import STUDY, storage
 
 
@@ -18,15 +19,14 @@ def test_the_next_trial_takes_the_place_of_one_that_is_pruned(
     tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
-    forward = pool.Pool._forward
+    call = joint.Joint.__call__
 
-    def spy(self: pool.Pool, calls: dict[int, pool.Forward]) -> None:
-        first = next(iter(calls.values()))
-        if first.mode.gradients:
-            widths.append(len({*calls, *self._vacant}))
-        forward(self, calls)
+    def spy(self: joint.Joint, pairs: Any, inputs: Any, mode: joint.Mode) -> Any:
+        if mode.gradients:
+            widths.append(len(inputs))
+        return call(self, pairs, inputs, mode)
 
-    monkeypatch.setattr(pool.Pool, "_forward", spy)
+    monkeypatch.setattr(joint.Joint, "__call__", spy)
     sweep = tmp_path / "sweep"
     own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={sweep}")
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]

@@ -64,10 +64,10 @@ def test_finished_runs_are_evaluated_together(
     drawn: list[int] = []
     forward = pool.Pool._forward
 
-    def spy(self: pool.Pool, calls: dict[int, pool.Forward]) -> None:
+    def spy(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
         if next(iter(calls.values())).pairs is not None:
             drawn.append(len(calls))
-        forward(self, calls)
+        forward(self, calls, idle)
 
     monkeypatch.setattr(pool.Pool, "_forward", spy)
     assert train(*own, LAUNCHER, "optimizer.lr=1e-1,1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/together") == 0

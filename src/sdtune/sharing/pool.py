@@ -62,16 +62,17 @@ class Pool:
     Args:
         device: where they train.
         precision: Lightning's.
+        seats: how many runs at once.
     """
 
-    def __init__(self, device: torch.device, precision: str) -> None:
-        self.device, self.precision = device, precision
+    def __init__(self, device: torch.device, precision: str, seats: int) -> None:
+        self.device, self.precision, self.seats = device, precision, seats
+        self._threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
         self._trained: Joint | None = None
         self._whole: Joint | None = None
         self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
-        self._vacant: set[int] = set()
 
     # --- weights
 
@@ -112,11 +113,21 @@ class Pool:
 
     # --- one UNet for all
 
+    def use_threads(self, all_of_them: bool) -> None:
+        """On a CPU, have the thread at hand compute with all of torch's threads, or with itself alone.
+
+        OpenMP keeps a team for each thread that ever had one, and where there are more members than cores none waits
+        for the next piece of work awake: a step of eight runs took a third longer.
+        """
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._threads if all_of_them else 1)
+
     def answer(self, questions: dict[int, Question]) -> Collection[int]:
         """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
         """
+        self.use_threads(True)
         losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
         if losses:
             each = list(losses.values())
@@ -127,23 +138,19 @@ class Pool:
             assert isinstance(question, Forward)
             key = (question.pairs is None, question.mode, shape(question.inputs))
             alike.setdefault(key, {})[seat] = question
+        training = {seat for calls in alike.values() for seat, call in calls.items() if call.mode.gradients}
         for calls in alike.values():
-            self._forward(calls)
+            self._forward(calls, set(range(self.seats)) - training)
         return questions.keys()
 
-    def leave(self, seat: int) -> None:
-        """The run at ``seat`` has ended: zeros stand for its samples, so that the others' sums stay as they are."""
-        self._vacant.add(seat)
+    def _forward(self, calls: dict[int, Forward], idle: set[int]) -> None:
+        """``idle`` are seats at which no run trains at present: it has ended, or draws.
 
-    def enter(self, seat: int) -> None:
-        """A run has taken ``seat``."""
-        self._vacant.discard(seat)
-
-    def _forward(self, calls: dict[int, Forward]) -> None:
+        Zeros stand for their samples in a training step, so that the sums of those who train stay as they are.
+        """
         first = next(iter(calls.values()))
-        empty = self._vacant - set(calls) if first.mode.gradients else set()
-        seats = sorted({*calls, *empty})
-        blank = mapped(torch.zeros_like, first.inputs) if empty else {}
+        seats = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)
+        blank = mapped(torch.zeros_like, first.inputs) if len(seats) > len(calls) else {}
         said = self._joint(first)(
             [self._pairs(calls[seat]) if seat in calls else {} for seat in seats],
             [calls[seat].inputs if seat in calls else blank for seat in seats],

@@ -49,7 +49,6 @@ class Sharing:
         """A run's callbacks, of which ``checkpoints`` is one, with what it needs to move with the others."""
         seat = self.turns.here
         assert seat is not None
-        self.pool.enter(seat)
         self._checkpoints[seat] = checkpoints
         if self.asked is not None:
             checkpoints.ask(self.asked)
@@ -65,7 +64,6 @@ class Sharing:
     def left(self, seat: int) -> None:
         """The run at ``seat`` is over."""
         self._checkpoints.pop(seat, None)
-        self.pool.leave(seat)
 
     def attach(self, adapter: Adapter) -> None:
         """Have ``adapter``'s UNet and its gradients go through the one for all."""

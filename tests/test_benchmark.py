@@ -1,0 +1,88 @@
+"""make bench: the gate, the clock, and the page made of what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from running import arguments
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "benchmark"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gate
+    from commands import Shape
+
+    monkeypatch.setattr(gate, "TOLERANCE", 1e-4)  # a random model is not as well conditioned as one that has learned
+    found = gate.gate(Shape("tiny", tiny, 32))
+    assert list(found) == ["lora", "textual_inversion", "dreambooth", "full", "controlnet"]
+    monkeypatch.setattr(gate, "_drawn", lambda stream, shape, own=gate._drawn: own(stream, shape) * 1.001)
+    with pytest.raises(RuntimeError, match="gate: lora differs from plain diffusers by"):
+        gate.gate(Shape("tiny", tiny, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watch", ["time", "count"])
+def test_the_clock_sees_a_training(watch: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "seen.json"
+    own = arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=1000")
+    command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune.train", *own]
+    began = time.monotonic()
+    environment = os.environ | {"BENCH_BEGAN": repr(began)}
+    assert subprocess.run(command, env=environment, timeout=240, check=False).returncode == 0
+    seen = json.loads(out.read_text())
+    if watch == "count":
+        assert seen["operators"] > 1000
+        assert seen["flop"] > 1e6
+        return
+    assert len(seen["ends"]) == 5
+    assert seen["ends"] == sorted(seen["ends"])
+    assert seen["ends"][-1] < time.monotonic() - began
+    assert not (tmp_path / "run" / "artifact").exists(), "it ends with the last step"
+
+
+def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
+    from page import page
+
+    machine = {"processor": "X", "cores": 2, "torch": "2", "multiplies bfloat16": []}
+
+    def figures(step: float) -> dict[str, Any]:
+        return {
+            "step_seconds": [step, step, 9.0], "first_step_seconds": [1.0] * 3, "peak": [2**20] * 3,
+            "operators": 7, "synchronisations": 0, "flop": 1e12,
+        }  # fmt: skip
+
+    def way(loop: float) -> dict[str, list[float]]:
+        return {"loop_seconds": [loop] * 3, "wall_seconds": [2 * loop] * 3}
+
+    said = page(
+        {
+            "gate": {"lora": {"loss": 1e-7, "gradients": 3e-6}, "machine": machine},
+            "pocket/lora/32-true": {
+                "sdtune": figures(0.3), "diffusers": figures(0.5), "rate": 2.0, "machine": machine,
+            },
+            "sweep/4/32-true": {
+                "one after another": way(8.0), "two processes at once": way(6.0), "shared backbone": way(2.0),
+                "largest difference": 2e-5, "machine": machine,
+            },
+        }
+    )  # fmt: skip
+    assert "within 3e-06" in said
+    assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in said
+    assert "lora 32-true step 0.60 (aim 0.5)" in said
+    assert "| 167% |" in said, "of the rate: 1 TFLOP in 0.3 s at 2 TFLOP/s"
+    assert "| 4 | 32-true | shared backbone | 2.0 (2.0-2.0) | 0.25 | 0.32 | 4.0 (4.0-4.0) | 0.25 | 0.35 |" in said
+    assert "2e-05 (batch 4, 32-true)" in said
