@@ -197,7 +197,7 @@ def methods() -> list[str]:
     found = []
     for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)} - {"Protocol", "TypedDict"}
+        bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)} - {"Protocol", "TypedDict", "Linear"}
         if path.stem != "base" and bases:
             found.append(path.stem)
     return found

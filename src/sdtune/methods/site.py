@@ -30,4 +30,5 @@ class Site(Linear):  # type: ignore[misc]
         dropout = self.lora_dropout["default"]
         low = F.linear(x if isinstance(dropout, nn.Identity) else dropout(x), down)
         scale = float(self.scaling["default"])
-        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale).view_as(base)
+        both = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
+        return both.view_as(base).to(base.dtype)
