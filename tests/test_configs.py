@@ -197,7 +197,8 @@ def methods() -> list[str]:
     found = []
     for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)} - {"Protocol", "TypedDict", "Linear"}
+        bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)}
+        bases -= {"Protocol", "TypedDict", "Linear"}  # Linear: peft's layer
         if path.stem != "base" and bases:
             found.append(path.stem)
     return found
