@@ -28,7 +28,7 @@ class Stack(NamedTuple):
     dropouts: tuple[float, ...]
 
 
-class Site(NamedTuple):
+class Layout(NamedTuple):
     """How a site's tensors are laid out: N, R, and of each pair its place, its rank and its scale."""
 
     runs: int
@@ -42,11 +42,11 @@ class Padding:
 
     def __init__(self) -> None:
         self._ranks: dict[str, int] = {}
-        self._scales: dict[tuple[Site, ...], list[Tensor] | None] = {}
+        self._scales: dict[tuple[Layout, ...], list[Tensor] | None] = {}
 
     def stacks(self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype) -> dict[str, Stack]:
         """By site, for those at which a run has a pair; ``dtype`` is the products'."""
-        sites: list[Site] = []
+        sites: list[Layout] = []
         flat: list[Tensor] = []
         found: dict[str, tuple[float, ...]] = {}
         for name, own in pairs.items():
@@ -54,7 +54,7 @@ class Padding:
             if not present:
                 continue
             self._ranks[name] = max(self._ranks.get(name, 0), *(len(pair.down) for _, pair in present))
-            sites.append(Site(len(own), self._ranks[name], tuple((i, len(p.down), p.scale) for i, p in present)))
+            sites.append(Layout(len(own), self._ranks[name], tuple((i, len(p.down), p.scale) for i, p in present)))
             flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
             found[name] = tuple(0.0 if pair is None else pair.dropout for pair in own)
         if not found:
@@ -65,7 +65,7 @@ class Padding:
             for (name, dropouts), downs, ups in zip(found.items(), tensors[::2], tensors[1::2], strict=True)
         }
 
-    def _scaling(self, sites: tuple[Site, ...], like: Tensor) -> list[Tensor] | None:
+    def _scaling(self, sites: tuple[Layout, ...], like: Tensor) -> list[Tensor] | None:
         """For each site [N, 1, 1]; None where all are 1. Kept, for to bring them to a device is to wait for it."""
         if sites not in self._scales:
             rows = [[1.0] * site.runs for site in sites]
@@ -82,7 +82,7 @@ class Padded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sites: Sequence[Site], scales: list[Tensor] | None, dtype: torch.dtype, *parts: Tensor
+        ctx: Any, sites: Sequence[Layout], scales: list[Tensor] | None, dtype: torch.dtype, *parts: Tensor
     ) -> Any:
         """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
         firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
@@ -106,7 +106,7 @@ class Padded(torch.autograd.Function):
         return None, None, None, *(own if both[0].dtype == ctx.dtype else [g.to(ctx.dtype) for g in own])
 
 
-def _own(sites: Sequence[Site], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _own(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Of contiguous A and B of each site by turns, the part of each pair, B as [out, r]."""
     found = []
     for site, downs, ups in zip(sites, tensors[::2], tensors[1::2], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,8 @@ from sdtune.methods.base import Adapter
 from sdtune.sharing.joint import Joint, Mode, mapped, shape
 from sdtune.sharing.padded import Pair
 from sdtune.sharing.turns import Question
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -90,9 +92,7 @@ class Pool:
                 moved = self._moved.pop(parameter.data_ptr(), parameter.data)
                 parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(self.device)
                 self._moved[parameter.data_ptr()] = moved
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.parameters()}
-        memo |= {id(b): b for b in base.buffers()}
-        return copy.deepcopy(base, memo)
+        return _over(base, lambda parameter: parameter.data)
 
     def settle(self, adapter: Adapter) -> None:
         """Put ``adapter`` on the device: what is shared and frozen in one place and type for all runs."""
@@ -166,12 +166,11 @@ class Pool:
         own = self._base.unet
         if call.pairs is not None:
             if self._whole is None:
-                memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in own.parameters()}
-                self._whole = Joint(copy.deepcopy(own, memo), False)
+                self._whole = Joint(_over(own, lambda parameter: parameter.data), False)
             return self._whole
         if self._trained is None:
-            memo = {id(p): nn.Parameter(self._moved[p.data_ptr()], requires_grad=False) for p in own.parameters()}
-            self._trained = Joint(copy.deepcopy(own, memo), call.unet.is_gradient_checkpointing)
+            moved = _over(own, lambda parameter: self._moved[parameter.data_ptr()])
+            self._trained = Joint(moved, call.unet.is_gradient_checkpointing)
         return self._trained
 
     def _pairs(self, call: Forward) -> Mapping[str, Pair]:
@@ -182,6 +181,13 @@ class Pool:
             named = call.unet.named_modules()
             self._layers[call.unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
         return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
+
+
+def _over(model: M, storage: Callable[[Tensor], Tensor]) -> M:
+    """A copy of ``model`` whose parameters are its own and frozen, on the ``storage`` of each; buffers are shared."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(storage(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def _pair(layer: LoraLayer) -> Pair:
