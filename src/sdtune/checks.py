@@ -21,6 +21,7 @@ from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
 from sdtune.figures import OF_TRAINING
 from sdtune.instantiate import build, check, check_value, resolve
+from sdtune.jobs import without_hydra
 from sdtune.loggers import require_account
 from sdtune.suggest import suggestion
 
@@ -57,7 +58,7 @@ _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "t
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """A resolved plain container; ValueError for a mandatory value that is missing."""
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    own = without_hydra(config)
     try:
         missing = sorted(OmegaConf.missing_keys(own))
         if missing:

@@ -106,7 +106,7 @@ class Job:
         return processes(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
 
 
-def own(whole: DictConfig) -> DictConfig:
+def without_hydra(whole: DictConfig) -> DictConfig:
     """A job's config without Hydra's part."""
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 

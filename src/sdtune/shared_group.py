@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdtune import hardware, plan_run, run
 from sdtune.checks import plain, trainer_arguments
 from sdtune.errors import RunFailed
-from sdtune.jobs import Job, as_current, own
+from sdtune.jobs import Job, as_current, without_hydra
 from sdtune.quiet import quiet, quiet_libraries
 from sdtune.sharing.pool import Pool
 from sdtune.sharing.room import room
@@ -51,7 +51,7 @@ def run_group(
     On several devices the jobs are shared out: each device has the backbone once, and nothing goes between them.
     """
     with as_current(wholes[0]):
-        node = plain(own(wholes[0]))["hardware"]
+        node = plain(wholes[0])["hardware"]
     count = min(hardware.processes(node), len(wholes))
     if count == 1:
         _together(wholes, command, callbacks, max_adapters, called, 1)
@@ -139,7 +139,7 @@ def _together(
 ) -> None:
     """Run the jobs on one device, so many at once as there is room for; ``devices`` groups use this machine."""
     with as_current(wholes[0]):
-        arguments = trainer_arguments(plain(own(wholes[0])))
+        arguments = trainer_arguments(plain(wholes[0]))
     most = room([plan_run.job(whole) for whole in wholes], devices) if max_adapters == "auto" else max_adapters
     turns_of = -(-len(wholes) // most)
     seats = -(-len(wholes) // turns_of)
@@ -161,8 +161,8 @@ def _together(
                     # A config is read before a run waits for another one.
                     HydraConfig.instance().set_config(whole)
                     callbacks.on_job_start(config=whole, task_function=task)
-                    metric = task.run(own(whole), whole)
-                    done = JobReturn(cfg=own(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
+                    metric = task.run(without_hydra(whole), whole)
+                    done = JobReturn(cfg=without_hydra(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
                     done.return_value = metric
                     callbacks.on_job_end(config=whole, job_return=done)
             finally:

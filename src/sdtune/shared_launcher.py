@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from sdtune.jobs import Job, as_current, finished, own
+from sdtune.jobs import Job, as_current, finished
 from sdtune.quiet import quiet, quiet_libraries
 
 
@@ -51,7 +51,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         configs = []
         for number in left:
             with as_current(wholes[number]):
-                configs.append(plain(own(wholes[number])))
+                configs.append(plain(wholes[number]))
         found = groups(configs)
         largest = max(found, key=lambda group: len(group.jobs), default=Group())
         for group in found:

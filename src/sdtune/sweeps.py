@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.errors import RunFailed, Stopped
 from sdtune.files import locked, write_json
-from sdtune.jobs import STATE, Job, ended
+from sdtune.jobs import STATE, Job, ended, without_hydra
 from sdtune.optuna_sweeper import check_search, example
 from sdtune.paths import command_line_folder
 from sdtune.resume import check_unchanged, first_change, flat
@@ -123,10 +123,7 @@ def _check_master(master: DictConfig, folder: Path) -> None:
     """ValueError where the files of today compose what all jobs share to something else than when the sweep began."""
     kept = OmegaConf.load(folder / "multirun.yaml")
     assert isinstance(kept, DictConfig)
-    before, now = (
-        flat(OmegaConf.to_container(OmegaConf.masked_copy(each, [str(k) for k in each if k != "hydra"])))
-        for each in (kept, master)
-    )
+    before, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
     changed = first_change(before, now)
     if changed is not None:
         raise ValueError(
@@ -172,7 +169,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
 
 
 def _check_job(config: DictConfig, folder: Path, prepare: Prepare) -> None:
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    own = without_hydra(config)
     if (folder / ".hydra" / "config.yaml").is_file():
         container = OmegaConf.to_container(own, resolve=True)
         assert isinstance(container, dict)
