@@ -198,7 +198,7 @@ def methods() -> list[str]:
     for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
         bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)}
-        bases -= {"Protocol", "TypedDict", "Linear"}  # Linear: peft's layer
+        bases -= {"Protocol", "TypedDict"}
         if path.stem != "base" and bases:
             found.append(path.stem)
     return found

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from running import plan, rows, train
+from sdtune import launch, plan_run
+from sdtune.backbone.backbone import autocast
+from sdtune.methods.activations import checkpoint_activations
 from sdtune.paths import config_folder
+from sdtune.planning.figures import _batch, _NoNumbers
+from sdtune.planning.kernels import Kernels
 
 RECIPES = sorted((config_folder() / "experiment").glob("sd*.yaml"))
 
@@ -45,6 +52,39 @@ def test_it_trains_two_steps(recipe: Path, tiny: Path, pictures: Path, tmp_path:
     assert json.loads((run / "metrics.json").read_text())["steps"] == 2
     assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
     assert (run / "samples" / "before_after.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
+    """On the meta device: forward, backward and the optimizer, micro-batches and their size as the recipe has them."""
+    overrides = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word.startswith("experiment=")]
+    job = plan_run.job(launch._compose("plan", launch._search_path(None), [*overrides, "hardware=gpu"]))
+    adapter = plan_run.outlined(job)
+    adapter.on_fit_start()
+    adapter.suit(torch.device("meta"))
+    if job.config["hardware"].get("gradient_checkpointing"):
+        checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(True)))
+    optimizer = adapter.make_optimizer(adapter.optimizer_groups())
+    caches = not adapter.open("vae"), not adapter.open("text_encoder")
+    pairs = plan_run._pairs(job)
+    frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
+    for _ in range(2):
+        for _ in range(job.accumulation):
+            batch = _batch(adapter, 2 * job.count if pairs else job.count, job.side, *caches)
+            if pairs:
+                batch |= {"instances": job.count, "prior_weight": 1.0}
+            with Kernels(True), autocast(torch.device("meta"), job.precision):
+                loss = adapter.training_step(batch, 0)
+            loss.backward()
+        gradients = {name: parameter.grad for name, parameter in adapter.trainable()}
+        assert gradients
+        assert not [name for name, gradient in gradients.items() if gradient is None]
+        with _NoNumbers():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.state) == len(gradients)
+    assert not [parameter for parameter in frozen if parameter.grad is not None]
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ def _pairs(job: Job) -> bool:
     return job.data["prior_weight"] > 0 and (named or issubclass(_class(job.config), DreamBooth))
 
 
-def figures(job: Job) -> Figures:
-    """Build the method on the meta device and measure it."""
+def outlined(job: Job) -> Adapter:
+    """The method on the meta device, with a trainer attached."""
     top = settings(job.config)
     trust = top.trust
     optimizer = dict(job.config["optimizer"])
@@ -167,10 +167,14 @@ def figures(job: Job) -> Figures:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
+    return adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
+
+
+def figures(job: Job) -> Figures:
+    """Build the method on the meta device and measure it."""
     samples = job.config["callbacks"].get("samples")
     return measure(
-        adapter,
+        outlined(job),
         count=job.count,
         pairs=_pairs(job),
         side=job.side,

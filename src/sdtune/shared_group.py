@@ -170,9 +170,11 @@ def _together(
 
         return moved
 
-    with _listening(sharing), as_current(wholes[0]):
-        turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
-    pool.use_threads(True)
+    try:
+        with _listening(sharing), as_current(wholes[0]):
+            turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
+    finally:
+        pool.use_threads(True)
     if sharing.asked is not None:
         raise SystemExit(128 + sharing.asked)
 

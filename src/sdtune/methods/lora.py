@@ -20,10 +20,10 @@ from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.lora_linear import Site
 from sdtune.methods.base import Adapter
 from sdtune.methods.given import Common
 from sdtune.methods.groups import by_component
-from sdtune.methods.site import Site
 from sdtune.randomness import generator
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
