@@ -57,7 +57,7 @@ def test_the_clock_sees_a_training(watch: str, tiny: Path, pictures: Path, tmp_p
 def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     from page import page
 
-    machine = {"processor": "X", "cores": 2, "torch": "2", "multiplies bfloat16": []}
+    machine = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": []}
 
     def figures(step: float) -> dict[str, Any]:
         return {

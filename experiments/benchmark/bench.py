@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import diffusers
 import torch
 from commands import BEST, DOCUMENTED, METHODS, Command, Shape, ours, peer, pictures
 from gate import gate
@@ -87,7 +88,8 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
     found: dict[str, Any] = {name: {"step_seconds": [], "first_step_seconds": [], "peak": []} for name in variants}
     for turn in range(ROUNDS):
         for name, command in variants.items():
-            shutil.rmtree(run, ignore_errors=True)
+            for kept in (run, folder / "cache"):
+                shutil.rmtree(kept, ignore_errors=True)
             seen = measured("time", command, STEPS[shape.name], folder)
             one = figures(seen["ends"])
             found[name]["step_seconds"].append(median(one["step_seconds"]))
@@ -123,6 +125,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "multiplies bfloat16": [flag for flag in HALF if flag in flags],
         "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
 

@@ -97,6 +97,11 @@ def main() -> None:
     watch, steps, out, target, *arguments = sys.argv[1:]
     hook = {"time": timed, "count": counted}[watch](int(steps), Path(out))
     register_optimizer_step_post_hook(hook)
+    if target.startswith("sdtune."):
+        from sdtune.callbacks import cost
+
+        # A run's own figure counts from each step anew; here all count from the start of the process.
+        cost.reset_peak_memory = lambda device: None
     sys.argv = [target, *arguments]
     if target.endswith(".py"):
         sys.path[0] = str(Path(target).parent)

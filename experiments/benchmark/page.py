@@ -35,14 +35,15 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _intro(found: Mapping[str, Any]) -> list[str]:
     machines = {
-        f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, "
+        f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, diffusers {m['diffusers']}, "
         + (f"bfloat16 by {', '.join(m['multiplies bfloat16'])}" if m["multiplies bfloat16"] else NO_HALF)
         for m in (value["machine"] for value in found.values())
     }
     lines = [
         "`make bench` writes this page from results.json. Each figure is the median of three fresh processes that took",
-        "turns with those beside it, and in brackets the least and the most. Batch 1, AdamW, a constant rate. Ratios",
-        "hold for the machine that they were measured on:",
+        "turns with those beside it, and in brackets the least and the most. Batch 1, AdamW, a constant rate. Caches are",
+        "empty at the start, and to fill them is part of the time to the first step; the peak is the whole process's.",
+        "Ratios hold for the machine that they were measured on:",
         *(f"{machine}." for machine in sorted(machines)),
     ]
     if "gate" in found:
@@ -78,7 +79,15 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
                 f" | {_spread(figures['first_step_seconds'], 1, 1)} | {ratios[1]}"
                 f" | {_spread(figures['peak'], 1 / 1024**2)} | {ratios[2]} | {floor:.0%} |"
             )
-    return [*lines, "", *_aims(shape, groups)]
+    notes = ["", *NOTES] if any(DEFAULT in group for group in groups.values()) else []
+    return [*lines, *notes, "", *_aims(shape, groups)]
+
+
+NOTES = (
+    "The first rows of diffusers are its scripts as their READMEs call them: for the whole UNet that is with",
+    "`--gradient_checkpointing`, which its best flags leave out. Of their scalar synchronisations most are AdamW's",
+    "counters, one a tensor, which on a GPU stay on the CPU.",
+)
 
 
 def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
@@ -93,10 +102,11 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
             ("peak", "peak", DEFAULT, PEAK_AIM),
         ]
         for what, key, other, aim in wanted:
-            theirs = group.get(other) or (group.get(DEFAULT) if "best" in other else None)
-            if theirs is None:
+            each = [group[variant] for variant in (DEFAULT, other) if variant in group]
+            if not each:
                 continue
-            ratio = median(ours[key]) / median(theirs[key])
+            # Flags that are meant to be faster are not always.
+            ratio = median(ours[key]) / min(median(theirs[key]) for theirs in each)
             if ratio > aim:
                 missed.append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
     if not any(DEFAULT in group for group in groups.values()):

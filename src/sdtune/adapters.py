@@ -141,16 +141,18 @@ def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
 
 
 @contextmanager
-def applied(backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[float]) -> Iterator[None]:
+def applied(
+    backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[float], *, only_to_draw: bool = False
+) -> Iterator[None]:
     """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
 
-    Merged rather than kept as branches: sampling then costs what the base costs. Only one LoRA on a UNet that several
-    runs share is kept beside it, so that they draw together.
+    Merged rather than kept as branches: sampling then costs what the base costs. Only where pictures are all that is
+    wanted of it, one LoRA on a UNet that several runs share stays beside the weights, so that they draw together.
     """
     modules = _modules(backbone)
     kept: dict[str, Tensor] = {}
     branches: dict[str, tuple[Tensor, Tensor, float]] = {}
-    beside = backbone.beside if len(adapters) == 1 else None
+    beside = backbone.beside if only_to_draw and len(adapters) == 1 else None
     names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if beside else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):

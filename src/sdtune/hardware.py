@@ -38,6 +38,11 @@ def check(node: Mapping[str, Any], here: bool = True) -> None:
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
             raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+    if here and accelerator(kind) in ("gpu", "cuda"):
+        there = torch.cuda.device_count()
+        missing = [index for index in indices(node) if index not in range(there)]
+        if missing:
+            raise ValueError(f"hardware.devices: there is no GPU {missing[0]} here; there are {there}, counted from 0")
 
 
 def processes(node: Mapping[str, Any]) -> int:
@@ -48,8 +53,23 @@ def processes(node: Mapping[str, Any]) -> int:
     elif str(devices) in ("auto", "-1"):
         count = max(1, torch.cuda.device_count()) if accelerator(kind) in ("gpu", "cuda") else 1
     else:
-        count = int(devices) if str(devices).isdigit() else len(str(devices).split(","))
+        count = int(devices) if str(devices).isdigit() else len([i for i in str(devices).split(",") if i.strip()])
     return count * int(node.get("num_nodes", 1))
+
+
+def on_one(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``hardware`` node of a job that has one of the devices to itself, whatever its sweep has."""
+    return {**node, "devices": 1, "num_nodes": 1}
+
+
+def indices(node: Mapping[str, Any]) -> list[int]:
+    """Which of the machine's GPUs a ``hardware`` node asks for."""
+    devices = node.get("devices", 1)
+    if isinstance(devices, list):
+        return [int(index) for index in devices]
+    if "," in str(devices):
+        return [int(index) for index in str(devices).split(",") if index.strip()]
+    return list(range(torch.cuda.device_count() if str(devices) in ("auto", "-1") else int(devices)))
 
 
 def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:

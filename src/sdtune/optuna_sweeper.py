@@ -111,11 +111,18 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         study.sampler = optuna.samplers.TPESampler(
             seed=self.seed + len(study.get_trials(deepcopy=False)), n_startup_trials=self.startup_trials
         )
+        together: list[tuple[int, list[str]]] = []
         for begun in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if "overrides" in begun.user_attrs:
-                self._launch(study, folder, [(begun.number, list(begun.user_attrs["overrides"]))])
-            else:  # killed before it was a job
+            if "overrides" not in begun.user_attrs:  # killed before it was a job
                 study.tell(begun.number, state=optuna.trial.TrialState.FAIL)
+                continue
+            # A launcher counts its jobs on from the first one's number.
+            if together and (len(together) == self.at_once or begun.number != together[-1][0] + 1):
+                self._launch(study, folder, together)
+                together = []
+            together.append((begun.number, list(begun.user_attrs["overrides"])))
+        if together:
+            self._launch(study, folder, together)
         while (left := self.n_trials - len(_jobs(study))) > 0:
             asked = [study.ask() for _ in range(min(left, self.at_once))]
             jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in asked]

@@ -71,14 +71,19 @@ def _methods(config: DictConfig) -> list[str]:
     return names
 
 
-def job(config: DictConfig) -> Job:
-    """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong."""
+def job(config: DictConfig, shared: bool = False) -> Job:
+    """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong.
+
+    ``shared``: as it trains where it shares a backbone, by itself on one of the devices.
+    """
     # The rest of the config is a training's own: pictures need not exist, and nothing is logged.
     own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr", "default_lr"])
     configs = shipped(str(config.hydra.runtime.choices.backbone))
     if OmegaConf.is_missing(own.backbone, "path") and configs is not None:
         own.backbone.path = str(configs)
     container = plain(own)
+    if shared:
+        container["hardware"] = hardware.on_one(container["hardware"])
     hints = get_type_hints(PictureData, include_extras=True)
     given = plain(OmegaConf.masked_copy(config.data, [key for key in _DATA if key in config.data]))
     data = {key: given.get(key, getattr(PictureData, key)) for key in _DATA}

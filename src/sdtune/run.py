@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sdtune import hardware, report_lines
@@ -38,6 +39,7 @@ from sdtune.instantiate import build
 from sdtune.loggers import close, keep_artifact
 from sdtune.methods.base import Adapter
 from sdtune.resume import check_unchanged
+from sdtune.sharing.groups import alone
 from sdtune.sharing.run import Sharing
 from sdtune.sweeps import names
 
@@ -63,12 +65,22 @@ def prepare(config: DictConfig, folder: Path, sharing: Sharing | None = None) ->
             )
     elif first and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
-    data = check_run(container)
-    return lambda composed: execute(plain(composed), data, folder, sharing)
+    data = check_run(_placed(container, sharing is not None or _will_share(container)))
+    return lambda composed: execute(_placed(plain(composed), sharing is not None), data, folder, sharing)
+
+
+def _placed(config: dict[str, Any], shared: bool) -> dict[str, Any]:
+    return {**config, "hardware": hardware.on_one(config["hardware"])} if shared else config
+
+
+def _will_share(config: dict[str, Any]) -> bool:
+    """Whether a job that is checked before its sweep starts will go through a backbone with others."""
+    launcher = str(HydraConfig.get().launcher._target_) if HydraConfig.initialized() else ""
+    return launcher.endswith(".SharedBackboneLauncher") and alone(config) is None
 
 
 def _callbacks(
-    config: dict[str, Any], folder: Path, name: str, top: Settings
+    config: dict[str, Any], folder: Path, name: str, top: Settings, sharing: Sharing | None
 ) -> tuple[Record, Checkpoints, list[pl.Callback]]:
     record = Record(folder)
     checkpoints: Checkpoints = build(
@@ -82,7 +94,7 @@ def _callbacks(
     # The average must have moved before anything reads it, and figures must be down before a checkpoint is.
     chosen.sort(key=lambda callback: not isinstance(callback, EMA))
     averages = [c for c in chosen if isinstance(c, EMA)]
-    own = [SameConfig(config), *averages, record, Cost(), Bar()]
+    own = [SameConfig(config), *averages, record, Cost(sharing.measured if sharing else None), Bar()]
     return record, checkpoints, [*own, *chosen[len(averages) :], checkpoints]
 
 
@@ -104,7 +116,7 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path, sharing: Sh
     name = top.name or data.name
     (folder / "metrics.json").unlink(missing_ok=True)
     adapter = build_adapter(config, sharing)
-    record, checkpoints, callbacks = _callbacks(config, folder, name, top)
+    record, checkpoints, callbacks = _callbacks(config, folder, name, top, sharing)
     if sharing is not None:
         callbacks = sharing.callbacks(callbacks, checkpoints)
     start = last_checkpoint(folder) if top.resume else None

@@ -51,23 +51,25 @@ def run_group(
     On several devices the jobs are shared out: each device has the backbone once, and nothing goes between them.
     """
     with as_current(wholes[0]):
-        node = plain(wholes[0])["hardware"]
-    count = min(hardware.processes(node), len(wholes))
+        devices = _devices(plain(wholes[0])["hardware"])[: len(wholes)]
+    count = len(devices)
     if count == 1:
-        _together(wholes, command, callbacks, max_adapters, called, 1)
+        _together(wholes, command, callbacks, max_adapters, called, devices[0])
         return
     print(f"{called} share one backbone on each of {count} devices")
     context = multiprocessing.get_context("spawn")
     children = [
         context.Process(
             target=_on_device,
-            args=(index, _visible(node, index), wholes[index::count], command, callbacks, max_adapters, called, count),
+            args=(wholes[index::count], command, callbacks, max_adapters, called, device, count, index == 0),
         )
-        for index in range(count)
+        for index, device in enumerate(devices)
     ]
     with _handed_on(children) as asked:
         for child in children:
             child.start()
+            if asked and child.pid is not None:
+                os.kill(child.pid, asked[-1])  # it came between two starts
         for child in children:
             child.join()
     if asked:
@@ -77,28 +79,24 @@ def run_group(
         raise RunFailed(f"{called}: the process of device {broken} ended with code {children[broken].exitcode}")
 
 
-def _visible(node: Mapping[str, Any], index: int) -> str | None:
-    """What ``CUDA_VISIBLE_DEVICES`` shall be for the process at ``index``; None where there are no such devices."""
-    if hardware.accelerator(str(node.get("accelerator", "auto"))) not in ("gpu", "cuda"):
-        return None
-    set_before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = set_before.split(",") if set_before else [str(i) for i in range(torch.cuda.device_count())]
-    named = node["devices"] if isinstance(node["devices"], list) else range(len(there))
-    return str(there[list(named)[index]])
+def _devices(node: Mapping[str, Any]) -> list[torch.device]:
+    """Those that a ``hardware`` node asks for; GPUs by index, without which CUDA makes none the current one."""
+    kind = hardware.device(str(node.get("accelerator", "auto")))
+    if kind.type == "cuda":
+        return [torch.device("cuda", index) for index in hardware.indices(node)]
+    return [kind] * hardware.processes(node)
 
 
 def _on_device(
-    index: int,
-    visible: str | None,
     wholes: Sequence[DictConfig],
     command: str,
     callbacks: Callbacks,
     max_adapters: MaxAdapters,
     called: str,
-    count: int,
+    device: torch.device,
+    devices: int,
+    shown: bool,
 ) -> None:
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     # A signal reaches it once, from the sweep's process, however it came.
     os.setsid()
     if sys.platform == "linux":
@@ -106,7 +104,7 @@ def _on_device(
     setup_globals()
     quiet()
     quiet_libraries()
-    _together(wholes, command, callbacks, max_adapters, called, count, index == 0)
+    _together(wholes, command, callbacks, max_adapters, called, device, devices, shown)
 
 
 @contextlib.contextmanager
@@ -134,18 +132,23 @@ def _together(
     callbacks: Callbacks,
     max_adapters: MaxAdapters,
     called: str,
-    devices: int,
+    device: torch.device,
+    devices: int = 1,
     shown: bool = True,
 ) -> None:
-    """Run the jobs on one device, so many at once as there is room for; ``devices`` groups use this machine."""
+    """Run the jobs on ``device``, so many at once as there is room for; ``devices`` groups use this machine."""
     with as_current(wholes[0]):
-        arguments = trainer_arguments(plain(wholes[0]))
-    most = room([plan_run.job(whole) for whole in wholes], devices) if max_adapters == "auto" else max_adapters
+        precision = str(trainer_arguments(plain(wholes[0]))["precision"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    most = max_adapters
+    if most == "auto":
+        most = room([plan_run.job(whole, shared=True) for whole in wholes], device, devices)
     turns_of = -(-len(wholes) // most)
     seats = -(-len(wholes) // turns_of)
     if devices == 1:
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
-    pool = Pool(hardware.device(str(arguments["accelerator"])), str(arguments["precision"]), seats)
+    pool = Pool(device, precision, seats, max(map(_widest, wholes)))
     turns = Turns(seats, pool.answer)
     sharing = Sharing(pool, turns, seats)
 
@@ -165,6 +168,10 @@ def _together(
                     done = JobReturn(cfg=without_hydra(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
                     done.return_value = metric
                     callbacks.on_job_end(config=whole, job_return=done)
+            except SystemExit:
+                if sharing.asked is None:
+                    raise
+                # It has saved; the others have been asked as well, and end when they have.
             finally:
                 sharing.left(seat)
 
@@ -177,6 +184,16 @@ def _together(
         pool.use_threads(True)
     if sharing.asked is not None:
         raise SystemExit(128 + sharing.asked)
+    if turns.broken is not None:
+        raise turns.broken
+
+
+def _widest(whole: DictConfig) -> int:
+    """The largest rank that a job's pairs have anywhere; 0 where it has none."""
+    method = OmegaConf.to_container(whole.method, resolve=True)
+    assert isinstance(method, dict)
+    blocks = (method.get("blocks") or {}).values()
+    return max(int(node.get("rank", 0)) for node in (method, *blocks))
 
 
 def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:
@@ -190,16 +207,21 @@ def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iter
 def _written(whole: DictConfig, shown: bool) -> Iterator[None]:
     """What the thread at hand logs goes to its job's file; on the console one job speaks for all, and errors do."""
     settings: Any = OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
-    file = settings["handlers"]["file"]
-    Path(file["filename"]).parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(file["filename"])]
-    handlers += [logging.StreamHandler(sys.stdout)]
+    top = settings.get("root") or {}
+    handlers: list[logging.Handler] = []
     own = threading.get_ident()
-    for handler, node in zip(handlers, (file, settings["handlers"]["console"]), strict=True):
-        handler.setFormatter(logging.Formatter(settings["formatters"][node["formatter"]]["format"]))
-        handler.addFilter(lambda record: record.thread == own)
-    if not shown:
-        handlers[1].setLevel(logging.WARNING)
+    for name in top.get("handlers") or ():
+        node = settings["handlers"][name]
+        if "filename" in node:
+            Path(node["filename"]).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(node["filename"]))
+        else:
+            handlers.append(logging.StreamHandler(sys.stdout))
+        if "formatter" in node:
+            handlers[-1].setFormatter(logging.Formatter(settings["formatters"][node["formatter"]]["format"]))
+        handlers[-1].addFilter(lambda record: record.thread == own)
+        hushed = "filename" not in node and not shown
+        handlers[-1].setLevel(logging.WARNING if hushed else top.get("level", "INFO"))
     root = logging.getLogger()
     for handler in handlers:
         root.addHandler(handler)
@@ -223,12 +245,16 @@ def _listening(sharing: Sharing) -> Iterator[None]:
 
     before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
     root = logging.getLogger()
-    handlers = list(root.handlers)
-    root.handlers = []  # each job has its own
+    handlers, level = list(root.handlers), root.level
+    main = threading.get_ident()
+    console = logging.StreamHandler(sys.stdout)
+    console.addFilter(lambda record: record.thread == main)
+    root.handlers = [console]  # each job has its own
     root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.handlers = handlers
+        root.setLevel(level)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -14,6 +14,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
+from sdtune.errors import RunFailed
 from sdtune.jobs import Job, as_current, finished
 from sdtune.quiet import quiet, quiet_libraries
 
@@ -53,20 +54,25 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             with as_current(wholes[number]):
                 configs.append(plain(wholes[number]))
         found = groups(configs)
+        failed: list[RunFailed] = []
         largest = max(found, key=lambda group: len(group.jobs), default=Group())
         for group in found:
             numbers = [left[place] for place in group.jobs]
             called = _called([initial_job_idx + number for number in numbers])
             if len(numbers) > 1:
-                run_group(
-                    [wholes[n] for n in numbers], self.task.command, self.context.callbacks, self.max_adapters, called
-                )
+                whole = [wholes[n] for n in numbers]
+                try:
+                    run_group(whole, self.task.command, self.context.callbacks, self.max_adapters, called)
+                except RunFailed as error:
+                    failed.append(error)  # the others are none the worse
                 continue
             if len(left) > 1:
                 other = configs[largest.jobs[0]] if largest.jobs else configs[0]
                 why = group.alone or f"{difference(configs[group.jobs[0]], other)} is another than the others'"
                 print(f"{called} by itself: {why}")
             returns[numbers[0]] = self._by_itself(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
+        if failed:
+            raise failed[0]
         for number in set(range(len(wholes))) - set(left):
             # Its state file may be another's: the run was completed by itself.
             returns[number] = self._by_itself(list(job_overrides[number]), initial_job_idx + number)

@@ -61,7 +61,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             raise ValueError("hydra.sweep.subdir: the jobs' folders are called by their numbers; leave it out")
         if before is None and (folder / "multirun.yaml").exists():
             raise ValueError(f"hydra.sweep.dir: {folder} already holds a sweep; resume={folder} goes on with it")
-        _check_launcher(str(master.hydra.launcher._target_))
+        _check_launcher(master.hydra)
         _check(hydra, command, fixed, prepare)
         if before is not None:
             _check_master(master, folder)
@@ -76,6 +76,9 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         except (SystemExit, KeyboardInterrupt) as stop:
             code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
             raise Stopped(f"the sweep is stopped; {again}", code) from stop
+        except RunFailed:
+            _summary(folder, command)
+            raise
         except BrokenExecutor as error:
             raise RunFailed(
                 f"a worker was killed, perhaps for memory (hydra.launcher.n_jobs says how many); {again}"
@@ -87,7 +90,14 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
     return _summary(folder, command)
 
 
-def _check_launcher(target: str) -> None:
+def _check_launcher(node: DictConfig) -> None:
+    target = str(node.launcher._target_)
+    for key in ("env_set", "chdir"):
+        if target.endswith(".SharedBackboneLauncher") and node.job.get(key):
+            raise ValueError(f"hydra.job.{key}: jobs on one backbone are one process; give hydra/launcher=basic")
+    most = node.launcher.get("max_adapters", "auto")
+    if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise ValueError(f"hydra.launcher.max_adapters: {most!r}; give auto, or how many at once, at least 1")
     if target.endswith(".SlurmLauncher") and shutil.which("srun") is None:
         raise ValueError(
             "hydra/launcher: submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without"

@@ -126,15 +126,35 @@ def test_in_half_precision_no_further_than_splits_of_a_batch(settings: list[str]
     assert max(distance(together / job, alone / job) for job in "012") < 2 * usual
 
 
+AROUND = {
+    "plain": [],
+    "dropout": ["method.dropout=0.3"],
+    "all of it again in backward": ["method.dropout=0.3", "hardware.gradient_checkpointing=true"],
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("other", ["3e-4", "1e30"])
-def test_a_neighbour_moves_nothing(other: str, settings: list[str], tmp_path: Path) -> None:
-    own = [*settings, "method.rank=2", LAUNCHER]
+def test_a_neighbour_moves_nothing(other: str, around: str, settings: list[str], tmp_path: Path) -> None:
+    own = [*settings, "method.rank=2", *AROUND[around], LAUNCHER]
     quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4,1e-5")
     loud = sweep(tmp_path / "loud", own, f"optimizer.lr=1e-3,{other},1e-5", code=1 if other == "1e30" else 0)
     for job in "02":
         assert distance(quiet / job, loud / job) == 0
         assert (quiet / job / "metrics.csv").read_text() == (loud / job / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around", AROUND)
+def test_who_takes_a_place_moves_nothing(around: str, settings: list[str], tmp_path: Path) -> None:
+    """The next one has wider pairs and comes in the middle, and is validated while the others are in a step."""
+    own = [*settings, *AROUND[around], LAUNCHER, "hydra.launcher.max_adapters=2", "method.rank=2,16"]
+    own += ["data.hold_out=5", "trainer.val_check_interval=3"]
+    quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4")
+    loud = sweep(tmp_path / "loud", own, "optimizer.lr=1e-3,1e30", code=1)
+    assert (loud / "2" / "metrics.json").is_file()
+    assert distance(quiet / "0", loud / "0") == 0
 
 
 @pytest.mark.slow

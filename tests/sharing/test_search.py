@@ -21,10 +21,10 @@ def test_the_next_trial_takes_the_place_of_one_that_is_pruned(
     widths: list[int] = []
     call = joint.Joint.__call__
 
-    def spy(self: joint.Joint, pairs: Any, inputs: Any, mode: joint.Mode) -> Any:
+    def spy(self: joint.Joint, pairs: Any, inputs: Any, mode: joint.Mode, seeds: Any) -> Any:
         if mode.gradients:
             widths.append(len(inputs))
-        return call(self, pairs, inputs, mode)
+        return call(self, pairs, inputs, mode, seeds)
 
     monkeypatch.setattr(joint.Joint, "__call__", spy)
     sweep = tmp_path / "sweep"

@@ -8,9 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune import shared_group
 from sdtune.sharing import pool
 from sdtune.sharing.groups import difference, groups
 
@@ -103,7 +106,7 @@ def test_what_cannot_share_runs_by_itself_and_is_named(
 
 @pytest.mark.slow
 def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: Path) -> None:
-    own = [*settings, "callbacks.samples=null", "data.batch_size=2", "optimizer.lr=1e-3,1e-4,1e-5"]
+    own = [*settings, "callbacks.samples=null", "data.batch_size=1", "optimizer.lr=1e-3,1e-4,1e-5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "log"
     process = start(
         log, *own, LAUNCHER, "hydra.launcher.max_adapters=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
@@ -150,6 +153,81 @@ def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_
     assert rows(sweep / "0")[-1]["step"] == str(int(last[0].removeprefix("step")))
 
 
+@pytest.mark.slow
+def test_a_whole_model_that_a_job_exports_has_its_lora_in_it(settings: list[str], tmp_path: Path) -> None:
+    own = [*settings, "callbacks.samples=null", "exports=[{format: pipeline}]", "optimizer.lr=1e-1,1e-2"]
+    for way in ([LAUNCHER], []):
+        assert train(*own, *way, f"hydra.sweep.dir={tmp_path}/{len(way)}") == 0
+    for job in "01":
+        ours, theirs = (load_file(next((tmp_path / way / job / "export").rglob("unet/*.safetensors"))) for way in "10")
+        name = next(name for name in theirs if name.endswith("attn2.to_q.weight"))
+        assert (ours[name] - theirs[name]).abs().max() < 1e-3  # in half precision
+    assert (ours[name] - load_file(next((tmp_path / "1" / "0" / "export").rglob("unet/*.safetensors")))[name]).any()
+
+
+def test_without_memory_each_job_says_so_and_the_sweep_ends(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = pool.Pool._forward
+
+    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+        if next(iter(calls.values())).mode.gradients:
+            raise torch.OutOfMemoryError
+        forward(self, calls, idle)
+
+    monkeypatch.setattr(pool.Pool, "_forward", full)
+    own = [
+        *settings,
+        "callbacks.samples=null",
+        LAUNCHER,
+        "hydra.launcher.max_adapters=2",
+        "optimizer.lr=1e-3,1e-4,1e-5",
+    ]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_adapters=1"
+    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
+    assert [(state["state"], state["error"]) for state in states] == [("failed", said)] * 2
+    assert not (tmp_path / "sweep" / "2").exists()
+    captured = capsys.readouterr()
+    assert "sweep: 0 of 2 jobs are done" in captured.out
+    assert f"sdtune: {said}\n" in captured.err
+
+
+@pytest.mark.parametrize("wrong", ["0", "2.5", "all"])
+def test_how_many_at_once_is_checked_first(
+    wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.launcher.max_adapters={wrong}"]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 2
+    assert "hydra.launcher.max_adapters: " in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_gpus_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    node: dict[str, object] = {"accelerator": "gpu"}
+    for devices, wanted in ((1, [0]), ([1], [1]), ("2,3", [2, 3]), ("auto", [0, 1, 2, 3]), (2, [0, 1])):
+        found = shared_group._devices({**node, "devices": devices})
+        assert found == [torch.device("cuda", index) for index in wanted]
+    assert shared_group._devices({"accelerator": "cpu", "devices": 2}) == [torch.device("cpu")] * 2
+
+
+@pytest.mark.slow
+def test_asked_to_stop_a_job_that_draws_does_not_keep_the_others(settings: list[str], tmp_path: Path) -> None:
+    """The first has steps behind it, the second stands before its first one."""
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = [a for a in settings if not a.startswith("trainer.max_steps")]
+    own += ["callbacks.samples.sampling.steps=100", "callbacks.samples.every_steps=2", LAUNCHER]
+    process = start(log, *own, "optimizer.lr=1e-3,1e-4", "trainer.max_steps=4000", f"hydra.sweep.dir={sweep}")
+    wait_for_step(process, sweep / "1", 3, log)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    for job in "01":
+        last = max((sweep / job / "checkpoints").glob("step*.ckpt")).stem
+        assert rows(sweep / job)[-1]["step"] == str(int(last.removeprefix("step")))
+        assert (sweep / job / "artifact" / "mine.safetensors").is_file()
+
+
 BASE = {
     "method": {"_target_": "sdtune.methods.LoRA", "rank": 4},
     "backbone": {"_target_": "sdtune.backbone.Pretrained", "path": "pocket"},
@@ -173,6 +251,7 @@ def changed(group: str, **settings: object) -> dict[str, object]:
         (changed("data", batch_size=4), "data.batch_size"),
         (changed("data", class_prompt="a dog"), "data.class_prompt"),
         (changed("trainer", max_steps=4), "trainer.max_steps"),
+        (changed("trainer", gradient_clip_val=0.5), None),
         (changed("backbone", path="other"), "backbone.path"),
     ],
 )

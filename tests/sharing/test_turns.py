@@ -69,6 +69,28 @@ def test_what_is_not_answered_waits_for_the_next_time() -> None:
     assert asked == [[1], [11, 12]]
 
 
+def test_what_cannot_be_answered_is_raised_where_it_was_asked_and_no_job_begins_any_more() -> None:
+    ended: list[str] = []
+    begun: list[int] = []
+
+    def answer(questions: dict[int, Question]) -> Collection[int]:
+        raise RuntimeError("no room")
+
+    def job(number: int) -> None:
+        begun.append(number)
+        try:
+            turns.ask(Join())
+            turns.ask(Number(number))
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    turns = Turns(2, answer)
+    turns.run(lambda number=number: job(number) for number in range(4))
+    assert begun == [0, 1]
+    assert ended == ["no room", "no room"]
+    assert str(turns.broken) == "no room"
+
+
 def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:
     ended: list[str] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,19 @@ _STATUS = Path("/proc/self/status")
 
 
 class Cost(Callback):
-    """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own."""
+    """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own.
+
+    Args:
+        shared: the peak in bytes so far of steps that several runs take together, which this one cannot take itself.
+    """
 
     peak: int | None = None
     """Bytes, of all processes that the run has had; None where the system does not say."""
 
     _begun = False
+
+    def __init__(self, shared: Callable[[], int | None] | None = None) -> None:
+        self._shared = shared
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
@@ -50,17 +58,13 @@ class Cost(Callback):
         if not self._begun:
             self._begun = True
             release()  # of what loading and the first previews have left
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
-        elif _CLEAR_REFS.exists():
-            # Some containers forbid it; the peak then counts from the start of the process.
-            with suppress(PermissionError):
-                _CLEAR_REFS.write_text("5")
+        if self._shared is None:
+            reset_peak_memory(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        peak = _peak(pl_module.device)
+        peak = peak_memory(pl_module.device) if self._shared is None else self._shared()
         if peak is not None:
             self.peak = max(self.peak or 0, peak)
 
@@ -98,7 +102,18 @@ class Cost(Callback):
         }
 
 
-def _peak(device: torch.device) -> int | None:
+def reset_peak_memory(device: torch.device) -> None:
+    """Have :func:`peak_memory` count from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        # Some containers forbid it; the peak then counts from the start of the process.
+        with suppress(PermissionError):
+            _CLEAR_REFS.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: on a GPU what its allocator has held, else what was resident; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if not _STATUS.exists():

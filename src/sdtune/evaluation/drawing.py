@@ -35,7 +35,11 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
     loaded = adapters.load(backbone, files)
-    with controlnets.applied(backbone, nets, [1.0] * len(nets)), adapters.applied(backbone, loaded, [1.0] * len(files)):
+    full = [1.0] * len(files)
+    with (
+        controlnets.applied(backbone, nets, [1.0] * len(nets)),
+        adapters.applied(backbone, loaded, full, only_to_draw=True),
+    ):
         yield backbone
 
 

@@ -107,9 +107,7 @@ class ClipFigures:
         folder: Path,
         requests: Sequence[Request],
     ) -> dict[str, Any]:
-        clip = Clip(self.clip, device) if self.clip is not None else None
-        dino = Dino(self.dino, device) if self.dino is not None else None
-        others = self._class(data) if clip is not None else []
+        others = self._class(data) if self.clip is not None else []
         shown = references(data)
         figures: dict[str, Any] = {}
         classes: list[Tensor] = []
@@ -117,6 +115,9 @@ class ClipFigures:
         drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in (*requests, *others)], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+        # Loaded when the pictures are there: where runs share a backbone, all of them wait for the drawing.
+        clip = Clip(self.clip, device) if self.clip is not None else None
+        dino = Dino(self.dino, device) if self.dino is not None else None
         for prefix, whole in drawn.items():
             pictures, of_class = whole[: self.count], whole[self.count :]
             if clip is not None:

@@ -37,7 +37,7 @@ def strength_grid(
         loaded = adapters.load(backbone, [adapters.AdapterFile(str(artifact))])
         rows = []
         for strength in STRENGTHS:
-            with adapters.applied(backbone, loaded, [strength]):
+            with adapters.applied(backbone, loaded, [strength], only_to_draw=True):
                 rows.append(draw(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")

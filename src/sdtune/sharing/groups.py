@@ -12,12 +12,15 @@ from sdtune.instantiate import resolve
 _OWN = (
     *("method", "optimizer", "lr_schedule", "objective", "evaluation", "callbacks", "logger", "checkpoint", "data"),
     *("name", "seed", "trial", "new_tokens", "tokens_lr", "exports", "save_every", "optimized_metric", "default_lr"),
-    *("resume", "trust", "paths"),
+    *("resume", "trust", "paths", "trainer"),
 )
 """Top-level keys that each run follows by itself, whatever its neighbours do."""
 
-_SAME = ("method._target_", "data.batch_size", "data.resolution")
-"""Below those, what makes the samples of two runs fit into one batch."""
+_SAME = (
+    *("method._target_", "data.batch_size", "data.resolution", "trainer.max_steps", "trainer.accumulate_grad_batches"),
+    *("trainer.benchmark", "trainer.deterministic", "trainer.detect_anomaly", "trainer.inference_mode"),
+)
+"""Below those, what makes the samples of two runs fit into one batch, or holds for a whole process."""
 
 
 @dataclass
@@ -32,7 +35,7 @@ def groups(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
     """Sort the resolved ``configs`` of a sweep's jobs, in their order."""
     found: dict[str, Group] = {}
     for number, config in enumerate(configs):
-        reason = _alone(config)
+        reason = alone(config)
         key = f"{number}" if reason else json.dumps(_shared(config), sort_keys=True, default=str)
         found.setdefault(key, Group(alone=reason)).jobs.append(number)
     return list(found.values())
@@ -44,7 +47,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     return next((key for key in here if here[key] != there.get(key)), None)
 
 
-def _alone(config: Mapping[str, Any]) -> str | None:
+def alone(config: Mapping[str, Any]) -> str | None:
     """Why a job can share its backbone with none."""
     method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
     if getattr(method, "leaves", None) not in ("lora", "words"):

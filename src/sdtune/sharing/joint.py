@@ -53,21 +53,29 @@ class Joint:
 
     Args:
         checkpointing: compute activations again in backward.
+        rank: to which pairs are padded.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, checkpointing: bool) -> None:
+    def __init__(self, unet: UNet2DConditionModel, checkpointing: bool, rank: int) -> None:
         self._unet = unet
         self._sites: set[str] = set()
-        self._present, self._padding = Present(), Padding()
+        self._present, self._padding = Present(), Padding(rank)
         if checkpointing:
             # Blocks are computed again within backward, when others may be in the batch.
             now = self._present
             checkpoint_activations(unet, context_fn=lambda: (nullcontext(), self._again(now.stacks)))
 
     def __call__(
-        self, pairs: Sequence[Mapping[str, Pair]], inputs: Sequence[Mapping[str, Any]], mode: Mode
+        self,
+        pairs: Sequence[Mapping[str, Pair]],
+        inputs: Sequence[Mapping[str, Any]],
+        mode: Mode,
+        seeds: Sequence[int],
     ) -> Sequence[Tensor]:
-        """What the UNet says to each run's ``inputs`` under its ``pairs``, which are by the name of their site."""
+        """What the UNet says to each run's ``inputs`` under its ``pairs``, which are by the name of their site.
+
+        ``seeds`` are of the runs' dropout.
+        """
         if self._unet.training != mode.training:
             self._unet.train(mode.training)
         for name in {name for own in pairs for name in own} - self._sites:
@@ -76,7 +84,8 @@ class Joint:
         kind = self._unet.device.type
         with mode.entered(kind):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._unet.dtype
-            self._present.stacks = self._padding.stacks(present, dtype)
+            # Kept with the pairs: what is computed again in backward finds the model as a later call has left it.
+            self._present.stacks = self._padding.stacks(present, dtype, seeds if mode.training else None)
             out: Tensor = self._unet(**joined(inputs)).sample
         return out.chunk(len(inputs))
 

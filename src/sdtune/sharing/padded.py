@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +22,14 @@ class Pair(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A site's pairs: A [N, R, in] and B [N, R, out], its scale in it; zero where a run has none, or a narrower one."""
+    """A site's pairs: A [N, R, in] and B [N, R, out], its scale in it; zero where a run has none, or a narrower one.
+
+    ``dropouts``: of each run the share that it drops in this call, and its seed; None where none drops any.
+    """
 
     downs: Tensor
     ups: Tensor
-    dropouts: tuple[float, ...]
+    dropouts: tuple[tuple[float, int], ...] | None
 
 
 class Layout(NamedTuple):
@@ -37,26 +41,33 @@ class Layout(NamedTuple):
 
 
 class Padding:
-    """Pads pairs to a common rank, the largest that a site has seen: shapes, and with them the order of every sum,
-    stay when a run leaves."""
+    """Pads pairs to a common ``rank``, whoever is there: shapes, and with them the order of every sum, stay when a run
+    leaves or comes."""
 
-    def __init__(self) -> None:
-        self._ranks: dict[str, int] = {}
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
         self._scales: dict[tuple[Layout, ...], list[Tensor] | None] = {}
 
-    def stacks(self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype) -> dict[str, Stack]:
-        """By site, for those at which a run has a pair; ``dtype`` is the products'."""
+    def stacks(
+        self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
+    ) -> dict[str, Stack]:
+        """By site, for those at which a run has a pair, in ``dtype``; without seeds nothing is dropped."""
         sites: list[Layout] = []
         flat: list[Tensor] = []
-        found: dict[str, tuple[float, ...]] = {}
+        found: dict[str, tuple[tuple[float, int], ...] | None] = {}
         for name, own in pairs.items():
             present = [(place, pair) for place, pair in enumerate(own) if pair is not None]
             if not present:
                 continue
-            self._ranks[name] = max(self._ranks.get(name, 0), *(len(pair.down) for _, pair in present))
-            sites.append(Layout(len(own), self._ranks[name], tuple((i, len(p.down), p.scale) for i, p in present)))
+            assert all(len(pair.down) <= self._rank for _, pair in present), name
+            sites.append(Layout(len(own), self._rank, tuple((i, len(p.down), p.scale) for i, p in present)))
             flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
-            found[name] = tuple(0.0 if pair is None else pair.dropout for pair in own)
+            found[name] = None
+            if seeds is not None and any(pair.dropout for _, pair in present):
+                shares = [0.0 if pair is None else pair.dropout for pair in own]
+                # crc32: Python's own hash of a name is another in each process.
+                number = zlib.crc32(name.encode())
+                found[name] = tuple((share, seed << 32 | number) for share, seed in zip(shares, seeds, strict=True))
         if not found:
             return {}
         tensors = Padded.apply(sites, self._scaling(tuple(sites), flat[0]), dtype, *flat)  # type: ignore[no-untyped-call]
@@ -78,7 +89,10 @@ class Padding:
 
 
 class Padded(torch.autograd.Function):
-    """All sites by a few operators: a site's own would be dozens, and a UNet has hundreds of sites."""
+    """All sites by a few operators: a site's own would be dozens, and a UNet has hundreds of sites.
+
+    On a GPU the copies are a kernel a tensor still, since their strides differ.
+    """
 
     @staticmethod
     def forward(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import HALVES, Backbone
+from sdtune.callbacks.cost import peak_memory, reset_peak_memory
+from sdtune.errors import RunFailed
 from sdtune.methods.base import Adapter
+from sdtune.methods.encoding import drawn_at_once
 from sdtune.sharing.joint import Joint, Mode, mapped, shape
 from sdtune.sharing.padded import Pair
 from sdtune.sharing.turns import Question
@@ -29,12 +33,14 @@ class Forward(Question):
     """One run's call of its UNet: ``inputs`` all have its samples in their first dimension.
 
     ``pairs`` are what a finished run left, on the weights as they were loaded; None for those that the UNet trains.
+    ``seed`` is of its dropout.
     """
 
     unet: UNet2DConditionModel
     inputs: dict[str, Any]
     mode: Mode
     pairs: Mapping[str, Pair] | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -65,10 +71,14 @@ class Pool:
         device: where they train.
         precision: Lightning's.
         seats: how many runs at once.
+        rank: the largest that any run has.
     """
 
-    def __init__(self, device: torch.device, precision: str, seats: int) -> None:
-        self.device, self.precision, self.seats = device, precision, seats
+    peak: int | None = None
+    """Bytes: the most memory of a step that all take together, as :class:`sdtune.callbacks.Cost` counts it."""
+
+    def __init__(self, device: torch.device, precision: str, seats: int, rank: int) -> None:
+        self.device, self.precision, self.seats, self.rank = device, precision, seats, rank
         self._threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
@@ -110,6 +120,7 @@ class Pool:
                 parameter.data = self._moved[place]
         for buffer in adapter.buffers():
             buffer.data = buffer.data.to(self.device)
+        adapter.to(self.device)  # moves nothing any more; Lightning learns from it where its module is
 
     # --- one UNet for all
 
@@ -127,11 +138,22 @@ class Pool:
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
         """
+        try:
+            return self._answered(questions)
+        except torch.OutOfMemoryError:
+            # Without what raised it, whose frames hold what filled the memory.
+            raise RunFailed(
+                f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_adapters="
+                f"{max(1, self.seats // 2)}"
+            ) from None
+
+    def _answered(self, questions: dict[int, Question]) -> Collection[int]:
         self.use_threads(True)
         losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
         if losses:
             each = list(losses.values())
             torch.autograd.backward([one.loss for one in each], **each[0].more)
+            self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
             return losses.keys()
         alike: dict[Any, dict[int, Forward]] = {}
         for seat, question in questions.items():
@@ -139,9 +161,22 @@ class Pool:
             key = (question.pairs is None, question.mode, shape(question.inputs))
             alike.setdefault(key, {})[seat] = question
         training = {seat for calls in alike.values() for seat, call in calls.items() if call.mode.gradients}
+        if training:
+            reset_peak_memory(self.device)
         for calls in alike.values():
-            self._forward(calls, set(range(self.seats)) - training)
+            for few in [calls] if next(iter(calls.values())).mode.gradients else self._in_parts(calls):
+                self._forward(few, set(range(self.seats)) - training)
         return questions.keys()
+
+    def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
+        """``calls`` without gradients, so many in a pass that their samples are those of pictures drawn at once."""
+        assert self._base is not None
+        count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
+        side = int(math.sqrt(height * width)) * self._base.facts.factor
+        each = max(1, 2 * drawn_at_once(side) // count)
+        left = list(calls.items())
+        for first in range(0, len(left), each):
+            yield dict(left[first : first + each])
 
     def _forward(self, calls: dict[int, Forward], idle: set[int]) -> None:
         """``idle`` are seats at which no run trains at present: it has ended, or draws.
@@ -155,6 +190,7 @@ class Pool:
             [self._pairs(calls[seat]) if seat in calls else {} for seat in seats],
             [calls[seat].inputs if seat in calls else blank for seat in seats],
             first.mode,
+            [calls[seat].seed if seat in calls else 0 for seat in seats],
         )
         for part, seat in zip(said, seats, strict=True):
             if seat in calls:
@@ -166,11 +202,11 @@ class Pool:
         own = self._base.unet
         if call.pairs is not None:
             if self._whole is None:
-                self._whole = Joint(_over(own, lambda parameter: parameter.data), False)
+                self._whole = Joint(_over(own, lambda parameter: parameter.data), False, self.rank)
             return self._whole
         if self._trained is None:
             moved = _over(own, lambda parameter: self._moved[parameter.data_ptr()])
-            self._trained = Joint(moved, call.unet.is_gradient_checkpointing)
+            self._trained = Joint(moved, call.unet.is_gradient_checkpointing, self.rank)
         return self._trained
 
     def _pairs(self, call: Forward) -> Mapping[str, Pair]:

@@ -7,23 +7,29 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from sdtune import hardware, plan_run
+from sdtune import plan_run
+from sdtune.methods.encoding import drawn_at_once
 from sdtune.planning.memory import ALLOWANCE
 
 
-def room(jobs: Sequence[plan_run.Job], devices: int = 1) -> int:
+def room(jobs: Sequence[plan_run.Job], device: torch.device, devices: int = 1) -> int:
     """At least 1; ``jobs`` may share a backbone, and so many ``devices`` are in use."""
     # The widest job stands for all.
     job = max(jobs, key=lambda job: int(job.config["method"].get("rank", 0)))
     figures = plan_run.figures(job)
     cost = figures.checkpointed if job.config["hardware"].get("gradient_checkpointing") else figures.plain
-    own = figures.gradients + figures.state + figures.average + max(cost.together, figures.gradients)
-    free = _memory(str(job.config["hardware"].get("accelerator", "auto")), devices) - ALLOWANCE - figures.total.bytes
-    return max(1, min(len(jobs), free // own))
+    kept = figures.state + figures.average
+    step = cost.together if job.accumulation == 1 else cost.activations + figures.gradients
+    free = _free(device, devices) - ALLOWANCE - figures.total.bytes
+    samples = job.config["callbacks"].get("samples")
+    one = samples["sampling"]["batch_size"] if samples else 1
+    # Pictures of several runs are drawn in passes of so many, while what all keep stays where it is.
+    drawing = figures.previews * max(1, drawn_at_once(job.side) // one)
+    return max(1, min(len(jobs), free // (kept + step), (free - drawing) // max(1, kept)))
 
 
-def _memory(kind: str, devices: int) -> int:
+def _free(device: torch.device, devices: int) -> int:
     """Bytes of a device, or its share of those that a CPU's machine has free."""
-    if hardware.accelerator(kind) in ("gpu", "cuda"):
-        return torch.cuda.get_device_properties(0).total_memory
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available) // devices

@@ -34,12 +34,17 @@ class Sharing:
         self.pool, self.turns, self.count = pool, turns, count
         self.asked: int | None = None
         """The signal by which the group was asked to stop."""
+        self._begun: set[int] = set()
         self._checkpoints: dict[int, Checkpoints] = {}
         self._default = torch.get_default_dtype()
 
     def source(self, source: Pretrained) -> Pretrained:
         """The same backbone, whose weights are in memory once."""
         return Shared(source, self.pool, self.beside)
+
+    def measured(self) -> int | None:
+        """Bytes: the peak of the steps that all take together."""
+        return self.pool.peak
 
     def alone(self) -> dict[str, Any]:
         """The trainer's arguments that differ from the config's: a run has one device, and moves nothing of it."""
@@ -50,20 +55,32 @@ class Sharing:
         seat = self.turns.here
         assert seat is not None
         self._checkpoints[seat] = checkpoints
-        if self.asked is not None:
-            checkpoints.ask(self.asked)
         # One bar tells how far all of them are.
-        return [Together(self.turns), *(each for each in own if seat == 0 or not isinstance(each, Bar))]
+        return [Together(self), *(each for each in own if seat == 0 or not isinstance(each, Bar))]
 
     def stop(self, number: int) -> None:
         """Have every run end its step, save and stop."""
         self.asked = number
-        for checkpoints in self._checkpoints.values():
+        for checkpoints in list(self._checkpoints.values()):
             checkpoints.ask(number)
+
+    def begin(self) -> None:
+        """From here on the run at hand moves with the others, and has something to save."""
+        self.leave_if_asked()
+        seat = self.turns.here
+        assert seat is not None
+        self._begun.add(seat)
+        self.turns.ask(Join())
+
+    def leave_if_asked(self, measuring: bool = False) -> None:
+        """End the run at hand where it need not save: it has not begun, or is ``measuring`` what it has left."""
+        if self.asked is not None and (measuring or self.turns.here not in self._begun):
+            raise SystemExit(128 + self.asked)
 
     def left(self, seat: int) -> None:
         """The run at ``seat`` is over."""
         self._checkpoints.pop(seat, None)
+        self._begun.discard(seat)
 
     def attach(self, adapter: Adapter) -> None:
         """Have ``adapter``'s UNet and its gradients go through the one for all."""
@@ -92,7 +109,8 @@ class Sharing:
                 torch.get_default_dtype(),
             )
             inputs = {"sample": sample, "timestep": timestep.expand(len(sample)), **more}
-            return self._ask(Forward(unet, inputs, mode, pairs))
+            # The step has seeded the global generator by its place; a neighbour's turn would seed it anew.
+            return self._ask(Forward(unet, inputs, mode, pairs, torch.initial_seed()))
 
         return forward
 
@@ -100,6 +118,7 @@ class Sharing:
         self._ask(Back(loss, more))
 
     def _ask(self, question: Question) -> Any:
+        self.leave_if_asked(isinstance(question, Forward) and question.pairs is not None)
         # Lightning's 64-true and 16-true change torch's default type for a step; a neighbour moves within it.
         with default_dtype(self._default):
             return self.turns.ask(question)
@@ -126,8 +145,8 @@ class OneDevice(SingleDeviceStrategy):
 class Together(Callback):
     """From the first step on, a run moves with the others."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._turns.ask(Join())
+        self._sharing.begin()

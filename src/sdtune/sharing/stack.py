@@ -53,10 +53,18 @@ class Stacked(nn.Module):
         return out + torch.bmm(low, ups).reshape(out.shape).to(out.dtype)
 
     def _dropped(self, x: Tensor, stack: Stack) -> Tensor:
-        if not self.training or not any(stack.dropouts):
+        if stack.dropouts is None:
             return x
         rows = x.chunk(len(stack.dropouts))
-        return torch.cat([F.dropout(part, share) for part, share in zip(rows, stack.dropouts, strict=True)])
+        return torch.cat([_masked(part, *own) for part, own in zip(rows, stack.dropouts, strict=True)])
+
+
+def _masked(x: Tensor, share: float, seed: int) -> Tensor:
+    """Dropout whose mask hangs on nothing but ``seed``: no neighbour's draw moves it, nor a pass that is repeated."""
+    if share == 0:
+        return x
+    source = torch.Generator(x.device).manual_seed(seed)
+    return x * torch.empty_like(x).bernoulli_(1 - share, generator=source).div_(1 - share)
 
 
 def _convolved(base: nn.Conv2d, x: Tensor, downs: Tensor, ups: Tensor) -> Tensor:

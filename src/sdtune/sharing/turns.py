@@ -57,6 +57,8 @@ class Turns:
 
     def __init__(self, seats: int, answer: Callable[[dict[int, Question]], Collection[int]]) -> None:
         self.places = range(seats)
+        self.broken: Exception | None = None
+        """What kept questions from being answered; those who had asked have it raised, and no further job begins."""
         self._answer = answer
         self._seats: dict[int, Seat] = {}
         self._back = threading.Semaphore(0)
@@ -95,7 +97,7 @@ class Turns:
     def _ready(self, number: int, jobs: Iterator[Callable[[], None]]) -> bool:
         """Move the job at ``number`` on to its next question; False where it ends instead."""
         if number not in self._seats:
-            job = next(jobs, None)
+            job = next(jobs, None) if self.broken is None else None
             if job is None:
                 return True
             self._seats[number] = Seat(number, job)
@@ -112,7 +114,14 @@ class Turns:
         return not seat.ended
 
     def _reply(self, questions: dict[int, Question]) -> None:
-        for number in self._answer(questions):
+        try:
+            answered = self._answer(questions)
+        except Exception as error:
+            self.broken = error
+            answered = questions.keys()
+            for question in questions.values():
+                question.error = error
+        for number in answered:
             self._seats[number].question = None
 
     def _end(self, error: BaseException) -> None:
