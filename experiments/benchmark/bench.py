@@ -33,7 +33,7 @@ from measure import random_pipeline
 
 HERE = Path(__file__).parent
 ROUNDS = 3
-STEPS = {"pocket": 40, "sd15": 6}
+STEPS = {"pocket": 40, "sd15": 5}
 """Optimizer steps of a measurement; the first quarter, at least two, is warm-up."""
 
 HALF = ("amx_bf16", "avx512_bf16")
@@ -77,6 +77,8 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
             method, shape, data, run, precision, "data.cache_latents=false", "data.cache_text=false"
         ),
     }
+    if shape.batch > 1:  # to see how far from the machine's own rate a step is, which asks for no peer
+        examples, variants = None, {"sdtune": variants["sdtune"]}
     # Its script cannot be told that pocket's latents are a quarter as wide as the pictures.
     if examples is not None and (shape.name, method) != ("pocket", "controlnet"):
         documented = DOCUMENTED.get(method, ())
@@ -154,7 +156,9 @@ def main() -> None:
 
     from sdtune.pocket import path
 
-    shapes = [Shape("pocket", path(), 64), Shape("sd15", folder / "sd15", 256)]
+    weights = folder / "sd15"
+    shapes = [Shape("pocket", path(), 64), Shape("sd15", weights, 256)]
+    wide = Shape("sd15", weights, 256, batch=4)
     if wanted("gate"):
         keep("gate", gate(shapes[0]))
     precisions = ["32-true", *(["bf16-mixed"] if machine()["multiplies bfloat16"] else [])]
@@ -167,6 +171,11 @@ def main() -> None:
                     if shape.name == "sd15":
                         random_pipeline(shape.weights)
                     keep(name, compared(method, shape, precision, examples, folder))
+    for precision in precisions:
+        name = f"floor/lora/{precision}"
+        if wanted(name):
+            random_pipeline(weights)
+            keep(name, compared("lora", wide, precision, None, folder))
     for batch in (1, 4):
         for precision in precisions:
             name = f"sweep/{batch}/{precision}"

@@ -15,11 +15,12 @@ METHODS = ("lora", "textual_inversion", "dreambooth", "full", "controlnet")
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone and the pictures it is trained on: ``weights`` a pipeline's folder, ``side`` in pixels."""
+    """A backbone, ``weights`` a pipeline's folder, and its pictures: ``side`` in pixels, ``batch`` of them a step."""
 
     name: str
     weights: Path
     side: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more
         f"backbone.path={shape.weights}",
         *(["backbone.prediction_type=null"] if shape.name == "pocket" else []),
         "data=folder",
-        "data.batch_size=1",
+        f"data.batch_size={shape.batch}",
         f"data.resolution={shape.side}",
         "hardware=cpu",
         f"hardware.precision={precision}",
@@ -129,7 +130,7 @@ def peer(examples: Path, method: str, shape: Shape, data: Path, run: Path, preci
     arguments = [
         f"--pretrained_model_name_or_path={shape.weights}",
         f"--resolution={shape.side}",
-        "--train_batch_size=1",
+        f"--train_batch_size={shape.batch}",
         "--max_train_steps=1000",
         "--lr_scheduler=constant",
         "--lr_warmup_steps=0",
