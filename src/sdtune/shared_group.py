@@ -104,7 +104,11 @@ def _on_device(
     setup_globals()
     quiet()
     quiet_libraries()
-    _together(wholes, command, callbacks, max_adapters, called, device, devices, shown)
+    try:
+        _together(wholes, command, callbacks, max_adapters, called, device, devices, shown)
+    except RunFailed as error:
+        print(f"sdtune: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 @contextlib.contextmanager

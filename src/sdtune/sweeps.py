@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from sdtune.launch import Prepare
 
 _SUBDIR = "${hydra.job.num}"
-_TRIALS = "hydra.sweeper.n_trials="
+_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_adapters=")
+"""A search may be extended, and a machine have less room than was thought."""
 
 
 def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:
@@ -116,9 +117,9 @@ def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str]
     loaded = OmegaConf.load(kept)
     own = [str(o) for o in (*loaded.hydra.overrides.task, *loaded.hydra.overrides.hydra)]
     own = [o for o in own if not o.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir="))]
-    longer = [o for o in overrides if o.startswith(_TRIALS)]  # a search may be extended
-    own = [o for o in own if not (longer and o.startswith(_TRIALS))]
-    given = [o for o in overrides if o not in (*wanted, *longer) and not o.startswith("hydra.sweep.dir=")]
+    anew = [o for o in overrides if o.startswith(_ANEW)]
+    own = [o for o in own if not o.startswith(tuple(f"{given.split('=', 1)[0]}=" for given in anew))]
+    given = [o for o in overrides if o not in (*wanted, *anew) and not o.startswith("hydra.sweep.dir=")]
     odd = [o for o in given if o not in own] or [o for o in own if given and o not in given]
     if odd:
         how = "makes it another sweep than" if odd[0] in given else "is left out, which makes it another sweep than"
@@ -126,7 +127,7 @@ def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str]
     kept_folder = command_line_folder(loaded.hydra.runtime.config_sources)
     if kept_folder is not None and not any(one.provider == "command-line" for one in search.get_path()):
         search.prepend(provider="command-line", path=f"file://{kept_folder}", anchor=SearchPathQuery(provider="schema"))
-    return [*own, *longer], folder
+    return [*own, *anew], folder
 
 
 def _check_master(master: DictConfig, folder: Path) -> None:

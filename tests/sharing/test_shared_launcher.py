@@ -191,6 +191,11 @@ def test_without_memory_each_job_says_so_and_the_sweep_ends(
     captured = capsys.readouterr()
     assert "sweep: 0 of 2 jobs are done" in captured.out
     assert f"sdtune: {said}\n" in captured.err
+    monkeypatch.setattr(pool.Pool, "_forward", forward)
+    assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_adapters=1") == 0
+    captured = capsys.readouterr()
+    assert "jobs 0-2 share one backbone, 1 at once" in captured.out
+    assert "sweep: 3 of 3 jobs are done" in captured.out
 
 
 @pytest.mark.parametrize("wrong", ["0", "2.5", "all"])
