@@ -48,7 +48,8 @@ def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str
     argv = [sys.executable, str(HERE / "clock.py"), watch, str(steps), str(out), command.target, *command.arguments]
     log = folder / "log"
     with log.open("w") as handle:
-        began = {"BENCH_BEGAN": repr(time.monotonic()), "SDTUNE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        began = {"BENCH_BEGAN": repr(time.monotonic()), "SDTUNE_CACHE": str(folder / "cache")}
+        began |= {"HF_HOME": str(folder / "cache" / "hf"), "HF_HUB_OFFLINE": "1"}
         run = subprocess.Popen(
             argv, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | began, start_new_session=True
         )

@@ -38,7 +38,11 @@ def check(node: Mapping[str, Any], here: bool = True) -> None:
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
             raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
-    if here and accelerator(kind) in ("gpu", "cuda"):
+
+
+def check_indices(node: Mapping[str, Any]) -> None:
+    """ValueError for GPUs by index that this machine has not."""
+    if accelerator(str(node.get("accelerator", "auto"))) in ("gpu", "cuda"):
         there = torch.cuda.device_count()
         missing = [index for index in indices(node) if index not in range(there)]
         if missing:

@@ -21,6 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from sdtune.errors import RunFailed
 from sdtune.figures import LOWER_IS_BETTER
 from sdtune.jobs import STATE, UNFINISHED, write_yaml
 from sdtune.side_by_side import stopping
@@ -141,18 +142,33 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         return space, fixed
 
     def _launch(self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]]) -> None:
+        try:
+            self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
+        except SystemExit:
+            self._tell(study, folder, jobs, goes_on=(UNFINISHED,))
+            raise
+        except RunFailed:
+            self._tell(study, folder, jobs, goes_on=(UNFINISHED, "failed"))
+            raise
+        stopped = stopping(folder)
+        self._tell(study, folder, jobs, goes_on=() if stopped is None else (UNFINISHED,))
+        if stopped is not None:
+            raise SystemExit(stopped)
+
+    def _tell(
+        self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]], goes_on: tuple[str, ...]
+    ) -> None:
+        """Tell the study how trials ended, but for those that go on when the sweep does."""
         from optuna.trial import TrialState
 
-        self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
-        stopped = stopping(folder)
         for number, _ in jobs:
             # The job's own folder says how it ended: it may have run in another process.
             file = folder / str(number) / STATE
-            if stopped is not None and not file.is_file():
+            if goes_on and not file.is_file():
                 continue
             state = json.loads(file.read_text())
-            if stopped is not None and state["state"] == UNFINISHED:
-                continue  # it goes on when the sweep does
+            if state["state"] in goes_on:
+                continue
             ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
             value = state.get("metric")
             if ended is TrialState.COMPLETE and value is None:
@@ -160,8 +176,6 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
                 log.info("job %d: %s is null, which counts as a failure", number, self.config.optimized_metric)
                 ended = TrialState.FAIL
             study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
-        if stopped is not None:
-            raise SystemExit(stopped)
 
     def _refuse_unknown(self, run: Path) -> None:
         """A figure that the run does not even have null is misspelt, and no later trial will have it."""

@@ -175,9 +175,10 @@ def outlined(job: Job) -> Adapter:
     return adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
 
 
-def figures(job: Job) -> Figures:
-    """Build the method on the meta device and measure it."""
+def figures(job: Job, previews: int | None = None) -> Figures:
+    """Build the method on the meta device and measure it; ``previews`` are drawn at once, the config's if None."""
     samples = job.config["callbacks"].get("samples")
+    shown = samples["sampling"]["batch_size"] if samples else 0
     return measure(
         outlined(job),
         count=job.count,
@@ -187,6 +188,6 @@ def figures(job: Job) -> Figures:
         cache_latents=job.data["cache_latents"],
         cache_text=job.data["cache_text"],
         average=job.config["callbacks"].get("ema") is not None,
-        previews=samples["sampling"]["batch_size"] if samples else 0,
+        previews=shown if previews is None else previews,
         class_pictures=drawn_at_once(job.side) if _pairs(job) and job.data["class_path"] is None else 0,
     )

@@ -65,7 +65,11 @@ def prepare(config: DictConfig, folder: Path, sharing: Sharing | None = None) ->
             )
     elif first and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
-    data = check_run(_placed(container, sharing is not None or _will_share(container)))
+    shares = sharing is not None or _will_share(container)
+    if shares:
+        hardware.check(container["hardware"])
+        hardware.check_indices(container["hardware"])
+    data = check_run(_placed(container, shares))
     return lambda composed: execute(_placed(plain(composed), sharing is not None), data, folder, sharing)
 
 

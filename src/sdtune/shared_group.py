@@ -26,6 +26,7 @@ from sdtune.checks import plain, trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.jobs import Job, as_current, without_hydra
 from sdtune.quiet import quiet, quiet_libraries
+from sdtune.release import release
 from sdtune.sharing.pool import Pool
 from sdtune.sharing.room import room
 from sdtune.sharing.run import Sharing
@@ -145,12 +146,13 @@ def _together(
         precision = str(trainer_arguments(plain(wholes[0]))["precision"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    release()  # of a group before
     most = max_adapters
     if most == "auto":
         most = room([plan_run.job(whole, shared=True) for whole in wholes], device, devices)
     turns_of = -(-len(wholes) // most)
     seats = -(-len(wholes) // turns_of)
-    if devices == 1:
+    if devices == 1 and len(wholes) > 1:
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
     pool = Pool(device, precision, seats, max(map(_widest, wholes)))
     turns = Turns(seats, pool.answer)

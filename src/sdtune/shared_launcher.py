@@ -41,6 +41,8 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         setup_globals()
         quiet()
         from sdtune.checks import plain
+        from sdtune.hardware import processes
+        from sdtune.release import release
         from sdtune.shared_group import run_group
         from sdtune.sharing.groups import Group, difference, groups
 
@@ -54,25 +56,27 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             with as_current(wholes[number]):
                 configs.append(plain(wholes[number]))
         found = groups(configs)
-        failed: list[RunFailed] = []
+        failed: list[str] = []
         largest = max(found, key=lambda group: len(group.jobs), default=Group())
         for group in found:
             numbers = [left[place] for place in group.jobs]
             called = _called([initial_job_idx + number for number in numbers])
-            if len(numbers) > 1:
+            if len(numbers) == 1 and len(left) > 1:
+                other = configs[next(g for g in (largest, *found) if g is not group).jobs[0]]
+                why = group.alone or f"{difference(configs[group.jobs[0]], other)} is another than the others'"
+                print(f"{called} by itself: {why}")
+            # One that is left over has the device that it would have had among others, and not all of them.
+            if len(numbers) > 1 or (group.alone is None and processes(configs[group.jobs[0]]["hardware"]) > 1):
                 whole = [wholes[n] for n in numbers]
                 try:
                     run_group(whole, self.task.command, self.context.callbacks, self.max_adapters, called)
                 except RunFailed as error:
-                    failed.append(error)  # the others are none the worse
+                    failed.append(str(error))  # the others are none the worse
+                release()
                 continue
-            if len(left) > 1:
-                other = configs[largest.jobs[0]] if largest.jobs else configs[0]
-                why = group.alone or f"{difference(configs[group.jobs[0]], other)} is another than the others'"
-                print(f"{called} by itself: {why}")
             returns[numbers[0]] = self._by_itself(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
         if failed:
-            raise failed[0]
+            raise RunFailed(failed[0])
         for number in set(range(len(wholes))) - set(left):
             # Its state file may be another's: the run was completed by itself.
             returns[number] = self._by_itself(list(job_overrides[number]), initial_job_idx + number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,15 @@ def test_how_many_at_once_is_checked_first(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("wrong", ["0", "[]"])
+def test_devices_are_checked_though_each_job_has_one(
+    wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hardware.devices={wrong}"]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 2
+    assert "hardware.devices: " in capsys.readouterr().err
+
+
 def test_gpus_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     node: dict[str, object] = {"accelerator": "gpu"}
@@ -215,6 +225,19 @@ def test_gpus_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         found = shared_group._devices({**node, "devices": devices})
         assert found == [torch.device("cuda", index) for index in wanted]
     assert shared_group._devices({"accelerator": "cpu", "devices": 2}) == [torch.device("cpu")] * 2
+
+
+@pytest.mark.slow
+def test_asked_to_stop_before_the_first_step_all_leave_at_once(settings: list[str], tmp_path: Path) -> None:
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = [*settings, "callbacks.samples.sampling.steps=900", "callbacks.samples.sampling.sampler=ddim", LAUNCHER]
+    process = start(log, *own, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}")
+    while "trained: " not in log.read_text() and process.poll() is None:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert not list(sweep.glob("*/artifact"))
+    assert [json.loads(file.read_text())["state"] for file in sweep.glob("*/job.json")] == ["unfinished"] * 2
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ class Pruning(Callback):
         trial: the trial's number; without one nothing happens.
         pruner: ``median`` ends what is worse than the median of the trials before at the same step, ``asha``
             (Li et al. 2020) all but the best third at each of a few steps that grow threefold.
-        after: trials that end by themselves first (median), and the first step at which one may end (asha).
+        after: trials that end by themselves first (median; 4 if None), and the first step at which one may end (asha;
+            that of the first validation if None, since each threefold of it before that would be a cut as well).
     """
 
     needs_held_out = True
@@ -37,7 +38,7 @@ class Pruning(Callback):
         record: Record,
         trial: int | None,
         pruner: Literal["median", "asha"] = "median",
-        after: Annotated[int, Ge(1)] = 4,
+        after: Annotated[int, Ge(1)] | None = None,
     ) -> None:
         require_optuna()
         self.run, self.record, self.number, self.kind, self.after = run, record, trial, pruner, after
@@ -50,9 +51,11 @@ class Pruning(Callback):
         check_held_out(trainer, pl_module, "callbacks.pruning")
         if self.number is not None and trainer.is_global_zero:
             pruner = (
-                optuna.pruners.MedianPruner(n_startup_trials=self.after)
+                optuna.pruners.MedianPruner(n_startup_trials=self.after or 4)
                 if self.kind == "median"
-                else optuna.pruners.SuccessiveHalvingPruner(min_resource=self.after, reduction_factor=3)
+                else optuna.pruners.SuccessiveHalvingPruner(
+                    min_resource=self.after or _first_validation(trainer), reduction_factor=3
+                )
             )
             self._trial = own_trial(self.run.parent, self.number, pruner)
             # The study's direction is that of the figure at the end; a loss is always the better the lower.
@@ -68,3 +71,9 @@ class Pruning(Callback):
             behind = bool(trainer.strategy.reduce_boolean_decision(behind, all=False))
         if behind and trainer.global_step < trainer.max_steps:
             raise Pruned(trainer.global_step)
+
+
+def _first_validation(trainer: pl.Trainer) -> int:
+    """Its optimizer step; Lightning counts micro-batches."""
+    every = trainer.val_check_interval
+    return max(1, every // trainer.accumulate_grad_batches) if isinstance(every, int) else 1

@@ -5,6 +5,7 @@ These figures are of pocket's world and cannot be compared with published ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from sdtune.evaluation.clip import check as check_clip
 from sdtune.evaluation.diversity import distances
 from sdtune.evaluation.drawing import draw, draw_base, references, trained
 from sdtune.evaluation.drift import prior_drift
+from sdtune.evaluation.general import ClipFigures
 from sdtune.evaluation.memorisation import nearest
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.files import write_json
@@ -32,6 +34,8 @@ from sdtune.pocket.world import SIDE, compose
 from sdtune.pocket.world import draw as draw_scene
 from sdtune.randomness import generator
 from sdtune.sampling import Request, Sampling
+
+log = logging.getLogger("sdtune")
 
 READINGS = "readings.json"
 """In an evaluation's folder: what was read off each picture."""
@@ -57,7 +61,8 @@ class SubjectFigures:
     subject; ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's (0 where
     all are one, 1 as the base); ``prior_drift``, how far they are from the base's
     (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
-    :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures.
+    :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures; pictures that are not of pocket's world are
+    measured by that one instead.
 
     Args:
         pictures: how many are drawn of the subject.
@@ -89,10 +94,8 @@ class SubjectFigures:
     def check(self, data: PictureData, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Subject):
-            raise ValueError(
-                "evaluation: pocket_subject measures a subject of pocket's world (data=pocket_subject);"
-                " for one's own pictures choose evaluation=clip"
-            )
+            self._of_any_pictures().check(data, facts)
+            return
         if facts.side != SIDE:
             raise ValueError(
                 f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}"
@@ -101,23 +104,29 @@ class SubjectFigures:
         if self.clip is not None:
             check_clip(self.clip)
 
+    def _of_any_pictures(self) -> ClipFigures:
+        return ClipFigures(pictures=min(self.count, 32), seed=self.seed, clip=self.clip, sampling=self.sampling)
+
     def run(
         self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
-        assert isinstance(data, Subject)
+        if not isinstance(data, Subject):
+            log.info("evaluation: these pictures are not of pocket's world; they are measured as by evaluation=clip")
+            return self._of_any_pictures().run(source, data, artifact, name, device, folder)
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
         wanted = [unseen[i % len(unseen)] for i in range(self.count)]
         requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
         colours = list(BACKGROUNDS)
         plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
         others = [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
-        reader, clip = classifier.load(), Clip(self.clip, device) if self.clip else None
+        reader = classifier.load()
 
         drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw(backbone, [*requests, *others], self.sampling)
             ceiling = self._ceiling(backbone, reader, data.subject, unseen)
+        clip = Clip(self.clip, device) if self.clip else None  # runs that share a backbone all wait for the drawing
         figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
         for prefix, both in drawn.items():

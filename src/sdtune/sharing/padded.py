@@ -41,8 +41,8 @@ class Layout(NamedTuple):
 
 
 class Padding:
-    """Pads pairs to a common ``rank``, whoever is there: shapes, and with them the order of every sum, stay when a run
-    leaves or comes."""
+    """Pads pairs to a common ``rank``, the largest of all runs that will come: shapes, and with them the order of every
+    sum, stay when a run leaves or comes."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -59,15 +59,15 @@ class Padding:
             present = [(place, pair) for place, pair in enumerate(own) if pair is not None]
             if not present:
                 continue
-            assert all(len(pair.down) <= self._rank for _, pair in present), name
+            self._rank = max(self._rank, *(len(pair.down) for _, pair in present))
             sites.append(Layout(len(own), self._rank, tuple((i, len(p.down), p.scale) for i, p in present)))
             flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
             found[name] = None
             if seeds is not None and any(pair.dropout for _, pair in present):
                 shares = [0.0 if pair is None else pair.dropout for pair in own]
-                # crc32: Python's own hash of a name is another in each process.
-                number = zlib.crc32(name.encode())
-                found[name] = tuple((share, seed << 32 | number) for share, seed in zip(shares, seeds, strict=True))
+                # 32 bits, as many as the CPU's generator looks at; Python's own hash is another in each process.
+                own_seeds = [zlib.crc32(f"{seed}/{name}".encode()) for seed in seeds]
+                found[name] = tuple(zip(shares, own_seeds, strict=True))
         if not found:
             return {}
         tensors = Padded.apply(sites, self._scaling(tuple(sites), flat[0]), dtype, *flat)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from sdtune.methods.encoding import drawn_at_once
 from sdtune.sharing.joint import Joint, Mode, mapped, shape
 from sdtune.sharing.padded import Pair
 from sdtune.sharing.turns import Question
+
+log = logging.getLogger("sdtune")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,15 +55,26 @@ class Back(Question):
 
 
 class Shared(Pretrained):
-    """``source`` for several runs: each load is a model of its own on the same weights."""
+    """``source`` for several runs: each load is a model of its own on the same weights.
 
-    def __init__(self, source: Pretrained, pool: Pool, beside: Callable[..., Any]) -> None:
+    Args:
+        beside: see :attr:`sdtune.backbone.backbone.Backbone.beside`.
+        leave: gives, for what is loaded now, what ends its run where it is asked to stop.
+    """
+
+    def __init__(
+        self, source: Pretrained, pool: Pool, beside: Callable[..., Any], leave: Callable[[], Callable[..., None]]
+    ) -> None:
         self.__dict__.update(source.__dict__)
-        self._source, self._pool, self._beside = source, pool, beside
+        self._source, self._pool, self._beside, self._leave = source, pool, beside, leave
 
     def load(self, seed: int = 0) -> Backbone:
         loaded = self._pool.copied(self._source)
         loaded.beside = self._beside
+        # Caches are filled and pictures of the class drawn without a question, for minutes where there are many.
+        leave = self._leave()
+        for part in (loaded.unet, loaded.vae.encoder):
+            part.register_forward_pre_hook(leave)
         return loaded
 
 
@@ -99,8 +113,10 @@ class Pool:
         if self._moved and base.device != self.device:
             # What is loaded from now on draws pictures, and would bring a copy of its own to the device.
             for parameter in base.parameters():
-                moved = self._moved.pop(parameter.data_ptr(), parameter.data)
+                place = parameter.data_ptr()
+                moved = self._moved.get(place, parameter.data)
                 parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(self.device)
+                self._moved.pop(place, None)
                 self._moved[parameter.data_ptr()] = moved
         return _over(base, lambda parameter: parameter.data)
 
@@ -137,36 +153,49 @@ class Pool:
         """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
+        Pictures are drawn and losses validated between steps, while no activations are kept for backward.
+
+        Raises:
+            RunFailed: with the reason, where it cannot be done.
         """
         try:
             return self._answered(questions)
-        except torch.OutOfMemoryError:
-            # Without what raised it, whose frames hold what filled the memory.
-            raise RunFailed(
-                f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_adapters="
-                f"{max(1, self.seats // 2)}"
-            ) from None
+        except Exception as error:
+            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            reason = self._full() if full else f"{type(error).__name__}: {error}"
+            if not full:
+                log.exception("a step of all runs failed")
+        # Out of the handler: what was caught holds, by its frames, what has filled the memory.
+        raise RunFailed(reason)
+
+    def _full(self) -> str:
+        if self.seats == 1:
+            return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
+        return (
+            f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_adapters="
+            f"{self.seats // 2}"
+        )
 
     def _answered(self, questions: dict[int, Question]) -> Collection[int]:
         self.use_threads(True)
         losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
+        steps, others = (
+            {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
+            for wanted in (True, False)
+        )
         if losses:
             each = list(losses.values())
             torch.autograd.backward([one.loss for one in each], **each[0].more)
             self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
-            return losses.keys()
-        alike: dict[Any, dict[int, Forward]] = {}
-        for seat, question in questions.items():
-            assert isinstance(question, Forward)
-            key = (question.pairs is None, question.mode, shape(question.inputs))
-            alike.setdefault(key, {})[seat] = question
-        training = {seat for calls in alike.values() for seat, call in calls.items() if call.mode.gradients}
-        if training:
+        elif steps:
             reset_peak_memory(self.device)
-        for calls in alike.values():
-            for few in [calls] if next(iter(calls.values())).mode.gradients else self._in_parts(calls):
-                self._forward(few, set(range(self.seats)) - training)
-        return questions.keys()
+            for calls in _alike(steps):
+                self._forward(calls, set(range(self.seats)) - steps.keys())
+            return steps.keys()
+        for calls in _alike(others):
+            for part in self._in_parts(calls):
+                self._forward(part, set())
+        return losses.keys() | others.keys()
 
     def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """``calls`` without gradients, so many in a pass that their samples are those of pictures drawn at once."""
@@ -217,6 +246,14 @@ class Pool:
             named = call.unet.named_modules()
             self._layers[call.unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
         return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
+
+
+def _alike(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:
+    """Those that are one batch."""
+    found: dict[Any, dict[int, Forward]] = {}
+    for seat, call in calls.items():
+        found.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[seat] = call
+    return found.values()
 
 
 def _over(model: M, storage: Callable[[Tensor], Tensor]) -> M:

@@ -40,7 +40,12 @@ class Sharing:
 
     def source(self, source: Pretrained) -> Pretrained:
         """The same backbone, whose weights are in memory once."""
-        return Shared(source, self.pool, self.beside)
+        return Shared(source, self.pool, self.beside, self._leaves)
+
+    def _leaves(self) -> Callable[..., None]:
+        # What is loaded behind the training is there to be measured.
+        measuring = self.turns.here in self._begun
+        return lambda *_: self.leave_if_asked(measuring)
 
     def measured(self) -> int | None:
         """Bytes: the peak of the steps that all take together."""
@@ -65,12 +70,11 @@ class Sharing:
             checkpoints.ask(number)
 
     def begin(self) -> None:
-        """From here on the run at hand moves with the others, and has something to save."""
+        """The run at hand takes a step, and has something to save from here on."""
         self.leave_if_asked()
         seat = self.turns.here
         assert seat is not None
         self._begun.add(seat)
-        self.turns.ask(Join())
 
     def leave_if_asked(self, measuring: bool = False) -> None:
         """End the run at hand where it need not save: it has not begun, or is ``measuring`` what it has left."""
@@ -149,4 +153,9 @@ class Together(Callback):
         self._sharing = sharing
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sharing.turns.ask(Join())
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._sharing.begin()

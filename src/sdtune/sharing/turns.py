@@ -6,6 +6,7 @@ questions are answered together. Imports no torch.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -70,7 +71,8 @@ class Turns:
         self._back.release()
         seat.go.acquire()
         if question.error is not None:
-            raise question.error
+            # A copy: each raise would tie its job's frames, and all that they hold, to the one for all.
+            raise copy.copy(question.error)
         return question.answer
 
     @property
