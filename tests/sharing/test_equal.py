@@ -16,7 +16,7 @@ from running import arguments, rows, train
 
 LAUNCHER = "hydra/launcher=shared_backbone"
 STEPS = 20
-EPS = "optimizer.eps=1e-6"
+EPS = "optimizer.eps=1e-5"
 """Of AdamW, where float32 is compared: a random model has sites whose gradients are of the size of the usual 1e-8, and
 there it is their rounding that decides the step."""
 

@@ -74,10 +74,10 @@ def test_finished_runs_are_evaluated_together(
         forward(self, calls, idle)
 
     monkeypatch.setattr(pool.Pool, "_forward", spy)
-    assert train(*own, LAUNCHER, "optimizer.lr=1e-1,1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/together") == 0
+    assert train(*own, LAUNCHER, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/together") == 0
     assert drawn
     assert set(drawn) == {3}
-    assert train(*own, "optimizer.lr=1e-1,1e-2,1e-3", f"hydra.sweep.dir={tmp_path}/alone") == 0
+    assert train(*own, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/alone") == 0
     for job in "012":
         ours, theirs = (
             json.loads((tmp_path / way / job / "metrics.json").read_text()) for way in ("together", "alone")
