@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from sdtune.backbone import Facts
+from sdtune.evaluation import ClipFigures
 from sdtune.pocket.data import Subject, World
 from sdtune.pocket.evaluation import SubjectFigures
 from sdtune.pocket.objects import BACKGROUNDS, HELD_OUT
@@ -58,10 +62,25 @@ def test_pixels_are_the_drawing_and_content_names_it() -> None:
     assert sample.content() == opened(World(pictures=30)).train[3].content()
 
 
-def test_the_subjects_figures_want_a_subject_of_the_world() -> None:
-    facts = Facts(64, 4, 4, "epsilon", 32)
-    SubjectFigures().check(opened(Subject()), facts)
-    with pytest.raises(ValueError, match="evaluation=clip"):
-        SubjectFigures().check(opened(World(pictures=2)), facts)
+def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def run(self: ClipFigures, *given: Any) -> dict[str, Any]:
+        seen.extend((self, *given))
+        return {"clip_image": 0.5}
+
+    monkeypatch.setattr(ClipFigures, "run", run)
+    facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(pictures=2))
+    figures = SubjectFigures(pictures=4, seed=7)
+    figures.check(data, facts)
+    given: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
+    assert figures.run(*given) == {"clip_image": 0.5}
+    by, *passed = seen
+    assert (by.count, by.seed, by.clip, by.sampling) == (4, 7, "pocket", figures.sampling)
+    assert passed == given
+
+
+def test_the_subjects_figures_read_pictures_of_the_worlds_size() -> None:
+    SubjectFigures().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
     with pytest.raises(ValueError, match="64x64"):
         SubjectFigures().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))
