@@ -107,6 +107,25 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
     return found
 
 
+IMPORTS = {
+    "torch": "torch",
+    "torch and Lightning": "torch, pytorch_lightning",
+    "diffusers, transformers and peft": "torch, pytorch_lightning, diffusers, transformers, peft",
+    "all that sdtune train imports": "sdtune.run, sdtune.methods, peft.tuners.lora, diffusers.models.unets",
+}
+
+
+def imports() -> dict[str, list[float]]:
+    """Seconds that fresh processes take to import what a training does, by turns."""
+    found: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for _ in range(ROUNDS):
+        for name, modules in IMPORTS.items():
+            began = time.monotonic()
+            subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, capture_output=True)
+            found[name].append(time.monotonic() - began)
+    return found
+
+
 def rate(dtype: torch.dtype, side: int = 2048, times: int = 8) -> float:
     """TFLOP/s that the cores reach in the product of two square matrices, the best of several."""
     one, other = torch.randn(2, side, side).to(dtype)
@@ -160,6 +179,8 @@ def main() -> None:
     weights = folder / "sd15"
     shapes = [Shape("pocket", path(), 64), Shape("sd15", weights, 256)]
     wide = Shape("sd15", weights, 256, batch=4)
+    if wanted("imports"):
+        keep("imports", {"seconds": imports()})
     if wanted("gate"):
         keep("gate", gate(shapes[0]))
     precisions = ["32-true", *(["bf16-mixed"] if machine()["multiplies bfloat16"] else [])]
