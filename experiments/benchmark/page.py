@@ -45,9 +45,9 @@ def _why(found: Mapping[str, Any]) -> list[str]:
         "",
         "## What holds the missed aims back",
         "",
-        "- *Step*: arithmetic that both do alike. The aims were set where a processor's matrix unit leaves a small batch",
-        "  waiting for everything but its products. Where products and convolutions take most of a step, in float32, what",
-        "  caches and fewer operators save is a smaller share of it, and so is what a shared step saves.",
+        "- *Step*: arithmetic that both do alike. The aims were set where a processor's matrix unit leaves a small",
+        "  batch waiting for everything but its products. Where products and convolutions take most of a step, as in",
+        "  float32, what caches and fewer operators save is a smaller share, and so is what a shared step saves.",
         "- *Start*: imports. "
         + ", ".join(f"{name} take {took}" for name, took in seconds.items())
         + ", each with those",
