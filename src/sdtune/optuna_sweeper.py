@@ -144,10 +144,8 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
     def _launch(self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]]) -> None:
         try:
             self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
-        except SystemExit:
-            self._tell(study, folder, jobs, goes_on=(UNFINISHED,))
-            raise
-        except RunFailed:
+        except (SystemExit, RunFailed):
+            # What says that it failed may be of a start before, or have had too little room; it is tried once more.
             self._tell(study, folder, jobs, goes_on=(UNFINISHED, "failed"))
             raise
         stopped = stopping(folder)

@@ -79,6 +79,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             raise Stopped(f"the sweep is stopped; {again}", code) from stop
         except RunFailed:
             _summary(folder, command)
+            print(f"sdtune: {again}", file=sys.stderr)
             raise
         except BrokenExecutor as error:
             raise RunFailed(

@@ -76,7 +76,8 @@ def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkey
     given: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
     assert figures.run(*given) == {"clip_image": 0.5}
     by, *passed = seen
-    assert (by.count, by.seed, by.clip, by.sampling) == (4, 7, "pocket", figures.sampling)
+    assert (by.count, by.seed, by.clip, by.sampling.batch_size) == (4, 7, "pocket", 8)
+    assert figures.names == ClipFigures.names
     assert passed == given
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ class SubjectFigures:
         if class_pictures and clip is None:
             raise ValueError("evaluation.class_pictures: class_diversity needs a CLIP; give evaluation.clip=pocket too")
 
-    names = (
+    names: tuple[str, ...] = (
         *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
         *("prior_drift", "class_diversity", "class_distance", "diversity", "memorisation", "clip_image", "clip_text"),
     )
@@ -95,6 +96,7 @@ class SubjectFigures:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Subject):
             self._of_any_pictures().check(data, facts)
+            self.names = ClipFigures.names
             return
         if facts.side != SIDE:
             raise ValueError(
@@ -105,7 +107,10 @@ class SubjectFigures:
             check_clip(self.clip)
 
     def _of_any_pictures(self) -> ClipFigures:
-        return ClipFigures(pictures=min(self.count, 32), seed=self.seed, clip=self.clip, sampling=self.sampling)
+        # As many as the world's small pictures are drawn at once would be too many of Stable Diffusion's.
+        sampling = replace(self.sampling, batch_size=min(self.sampling.batch_size, 8))
+        count = max(2, min(self.count, 32))
+        return ClipFigures(pictures=count, seed=self.seed, clip=self.clip, sampling=sampling)
 
     def run(
         self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path

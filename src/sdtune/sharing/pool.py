@@ -110,7 +110,8 @@ class Pool:
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with a model that it is given
         base = self._base
-        if self._moved and base.device != self.device:
+        # The last one: moving them may have been cut short.
+        if self._moved and list(base.parameters())[-1].device != self.device:
             # What is loaded from now on draws pictures, and would bring a copy of its own to the device.
             for parameter in base.parameters():
                 place = parameter.data_ptr()

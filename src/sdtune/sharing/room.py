@@ -18,13 +18,15 @@ def room(jobs: Sequence[plan_run.Job], device: torch.device, devices: int = 1) -
     # The widest job stands for all.
     job = max(jobs, key=lambda job: int(job.config["method"].get("rank", 0)))
     # Pictures of several runs are drawn in passes of so many, while what all keep stays where it is.
-    figures = plan_run.figures(job, previews=drawn_at_once(job.side))
+    samples = job.config["callbacks"].get("samples")
+    one = samples["sampling"]["batch_size"] if samples else 1
+    figures = plan_run.figures(job, previews=max(one, drawn_at_once(job.side)))
     cost = figures.checkpointed if job.config["hardware"].get("gradient_checkpointing") else figures.plain
     kept = figures.state + figures.average + 4 * figures.total.trained
     step = cost.together if job.accumulation == 1 else cost.activations + figures.gradients
     base = figures.total.bytes
-    if device.type == "cuda" and job.precision in HALVES:
-        # Runs that have ended draw on the base as it was loaded, beside the half that is trained on.
+    if job.precision in HALVES:
+        # The base stays as it was loaded, for runs that have ended draw on it, beside the half that is trained on.
         base += sum(4 * part.frozen for part in figures.components if part.name != "vae")
     free = _free(device, devices) - ALLOWANCE - base
     return max(1, min(len(jobs), free // (kept + step), (free - figures.previews) // max(1, kept)))
