@@ -14,6 +14,7 @@ from sdtune.pocket.data import Subject, World
 from sdtune.pocket.evaluation import SubjectFigures
 from sdtune.pocket.objects import BACKGROUNDS, HELD_OUT
 from sdtune.pocket.world import draw, held_out_combination
+from sdtune.sampling import Sampling
 
 
 def opened(data):
@@ -71,7 +72,7 @@ def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkey
 
     monkeypatch.setattr(ClipFigures, "run", run)
     facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(pictures=2))
-    figures = SubjectFigures(pictures=4, seed=7)
+    figures = SubjectFigures(pictures=4, seed=7, sampling=Sampling(batch_size=70))
     figures.check(data, facts)
     given: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
     assert figures.run(*given) == {"clip_image": 0.5}
