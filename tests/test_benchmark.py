@@ -68,6 +68,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     def way(loop: float) -> dict[str, list[float]]:
         return {"loop_seconds": [loop] * 3, "wall_seconds": [2 * loop] * 3}
 
+    assert "Nothing has been measured" in page({})
     said = page(
         {
             "gate": {"lora": {"loss": 1e-7, "gradients": 3e-6}, "machine": machine},
