@@ -20,7 +20,7 @@ DEFAULT = "diffusers"
 def page(found: Mapping[str, Any]) -> str:
     """The whole page; a group that has not been measured is left out."""
     if not found:
-        return "# How fast it is\n\nNothing has been measured as the code stands now; `make bench` does, and writes this page.\n"
+        return "# How fast it is\n\nNothing has been measured yet; `make bench` does it and writes this page.\n"
     lines = ["# How fast it is", "", *_intro(found)]
     for shape, title in (
         ("pocket", "On pocket (64x64)"),
