@@ -79,7 +79,7 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
         ),
     }
     if shape.batch > 1:  # to see how far from the machine's own rate a step is, which asks for no peer
-        examples, variants = None, {"sdtune": variants["sdtune"]}
+        del variants["sdtune, no caches"]
     # Its script cannot be told that pocket's latents are a quarter as wide as the pictures.
     if examples is not None and (shape.name, method) != ("pocket", "controlnet"):
         documented = DOCUMENTED.get(method, ())

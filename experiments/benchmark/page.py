@@ -102,7 +102,7 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
                 f"{median(figures[key]) / median(base[key]):.2f}" if base and variant != DEFAULT else ""
                 for key in ("step_seconds", "first_step_seconds", "peak")
             ]
-            floor = figures["flop"] / 1e12 / (median(figures["step_seconds"]) * group["rate"])
+            floor = _share(figures, group["rate"])
             lines.append(
                 f"| {method} | {precision} | {variant} | {_spread(figures['step_seconds'], 1000)} | {ratios[0]}"
                 f" | {_spread(figures['first_step_seconds'], 1, 1)} | {ratios[1]}"
@@ -147,11 +147,16 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
 def _floor(name: str, group: Mapping[str, Any]) -> str:
     precision = name.rpartition("/")[2]
     ours = group["sdtune"]
-    share = ours["flop"] / 1e12 / (median(ours["step_seconds"]) * group["rate"])
+    share = _share(ours, group["rate"])
     return (
         f"At batch 4 a LoRA's step takes {_spread(ours['step_seconds'], 1, 1)} s in {precision}: {share:.0%} of the"
         f" matrix rate that the same cores reached in the same run, {group['rate']:.2f} TFLOP/s (aim {FLOOR_AIM:.0%})."
     )
+
+
+def _share(figures: Mapping[str, Any], rate: float) -> float:
+    """What a step's arithmetic, in TFLOP/s, is of ``rate``."""
+    return float(figures["flop"] / 1e12 / (median(figures["step_seconds"]) * rate))
 
 
 def _work(groups: Mapping[str, Any]) -> list[str]:

@@ -52,13 +52,21 @@ def check_indices(node: Mapping[str, Any]) -> None:
 def processes(node: Mapping[str, Any]) -> int:
     """How many processes a ``hardware`` node asks for."""
     devices, kind = node.get("devices", 1), str(node.get("accelerator", "auto"))
-    if isinstance(devices, list):
-        count = len(devices)
+    named = _named(devices)
+    if named is not None:
+        count = len(named)
     elif str(devices) in ("auto", "-1"):
         count = max(1, torch.cuda.device_count()) if accelerator(kind) in ("gpu", "cuda") else 1
     else:
-        count = int(devices) if str(devices).isdigit() else len([i for i in str(devices).split(",") if i.strip()])
+        count = int(devices) if str(devices).isdigit() else 1
     return count * int(node.get("num_nodes", 1))
+
+
+def _named(devices: Any) -> list[Any] | None:
+    """Devices that are named one by one; None where it is their number that is given."""
+    if isinstance(devices, list):
+        return devices
+    return [index for index in str(devices).split(",") if index.strip()] if "," in str(devices) else None
 
 
 def on_one(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,10 +77,9 @@ def on_one(node: Mapping[str, Any]) -> dict[str, Any]:
 def indices(node: Mapping[str, Any]) -> list[int]:
     """Which of the machine's GPUs a ``hardware`` node asks for."""
     devices = node.get("devices", 1)
-    if isinstance(devices, list):
-        return [int(index) for index in devices]
-    if "," in str(devices):
-        return [int(index) for index in str(devices).split(",") if index.strip()]
+    named = _named(devices)
+    if named is not None:
+        return [int(index) for index in named]
     return list(range(torch.cuda.device_count() if str(devices) in ("auto", "-1") else int(devices)))
 
 

@@ -26,7 +26,7 @@ from sdtune.checks import plain, trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.jobs import Job, as_current, without_hydra
 from sdtune.quiet import quiet, quiet_libraries
-from sdtune.release import release
+from sdtune.sharing.groups import widest
 from sdtune.sharing.pool import Pool
 from sdtune.sharing.room import room
 from sdtune.sharing.run import Sharing
@@ -144,9 +144,9 @@ def _together(
     """Run the jobs on ``device``, so many at once as there is room for; ``devices`` groups use this machine."""
     with as_current(wholes[0]):
         precision = str(trainer_arguments(plain(wholes[0]))["precision"])
+    methods: list[Any] = [OmegaConf.to_container(whole.method, resolve=True) for whole in wholes]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    release()  # of a group before
     most = max_adapters
     if most == "auto":
         most = room([plan_run.job(whole, shared=True) for whole in wholes], device, devices)
@@ -154,7 +154,7 @@ def _together(
     seats = -(-len(wholes) // turns_of)
     if devices == 1 and len(wholes) > 1:
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
-    pool = Pool(device, precision, seats, max(map(_widest, wholes)))
+    pool = Pool(device, precision, seats, max(map(widest, methods)))
     turns = Turns(seats, pool.answer)
     sharing = Sharing(pool, turns, seats)
 
@@ -192,14 +192,6 @@ def _together(
         raise SystemExit(128 + sharing.asked)
     if turns.broken is not None:
         raise turns.broken
-
-
-def _widest(whole: DictConfig) -> int:
-    """The largest rank that a job's pairs have anywhere; 0 where it has none."""
-    method = OmegaConf.to_container(whole.method, resolve=True)
-    assert isinstance(method, dict)
-    blocks = (method.get("blocks") or {}).values()
-    return max(int(node.get("rank", 0)) for node in (method, *blocks))
 
 
 def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:

@@ -72,7 +72,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
                     run_group(whole, self.task.command, self.context.callbacks, self.max_adapters, called)
                 except RunFailed as error:
                     failed.append(str(error))  # the others are none the worse
-                release()
+                release()  # for the next one's count of what is free
                 continue
             returns[numbers[0]] = self._by_itself(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
         if failed:

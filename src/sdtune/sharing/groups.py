@@ -41,6 +41,11 @@ def groups(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
     return list(found.values())
 
 
+def widest(method: Mapping[str, Any]) -> int:
+    """The largest rank that a job's pairs have anywhere, by its ``method`` node; 0 where it names none."""
+    return max(int(node.get("rank", 0)) for node in (method, *(method.get("blocks") or {}).values()))
+
+
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """A key in which two jobs differ that must have it in common to share; None where there is none."""
     here, there = _shared(one), _shared(other)

@@ -11,12 +11,13 @@ from sdtune import plan_run
 from sdtune.backbone.backbone import HALVES
 from sdtune.methods.encoding import drawn_at_once
 from sdtune.planning.memory import ALLOWANCE
+from sdtune.sharing.groups import widest
 
 
 def room(jobs: Sequence[plan_run.Job], device: torch.device, devices: int = 1) -> int:
     """At least 1; ``jobs`` may share a backbone, and so many ``devices`` are in use."""
     # The widest job stands for all.
-    job = max(jobs, key=lambda job: int(job.config["method"].get("rank", 0)))
+    job = max(jobs, key=lambda job: widest(job.config["method"]))
     # Pictures of several runs are drawn in passes of so many, while what all keep stays where it is.
     samples = job.config["callbacks"].get("samples")
     one = samples["sampling"]["batch_size"] if samples else 1
