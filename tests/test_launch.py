@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -14,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from sdtune.instantiate import resolve
-from sdtune.launch import main
+from sdtune.launch import main, quietly
 
 
 def _library() -> None:
@@ -52,6 +53,19 @@ def test_an_error_of_a_library_keeps_its_traceback(tmp_path: Path, monkeypatch: 
     with pytest.raises(json.JSONDecodeError) as raised:  # a ValueError too
         _command(_library, tmp_path / "run", monkeypatch)
     assert raised.traceback[-1].path.name == "decoder.py"
+
+
+def test_the_collector_does_not_look_at_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newly_imported.py").write_text("import gc\nseen = gc.isenabled()\nprepare = lambda *_: seen\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = gc.get_freeze_count()
+    try:
+        assert quietly("newly_imported")(DictConfig({}), tmp_path) is False
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()  # of what the other tests have left
+        del sys.modules["newly_imported"]
 
 
 def test_a_device_that_is_full_is_one_line(

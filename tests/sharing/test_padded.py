@@ -1,7 +1,8 @@
-"""What is dropped hangs on a run's own seed, and on nothing else."""
+"""Pairs lie beside zeros, step after step; what is dropped hangs on a run's own seed, and on nothing else."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +40,35 @@ def test_each_step_and_each_site_has_a_mask_of_its_own() -> None:
 def test_nothing_is_dropped_without_seeds() -> None:
     pairs = [Pair(torch.eye(4), torch.eye(4), 1.0, 0.5)]
     assert Padding(4).stacks({NAME: pairs}, torch.float32, None)[NAME].dropouts is None
+
+
+def drawn(rank: int, scale: float = 1.0) -> Pair:
+    down, up = torch.randn(rank, 6), torch.randn(5, rank)
+    return Pair(down.requires_grad_(), up.requires_grad_(), scale, 0.0)
+
+
+def test_a_step_has_its_own_pairs_and_zeros_beside_them() -> None:
+    padding = Padding(4)
+    # The last two have the shapes of the first, and the second those of nobody.
+    for ranks in ((2, 3), (None, 1), (2, 3), (2, 3)):
+        pairs = [None if rank is None else drawn(rank, scale=0.3) for rank in ranks]
+        downs, ups, _ = padding.stacks({NAME: pairs}, torch.float32, None)[NAME]
+        (downs.sum() + 2 * ups.sum()).backward()
+        for place, pair in enumerate(pairs):
+            rank = 0 if pair is None else len(pair.down)
+            assert not downs[place, rank:].any()
+            assert not ups[place, rank:].any()
+            if pair is not None:
+                assert torch.equal(downs[place, :rank], pair.down)
+                torch.testing.assert_close(ups[place, :rank], 0.3 * pair.up.T)
+                torch.testing.assert_close(pair.up.grad, torch.full_like(pair.up, 0.6))
+                assert torch.equal(pair.down.grad, torch.ones_like(pair.down))
+
+
+def test_a_step_is_not_padded_into_one_that_has_not_gone_back() -> None:
+    padding, pairs = Padding(4), [drawn(2)]
+    downs, ups, _ = padding.stacks({NAME: pairs}, torch.float32, None)[NAME]
+    loss = (ups.transpose(1, 2) @ downs).sum()
+    padding.stacks({NAME: pairs}, torch.float32, None)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        loss.backward()

@@ -55,11 +55,12 @@ class Cost(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._shared is not None:
+            return
         if not self._begun:
             self._begun = True
             release()  # of what loading and the first previews have left
-        if self._shared is None:
-            reset_peak_memory(pl_module.device)
+        reset_peak_memory(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -40,13 +40,24 @@ class Layout(NamedTuple):
     pairs: tuple[tuple[int, int, float], ...]
 
 
+class Place(NamedTuple):
+    """Where pairs are padded: A and B of each site by turns, and in them the part of each pair; the rest is zero."""
+
+    blocks: list[Tensor]
+    parts: list[Tensor]
+    scales: list[Tensor] | None
+
+
 class Padding:
     """Pads pairs to a common ``rank``, the largest of all runs that will come: shapes, and with them the order of every
-    sum, stay when a run leaves or comes."""
+    sum, stay when a run leaves or comes.
+
+    The zeros are written once: what the next step pads takes the place of the last, whose backward is over by then.
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._scales: dict[tuple[Layout, ...], list[Tensor] | None] = {}
+        self._last: tuple[Any, Place] | None = None
 
     def stacks(
         self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
@@ -70,22 +81,34 @@ class Padding:
                 found[name] = tuple(zip(shares, own_seeds, strict=True))
         if not found:
             return {}
-        tensors = Padded.apply(sites, self._scaling(tuple(sites), flat[0]), dtype, *flat)  # type: ignore[no-untyped-call]
+        tensors = Padded.apply(sites, self._place(sites, dtype, flat), *flat)  # type: ignore[no-untyped-call]
         return {
             name: Stack(downs, ups, dropouts)
             for (name, dropouts), downs, ups in zip(found.items(), tensors[::2], tensors[1::2], strict=True)
         }
 
-    def _scaling(self, sites: tuple[Layout, ...], like: Tensor) -> list[Tensor] | None:
-        """For each site [N, 1, 1]; None where all are 1. Kept, for to bring them to a device is to wait for it."""
-        if sites not in self._scales:
-            rows = [[1.0] * site.runs for site in sites]
-            for row, site in zip(rows, sites, strict=True):
-                for place, _, scale in site.pairs:
-                    row[place] = scale
-            scales = [like.new_tensor(row)[:, None, None] for row in rows]
-            self._scales[sites] = scales if any(value != 1 for row in rows for value in row) else None
-        return self._scales[sites]
+    def _place(self, sites: list[Layout], dtype: torch.dtype, flat: Sequence[Tensor]) -> Place:
+        firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
+        widths = [(flat[first].shape[1], flat[first + 1].shape[0]) for first in firsts]
+        key = (sites, widths, dtype, flat[0].device)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # before there are two
+            self._last = (key, _place(sites, widths, dtype, flat[0]))
+        return self._last[1]
+
+
+def _place(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: torch.dtype, like: Tensor) -> Place:
+    shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
+    sizes = [n * r * width for n, r, width in shapes]
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=like.device)
+    blocks = [block.view(shape) for block, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+    rows = [[1.0] * site.runs for site in sites]
+    for row, site in zip(rows, sites, strict=True):
+        for place, _, scale in site.pairs:
+            row[place] = scale
+    # Made once: to bring them to a device is to wait for it.
+    scales = [like.new_tensor(row)[:, None, None] for row in rows]
+    return Place(blocks, _own(sites, blocks), scales if any(value != 1 for row in rows for value in row) else None)
 
 
 class Padded(torch.autograd.Function):
@@ -95,29 +118,24 @@ class Padded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, sites: Sequence[Layout], scales: list[Tensor] | None, dtype: torch.dtype, *parts: Tensor
-    ) -> Any:
+    def forward(ctx: Any, sites: Sequence[Layout], place: Place, *parts: Tensor) -> Any:
         """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
-        firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
-        widths = [(parts[first].shape[1], parts[first + 1].shape[0]) for first in firsts]
-        shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
-        flat = parts[0].new_zeros(sum(n * r * width for n, r, width in shapes), dtype=dtype)
-        blocks = torch.split(flat, [n * r * width for n, r, width in shapes])
-        out = [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
-        torch._foreach_copy_(_own(sites, out), parts)
-        if scales is not None:
-            torch._foreach_mul_(out[1::2], scales)
-        ctx.sites, ctx.scales, ctx.dtype = sites, scales, parts[0].dtype
-        return tuple(out)
+        torch._foreach_copy_(place.parts, parts)
+        if place.scales is not None:
+            torch._foreach_mul_(place.blocks[1::2], place.scales)
+        ctx.sites, ctx.scales, ctx.dtype = sites, place.scales, parts[0].dtype
+        return tuple(block.view_as(block) for block in place.blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         ups = gradients[1::2] if ctx.scales is None else torch._foreach_mul(gradients[1::2], ctx.scales)
         both = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
-        own = _own(ctx.sites, both)
-        return None, None, None, *(own if both[0].dtype == ctx.dtype else [g.to(ctx.dtype) for g in own])
+        padded = _own(ctx.sites, both)
+        # In the parameters' type and order, for autograd to keep as they are.
+        own = [torch.empty(part.shape, dtype=ctx.dtype, device=part.device) for part in padded]
+        torch._foreach_copy_(own, padded)
+        return None, None, *own
 
 
 def _own(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:

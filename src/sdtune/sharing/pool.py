@@ -22,6 +22,7 @@ from sdtune.callbacks.cost import peak_memory, reset_peak_memory
 from sdtune.errors import RunFailed
 from sdtune.methods.base import Adapter
 from sdtune.methods.encoding import drawn_at_once
+from sdtune.release import release
 from sdtune.sharing.joint import Joint, Mode, mapped, shape
 from sdtune.sharing.padded import Pair
 from sdtune.sharing.turns import Question
@@ -189,6 +190,8 @@ class Pool:
             torch.autograd.backward([one.loss for one in each], **each[0].more)
             self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
         elif steps:
+            if self._trained is None:
+                release()  # of what loading has left, and the first previews
             reset_peak_memory(self.device)
             for calls in _alike(steps):
                 self._forward(calls, set(range(self.seats)) - steps.keys())
