@@ -47,7 +47,6 @@ def test_the_clock_sees_a_training(watch: str, tiny: Path, pictures: Path, tmp_p
     if watch == "count":
         assert seen["operators"] > 1000
         assert seen["flop"] > 1e6
-        return
     assert len(seen["ends"]) == 5
     assert seen["ends"] == sorted(seen["ends"])
     assert seen["ends"][-1] < time.monotonic() - began
@@ -75,6 +74,10 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
             "pocket/lora/32-true": {
                 "sdtune": figures(0.3), "diffusers": figures(0.5), "rate": 2.0, "machine": machine,
             },
+            "sd15/textual_inversion/bf16-mixed": {
+                "sdtune": figures(0.3), "does not run": {"diffusers": "RuntimeError: of two types"}, "rate": 2.0,
+                "machine": machine,
+            },
             "floor/lora/32-true": {"sdtune": figures(2.0), "rate": 1.0, "machine": machine},
             "sweep/4/32-true": {
                 "one after another": way(8.0), "two processes at once": way(6.0), "shared backbone": way(2.0),
@@ -83,6 +86,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
         }
     )  # fmt: skip
     assert "within 3e-06" in said
+    assert "script does not run here for textual_inversion in bf16-mixed: `RuntimeError: of two types`" in said
     assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in said
     assert "lora 32-true step 0.60 (aim 0.5)" in said
     assert "| 167% |" in said, "of the rate: 1 TFLOP in 0.3 s at 2 TFLOP/s"
@@ -91,3 +95,37 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
         "in 32-true: 50% of the matrix rate that the same cores reached in the same run, 1.00 TFLOP/s (aim 40%)" in said
     )
     assert "2e-05 (batch 4, 32-true)" in said
+
+
+def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bench
+    from commands import Command, Shape
+
+    def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str, Any]:
+        if command.target.endswith(".py"):
+            raise RuntimeError("python clock.py: no figures; its output ends\nRuntimeError: of two types")
+        counted = {"operators": 1, "synchronisations": 0, "flop": 1, "most": {}} if watch == "count" else {}
+        return {"ends": [float(i) for i in range(steps)], "peak_memory_bytes": 1, **counted}
+
+    monkeypatch.setattr(bench, "measured", measured)
+    shape = Shape("sd15", tmp_path / "weights", 256)
+    found = bench.compared("dreambooth", shape, "32-true", tmp_path / "examples", tmp_path)
+    assert found["does not run"] == dict.fromkeys(("diffusers", "diffusers, best flags"), "RuntimeError: of two types")
+    assert found["sdtune"]["step_seconds"] == [1.0] * 3
+    assert found["sdtune"]["operators"] == 1
+
+
+def test_a_training_of_ours_that_does_not_run_ends_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bench
+    from commands import Shape
+
+    def measured(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("no figures")
+
+    monkeypatch.setattr(bench, "measured", measured)
+    with pytest.raises(RuntimeError, match="no figures"):
+        bench.compared("lora", Shape("sd15", tmp_path, 256), "32-true", None, tmp_path)

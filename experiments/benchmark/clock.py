@@ -2,8 +2,8 @@
 
 ``python clock.py WATCH STEPS OUT TARGET ARGUMENTS...``, where TARGET is a module or a script. The process ends after
 STEPS optimizer steps, so that what a trainer saves at its end costs no time here. WATCH is ``time`` (when each step
-ended, and the most memory that was resident) or ``count`` (operators, scalar synchronisations and arithmetic of the
-last step). ``$BENCH_BEGAN`` is the monotonic clock's time when the process was asked for.
+ended, and the most memory that was resident) or ``count``, which counts the operators, scalar synchronisations and
+arithmetic of one more step behind those. ``$BENCH_BEGAN`` is the monotonic clock's time when the process was asked for.
 """
 
 from __future__ import annotations
@@ -45,43 +45,28 @@ def peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def timed(steps: int, out: Path) -> Callable[..., None]:
-    """A hook that notes when each step ended."""
+def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
+    """A hook that notes when each step ended, and may count what happens in the one behind them."""
     began = float(os.environ["BENCH_BEGAN"])
     ends: list[float] = []
+    seen: dict[str, Any] = {}
+    operators, flops = Counted(), FlopCounterMode(display=False)
 
     def after(*_: Any) -> None:
         ends.append(time.monotonic() - began)
         if len(ends) == steps:
-            leave(out, {"ends": ends, "peak_memory_bytes": peak_memory(), "threads": torch.get_num_threads()})
-
-    return after
-
-
-def counted(steps: int, out: Path) -> Callable[..., None]:
-    """A hook that counts what happens between the last two steps."""
-    operators, flops = Counted(), FlopCounterMode(display=False)
-    made = 0
-
-    def after(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made == steps - 1:
+            seen.update(ends=list(ends), peak_memory_bytes=peak_memory(), threads=torch.get_num_threads())
+            if not count:
+                leave(out, seen)
             flops.__enter__()
             operators.__enter__()
-        elif made == steps:
+        elif len(ends) > steps:
             operators.__exit__(None, None, None)
             flops.__exit__(None, None, None)
             found = operators.operators
-            leave(
-                out,
-                {
-                    "operators": sum(found.values()),
-                    "synchronisations": sum(found[name] for name in SYNCHRONISING),
-                    "flop": flops.get_total_flops(),
-                    "most": dict(found.most_common(20)),
-                },
-            )
+            synchronisations = sum(found[name] for name in SYNCHRONISING)
+            seen.update(operators=sum(found.values()), synchronisations=synchronisations)
+            leave(out, {**seen, "flop": flops.get_total_flops(), "most": dict(found.most_common(20))})
 
     return after
 
@@ -95,8 +80,7 @@ def leave(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     watch, steps, out, target, *arguments = sys.argv[1:]
-    hook = {"time": timed, "count": counted}[watch](int(steps), Path(out))
-    register_optimizer_step_post_hook(hook)
+    register_optimizer_step_post_hook(watched(int(steps), Path(out), watch == "count"))
     if target.startswith("sdtune."):
         from sdtune.callbacks import cost
 

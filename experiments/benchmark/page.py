@@ -109,6 +109,10 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
                 f" | {_spread(figures['peak'], 1 / 1024**2)} | {ratios[2]} | {floor:.0%} |"
             )
     notes = ["", *NOTES] if any(DEFAULT in group for group in groups.values()) else []
+    for name, group in groups.items():
+        _, method, precision = name.split("/")
+        for variant, why in group.get("does not run", {}).items():
+            notes.append(f"{variant}' script does not run here for {method} in {precision}: `{why}`.")
     return [*lines, *notes, "", *_aims(shape, groups)]
 
 
@@ -204,7 +208,7 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
 
 
 def _variants(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("machine", "rate")}
+    return {name: value for name, value in group.items() if name not in ("machine", "rate", "does not run")}
 
 
 def _spread(values: list[float], scale: float, digits: int = 0) -> str:

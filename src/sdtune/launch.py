@@ -63,18 +63,20 @@ def quietly(module: str) -> Prepare:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """What is imported within is for good: the collector does not look at it, now or later.
+    """What is imported within is for good: the collector does not look at it, nor at what lives beside it, again.
 
     The libraries are half a million objects; to go through them is a quarter of a second, many times a start.
     """
-    before = len(sys.modules)
+    before, enabled = len(sys.modules), gc.isenabled()
+    gc.collect()  # what is garbage would be for good too
     gc.disable()
     try:
         yield
-    finally:
-        gc.enable()
         if len(sys.modules) > before:
             gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def refuse(message: str, code: int = REFUSED) -> NoReturn:

@@ -171,3 +171,16 @@ def test_a_subject_each(settings: list[str], tiny: Path, tmp_path: Path) -> None
     together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
     assert max(distance(together / job, alone / job) for job in "012") < 1e-4
     assert distance(together / "0", together / "1") > 1e-3
+
+
+@pytest.mark.slow
+def test_shapes_that_differ_from_step_to_step(settings: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "aspects"
+    folder.mkdir()
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 256, (36, 56, 3) if i % 2 else (56, 36, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    own = [*(s for s in settings if not s.startswith("data.path")), f"data.path={folder}", "data.prompt=a photo of sks"]
+    own += ["data.batch_size=1", "method.rank=2", "seed=0,1,2", "optimizer.lr=1e-3", EPS]
+    together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
+    assert max(distance(together / job, alone / job) for job in "012") < 1e-4

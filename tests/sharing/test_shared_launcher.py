@@ -34,11 +34,14 @@ def files(run: Path) -> set[str]:
 
 
 def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
-    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    released: list[None] = []
+    monkeypatch.setattr(pool, "release", lambda: released.append(None))
     own = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
     assert train(*own, LAUNCHER, "hydra.launcher.max_adapters=2", f"hydra.sweep.dir={tmp_path}/together") == 0
     assert "jobs 0-2 share one backbone, 2 at once" in capsys.readouterr().out
+    assert len(released) == 1  # for all, though each has drawn before
     assert train(*own, f"hydra.sweep.dir={tmp_path}/alone") == 0
     for job in "012":
         together, alone = tmp_path / "together" / job, tmp_path / "alone" / job

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdtune.backbone.few_pixels import as_products
 from sdtune.backbone.pretrained import Facts
 from sdtune.backbone.residuals import Net, Residuals, cast, residuals
 from sdtune.backbone.text import hidden, unused, windowed
@@ -117,6 +118,7 @@ class Backbone(nn.Module):
         if device.type == "cpu":
             for model in (self.unet, *beside):
                 model.to(memory_format=torch.channels_last)
+                as_products(model)
 
     def halve_frozen(self, precision: str) -> None:
         """Under a mixed ``precision`` of Lightning's, frozen weights of all but the VAE go to its half type.

@@ -84,6 +84,7 @@ class Joint:
         kind = self._unet.device.type
         with mode.entered(kind):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._unet.dtype
+            self._present.stacks = {}  # of the last call, before there are this one's beside them
             # Kept with the pairs: what is computed again in backward finds the model as a later call has left it.
             self._present.stacks = self._padding.stacks(present, dtype, seeds if mode.training else None)
             out: Tensor = self._unet(**joined(inputs)).sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,24 +41,28 @@ class Layout(NamedTuple):
     pairs: tuple[tuple[int, int, float], ...]
 
 
-class Place(NamedTuple):
+@dataclass
+class Buffer:
     """Where pairs are padded: A and B of each site by turns, and in them the part of each pair; the rest is zero."""
 
     blocks: list[Tensor]
     parts: list[Tensor]
     scales: list[Tensor] | None
+    awaited: bool = False
+    """Whether what lies in it is needed for a backward that is to come."""
 
 
 class Padding:
     """Pads pairs to a common ``rank``, the largest of all runs that will come: shapes, and with them the order of every
     sum, stay when a run leaves or comes.
 
-    The zeros are written once: what the next step pads takes the place of the last, whose backward is over by then.
+    A step takes the buffer of the last one of its layout, zeros and all, unless that one's backward is still to come.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._last: tuple[Any, Place] | None = None
+        self._layout: Any = None
+        self._buffer: Buffer | None = None
 
     def stacks(
         self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
@@ -81,23 +86,25 @@ class Padding:
                 found[name] = tuple(zip(shares, own_seeds, strict=True))
         if not found:
             return {}
-        tensors = Padded.apply(sites, self._place(sites, dtype, flat), *flat)  # type: ignore[no-untyped-call]
+        buffer = self._fitting(sites, dtype, flat)
+        buffer.awaited = torch.is_grad_enabled() and any(part.requires_grad for part in flat)
+        tensors = Padded.apply(sites, buffer, *flat)  # type: ignore[no-untyped-call]
         return {
             name: Stack(downs, ups, dropouts)
             for (name, dropouts), downs, ups in zip(found.items(), tensors[::2], tensors[1::2], strict=True)
         }
 
-    def _place(self, sites: list[Layout], dtype: torch.dtype, flat: Sequence[Tensor]) -> Place:
+    def _fitting(self, sites: list[Layout], dtype: torch.dtype, flat: Sequence[Tensor]) -> Buffer:
         firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
         widths = [(flat[first].shape[1], flat[first + 1].shape[0]) for first in firsts]
-        key = (sites, widths, dtype, flat[0].device)
-        if self._last is None or self._last[0] != key:
-            self._last = None  # before there are two
-            self._last = (key, _place(sites, widths, dtype, flat[0]))
-        return self._last[1]
+        layout = (sites, widths, dtype, flat[0].device)
+        if self._buffer is None or self._buffer.awaited or self._layout != layout:
+            self._buffer = None  # before there are two
+            self._layout, self._buffer = layout, _buffer(sites, widths, dtype, flat[0])
+        return self._buffer
 
 
-def _place(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: torch.dtype, like: Tensor) -> Place:
+def _buffer(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: torch.dtype, like: Tensor) -> Buffer:
     shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
     sizes = [n * r * width for n, r, width in shapes]
     flat = torch.zeros(sum(sizes), dtype=dtype, device=like.device)
@@ -106,9 +113,10 @@ def _place(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: to
     for row, site in zip(rows, sites, strict=True):
         for place, _, scale in site.pairs:
             row[place] = scale
-    # Made once: to bring them to a device is to wait for it.
-    scales = [like.new_tensor(row)[:, None, None] for row in rows]
-    return Place(blocks, _own(sites, blocks), scales if any(value != 1 for row in rows for value in row) else None)
+    # All at once: to bring anything to a device is to wait for it.
+    scaled = any(value != 1 for row in rows for value in row)
+    scales = list(like.new_tensor(rows)[:, :, None, None].unbind()) if scaled else None
+    return Buffer(blocks, _own(sites, blocks), scales)
 
 
 class Padded(torch.autograd.Function):
@@ -118,18 +126,21 @@ class Padded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sites: Sequence[Layout], place: Place, *parts: Tensor) -> Any:
+    def forward(ctx: Any, sites: Sequence[Layout], buffer: Buffer, *parts: Tensor) -> Any:
         """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
-        torch._foreach_copy_(place.parts, parts)
-        if place.scales is not None:
-            torch._foreach_mul_(place.blocks[1::2], place.scales)
-        ctx.sites, ctx.scales, ctx.dtype = sites, place.scales, parts[0].dtype
-        return tuple(block.view_as(block) for block in place.blocks)
+        torch._foreach_copy_(buffer.parts, parts)
+        if buffer.scales is not None:
+            torch._foreach_mul_(buffer.blocks[1::2], buffer.scales)
+        ctx.sites, ctx.buffer, ctx.dtype = sites, buffer, parts[0].dtype
+        # Views: the blocks themselves would belong to this step's graph, and could not be written again.
+        return tuple(block.view_as(block) for block in buffer.blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ups = gradients[1::2] if ctx.scales is None else torch._foreach_mul(gradients[1::2], ctx.scales)
+        ctx.buffer.awaited = False
+        scales = ctx.buffer.scales
+        ups = gradients[1::2] if scales is None else torch._foreach_mul(gradients[1::2], scales)
         both = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
         padded = _own(ctx.sites, both)
         # In the parameters' type and order, for autograd to keep as they are.

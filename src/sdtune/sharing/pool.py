@@ -97,6 +97,7 @@ class Pool:
         self._threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
+        self._stepped = False
         self._trained: Joint | None = None
         self._whole: Joint | None = None
         self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
@@ -190,7 +191,8 @@ class Pool:
             torch.autograd.backward([one.loss for one in each], **each[0].more)
             self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
         elif steps:
-            if self._trained is None:
+            if not self._stepped:
+                self._stepped = True
                 release()  # of what loading has left, and the first previews
             reset_peak_memory(self.device)
             for calls in _alike(steps):
