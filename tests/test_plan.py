@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from running import fit, folder_data, plan, train
 from sdtune import launch, plan_run
-from sdtune.backbone import Pretrained
+from sdtune.backbone import Pretrained, few_pixels
 from sdtune.backbone.outline import Outline
 from sdtune.backbone.single_file import shipped
 from sdtune.methods import Full, LoRA
@@ -122,8 +122,13 @@ def real_step(model: LoRA | Full, side: int) -> Meter:
     return meter
 
 
+@pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("method", [LoRA, Full])
-def test_a_step_on_the_meta_device_costs_what_a_real_one_does(method: type[LoRA] | type[Full], tiny: Path) -> None:
+def test_a_step_on_the_meta_device_costs_what_a_real_one_does(
+    method: type[LoRA] | type[Full], products: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if products:
+        monkeypatch.setattr(few_pixels, "_WEIGHTS", 1)
     here = "hardware=cpu", "hardware.precision=32-true", "backbone=sd15", f"backbone.path={tiny}"
     found = figures(f"method={method.__name__.lower()}", "data.batch_size=2", *here)
     real = real_step(method(backbone=Pretrained(str(tiny))), side=32)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -96,10 +97,9 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
             try:
                 seen = measured("count" if turn == ROUNDS - 1 else "time", command, STEPS[shape.name], folder)
             except RuntimeError as error:
-                if command.target.startswith("sdtune."):
+                if turn or command.target.startswith("sdtune."):
                     raise
-                # A script of diffusers' that does not run here: its last line says why.
-                found.setdefault("does not run", {})[name] = str(error).splitlines()[-1]
+                found.setdefault("does not run", {})[name] = reason(str(error))
                 del variants[name], found[name]
                 continue
             found[name] |= {key: seen[key] for key in ("operators", "synchronisations", "flop", "most") if key in seen}
@@ -111,6 +111,12 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
     shutil.rmtree(run, ignore_errors=True)
     found["rate"] = rate(torch.float32 if precision == "32-true" else torch.bfloat16)
     return found
+
+
+def reason(output: str) -> str:
+    """The exception that a script of diffusers' ended with; its progress bar may be drawn once more behind it."""
+    lines = output.splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 IMPORTS = {

@@ -51,6 +51,28 @@ def test_output_and_gradients_are_the_convolutions(shape: dict[str, Any], layout
 
 
 @pytest.mark.usefixtures("all_are")
+def test_in_half_precision_it_rounds_no_more_than_the_convolution() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last))
+    model[0].load_state_dict(plain.state_dict())
+    as_products(model)
+    x = torch.randn(1, 64, 8, 8).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(1, 64, 8, 8)
+
+    def gradients(module: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        own = x.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = (module(own).to(dtype) * weights.to(dtype)).sum()
+        return list(torch.autograd.grad(loss, (own, *module.parameters())))
+
+    theirs, ours = gradients(plain, torch.bfloat16), gradients(model, torch.bfloat16)
+    exact = gradients(plain.double(), torch.float64)
+    for one, other, wanted in zip(ours, theirs, exact, strict=True):
+        assert (one - wanted).norm() <= 1.2 * (other - wanted).norm()
+
+
+@pytest.mark.usefixtures("all_are")
 def test_where_pixels_are_many_it_is_the_convolution_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
     as_products(model)
