@@ -103,6 +103,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
         "in 32-true: 50% of the matrix rate that the same cores reached in the same run, 1.00 TFLOP/s (aim 40%)" in said
     )
     assert "2e-05 (batch 4, 32-true)" in said
+    assert "Aims that are met: none." in said
 
 
 def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(

@@ -48,14 +48,15 @@ def _why(found: Mapping[str, Any]) -> list[str]:
         "## What holds the missed aims back",
         "",
         "- *Step*: arithmetic, and weights to be read, of both alike. What is saved is the VAE and the text encoder",
-        "  (caches), operators, synchronisations and, at the lowest resolutions, convolutions that torch's kernels are",
-        "  slow at; where the whole UNet or half of it is trained, that is a smaller share of a step.",
+        "  (caches) and, at the lowest resolutions, what torch's convolutions lose there; where the whole UNet or half of",
+        "  it is trained, that is a smaller share of a step.",
         "- *Start*: the caches, which encode every picture before the first step (the row without them has the rest),",
         "  and imports: " + ", ".join(f"{name} take {took}" for name, took in seconds.items()) + ",",
         "  each with those before it. diffusers' scripts have no Lightning, which imports torch's compiler and",
         "  torchmetrics.",
-        "- *Peak*: it is reached while the weights are loaded, when the file is in memory beside what is made of it,",
-        "  and diffusers loads them alike; on pocket, whose weights are 64 MB, it is the libraries'.",
+        "- *Peak*: where little is trained, it is reached while the weights are loaded, when the file is in memory beside",
+        "  what is made of it; where much is, by gradients and AdamW's moments. diffusers has both alike. On pocket, whose",
+        "  weights are 64 MB, it is the libraries'.",
         "- *Sweep*: the base's arithmetic over eight times the samples, which two cores are soon busy with; the pairs'",
         "  products, hundreds of small ones; and what each run does by itself (its optimizer, clipping, log), which is",
         "  eight times that of one, and is done one after another.",
@@ -69,12 +70,17 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         for m in (value["machine"] for value in found.values())
     }
     lines = [
-        "`make bench` writes this page from results.json. Each figure is the median of three fresh processes that took",
-        "turns with those beside it, and in brackets the least and the most. Batch 1, AdamW, a constant rate. Caches",
-        "begin empty, and to fill them is part of the time to the first step; the peak is the whole process's.",
-        "*of diffusers*: sdtune's figure over that of diffusers' example script, less than 1 is less time or memory.",
-        "*matrix rate*: the products' arithmetic over what the same cores reach with two square matrices. *aim*: what",
-        "sdtune set itself, on a processor that multiplies bfloat16. Other trainers are not compared.",
+        "`make bench` measures what results.json lacks, on the CPU, keeps it there and writes this page from it. It takes",
+        "two to three hours, 20 GB of memory and no weights (pocket's, and random ones of SD 1.5's shapes). For another",
+        "machine remove results.json; `PEER=CHECKOUT` names a checkout of diffusers, whose example scripts are then",
+        "timed too; `BENCH=sweep/4` measures what begins so. Nothing here was measured on a GPU.",
+        "",
+        "Each figure is the median of three fresh processes that took turns with those beside it, and in brackets the",
+        "least and the most. Batch 1 unless it says otherwise, eight pictures, AdamW, a constant rate. The caches of VAE",
+        "and text encoder begin empty, and to fill them is part of the time to the first step; the peak is the whole",
+        "process's. *of diffusers*: sdtune's figure over that of diffusers' example script, less than 1 is less time or",
+        "memory. *matrix rate*: a step's arithmetic over what the same cores reach with two square matrices. *aim*: the",
+        "ratio that sdtune set itself before it was built. Other trainers are not compared.",
         "",
         "Ratios hold for the machine that they were measured on:",
         *(f"{machine}." for machine in sorted(machines)),
@@ -133,14 +139,16 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
 
 NOTES = (
     "Pocket's latents are a quarter as wide as its pictures, which diffusers' ControlNet script cannot be told.",
-    "The first rows of diffusers are its scripts as their READMEs call them: for the whole UNet that is with",
-    "`--gradient_checkpointing`, which its best flags leave out. Of their scalar synchronisations most are AdamW's",
-    "counters, one a tensor, which on a GPU stay on the CPU.",
+    "*diffusers* is its scripts as their READMEs call them: for the whole UNet with `--gradient_checkpointing`.",
+    "*diffusers, best flags* is what ought to be fastest on a CPU: the whole UNet without that, DreamBooth with",
+    "`--pre_compute_text_embeddings --set_grads_to_none`, ControlNet with `--set_grads_to_none`; ratios of aims are to",
+    "the faster of the two. Of their scalar synchronisations most are AdamW's counters, one a tensor, which on a GPU",
+    "stay on the CPU.",
 )
 
 
 def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
-    missed = []
+    met, missed, ahead = [], [], []
     for name, group in groups.items():
         _, method, precision = name.split("/")
         ours = group["sdtune"]
@@ -156,11 +164,27 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
                 continue
             # Flags that are meant to be faster are not always.
             ratio = median(ours[key]) / min(median(theirs[key]) for theirs in each)
-            if ratio > aim:
-                missed.append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
+            (missed if ratio > aim else met).append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
+        if DEFAULT in group:
+            later, saved = (
+                median(one[key]) - median(other[key])
+                for one, other, key in (
+                    (ours, group[DEFAULT], "first_step_seconds"),
+                    (group[DEFAULT], ours, "step_seconds"),
+                )
+            )
+            if later > 0 and saved > 0:
+                ahead.append(f"{method} {precision} {later / saved:.0f}")
     if not any(DEFAULT in group or "does not run" in group for group in groups.values()):
         return ["diffusers' scripts were not timed; `make bench PEER=CHECKOUT` does."]
-    return ["Every aim that could be compared is met." if not missed else f"Aims that are missed: {'; '.join(missed)}."]
+    lines = [
+        f"Aims that are met: {'; '.join(met) or 'none'}.",
+        "",
+        f"Aims that are missed: {'; '.join(missed) or 'none'}.",
+    ]
+    if ahead:
+        lines += ["", f"Steps after which sdtune, which starts later, is ahead of diffusers: {'; '.join(ahead)}."]
+    return lines
 
 
 def _floor(name: str, group: Mapping[str, Any]) -> str:
@@ -214,11 +238,14 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
             )
         apart.append(f"{group['largest difference']:.0e} (batch {batch}, {precision})")
     return [
-        "*Loop* is the time of the optimizer steps of all eight jobs, *wall* that of the whole command.",
+        "60 steps each. *Loop*: the time that the optimizer steps of all eight jobs take, from the runs' own median steps",
+        "(of two processes at once half the sum); *wall*: that of the whole command.",
         "",
         *lines,
         "",
-        f"Largest difference of a tensor between the first and the last, of its norm: {', '.join(apart)}.",
+        "A LoRA trained on the shared backbone against the same one trained alone: the largest difference of a tensor is",
+        f"{', '.join(apart)} of its norm. In bfloat16 another split of the same batch makes one of that size too",
+        "(tests/sharing).",
     ]
 
 
