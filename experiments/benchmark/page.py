@@ -243,8 +243,8 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         "A LoRA trained on the shared backbone against the same one trained alone: the largest difference of a tensor",
-        f"is {', '.join(apart)} of its norm. tests/sharing holds it after 20 steps to 1e-4 in float32, and in bfloat16 to",
-        "twice what another split of the same batch makes.",
+        f"is {', '.join(apart)} of its norm. tests/sharing holds it after 20 steps to 1e-4 in float32, and in",
+        "bfloat16 to twice what another split of the same batch makes.",
     ]
 
 
