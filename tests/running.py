@@ -28,6 +28,10 @@ from sdtune.resume import rewrite
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more, and runs are compared to the bit at equal threads
 
+EPS = "optimizer.eps=1e-5"
+"""Of AdamW, where float32 is compared: a random model has sites whose gradients are of the size of the usual 1e-8, and
+there it is their rounding that decides the step."""
+
 
 def folder_data(path: Path, **settings: Any) -> Folder:
     return Folder(path=str(path), **{"batch_size": 2, **settings})

@@ -157,21 +157,17 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
             ("start", "first_step_seconds", DEFAULT, START_AIM),
             ("peak", "peak", DEFAULT, PEAK_AIM),
         ]
-        for what, key, other, aim in wanted:
-            each = [group[variant] for variant in (DEFAULT, other) if variant in group]
+        for what, key, rival, aim in wanted:
+            each = [group[variant] for variant in (DEFAULT, rival) if variant in group]
             if not each:
                 continue
             # Flags that are meant to be faster are not always.
-            ratio = median(ours[key]) / min(median(theirs[key]) for theirs in each)
+            ratio = median(ours[key]) / min(median(other[key]) for other in each)
             (missed if ratio > aim else met).append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
         if DEFAULT in group:
-            later, saved = (
-                median(one[key]) - median(other[key])
-                for one, other, key in (
-                    (ours, group[DEFAULT], "first_step_seconds"),
-                    (group[DEFAULT], ours, "step_seconds"),
-                )
-            )
+            theirs = group[DEFAULT]
+            later = median(ours["first_step_seconds"]) - median(theirs["first_step_seconds"])
+            saved = median(theirs["step_seconds"]) - median(ours["step_seconds"])
             if later > 0 and saved > 0:
                 ahead.append(f"{method} {precision} {later / saved:.0f}")
     if not any(DEFAULT in group or "does not run" in group for group in groups.values()):

@@ -12,14 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from running import arguments, rows, train
+from running import EPS, arguments, rows, train
 from sdtune.backbone import few_pixels
 
 LAUNCHER = "hydra/launcher=shared_backbone"
 STEPS = 20
-EPS = "optimizer.eps=1e-5"
-"""Of AdamW, where float32 is compared: a random model has sites whose gradients are of the size of the usual 1e-8, and
-there it is their rounding that decides the step."""
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from running import arguments, rows, start, train, wait_for_step
+from running import EPS, arguments, rows, start, train, wait_for_step
 from sdtune import shared_group
 from sdtune.evaluation import drawing
 from sdtune.sharing import pool
 from sdtune.sharing.groups import difference, groups
 
 LAUNCHER = "hydra/launcher=shared_backbone"
-EPS = "optimizer.eps=1e-5"  # as in test_equal.py
 
 
 @pytest.fixture

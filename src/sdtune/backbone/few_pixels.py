@@ -70,7 +70,8 @@ class Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lines: Tensor, kernel: Kernel) -> Tensor:
         ctx.kernel, ctx.shape = kernel, lines.shape
-        return torch.cat(kernel.taps(F.pad(lines, _around(kernel))), -1)
+        rows, columns = kernel.padding
+        return torch.cat(kernel.taps(F.pad(lines, (0, 0, columns, columns, rows, rows))), -1)
 
     @staticmethod
     @once_differentiable
@@ -82,11 +83,6 @@ class Gathered(torch.autograd.Function):
         for tap, part in zip(ctx.kernel.taps(lines), torch.split(gradient, channels, -1), strict=True):
             tap += part
         return lines[:, rows : rows + high, columns : columns + wide].to(gradient.dtype), None
-
-
-def _around(kernel: Kernel) -> tuple[int, ...]:
-    rows, columns = kernel.padding
-    return (0, 0, columns, columns, rows, rows)
 
 
 def as_products(model: nn.Module) -> None:
