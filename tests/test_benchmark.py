@@ -86,9 +86,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
         }
     )  # fmt: skip
     assert "within 3e-06" in said
-    assert (
-        "Not measured yet: imports, sd15/lora/32-true, sd15/lora/bf16-mixed, sd15/textual_inversion/32-true, " in said
-    )
+    assert "Not measured yet: imports, pocket/lora/bf16-mixed, pocket/textual_inversion/32-true, " in said
     assert "pocket/lora/32-true" not in said.partition("Not measured yet: ")[2].partition(".\n")[0]
     assert (
         "\n\nNot compared: diffusers, whose script for textual_inversion does not run here in bf16-mixed"
@@ -104,6 +102,38 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     )
     assert "2e-05 (batch 4, 32-true)" in said
     assert "Aims that are met: none." in said
+
+
+def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what() -> None:
+    from page import groups, page
+
+    one = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": ["amx_bf16"]}
+    figures = {
+        "step_seconds": [1.0], "first_step_seconds": [1.0], "peak": [1], "operators": 7, "synchronisations": 0,
+        "flop": 1e12,
+    }  # fmt: skip
+    group = {"sdtune": figures, "diffusers": figures, "rate": 2.0}
+    found = {
+        "sd15/full/32-true": {**group, "machine": one},
+        "sd15/lora/bf16-mixed": {**group, "machine": one | {"processor": "Y"}},
+        "sd15/lora/32-true": {**group, "machine": one},
+    }
+    said = page(found)
+    assert "- X, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/32-true, sd15/full/32-true.\n" in said
+    assert "- Y, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/bf16-mixed.\n" in said
+    rows = [said.index(f"| {row} | sdtune |") for row in ("lora | 32-true", "lora | bf16-mixed", "full | 32-true")]
+    assert rows == sorted(rows)
+    assert "Each group was measured" not in page({"imports": {"seconds": {}, "machine": one}})
+    assert len(groups(["32-true", "bf16-mixed"])) == 28
+
+
+def test_a_beginning_that_no_group_has_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import bench
+
+    monkeypatch.setattr("sys.argv", ["bench.py", "--folder", str(tmp_path / "bench"), "pocket/ti"])
+    with pytest.raises(SystemExit, match="pocket/ti: no group begins so; here there are imports, gate, pocket/lora/"):
+        bench.main()
+    assert not (tmp_path / "bench").exists()
 
 
 def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(

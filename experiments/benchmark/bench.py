@@ -18,15 +18,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import diffusers
 import torch
-from commands import BEST, DOCUMENTED, METHODS, Command, Shape, ours, peer, pictures
+from commands import BEST, DOCUMENTED, Command, Shape, ours, peer, pictures
 from gate import gate
-from page import page
+from page import groups, page
 from sweep import sweeps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "real_shapes"))
@@ -174,6 +175,10 @@ def main() -> None:
     examples = arguments.peer / "examples" if arguments.peer else None
     if examples is not None and not examples.is_dir():
         raise SystemExit(f"--peer: {arguments.peer} has no folder examples; name a checkout of diffusers")
+    names = groups(["32-true", *(["bf16-mixed"] if machine()["multiplies bfloat16"] else [])])
+    for prefix in arguments.groups:
+        if not any(name.startswith(prefix) for name in names):
+            raise SystemExit(f"{prefix}: no group begins so; here there are {', '.join(names)}")
     folder.mkdir(parents=True, exist_ok=True)
     target = HERE / "results.json"
     found: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
@@ -188,33 +193,27 @@ def main() -> None:
 
     from sdtune.pocket import path
 
-    weights = folder / "sd15"
-    shapes = [Shape("pocket", path(), 64), Shape("sd15", weights, 256)]
-    wide = Shape("sd15", weights, 256, batch=4)
-    if wanted("imports"):
-        keep("imports", {"seconds": imports()})
-    if wanted("gate"):
-        keep("gate", gate(shapes[0]))
-    precisions = ["32-true", *(["bf16-mixed"] if machine()["multiplies bfloat16"] else [])]
-    for shape in shapes:
+    shapes = {"pocket": Shape("pocket", path(), 64), "sd15": Shape("sd15", folder / "sd15", 256)}
+
+    def figured(name: str) -> dict[str, Any]:
+        kind, _, rest = name.partition("/")
+        if kind == "imports":
+            return {"seconds": imports()}
+        if kind == "gate":
+            return gate(shapes["pocket"])
+        what, precision = rest.split("/")
+        if kind == "sweep":
+            return sweeps(int(what), precision, folder)
+        # The floor is the machine's own rate, which asks for wide batches and for no peer.
+        shape = replace(shapes["sd15"], batch=4) if kind == "floor" else shapes[kind]
+        if shape.name == "sd15":
+            random_pipeline(shape.weights)
         pictures(folder / f"pictures-{shape.side}", shape.side)
-        for precision in precisions:
-            for method in METHODS:
-                name = f"{shape.name}/{method}/{precision}"
-                if wanted(name):
-                    if shape.name == "sd15":
-                        random_pipeline(shape.weights)
-                    keep(name, compared(method, shape, precision, examples, folder))
-    for precision in precisions:
-        name = f"floor/lora/{precision}"
+        return compared(what, shape, precision, None if kind == "floor" else examples, folder)
+
+    for name in names:
         if wanted(name):
-            random_pipeline(weights)
-            keep(name, compared("lora", wide, precision, None, folder))
-    for batch in (1, 4):
-        for precision in precisions:
-            name = f"sweep/{batch}/{precision}"
-            if wanted(name):
-                keep(name, sweeps(batch, precision, folder))
+            keep(name, figured(name))
     (HERE / "README.md").write_text(page(found))
 
 

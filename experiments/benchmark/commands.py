@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image
 
 CAPTION = "a photo of a cat"
-METHODS = ("lora", "textual_inversion", "dreambooth", "full", "controlnet")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 AIMS = {
-    "sd15": {"lora": 0.55, "textual_inversion": 0.55, "dreambooth": 0.62, "full": 0.62, "controlnet": 0.62},
     "pocket": dict.fromkeys(("lora", "textual_inversion", "dreambooth", "full", "controlnet"), 0.5),
+    "sd15": {"lora": 0.55, "textual_inversion": 0.55, "dreambooth": 0.62, "full": 0.62, "controlnet": 0.62},
 }
 """Step time over that of diffusers' documented default, at most."""
 
@@ -21,14 +21,15 @@ def page(found: Mapping[str, Any]) -> str:
     """The whole page; a group that has not been measured is left out."""
     if not found:
         return "# How fast it is\n\nNothing has been measured yet; `make bench` does it and writes this page.\n"
+    found = {name: found[name] for name in groups(_precisions(found)) if name in found}  # in whatever order measured
     lines = ["# How fast it is", "", *_intro(found)]
     for shape, title in (
         ("pocket", "On pocket (64x64)"),
         ("sd15", "At SD 1.5's true shapes, random weights (256x256)"),
     ):
-        groups = {name: value for name, value in found.items() if name.startswith(f"{shape}/")}
-        if groups:
-            lines += ["", f"## {title}", "", *_steps(shape, groups), "", *_work(groups)]
+        of = {name: value for name, value in found.items() if name.startswith(f"{shape}/")}
+        if of:
+            lines += ["", f"## {title}", "", *_steps(shape, of), "", *_work(of)]
     for name, group in found.items():
         if name.startswith("floor/"):
             lines += ["", _floor(name, group)]
@@ -63,11 +64,6 @@ def _why(found: Mapping[str, Any]) -> list[str]:
 
 
 def _intro(found: Mapping[str, Any]) -> list[str]:
-    machines = {
-        f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, diffusers {m['diffusers']}, "
-        + (f"bfloat16 by {', '.join(m['multiplies bfloat16'])}" if m["multiplies bfloat16"] else NO_HALF)
-        for m in (value["machine"] for value in found.values())
-    }
     lines = [
         "`make bench` measures what results.json lacks, on the CPU, keeps it there and writes this page from it. It",
         "takes two to three hours, 20 GB of memory and no weights (pocket's, and random ones of SD 1.5's shapes). For",
@@ -81,10 +77,9 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         "time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two square matrices.",
         "*aim*: the ratio that sdtune set itself before it was built. Other trainers are not compared.",
         "",
-        "Ratios hold for the machine that they were measured on:",
-        *(f"{machine}." for machine in sorted(machines)),
+        *_machines(found),
     ]
-    missing = [name for name in _all(found) if name not in found]
+    missing = [name for name in groups(_precisions(found)) if name not in found]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     if "gate" in found:
@@ -97,12 +92,33 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _all(found: Mapping[str, Any]) -> list[str]:
-    """The groups of a benchmark that went to its end; bfloat16 where it began with it."""
-    precisions = [p for p in ("32-true", "bf16-mixed") if p == "32-true" or any(n.endswith(p) for n in found)]
+def groups(precisions: Sequence[str]) -> list[str]:
+    """The names of what a benchmark measures, in order; ratios are within a group, which one machine measures."""
     of = [*(f"{shape}/{method}" for shape, methods in AIMS.items() for method in methods), "floor/lora"]
     of += [f"sweep/{batch}" for batch in LOOP_AIMS]
     return ["imports", "gate", *(f"{name}/{precision}" for name in of for precision in precisions)]
+
+
+def _precisions(found: Mapping[str, Any]) -> list[str]:
+    """bfloat16 where the benchmark began with it."""
+    return [p for p in ("32-true", "bf16-mixed") if p == "32-true" or any(name.endswith(p) for name in found)]
+
+
+def _machines(found: Mapping[str, Any]) -> list[str]:
+    """The machine that the figures are from, or each of several with the groups that were measured on it."""
+    of: dict[str, list[str]] = {}
+    for name, value in found.items():
+        m = value["machine"]
+        half = f"bfloat16 by {', '.join(m['multiplies bfloat16'])}" if m["multiplies bfloat16"] else NO_HALF
+        machine = f"{m['processor']}, {m['cores']} cores, torch {m['torch']}, diffusers {m['diffusers']}, {half}"
+        of.setdefault(machine, []).append(name)
+    if len(of) == 1:
+        return ["Ratios hold for the machine that they were measured on:", f"{next(iter(of))}."]
+    return [
+        "Each group was measured to its end on one machine, and its ratios hold for that one:",
+        "",
+        *(f"- {machine}: {', '.join(names)}." for machine, names in of.items()),
+    ]
 
 
 NO_HALF = "which does not multiply bfloat16 itself, so that bf16-mixed was not timed"

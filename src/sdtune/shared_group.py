@@ -154,9 +154,11 @@ def _together(
     seats = -(-len(wholes) // turns_of)
     if devices == 1 and len(wholes) > 1:
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
-    pool = Pool(device, precision, seats, max(map(widest, methods)))
+    drops = any(method.get("dropout") for method in methods)
+    pool = Pool(device, precision, seats, max(map(widest, methods)), drops)
     turns = Turns(seats, pool.answer)
     sharing = Sharing(pool, turns, seats)
+    lost: list[RunFailed] = []
 
     def job(whole: DictConfig) -> Callable[[], None]:
         task = SharingJob(command, lambda config, folder: run.prepare(config, folder, sharing))
@@ -178,6 +180,10 @@ def _together(
                 if sharing.asked is None:
                     raise
                 # It has saved; the others have been asked as well, and end when they have.
+            except OSError as error:
+                # Its folder cannot be written; the others' can.
+                lost.append(RunFailed(f"job {Path(whole.hydra.runtime.output_dir).name}: {error}"))
+                print(f"sdtune: {lost[-1]}", file=sys.stderr)
             finally:
                 sharing.left(seat)
 
@@ -192,6 +198,8 @@ def _together(
         raise SystemExit(128 + sharing.asked)
     if turns.broken is not None:
         raise turns.broken
+    if lost:
+        raise lost[0]
 
 
 def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:

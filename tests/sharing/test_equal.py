@@ -127,6 +127,7 @@ def test_in_half_precision_no_further_than_splits_of_a_batch(settings: list[str]
 AROUND = {
     "plain": [],
     "dropout": ["method.dropout=0.3"],
+    "convolutions": ["method.targets=[cross_attention,convolutions]"],
     "all of it again in backward": ["method.dropout=0.3", "hardware.gradient_checkpointing=true"],
 }
 

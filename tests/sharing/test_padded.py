@@ -41,6 +41,22 @@ def test_nothing_is_dropped_without_seeds() -> None:
     assert Padding(4).stacks({NAME: pairs}, torch.float32, None)[NAME].dropouts is None
 
 
+def test_one_that_drops_and_leaves_moves_nothing() -> None:
+    base = nn.Linear(64, 64).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2 * 10, 64, dtype=torch.bfloat16)
+    own = Pair(torch.randn(3, 64), torch.randn(64, 3), 0.7, 0.0)
+    seen = []
+    for beside in (Pair(torch.randn(5, 64), torch.randn(64, 5), 1.0, 0.5), None):
+        pair = own._replace(down=own.down.clone().requires_grad_(), up=own.up.clone().requires_grad_())
+        present, inputs = Present(), x.clone().requires_grad_()
+        present.stacks = Padding(8).stacks({NAME: [pair, beside]}, torch.bfloat16, [1, 2])
+        out = Stacked(base, NAME, present)(inputs)
+        out.float().square().sum().backward()
+        assert inputs.grad is not None
+        seen.append((out[:10], inputs.grad[:10], pair.down.grad, pair.up.grad))
+    assert all(torch.equal(here, there) for here, there in zip(*seen, strict=True))
+
+
 def drawn(rank: int, scale: float = 1.0) -> Pair:
     down, up = torch.randn(rank, 6), torch.randn(5, rank)
     return Pair(down.requires_grad_(), up.requires_grad_(), scale, 0.0)

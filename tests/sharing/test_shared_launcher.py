@@ -13,19 +13,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from running import EPS, arguments, rows, start, train, wait_for_step
+from running import EPS, rows, start, train, wait_for_step
 from sdtune import shared_group
 from sdtune.evaluation import drawing
+from sdtune.methods import LoRA
 from sdtune.sharing import pool
 from sdtune.sharing.groups import difference, groups
 
 LAUNCHER = "hydra/launcher=shared_backbone"
-
-
-@pytest.fixture
-def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=3")
-    return ["-m", *(a for a in own if not a.startswith(("hydra.run.dir", "callbacks.samples")))]
 
 
 def files(run: Path) -> set[str]:
@@ -172,39 +167,6 @@ def test_a_whole_model_that_a_job_exports_has_its_lora_in_it(settings: list[str]
     assert (ours[name] - load_file(next((tmp_path / "1" / "0" / "export").rglob("unet/*.safetensors")))[name]).any()
 
 
-def test_without_memory_each_job_says_so_and_the_sweep_ends(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    forward = pool.Pool._forward
-
-    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
-        if next(iter(calls.values())).mode.gradients:
-            raise torch.OutOfMemoryError
-        forward(self, calls, idle)
-
-    monkeypatch.setattr(pool.Pool, "_forward", full)
-    own = [
-        *settings,
-        "callbacks.samples=null",
-        LAUNCHER,
-        "hydra.launcher.max_adapters=2",
-        "optimizer.lr=1e-3,1e-4,1e-5",
-    ]
-    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_adapters=1"
-    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
-    assert [(state["state"], state["error"]) for state in states] == [("failed", said)] * 2
-    assert not (tmp_path / "sweep" / "2").exists()
-    captured = capsys.readouterr()
-    assert "sweep: 0 of 2 jobs are done" in captured.out
-    assert f"sdtune: {said}\n" in captured.err
-    monkeypatch.setattr(pool.Pool, "_forward", forward)
-    assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_adapters=1") == 0
-    captured = capsys.readouterr()
-    assert "jobs 0-2 share one backbone, 1 at once" in captured.out
-    assert "sweep: 3 of 3 jobs are done" in captured.out
-
-
 @pytest.mark.parametrize("wrong", ["0", "2.5", "all"])
 def test_how_many_at_once_is_checked_first(
     wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -272,6 +234,10 @@ BASE = {
 }
 
 
+class Wider(LoRA):
+    """A user's own."""
+
+
 def changed(group: str, **settings: object) -> dict[str, object]:
     return {**BASE, group: {**BASE[group], **settings}}  # type: ignore[dict-item]
 
@@ -301,6 +267,8 @@ def test_settings_may_differ_and_the_model_may_not(other: dict[str, object], key
         (changed("hardware", num_nodes=2), "hardware.num_nodes"),
         (changed("method", _target_="sdtune.methods.ControlNet"), "method: ControlNet"),
         (changed("backbone", from_scratch=["unet"]), "backbone.from_scratch"),
+        (changed("trainer", detect_anomaly=True), "trainer.detect_anomaly"),
+        ({**changed("method", _target_=f"{__name__}.Wider"), "trust": [__name__]}, "method: Wider may train more than"),
     ],
 )
 def test_who_can_share_with_none(config: dict[str, object], reason: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdtune.instantiate import resolve
+from sdtune.methods import LoRA, TextualInversion
 
 _OWN = (
     *("method", "optimizer", "lr_schedule", "objective", "evaluation", "callbacks", "logger", "checkpoint", "data"),
@@ -18,7 +19,7 @@ _OWN = (
 
 _SAME = (
     *("method._target_", "data.batch_size", "data.resolution", "trainer.max_steps", "trainer.accumulate_grad_batches"),
-    *("trainer.benchmark", "trainer.deterministic", "trainer.detect_anomaly", "trainer.inference_mode"),
+    *("trainer.benchmark", "trainer.deterministic", "trainer.inference_mode"),
 )
 """Below those, what makes the samples of two runs fit into one batch, or holds for a whole process."""
 
@@ -57,10 +58,14 @@ def alone(config: Mapping[str, Any]) -> str | None:
     method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
     if getattr(method, "leaves", None) not in ("lora", "words"):
         return f"method: {method.__name__} trains the backbone itself, or a net beside it"
+    if method not in (LoRA, TextualInversion):
+        return f"method: {method.__name__} may train more than LoRA's pairs and TextualInversion's words"
     if config["backbone"].get("from_scratch"):
         return "backbone.from_scratch: its weights are drawn from the job's own seed"
     if config["hardware"].get("offload"):
         return "hardware.offload: it would move what the others need"
+    if config["trainer"].get("detect_anomaly"):
+        return "trainer.detect_anomaly: one job's NaN would end them all"
     if int(config["hardware"].get("num_nodes", 1)) > 1:
         return "hardware.num_nodes: a group of jobs stays on one machine; give hardware.num_nodes=1"
     return None

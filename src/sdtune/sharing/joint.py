@@ -54,10 +54,12 @@ class Joint:
     Args:
         checkpointing: compute activations again in backward.
         rank: to which pairs are padded.
+        drops: whether any run that will come has dropout: all are computed as it has to be then, so that the sums of
+            the others stay as they are when it leaves.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, checkpointing: bool, rank: int) -> None:
-        self._unet = unet
+    def __init__(self, unet: UNet2DConditionModel, checkpointing: bool, rank: int, drops: bool) -> None:
+        self._unet, self._drops = unet, drops
         self._sites: set[str] = set()
         self._present, self._padding = Present(), Padding(rank)
         if checkpointing:
@@ -86,7 +88,9 @@ class Joint:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._unet.dtype
             self._present.stacks = {}  # of the last call, before there are this one's beside them
             # Kept with the pairs: what is computed again in backward finds the model as a later call has left it.
-            self._present.stacks = self._padding.stacks(present, dtype, seeds if mode.training else None)
+            self._present.stacks = self._padding.stacks(
+                present, dtype, seeds if mode.training and self._drops else None
+            )
             out: Tensor = self._unet(**joined(inputs)).sample
         return out.chunk(len(inputs))
 

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 class Stack(NamedTuple):
     """A site's pairs: A [N, R, in] and B [N, R, out], its scale in it; zero where a run has none, or a narrower one.
 
-    ``dropouts``: of each run the share that it drops in this call, and its seed; None where none drops any.
+    ``dropouts``: of each run the share that it drops in this call, which may be none, and its seed; or None for all.
     """
 
     downs: Tensor
@@ -67,7 +67,7 @@ class Padding:
     def stacks(
         self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
     ) -> dict[str, Stack]:
-        """By site, for those at which a run has a pair, in ``dtype``; without seeds nothing is dropped."""
+        """By site, for those at which a run has a pair, in ``dtype``; ``seeds`` where runs drop, None for none."""
         sites: list[Layout] = []
         flat: list[Tensor] = []
         found: dict[str, tuple[tuple[float, int], ...] | None] = {}
@@ -79,7 +79,7 @@ class Padding:
             sites.append(Layout(len(own), self._rank, tuple((i, len(p.down), p.scale) for i, p in present)))
             flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
             found[name] = None
-            if seeds is not None and any(pair.dropout for _, pair in present):
+            if seeds is not None:
                 shares = [0.0 if pair is None else pair.dropout for pair in own]
                 # 32 bits, as many as the CPU's generator looks at; Python's own hash is another in each process.
                 own_seeds = [zlib.crc32(f"{seed}/{name}".encode()) for seed in seeds]

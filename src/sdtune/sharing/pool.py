@@ -87,13 +87,14 @@ class Pool:
         precision: Lightning's.
         seats: how many runs at once.
         rank: the largest that any run has.
+        drops: whether any run has dropout.
     """
 
     peak: int | None = None
     """Bytes: the most memory of a step that all take together, as :class:`sdtune.callbacks.Cost` counts it."""
 
-    def __init__(self, device: torch.device, precision: str, seats: int, rank: int) -> None:
-        self.device, self.precision, self.seats, self.rank = device, precision, seats, rank
+    def __init__(self, device: torch.device, precision: str, seats: int, rank: int, drops: bool) -> None:
+        self.device, self.precision, self.seats, self.rank, self.drops = device, precision, seats, rank, drops
         self._threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
@@ -156,22 +157,38 @@ class Pool:
         """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
-        Pictures are drawn and losses validated between steps, while no activations are kept for backward.
+        Pictures are drawn and losses validated between steps, while no activations are kept for backward; where that
+        fails, it is an error of those alone who asked for it.
 
         Raises:
-            RunFailed: with the reason, where it cannot be done.
+            RunFailed: with the reason, where a step of all cannot be done.
         """
+        self.use_threads(True)
+        losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
+        steps, others = (
+            {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
+            for wanted in (True, False)
+        )
+        failed = None
         try:
-            return self._answered(questions)
+            if losses:
+                self._backward(losses)
+            elif steps:
+                self._step(steps)
         except Exception as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            reason = self._full() if full else f"{type(error).__name__}: {error}"
-            if not full:
-                log.exception("a step of all runs failed")
+            failed = self._reason(error)
+        if steps and not losses and failed is None:
+            return steps.keys()
+        self._draw(others)
         # Out of the handler: what was caught holds, by its frames, what has filled the memory.
-        raise RunFailed(reason)
+        if failed is not None:
+            raise RunFailed(failed)
+        return losses.keys() | others.keys()
 
-    def _full(self) -> str:
+    def _reason(self, error: Exception) -> str:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            log.error("a call of the UNet failed", exc_info=error)
+            return f"{type(error).__name__}: {error}"
         if self.seats == 1:
             return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
         return (
@@ -179,29 +196,28 @@ class Pool:
             f"{self.seats // 2}"
         )
 
-    def _answered(self, questions: dict[int, Question]) -> Collection[int]:
-        self.use_threads(True)
-        losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
-        steps, others = (
-            {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
-            for wanted in (True, False)
-        )
-        if losses:
-            each = list(losses.values())
-            torch.autograd.backward([one.loss for one in each], **each[0].more)
-            self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
-        elif steps:
-            if not self._stepped:
-                self._stepped = True
-                release()  # of what loading has left, and the first previews
-            reset_peak_memory(self.device)
-            for calls in _alike(steps):
-                self._forward(calls, set(range(self.seats)) - steps.keys())
-            return steps.keys()
+    def _backward(self, losses: Mapping[int, Back]) -> None:
+        each = list(losses.values())
+        torch.autograd.backward([one.loss for one in each], **each[0].more)
+        self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
+
+    def _step(self, steps: Mapping[int, Forward]) -> None:
+        if not self._stepped:
+            self._stepped = True
+            release()  # of what loading has left, and the first previews
+        reset_peak_memory(self.device)
+        for calls in _alike(steps):
+            self._forward(calls, set(range(self.seats)) - steps.keys())
+
+    def _draw(self, others: Mapping[int, Forward]) -> None:
         for calls in _alike(others):
             for part in self._in_parts(calls):
-                self._forward(part, set())
-        return losses.keys() | others.keys()
+                try:
+                    self._forward(part, set())
+                except Exception as error:
+                    reason = self._reason(error)
+                    for question in part.values():
+                        question.error = RunFailed(reason)
 
     def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """``calls`` without gradients, so many in a pass that their samples are those of pictures drawn at once."""
@@ -237,11 +253,11 @@ class Pool:
         own = self._base.unet
         if call.pairs is not None:
             if self._whole is None:
-                self._whole = Joint(_over(own, lambda parameter: parameter.data), False, self.rank)
+                self._whole = Joint(_over(own, lambda parameter: parameter.data), False, self.rank, False)
             return self._whole
         if self._trained is None:
             moved = _over(own, lambda parameter: self._moved[parameter.data_ptr()])
-            self._trained = Joint(moved, call.unet.is_gradient_checkpointing, self.rank)
+            self._trained = Joint(moved, call.unet.is_gradient_checkpointing, self.rank, self.drops)
         return self._trained
 
     def _pairs(self, call: Forward) -> Mapping[str, Pair]:

@@ -18,6 +18,10 @@ class Question:
     answer: Any = None
     error: BaseException | None = None
 
+    @property
+    def open(self) -> bool:
+        return self.answer is None and self.error is None
+
 
 class Join(Question):
     """From here on the job waits for the others; what it asked before was answered at once."""
@@ -59,7 +63,7 @@ class Turns:
     def __init__(self, seats: int, answer: Callable[[dict[int, Question]], Collection[int]]) -> None:
         self.places = range(seats)
         self.broken: Exception | None = None
-        """What kept questions from being answered; those who had asked have it raised, and no further job begins."""
+        """What kept questions from being answered; where they were asked it is raised, and no further job begins."""
         self._answer = answer
         self._seats: dict[int, Seat] = {}
         self._back = threading.Semaphore(0)
@@ -122,7 +126,8 @@ class Turns:
             self.broken = error
             answered = questions.keys()
             for question in questions.values():
-                question.error = error
+                if question.open:
+                    question.error = error
         for number in answered:
             self._seats[number].question = None
 

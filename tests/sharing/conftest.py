@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from running import arguments
+
+
+@pytest.fixture
+def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=3")
+    return ["-m", *(a for a in own if not a.startswith(("hydra.run.dir", "callbacks.samples")))]
