@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from running import arguments
 
@@ -51,6 +53,16 @@ def test_the_clock_sees_a_training(watch: str, tiny: Path, pictures: Path, tmp_p
     assert seen["ends"] == sorted(seen["ends"])
     assert seen["ends"][-1] < time.monotonic() - began
     assert not (tmp_path / "run" / "artifact").exists(), "it ends with the last step"
+
+
+def test_what_is_not_finite_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import clock
+
+    monkeypatch.setenv("BENCH_BEGAN", "0")
+    weight = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
+    with pytest.raises(FloatingPointError, match="not finite after 1 steps"):
+        clock.watched(1, tmp_path / "seen.json", False)(torch.optim.SGD([weight]))
+    assert not (tmp_path / "seen.json").exists()
 
 
 def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
@@ -94,14 +106,24 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     )
     assert "were not timed" not in said
     assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in said
-    assert "lora 32-true step 0.60 (aim 0.5)" in said
+    assert "| lora | 32-true | 0.60 missed | 0.5 | 0.60 met | 1.00 missed | 1.00 missed | at once |" in said
     assert "| 167% |" in said, "of the rate: 1 TFLOP in 0.3 s at 2 TFLOP/s"
     assert "| 4 | 32-true | shared backbone | 2.0 (2.0-2.0) | 0.25 | 0.32 | 4.0 (4.0-4.0) | 0.25 | 0.35 |" in said
     assert (
         "in 32-true: 50% of the matrix rate that the same cores reached in the same run, 1.00 TFLOP/s (aim 40%)" in said
     )
     assert "2e-05 (batch 4, 32-true)" in said
-    assert "Aims that are met: none." in said
+    assert "| textual_inversion | bf16-mixed | 0" not in said
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "wanted"), [(3.0, 1.0, "2"), (3.0, 2.5, "never"), (0.5, 1.0, "at once"), (0.5, 2.25, "until 2")]
+)
+def test_after_how_many_steps_a_later_start_is_made_up_for(start: float, step: float, wanted: str) -> None:
+    from page import _ahead
+
+    ours = {"first_step_seconds": [start], "step_seconds": [step]}
+    assert _ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == wanted
 
 
 def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what() -> None:

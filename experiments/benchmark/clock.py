@@ -52,10 +52,13 @@ def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
     seen: dict[str, Any] = {}
     operators, flops = Counted(), FlopCounterMode(display=False)
 
-    def after(*_: Any) -> None:
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         ends.append(time.monotonic() - began)
         if len(ends) == steps:
             seen.update(ends=list(ends), peak_memory_bytes=peak_memory(), threads=torch.get_num_threads())
+            if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+                # Their products take other times than numbers' do.
+                raise FloatingPointError(f"what is trained is not finite after {steps} steps")
             if not count:
                 leave(out, seen)
             flops.__enter__()

@@ -156,46 +156,56 @@ NOTES = (
     "Pocket's latents are a quarter as wide as its pictures, which diffusers' ControlNet script cannot be told.",
     "*diffusers* is its scripts as their READMEs call them: for the whole UNet with `--gradient_checkpointing`.",
     "*diffusers, best flags* is what ought to be fastest on a CPU: the whole UNet without that, DreamBooth with",
-    "`--pre_compute_text_embeddings --set_grads_to_none`, ControlNet with `--set_grads_to_none`; ratios of aims are to",
-    "the faster of the two. Of their scalar synchronisations most are AdamW's counters, one a tensor, which on a GPU",
-    "stay on the CPU.",
+    "`--pre_compute_text_embeddings --set_grads_to_none`, ControlNet with `--set_grads_to_none`. Of their scalar",
+    "synchronisations most are AdamW's counters, one a tensor, which on a GPU stay on the CPU.",
 )
 
 
 def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
-    met, missed, ahead = [], [], []
-    for name, group in groups.items():
-        _, method, precision = name.split("/")
-        ours = group["sdtune"]
-        wanted = [
-            ("step", "step_seconds", DEFAULT, AIMS[shape][method]),
-            ("step, best flags", "step_seconds", "diffusers, best flags", BEST_AIM),
-            ("start", "first_step_seconds", DEFAULT, START_AIM),
-            ("peak", "peak", DEFAULT, PEAK_AIM),
-        ]
-        for what, key, rival, aim in wanted:
-            each = [group[variant] for variant in (DEFAULT, rival) if variant in group]
-            if not each:
-                continue
-            # Flags that are meant to be faster are not always.
-            ratio = median(ours[key]) / min(median(other[key]) for other in each)
-            (missed if ratio > aim else met).append(f"{method} {precision} {what} {ratio:.2f} (aim {aim})")
-        if DEFAULT in group:
-            theirs = group[DEFAULT]
-            later = median(ours["first_step_seconds"]) - median(theirs["first_step_seconds"])
-            saved = median(theirs["step_seconds"]) - median(ours["step_seconds"])
-            if later > 0 and saved > 0:
-                ahead.append(f"{method} {precision} {later / saved:.0f}")
-    if not any(DEFAULT in group or "does not run" in group for group in groups.values()):
-        return ["diffusers' scripts were not timed; `make bench PEER=CHECKOUT` does."]
+    """A row for each group: its ratios against what they should be, and when a later start is made up for."""
     lines = [
-        f"Aims that are met: {'; '.join(met) or 'none'}.",
-        "",
-        f"Aims that are missed: {'; '.join(missed) or 'none'}.",
+        f"| method | precision | step | aim | step, faster flags (aim {BEST_AIM}) | start (aim {START_AIM}) |"
+        f" peak (aim {PEAK_AIM}) | ahead after, steps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    if ahead:
-        lines += ["", f"Steps after which sdtune, which starts later, is ahead of diffusers: {'; '.join(ahead)}."]
-    return lines
+    for name, group in groups.items():
+        if DEFAULT not in group:
+            continue
+        _, method, precision = name.split("/")
+        ours, theirs = group["sdtune"], group[DEFAULT]
+        aim = AIMS[shape][method]
+        # Flags that are meant to be faster are not always.
+        faster = min(
+            (group[v] for v in (DEFAULT, f"{DEFAULT}, best flags") if v in group),
+            key=lambda v: median(v["step_seconds"]),
+        )
+        cells = [
+            _met(ours, theirs, "step_seconds", aim), f"{aim}", _met(ours, faster, "step_seconds", BEST_AIM),
+            _met(ours, theirs, "first_step_seconds", START_AIM), _met(ours, theirs, "peak", PEAK_AIM),
+            _ahead(ours, theirs),
+        ]  # fmt: skip
+        lines.append(f"| {method} | {precision} | {' | '.join(cells)} |")
+    if len(lines) > 2:
+        said = (
+            "Ratios against aims; *faster flags* are those of diffusers that turned out faster; *ahead*: after how many"
+        )
+        return [said, "steps a later start is made up for.", "", *lines]
+    if any("does not run" in group for group in groups.values()):
+        return []
+    return ["diffusers' scripts were not timed; `make bench PEER=CHECKOUT` does."]
+
+
+def _met(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str, aim: float) -> str:
+    ratio = median(ours[key]) / median(theirs[key])
+    return f"{ratio:.2f} {'missed' if ratio > aim else 'met'}"
+
+
+def _ahead(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    later = median(ours["first_step_seconds"]) - median(theirs["first_step_seconds"])
+    saved = median(theirs["step_seconds"]) - median(ours["step_seconds"])
+    if later <= 0:
+        return "at once" if saved >= 0 else f"until {later / saved:.0f}"
+    return f"{later / saved:.0f}" if saved > 0 else "never"
 
 
 def _floor(name: str, group: Mapping[str, Any]) -> str:

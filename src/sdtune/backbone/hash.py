@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -132,16 +132,14 @@ def weights_hash(files: Files) -> str:
             for key, entry in _tensors(file).items()
             if not is_buffer(key)
         ]
-        maps: dict[Path, mmap.mmap] = {}
-        for key, file, (dtype, shape, first, last) in sorted(places, key=lambda place: place[0]):
-            digest.update(f"{name}\0{key}\0{dtype}\0{shape}\0".encode())
-            if file not in maps:
-                with file.open("rb") as handle:
-                    maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            for start in range(first, last, _CHUNK):
-                digest.update(maps[file][start : min(last, start + _CHUNK)])
-        for opened in maps.values():
-            opened.close()
+        with contextlib.ExitStack() as opened:
+            # Read and not mapped: what is mapped counts as resident, beside the weights that may be in memory by now.
+            handles = {file: opened.enter_context(file.open("rb")) for file in files[name]}
+            for key, file, (dtype, shape, first, last) in sorted(places, key=lambda place: place[0]):
+                digest.update(f"{name}\0{key}\0{dtype}\0{shape}\0".encode())
+                handles[file].seek(first)
+                for start in range(first, last, _CHUNK):
+                    digest.update(handles[file].read(min(last - start, _CHUNK)))
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_name(f"{kept.name}.{os.getpid()}")
     partial.write_text(digest.hexdigest())
