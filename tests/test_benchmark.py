@@ -101,7 +101,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     assert "Not measured yet: imports, pocket/lora/bf16-mixed, pocket/textual_inversion/32-true, " in said
     assert "pocket/lora/32-true" not in said.partition("Not measured yet: ")[2].partition(".\n")[0]
     assert (
-        "\n\nNot compared: diffusers, whose script for textual_inversion does not run here in bf16-mixed"
+        "\n\nNot compared: diffusers, whose script for textual_inversion gives no figures here in bf16-mixed"
         " (`RuntimeError: of two types`).\n" in said
     )
     assert "were not timed" not in said

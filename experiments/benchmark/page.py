@@ -148,7 +148,10 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
     failed = [(name, *each) for name, group in groups.items() for each in group.get("does not run", {}).items()]
     for name, variant, why in failed:
         _, method, precision = name.split("/")
-        notes += ["", f"Not compared: {variant}, whose script for {method} does not run here in {precision} (`{why}`)."]
+        notes += [
+            "",
+            f"Not compared: {variant}, whose script for {method} gives no figures here in {precision} (`{why}`).",
+        ]
     return [*lines, *notes, "", *_aims(shape, groups)]
 
 
@@ -169,7 +172,7 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, group in groups.items():
-        if DEFAULT not in group:
+        if DEFAULT not in group:  # the reason stands above
             continue
         _, method, precision = name.split("/")
         ours, theirs = group["sdtune"], group[DEFAULT]

@@ -44,12 +44,8 @@ _ROOM = "import sdtune.run, sdtune.callbacks, sdtune.methods, pytorch_lightning"
 _RESIDENT = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
 
 
-def random_pipeline(folder: Path, kind: str = "sd15") -> None:
-    """A pipeline folder of the shipped configs of ``kind``, its weights random and, but for text encoders', halved.
-
-    transformers loads in a file's own type, in which diffusers' textual_inversion.py then trains: AdamW's ``eps`` of
-    1e-8 is zero in float16, and its words are infinite after one step.
-    """
+def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.float16) -> None:
+    """A pipeline folder of the shipped configs of ``kind``, its weights random: float16, text encoders' ``text``."""
     if (folder / "model_index.json").is_file():
         return
     configs = shipped(kind)
@@ -57,7 +53,7 @@ def random_pipeline(folder: Path, kind: str = "sd15") -> None:
     torch.manual_seed(0)
     for name in [name for name in KINDS if (configs / name).is_dir()]:
         model = from_config(name, configs)
-        (model if name.startswith("text_encoder") else model.half()).save_pretrained(folder / name)
+        model.to(text if name.startswith("text_encoder") else torch.float16).save_pretrained(folder / name)
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     index = json.loads((configs / "model_index.json").read_text())
     for name in ("tokenizer", "tokenizer_2") if (configs / "text_encoder_2").is_dir() else ("tokenizer",):

@@ -78,8 +78,10 @@ class Job:
             print(f"sdtune: job {folder.name} failed: {state['error']}", file=sys.stderr)
             return None
         finally:
-            write_json(folder / STATE, state)
-            release()
+            try:
+                write_json(folder / STATE, state)
+            finally:
+                release()
         return _metric(composed, folder)
 
     def _run(self, composed: DictConfig, whole: DictConfig, folder: Path) -> None:

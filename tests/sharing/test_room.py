@@ -1,4 +1,4 @@
-"""How many at once: each kind of job is measured once, and the largest of each need counts."""
+"""How many at once: counted of a job that has all that any of them has."""
 
 from __future__ import annotations
 
@@ -9,35 +9,62 @@ from sdtune import launch, plan_run
 from sdtune.sharing import room
 
 CPU = torch.device("cpu")
-FEW = ("method.rank=16", "method.targets=[cross_attention]")
-MANY = ("method.rank=4", "method.targets=[cross_attention,self_attention,feed_forward,convolutions]")
+EMA = "callbacks.ema={_target_:sdtune.callbacks.EMA,decay:0.9}"
 
 
 def planned(*overrides: str) -> plan_run.Job:
-    own = ["method=lora", "backbone=pocket", "hardware=cpu", "data.batch_size=4", *overrides]
+    own = ["method=lora", "backbone=pocket", "hardware=cpu", "data.batch_size=4", "data=folder", *overrides]
     return plan_run.job(launch._compose("plan", launch._search_path(None), own), shared=True)
 
 
-def test_a_narrow_job_of_many_sites_is_not_taken_for_a_wide_one_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, many = planned(*FEW), planned(*MANY)
-    kept, step, _, base = room._costs(many, CPU)
+def costs(*jobs: plan_run.Job) -> tuple[int, ...]:
+    return room._costs(room._largest(jobs, jobs[0].config["optimizer"]), CPU)
+
+
+def test_it_has_every_site_at_the_largest_rank_and_whatever_else_one_has() -> None:
+    each = [
+        planned("method.rank=16", "method.targets=[cross_attention]"),
+        planned("method.rank=4", "method.targets=[feed_forward]", "method.dropout=0.1"),
+        planned("method.rank=2", "method.targets=[convolutions]", "data.cache_text=false", EMA),
+        planned("method.blocks={unet.mid_block: {rank: 24}}"),
+    ]
+    sites = "method.targets=[cross_attention,self_attention,feed_forward,convolutions]"
+    assert costs(*each) == costs(planned("method.rank=24", sites, "method.dropout=0.1", "data.cache_text=false", EMA))
+    assert all(all(whole >= own for whole, own in zip(costs(*each), costs(one), strict=True)) for one in each)
+    assert costs(*each)[1] > max(costs(one)[1] for one in each)
+
+
+def test_so_many_as_fit_beside_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [planned(f"method.rank={rank}") for rank in (4, 16)] * 10
+    kept, step, previews, base = costs(*jobs)
+    assert 12 * (kept + step) > previews + 12 * kept
     monkeypatch.setattr(room, "_free", lambda device, devices: room.ALLOWANCE + base + 12 * (kept + step))
-    assert room.room([few] * 30, CPU) > 13
-    assert room.room([many] * 30, CPU) == 12
-    assert room.room([few, many] * 15, CPU) in (11, 12)
+    assert room.room(jobs, CPU) == 12
+    assert room.room(jobs[:5], CPU) == 5
+    monkeypatch.setattr(room, "_free", lambda device, devices: base)
+    assert room.room(jobs, CPU) == 1
 
 
-def test_each_kind_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[object] = []
-    costs = room._costs
-    monkeypatch.setattr(
-        room, "_costs", lambda job, device: seen.append(job.config["method"]["rank"]) or costs(job, device)
-    )
-    grid = [planned(f"method.rank={rank}", f"optimizer.lr={lr}") for rank in (4, 16, 8) for lr in (1e-3, 1e-4)]
-    assert room.room(grid, CPU) == 6
-    assert seen == [16]
+def test_each_optimizer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    own = room._costs
+
+    def counted(job: plan_run.Job, device: torch.device) -> tuple[int, int, int, int]:
+        seen.append(job.config["optimizer"]["_target_"].rpartition(".")[2])
+        return own(job, device)
+
+    monkeypatch.setattr(room, "_costs", counted)
+    jobs = [planned(f"optimizer={name}", f"optimizer.lr={lr}") for name in ("adamw", "prodigy") for lr in (1e-3, 1)]
+    room.room(jobs, CPU)
+    assert seen == ["AdamW", "Prodigy"]
+
+
+def test_words_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [planned("method=textual_inversion", f'new_tokens=[{{token: "<{name}>", init: a}}]') for name in "ab"]
+    kept, step, *_ = costs(*words)
+    assert 0 < kept < step
 
 
 def test_threads_of_a_gpu_have_workspaces() -> None:
-    kept, *_ = room._costs(planned(*FEW), CPU)
-    assert room._costs(planned(*FEW), torch.device("cuda"))[0] == kept + 32 * 2**20
+    job = planned()
+    assert room._costs(job, torch.device("cuda"))[0] == room._costs(job, CPU)[0] + 32 * 2**20

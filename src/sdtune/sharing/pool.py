@@ -46,6 +46,10 @@ class Forward(Question):
     pairs: Mapping[str, Pair] | None = None
     seed: int = 0
 
+    @property
+    def joint(self) -> bool:
+        return self.mode.gradients
+
 
 @dataclass
 class Back(Question):
@@ -53,6 +57,10 @@ class Back(Question):
 
     loss: Tensor
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def joint(self) -> bool:
+        return True
 
 
 class Shared(Pretrained):
@@ -158,10 +166,7 @@ class Pool:
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
         Pictures are drawn and losses validated between steps, while no activations are kept for backward; where that
-        fails, it is an error of those alone who asked for it.
-
-        Raises:
-            RunFailed: with the reason, where a step of all cannot be done.
+        fails, it is an error of those alone who asked for it; where a step does, of all who are in one.
         """
         self.use_threads(True)
         losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
@@ -169,20 +174,19 @@ class Pool:
             {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
             for wanted in (True, False)
         )
-        failed = None
         try:
             if losses:
                 self._backward(losses)
             elif steps:
                 self._step(steps)
+                return steps.keys()
         except Exception as error:
-            failed = self._reason(error)
-        if steps and not losses and failed is None:
-            return steps.keys()
+            reason = self._reason(error)
+            # The others wait until the memory is free that these hold.
+            for question in (*losses.values(), *steps.values()):
+                question.answer, question.error = None, RunFailed(reason)
+            return losses.keys() | steps.keys()
         self._draw(others)
-        # Out of the handler: what was caught holds, by its frames, what has filled the memory.
-        if failed is not None:
-            raise RunFailed(failed)
         return losses.keys() | others.keys()
 
     def _reason(self, error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -14,31 +15,42 @@ from sdtune.methods.encoding import drawn_at_once
 from sdtune.planning.memory import ALLOWANCE
 from sdtune.sharing.groups import widest
 
-_RANK_AND_RATE = ("rank", "alpha", "alpha_policy", "text_encoder_lr")
-
 _WORKSPACE = 32 * 2**20
 """Bytes that cuBLAS keeps for a thread, of which each run has its own: torch's default on Hopper, its largest."""
 
 
 def room(jobs: Sequence[plan_run.Job], device: torch.device, devices: int = 1) -> int:
     """At least 1; ``jobs`` may share a backbone, and so many ``devices`` are in use."""
-    kinds: dict[str, plan_run.Job] = {}
-    for job in sorted(jobs, key=lambda job: widest(job.config["method"])):
-        kinds[_kind(job)] = job  # the widest stands for all of its kind
-    # None stands for another kind: a site that one run opens keeps activations of all.
-    costs = [_costs(job, device) for job in kinds.values()]
+    optimizers = {str(job.config["optimizer"]["_target_"]): job.config["optimizer"] for job in jobs}
+    costs = [_costs(_largest(jobs, optimizer), device) for optimizer in optimizers.values()]
     kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
     free = _free(device, devices) - ALLOWANCE - base
     return max(1, min(len(jobs), free // (kept + step), (free - previews) // max(1, kept)))
 
 
-def _kind(job: plan_run.Job) -> str:
-    """What jobs have in common that need the same memory, but for their rank."""
-    method = {key: value for key, value in job.config["method"].items() if key not in _RANK_AND_RATE}
-    optimizer = {key: value for key, value in job.config["optimizer"].items() if key not in ("lr", "weight_decay")}
-    parts = bool(job.config.get("new_tokens")), job.config["callbacks"].get("ema") is not None
-    caches = job.data["cache_latents"], job.data["cache_text"]
-    return json.dumps([method, optimizer, parts, caches], sort_keys=True, default=str)
+def _largest(jobs: Sequence[plan_run.Job], optimizer: Mapping[str, Any]) -> plan_run.Job:
+    """A job with all that any of ``jobs`` has: a site that one opens is padded, and keeps activations, for each."""
+    first = jobs[0]
+    methods = [job.config["method"] for job in jobs]
+    method = dict(methods[0])
+    if "rank" in method:
+        method |= {"rank": max(map(widest, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
+        method |= {"weights": None, "dropout": max(float(each.get("dropout", 0)) for each in methods)}
+        for key in ("targets", "projections"):
+            if named := {one for each in methods for one in each.get(key) or ()}:
+                method[key] = sorted(named)
+    callbacks = [job.config["callbacks"] for job in jobs]
+    drawn = [each["samples"] for each in callbacks if each.get("samples")]
+    own = {
+        "samples": max(drawn, key=lambda samples: samples["sampling"]["batch_size"], default=None),
+        "ema": next((each["ema"] for each in callbacks if each.get("ema")), None),
+    }
+    config = {**first.config, "method": method, "optimizer": optimizer, "callbacks": {**callbacks[0], **own}}
+    for key in ("new_tokens", "tokens_lr"):
+        if given := [job.config[key] for job in jobs if job.config.get(key)]:
+            config[key] = given[0]
+    caches = {key: all(job.data[key] for job in jobs) for key in ("cache_latents", "cache_text")}
+    return replace(first, config=config, data={**first.data, **caches})
 
 
 def _costs(job: plan_run.Job, device: torch.device) -> tuple[int, int, int, int]:
@@ -48,8 +60,10 @@ def _costs(job: plan_run.Job, device: torch.device) -> tuple[int, int, int, int]
     one = samples["sampling"]["batch_size"] if samples else 1
     figures = plan_run.figures(job, previews=max(one, drawn_at_once(job.side)))
     cost = figures.checkpointed if job.config["hardware"].get("gradient_checkpointing") else figures.plain
-    kept = figures.state + figures.average + 4 * figures.total.trained
-    step = cost.together if job.accumulation == 1 else cost.activations + figures.gradients
+    # Padded, pairs lie beside themselves, and their gradients do.
+    padded = (2 if job.precision in HALVES else 4) * figures.total.trained
+    kept = figures.state + figures.average + 4 * figures.total.trained + padded
+    step = padded + (cost.together if job.accumulation == 1 else cost.activations + figures.gradients)
     base = figures.total.bytes
     if job.precision in HALVES:
         # The base stays as it was loaded, for runs that have ended draw on it, beside the half that is trained on.

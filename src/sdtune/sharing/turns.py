@@ -19,8 +19,9 @@ class Question:
     error: BaseException | None = None
 
     @property
-    def open(self) -> bool:
-        return self.answer is None and self.error is None
+    def joint(self) -> bool:
+        """Whether it is a step that all take: what keeps it from being answered would keep the next job's as well."""
+        return False
 
 
 class Join(Question):
@@ -62,7 +63,7 @@ class Turns:
 
     def __init__(self, seats: int, answer: Callable[[dict[int, Question]], Collection[int]]) -> None:
         self.places = range(seats)
-        self.broken: Exception | None = None
+        self.broken: BaseException | None = None
         """What kept questions from being answered; where they were asked it is raised, and no further job begins."""
         self._answer = answer
         self._seats: dict[int, Seat] = {}
@@ -123,13 +124,15 @@ class Turns:
         try:
             answered = self._answer(questions)
         except Exception as error:
-            self.broken = error
+            # Its frames hold what was asked, and with it the memory of a step.
+            self.broken = error.with_traceback(None)
             answered = questions.keys()
             for question in questions.values():
-                if question.open:
-                    question.error = error
+                question.error = self.broken
         for number in answered:
-            self._seats[number].question = None
+            question, self._seats[number].question = questions[number], None
+            if question.joint and question.error is not None:
+                self.broken = question.error
 
     def _end(self, error: BaseException) -> None:
         """Have every job that still waits raise ``error`` where it does."""
