@@ -54,7 +54,8 @@ def test_each_optimizer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
         return own(job, device)
 
     monkeypatch.setattr(room, "_costs", counted)
-    jobs = [planned(f"optimizer={name}", f"optimizer.lr={lr}") for name in ("adamw", "prodigy") for lr in (1e-3, 1)]
+    each = [("adamw", 1e-3), ("adamw", 1e-4), ("prodigy", 1.0)]
+    jobs = [planned(f"optimizer={name}", f"optimizer.lr={lr}") for name, lr in each]
     room.room(jobs, CPU)
     assert seen == ["AdamW", "Prodigy"]
 

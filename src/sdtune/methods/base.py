@@ -30,6 +30,7 @@ from sdtune.methods.given import Average, MakeOptimizer
 from sdtune.methods.groups import by_component
 from sdtune.methods.guard import Guard
 from sdtune.objective import Objective
+from sdtune.release import keep
 
 
 class Adapter(pl.LightningModule, ABC):
@@ -209,6 +210,7 @@ class Adapter(pl.LightningModule, ABC):
                 self.away = Away(parts, self.device)
 
     def on_train_start(self) -> None:
+        keep(self.device.type)
         for config in self.trainer.lr_scheduler_configs:
             take_rates(config.scheduler)
 
