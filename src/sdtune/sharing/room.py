@@ -25,7 +25,8 @@ def room(jobs: Sequence[plan_run.Job], device: torch.device, devices: int = 1) -
     costs = [_costs(_largest(jobs, optimizer), device) for optimizer in optimizers.values()]
     kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
     free = _free(device, devices) - ALLOWANCE - base
-    return max(1, min(len(jobs), free // (kept + step), (free - previews) // max(1, kept)))
+    count: int = min(len(jobs), free // (kept + step), (free - previews) // max(1, kept))
+    return max(1, count)
 
 
 def _largest(jobs: Sequence[plan_run.Job], optimizer: Mapping[str, Any]) -> plan_run.Job:
