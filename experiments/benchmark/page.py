@@ -84,8 +84,12 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
     missing = [name for name in groups(_precisions(found)) if name not in found]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    earlier = [name for name, value in found.items() if "earlier" in value]
+    if earlier:
+        whys = ", ".join(sorted({found[name]["earlier"] for name in earlier}))
+        lines += ["", f"Of an earlier version, and not measured anew since {whys}: {', '.join(earlier)}."]
     if "gate" in found:
-        worst = max(v for k, of in found["gate"].items() if k != "machine" for v in of.values())
+        worst = max(v for k, of in found["gate"].items() if k not in NOT_VARIANTS for v in of.values())
         lines += [
             "",
             "With the same noise and timesteps, the losses and gradients of all five methods are those of plain",
@@ -275,8 +279,12 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
     ]
 
 
+NOT_VARIANTS = ("machine", "rate", "does not run", "earlier")
+"""``earlier``: written by hand where a later version is known to be another, and gone when it is measured anew."""
+
+
 def _variants(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("machine", "rate", "does not run")}
+    return {name: value for name, value in group.items() if name not in NOT_VARIANTS}
 
 
 def _spread(values: list[float], scale: float, digits: int = 0) -> str:
