@@ -22,6 +22,7 @@ import yaml
 from diffusers import ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -180,6 +181,30 @@ def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
         mine = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
         wanted = base.predict(noisy, timesteps, base.encode_text(prompts))
     assert torch.equal(mine, wanted)
+
+
+@each
+def test_it_is_built_where_its_weights_were_read(case: Case, tiny: Path) -> None:
+    """Not on the default device, which Lightning makes the run's while it builds: it may have no room for float32."""
+    model = case.model(tiny)
+    with torch.device("meta"):
+        model.configure_model()
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+@each
+def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Path, pictures: Path) -> None:
+    seen: dict[str, torch.dtype] = {}
+
+    class Watched(SingleDeviceStrategy):
+        def model_to_device(self) -> None:
+            seen.update({name: p.dtype for name, p in self.model.named_parameters() if not p.requires_grad})
+            super().model_to_device()
+
+    fit(case.model(tiny), case.data(tiny, pictures), 1, strategy=Watched("cpu"), precision="bf16-mixed")
+    assert any(name.startswith("backbone.text_encoder.") for name in seen)
+    float32 = {name for name, dtype in seen.items() if dtype != torch.bfloat16}
+    assert float32 == {name for name in seen if name.startswith("backbone.vae.")}
 
 
 # --- what the loss is

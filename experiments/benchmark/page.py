@@ -43,7 +43,7 @@ def _why(found: Mapping[str, Any]) -> list[str]:
     """What holds the aims back that are missed."""
     if "imports" not in found:
         return []
-    seconds = {name: f"{median(each):.1f} s" for name, each in found["imports"]["seconds"].items()}
+    seconds = [f"{name} {median(each):.1f}" for name, each in found["imports"]["seconds"].items()]
     return [
         "",
         "## What holds the missed aims back",
@@ -53,8 +53,9 @@ def _why(found: Mapping[str, Any]) -> list[str]:
         "  for gradients in each step. In float32 the arithmetic is a larger share (see the matrix rate), on pocket",
         "  the small operators that both send out by the thousand, and there the encoders are small.",
         "- *Start*: the caches, which encode every picture before the first step (the row without them has the rest),",
-        "  and imports: " + ", ".join(f"{name} take {took}" for name, took in seconds.items()) + ", each with those",
-        "  before it. diffusers' scripts have no Lightning, which imports torch's compiler and torchmetrics.",
+        "  and imports. In seconds, each with those before it: " + ", ".join(seconds[:2]) + ",",
+        "  " + ", ".join(seconds[2:]) + ". diffusers' scripts",
+        "  have no Lightning, which imports torch's compiler and torchmetrics.",
         "- *Peak*: where little is trained, it is reached while the weights are loaded, when the file is in memory",
         "  beside what is made of it; where much is, by gradients and AdamW's moments, and here what a step frees",
         "  stays for the next one. diffusers has the rest alike. On pocket, whose weights are 64 MB, it is the",
@@ -70,14 +71,15 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         "`make bench` measures what results.json lacks, on the CPU, keeps it there and writes this page from it. It",
         "takes two to three hours, 20 GB of memory and no weights (pocket's, and random ones of SD 1.5's shapes). For",
         "another machine remove results.json; `PEER=CHECKOUT` names a checkout of diffusers, whose example scripts",
-        "are then timed too; `BENCH=sweep/4` measures the groups whose names begin so. Nothing here was measured on a GPU.",
+        "are then timed too; `BENCH=sweep/4` measures the groups whose names begin so. Nothing here was measured on",
+        "a GPU.",
         "",
         "Each figure is the median of three fresh processes that took turns with those beside it, and in brackets the",
-        "least and the most. Batch 1 unless it says otherwise, eight pictures, AdamW, a constant rate, LoRA of rank 4. The",
-        "caches of VAE and text encoder begin empty, and to fill them is part of the time to the first step; the peak is the",
-        "whole process's. *of diffusers*: sdtune's figure over that of diffusers' example script, less than 1 is less",
-        "time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two square matrices.",
-        "*aim*: the ratio that sdtune set itself before it was built. Other trainers are not compared.",
+        "least and the most. Batch 1 unless it says otherwise, eight pictures, AdamW, a constant rate, LoRA of rank 4.",
+        "The caches of VAE and text encoder begin empty, and to fill them is part of the time to the first step; the",
+        "peak is the whole process's. *of diffusers*: sdtune's figure over that of diffusers' example script; less",
+        "than 1 is less time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two",
+        "square matrices. *aim*: the ratio that sdtune set itself before it was built. Other trainers are not compared.",
         "",
         *_machines(found),
     ]
@@ -264,15 +266,16 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
             )
         apart.append(f"{group['largest difference']:.0e} (batch {batch}, {precision})")
     return [
-        "`experiment=lora_subject`, pairs on attention alone, ranks 4, 8, 16, 32 by rates 1e-3, 1e-4; 60 steps each, no",
-        "previews, no evaluation. *Loop*: the time that the optimizer steps of all eight jobs take, from the runs' own",
-        "median steps (of two processes at once half the sum); *wall*: that of the whole command.",
+        "`experiment=lora_subject`, pairs on attention alone, ranks 4, 8, 16, 32 by rates 1e-3, 1e-4; 60 steps each,",
+        "no previews, no evaluation. *Loop*: the time that the optimizer steps of all eight jobs take, from the runs'",
+        "own median steps (of two processes at once half the sum); *wall*: that of the whole command.",
         "",
         *lines,
         "",
-        "A LoRA trained on the shared backbone against the same one trained alone: the largest difference of a tensor",
-        f"is {', '.join(apart)} of its norm. tests/sharing holds it after 20 steps to 1e-4 in float32, and in",
-        "bfloat16 to twice what another split of the same batch makes.",
+        "A LoRA trained on the shared backbone against the same one trained alone: the largest difference of a tensor,",
+        f"of its norm, is {', '.join(apart)}.",
+        "tests/sharing holds it after 20 steps to 1e-4 in float32, and in bfloat16 to twice what another split of the",
+        "same batch makes.",
     ]
 
 

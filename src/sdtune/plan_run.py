@@ -172,7 +172,9 @@ def outlined(job: Job) -> Adapter:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
+    adapter.to("meta", torch.float64 if job.precision == "64-true" else torch.float32)
+    adapter.backbone.halve_frozen(job.precision)
+    return adapter
 
 
 def figures(job: Job, previews: int | None = None) -> Figures:

@@ -15,7 +15,7 @@ from sdtune.backbone.sdxl import TwoEncoders
 
 
 def load(source: Pretrained, seed: int) -> Backbone:
-    """Read ``source``: float32, eval mode, frozen."""
+    """Read ``source``: float32, on the CPU, eval mode, frozen."""
     folder = source.folder()
 
     def component(name: str) -> Any:
@@ -31,7 +31,9 @@ def load(source: Pretrained, seed: int) -> Backbone:
             local_files_only=True,
         )
 
-    parts = {name: component(name) for name in source.components}
+    # Not on the default device, which may be a GPU without room for all of it in float32.
+    with torch.device("cpu"):
+        parts = {name: component(name) for name in source.components}
     parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
     return assemble(source, parts)
 

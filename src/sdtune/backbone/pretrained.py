@@ -328,7 +328,7 @@ class Pretrained:
         return digest.hexdigest()[:32]
 
     def load(self, seed: int = 0) -> Backbone:
-        """The backbone with its weights in float32, in eval mode, every parameter frozen."""
+        """The backbone with its weights in float32, on the CPU, in eval mode, every parameter frozen."""
         from sdtune.backbone.loading import load
 
         return load(self, seed)

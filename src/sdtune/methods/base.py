@@ -73,9 +73,8 @@ class Adapter(pl.LightningModule, ABC):
             lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True)
         )
         self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
-        self.new_tokens, self.tokens_lr = tuple(new_tokens), tokens_lr
+        self.new_tokens, self.tokens_lr, self.seed = tuple(new_tokens), tokens_lr, seed
         self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
-        self.seed = seed
         self.backbone: Backbone
         self.step_figures: dict[str, Tensor] = {}
         """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
@@ -141,8 +140,13 @@ class Adapter(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
         if not hasattr(self, "backbone"):
-            self._build()
+            self.backbone = self.source.load(self.seed)
+            # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
+            with self.backbone.device:
+                self._build()
         if self._trainer is not None:
+            if self.backbone.beside is None:  # weights that are others' too are not this run's to change
+                self.backbone.halve_frozen(str(self.trainer.precision))  # the device may have no room for float32
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
             self.suit(self.trainer.strategy.root_device)
 
@@ -151,7 +155,6 @@ class Adapter(pl.LightningModule, ABC):
         self.backbone.suit(device, *[model for model in self.children() if hasattr(model, "set_attn_processor")])
 
     def _build(self) -> None:
-        self.backbone = self.source.load(self.seed)
         if self.new_tokens:
             self.backbone.begin_tokens(self.new_tokens)
         self.inject()
@@ -198,7 +201,6 @@ class Adapter(pl.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
-        self.backbone.halve_frozen(str(self.trainer.precision))
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PictureData):
             data.open(self.source.facts.side, self.source.facts.factor)
@@ -297,13 +299,8 @@ class Adapter(pl.LightningModule, ABC):
         return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log(
-            "validation_loss",
-            self.losses(batch, "validation").mean(),
-            batch_size=len(batch["prompts"]),
-            sync_dist=True,
-            on_epoch=True,
-        )
+        loss = self.losses(batch, "validation").mean()
+        self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True)
 
     # --- the optimizer
 
