@@ -79,7 +79,8 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         "The caches of VAE and text encoder begin empty, and to fill them is part of the time to the first step; the",
         "peak is the whole process's. *of diffusers*: sdtune's figure over that of diffusers' example script; less",
         "than 1 is less time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two",
-        "square matrices. *aim*: the ratio that sdtune set itself before it was built. Other trainers are not compared.",
+        "square matrices. *aim*: the ratio that sdtune set itself before it was built. Other trainers are not",
+        "compared.",
         "",
         *_machines(found),
     ]
