@@ -207,6 +207,31 @@ def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Pat
     assert float32 == {name for name in seen if name.startswith("backbone.vae.")}
 
 
+@each
+def test_a_unet_that_is_only_read_comes_in_half_precision(
+    case: Case, tiny: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is to the bit the one that was read in float32 and halved then."""
+    asked, load = [], Pretrained.load
+
+    def spied(self: Pretrained, seed: int = 0, unet: torch.dtype | None = None) -> Any:
+        asked.append(unet)
+        return load(self, seed, unet)
+
+    def learned() -> dict[str, Tensor]:
+        model = case.model(tiny)
+        fit(model, case.data(tiny, pictures), 3, precision="bf16-mixed")
+        return dict(model.trainable())
+
+    monkeypatch.setattr(Pretrained, "load", spied)
+    here = learned()
+    assert asked[0] == (torch.bfloat16 if case.kind.only_reads_unet else None)
+    assert case.kind.only_reads_unet is (case.name in ("lora", "textual_inversion"))
+    monkeypatch.setattr(case.kind, "only_reads_unet", False)
+    there = learned()
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
 # --- what the loss is
 
 

@@ -14,8 +14,8 @@ from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.sdxl import TwoEncoders
 
 
-def load(source: Pretrained, seed: int) -> Backbone:
-    """Read ``source``: float32, on the CPU, eval mode, frozen."""
+def load(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Backbone:
+    """Read ``source``: float32 (its UNet ``unet`` if given), on the CPU, eval mode, frozen."""
     folder = source.folder()
 
     def component(name: str) -> Any:
@@ -25,7 +25,7 @@ def load(source: Pretrained, seed: int) -> Backbone:
                 return from_config(name, folder)
         return KINDS[name].from_pretrained(
             folder / name,
-            torch_dtype=torch.float32,
+            torch_dtype=unet if unet is not None and name == "unet" else torch.float32,
             variant=source.weights_variant(name),
             use_safetensors=True,
             local_files_only=True,
@@ -33,7 +33,8 @@ def load(source: Pretrained, seed: int) -> Backbone:
 
     # Not on the default device, which may be a GPU without room for all of it in float32.
     with torch.device("cpu"):
-        parts = {name: component(name) for name in source.components}
+        # The largest first: a file lies in memory beside what is made of it.
+        parts = {name: component(name) for name in sorted(source.components, key=lambda name: name != "unet")}
     parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
     return assemble(source, parts)
 

@@ -21,7 +21,7 @@ from sdtune.objective.prediction import PredictionType
 from sdtune.objective.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from sdtune.backbone.backbone import Backbone
 
@@ -327,11 +327,11 @@ class Pretrained:
         self._add_text_settings(digest)
         return digest.hexdigest()[:32]
 
-    def load(self, seed: int = 0) -> Backbone:
-        """The backbone with its weights in float32, on the CPU, in eval mode, every parameter frozen."""
+    def load(self, seed: int = 0, unet: dtype | None = None) -> Backbone:
+        """The backbone in float32, its UNet in the type ``unet`` if given; on the CPU, in eval mode, frozen."""
         from sdtune.backbone.loading import load
 
-        return load(self, seed)
+        return load(self, seed, unet)
 
 
 FAMILIES: dict[Family, tuple[str, str]] = {

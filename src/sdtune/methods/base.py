@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdtune.adapters import check_file
 from sdtune.backbone import Pretrained
-from sdtune.backbone.backbone import Backbone, autocast
+from sdtune.backbone.backbone import HALVES, Backbone, autocast
 from sdtune.backbone.pretrained import Component
 from sdtune.backbone.tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.pictures import PictureData
@@ -45,6 +45,9 @@ class Adapter(pl.LightningModule, ABC):
 
     needs_tokens: ClassVar[bool] = False
     """Whether there is nothing to train without new tokens."""
+
+    only_reads_unet: ClassVar[bool] = False
+    """Whether the UNet's own weights are neither trained nor copied, so that they may be read in half precision."""
 
     parts: Sequence[Component] = ()
     """The components that are trained whole."""
@@ -140,7 +143,8 @@ class Adapter(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
         if not hasattr(self, "backbone"):
-            self.backbone = self.source.load(self.seed)
+            half = HALVES.get(str(self.trainer.precision)) if self._trainer and self.only_reads_unet else None
+            self.backbone = self.source.load(self.seed, half)
             # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
             with self.backbone.device:
                 self._build()
@@ -170,6 +174,7 @@ class Adapter(pl.LightningModule, ABC):
             self.backbone.decode_in_tiles()
         opened = self.trainable()
         assert opened, "inject() opened nothing"
+        assert all(p.dtype.itemsize > 2 for _, p in opened), "only_reads_unet, and yet it is trained"
         self._vae_alone = all(name.startswith("backbone.vae.") for name, _ in opened)
 
     def artifact(self, folder: Path, name: str) -> None:
@@ -278,10 +283,8 @@ class Adapter(pl.LightningModule, ABC):
         before = {} if first else self.step_figures
         share = 1 / self.trainer.accumulate_grad_batches
         figures = {"loss": loss, **(terms if len(terms) > 1 else {})}
-        self.step_figures = {
-            **before,
-            **{key: before.get(key, 0) + value.detach() * share for key, value in figures.items()},
-        }
+        summed = {key: before.get(key, 0) + value.detach() * share for key, value in figures.items()}
+        self.step_figures = {**before, **summed}
         return loss
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -331,9 +334,8 @@ class Adapter(pl.LightningModule, ABC):
         """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
         scaled = self.trainer.precision == "16-mixed"
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.step_figures |= self.guard.clip(
-            optimizer, parameters, gradient_clip_val, self.step_figures["loss"], scaled
-        )
+        loss = self.step_figures["loss"]
+        self.step_figures |= self.guard.clip(optimizer, parameters, gradient_clip_val, loss, scaled)
 
     # --- checkpoints: only what is trained
 

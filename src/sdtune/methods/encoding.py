@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from sdtune.backbone.backbone import HALVES
 from sdtune.data.pictures import Encoders, PictureData
 from sdtune.paths import cache_folder
 from sdtune.sampling import Request, Sampling, generate
@@ -47,7 +48,7 @@ def encoders(adapter: Adapter) -> Encoders:
 
     def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
         # Not the weights at hand: a resumed run's are not those before training any more.
-        fresh = source.load(adapter.seed)
+        fresh = source.load(adapter.seed, HALVES.get(precision))
         fresh.halve_frozen(precision)
         fresh.to(adapter.device).suit(adapter.device)
         settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=drawn_at_once(side))

@@ -72,6 +72,7 @@ class LoRA(Adapter):
     """
 
     leaves = "lora"
+    only_reads_unet = True
 
     def __init__(
         self,
@@ -208,6 +209,8 @@ class LoRA(Adapter):
         config._register_custom_module({nn.Linear: Site})  # peft's way to layers of one's own
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.dtype.itemsize == 2:
+                parameter.data = parameter.data.float()  # peft gives it the layer's own type
             if "lora_A" in name:
                 # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan in); drawn by name, so that the
                 # initial value of a pair does not depend on which others there are.

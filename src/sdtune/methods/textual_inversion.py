@@ -12,6 +12,7 @@ class TextualInversion(Adapter):
     """Only the vectors of ``new_tokens`` are trained (Gal et al. 2022, section 3.2, eq. 2)."""
 
     leaves = "words"
+    only_reads_unet = True
 
     needs_tokens: ClassVar[bool] = True
 

@@ -77,7 +77,8 @@ class Shared(Pretrained):
         self.__dict__.update(source.__dict__)
         self._source, self._pool, self._beside, self._leave = source, pool, beside, leave
 
-    def load(self, seed: int = 0) -> Backbone:
+    def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
+        # In float32 whatever is asked for: pictures are drawn with the same weights; settle() halves for training.
         loaded = self._pool.copied(self._source)
         loaded.beside = self._beside
         # Caches are filled and pictures of the class drawn without a question, for minutes where there are many.
