@@ -44,7 +44,8 @@ def test_all_jobs_are_checked_before_the_first_starts(
     said = capsys.readouterr().err
     assert said.startswith("sdtune: job 1 (")
     assert "job 1 (method.rank=0): method.rank: 0: input should be greater than or equal to 1" in said
-    assert said.endswith("(and 1 more of its jobs); nothing was started\n")
+    assert "; job 2 (method.rank=-1): method.rank: -1: input should be greater" in said
+    assert said.endswith("; nothing was started\n")
     assert said.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
 

@@ -203,7 +203,7 @@ PICTURES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "empty .png": (lambda f: (f / "5.png").write_bytes(b""), ("data.path", "5.png", "the file is empty")),
     "no captions": (
         lambda f: [p.unlink() for p in f.glob("*.txt")],
-        ("data.path", "5 of 5 pictures have no caption", "data.prompt="),
+        ("data.path", "5 of 5 pictures have no caption", 'data.prompt="a photo of ..."'),
     ),
     "caption of another encoding": (lambda f: (f / "0.txt").write_bytes(b"\xff\xfea"), ("data.path", "0.txt", "UTF-8")),
     "two captions": (lambda f: (f / "0.caption").write_text("a"), ("data.path", "0.png", "two captions")),

@@ -288,6 +288,7 @@ def _figures(
         trust = settings(config).trust
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
         evaluation = build(config["evaluation"], trust)
+        log.info("drawing and measuring what was trained; evaluation=none leaves this out")
         figures |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
     if not record.validation:
         why = (

@@ -163,7 +163,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         return
     if len(jobs) > 1:
         print(f"checking {len(jobs)} jobs before the first starts")
-    refused = []
+    refused: dict[str, list[str]] = {}
     for number, job in enumerate(jobs):
         config = hydra.config_loader.load_sweep_config(master, list(job))
         with open_dict(config.hydra):
@@ -174,10 +174,13 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
             _check_job(config, folder, prepare)
         except ValueError as error:
             own = f" ({_own(job, jobs)})" if len(jobs) > 1 else ""
-            refused.append(f"job {called[number]}{own}: {error}" if called[0] == "0" else f"the search's jobs: {error}")
+            refused.setdefault(str(error), []).append(
+                f"job {called[number]}{own}" if called[0] == "0" else "the search's jobs"
+            )
     if refused:
-        more = f" (and {len(refused) - 1} more of its jobs)" if len(refused) > 1 else ""
-        raise ValueError(f"{refused[0]}{more}; nothing was started")
+        each = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {why}" for why, who in refused.items()]
+        more = f"; and {len(each) - 2} other reasons" if len(each) > 2 else ""
+        raise ValueError(f"{'; '.join(each[:2])}{more}; nothing was started")
 
 
 def _check_job(config: DictConfig, folder: Path, prepare: Prepare) -> None:
@@ -199,6 +202,7 @@ def _summary(folder: Path, command: str) -> int:
     count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
     pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
     print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
+    print(f"what each left is in its folder's artifact; to compare them: sdtune report {shlex.quote(str(folder))}")
     for job in failed:
         own = _own(job["overrides"], [each["overrides"] for each in jobs])
         how = f"failed: {job['error']}" if job["state"] == "failed" else f"is {job['state']}"

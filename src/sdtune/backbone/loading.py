@@ -35,8 +35,8 @@ def load(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Back
     with torch.device("cpu"):
         # The largest first: a file lies in memory beside what is made of it.
         parts = {name: component(name) for name in sorted(source.components, key=lambda name: name != "unet")}
-    parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
-    return assemble(source, parts)
+        parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
+        return assemble(source, parts)
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:

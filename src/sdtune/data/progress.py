@@ -1,18 +1,24 @@
-"""A progress bar for work before training, silent when there is nothing to do."""
+"""A progress bar for work before training, silent when there is nothing to do; in a log file a line."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+log = logging.getLogger("sdtune")
+
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that advances the bar by so many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not total) as progress:
+    console = Console(stderr=True)
+    if total and not console.is_terminal:
+        log.info("%s: %d", title, total)
+    with Progress(*columns, console=console, transient=True, disable=not total) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.update(task, advance=done)

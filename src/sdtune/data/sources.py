@@ -88,7 +88,7 @@ class Folder(PictureData):
 
     def _pictures(self, path: str) -> list[Picture]:
         templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
-        pictures = read_folder(path, self.prompt, self.trigger, **(templated if self.texts else {}))
+        pictures = read_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
         check_pictures(pictures)
         return list(pictures)
 

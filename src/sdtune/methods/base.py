@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from sdtune.adapters import check_file
@@ -47,7 +48,7 @@ class Adapter(pl.LightningModule, ABC):
     """Whether there is nothing to train without new tokens."""
 
     only_reads_unet: ClassVar[bool] = False
-    """Whether the UNet's own weights are neither trained nor copied, so that they may be read in half precision."""
+    """Whether the UNet's weights are neither trained nor copied, so may be read in half precision; not inherited."""
 
     parts: Sequence[Component] = ()
     """The components that are trained whole."""
@@ -142,14 +143,15 @@ class Adapter(pl.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        half = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
-            half = HALVES.get(str(self.trainer.precision)) if self._trainer and self.only_reads_unet else None
-            self.backbone = self.source.load(self.seed, half)
+            self.backbone = self.source.load(self.seed, half if vars(type(self)).get("only_reads_unet") else None)
             # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
             with self.backbone.device:
                 self._build()
         if self._trainer is not None:
-            if self.backbone.beside is None:  # weights that are others' too are not this run's to change
+            if half and self.backbone.beside is None:  # weights that are others' too are not this run's to change
                 self.backbone.halve_frozen(str(self.trainer.precision))  # the device may have no room for float32
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
             self.suit(self.trainer.strategy.root_device)
@@ -174,7 +176,6 @@ class Adapter(pl.LightningModule, ABC):
             self.backbone.decode_in_tiles()
         opened = self.trainable()
         assert opened, "inject() opened nothing"
-        assert all(p.dtype.itemsize > 2 for _, p in opened), "only_reads_unet, and yet it is trained"
         self._vae_alone = all(name.startswith("backbone.vae.") for name, _ in opened)
 
     def artifact(self, folder: Path, name: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sdtune.backbone.backbone import DECODED_PIXELS, Backbone, autocast
-from sdtune.data.pictures import ENCODED_PIXELS
+from sdtune.data.pictures import encoded_at_once
 from sdtune.data.rows import Batch
 from sdtune.methods.activations import checkpoint_activations
 from sdtune.methods.base import Adapter
@@ -115,7 +115,7 @@ def measure(
     state = _state(adapter)
 
     def encode() -> None:
-        pictures = max(1, min(64, ENCODED_PIXELS // side**2))
+        pictures = encoded_at_once(side, side, "cuda" if gpu else "cpu")
         backbone.encode_images(torch.empty(pictures, 3, side, side, device=_META))
 
     def draw(count: int, model: Backbone, denoise: Callable[..., Tensor]) -> None:
