@@ -258,7 +258,7 @@ def test_a_sweep_remembers_its_config_folder(
     ("own", "words"),
     [
         (["hydra.sweep.subdir=x${hydra.job.num}"], "hydra.sweep.subdir: the jobs' folders are called by their numbers"),
-        (["logger=wandb"], "job 0 (method.rank=2): logger.wandb: no account"),
+        (["logger=wandb"], "job 0 (method.rank=2) and 1 more: logger.wandb: no account"),
     ],
 )
 def test_what_would_fail_in_every_job_is_refused_at_once(
