@@ -87,6 +87,10 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
     missing = [name for name in groups(_precisions(found)) if name not in found]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    earlier = [name for name, value in found.items() if "earlier" in value]
+    if earlier:
+        whys = ", ".join(sorted({found[name]["earlier"] for name in earlier}))
+        lines += ["", f"Measured before {whys}, and not repeated since: {', '.join(earlier)}."]
     if "gate" in found:
         worst = max(v for k, of in found["gate"].items() if k not in NOT_VARIANTS for v in of.values())
         lines += [
@@ -280,7 +284,8 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
     ]
 
 
-NOT_VARIANTS = ("machine", "rate", "does not run")
+NOT_VARIANTS = ("machine", "rate", "does not run", "earlier")
+"""``earlier``: written by hand where a later version is known to be another, and gone when it is measured anew."""
 
 
 def _variants(group: Mapping[str, Any]) -> dict[str, Any]:
