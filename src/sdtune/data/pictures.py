@@ -29,14 +29,18 @@ from sdtune.data.templates import Family, templates
 from sdtune.data.workers import leave_signals
 
 
+def at_once(pixels: int, width: int, height: int) -> int:
+    """How many pictures ``pixels`` hold, but one at least and 64 at most."""
+    return max(1, min(64, pixels // (width * height)))
+
+
 def encoded_at_once(width: int, height: int, kind: str) -> int:
     """How many pictures go through the VAE's encoder at once on a device of ``kind``.
 
     A CPU takes a quarter longer for each of four of 256x256 at once than for one; elsewhere it is four of 512x512,
     which keeps activations within about 8 GB.
     """
-    pixels = 256 * 256 if kind == "cpu" else 4 * 512 * 512
-    return max(1, min(64, pixels // (width * height)))
+    return at_once(256 * 256 if kind == "cpu" else 4 * 512 * 512, width, height)
 
 
 VALIDATION_RUNGS = 8

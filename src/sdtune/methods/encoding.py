@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sdtune.backbone.backbone import HALVES
-from sdtune.data.pictures import Encoders, PictureData
+from sdtune.data.pictures import Encoders, PictureData, at_once
 from sdtune.paths import cache_folder
 from sdtune.sampling import Request, Sampling, generate
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def drawn_at_once(side: int) -> int:
     """How many class pictures of ``side`` x ``side`` pixels are drawn at once: four of 512, at most 64."""
-    return max(1, min(64, 4 * 512 * 512 // side**2))
+    return at_once(4 * 512 * 512, side, side)
 
 
 def prepare(adapter: Adapter, data: PictureData) -> None:
