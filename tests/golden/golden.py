@@ -1,0 +1,309 @@
+"""Golden runs: whether a change leaves what ``sdtune`` computes as it was, to the bit.
+
+    python tests/golden/golden.py record --sdtune BASE/.venv/bin/sdtune --base    # of the commit before the change
+    python tests/golden/golden.py compare                                         # of this checkout
+
+``record`` runs every case of :mod:`cases` with the command that is named, and keeps sha256s in ``records.json`` under
+the machine's key: CPU, threads and torch's version, on which the last bits hang. ``compare`` runs them again and names
+what differs. ``--base``: the command knows the names from before :data:`RENAMED_KEYS` alone, so arguments are put back
+into them, and its configs into today's. ``--work FOLDER`` keeps all outputs there, and takes a case that is complete
+in it as it is. Only the command line is used, so one script serves both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from cases import CASES, PLANS, Command
+from families import FAMILIES, build_family
+from renames import RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS
+
+RECORDS = Path(__file__).with_name("records.json")
+REPOSITORY = Path(__file__).parents[2]
+THREADS = 1
+AT_ONCE = 2
+"""Commands at a time, a thread each: what a run computes does not depend on its neighbours."""
+
+_NOT_OF_THE_RUN = ("seconds", "_per_second", "peak_memory_bytes", "seconds_to_best", "reasons")
+"""Parts of names of ``metrics.json``: times, memory, and words."""
+
+_NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-])")
+
+
+def machine() -> str:
+    """The key of a record."""
+    flags = ""
+    model = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in info.read_text().split("\n\n")[0].splitlines())
+        # One model's name stands for several processors on rented machines.
+        model = f"{fields.get('model name')} {fields.get('cpu family')}/{fields.get('model')}/{fields.get('stepping')}"
+        flags = " ".join(
+            f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in fields.get("flags", "").split()
+        )
+    return f"{model} [{flags}], {THREADS} thread, torch {torch.__version__}"
+
+
+# --- inputs
+
+
+def inputs(folder: Path) -> dict[str, Path]:
+    """What the cases read, made anew: the same files on every machine with one version of torch."""
+    places: dict[str, Path] = {family: build_family(folder / family, family, seed=3) for family in FAMILIES}
+    images = folder / "images"
+    images.mkdir(parents=True)
+    down, across = np.mgrid[0:144, 0:160]
+    for number in range(5):
+        disc = (across - 60 - 10 * number) ** 2 + (down - 70) ** 2 < (30 + 4 * number) ** 2
+        pixels = np.stack([across + 10 * number, 255 - down, 40 * number + 0 * down], -1).clip(0, 255).astype(np.uint8)
+        pixels[disc] = (250, 120, 30 * number)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+        Image.fromarray((255 * disc).astype(np.uint8)).save(images / f"{number}.mask.png")
+        (images / f"{number}.txt").write_text(f"a photo of sks <otter> otter, number {number}")
+    Image.fromarray(pixels[20:84, 40:104]).save(folder / "map.png")
+    return {**places, "images": images, "map": folder / "map.png"}
+
+
+# --- commands
+
+
+def translated(argument: str) -> str:
+    """``argument`` in the names of the base."""
+    for old, new in RENAMED_KEYS.items():
+        if argument.startswith(f"{new}="):
+            return f"{old}={argument.removeprefix(f'{new}=')}"
+    return argument
+
+
+class Sdtune:
+    """The command under test: its executable, its names, and a cache of its own for each case."""
+
+    def __init__(self, executable: Path, base: bool) -> None:
+        self.executable, self.base = executable, base
+
+    def __call__(self, line: list[str], cwd: Path) -> str:
+        """Run it; what it printed. A failure ends everything, with its last lines."""
+        arguments = [translated(a) for a in line] if self.base else line
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "SDTUNE_CACHE": str(cwd / "cache")}
+        done = subprocess.run(
+            [str(self.executable), *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"{cwd.name}: sdtune {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return done.stdout
+
+
+# --- what is hashed
+
+
+def sha(content: bytes | str) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def of_tensors(file: Path) -> str:
+    """Of every tensor in ``file`` by its key; the header's metadata holds dates."""
+    digest = hashlib.sha256()
+    with safe_open(file, framework="pt") as handle:
+        for key in sorted(handle.keys()):
+            tensor = handle.get_tensor(key)
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def of_pixels(file: Path) -> str:
+    with Image.open(file) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return sha(str(pixels.shape).encode() + pixels.tobytes())
+
+
+def of_metrics(file: Path) -> str:
+    content = json.loads(file.read_text())
+    kept = {key: value for key, value in content.items() if not any(part in key for part in _NOT_OF_THE_RUN)}
+    return sha(json.dumps(kept, sort_keys=True))
+
+
+def of_rows(file: Path) -> str:
+    with file.open(newline="") as handle:
+        rows = list(csv.reader(handle))
+    assert len(rows) > 1, file
+    return sha(json.dumps(rows))
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of everything in ``folder`` that a run, a sampling or an export is judged by."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        name = str(inside)
+        if {"checkpoints", "cache", ".hydra", "evaluation"} & set(inside.parts[:-1]):
+            continue
+        if file.suffix == ".safetensors":
+            found[name] = of_tensors(file)
+        elif file.suffix == ".png" and file.name != "strengths.png":
+            found[name] = of_pixels(file)
+        elif file.name in ("metrics.json", "evaluation.json"):
+            found[name] = of_metrics(file)
+        elif file.name == "metrics.csv":
+            found[name] = of_rows(file)
+    assert found, f"{folder} holds nothing to compare"
+    return found
+
+
+def of_config(text: str, base: bool) -> str:
+    """A composed config, flat, in today's names."""
+    flat = flattened(yaml.safe_load(text))
+    if base:
+        flat = {
+            RENAMED_KEYS.get(key, key): RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v
+            for key, v in flat.items()
+        }
+    return sha(json.dumps(flat, sort_keys=True))
+
+
+def flattened(node: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping) or not node:
+        return {key: node}
+    return {n: leaf for k, v in node.items() for n, leaf in flattened(v, f"{key}.{k}" if key else str(k)).items()}
+
+
+# --- all of it
+
+
+def of_case(sdtune: Sdtune, name: str, commands: list[Command], places: dict[str, Path], work: Path) -> dict[str, str]:
+    """Run a case, unless ``work`` holds it complete, and hash what each command left."""
+    complete = work / "complete"
+    if not complete.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        for command in commands:
+            sdtune(command.line(places, work), work)
+        complete.touch()
+    folders = dict.fromkeys(command.folder for command in commands if command.folder is not None)
+    hashes = {f"{name}/{folder}/{file}": h for folder in folders for file, h in of_folder(work / folder).items()}
+    return {renamed(key): value for key, value in hashes.items()} if sdtune.base else hashes
+
+
+def renamed(key: str) -> str:
+    for old, new in RENAMED_FILES.items():
+        key = key.replace(old, new)
+    return key
+
+
+def of_printed(sdtune: Sdtune, line: list[str], work: Path) -> str:
+    """What a command prints, kept in ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / "stdout"
+    if not kept.exists():
+        kept.write_text(sdtune(line, work))
+    return kept.read_text()
+
+
+def recipes() -> dict[str, list[str]]:
+    """Each recipe's name -> the command line that prints its config."""
+    found = {}
+    for file in sorted((REPOSITORY / "experiments").rglob("*.yaml")):
+        name = str(file.relative_to(REPOSITORY / "experiments").with_suffix(""))
+        command = "sample" if name.startswith("sample/") else "train"
+        found[name] = [command, f"experiment={name}", "--cfg", "job"]
+    return found
+
+
+def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
+    """Every hash by name."""
+    places_kept = work / "places.json"
+    if places_kept.exists():
+        places = {key: Path(value) for key, value in json.loads(places_kept.read_text()).items()}
+    else:
+        places = inputs(work / "inputs")
+        places_kept.write_text(json.dumps({key: str(value) for key, value in places.items()}))
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        tasks = [
+            pool.submit(of_case, sdtune, name, commands, places, work / name)
+            for name, commands in CASES.items()
+            if not only or name in only
+        ]
+        plans = {
+            f"plan/{name}": pool.submit(of_printed, sdtune, ["plan", *arguments], work / "plan" / name)
+            for name, arguments in PLANS.items()
+            if not only or "plan" in only
+        }
+        configs = {
+            f"recipe/{name}": pool.submit(of_printed, sdtune, line, work / "recipe" / name)
+            for name, line in recipes().items()
+            if not only or "recipe" in only
+        }
+        for task in tasks:
+            hashes |= task.result()
+        hashes |= {name: sha(json.dumps(_NUMBER.findall(t.result()))) for name, t in plans.items()}
+        hashes |= {name: of_config(t.result(), sdtune.base) for name, t in configs.items()}
+    return hashes
+
+
+def records() -> dict[str, dict[str, str]]:
+    """Machine's key -> name -> sha256."""
+    content: dict[str, dict[str, str]] = json.loads(RECORDS.read_text()) if RECORDS.is_file() else {}
+    return content
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is missing, new, or of another content."""
+    out = [f"missing: {name}" for name in before if name not in now]
+    out += [f"new: {name}" for name in now if name not in before]
+    return out + [f"differs: {name}" for name in before if name in now and before[name] != now[name]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Golden runs: what sdtune computes, before and after a change.")
+    parser.add_argument("action", choices=("record", "compare"))
+    parser.add_argument("--sdtune", type=Path, default=Path(sys.executable).with_name("sdtune"))
+    parser.add_argument("--base", action="store_true", help="the command knows the names before the renames alone")
+    parser.add_argument("--work", type=Path, help="keep the outputs here, and take what is complete in it as it is")
+    parser.add_argument("--only", nargs="*", default=[], help="cases, plan, recipe; compares these alone")
+    arguments = parser.parse_args()
+    kept = records()
+    if arguments.action == "compare" and machine() not in kept:
+        raise SystemExit(f"no record for {machine()}: record it from the base commit first")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (arguments.work or Path(temporary)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        now = everything(Sdtune(arguments.sdtune.absolute(), arguments.base), work, arguments.only)
+    if arguments.action == "record":
+        RECORDS.write_text(json.dumps({**kept, machine(): now}, indent=1, sort_keys=True) + "\n")
+        print(f"{len(now)} hashes recorded for {machine()}")
+        return
+    before = kept[machine()]
+    if arguments.only:
+        before = {key: value for key, value in before.items() if key.split("/")[0] in arguments.only}
+    odd = differences(before, now)
+    print("\n".join(odd))
+    print(f"{len(before)} hashes for {machine()}: {len(odd)} differ")
+    raise SystemExit(1 if odd else 0)
+
+
+if __name__ == "__main__":
+    main()
