@@ -29,12 +29,12 @@ demo: .venv/.installed ## teach pocket a subject it has never seen (a LoRA, minu
 	$(BIN)/sdtune train experiment=lora_subject
 
 results: .venv/.installed ## measure RECIPES="lora_subject ..." with three seeds each, and write experiments/<recipe>/
-	$(BIN)/python -m sdtune.pocket.table $(RECIPES) --jobs $(JOBS)
+	$(BIN)/python -m experiments.pocket.table $(RECIPES) --jobs $(JOBS)
 
 compare: .venv/.installed ## the five methods, three seeds each, and their tables; goes on where it stopped (hours)
 	if test -f $(COMPARISON)/multirun.yaml; then $(BIN)/sdtune train -m resume=$(COMPARISON); \
 	else $(BIN)/sdtune train -m sweep=compare_methods hydra.sweep.dir=$(COMPARISON); fi
-	$(BIN)/python -m sdtune.comparison $(COMPARISON)
+	$(BIN)/python -m experiments.compare_methods.compare $(COMPARISON)
 	$(BIN)/sdtune report $(COMPARISON)
 
 together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: train what is missing, sample into experiments/sample
@@ -47,10 +47,10 @@ together: .venv/.installed ## two LoRAs at once, and a LoRA under a ControlNet: 
 	  cp outputs/results/$$name/grid.png experiments/sample/$$name.png || exit 1; done
 
 real-shapes: .venv/.installed ## a step of each method at SD 1.5's shapes on the CPU, against sdtune plan (16 GiB of memory)
-	$(BIN)/python experiments/real_shapes/measure.py
+	$(BIN)/python -m experiments.real_shapes.measure
 
 real-recipes: .venv/.installed ## two steps of each sd15_... and sdxl_lora recipe as it stands, random weights at true shapes (an hour)
-	$(BIN)/python experiments/real_shapes/recipes.py
+	$(BIN)/python -m experiments.real_shapes.recipes
 
 .venv-peer/.installed: experiments/benchmark/requirements.txt pyproject.toml
 	test -x .venv-peer/bin/python || $(PYTHON) -m venv .venv-peer
@@ -59,7 +59,7 @@ real-recipes: .venv/.installed ## two steps of each sd15_... and sdxl_lora recip
 
 # With a peer both run in one environment, which has the torchvision that its scripts want.
 bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) ## time every method and a sweep of eight; PEER=CHECKOUT of diffusers times its scripts too (hours)
-	$(if $(PEER),.venv-peer,.venv)/bin/python experiments/benchmark/bench.py $(if $(PEER),--peer $(PEER)) $(BENCH)
+	$(if $(PEER),.venv-peer,.venv)/bin/python -m experiments.benchmark.bench $(if $(PEER),--peer $(PEER)) $(BENCH)
 
 test: .venv/.dev ## the tests, under ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal
@@ -93,24 +93,24 @@ pocket-assets: .venv/.installed ## rebuild the art pack from its two source pack
 	mkdir -p $(POCKET)/assets
 	cd $(POCKET)/assets && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && apt-get download fonts-noto-color-emoji
 	cd $(POCKET)/assets && dpkg -x fonts-noto-color-emoji_*.deb noto
-	$(BIN)/python -m sdtune.pocket.assets $(POCKET)/assets/lobehub-fluent-emoji-3d-1.1.0.tgz \
+	$(BIN)/python -m experiments.pocket.assets $(POCKET)/assets/lobehub-fluent-emoji-3d-1.1.0.tgz \
 	  $(POCKET)/assets/noto/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
 pocket-train: .venv/.installed ## train pocket from nothing: hours; saves as it goes, and goes on when called again
-	$(BIN)/python -m sdtune.pocket.vae $(POCKET)
-	$(BIN)/python -m sdtune.pocket.clip $(POCKET)
-	$(BIN)/python -m sdtune.pocket.classifier $(POCKET)
-	test -d $(POCKET)/pipeline || $(BIN)/python -m sdtune.pocket.assemble $(POCKET)
+	$(BIN)/python -m sdtune.pocket.pretraining.vae $(POCKET)
+	$(BIN)/python -m sdtune.pocket.pretraining.clip $(POCKET)
+	$(BIN)/python -m sdtune.pocket.pretraining.classifier $(POCKET)
+	test -d $(POCKET)/pipeline || $(BIN)/python -m sdtune.pocket.pretraining.assemble $(POCKET)
 	if test -f $(POCKET)/unet/metrics.json; then echo "$(POCKET)/unet is complete"; \
 	elif ls $(POCKET)/unet/checkpoints/step*.ckpt >/dev/null 2>&1; then $(BIN)/sdtune train resume=$(POCKET)/unet; \
 	else rm -rf $(POCKET)/unet && \
 	$(BIN)/sdtune train experiment=pocket/unet backbone.path=$(POCKET)/pipeline hydra.run.dir=$(POCKET)/unet; fi
 
 pocket-ship: .venv/.installed ## put what pocket-train made into the package
-	$(BIN)/python -m sdtune.pocket.assemble $(POCKET) --unet $(POCKET)/unet/artifact/pocket/unet --ship
+	$(BIN)/python -m sdtune.pocket.pretraining.assemble $(POCKET) --unet $(POCKET)/unet/artifact/pocket/unet --ship
 
 pocket-quality: .venv/.installed ## measure the shipped pocket on 512 held-out prompts (SEED=n: into outputs/, nothing overwritten)
-	$(BIN)/python -m sdtune.pocket.quality --seed $(SEED) \
+	$(BIN)/python -m experiments.pocket.quality --seed $(SEED) \
 	  --out $(if $(filter 0,$(SEED)),experiments/pocket,outputs/pocket-quality-$(SEED))
 
 clean: ## remove the environment and caches, not the outputs

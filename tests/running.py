@@ -17,14 +17,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-import sdtune.evaluate
-import sdtune.export
-import sdtune.plan
-import sdtune.sample
-import sdtune.train
+from sdtune.cli.main import main
 from sdtune.data import Folder
-from sdtune.launch import main
-from sdtune.resume import rewrite
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more, and runs are compared to the bit at equal threads
 
@@ -126,13 +120,14 @@ def arguments(tiny: Path, pictures: Path, folder: Path, *more: str) -> list[str]
     ]
 
 
-def _call(command: str, prepare: Any, argv: Sequence[str], **more: Any) -> int:
+def sdtune(command: str, *argv: str) -> int:
+    """``sdtune <command>`` in this process; the exit code."""
     root = logging.getLogger()
     kept = root.handlers[:], root.level
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"sdtune {command}", *argv])
+        patch.setattr(sys, "argv", ["sdtune", command, *argv])
         try:
-            main(command, prepare, **more)
+            main()
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
@@ -141,35 +136,40 @@ def _call(command: str, prepare: Any, argv: Sequence[str], **more: Any) -> int:
 
 
 def train(*argv: str) -> int:
-    """``sdtune train`` in this process; the exit code."""
-    return _call("train", sdtune.train.prepare, argv, rewrite=rewrite)
+    """``sdtune train``."""
+    return sdtune("train", *argv)
+
+
+def prepare(*argv: str) -> int:
+    """``sdtune prepare``."""
+    return sdtune("prepare", *argv)
 
 
 def sample(*argv: str) -> int:
-    """``sdtune sample`` in this process; the exit code."""
-    return _call("sample", sys.modules["sdtune.sample"].prepare, argv)
+    """``sdtune sample``."""
+    return sdtune("sample", *argv)
 
 
 def evaluate(*argv: str) -> int:
-    """``sdtune evaluate`` in this process; the exit code."""
-    return _call("evaluate", sdtune.evaluate.prepare, argv)
+    """``sdtune evaluate``."""
+    return sdtune("evaluate", *argv)
 
 
 def plan(*argv: str) -> int:
-    """``sdtune plan`` in this process; the exit code."""
-    return _call("plan", sdtune.plan.prepare, argv, writes=False)
+    """``sdtune plan``."""
+    return sdtune("plan", *argv)
 
 
 def export(*argv: str) -> int:
-    """``sdtune export`` in this process; the exit code."""
-    return _call("export", sdtune.export.prepare, argv)
+    """``sdtune export``."""
+    return sdtune("export", *argv)
 
 
 def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
-    """``python -m sdtune.train`` as a process of its own; what it says goes to ``log``."""
+    """``python -m sdtune train`` as a process of its own; what it says goes to ``log``."""
     with log.open("wb") as handle:
         return subprocess.Popen(
-            [sys.executable, "-m", "sdtune.train", *argv],
+            [sys.executable, "-m", "sdtune", "train", *argv],
             stdout=handle,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

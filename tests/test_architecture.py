@@ -180,7 +180,7 @@ def test_a_file_is_read_in_one_sitting(path: Path) -> None:
 _PROBE = """
 import sys
 sys.argv = ["sdtune", *sys.argv[1:]]
-from sdtune.cli import main
+from sdtune.cli.main import main
 code = 0
 try:
     main()

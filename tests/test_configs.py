@@ -12,8 +12,11 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from sdtune import checks, launch, sample_run
-from sdtune.instantiate import build, resolve
+from sdtune.commands import checks
+from sdtune.commands import sample as sample_run
+from sdtune.config.build import build
+from sdtune.config.compose import compose, search_path
+from sdtune.config.targets import resolve
 from sdtune.paths import config_folder
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +42,8 @@ BASES = {("data", "base")}
 """What others build on, and nobody chooses."""
 
 
-def compose(command: str, *overrides: str) -> DictConfig:
-    return launch._compose(command, launch._search_path(None), list(overrides))
+def composed(command: str, *overrides: str) -> DictConfig:
+    return compose(command, search_path(None), list(overrides))
 
 
 def missing(config: DictConfig) -> set[str]:
@@ -95,7 +98,7 @@ def test_the_groups_are_those_of_the_map() -> None:
 def test_every_option_composes_and_fits_what_it_configures(
     group: str, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = compose("train", f"{group}={option}")
+    config = composed("train", f"{group}={option}")
     if (group, option) in BASES:
         return
     assert missing(config) <= {"data.path", "backbone.path", "data.control.path", "data.control.model"}
@@ -115,26 +118,26 @@ def test_every_target_is_allowed(path: Path) -> None:
 @pytest.mark.parametrize("option", options("hydra"))
 def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) -> None:
     if option == "job_logging/sdtune":
-        assert compose("train").hydra.job_logging.handlers.console.stream == "ext://sys.stdout"
+        assert composed("train").hydra.job_logging.handlers.console.stream == "ext://sys.stdout"
         return
     if option == "sweeper/sdtune_optuna":
-        assert compose("train", "sweep=optuna").hydra.sweeper.n_trials == 20
+        assert composed("train", "sweep=optuna").hydra.sweeper.n_trials == 20
         return
     if option == "launcher/shared_backbone":
-        assert compose("train", "hydra/launcher=shared_backbone").hydra.launcher.max_adapters == "auto"
+        assert composed("train", "hydra/launcher=shared_backbone").hydra.launcher.max_adapters == "auto"
         return
     entries = {c: yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"] for c in COMMANDS}
     users = [c for c in COMMANDS if {"hydra": option} in entries[c] or {"override hydra": option} in entries[c]]
     assert users
     for command in users:
-        assert "outputs/" in str(compose(command).hydra.run.dir)
+        assert "outputs/" in str(composed(command).hydra.run.dir)
 
 
 def test_sample_composes_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **settings: Any) -> None:
         raise Passed
 
-    config = compose("sample", "prompt=a fox", "adapters=[{path: x, strength: 0.5}]", "strengths=[0, 0.5]")
+    config = composed("sample", "prompt=a fox", "adapters=[{path: x, strength: 0.5}]", "strengths=[0, 0.5]")
     assert missing(config) == set()
     monkeypatch.setattr(sample_run, "build", stop)
     with pytest.raises(Passed):
@@ -142,12 +145,12 @@ def test_sample_composes_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_evaluate_asks_for_its_run() -> None:
-    assert missing(compose("evaluate")) == {"run"}
-    assert missing(compose("evaluate", "run=RUN")) == set()
+    assert missing(composed("evaluate")) == {"run"}
+    assert missing(composed("evaluate", "run=RUN")) == set()
 
 
 def test_with_nothing_said_it_is_a_lora_on_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose("train")
+    config = composed("train")
     choices = config.hydra.runtime.choices
     assert (choices.method, choices.backbone, choices.data) == ("lora", "pocket", "pocket_subject")
     assert missing(config) == set()
@@ -163,7 +166,7 @@ def test_a_recipe_opens_with_the_command_that_runs_it(name: str, monkeypatch: py
     assert lines[0] == "# @package _global_"
     words = shlex.split(lines[1].removeprefix("#"))
     assert words[:3] == ["sdtune", "train", f"experiment={name}"]
-    config = compose("train", *words[2:])
+    config = composed("train", *words[2:])
     assert missing(config) == set(), "the command leaves a setting open"
     assert config.hydra.runtime.choices.experiment == name
     check(config, monkeypatch)
@@ -175,7 +178,7 @@ def test_a_recipe_for_sampling_opens_with_its_command(
 ) -> None:
     lines = (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines()
     assert lines[:2] == ["# @package _global_", f"# sdtune sample experiment={name}"]
-    config = compose("sample", f"experiment={name}")
+    config = composed("sample", f"experiment={name}")
     assert missing(config) == set()
     monkeypatch.chdir(tmp_path)  # where nothing has been trained
     # What it samples with is trained first, and it says so before any weights are loaded.
@@ -186,7 +189,7 @@ def test_a_recipe_for_sampling_opens_with_its_command(
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("mode", [option for option in options("debug") if option != "none"])
 def test_debug_goes_with_every_recipe(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(filled(compose("train", f"experiment={name}", f"debug={mode}")), monkeypatch)
+    check(filled(composed("train", f"experiment={name}", f"debug={mode}")), monkeypatch)
 
 
 # --- one name
@@ -228,12 +231,12 @@ def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> N
 
 
 def test_an_evaluation_is_switched_off_behind_a_recipe_that_sets_its_details() -> None:
-    config = compose("train", "experiment=dreambooth_subject", "evaluation=none")
+    config = composed("train", "experiment=dreambooth_subject", "evaluation=none")
     assert config.evaluation == {"class_pictures": 210}
     assert checks.plain(config)["evaluation"] == {}
 
 
 def test_debug_has_its_way_with_a_recipe() -> None:
-    config = compose("train", "experiment=lora_subject", "debug=smoke")
+    config = composed("train", "experiment=lora_subject", "debug=smoke")
     assert config.trainer.max_steps == 2
     assert config.evaluation is None

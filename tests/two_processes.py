@@ -1,4 +1,4 @@
-"""Run by torchrun from tests/test_method_contract.py: each method's losses over two processes, as JSON."""
+"""Run by torchrun from tests/methods/test_contract.py: each method's losses over two processes, as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from method_cases import MORE, Case
 from running import fit
-from test_method_contract import MORE, Case
 
 
 class Mean(Callback):

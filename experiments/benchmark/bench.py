@@ -25,13 +25,12 @@ from typing import Any
 
 import diffusers
 import torch
-from commands import BEST, DOCUMENTED, Command, Shape, ours, peer, pictures
-from gate import gate
-from page import groups, page
-from sweep import sweeps
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "real_shapes"))
-from measure import random_pipeline
+from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, ours, peer, pictures
+from experiments.benchmark.gate import gate
+from experiments.benchmark.page import groups, page
+from experiments.benchmark.sweep import sweeps
+from experiments.real_shapes.measure import random_pipeline
 
 HERE = Path(__file__).parent
 ROUNDS = 3
@@ -124,7 +123,7 @@ IMPORTS = {
     "torch": "torch",
     "torch and Lightning": "torch, pytorch_lightning",
     "diffusers, transformers and peft": "torch, pytorch_lightning, diffusers, transformers, peft",
-    "all that sdtune train imports": "sdtune.run, sdtune.methods, peft.tuners.lora, diffusers.models.unets",
+    "all that sdtune train imports": "sdtune.commands.train, sdtune.methods, peft.tuners.lora, diffusers.models.unets",
 }
 
 

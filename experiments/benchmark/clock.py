@@ -27,11 +27,11 @@ SYNCHRONISING = ("aten._local_scalar_dense.default", "aten.equal.default", "aten
 """Operators that make a program wait for its device."""
 
 
-class Counted(TorchDispatchMode):
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that reach the dispatcher, views and detaches included."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,11 +61,11 @@ def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
                 raise FloatingPointError(f"what is trained is not finite after {steps} steps")
             if not count:
                 leave(out, seen)
-            flops.__enter__()
-            operators.__enter__()
+            flops.__enter__()  # type: ignore[no-untyped-call]
+            operators.__enter__()  # type: ignore[no-untyped-call]
         elif len(ends) > steps:
-            operators.__exit__(None, None, None)
-            flops.__exit__(None, None, None)
+            operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            flops.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             found = operators.operators
             synchronisations = sum(found[name] for name in SYNCHRONISING)
             seen.update(operators=sum(found.values()), synchronisations=synchronisations)
@@ -84,11 +84,11 @@ def leave(out: Path, found: dict[str, Any]) -> None:
 def main() -> None:
     watch, steps, out, target, *arguments = sys.argv[1:]
     register_optimizer_step_post_hook(watched(int(steps), Path(out), watch == "count"))
-    if target.startswith("sdtune."):
+    if target == "sdtune":
         from sdtune.callbacks import cost
 
         # A run's own figure counts from each step anew; here all count from the start of the process.
-        cost.reset_peak_memory = lambda device: None
+        cost.reset_peak_memory = lambda device: None  # type: ignore[attr-defined]
     sys.argv = [target, *arguments]
     if target.endswith(".py"):
         sys.path[0] = str(Path(target).parent)

@@ -85,7 +85,7 @@ def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more
         "evaluation=none",
         f"hydra.run.dir={run}",
     ]
-    return Command("sdtune.train", (*arguments, *own, *more))
+    return Command("sdtune", ("train", *arguments, *own, *more))
 
 
 SCRIPTS = {

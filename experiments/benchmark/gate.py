@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from commands import Shape
 from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from experiments.benchmark.commands import Shape
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
+from sdtune.backbone.new_tokens import NewToken
 from sdtune.methods import ControlNet, DreamBooth, Full, LoRA, TextualInversion
 from sdtune.methods.base import Adapter
 from sdtune.randomness import generator
@@ -56,7 +56,7 @@ def _differences(method: str, adapter: Adapter, shape: Shape) -> dict[str, float
         if not parameter.any():  # what begins at zero has no gradient before it
             nn.init.normal_(parameter, std=0.02)
     loss = adapter.losses(batch)
-    loss.mean().backward()
+    loss.mean().backward()  # type: ignore[no-untyped-call]
     wanted, gradients = _plain(method, adapter, shape, batch)
     ours = {name: p.grad for name, p in adapter.trainable()}
     if len(ours) != len(gradients):
@@ -92,7 +92,7 @@ def _plain(method: str, adapter: Adapter, shape: Shape, batch: dict[str, Any]) -
             table[-1] = next(iter(values.values()))[0]
         table.requires_grad_(True)
     elif method == "controlnet":
-        widths = adapter.get_submodule("controlnet").config.conditioning_embedding_out_channels
+        widths = adapter.get_submodule("controlnet").config.conditioning_embedding_out_channels  # type: ignore[union-attr]
         net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths).train()
         pairs = {f"controlnet.{n}": p for n, p in net.named_parameters()}
     else:
@@ -105,7 +105,7 @@ def _plain(method: str, adapter: Adapter, shape: Shape, batch: dict[str, Any]) -
     kind = pipe.scheduler.config.prediction_type
     assert kind == "epsilon", kind
     losses = (output - noise).square().mean((1, 2, 3))
-    losses.mean().backward()
+    losses.mean().backward()  # type: ignore[no-untyped-call]
     if method == "textual_inversion":
         return losses.detach(), {next(iter(values)): table.grad[-1:]}
     return losses.detach(), {name: p.grad for name, p in pairs.items() if p.grad is not None}

@@ -75,7 +75,7 @@ def _run(way: str, batch: int, precision: str, place: Path) -> float:
     cache = {"SDTUNE_CACHE": str(place / "cache")}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "sdtune.train", *arguments],
+        [sys.executable, "-m", "sdtune", "train", *arguments],
         env=os.environ | cache,
         capture_output=True,
         text=True,

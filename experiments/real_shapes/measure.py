@@ -20,13 +20,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sdtune import plan_run
 from sdtune.backbone.models import KINDS, from_config
 from sdtune.backbone.single_file import shipped
 from sdtune.backbone.vocabulary import END, write_tokenizer
+from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.files import write_json
 from sdtune.paths import config_folder
 from sdtune.planning import SWITCHES, memory
+from sdtune.planning.request import count
 
 HERE = Path(__file__).parent
 SIZES = ((256, 256), (320, 192))
@@ -40,7 +41,7 @@ METHODS = {
     "controlnet": ["data/control=canny"],
 }
 
-_ROOM = "import sdtune.run, sdtune.callbacks, sdtune.methods, pytorch_lightning"
+_ROOM = "import sdtune.commands.train, sdtune.callbacks, sdtune.methods, pytorch_lightning"
 _RESIDENT = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
 
 
@@ -78,8 +79,8 @@ def planned(method: str, settings: list[str]) -> dict[str, int]:
     """What ``sdtune plan`` counts: trained parameters, bytes of the artifact and of the peak in a step."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("plan", [f"method={method}", *settings], return_hydra_config=True)
-        job = plan_run.job(config)
-    figures = plan_run.figures(job)
+        job = checked_plan(config)
+    figures = count(plan_request(job))
     step = memory(figures, SWITCHES["plain"], job.accumulation, 1).step
     return {"trained": figures.total.trained, "artifact": figures.artifact, "step": step}
 
@@ -87,7 +88,7 @@ def planned(method: str, settings: list[str]) -> dict[str, int]:
 def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
     """What a step of ``sdtune train`` took."""
     shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "sdtune.train", f"method={method}", *settings, f"hydra.run.dir={run}"]
+    command = [sys.executable, "-m", "sdtune", "train", f"method={method}", *settings, f"hydra.run.dir={run}"]
     subprocess.run(command, check=True)
     figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     with (run / "metrics.csv").open(newline="") as handle:

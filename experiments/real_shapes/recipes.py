@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import pictures, random_pipeline
+from experiments.real_shapes.measure import pictures, random_pipeline
 
 HERE = Path(__file__).parent
 RECIPES = [*sorted(HERE.parent.glob("sd15_*.yaml")), HERE.parent / "sdxl_lora.yaml"]
@@ -49,7 +49,7 @@ def two_steps(recipe: Path, folder: Path, shown: Path) -> dict[str, Any]:
     # tensors, and a whole UNet in float32 with AdamW and an average is 17 GB by itself.
     less = ["data.resolution=512"] if kind == "sdxl" else []
     less += ["hardware.gradient_checkpointing=true", "callbacks.ema=null"] if "full" in recipe.stem else []
-    command = [sys.executable, "-m", "sdtune.train", *words(recipe, folder / kind, shown), *less]
+    command = [sys.executable, "-m", "sdtune", "train", *words(recipe, folder / kind, shown), *less]
     began = time.monotonic()
     subprocess.run([*command, f"hydra.run.dir={run}"], check=True)
     took = time.monotonic() - began

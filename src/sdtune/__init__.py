@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdtune import pocket
-    from sdtune.sample import sample
+    from sdtune.sampling.api import sample
 
 __all__ = ["pocket", "sample"]
 
@@ -15,7 +15,7 @@ __all__ = ["pocket", "sample"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: the command line answers --help without it.
     if name == "sample":
-        from sdtune.sample import sample
+        from sdtune.sampling.api import sample
 
         return sample
     if name == "pocket":

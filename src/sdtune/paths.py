@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+_POCKET = Path(__file__).parent / "pocket"
+
 
 def config_folder() -> Path:
     """The folder of Hydra groups: beside the package in a wheel, at the top of a checkout."""
@@ -27,3 +29,18 @@ def cache_folder() -> Path:
 def command_line_folder(sources: Iterable[Any]) -> str | None:
     """The ``--config-dir`` among Hydra's config ``sources``."""
     return next((str(source.path) for source in sources if source.provider == "command-line"), None)
+
+
+def pocket_pipeline() -> Path:
+    """The pipeline folder of the shipped backbone, in the diffusers layout."""
+    return _POCKET / "models" / "pipeline"
+
+
+def pocket_clip() -> Path:
+    """The folder of the CLIP whose text tower is the shipped backbone's text encoder."""
+    return _POCKET / "models" / "clip"
+
+
+def pocket_art() -> Path:
+    """The folder of the drawings that the picture world is made of, a folder for each style."""
+    return _POCKET / "art"

@@ -13,9 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from families import build_family
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.tokens import NewToken
-from sdtune.data.images import frame
-from sdtune.sampling import Request, Sampling, generate
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.images.files import frame
+from sdtune.sampling.loop import Request, Sampling, generate
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_four_forms_are_one_model(folder: Path, single: Path, tmp_path: Path, fa
 
 
 def test_a_single_file_draws_what_its_folder_draws(folder: Path, single: Path) -> None:
-    from sdtune.sampling import Request, Sampling, generate
+    from sdtune.sampling.loop import Request, Sampling, generate
 
     drawn = [
         next(generate(Pretrained(**settings).load(), [Request("a cat", 1)], Sampling(steps=2)))

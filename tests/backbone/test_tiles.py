@@ -14,7 +14,7 @@ from running import sample
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.methods import LoRA
-from sdtune.pocket.world import Scene, draw
+from sdtune.pocket.world.scenes import Scene, draw
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import sdtune
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.methods import Full
-from sdtune.sampling import Sampling
+from sdtune.sampling.loop import Sampling
 
 
 def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, pictures: Path, tmp_path: Path) -> None:

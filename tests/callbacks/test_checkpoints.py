@@ -13,7 +13,7 @@ import torch
 from running import adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
-from sdtune.callbacks.record import Record
+from sdtune.callbacks.metrics_recorder import Record
 from sdtune.methods import LoRA
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from running import arguments, train
 from sdtune.callbacks import Samples
-from sdtune.callbacks.record import Record
-from sdtune.sampling import Sampling
+from sdtune.callbacks.metrics_recorder import Record
+from sdtune.sampling.loop import Sampling
 
 
 def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tmp_path: Path) -> None:

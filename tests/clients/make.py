@@ -17,13 +17,14 @@ from PIL import Image
 
 from families import FAMILIES, Family, build_family
 from running import fit, folder_data
-from sdtune import adapters, controlnets
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
-from sdtune.data.edges import Canny
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.data.control.edges import Canny
 from sdtune.exporting import Export, find
+from sdtune.loaders import controlnet as controlnets
+from sdtune.loaders import lora as adapters
 from sdtune.methods import ControlNet, Full, LoRA, TextualInversion
-from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, generate
 
 PROMPT, SEED, STRENGTH = "a photo of a <cat> cat", 7, 0.7
 SETTINGS = Sampling(steps=2, guidance=4.0)

@@ -12,11 +12,12 @@ import torch
 from drawings import save_drawings
 from running import folder_data
 from sdtune.backbone import Pretrained
-from sdtune.data.control import FromPicture, Paired
-from sdtune.data.edges import Canny
-from sdtune.evaluation import ClipFigures, general
+from sdtune.data.control.base import FromPicture, Paired
+from sdtune.data.control.edges import Canny
+from sdtune.evaluation import ClipFigures
+from sdtune.evaluation import subject_metrics as general
 from sdtune.evaluation.agreement import agreement, mean_iou
-from sdtune.sampling import Request, Sampling
+from sdtune.sampling.loop import Request, Sampling
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
-from sdtune.evaluation.drawing import base, draw, trained
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.evaluation.draw import base, draw, trained
 from sdtune.evaluation.strengths import STRENGTHS, strength_grid
-from sdtune.grids import grid
+from sdtune.images.grids import grid
 from sdtune.methods import LoRA, TextualInversion
-from sdtune.sampling import Request, Sampling
+from sdtune.sampling.loop import Request, Sampling
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,15 @@ structure, ``{images}`` is a folder of five captioned images with masks, ``{map}
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 STEPS = 12
+
+PLACES = {
+    "work": ".",
+    "images": "../inputs/images",
+    "map": "../inputs/map.png",
+    **{family: f"../inputs/{family}" for family in ("sd1", "sd2", "sdxl")},
+}
 
 
 @dataclass(frozen=True)
@@ -20,17 +26,20 @@ class Command:
     folder: str | None
     arguments: tuple[str, ...]
 
-    def line(self, places: dict[str, Path], work: Path) -> list[str]:
-        """The arguments with every placeholder filled in, and the folder that Hydra shall write to."""
+    def line(self) -> list[str]:
+        """The arguments with every placeholder filled in, and the folder that Hydra shall write to.
+
+        All paths are relative to the case's folder, since some find their way into what a run leaves.
+        """
         filled = []
         for argument in self.arguments:
-            for key, place in {**places, "work": work}.items():
-                argument = argument.replace(f"{{{key}}}", str(place))
+            for key, place in PLACES.items():
+                argument = argument.replace(f"{{{key}}}", place)
             filled.append(argument)
         if self.folder is None or any(a.startswith("resume=") for a in filled):
             return [self.name, *filled]
         kind = "sweep" if "-m" in filled else "run"
-        return [self.name, *filled, f"hydra.{kind}.dir={work / self.folder}"]
+        return [self.name, *filled, f"hydra.{kind}.dir={self.folder}"]
 
 
 _RUN = (
@@ -102,7 +111,8 @@ CASES: dict[str, list[Command]] = {
             "sampling.guidance=3",
         ),
         *_exported("pipeline", "single_file"),
-        *_exported("kohya", more=("rank=4",)),
+        # A rank alone would be found by a randomised method.
+        *_exported("kohya", more=("energy=0.5",)),
     ],
     "full": [
         _train(

@@ -36,9 +36,10 @@ from safetensors import safe_open
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from cases import CASES, PLANS, Command
-from families import FAMILIES, build_family
-from renames import RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS
+from cases import CASES, PLANS, Command  # noqa: E402
+from renames import RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS  # noqa: E402
+
+from families import FAMILIES, build_family  # noqa: E402
 
 RECORDS = Path(__file__).with_name("records.json")
 REPOSITORY = Path(__file__).parents[2]
@@ -70,9 +71,10 @@ def machine() -> str:
 # --- inputs
 
 
-def inputs(folder: Path) -> dict[str, Path]:
+def make_inputs(folder: Path) -> None:
     """What the cases read, made anew: the same files on every machine with one version of torch."""
-    places: dict[str, Path] = {family: build_family(folder / family, family, seed=3) for family in FAMILIES}
+    for family in FAMILIES:
+        build_family(folder / family, family, seed=3)
     images = folder / "images"
     images.mkdir(parents=True)
     down, across = np.mgrid[0:144, 0:160]
@@ -84,7 +86,6 @@ def inputs(folder: Path) -> dict[str, Path]:
         Image.fromarray((255 * disc).astype(np.uint8)).save(images / f"{number}.mask.png")
         (images / f"{number}.txt").write_text(f"a photo of sks <otter> otter, number {number}")
     Image.fromarray(pixels[20:84, 40:104]).save(folder / "map.png")
-    return {**places, "images": images, "map": folder / "map.png"}
 
 
 # --- commands
@@ -193,14 +194,14 @@ def flattened(node: Any, key: str = "") -> dict[str, Any]:
 # --- all of it
 
 
-def of_case(sdtune: Sdtune, name: str, commands: list[Command], places: dict[str, Path], work: Path) -> dict[str, str]:
+def of_case(sdtune: Sdtune, name: str, commands: list[Command], work: Path) -> dict[str, str]:
     """Run a case, unless ``work`` holds it complete, and hash what each command left."""
     complete = work / "complete"
     if not complete.exists():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         for command in commands:
-            sdtune(command.line(places, work), work)
+            sdtune(command.line(), work)
         complete.touch()
     folders = dict.fromkeys(command.folder for command in commands if command.folder is not None)
     hashes = {f"{name}/{folder}/{file}": h for folder in folders for file, h in of_folder(work / folder).items()}
@@ -234,16 +235,14 @@ def recipes() -> dict[str, list[str]]:
 
 def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
     """Every hash by name."""
-    places_kept = work / "places.json"
-    if places_kept.exists():
-        places = {key: Path(value) for key, value in json.loads(places_kept.read_text()).items()}
-    else:
-        places = inputs(work / "inputs")
-        places_kept.write_text(json.dumps({key: str(value) for key, value in places.items()}))
+    if not (work / "inputs" / "complete").exists():
+        shutil.rmtree(work / "inputs", ignore_errors=True)
+        make_inputs(work / "inputs")
+        (work / "inputs" / "complete").touch()
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tasks = [
-            pool.submit(of_case, sdtune, name, commands, places, work / name)
+            pool.submit(of_case, sdtune, name, commands, work / name)
             for name, commands in CASES.items()
             if not only or name in only
         ]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
+from sdtune.backbone.new_tokens import NewToken
 from sdtune.exporting import Export, find
 from sdtune.formats import diffusers_lora
 from sdtune.methods import ControlNet, LoRA, TextualInversion

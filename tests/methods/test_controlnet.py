@@ -22,14 +22,14 @@ from torch import Tensor
 from drawings import drawing, save_drawings
 from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
-from sdtune import controlnets
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.nets import embedding_widths
-from sdtune.data.edges import Canny
-from sdtune.evaluation.drawing import trained
+from sdtune.backbone.controlnet_files import embedding_widths
+from sdtune.data.control.edges import Canny
+from sdtune.evaluation.draw import trained
+from sdtune.loaders import controlnet as controlnets
 from sdtune.methods import ControlNet
-from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, generate
 
 MODES = ["frozen", "decoder", "open"]
 

@@ -14,11 +14,11 @@ from pytorch_lightning.callbacks import Callback
 import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
+from sdtune.backbone.new_tokens import NewToken
 from sdtune.data.prior import PLACE, class_pictures, draw_missing, partner
-from sdtune.evaluation.drawing import trained
+from sdtune.evaluation.draw import trained
 from sdtune.methods import DreamBooth, LoRA
-from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, generate
 
 
 class Batches(Callback):
@@ -92,7 +92,7 @@ def test_class_pictures_are_drawn_once_by_the_model_before_training(
     assert len(second) == 3
     for path, content in first.items():
         assert second[path] == content
-    monkeypatch.setattr("sdtune.methods.encoding.generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr("sdtune.training.caching.generate", lambda *_: pytest.fail("drawn again"))
     train(3)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import sdtune
 from running import Spy, adamw, fit, folder_data
-from sdtune import report_lines
 from sdtune.backbone import Pretrained
-from sdtune.backbone.tokens import NewToken
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.callbacks.data_summary import _captions
 from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
-from sdtune.sampling import Sampling
+from sdtune.sampling.loop import Sampling
 
 CAT, DOG = NewToken("<my_cat>", "cat", vectors=2), NewToken("<my_dog>", "a big dog")
 
@@ -171,5 +171,7 @@ def test_captions_are_counted_with_every_vector(tiny: Path, pictures: Path) -> N
         file.write_text("<new>")
     data, source = folder_data(pictures), Pretrained(str(tiny))
     data.open(32, 4)
-    lines = report_lines.before(data, source, 1, [NewToken("<new>", "a", 5)])
+    backbone = source.load()
+    backbone.begin_tokens([NewToken("<new>", "a", 5)])
+    lines = _captions(data, backbone)
     assert "captions: 1 different ones; the longest has 7 tokens of 77" in lines

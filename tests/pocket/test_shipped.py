@@ -65,8 +65,8 @@ def test_a_member_reads_nearer_to_its_own_words() -> None:
     import numpy as np
 
     from sdtune.evaluation.clip import Clip
-    from sdtune.pocket.captions import full_caption
-    from sdtune.pocket.world import draw, held_out_scenes
+    from sdtune.pocket.world.captions import full_caption
+    from sdtune.pocket.world.scenes import draw, held_out_scenes
 
     scenes = held_out_scenes(11, 48)
     clip = Clip("pocket", torch.device("cpu"))

@@ -13,11 +13,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtune.backbone.few_pixels import as_products
-from sdtune.backbone.pretrained import Facts
-from sdtune.backbone.residuals import Net, Residuals, cast, residuals
+from sdtune.backbone.controlnet import Net, Residuals, cast, residuals
+from sdtune.backbone.cpu_convolution import as_products
+from sdtune.backbone.families import Facts
+from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, Words, initial
 from sdtune.backbone.text import hidden, unused, windowed
-from sdtune.backbone.tokens import ExtendedEmbedding, NewToken, Words, initial
+from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check
 from sdtune.objective.schedule import NoiseSchedule
 
@@ -27,18 +28,9 @@ DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest
 TILE = 512
 """Side in pixels of the tiles that a large picture is decoded in, where that is wanted."""
 
-HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""The half type of each of Lightning's mixed precisions."""
-
 
 Beside = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
 """Within it a UNet goes forward under pairs A, B with a scale each, by the name of their module in it."""
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """As Lightning's ``precision`` has it; the meta device has none, and the CPU's stands for it (planning.kernels)."""
-    kind = "cpu" if device.type == "meta" else device.type
-    return torch.autocast(kind, HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
 
 
 class Backbone(nn.Module):
@@ -69,7 +61,7 @@ class Backbone(nn.Module):
         self.tiled = False
         """Whether large pictures are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
-        """ControlNets that act when sampling; :func:`sdtune.controlnets.applied` puts them there."""
+        """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.applied` puts them there."""
         self.beside: Beside | None = None
         """How a LoRA acts where the UNet's weights are others' too; merged into them where it is None."""
 

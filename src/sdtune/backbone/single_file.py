@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
+from sdtune.backbone.families import FAMILIES, family_by
 from sdtune.backbone.models import wanted_shapes
-from sdtune.backbone.pretrained import FAMILIES, family_by
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.files import write_json
 from sdtune.formats.checkpoint_file import read_checkpoint

@@ -1,6 +1,6 @@
 """What goes on beside the loop: figures, samples, checkpoints, averages."""
 
-from sdtune.callbacks.best import EarlyStopping
+from sdtune.callbacks.best_artifact import EarlyStopping
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.ema import EMA
 from sdtune.callbacks.pruning import Pruning

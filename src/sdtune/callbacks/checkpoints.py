@@ -17,8 +17,8 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.best import BEST
-from sdtune.callbacks.record import Record
+from sdtune.callbacks.best_artifact import BEST
+from sdtune.callbacks.metrics_recorder import Record
 from sdtune.methods.base import Adapter
 
 

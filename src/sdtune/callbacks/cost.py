@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.record import Record
+from sdtune.callbacks.metrics_recorder import Record
 from sdtune.data import PictureData
 from sdtune.exporting.card import CARD
 from sdtune.formats.embeddings import intermediate
+from sdtune.hardware.allocator import release
+from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.methods.base import Adapter
-from sdtune.release import release
 
 log = logging.getLogger("sdtune")
-
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 
 
 class Cost(Callback):
@@ -101,23 +97,3 @@ class Cost(Callback):
             "images_per_second": data.batch_size * (2 if data.has_prior else 1) / step if step else None,
             "seconds_to_best": best * step if best is not None and step else None,
         }
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Have :func:`peak_memory` count from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR_REFS.exists():
-        # Some containers forbid it; the peak then counts from the start of the process.
-        with suppress(PermissionError):
-            _CLEAR_REFS.write_text("5")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU what its allocator has held, else what was resident; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if not _STATUS.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-    return int(lines["VmHWM"].split()[0]) * 1024

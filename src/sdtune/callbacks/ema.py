@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from sdtune.methods.base import Adapter
-from sdtune.methods.swap import swapped
+from sdtune.training.weight_swap import swapped
 
 
 class EMA(Callback):

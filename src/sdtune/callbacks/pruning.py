@@ -9,10 +9,10 @@ import pytorch_lightning as pl
 from annotated_types import Ge
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.held_out import check_held_out
-from sdtune.callbacks.record import Record
+from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.validation_set import check_held_out
 from sdtune.errors import Pruned
-from sdtune.trials import own_trial, require_optuna
+from sdtune.runs.trials import own_trial, require_optuna
 
 
 class Pruning(Callback):

@@ -15,11 +15,11 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sdtune.callbacks.record import Record
+from sdtune.callbacks.metrics_recorder import Record
 from sdtune.data.previews import Wanted, wanted
-from sdtune.grids import grid, save_png
+from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
-from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, generate
 
 log = logging.getLogger("sdtune")
 
@@ -162,3 +162,24 @@ class Samples(Callback):
         # Pictures by other settings are no "before" to these.
         first = state_dict["first"] if state_dict.get("drawn_by", self._how()) == self._how() else None
         self.first = None if first is None else [list(row) for row in first.numpy()]
+
+
+class Snapshots(Callback):
+    """Writes the artifact every ``every_steps`` optimizer steps, so that the best moment can be picked by eye."""
+
+    def __init__(self, folder: Path, name: str, every_steps: Annotated[int, Ge(1)], samples: Samples | None) -> None:
+        self.folder, self.name, self.every_steps, self.samples = folder, name, every_steps, samples
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Adapter)
+        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not boundary or trainer.global_step % self.every_steps or not trainer.is_global_zero:
+            return
+        mark = f"-step{trainer.global_step:08d}"
+        stem = self.name + mark
+        with pl_module.final_weights():
+            pl_module.snapshot(self.folder / "artifact", stem, mark)
+        if self.samples is not None:
+            self.samples.save(trainer, pl_module, self.folder / "samples" / f"{stem}.png")

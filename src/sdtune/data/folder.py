@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.images import SUFFIXES, open_picture, picture_size
+from sdtune.images.files import SUFFIXES, open_picture, picture_size
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdtune.data.pictures import PictureData
+from sdtune.data.datamodule import PictureData
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sdtune.data.cache import share
-from sdtune.data.images import open_picture, resize_and_crop
-from sdtune.data.progress import bar
+from sdtune.images.files import open_picture, resize_and_crop
+from sdtune.progress import bar
 from sdtune.randomness import generator
 
 Draw = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]

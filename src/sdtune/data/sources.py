@@ -12,10 +12,10 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge
 
+from sdtune.data.datamodule import PictureData
 from sdtune.data.folder import MASK, Picture, check_pictures, read_folder
-from sdtune.data.images import open_picture, resize_and_crop
-from sdtune.data.pictures import PictureData
 from sdtune.data.samples import Sample
+from sdtune.images.files import open_picture, resize_and_crop
 
 
 class FileSample:

@@ -1,5 +1,5 @@
 """What training changed, measured on what others would load."""
 
-from sdtune.evaluation.general import ClipFigures
+from sdtune.evaluation.subject_metrics import ClipFigures
 
 __all__ = ["ClipFigures"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from sdtune.data.control import Task
+from sdtune.data.control.base import Task
 
 MATCH = 0.0075
 """Share of the diagonal within which two pixels of lines count as the same (BSDS: Martin et al. 2004, section 3)."""

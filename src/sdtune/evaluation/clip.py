@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdtune.evaluation.named import check_model
+from sdtune.evaluation.model_names import check_model
 from sdtune.formats.clip_pixels import pixel_statistics
 
 

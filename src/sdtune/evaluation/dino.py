@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdtune.evaluation.named import check_model
+from sdtune.evaluation.model_names import check_model
 
 
 def check(name: str) -> None:

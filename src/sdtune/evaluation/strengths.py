@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sdtune import adapters
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.drawing import base, draw
+from sdtune.evaluation.draw import base, draw
 from sdtune.formats.diffusers_lora import FILE_NAME
-from sdtune.grids import grid, save_png
-from sdtune.sampling import Request, Sampling
+from sdtune.images.grids import grid, save_png
+from sdtune.loaders import lora as adapters
+from sdtune.sampling.loop import Request, Sampling
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _COLUMNS = 4

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
-from sdtune.figures import finite
+from sdtune.runs.metrics import finite
 
 CARD = ("README.md", "samples.png")
 """Its files in an artifact's folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,25 +13,26 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from sdtune.adapters import check_file
 from sdtune.backbone import Pretrained
-from sdtune.backbone.backbone import HALVES, Backbone, autocast
-from sdtune.backbone.pretrained import Component
-from sdtune.backbone.tokens import NewToken, check_mentioned, check_tokens
-from sdtune.data.pictures import PictureData
-from sdtune.data.rows import Batch
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families import Component
+from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
+from sdtune.data.datamodule import PictureData
+from sdtune.data.dataset import Batch
 from sdtune.formats import embeddings
+from sdtune.hardware.allocator import keep
+from sdtune.hardware.precision import HALVES, autocast
+from sdtune.loaders.lora import check_file
 from sdtune.lr_schedule import Constant, LRSchedule, take_rates
-from sdtune.methods import draws
-from sdtune.methods.activations import checkpoint_activations
-from sdtune.methods.away import Away
-from sdtune.methods.checkpoint import check_same_backbone, complete, only_trained
-from sdtune.methods.encoding import prepare
-from sdtune.methods.given import Average, MakeOptimizer
-from sdtune.methods.groups import by_component
-from sdtune.methods.guard import Guard
 from sdtune.objective import Objective
-from sdtune.release import keep
+from sdtune.training import random_draws as draws
+from sdtune.training.arguments import Average, MakeOptimizer
+from sdtune.training.caching import CachedParts, fill_caches
+from sdtune.training.checkpoint_contents import check_same_backbone, complete, only_trained
+from sdtune.training.cpu_offload import Away
+from sdtune.training.gradient_checkpointing import checkpoint_activations
+from sdtune.training.nonfinite_guard import Guard
+from sdtune.training.param_groups import param_groups
 
 
 class Adapter(pl.LightningModule, ABC):
@@ -125,7 +126,12 @@ class Adapter(pl.LightningModule, ABC):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with a ``name`` each, new tokens apart; by default one."""
-        return by_component(self, {})
+        return self.component_groups({})
+
+    def component_groups(self, rates: Mapping[str, float | None]) -> list[dict[str, Any]]:
+        """A group for each component, with its own rate where ``rates`` has one; new tokens are in none."""
+        words = {id(vectors) for vectors in self.backbone.learned}
+        return param_groups([(name, p) for name, p in self.trainable() if id(p) not in words], rates)
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
@@ -211,11 +217,24 @@ class Adapter(pl.LightningModule, ABC):
         if isinstance(data, PictureData):
             data.open(self.source.facts.side, self.source.facts.factor)
             self.check_against(data)
-            prepare(self, data)
+            fill_caches(self._cached_parts(), data, self.trainer)
             if self.offload:
                 parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
                 parts += self.backbone.encoders.values() if data.text_cache is not None else []
                 self.away = Away(parts, self.device)
+
+    def _cached_parts(self) -> CachedParts:
+        return CachedParts(
+            backbone=self.backbone,
+            source=self.source,
+            seed=self.seed,
+            device=self.device,
+            precision=str(self.trainer.precision),
+            encode_text=self.encode_text,
+            autocast=self.autocast,
+            frozen_vae=not self.open("vae"),
+            frozen_text=not self.open("text_encoder"),
+        )
 
     def on_train_start(self) -> None:
         keep(self.device.type)

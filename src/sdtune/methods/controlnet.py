@@ -10,17 +10,16 @@ from annotated_types import Gt
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
-from sdtune.backbone.nets import check_net, embedding_widths, load_net
-from sdtune.backbone.residuals import skips
-from sdtune.data.control import Computed
-from sdtune.data.pictures import PictureData
-from sdtune.data.rows import Batch
+from sdtune.backbone.controlnet import skips
+from sdtune.backbone.controlnet_files import check_net, embedding_widths, load_net
+from sdtune.data.control.base import Computed
+from sdtune.data.datamodule import PictureData
+from sdtune.data.dataset import Batch
 from sdtune.files import write_json
 from sdtune.formats.pipeline import save_component
 from sdtune.methods.base import Adapter
-from sdtune.methods.given import Common
-from sdtune.methods.groups import by_component
 from sdtune.randomness import generator
+from sdtune.training.arguments import Common
 
 _DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 
@@ -99,7 +98,7 @@ class ControlNet(Adapter):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The net, and the opened UNet with a rate of its own."""
-        return by_component(self, {"unet": self.unet_lr})
+        return self.component_groups({"unet": self.unet_lr})
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""

@@ -7,10 +7,10 @@ from typing import Annotated, Unpack
 
 from annotated_types import Gt
 
-from sdtune.backbone.pretrained import Component
-from sdtune.data.pictures import PictureData
+from sdtune.backbone.families import Component
+from sdtune.data.datamodule import PictureData
 from sdtune.methods.full import Full
-from sdtune.methods.given import Common
+from sdtune.training.arguments import Common
 
 
 class DreamBooth(Full):

@@ -9,16 +9,16 @@ from typing import Annotated, Any, Unpack
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from sdtune.backbone.pretrained import Component, Pretrained
-from sdtune.data.pictures import PictureData
-from sdtune.data.rows import Batch
+from sdtune.backbone.families import Component
+from sdtune.backbone.pretrained import Pretrained
+from sdtune.data.datamodule import PictureData
+from sdtune.data.dataset import Batch
 from sdtune.files import write_json
 from sdtune.formats.keys import canonical_key
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
-from sdtune.methods.given import Common
-from sdtune.methods.groups import by_component
-from sdtune.methods.perception import Perception
+from sdtune.training.arguments import Common
+from sdtune.training.perceptual_loss import Perception
 
 
 class Full(Adapter):
@@ -83,7 +83,7 @@ class Full(Adapter):
                     parameter.requires_grad_(not name.startswith(behind))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return by_component(self, self.rates)
+        return self.component_groups(self.rates)
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The VAE's: L1 + ``kl_weight`` KL, and a perceptual term where an encoder is given."""

@@ -14,17 +14,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from sdtune.adapters import check_file
-from sdtune.data.pictures import PictureData
+from sdtune.data.datamodule import PictureData
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
-from sdtune.lora_linear import Site
+from sdtune.loaders.lora import check_file
 from sdtune.methods.base import Adapter
-from sdtune.methods.given import Common
-from sdtune.methods.groups import by_component
 from sdtune.randomness import generator
+from sdtune.training.arguments import Common
+from sdtune.training.lora_layer import Site
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
 AlphaPolicy = Literal["rank", "constant", "rslora"]
@@ -164,7 +163,7 @@ class LoRA(Adapter):
         return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return by_component(self, {"text_encoder": self.text_encoder_lr})
+        return self.component_groups({"text_encoder": self.text_encoder_lr})
 
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []

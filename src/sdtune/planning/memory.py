@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdtune.planning.figures import Figures
+from sdtune.planning.measure import Figures
 
 GIB = 1024**3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdtune.planning.figures import Figures
+from sdtune.planning.measure import Figures
 from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, memory
 
 _NOTE = (

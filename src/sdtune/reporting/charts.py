@@ -8,8 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sdtune.figures import LOWER_IS_BETTER
 from sdtune.reporting.ranking import Setting
+from sdtune.runs.metrics import LOWER_IS_BETTER
 
 COLOURS = ("#1f5fa8", "#d9622b", "#2b8a57", "#8a4fb0", "#b8860b", "#c2385a", "#3a8fa3", "#6b6b6b")
 _LAYOUT: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 
-from sdtune.resume import flat, last_start, own_config_folder
+from sdtune.runs.compare import flat, last_start, own_config_folder
 
 _DEPTH = 3
 """So deep below the folder of a report its runs may lie."""

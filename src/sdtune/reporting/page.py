@@ -18,11 +18,10 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from sdtune.figures import LOWER_IS_BETTER
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import Figure, Place, Setting, metrics, rankings, settings, varied
-from sdtune.reporting.units import unit
+from sdtune.runs.metrics import LOWER_IS_BETTER, unit
 
 _SIDE = 192
 """Pixels of a sample in the report, at most; a sheet has three times as many a column of it."""

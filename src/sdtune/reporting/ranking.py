@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from sdtune.figures import LOWER_IS_BETTER, SHARES
 from sdtune.reporting.collect import Run
+from sdtune.runs.metrics import LOWER_IS_BETTER, SHARES
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
 _SEED = "seed"

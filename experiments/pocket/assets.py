@@ -1,0 +1,60 @@
+"""Builds the art pack (make pocket-assets): ``python -m experiments.pocket.assets FLUENT.tgz NOTO.ttf``.
+
+FLUENT.tgz is the npm package ``@lobehub/fluent-emoji-3d`` (Fluent emoji, MIT), NOTO.ttf the font of Debian's
+``fonts-noto-color-emoji`` (SIL OFL 1.1). Each drawing is reduced to 96x96 RGBA.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdtune.paths import pocket_art
+from sdtune.pocket.world.objects import THINGS
+
+PACK_SIDE = 96
+_NOTO_SIZE = 109  # the one size of the font's bitmaps
+
+
+def _write(picture: Image.Image, path: Path) -> None:
+    box = picture.getchannel("A").getbbox()
+    assert box is not None, path
+    # Crop to the drawing and centre it in a square, so that "46 pixels" means the same for every object and style.
+    picture = picture.crop(box)
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.resize((PACK_SIDE, PACK_SIDE), Image.Resampling.LANCZOS).save(path, quality=92, method=6, exact=False)
+
+
+def main() -> None:
+    fluent, noto = Path(sys.argv[1]), Path(sys.argv[2])
+    target = pocket_art()
+    codes = sorted({thing.art for thing in THINGS})
+    for style in ("fluent", "noto"):
+        (target / style).mkdir(parents=True, exist_ok=True)
+    wanted = {f"package/assets/{code}.webp": code for code in codes}
+    with tarfile.open(fluent) as archive:
+        for member in archive:
+            if member.isfile() and member.name in wanted:
+                handle = archive.extractfile(member)
+                assert handle is not None
+                code = wanted.pop(member.name)
+                _write(Image.open(io.BytesIO(handle.read())).convert("RGBA"), target / "fluent" / f"{code}.webp")
+    if wanted:
+        raise ValueError(f"{fluent}: no drawing for {sorted(wanted.values())}")
+    font = ImageFont.truetype(str(noto), _NOTO_SIZE)
+    for code in codes:
+        text = "".join(chr(int(point, 16)) for point in code.split("-"))
+        picture = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
+        ImageDraw.Draw(picture).text((10, 10), text, font=font, embedded_color=True)
+        _write(picture, target / "noto" / f"{code}.webp")
+    print(f"{len(codes)} drawings in two styles: {target}")
+
+
+if __name__ == "__main__":
+    main()

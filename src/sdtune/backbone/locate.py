@@ -1,0 +1,108 @@
+"""Where a backbone's files lie: a folder, a hub id's snapshot; with a VAE from elsewhere, a folder of links."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sdtune.backbone.weight_files import weight_files
+from sdtune.paths import cache_folder
+
+
+def local(path: str, key: str) -> Path | None:
+    """The folder or file that ``path`` names, None for what can only be a hub id.
+
+    Raises:
+        ValueError: it is written as a path, and nothing is there.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or place.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(
+            f"{key}: {path} does not exist; name a pipeline folder (diffusers layout), a .safetensors or .ckpt file,"
+            " or a hub id"
+        )
+    return None
+
+
+def snapshot(path: str, revision: str | None, patterns: list[str], complete: Callable[[Path], bool], key: str) -> Path:
+    """The folder of the hub id ``path``: what has been downloaded before if it is ``complete``, else from the hub.
+
+    Raises:
+        ValueError: neither is to be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=True))
+        if complete(folder):
+            return folder
+    except (LocalEntryNotFoundError, OSError):
+        pass  # nothing is here yet
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{key}: {path} is neither a local folder nor to be had from the hub ({reason})") from error
+
+
+MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+"""The folders of a pipeline's models."""
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of ``file``; ValueError for one that cannot be read."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone.path: {file} cannot be read ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"backbone.path: {file} holds no settings by name; copy it again")
+    return content
+
+
+def configured(folder: Path) -> bool:
+    """Whether the index of a pipeline ``folder`` and the configs of the models that it names are there."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    index = read_config(folder / "model_index.json")
+    named = [name for name in MODELS if (index.get(name) or [None])[0]]
+    return all((folder / name / "config.json").is_file() for name in named)
+
+
+def there(folder: Path, component: str, variant: str | None) -> bool:
+    """Whether all weight files of ``component`` are in ``folder``."""
+    try:
+        return all(file.is_file() for file in weight_files(folder, component, variant))
+    except ValueError:
+        return False
+
+
+def with_vae(pipeline: Path, vae: Path) -> Path:
+    """A pipeline folder of links, to ``pipeline``'s parts and to the folder ``vae``.
+
+    Called by what it links to, so that it is never changed under a process that reads it.
+    """
+    wanted = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
+    wanted["vae"] = vae.resolve()
+    said = json.dumps(sorted((name, str(place)) for name, place in wanted.items()))
+    target = cache_folder() / "backbones" / f"vae-{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        if target.is_dir():
+            return target
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        partial.mkdir()
+        for name, place in wanted.items():
+            (partial / name).symlink_to(place, target_is_directory=place.is_dir())
+        partial.rename(target)
+    return target

@@ -1,0 +1,67 @@
+"""What a run says of its data before it trains."""
+
+from __future__ import annotations
+
+import logging
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.backbone.backbone import Backbone
+from sdtune.data import PictureData
+from sdtune.methods.base import Adapter
+
+log = logging.getLogger("sdtune")
+
+_CAPTIONS = 10_000
+"""So many are looked at for the longest."""
+
+
+class DataSummary(Callback):
+    """Logs the data as it will be seen, once the tokenizer is there that reads its captions.
+
+    Args:
+        steps: optimizer steps of the training.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        if trainer.is_global_zero:
+            data: PictureData = trainer.datamodule  # type: ignore[attr-defined]
+            for line in (*summary(data, self.steps), *_captions(data, pl_module.backbone)):
+                log.info(line)
+
+
+def summary(data: PictureData, steps: int) -> list[str]:
+    """Pictures, buckets and epochs of ``steps`` optimizer steps."""
+    buckets = data.buckets(data.train)
+    pictures = len(data.train)
+    seen = sum(len(entries) for entries in buckets.values())
+    sizes = ", ".join(f"{w}x{h} ({len(set(entries))})" for (w, h), entries in buckets.items())
+    epoch = data.order().steps_per_epoch
+    lines = [
+        f"data: {pictures} pictures, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
+        f"order: {epoch} step(s) an epoch at batch size {data.batch_size};"
+        f" {steps} steps are {steps / epoch:.1f} epochs",
+    ]
+    for (w, h), entries in buckets.items():
+        if len(entries) < data.batch_size and len(buckets) > 1:
+            times = data.batch_size / len(entries)
+            lines.append(
+                f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), less than a batch: each is seen"
+                f" {times:.1f} times an epoch, others about once"
+            )
+    return lines
+
+
+def _captions(data: PictureData, backbone: Backbone) -> list[str]:
+    captions = data.captions()[:_CAPTIONS]
+    longest = max(captions, key=backbone.count_tokens)
+    length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens
+    lines = [f"captions: {len(captions)} different ones; the longest has {length} tokens of {limit}"]
+    if length > limit:
+        lines.append(f"WARNING: captions above {limit} tokens are cut; the longest is {longest!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""What train, prepare, plan, sample, evaluate, export and report do once their config is checked."""

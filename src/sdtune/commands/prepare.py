@@ -1,0 +1,97 @@
+"""The work of ``sdtune prepare``: class pictures, caches and control maps, and pictures of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+
+from sdtune.callbacks.data_summary import DataSummary
+from sdtune.commands.checks import check_run
+from sdtune.commands.train import build_adapter
+from sdtune.config.build import build
+from sdtune.config.settings import plain, settings
+from sdtune.config.trainer import trainer_arguments
+from sdtune.data import PictureData
+from sdtune.data.samples import Sample
+from sdtune.hardware.child_processes import wait_for_children
+from sdtune.images.grids import grid, save_png
+from sdtune.progress import bar
+
+log = logging.getLogger("sdtune")
+
+_SHOWN = 64
+_ROW = 8
+
+
+def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+    """The same checks as before a training."""
+    data = check_run(plain(config))
+    return lambda composed: execute(plain(composed), data, folder)
+
+
+def execute(config: dict[str, Any], data: PictureData, folder: Path) -> None:
+    """Fill what the training would fill, and write pictures of what it will see."""
+    top = settings(config)
+    given = {
+        "max_epochs": -1,
+        "callbacks": [DataSummary(config["trainer"]["max_steps"])],
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+    }
+    # A training of no steps: all that comes before the first one happens, on every process.
+    arguments = {**trainer_arguments(config), "max_steps": 0}
+    trainer: pl.Trainer = build(arguments, top.trust, given)
+    adapter = build_adapter(config)
+    trainer.fit(adapter, datamodule=data)
+    if trainer.is_global_zero:
+        _show(data, folder)
+    wait_for_children(trainer)
+
+
+def _show(data: PictureData, folder: Path) -> None:
+    samples = list(data.train[:_SHOWN])
+    _sheet(samples, [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in samples], folder / "pictures.png")
+    if data.class_samples:
+        shown = list(data.class_samples[:_SHOWN])
+        _sheet(shown, [s.pixels(s.size, (0.5, 0.5), False) for s in shown], folder / "class.png")
+        prompts: dict[str, list[str]] = {}
+        for sample in data.class_samples:
+            prompts.setdefault(sample.caption, []).append(str(sample))
+        for prompt, files in prompts.items():
+            log.info("class: %d pictures of %r in %s", len(files), prompt, Path(files[0]).parent)
+    if data.control is not None:
+        maps, names = [], _names(data.train)
+        with bar("Writing control maps", len(data.train)) as progress:
+            for number, sample in enumerate(data.train):
+                drawn = data.control.map(sample, data.bucket(sample))
+                about = {"caption": sample.caption, "picture": str(sample)}
+                save_png(drawn, folder / "maps" / f"{names[number]}.png", about)
+                maps += [drawn] if number < _SHOWN else []
+                progress(1)
+        _sheet(samples, maps, folder / "maps.png")
+        log.info("all %d control maps: %s", len(data.train), folder / "maps")
+    log.info("to look at: %s", folder)
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    """The pictures' own names, by which data/control=paired takes maps; numbers where they have none of their own."""
+    stems = [Path(str(sample)).stem for sample in samples if Path(str(sample)).is_file()]
+    return stems if len(set(stems)) == len(samples) else [f"{number:05d}" for number in range(len(samples))]
+
+
+def _sheet(samples: Sequence[Sample], pictures: list[np.ndarray], path: Path) -> None:
+    """One grid of pictures, each cropped to the smallest sides among them."""
+    height, width = (min(p.shape[axis] for p in pictures) for axis in (0, 1))
+    same = [p[:height, :width] for p in pictures]
+    save_png(grid([same[i : i + _ROW] for i in range(0, len(same), _ROW)]), path)
+    log.info("%d of them: %s", len(samples), path)

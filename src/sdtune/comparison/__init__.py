@@ -1,1 +1,0 @@
-"""The five methods compared: ``python -m sdtune.comparison SWEEP`` (make compare)."""

@@ -1,0 +1,1 @@
+"""A composed config made into checked objects."""

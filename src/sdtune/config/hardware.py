@@ -1,0 +1,94 @@
+"""The config group ``hardware``: checks, and what a node of it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sdtune.hardware.devices import ACCELERATORS, accelerator
+from sdtune.hardware.precision import PRECISIONS
+
+SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
+"""Keys of a ``hardware`` node that are a method's and not Lightning's."""
+
+
+def check(node: Mapping[str, Any], here: bool = True) -> None:
+    """ValueError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
+    kind = str(node.get("accelerator", "auto"))
+    if kind not in ACCELERATORS:
+        raise ValueError(f"hardware.accelerator: {kind!r} is not one of {', '.join(ACCELERATORS)}")
+    if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"hardware.accelerator: {kind} is asked for, but torch {torch.__version__} sees no GPU;"
+            " install a CUDA build of torch, or choose hardware=cpu"
+        )
+    wanted = str(node.get("precision", "auto"))
+    if wanted not in PRECISIONS:
+        raise ValueError(f"hardware.precision: {wanted!r} is not one of {', '.join(PRECISIONS)}")
+    if wanted == "16-mixed" and kind == "cpu":
+        raise ValueError("hardware.precision: a CPU has no 16-mixed; choose bf16-mixed or 32-true")
+    for key in SWITCHES:
+        if not isinstance(node.get(key, False), bool):
+            raise ValueError(f"hardware.{key}: {node[key]!r}; give true or false")
+    if node.get("offload") and process_count(node) > 1:
+        raise ValueError("hardware.offload: with several devices every process needs all of the model; leave it off")
+    for key in ("devices", "num_nodes"):
+        value = node.get(key, 1)
+        if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
+            raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+
+
+def check_indices(node: Mapping[str, Any]) -> None:
+    """ValueError for GPUs by index that this machine has not."""
+    if accelerator(str(node.get("accelerator", "auto"))) in ("gpu", "cuda"):
+        there = torch.cuda.device_count()
+        missing = [index for index in indices(node) if index not in range(there)]
+        if missing:
+            raise ValueError(f"hardware.devices: there is no GPU {missing[0]} here; there are {there}, counted from 0")
+
+
+def process_count(node: Mapping[str, Any]) -> int:
+    """How many processes a ``hardware`` node asks for."""
+    devices, kind = node.get("devices", 1), str(node.get("accelerator", "auto"))
+    named = _named(devices)
+    if named is not None:
+        count = len(named)
+    elif str(devices) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count()) if accelerator(kind) in ("gpu", "cuda") else 1
+    else:
+        count = int(devices) if str(devices).isdigit() else 1
+    return count * int(node.get("num_nodes", 1))
+
+
+def _named(devices: Any) -> list[Any] | None:
+    """Devices that are named one by one; None where it is their number that is given."""
+    if isinstance(devices, list):
+        return devices
+    return [index for index in str(devices).split(",") if index.strip()] if "," in str(devices) else None
+
+
+def on_one(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``hardware`` node of a job that has one of the devices to itself, whatever its sweep has."""
+    return {**node, "devices": 1, "num_nodes": 1}
+
+
+def indices(node: Mapping[str, Any]) -> list[int]:
+    """Which of the machine's GPUs a ``hardware`` node asks for."""
+    devices = node.get("devices", 1)
+    named = _named(devices)
+    if named is not None:
+        return [int(index) for index in named]
+    return list(range(torch.cuda.device_count() if str(devices) in ("auto", "-1") else int(devices)))
+
+
+def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
+    """Samples that a process sees at once; ValueError where ``batch_size`` cannot be shared out."""
+    parts = accumulation * process_count(node)
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size: {batch_size} samples a step cannot be shared out over {process_count(node)}"
+            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
+        )
+    return batch_size // parts

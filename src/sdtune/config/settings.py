@@ -1,0 +1,84 @@
+"""The run's own settings, at the top of a composed config, and the config as a plain container."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from annotated_types import Ge, Gt
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import StringConstraints
+
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.config.compose import without_hydra
+from sdtune.config.schema import check_value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's own settings, at the top of the config.
+
+    Args:
+        name: names files; the data's name if None.
+        seed: decides every draw of the run.
+        save_every: optimizer steps between intermediate artifacts with their sample row.
+        resume: the folder of the run that goes on.
+        trust: further packages that ``_target_`` may name.
+        optimized_metric: the figure that ``train`` returns to a sweeper.
+        new_tokens: words to be learned beside what the method trains.
+        tokens_lr: the learning rate of their vectors; the optimizer's if None.
+        trial: the number of the job's Optuna trial, which the sweeper gives.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
+    seed: Annotated[int, Ge(0)] = 0
+    save_every: Annotated[int, Ge(1)] | None = None
+    resume: str | None = None
+    trust: tuple[str, ...] = ()
+    optimized_metric: str | None = None
+    new_tokens: tuple[NewToken, ...] = ()
+    tokens_lr: Annotated[float, Gt(0)] | None = None
+    trial: Annotated[int, Ge(0)] | None = None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A resolved plain container; ValueError for a mandatory value that is missing."""
+    own = without_hydra(config)
+    try:
+        missing = sorted(OmegaConf.missing_keys(own))
+        if missing:
+            raise ValueError(f"{missing[0]} is missing: give {missing[0]}=...")
+        container = OmegaConf.to_container(own, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    assert isinstance(container, dict)
+    named = {str(key): value for key, value in container.items()}
+    if named.get("evaluation") and "_target_" not in named["evaluation"]:
+        named["evaluation"] = {}  # evaluation=none behind a recipe that sets details of its own
+    return named
+
+
+def kept_config(run: Path) -> dict[str, Any]:
+    """The resolved config of the finished ``run``; ValueError for a folder that holds none."""
+    kept = run / ".hydra" / "config.yaml"
+    if not kept.is_file():
+        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
+    if not any((run / "artifact").glob("*")):
+        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
+    loaded = OmegaConf.load(kept)
+    assert isinstance(loaded, DictConfig)
+    return plain(loaded)
+
+
+def settings(config: dict[str, Any]) -> Settings:
+    """The top-level settings, checked."""
+    hints = get_type_hints(Settings.__init__, include_extras=True)
+    values = {key: config[key] for key in hints if config.get(key) is not None}
+    for key, value in values.items():
+        check_value(value, hints[key], key)
+    if values.get("name") == "pytorch_lora_weights":
+        raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
+    tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
+    return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})

@@ -1,0 +1,64 @@
+"""The classes and functions that a config may name as ``_target_``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+ALLOWED = (
+    "sdtune",
+    "torch.optim",
+    "pytorch_lightning",
+    "transformers.optimization",
+    "bitsandbytes.optim",
+    "prodigyopt",
+)
+"""Packages whose classes and functions a config may name; users add theirs with ``trust=[...]``."""
+
+
+_FUNCTIONS = ("sdtune.loggers",)
+
+_EXTRAS = dict.fromkeys(("bitsandbytes", "prodigyopt"), ", or 'sdtune[optimizers]'")
+
+
+def _trusted(module: str, prefixes: Sequence[str]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _allowed(module: str, trust: Sequence[str]) -> bool:
+    return _trusted(module, (*ALLOWED, *trust))
+
+
+def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
+    """The class or function that ``target`` names.
+
+    What counts is where the thing found was defined: a prefix on the string alone is bypassed by a path that walks
+    through a module's imports, ``pytorch_lightning.trainer.os.system``.
+    """
+    if not _allowed(target.rpartition(".")[0], trust):
+        raise ValueError(f"{key}._target_: {target} is not allowed; add trust=[{target.split('.')[0]}] if you trust it")
+    found: Any = None
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError as error:
+            if error.name and not target.startswith(error.name):
+                raise ValueError(f"{key}._target_: {target} needs {error.name}: pip install it") from error
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        break
+    if found is None and importlib.util.find_spec(parts[0]) is None:
+        raise ValueError(f"{key}._target_: {target} needs {parts[0]}: pip install it{_EXTRAS.get(parts[0], '')}")
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise ValueError(f"{key}._target_: {target} is neither a class nor a function")
+    if not _allowed(found.__module__, trust):
+        raise ValueError(f"{key}._target_: {target} leads to {found.__module__}, which is not allowed")
+    if inspect.isfunction(found) and found.__module__ not in _FUNCTIONS and not _trusted(found.__module__, trust):
+        # Classes are built; a function is done, whatever it does.
+        raise ValueError(f"{key}._target_: {target} is a function, not a class that can be configured")
+    return found

@@ -1,0 +1,58 @@
+"""Lightning's Trainer arguments: the config groups ``trainer`` and ``hardware``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
+
+from sdtune.config import hardware
+from sdtune.config.schema import check, check_value
+from sdtune.hardware.devices import accelerator
+from sdtune.hardware.precision import precision
+
+_TRAINER_RANGES: dict[str, Any] = {
+    "max_steps": Annotated[int, Ge(1)],
+    "accumulate_grad_batches": Annotated[int, Ge(1)],
+    "log_every_n_steps": Annotated[int, Ge(1)],
+    "val_check_interval": Annotated[int, Ge(1)],
+    "gradient_clip_val": Annotated[float, Gt(0)] | None,
+}
+_OURS = (
+    "max_epochs",
+    "callbacks",
+    "logger",
+    "plugins",
+    "default_root_dir",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "gradient_clip_algorithm",
+)
+"""Trainer arguments that the run sets itself."""
+
+
+def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
+    merged = {**config["trainer"], **config["hardware"]}
+    for key in hardware.SWITCHES:
+        merged.pop(key, None)
+    if isinstance(merged.get("val_check_interval"), int):
+        # Lightning counts micro-batches; a run that is shorter than the interval is measured at its end.
+        every = min(merged["val_check_interval"], merged.get("max_steps") or merged["val_check_interval"])
+        merged["val_check_interval"] = every * int(merged.get("accumulate_grad_batches", 1))
+    kind = str(merged.get("accelerator", "auto"))
+    merged["precision"] = precision(str(merged.get("precision", "auto")), kind)
+    merged["accelerator"] = accelerator(kind)
+    return merged
+
+
+def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    hardware.check(config["hardware"])
+    for key, value in config["trainer"].items():
+        if key in _OURS:
+            raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
+        if key in _TRAINER_RANGES:
+            check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
+    check(trainer_arguments(config), "trainer", trust)

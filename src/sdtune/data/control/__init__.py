@@ -1,0 +1,1 @@
+"""Control maps: read, computed from edges, or estimated by a model."""

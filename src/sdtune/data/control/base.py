@@ -1,0 +1,176 @@
+"""Control maps: a second picture beside each picture, at its very crop, size and flip."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdtune.images.files import SUFFIXES, open_picture, resize_and_crop
+
+if TYPE_CHECKING:
+    from sdtune.data.samples import Sample
+
+CENTRE = (0.5, 0.5)
+"""The offset of a crop at the centre."""
+
+Resample = Literal["nearest", "bilinear"]
+
+Task = Literal["edges", "depth", "segmentation", "pose"]
+
+_READING_THREADS = 4
+_ASPECT_TOLERANCE = 0.01
+
+
+class Control(ABC):
+    """Where the control map of a picture comes from."""
+
+    def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
+        """ValueError where one of ``samples`` has no usable map; loads no weights."""
+
+    def prepare(  # noqa: B027
+        self,
+        samples: Sequence[Sample],
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        """Make what needs a model, on ``device`` (the CPU if None), before training."""
+
+    def content(self, sample: Sample) -> str:
+        """A name for what a map hangs on beside its picture and the settings."""
+        return ""
+
+    @abstractmethod
+    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+        """uint8 [H, W, 3], the same crop as :meth:`sdtune.data.datamodule.Sample.pixels` makes, not mirrored."""
+
+    def map(
+        self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTRE, flip: bool = False
+    ) -> np.ndarray:
+        """uint8 [H, W, 3] for ``sample.pixels(size, offset, flip)``."""
+        pixels = self.crop(sample, size, offset)
+        # Mirrored last: an edge detector does not give the mirror image for a mirrored picture, to the pixel.
+        return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
+
+
+class FromPicture(Control):
+    """A map that is made of its picture, and so of any other, such as one that was drawn under it."""
+
+    task: Task
+    """What a map shows."""
+
+    @abstractmethod
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        """The maps of ``pictures`` (all uint8 [H, W, 3]) that are no samples of the data."""
+
+
+class Computed(FromPicture):
+    """A map that the picture's pixels alone decide."""
+
+    name: ClassVar[str]
+    """What ``sdtune sample`` calls it: ``preprocess``."""
+
+    task = "edges"
+
+    @abstractmethod
+    def extract(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] from a picture, uint8 [H, W, 3]."""
+
+    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        return [self.extract(picture) for picture in pictures]
+
+    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+        return self.extract(sample.pixels(size, offset, False))
+
+
+class Paired(Control):
+    """A folder of maps with the pictures' own file names: segmentation, depth, pose, or any other kind.
+
+    The map of ``a/b.jpg`` is ``b.png`` (or another picture's suffix) in the folder, or ``a/b.png`` where it has the
+    pictures' sub-folders.
+
+    Args:
+        path: the folder.
+        resample: how a map is brought to its picture's size; ``nearest`` for segmentation, so that classes do not
+            blend.
+    """
+
+    def __init__(self, path: str, resample: Resample = "bilinear") -> None:
+        self.path, self.resample = Path(path).expanduser().absolute(), resample
+        self._maps: dict[Path, Path] = {}
+
+    def open(self, samples: Sequence[Sample]) -> None:
+        if not self.path.is_dir():
+            raise ValueError(
+                f"data.control.path: {self.path} is not a folder; name the folder of the maps, with the pictures' own"
+                " file names"
+            )
+        found: dict[tuple[str, ...], Path] = {}
+        for file in sorted(f for f in self.path.rglob("*") if f.suffix.lower() in SUFFIXES):
+            name = file.relative_to(self.path).with_suffix("").parts
+            if name in found:
+                raise ValueError(f"data.control.path: {file} and {found[name].name} have one name: remove one")
+            found[name] = file
+        owners: dict[Path, Path] = {}
+        for sample in samples:
+            picture = _path(sample)
+            parts = picture.with_suffix("").parts
+            own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
+            if own is None:
+                raise ValueError(f"data.control.path: no map for {picture}: put {picture.stem}.png into {self.path}")
+            other = owners.setdefault(own, picture)
+            if other != picture:
+                raise ValueError(
+                    f"data.control.path: {own} is the map of {other} and of {picture}: put maps into folders named as"
+                    " the pictures' are"
+                )
+            self._maps[picture] = own
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            for _ in pool.map(self._check, samples):
+                pass
+
+    def _check(self, sample: Sample) -> None:
+        (width, height), file = sample.size, self._maps[_path(sample)]
+        own = self._read(file).size
+        if abs(own[0] * height / (own[1] * width) - 1) > _ASPECT_TOLERANCE:
+            raise ValueError(
+                f"data.control.path: {file} is {own[0]}x{own[1]} pixels and its picture {width}x{height}; a map shows"
+                " all of its picture, so make it again with the same aspect"
+            )
+
+    def _read(self, file: Path) -> Image.Image:
+        return open_picture(file, "data.control.path")
+
+    def content(self, sample: Sample) -> str:
+        return hashlib.sha256(self._maps[_path(sample)].read_bytes()).hexdigest()
+
+    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+        return fit(self._read(self._maps[_path(sample)]), size, offset, self.resample)
+
+
+def _path(sample: Sample) -> Path:
+    path = getattr(sample, "path", None)
+    if not isinstance(path, Path):
+        raise ValueError("data.control: paired maps go by the names of picture files (data=folder); this data has none")
+    return path.absolute()
+
+
+def fit(
+    picture: Image.Image, size: tuple[int, int], offset: tuple[float, float] = CENTRE, resample: Resample = "bilinear"
+) -> np.ndarray:
+    """A map uint8 [H, W, 3] scaled to cover ``size`` (width, height) and cropped, as pictures are."""
+    return resize_and_crop(picture, size, offset, resample=Image.Resampling[resample.upper()])
+
+
+def as_map(pixels: np.ndarray) -> Tensor:
+    """float32 [3, H, W] in [0, 1] from uint8 [H, W, 3]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

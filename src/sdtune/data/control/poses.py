@@ -1,0 +1,145 @@
+"""Poses of people, found by a transformers model and drawn the way that pose ControlNets have learned to read."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from sdtune.data.control.estimators import load
+
+SEEN = 0.3
+"""Score from which a keypoint is drawn."""
+
+PERSON = 0.5
+"""Score from which a detected person counts."""
+
+_NECK = -1
+_NOSE, _LEFT_SHOULDER, _RIGHT_SHOULDER = 0, 5, 6
+# OpenPose's eighteen points as COCO's seventeen; its neck lies between the shoulders.
+_OPENPOSE = (_NOSE, _NECK, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+_LIMBS = (
+    *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10)),
+    *((1, 11), (11, 12), (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
+)
+_OTHER_SIDE = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+
+
+def other_side(person: np.ndarray) -> np.ndarray:
+    """``person`` [17, 3] with left and right changed over, as its mirror image has them."""
+    return person[list(_OTHER_SIDE)]
+
+
+def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Skeletons on black, uint8 [H, W, 3] of ``size`` (width, height).
+
+    Points, limbs and colours are OpenPose's (Cao et al. 2019, 18 keypoints: hues a twentieth of the circle apart in
+    the points' order, limbs at 0.6 of them), a limb eight pixels wide on a picture of 512.
+
+    Args:
+        people: COCO's 17 keypoints each, [17, 3]: x and y in pixels, and the score.
+    """
+    width, height = size
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    half = max(1, round(4 * min(size) / 512))
+    for person in people:
+        points = [_point(person, index) for index in _OPENPOSE]
+        for number, limb in enumerate(_LIMBS):
+            ends = [points[index] for index in limb]
+            if all(end is not None for end in ends):
+                _draw_limb(picture, np.array(ends, dtype=float), half, _colour(number, 0.6))
+        for number, point in enumerate(points):
+            if point is not None:
+                cv2.circle(picture, (round(point[0]), round(point[1])), half, _colour(number, 1.0), thickness=-1)
+    return picture
+
+
+def _point(person: np.ndarray, index: int) -> tuple[float, float] | None:
+    if index == _NECK:
+        shoulders = person[[_LEFT_SHOULDER, _RIGHT_SHOULDER]]
+        (x, y), score = shoulders[:, :2].mean(axis=0), shoulders[:, 2].min()
+    else:
+        x, y, score = person[index]
+    return (float(x), float(y)) if score >= SEEN else None
+
+
+def _draw_limb(picture: np.ndarray, ends: np.ndarray, half: int, colour: tuple[int, int, int]) -> None:
+    across = ends[1] - ends[0]
+    centre = tuple(ends.mean(axis=0).round().astype(int).tolist())
+    axes = (max(1, round(float(np.linalg.norm(across)) / 2)), half)
+    cv2.ellipse(
+        picture, centre, axes, float(np.degrees(np.arctan2(across[1], across[0]))), 0, 360, colour, thickness=-1
+    )
+
+
+def _colour(number: int, brightness: float) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(number / len(_OPENPOSE), 1.0, 1.0)
+    return tuple(int(brightness * 255 * part) for part in (red, green, blue))  # type: ignore[return-value]
+
+
+class PoseEstimator:
+    """ViTPose (Xu et al. 2022), and by choice a detector that says where people are.
+
+    Args:
+        model: a folder with a ``VitPoseForPoseEstimation`` of COCO's 17 keypoints.
+        detector: a folder with an object detection model that knows ``person``; without one each picture is taken for
+            one person's.
+        device: of both.
+    """
+
+    def __init__(self, model: Path, detector: Path | None, device: torch.device) -> None:
+        from transformers import AutoModelForObjectDetection, VitPoseForPoseEstimation
+
+        self.device, self.detector = device, None
+        self.processor, self.model = load("model", model, "poses", VitPoseForPoseEstimation, device)
+        if self.model.config.num_labels != len(_OTHER_SIDE):
+            raise ValueError(
+                f"data.control.model: {model} finds {self.model.config.num_labels} keypoints; COCO's 17 are needed"
+            )
+        if detector is None:
+            return
+        self.finder, self.detector = load("detector", detector, "object detection", AutoModelForObjectDetection, device)
+        if "person" not in self.detector.config.id2label.values():
+            raise ValueError(
+                f"data.control.detector: {detector} has no label 'person'; name one that was trained on COCO"
+            )
+
+    @torch.no_grad()
+    def people(self, picture: Image.Image) -> list[np.ndarray]:
+        """Keypoints [17, 3] of each person: x and y in pixels, and the score."""
+        boxes = self._boxes(picture)
+        if not boxes:
+            return []
+        inputs = self.processor(images=picture, boxes=[boxes], return_tensors="pt").to(self.device)
+        experts = self.model.config.backbone_config.num_experts
+        # ViTPose++ has a head a dataset; COCO's is the first.
+        head = {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=self.device)} if experts > 1 else {}
+        [found] = self.processor.post_process_pose_estimation(self.model(**inputs, **head), boxes=[boxes])
+        return [np.concatenate([p["keypoints"].numpy(), p["scores"].numpy()[:, None]], axis=1) for p in found]
+
+    def _boxes(self, picture: Image.Image) -> list[list[float]]:
+        """Left, top, width and height in pixels."""
+        if self.detector is None:
+            return [[0.0, 0.0, float(picture.width), float(picture.height)]]
+        outputs = self.detector(**self.finder(images=picture, return_tensors="pt").to(self.device))
+        [found] = self.finder.post_process_object_detection(
+            outputs, threshold=PERSON, target_sizes=[(picture.height, picture.width)]
+        )
+        names = self.detector.config.id2label
+        corners = [
+            box
+            for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True)
+            if names[label] == "person"
+        ]
+        return [[left, top, right - left, bottom - top] for left, top, right, bottom in corners]
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The map of uint8 [H, W, 3], and the same with left and right changed over."""
+        picture = Image.fromarray(pixels)
+        people = self.people(picture)
+        return skeletons(people, picture.size), skeletons([other_side(p) for p in people], picture.size)

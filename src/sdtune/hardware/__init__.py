@@ -1,0 +1,1 @@
+"""Devices, precision, memory and processes of this machine."""

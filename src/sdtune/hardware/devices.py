@@ -1,0 +1,20 @@
+"""Which device a machine computes on."""
+
+from __future__ import annotations
+
+import torch
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+def accelerator(wanted: str) -> str:
+    """Lightning's ``accelerator``; ``auto`` is a CUDA GPU if there is one, else the CPU."""
+    if wanted == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def device(wanted: str) -> torch.device:
+    """The device to sample on."""
+    kind = accelerator(wanted)
+    return torch.device("cuda" if kind == "gpu" else kind)

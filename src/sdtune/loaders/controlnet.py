@@ -1,0 +1,159 @@
+"""ControlNets put onto a backbone for sampling, at strengths chosen then, and taken off again to the bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from diffusers import ControlNetModel
+from PIL import Image
+from torch import Tensor
+
+from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.controlnet import Net
+from sdtune.backbone.controlnet_files import WEIGHTS, check_net, embedding_widths, load_net
+from sdtune.config.schema import check_value
+from sdtune.data.control.base import Computed, Resample, fit
+from sdtune.formats import read_safetensors
+from sdtune.images.files import open_picture, resize_and_crop
+
+log = logging.getLogger("sdtune")
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """A net's folder and the picture that steers it.
+
+    Args:
+        path: a ControlNet in the diffusers layout.
+        image: a map, or a picture that ``preprocess`` makes one of; its file, or the picture itself.
+        strength: factor on the net's residuals.
+        preprocess: how a map is made of the image, as it is in training by default; the image is the map if None.
+        resample: how a map is brought to the wanted size; nearest for segmentation.
+    """
+
+    path: str
+    image: str | Image.Image
+    strength: float = 1.0
+    preprocess: Literal["canny", "scribble"] | None = None
+    resample: Resample = "bilinear"
+
+    def picture(self) -> Image.Image:
+        """Mode RGB; ValueError where there is none."""
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        file = Path(self.image).expanduser()
+        if not file.is_file():
+            raise ValueError(f"control.image: {self.image} does not exist; name a picture file")
+        return open_picture(file, "control.image")
+
+    def map(self, size: tuple[int, int]) -> np.ndarray:
+        """uint8 [H, W, 3]: the image scaled to cover ``size`` (width, height) and cropped at the centre."""
+        if self.preprocess is None:
+            return fit(self.picture(), size, resample=self.resample)
+        return _computed(self.preprocess).extract(resize_and_crop(self.picture(), size))
+
+
+@cache
+def _computed(name: str) -> Computed:
+    from sdtune.data.control.edges import Canny, Scribble  # OpenCV is only loaded where it is used
+
+    return Canny() if name == "canny" else Scribble()
+
+
+def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None) -> ControlImage:
+    """What a user wrote as ``key``; ``image`` stands in for an entry that names none."""
+    merged = {**({} if image is None else {"image": image}), **entry}
+    given: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
+    hints = {
+        "path": str,
+        "image": str | Image.Image,
+        "strength": float,
+        "preprocess": Literal["canny", "scribble"] | None,
+        "resample": Resample,
+    }
+    unknown, missing = sorted(given.keys() - hints.keys()), [k for k in ("path", "image") if k not in given]
+    if unknown or missing:
+        odd = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
+        raise ValueError(f"{key}: {odd}; write {{path: NET, image: FILE, strength: 1.0, preprocess: canny}}")
+    for name, value in given.items():
+        check_value(value, hints[name], f"{key}.{name}")
+    return ControlImage(**given)
+
+
+def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
+    """ValueError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
+
+    Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
+    """
+    folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
+    learned = _facts(folder).get("preprocess", preprocess)
+    if preprocess is not None and learned != preprocess:
+        right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
+        raise ValueError(f"control.preprocess: {preprocess}, but {path} has learned from other maps; {right}")
+    theirs = _facts(folder).get("backbone", source.hash())
+    if theirs != source.hash():
+        log.warning(
+            "control.path: %s was trained on another backbone (%s) than this one (%s)",
+            path,
+            theirs[:12],
+            source.hash()[:12],
+        )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What sdtune wrote beside the net; nothing where another program did."""
+    file = folder / "sdtune.json"
+    facts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return facts
+
+
+@dataclass(frozen=True)
+class LoadedNet:
+    """A net on the backbone's device, and the weights of the UNet that was trained along with it, if one was."""
+
+    path: str
+    model: ControlNetModel
+    unet: dict[str, Tensor]
+
+
+def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedNet]:
+    """Read the nets in ``paths``, in float32."""
+    loaded = []
+    for path in paths:
+        folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
+        model = load_net(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
+        model = model.to(backbone.device).eval().requires_grad_(False)
+        backbone.suit(backbone.device, model)
+        own = folder / "unet" / WEIGHTS
+        loaded.append(LoadedNet(path, model, read_safetensors(own)[0] if own.is_file() else {}))
+    return loaded
+
+
+@contextmanager
+def applied(backbone: Backbone, nets: Sequence[LoadedNet], strengths: Sequence[float]) -> Iterator[None]:
+    """Within it, ``backbone`` samples under ``nets``, and with the UNet that one of them brings."""
+    bringing = [net for net, strength in zip(nets, strengths, strict=True) if net.unet and strength]
+    if len(bringing) > 1:
+        raise ValueError(
+            f"control: {bringing[0].path} and {bringing[1].path} each bring a UNet of their own; use one of them"
+        )
+    own = {name: p.data for name, p in backbone.unet.named_parameters()} if bringing else {}
+    try:
+        for name in own:
+            weight = backbone.unet.get_parameter(name)
+            weight.data = bringing[0].unet[name].to(weight.device, weight.dtype)
+        backbone.nets = tuple(Net(net.model, strength) for net, strength in zip(nets, strengths, strict=True))
+        yield
+    finally:
+        backbone.nets = ()
+        for name, value in own.items():
+            backbone.unet.get_parameter(name).data = value

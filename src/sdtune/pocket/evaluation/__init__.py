@@ -1,0 +1,1 @@
+"""Measurements with ground truth: what a picture of pocket's world shows is read, not guessed."""

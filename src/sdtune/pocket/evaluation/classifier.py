@@ -1,0 +1,196 @@
+"""The measuring classifier: what a picture of the world shows.
+
+A small residual CNN names the object, its size and its style; the background is read exactly from the border. It only
+measures: it never trains another network, and never chooses a checkpoint, a setting or a picture. How it is trained:
+:mod:`sdtune.pocket.pretraining.classifier`.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor, nn
+
+from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT, PLACES, SIZES, STYLES, THINGS
+from sdtune.pocket.world.scenes import SIDE, compose, draw
+from sdtune.randomness import generator
+
+NOTHING = "nothing"
+"""The object's name where none is recognisable."""
+
+OBJECTS = (*(thing.name for thing in THINGS), NOTHING)
+"""Names of the first head's outputs."""
+
+_WIDTHS = (32, 64, 128, 128)
+_BORDER = 2
+_CHUNK = 64
+
+
+class Readings(NamedTuple):
+    """What N pictures show; each probability (float32 [N]) is that of the name given."""
+
+    object: list[str]
+    size: list[str]
+    style: list[str]
+    object_probability: np.ndarray
+    size_probability: np.ndarray
+    style_probability: np.ndarray
+
+
+class _Block(nn.Module):
+    """A residual block (He et al. 2016, "Deep residual learning for image recognition", figure 2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+class Classifier(nn.Module):
+    """Pictures to the logits of three heads; ``objects``, ``sizes`` and ``styles`` name their outputs."""
+
+    def __init__(
+        self,
+        objects: tuple[str, ...] = OBJECTS,
+        sizes: tuple[str, ...] = tuple(SIZES),
+        styles: tuple[str, ...] = STYLES,
+    ) -> None:
+        super().__init__()
+        self.names = (objects, sizes, styles)
+        first = _WIDTHS[0]
+        blocks = [_Block(first, first, 1), *(_Block(a, b, 2) for a, b in pairwise(_WIDTHS))]
+        stem = (nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.trunk = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.heads = nn.ModuleList(nn.Linear(_WIDTHS[-1], len(names)) for names in self.names)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Logits [N, names] of object, size and style for ``pictures``: uint8 [N, 64, 64, 3]."""
+        features = self.trunk(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        return tuple(head(features) for head in self.heads)
+
+    @torch.no_grad()
+    def read(self, pictures: np.ndarray) -> Readings:
+        """What ``pictures`` (uint8 [N, 64, 64, 3]) show, in fp32; leaves the classifier in evaluation mode.
+
+        Raises:
+            ValueError: another shape or type, or no picture.
+        """
+        _check(pictures)
+        self.eval()
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            chunks = [
+                self(torch.from_numpy(np.array(pictures[k : k + _CHUNK])).to(device))
+                for k in range(0, len(pictures), _CHUNK)
+            ]
+        names: list[list[str]] = []
+        probabilities: list[np.ndarray] = []
+        for head, words in zip(zip(*chunks, strict=True), self.names, strict=True):
+            best = torch.cat(head).softmax(1).max(1)
+            names.append([words[k] for k in best.indices.tolist()])
+            probabilities.append(best.values.cpu().numpy())
+        return Readings(names[0], names[1], names[2], *probabilities)
+
+
+def _check(pictures: np.ndarray) -> None:
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIDE, SIDE, 3) or not len(pictures):
+        raise ValueError(f"pictures: {pictures.dtype} {list(pictures.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1")
+
+
+def background(pictures: np.ndarray) -> list[str]:
+    """The background's colour word: nearest in RGB to the median colour of the two outermost pixels on each side.
+
+    An object may reach the border on one side, but never covers half of it, so on true renders this is exact.
+
+    Args:
+        pictures: uint8 [N, 64, 64, 3].
+
+    Raises:
+        ValueError: another shape or type, or no picture.
+    """
+    colours = border_colours(pictures)
+    distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
+    return [list(BACKGROUNDS)[int(k)] for k in distances.argmin(1)]
+
+
+def border_colours(pictures: np.ndarray) -> np.ndarray:
+    """Median colour of the two outermost pixels on each side: float [N, 3] from uint8 [N, 64, 64, 3]."""
+    _check(pictures)
+    border = np.ones((SIDE, SIDE), dtype=bool)
+    border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
+    colours: np.ndarray = np.median(pictures[:, border], axis=1)
+    return colours
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
+    """``pictures`` (uint8 [N, 64, 64, 3]) through the VAE and back, by the mean latents, rounded to 8 bits."""
+    out = np.empty(pictures.shape, dtype=np.uint8)
+    for k in range(0, len(pictures), _CHUNK):
+        pixels = torch.from_numpy(np.array(pictures[k : k + _CHUNK])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        levels = ((decoded + 1) * 127.5).round().clamp(0, 255)
+        out[k : k + _CHUNK] = levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def load(folder: Path | None = None) -> Classifier:
+    """The shipped classifier, or the one that :func:`save` wrote to ``folder``: fp32, on the CPU, ready to read.
+
+    Raises:
+        ValueError: one of its two files is missing.
+    """
+    root: Traversable = folder or files("sdtune.pocket") / "models" / "classifier"
+    config, weights = root / "config.json", root / "classifier.safetensors"
+    for file in (config, weights):
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: no such file; `python -m sdtune.pocket.pretraining.classifier FOLDER` trains a classifier"
+            )
+    classifier = Classifier(**{key: tuple(names) for key, names in json.loads(config.read_text()).items()})
+    classifier.load_state_dict(tensors_from_bytes(weights.read_bytes()))
+    return classifier.eval()
+
+
+def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str, float]:
+    """How often the classifier names a held-out subject rightly: the most that any generated picture can score.
+
+    Returns:
+        ``classifier_accuracy`` on fresh true renders, over all backgrounds, sizes and places, and
+        ``classifier_accuracy_vae`` on the reconstructions of the big ones, since the VAE smears small faces.
+    """
+    rng = generator(seed, "classifier/ceilings")
+    scenes = [
+        compose(thing.name, colour, size, where, rng)
+        for thing in HELD_OUT
+        for colour in BACKGROUNDS
+        for size in SIZES
+        for where in PLACES
+    ]
+    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    names = np.array([scene.thing for scene in scenes])
+    big = np.array([scene.size == "big" for scene in scenes])
+    rebuilt = classifier.read(reconstruct(vae, pictures[big]))
+    return {
+        "classifier_accuracy": float(np.mean(np.array(classifier.read(pictures).object) == names)),
+        "classifier_accuracy_vae": float(np.mean(np.array(rebuilt.object) == names[big])),
+    }

@@ -1,0 +1,188 @@
+"""The evaluation that the picture world allows: what a picture shows is read, not guessed.
+
+These figures are of pocket's world and cannot be compared with published ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge
+
+from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.data import PictureData
+from sdtune.evaluation.clip import Clip, clip_image, clip_text
+from sdtune.evaluation.clip import check as check_clip
+from sdtune.evaluation.distances import distances, nearest, prior_drift
+from sdtune.evaluation.draw import draw, draw_base, references, trained
+from sdtune.evaluation.strengths import strength_grid
+from sdtune.evaluation.subject_metrics import ClipFigures
+from sdtune.files import write_json
+from sdtune.images.grids import grid, save_png
+from sdtune.pocket.evaluation import classifier
+from sdtune.pocket.world.data import Subject
+from sdtune.pocket.world.objects import BACKGROUNDS, PLACES
+from sdtune.pocket.world.scenes import SIDE, compose
+from sdtune.pocket.world.scenes import draw as draw_scene
+from sdtune.randomness import generator
+from sdtune.sampling.loop import Request, Sampling
+
+log = logging.getLogger("sdtune")
+
+READINGS = "readings.json"
+"""In an evaluation's folder: what was read off each picture."""
+
+
+def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, float]:
+    """The mean of each figure; the readings of the single pictures are kept in ``folder``, for intervals."""
+    write_json(folder / READINGS, readings)
+    return {key: sum(values) / len(values) for key, values in readings.items()}
+
+
+class SubjectFigures:
+    """Is the subject there, on the background that was asked for, and is its class still the class?
+
+    All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of pictures that the measuring
+    classifier reads as the subject; ``background_accuracy``: share whose border has the colour of the prompt. Both on
+    backgrounds absent from the training pictures, big objects, for the base too (``base_``).
+    ``ceiling_subject_accuracy`` is the classifier's on true renders of the subject that went through the VAE;
+    ``subject_gain`` = (value - base) / (ceiling - base): 0 is the base, 1 the ceiling; it can be negative, and a
+    little above 1.
+
+    Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the
+    subject; ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's (0 where
+    all are one, 1 as the base); ``prior_drift``, how far they are from the base's
+    (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
+    :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures; pictures that are not of pocket's world are
+    measured by that one instead.
+
+    Args:
+        pictures: how many are drawn of the subject.
+        class_pictures: how many of the class; 0 leaves its figures out.
+        seed: of the first picture; the others follow.
+        clip: as in :class:`sdtune.evaluation.ClipFigures`.
+        sampling: how.
+    """
+
+    def __init__(
+        self,
+        pictures: Annotated[int, Ge(1)] = 210,
+        class_pictures: Annotated[int, Ge(0)] = 0,
+        seed: Annotated[int, Ge(0)] = 1000,
+        clip: str | None = "pocket",
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.count, self.class_count, self.seed, self.clip = pictures, class_pictures, seed, clip
+        self.sampling = sampling or Sampling()
+        if class_pictures and clip is None:
+            raise ValueError("evaluation.class_pictures: class_diversity needs a CLIP; give evaluation.clip=pocket too")
+
+    names: tuple[str, ...] = (
+        *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
+        *("prior_drift", "class_diversity", "class_distance", "diversity", "memorisation", "clip_image", "clip_text"),
+    )
+    """Of its figures."""
+
+    def check(self, data: PictureData, facts: Facts) -> None:
+        """ValueError before any weights are loaded."""
+        if not isinstance(data, Subject):
+            self._of_any_pictures().check(data, facts)
+            self.names = ClipFigures.names
+            return
+        if facts.side != SIDE:
+            raise ValueError(
+                f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}"
+            )
+        self.sampling.check(facts.factor)
+        if self.clip is not None:
+            check_clip(self.clip)
+
+    def _of_any_pictures(self) -> ClipFigures:
+        # As many as the world's small pictures are drawn at once would be too many of Stable Diffusion's.
+        sampling = replace(self.sampling, batch_size=min(self.sampling.batch_size, 8))
+        count = max(2, min(self.count, 32))
+        return ClipFigures(pictures=count, seed=self.seed, clip=self.clip, sampling=sampling)
+
+    def run(
+        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+    ) -> dict[str, Any]:
+        """The figures; grids of what was measured go to ``folder``."""
+        if not isinstance(data, Subject):
+            log.info("evaluation: these pictures are not of pocket's world; they are measured as by evaluation=clip")
+            return self._of_any_pictures().run(source, data, artifact, name, device, folder)
+        unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
+        wanted = [unseen[i % len(unseen)] for i in range(self.count)]
+        requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
+        colours = list(BACKGROUNDS)
+        plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
+        others = [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
+        reader = classifier.load()
+
+        drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
+        with trained(source, artifact, name, device) as backbone:
+            drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+            ceiling = self._ceiling(backbone, reader, data.subject, unseen)
+        clip = Clip(self.clip, device) if self.clip else None  # runs that share a backbone all wait for the drawing
+        figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
+        readings: dict[str, list[float]] = {}
+        for prefix, both in drawn.items():
+            pictures, classes = both[: self.count], both[self.count :]
+            stack = np.stack(pictures)
+            read = np.array(reader.read(stack).object)
+            readings[f"{prefix}subject_accuracy"] = (read == data.subject).tolist()
+            right = np.array(classifier.background(stack)) == np.array(wanted)
+            readings[f"{prefix}background_accuracy"] = right.tolist()
+            if clip is not None:
+                embedded = clip.pictures(pictures)
+                readings[f"{prefix}diversity"] = distances(embedded)
+                readings[f"{prefix}memorisation"] = nearest(embedded, clip.pictures(references(data)))
+                figures[f"{prefix}clip_image"] = clip_image(clip, pictures, references(data))
+                figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
+            columns = len(unseen)
+            rows = [pictures[i : i + columns] for i in range(0, min(len(pictures), 8 * columns), columns)]
+            save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}pictures.png")
+            if classes and clip is not None:
+                leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
+                readings[f"{prefix}prior_leak"] = leaked.tolist()
+                readings[f"{prefix}class_distance"] = distances(clip.pictures(classes))
+                columns = len(colours)
+                rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
+                save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
+        strength_grid(source, artifact, requests, self.sampling, device, folder)
+        figures |= shares(readings, folder)
+        if others and clip is not None:
+            figures["prior_drift"] = prior_drift(*(clip.pictures(drawn[key][self.count :]) for key in ("", "base_")))
+            figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
+        room = ceiling - figures["base_subject_accuracy"]
+        gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
+        figures["subject_gain"] = gain / room if room > 0 else None
+        reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
+        if not others:
+            why = "no pictures of the class alone are drawn: evaluation.class_pictures=210"
+            reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
+        return {**dict.fromkeys(reasons), **figures, **({"reasons": reasons} if reasons else {})}
+
+    def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
+        rng = generator(self.seed, "evaluation/ceiling")
+        places = list(PLACES)
+        scenes = [
+            compose(subject, backgrounds[i % len(backgrounds)], "big", places[i % len(places)], rng)
+            for i in range(self.count)
+        ]
+        pixels = torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])).permute(0, 3, 1, 2)
+        correct = 0
+        with torch.no_grad():
+            for part in torch.split(pixels, 32):
+                moments = backbone.encode_images(part.to(backbone.device).float() / 127.5 - 1)
+                means = moments.chunk(2, dim=1)[0]
+                shown = backbone.decode(backbone.latents(moments, torch.zeros_like(means)))
+                stack = (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                correct += sum(name == subject for name in reader.read(stack).object)
+        return correct / self.count

@@ -1,0 +1,127 @@
+"""Puts pocket's parts together: ``python -m sdtune.pocket.pretraining.assemble FOLDER [--unet DIR] [--ship]``.
+
+Without ``--unet``: ``FOLDER/pipeline``, whose UNet has only its config, which is what the UNet's training starts from.
+With it: the same with that UNet's weights. ``--ship`` writes the package's own models, UNet and CLIP in half precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModel
+
+from sdtune.formats.pipeline import save_text_encoder
+from sdtune.pocket import clip_path, path
+from sdtune.pocket.world.scenes import SIDE
+
+_UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (64, 128, 192),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 192,
+    "attention_head_dim": (1, 4, 6),  # diffusers' name for the number of heads
+    "norm_num_groups": 16,
+}
+
+_PIXELS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "size": {"height": SIDE, "width": SIDE},
+    "do_center_crop": False,
+}
+
+
+def _text_encoder(clip: Path, target: Path) -> None:
+    model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+    encoder = CLIPTextModel(model.config.text_config)
+    encoder.load_state_dict(
+        {k.removeprefix("text_model."): v for k, v in model.state_dict().items() if k.startswith("text_model.")}
+    )
+    # In float32 also where it is shipped: transformers keeps a stored half precision, and the pipeline would mix two.
+    save_text_encoder(encoder, target)
+
+
+def _half(target: Path, stem: str) -> None:
+    file = target / f"{stem}.safetensors"
+    save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+def assemble(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
+    """Write the pipeline folder ``final`` from the trained parts in ``folder``, whole or not at all."""
+    target = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    shutil.copytree(folder / "tokenizer", target / "tokenizer")
+    AutoencoderKL.from_pretrained(folder / "vae").save_pretrained(target / "vae")
+    _text_encoder(folder / "clip", target / "text_encoder")
+    DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    ).save_pretrained(target / "scheduler")
+    if unet is None:
+        UNet2DConditionModel(**_UNET).save_config(target / "unet")
+    else:
+        UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
+    if ship:
+        _half(target / "unet", "diffusion_pytorch_model")
+    for config in target.glob("*/config.json"):
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)  # where it lay on the machine that trained it
+        config.write_text(json.dumps(content, indent=2) + "\n")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.36.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    target.rename(final)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdtune.pocket.pretraining.assemble", description="Put pocket together."
+    )
+    parser.add_argument("folder", type=Path, help="where tokenizer, clip and vae lie")
+    parser.add_argument("--unet", type=Path, help="folder of the trained UNet")
+    parser.add_argument("--ship", action="store_true", help="write the package's models")
+    arguments = parser.parse_args()
+    target = path() if arguments.ship else arguments.folder / "pipeline"
+    assemble(arguments.folder, target, arguments.unet, arguments.ship)
+    if arguments.ship:
+        CLIPModel.from_pretrained(arguments.folder / "clip", dtype=torch.float16).save_pretrained(clip_path())
+        (clip_path() / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n")
+        classifier = clip_path().parent / "classifier"
+        shutil.rmtree(classifier, ignore_errors=True)
+        shutil.copytree(arguments.folder / "classifier", classifier)
+    size = sum(f.stat().st_size for f in target.parent.rglob("*") if f.is_file())
+    print(f"{target}: {size / 1e6:.1f} MB with what lies beside it")
+
+
+if __name__ == "__main__":
+    main()

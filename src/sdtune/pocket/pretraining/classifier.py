@@ -1,0 +1,165 @@
+"""The measuring classifier's training: ``python -m sdtune.pocket.pretraining.classifier FOLDER [STEPS]``.
+
+It learns from true renders of all things, the held-out subjects too, in both styles and in every combination. A quarter
+of them went through FOLDER's VAE and keep their labels, so that the ceiling on reconstructions is a fair one. A mild
+blur keeps the labels as well. A strong blur, and an even mix of two things, are the extra class :data:`NOTHING`, so
+that a smear is not counted as the object that it resembles most; they say nothing about size and style.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image, ImageFilter
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdtune.pocket.evaluation.classifier import NOTHING, OBJECTS, Classifier, ceilings, load, reconstruct
+from sdtune.pocket.pretraining.loop import Pretraining, pretrain
+from sdtune.pocket.pretraining.vae import SEED
+from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, STYLES
+from sdtune.pocket.world.scenes import Scene, compose, draw
+from sdtune.randomness import generator
+
+PICTURES = 30_000
+STEPS = 1_500
+BATCH = 128
+
+_ROUND_TRIP_EVERY = 4
+_STRONG_BLUR, _MIX, _MILD_BLUR = 0.1, 0.1, 0.2  # shares of a batch
+# Gaussian sigmas as shares of the object's box: mild leaves details, strong at most four blobs across, at the far end
+# an empty background. Between the two nobody could say, so nothing is drawn there.
+_MILD_SIGMA = (0.0, 0.025)
+_STRONG_SIGMA = (0.1, 0.5)
+_UNKNOWN = -100  # cross_entropy's ignore_index
+
+
+def pool_scene(index: int) -> Scene:
+    """Scene ``index`` of the classifier's training pictures: any thing in any combination and style."""
+    rng = generator(SEED, "classifier/scene", index)
+    thing, colour, size, where, style = (
+        options[int(rng.integers(len(options)))]
+        for options in (OBJECTS[:-1], list(BACKGROUNDS), list(SIZES), list(PLACES), STYLES)
+    )
+    return compose(thing, colour, size, where, rng, style)
+
+
+def pool_pictures(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
+    """Pictures of the scenes 0..count-1, every fourth through ``vae``: uint8 [count, 64, 64, 3], memory-mapped.
+
+    The file in ``folder`` is named by the VAE's weights, so that another VAE gets another pool.
+    """
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values()))
+    path = folder / f"pool-{SEED}-{count}-{weights.hexdigest()[:12]}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pool = np.stack([np.asarray(draw(pool_scene(index))) for index in range(count)])
+        pool[::_ROUND_TRIP_EVERY] = reconstruct(vae, pool[::_ROUND_TRIP_EVERY])
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as handle:
+            np.save(handle, pool)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    pictures: np.ndarray = np.load(path, mmap_mode="r")
+    return pictures
+
+
+def _blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma)))
+
+
+class PoolBatches:
+    """Pictures of the pool, some spoilt, with the truth: ``pictures`` and ``truth`` (object, size, style) [B, 3]."""
+
+    def __init__(self, pool: np.ndarray) -> None:
+        self.pool = pool
+        scenes = [pool_scene(index) for index in range(len(pool))]
+        words = (OBJECTS, tuple(SIZES), STYLES)
+        self.truth = np.array(
+            [[w.index(x) for w, x in zip(words, (s.thing, s.size, s.style), strict=True)] for s in scenes]
+        )
+        self.backgrounds = np.array([list(BACKGROUNDS).index(scene.background) for scene in scenes])
+        self.sides = np.array([scene.side for scene in scenes])
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        rng = generator(SEED, "classifier/batch", step)
+        indices = rng.integers(len(self.pool), size=BATCH)
+        pictures, truth = self.pool[indices], self.truth[indices]
+        for k, index in enumerate(indices):
+            fate = rng.random()
+            if fate < _STRONG_BLUR + _MIX:
+                strong = fate < _STRONG_BLUR
+                pictures[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self._mix(int(index), rng)
+                truth[k] = (OBJECTS.index(NOTHING), _UNKNOWN, _UNKNOWN)
+            elif fate < _STRONG_BLUR + _MIX + _MILD_BLUR:
+                pictures[k] = self._smear(int(index), _MILD_SIGMA, rng)
+        return {"pictures": torch.from_numpy(pictures), "truth": torch.from_numpy(truth)}
+
+    def _smear(self, index: int, sigma: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+        return _blurred(self.pool[index], float(rng.uniform(*sigma)) * int(self.sides[index]))
+
+    def _mix(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        # Of one background: a mix of two would be known by a colour that no true picture has, not by its object.
+        others = (self.backgrounds == self.backgrounds[index]) & (self.truth[:, 0] != self.truth[index, 0])
+        other = self.pool[rng.choice(np.flatnonzero(others))]
+        share = rng.uniform(0.4, 0.6)
+        mixed: np.ndarray = (share * self.pool[index] + (1 - share) * other).round().astype(np.uint8)
+        return mixed
+
+
+class ClassifierTraining(Pretraining):
+    def __init__(self, steps: int = STEPS, lr: float = 2e-3) -> None:
+        super().__init__(lr, steps, weight_decay=0.05)
+        self.classifier = Classifier()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        logits = self.classifier(batch["pictures"])
+        loss = sum(
+            (
+                F.cross_entropy(head.float(), batch["truth"][:, k], ignore_index=_UNKNOWN)
+                for k, head in enumerate(logits)
+            ),
+            start=torch.zeros((), device=logits[0].device),
+        )
+        return {"loss": loss, "object": (logits[0].argmax(1) == batch["truth"][:, 0]).float().mean().detach()}
+
+
+def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, pictures: int = PICTURES) -> Classifier:
+    """Train on ``pictures`` pictures for ``steps`` steps; pool and checkpoint stay in ``folder``, to go on from."""
+    batches = PoolBatches(pool_pictures(folder, vae, pictures))
+    torch.manual_seed(SEED)
+    module = ClassifierTraining(steps)
+    pretrain(module, batches, folder)
+    return module.classifier.eval()
+
+
+def save(classifier: Classifier, folder: Path) -> None:
+    """Write ``classifier.safetensors`` (fp16) and ``config.json`` (the names of each head's outputs)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
+    save_file(tensors, folder / "classifier.safetensors")
+    objects, sizes, styles = classifier.names
+    (folder / "config.json").write_text(json.dumps({"objects": objects, "sizes": sizes, "styles": styles}, indent=1))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
+    vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).eval()
+    save(train(folder / "classifier-training", vae, steps), folder / "classifier")
+    # Of what was written, so that the rounding to fp16 is measured too.
+    print(ceilings(load(folder / "classifier"), vae, SEED))
+
+
+if __name__ == "__main__":
+    main()

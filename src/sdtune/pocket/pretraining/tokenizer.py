@@ -1,0 +1,55 @@
+"""Pocket's tokenizer: CLIP's byte-level BPE (Radford et al. 2021, section 2.4), merges learned from captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from sdtune.pocket.world.arrays import caption
+from sdtune.pocket.world.objects import HELD_OUT, THINGS
+
+MAX_LENGTH = 32
+"""Tokens of a prompt with its start and end; the longest caption of the world has 22."""
+
+_MERGES = 700
+_CAPTIONS = 20_000
+_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_SPECIALS = ["<|startoftext|>", "<|endoftext|>"]
+
+
+def train(folder: Path, seed: int) -> CLIPTokenizer:
+    """Learn the merges; write the tokenizer as vocab.json and merges.txt (older clients) and as tokenizer.json."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The held-out members' names are words like any other, so they are spelt from the same pieces.
+    names = [thing.name for thing in (*THINGS, *HELD_OUT)]
+    corpus = [caption(seed, index) for index in range(_CAPTIONS)] + names * 50
+    size = 2 * len(alphabet) + _MERGES
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=20, show_progress=False
+        ),
+    )
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    # CLIP's order: bytes, bytes that end a word, merges, specials. The end token is the highest id, which older
+    # text encoders take as the place to pool.
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
+    tokens += [left + right for left, right in merges if left + right not in set(tokens)] + _SPECIALS
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[tuple(m) for m in merges], model_max_length=MAX_LENGTH)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return tokenizer

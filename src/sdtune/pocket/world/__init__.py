@@ -1,0 +1,1 @@
+"""The image world that pocket was trained on."""

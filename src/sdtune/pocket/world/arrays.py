@@ -1,0 +1,35 @@
+"""The training world as arrays, drawn once and kept on disk: reading is faster than drawing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from sdtune.pocket.world.captions import training_caption
+from sdtune.pocket.world.scenes import SIDE, draw, training_scene
+from sdtune.randomness import generator
+
+
+def training_pictures(folder: Path, seed: int, count: int) -> np.ndarray:
+    """Pictures 0..count-1 of the training world: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
+    path = folder / f"pictures-{seed}-{count}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as handle:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
+            np.lib.format.write_array_header_1_0(handle, header)
+            for index in range(count):
+                handle.write(np.asarray(draw(training_scene(seed, index))).tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    pictures: np.ndarray = np.load(path, mmap_mode="r")
+    return pictures
+
+
+def caption(seed: int, index: int) -> str:
+    """The caption of training picture ``index``."""
+    return training_caption(training_scene(seed, index), generator(seed, "world/caption", index))

@@ -1,0 +1,158 @@
+"""Data drawn from the picture world: pocket's own training pictures, and a subject that it has never seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge
+from PIL import Image
+
+from sdtune.data.datamodule import PictureData
+from sdtune.data.samples import Sample
+from sdtune.images.files import resize_and_crop
+from sdtune.paths import pocket_art
+from sdtune.pocket.world.arrays import caption
+from sdtune.pocket.world.captions import article, full_caption
+from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, HELD_OUT, PLACES, SIZES
+from sdtune.pocket.world.scenes import SIDE, Scene, compose, draw, mask, training_scene
+from sdtune.randomness import generator
+
+
+@cache
+def _art_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(pocket_art().rglob("*.webp")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class SceneSample:
+    """A scene with a caption, drawn when it is looked at."""
+
+    def __init__(self, scene: Scene, caption: str) -> None:
+        self.scene, self.caption = scene, caption
+        self.size, self.repeats = (SIDE, SIDE), 1
+
+    def __str__(self) -> str:
+        return str(self.scene)
+
+    def content(self) -> str:
+        """A drawing is a function of its scene and of the art, so those name its content."""
+        return hashlib.sha256(f"{self.scene}/{_art_hash()}".encode()).hexdigest()
+
+    def picture(self) -> Image.Image:
+        return draw(self.scene)
+
+    def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        return resize_and_crop(self.picture(), size, offset, flip)
+
+    def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
+        """The object alone counts."""
+        return resize_and_crop(mask(self.scene).convert("RGB"), size, offset, flip)[..., 0]
+
+
+def _prompt(noun: str, background: str, size: str | None) -> str:
+    return f"a photo of {article(f'{size} {noun}' if size else noun)} on {article(background)} background"
+
+
+@dataclass(kw_only=True, eq=False)
+class World(PictureData):
+    """The world that pocket was trained on.
+
+    Args:
+        pictures: how many different ones.
+        world_seed: which ones.
+        validation_pictures: further ones for the validation loss.
+    """
+
+    pictures: Annotated[int, Ge(1)] = 40_000
+    world_seed: int = 0
+    validation_pictures: Annotated[int, Ge(0)] = 0
+
+    name: str = field(default="world", init=False)
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        count = self.pictures + self.validation_pictures
+        samples = [SceneSample(training_scene(self.world_seed, i), caption(self.world_seed, i)) for i in range(count)]
+        return samples[: self.pictures], samples[self.pictures :]
+
+
+@dataclass(kw_only=True, eq=False)
+class Subject(PictureData):
+    """A few pictures of one held-out member of a known class, each on a background of its own.
+
+    Args:
+        subject: the held-out thing.
+        pictures: how many, on as many backgrounds.
+        token: the rare word that is to mean the subject.
+        with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
+        validation_pictures: further ones for the validation loss, on backgrounds that the others do not have.
+    """
+
+    subject: str = "parrot"
+    pictures: Annotated[int, Ge(1)] = 5
+    token: str = "sks"
+    with_class: bool = True
+    validation_pictures: Annotated[int, Ge(0)] = 0
+
+    name: str = field(default="subject", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        held_out = [thing.name for thing in HELD_OUT]
+        if self.subject not in held_out:
+            raise ValueError(
+                f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}"
+            )
+        if self.pictures > len(BACKGROUNDS) - 2:
+            raise ValueError(f"data.pictures: {self.pictures} leaves too few unseen backgrounds; give at most 10")
+        self.name = self.subject.replace(" ", "_")
+
+    @property
+    def noun(self) -> str:
+        """What a prompt calls the subject: "sks bird"."""
+        return f"{self.token} {BY_NAME[self.subject].word}" if self.with_class else self.token
+
+    @property
+    def class_word(self) -> str:
+        """What the subject is a member of."""
+        return BY_NAME[self.subject].word
+
+    def backgrounds(self) -> list[str]:
+        """The backgrounds of the pictures, in order; every other one is absent from them."""
+        order = generator(0, f"subject/{self.subject}").permutation(len(BACKGROUNDS))
+        return [list(BACKGROUNDS)[int(i)] for i in order[: self.pictures]]
+
+    def prompt(self, background: str, size: str | None = None) -> str:
+        """A prompt for the subject on a background."""
+        return _prompt(self.noun, background, size)
+
+    def class_text(self, background: str, size: str | None = None) -> str:
+        """A prompt for the class on a background."""
+        return _prompt(self.class_word, background, size)
+
+    def scenes(self) -> list[Scene]:
+        """What the pictures show: both sizes, all places."""
+        return self._scenes(self.backgrounds(), "scene")
+
+    def _scenes(self, backgrounds: Sequence[str], stream: str) -> list[Scene]:
+        rng = generator(0, f"subject/{self.subject}/{stream}")
+        sizes, places = list(SIZES), list(PLACES)
+        return [
+            compose(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
+            for i, background in enumerate(backgrounds)
+        ]
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        absent = [background for background in BACKGROUNDS if background not in self.backgrounds()]
+        held_out = self._scenes([absent[i % len(absent)] for i in range(self.validation_pictures)], "validation")
+        train, validation = (
+            [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in scenes]
+            for scenes in (self.scenes(), held_out)
+        )
+        return train, validation

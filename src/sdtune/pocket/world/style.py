@@ -1,0 +1,60 @@
+"""A style that pocket has never seen: the same objects as Noto Color Emoji draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge
+
+from sdtune.data.datamodule import PictureData
+from sdtune.data.samples import Sample
+from sdtune.pocket.world.captions import full_caption
+from sdtune.pocket.world.data import SceneSample
+from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, TRAINED, Thing
+from sdtune.pocket.world.scenes import Scene, compose
+from sdtune.randomness import generator
+
+STYLE = "noto"
+
+
+def drawn() -> list[Thing]:
+    """The objects that the style has drawings of its own for, in a fixed random order."""
+    own = [thing for thing in TRAINED if thing.recolour is None]
+    return [own[int(i)] for i in generator(0, "style/objects").permutation(len(own))]
+
+
+@dataclass(kw_only=True, eq=False)
+class Style(PictureData):
+    """Pictures of some objects in the style, captioned as pocket's own with the style's word behind.
+
+    Args:
+        objects: of how many things; the others serve the evaluation.
+        pictures: how many, objects, backgrounds, sizes and places by turns and at random.
+        token: what captions call the style: "in sks style".
+    """
+
+    objects: Annotated[int, Ge(1)] = 20
+    pictures: Annotated[int, Ge(1)] = 200
+    token: str = "sks"
+
+    name: str = field(default="style", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(drawn()) - self.objects < 1:
+            raise ValueError(f"data.objects: the style has {len(drawn())} objects, and some must be left to measure on")
+
+    def caption(self, scene: Scene) -> str:
+        """What a prompt calls ``scene`` in the style."""
+        return f"{full_caption(scene)}, in {self.token} style"
+
+    def _scene(self, number: int) -> Scene:
+        rng = generator(0, "style/scene", number)
+        background, size, place = (list(table)[int(rng.integers(len(table)))] for table in (BACKGROUNDS, SIZES, PLACES))
+        return compose(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
+
+    def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        scenes = [self._scene(number) for number in range(self.pictures)]
+        return [SceneSample(scene, self.caption(scene)) for scene in scenes], []

@@ -1,0 +1,65 @@
+"""The config that a run began with, and whether another says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sdtune.paths import command_line_folder
+
+MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
+"""Starts of the overrides that a resumed run may have of its own."""
+
+
+def last_start(run: Path) -> Path:
+    """Hydra's folder of the last time that ``run`` was started or resumed."""
+    resumed = [file.parent for file in (run / ".hydra").glob("resume-*/overrides.yaml")]
+    return max(resumed, key=lambda folder: int(folder.name.removeprefix("resume-")), default=run / ".hydra")
+
+
+def own_config_folder(run: Path) -> str | None:
+    """The ``--config-dir`` of the command line that ``run`` began with."""
+    kept = run / ".hydra" / "hydra.yaml"
+    sources = OmegaConf.select(OmegaConf.load(kept), "hydra.runtime.config_sources") if kept.is_file() else None
+    return command_line_folder(sources or [])
+
+
+def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
+    """ValueError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
+
+    Recipes and defaults are composed from the files of today, which may have been edited since. What is new in them, or
+    gone, is passed over: a later version of sdtune still resumes.
+    """
+    kept = OmegaConf.load(run / ".hydra" / "config.yaml")
+    before, now = flat(OmegaConf.to_container(kept, resolve=False)), flat(config)
+    free = tuple(f.rstrip("=") for f in MAY_CHANGE)
+    fixed = {
+        key: value
+        for key, value in before.items()
+        if not key.startswith(free) and key != "resume" and not (isinstance(value, str) and "${" in value)
+    }
+    key = first_change(fixed, now)
+    if key is not None:
+        raise ValueError(
+            f"resume: {key} is {now[key]!r} now and was {fixed[key]!r} when the run began; put the recipe or default"
+            " that sets it back"
+        )
+
+
+def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first key of ``before`` that has another value ``now``; what is new since, or gone, is passed over."""
+    return next((key for key, value in before.items() if key in now and now[key] != value), None)
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf of a nested container."""
+    if not isinstance(node, Mapping):
+        return {key: node}
+    return {
+        name: leaf
+        for part, value in node.items()
+        for name, leaf in flat(value, f"{key}.{part}" if key else part).items()
+    }

@@ -1,0 +1,12 @@
+"""Names of files and folders that a run leaves."""
+
+from __future__ import annotations
+
+CARD = ("README.md", "samples.png")
+"""The model card's, in an artifact's folder."""
+
+BEST = "best.ckpt"
+"""The checkpoint of the lowest validation loss."""
+
+READINGS = "readings.json"
+"""In an evaluation's folder: what was read off each picture."""

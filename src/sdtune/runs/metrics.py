@@ -1,0 +1,40 @@
+"""A run's metrics: which way they go, how they are written, and how people read them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+LOWER_IS_BETTER = frozenset(
+    {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
+    | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
+)
+
+SHARES = frozenset(
+    {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
+)
+"""Shares of pictures that are right: one of n pictures is the least that they can change by."""
+
+OF_TRAINING = (
+    *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
+    *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
+)
+"""Figures of ``metrics.json`` that every run has, and no evaluation makes again."""
+
+
+def finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """``figures``, what is NaN or infinite null with its reason: JSON has neither."""
+    odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
+    reasons = {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
+    return {**figures, **dict.fromkeys(odd), "reasons": reasons} if odd else figures
+
+
+def unit(value: float, metric: str, digits: int = 4) -> str:
+    """``value`` in the unit that suits ``metric``; plain numbers to so many significant ``digits``."""
+    if metric.endswith("_bytes"):
+        return f"{value / 1024**2:,.2f} MiB" if value < 10 * 1024**2 else f"{value / 1024**2:,.0f} MiB"
+    if metric == "seconds" or metric.startswith("seconds_"):
+        return f"{value:,.0f} s"
+    if metric in ("trainable_parameters", "steps"):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"

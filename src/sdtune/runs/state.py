@@ -1,0 +1,25 @@
+"""How a run ended, as its folder says. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STATE = "job.json"
+"""Of a job's folder: its overrides, its ``state`` (done, failed, pruned, or unfinished), and why."""
+
+UNFINISHED = "unfinished"
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` is complete."""
+    return (folder / "metrics.json").is_file()
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """What ``folder`` says of its job; a run that was completed by itself since is done."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if finished(folder):
+        state = {key: value for key, value in state.items() if key != "error"} | {"state": "done"}
+    return state

@@ -1,0 +1,71 @@
+"""Pictures in Python: with adapters and control at strengths chosen now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdtune.backbone import Pretrained
+from sdtune.sampling.loop import Sampling
+
+
+def sample(
+    prompt: str | Sequence[str],
+    adapters: Sequence[dict[str, Any]] = (),
+    *,
+    control: str | Path | Sequence[dict[str, Any]] = (),
+    control_image: str | Path | Image.Image | None = None,
+    backbone: Pretrained | None = None,
+    seeds: Sequence[int] = (0,),
+    sampling: Sampling | None = None,
+    device: str | None = None,
+) -> list[Image.Image]:
+    """Pictures of each prompt with each seed, prompts outermost.
+
+    Args:
+        prompt: one or more.
+        adapters: ``{"path": FILE, "strength": 0.8}`` each; a run's ``artifact`` folder is a path too.
+        control: the folder of a ControlNet, or ``{"path": NET, "image": FILE, "strength": 1.0, "preprocess": "canny"}``
+            for each of several (:class:`sdtune.loaders.controlnet.ControlImage`); their residuals add up.
+        control_image: a picture or its file, for each net that names no image of its own.
+        backbone: pocket if None.
+        seeds: one picture a prompt and seed.
+        sampling: steps, guidance, size, solver; the backbone's guidance if None.
+        device: as in torch; an accelerator if there is one.
+
+    Raises:
+        ValueError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
+    """
+    import torch
+    from PIL import Image
+
+    from sdtune.backbone import Pretrained
+    from sdtune.loaders import controlnet as controlnets
+    from sdtune.loaders import lora as files
+    from sdtune.sampling.loop import Request, Sampling, generate
+
+    source = backbone or Pretrained(guidance=3.0)
+    wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
+    for file in wanted:
+        files.check_file(file.path, source.hash())
+    entries = [{"path": control}] if isinstance(control, str | Path) else control
+    controls = [controlnets.read(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
+    settings = sampling or Sampling(guidance=source.guidance)
+    maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
+    for one in controls:
+        controlnets.check(one.path, source, one.preprocess)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded_backbone = source.load().to(place)
+    loaded_backbone.suit(place)
+    loaded = files.load(loaded_backbone, wanted)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
+    nets = controlnets.load(loaded_backbone, source, [one.path for one in controls])
+    with (
+        controlnets.applied(loaded_backbone, nets, [one.strength for one in controls]),
+        files.applied(loaded_backbone, loaded, [file.strength for file in wanted]),
+    ):
+        return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]

@@ -1,0 +1,57 @@
+"""How many runs a device holds at once, by what ``sdtune plan`` counts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from sdtune.hardware.precision import HALVES
+from sdtune.planning.memory import ALLOWANCE
+from sdtune.planning.request import PlanRequest, count
+from sdtune.training.caching import drawn_at_once
+
+_WORKSPACE = 32 * 2**20
+"""Bytes that cuBLAS keeps for a thread, of which each run has its own: torch's default on Hopper, its largest."""
+
+
+def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devices: int = 1) -> int:
+    """How many of ``jobs`` runs fit at once, at least 1.
+
+    Args:
+        requests: what any of the runs may cost, one request for each optimizer.
+        jobs: how many there are.
+        device: where they train.
+        devices: how many devices are in use.
+    """
+    costs = [_costs(request, device) for request in requests]
+    kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
+    free = _free(device, devices) - ALLOWANCE - base
+    fitting: int = min(jobs, free // (kept + step), (free - previews) // max(1, kept))
+    return max(1, fitting)
+
+
+def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
+    """Bytes: what a run keeps, what its step takes beside it, what pictures take, and what all runs have in common."""
+    # Pictures of several runs are drawn in passes of so many, while what all keep stays where it is.
+    figures = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))
+    cost = figures.checkpointed if request.gradient_checkpointing else figures.plain
+    # Padded, pairs lie beside themselves, and their gradients do.
+    padded = (2 if request.precision in HALVES else 4) * figures.total.trained
+    kept = figures.state + figures.average + 4 * figures.total.trained + padded
+    step = padded + (cost.together if request.accumulation == 1 else cost.activations + figures.gradients)
+    base = figures.total.bytes
+    if request.precision in HALVES:
+        # The base stays as it was loaded, for runs that have ended draw on it, beside the half that is trained on.
+        base += sum(4 * part.frozen for part in figures.components if part.name != "vae")
+    if device.type == "cuda":
+        kept += _WORKSPACE
+    return kept, step, figures.previews, base
+
+
+def _free(device: torch.device, devices: int) -> int:
+    """Bytes of a device, or its share of those that a CPU's machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available) // devices

@@ -1,0 +1,301 @@
+"""A backbone that is in memory once for several runs, and goes forward and back for all of them at once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.errors import RunFailed
+from sdtune.hardware.allocator import release
+from sdtune.hardware.memory import peak_memory, reset_peak_memory
+from sdtune.hardware.precision import HALVES
+from sdtune.methods.base import Adapter
+from sdtune.shared_backbone.batched_unet import Joint, Mode, mapped, shape
+from sdtune.shared_backbone.padding import Pair
+from sdtune.shared_backbone.step_coordinator import Question
+from sdtune.training.caching import drawn_at_once
+
+log = logging.getLogger("sdtune")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class Forward(Question):
+    """One run's call of its UNet: ``inputs`` all have its samples in their first dimension.
+
+    ``pairs`` are what a finished run left, on the weights as they were loaded; None for those that the UNet trains.
+    ``seed`` is of its dropout.
+    """
+
+    unet: UNet2DConditionModel
+    inputs: dict[str, Any]
+    mode: Mode
+    pairs: Mapping[str, Pair] | None = None
+    seed: int = 0
+
+    @property
+    def joint(self) -> bool:
+        return self.mode.gradients
+
+
+@dataclass
+class Back(Question):
+    """One run's loss, whose gradients it waits for."""
+
+    loss: Tensor
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+
+class Shared(Pretrained):
+    """``source`` for several runs: each load is a model of its own on the same weights.
+
+    Args:
+        beside: see :attr:`sdtune.backbone.backbone.Backbone.beside`.
+        leave: gives, for what is loaded now, what ends its run where it is asked to stop.
+    """
+
+    def __init__(
+        self, source: Pretrained, pool: Pool, beside: Callable[..., Any], leave: Callable[[], Callable[..., None]]
+    ) -> None:
+        self.__dict__.update(source.__dict__)
+        self._source, self._pool, self._beside, self._leave = source, pool, beside, leave
+
+    def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
+        # In float32 whatever is asked for: pictures are drawn with the same weights; settle() halves for training.
+        loaded = self._pool.copied(self._source)
+        loaded.beside = self._beside
+        # Caches are filled and pictures of the class drawn without a question, for minutes where there are many.
+        leave = self._leave()
+        for part in (loaded.unet, loaded.vae.encoder):
+            part.register_forward_pre_hook(leave)
+        return loaded
+
+
+class Pool:
+    """The weights that runs share, and the UNets that work for all of them.
+
+    Args:
+        device: where they train.
+        precision: Lightning's.
+        seats: how many runs at once.
+        rank: the largest that any run has.
+        drops: whether any run has dropout.
+    """
+
+    peak: int | None = None
+    """Bytes: the most memory of a step that all take together, as :class:`sdtune.callbacks.Cost` counts it."""
+
+    def __init__(self, device: torch.device, precision: str, seats: int, rank: int, drops: bool) -> None:
+        self.device, self.precision, self.seats, self.rank, self.drops = device, precision, seats, rank, drops
+        self._threads = torch.get_num_threads()
+        self._base: Backbone | None = None
+        self._moved: dict[int, Tensor] = {}
+        self._stepped = False
+        self._trained: Joint | None = None
+        self._whole: Joint | None = None
+        self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
+
+    # --- weights
+
+    def copied(self, source: Pretrained) -> Backbone:
+        """A backbone on the weights that all share, which are loaded once; parameters are its own, storage is not."""
+        if self._base is None:
+            self._base = source.load()
+            self._base.suit(self.device)
+            if self.precision == "64-true":
+                self._base.double()  # as Lightning does with a model that it is given
+        base = self._base
+        # The last one: moving them may have been cut short.
+        if self._moved and list(base.parameters())[-1].device != self.device:
+            # What is loaded from now on draws pictures, and would bring a copy of its own to the device.
+            for parameter in base.parameters():
+                place = parameter.data_ptr()
+                moved = self._moved.get(place, parameter.data)
+                parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(self.device)
+                self._moved.pop(place, None)
+                self._moved[parameter.data_ptr()] = moved
+        return _over(base, lambda parameter: parameter.data)
+
+    def settle(self, adapter: Adapter) -> None:
+        """Put ``adapter`` on the device: what is shared and frozen in one place and type for all runs."""
+        assert self._base is not None
+        shared = {p.data_ptr() for p in self._base.parameters()}
+        half = HALVES.get(self.precision)
+        for name, parameter in adapter.named_parameters():
+            place = parameter.data_ptr()
+            if parameter.requires_grad or place not in shared:
+                parameter.data = parameter.data.to(self.device)
+            else:
+                if place not in self._moved:
+                    wanted = None if name.startswith("backbone.vae.") else half
+                    self._moved[place] = parameter.data.to(self.device, wanted or parameter.dtype)
+                parameter.data = self._moved[place]
+        for buffer in adapter.buffers():
+            buffer.data = buffer.data.to(self.device)
+        adapter.to(self.device)  # moves nothing any more; Lightning learns from it where its module is
+
+    # --- one UNet for all
+
+    def use_threads(self, all_of_them: bool) -> None:
+        """On a CPU, have the thread at hand compute with all of torch's threads, or with itself alone.
+
+        OpenMP keeps a team for each thread that ever had one, and where there are more members than cores none waits
+        for the next piece of work awake: a step of eight runs took a third longer.
+        """
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._threads if all_of_them else 1)
+
+    def answer(self, questions: dict[int, Question]) -> Collection[int]:
+        """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
+
+        Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
+        Pictures are drawn and losses validated between steps, while no activations are kept for backward; where that
+        fails, it is an error of those alone who asked for it; where a step does, of all who are in one.
+        """
+        self.use_threads(True)
+        losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
+        steps, others = (
+            {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
+            for wanted in (True, False)
+        )
+        try:
+            if losses:
+                self._backward(losses)
+            elif steps:
+                self._step(steps)
+                return steps.keys()
+        except Exception as error:
+            reason = self._reason(error)
+            # The others wait until the memory is free that these hold.
+            for question in (*losses.values(), *steps.values()):
+                question.answer, question.error = None, RunFailed(reason)
+            return losses.keys() | steps.keys()
+        self._draw(others)
+        return losses.keys() | others.keys()
+
+    def _reason(self, error: Exception) -> str:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            log.error("a call of the UNet failed", exc_info=error)
+            return f"{type(error).__name__}: {error}"
+        if self.seats == 1:
+            return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
+        return (
+            f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_adapters="
+            f"{self.seats // 2}"
+        )
+
+    def _backward(self, losses: Mapping[int, Back]) -> None:
+        each = list(losses.values())
+        torch.autograd.backward([one.loss for one in each], **each[0].more)
+        self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
+
+    def _step(self, steps: Mapping[int, Forward]) -> None:
+        if not self._stepped:
+            self._stepped = True
+            release()  # of what loading has left, and the first previews
+        reset_peak_memory(self.device)
+        for calls in _alike(steps):
+            self._forward(calls, set(range(self.seats)) - steps.keys())
+
+    def _draw(self, others: Mapping[int, Forward]) -> None:
+        for calls in _alike(others):
+            for part in self._in_parts(calls):
+                try:
+                    self._forward(part, set())
+                except Exception as error:
+                    reason = self._reason(error)
+                    for question in part.values():
+                        question.error = RunFailed(reason)
+
+    def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
+        """``calls`` without gradients, so many in a pass that their samples are those of pictures drawn at once."""
+        assert self._base is not None
+        count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
+        side = int(math.sqrt(height * width)) * self._base.facts.factor
+        each = max(1, 2 * drawn_at_once(side) // count)
+        left = list(calls.items())
+        for first in range(0, len(left), each):
+            yield dict(left[first : first + each])
+
+    def _forward(self, calls: dict[int, Forward], idle: set[int]) -> None:
+        """``idle`` are seats at which no run trains at present: it has ended, or draws.
+
+        Zeros stand for their samples in a training step, so that the sums of those who train stay as they are.
+        """
+        first = next(iter(calls.values()))
+        seats = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)
+        blank = mapped(torch.zeros_like, first.inputs) if len(seats) > len(calls) else {}
+        said = self._joint(first)(
+            [self._pairs(calls[seat]) if seat in calls else {} for seat in seats],
+            [calls[seat].inputs if seat in calls else blank for seat in seats],
+            first.mode,
+            [calls[seat].seed if seat in calls else 0 for seat in seats],
+        )
+        for part, seat in zip(said, seats, strict=True):
+            if seat in calls:
+                calls[seat].answer = UNet2DConditionOutput(sample=part)
+
+    def _joint(self, call: Forward) -> Joint:
+        """The UNet for calls like ``call``."""
+        assert self._base is not None
+        own = self._base.unet
+        if call.pairs is not None:
+            if self._whole is None:
+                self._whole = Joint(_over(own, lambda parameter: parameter.data), False, self.rank, False)
+            return self._whole
+        if self._trained is None:
+            moved = _over(own, lambda parameter: self._moved[parameter.data_ptr()])
+            self._trained = Joint(moved, call.unet.is_gradient_checkpointing, self.rank, self.drops)
+        return self._trained
+
+    def _pairs(self, call: Forward) -> Mapping[str, Pair]:
+        """The pairs of a run as they are now, by the site's name."""
+        if call.pairs is not None:
+            return call.pairs
+        if call.unet not in self._layers:
+            named = call.unet.named_modules()
+            self._layers[call.unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
+        return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
+
+
+def _alike(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:
+    """Those that are one batch."""
+    found: dict[Any, dict[int, Forward]] = {}
+    for seat, call in calls.items():
+        found.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[seat] = call
+    return found.values()
+
+
+def _over(model: M, storage: Callable[[Tensor], Tensor]) -> M:
+    """A copy of ``model`` whose parameters are its own and frozen, on the ``storage`` of each; buffers are shared."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(storage(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _pair(layer: LoraLayer) -> Pair:
+    dropout = layer.lora_dropout["default"]
+    return Pair(
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        float(layer.scaling["default"]),
+        dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+    )

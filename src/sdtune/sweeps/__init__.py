@@ -1,0 +1,1 @@
+"""Many runs from one command: launch, stop, resume, prune."""

@@ -1,0 +1,285 @@
+"""A group of jobs that share a backbone: in threads of this process on one device, in a process a device on several."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from omegaconf import DictConfig, OmegaConf
+
+from sdtune.commands import train
+from sdtune.commands.plan import checked_plan, plan_request
+from sdtune.config import hardware
+from sdtune.config.compose import without_hydra
+from sdtune.config.hydra_compat import Callbacks
+from sdtune.config.settings import plain
+from sdtune.config.trainer import trainer_arguments
+from sdtune.errors import RunFailed
+from sdtune.hardware.devices import device as device_of
+from sdtune.log_filters import quiet, quiet_libraries
+from sdtune.planning.request import PlanRequest
+from sdtune.shared_backbone.capacity import room
+from sdtune.shared_backbone.compatibility import largest, widest
+from sdtune.shared_backbone.pool import Pool
+from sdtune.shared_backbone.session import Sharing
+from sdtune.shared_backbone.step_coordinator import Turns
+from sdtune.sweeps.job import Job, as_current
+from sdtune.sweeps.job_process import end_with_parent
+
+MaxAdapters = int | Literal["auto"]
+
+
+class SharingJob(Job):
+    """A job whose devices are its group's."""
+
+    @staticmethod
+    def apart(config: DictConfig) -> bool:
+        return False
+
+
+def run_group(
+    wholes: Sequence[DictConfig], command: str, callbacks: Callbacks, max_adapters: MaxAdapters, called: str
+) -> None:
+    """Run the jobs of ``wholes``, configs with Hydra's own part; each one's folder says how it ended.
+
+    On several devices the jobs are shared out: each device has the backbone once, and nothing goes between them.
+    """
+    with as_current(wholes[0]):
+        devices = _devices(plain(wholes[0])["hardware"])[: len(wholes)]
+    count = len(devices)
+    if count == 1:
+        _together(wholes, command, callbacks, max_adapters, called, devices[0])
+        return
+    print(f"{called} share one backbone on each of {count} devices")
+    context = multiprocessing.get_context("spawn")
+    children = [
+        context.Process(
+            target=_on_device,
+            args=(wholes[index::count], command, callbacks, max_adapters, called, device, count, index == 0),
+        )
+        for index, device in enumerate(devices)
+    ]
+    with _handed_on(children) as asked:
+        for child in children:
+            child.start()
+            if asked and child.pid is not None:
+                os.kill(child.pid, asked[-1])  # it came between two starts
+        for child in children:
+            child.join()
+    if asked:
+        raise SystemExit(128 + asked[0])
+    broken = next((i for i, child in enumerate(children) if child.exitcode), None)
+    if broken is not None:
+        raise RunFailed(f"{called}: the process of device {broken} ended with code {children[broken].exitcode}")
+
+
+def _devices(node: Mapping[str, Any]) -> list[torch.device]:
+    """Those that a ``hardware`` node asks for; GPUs by index, without which CUDA makes none the current one."""
+    kind = device_of(str(node.get("accelerator", "auto")))
+    if kind.type == "cuda":
+        return [torch.device("cuda", index) for index in hardware.indices(node)]
+    return [kind] * hardware.process_count(node)
+
+
+def _on_device(
+    wholes: Sequence[DictConfig],
+    command: str,
+    callbacks: Callbacks,
+    max_adapters: MaxAdapters,
+    called: str,
+    device: torch.device,
+    devices: int,
+    shown: bool,
+) -> None:
+    # A signal reaches it once, from the sweep's process, however it came.
+    os.setsid()
+    if sys.platform == "linux":
+        end_with_parent()
+    setup_globals()
+    quiet()
+    quiet_libraries()
+    try:
+        _together(wholes, command, callbacks, max_adapters, called, device, devices, shown)
+    except RunFailed as error:
+        print(f"sdtune: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def _handed_on(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Signals go to ``children``; those that came."""
+    asked: list[int] = []
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in children:
+            if child.pid is not None and child.is_alive():
+                os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _together(
+    wholes: Sequence[DictConfig],
+    command: str,
+    callbacks: Callbacks,
+    max_adapters: MaxAdapters,
+    called: str,
+    device: torch.device,
+    devices: int = 1,
+    shown: bool = True,
+) -> None:
+    """Run the jobs on ``device``, so many at once as there is room for; ``devices`` groups use this machine."""
+    with as_current(wholes[0]):
+        precision = str(trainer_arguments(plain(wholes[0]))["precision"])
+    methods: list[Any] = [OmegaConf.to_container(whole.method, resolve=True) for whole in wholes]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    most = max_adapters
+    if most == "auto":
+        most = room(_requests(wholes), len(wholes), device, devices)
+    turns_of = -(-len(wholes) // most)
+    seats = -(-len(wholes) // turns_of)
+    if devices == 1 and len(wholes) > 1:
+        print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
+    drops = any(method.get("dropout") for method in methods)
+    pool = Pool(device, precision, seats, max(map(widest, methods)), drops)
+    turns = Turns(seats, pool.answer)
+    sharing = Sharing(pool, turns, seats)
+    lost: list[RunFailed] = []
+
+    def job(whole: DictConfig) -> Callable[[], None]:
+        task = SharingJob(command, lambda config, folder: train.prepare(config, folder, sharing))
+
+        def moved() -> None:
+            seat = turns.here
+            assert seat is not None
+            pool.use_threads(False)
+            try:
+                with _written(whole, shown and seat == 0):
+                    # A config is read before a run waits for another one.
+                    HydraConfig.instance().set_config(whole)
+                    callbacks.on_job_start(config=whole, task_function=task)
+                    metric = task.run(without_hydra(whole), whole)
+                    done = JobReturn(cfg=without_hydra(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
+                    done.return_value = metric
+                    callbacks.on_job_end(config=whole, job_return=done)
+            except SystemExit:
+                if sharing.asked is None:
+                    raise
+                # It has saved; the others have been asked as well, and end when they have.
+            except OSError as error:
+                # Its folder cannot be written; the others' can.
+                lost.append(RunFailed(f"job {Path(whole.hydra.runtime.output_dir).name}: {error}"))
+                print(f"sdtune: {lost[-1]}", file=sys.stderr)
+            finally:
+                sharing.left(seat)
+
+        return moved
+
+    try:
+        with _listening(sharing), as_current(wholes[0]):
+            turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
+    finally:
+        pool.use_threads(True)
+    if sharing.asked is not None:
+        raise SystemExit(128 + sharing.asked)
+    if turns.broken is not None:
+        raise turns.broken
+    if lost:
+        raise lost[0]
+
+
+def _requests(wholes: Sequence[DictConfig]) -> list[PlanRequest]:
+    """What any of the jobs may cost, for each optimizer that one of them has."""
+    jobs = [checked_plan(whole, shared=True) for whole in wholes]
+    configs = [job.config for job in jobs]
+    optimizers = {str(config["optimizer"]["_target_"]): config["optimizer"] for config in configs}
+    caches = {key: all(job.data[key] for job in jobs) for key in ("cache_latents", "cache_text")}
+    return [
+        plan_request(replace(jobs[0], config=largest(configs, optimizer), data={**jobs[0].data, **caches}))
+        for optimizer in optimizers.values()
+    ]
+
+
+def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:
+    for job in jobs:
+        if sharing.asked is not None:
+            return
+        yield job
+
+
+@contextlib.contextmanager
+def _written(whole: DictConfig, shown: bool) -> Iterator[None]:
+    """What the thread at hand logs goes to its job's file; on the console one job speaks for all, and errors do."""
+    settings: Any = OmegaConf.to_container(whole.hydra.job_logging, resolve=True)
+    top = settings.get("root") or {}
+    handlers: list[logging.Handler] = []
+    own = threading.get_ident()
+    for name in top.get("handlers") or ():
+        node = settings["handlers"][name]
+        if "filename" in node:
+            Path(node["filename"]).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(node["filename"]))
+        else:
+            handlers.append(logging.StreamHandler(sys.stdout))
+        if "formatter" in node:
+            handlers[-1].setFormatter(logging.Formatter(settings["formatters"][node["formatter"]]["format"]))
+        handlers[-1].addFilter(lambda record: record.thread == own)
+        hushed = "filename" not in node and not shown
+        handlers[-1].setLevel(logging.WARNING if hushed else top.get("level", "INFO"))
+    root = logging.getLogger()
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+@contextlib.contextmanager
+def _listening(sharing: Sharing) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask every run to save and stop; a second Ctrl-C ends at once."""
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if sharing.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        print("sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)", file=sys.stderr)
+        sharing.stop(number)
+
+    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    main = threading.get_ident()
+    console = logging.StreamHandler(sys.stdout)
+    console.addFilter(lambda record: record.thread == main)
+    root.handlers = [console]  # each job has its own
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,220 @@
+"""A sweep: every job is checked before the first starts, each job's end stays on disk, and resumed only the rest runs.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sdtune.config.compose import Prepare, without_hydra
+from sdtune.config.hydra_compat import BasicSweeper, Hydra
+from sdtune.errors import RunFailed, Stopped
+from sdtune.files import locked, write_json
+from sdtune.paths import command_line_folder
+from sdtune.runs.compare import check_unchanged, first_change, flat
+from sdtune.runs.state import STATE, ended
+from sdtune.runs.trials import JOURNAL
+from sdtune.sweeps.job import Job
+from sdtune.sweeps.joblib_stop import Relay
+from sdtune.sweeps.optuna_sweeper import check_search, example
+
+if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
+
+_SUBDIR = "${hydra.job.num}"
+_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_adapters=")
+"""A search may be extended, and a machine have less room than was thought."""
+
+
+def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare) -> int:
+    """Run the sweep of a command line; the exit code: 1 where a job failed.
+
+    Raises:
+        ValueError: where a job is refused before the first starts, or ``resume=`` names another sweep.
+        Stopped: where the user stopped it.
+    """
+    overrides, before = _taken_up(overrides, search)
+    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
+    try:
+        master = hydra.compose_config(
+            config_name=command, overrides=overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+        )
+        folder = before or Path(str(master.hydra.sweep.dir)).expanduser()
+        place = str(folder).replace("'", "\\'")
+        fixed = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir='{place}'"]
+        if OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"] != _SUBDIR:  # type: ignore[index, call-overload]
+            raise ValueError("hydra.sweep.subdir: the jobs' folders are called by their numbers; leave it out")
+        if before is None and (folder / "multirun.yaml").exists():
+            raise ValueError(f"hydra.sweep.dir: {folder} already holds a sweep; resume={folder} goes on with it")
+        _check_launcher(master.hydra)
+        _check(hydra, command, fixed, prepare)
+        if before is not None:
+            _check_master(master, folder)
+        beside = str(master.hydra.launcher._target_).endswith(".JoblibLauncher")
+        job = Job(command, prepare, beside)
+        again = f"sdtune {command} -m {shlex.quote(f'resume={folder}')} goes on with it"
+        # The job keeps its config itself: see sdtune.sweeps.job.
+        fixed.append("hydra.output_subdir=null")
+        try:
+            with locked(folder), Relay(folder) if beside else contextlib.nullcontext() as relay:
+                hydra.multirun(config_name=command, task_function=job, overrides=fixed)
+        except (SystemExit, KeyboardInterrupt) as stop:
+            code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+            raise Stopped(f"the sweep is stopped; {again}", code) from stop
+        except RunFailed:
+            _summary(folder, command)
+            print(f"sdtune: {again}", file=sys.stderr)
+            raise
+        except BrokenExecutor as error:
+            raise RunFailed(
+                f"a worker was killed, perhaps for memory (hydra.launcher.n_jobs says how many); {again}"
+            ) from error
+        if relay is not None and relay.code is not None:
+            raise Stopped(f"the sweep is stopped; {again}", relay.code)
+    finally:
+        GlobalHydra.instance().clear()
+    return _summary(folder, command)
+
+
+def _check_launcher(node: DictConfig) -> None:
+    target = str(node.launcher._target_)
+    for key in ("env_set", "chdir"):
+        if target.endswith(".SharedBackboneLauncher") and node.job.get(key):
+            raise ValueError(f"hydra.job.{key}: jobs on one backbone are one process; give hydra/launcher=basic")
+    most = node.launcher.get("max_adapters", "auto")
+    if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise ValueError(f"hydra.launcher.max_adapters: {most!r}; give auto, or how many at once, at least 1")
+    if target.endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        raise ValueError(
+            "hydra/launcher: submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without"
+        )
+
+
+def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str], Path | None]:
+    """The sweep's own overrides, and the folder that ``resume=`` names; its ``--config-dir`` goes to ``search``."""
+    wanted = [o for o in overrides if o.startswith("resume=") and o != "resume=null"]
+    if not wanted:
+        return overrides, None
+    folder = Path(wanted[-1].removeprefix("resume=")).expanduser()
+    kept = folder / "multirun.yaml"
+    if not kept.is_file():
+        raise ValueError(f"resume: {folder} holds no sweep (no multirun.yaml); name the folder of one, or leave out -m")
+    loaded = OmegaConf.load(kept)
+    own = [str(o) for o in (*loaded.hydra.overrides.task, *loaded.hydra.overrides.hydra)]
+    own = [o for o in own if not o.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir="))]
+    anew = [o for o in overrides if o.startswith(_ANEW)]
+    own = [o for o in own if not o.startswith(tuple(f"{given.split('=', 1)[0]}=" for given in anew))]
+    given = [o for o in overrides if o not in (*wanted, *anew) and not o.startswith("hydra.sweep.dir=")]
+    odd = [o for o in given if o not in own] or [o for o in own if given and o not in given]
+    if odd:
+        how = "makes it another sweep than" if odd[0] in given else "is left out, which makes it another sweep than"
+        raise ValueError(f"resume: {odd[0]} {how} the one in {folder}; repeat its overrides exactly, or give none")
+    kept_folder = command_line_folder(loaded.hydra.runtime.config_sources)
+    if kept_folder is not None and not any(one.provider == "command-line" for one in search.get_path()):
+        search.prepend(provider="command-line", path=f"file://{kept_folder}", anchor=SearchPathQuery(provider="schema"))
+    return [*own, *anew], folder
+
+
+def _check_master(master: DictConfig, folder: Path) -> None:
+    """ValueError where the files of today compose what all jobs share to something else than when the sweep began."""
+    kept = OmegaConf.load(folder / "multirun.yaml")
+    assert isinstance(kept, DictConfig)
+    before, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
+    changed = first_change(before, now)
+    if changed is not None:
+        raise ValueError(
+            f"resume: {changed} is {now[changed]!r} now and was {before[changed]!r} when the sweep began; put the"
+            " recipe or default that sets it back"
+        )
+
+
+def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> None:
+    """Compose and check every job of a grid; of a search one example, the others as they come."""
+    master = hydra.compose_config(
+        config_name=command, overrides=overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+    )
+    sweeper = master.hydra.sweeper
+    texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    texts += [str(override) for override in master.hydra.overrides.task]
+    parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
+    if str(sweeper._target_).endswith(".BasicSweeper"):
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        called = [str(number) for number in range(len(jobs))]
+    elif str(sweeper._target_).endswith(".OptunaSweeper"):
+        check_search(master, parsed)
+        jobs, called = [example(parsed)], ["example"]
+    else:
+        return
+    if len(jobs) > 1:
+        print(f"checking {len(jobs)} jobs before the first starts")
+    refused: dict[str, list[str]] = {}
+    for number, job in enumerate(jobs):
+        config = hydra.config_loader.load_sweep_config(master, list(job))
+        with open_dict(config.hydra):
+            config.hydra.job.id = config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)
+        folder = Path(str(master.hydra.sweep.dir)) / called[number]
+        try:
+            _check_job(config, folder, prepare)
+        except ValueError as error:
+            own = f" ({_own(job, jobs)})" if len(jobs) > 1 else ""
+            refused.setdefault(str(error), []).append(
+                f"job {called[number]}{own}" if called[0] == "0" else "the search's jobs"
+            )
+    if refused:
+        each = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {why}" for why, who in refused.items()]
+        more = f"; and {len(each) - 2} other reasons" if len(each) > 2 else ""
+        raise ValueError(f"{'; '.join(each[:2])}{more}; nothing was started")
+
+
+def _check_job(config: DictConfig, folder: Path, prepare: Prepare) -> None:
+    own = without_hydra(config)
+    if (folder / ".hydra" / "config.yaml").is_file():
+        container = OmegaConf.to_container(own, resolve=True)
+        assert isinstance(container, dict)
+        check_unchanged({str(key): value for key, value in container.items()}, folder)
+        return
+    prepare(own, folder)
+
+
+def _summary(folder: Path, command: str) -> int:
+    """Say how each job ended, and keep it in ``sweep.json``."""
+    found = sorted((f.parent for f in folder.glob(f"*/{STATE}")), key=_number)
+    jobs = [{"job": place.name, **ended(place)} for place in found]
+    failed = [job for job in jobs if job["state"] not in ("done", "pruned")]
+    write_json(folder / "sweep.json", {"jobs": jobs})
+    count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
+    pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
+    print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
+    print(f"what each left is in its folder's artifact; to compare them: sdtune report {shlex.quote(str(folder))}")
+    for job in failed:
+        own = _own(job["overrides"], [each["overrides"] for each in jobs])
+        how = f"failed: {job['error']}" if job["state"] == "failed" else f"is {job['state']}"
+        print(f"sdtune: job {job['job']} ({own}) {how}", file=sys.stderr)
+    if failed and not (folder / JOURNAL).exists():  # to a search they are trials that have ended
+        print(f"sdtune: sdtune {command} -m {shlex.quote(f'resume={folder}')} runs them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _own(overrides: Sequence[str], of_all: Sequence[Sequence[str]]) -> str:
+    """What sets a job apart from the others."""
+    return " ".join(o for o in overrides if not all(o in each for each in of_all)) or "the only one"
+
+
+def _number(folder: Path) -> tuple[int, str]:
+    return (int(folder.name) if folder.name.isdigit() else sys.maxsize, folder.name)

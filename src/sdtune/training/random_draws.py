@@ -1,0 +1,43 @@
+"""The random numbers of a step, each sample's a function of its place alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdtune.data.datamodule import VALIDATION_RUNGS
+from sdtune.randomness import generator
+
+
+def noise(
+    shape: Sequence[int], seed: int, stream: str, step: int, positions: Iterable[int], device: torch.device
+) -> Tensor:
+    """Standard normal [len(positions), *shape], float32."""
+    # Validation looks at the same noise in every run, so that curves compare across seeds too.
+    own = seed if stream.startswith("train/") else 0
+    rows = [generator(own, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
+    drawn = torch.from_numpy(np.stack(rows))
+    # Only a copy from pinned memory does not wait.
+    drawn = drawn.pin_memory() if device.type == "cuda" else drawn
+    return drawn.to(device, non_blocking=True)
+
+
+def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [len(positions)] in [0, count): at random in training, a fixed ladder in validation."""
+    if stream == "validation":
+        rungs = [int((p % VALIDATION_RUNGS + 0.5) * count / VALIDATION_RUNGS) for p in positions]
+    else:
+        rungs = [int(generator(seed, f"{stream}/timestep", step, p).integers(count)) for p in positions]
+    return torch.tensor(rungs).to(device, non_blocking=True)
+
+
+def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:
+    """Seed the global generators, which dropout inside a model uses, by place: a resumed run is exact."""
+    number = int(generator(seed, f"dropout/{rank}", step, batch_idx).integers(2**31))
+    # torch.manual_seed takes milliseconds: it looks up its caller's whole stack for devices that there are not.
+    torch.default_generator.manual_seed(number)
+    if device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).manual_seed(number)

@@ -1,0 +1,164 @@
+"""The name of a backbone's weights: what may change without changing it, and what may not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdtune.backbone import weight_files as module
+from sdtune.backbone.weight_files import weight_files, weights_hash
+
+
+def tensors() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {f"block.{i}.weight": torch.randn(3, 4 + i, generator=g) for i in range(6)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two components."""
+    for component in ("unet", "vae"):
+        (tmp_path / "pipe" / component).mkdir(parents=True)
+    save_file(tensors(), tmp_path / "pipe/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file({"w": torch.ones(5)}, tmp_path / "pipe/vae/diffusion_pytorch_model.safetensors")
+    return tmp_path / "pipe"
+
+
+def hashed(folder: Path) -> str:
+    return hashed_of(folder, "unet", "vae")
+
+
+def hashed_of(folder: Path, *names: str) -> str:
+    return weights_hash({name: weight_files(folder, name) for name in names})
+
+
+def unet(folder: Path) -> Path:
+    return folder / "unet/diffusion_pytorch_model.safetensors"
+
+
+def shard(folder: Path) -> None:
+    """Two shards with their index, the keys dealt out."""
+    found = load_file(unet(folder))
+    unet(folder).unlink()
+    names = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
+    for number, name in enumerate(names):
+        save_file({k: v for i, (k, v) in enumerate(sorted(found.items())) if i % 2 == number}, folder / "unet" / name)
+    index = {"metadata": {"total_size": 0}, "weight_map": {k: names[i % 2] for i, k in enumerate(sorted(found))}}
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def reorder(folder: Path) -> None:
+    """The same tensors, written by hand in another order of keys and of bytes."""
+    header, body = {}, b""
+    for key, value in sorted(load_file(unet(folder)).items(), reverse=True):
+        data = value.numpy().tobytes()
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    head = json.dumps(header).encode()
+    unet(folder).write_bytes(struct.pack("<Q", len(head)) + head + body)
+    assert load_file(unet(folder)).keys() == tensors().keys()
+
+
+SAME: dict[str, Callable[[Path], object]] = {
+    "another file name": lambda f: unet(f).rename(f / "unet/model.safetensors"),
+    "shards": shard,
+    "order": reorder,
+    "metadata": lambda f: save_file(load_file(unet(f)), unet(f), {"note": "another", "format": "pt"}),
+    "further files": lambda f: (f / "unet/config.json").write_text("{}"),
+    "time": lambda f: os.utime(unet(f), (1, 1)),
+}
+
+OTHER: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "a value": lambda t: t["block.5.weight"].view(-1)[-1].add_(1e-6),
+    "a name": lambda t: t.update({"block.9.weight": t.pop("block.5.weight")}),
+    "two names": lambda t: t.update({"block.0.weight": t["block.1.weight"], "block.1.weight": t["block.0.weight"]}),
+    "a shape": lambda t: t.update({"block.0.weight": t["block.0.weight"].reshape(4, 3)}),
+    "a type": lambda t: t.update({"block.0.weight": t["block.0.weight"].view(torch.int32)}),
+    "one more": lambda t: t.update({"block.6.weight": torch.zeros(0)}),
+    "one less": lambda t: t.pop("block.0.weight"),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_is_not_of_the_weights_does_not_change_it(folder: Path, change: str) -> None:
+    before = hashed(folder)
+    SAME[change](folder)
+    assert hashed(folder) == before
+
+
+def test_a_copy_elsewhere_has_the_same(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    assert hashed(tmp_path / "copy") == hashed(folder)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_is_of_the_weights_changes_it(folder: Path, change: str) -> None:
+    before = hashed(folder)
+    found = tensors()
+    OTHER[change](found)
+    save_file(found, unet(folder))
+    assert hashed(folder) != before
+
+
+def test_one_changed_byte_changes_it(folder: Path) -> None:
+    before = hashed(folder)
+    data = bytearray(unet(folder).read_bytes())
+    data[-1] ^= 1
+    unet(folder).write_bytes(data)
+    assert hashed(folder) != before
+
+
+def test_the_component_counts_and_their_order_does_not(folder: Path) -> None:
+    assert hashed_of(folder, "vae", "unet") == hashed(folder)
+    assert len({hashed(folder), hashed_of(folder, "unet"), hashed_of(folder, "vae")}) == 3
+    a, b = folder / "unet", folder / "vae"
+    before = hashed(folder)
+    a.rename(folder / "x")
+    b.rename(a)
+    (folder / "x").rename(b)
+    assert hashed(folder) != before
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
+def test_a_truncated_file_is_refused_by_name(folder: Path, size: int) -> None:
+    data = unet(folder).read_bytes()
+    unet(folder).write_bytes(data[:size])
+    with pytest.raises(ValueError, match=rf"^{unet(folder)}: .*(truncated|copy or download)") as caught:
+        hashed(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_kind_is_refused_by_name(folder: Path) -> None:
+    unet(folder).write_bytes(struct.pack("<Q", 10) + b"not a json header")
+    with pytest.raises(ValueError, match=rf"^{unet(folder)}: .*header cannot be read"):
+        hashed(folder)
+
+
+def test_a_component_without_weights_is_refused_by_name(folder: Path) -> None:
+    unet(folder).unlink()
+    with pytest.raises(ValueError, match=r"backbone\.path: .*/unet holds no diffusion_pytorch_model\.safetensors"):
+        hashed(folder)
+
+
+def test_the_answer_is_kept_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    read: list[Path] = []
+    own = module._tensors
+    monkeypatch.setattr(module, "_tensors", lambda file: (read.append(file), own(file))[1])
+    first = hashed(folder)
+    assert len(read) == 2
+    assert hashed(folder) == first
+    assert len(read) == 2
+    state = unet(folder).stat()
+    os.utime(unet(folder), ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert hashed(folder) == first
+    assert len(read) == 4

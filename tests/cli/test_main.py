@@ -1,0 +1,74 @@
+"""The command's outside: help, completion, speed of what needs no torch."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def sdtune(*arguments: str, line: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ} if line is None else {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    return subprocess.run(
+        [sys.executable, "-m", "sdtune", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--cfg", "job"), ("train", "methd.rank=4")])
+def test_answers_at_once(arguments: tuple[str, ...]) -> None:
+    best = float("inf")
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = sdtune(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # The processor's time: it waits for nothing, and a machine busy with other things does not count.
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 1.5
+    refused = "methd.rank=4" in arguments
+    assert done.returncode == (2 if refused else 0)
+    said = "methd.rank: there is no such setting; did you mean method?" if refused else "method"
+    assert said in done.stdout + done.stderr
+
+
+def test_help_names_every_command() -> None:
+    said = sdtune("--help").stdout
+    assert all(name in said for name in ("train", "prepare", "sample", "plan", "evaluate"))
+
+
+def test_an_unknown_command_is_refused_with_the_one_meant() -> None:
+    done = sdtune("trian")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "sdtune: trian: there is no such command; did you mean train?"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("sdtune tr", "train"),
+        ("sdtune train method=", "method=lora"),
+        ("sdtune train method.ra", "method.rank="),
+        ("sdtune sample samplin", "sampling."),
+        ("sdtune pl", "plan"),
+        ("sdtune plan backbone=", "backbone=sdxl"),
+    ],
+)
+def test_completion_knows_the_subcommand(line: str, wanted: str) -> None:
+    assert wanted in sdtune("-sc", "query=bash", line=line).stdout.split()
+
+
+def test_module_and_command_are_the_same() -> None:
+    command = subprocess.run(
+        [str(Path(sys.executable).with_name("sdtune")), "train", "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert command.stdout == sdtune("train", "--cfg", "job").stdout

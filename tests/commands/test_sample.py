@@ -1,0 +1,110 @@
+"""``sdtune sample``: pictures with their settings inside, grids, strengths, files of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from running import sample
+from sample_commands import command, pictures
+
+
+def test_single_pictures_with_their_settings_and_a_grid(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = command(tiny, run, "prompt=[a fox,'two foxes, asleep']", "seeds=[3,4]", "sampling.negative_prompt=grey")
+    assert sample(*argv, f"adapters=[{{path:{adapter},strength:0.5}}]") == 0
+    found = pictures(run)
+    assert [p.name for p in found] == ["000_seed3.png", "001_seed4.png", "002_seed3.png", "003_seed4.png"]
+    picture = Image.open(found[2])
+    assert picture.size == (32, 32)
+    assert json.loads(picture.info["sdtune"]) == {
+        "prompt": "two foxes, asleep",
+        "seed": 3,
+        "steps": 2,
+        "guidance": 3.0,
+        "negative_prompt": "grey",
+        "sampler": None,
+        "adapters": [{"path": adapter.name, "strength": 0.5}],
+    }
+    lines = picture.info["parameters"].splitlines()
+    assert lines[0] == "two foxes, asleep"
+    assert lines[1] == "Negative prompt: grey"
+    assert lines[2].startswith("Steps: 2, Sampler: ")
+    assert "Seed: 3" in lines[2]
+    assert len({np.asarray(Image.open(p)).tobytes() for p in found}) == 4
+    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 2 * 166 + 6)
+
+
+def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    assert sample(*command(tiny, base, "prompt=a fox", "seeds=[1]")) == 0
+    sweep = [f"adapters=[{{path:{adapter},strength:0.8}}]", "strengths=[0,0.5,1]"]
+    assert sample(*command(tiny, run, "prompt=a fox", "seeds=[1,2]", *sweep)) == 0
+    names = [f"{n:03d}_seed{n + 1}_strength{s}.png" for n in (0, 1) for s in ("0", "0.5", "1")]
+    assert [p.name for p in pictures(run)] == sorted(names)
+    strengths = [json.loads(Image.open(run / name).info["sdtune"])["adapters"][0]["strength"] for name in names[:3]]
+    assert strengths == pytest.approx([0, 0.4, 0.8])
+    drawn = [np.asarray(Image.open(run / name)) for name in names[:3]]
+    [plain] = pictures(base)
+    # Drawn in a batch of two here and alone there.
+    assert np.abs(drawn[0].astype(int) - np.asarray(Image.open(plain))).max() <= 1
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[1], drawn[2])
+    assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 3 * 166 + 6)
+
+
+def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> None:
+    """Lines of one and of other settings alternate: each picture must be that of its own line."""
+    lines = [
+        "# a comment",
+        "a fox --d 7",
+        "a red fox --d 8",
+        "",
+        "two foxes --n grey, blurred --w 48 --h 24 --d 9 --s 3 --l 5.5",
+        "three foxes --w 48 --h 24 --s 3 --l 5.5 --n grey, blurred --d 10",
+        "a fox --d 7",
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    run = tmp_path / "run"
+    assert sample(*command(tiny, run, f"prompts_file={tmp_path / 'prompts.txt'}")) == 0
+    found = pictures(run)
+    assert [p.name.split("_")[1] for p in found] == [f"seed{s}.png" for s in (7, 8, 9, 10, 7)]
+    opened = [Image.open(p) for p in found]
+    assert [picture.size for picture in opened] == [(32, 32), (32, 32), (48, 24), (48, 24), (32, 32)]
+    facts = [json.loads(picture.info["sdtune"]) for picture in opened]
+    assert [f["prompt"] for f in facts] == ["a fox", "a red fox", "two foxes", "three foxes", "a fox"]
+    assert [(f["steps"], f["guidance"], f["negative_prompt"]) for f in facts[1:3]] == [
+        (2, 3.0, ""),
+        (3, 5.5, "grey, blurred"),
+    ]
+    first, last = (np.asarray(opened[i]).astype(int) for i in (0, 4))
+    assert np.abs(first - last).max() <= 1
+    assert np.abs(first - np.asarray(opened[1])).max() > 1
+    assert not (run / "grid.png").exists()  # the pictures have two sizes
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "prompt is missing"),
+        (["prompt=a fox", "sampling.width=30"], "sampling.width: 30 is not a multiple of 4"),
+        (
+            ["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"],
+            "adapters[0].path: /nowhere/a.safetensors does not",
+        ),
+        (["prompt=a fox", "adapters=[{file:a}]"], "adapters[0]: file is not known; write {path: FILE, strength: 0.8}"),
+    ],
+)
+def test_refusals_leave_no_folder(
+    more: list[str], said: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert sample(*command(tiny, run, *more)) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("sdtune: ")
+    assert said in line
+    assert not run.exists()

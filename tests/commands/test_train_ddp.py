@@ -1,0 +1,92 @@
+"""Two processes with the same global batch are one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from running import arguments, rows, start, train, wait_for_step
+
+
+def _processes_that_name(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it has just ended
+        if text in line and entry.name != str(os.getpid()):
+            found.append(line)
+    return found
+
+
+def _on_two(own: list[str]) -> list[str]:
+    kept = [argument for argument in own if argument != "hardware=cpu"]
+    return [*kept, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+
+
+def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    common = ["name=mine", "trainer.max_steps=10", "data.batch_size=4", "optimizer.lr=1e-3", "data.hold_out=5"]
+    common += ["trainer.val_check_interval=5", "checkpoint.every_steps=5"]
+    two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
+    process = start(log, *_on_two(arguments(tiny, pictures, two, *common)))
+    assert train(*arguments(tiny, pictures, one, *common)) == 0
+    assert process.wait(timeout=280) == 0, log.read_text()
+    assert not _processes_that_name(str(two))
+
+    ours, theirs = rows(two), rows(one)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for column in ("loss", "grad_norm", "validation_loss"):
+        pairs = [(float(a[column]), float(b[column])) for a, b in zip(ours, theirs, strict=True) if b[column]]
+        assert pairs
+        tolerance = 1e-5 if column != "grad_norm" else 1e-3
+        assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=tolerance)
+
+    files = {str(path.relative_to(two)) for path in two.rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
+    assert files - wanted <= {"train_ddp_process_1.log"}
+    assert wanted <= files
+    mine, single = (load_file(run / "artifact" / "mine.safetensors") for run in (two, one))
+    for key, value in mine.items():
+        assert torch.linalg.norm((value - single[key]).float()) <= 1e-3 * torch.linalg.norm(single[key].float()) + 1e-7
+    assert log.read_text().count("captions: ") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    common = ["name=mine", "trainer.max_steps=100000", "data.batch_size=4", "checkpoint.every_steps=100000"]
+    process = start(log, *_on_two(arguments(tiny, pictures, run, *common)))
+    wait_for_step(process, run, 3, log)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=200) == 143, log.read_text()
+    assert not _processes_that_name(str(run))
+    assert log.read_text().splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{int(rows(run)[-1]['step']):08d}.ckpt"]
+    assert (run / "artifact" / "mine.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_as_well(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    run, one = tmp_path / "run", tmp_path / "one"
+    common = ["name=mine", "trainer.max_steps=3", "data.batch_size=4", "optimizer.lr=1e-3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
+    own = _on_two(arguments(tiny, pictures, run, *common))
+    done = subprocess.run(
+        [*launch, "-m", "sdtune", "train", *own],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "metrics.json").is_file()
+    assert train(*arguments(tiny, pictures, one, *common)) == 0
+    assert [float(r["loss"]) for r in rows(run)] == pytest.approx([float(r["loss"]) for r in rows(one)], rel=1e-5)

@@ -1,0 +1,276 @@
+"""What a config may name, and how it is checked against the constructors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+from annotated_types import Ge, Gt, Interval
+
+from sdtune.config.build import build
+from sdtune.config.schema import check, check_value
+from sdtune.config.targets import resolve
+from sdtune.objective import MinSNR, Objective
+
+HERE = __name__
+TRUST = (HERE,)
+
+
+class Thing:
+    """Something to configure."""
+
+    def __init__(
+        self,
+        count: Annotated[int, Ge(1)],
+        rate: Annotated[float, Gt(0)] | None = None,
+        kinds: Sequence[Literal["a", "b"]] = ("a",),
+        name: str = "thing",
+        inner: Any = None,
+    ) -> None:
+        self.count, self.rate, self.kinds, self.name, self.inner = count, rate, kinds, name, inner
+
+
+@dataclass
+class Settings:
+    """A dataclass to configure."""
+
+    share: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    flip: bool = False
+
+
+@dataclass(kw_only=True)
+class More(Settings):
+    """Annotations are inherited."""
+
+    path: str
+
+
+def make(rate: float, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return (rate, args, kwargs)
+
+
+def node(target: str, **settings: Any) -> dict[str, Any]:
+    return {"_target_": f"{HERE}.{target}", **settings}
+
+
+# --- what may be named
+
+
+def test_classes_and_functions_of_allowed_packages_are_found() -> None:
+    assert resolve("sdtune.objective.Objective", "k") is Objective
+    assert resolve("sdtune.objective.loss.Objective", "k") is Objective
+    assert resolve("torch.optim.AdamW", "k") is torch.optim.AdamW
+    assert resolve("sdtune.loggers.wandb_logger", "k").__name__ == "wandb_logger"
+    assert resolve("pytorch_lightning.Trainer", "k").__name__ == "Trainer"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        # Of another package.
+        "os.system",
+        "builtins.eval",
+        "builtins.exec",
+        "subprocess.Popen",
+        "torch.hub.load",
+        "torch.load",
+        "torch.jit.load",
+        "pathlib.Path.write_text",
+        "pickle.loads",
+        "eval",
+        # An allowed prefix, and then through a module's imports into another package.
+        "pytorch_lightning.trainer.trainer.os.system",
+        "pytorch_lightning.trainer.trainer.torch.load",
+        "pytorch_lightning.trainer.trainer.torch.hub.load",
+        "sdtune.cli.main.os.system",
+        "sdtune.cli.main.runpy.run_path",
+        "sdtune.paths.os.makedirs",
+        "sdtune.cli.launch.shutil.rmtree",
+        "sdtune.config.schema.importlib.import_module",
+        "torch.optim.optimizer.functools.partial",
+        "torch.optim.adamw.torch.load",
+        # Not a prefix but the beginning of a name.
+        "torch.optimizer_of_mine.Thing",
+        "sdtune_evil.Thing",
+        "pytorch_lightning_evil.Thing",
+    ],
+)
+def test_what_is_defined_elsewhere_is_refused_by_key(target: str) -> None:
+    with pytest.raises(ValueError, match=r"^method\._target_: ") as caught:
+        resolve(target, "method")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^method\._target_: "):
+        check({"_target_": target}, "method")
+    with pytest.raises(ValueError):
+        build({"_target_": target})
+
+
+@pytest.mark.parametrize(
+    "target", ["sdtune.cli.main.HELP", "sdtune.objective", "sdtune.no_such.Thing", "sdtune.paths.NoSuch", ""]
+)
+def test_what_is_neither_class_nor_function_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=r"^method\._target_: "):
+        resolve(target, "method")
+
+
+def test_a_refused_target_is_found_anywhere_in_the_config() -> None:
+    inner = {"_target_": "sdtune.objective.Objective", "weighting": {"_target_": "os.system"}}
+    with pytest.raises(ValueError, match=r"^objective\.weighting\._target_: os\.system is not allowed"):
+        check(inner, "objective")
+    with pytest.raises(ValueError, match=r"^top\.a\[1\]\.b\._target_: "):
+        check({"a": [1, {"b": {"_target_": "os.system"}}]}, "top")
+
+
+def test_a_users_module_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg/__init__.py").write_text("imported = True\n")
+    (tmp_path / "mypkg/mine.py").write_text(
+        "import os\n\nclass Mine:\n    def __init__(self, size: int) -> None:\n        self.size = size\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^method\._target_: mypkg\.mine\.Mine is not allowed; add trust=\[mypkg\]"):
+        resolve("mypkg.mine.Mine", "method")
+    assert "mypkg" not in sys.modules  # refused before it is imported, since importing runs it
+    assert build({"_target_": "mypkg.mine.Mine", "size": 3}, ["mypkg"]).size == 3
+    with pytest.raises(ValueError, match="mypkg"):
+        resolve("mypkg.mine.Mine", "method", ["my"])
+    with pytest.raises(ValueError, match="leads to"):
+        resolve("mypkg.mine.os.makedirs", "method", ["mypkg"])
+
+
+def test_a_module_that_needs_another_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import no_such_package\n\nclass Thing: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"needs no_such_package: pip install it"):
+        resolve("needy.Thing", "k", ["needy"])
+
+
+# --- checked against the constructor
+
+
+def test_what_fits_passes() -> None:
+    check(node("Thing", count=1), "t", TRUST)
+    check(node("Thing", count=3, rate=0.5, kinds=["a", "b"], name="x", inner=node("Settings")), "t", TRUST)
+    check(node("More", path="p", share=1, flip=True), "t", TRUST)
+    check(node("Thing"), "t", TRUST, given=("count",))
+    check({"a": None, "b": [1, 2], "c": {"d": "e"}}, "t")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "words"),
+    [
+        ({"count": 1, "nmae": "x"}, "t.nmae", "did you mean name"),
+        ({"count": 0}, "t.count", "greater than or equal to 1"),
+        ({"count": "many"}, "t.count", "integer"),
+        ({"count": 1.5}, "t.count", "integer"),
+        ({"count": None}, "t.count", "integer"),
+        ({"count": 1, "rate": 0.0}, "t.rate", "greater than 0"),
+        ({"count": 1, "rate": [1]}, "t.rate", "number"),
+        ({"count": 1, "kinds": ["a", "c"]}, "t.kinds.1", "'a' or 'b'"),
+        ({"count": 1, "name": 5}, "t.name", "string"),
+        ({"count": "???"}, "t.count", "missing"),
+        ({}, "t.count", "missing"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_the_key(settings: dict[str, Any], key: str, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(node("Thing", **settings), "t", TRUST)
+    message = str(caught.value)
+    assert message.startswith((f"{key}:", f"{key} is missing"))
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"path": "p", "share": 1.5}, "t.share"),
+        ({"path": "p", "share": float("nan")}, "t.share"),
+        ({"path": "p", "flip": "perhaps"}, "t.flip"),
+        ({"path": 3}, "t.path"),
+        ({}, "t.path"),
+        ({"path": "p", "shares": 1}, "t.shares"),
+    ],
+)
+def test_a_dataclass_is_checked_with_what_it_inherits(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}[: ]"):
+        check(node("More", **settings), "t", TRUST)
+
+
+def test_what_the_command_gives_cannot_be_set_as_well() -> None:
+    with pytest.raises(ValueError, match=r"^t\.count: not a setting of Thing"):
+        check(node("Thing", count=1), "t", TRUST, given=("count",))
+
+
+def test_the_first_level_is_not_the_only_one_checked() -> None:
+    with pytest.raises(ValueError, match=r"^t\.inner\.share: 2\b"):
+        check(node("Thing", count=1, inner=node("Settings", share=2)), "t", TRUST)
+
+
+def test_a_partial_may_leave_arguments_to_its_caller() -> None:
+    check({"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}, "optimizer")
+    with pytest.raises(ValueError, match=r"^optimizer\.lrr: not a setting of AdamW; did you mean lr\?"):
+        check({"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1e-3}, "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"), [(3, int), ("x", str), (None, int | None), ([1, 2], tuple[int, ...]), (1, float)]
+)
+def test_a_value_that_fits_its_annotation(value: Any, hint: Any) -> None:
+    check_value(value, hint, "k")
+
+
+def test_a_class_of_another_library_is_left_to_the_constructor() -> None:
+    check_value(torch.zeros(1), torch.Tensor, "k")
+
+
+# --- built
+
+
+def test_inner_nodes_are_built_first() -> None:
+    config = {
+        "_target_": "sdtune.objective.Objective",
+        "weighting": {"_target_": "sdtune.objective.MinSNR", "gamma": 3.0},
+    }
+    built = build(config)
+    assert isinstance(built.weighting, MinSNR)
+    assert built.weighting.gamma == 3.0
+
+
+def test_what_is_given_is_added_and_lists_and_dicts_are_walked() -> None:
+    inner = node("Settings", share=0.25)
+    built = build(node("Thing", inner=[inner, {"deep": inner, "plain": 1}]), TRUST, {"count": 2})
+    assert built.count == 2
+    assert built.inner[0].share == built.inner[1]["deep"].share == 0.25
+    assert built.inner[1]["plain"] == 1
+
+
+def test_nothing_gives_nothing() -> None:
+    assert build(None) is None
+
+
+def test_a_partial_waits_for_its_arguments() -> None:
+    built = build(node("make", _partial_=True, rate=2.0), TRUST)
+    with pytest.raises(TypeError):
+        built(1, rate=3)
+    optimizer = build({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5})(
+        [torch.nn.Parameter(torch.ones(1))]
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_function_of_ours_is_not_a_target() -> None:
+    with pytest.raises(ValueError, match="is a function, not a class"):
+        resolve("sdtune.pocket.pretraining.assemble.assemble", "evaluation")
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs prodigyopt: pip install it, or 'sdtune\[optimizers\]'"):
+        resolve("prodigyopt.Prodigy", "optimizer")

@@ -1,0 +1,216 @@
+"""Control maps: at the very crop, size and flip of their pictures, from wherever they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drawings import drawing, save_drawings
+from image_data import batches, encoders, equal, noise, opened
+from sdtune.data import Folder
+from sdtune.data.control.base import Control, Paired
+from sdtune.data.control.edges import Canny, Scribble
+from sdtune.data.previews import wanted
+from sdtune.data.sources import FileSample
+
+COMPUTED = [Canny(), Scribble()]
+
+
+def samples(folder: Path) -> list[FileSample]:
+    data = Folder(path=str(folder), prompt="a dog")
+    data.open(32, 4)
+    return list(data.train)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_drawings(tmp_path / "pictures", 4, 64, 64)
+
+
+def paired(folder: Path, scale: int = 1, **settings: Any) -> Paired:
+    """Maps that are the pictures themselves, so that a map must equal its picture."""
+    target = folder.parent / "maps"
+    target.mkdir(exist_ok=True)
+    for file in folder.glob("*.png"):
+        picture = Image.open(file)
+        size = (picture.width * scale, picture.height * scale)
+        picture.resize(size, Image.Resampling.NEAREST).save(target / file.name)
+    return Paired(str(target), **settings)
+
+
+# --- flips and crops
+
+
+@pytest.mark.parametrize("control", COMPUTED, ids=lambda c: type(c).__name__)
+def test_a_flip_mirrors_the_map_to_the_pixel(folder: Path, control: Control) -> None:
+    for sample in samples(folder):
+        plain, flipped = (control.map(sample, (48, 64), (0.3, 0.5), flip) for flip in (False, True))
+        assert plain.shape == (64, 48, 3)
+        assert plain.dtype == np.uint8
+        assert set(np.unique(plain)) == {0, 255}
+        assert np.array_equal(flipped, plain[:, ::-1])
+        assert not np.array_equal(flipped, plain)
+
+
+def test_a_computed_map_is_that_of_the_crop(folder: Path) -> None:
+    sample = samples(folder)[1]
+    for offset in ((0.0, 0.5), (0.9, 0.5)):
+        crop = sample.pixels((32, 64), offset, False)
+        assert np.array_equal(Canny().map(sample, (32, 64), offset), Canny().extract(crop))
+
+
+def test_edges_lie_on_the_rectangles_rim_alone() -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[8:24, 10:20] = 255
+    edges = Canny().extract(pixels)[..., 0] > 0
+    rim = np.zeros((32, 32), bool)
+    rim[7:25, 9:21] = True
+    rim[9:23, 11:19] = False
+    assert edges.any()
+    assert not (edges & ~rim).any()
+    thick = Scribble().extract(pixels)[..., 0] > 0
+    assert thick.sum() > 2 * edges.sum()
+    assert not Canny(900, 1500).extract(drawing(0))[..., 0].all()
+
+
+def test_colours_of_one_brightness_have_an_edge_too() -> None:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8, 0], pixels[:, 8:, 2] = 200, 200
+    assert Canny().extract(pixels).any()
+
+
+def test_thresholds_in_the_wrong_order_are_refused() -> None:
+    for kind in (Canny, Scribble):
+        with pytest.raises(ValueError, match=r"^data\.control\.low: 300 is above data\.control\.high \(200\)"):
+            kind(low=300, high=200)
+
+
+@pytest.mark.parametrize("settings", [{"random_crop": True}, {"flip": True}, {"flip": True, "random_crop": True}])
+def test_batches_hold_the_map_of_their_very_pixels(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):  # slopes, on which all filters agree; every crop of each is another
+        x, y = np.meshgrid(np.arange(96), np.arange(64))
+        pixels = np.stack([x * 2 + 20 * i, y * 3, 250 - x * 2], -1).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    data = opened(tmp_path / "pictures", control=paired(tmp_path / "pictures"), batch_size=3, steps=5, **settings)
+    for batch in batches(data):
+        assert batch["control"].dtype == torch.float32
+        assert batch["control"].min() >= 0
+        assert batch["control"].max() <= 1
+        torch.testing.assert_close(batch["control"] * 2 - 1, batch["pixels"], rtol=0, atol=0.02)  # of 1.5 crop to crop
+
+
+def test_maps_go_with_cached_latents_and_with_workers(folder: Path, tmp_path: Path) -> None:
+    plain = opened(folder, control=Canny(), flip=True)
+    cached = opened(folder, control=Canny(), flip=True, cache_latents=True, workers=1)
+    cached.prepare(encoders(tmp_path / "cache"))
+    for one, other in zip(batches(plain), batches(cached), strict=True):
+        assert "moments" in other
+        assert torch.equal(one["control"], other["control"])
+        for pixels, own in zip(one["pixels"], one["control"], strict=True):
+            flipped = [Canny().map(s, (64, 64), flip=True) for s in plain.train]
+            straight = [Canny().map(s, (64, 64)) for s in plain.train]
+            found = [m for m in (*flipped, *straight) if np.array_equal(m, (own * 255).permute(1, 2, 0).byte().numpy())]
+            assert len(found) == 1
+            assert pixels.shape == own.shape
+
+
+def test_without_control_nothing_changes(folder: Path) -> None:
+    assert all("control" not in batch for batch in batches(opened(folder)))
+    one, other = batches(opened(folder)), batches(opened(folder, control=Canny()))
+    for batch in other:
+        del batch["control"]
+    assert equal(one, other)
+
+
+# --- pairs
+
+
+def test_a_map_of_another_scale_is_brought_to_the_crop(folder: Path) -> None:
+    sample = samples(folder)[0]
+    big, same = paired(folder, 3, resample="nearest"), samples(folder)
+    big.open(same)
+    picture = sample.pixels((64, 64), (0.5, 0.5), False)
+    assert np.array_equal(big.map(sample, (64, 64)), picture)
+
+
+def test_nearest_blends_no_classes(folder: Path) -> None:
+    sample = samples(folder)[0]
+    colours = {tuple(c) for c in drawing(0, 64, 64).reshape(-1, 3).tolist()}
+    for resample in ("nearest", "bilinear"):
+        control = paired(folder, 3, resample=resample)
+        control.open([sample])
+        shown = {tuple(c) for c in control.map(sample, (40, 40)).reshape(-1, 3).tolist()}
+        assert (shown <= colours) == (resample == "nearest")
+
+
+def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
+    for i, name in enumerate(("a/x", "b/x", "c/y")):
+        noise(tmp_path / "pictures" / f"{name}.jpg", 64, 64, seed=i)
+    for i, name in enumerate(("a/x.png", "b/x.webp", "y.png")):
+        noise(tmp_path / "maps" / name, 64, 64, seed=10 + i)
+    control = Paired(str(tmp_path / "maps"))
+    found = samples(tmp_path / "pictures")
+    control.open(found)
+    maps = [control.map(s, (64, 64)).tobytes() for s in found]
+    assert len(set(maps)) == 3
+    assert maps[2] == np.asarray(Image.open(tmp_path / "maps" / "y.png").convert("RGB")).tobytes()
+
+
+def test_one_map_for_two_pictures_is_refused(tmp_path: Path) -> None:
+    for i, name in enumerate(("pictures/a/x.png", "pictures/b/x.png", "maps/x.png")):
+        noise(tmp_path / name, 64, 64, seed=i)
+    with pytest.raises(ValueError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
+        Paired(str(tmp_path / "maps")).open(samples(tmp_path / "pictures"))
+
+
+def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    def refused(match: str, control: Paired | None = None) -> None:
+        with pytest.raises(ValueError, match=match):
+            opened(folder, control=control or Paired(str(maps)))
+
+    maps = folder.parent / "maps"
+    refused(r"^data\.control\.path: .*/maps is not a folder")
+    paired(folder)
+    opened(folder, control=Paired(str(maps)))
+    (maps / "2.png").rename(maps / "two.png")
+    refused(r"^data\.control\.path: no map for .*/2\.png: put 2\.png into .*/maps$")
+    Image.new("RGB", (64, 48)).save(maps / "2.png")
+    refused(r"^data\.control\.path: .*/maps/2\.png is 64x48 pixels and its picture 64x64")
+    (maps / "2.png").write_bytes((maps / "1.png").read_bytes()[:80])
+    refused(r"^data\.control\.path: .*/maps/2\.png is not a readable picture")
+    Image.new("RGB", (64, 64)).save(maps / "2.png")
+    Image.new("RGB", (64, 64)).save(maps / "2.webp")
+    refused(r"^data\.control\.path: .*/2\.webp and 2\.png have one name")
+
+
+def test_an_edited_map_is_other_data(folder: Path) -> None:
+    def fingerprint(control: Control | None) -> str:
+        return opened(folder, control=control).fingerprint
+
+    before = fingerprint(paired(folder))
+    assert fingerprint(paired(folder)) == before
+    Image.new("RGB", (64, 64)).save(folder.parent / "maps" / "0.png")
+    assert fingerprint(Paired(str(folder.parent / "maps"))) != before
+    assert fingerprint(None) == fingerprint(Canny())  # settings are compared by the run's config
+
+
+# --- previews
+
+
+def test_a_preview_has_the_map_of_the_picture_whose_caption_it_draws(folder: Path) -> None:
+    data = opened(folder, control=Canny(), hold_out=2)
+    shown = wanted(data, None, 4, (32, 32))
+    assert [one.prompt for one in shown] == [s.caption for s in data.held_out]
+    for one, sample in zip(shown, data.held_out, strict=True):
+        assert np.array_equal(one.maps[0], Canny().map(sample, (32, 32)))
+    named = wanted(data, ["a", "b", "c"], 4, (32, 32))
+    assert [one.prompt for one in named] == ["a", "b", "c"]
+    assert np.array_equal(named[2].maps[0], shown[0].maps[0])
+    plain = wanted(opened(folder), None, 2, (32, 32))
+    assert [(one.prompt, one.maps) for one in plain] == [("picture number 0", ()), ("picture number 1", ())]

@@ -1,0 +1,83 @@
+"""The table of a recipe's figures over seeds: its intervals, and what stands in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.pocket import table
+from sdtune.pocket.evaluation.intervals import intervals
+
+
+def test_intervals_are_those_of_a_share() -> None:
+    """Of independent readings the interval is about mean +- 1.96 standard errors."""
+    rng = np.random.default_rng(0)
+    values = (rng.random((3, 400)) < 0.3).astype(float)
+    mean, low, high = intervals({"x": values}, None)["x"]
+    error = 1.96 * (0.3 * 0.7 / values.size) ** 0.5
+    assert mean == values.mean()
+    assert low == pytest.approx(mean - error, abs=0.6 * error)
+    assert high == pytest.approx(mean + error, abs=0.6 * error)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    same, apart = np.full((3, 100), 0.5), np.repeat([[0.0], [0.5], [1.0]], 100, axis=1)
+    assert intervals({"x": same}, None)["x"] == (0.5, 0.5, 0.5)
+    _, low, high = intervals({"x": apart}, None)["x"]
+    assert low < 0.1
+    assert high > 0.9
+
+
+def test_the_gain_is_taken_within_each_draw() -> None:
+    readings = {"subject_accuracy": np.full((2, 10), 0.8), "base_subject_accuracy": np.full((2, 10), 0.1)}
+    assert intervals(readings, 0.9)["subject_gain"] == pytest.approx((0.875, 0.875, 0.875))
+
+
+READ = {"control_agreement": [0.5, 1.0], "control_agreement_shuffled": [0.0, 0.5]}
+
+
+def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    for seed in (0, 1):
+        run = tmp_path / "outputs/results/some" / f"seed-{seed}"
+        (run / "evaluation").mkdir(parents=True)
+        (run / "samples").mkdir()
+        (run / "samples" / "before_after.png").write_bytes(b"png")
+        (run / "metrics.json").write_text(
+            json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567, "zero": 0.0})
+        )
+        (run / "evaluation" / table.READINGS).write_text(json.dumps(READ | {"object_accuracy": [1.0, seed == 0]}))
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\n")
+
+    def run_(command: list[str], **_: Any) -> Any:
+        assert command[-2:] == ["--cfg", "job"], "a finished run was run again"
+        return SimpleNamespace(stdout="\n".join(word.replace("=", ": ") for word in command if word[:4] == "seed"))
+
+    monkeypatch.setattr(table.subprocess, "run", run_)
+    monkeypatch.setattr(sys, "argv", ["table", "some", "--seeds", "0", "1"])
+    table.main()
+    page = (tmp_path / "experiments/some/README.md").read_text()
+    assert "| object_accuracy | 0.750 |" in page
+    assert "| clip_text | 0.500 | 1.500 |" in page
+    assert "| artifact_bytes | 1,234,567 | 1,234,567 |" in page
+    assert "| zero | 0.000 | 0.000 |" in page
+    kept = json.loads((tmp_path / "experiments/some/metrics.json").read_text())
+    assert kept["seeds"]["1"]["clip_text"] == 1.5
+    assert kept["figures"]["control_less_shuffled"] == [0.5, 0.5, 0.5]
+    all_of_them = (tmp_path / "experiments/README.md").read_text()
+    assert all_of_them.startswith("before\n")
+    assert all_of_them.endswith("after\n")
+    assert "old" not in all_of_them
+    assert "| [some](some/README.md) | 2 | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them
+    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 2\n")
+    with pytest.raises(ValueError, match="seed-1: some was another recipe then .seed 2, now 1."):
+        table.main()

@@ -1,0 +1,100 @@
+"""The recipes for real Stable Diffusion train two steps as they stand, on a backbone that is tiny."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from running import plan, rows, train
+from sdtune.commands.plan import checked_plan, plan_request
+from sdtune.config.compose import compose, search_path
+from sdtune.hardware.precision import autocast
+from sdtune.paths import config_folder
+from sdtune.planning.kernels import Kernels
+from sdtune.planning.measure import _batch, _NoNumbers
+from sdtune.planning.request import outlined
+from sdtune.training.gradient_checkpointing import checkpoint_activations
+
+RECIPES = sorted((config_folder() / "experiment").glob("sd*.yaml"))
+
+SMALL = (
+    "data.resolution=32",
+    "trainer.max_steps=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.samples.sampling.steps=2",
+    "evaluation.pictures=2",
+    "evaluation.sampling.steps=2",
+    "hardware=cpu",
+    "hardware.precision=32-true",
+)
+
+
+def words(recipe: Path, tiny: Path, pictures: Path) -> list[str]:
+    """The recipe's own command after ``sdtune train``, with folders that exist."""
+    found = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    assert found[0] == f"experiment={recipe.stem}"
+    places = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={pictures}"}
+    return [places.get(word, word) for word in found]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("sd15")], ids=lambda path: path.stem)
+def test_it_trains_two_steps(recipe: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    own = words(recipe, tiny, pictures)
+    for caption in pictures.glob("*.txt") if "textual_inversion" in recipe.stem else ():
+        caption.unlink()  # the word stands in data.prompt, which captions what has no caption of its own
+    less = [*SMALL, *(["data.class_pictures=2"] if "class_prompt" in " ".join(own) else [])]
+    run = tmp_path / "run"
+    assert train(*own, *less, f"hydra.run.dir={run}") == 0
+    assert len(rows(run)) == 2
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 2
+    assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
+    assert (run / "samples" / "before_after.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
+    """On the meta device: forward, backward and the optimizer, micro-batches and their size as the recipe has them."""
+    overrides = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word.startswith("experiment=")]
+    job = checked_plan(compose("plan", search_path(None), [*overrides, "hardware=gpu"]))
+    request = plan_request(job)
+    adapter = outlined(request)
+    adapter.on_fit_start()
+    adapter.suit(torch.device("meta"))
+    if job.config["hardware"].get("gradient_checkpointing"):
+        checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(True)))
+    optimizer = adapter.make_optimizer(adapter.optimizer_groups())
+    caches = not adapter.open("vae"), not adapter.open("text_encoder")
+    frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
+    for _ in range(2):
+        for _ in range(job.accumulation):
+            batch = _batch(adapter, 2 * job.count if request.pairs else job.count, job.side, *caches)
+            if request.pairs:
+                batch |= {"instances": job.count, "prior_weight": 1.0}
+            with Kernels(True), autocast(torch.device("meta"), job.precision):
+                loss = adapter.training_step(batch, 0)
+            loss.backward()
+        gradients = {name: parameter.grad for name, parameter in adapter.trainable()}
+        assert gradients
+        assert not [name for name, gradient in gradients.items() if gradient is None]
+        with _NoNumbers():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.state) == len(gradients)
+    assert not [parameter for parameter in frozen if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=[] if r.stem == "sd15_lora" else [pytest.mark.slow], id=r.stem) for r in RECIPES],
+)
+def test_it_is_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word != "backbone.path=FOLDER"]
+    assert plan(*own) == 0
+    side = 1024 if recipe.stem.startswith("sdxl") else 512
+    assert f": {side}x{side} pixels, batch " in capsys.readouterr().out.splitlines()[0]

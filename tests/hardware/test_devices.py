@@ -1,0 +1,41 @@
+"""What the machine is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdtune.config import hardware
+from sdtune.hardware import devices, precision
+
+
+def test_auto_is_cuda_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (devices.accelerator("auto"), devices.device("auto")) == ("cpu", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (devices.accelerator("auto"), devices.device("auto")) == ("gpu", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("native", "wanted"), [(True, "bf16-mixed"), (False, "16-mixed")])
+def test_emulated_bfloat16_is_not_chosen(native: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native)
+    assert precision.precision("auto", "gpu") == wanted
+    assert precision.precision("32-true", "gpu") == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("node", "key"),
+    [
+        ({"accelerator": "gqu"}, "accelerator"),
+        ({"accelerator": "gpu"}, "accelerator"),
+        ({"precision": "fp8"}, "precision"),
+        ({"devices": 0}, "devices"),
+        ({"devices": []}, "devices"),
+        ({"num_nodes": 0}, "num_nodes"),
+    ],
+)
+def test_what_is_wrong_or_not_there_is_refused(node: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"^hardware.{key}: "):
+        hardware.check(node)

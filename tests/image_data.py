@@ -1,0 +1,62 @@
+"""Folders of small pictures, opened as data, with stubs of the encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdtune.data import Encoders, Folder, PictureData
+
+
+def encode(pictures: Tensor) -> Tensor:
+    """A stub of the VAE: [B, 6, H / 8, W / 8], different for every picture."""
+    return torch.cat([F.avg_pool2d(pictures, 8), F.max_pool2d(pictures, 8)], 1)
+
+
+def text(prompts: list[str]) -> Tensor:
+    return torch.stack([torch.full((3, 2), float(sum(map(ord, prompt)))) for prompt in prompts])
+
+
+def encoders(cache: Path, images: Any = encode, images_hash: str = "vae", words: Any = text) -> Encoders:
+    return Encoders(images=images, images_hash=images_hash, text=words, text_hash="text", cache=cache)
+
+
+def noise(path: Path, width: int, height: int, seed: int = 0, caption: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def opened(
+    path: Path, side: int = 64, steps: int = 6, accumulation: int = 1, start: int = 0, **settings: Any
+) -> Folder:
+    settings = {"cache_latents": False, "cache_text": False, "prompt": "a dog", "batch_size": 2} | settings
+    data = Folder(path=str(path), **settings)
+    data.open(side, 8 if side >= 512 else 4)
+    data.trainer = SimpleNamespace(
+        accumulate_grad_batches=accumulation, max_steps=steps, global_step=start, global_rank=0, world_size=1
+    )
+    return data
+
+
+def batches(data: PictureData) -> list[dict[str, Any]]:
+    return list(data.train_dataloader())
+
+
+def equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(same(a[key], b[key]) for key in a) for a, b in zip(one, other, strict=True)
+    )

@@ -1,0 +1,54 @@
+"""All at once, on a merged single file: two LoRAs, one of them in kohya's form, a word and a ControlNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clients import make
+from families import EACH, Family, build_family
+from lora_files import lora
+from running import sample
+from sdtune.backbone import Pretrained
+from sdtune.exporting import Export, find
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_a_stack_on_a_merged_single_file(family: Family, tmp_path: Path) -> None:
+    base = build_family(tmp_path / "base", family)
+    source = Pretrained(str(base))
+    first = lora(base, tmp_path / "first")
+    [merged] = Export("single_file", dtype="fp32").write(find(first, "artifact"), source, tmp_path / "merged")
+    [second] = Export("kohya").write(find(lora(base, tmp_path / "second", 2), "artifact"), source, tmp_path / "kohya")
+    plain = make.folder_data(make.pictures(tmp_path / "shown"), prompt="a <cat>", resolution=64)
+    words = make.TextualInversion(backbone=source, new_tokens=[make.NewToken("<cat>", "cat", 2)])
+    word = make.trained(words, plain, tmp_path / "words", "it") / "embeddings" / "cat.safetensors"
+    mapped = make.folder_data(tmp_path / "shown", prompt="a cat", resolution=64, control=make.Canny())
+    net = make.trained(make.ControlNet(backbone=source), mapped, tmp_path / "net", "it") / "it"
+    [single] = Export("single_file").write(find(net, "artifact"), source, tmp_path / "net-file")
+    Image.fromarray(np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2) * 255).save(tmp_path / "map.png")
+    group = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}[family]
+    common = [f"backbone={group}", f"backbone.path={merged}", f"backbone.config={base}", 'prompt="a <cat> cat"']
+    common += ["sampling.steps=2", "hardware=cpu"]
+    parts = {
+        "first": f"{{path: {first}, strength: 0.5}}",
+        "second": f"{{path: {second}, strength: 0.8}}",
+        "word": f"{{path: {word}}}",
+    }
+    control = f"control=[{{path: {single}, image: {tmp_path / 'map.png'}, strength: 0.9}}]"
+
+    def drawn(name: str, adapters: list[str], *more: str) -> np.ndarray:
+        words = [*common, f"adapters=[{', '.join(adapters)}]", *more, f"hydra.run.dir={tmp_path / name}"]
+        assert sample(*words) == 0
+        [file] = (tmp_path / name).glob("000_*.png")
+        return np.asarray(Image.open(file)).astype(int)
+
+    whole = drawn("whole", [*parts.values()], control)
+    for left in parts:
+        # Each of them acts.
+        less = drawn(f"without-{left}", [part for name, part in parts.items() if name != left], control)
+        assert np.abs(whole - less).max() > 1, left
+    assert np.abs(whole - drawn("without-net", [*parts.values()])).max() > 1

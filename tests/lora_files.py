@@ -1,0 +1,28 @@
+"""LoRA files of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sdtune.backbone import Pretrained
+from sdtune.formats import LoRAWeights, canonical, diffusers_lora
+
+
+def lora(base: Path, folder: Path, rank: int = 4) -> Path:
+    """A LoRA file for ``base``, of random weights, in diffusers' form."""
+    backbone, rng = Pretrained(str(base)).load(), torch.Generator().manual_seed(3)
+    pairs = {}
+    for component in ("unet", *backbone.encoders):
+        for name, module in getattr(backbone, component).named_modules():
+            if name.endswith(("attn2.to_q", "attn1.to_out.0", "q_proj", "resnets.0.conv1")):
+                out, inside = module.weight.shape[0], module.weight.shape[1:]
+                down = torch.randn(rank, *inside, generator=rng) / 8
+                pairs[canonical(f"{component}.{name}")] = (
+                    down,
+                    torch.randn(out, rank, *[1] * (len(inside) - 1), generator=rng),
+                )
+    weights = LoRAWeights(pairs, dict.fromkeys(pairs, 2.0))
+    diffusers_lora.write(folder / diffusers_lora.FILE_NAME, weights, {})
+    return folder / diffusers_lora.FILE_NAME

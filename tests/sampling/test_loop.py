@@ -1,0 +1,116 @@
+"""Our sampling loop gives the pictures of plain diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.sampling.loop import Request, Sampling, generate
+
+REQUESTS = [Request("a red fox", 3), Request("two blue foxes", 4), Request("a red fox", 5)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny: Path) -> Backbone:
+    loaded = Pretrained(str(tiny)).load()
+    loaded.suit(torch.device("cpu"))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny: Path) -> StableDiffusionPipeline:
+    loaded = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def floats(
+    backbone: Backbone, requests: Sequence[Request], settings: Sampling, patch: pytest.MonkeyPatch
+) -> np.ndarray:
+    """Pictures [B, H, W, 3] in [0, 1], as they are before they become bytes."""
+    kept: list[torch.Tensor] = []
+    decode = Backbone.decode
+
+    def spy(self: Backbone, latents: torch.Tensor) -> torch.Tensor:
+        kept.append(decode(self, latents))
+        return kept[-1]
+
+    with patch.context() as inner:
+        inner.setattr(Backbone, "decode", spy)
+        pictures = np.stack(list(generate(backbone, requests, settings)))
+    exact = torch.cat(kept).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pictures / 255 - exact).max() <= 0.5 / 255 + 1e-6
+    return exact
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheduler"),
+    [
+        ({}, "DDIMScheduler"),
+        ({"guidance": 1.0}, "DDIMScheduler"),
+        ({"negative_prompt": "blurred, grey"}, "DDIMScheduler"),
+        ({"sampler": "dpmpp_2m"}, "DPMSolverMultistepScheduler"),
+        ({"sampler": "euler_ancestral"}, "EulerAncestralDiscreteScheduler"),
+        ({"width": 48, "height": 24}, "DDIMScheduler"),
+    ],
+    ids=["guided", "unguided", "negative prompt", "dpmpp_2m", "euler_ancestral", "not square"],
+)
+def test_equals_diffusers(
+    settings: dict[str, Any],
+    scheduler: str,
+    backbone: Backbone,
+    pipe: StableDiffusionPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampling = Sampling(**{"steps": 4, "guidance": 5.0, **settings})
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    wanted = pipe(
+        [request.prompt for request in REQUESTS],
+        negative_prompt=[sampling.negative_prompt] * 3,
+        num_inference_steps=4,
+        guidance_scale=sampling.guidance,
+        width=sampling.width,
+        height=sampling.height,
+        generator=[torch.Generator().manual_seed(request.seed) for request in REQUESTS],
+        output_type="np",
+    ).images
+    ours = floats(backbone, REQUESTS, sampling, monkeypatch)
+    assert ours.shape == (3, sampling.height or 32, sampling.width or 32, 3)
+    assert np.abs(ours - wanted).max() <= 1e-4
+    assert np.abs(ours[0] - ours[2]).max() > 1e-2  # the seed counts
+
+
+def test_settings_change_the_picture(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the equalities above are not between pictures that look the same whatever is asked for."""
+    variants = [
+        Sampling(steps=4, guidance=5.0),
+        Sampling(steps=4, guidance=1.0),
+        Sampling(steps=4, guidance=5.0, negative_prompt="blurred, grey"),
+        Sampling(steps=4, guidance=5.0, sampler="dpmpp_2m"),
+        Sampling(steps=3, guidance=5.0),
+    ]
+    pictures = [floats(backbone, REQUESTS[:1], settings, monkeypatch) for settings in variants]
+    for i, picture in enumerate(pictures):
+        assert all(np.abs(picture - other).max() > 1e-3 for other in pictures[:i])
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(backbone: Backbone) -> None:
+    for sampler in (None, "euler_ancestral"):
+        together = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=3)))
+        alone = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=1)))
+        for ours, theirs in zip(together, alone, strict=True):
+            assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_a_side_that_the_vae_cannot_make_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match=r"^sampling\.width: 30 is not a multiple of 4, the VAE's factor$"):
+        list(generate(backbone, REQUESTS, Sampling(width=30)))

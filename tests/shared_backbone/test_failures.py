@@ -1,0 +1,125 @@
+"""What fails for one job of a shared backbone is that job's alone; what fails for all ends the sweep, which goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from running import train
+from sdtune.shared_backbone import pool
+from sdtune.shared_backbone.batched_unet import Mode
+from sdtune.shared_backbone.step_coordinator import Question, Seat, Turns
+from sdtune.sweeps import job as jobs
+
+LAUNCHER = "hydra/launcher=shared_backbone"
+
+
+def test_without_memory_each_job_says_so_and_the_sweep_ends(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = pool.Pool._forward
+
+    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+        if next(iter(calls.values())).mode.gradients:
+            raise torch.OutOfMemoryError
+        forward(self, calls, idle)
+
+    monkeypatch.setattr(pool.Pool, "_forward", full)
+    own = [
+        *settings,
+        "callbacks.samples=null",
+        LAUNCHER,
+        "hydra.launcher.max_adapters=2",
+        "optimizer.lr=1e-3,1e-4,1e-5",
+    ]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_adapters=1"
+    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
+    assert [(state["state"], state["error"]) for state in states] == [("failed", said)] * 2
+    assert not (tmp_path / "sweep" / "2").exists()
+    captured = capsys.readouterr()
+    assert "sweep: 0 of 2 jobs are done" in captured.out
+    assert f"sdtune: {said}\n" in captured.err
+    monkeypatch.setattr(pool.Pool, "_forward", forward)
+    assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_adapters=1") == 0
+    captured = capsys.readouterr()
+    assert "jobs 0-2 share one backbone, 1 at once" in captured.out
+    assert "sweep: 3 of 3 jobs are done" in captured.out
+
+
+def test_what_one_job_cannot_draw_is_its_own_failure(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = pool.Pool._forward
+    failed: list[int] = []
+
+    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+        if not next(iter(calls.values())).mode.gradients and 0 in calls and not failed:
+            failed.extend(calls)
+            raise torch.OutOfMemoryError
+        forward(self, calls, idle)
+
+    monkeypatch.setattr(pool.Pool, "_forward", full)
+    own = [*settings, "callbacks.samples=null", "data.hold_out=5", "seed=0,1", "trainer.val_check_interval=1,2"]
+    own += [LAUNCHER, "hydra.launcher.max_adapters=2"]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    assert failed == [0]  # which validates by itself, while the other is in a step
+    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
+    assert [state["state"] for state in states] == ["failed", "done", "done", "done"]
+    assert states[0]["error"].startswith("out of memory on the device with 2 runs at once: give hydra.launcher.max_ad")
+    assert "3 of 4 jobs are done" in capsys.readouterr().out
+
+
+def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails() -> None:
+    drawn: list[int] = []
+
+    class Full(pool.Pool):
+        def _forward(self, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+            if next(iter(calls.values())).mode.gradients:
+                raise torch.OutOfMemoryError
+            for seat, call in calls.items():
+                drawn.append(seat)
+                call.answer = torch.ones(1)
+
+        def _in_parts(self, calls: dict[int, pool.Forward]) -> Iterator[dict[int, pool.Forward]]:
+            yield calls
+
+    def asked(gradients: bool) -> pool.Forward:
+        mode = Mode(gradients, gradients, (False, torch.float32), torch.float32)
+        return pool.Forward(None, {"sample": torch.zeros(1)}, mode)  # type: ignore[arg-type]
+
+    questions: dict[int, Question] = {0: asked(True), 1: asked(False)}
+    turns = Turns(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
+    turns._seats = {number: Seat(number, lambda: None) for number in questions}
+    for number, seat in turns._seats.items():
+        seat.question = questions[number]
+    turns._reply(questions)
+    assert turns._seats[0].question is None
+    assert turns._seats[1].question is questions[1]  # until the memory of the step is free
+    assert not drawn
+    assert questions[0].error is turns.broken
+    assert "max_adapters=1" in str(turns.broken)
+    turns._reply({1: questions[1]})
+    assert drawn == [1]
+    assert questions[1].error is None
+
+
+def test_a_folder_that_cannot_be_written_is_one_jobs_failure(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = jobs.write_json
+
+    def full(path: Path, content: object) -> None:
+        if path == tmp_path / "sweep" / "0" / jobs.STATE:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(jobs, "write_json", full)
+    own = [*settings, "callbacks.samples=null", LAUNCHER, "optimizer.lr=1e-3,1e-4"]
+    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    assert "sdtune: job 0: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text())["state"] == "done"
