@@ -47,8 +47,9 @@ THREADS = 1
 AT_ONCE = 2
 """Commands at a time, a thread each: what a run computes does not depend on its neighbours."""
 
-_NOT_OF_THE_RUN = ("seconds", "_per_second", "peak_memory_bytes", "seconds_to_best", "reasons")
-"""Parts of names of ``metrics.json``: times, memory, and words."""
+_NOT_OF_THE_RUN = ("seconds", "_per_second", "peak_memory_bytes", "artifact_bytes", "reasons")
+"""Parts of names in ``metrics.json``: times, memory, words, and a size that counts the path of the shipped model, which
+diffusers writes into configs."""
 
 _NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-])")
 

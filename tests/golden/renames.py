@@ -10,7 +10,19 @@ RENAMED_KEYS: dict[str, str] = {
 }
 """Settings, as a command line names them."""
 
-RENAMED_TARGETS: dict[str, str] = {}
+RENAMED_TARGETS: dict[str, str] = {
+    "sdtune.data.control.Paired": "sdtune.data.control.base.Paired",
+    "sdtune.data.edges.Canny": "sdtune.data.control.edges.Canny",
+    "sdtune.data.edges.Scribble": "sdtune.data.control.edges.Scribble",
+    "sdtune.estimated.Estimated": "sdtune.data.control.estimated.Estimated",
+    "sdtune.pocket.control.PocketControl": "sdtune.pocket.world.control.PocketControl",
+    "sdtune.pocket.control_evaluation.ControlFigures": "sdtune.pocket.evaluation.control.ControlFigures",
+    "sdtune.pocket.data.Subject": "sdtune.pocket.world.data.Subject",
+    "sdtune.pocket.data.World": "sdtune.pocket.world.data.World",
+    "sdtune.pocket.evaluation.SubjectFigures": "sdtune.pocket.evaluation.subject.SubjectFigures",
+    "sdtune.pocket.style.Style": "sdtune.pocket.world.style.Style",
+    "sdtune.pocket.style.StyleFigures": "sdtune.pocket.evaluation.style.StyleFigures",
+}
 """``_target_``s of configs."""
 
 RENAMED_FILES: dict[str, str] = {}

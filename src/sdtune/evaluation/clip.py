@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdtune.evaluation.model_names import check_model
 from sdtune.formats.clip_pixels import pixel_statistics
+from sdtune.paths import pocket_clip, pocket_pipeline
 
 
 def check(name: str) -> None:
@@ -30,16 +31,13 @@ class Clip:
     def __init__(self, path: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
-        from sdtune.pocket import clip_path
-        from sdtune.pocket import path as pipeline_path
-
         pocket = path == "pocket"
-        folder = clip_path() if pocket else Path(path).expanduser()
+        folder = pocket_clip() if pocket else Path(path).expanduser()
         if not pocket and not folder.is_dir():
             raise ValueError(
                 f"clip: {path} is not a folder; name a local folder with a CLIP model (config.json, weights)"
             )
-        words = pipeline_path() / "tokenizer" if pocket else folder
+        words = pocket_pipeline() / "tokenizer" if pocket else folder
         self.tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
         self.model = model.eval().requires_grad_(False).to(device)
