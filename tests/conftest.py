@@ -31,9 +31,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Five small pictures with captions."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Five small images with captions."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):
         Image.new("RGB", (40, 36), (40 * i, 255 - 40 * i, 90)).save(folder / f"{i}.png")

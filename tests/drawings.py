@@ -1,4 +1,4 @@
-"""Pictures with edges, for control maps: a bright rectangle on a dark ground, each somewhere else."""
+"""Images with edges, for control maps: a bright rectangle on a dark ground, each somewhere else."""
 
 from __future__ import annotations
 

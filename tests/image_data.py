@@ -1,4 +1,4 @@
-"""Folders of small pictures, opened as data, with stubs of the encoders."""
+"""Folders of small images, opened as data, with stubs of the encoders."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtune.data import Encoders, Folder, PictureData
+from sdtune.data import Encoders, Folder, ImageDataModule
 
 
-def encode(pictures: Tensor) -> Tensor:
-    """A stub of the VAE: [B, 6, H / 8, W / 8], different for every picture."""
-    return torch.cat([F.avg_pool2d(pictures, 8), F.max_pool2d(pictures, 8)], 1)
+def encode(images: Tensor) -> Tensor:
+    """A stub of the VAE: [B, 6, H / 8, W / 8], different for every image."""
+    return torch.cat([F.avg_pool2d(images, 8), F.max_pool2d(images, 8)], 1)
 
 
 def text(prompts: list[str]) -> Tensor:
@@ -49,7 +49,7 @@ def opened(
     return data
 
 
-def batches(data: PictureData) -> list[dict[str, Any]]:
+def batches(data: ImageDataModule) -> list[dict[str, Any]]:
     return list(data.train_dataloader())
 
 

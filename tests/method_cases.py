@@ -40,12 +40,12 @@ class Case:
         words = {"new_tokens": [WORD]} if self.kind.needs_tokens else {}
         return self.kind(backbone=Pretrained(str(folder)), optimizer=adamw(lr), **self.settings, **words, **more)
 
-    def data(self, folder: Path, pictures: Path, **more: Any) -> Any:
+    def data(self, folder: Path, images: Path, **more: Any) -> Any:
         """The first of these that the method does not refuse; its word, where it learns one, in every prompt."""
         words = {"templates": ["<new> {}"]} if self.kind.needs_tokens else {}
         model = self.model(folder)
-        for needed in ({}, {"control": Canny()}, {"class_prompt": "a dog", "class_pictures": 2}):
-            data = folder_data(pictures, **{**needed, **words, **more})
+        for needed in ({}, {"control": Canny()}, {"class_prompt": "a dog", "class_images": 2}):
+            data = folder_data(images, **{**needed, **words, **more})
             try:
                 model.check_data(data)
             except ValueError:
@@ -60,7 +60,7 @@ class Case:
         if self.name == "controlnet":
             own.append("data/control=canny")
         if self.name == "dreambooth":
-            own += ["data.class_prompt=a dog", "data.class_pictures=2"]
+            own += ["data.class_prompt=a dog", "data.class_images=2"]
         return own
 
 

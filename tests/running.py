@@ -100,7 +100,7 @@ class Rates(Callback):
 # --- commands
 
 
-def arguments(tiny: Path, pictures: Path, folder: Path, *more: str) -> list[str]:
+def arguments(tiny: Path, images: Path, folder: Path, *more: str) -> list[str]:
     """Of a short LoRA run that draws and measures nothing."""
     return [
         "method=lora",
@@ -108,7 +108,7 @@ def arguments(tiny: Path, pictures: Path, folder: Path, *more: str) -> list[str]
         "backbone=sd15",
         f"backbone.path={tiny}",
         "data=folder",
-        f"data.path={pictures}",
+        f"data.path={images}",
         "callbacks.samples=null",
         "evaluation=none",
         "hardware=cpu",

@@ -36,5 +36,5 @@ def command(tiny: Path, folder: Path, *more: str) -> list[str]:
     return ["backbone=sd15", f"backbone.path={tiny}", *FEW, f"hydra.run.dir={folder}", *more]
 
 
-def pictures(folder: Path) -> list[Path]:
+def images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.png") if p.name != "grid.png")

@@ -232,7 +232,7 @@ def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> N
 
 def test_an_evaluation_is_switched_off_behind_a_recipe_that_sets_its_details() -> None:
     config = composed("train", "experiment=dreambooth_subject", "evaluation=none")
-    assert config.evaluation == {"class_pictures": 210}
+    assert config.evaluation == {"class_images": 210}
     assert checks.plain(config)["evaluation"] == {}
 
 

@@ -12,7 +12,7 @@ from running import arguments, rows, train
 
 
 def test_wandb_offline_keeps_jobs_apart(
-    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -20,7 +20,7 @@ def test_wandb_offline_keeps_jobs_apart(
     for number in range(2):
         run = tmp_path / f"run{number}"
         settings = ["trainer.max_steps=2", "logger=wandb", "logger.wandb.offline=true"]
-        assert train(*arguments(tiny, pictures, run, *settings)) == 0
+        assert train(*arguments(tiny, images, run, *settings)) == 0
         assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
         assert len(rows(run)) == 2
         assert "WANDB_MODE" not in os.environ
@@ -28,7 +28,7 @@ def test_wandb_offline_keeps_jobs_apart(
 
 def test_wandb_without_an_account_is_refused_and_leaves_no_folder(
     tiny: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -36,13 +36,13 @@ def test_wandb_without_an_account_is_refused_and_leaves_no_folder(
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert train(*arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=2", "logger=wandb")) == 2
+    assert train(*arguments(tiny, images, tmp_path / "run", "trainer.max_steps=2", "logger=wandb")) == 2
     assert "logger.wandb: no account" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_holds_every_step(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    assert train(*arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=3", "logger=tensorboard")) == 0
+def test_tensorboard_holds_every_step(tiny: Path, images: Path, tmp_path: Path) -> None:
+    assert train(*arguments(tiny, images, tmp_path / "run", "trainer.max_steps=3", "logger=tensorboard")) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     logged = events.Scalars("loss")
     assert [event.step for event in logged] == [1, 2, 3]

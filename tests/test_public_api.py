@@ -18,12 +18,12 @@ from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
 
 
-def test_plain_python(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_python(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     backbone = Pretrained(str(tiny))
     model = LoRA(rank=4, backbone=backbone)
     trainer = pl.Trainer(max_steps=4, logger=False, accelerator="cpu")
-    trainer.fit(model, datamodule=Folder(path=str(pictures), batch_size=2))
+    trainer.fit(model, datamodule=Folder(path=str(images), batch_size=2))
     assert trainer.global_step == 4
     model.artifact(Path("otter"), "otter")
     assert sorted(p.name for p in Path("otter").iterdir()) == ["otter.safetensors", "pytorch_lora_weights.safetensors"]
@@ -31,20 +31,20 @@ def test_plain_python(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: p
 
     few = Sampling(steps=2, guidance=3.0)
     adapter = {"path": "otter/otter.safetensors", "strength": 20.0}
-    [picture] = sdtune.sample("a photo of an otter", adapters=[adapter], backbone=backbone, sampling=few)
+    [image] = sdtune.sample("a photo of an otter", adapters=[adapter], backbone=backbone, sampling=few)
     [base] = sdtune.sample("a photo of an otter", backbone=backbone, sampling=few)
-    assert picture.size == (32, 32)
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(base)).max() > 0
+    assert image.size == (32, 32)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(base)).max() > 0
 
 
-def test_the_readmes_lines_run(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_lines_run(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, but on the tiny backbone and for two steps."""
     monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     [lines] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     for old, new in (
         ('Pretrained("pocket")', f'Pretrained("{tiny}")'),
-        ('path="DIR"', f'path="{pictures}"'),
+        ('path="DIR"', f'path="{images}"'),
         ("max_steps=400", "max_steps=2"),
         ("sdtune.sample(", f'sdtune.sample(backbone=Pretrained("{tiny}"), prompt='),
     ):
@@ -54,10 +54,10 @@ def test_the_readmes_lines_run(tiny: Path, pictures: Path, tmp_path: Path, monke
     assert {p.name for p in tmp_path.iterdir()} >= {"otter", "otter.png"}
 
 
-def test_validation_by_lightnings_defaults(tiny: Path, pictures: Path) -> None:
+def test_validation_by_lightnings_defaults(tiny: Path, images: Path) -> None:
     model = LoRA(rank=1, backbone=Pretrained(str(tiny)))
     trainer = pl.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.fit(model, datamodule=Folder(path=str(pictures), batch_size=2, hold_out=5))
+    trainer.fit(model, datamodule=Folder(path=str(images), batch_size=2, hold_out=5))
     assert 0 < float(trainer.callback_metrics["validation_loss"]) < 10

@@ -26,11 +26,11 @@ class Mean(Callback):
 
 
 def main() -> None:
-    tiny, pictures, out, *names = sys.argv[1:]
+    tiny, images, out, *names = sys.argv[1:]
     found: dict[str, list[float]] = {}
     for name in names:
         case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
-        model, data = case.model(Path(tiny), lr=1e-3), case.data(Path(tiny), Path(pictures), batch_size=4)
+        model, data = case.model(Path(tiny), lr=1e-3), case.data(Path(tiny), Path(images), batch_size=4)
         seen = Mean()
         trainer = fit(model, data, 4, [seen], strategy="ddp", devices=2, use_distributed_sampler=False)
         found[name] = seen.losses

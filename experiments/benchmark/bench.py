@@ -26,7 +26,7 @@ from typing import Any
 import diffusers
 import torch
 
-from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, ours, peer, pictures
+from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, ours, peer, images
 from experiments.benchmark.gate import gate
 from experiments.benchmark.page import groups, page
 from experiments.benchmark.sweep import sweeps
@@ -72,7 +72,7 @@ def figures(ends: list[float]) -> dict[str, Any]:
 
 def compared(method: str, shape: Shape, precision: str, examples: Path | None, folder: Path) -> dict[str, Any]:
     """The variants of a method by turns, each several times in a fresh process; and what a step of each does."""
-    data, run = folder / f"pictures-{shape.side}", folder / "run"
+    data, run = folder / f"images-{shape.side}", folder / "run"
     variants = {
         "sdtune": ours(method, shape, data, run, precision),
         "sdtune, no caches": ours(
@@ -81,7 +81,7 @@ def compared(method: str, shape: Shape, precision: str, examples: Path | None, f
     }
     if shape.batch > 1:  # to see how far from the machine's own rate a step is, which asks for no peer
         del variants["sdtune, no caches"]
-    # Its script cannot be told that pocket's latents are a quarter as wide as the pictures.
+    # Its script cannot be told that pocket's latents are a quarter as wide as the images.
     if examples is not None and (shape.name, method) != ("pocket", "controlnet"):
         documented = DOCUMENTED.get(method, ())
         variants["diffusers"] = peer(examples, method, shape, data, run, precision, *documented)
@@ -209,7 +209,7 @@ def main() -> None:
             # transformers loads in a file's own type, in which diffusers' textual_inversion.py then trains: in float16
             # AdamW's eps of 1e-8 is zero, and the words are infinite after one step.
             random_pipeline(shape.weights, text=torch.float32)
-        pictures(folder / f"pictures-{shape.side}", shape.side)
+        images(folder / f"images-{shape.side}", shape.side)
         return compared(what, shape, precision, None if kind == "floor" else examples, folder)
 
     for name in names:

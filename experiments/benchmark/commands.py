@@ -1,4 +1,4 @@
-"""What is timed: sdtune's command and its peer's for the same work, with the same pictures on the same weights."""
+"""What is timed: sdtune's command and its peer's for the same work, with the same images on the same weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAPTION = "a photo of a cat"
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone, ``weights`` a pipeline's folder, and its pictures: ``side`` in pixels, ``batch`` of them a step."""
+    """A backbone, ``weights`` a pipeline's folder, and its images: ``side`` in pixels, ``batch`` of them a step."""
 
     name: str
     weights: Path
@@ -30,17 +30,17 @@ class Command:
     arguments: tuple[str, ...]
 
 
-def pictures(folder: Path, side: int, count: int = 8) -> Path:
-    """A folder that both read: pictures with captions beside them, and diffusers' list of them with control maps."""
+def images(folder: Path, side: int, count: int = 8) -> Path:
+    """A folder that both read: images with captions beside them, and diffusers' list of them with control maps."""
     rows = []
     for sub in ("captioned", "bare", "listed", "paired"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for number in range(count):
         noise = Image.effect_noise((side, side), 60 + 10 * number)
-        picture = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+        image = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
         for sub in ("captioned", "bare", "listed", "paired"):
-            picture.save(folder / sub / f"{number}.png")
-        picture.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
+            image.save(folder / sub / f"{number}.png")
+        image.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
         (folder / "captioned" / f"{number}.txt").write_text(CAPTION)
         rows.append({"file_name": f"{number}.png", "text": CAPTION})
     _list(folder / "listed", rows)

@@ -52,7 +52,7 @@ def _why(found: Mapping[str, Any]) -> list[str]:
         "  (caches), what torch's convolutions lose at the lowest resolutions, and, where much is trained, new pages",
         "  for gradients in each step. In float32 the arithmetic is a larger share (see the matrix rate), on pocket",
         "  the small operators that both send out by the thousand, and there the encoders are small.",
-        "- *Start*: the caches, which encode every picture before the first step (the row without them has the rest),",
+        "- *Start*: the caches, which encode every image before the first step (the row without them has the rest),",
         "  and imports. In seconds, each with those before it: " + ", ".join(seconds[:2]) + ",",
         "  " + ", ".join(seconds[2:]) + ". diffusers' scripts",
         "  have no Lightning, which imports torch's compiler and torchmetrics.",
@@ -75,7 +75,7 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         "a GPU.",
         "",
         "Each figure is the median of three fresh processes that took turns with those beside it, and in brackets the",
-        "least and the most. Batch 1 unless it says otherwise, eight pictures, AdamW, a constant rate, LoRA of rank 4.",
+        "least and the most. Batch 1 unless it says otherwise, eight images, AdamW, a constant rate, LoRA of rank 4.",
         "The caches of VAE and text encoder begin empty, and to fill them is part of the time to the first step; the",
         "peak is the whole process's. *of diffusers*: sdtune's figure over that of diffusers' example script; less",
         "than 1 is less time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two",
@@ -165,7 +165,7 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
 
 
 NOTES = (
-    "Pocket's latents are a quarter as wide as its pictures, which diffusers' ControlNet script cannot be told.",
+    "Pocket's latents are a quarter as wide as its images, which diffusers' ControlNet script cannot be told.",
     "*diffusers* is its scripts as their READMEs call them: for the whole UNet with `--gradient_checkpointing`.",
     "*diffusers, best flags* is what ought to be fastest on a CPU: the whole UNet without that, DreamBooth with",
     "`--pre_compute_text_embeddings --set_grads_to_none`, ControlNet with `--set_grads_to_none`. Of their scalar",

@@ -11,7 +11,7 @@ SUBJECT_METHODS = ("textual_inversion", "lora", "dreambooth", "full")
 METHODS = (*SUBJECT_METHODS, "controlnet")
 
 LIKENESS, SUBJECT = 0.25, 0.6
-"""``subject_gain`` from which a picture is said to be like the subject, and to show it."""
+"""``subject_gain`` from which an image is said to be like the subject, and to show it."""
 
 FREE = 0.85
 """``background_accuracy`` from which prompts are said to be followed."""

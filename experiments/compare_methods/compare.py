@@ -1,6 +1,6 @@
 """``python -m experiments.compare_methods.compare SWEEP``, of a sweep=compare_methods.
 
-Writes ``experiments/compare_methods/``: the tables of README.md between its two marks, results.json and pictures.
+Writes ``experiments/compare_methods/``: the tables of README.md between its two marks, results.json and images.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def gathered(sweep: Path) -> dict[str, list[Run]]:
     return found
 
 
-def pictures(found: Mapping[str, Sequence[Run]], folder: Path) -> None:
+def images(found: Mapping[str, Sequence[Run]], folder: Path) -> None:
     """``subject.png``, each method's samples of one seed under the base's, and ``controlnet.png``."""
-    first = {method: [p for p in found[method][0].pictures if p.when == "after"] for method in SUBJECT_METHODS}
-    before = [p for p in found["lora"][0].pictures if p.when == "before"]
+    first = {method: [p for p in found[method][0].images if p.when == "after"] for method in SUBJECT_METHODS}
+    before = [p for p in found["lora"][0].images if p.when == "before"]
     prompts = [p.prompt for p in first["lora"]]
     rows = [[np.asarray(Image.open(p.file).convert("RGB")) for p in row] for row in (before, *first.values())]
     save_png(grid(rows, ["before", *SUBJECT_METHODS], prompts), folder / "subject.png")
@@ -73,7 +73,7 @@ def main() -> None:
             "planned_sd15": plans,
         },
     )
-    pictures(runs, arguments.into)
+    images(runs, arguments.into)
     file = arguments.into / "README.md"
     rewrite(file, page(found, plans, len(runs["lora"])))
     print(file)

@@ -20,14 +20,14 @@ PACK_SIDE = 96
 _NOTO_SIZE = 109  # the one size of the font's bitmaps
 
 
-def _write(picture: Image.Image, path: Path) -> None:
-    box = picture.getchannel("A").getbbox()
+def _write(image: Image.Image, path: Path) -> None:
+    box = image.getchannel("A").getbbox()
     assert box is not None, path
     # Crop to the drawing and centre it in a square, so that "46 pixels" means the same for every object and style.
-    picture = picture.crop(box)
-    side = max(picture.size)
+    image = image.crop(box)
+    side = max(image.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     square.resize((PACK_SIDE, PACK_SIDE), Image.Resampling.LANCZOS).save(path, quality=92, method=6, exact=False)
 
 
@@ -50,9 +50,9 @@ def main() -> None:
     font = ImageFont.truetype(str(noto), _NOTO_SIZE)
     for code in codes:
         text = "".join(chr(int(point, 16)) for point in code.split("-"))
-        picture = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
-        ImageDraw.Draw(picture).text((10, 10), text, font=font, embedded_color=True)
-        _write(picture, target / "noto" / f"{code}.webp")
+        image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
+        ImageDraw.Draw(image).text((10, 10), text, font=font, embedded_color=True)
+        _write(image, target / "noto" / f"{code}.webp")
     print(f"{len(codes)} drawings in two styles: {target}")
 
 

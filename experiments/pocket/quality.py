@@ -1,7 +1,7 @@
 """Pocket's measured quality: ``python -m experiments.pocket.quality [--seed N] [--out DIR] [--pipeline DIR]``.
 
-Pictures of combinations that training never drew, sampled from the pipeline and read by the measuring classifier, and
-how well the VAE rebuilds true renders. Writes ``quality.json`` and ``quality.png``, the first pictures, to DIR.
+Images of combinations that training never drew, sampled from the pipeline and read by the measuring classifier, and
+how well the VAE rebuilds true renders. Writes ``quality.json`` and ``quality.png``, the first images, to DIR.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import draw as draw_pictures
+from sdtune.evaluation.draw import draw as draw_images
 from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load, reconstruct
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.world.captions import full_caption
@@ -30,16 +30,16 @@ GUIDANCE = 3.0
 _BATCH = 64
 _GRID_SIDE = 8
 _CELL = 2 * SIDE
-_CAPTION = 28  # pixels below a picture, for two lines
+_CAPTION = 28  # pixels below an image, for two lines
 
 
 def _generate(folder: Path, prompts: list[str], seed: int, steps: int = STEPS) -> np.ndarray:
-    """A picture for each prompt, from the pipeline in ``folder``: uint8 [N, 64, 64, 3]."""
+    """An image for each prompt, from the pipeline in ``folder``: uint8 [N, 64, 64, 3]."""
     backbone = Pretrained(str(folder)).load()
     backbone.suit(backbone.device)
     requests = [Request(prompt, seed * 100_003 + k) for k, prompt in enumerate(prompts)]
     sampling = Sampling(steps=steps, guidance=GUIDANCE, batch_size=_BATCH)
-    return np.stack(draw_pictures(backbone, requests, sampling))
+    return np.stack(draw_images(backbone, requests, sampling))
 
 
 def agreement(said: list[str], truth: list[str]) -> float:
@@ -48,13 +48,13 @@ def agreement(said: list[str], truth: list[str]) -> float:
 
 
 def measure(
-    pictures: np.ndarray, scenes: list[Scene], classifier: Classifier, vae: AutoencoderKL, seed: int
+    images: np.ndarray, scenes: list[Scene], classifier: Classifier, vae: AutoencoderKL, seed: int
 ) -> dict[str, float]:
-    """The figures of ``quality.json`` for ``pictures`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
-    readings = classifier.read(pictures)
+    """The figures of ``quality.json`` for ``images`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
+    readings = classifier.read(images)
     renders = np.stack([np.asarray(draw(scene)) for scene in scenes])
     return {
-        "background_accuracy": agreement(background(pictures), [scene.background for scene in scenes]),
+        "background_accuracy": agreement(background(images), [scene.background for scene in scenes]),
         "object_accuracy": agreement(readings.object, [scene.thing for scene in scenes]),
         "size_accuracy": agreement(readings.size, [scene.size for scene in scenes]),
         "vae_psnr_db": float(psnr(reconstruct(vae, renders), renders).mean()),
@@ -64,14 +64,14 @@ def measure(
     }
 
 
-def grid(pictures: np.ndarray, scenes: list[Scene]) -> Image.Image:
-    """Up to 64 pictures (uint8 [N, 64, 64, 3]) at twice their size, eight a row, each over what was asked for."""
-    rows = -(-len(pictures) // _GRID_SIDE)
+def grid(images: np.ndarray, scenes: list[Scene]) -> Image.Image:
+    """Up to 64 images (uint8 [N, 64, 64, 3]) at twice their size, eight a row, each over what was asked for."""
+    rows = -(-len(images) // _GRID_SIDE)
     sheet = Image.new("RGB", (_GRID_SIDE * _CELL, rows * (_CELL + _CAPTION)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-    for k, (picture, scene) in enumerate(zip(pictures, scenes, strict=True)):
+    for k, (image, scene) in enumerate(zip(images, scenes, strict=True)):
         x, y = k % _GRID_SIDE * _CELL, k // _GRID_SIDE * (_CELL + _CAPTION)
-        sheet.paste(Image.fromarray(picture).resize((_CELL, _CELL), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(Image.fromarray(image).resize((_CELL, _CELL), Image.Resampling.NEAREST), (x, y))
         words = f"{scene.size} {scene.thing}\n{scene.background}, {scene.place}"
         pen.multiline_text((x + 3, y + _CELL), words, "black", font, spacing=1)
     return sheet
@@ -89,11 +89,11 @@ def main() -> None:
     classifier = load()
     vae = AutoencoderKL.from_pretrained(arguments.pipeline, subfolder="vae", local_files_only=True).eval()
     scenes = held_out_scenes(arguments.seed, PROMPTS)
-    pictures = _generate(arguments.pipeline, [full_caption(scene) for scene in scenes], arguments.seed)
-    figures = measure(pictures, scenes, classifier, vae, arguments.seed)
+    images = _generate(arguments.pipeline, [full_caption(scene) for scene in scenes], arguments.seed)
+    figures = measure(images, scenes, classifier, vae, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shown = _GRID_SIDE**2
-    grid(pictures[:shown], scenes[:shown]).save(arguments.out / "quality.png")
+    grid(images[:shown], scenes[:shown]).save(arguments.out / "quality.png")
     text = json.dumps(figures, indent=2)
     (arguments.out / "quality.json").write_text(text + "\n")
     print(text)

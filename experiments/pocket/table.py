@@ -47,7 +47,7 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
         "",
         f"`python -m experiments.pocket.table {name} --seeds {' '.join(map(str, seeds))}`",
         f"runs [the recipe](../{name}.yaml) once a seed and writes this page. The intervals are by bootstrap over",
-        "seeds and pictures, and with three seeds too narrow where these differ more than the pictures; figures of",
+        "seeds and images, and with three seeds too narrow where these differ more than the images; figures of",
         "pocket's world are not comparable with published ones.",
         "",
         "| figure | mean | 95% interval |",

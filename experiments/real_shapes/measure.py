@@ -63,8 +63,8 @@ def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.
     write_json(folder / "model_index.json", index)  # last: with it the folder is complete
 
 
-def pictures(folder: Path, size: tuple[int, int]) -> Path:
-    """Two pictures of noise and colour with captions."""
+def images(folder: Path, size: tuple[int, int]) -> Path:
+    """Two images of noise and colour with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(2):
         noise = Image.effect_noise(size, 80 + 40 * number)
@@ -152,7 +152,7 @@ def main() -> None:
         ]  # fmt: skip
         plan = planned(method, [*settings, f"data.path={folder}"])
         for width, height in SIZES:
-            path = pictures(folder / f"{width}x{height}", (width, height))
+            path = images(folder / f"{width}x{height}", (width, height))
             more = [f"data.path={path}", *([f"data.class_path={path}"] if method == "dreambooth" else [])]
             row = trained(folder / "run", method, [*settings, *more])
             if row["trained"] != plan["trained"]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.real_shapes.measure import pictures, random_pipeline
+from experiments.real_shapes.measure import images, random_pipeline
 
 HERE = Path(__file__).parent
 RECIPES = [*sorted(HERE.parent.glob("sd15_*.yaml")), HERE.parent / "sdxl_lora.yaml"]
@@ -35,7 +35,7 @@ def words(recipe: Path, backbone: Path, shown: Path) -> list[str]:
     """The recipe's own command behind ``sdtune train``, with places that exist."""
     found = shlex.split(recipe.read_text().splitlines()[1])[3:]
     places = {"backbone.path=FOLDER": f"backbone.path={backbone}", "data.path=DIR": f"data.path={shown}"}
-    drawn = ["data.class_pictures=1"] if "dreambooth" in recipe.stem else []
+    drawn = ["data.class_images=1"] if "dreambooth" in recipe.stem else []
     return [*(places.get(word, word) for word in found), *LESS, *drawn]
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="for weights and runs")
     parser.add_argument("recipes", nargs="*", help="names; all if there is none")
     arguments = parser.parse_args()
-    shown, bare = (pictures(arguments.folder / name, (1152, 1024)) for name in ("pictures", "bare"))
+    shown, bare = (images(arguments.folder / name, (1152, 1024)) for name in ("images", "bare"))
     for caption in bare.glob("*.txt"):
         caption.unlink()  # a new word stands in data.prompt, which captions what has no caption of its own
     target = HERE / "recipes.json"

@@ -9,7 +9,7 @@ import warnings
 # Each of these is about something that sdtune does on purpose.
 _EXPECTED = (
     r".*LeafSpec.*deprecated.*",
-    r".*Total length of .* across ranks is zero.*",  # no held-out pictures, so no validation
+    r".*Total length of .* across ranks is zero.*",  # no held-out images, so no validation
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen parts
     r".*your dataloader is not resumable.*",  # the sampler starts at the step; see data/order.py
     r".*does not have many workers.*",

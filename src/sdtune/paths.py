@@ -42,5 +42,5 @@ def pocket_clip() -> Path:
 
 
 def pocket_art() -> Path:
-    """The folder of the drawings that the picture world is made of, a folder for each style."""
+    """The folder of the drawings that the image world is made of, a folder for each style."""
     return _POCKET / "art"

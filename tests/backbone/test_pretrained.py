@@ -209,10 +209,10 @@ def test_the_hash_leaves_out_what_is_drawn_anew(tiny: Path, copy: Path) -> None:
 
 def test_latents_are_a_draw_from_the_posterior_scaled(tiny: Path) -> None:
     backbone = Pretrained(str(tiny)).load()
-    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        moments = backbone.encode_images(pictures)
-        posterior = backbone.vae.encode(pictures).latent_dist
+        moments = backbone.encode_images(images)
+        posterior = backbone.vae.encode(images).latent_dist
     assert moments.shape == (2, 8, 8, 8)
     noise = torch.randn(2, 4, 8, 8)
     wanted = (posterior.mean + posterior.std * noise) * 0.4

@@ -1,4 +1,4 @@
-"""SDXL's conditioning is that of plain diffusers: states, pooled state, sizes; pictures and all."""
+"""SDXL's conditioning is that of plain diffusers: states, pooled state, sizes; images and all."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_sizes_and_crops_reach_the_unet(backbone: Backbone, pipe: Any) -> None:
     assert not torch.allclose(ours, whole)
 
 
-def test_pictures_are_those_of_plain_diffusers(backbone: Backbone, pipe: Any) -> None:
+def test_images_are_those_of_plain_diffusers(backbone: Backbone, pipe: Any) -> None:
     theirs = pipe(
         "a dog", negative_prompt="", num_inference_steps=3, guidance_scale=5.0,
         generator=torch.Generator("cpu").manual_seed(4), output_type="np",
@@ -129,7 +129,7 @@ def test_layers_behind_its_states_are_named(backbone: Backbone) -> None:
         ((80, 72), (64, 64), (0.5, 0.5), False, (72, 80, 0, 4, 64, 64)),
         ((100, 200), (50, 50), (0.5, 0.5), False, (200, 100, 25, 0, 50, 50)),
         ((200, 100), (50, 50), (0.0, 0.5), False, (100, 200, 0, 0, 50, 50)),
-        # The mirrored picture is cropped where the mirrored crop lies.
+        # The mirrored image is cropped where the mirrored crop lies.
         ((200, 100), (50, 50), (0.0, 0.5), True, (100, 200, 0, 50, 50, 50)),
     ],
 )

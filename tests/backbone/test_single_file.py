@@ -1,4 +1,4 @@
-"""One Stable Diffusion in every form that people have it: the same tensors, the same name, the same pictures."""
+"""One Stable Diffusion in every form that people have it: the same tensors, the same name, the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large pictures decoded in tiles: nearly the same, in pieces of one size."""
+"""Large images decoded in tiles: nearly the same, in pieces of one size."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def pocket() -> Backbone:
     return backbone
 
 
-def latents(backbone: Backbone, pictures: np.ndarray) -> Tensor:
-    pixels = torch.from_numpy(pictures).permute(2, 0, 1)[None].float() / 127.5 - 1
+def latents(backbone: Backbone, images: np.ndarray) -> Tensor:
+    pixels = torch.from_numpy(images).permute(2, 0, 1)[None].float() / 127.5 - 1
     moments = backbone.encode_images(pixels)
     return backbone.latents(moments, torch.zeros_like(moments[:, :4]))
 
 
 def large() -> np.ndarray:
-    """uint8 [128, 128, 3]: four pictures of pocket's world."""
+    """uint8 [128, 128, 3]: four images of pocket's world."""
     row = [np.asarray(draw(Scene(name, "blue", "big", "in the middle"))) for name in ("fox", "rose")]
     return np.concatenate([np.concatenate(row, axis=1), np.concatenate(row[::-1], axis=1)], axis=0)
 

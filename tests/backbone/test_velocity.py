@@ -17,10 +17,10 @@ from sdtune.methods import Full
 from sdtune.sampling.loop import Sampling
 
 
-def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, images: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
     model = Full(backbone=source, optimizer=adamw(1e-3))
-    fit(model, folder_data(pictures), 2)
+    fit(model, folder_data(images), 2)
     model.artifact(tmp_path, "mine")
     written = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text())
     assert written["prediction_type"] == "v_prediction"

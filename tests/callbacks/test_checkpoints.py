@@ -17,13 +17,13 @@ from sdtune.callbacks.metrics_recorder import Record
 from sdtune.methods import LoRA
 
 
-def test_the_last_two_and_the_best_are_kept(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_last_two_and_the_best_are_kept(tiny: Path, images: Path, tmp_path: Path) -> None:
     record = Record(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", record, every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
     fit(
         model,
-        folder_data(pictures, hold_out=5),
+        folder_data(images, hold_out=5),
         7,
         [record, checkpoints],
         plugins=[AtomicIO()],
@@ -39,12 +39,12 @@ def test_the_last_two_and_the_best_are_kept(tiny: Path, pictures: Path, tmp_path
     assert best["global_step"] == min(values, key=values.__getitem__)
 
 
-def test_without_held_out_pictures_no_validation_is_waited_for(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    """At steps that are multiples of the interval: Lightning passes over a validation that has no pictures."""
+def test_without_held_out_images_no_validation_is_waited_for(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """At steps that are multiples of the interval: Lightning passes over a validation that has no images."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", Record(tmp_path), every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
     own = {"val_check_interval": 2, "check_val_every_n_epoch": None}
-    fit(model, folder_data(pictures), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **own)
+    fit(model, folder_data(images), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **own)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002.ckpt", "step00000004.ckpt"]
 
 
@@ -79,12 +79,12 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatc
 
 
 def test_a_complete_run_whose_figures_are_missing_goes_on_to_make_them(
-    tiny: Path, pictures: Path, tmp_path: Path
+    tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     """As after a kill in the middle of the evaluation."""
     run = tmp_path / "run"
     own = ["data.hold_out=5", "trainer.val_check_interval=3", "trainer.max_steps=3"]
-    assert train(*arguments(tiny, pictures, run, *own)) == 0
+    assert train(*arguments(tiny, images, run, *own)) == 0
     table = (run / "metrics.csv").read_text()
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0

@@ -40,12 +40,12 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_formula_and_stand_in(tiny: Path, pictures: Path, accumulation: int) -> None:
+def test_formula_and_stand_in(tiny: Path, images: Path, accumulation: int) -> None:
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
     watch, ema = Watch(), EMA(decay=0.25)
     fit(
         model,
-        folder_data(pictures, hold_out=5),
+        folder_data(images, hold_out=5),
         5,
         [ema, watch],
         accumulate_grad_batches=accumulation,
@@ -72,13 +72,13 @@ def test_formula_and_stand_in(tiny: Path, pictures: Path, accumulation: int) -> 
     assert all(torch.equal(p, own[name]) for name, p in model.trainable())
 
 
-def test_saved_and_resumed(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_saved_and_resumed(tiny: Path, images: Path, tmp_path: Path) -> None:
     """With accumulation: the average must not move at a micro-batch that took no step."""
 
     def run(steps: int, **settings: Any) -> tuple[EMA, pl.Trainer]:
         ema = EMA(decay=0.5)
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
-        return ema, fit(model, folder_data(pictures), steps, [ema], accumulate_grad_batches=2, **settings)
+        return ema, fit(model, folder_data(images), steps, [ema], accumulate_grad_batches=2, **settings)
 
     whole, _ = run(5)
     first, trainer = run(3)

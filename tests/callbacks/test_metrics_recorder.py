@@ -16,19 +16,19 @@ from sdtune.lr_schedule import Cosine
 from sdtune.methods import LoRA
 
 
-def recorded(tiny: Path, pictures: Path, folder: Path, **settings: Any) -> tuple[list[dict[str, str]], Spy]:
+def recorded(tiny: Path, images: Path, folder: Path, **settings: Any) -> tuple[list[dict[str, str]], Spy]:
     folder.mkdir()
     spy = Spy()
     model = LoRA(
         rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3), lr_schedule=Cosine(warmup_steps=2, floor=0.1)
     )
     trained = {"log_every_n_steps": 3, "gradient_clip_val": 1.0, **settings}
-    fit(model, folder_data(pictures, batch_size=4), 20, [Record(folder), spy], **trained)
+    fit(model, folder_data(images, batch_size=4), 20, [Record(folder), spy], **trained)
     return rows(folder), spy
 
 
-def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    found, spy = recorded(tiny, pictures, tmp_path / "run")
+def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, images: Path, tmp_path: Path) -> None:
+    found, spy = recorded(tiny, images, tmp_path / "run")
     assert [row["step"] for row in found] == [str(step) for step in range(1, 21)]
     assert [float(row["loss"]) for row in found] == spy.losses
     assert [float(row["lr/unet"]) for row in found] == spy.rates
@@ -37,7 +37,7 @@ def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, pictures: Path, tm
     assert all(float(row["grad_norm"]) > 0 for row in found)
 
     # Accumulation: the same samples with the same draws, so the same step, once.
-    split, _ = recorded(tiny, pictures, tmp_path / "split", accumulate_grad_batches=2)
+    split, _ = recorded(tiny, images, tmp_path / "split", accumulate_grad_batches=2)
     assert [row["step"] for row in split] == [row["step"] for row in found]
     for column in ("loss", "grad_norm", "lr/unet"):
         assert [float(row[column]) for row in split] == pytest.approx([float(r[column]) for r in found], rel=2e-4)
@@ -57,10 +57,10 @@ def test_a_resumed_run_cuts_the_rows_that_it_makes_again(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_an_extended_run_trains_at_the_rate_of_its_new_length(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_extended_run_trains_at_the_rate_of_its_new_length(tiny: Path, images: Path, tmp_path: Path) -> None:
     """A cosine ends at 0; going on, the first step must not be taken at that rate."""
     run = tmp_path / "run"
-    own = arguments(tiny, pictures, run, "lr_schedule=cosine", "lr_schedule.warmup_steps=0", "trainer.max_steps=3")
+    own = arguments(tiny, images, run, "lr_schedule=cosine", "lr_schedule.warmup_steps=0", "trainer.max_steps=3")
     Rates.used.clear()
     assert train(*own, "+callbacks.rates._target_=running.Rates", "trust=[running]") == 0
     assert train(f"resume={run}", "trainer.max_steps=6") == 0
@@ -75,11 +75,11 @@ class SlowValidation(Callback):
 
 
 @pytest.mark.slow
-def test_validation_is_no_part_of_the_steps_time(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_validation_is_no_part_of_the_steps_time(tiny: Path, images: Path, tmp_path: Path) -> None:
     """At an interval that is no multiple of the flushes' own."""
     record = Record(tmp_path)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
-    data = folder_data(pictures, hold_out=4)
+    data = folder_data(images, hold_out=4)
     fit(model, data, 10, [record, SlowValidation()], log_every_n_steps=4, val_check_interval=3)
     assert sorted(record.validation) == [3, 6, 9]
     assert len(record.step_seconds) == 6

@@ -14,7 +14,7 @@ from sdtune.callbacks.metrics_recorder import Record
 from sdtune.sampling.loop import Sampling
 
 
-def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_grids_and_snapshots_leave_training_alone(tiny: Path, images: Path, tmp_path: Path) -> None:
     """Dropout makes training depend on the global generator and on the modules' modes."""
     common = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
     with_samples = [
@@ -25,8 +25,8 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
         "save_every=2",
     ]
     plain, drawn = tmp_path / "plain", tmp_path / "drawn"
-    assert train(*arguments(tiny, pictures, plain, *common)) == 0
-    own = [a for a in arguments(tiny, pictures, drawn, *common) if a != "callbacks.samples=null"]
+    assert train(*arguments(tiny, images, plain, *common)) == 0
+    own = [a for a in arguments(tiny, images, drawn, *common) if a != "callbacks.samples=null"]
     assert train(*own, *with_samples) == 0
 
     assert (drawn / "metrics.csv").read_bytes() == (plain / "metrics.csv").read_bytes()
@@ -48,9 +48,9 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     assert before.shape[:2] == (62 + 2 * tile + 6, 120 + 3 * tile + 6)
     assert both.shape[:2] == (62 + 4 * tile + 6, 120 + 3 * tile + 6)
     for row in (0, 1):  # before and after alternate
-        picture = np.s_[62 + 6 + row * tile : 62 + row * tile + tile, 126:]
+        image = np.s_[62 + 6 + row * tile : 62 + row * tile + tile, 126:]
         mixed = np.s_[62 + 6 + 2 * row * tile : 62 + 2 * row * tile + tile, 126:]
-        assert np.array_equal(both[mixed], before[picture])
+        assert np.array_equal(both[mixed], before[image])
 
     found = sorted(p.name for p in (drawn / "artifact").glob("otter-*"))
     assert found == [f"{s}.safetensors" for s in snapshots]
@@ -59,8 +59,8 @@ def test_grids_and_snapshots_leave_training_alone(tiny: Path, pictures: Path, tm
     assert any(not np.array_equal(first[key], last[key]) for key in first)
 
 
-def test_pictures_by_other_settings_are_no_before(tmp_path: Path) -> None:
-    """A run resumed with other sampling must not set its last pictures against the first run's."""
+def test_images_by_other_settings_are_no_before(tmp_path: Path) -> None:
+    """A run resumed with other sampling must not set its last images against the first run's."""
 
     def samples(steps: int) -> Samples:
         return Samples(tmp_path, Record(tmp_path), sampling=Sampling(steps=steps))

@@ -40,7 +40,7 @@ def pipeline(case: dict[str, Any], place: str) -> Any:
 
 
 def draw(pipe: Any, case: dict[str, Any], **more: Any) -> np.ndarray:
-    picture = pipe(
+    image = pipe(
         case["prompt"],
         negative_prompt="",
         num_inference_steps=case["steps"],
@@ -49,7 +49,7 @@ def draw(pipe: Any, case: dict[str, Any], **more: Any) -> np.ndarray:
         output_type="np",
         **more,
     ).images[0]
-    return (picture * 255).round()
+    return (image * 255).round()
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:
@@ -138,7 +138,7 @@ KINDS = {"LoRA": lora, "word": word, "ControlNet": controlnet}
 
 def main() -> None:
     case = next(c for c in json.loads(Path(sys.argv[1]).read_text()) if c["name"] == sys.argv[2])
-    found = KINDS.get(case["kind"], model)(case, np.load(case["picture"]))
+    found = KINDS.get(case["kind"], model)(case, np.load(case["image"]))
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""Every kind of artifact in every form, for small models of each family, with the pictures that sdtune draws of them.
+"""Every kind of artifact in every form, for small models of each family, with the images that sdtune draws of them.
 
 ``python make.py FOLDER`` writes the files and ``cases.json``; ``client.py`` loads each with plain diffusers.
 """
@@ -31,7 +31,7 @@ SETTINGS = Sampling(steps=2, guidance=4.0)
 EVERYWHERE = ["cross_attention", "self_attention", "feed_forward", "text_encoder"]
 
 
-def pictures(folder: Path) -> Path:
+def images(folder: Path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(2):
@@ -62,19 +62,19 @@ def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | No
 
 
 def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
-    """Each file of ``family`` with its kind, its form, and the picture that it should give."""
+    """Each file of ``family`` with its kind, its form, and the image that it should give."""
     raw = build_family(folder / "raw", family)
     # As files have it: transformers of today saves an encoder that was built from a config under names of its own.
     [base] = Export("pipeline", dtype="fp32").write(find(raw, "artifact"), Pretrained(str(raw)), folder / "base")
     source = Pretrained(str(base))
-    shown, side = pictures(folder / "pictures"), source.facts.side
+    shown, side = images(folder / "images"), source.facts.side
     maps = np.random.default_rng(1).integers(0, 2, (side, side, 1), dtype=np.uint8).repeat(3, 2) * 255
     Image.fromarray(maps).save(folder / "map.png")
     plain = folder_data(shown, prompt="a cat", resolution=64)
 
-    def case(kind: str, form: str, place: Path, picture: np.ndarray) -> dict[str, Any]:
+    def case(kind: str, form: str, place: Path, image: np.ndarray) -> dict[str, Any]:
         name = f"{family}-{kind}-{form}".replace(" ", "_")
-        np.save(folder / f"{name}.npy", picture)
+        np.save(folder / f"{name}.npy", image)
         return {
             "name": name,
             "family": family,
@@ -82,7 +82,7 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
             "form": form,
             "base": str(base),
             "place": str(place),
-            "picture": str(folder / f"{name}.npy"),
+            "image": str(folder / f"{name}.npy"),
             "map": str(folder / "map.png"),
             "prompt": PROMPT,
             "seed": SEED,

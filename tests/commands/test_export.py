@@ -23,7 +23,7 @@ from sdtune.formats.files import read_metadata
 from sdtune.methods import ControlNet, Full, LoRA
 from sdtune.sampling.loop import Request, Sampling, generate
 
-PICTURE = (Request("a cat", 1),), Sampling(steps=2)
+IMAGE = (Request("a cat", 1),), Sampling(steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def base(request: pytest.FixtureRequest, build: dict[Family, Path]) -> Path:
 
 
 def drawn(source: Pretrained) -> np.ndarray:
-    return next(generate(source.load(), *PICTURE))
+    return next(generate(source.load(), *IMAGE))
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:
@@ -120,7 +120,7 @@ def test_a_lora_is_merged_at_its_strength(base: Path, tmp_path: Path, form: Any)
     backbone = source.load()
     loaded = adapters.load(backbone, [adapters.AdapterFile(str(file))])
     with adapters.applied(backbone, loaded, [0.5]):
-        wanted = next(generate(backbone, *PICTURE))
+        wanted = next(generate(backbone, *IMAGE))
     assert close(drawn(Pretrained(str(place), **config)), wanted)
     assert not close(wanted, drawn(source))
 
@@ -219,10 +219,10 @@ def test_words_of_two_encoders_are_one_form(build: dict[Family, Path], tmp_path:
 
 
 def test_a_run_is_exported_and_its_card_goes_along(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    common = [f"backbone.path={tiny}", "backbone=sd15", "data=folder", f"data.path={pictures}", "data.prompt=a fox"]
+    common = [f"backbone.path={tiny}", "backbone=sd15", "data=folder", f"data.path={images}", "data.prompt=a fox"]
     code = train(
         *common, "trainer.max_steps=2", "evaluation=none", "callbacks.samples.sampling.steps=1", "hardware=cpu",
         "name=fox", "data.trigger=sks", f"hydra.run.dir={run}",
@@ -330,7 +330,7 @@ def test_it_is_pushed_with_the_environments_token(
 
 
 def test_a_lora_of_every_family_goes_round(base: Path, tmp_path: Path) -> None:
-    """diffusers' form to kohya's and back: the same pictures."""
+    """diffusers' form to kohya's and back: the same images."""
     file = lora(base, tmp_path)
     kohya = written(Export("kohya", dtype="fp32"), file, base, tmp_path / "k")
     back = written(Export("diffusers", dtype="fp32"), kohya, base, tmp_path / "d")
@@ -434,7 +434,7 @@ def test_a_controlnets_single_file_is_an_artifact_too(build: dict[Family, Path],
 
 
 def test_an_export_that_fails_does_not_undo_the_run(
-    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from running import arguments
 
@@ -443,9 +443,9 @@ def test_an_export_that_fails_does_not_undo_the_run(
 
     monkeypatch.setattr(Export, "write", fail)
     run = tmp_path / "run"
-    own = arguments(tiny, pictures, run, "trainer.max_steps=1", "exports=[{format: single_file}]")
+    own = arguments(tiny, images, run, "trainer.max_steps=1", "exports=[{format: single_file}]")
     assert train(*own) == 0
     assert (run / "metrics.json").is_file()
     assert "exports: single_file: no room" in (run / "train.log").read_text()
     two = "exports=[{format: kohya}, {format: kohya, rank: 2}]"
-    assert train(*arguments(tiny, pictures, tmp_path / "twice", two)) == 2
+    assert train(*arguments(tiny, images, tmp_path / "twice", two)) == 2

@@ -13,10 +13,10 @@ def test_the_demos_recipe_leaves_its_figures(tmp_path: Path) -> None:
     short = [
         "trainer.max_steps=2",
         "trainer.log_every_n_steps=1",
-        "evaluation.pictures=4",
+        "evaluation.images=4",
         "evaluation.sampling.steps=2",
     ]
-    own = ["experiment=lora_subject", f"hydra.run.dir={run}", "evaluation.class_pictures=4", *short]
+    own = ["experiment=lora_subject", f"hydra.run.dir={run}", "evaluation.class_images=4", *short]
     assert train(*own, "callbacks.samples.seeds=[0]", "callbacks.samples.sampling.steps=2") == 0
     figures = json.loads((run / "metrics.json").read_text())
     both = ("subject_accuracy", "background_accuracy", "clip_image", "clip_text", "prior_leak")

@@ -218,10 +218,10 @@ def test_what_is_not_cached_is_encoded_in_the_step(tiny: Path) -> None:
 
 @pytest.mark.parametrize("method", [LoRA, Full])
 def test_the_artifact_has_the_size_that_was_planned(
-    method: type[LoRA] | type[Full], tiny: Path, pictures: Path, tmp_path: Path
+    method: type[LoRA] | type[Full], tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     model = method(backbone=Pretrained(str(tiny)))
-    fit(model, folder_data(pictures), 1)
+    fit(model, folder_data(images), 1)
     model.artifact(tmp_path / "artifact", "it")
     written = 0
     for file in (tmp_path / "artifact").rglob("*.safetensors"):

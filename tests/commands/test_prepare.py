@@ -13,20 +13,20 @@ from running import arguments, prepare, train
 from sdtune.data.control.edges import Canny
 
 
-def test_class_pictures_are_there_before_the_training(
-    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_class_images_are_there_before_the_training(
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
-    own = ["data.class_prompt=a dog", "data.class_pictures=3", "trainer.max_steps=1"]
-    assert prepare(*arguments(tiny, pictures, tmp_path / "seen", *own)) == 0
+    own = ["data.class_prompt=a dog", "data.class_images=3", "trainer.max_steps=1"]
+    assert prepare(*arguments(tiny, images, tmp_path / "seen", *own)) == 0
     drawn = sorted((tmp_path / "cache" / "class").rglob("*.png"))
     assert len(drawn) == 3
-    assert {p.name for p in (tmp_path / "seen").glob("*.png")} == {"pictures.png", "class.png"}
+    assert {p.name for p in (tmp_path / "seen").glob("*.png")} == {"images.png", "class.png"}
     assert not (tmp_path / "seen" / "metrics.csv").exists()
     files = {p for p in (tmp_path / "cache").rglob("*") if p.is_file()}
 
     monkeypatch.setattr("sdtune.training.caching.generate", lambda *_: pytest.fail("drawn again"))
-    assert train(*arguments(tiny, pictures, tmp_path / "run", *own)) == 0
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 0
     assert {p for p in (tmp_path / "cache").rglob("*") if p.is_file()} == files, "the training made something itself"
 
 
@@ -38,17 +38,17 @@ def test_every_map_is_written_to_be_looked_at(tiny: Path, tmp_path: Path, monkey
     maps = sorted((tmp_path / "seen" / "maps").glob("*.png"))
     assert len(maps) == 5
     shown = np.asarray(Image.open(maps[0]).convert("RGB"))
-    picture = np.asarray(Image.open(folder / "0.png"))
+    image = np.asarray(Image.open(folder / "0.png"))
     assert shown.shape == (32, 32, 3)
     assert 0 < (shown > 0).mean() < 0.5
-    assert Canny().extract(picture).any()
-    assert {"pictures.png", "maps.png"} <= {p.name for p in (tmp_path / "seen").glob("*.png")}
+    assert Canny().extract(image).any()
+    assert {"images.png", "maps.png"} <= {p.name for p in (tmp_path / "seen").glob("*.png")}
 
 
 def test_what_training_refuses_is_refused(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [a for a in arguments(tiny, pictures, tmp_path / "seen") if not a.startswith("method")]
+    own = [a for a in arguments(tiny, images, tmp_path / "seen") if not a.startswith("method")]
     assert prepare(*own, "method=dreambooth") == 2
     assert "data.class_prompt is missing" in capsys.readouterr().err
     assert not (tmp_path / "seen").exists()

@@ -52,15 +52,15 @@ VARIANTS = {
     "variant", [pytest.param(v, marks=[] if v == "accumulation and validation" else pytest.mark.slow) for v in VARIANTS]
 )
 def test_killed_and_resumed_is_never_killed(
-    variant: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    variant: str, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = 30
     common = ["name=mine", f"trainer.max_steps={steps}", f"checkpoint.every_steps={EVERY}", "optimizer.lr=1e-3"]
     common += VARIANTS[variant]
     run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "killed.log"
-    assert train(*arguments(tiny, pictures, reference, *common)) == 0
+    assert train(*arguments(tiny, images, reference, *common)) == 0
 
-    process = start(log, *arguments(tiny, pictures, run, *common))
+    process = start(log, *arguments(tiny, images, run, *common))
     wait_for_step(process, run, random.randint(EVERY + 1, steps - 8), log)
     process.kill()
     process.wait()
@@ -81,11 +81,11 @@ def test_killed_and_resumed_is_never_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, images: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=40", "checkpoint.every_steps=100", "optimizer.lr=1e-3", "data.workers=1"]
     common += ["data.hold_out=5", "trainer.val_check_interval=7"]
     run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "stopped.log"
-    process = start(log, *arguments(tiny, pictures, run, *common))
+    process = start(log, *arguments(tiny, images, run, *common))
     wait_for_step(process, run, 3, log)
     os.killpg(process.pid, asked)  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the loader's workers too
     assert process.wait(timeout=200) == code
@@ -103,17 +103,17 @@ def test_asked_to_stop(asked: signal.Signals, code: int, tiny: Path, pictures: P
     assert not (run / "metrics.json").exists()
 
     assert train(f"resume={run}") == 0
-    assert train(*arguments(tiny, pictures, reference, *common)) == 0
+    assert train(*arguments(tiny, images, reference, *common)) == 0
     same(run, reference)
 
 
 def test_a_finished_run_is_extended(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["name=mine", "checkpoint.every_steps=3", "optimizer.lr=1e-3", "data.hold_out=5"]
     common += ["trainer.val_check_interval=2"]
     run, reference = tmp_path / "run", tmp_path / "reference"
-    assert train(*arguments(tiny, pictures, run, *common, "trainer.max_steps=4")) == 0
+    assert train(*arguments(tiny, images, run, *common, "trainer.max_steps=4")) == 0
     assert json.loads((run / "metrics.json").read_text())["steps"] == 4
     assert train(f"resume={run}") == 2
     assert "is complete at step 4; give a larger trainer.max_steps=" in capsys.readouterr().err
@@ -122,13 +122,13 @@ def test_a_finished_run_is_extended(
     assert train(f"resume={run}", "trainer.max_steps=7") == 0
     assert "resuming at step 4" in capsys.readouterr().out
     assert (run / ".hydra" / "resume-1").is_dir()
-    assert train(*arguments(tiny, pictures, reference, *common, "trainer.max_steps=7")) == 0
+    assert train(*arguments(tiny, images, reference, *common, "trainer.max_steps=7")) == 0
     same(run, reference)
 
 
-def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(*arguments(tiny, pictures, run, "trainer.max_steps=2", "checkpoint.every_steps=1")) == 0
+    assert train(*arguments(tiny, images, run, "trainer.max_steps=2", "checkpoint.every_steps=1")) == 0
     assert train(f"resume={run}", "trainer.max_steps=4") == 0
     (run / "metrics.json").unlink()  # as if it had been stopped before its figures
     assert train(f"resume={run}") == 0
@@ -139,7 +139,7 @@ def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, pictures: Pat
 
 
 def test_what_changed_since_is_refused(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "conf" / "experiment"
     own.mkdir(parents=True)
@@ -147,27 +147,27 @@ def test_what_changed_since_is_refused(
     (own / "mine.yaml").write_text(recipe.format(1e-3))
     run = tmp_path / "run"
     common = ["-cd", str(own.parent), "experiment=mine", "trainer.max_steps=2"]
-    assert train(*common, *arguments(tiny, pictures, run)) == 0
+    assert train(*common, *arguments(tiny, images, run)) == 0
 
     again = [f"resume={run}", "trainer.max_steps=4"]
     (own / "mine.yaml").write_text(recipe.format(2e-3))
     assert train(*again) == 2
     assert "optimizer.lr is 0.002 now and was 0.001" in capsys.readouterr().err
     (own / "mine.yaml").write_text(recipe.format(1e-3))
-    (pictures / "0.txt").write_text("another caption")
+    (images / "0.txt").write_text("another caption")
     assert train(*again) == 2
     assert "captions or repeats have changed" in capsys.readouterr().err
     assert len(rows(run)) == 2
-    (pictures / "0.txt").write_text("picture number 0")
+    (images / "0.txt").write_text("picture number 0")
     assert train(*again) == 0
     assert len(rows(run)) == 4
 
 
 def test_killed_at_its_last_step_it_still_gets_its_last_samples_and_costs(
-    tiny: Path, pictures: Path, tmp_path: Path
+    tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    own = [a for a in arguments(tiny, pictures, run, "trainer.max_steps=3") if a != "callbacks.samples=null"]
+    own = [a for a in arguments(tiny, images, run, "trainer.max_steps=3") if a != "callbacks.samples=null"]
     own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
     assert train(*own) == 0
     before = json.loads((run / "metrics.json").read_text())

@@ -1,4 +1,4 @@
-"""``sdtune sample``: pictures with their settings inside, grids, strengths, files of prompts."""
+"""``sdtune sample``: images with their settings inside, grids, strengths, files of prompts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 from PIL import Image
 
 from running import sample
-from sample_commands import command, pictures
+from sample_commands import command, images
 
 
-def test_single_pictures_with_their_settings_and_a_grid(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_single_images_with_their_settings_and_a_grid(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = command(tiny, run, "prompt=[a fox,'two foxes, asleep']", "seeds=[3,4]", "sampling.negative_prompt=grey")
     assert sample(*argv, f"adapters=[{{path:{adapter},strength:0.5}}]") == 0
-    found = pictures(run)
+    found = images(run)
     assert [p.name for p in found] == ["000_seed3.png", "001_seed4.png", "002_seed3.png", "003_seed4.png"]
-    picture = Image.open(found[2])
-    assert picture.size == (32, 32)
-    assert json.loads(picture.info["sdtune"]) == {
+    image = Image.open(found[2])
+    assert image.size == (32, 32)
+    assert json.loads(image.info["sdtune"]) == {
         "prompt": "two foxes, asleep",
         "seed": 3,
         "steps": 2,
@@ -30,7 +30,7 @@ def test_single_pictures_with_their_settings_and_a_grid(tiny: Path, adapter: Pat
         "sampler": None,
         "adapters": [{"path": adapter.name, "strength": 0.5}],
     }
-    lines = picture.info["parameters"].splitlines()
+    lines = image.info["parameters"].splitlines()
     assert lines[0] == "two foxes, asleep"
     assert lines[1] == "Negative prompt: grey"
     assert lines[2].startswith("Steps: 2, Sampler: ")
@@ -45,11 +45,11 @@ def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adap
     sweep = [f"adapters=[{{path:{adapter},strength:0.8}}]", "strengths=[0,0.5,1]"]
     assert sample(*command(tiny, run, "prompt=a fox", "seeds=[1,2]", *sweep)) == 0
     names = [f"{n:03d}_seed{n + 1}_strength{s}.png" for n in (0, 1) for s in ("0", "0.5", "1")]
-    assert [p.name for p in pictures(run)] == sorted(names)
+    assert [p.name for p in images(run)] == sorted(names)
     strengths = [json.loads(Image.open(run / name).info["sdtune"])["adapters"][0]["strength"] for name in names[:3]]
     assert strengths == pytest.approx([0, 0.4, 0.8])
     drawn = [np.asarray(Image.open(run / name)) for name in names[:3]]
-    [plain] = pictures(base)
+    [plain] = images(base)
     # Drawn in a batch of two here and alone there.
     assert np.abs(drawn[0].astype(int) - np.asarray(Image.open(plain))).max() <= 1
     assert not np.array_equal(drawn[0], drawn[1])
@@ -58,7 +58,7 @@ def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adap
 
 
 def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> None:
-    """Lines of one and of other settings alternate: each picture must be that of its own line."""
+    """Lines of one and of other settings alternate: each image must be that of its own line."""
     lines = [
         "# a comment",
         "a fox --d 7",
@@ -71,11 +71,11 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     run = tmp_path / "run"
     assert sample(*command(tiny, run, f"prompts_file={tmp_path / 'prompts.txt'}")) == 0
-    found = pictures(run)
+    found = images(run)
     assert [p.name.split("_")[1] for p in found] == [f"seed{s}.png" for s in (7, 8, 9, 10, 7)]
     opened = [Image.open(p) for p in found]
-    assert [picture.size for picture in opened] == [(32, 32), (32, 32), (48, 24), (48, 24), (32, 32)]
-    facts = [json.loads(picture.info["sdtune"]) for picture in opened]
+    assert [image.size for image in opened] == [(32, 32), (32, 32), (48, 24), (48, 24), (32, 32)]
+    facts = [json.loads(image.info["sdtune"]) for image in opened]
     assert [f["prompt"] for f in facts] == ["a fox", "a red fox", "two foxes", "three foxes", "a fox"]
     assert [(f["steps"], f["guidance"], f["negative_prompt"]) for f in facts[1:3]] == [
         (2, 3.0, ""),
@@ -84,7 +84,7 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
     first, last = (np.asarray(opened[i]).astype(int) for i in (0, 4))
     assert np.abs(first - last).max() <= 1
     assert np.abs(first - np.asarray(opened[1])).max() > 1
-    assert not (run / "grid.png").exists()  # the pictures have two sizes
+    assert not (run / "grid.png").exists()  # the images have two sizes
 
 
 @pytest.mark.parametrize(

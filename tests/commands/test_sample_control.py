@@ -1,4 +1,4 @@
-"""``sdtune sample control=...`` and the same in Python: pictures under ControlNets."""
+"""``sdtune sample control=...`` and the same in Python: images under ControlNets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 import sdtune
 from drawings import drawing
 from running import sample
-from sample_commands import command, pictures
+from sample_commands import command, images
 from sdtune.backbone import Pretrained
 from sdtune.data.control.edges import Canny
 from sdtune.loaders.controlnet import ControlImage
@@ -41,7 +41,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def read(folder: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(p)).astype(int) for p in pictures(folder)]
+    return [np.asarray(Image.open(p)).astype(int) for p in images(folder)]
 
 
 def test_control_steers_and_strength_zero_is_the_base(tiny: Path, net: Path, image: Path, tmp_path: Path) -> None:
@@ -52,10 +52,10 @@ def test_control_steers_and_strength_zero_is_the_base(tiny: Path, net: Path, ima
     [base], (none, full) = read(tmp_path / "base"), read(tmp_path / "run")
     assert np.array_equal(none, base)
     assert np.abs(full - base).max() > 5
-    facts = [json.loads(Image.open(p).info["sdtune"])["control"] for p in pictures(tmp_path / "run")]
+    facts = [json.loads(Image.open(p).info["sdtune"])["control"] for p in images(tmp_path / "run")]
     wanted = {"path": "net", "image": "image.png", "preprocess": "canny"}
     assert facts == [[{**wanted, "strength": 0.0}], [{**wanted, "strength": 0.8}]]
-    assert "control" not in json.loads(Image.open(pictures(tmp_path / "base")[0]).info["sdtune"])
+    assert "control" not in json.loads(Image.open(images(tmp_path / "base")[0]).info["sdtune"])
 
 
 def test_several_nets_go_with_adapters_and_with_sizes_of_their_own(
@@ -79,15 +79,15 @@ def test_several_nets_go_with_adapters_and_with_sizes_of_their_own(
         assert all(np.abs(a - b).max() > 1 for other in found[:i] for a, b in zip(one, other, strict=True))
 
 
-def test_python_takes_a_picture_or_its_file(tiny: Path, net: Path, image: Path) -> None:
+def test_python_takes_a_image_or_its_file(tiny: Path, net: Path, image: Path) -> None:
     few = {"backbone": Pretrained(str(tiny)), "sampling": Sampling(steps=2, guidance=3.0), "seeds": (3,)}
-    picture = Image.open(image)
+    opened = Image.open(image)
     [by_file] = sdtune.sample("a fox", control=net, control_image=image, **few)
-    [by_picture] = sdtune.sample("a fox", control=str(net), control_image=picture, **few)
+    [by_image] = sdtune.sample("a fox", control=str(net), control_image=opened, **few)
     [by_entry] = sdtune.sample("a fox", control=[{"path": str(net), "image": str(image), "strength": 1.0}], **few)
-    [none] = sdtune.sample("a fox", control=[{"path": str(net), "image": picture, "strength": 0.0}], **few)
+    [none] = sdtune.sample("a fox", control=[{"path": str(net), "image": opened, "strength": 0.0}], **few)
     [base] = sdtune.sample("a fox", **few)
-    assert np.array_equal(by_file, by_picture)
+    assert np.array_equal(by_file, by_image)
     assert np.array_equal(by_file, by_entry)
     assert np.array_equal(none, base)
     assert not np.array_equal(by_file, base)
@@ -105,7 +105,7 @@ def test_a_map_covers_the_wanted_size(net: Path, image: Path) -> None:
 def refusals(net: Path, image: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no image": ([f"control=[{{path:{net}}}]"], "control[0]: image is missing; write {path: NET, image: FILE"),
-        "odd key": ([f"control=[{{path:{net},picture:x}}]"], "control[0]: picture is not known"),
+        "odd key": ([f"control=[{{path:{net},image:x}}]"], "control[0]: image is not known"),
         "missing image": (
             [f"control=[{{path:{net},image:/nowhere.png}}]"],
             "control.image: /nowhere.png does not exist",

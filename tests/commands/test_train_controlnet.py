@@ -33,18 +33,18 @@ def test_without_maps_it_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_from_preview_to_picture(
+def test_a_run_from_preview_to_image(
     tiny: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     argv = [a for a in command(tiny, drawings, run) if a not in ("callbacks.samples=null", "evaluation=none")]
     drawn = ["trainer.max_steps=3", "save_every=2", "callbacks.samples.sampling.steps=2", "data.hold_out=2"]
-    assert train(*argv, *drawn, "evaluation.sampling.steps=2", "evaluation.pictures=2", "backbone.clip=pocket") == 0
+    assert train(*argv, *drawn, "evaluation.sampling.steps=2", "evaluation.images=2", "backbone.clip=pocket") == 0
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["clip_text"] != figures["base_clip_text"]
     assert figures["trainable_parameters"] > 0
 
-    # Two held-out pictures: a column each, the maps as the first row, and a row a seed below.
+    # Two held-out images: a column each, the maps as the first row, and a row a seed below.
     tile, left, top = 160 + 6, 120 + 6, 62 + 6
     before, after, both = (
         np.asarray(Image.open(run / "samples" / f"{n}.png")) for n in ("step00000000", "step00000003", "before_after")

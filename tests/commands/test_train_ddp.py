@@ -32,12 +32,12 @@ def _on_two(own: list[str]) -> list[str]:
     return [*kept, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 
 
-def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(tiny: Path, images: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=10", "data.batch_size=4", "optimizer.lr=1e-3", "data.hold_out=5"]
     common += ["trainer.val_check_interval=5", "checkpoint.every_steps=5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
-    process = start(log, *_on_two(arguments(tiny, pictures, two, *common)))
-    assert train(*arguments(tiny, pictures, one, *common)) == 0
+    process = start(log, *_on_two(arguments(tiny, images, two, *common)))
+    assert train(*arguments(tiny, images, one, *common)) == 0
     assert process.wait(timeout=280) == 0, log.read_text()
     assert not _processes_that_name(str(two))
 
@@ -60,10 +60,10 @@ def test_two_processes_equal_one(tiny: Path, pictures: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_asked_to_stop(tiny: Path, images: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     common = ["name=mine", "trainer.max_steps=100000", "data.batch_size=4", "checkpoint.every_steps=100000"]
-    process = start(log, *_on_two(arguments(tiny, pictures, run, *common)))
+    process = start(log, *_on_two(arguments(tiny, images, run, *common)))
     wait_for_step(process, run, 3, log)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=200) == 143, log.read_text()
@@ -74,11 +74,11 @@ def test_two_processes_asked_to_stop(tiny: Path, pictures: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_as_well(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_it_as_well(tiny: Path, images: Path, tmp_path: Path) -> None:
     run, one = tmp_path / "run", tmp_path / "one"
     common = ["name=mine", "trainer.max_steps=3", "data.batch_size=4", "optimizer.lr=1e-3"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
-    own = _on_two(arguments(tiny, pictures, run, *common))
+    own = _on_two(arguments(tiny, images, run, *common))
     done = subprocess.run(
         [*launch, "-m", "sdtune", "train", *own],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -88,5 +88,5 @@ def test_torchrun_starts_it_as_well(tiny: Path, pictures: Path, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (run / "metrics.json").is_file()
-    assert train(*arguments(tiny, pictures, one, *common)) == 0
+    assert train(*arguments(tiny, images, one, *common)) == 0
     assert [float(r["loss"]) for r in rows(run)] == pytest.approx([float(r["loss"]) for r in rows(one)], rel=1e-5)

@@ -80,16 +80,16 @@ class CommandLine:
             for path in sorted(self.folder.rglob("*"))
         }
 
-    def train(self, pictures: Path, *overrides: str, words: tuple[str, ...]) -> None:
-        self.refuses(*self.training(pictures), *overrides, words=words)
+    def train(self, images: Path, *overrides: str, words: tuple[str, ...]) -> None:
+        self.refuses(*self.training(images), *overrides, words=words)
 
-    def training(self, pictures: Path) -> list[str]:
+    def training(self, images: Path) -> list[str]:
         return [
             "train",
             "backbone=sd15",
             f"backbone.path={self.tiny}",
             "data=folder",
-            f"data.path={pictures}",
+            f"data.path={images}",
             "evaluation=none",
             "hardware=cpu",
             "trainer.max_steps=2",
@@ -153,7 +153,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "caption dropout 2": (["data.caption_dropout=2"], ("data.caption_dropout", "2")),
     "resolution no multiple": (["data.resolution=34"], ("data.resolution", "34", "multiple of 4")),
     "random crop of a cached latent": (["data.random_crop=true"], ("data.random_crop", "data.cache_latents=false")),
-    "hold out more than there is": (["data.hold_out=10"], ("data.hold_out", "5 pictures")),
+    "hold out more than there is": (["data.hold_out=10"], ("data.hold_out", "5 images")),
     "target of another package": (["method._target_=os.system"], ("method._target_", "os.system", "not allowed")),
     "target through an import": (
         ["method._target_=pytorch_lightning.trainer.trainer.os.system"],
@@ -171,16 +171,16 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_wrong_setting(line: CommandLine, pictures: Path, case: str) -> None:
+def test_a_wrong_setting(line: CommandLine, images: Path, case: str) -> None:
     overrides, words = SETTINGS[case]
-    line.train(pictures, *overrides, words=words)
+    line.train(images, *overrides, words=words)
 
 
-def test_a_missing_config_folder(line: CommandLine, pictures: Path) -> None:
-    line.train(pictures, "-cd", "nowhere", words=("--config-dir", "nowhere", "not a folder"))
+def test_a_missing_config_folder(line: CommandLine, images: Path) -> None:
+    line.train(images, "-cd", "nowhere", words=("--config-dir", "nowhere", "not a folder"))
 
 
-# --- pictures
+# --- images
 
 
 def truncate(folder: Path) -> None:
@@ -193,17 +193,17 @@ def pixel(folder: Path) -> None:
     Image.new("RGB", (1, 1)).save(folder / "5.png")
 
 
-PICTURES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
-    "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], ("data.path", "pictures", "it is empty")),
+IMAGES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
+    "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], ("data.path", "images", "it is empty")),
     "a file for a folder": (lambda f: (shutil.rmtree(f), f.write_text("")), ("data.path", "it is a file")),
-    "no pictures": (lambda f: [p.unlink() for p in f.glob("*.png")], ("data.path", "5 .txt")),
+    "no images": (lambda f: [p.unlink() for p in f.glob("*.png")], ("data.path", "5 .txt")),
     "truncated JPEG": (truncate, ("data.path", "5.jpg", "truncated")),
-    "1-pixel picture": (pixel, ("data.path", "5.png", "1x1")),
-    "text named .png": (lambda f: (f / "5.png").write_text("hello"), ("data.path", "5.png", "not a readable picture")),
+    "1-pixel image": (pixel, ("data.path", "5.png", "1x1")),
+    "text named .png": (lambda f: (f / "5.png").write_text("hello"), ("data.path", "5.png", "not a readable image")),
     "empty .png": (lambda f: (f / "5.png").write_bytes(b""), ("data.path", "5.png", "the file is empty")),
     "no captions": (
         lambda f: [p.unlink() for p in f.glob("*.txt")],
-        ("data.path", "5 of 5 pictures have no caption", 'data.prompt="a photo of ..."'),
+        ("data.path", "5 of 5 images have no caption", 'data.prompt="a photo of ..."'),
     ),
     "caption of another encoding": (lambda f: (f / "0.txt").write_bytes(b"\xff\xfea"), ("data.path", "0.txt", "UTF-8")),
     "two captions": (lambda f: (f / "0.caption").write_text("a"), ("data.path", "0.png", "two captions")),
@@ -214,62 +214,62 @@ PICTURES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PICTURES)
-def test_wrong_pictures(line: CommandLine, pictures: Path, case: str) -> None:
-    spoil, words = PICTURES[case]
-    spoil(pictures)
+@pytest.mark.parametrize("case", IMAGES)
+def test_wrong_images(line: CommandLine, images: Path, case: str) -> None:
+    spoil, words = IMAGES[case]
+    spoil(images)
     prompt = [] if case == "no captions" else ["data.prompt=a dog"]
-    line.train(pictures, *prompt, words=words)
+    line.train(images, *prompt, words=words)
 
 
-def test_pictures_of_the_class_are_asked_for_by_their_own_key(line: CommandLine, pictures: Path) -> None:
-    shutil.copytree(pictures, line.folder / "class")
+def test_images_of_the_class_are_asked_for_by_their_own_key(line: CommandLine, images: Path) -> None:
+    shutil.copytree(images, line.folder / "class")
     for caption in (line.folder / "class").glob("*.txt"):
         caption.unlink()
     own = ["method=dreambooth", f"data.class_path={line.folder}/class"]
-    line.train(pictures, *own, words=("data.class_path: 5 of 5 pictures have no caption", "data.class_prompt="))
+    line.train(images, *own, words=("data.class_path: 5 of 5 images have no caption", "data.class_prompt="))
     own = ["method=dreambooth", f"data.class_path={line.folder}/nowhere"]
-    line.train(pictures, *own, words=("data.class_path: no pictures found in", "nowhere"))
+    line.train(images, *own, words=("data.class_path: no images found in", "nowhere"))
 
 
-def test_a_class_prompt_that_is_a_caption_too(line: CommandLine, pictures: Path) -> None:
-    for caption in pictures.glob("*.txt"):
+def test_a_class_prompt_that_is_a_caption_too(line: CommandLine, images: Path) -> None:
+    for caption in images.glob("*.txt"):
         caption.write_text("a photo of a dog")
     own = ["method=dreambooth", 'data.class_prompt="a photo of a dog"']
-    line.train(pictures, *own, words=("data.class_prompt: 'a photo of a dog' is a caption of the subject too",))
+    line.train(images, *own, words=("data.class_prompt: 'a photo of a dog' is a caption of the subject too",))
 
 
-def test_templates_ask_for_the_bare_word(line: CommandLine, pictures: Path) -> None:
-    for caption in pictures.glob("*.txt"):
+def test_templates_ask_for_the_bare_word(line: CommandLine, images: Path) -> None:
+    for caption in images.glob("*.txt"):
         caption.unlink()
     own = ["method=textual_inversion", "data.templates=object", 'new_tokens=[{token: "<cat>", init: cat}]']
-    line.train(pictures, *own, words=("data.path", 'data.prompt="<my_cat>"'))
+    line.train(images, *own, words=("data.path", 'data.prompt="<my_cat>"'))
 
 
 # --- folders of runs
 
 
-def test_an_output_that_cannot_be_written(line: CommandLine, pictures: Path) -> None:
+def test_an_output_that_cannot_be_written(line: CommandLine, images: Path) -> None:
     (line.folder / "file").write_text("")
     run = line.folder / "file" / "run"
-    line.train(pictures, f"hydra.run.dir={run}", words=("hydra.run.dir", str(run), "not a folder"))
+    line.train(images, f"hydra.run.dir={run}", words=("hydra.run.dir", str(run), "not a folder"))
 
 
-def test_a_folder_that_holds_a_run(line: CommandLine, pictures: Path) -> None:
+def test_a_folder_that_holds_a_run(line: CommandLine, images: Path) -> None:
     line.run.mkdir()
     (line.run / "metrics.csv").write_text("step\n1\n")
-    line.train(pictures, words=("hydra.run.dir", str(line.run), "already holds a run", "resume="))
+    line.train(images, words=("hydra.run.dir", str(line.run), "already holds a run", "resume="))
 
 
-def test_an_empty_folder_that_was_there_stays(line: CommandLine, pictures: Path) -> None:
+def test_an_empty_folder_that_was_there_stays(line: CommandLine, images: Path) -> None:
     line.run.mkdir()
-    line.train(pictures, "method.rank=0", words=("method.rank",))
+    line.train(images, "method.rank=0", words=("method.rank",))
     assert line.run.is_dir()
 
 
-def holds_a_run(line: CommandLine, pictures: Path) -> None:
+def holds_a_run(line: CommandLine, images: Path) -> None:
     (line.run / ".hydra").mkdir(parents=True)
-    overrides = "".join(f"- {override}\n" for override in line.training(pictures)[1:-1])
+    overrides = "".join(f"- {override}\n" for override in line.training(images)[1:-1])
     (line.run / ".hydra" / "overrides.yaml").write_text(overrides)
     (line.run / ".hydra" / "hydra.yaml").write_text("hydra:\n  runtime:\n    config_sources: []\n")
 
@@ -279,16 +279,16 @@ def test_resuming_a_folder_without_a_run(line: CommandLine) -> None:
     line.refuses("train", "resume=./nowhere", words=("resume", "nowhere", "holds no run"))
 
 
-def test_resuming_a_run_without_a_checkpoint(line: CommandLine, pictures: Path) -> None:
-    holds_a_run(line, pictures)
+def test_resuming_a_run_without_a_checkpoint(line: CommandLine, images: Path) -> None:
+    holds_a_run(line, images)
     line.refuses("train", f"resume={line.run}", words=("resume", "checkpoints", "step*.ckpt"))
 
 
 @pytest.mark.parametrize(
     "override", ["method.rank=4", "seed=1", "+method.alpha=3", "data=pocket_subject", "~callbacks", "~data"]
 )
-def test_resuming_as_another_run(line: CommandLine, pictures: Path, override: str) -> None:
-    holds_a_run(line, pictures)
+def test_resuming_as_another_run(line: CommandLine, images: Path, override: str) -> None:
+    holds_a_run(line, images)
     line.refuses("train", f"resume={line.run}", override, words=("resume", override, "another run"))
 
 
@@ -370,12 +370,12 @@ def test_no_such_command(line: CommandLine) -> None:
 # --- and the test itself
 
 
-def test_what_is_right_is_not_refused(line: CommandLine, pictures: Path) -> None:
+def test_what_is_right_is_not_refused(line: CommandLine, images: Path) -> None:
     """The same command line without a mistake trains, so that the refusals above are the mistakes'."""
-    code, lines = line(*line.training(pictures), "debug=smoke", "callbacks.samples=null", "method.rank=2")
+    code, lines = line(*line.training(images), "debug=smoke", "callbacks.samples=null", "method.rank=2")
     assert code == 0, "\n".join(lines)
     assert (line.run / "metrics.json").is_file()
-    assert (line.run / "artifact" / "pictures.safetensors").is_file()
+    assert (line.run / "artifact" / "images.safetensors").is_file()
 
 
 # --- backbones that cannot be loaded
@@ -401,26 +401,26 @@ BACKBONES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BACKBONES)
-def test_a_backbone_that_cannot_be_loaded(line: CommandLine, pictures: Path, case: str) -> None:
+def test_a_backbone_that_cannot_be_loaded(line: CommandLine, images: Path, case: str) -> None:
     spoil, words = BACKBONES[case]
     folder = spoilt(line.tiny, line.folder, spoil)
-    line.train(pictures, f"backbone.path={folder}", words=words)
+    line.train(images, f"backbone.path={folder}", words=words)
 
 
-def test_another_top_config_is_not_passed_over(line: CommandLine, pictures: Path) -> None:
-    line.refuses("train", "-cn", "mine", *line.training(pictures)[1:], words=("-cn", "experiment=mine"))
+def test_another_top_config_is_not_passed_over(line: CommandLine, images: Path) -> None:
+    line.refuses("train", "-cn", "mine", *line.training(images)[1:], words=("-cn", "experiment=mine"))
 
 
-def test_resuming_elsewhere(line: CommandLine, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_elsewhere(line: CommandLine, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    holds_a_run(line, pictures)
+    holds_a_run(line, images)
     line.refuses("train", f"resume={line.run}", "hydra.run.dir=x", words=("resume", "hydra.run.dir=x", "another run"))
 
 
-def test_what_hydra_cannot_read_says_how_to_quote_it(line: CommandLine, pictures: Path) -> None:
+def test_what_hydra_cannot_read_says_how_to_quote_it(line: CommandLine, images: Path) -> None:
     wanted = """'data.prompt="a photo of <disc>"'"""
-    line.train(pictures, "data.prompt=a photo of <disc>", words=("data.prompt", "quote it", wanted))
+    line.train(images, "data.prompt=a photo of <disc>", words=("data.prompt", "quote it", wanted))
 
 
-def test_pictures_of_ones_own_need_their_data(line: CommandLine) -> None:
+def test_images_of_ones_own_need_their_data(line: CommandLine) -> None:
     line.refuses("train", "data.prompt=a dog", "method=lora", words=("data.prompt", "need data=folder"))

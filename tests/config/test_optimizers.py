@@ -19,17 +19,17 @@ NAMES = sorted(path.stem for path in (config_folder() / "optimizer").glob("*.yam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains_from_its_config(tiny: Path, pictures: Path, tmp_path: Path, name: str) -> None:
+def test_it_trains_from_its_config(tiny: Path, images: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    assert train(*arguments(tiny, pictures, run, f"optimizer={name}", "trainer.max_steps=3")) == 0
+    assert train(*arguments(tiny, images, run, f"optimizer={name}", "trainer.max_steps=3")) == 0
     assert all(float(row["lr/unet"]) > 0 for row in rows(run))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_that_is_not_finite_reaches_no_weight(tiny: Path, pictures: Path, name: str) -> None:
+def test_a_step_that_is_not_finite_reaches_no_weight(tiny: Path, images: Path, name: str) -> None:
     node = plain(compose("train", search_path(None), [f"optimizer={name}"]))["optimizer"]
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=build(node))
-    fit(model, folder_data(pictures), 3, [Poison(2)])
+    fit(model, folder_data(images), 3, [Poison(2)])
     assert all(torch.isfinite(p).all() for _, p in model.trainable())
     assert any(p.any() for n, p in model.trainable() if "lora_B" in n)
 
@@ -43,8 +43,8 @@ def test_a_step_that_is_not_finite_reaches_no_weight(tiny: Path, pictures: Path,
     ],
 )
 def test_prodigys_rate_is_a_factor_for_all(
-    own: list[str], words: str, tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: list[str], words: str, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = [*own, "optimizer=prodigy"]
-    assert train(*arguments(tiny, pictures, tmp_path / "run", *own)) == 2
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 2
     assert capsys.readouterr().err.startswith(f"sdtune: {words}")

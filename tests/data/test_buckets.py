@@ -82,7 +82,7 @@ def test_assignment_by_hand(size: tuple[int, int], bucket: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("size", [(63, 500), (500, 63), (1, 1)])
-def test_a_picture_below_one_step(size: tuple[int, int]) -> None:
+def test_a_image_below_one_step(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels.*at least 64x64$"):
         assign(size, 512, 64, "tiny.png")
 

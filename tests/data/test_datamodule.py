@@ -1,4 +1,4 @@
-"""The data module: buckets, captions, dropout, flips, crops and caches, from a folder of pictures."""
+"""The data module: buckets, captions, dropout, flips, crops and caches, from a folder of images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from image_data import batches, encode, encoders, equal, noise, opened, text
-from sdtune.data import Folder, PictureData
+from sdtune.data import Folder, ImageDataModule
 from sdtune.data.datamodule import VALIDATION_RUNGS
 from sdtune.data.previews import wanted
 
 
 @pytest.fixture
 def some(tmp_path: Path) -> Path:
-    """Six pictures of 64x64."""
+    """Six images of 64x64."""
     for i in range(6):
         noise(tmp_path / "some" / f"{i}.png", 64, 64, seed=i, caption=f"dog {i}")
     return tmp_path / "some"
@@ -30,7 +30,7 @@ def some(tmp_path: Path) -> Path:
 # --- buckets
 
 
-def test_pictures_of_two_shapes_train_at_512_in_buckets_of_their_own(tmp_path: Path) -> None:
+def test_images_of_two_shapes_train_at_512_in_buckets_of_their_own(tmp_path: Path) -> None:
     for i in range(3):
         noise(tmp_path / f"tall{i}.png", 512, 768, seed=i)
         noise(tmp_path / f"wide{i}.png", 640, 384, seed=i)
@@ -60,7 +60,7 @@ def test_the_resolution_is_the_backbones_or_ones_own(some: Path) -> None:
         opened(some, resolution=62)
 
 
-def test_pixels_are_the_picture_from_minus_one_to_one(tmp_path: Path) -> None:
+def test_pixels_are_the_image_from_minus_one_to_one(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "a.png")
     (batch, *_) = batches(opened(tmp_path, batch_size=1))
     assert batch["pixels"].dtype == torch.float32
@@ -123,9 +123,9 @@ def test_half_of_the_samples_are_mirrored(tmp_path: Path) -> None:
     plain = batches(opened(tmp_path, batch_size=1, steps=1))[0]["pixels"][0]
     flipped = 0
     for batch in batches(opened(tmp_path, batch_size=20, steps=10, flip=True)):
-        for picture in batch["pixels"]:
-            mirrored = torch.equal(picture, plain.flip(-1))
-            assert mirrored or torch.equal(picture, plain)
+        for image in batch["pixels"]:
+            mirrored = torch.equal(image, plain.flip(-1))
+            assert mirrored or torch.equal(image, plain)
             flipped += mirrored
     assert abs(flipped / 200 - 0.5) < 6 * (0.25 / 200) ** 0.5
 
@@ -136,7 +136,7 @@ def test_random_crops_move_and_centre_crops_do_not(tmp_path: Path) -> None:
 
     def crops(**settings: Any) -> int:
         data = opened(tmp_path, batch_size=4, steps=3, **settings)
-        return len({picture.numpy().tobytes() for batch in batches(data) for picture in batch["pixels"]})
+        return len({image.numpy().tobytes() for batch in batches(data) for image in batch["pixels"]})
 
     assert crops() == 1
     assert crops(random_crop=True) > 8
@@ -151,7 +151,7 @@ def test_a_random_crop_of_a_cached_latent_is_refused(some: Path) -> None:
 # --- held out
 
 
-def test_every_third_picture_is_held_out(some: Path) -> None:
+def test_every_third_image_is_held_out(some: Path) -> None:
     data = opened(some, hold_out=3)
     assert [Path(str(s)).stem for s in data.held_out] == ["2", "5"]
     assert [Path(str(s)).stem for s in data.train] == ["0", "1", "3", "4"]
@@ -172,14 +172,14 @@ def test_a_validation_folder_is_held_out_and_seen_plainly(some: Path, tmp_path: 
     noise(tmp_path / "other" / "a.png", 64, 64, seed=9, caption="a cat")
     data = opened(some, validation_path=str(tmp_path / "other"), flip=True, caption_dropout=1.0)
     assert len(data.train) == 6
-    pictures = torch.cat([batch["pixels"] for batch in data.val_dataloader()])
-    assert len(pictures) == VALIDATION_RUNGS
-    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    images = torch.cat([batch["pixels"] for batch in data.val_dataloader()])
+    assert len(images) == VALIDATION_RUNGS
+    assert all(torch.equal(image, images[0]) for image in images)
     assert {p for batch in data.val_dataloader() for p in batch["prompts"]} == {"a cat"}
 
 
 def test_held_out_pairs_that_do_not_fit_are_refused(some: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.hold_out: .* has 6 pictures, too few to hold out one in 10"):
+    with pytest.raises(ValueError, match=r"data\.hold_out: .* has 6 images, too few to hold out one in 10"):
         opened(some, hold_out=10)
     with pytest.raises(ValueError, match=r"data\.hold_out and data\.validation_path"):
         Folder(path=str(some), hold_out=2, validation_path=str(some))
@@ -219,7 +219,7 @@ def moments(path: Path, cache: Path, **settings: Any) -> dict[str, bytes]:
     return {p: m.numpy().tobytes() for b in batches(data) for p, m in zip(b["prompts"], b["moments"], strict=True)}
 
 
-def test_an_edited_picture_never_meets_its_old_latents(some: Path, tmp_path: Path) -> None:
+def test_an_edited_image_never_meets_its_old_latents(some: Path, tmp_path: Path) -> None:
     file = some / "0.png"
     before, state = moments(some, tmp_path / "cache"), file.stat()
     noise(file, 64, 64, seed=100)
@@ -232,9 +232,9 @@ def test_an_edited_picture_never_meets_its_old_latents(some: Path, tmp_path: Pat
 def test_the_content_is_the_key_and_not_the_name(some: Path, tmp_path: Path) -> None:
     calls = []
 
-    def counted(pictures: Tensor) -> Tensor:
-        calls.append(len(pictures))
-        return encode(pictures)
+    def counted(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return encode(images)
 
     def fill(path: Path, images_hash: str = "vae", **settings: Any) -> int:
         calls.clear()
@@ -254,12 +254,12 @@ def test_the_content_is_the_key_and_not_the_name(some: Path, tmp_path: Path) -> 
     assert fill(renamed, images_hash="another vae") == 6
 
 
-def test_an_encoder_that_overflows_fails_and_names_the_picture(some: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_overflows_fails_and_names_the_image(some: Path, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "white").save(some / "white.png")
 
-    def overflowing(pictures: Tensor) -> Tensor:
-        out = encode(pictures)
-        out[pictures.flatten(1).min(1).values == 1] = float("nan")
+    def overflowing(images: Tensor) -> Tensor:
+        out = encode(images)
+        out[images.flatten(1).min(1).values == 1] = float("nan")
         return out
 
     data = opened(some, cache_latents=True)
@@ -298,12 +298,12 @@ def test_the_seed_decides(some: Path) -> None:
     assert not equal(load(1), load(2))
 
 
-def test_a_source_must_say_what_its_pictures_are() -> None:
-    with pytest.raises(TypeError, match="PictureData.* read"):
-        PictureData().open(64, 8)
+def test_a_source_must_say_what_its_images_are() -> None:
+    with pytest.raises(TypeError, match="ImageDataModule.* read"):
+        ImageDataModule().open(64, 8)
 
 
-def test_limit_trains_on_the_first_pictures_alone(some: Path) -> None:
+def test_limit_trains_on_the_first_images_alone(some: Path) -> None:
     data = opened(some, limit=2, steps=5)
     assert {prompt for batch in batches(data) for prompt in batch["prompts"]} == {"dog 0", "dog 1"}
 
@@ -317,12 +317,12 @@ def test_with_another_backbone_its_side_counts(some: Path) -> None:
         assert (own.resolution, own.factor) == (64, factor)
 
 
-def test_edited_masks_and_held_out_pictures_are_another_run(some: Path) -> None:
+def test_edited_masks_and_held_out_images_are_another_run(some: Path) -> None:
     def fingerprint(**settings: Any) -> str:
         return opened(some, **settings).fingerprint
 
-    for picture in sorted(some.rglob("*.png")):
-        Image.new("L", Image.open(picture).size, 255).save(picture.with_suffix(".mask.png"))
+    for image in sorted(some.rglob("*.png")):
+        Image.new("L", Image.open(image).size, 255).save(image.with_suffix(".mask.png"))
     plain, masked, held = fingerprint(), fingerprint(masked=True), fingerprint(hold_out=2)
     assert (fingerprint(masked=True), fingerprint(hold_out=2)) == (masked, held)
     mask = sorted(some.rglob("*.mask.png"))[0]
@@ -335,7 +335,7 @@ def test_edited_masks_and_held_out_pictures_are_another_run(some: Path) -> None:
     assert fingerprint(hold_out=2) != held
 
 
-def test_previews_show_the_pictures_own_prompts(some: Path) -> None:
+def test_previews_show_the_images_own_prompts(some: Path) -> None:
     data = opened(some, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
     data.draw_class(encoders(some.parent / "cache"))
     assert {"", "a cat"} <= set(data.captions())

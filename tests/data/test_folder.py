@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from sdtune.data import folder as module
-from sdtune.data.folder import Picture, check_pictures, read_folder
+from sdtune.data.folder import CaptionedImage, check_images, read_folder
 
 
 def draw(path: Path, width: int = 8, height: int = 6) -> Path:
@@ -36,9 +36,9 @@ def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") ->
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture(tmp_path: Path) -> None:
+def test_a_image(tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", 30, 20)
-    assert read_folder(tmp_path, "a dog") == (Picture(path, "a dog", (30, 20), 1),)
+    assert read_folder(tmp_path, "a dog") == (CaptionedImage(path, "a dog", (30, 20), 1),)
     with pytest.raises(dataclasses.FrozenInstanceError):
         read_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
 
@@ -71,7 +71,7 @@ def test_sidecars(tmp_path: Path) -> None:
     (tmp_path / "b.caption").write_text("ein Hündchen", encoding="utf-8")
     (tmp_path / "c.x.TXT").write_bytes(b"\xef\xbb\xbfwith a mark")
     (tmp_path / "d.txt").write_text("")
-    (tmp_path / "README.txt").write_text("no caption of any picture")
+    (tmp_path / "README.txt").write_text("no caption of any image")
     assert captions(tmp_path, "the prompt") == {
         "a.png": "a dog, on grass",
         "b.jpg": "ein Hündchen",
@@ -139,8 +139,8 @@ def test_kohya_folders(tmp_path: Path) -> None:
 
 def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:
     draw(tmp_path / "10_sks dog/a.png")
-    (picture,) = read_folder(tmp_path / "10_sks dog", "p")
-    assert (picture.repeats, picture.caption) == (1, "p")
+    (image,) = read_folder(tmp_path / "10_sks dog", "p")
+    assert (image.repeats, image.caption) == (1, "p")
 
 
 @pytest.mark.parametrize("name", ["0_sks dog", "-1_sks dog"])
@@ -163,7 +163,7 @@ def test_which_caption_wins(tmp_path: Path) -> None:
         "5_words/d.png": "words",
         "e.png": "prompt",
     }
-    assert {picture.repeats for picture in read_folder(tmp_path, "prompt")} == {1, 5}
+    assert {image.repeats for image in read_folder(tmp_path, "prompt")} == {1, 5}
 
 
 @pytest.mark.parametrize(
@@ -194,21 +194,21 @@ def test_no_caption(tmp_path: Path) -> None:
         draw(tmp_path / name)
     (tmp_path / "a.txt").write_text("a dog")
     refused(
-        tmp_path, "2 of 3 pictures have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None
+        tmp_path, "2 of 3 images have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None
     )
 
 
-def test_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     takes = "give a folder with .png, .jpg"
-    refused(tmp_path, "no pictures found in", tmp_path, "it is empty", takes)
-    refused(tmp_path / "gone", "no pictures found in", tmp_path / "gone", "it does not exist", takes)
+    refused(tmp_path, "no images found in", tmp_path, "it is empty", takes)
+    refused(tmp_path / "gone", "no images found in", tmp_path / "gone", "it does not exist", takes)
     for name in ("a.mp4", "b.MP4", "c.txt", "sub/d.mp4", "LICENSE", ".hidden.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    refused(tmp_path, "no pictures found in", tmp_path, "it holds 3 .mp4, 1 without a suffix, 1 .txt;", takes)
-    refused(draw(tmp_path / "a.png"), "no pictures found in", tmp_path / "a.png", "it is a file", takes)
+    refused(tmp_path, "no images found in", tmp_path, "it holds 3 .mp4, 1 without a suffix, 1 .txt;", takes)
+    refused(draw(tmp_path / "a.png"), "no images found in", tmp_path / "a.png", "it is a file", takes)
     monkeypatch.chdir(tmp_path)
-    refused("sub", "no pictures found in", tmp_path / "sub")  # where it looked, also for a relative path
+    refused("sub", "no images found in", tmp_path / "sub")  # where it looked, also for a relative path
 
 
 def test_both_metadata_files(tmp_path: Path) -> None:
@@ -219,17 +219,17 @@ def test_both_metadata_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["b.png", "../a.png", "notes.md", ""])
-def test_metadata_of_a_missing_picture(tmp_path: Path, name: str) -> None:
+def test_metadata_of_a_missing_image(tmp_path: Path, name: str) -> None:
     draw(tmp_path / "a.png")
     (tmp_path / "notes.md").touch()
     (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": name, "text": "x"}))
-    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: there is no picture", name, "correct or remove this row")
+    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: there is no image", name, "correct or remove this row")
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{name},x\n")
-    refused(tmp_path, tmp_path / "metadata.csv, line 3: there is no picture", name, "correct or remove this row")
+    refused(tmp_path, tmp_path / "metadata.csv, line 3: there is no image", name, "correct or remove this row")
 
 
-def test_metadata_with_two_rows_of_a_picture(tmp_path: Path) -> None:
+def test_metadata_with_two_rows_of_a_image(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\n")
     refused(tmp_path, tmp_path / "metadata.csv, line 3: a.png has a row already: remove one")
@@ -288,9 +288,9 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(tmp_path, tmp_path, "cannot be read (Permission denied): make it readable")
 
 
-def test_a_broken_link_is_no_picture(tmp_path: Path) -> None:
+def test_a_broken_link_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    refused(tmp_path, tmp_path / "a.png", "is not a readable picture (No such file or directory)")
+    refused(tmp_path, tmp_path / "a.png", "is not a readable image (No such file or directory)")
 
 
 def test_linked_folders(tmp_path: Path) -> None:
@@ -305,10 +305,10 @@ def test_linked_folders(tmp_path: Path) -> None:
 def test_text_named_png(tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("text")
-    refused(tmp_path, tmp_path / "b.png", "is not a readable picture", "remove it or replace it")
+    refused(tmp_path, tmp_path / "b.png", "is not a readable image", "remove it or replace it")
 
 
-def test_check_passes_good_pictures_and_decodes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_passes_good_images_and_decodes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(9):
         draw(tmp_path / f"{index}.png")
     decoded, threads = [], set()
@@ -316,11 +316,11 @@ def test_check_passes_good_pictures_and_decodes_each(tmp_path: Path, monkeypatch
     def spy(path: Path) -> Image.Image:
         decoded.append(path.name)
         threads.add(threading.current_thread())
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
 
-    monkeypatch.setattr(module, "open_picture", spy)
-    check_pictures(read_folder(tmp_path, "p"))
+    monkeypatch.setattr(module, "open_image", spy)
+    check_images(read_folder(tmp_path, "p"))
     assert sorted(decoded) == [f"{index}.png" for index in range(9)]
     assert threading.main_thread() not in threads
     assert len(threads) <= 4
@@ -331,10 +331,10 @@ def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
         path = draw(tmp_path / f"{name}.jpg", 64, 64)
         if name in "ce":
             path.write_bytes(path.read_bytes()[:-500])
-    pictures = read_folder(tmp_path, "p")  # the headers are whole
+    images = read_folder(tmp_path, "p")  # the headers are whole
     for _ in range(5):
-        with pytest.raises(ValueError, match=r"\Adata\.path: .*c\.jpg is not a readable picture \(.*: remove it"):
-            check_pictures(pictures)
+        with pytest.raises(ValueError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*: remove it"):
+            check_images(images)
 
 
 def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
@@ -347,4 +347,4 @@ def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
     end = data.index(b"IEND") - 4
     path.write_bytes(data[:end] + chunk + data[end:])
     with pytest.raises(ValueError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
-        check_pictures(read_folder(tmp_path, "p"))
+        check_images(read_folder(tmp_path, "p"))

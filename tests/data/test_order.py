@@ -118,6 +118,6 @@ def test_validation_looks_at_every_entry_at_every_rung_at_fixed_places() -> None
     assert [draw.position for draw in draws] == list(range(9))
     assert {draw.step for draw in draws} == {0}
     assert all(len({draw.entry in (0, 2) for draw in batch}) == 1 for batch in batches)
-    # The place of a picture, and with it its noise, does not depend on the batch size.
+    # The place of an image, and with it its noise, does not depend on the batch size.
     other = [draw for batch in FixedBatches([[0, 2], [1]], batch_size=1, rungs=3) for draw in batch]
     assert other == draws

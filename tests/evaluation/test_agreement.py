@@ -1,4 +1,4 @@
-"""What a picture shows against what its map asked for, by hand, and as figures of a ControlNet's run."""
+"""What an image shows against what its map asked for, by hand, and as figures of a ControlNet's run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from drawings import save_drawings
 from running import folder_data
 from sdtune.backbone import Pretrained
-from sdtune.data.control.base import FromPicture, Paired
+from sdtune.data.control.base import FromImage, Paired
 from sdtune.data.control.edges import Canny
 from sdtune.evaluation import ClipFigures
 from sdtune.evaluation import subject_metrics as general
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 
 
 def lines(row: int) -> np.ndarray:
-    picture = np.zeros((600, 800, 3), np.uint8)
-    picture[row, 100:200] = 255
-    return picture
+    image = np.zeros((600, 800, 3), np.uint8)
+    image[row, 100:200] = 255
+    return image
 
 
 @pytest.mark.parametrize("task", ["edges", "pose"])
@@ -54,8 +54,8 @@ def test_depth_by_its_error() -> None:
     assert agreement("depth", asked, shown) == pytest.approx(1 - 0.5**0.5)
 
 
-class Halves(FromPicture):
-    """The map of whatever picture: its upper half white."""
+class Halves(FromImage):
+    """The map of whatever image: its upper half white."""
 
     task = "segmentation"
 
@@ -64,20 +64,20 @@ class Halves(FromPicture):
         made[: size[1] // 2] = 255
         return made
 
-    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        return [p.copy() for p in pictures]
+    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        return [p.copy() for p in images]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return save_drawings(tmp_path / "pictures", 3, 64, 64)
+def images(tmp_path: Path) -> Path:
+    return save_drawings(tmp_path / "images", 3, 64, 64)
 
 
 def test_agreement_is_measured_without_a_clip(
-    pictures: Path, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = Halves()
-    data = folder_data(pictures, control=control)
+    data = folder_data(images, control=control)
     data.open(64, 4)
 
     def draw(_: object, requests: Sequence[Request], __: Sampling) -> list[np.ndarray]:
@@ -86,7 +86,7 @@ def test_agreement_is_measured_without_a_clip(
     monkeypatch.setattr(general, "draw", draw)
     monkeypatch.setattr(general, "draw_base", lambda _, requests, sampling, __: draw(None, requests, sampling))
     (tmp_path / "artifact").mkdir()
-    few = ClipFigures(pictures=4, sampling=Sampling(steps=1, width=64, height=64))
+    few = ClipFigures(images=4, sampling=Sampling(steps=1, width=64, height=64))
     figures = few.run(Pretrained(str(tiny)), data, tmp_path / "artifact", "lora", CPU, tmp_path)
     assert figures["control_agreement"] == 1
     assert figures["base_control_agreement"] == 0.25  # all black: half of one class, none of the other
@@ -94,9 +94,9 @@ def test_agreement_is_measured_without_a_clip(
     assert "control_agreement" not in figures["reasons"]
 
 
-def test_maps_that_no_picture_gives_say_so(pictures: Path, tmp_path: Path, tiny: Path) -> None:
-    for control, reason in ((None, "no control maps"), (Paired(str(pictures)), "not made from pictures")):
-        data = folder_data(pictures, control=control)
+def test_maps_that_no_image_gives_say_so(images: Path, tmp_path: Path, tiny: Path) -> None:
+    for control, reason in ((None, "no control maps"), (Paired(str(images)), "not made from images")):
+        data = folder_data(images, control=control)
         data.open(32, 4)
         figures = ClipFigures().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)
         assert figures["control_agreement"] is None
@@ -104,7 +104,7 @@ def test_maps_that_no_picture_gives_say_so(pictures: Path, tmp_path: Path, tiny:
 
 
 def test_edges_are_found_again_with_the_detectors_own_settings() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    found = Canny(low=20, high=40).again([picture], CPU)
-    assert np.array_equal(found[0], Canny(low=20, high=40).extract(picture))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = Canny(low=20, high=40).again([image], CPU)
+    assert np.array_equal(found[0], Canny(low=20, high=40).extract(image))
     assert Canny().task == "edges"

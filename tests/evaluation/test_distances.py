@@ -48,7 +48,7 @@ def test_drift_is_the_unbiased_mmd_under_kids_kernel() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_nearest_training_picture() -> None:
+def test_the_nearest_training_image() -> None:
     shown = unit(5, 0)
     assert nearest(shown[:2], shown) == pytest.approx([1.0, 1.0])
     others = unit(6, 1)
@@ -69,25 +69,25 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dino_looks_at_the_class_token(dino_folder: Path) -> None:
     dino = Dino(str(dino_folder), CPU)
-    pictures = [np.random.default_rng(i).integers(0, 256, (28, 28, 3), dtype=np.uint8) for i in range(3)]
-    embedded = dino.pictures(pictures)
+    images = [np.random.default_rng(i).integers(0, 256, (28, 28, 3), dtype=np.uint8) for i in range(3)]
+    embedded = dino.images(images)
     assert embedded.shape == (3, 16)
     torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3))
-    assert dino_image(dino, pictures[:1], pictures[:1]) == pytest.approx(1.0, abs=1e-5)
-    assert dino_image(dino, pictures[:1], pictures[1:]) < 1 - 1e-4
+    assert dino_image(dino, images[:1], images[:1]) == pytest.approx(1.0, abs=1e-5)
+    assert dino_image(dino, images[:1], images[1:]) < 1 - 1e-4
     with torch.no_grad():
-        inputs = dino.processor(images=pictures, return_tensors="pt")
+        inputs = dino.processor(images=images, return_tensors="pt")
         token = dino.model(**inputs).last_hidden_state[:, 0]
     torch.testing.assert_close(embedded, F.normalize(token, dim=-1))
 
 
-def test_what_is_no_dino_is_refused(tmp_path: Path, pictures: Path) -> None:
-    with pytest.raises(ValueError, match=r"^evaluation\.dino: .* holds no model of pictures"):
+def test_what_is_no_dino_is_refused(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(ValueError, match=r"^evaluation\.dino: .* holds no model of images"):
         Dino(str(tmp_path), CPU)
 
 
-def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    data, facts = folder_data(pictures), Facts(32, 4, 4, "epsilon", 77)
+def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, images: Path, tmp_path: Path) -> None:
+    data, facts = folder_data(images), Facts(32, 4, 4, "epsilon", 77)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     for own, words in (
         ({"dino": "/nowhere"}, r"dino: /nowhere is not a folder; name a local folder with a DINO"),
@@ -102,27 +102,27 @@ def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, p
 
 
 def test_a_loras_strengths_are_shown_without_any_model_to_measure_with(
-    tiny: Path, pictures: Path, tmp_path: Path
+    tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     source = Pretrained(str(tiny))
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
-    data = folder_data(pictures)
+    data = folder_data(images)
     fit(model, data, 1)
     model.artifact(tmp_path / "artifact", "mine")
-    figures = ClipFigures(pictures=2, sampling=Sampling(steps=1)).run(
+    figures = ClipFigures(images=2, sampling=Sampling(steps=1)).run(
         source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen"
     )
     assert all(value is None for key, value in figures.items() if key != "reasons")
     assert [file.name for file in (tmp_path / "seen").iterdir()] == ["strengths.png"]
 
 
-def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, images: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny))
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
-    data = folder_data(pictures, class_prompt="a dog", class_pictures=2)
+    data = folder_data(images, class_prompt="a dog", class_images=2)
     fit(model, data, 2)
     model.artifact(tmp_path / "artifact", "mine")
-    measure = ClipFigures(pictures=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
+    measure = ClipFigures(images=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
     figures = measure.run(source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen")
     both = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image")
     found = {key: value for key, value in figures.items() if value is not None and key != "reasons"}
@@ -133,9 +133,9 @@ def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, pictures: Path, tmp
     assert figures["diversity"] != figures["base_diversity"]
     assert {p.name for p in (tmp_path / "seen").iterdir()} >= {"strengths.png", "trained_class.png", "base_class.png"}
 
-    data = folder_data(pictures)
+    data = folder_data(images)
     data.open(32, 4)
-    measure = ClipFigures(pictures=2, clip="pocket", sampling=Sampling(steps=1))
+    measure = ClipFigures(images=2, clip="pocket", sampling=Sampling(steps=1))
     figures = measure.run(source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "again")
     assert figures["prior_drift"] is None
     assert figures["reasons"]["prior_drift"] == "the data has no data.class_prompt"

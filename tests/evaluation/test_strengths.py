@@ -20,10 +20,10 @@ from sdtune.sampling.loop import Request, Sampling
 CPU = torch.device("cpu")
 
 
-def test_a_row_a_strength(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_row_a_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
     source, settings = Pretrained(str(tiny)), Sampling(steps=2)
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
-    fit(model, folder_data(pictures), 2)
+    fit(model, folder_data(images), 2)
     model.artifact(tmp_path / "artifact", "mine")
     requests = [Request(f"thing {i}", i) for i in range(5)]
     strength_grid(source, tmp_path / "artifact", requests, settings, CPU, tmp_path)
@@ -42,10 +42,10 @@ def test_a_row_a_strength(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     assert not np.array_equal(rows[2 * tile : 3 * tile], sheet[2 * tile : 3 * tile])
 
 
-def test_words_alone_have_no_strength(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_words_alone_have_no_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny))
     model = TextualInversion(backbone=source, optimizer=adamw(1e-2), new_tokens=[NewToken("<new>", "a")])
-    fit(model, folder_data(pictures, templates=["<new> {}"]), 1)
+    fit(model, folder_data(images, templates=["<new> {}"]), 1)
     model.artifact(tmp_path / "artifact", "mine")
     strength_grid(source, tmp_path / "artifact", [Request("<new>", 0)], Sampling(steps=1), CPU, tmp_path)
     assert not (tmp_path / "strengths.png").exists()

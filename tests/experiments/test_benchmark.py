@@ -39,9 +39,9 @@ def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("watch", ["time", "count"])
-def test_the_clock_sees_a_training(watch: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_clock_sees_a_training(watch: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.json"
-    own = arguments(tiny, pictures, tmp_path / "run", "trainer.max_steps=1000")
+    own = arguments(tiny, images, tmp_path / "run", "trainer.max_steps=1000")
     command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune.train", *own]
     began = time.monotonic()
     environment = os.environ | {"BENCH_BEGAN": repr(began)}

@@ -69,8 +69,8 @@ def write_run(folder: Path, method: str, seed: int) -> None:
     (folder / "evaluation" / "readings.json").write_text(json.dumps(readings(method)))
     for when in ("before", "after"):
         for i in range(2):
-            picture = np.full((8, 8, 3), 100 * i, np.uint8)
-            save_png(picture, folder / "samples" / when / f"{i}.png", {"prompt": f"a thing {i}", "seed": "0"})
+            image = np.full((8, 8, 3), 100 * i, np.uint8)
+            save_png(image, folder / "samples" / when / f"{i}.png", {"prompt": f"a thing {i}", "seed": "0"})
     save_png(np.zeros((8, 8, 3), np.uint8), folder / "samples" / "before_after.png")
 
 

@@ -19,11 +19,11 @@ from sdtune.pocket.world.scenes import draw, held_out_scenes
 
 def test_psnr_is_the_formula_by_hand() -> None:
     truth = np.full((2, 2, 2, 3), 100, dtype=np.uint8)
-    pictures = truth.copy()
-    pictures[0] += 5  # MSE 25
-    pictures[1, 0, 0, 0] = 90  # one value of twelve off by ten: MSE 100 / 12
+    images = truth.copy()
+    images[0] += 5  # MSE 25
+    images[1, 0, 0, 0] = 90  # one value of twelve off by ten: MSE 100 / 12
     expected = [20 * math.log10(255) - 10 * math.log10(25), 20 * math.log10(255) - 10 * math.log10(100 / 12)]
-    assert psnr(pictures, truth) == pytest.approx(expected, rel=1e-12)
+    assert psnr(images, truth) == pytest.approx(expected, rel=1e-12)
 
 
 def test_psnr_does_not_wrap_around_at_eight_bits() -> None:
@@ -32,25 +32,25 @@ def test_psnr_does_not_wrap_around_at_eight_bits() -> None:
     assert psnr(black, white) == psnr(white, black) == pytest.approx([0.0])
 
 
-def test_psnr_of_equal_pictures_is_infinite() -> None:
-    picture = np.zeros((1, 2, 2, 3), dtype=np.uint8)
-    assert psnr(picture, picture) == [math.inf]
+def test_psnr_of_equal_images_is_infinite() -> None:
+    image = np.zeros((1, 2, 2, 3), dtype=np.uint8)
+    assert psnr(image, image) == [math.inf]
 
 
 def test_agreement_is_the_share_of_exact_answers() -> None:
     assert agreement(["dog", "cat", "dog", "dog"], ["dog", "cat", "dogs", "cat"]) == 0.5
 
 
-def test_the_figures_are_exactly_those_named_and_true_pictures_have_their_background(
+def test_the_figures_are_exactly_those_named_and_true_images_have_their_background(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ceiling = {"classifier_accuracy": 0.75, "classifier_accuracy_vae": 0.5}
     monkeypatch.setattr(quality, "ceilings", lambda classifier, vae, seed: ceiling)  # 1,800 renders otherwise
     scenes = held_out_scenes(3, 6)
-    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
-    pictures[0] = 255 - pictures[0]
+    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images[0] = 255 - images[0]
     torch.manual_seed(0)
-    figures = measure(pictures, scenes, Classifier(), vaes.build().eval(), seed=3)
+    figures = measure(images, scenes, Classifier(), vaes.build().eval(), seed=3)
     assert list(figures) == [
         "background_accuracy",
         "object_accuracy",
@@ -66,9 +66,9 @@ def test_the_figures_are_exactly_those_named_and_true_pictures_have_their_backgr
     assert json.loads(json.dumps(figures)) == figures
 
 
-def test_the_grid_holds_every_picture_at_twice_its_size() -> None:
+def test_the_grid_holds_every_image_at_twice_its_size() -> None:
     scenes = held_out_scenes(0, 10)
-    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
-    sheet = np.asarray(grid(pictures, scenes))
+    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    sheet = np.asarray(grid(images, scenes))
     assert sheet.shape == (2 * (128 + 28), 8 * 128, 3)
-    assert np.array_equal(sheet[156 : 156 + 128 : 2, 128:256:2], pictures[9])
+    assert np.array_equal(sheet[156 : 156 + 128 : 2, 128:256:2], images[9])

@@ -27,27 +27,27 @@ SMALL = (
     "trainer.max_steps=2",
     "trainer.log_every_n_steps=1",
     "callbacks.samples.sampling.steps=2",
-    "evaluation.pictures=2",
+    "evaluation.images=2",
     "evaluation.sampling.steps=2",
     "hardware=cpu",
     "hardware.precision=32-true",
 )
 
 
-def words(recipe: Path, tiny: Path, pictures: Path) -> list[str]:
+def words(recipe: Path, tiny: Path, images: Path) -> list[str]:
     """The recipe's own command after ``sdtune train``, with folders that exist."""
     found = shlex.split(recipe.read_text().splitlines()[1])[3:]
     assert found[0] == f"experiment={recipe.stem}"
-    places = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={pictures}"}
+    places = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={images}"}
     return [places.get(word, word) for word in found]
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("sd15")], ids=lambda path: path.stem)
-def test_it_trains_two_steps(recipe: Path, tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    own = words(recipe, tiny, pictures)
-    for caption in pictures.glob("*.txt") if "textual_inversion" in recipe.stem else ():
+def test_it_trains_two_steps(recipe: Path, tiny: Path, images: Path, tmp_path: Path) -> None:
+    own = words(recipe, tiny, images)
+    for caption in images.glob("*.txt") if "textual_inversion" in recipe.stem else ():
         caption.unlink()  # the word stands in data.prompt, which captions what has no caption of its own
-    less = [*SMALL, *(["data.class_pictures=2"] if "class_prompt" in " ".join(own) else [])]
+    less = [*SMALL, *(["data.class_images=2"] if "class_prompt" in " ".join(own) else [])]
     run = tmp_path / "run"
     assert train(*own, *less, f"hydra.run.dir={run}") == 0
     assert len(rows(run)) == 2

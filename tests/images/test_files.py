@@ -1,4 +1,4 @@
-"""Decoding, orientation, colour modes, cropping; and every way in which a file can fail to be a picture."""
+"""Decoding, orientation, colour modes, cropping; and every way in which a file can fail to be an image."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from sdtune.images.files import SUFFIXES, open_picture, picture_size, resize_and_crop
+from sdtune.images.files import SUFFIXES, open_image, image_size, resize_and_crop
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def quadrants(width: int, height: int) -> Image.Image:
     """Red, green / blue, white: no two orientations of it look the same."""
-    picture = Image.new("RGB", (width, height), WHITE)
-    picture.paste(RED, (0, 0, width // 2, height // 2))
-    picture.paste(GREEN, (width // 2, 0, width, height // 2))
-    picture.paste(BLUE, (0, height // 2, width // 2, height))
-    return picture
+    image = Image.new("RGB", (width, height), WHITE)
+    image.paste(RED, (0, 0, width // 2, height // 2))
+    image.paste(GREEN, (width // 2, 0, width, height // 2))
+    image.paste(BLUE, (0, height // 2, width // 2, height))
+    return image
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -45,24 +45,24 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"picture{suffix}"
+    path = tmp_path / f"image{suffix}"
     quadrants(48, 32).save(path)
-    picture = open_picture(path)
-    assert (picture.mode, picture.size) == ("RGB", (48, 32))
-    assert picture_size(path) == (48, 32)
-    assert np.abs(np.asarray(picture, int) - np.asarray(quadrants(48, 32), int)).mean() < 8
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (48, 32))
+    assert image_size(path) == (48, 32)
+    assert np.abs(np.asarray(image, int) - np.asarray(quadrants(48, 32), int)).mean() < 8
 
 
 def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
-    noise(8, 8).save(tmp_path / "picture.png", format="BMP")
-    assert np.array_equal(open_picture(tmp_path / "picture.png"), noise(8, 8))
+    noise(8, 8).save(tmp_path / "image.png", format="BMP")
+    assert np.array_equal(open_image(tmp_path / "image.png"), noise(8, 8))
 
 
-def test_multi_picture_jpeg_of_a_phone(tmp_path: Path) -> None:
+def test_multi_image_jpeg_of_a_phone(tmp_path: Path) -> None:
     quadrants(32, 16).save(
         tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
     )
-    assert open_picture(tmp_path / "phone.jpg").size == picture_size(tmp_path / "phone.jpg") == (32, 16)
+    assert open_image(tmp_path / "phone.jpg").size == image_size(tmp_path / "phone.jpg") == (32, 16)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
@@ -82,26 +82,26 @@ def test_exif_orientation(tmp_path: Path, value: int, suffix: str) -> None:
     stored = Image.fromarray(np.ascontiguousarray(stored_from_upright[value](upright)))
     path = tmp_path / f"turned{suffix}"
     stored.save(path, exif=orientation(value), **({"lossless": True} if suffix == ".webp" else {}))
-    assert np.array_equal(open_picture(path), upright)
-    assert picture_size(path) == (6, 4)
+    assert np.array_equal(open_image(path), upright)
+    assert image_size(path) == (6, 4)
 
 
 def test_orientation_of_a_jpeg(tmp_path: Path) -> None:
     quadrants(64, 32).save(tmp_path / "phone.jpg", exif=orientation(6))
-    picture = open_picture(tmp_path / "phone.jpg")
-    assert picture.size == picture_size(tmp_path / "phone.jpg") == (32, 64)
+    image = open_image(tmp_path / "phone.jpg")
+    assert image.size == image_size(tmp_path / "phone.jpg") == (32, 64)
     # A quarter turn clockwise takes the upper left to the upper right.
-    assert np.abs(np.subtract(picture.getpixel((28, 8)), RED)).max() < 15
+    assert np.abs(np.subtract(image.getpixel((28, 8)), RED)).max() < 15
 
 
-def test_an_odd_exif_tag_does_not_refuse_a_rotated_picture(tmp_path: Path) -> None:
+def test_an_odd_exif_tag_does_not_refuse_a_rotated_image(tmp_path: Path) -> None:
     exif = orientation(6)
     exif[ExifTags.Base.XResolution] = 2.5
     data = bytearray(exif.tobytes())
     entry = data.index(struct.pack(">HH", ExifTags.Base.XResolution, 5))
     data[entry + 2 : entry + 4] = struct.pack(">H", 7)  # bytes where the tag has a rational number
     noise(6, 4).save(tmp_path / "odd.png", exif=bytes(data))
-    assert open_picture(tmp_path / "odd.png").size == (4, 6)
+    assert open_image(tmp_path / "odd.png").size == (4, 6)
 
 
 def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     end = buffer.getvalue().index(b"IEND") - 4
     late = png_chunk(b"eXIf", orientation(6).tobytes()[6:])
     (tmp_path / "late.png").write_bytes(buffer.getvalue()[:end] + late + buffer.getvalue()[end:])
-    assert open_picture(tmp_path / "late.png").size == (4, 6)
+    assert open_image(tmp_path / "late.png").size == (4, 6)
 
 
 def test_size_needs_no_pixels(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     noise(64, 48).save(path)
     path.write_bytes(path.read_bytes()[:100])
-    assert picture_size(path) == (64, 48)
+    assert image_size(path) == (64, 48)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_size_needs_no_pixels(tmp_path: Path) -> None:
     ],
 )
 def test_grey_and_alpha(tmp_path: Path, mode: str, color: object, expected: tuple[int, int, int]) -> None:
-    Image.new(mode, (4, 4), color).save(tmp_path / "picture.png")
-    assert np.asarray(open_picture(tmp_path / "picture.png")).tolist() == [[list(expected)] * 4] * 4
+    Image.new(mode, (4, 4), color).save(tmp_path / "image.png")
+    assert np.asarray(open_image(tmp_path / "image.png")).tolist() == [[list(expected)] * 4] * 4
 
 
 def test_transparent_palette_and_colour_key(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_transparent_palette_and_colour_key(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.gif", transparency=0)
     palette.convert("RGB").save(tmp_path / "key.png", transparency=RED)
     for name in ("palette.png", "palette.gif", "key.png"):
-        assert np.asarray(open_picture(tmp_path / name)).tolist() == [[list(WHITE), list(BLUE)]]
+        assert np.asarray(open_image(tmp_path / name)).tolist() == [[list(WHITE), list(BLUE)]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -153,23 +153,23 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     values = np.array([[0, 257, 128 * 257], [256, 65534, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep{suffix}", exif=orientation(2))
     expected = np.array([[0, 1, 128], [1, 255, 255]])[:, ::-1]
-    picture = np.asarray(open_picture(tmp_path / f"deep{suffix}"))
-    assert np.array_equal(picture, np.repeat(expected[:, :, None], 3, axis=2))
+    image = np.asarray(open_image(tmp_path / f"deep{suffix}"))
+    assert np.array_equal(image, np.repeat(expected[:, :, None], 3, axis=2))
 
 
 def test_wide_integers_are_read_as_sixteen_bits_or_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 65535]], np.int32)).save(tmp_path / "fits.tif")
-    assert np.asarray(open_picture(tmp_path / "fits.tif")).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    assert np.asarray(open_image(tmp_path / "fits.tif")).tolist() == [[[0, 0, 0], [255, 255, 255]]]
     for value in (-1, 65536):
         Image.fromarray(np.array([[0, value]], np.int32)).save(tmp_path / "wide.tif")
-        with pytest.raises(ValueError, match=r"^data\.path: .*wide\.tif is not a readable picture .*0 to 65535"):
-            open_picture(tmp_path / "wide.tif")
+        with pytest.raises(ValueError, match=r"^data\.path: .*wide\.tif is not a readable image .*0 to 65535"):
+            open_image(tmp_path / "wide.tif")
 
 
 def test_floating_point_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"^data\.path: .*float\.tif is not a readable picture \(floating-point"):
-        open_picture(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"^data\.path: .*float\.tif is not a readable image \(floating-point"):
+        open_image(tmp_path / "float.tif")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
@@ -178,74 +178,74 @@ def test_floating_point_is_refused(tmp_path: Path) -> None:
 )
 def test_cmyk(tmp_path: Path, suffix: str, ink: tuple[int, ...], expected: tuple[int, int, int]) -> None:
     Image.new("CMYK", (8, 8), ink).save(tmp_path / f"print{suffix}")
-    picture = open_picture(tmp_path / f"print{suffix}")
-    assert picture.mode == "RGB"
-    assert np.abs(np.asarray(picture, int) - expected).max() <= 4
+    image = open_image(tmp_path / f"print{suffix}")
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image, int) - expected).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])
 def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / f"moving{suffix}", save_all=True, append_images=frames[1:])
-    assert np.abs(np.asarray(open_picture(tmp_path / f"moving{suffix}"), int) - RED).max() <= 4
+    assert np.abs(np.asarray(open_image(tmp_path / f"moving{suffix}"), int) - RED).max() <= 4
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"not a picture\n" * 50, "no PNG, JPEG, WEBP, BMP, TIFF, GIF data in it"),
+        (b"not an image\n" * 50, "no PNG, JPEG, WEBP, BMP, TIFF, GIF data in it"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "no PNG, JPEG"),  # would run Ghostscript
         (b"\x89PNG\r\n\x1a\n", "no PNG, JPEG"),
     ],
 )
-def test_what_is_no_picture(tmp_path: Path, data: bytes, reason: str) -> None:
-    path = tmp_path / "picture.png"
+def test_what_is_no_image(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "image.png"
     path.write_bytes(data)
-    for read in (open_picture, picture_size):
+    for read in (open_image, image_size):
         with pytest.raises(ValueError, match=reason) as caught:
             read(path)
-        assert str(caught.value).startswith(f"data.path: {path} is not a readable picture (")
+        assert str(caught.value).startswith(f"data.path: {path} is not a readable image (")
         assert str(caught.value).endswith("): remove it or replace it")
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif"])
-def test_a_truncated_picture(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_image(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut{suffix}"
     noise(64, 64).save(path)
-    open_picture(path)
+    open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=rf"^data\.path: .*cut\{suffix} is not a readable picture \([^\n]+\): remove it"
+        ValueError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"
     ):
-        open_picture(path)
+        open_image(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    for read in (open_picture, picture_size):
+    for read in (open_image, image_size):
         with pytest.raises(ValueError, match=r"^data\.path: .*gone\.png is not .*\(No such file or directory\)"):
             read(tmp_path / "gone.png")
 
 
 def test_damaged_exif(tmp_path: Path) -> None:
-    noise(6, 4).save(tmp_path / "picture.png", exif=b"Exif\x00\x00MM\x00\x0c" + bytes(8))
-    for read in (open_picture, picture_size):
-        with pytest.raises(ValueError, match=r"picture\.png is not a readable picture \(its EXIF data are damaged\)"):
-            read(tmp_path / "picture.png")
+    noise(6, 4).save(tmp_path / "image.png", exif=b"Exif\x00\x00MM\x00\x0c" + bytes(8))
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError, match=r"image\.png is not a readable image \(its EXIF data are damaged\)"):
+            read(tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("limit", [99, 49])  # above the limit Pillow warns, above twice the limit it raises
 def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     noise(10, 10).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    for read in (open_picture, picture_size):
+    for read in (open_image, image_size):
         with pytest.raises(ValueError, match=r"^data\.path: .*bomb\.png is not .*decompression bomb"):
             read(tmp_path / "bomb.png")
 
 
 def test_warning_filters_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise(8, 8).save(tmp_path / "picture.png")
+    noise(8, 8).save(tmp_path / "image.png")
     real_open = Image.open
 
     def slow_open(*args: Any, **options: Any) -> Image.Image:
@@ -255,19 +255,19 @@ def test_warning_filters_of_others_stay(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Image, "open", slow_open)
     before = list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(picture_size, [tmp_path / "picture.png"] * 24))
+        list(pool.map(image_size, [tmp_path / "image.png"] * 24))
     assert list(warnings.filters) == before
 
 
-def test_a_picture_of_the_right_size_is_untouched() -> None:
-    picture = noise(64, 48)
-    pixels = resize_and_crop(picture, (64, 48))
+def test_a_image_of_the_right_size_is_untouched() -> None:
+    image = noise(64, 48)
+    pixels = resize_and_crop(image, (64, 48))
     assert pixels.dtype == np.uint8
     assert pixels.flags.writeable
-    assert np.array_equal(pixels, picture)
-    flipped = resize_and_crop(picture, (64, 48), flip=True)
+    assert np.array_equal(pixels, image)
+    flipped = resize_and_crop(image, (64, 48), flip=True)
     assert flipped.flags.c_contiguous
-    assert np.array_equal(flipped, np.asarray(picture)[:, ::-1])
+    assert np.array_equal(flipped, np.asarray(image)[:, ::-1])
 
 
 @pytest.mark.parametrize(("offset", "start"), [((0.0, 0.0), 0), ((0.5, 0.5), 10), ((1.0, 1.0), 20), ((0.25, 0.9), 5)])
@@ -280,13 +280,13 @@ def test_crop_at_the_share_of_the_room(offset: tuple[float, float], start: int) 
 
 
 def test_scaling_keeps_the_aspect_and_equals_resize_then_crop() -> None:
-    picture = quadrants(400, 200)
-    pixels = resize_and_crop(picture, (64, 64), (0.25, 0.5))
-    whole = np.asarray(picture.resize((128, 64), Image.Resampling.LANCZOS), int)
+    image = quadrants(400, 200)
+    pixels = resize_and_crop(image, (64, 64), (0.25, 0.5))
+    whole = np.asarray(image.resize((128, 64), Image.Resampling.LANCZOS), int)
     assert np.abs(pixels.astype(int) - whole[:, 16:80]).max() <= 1
 
 
-def test_a_small_picture_is_enlarged_to_cover() -> None:
+def test_a_small_image_is_enlarged_to_cover() -> None:
     pixels = resize_and_crop(Image.new("RGB", (10, 5), RED), (64, 128))
     assert pixels.shape == (128, 64, 3)
     assert (pixels == RED).all()

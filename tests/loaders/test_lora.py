@@ -62,9 +62,9 @@ def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("adapters")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(4):
-        Image.new("RGB", (32, 32), (60 * i, 30, 255 - 60 * i)).save(folder / "pictures" / f"{i}.png")
+        Image.new("RGB", (32, 32), (60 * i, 30, 255 - 60 * i)).save(folder / "images" / f"{i}.png")
     model = LoRA(
         rank=4,
         alpha=10.0,
@@ -73,7 +73,7 @@ def artifact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone=Pretrained(str(tiny)),
         optimizer=adamw(1e-2),
     )
-    fit(model, folder_data(folder / "pictures", prompt="a photo of sks fox"), 4)
+    fit(model, folder_data(folder / "images", prompt="a photo of sks fox"), 4)
     model.artifact(folder / "artifact", "fox")
     return folder / "artifact"
 
@@ -84,9 +84,9 @@ def draw(tiny: Path, files: Sequence[dict[str, Any]], patch: pytest.MonkeyPatch)
     decode = Backbone.decode
     with patch.context() as inner:
         inner.setattr(Backbone, "decode", lambda self, latents: kept.append(decode(self, latents)) or kept[-1])
-        pictures = sdtune.sample(PROMPTS, files, backbone=Pretrained(str(tiny)), seeds=SEEDS, sampling=SAMPLING)
+        images = sdtune.sample(PROMPTS, files, backbone=Pretrained(str(tiny)), seeds=SEEDS, sampling=SAMPLING)
     exact = torch.cat(kept).permute(0, 2, 3, 1).numpy()
-    assert np.abs(np.stack([np.asarray(p) for p in pictures]) / 255 - exact).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(np.stack([np.asarray(p) for p in images]) / 255 - exact).max() <= 0.5 / 255 + 1e-6
     return exact
 
 
@@ -141,8 +141,8 @@ def test_of_another_backbone_it_is_said(
 ) -> None:
     """People put a LoRA on models that were made from its own; only one that does not fit is refused."""
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
-    [picture] = sdtune.sample("a fox", [{"path": str(artifact / name)}], backbone=other, sampling=SAMPLING)
+    [image] = sdtune.sample("a fox", [{"path": str(artifact / name)}], backbone=other, sampling=SAMPLING)
     [plain] = sdtune.sample("a fox", backbone=other, sampling=SAMPLING)
-    assert (np.asarray(picture) != np.asarray(plain)).any()
+    assert (np.asarray(image) != np.asarray(plain)).any()
     [said] = [record.message for record in caplog.records if "another backbone" in record.message]
     assert Pretrained(str(tiny)).hash()[:12] in said

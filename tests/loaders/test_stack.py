@@ -23,7 +23,7 @@ def test_a_stack_on_a_merged_single_file(family: Family, tmp_path: Path) -> None
     first = lora(base, tmp_path / "first")
     [merged] = Export("single_file", dtype="fp32").write(find(first, "artifact"), source, tmp_path / "merged")
     [second] = Export("kohya").write(find(lora(base, tmp_path / "second", 2), "artifact"), source, tmp_path / "kohya")
-    plain = make.folder_data(make.pictures(tmp_path / "shown"), prompt="a <cat>", resolution=64)
+    plain = make.folder_data(make.images(tmp_path / "shown"), prompt="a <cat>", resolution=64)
     words = make.TextualInversion(backbone=source, new_tokens=[make.NewToken("<cat>", "cat", 2)])
     word = make.trained(words, plain, tmp_path / "words", "it") / "embeddings" / "cat.safetensors"
     mapped = make.folder_data(tmp_path / "shown", prompt="a cat", resolution=64, control=make.Canny())

@@ -57,25 +57,25 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
         torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_caches_change_nothing(tiny: Path, pictures: Path) -> None:
+def test_caches_change_nothing(tiny: Path, images: Path) -> None:
     losses = []
     for cached in (True, False):
         spy = Spy()
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
-        data = folder_data(pictures, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
+        data = folder_data(images, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
         fit(model, data, 4, [spy])
         losses.append(spy.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert len(set(losses[0])) == 4
 
 
-def test_validation_looks_at_the_same_draws_in_every_run(tiny: Path, pictures: Path) -> None:
+def test_validation_looks_at_the_same_draws_in_every_run(tiny: Path, images: Path) -> None:
     """With nothing learnt it must be one number: at each call, and whatever the run's seed."""
     seen = []
     for seed in (0, 7):
         spy = Spy()
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), seed=seed)
-        data = folder_data(pictures, hold_out=5, seed=seed)
+        data = folder_data(images, hold_out=5, seed=seed)
         fit(model, data, 4, [spy], val_check_interval=2, check_val_every_n_epoch=None)
         assert len(spy.validation) == 2
         seen += spy.validation
@@ -95,14 +95,14 @@ class Types(Callback):
         }
 
 
-def test_bf16_halves_only_what_is_frozen(tiny: Path, pictures: Path) -> None:
+def test_bf16_halves_only_what_is_frozen(tiny: Path, images: Path) -> None:
     model = LoRA(
         rank=2, targets=("cross_attention", "convolutions"), backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)
     )
     spy, types = Spy(), Types()
     trainer = fit(
         model,
-        folder_data(pictures, hold_out=5),
+        folder_data(images, hold_out=5),
         2,
         [spy, types],
         precision="bf16-mixed",
@@ -117,10 +117,10 @@ def test_bf16_halves_only_what_is_frozen(tiny: Path, pictures: Path) -> None:
     assert any(up.any() for _, up in model.weights().pairs.values())
 
 
-def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, images: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny))
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-3))
-    trainer = fit(model, folder_data(pictures), 2)
+    trainer = fit(model, folder_data(images), 2)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
     assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
@@ -148,30 +148,30 @@ def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, p
         other.on_load_checkpoint(torch.load(tmp_path / "kept.ckpt", weights_only=True))
 
 
-def test_validation_measures_the_same_whatever_is_trained(tiny: Path, pictures: Path) -> None:
+def test_validation_measures_the_same_whatever_is_trained(tiny: Path, images: Path) -> None:
     """Of equal weights; a weighting that halves the loss would look like better weights."""
     measured = []
     for objective in (Objective(), Objective(MinSNR(0.1), offset_noise=0.5)):
         spy = Spy()
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), objective=objective)
-        fit(model, folder_data(pictures, hold_out=2), 1, [spy], val_check_interval=1)
+        fit(model, folder_data(images, hold_out=2), 1, [spy], val_check_interval=1)
         measured.append((spy.losses, spy.validation))
     assert measured[0][1] == measured[1][1] != []
     assert measured[0][0] != measured[1][0]
 
 
-def test_data_may_serve_a_second_model(tiny: Path, pictures: Path) -> None:
+def test_data_may_serve_a_second_model(tiny: Path, images: Path) -> None:
     """What the first had cached is nothing to one that trains those parts."""
-    data, spy = folder_data(pictures), Spy()
+    data, spy = folder_data(images), Spy()
     fit(LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), data, 1)
     model = Full(backbone=Pretrained(str(tiny)), parts=["unet", "text_encoder", "vae"], optimizer=adamw(1e-3))
     fit(model, data, 1, [spy])
     assert all(gradient.any() for gradient in spy.gradients[0].values())
 
 
-def test_what_stays_random_is_refused(tiny: Path, pictures: Path) -> None:
+def test_what_stays_random_is_refused(tiny: Path, images: Path) -> None:
     source = Pretrained(str(tiny), from_scratch=["unet", "text_encoder"])
     model = Full(backbone=source, parts=["unet"], optimizer=adamw(1e-3))
     with pytest.raises(ValueError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
-        model.check_against(folder_data(pictures))
-    Full(backbone=source, parts=["unet", "text_encoder"]).check_against(folder_data(pictures))
+        model.check_against(folder_data(images))
+    Full(backbone=source, parts=["unet", "text_encoder"]).check_against(folder_data(images))

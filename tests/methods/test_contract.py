@@ -37,9 +37,9 @@ from sdtune.training.random_draws import timesteps
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Five pictures with edges in them, and captions."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Five images with edges in them, and captions."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):
         pixels = np.full((144, 160, 3), 30 * i, dtype=np.uint8)
@@ -95,14 +95,14 @@ def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
 
 
 @every
-def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Path, pictures: Path) -> None:
+def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Path, images: Path) -> None:
     # Zero convolutions in series: a ControlNet's embedding has no gradient before the third step.
     steps = 3 if case.name == "controlnet" else 2
     model, spy = case.model(folder), Spy()
     model.configure_model()
     opened = {name for name, _ in model.trainable()}
     before = bits(model, opened)
-    fit(model, case.data(folder, pictures), steps, [spy])
+    fit(model, case.data(folder, images), steps, [spy])
     assert {name for name, _ in model.trainable()} == opened
     without = [name for name, gradient in spy.gradients[-1].items() if not gradient.any()]
     assert not without
@@ -142,7 +142,7 @@ def test_it_is_built_where_its_weights_were_read(case: Case, tiny: Path) -> None
 
 
 @each
-def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Path, pictures: Path) -> None:
+def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Path, images: Path) -> None:
     seen: dict[str, torch.dtype] = {}
 
     class Watched(SingleDeviceStrategy):
@@ -150,7 +150,7 @@ def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Pat
             seen.update({name: p.dtype for name, p in self.model.named_parameters() if not p.requires_grad})
             super().model_to_device()
 
-    fit(case.model(tiny), case.data(tiny, pictures), 1, strategy=Watched("cpu"), precision="bf16-mixed")
+    fit(case.model(tiny), case.data(tiny, images), 1, strategy=Watched("cpu"), precision="bf16-mixed")
     assert any(name.startswith("backbone.text_encoder.") for name in seen)
     float32 = {name for name, dtype in seen.items() if dtype != torch.bfloat16}
     assert float32 == {name for name in seen if name.startswith("backbone.vae.")}
@@ -158,7 +158,7 @@ def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Pat
 
 @each
 def test_a_unet_that_is_only_read_comes_in_half_precision(
-    case: Case, tiny: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tiny: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is to the bit the one that was read in float32 and halved then."""
     asked, load = [], Pretrained.load
@@ -169,7 +169,7 @@ def test_a_unet_that_is_only_read_comes_in_half_precision(
 
     def learned() -> dict[str, Tensor]:
         model = case.model(tiny)
-        fit(model, case.data(tiny, pictures), 3, precision="bf16-mixed")
+        fit(model, case.data(tiny, images), 3, precision="bf16-mixed")
         return dict(model.trainable())
 
     monkeypatch.setattr(Pretrained, "load", spied)
@@ -280,7 +280,7 @@ class Plain:
         two = pipe.text_encoder_2(second, output_hidden_states=True)
         ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in second]
         last = torch.stack([states[end] for states, end in zip(two.last_hidden_state, ends, strict=True)])
-        # A picture of 160x144, scaled to cover 64x64 and cropped at the centre.
+        # An image of 160x144, scaled to cover 64x64 and cropped at the centre.
         wide = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
         drawn = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(wide)))
         conditions = {
@@ -306,7 +306,7 @@ class Plain:
 
 
 @every
-def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Path, pictures: Path) -> None:
+def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Path, images: Path) -> None:
     """Every row's loss, those of the class too, and the gradient of every tensor that is trained.
 
     The VAE's are of another loss, and tested with full fine-tuning.
@@ -315,8 +315,8 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Pat
     model = case.model(folder, lr=0.0)
     model.configure_model()
     shake(model)
-    fit(model, case.data(folder, pictures), 1, [seen, spy])
-    plain = Plain(case, model, seen.batch, folder, pictures.parent / "artifact")
+    fit(model, case.data(folder, images), 1, [seen, spy])
+    plain = Plain(case, model, seen.batch, folder, images.parent / "artifact")
     assert plain.losses.shape == (len(seen.batch["prompts"]),)
     torch.testing.assert_close(seen.losses, plain.losses.detach(), rtol=1e-5, atol=1e-6)
     parameters = {name: p.detach() for name, p in model.trainable() if not name.startswith("backbone.vae.")}
@@ -328,11 +328,11 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Pat
 
 
 @each
-def test_caches_change_nothing(case: Case, tiny: Path, pictures: Path) -> None:
+def test_caches_change_nothing(case: Case, tiny: Path, images: Path) -> None:
     losses = []
     for cached in (True, False):
         spy = Spy()
-        data = case.data(tiny, pictures, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
+        data = case.data(tiny, images, flip=True, caption_dropout=0.3, cache_latents=cached, cache_text=cached)
         fit(case.model(tiny), data, 3, [spy])
         losses.append(spy.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -343,8 +343,8 @@ def test_caches_change_nothing(case: Case, tiny: Path, pictures: Path) -> None:
 
 
 @every
-def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, pictures: Path, tmp_path: Path) -> None:
-    model, data = case.model(folder, lr=1e-2), case.data(folder, pictures)
+def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, images: Path, tmp_path: Path) -> None:
+    model, data = case.model(folder, lr=1e-2), case.data(folder, images)
     trainer = fit(model, data, 2)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
@@ -372,9 +372,9 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, pictures: 
 
 
 @each
-def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, images: Path, tmp_path: Path) -> None:
     """Bit for bit, with two loader workers, accumulation and an average of the weights; asked to stop after step 2."""
-    common = [a for a in arguments(tiny, pictures, tmp_path, *case.command()) if not a.startswith(
+    common = [a for a in arguments(tiny, images, tmp_path, *case.command()) if not a.startswith(
         ("method=lora", "method.rank", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
     common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
     common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=3", "optimizer.lr=1e-3"]
@@ -400,14 +400,14 @@ _SCRIPT = Path(__file__).parents[1] / "two_processes.py"
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(tiny: Path, images: Path, tmp_path: Path) -> None:
     """Under torchrun, all methods in one start; the same global batch in one process gives the same losses."""
     out = tmp_path / "losses.json"
     names = [*METHODS, "lora-text"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(_SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_SCRIPT.parent)}
     done = subprocess.run(
-        [*command, str(tiny), str(pictures), str(out), *names], env=environment, capture_output=True, text=True
+        [*command, str(tiny), str(images), str(out), *names], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
@@ -415,14 +415,14 @@ def test_two_processes_are_one(tiny: Path, pictures: Path, tmp_path: Path) -> No
     for name in names:
         spy = Spy()
         case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
-        fit(case.model(tiny, lr=1e-3), case.data(tiny, pictures, batch_size=4), 4, [spy])
+        fit(case.model(tiny, lr=1e-3), case.data(tiny, images, batch_size=4), 4, [spy])
         assert found[name] == pytest.approx(spy.losses, rel=1e-5), name
 
 
-def test_an_average_stands_in_when_a_run_leaves_its_files(tiny: Path, pictures: Path) -> None:
+def test_an_average_stands_in_when_a_run_leaves_its_files(tiny: Path, images: Path) -> None:
     case = Case("full")
     model, ema = case.model(tiny, lr=1e-2), EMA(decay=0.5)
-    fit(model, case.data(tiny, pictures), 2, [ema])
+    fit(model, case.data(tiny, images), 2, [ema])
     own = {name: p.detach().clone() for name, p in model.trainable()}
     with model.final_weights():
         assert all(torch.equal(p, ema.shadow[name]) for name, p in model.trainable())

@@ -1,4 +1,4 @@
-"""ControlNet: what it opens, that every residual acts, and that plain diffusers makes the same pictures of it."""
+"""ControlNet: what it opens, that every residual acts, and that plain diffusers makes the same images of it."""
 
 from __future__ import annotations
 
@@ -162,9 +162,9 @@ def test_the_unet_has_a_rate_of_its_own(tiny: Path, drawings: Path) -> None:
         ControlNet(unet_lr=1e-6)
 
 
-def test_data_without_maps_is_refused(tiny: Path, pictures: Path) -> None:
+def test_data_without_maps_is_refused(tiny: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.control: method=controlnet learns from a map"):
-        fit(injected(tiny), folder_data(pictures), 1)
+        fit(injected(tiny), folder_data(images), 1)
 
 
 # --- what others load
@@ -173,7 +173,7 @@ SETTINGS = Sampling(steps=3, guidance=4.0)
 
 
 def floats(backbone: Backbone, requests: list[Request], patch: pytest.MonkeyPatch) -> np.ndarray:
-    """Pictures [B, H, W, 3] in [0, 1], as they are before they become bytes."""
+    """Images [B, H, W, 3] in [0, 1], as they are before they become bytes."""
     kept: list[Tensor] = []
     decode = Backbone.decode
 
@@ -187,7 +187,7 @@ def floats(backbone: Backbone, requests: list[Request], patch: pytest.MonkeyPatc
     return torch.cat(kept).permute(0, 2, 3, 1).numpy()
 
 
-def diffusers_pictures(tiny: Path, net: Any, images: Any, strength: Any, **parts: Any) -> np.ndarray:
+def diffusers_images(tiny: Path, net: Any, images: Any, strength: Any, **parts: Any) -> np.ndarray:
     pipe = StableDiffusionControlNetPipeline.from_pretrained(tiny, controlnet=net, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red fox", "two blue foxes"]
@@ -214,7 +214,7 @@ def artifact(tiny: Path, folder: Path, seed: int = 2, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("unet", MODES)
-def test_diffusers_makes_the_same_pictures(
+def test_diffusers_makes_the_same_images(
     tiny: Path, tmp_path: Path, unet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = artifact(tiny, tmp_path, unet=unet)
@@ -223,7 +223,7 @@ def test_diffusers_makes_the_same_pictures(
     if unet != "frozen":
         parts["unet"] = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
     net = ControlNetModel.from_pretrained(folder, local_files_only=True)
-    wanted = diffusers_pictures(tiny, net, [Image.fromarray(shown)] * 2, 0.8, **parts)
+    wanted = diffusers_images(tiny, net, [Image.fromarray(shown)] * 2, 0.8, **parts)
     source = Pretrained(str(tiny))
     backbone = source.load()
     backbone.suit(torch.device("cpu"))
@@ -248,7 +248,7 @@ def test_several_nets_add_up_as_in_diffusers(tiny: Path, tmp_path: Path, monkeyp
     folders = [artifact(tiny, tmp_path / str(seed), seed) for seed in (2, 3)]
     shown = [drawing(0, 32, 32), drawing(4, 32, 32)]
     multi = MultiControlNetModel([ControlNetModel.from_pretrained(f, local_files_only=True) for f in folders])
-    wanted = diffusers_pictures(tiny, multi, [[Image.fromarray(s) for s in shown]] * 2, [0.7, 0.4])
+    wanted = diffusers_images(tiny, multi, [[Image.fromarray(s) for s in shown]] * 2, [0.7, 0.4])
     source = Pretrained(str(tiny))
     backbone = source.load()
     nets = controlnets.load(backbone, source, [str(f) for f in folders])

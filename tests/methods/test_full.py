@@ -14,10 +14,10 @@ from sdtune.backbone import Pretrained
 from sdtune.methods import Full
 
 
-def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, images: Path, tmp_path: Path) -> None:
     model = Full(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
     spy = Spy()
-    fit(model, folder_data(pictures), 2, [spy])
+    fit(model, folder_data(images), 2, [spy])
     names = {name for name, _ in model.trainable()}
     assert names == {f"backbone.unet.{name}" for name, _ in model.backbone.unet.named_parameters()}
     assert all(gradient.any() for gradient in spy.gradients[1].values())
@@ -41,10 +41,10 @@ def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, pictures: Path,
 
 
 @pytest.mark.parametrize("parts", [["text_encoder"], ["vae"], ["unet", "text_encoder", "vae"]])
-def test_any_combination_of_parts(tiny: Path, pictures: Path, tmp_path: Path, parts: list[str]) -> None:
+def test_any_combination_of_parts(tiny: Path, images: Path, tmp_path: Path, parts: list[str]) -> None:
     model = Full(backbone=Pretrained(str(tiny)), parts=parts, text_encoder_lr=2e-3, vae_lr=3e-3, optimizer=adamw(1e-3))
     spy = Spy()
-    fit(model, folder_data(pictures), 2, [spy])
+    fit(model, folder_data(images), 2, [spy])
     assert {name.split(".")[1] for name, _ in model.trainable()} == set(parts)
     rates = {"unet": 1e-3, "text_encoder": 2e-3, "vae": 3e-3}
     groups = model.trainer.optimizers[0].param_groups
@@ -66,12 +66,12 @@ def test_any_combination_of_parts(tiny: Path, pictures: Path, tmp_path: Path, pa
         assert all(key.startswith("text_model.") for key in keys)
 
 
-def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, pictures: Path) -> None:
+def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, images: Path) -> None:
     """Its gradients are those of L1 + KL of its own reconstruction, also where the UNet learns beside it."""
     gradients = []
     for parts in (["vae"], ["unet", "vae"]):
         spy = Spy()
-        fit(Full(backbone=Pretrained(str(tiny)), parts=parts, optimizer=adamw(0.0)), folder_data(pictures), 1, [spy])
+        fit(Full(backbone=Pretrained(str(tiny)), parts=parts, optimizer=adamw(0.0)), folder_data(images), 1, [spy])
         gradients.append({k: v for k, v in spy.gradients[0].items() if ".vae." in k})
     assert gradients[0].keys() == gradients[1].keys()
     for key, value in gradients[0].items():
@@ -91,12 +91,12 @@ def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, pictures: Path) -> N
     torch.testing.assert_close(terms["loss/vae_kl"], 0.01 * posterior.kl().mean() / posterior.mean[0].numel())
 
 
-def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, pictures: Path) -> None:
+def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, images: Path) -> None:
     from sdtune.pocket import clip_path
 
     spy = Spy()
     model = Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception=str(clip_path()), optimizer=adamw(1e-3))
-    fit(model, folder_data(pictures), 1, [spy])
+    fit(model, folder_data(images), 1, [spy])
     assert {"loss/vae_l1", "loss/vae_kl", "loss/vae_perception"} <= model.step_figures.keys()
     assert 0 < float(model.step_figures["loss/vae_perception"]) < 1
     with pytest.raises(ValueError, match=r"^method.perception: .* is not a folder"):
@@ -105,6 +105,6 @@ def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, pictures: Path)
         Full(backbone=Pretrained(str(tiny)), perception=str(clip_path()))
 
 
-def test_a_validation_loss_that_says_nothing_is_refused(tiny: Path, pictures: Path) -> None:
+def test_a_validation_loss_that_says_nothing_is_refused(tiny: Path, images: Path) -> None:
     with pytest.raises(ValueError, match="^data.hold_out: the validation loss is the diffusion loss"):
-        fit(Full(parts=["vae"], backbone=Pretrained(str(tiny))), folder_data(pictures, hold_out=2), 1)
+        fit(Full(parts=["vae"], backbone=Pretrained(str(tiny))), folder_data(images, hold_out=2), 1)

@@ -135,12 +135,12 @@ def test_initial_a_depends_on_seed_and_name_alone(tiny: Path) -> None:
     assert len(set(values)) == len(values)
 
 
-def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, pictures: Path) -> None:
+def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, images: Path) -> None:
     model = injected(tiny, rank=2, targets=EVERYTHING, optimizer=adamw(1e-3))
     open_names = {name for name, _ in model.trainable()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spy = Spy()
-    fit(model, folder_data(pictures), 3, [spy], gradient_clip_val=1.0)
+    fit(model, folder_data(images), 3, [spy], gradient_clip_val=1.0)
     for name in open_names:
         assert spy.gradients[1][name].any(), name
     assert any(name.startswith("backbone.text_encoder") for name in open_names)
@@ -195,12 +195,12 @@ def test_rank_and_alpha_by_block(tiny: Path) -> None:
         injected(tiny, blocks={"unet.mid": {"rank": 2}})
 
 
-def test_the_text_encoder_has_a_rate_of_its_own(tiny: Path, pictures: Path) -> None:
+def test_the_text_encoder_has_a_rate_of_its_own(tiny: Path, images: Path) -> None:
     model = LoRA(
         backbone=Pretrained(str(tiny)), targets=["cross_attention", "text_encoder"], text_encoder_lr=1e-5,
         optimizer=adamw(1e-3),
     )  # fmt: skip
-    fit(model, folder_data(pictures), 1)
+    fit(model, folder_data(images), 1)
     groups = model.trainer.optimizers[0].param_groups
     assert {g["name"]: g["initial_lr"] for g in groups} == {"unet": 1e-3, "text_encoder": 1e-5}
 

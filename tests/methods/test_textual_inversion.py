@@ -29,19 +29,19 @@ def frozen(model: Any) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if k not in open_names}
 
 
-def learned(tiny: Path, pictures: Path, steps: int = 2, **settings: Any) -> tuple[TextualInversion, Spy]:
+def learned(tiny: Path, images: Path, steps: int = 2, **settings: Any) -> tuple[TextualInversion, Spy]:
     settings = {"new_tokens": [CAT, DOG], **settings}
     model = TextualInversion(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-1), **settings)
     spy = Spy()
-    data = folder_data(pictures, templates=["a photo of <my_cat> and <my_dog>, {}"], cache_latents=False)
+    data = folder_data(images, templates=["a photo of <my_cat> and <my_dog>, {}"], cache_latents=False)
     model.configure_model()
     model.before = frozen(model)
     fit(model, data, steps, [spy])
     return model, spy
 
 
-def test_only_the_vectors_are_trained_and_nothing_else_moves(tiny: Path, pictures: Path) -> None:
-    model, spy = learned(tiny, pictures)
+def test_only_the_vectors_are_trained_and_nothing_else_moves(tiny: Path, images: Path) -> None:
+    model, spy = learned(tiny, images)
     [(name, vectors)] = model.trainable()
     assert name.endswith("token_embedding.vectors")
     assert vectors.shape == (3, 32)
@@ -98,8 +98,8 @@ def test_tokens_are_refused_that_no_prompt_could_name(tiny: Path) -> None:
         model.configure_model()
 
 
-def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    model, _ = learned(tiny, pictures)
+def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, images: Path, tmp_path: Path) -> None:
+    model, _ = learned(tiny, images)
     model.artifact(tmp_path, "mine")
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors")}
     assert names == {
@@ -139,10 +139,10 @@ def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, pictures: Path, tmp_
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(triggered)).max() > 2
 
 
-def test_words_and_a_lora_in_one_run(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_words_and_a_lora_in_one_run(tiny: Path, images: Path, tmp_path: Path) -> None:
     """Pivotal tuning: composed, with no class of its own."""
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), new_tokens=[DOG], tokens_lr=1e-1)
-    fit(model, folder_data(pictures, templates=["<my_dog>, {}"]), 2)
+    fit(model, folder_data(images, templates=["<my_dog>, {}"]), 2)
     groups = model.trainer.optimizers[0].param_groups
     assert [(g["name"], g["lr"] > 5e-2) for g in groups] == [("unet", False), ("tokens", True)]
     model.artifact(tmp_path, "mine")
@@ -154,10 +154,10 @@ def test_words_and_a_lora_in_one_run(tiny: Path, pictures: Path, tmp_path: Path)
     assert np.abs(with_both - without).max() > 0
 
 
-def test_a_word_that_no_caption_holds_is_refused(tiny: Path, pictures: Path) -> None:
+def test_a_word_that_no_caption_holds_is_refused(tiny: Path, images: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[NewToken("<new>", "a")])
     with pytest.raises(ValueError, match="^new_tokens: <new> stands in no caption, such as 'picture number 0'"):
-        fit(model, folder_data(pictures), 1)
+        fit(model, folder_data(images), 1)
 
 
 def test_a_word_with_step_in_it_is_read_again(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_word_with_step_in_it_is_read_again(tmp_path: Path) -> None:
     assert set(embeddings.read_folder(tmp_path)) == {"<two-step>", "<b>"}
 
 
-def test_captions_are_counted_with_every_vector(tiny: Path, pictures: Path) -> None:
-    for file in pictures.glob("*.txt"):
+def test_captions_are_counted_with_every_vector(tiny: Path, images: Path) -> None:
+    for file in images.glob("*.txt"):
         file.write_text("<new>")
-    data, source = folder_data(pictures), Pretrained(str(tiny))
+    data, source = folder_data(images), Pretrained(str(tiny))
     data.open(32, 4)
     backbone = source.load()
     backbone.begin_tokens([NewToken("<new>", "a", 5)])

@@ -1,4 +1,4 @@
-"""No tensor is made on the CPU by accident: on the meta device a step or a picture that mixes one in raises.
+"""No tensor is made on the CPU by accident: on the meta device a step or an image that mixes one in raises.
 
 What a GPU would refuse, the meta device refuses too, and it is here. ``sdtune plan`` takes the step.
 """
@@ -73,7 +73,7 @@ class Solver:
 
 
 def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sample under a map up to where the finished picture would come to the CPU, which meta tensors cannot."""
+    """Sample under a map up to where the finished image would come to the CPU, which meta tensors cannot."""
     monkeypatch.setattr(sampling, "make_scheduler", lambda *_: Solver())
 
     def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
@@ -87,7 +87,7 @@ def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in ("lora", "controlnet") else pytest.mark.slow) for m in METHODS]
 )
-def test_a_step_and_a_picture_stay_on_the_device(method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_and_a_image_stay_on_the_device(method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter(method, tiny, monkeypatch)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     draw(model, monkeypatch)
@@ -122,7 +122,7 @@ def test_a_tensor_of_the_cpus_is_refused_in_a_step(tiny: Path, monkeypatch: pyte
         adapter("textual_inversion", tiny, monkeypatch)
 
 
-def test_a_tensor_of_the_cpus_is_refused_in_a_picture(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_of_the_cpus_is_refused_in_a_image(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter("textual_inversion", tiny, monkeypatch)
     careless(monkeypatch)
     with pytest.raises(RuntimeError, match="device"):

@@ -27,9 +27,9 @@ def test_all_models_together_are_at_most_45_mb() -> None:
 def test_plain_diffusers_draws_with_it() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(sdtune.pocket.path(), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    picture = pipe("a big fox on a blue background", num_inference_steps=2, output_type="pt").images
-    assert picture.shape == (1, 3, 64, 64)
-    assert torch.isfinite(picture).all()
+    image = pipe("a big fox on a blue background", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
+    assert torch.isfinite(image).all()
 
 
 def test_older_clients_find_their_files_and_names() -> None:
@@ -70,7 +70,7 @@ def test_a_member_reads_nearer_to_its_own_words() -> None:
 
     scenes = held_out_scenes(11, 48)
     clip = Clip("pocket", torch.device("cpu"))
-    pictures = clip.pictures([np.asarray(draw(scene)) for scene in scenes])
+    images = clip.images([np.asarray(draw(scene)) for scene in scenes])
     prompts = clip.prompts([full_caption(scene) for scene in scenes])
-    hits = (pictures @ prompts.T).argmax(1) == torch.arange(len(scenes))
+    hits = (images @ prompts.T).argmax(1) == torch.arange(len(scenes))
     assert float(hits.float().mean()) > 0.9

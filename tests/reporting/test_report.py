@@ -29,10 +29,10 @@ def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from drawings import save_drawings
 
     folder = tmp_path_factory.mktemp("sweep")
-    pictures = save_drawings(folder / "pictures", 4)
-    for file in pictures.glob("*.png"):
+    images = save_drawings(folder / "images", 4)
+    for file in images.glob("*.png"):
         file.with_suffix(".txt").write_text(f"a thing {HOSTILE}")
-    own = [a for a in arguments(tiny, pictures, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))]
+    own = [a for a in arguments(tiny, images, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))]
     own += ["trainer.max_steps=3", "data.hold_out=4", "trainer.val_check_interval=1", f"hydra.sweep.dir={folder}/it"]
     own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
     assert train("-m", *own, "method.rank=1,2", "optimizer.lr=1e-2,1e30", "seed=0,1") == 1
@@ -186,7 +186,7 @@ def test_torn_files_do_not_take_the_report_down(sweep: Path, tmp_path: Path) -> 
     broken.write_bytes(broken.read_bytes()[:50])
     [run], [whole] = collect(tmp_path), collect(sweep / "0")
     assert run.history == whole.history
-    assert len(run.pictures) == len(whole.pictures) - 1
+    assert len(run.images) == len(whole.images) - 1
 
 
 def test_a_trials_command_runs_by_itself() -> None:
@@ -219,11 +219,11 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert pareto(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
 
 
-def test_an_extended_run_says_what_it_is_now(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_extended_run_says_what_it_is_now(tiny: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {batch_size: 2}\n")
     run = tmp_path / "run"
-    own = arguments(tiny, pictures, run, "trainer.max_steps=1", "experiment=mine")
+    own = arguments(tiny, images, run, "trainer.max_steps=1", "experiment=mine")
     assert train("-cd", str(tmp_path / "conf"), *own) == 0
     assert train(f"resume={run}", "trainer.max_steps=2") == 0
     [found] = collect(run)
@@ -257,10 +257,10 @@ def test_what_is_said_of_seeds_and_noise() -> None:
 
 
 def test_seeds_that_agree_do_not_make_a_share_exact() -> None:
-    """One picture of fourteen, by both seeds, is no lead."""
+    """One image of fourteen, by both seeds, is no lead."""
 
-    def setting(share: float, pictures: int) -> Setting:
-        config = {"evaluation.pictures": pictures}
+    def setting(share: float, images: int) -> Setting:
+        config = {"evaluation.images": images}
         runs = [
             run_of(f"{share}-{s}", (), {**config, "seed": s}, {"subject_gain": share, "clip_image": share})
             for s in (0, 1)

@@ -1,4 +1,4 @@
-"""Our sampling loop gives the pictures of plain diffusers."""
+"""Our sampling loop gives the images of plain diffusers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pipe(tiny: Path) -> StableDiffusionPipeline:
 def floats(
     backbone: Backbone, requests: Sequence[Request], settings: Sampling, patch: pytest.MonkeyPatch
 ) -> np.ndarray:
-    """Pictures [B, H, W, 3] in [0, 1], as they are before they become bytes."""
+    """Images [B, H, W, 3] in [0, 1], as they are before they become bytes."""
     kept: list[torch.Tensor] = []
     decode = Backbone.decode
 
@@ -46,9 +46,9 @@ def floats(
 
     with patch.context() as inner:
         inner.setattr(Backbone, "decode", spy)
-        pictures = np.stack(list(generate(backbone, requests, settings)))
+        images = np.stack(list(generate(backbone, requests, settings)))
     exact = torch.cat(kept).permute(0, 2, 3, 1).numpy()
-    assert np.abs(pictures / 255 - exact).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(images / 255 - exact).max() <= 0.5 / 255 + 1e-6
     return exact
 
 
@@ -89,8 +89,8 @@ def test_equals_diffusers(
     assert np.abs(ours[0] - ours[2]).max() > 1e-2  # the seed counts
 
 
-def test_settings_change_the_picture(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the equalities above are not between pictures that look the same whatever is asked for."""
+def test_settings_change_the_image(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the equalities above are not between images that look the same whatever is asked for."""
     variants = [
         Sampling(steps=4, guidance=5.0),
         Sampling(steps=4, guidance=1.0),
@@ -98,12 +98,12 @@ def test_settings_change_the_picture(backbone: Backbone, monkeypatch: pytest.Mon
         Sampling(steps=4, guidance=5.0, sampler="dpmpp_2m"),
         Sampling(steps=3, guidance=5.0),
     ]
-    pictures = [floats(backbone, REQUESTS[:1], settings, monkeypatch) for settings in variants]
-    for i, picture in enumerate(pictures):
-        assert all(np.abs(picture - other).max() > 1e-3 for other in pictures[:i])
+    images = [floats(backbone, REQUESTS[:1], settings, monkeypatch) for settings in variants]
+    for i, image in enumerate(images):
+        assert all(np.abs(image - other).max() > 1e-3 for other in images[:i])
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(backbone: Backbone) -> None:
+def test_a_image_does_not_depend_on_its_neighbours(backbone: Backbone) -> None:
     for sampler in (None, "euler_ancestral"):
         together = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=3)))
         alone = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=1)))

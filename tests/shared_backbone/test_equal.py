@@ -20,8 +20,8 @@ STEPS = 20
 
 
 @pytest.fixture
-def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
-    own = arguments(tiny, pictures, tmp_path, "name=mine", f"trainer.max_steps={STEPS}", "lr_schedule=cosine")
+def settings(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, images, tmp_path, "name=mine", f"trainer.max_steps={STEPS}", "lr_schedule=cosine")
     return ["-m", *(a for a in own if not a.startswith(("hydra.run.dir", "method.rank")))]
 
 
@@ -94,7 +94,7 @@ VARIANTS = {
     "seeds and decay": ["method.rank=2", "seed=0,1", "optimizer.weight_decay=0,0.1"],
     "other sites": ["method.rank=4", "method.targets=[cross_attention],[self_attention],[feed_forward]"],
     "words": ["method=textual_inversion", 'new_tokens=[{token: "<x>", init: a}]', "tokens_lr=1e-2,1e-3"],
-    "pairs with a class": ["method.rank=2,4", "data.class_prompt=a fox", "data.class_pictures=3"],
+    "pairs with a class": ["method.rank=2,4", "data.class_prompt=a fox", "data.class_images=3"],
 }
 
 

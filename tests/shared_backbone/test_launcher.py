@@ -59,7 +59,7 @@ def test_finished_runs_are_evaluated_together(
     method: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [a for a in settings if not a.startswith("evaluation")]
-    own += ["callbacks.samples=null", "evaluation=clip", "evaluation.clip=pocket", "evaluation.pictures=2", EPS]
+    own += ["callbacks.samples=null", "evaluation=clip", "evaluation.clip=pocket", "evaluation.images=2", EPS]
     own += ["evaluation.sampling.steps=2"]
     if method == "words":
         own = [a for a in own if not a.startswith("method")]

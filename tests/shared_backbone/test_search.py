@@ -16,7 +16,7 @@ from sdtune.shared_backbone import batched_unet as joint
 
 @pytest.mark.slow
 def test_the_next_trial_takes_the_place_of_one_that_is_pruned(
-    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
     call = joint.Joint.__call__
@@ -28,7 +28,7 @@ def test_the_next_trial_takes_the_place_of_one_that_is_pruned(
 
     monkeypatch.setattr(joint.Joint, "__call__", spy)
     sweep = tmp_path / "sweep"
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={sweep}")
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={sweep}")
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
     own += ["sweep=optuna", "callbacks.pruning.pruner=asha", "callbacks.pruning.after=2", "data.hold_out=5"]
     own += ["trainer.val_check_interval=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.at_once=6"]

@@ -22,9 +22,9 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_run_side_by_side(launcher: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_jobs_run_side_by_side(launcher: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=3", f"hydra.sweep.dir={sweep}")
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=3", f"hydra.sweep.dir={sweep}")
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
     process = start(log, "-m", *own, *LAUNCHERS[launcher], "method.rank=2", "optimizer.lr=1e-3,1e30,1e-4")
     assert process.wait(timeout=280) == 1, log.read_text()
@@ -37,10 +37,10 @@ def test_jobs_run_side_by_side(launcher: str, tiny: Path, pictures: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_stopped_side_by_side_every_job_saves(how: str, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_stopped_side_by_side_every_job_saves(how: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     """A terminal's Ctrl-C reaches all processes; a scheduler's SIGTERM perhaps only the sweep's own."""
     sweep, log = tmp_path / "sweep", tmp_path / "log"
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=1000", f"hydra.sweep.dir={sweep}")
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=1000", f"hydra.sweep.dir={sweep}")
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
     words = ["-m", *own, *LAUNCHERS["joblib"], "method.rank=2", "optimizer.lr=1e-3,1e-4,1e-5"]
     with log.open("w") as out:

@@ -23,8 +23,8 @@ from wandb_files import told
 
 
 @pytest.fixture
-def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={tmp_path}/sweep")
+def settings(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={tmp_path}/sweep")
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
     more = ["sweep=optuna", "trainer.val_check_interval=2", "data.hold_out=5", "hydra.sweeper.n_trials=5"]
     more += ["hydra.sweeper.startup_trials=3", "callbacks.pruning.after=2"]
@@ -134,7 +134,7 @@ def test_a_search_is_tried_on_one_example_before_it_begins(
     assert train(*settings, "data.hold_out=null") == 2
     said = capsys.readouterr().err
     assert said.startswith("sdtune: the search's jobs: callbacks.pruning")
-    assert "callbacks.pruning: no picture is held out to judge by" in said
+    assert "callbacks.pruning: no image is held out to judge by" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
 

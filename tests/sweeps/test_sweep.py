@@ -24,8 +24,8 @@ from sdtune.sweeps.job_process import run_apart
 
 
 @pytest.fixture
-def settings(tiny: Path, pictures: Path, tmp_path: Path) -> list[str]:
-    own = arguments(tiny, pictures, tmp_path, "name=mine", "trainer.max_steps=3", f"hydra.sweep.dir={tmp_path}/sweep")
+def settings(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=3", f"hydra.sweep.dir={tmp_path}/sweep")
     return ["-m", *(a for a in own if not a.startswith(("hydra.run.dir", "method.rank")))]
 
 

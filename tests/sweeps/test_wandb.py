@@ -63,10 +63,10 @@ def assert_the_dashboard_finds_it(job: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("shared_backbone", marks=pytest.mark.slow)])
 def test_a_sweeps_runs_share_a_group_and_keep_their_own_settings(
-    launcher: str, offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
+    launcher: str, offline: list[str], tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     sweep = tmp_path / "my sweep"
-    own = [a for a in arguments(tiny, pictures, tmp_path, *offline) if not a.startswith(("hydra.run", "method.rank"))]
+    own = [a for a in arguments(tiny, images, tmp_path, *offline) if not a.startswith(("hydra.run", "method.rank"))]
     own += [f"hydra.sweep.dir='{sweep}'", "trainer.max_steps=3", "data.hold_out=5", "trainer.val_check_interval=1"]
     own = [a for a in own if a != "callbacks.samples=null"]
     own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
@@ -100,13 +100,13 @@ def test_a_sweeps_runs_share_a_group_and_keep_their_own_settings(
         shown = json.loads(table.read_text())
         assert shown["columns"] == ["prompt", "seed", "before", "after"]
         assert [row[:2] for row in shown["data"]] == [[f"picture number {i}", 0] for i in range(4)]
-        assert "run_table" in found[job]["artifacts"], "it has the pictures"
+        assert "run_table" in found[job]["artifacts"], "it has the images"
     assert_the_dashboard_finds_it(found["0"])
 
 
-def test_a_resumed_run_keeps_its_id(offline: list[str], tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id(offline: list[str], tiny: Path, images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(*arguments(tiny, pictures, run, *offline, "trainer.max_steps=2")) == 0
+    assert train(*arguments(tiny, images, run, *offline, "trainer.max_steps=2")) == 0
     assert train(f"resume={run}", "trainer.max_steps=3") == 0
     ids = {
         record.run.run_id
@@ -118,11 +118,11 @@ def test_a_resumed_run_keeps_its_id(offline: list[str], tiny: Path, pictures: Pa
     assert len(ids) == 1
 
 
-def test_an_artifact_is_versioned_on_request(offline: list[str], tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_versioned_on_request(offline: list[str], tiny: Path, images: Path, tmp_path: Path) -> None:
     for on in (False, True):
         run = tmp_path / str(on)
         own = [f"logger.wandb.log_artifact={str(on).lower()}", "trainer.max_steps=1", "name=my otter"]
-        assert train(*arguments(tiny, pictures, run, *offline, *own)) == 0
+        assert train(*arguments(tiny, images, run, *offline, *own)) == 0
         [file] = run.glob("wandb/offline-run-*/run-*.wandb")
         kept = [r for r in records(file) if r.WhichOneof("record_type") == "artifact"]
         assert bool(kept) is on
@@ -149,11 +149,11 @@ def test_wandbs_own_agent_hands_over_overrides(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.slow
 def test_terminated_while_it_is_measured_a_run_is_closed(
-    offline: list[str], tiny: Path, pictures: Path, tmp_path: Path
+    offline: list[str], tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    own = [a for a in arguments(tiny, pictures, run, *offline, "trainer.max_steps=1") if a != "evaluation=none"]
-    slow = ["evaluation.clip=pocket", "evaluation.pictures=200", "evaluation.sampling.steps=500"]
+    own = [a for a in arguments(tiny, images, run, *offline, "trainer.max_steps=1") if a != "evaluation=none"]
+    slow = ["evaluation.clip=pocket", "evaluation.images=200", "evaluation.sampling.steps=500"]
     process = start(log, *own, *slow)
     until = time.monotonic() + 200
     while not list(run.glob("artifact/*.safetensors")):
@@ -169,11 +169,11 @@ def test_terminated_while_it_is_measured_a_run_is_closed(
 
 @pytest.mark.slow
 def test_disabled_it_leaves_nothing(
-    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run, log = tmp_path / "run", tmp_path / "log"
-    own = [a for a in arguments(tiny, pictures, run, "logger=wandb") if a != "callbacks.samples=null"]
+    own = [a for a in arguments(tiny, images, run, "logger=wandb") if a != "callbacks.samples=null"]
     own += ["callbacks.samples.sampling.steps=1", "trainer.max_steps=1", "logger.wandb.log_artifact=true"]
     # In a process of its own: W&B reads its environment once a process.
     assert start(log, *own).wait(timeout=200) == 0, log.read_text()

@@ -17,7 +17,7 @@ from sdtune.training.nonfinite_guard import OVERFLOWS, Guard
 WITH_TEXT = ("cross_attention", "text_encoder")
 
 
-def test_checkpointing_gives_the_same_gradients(tiny: Path, pictures: Path) -> None:
+def test_checkpointing_gives_the_same_gradients(tiny: Path, images: Path) -> None:
     """Those of the text encoder too, which the reentrant kind loses."""
     seen = []
     for on in (False, True):
@@ -25,7 +25,7 @@ def test_checkpointing_gives_the_same_gradients(tiny: Path, pictures: Path) -> N
             rank=2, targets=WITH_TEXT, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), gradient_checkpointing=on
         )
         spy = Spy()
-        fit(model, folder_data(pictures), 2, [spy])
+        fit(model, folder_data(images), 2, [spy])
         assert model.backbone.unet.is_gradient_checkpointing is on
         assert model.backbone.text_encoder.is_gradient_checkpointing is on
         seen.append(spy.gradients[1])
@@ -50,21 +50,21 @@ class Whereabouts(Callback):
     ],
 )
 def test_only_what_is_cached_waits_elsewhere(
-    tiny: Path, pictures: Path, cached: bool, targets: tuple[Any, ...], wanted: set[str]
+    tiny: Path, images: Path, cached: bool, targets: tuple[Any, ...], wanted: set[str]
 ) -> None:
     model = LoRA(rank=2, targets=targets, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3), offload=True)
     seen = Whereabouts()
-    fit(model, folder_data(pictures, cache_latents=cached), 1, [seen])
+    fit(model, folder_data(images, cache_latents=cached), 1, [seen])
     assert seen.away == wanted
 
 
-def test_the_switches_stand_in_the_hardware_group(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_switches_stand_in_the_hardware_group(tiny: Path, images: Path, tmp_path: Path) -> None:
     losses = []
     for value in ("true", "false"):
         run = tmp_path / value
         switches = [f"hardware.gradient_checkpointing={value}", f"hardware.offload={value}", "trainer.max_steps=2"]
         # With previews, for which everything comes back.
-        own = [a for a in arguments(tiny, pictures, run, *switches) if a != "callbacks.samples=null"]
+        own = [a for a in arguments(tiny, images, run, *switches) if a != "callbacks.samples=null"]
         assert train(*own, "callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]") == 0
         assert (run / "samples" / "before_after.png").is_file()
         losses.append([float(row["loss"]) for row in rows(run)])
@@ -88,7 +88,7 @@ def test_an_overflow_under_a_scaler_is_its_to_pass_over() -> None:
 def test_a_full_device_names_what_this_run_can_do(
     micro: int,
     tiny: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -98,7 +98,7 @@ def test_a_full_device_names_what_this_run_can_do(
 
     monkeypatch.setattr(LoRA, "training_step", full)
     own = ["data.batch_size=4", f"trainer.accumulate_grad_batches={4 // micro}"]
-    assert train(*arguments(tiny, pictures, tmp_path / "run", *own)) == 1
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 1
     said = capsys.readouterr().err
     assert "out of memory on the device: give hardware=gpu_12gb," in said
     assert ("trainer.accumulate_grad_batches=4" in said) is (micro > 1)

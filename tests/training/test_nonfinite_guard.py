@@ -49,11 +49,11 @@ def test_another_optimizer_takes_no_step(bad: float) -> None:
 
 
 def test_a_run_stops_at_the_next_flush_and_keeps_the_last_good_checkpoint(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     code = train(
-        *arguments(tiny, pictures, run, "trainer.max_steps=20", "trainer.log_every_n_steps=4"),
+        *arguments(tiny, images, run, "trainer.max_steps=20", "trainer.log_every_n_steps=4"),
         "checkpoint.every_steps=3",
         "+callbacks.poison._target_=running.Poison",
         "+callbacks.poison.step=5",

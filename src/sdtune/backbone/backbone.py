@@ -26,7 +26,7 @@ _SHORT_SEQUENCE = 1024
 DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
 
 TILE = 512
-"""Side in pixels of the tiles that a large picture is decoded in, where that is wanted."""
+"""Side in pixels of the tiles that a large image is decoded in, where that is wanted."""
 
 
 Beside = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
@@ -36,8 +36,8 @@ Beside = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, floa
 class Backbone(nn.Module):
     """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion.
 
-    Pictures are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
-    variance; text states are [B, L, D]; ``frame`` is float32 [B, 6]: height and width of the picture as it was before
+    Images are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
+    variance; text states are [B, L, D]; ``frame`` is float32 [B, 6]: height and width of the image as it was before
     it was scaled, top and left of its crop, height and width of the crop, in pixels (SDXL's size conditions).
     """
 
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
         self.words: Words | None = None
         """The new words that prompts may use, if there are any."""
         self.tiled = False
-        """Whether large pictures are decoded in tiles: see :meth:`decode_in_tiles`."""
+        """Whether large images are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.applied` puts them there."""
         self.beside: Beside | None = None
@@ -115,22 +115,22 @@ class Backbone(nn.Module):
     def halve_frozen(self, precision: str) -> None:
         """Under a mixed ``precision`` of Lightning's, frozen weights of all but the VAE go to its half type.
 
-        The VAE stays float32: its encoder runs once a picture, and some overflow in half precision.
+        The VAE stays float32: its encoder runs once an image, and some overflow in half precision.
         """
         half = HALVES.get(precision)
         for name, parameter in self.named_parameters() if half is not None else ():
             if not name.startswith("vae.") and not parameter.requires_grad:
                 parameter.data = parameter.data.to(half)
 
-    # --- pictures
+    # --- images
 
-    def encode_images(self, pictures: Tensor) -> Tensor:
-        """The VAE's posterior for ``pictures``: moments (mean, log-variance) in float32, [B, 2C, h, w].
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The VAE's posterior for ``images``: moments (mean, log-variance) in float32, [B, 2C, h, w].
 
         Autocast is off: in half precision the encoders of some VAEs overflow.
         """
-        with autocast(pictures.device, "32-true"):
-            moments: Tensor = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.parameters
+        with autocast(images.device, "32-true"):
+            moments: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
         return moments.float()
 
     @staticmethod
@@ -141,8 +141,8 @@ class Backbone(nn.Module):
     def reconstruct(self, moments: Tensor, noise: Tensor) -> Tensor:
         """What the VAE makes of a draw from its own posterior, float32 [B, 3, H, W], about [-1, 1]; with gradients."""
         with autocast(moments.device, "32-true"):
-            pictures: Tensor = self.vae.decode(self._drawn(moments, noise).to(self.vae.dtype)).sample
-        return pictures.float()
+            images: Tensor = self.vae.decode(self._drawn(moments, noise).to(self.vae.dtype)).sample
+        return images.float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """A draw from the posterior with the given standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         return (drawn - shift) * scale
 
     def decode_in_tiles(self, side: int = TILE) -> None:
-        """From now on pictures larger than ``side`` are decoded in blended tiles: their memory no longer grows.
+        """From now on images larger than ``side`` are decoded in blended tiles: their memory no longer grows.
 
         Their colours may differ a little from those of a whole decoding: the VAE's norms see a tile at a time.
         """
@@ -161,17 +161,17 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
+        """Images in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
         # Asked for by name: the VAE's own switch would have it encode in tiles too, and latents would be others.
         tiles = self.tiled and max(raw.shape[2:]) > self.vae.tile_latent_min_size
         decode = self.vae.tiled_decode if tiles else self.vae.decode
-        pictures: list[Tensor] = []
+        images: list[Tensor] = []
         with autocast(latents.device, "32-true"):
             for part in torch.split(raw.to(self.vae.dtype), max(1, DECODED_PIXELS // pixels)):
-                pictures.append(decode(part).sample.float())
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+                images.append(decode(part).sample.float())
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     # --- text
 
@@ -250,7 +250,7 @@ class Backbone(nn.Module):
         """The UNet's output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) under ``text`` [B, L, D].
 
         Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations. ``frame`` is
-        that of a whole picture of the latents' size if None.
+        that of a whole image of the latents' size if None.
         """
         dtype = self.unet.conv_in.weight.dtype
         control: dict[str, Any] = cast(self.conditions(text, noisy, frame), dtype)
@@ -270,7 +270,7 @@ class Backbone(nn.Module):
         strength: float = 1.0,
         frame: Tensor | None = None,
     ) -> Residuals:
-        """What ``net`` adds under ``maps``, float32 [B, 3, H, W] in [0, 1], of the picture's size."""
+        """What ``net`` adds under ``maps``, float32 [B, 3, H, W] in [0, 1], of the image's size."""
         return residuals(net, noisy, timesteps, self.conditions(text, noisy, frame), maps, strength)
 
     def predict_under(self, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:

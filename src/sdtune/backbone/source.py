@@ -37,7 +37,7 @@ class PipelineSource:
         revision: branch, tag or commit of a hub id.
         from_scratch: components whose weights are drawn anew from the seed instead of being read; only their
             ``config.json`` is needed.
-        clip: the folder of a CLIP that measures this backbone's pictures, if one is at hand.
+        clip: the folder of a CLIP that measures this backbone's images, if one is at hand.
         guidance: the guidance scale that suits it when sampling.
         prediction_type: what the UNet is to predict, where that is not what its scheduler's config says.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
@@ -291,7 +291,7 @@ class PipelineSource:
             digest.update(f"{self.clip_skip}/{self.facts.windows}".encode())
 
     def drawing_key(self) -> str:
-        """What this backbone's pictures depend on beside prompt, seed and sampling: weights, configs, tokenizer."""
+        """What this backbone's images depend on beside prompt, seed and sampling: weights, configs, tokenizer."""
         digest = hashlib.sha256(f"{self.hash()}/{self.from_scratch}".encode())
         configs = [self.scheduler(), *(self.config(component) for component in self.components)]
         digest.update(json.dumps(configs, sort_keys=True).encode())

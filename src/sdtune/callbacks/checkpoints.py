@@ -132,7 +132,7 @@ class Checkpoints(Callback):
     @staticmethod
     def _validates(trainer: pl.Trainer) -> bool:
         """Whether Lightning validates right after the micro-batch just made."""
-        # Lightning takes an empty list of pictures for a validation too, and then passes over it.
+        # Lightning takes an empty list of images for a validation too, and then passes over it.
         if not trainer.enable_validation or not trainer.datamodule.held_out:  # type: ignore[attr-defined]
             return False
         every = trainer.val_check_batch

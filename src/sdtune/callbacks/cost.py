@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import Record
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.exporting.card import CARD
 from sdtune.formats.embeddings import intermediate
 from sdtune.hardware.allocator import release
@@ -72,14 +72,14 @@ class Cost(Callback):
         self.peak = state_dict["peak"]
 
     def figures(
-        self, adapter: Adapter, data: PictureData, record: Record, artifact: Path
+        self, adapter: Adapter, data: ImageDataModule, record: Record, artifact: Path
     ) -> dict[str, int | float | None]:
         """What the run has cost.
 
         ``trainable_parameters`` is a count, ``artifact_bytes`` that of every form of the artifact without those of
         steps on the way. ``peak_memory_bytes``: of the training steps, the accelerator's allocations, or on a CPU the
         resident memory of the whole process, Python and libraries included. ``median_step_seconds``: of the optimizer
-        steps, without previews, validation and checkpoints. ``images_per_second``: pictures that went through the
+        steps, without previews, validation and checkpoints. ``images_per_second``: images that went through the
         model, both of a pair with its class. ``seconds_to_best``: median step times the step of the least validation
         loss. Where the run was resumed, its processes count together.
         """

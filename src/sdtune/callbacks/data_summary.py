@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.methods.base import Adapter
 
 log = logging.getLogger("sdtune")
@@ -30,20 +30,20 @@ class DataSummary(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         if trainer.is_global_zero:
-            data: PictureData = trainer.datamodule  # type: ignore[attr-defined]
+            data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
             for line in (*summary(data, self.steps), *_captions(data, pl_module.backbone)):
                 log.info(line)
 
 
-def summary(data: PictureData, steps: int) -> list[str]:
-    """Pictures, buckets and epochs of ``steps`` optimizer steps."""
+def summary(data: ImageDataModule, steps: int) -> list[str]:
+    """Images, buckets and epochs of ``steps`` optimizer steps."""
     buckets = data.buckets(data.train)
-    pictures = len(data.train)
+    images = len(data.train)
     seen = sum(len(entries) for entries in buckets.values())
     sizes = ", ".join(f"{w}x{h} ({len(set(entries))})" for (w, h), entries in buckets.items())
     epoch = data.order().steps_per_epoch
     lines = [
-        f"data: {pictures} pictures, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
+        f"data: {images} images, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
         f"order: {epoch} step(s) an epoch at batch size {data.batch_size};"
         f" {steps} steps are {steps / epoch:.1f} epochs",
     ]
@@ -57,7 +57,7 @@ def summary(data: PictureData, steps: int) -> list[str]:
     return lines
 
 
-def _captions(data: PictureData, backbone: Backbone) -> list[str]:
+def _captions(data: ImageDataModule, backbone: Backbone) -> list[str]:
     captions = data.captions()[:_CAPTIONS]
     longest = max(captions, key=backbone.count_tokens)
     length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens

@@ -99,7 +99,7 @@ class Record(Callback):
                 self.pending = []
                 raise NotFinite(
                     f"step {step}: the loss or its gradient is not finite (captions of its samples:"
-                    f" {'; '.join(sorted(set(prompts))[:4])}); lower optimizer.lr, or look at those pictures"
+                    f" {'; '.join(sorted(set(prompts))[:4])}); lower optimizer.lr, or look at those images"
                 )
             rows.append({"step": step, **row, **rates})
         self.pending = []

@@ -1,4 +1,4 @@
-"""Sample pictures of fixed prompts and seeds: before training, on the way, and after."""
+"""Sample images of fixed prompts and seeds: before training, on the way, and after."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("sdtune")
 class Samples(Callback):
     """Draws ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
 
-    Where the data has control maps, a prompt is drawn under that of a held-out (or else a training) picture, and the
+    Where the data has control maps, a prompt is drawn under that of a held-out (or else a training) image, and the
     maps are the grid's first row.
 
     Args:
@@ -63,11 +63,11 @@ class Samples(Callback):
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
         with module.final_weights(), module.away.back(), trainer.precision_plugin.forward_context():
-            pictures = list(generate(module.backbone, requests, self.sampling, denoise))
+            images = list(generate(module.backbone, requests, self.sampling, denoise))
         for m, training in modes.items():
             m.training = training
         columns = len(self.wanted)
-        return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+        return [images[i : i + columns] for i in range(0, len(images), columns)]
 
     def sheet(self, rows: list[list[np.ndarray]], labels: list[str]) -> Image.Image:
         """``rows`` under their prompts and, where there are any, the control maps."""
@@ -86,11 +86,11 @@ class Samples(Callback):
         return rows
 
     def _keep(self, rows: list[list[np.ndarray]], when: str) -> None:
-        """Single pictures, for reports that lay several runs side by side."""
+        """Single images, for reports that lay several runs side by side."""
         for seed, row in zip(self.seeds, rows, strict=True):
-            for number, (one, picture) in enumerate(zip(self.wanted, row, strict=True)):
+            for number, (one, image) in enumerate(zip(self.wanted, row, strict=True)):
                 about = {"prompt": one.prompt, "seed": str(seed)}
-                save_png(picture, self.folder / when / f"{number:03d}_seed{seed}.png", about)
+                save_png(image, self.folder / when / f"{number:03d}_seed{seed}.png", about)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
@@ -159,7 +159,7 @@ class Samples(Callback):
         return repr((self.sampling, self.seeds))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Pictures by other settings are no "before" to these.
+        # Images by other settings are no "before" to these.
         first = state_dict["first"] if state_dict.get("drawn_by", self._how()) == self._how() else None
         self.first = None if first is None else [list(row) for row in first.numpy()]
 

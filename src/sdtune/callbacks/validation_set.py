@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from sdtune.methods.base import Adapter
 
 NOTHING_HELD_OUT = (
-    "no picture is held out to judge by; give data.hold_out=10, for one in ten (on pocket data.validation_pictures=12)"
+    "no image is held out to judge by; give data.hold_out=10, for one in ten (on pocket data.validation_images=12)"
 )
 
 

@@ -159,7 +159,7 @@ def launch(
         if os.environ.get("SDTUNE_TRACEBACK") or not _out_of_memory(error):
             raise
         refuse(
-            "out of memory on the device: draw fewer pictures at once (sampling.batch_size=1,"
+            "out of memory on the device: draw fewer images at once (sampling.batch_size=1,"
             " hardware.vae_tiling=true), or choose hardware=cpu",
             code=1,
         )

@@ -25,10 +25,10 @@ class Command:
 COMMANDS = {
     "train": Command("train an adapter and leave a run's folder behind", "sdtune.commands.train"),
     "prepare": Command(
-        "make what a training needs before its first step: class pictures, caches, control maps",
+        "make what a training needs before its first step: class images, caches, control maps",
         "sdtune.commands.prepare",
     ),
-    "sample": Command("make pictures, with adapters at strengths chosen now", "sdtune.commands.sample"),
+    "sample": Command("make images, with adapters at strengths chosen now", "sdtune.commands.sample"),
     "plan": Command("what a training will cost, before anything is loaded", "sdtune.commands.plan", writes=False),
     "export": Command("what a run has left, in the form that another program reads", "sdtune.commands.export"),
     "evaluate": Command("measure a finished run's artifact, before and after", "sdtune.commands.evaluate"),

@@ -25,7 +25,7 @@ def one_line(error: Exception) -> str:
     if unknown or "Could not override" in text:
         full = unknown.group(2) if unknown else re.findall(r"'([^']+)'", text)[0]
         if full in _OF_FOLDERS:
-            return f"{full}: there is no such setting here; pictures of your own need data=folder"
+            return f"{full}: there is no such setting here; images of your own need data=folder"
         return f"{full}: there is no such setting{_close(full, error)}"
     choice = re.search(r"Could not find '([^']+)'(.*)", text, re.DOTALL)
     if choice:

@@ -14,7 +14,7 @@ from sdtune.config.schema import check, check_value
 from sdtune.config.settings import Settings, settings
 from sdtune.config.targets import resolve
 from sdtune.config.trainer import check_trainer
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
 from sdtune.loggers import require_account
@@ -22,7 +22,7 @@ from sdtune.runs.metrics import OF_TRAINING
 from sdtune.suggest import suggestion
 
 
-def check_measured(config: dict[str, Any]) -> PictureData:
+def check_measured(config: dict[str, Any]) -> ImageDataModule:
     """Of :func:`check_run` what measuring a run's artifact needs: no method, optimizer or logger."""
     top = settings(config)
     check(config["backbone"], "backbone", top.trust)
@@ -59,13 +59,13 @@ def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
     return made
 
 
-def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> PictureData:
-    data: PictureData = build(config["data"], top.trust, {"seed": top.seed})
+def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> ImageDataModule:
+    data: ImageDataModule = build(config["data"], top.trust, {"seed": top.seed})
     data.open(facts.side, facts.factor)
     return data
 
 
-def check_run(config: dict[str, Any]) -> PictureData:
+def check_run(config: dict[str, Any]) -> ImageDataModule:
     """Every check that needs no weights; returns the data, read."""
     top = settings(config)
     trust = top.trust

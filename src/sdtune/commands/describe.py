@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.families import FAMILIES
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
@@ -20,7 +20,7 @@ _POCKETS = 3.0
 """Of ``conf/backbone``."""
 
 
-def after(folder: Path, name: str, source: Pretrained, data: PictureData) -> list[str]:
+def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
     """What was made, and the command that samples with it."""
     lines = [f"figures: {folder / 'metrics.json'}"]
     before_after = folder / "samples" / "before_after.png"

@@ -14,7 +14,7 @@ from sdtune.commands.checks import check_measured
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.settings import kept_config, plain, settings
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.files import write_json
 from sdtune.hardware.devices import device as device_of
 from sdtune.runs.metrics import OF_TRAINING, finite, unit
@@ -47,7 +47,7 @@ def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": "sdtune.sampling.loop.Sampling", "guidance": backbone["guidance"]}
 
 
-def execute(config: dict[str, Any], data: PictureData, run: Path, accelerator: str, folder: Path) -> None:
+def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerator: str, folder: Path) -> None:
     """Measure, and write ``evaluation.json`` beside the grids in ``folder``, with what only a training measures."""
     top = settings(config)
     device = device_of(accelerator)

@@ -13,7 +13,7 @@ from sdtune.callbacks.metrics_recorder import Record
 from sdtune.commands.checks import exports
 from sdtune.config.build import build
 from sdtune.config.settings import settings
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.exporting import find, write_card
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import CARD
@@ -31,7 +31,7 @@ def _validation(record: Record) -> dict[str, Any]:
 def measure_run(
     trainer: pl.Trainer,
     adapter: Adapter,
-    data: PictureData,
+    data: ImageDataModule,
     record: Record,
     folder: Path,
     name: str,
@@ -56,8 +56,8 @@ def measure_run(
         why = (
             f"no validation before step {trainer.global_step}: trainer.val_check_interval is larger"
             if data.held_out
-            else "no picture is held out: data.hold_out or data.validation_path of data=folder,"
-            " data.validation_pictures of pocket's"
+            else "no image is held out: data.hold_out or data.validation_path of data=folder,"
+            " data.validation_images of pocket's"
         )
         reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
         figures["reasons"] = {**figures.get("reasons", {}), **reasons}
@@ -68,7 +68,7 @@ def measure_run(
 
 
 def describe_artifact(
-    adapter: Adapter, data: PictureData, folder: Path, config: dict[str, Any], figures: dict[str, Any]
+    adapter: Adapter, data: ImageDataModule, folder: Path, config: dict[str, Any], figures: dict[str, Any]
 ) -> None:
     """The artifact's model card."""
     source, artifact = adapter.source, find(folder / "artifact", "run")
@@ -79,7 +79,7 @@ def describe_artifact(
         "hash": source.hash(),
         "trigger": data.keep,
     }
-    facts |= {"pictures": len(data.train), "captions": data.captions(), "side": data.resolution}
+    facts |= {"images": len(data.train), "captions": data.captions(), "side": data.resolution}
     write_card(folder / "artifact", artifact, config, facts, figures, folder / "samples" / "before_after.png")
 
 

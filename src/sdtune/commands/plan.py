@@ -21,7 +21,7 @@ from sdtune.config.model import check_model
 from sdtune.config.schema import check_value
 from sdtune.config.settings import plain, settings
 from sdtune.config.targets import resolve
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 from sdtune.methods import DreamBooth
@@ -80,7 +80,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
 
     ``shared``: as it trains where it shares a backbone, by itself on one of the devices.
     """
-    # The rest of the config is a training's own: pictures need not exist, and nothing is logged.
+    # The rest of the config is a training's own: images need not exist, and nothing is logged.
     own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr", "default_lr"])
     configs = shipped(str(config.hydra.runtime.choices.backbone))
     if OmegaConf.is_missing(own.backbone, "path") and configs is not None:
@@ -88,9 +88,9 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     container = plain(own)
     if shared:
         container["hardware"] = hardware.on_one(container["hardware"])
-    hints = get_type_hints(PictureData, include_extras=True)
+    hints = get_type_hints(ImageDataModule, include_extras=True)
     given = plain(OmegaConf.masked_copy(config.data, [key for key in _DATA if key in config.data]))
-    data = {key: given.get(key, getattr(PictureData, key)) for key in _DATA}
+    data = {key: given.get(key, getattr(ImageDataModule, key)) for key in _DATA}
     for key, value in data.items():
         check_value(value, hints[key], f"data.{key}")
     check_model(container, settings(container).trust)
@@ -139,7 +139,7 @@ def _class(config: dict[str, Any]) -> type[Adapter]:
 
 
 def _pairs(job: CheckedPlan) -> bool:
-    """Whether each sample is a picture of the subject and one of its class."""
+    """Whether each sample is an image of the subject and one of its class."""
     named = job.data["class_prompt"] is not None or job.data["class_path"] is not None
     return job.data["prior_weight"] > 0 and (named or issubclass(_class(job.config), DreamBooth))
 

@@ -1,4 +1,4 @@
-"""The work of ``sdtune prepare``: class pictures, caches and control maps, and pictures of them."""
+"""The work of ``sdtune prepare``: class images, caches and control maps, and images of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtune.commands.train import build_adapter
 from sdtune.config.build import build
 from sdtune.config.settings import plain, settings
 from sdtune.config.trainer import trainer_arguments
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.images.grids import grid, save_png
@@ -35,8 +35,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     return lambda composed: execute(plain(composed), data, folder)
 
 
-def execute(config: dict[str, Any], data: PictureData, folder: Path) -> None:
-    """Fill what the training would fill, and write pictures of what it will see."""
+def execute(config: dict[str, Any], data: ImageDataModule, folder: Path) -> None:
+    """Fill what the training would fill, and write images of what it will see."""
     top = settings(config)
     given = {
         "max_epochs": -1,
@@ -58,9 +58,9 @@ def execute(config: dict[str, Any], data: PictureData, folder: Path) -> None:
     wait_for_children(trainer)
 
 
-def _show(data: PictureData, folder: Path) -> None:
+def _show(data: ImageDataModule, folder: Path) -> None:
     samples = list(data.train[:_SHOWN])
-    _sheet(samples, [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in samples], folder / "pictures.png")
+    _sheet(samples, [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in samples], folder / "images.png")
     if data.class_samples:
         shown = list(data.class_samples[:_SHOWN])
         _sheet(shown, [s.pixels(s.size, (0.5, 0.5), False) for s in shown], folder / "class.png")
@@ -68,13 +68,13 @@ def _show(data: PictureData, folder: Path) -> None:
         for sample in data.class_samples:
             prompts.setdefault(sample.caption, []).append(str(sample))
         for prompt, files in prompts.items():
-            log.info("class: %d pictures of %r in %s", len(files), prompt, Path(files[0]).parent)
+            log.info("class: %d images of %r in %s", len(files), prompt, Path(files[0]).parent)
     if data.control is not None:
         maps, names = [], _names(data.train)
         with bar("Writing control maps", len(data.train)) as progress:
             for number, sample in enumerate(data.train):
                 drawn = data.control.map(sample, data.bucket(sample))
-                about = {"caption": sample.caption, "picture": str(sample)}
+                about = {"caption": sample.caption, "image": str(sample)}
                 save_png(drawn, folder / "maps" / f"{names[number]}.png", about)
                 maps += [drawn] if number < _SHOWN else []
                 progress(1)
@@ -84,14 +84,14 @@ def _show(data: PictureData, folder: Path) -> None:
 
 
 def _names(samples: Sequence[Sample]) -> list[str]:
-    """The pictures' own names, by which data/control=paired takes maps; numbers where they have none of their own."""
+    """The images' own names, by which data/control=paired takes maps; numbers where they have none of their own."""
     stems = [Path(str(sample)).stem for sample in samples if Path(str(sample)).is_file()]
     return stems if len(set(stems)) == len(samples) else [f"{number:05d}" for number in range(len(samples))]
 
 
-def _sheet(samples: Sequence[Sample], pictures: list[np.ndarray], path: Path) -> None:
-    """One grid of pictures, each cropped to the smallest sides among them."""
-    height, width = (min(p.shape[axis] for p in pictures) for axis in (0, 1))
-    same = [p[:height, :width] for p in pictures]
+def _sheet(samples: Sequence[Sample], images: list[np.ndarray], path: Path) -> None:
+    """One grid of images, each cropped to the smallest sides among them."""
+    height, width = (min(p.shape[axis] for p in images) for axis in (0, 1))
+    same = [p[:height, :width] for p in images]
     save_png(grid([same[i : i + _ROW] for i in range(0, len(same), _ROW)]), path)
     log.info("%d of them: %s", len(samples), path)

@@ -57,7 +57,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
         files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
     for one in _controls(container):
-        one.picture()
+        one.read_image()
         controlnets.check(one.path, source, one.preprocess)
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
@@ -136,7 +136,7 @@ def describe(
     strength: float,
     control: Sequence[ControlImage] = (),
 ) -> dict[str, str]:
-    """A picture's metadata: A1111's ``parameters`` line, and everything as JSON."""
+    """An image's metadata: A1111's ``parameters`` line, and everything as JSON."""
     line = (
         f"{prompt}\nNegative prompt: {settings.negative_prompt}\nSteps: {settings.steps}, Sampler:"
         f" {settings.sampler or 'default'}, CFG scale: {settings.guidance}, Seed: {seed}"
@@ -172,11 +172,11 @@ def _write(
     rows: list[list[np.ndarray]],
 ) -> None:
     for factor, row in zip(factors, rows, strict=True):
-        for number, ((request, settings), picture) in enumerate(zip(requests, row, strict=True)):
+        for number, ((request, settings), image) in enumerate(zip(requests, row, strict=True)):
             mark = f"_strength{factor:g}" if len(factors) > 1 else ""
             metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor, controls)
-            save_png(picture, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
-    if len({picture.shape for row in rows for picture in row}) == 1:
+            save_png(image, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
+    if len({image.shape for row in rows for image in row}) == 1:
         prompts_shown = [request.prompt for request, _ in requests]
         if len(factors) > 1:
             seeded = [f"{request.prompt}, seed {request.seed}" for request, _ in requests]
@@ -191,4 +191,4 @@ def _write(
             sheet = grid(shown, column_labels=prompts_shown if len(shown) == 1 else ())
         save_png(sheet, folder / "grid.png")
         log.info("grid: %s", folder / "grid.png")
-    log.info("%d pictures: %s", len(requests) * len(factors), folder)
+    log.info("%d images: %s", len(requests) * len(factors), folder)

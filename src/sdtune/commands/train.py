@@ -33,7 +33,7 @@ from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.settings import Settings, plain, settings
 from sdtune.config.trainer import trainer_arguments
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.errors import Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
@@ -122,7 +122,7 @@ def build_adapter(config: dict[str, Any], sharing: Sharing | None = None) -> Ada
     return adapter
 
 
-def execute(config: dict[str, Any], data: PictureData, folder: Path, sharing: Sharing | None = None) -> float | None:
+def execute(config: dict[str, Any], data: ImageDataModule, folder: Path, sharing: Sharing | None = None) -> float | None:
     """Train, write the artifact, evaluate, and write ``metrics.json`` last."""
     top = settings(config)
     name = top.name or data.name
@@ -201,7 +201,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _train(
     trainer: pl.Trainer,
     adapter: Adapter,
-    data: PictureData,
+    data: ImageDataModule,
     start: Path | None,
     folder: Path,
     name: str,

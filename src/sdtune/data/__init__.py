@@ -1,8 +1,8 @@
-"""What is seen: pictures, captions, buckets, order and caches. Knows no model: batches carry prompts as strings."""
+"""What is seen: images, captions, buckets, order and caches. Knows no model: batches carry prompts as strings."""
 
-from sdtune.data.datamodule import Encoders, PictureData
+from sdtune.data.datamodule import Encoders, ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.data.samples import Sample
 from sdtune.data.sources import Folder
 
-__all__ = ["Batch", "Encoders", "Folder", "PictureData", "Sample"]
+__all__ = ["Batch", "Encoders", "Folder", "ImageDataModule", "Sample"]

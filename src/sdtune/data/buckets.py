@@ -1,4 +1,4 @@
-"""Aspect buckets: the few sizes that pictures are cropped to, so that a batch has one shape.
+"""Aspect buckets: the few sizes that images are cropped to, so that a batch has one shape.
 
 The sizes follow kohya's sd-scripts (``make_bucket_resolutions``), with the aspect bounded instead of the side.
 Every size here is (width, height) in pixels.
@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
-    """The sizes for pictures that are large enough, narrowest first.
+    """The sizes for images that are large enough, narrowest first.
 
     Sides are multiples of ``step``, the aspect is within 1:2 and 2:1, the area at most ``resolution`` squared, and no
     side could be a step longer. The largest square that fits is always one of them.
@@ -34,13 +34,13 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
 
 
 def assign(size: Size, resolution: int, step: int, name: str) -> Size:
-    """The bucket of a picture of ``size``: the one of nearest aspect (by log ratio).
+    """The bucket of an image of ``size``: the one of nearest aspect (by log ratio).
 
-    A picture that would have to be enlarged for it gets the largest size that it fills as it is, under the same rules:
+    An image that would have to be enlarged for it gets the largest size that it fills as it is, under the same rules:
     mostly its own sides, rounded down to ``step``.
 
     Raises:
-        ValueError: a side is shorter than ``step``; names the picture by ``name``.
+        ValueError: a side is shorter than ``step``; names the image by ``name``.
     """
     width, height = size
     if min(size) < step:
@@ -64,5 +64,5 @@ def _tallest(limit: Size, area: int, step: int) -> Iterator[Size]:
 
 
 def _aspect_distance(one: Size, other: Size) -> float:
-    # Logarithms of whole numbers, so that a picture and the same on its side have exactly the same distances.
+    # Logarithms of whole numbers, so that an image and the same on its side have exactly the same distances.
     return abs(math.log(one[0] * other[1]) - math.log(one[1] * other[0]))

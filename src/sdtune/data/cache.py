@@ -1,7 +1,7 @@
-"""What frozen encoders make of pictures and captions, kept on disk by content.
+"""What frozen encoders make of images and captions, kept on disk by content.
 
-A key holds the picture's bytes, its size, crop and flip, and the hash of the weights that encode it, so an edited
-picture or another VAE never meets a stale entry. Entries are shared by all runs of a user.
+A key holds the image's bytes, its size, crop and flip, and the hash of the weights that encode it, so an edited
+image or another VAE never meets a stale entry. Entries are shared by all runs of a user.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TensorCache:
             for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
                 if not torch.isfinite(value).all():
                     raise ValueError(
-                        f"{items[key]}: the encoder's output is not finite; the picture or the weights are damaged"
+                        f"{items[key]}: the encoder's output is not finite; the image or the weights are damaged"
                     )
                 self.put(key, value)
             progress(len(keys))
@@ -76,7 +76,7 @@ class TensorCache:
 
 @lru_cache(maxsize=256)
 def _read(path: Path) -> Tensor:
-    # A few pictures are read again and again, in a sweep on one backbone by every run; at most some 100 MiB stay.
+    # A few images are read again and again, in a sweep on one backbone by every run; at most some 100 MiB stay.
     return load_file(path)["value"]
 
 

@@ -1,4 +1,4 @@
-"""The data module of every method: pictures with captions, in buckets, with caches and a fixed order."""
+"""The data module of every method: images with captions, in buckets, with caches and a fixed order."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from sdtune.data.cache import TensorCache, share
 from sdtune.data.control.base import CENTRE, Control
 from sdtune.data.dataset import Batch, Rows, RowSettings, collate, leave_signals
 from sdtune.data.order import FixedBatches, MicroBatches, Order
-from sdtune.data.prior import Draw as DrawPictures
-from sdtune.data.prior import class_pictures, draw_missing
+from sdtune.data.prior import Draw as DrawImages
+from sdtune.data.prior import class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import Family, templates
 from sdtune.progress import bar
 
 
 def at_once(pixels: int, width: int, height: int) -> int:
-    """How many pictures ``pixels`` hold, but one at least and 64 at most."""
+    """How many images ``pixels`` hold, but one at least and 64 at most."""
     return max(1, min(64, pixels // (width * height)))
 
 
 def encoded_at_once(width: int, height: int, kind: str) -> int:
-    """How many pictures go through the VAE's encoder at once on a device of ``kind``.
+    """How many images go through the VAE's encoder at once on a device of ``kind``.
 
     A CPU takes a quarter longer for each of four of 256x256 at once than for one; elsewhere it is four of 512x512,
     which keeps activations within about 8 GB.
@@ -43,7 +43,7 @@ def encoded_at_once(width: int, height: int, kind: str) -> int:
 
 
 VALIDATION_RUNGS = 8
-"""Timesteps at which each held-out picture is looked at."""
+"""Timesteps at which each held-out image is looked at."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Encoders:
     text: Callable[[Sequence[str]], Tensor] | None
     text_hash: str
     cache: Path
-    draw: DrawPictures | None = None
-    """The model before training, for pictures of the class."""
+    draw: DrawImages | None = None
+    """The model before training, for images of the class."""
     draw_hash: str = ""
     device: torch.device | None = None
     rank: int = 0
@@ -64,28 +64,28 @@ class Encoders:
 
 
 @dataclass(kw_only=True, eq=False)
-class PictureData(pl.LightningDataModule, ABC):
-    """Pictures with captions.
+class ImageDataModule(pl.LightningDataModule, ABC):
+    """Images with captions.
 
     Args:
         batch_size: samples an optimizer step, over all processes and accumulation steps.
-        resolution: side in pixels of a square picture of the area that buckets keep to; the backbone's own if None.
+        resolution: side in pixels of a square image of the area that buckets keep to; the backbone's own if None.
         caption_dropout: share of samples that train without their caption (Ho & Salimans 2022, section 3.2).
         flip: mirror half of the samples.
         random_crop: crop at random instead of at the centre; not with cached latents.
-        cache_latents: encode each picture once (moments, not samples) where the VAE is frozen.
+        cache_latents: encode each image once (moments, not samples) where the VAE is frozen.
         cache_text: encode each caption once where the text encoder is frozen.
-        workers: processes that load pictures.
-        limit: train on so many of the pictures, the first ones; on all if None.
+        workers: processes that load images.
+        limit: train on so many of the images, the first ones; on all if None.
         templates: texts around the captions, another one each time: Textual Inversion's family ``object`` or
             ``style``, or one's own with ``{}`` where the caption goes.
-        masked: weight the loss by each picture's mask.
+        masked: weight the loss by each image's mask.
         class_prompt: prompt for the class of the subject ("a photo of a dog"), or several that take turns: with it,
-            pictures of the class train beside those of the subject, in pairs, and a pair counts as one sample.
-        class_path: a folder of such pictures; the model draws them before training if None.
-        class_pictures: how many it draws.
+            images of the class train beside those of the subject, in pairs, and a pair counts as one sample.
+        class_path: a folder of such images; the model draws them before training if None.
+        class_images: how many it draws.
         prior_weight: lambda of L = L_instance + lambda L_class; 0 leaves the class out.
-        control: where the pictures' control maps come from.
+        control: where the images' control maps come from.
         seed: decides order, crops, flips and dropout; the run's seed.
     """
 
@@ -102,7 +102,7 @@ class PictureData(pl.LightningDataModule, ABC):
     masked: bool = False
     class_prompt: str | Annotated[list[str], MinLen(1)] | None = None
     class_path: str | None = None
-    class_pictures: Annotated[int, Ge(1)] = 200
+    class_images: Annotated[int, Ge(1)] = 200
     prior_weight: Annotated[float, Ge(0)] = 1.0
     control: Control | None = None
     seed: int = 0
@@ -123,15 +123,15 @@ class PictureData(pl.LightningDataModule, ABC):
         if self.random_crop and self.cache_latents:
             raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
         if self.control is not None and self.has_prior:
-            raise ValueError("data.class_prompt: class pictures have no control maps; leave them or the maps out")
+            raise ValueError("data.class_prompt: class images have no control maps; leave them or the maps out")
         if self.class_path is not None and not isinstance(self.class_prompt, str | None):
-            raise ValueError("data.class_prompt: pictures of data.class_path that have no caption share one; give one")
+            raise ValueError("data.class_prompt: images of data.class_path that have no caption share one; give one")
         self.texts = templates(self.templates)
         self._asked = self.resolution
 
     # --- what a source says
 
-    name: str = field(default="pictures", init=False)
+    name: str = field(default="images", init=False)
     """Names a run's files where the user names none."""
 
     keep: str = field(default="", init=False)
@@ -142,8 +142,8 @@ class PictureData(pl.LightningDataModule, ABC):
         """The training samples and those held out for validation; ValueError where the data is not usable."""
 
     def read_class(self, path: str) -> Sequence[Sample]:
-        """The samples in a folder of class pictures."""
-        raise ValueError(f"data.class_path: {type(self).__name__} data draws its class pictures; leave {path} out")
+        """The samples in a folder of class images."""
+        raise ValueError(f"data.class_path: {type(self).__name__} data draws its class images; leave {path} out")
 
     # --- what is made of it
 
@@ -173,7 +173,7 @@ class PictureData(pl.LightningDataModule, ABC):
 
     @property
     def has_prior(self) -> bool:
-        """Whether pictures of the class train beside those of the subject."""
+        """Whether images of the class train beside those of the subject."""
         return self.prior_weight > 0 and (self.class_prompt is not None or self.class_path is not None)
 
     @property
@@ -209,7 +209,7 @@ class PictureData(pl.LightningDataModule, ABC):
         return Order(tuple(self.buckets(self.train).values()), self.batch_size, self.seed)
 
     def shown(self) -> list[str]:
-        """Every prompt of the training pictures themselves, each once."""
+        """Every prompt of the training images themselves, each once."""
         return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts))
 
     def captions(self) -> list[str]:
@@ -218,7 +218,7 @@ class PictureData(pl.LightningDataModule, ABC):
         found |= dict.fromkeys(self.texts[0].replace("{}", s.caption) for s in self.held_out)
         found |= dict.fromkeys(s.caption for s in self.class_samples)
         if self.caption_dropout:
-            # A picture of the class keeps nothing.
+            # An image of the class keeps nothing.
             found |= dict.fromkeys([self.keep, *([""] if self.has_prior else [])])
         return list(found)
 
@@ -226,7 +226,7 @@ class PictureData(pl.LightningDataModule, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what is trained and validated on: pictures, masks and maps by content, captions, repeats, order."""
+        """Of what is trained and validated on: images, masks and maps by content, captions, repeats, order."""
         digest = hashlib.sha256()
         for sample in (*self.train, *self.held_out):
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
@@ -248,27 +248,27 @@ class PictureData(pl.LightningDataModule, ABC):
     # --- caches
 
     def draw_class(self, encoders: Encoders) -> None:
-        """Have the model draw this process's share of the class pictures that are wanted and not there yet."""
+        """Have the model draw this process's share of the class images that are wanted and not there yet."""
         if not self.has_prior or self.class_path is not None:
             return
         assert self.class_prompt is not None
         assert self.resolution is not None
         folder = encoders.cache / "class" / encoders.draw_hash
         prompts = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt
-        pictures = class_pictures(folder, prompts, self.class_pictures, self.resolution)
+        images = class_images(folder, prompts, self.class_images, self.resolution)
         if encoders.draw is not None:
-            draw_missing(pictures, encoders.draw, encoders.rank, encoders.processes)
-        self.class_samples = pictures
+            draw_missing(images, encoders.draw, encoders.rank, encoders.processes)
+        self.class_samples = images
 
     def prepare(self, encoders: Encoders) -> None:
         """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise.
 
         Raises:
-            ValueError: a resumed run's pictures or captions are not those that it began with.
+            ValueError: a resumed run's images or captions are not those that it began with.
         """
         if self._began_with and self._began_with != self.fingerprint:
             raise ValueError(
-                "resume: the pictures, masks, captions or repeats have changed since the run began; put them back, or"
+                "resume: the images, masks, captions or repeats have changed since the run began; put them back, or"
                 " start a new run"
             )
         # Another model may have used this data before, with other parts open.
@@ -290,13 +290,13 @@ class PictureData(pl.LightningDataModule, ABC):
         encode_images = encoders.images
         flips = (False, True) if self.flip else (False,)
         looks = [(sample, self.bucket(sample)) for sample in (*self.train, *self.held_out)]
-        # A class picture is shown at the size of the picture that it is paired with.
+        # A class image is shown at the size of the image that it is paired with.
         looks += [(sample, size) for sample in self.class_samples for size in {self.bucket(s) for s in self.train}]
         views = {latent_key(s, size, flip): View(s, size, flip) for s, size in looks for flip in flips}
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
             mine = {key: views[key] for key in share(keys, encoders.rank, encoders.processes)}
-            with bar(f"Encoding pictures at {size[0]}x{size[1]}", sum(key not in cache for key in mine)) as progress:
+            with bar(f"Encoding images at {size[0]}x{size[1]}", sum(key not in cache for key in mine)) as progress:
                 cache.fill(
                     mine,
                     lambda batch: encode_images(torch.stack([view.tensor() for view in batch])),

@@ -26,10 +26,13 @@ Batch = dict[str, Any]
 frame (float32 [B, 6]: where each crop comes from, as sdtune.images.files.frame has it); and
 either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments (float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text
 states are cached; mask (float32 [B, 1, h, w] in [0, 1]) where the loss is masked; control (float32 [B, 3, H, W] in
-[0, 1]) where the data has control maps. With class pictures B is twice the pairs: the subject's rows come first,
+[0, 1]) where the data has control maps. With class images B is twice the pairs: the subject's rows come first,
 ``instances: int`` of them, and ``prior_weight: float`` is the weight of the others."""
 
 Row = dict[str, Any]
+
+STREAM = "picture"
+"""Names the random draws of a row: part of what a seed means, so it is never renamed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class RowSettings:
         resolution, bucket_step, factor: of the buckets and of the VAE, in pixels.
         texts: prompt templates, with ``{}`` where the caption goes.
         keep: what a dropped caption keeps.
-        class_samples: pictures of the class, if they train beside the subject's.
+        class_samples: images of the class, if they train beside the subject's.
         latent_cache, text_cache: what frozen encoders have made; None where it is made in the step.
     """
 
@@ -68,7 +71,7 @@ class RowSettings:
 
 
 class Rows(Dataset[list[Row]]):
-    """Each draw gives a row; in training, where there are class pictures, a pair of them."""
+    """Each draw gives a row; in training, where there are class images, a pair of them."""
 
     def __init__(self, settings: RowSettings, samples: Sequence[Sample], training: bool) -> None:
         self.settings, self.samples, self.training = settings, samples, training
@@ -91,7 +94,7 @@ class Rows(Dataset[list[Row]]):
         texts = data.texts if subject else ("{}",)
         prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTRE
         if self.training:
-            dropped, flipped, x, y, text = generator(data.seed, "picture", step, position).random(5)
+            dropped, flipped, x, y, text = generator(data.seed, STREAM, step, position).random(5)
             prompt = texts[int(text * len(texts))].replace("{}", sample.caption)
             prompt = (data.keep if subject else "") if dropped < data.caption_dropout else prompt
             flip = bool(data.flip and flipped < 0.5)
@@ -108,7 +111,7 @@ class Rows(Dataset[list[Row]]):
             row["text"] = data.text_cache.get(text_key(prompt))
         if data.masked:
             shape = (1, size[1] // data.factor, size[0] // data.factor)
-            # All of a class picture counts.
+            # All of a class image counts.
             row["mask"] = _mask(cast(Masked, sample), size, offset, flip, data.factor) if subject else torch.ones(shape)
         return row
 

@@ -1,4 +1,4 @@
-"""A folder of pictures and the captions that belong to them."""
+"""A folder of images and the captions that belong to them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtune.images.files import SUFFIXES, open_picture, picture_size
+from sdtune.images.files import SUFFIXES, open_image, image_size
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
 
 MASK = ".mask.png"
-"""Ends the name of the mask that belongs to a picture: ``fox.mask.png`` to ``fox.jpg``."""
+"""Ends the name of the mask that belongs to an image: ``fox.mask.png`` to ``fox.jpg``."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a folder.
+class CaptionedImage:
+    """One image of a folder.
 
     ``size`` is (width, height) in pixels, EXIF orientation applied; ``repeats`` (>= 1) is how often an epoch shows it.
     """
@@ -40,10 +40,10 @@ _ASK = 'give one for them all with data.prompt="a photo of ...", or a .txt file 
 
 def read_folder(
     path: str | Path, prompt: str | None = None, trigger: str | None = None, key: str = "data.path", ask: str = _ASK
-) -> tuple[Picture, ...]:
-    """The pictures in and below ``path``, in the order of their names, each with its caption.
+) -> tuple[CaptionedImage, ...]:
+    """The images in and below ``path``, in the order of their names, each with its caption.
 
-    A picture's caption is the first of these that exists:
+    An image's caption is the first of these that exists:
 
     1. a ``.txt`` or ``.caption`` file of its name beside it (an empty file is the empty caption);
     2. its row in a ``metadata.jsonl`` or ``metadata.csv`` with ``file_name``, relative to that file, and ``text`` or
@@ -51,54 +51,54 @@ def read_folder(
     3. the words in the name of the sub-folder that holds it, in kohya's form ``10_sks dog``;
     4. ``prompt``.
 
-    ``key`` and ``ask`` are for the refusal of a picture without one. Line breaks in 1 and 2 become spaces. ``trigger``
-    is put before a caption that does not begin with it. The number in kohya's form is the picture's repeats; in other
+    ``key`` and ``ask`` are for the refusal of an image without one. Line breaks in 1 and 2 become spaces. ``trigger``
+    is put before a caption that does not begin with it. The number in kohya's form is the image's repeats; in other
     folders it is 1. Links are followed; hidden files, ``__MACOSX`` and masks are skipped. Only headers are read:
-    ``check_pictures`` decodes.
+    ``check_images`` decodes.
 
     Raises:
-        ValueError: no pictures; a picture without a caption, with two of one kind, or with an unreadable header;
+        ValueError: no images; an image without a caption, with two of one kind, or with an unreadable header;
             metadata that does not fit the folder; text that is not UTF-8; repeats below 1.
     """
     folder = Path(path).expanduser().absolute()
     # By parts, since paths themselves compare differently between Python versions, and the order decides a run.
     files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
-    pictures = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
-    if not pictures:
-        raise ValueError(f"{key}: {_no_pictures(folder, files)}")
-    kohya = {picture: _repeats_and_words(folder, picture.parent) for picture in pictures}
-    captions = {picture: words for picture, (_, words) in kohya.items() if words}
-    captions |= _metadata_captions(files, pictures)
-    captions |= _sidecar_captions(files, pictures)
-    bare = [picture for picture in pictures if picture not in captions]
+    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
+    if not images:
+        raise ValueError(f"{key}: {_no_images(folder, files)}")
+    kohya = {image: _repeats_and_words(folder, image.parent) for image in images}
+    captions = {image: words for image, (_, words) in kohya.items() if words}
+    captions |= _metadata_captions(files, images)
+    captions |= _sidecar_captions(files, images)
+    bare = [image for image in images if image not in captions]
     if prompt is not None:
         captions |= dict.fromkeys(bare, prompt)
     elif bare:
         raise ValueError(
-            f"{key}: {len(bare)} of {len(pictures)} pictures have no caption, the first is {bare[0]}: {ask}"
+            f"{key}: {len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}"
         )
     return tuple(
-        Picture(picture, _with_trigger(captions[picture], trigger), picture_size(picture), kohya[picture][0])
-        for picture in pictures
+        CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), kohya[image][0])
+        for image in images
     )
 
 
-def check_pictures(pictures: Iterable[Picture]) -> None:
-    """Decode every picture once, so that a damaged one is found before training and not in the middle of it.
+def check_images(images: Iterable[CaptionedImage]) -> None:
+    """Decode every image once, so that a damaged one is found before training and not in the middle of it.
 
     Raises:
-        ValueError: the first picture, in order, that cannot be decoded, or whose size is not the one it was read with.
+        ValueError: the first image, in order, that cannot be decoded, or whose size is not the one it was read with.
     """
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        for _ in pool.map(_check, pictures):
+        for _ in pool.map(_check, images):
             pass
 
 
-def _check(picture: Picture) -> None:
-    size = open_picture(picture.path).size
-    if size != picture.size:
+def _check(image: CaptionedImage) -> None:
+    size = open_image(image.path).size
+    if size != image.size:
         raise ValueError(
-            f"data.path: {picture.path} is {size[0]}x{size[1]} pixels and not {picture.size[0]}x{picture.size[1]} as "
+            f"data.path: {image.path} is {size[0]}x{size[1]} pixels and not {image.size[0]}x{image.size[1]} as "
             "its header said (it changed, or its orientation stands behind its pixels): save it again"
         )
 
@@ -121,7 +121,7 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def _no_pictures(folder: Path, files: Sequence[Path]) -> str:
+def _no_images(folder: Path, files: Sequence[Path]) -> str:
     if files:
         counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
         seen = "it holds " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
@@ -131,7 +131,7 @@ def _no_pictures(folder: Path, files: Sequence[Path]) -> str:
         seen = "it is a file"
     else:
         seen = "it does not exist"
-    return f"no pictures found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
+    return f"no images found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
 
 
 def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
@@ -145,25 +145,25 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
     return repeats, words
 
 
-def _sidecar_captions(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, str]:
+def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     sidecars: dict[Path, list[Path]] = {}
     for file in files:
         if file.suffix.lower() in (".txt", ".caption"):
             sidecars.setdefault(file.with_suffix(""), []).append(file)
     captions = {}
-    for picture in pictures:
-        beside = sidecars.get(picture.with_suffix(""), [])
+    for image in images:
+        beside = sidecars.get(image.with_suffix(""), [])
         if len(beside) > 1:
             raise ValueError(
-                f"data.path: {picture} has two captions, {beside[0].name} and {beside[1].name}: remove one"
+                f"data.path: {image} has two captions, {beside[0].name} and {beside[1].name}: remove one"
             )
         if beside:
-            captions[picture] = _one_line(_text(beside[0]))
+            captions[image] = _one_line(_text(beside[0]))
     return captions
 
 
-def _metadata_captions(files: Sequence[Path], pictures: Sequence[Path]) -> dict[Path, str]:
-    known = set(pictures)
+def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
+    known = set(images)
     captions: dict[Path, str] = {}
     tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for table in tables:
@@ -171,14 +171,14 @@ def _metadata_captions(files: Sequence[Path], pictures: Sequence[Path]) -> dict[
             raise ValueError(f"data.path: {table.parent} has both metadata.jsonl and metadata.csv: remove one")
         for line, row in _csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table):
             name, caption = _name_and_caption(row, f"data.path: {table}, line {line}")
-            picture = table.parent / name
-            if picture not in known:
+            image = table.parent / name
+            if image not in known:
                 raise ValueError(
-                    f"data.path: {table}, line {line}: there is no picture {picture}: correct or remove this row"
+                    f"data.path: {table}, line {line}: there is no image {image}: correct or remove this row"
                 )
-            if picture in captions:
+            if image in captions:
                 raise ValueError(f"data.path: {table}, line {line}: {name} has a row already: remove one")
-            captions[picture] = _one_line(caption)
+            captions[image] = _one_line(caption)
     return captions
 
 

@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Global batches over buckets: each batch has one shape, and every epoch permutes pictures and batches anew.
+    """Global batches over buckets: each batch has one shape, and every epoch permutes images and batches anew.
 
     Args:
         buckets: for each bucket the entries that belong to it (an entry repeated n times stands n times).

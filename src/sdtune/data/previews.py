@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Wanted:
     maps: tuple[np.ndarray, ...] = ()
 
 
-def wanted(data: PictureData, prompts: Sequence[str] | None, count: int, size: tuple[int, int]) -> list[Wanted]:
-    """``prompts``, or the prompts of its training pictures, at most ``count`` of them.
+def wanted(data: ImageDataModule, prompts: Sequence[str] | None, count: int, size: tuple[int, int]) -> list[Wanted]:
+    """``prompts``, or the prompts of its training images, at most ``count`` of them.
 
-    With control maps each prompt gets that of a held-out (or else a training) picture, at ``size`` (width, height).
+    With control maps each prompt gets that of a held-out (or else a training) image, at ``size`` (width, height).
     """
     if data.control is None:
         return [Wanted(prompt) for prompt in prompts or data.shown()[:count]]

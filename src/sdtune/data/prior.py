@@ -1,4 +1,4 @@
-"""Pictures of a subject's class beside those of the subject, so that the class survives the training.
+"""Images of a subject's class beside those of the subject, so that the class survives the training.
 
 Ruiz et al. 2022, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3.
 """
@@ -15,19 +15,19 @@ import numpy as np
 from PIL import Image
 
 from sdtune.data.cache import share
-from sdtune.images.files import open_picture, resize_and_crop
+from sdtune.images.files import open_image, resize_and_crop
 from sdtune.progress import bar
 from sdtune.randomness import generator
 
 Draw = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
-"""(prompt, seed) each -> a picture each, uint8 [H, W, 3], by the model before training."""
+"""(prompt, seed) each -> an image each, uint8 [H, W, 3], by the model before training."""
 
 PLACE = 1 << 32
-"""Added to a pair's position it is the place of its class picture, so that the two see different noise."""
+"""Added to a pair's position it is the place of its class image, so that the two see different noise."""
 
 
-class ClassPicture:
-    """A picture of the class, drawn by the model before training and kept on disk."""
+class ClassImage:
+    """An image of the class, drawn by the model before training and kept on disk."""
 
     repeats = 1
 
@@ -42,29 +42,29 @@ class ClassPicture:
         return hashlib.sha256("/".join(self.path.parts[-3:]).encode()).hexdigest()
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(open_picture(self.path), size, offset, flip)
+        return resize_and_crop(open_image(self.path), size, offset, flip)
 
 
-def class_pictures(folder: Path, prompts: Sequence[str], count: int, side: int) -> list[ClassPicture]:
-    """The ``count`` pictures of ``prompts``, by turns, that ``folder`` holds or will hold."""
+def class_images(folder: Path, prompts: Sequence[str], count: int, side: int) -> list[ClassImage]:
+    """The ``count`` images of ``prompts``, by turns, that ``folder`` holds or will hold."""
     keys = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
     turns = [number % len(prompts) for number in range(count)]
-    return [ClassPicture(folder / keys[t] / f"{n:05d}.png", prompts[t], side) for n, t in enumerate(turns)]
+    return [ClassImage(folder / keys[t] / f"{n:05d}.png", prompts[t], side) for n, t in enumerate(turns)]
 
 
-def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, processes: int) -> None:
-    """Draw this process's share of the pictures that are not on disk yet; each is written whole as it comes."""
+def draw_missing(images: Sequence[ClassImage], draw: Draw, rank: int, processes: int) -> None:
+    """Draw this process's share of the images that are not on disk yet; each is written whole as it comes."""
     # Shared out first: another process may write one of its own while this one looks.
-    shared = [int(number) for number in share(map(str, range(len(pictures))), rank, processes)]
-    mine = [number for number in shared if not pictures[number].path.exists()]
+    shared = [int(number) for number in share(map(str, range(len(images))), rank, processes)]
+    mine = [number for number in shared if not images[number].path.exists()]
     if not mine:
         return
-    wanted = [(pictures[number].caption, number) for number in mine]
-    more = len({picture.caption for picture in pictures}) - 1
+    wanted = [(images[number].caption, number) for number in mine]
+    more = len({image.caption for image in images}) - 1
     others = f" and {more} other prompts" if more else ""
-    with bar(f"Drawing pictures of {pictures[0].caption!r}{others}", len(mine)) as progress:
+    with bar(f"Drawing images of {images[0].caption!r}{others}", len(mine)) as progress:
         for number, pixels in zip(mine, draw(wanted), strict=True):
-            path = pictures[number].path
+            path = images[number].path
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
             Image.fromarray(pixels).save(partial, format="PNG")
@@ -73,7 +73,7 @@ def draw_missing(pictures: Sequence[ClassPicture], draw: Draw, rank: int, proces
 
 
 def partner(seed: int, count: int, number: int) -> int:
-    """Which of ``count`` class pictures goes with the ``number``-th pair of the run: each once before any twice."""
+    """Which of ``count`` class images goes with the ``number``-th pair of the run: each once before any twice."""
     epoch, place = divmod(number, count)
     return _permutation(seed, count, epoch)[place]
 

@@ -1,4 +1,4 @@
-"""A picture with its caption, and how its encodings are called in the caches."""
+"""An image with its caption, and how its encodings are called in the caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Sample(Protocol):
-    """A picture with its caption; ``size`` is (width, height) in pixels."""
+    """An image with its caption; ``size`` is (width, height) in pixels."""
 
     @property
     def caption(self) -> str: ...
@@ -21,17 +21,17 @@ class Sample(Protocol):
     def repeats(self) -> int: ...
 
     def content(self) -> str:
-        """A name for the picture's content, by which its latents are cached."""
+        """A name for the image's content, by which its latents are cached."""
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         """uint8 [H, W, 3], scaled to cover ``size`` (width, height) and cropped at ``offset`` (shares of the room)."""
 
 
 class Masked(Sample, Protocol):
-    """A picture that says what of it counts."""
+    """An image that says what of it counts."""
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """uint8 [H, W], 255 where the loss counts, scaled and cropped as the picture."""
+        """uint8 [H, W], 255 where the loss counts, scaled and cropped as the image."""
 
 
 @dataclass(frozen=True)

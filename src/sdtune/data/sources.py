@@ -1,4 +1,4 @@
-"""Data from a folder of pictures."""
+"""Data from a folder of images."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge
 
-from sdtune.data.datamodule import PictureData
-from sdtune.data.folder import MASK, Picture, check_pictures, read_folder
+from sdtune.data.datamodule import ImageDataModule
+from sdtune.data.folder import MASK, CaptionedImage, check_images, read_folder
 from sdtune.data.samples import Sample
-from sdtune.images.files import open_picture, resize_and_crop
+from sdtune.images.files import open_image, resize_and_crop
 
 
 class FileSample:
-    """A picture file with its caption."""
+    """An image file with its caption."""
 
-    def __init__(self, picture: Picture, repeats: int) -> None:
-        self.path, self.caption, self.size = picture.path, picture.caption, picture.size
-        self.repeats = picture.repeats * repeats
+    def __init__(self, image: CaptionedImage, repeats: int) -> None:
+        self.path, self.caption, self.size = image.path, image.caption, image.size
+        self.repeats = image.repeats * repeats
 
     def __str__(self) -> str:
         return str(self.path)
@@ -36,37 +36,37 @@ class FileSample:
         return self._sha256
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(open_picture(self.path), size, offset, flip)
+        return resize_and_crop(open_image(self.path), size, offset, flip)
 
     @property
     def mask_path(self) -> Path:
-        """``picture.mask.png`` beside ``picture.jpg``."""
+        """``image.mask.png`` beside ``image.jpg``."""
         return self.path.with_name(f"{self.path.stem}{MASK}")
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(open_picture(self.mask_path), size, offset, flip)[..., 0]
+        return resize_and_crop(open_image(self.mask_path), size, offset, flip)[..., 0]
 
     def check_mask(self) -> None:
-        """ValueError where there is no mask of the picture's size."""
+        """ValueError where there is no mask of the image's size."""
         if not self.mask_path.is_file():
             raise ValueError(f"data.masked: {self.mask_path} is missing; draw one of {self.path.name}, white counts")
-        if (found := open_picture(self.mask_path).size) != self.size:
+        if (found := open_image(self.mask_path).size) != self.size:
             raise ValueError(
-                f"data.masked: {self.mask_path} is {found[0]}x{found[1]} pixels, its picture"
+                f"data.masked: {self.mask_path} is {found[0]}x{found[1]} pixels, its image"
                 f" {self.size[0]}x{self.size[1]}; make them equal"
             )
 
 
 @dataclass(kw_only=True, eq=False)
-class Folder(PictureData):
-    """A folder of one's own pictures; :func:`sdtune.data.folder.read_folder` tells where captions come from.
+class Folder(ImageDataModule):
+    """A folder of one's own images; :func:`sdtune.data.folder.read_folder` tells where captions come from.
 
     Args:
         path: the folder.
-        prompt: caption of the pictures that have none of their own.
+        prompt: caption of the images that have none of their own.
         trigger: put before each caption, and never dropped.
-        repeats: how often each picture counts, on top of what a ``10_words`` folder says.
-        hold_out: every so-manieth picture (10: one in ten) is kept for the validation loss, not trained on.
+        repeats: how often each image counts, on top of what a ``10_words`` folder says.
+        hold_out: every so-manieth image (10: one in ten) is kept for the validation loss, not trained on.
         validation_path: a folder of its own for the validation loss.
     """
 
@@ -86,29 +86,29 @@ class Folder(PictureData):
         if self.hold_out and self.validation_path:
             raise ValueError("data.hold_out and data.validation_path: name one of the two")
 
-    def _pictures(self, path: str) -> list[Picture]:
+    def _images(self, path: str) -> list[CaptionedImage]:
         templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
-        pictures = read_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
-        check_pictures(pictures)
-        return list(pictures)
+        images = read_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
+        check_images(images)
+        return list(images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
         assert isinstance(self.class_prompt, str | None)
         ask = 'give one for them all with data.class_prompt="a photo of a dog", or a .txt file beside each'
-        pictures = read_folder(path, self.class_prompt, key="data.class_path", ask=ask)
-        check_pictures(pictures)
-        return [FileSample(p, 1) for p in pictures]
+        images = read_folder(path, self.class_prompt, key="data.class_path", ask=ask)
+        check_images(images)
+        return [FileSample(p, 1) for p in images]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        found = self._pictures(self.path)
+        found = self._images(self.path)
         kept = found[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
         if self.validation_path:
-            kept = self._pictures(self.validation_path)
+            kept = self._images(self.validation_path)
         elif self.hold_out and not kept:
             raise ValueError(
-                f"data.hold_out: {self.path} has {len(found)} pictures, too few to hold out one in {self.hold_out}"
+                f"data.hold_out: {self.path} has {len(found)} images, too few to hold out one in {self.hold_out}"
             )
-        away = {picture.path for picture in kept}
+        away = {image.path for image in kept}
         train = [FileSample(p, self.repeats) for p in found if p.path not in away]
         held_out = [FileSample(p, 1) for p in kept]
         if self.masked:

@@ -1,4 +1,4 @@
-"""Does a picture show what its control map asked for? The map that is made again of the picture is held against it."""
+"""Does an image show what its control map asked for? The map that is made again of the image is held against it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def agreement(task: Task, asked: np.ndarray, shown: np.ndarray) -> float:
     """From 0 to 1, of two maps uint8 [H, W, 3].
 
     Edges and poses: F1 of their pixels within :data:`MATCH`. Segmentation: IoU, mean over the classes that either map
-    has. Depth: one less the root mean square of the difference, white being 1; maps of other pictures agree to about
+    has. Depth: one less the root mean square of the difference, white being 1; maps of other images agree to about
     0.7 already. The same quantities as ControlNet++ reports (Li et al. 2024, section 4.1), which matches edges to the
     pixel and gives depth's error itself.
     """

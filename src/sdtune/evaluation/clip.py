@@ -1,4 +1,4 @@
-"""Figures by a CLIP: does a picture look like the subject, does it show what the prompt says?"""
+"""Figures by a CLIP: does an image look like the subject, does it show what the prompt says?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(name: str) -> None:
 
 
 class Clip:
-    """A CLIP in a local folder (or the hub's cache) that embeds pictures and prompts.
+    """A CLIP in a local folder (or the hub's cache) that embeds images and prompts.
 
     Radford et al. 2021. Embeddings have unit length, so products are cosines in [-1, 1].
     """
@@ -45,12 +45,12 @@ class Clip:
         self._mean, self._std = pixel_statistics(folder)
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings float32 [N, D] of uint8 [H, W, 3] pictures, resized and cropped to the CLIP's square."""
+    def images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings float32 [N, D] of uint8 [H, W, 3] images, resized and cropped to the CLIP's square."""
         side = self.model.config.vision_config.image_size
         rows = []
-        for first in range(0, len(pictures), 64):
-            batch = np.stack([_square(p, side) for p in pictures[first : first + 64]])
+        for first in range(0, len(images), 64):
+            batch = np.stack([_square(p, side) for p in images[first : first + 64]])
             pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
             mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self._mean, self._std))
             pooled = self.model.vision_model(pixel_values=(pixels - mean) / std).pooler_output
@@ -65,8 +65,8 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
 
-def _square(picture: np.ndarray, side: int) -> np.ndarray:
-    image = Image.fromarray(picture)
+def _square(pixels: np.ndarray, side: int) -> np.ndarray:
+    image = Image.fromarray(pixels)
     scale = side / min(image.size)
     size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -74,11 +74,11 @@ def _square(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def clip_image(clip: Clip, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
-    """Mean cosine between each picture and each reference, in [-1, 1] (CLIP-I of Ruiz et al. 2023, section 4.2)."""
-    return float((clip.pictures(pictures) @ clip.pictures(references).T).mean())
+def clip_image(clip: Clip, images: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
+    """Mean cosine between each image and each reference, in [-1, 1] (CLIP-I of Ruiz et al. 2023, section 4.2)."""
+    return float((clip.images(images) @ clip.images(references).T).mean())
 
 
-def clip_text(clip: Clip, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
-    """Mean cosine between each picture and its prompt, in [-1, 1] (CLIP-T of Ruiz et al. 2023, section 4.2)."""
-    return float((clip.pictures(pictures) * clip.prompts(prompts)).sum(1).mean())
+def clip_text(clip: Clip, images: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
+    """Mean cosine between each image and its prompt, in [-1, 1] (CLIP-T of Ruiz et al. 2023, section 4.2)."""
+    return float((clip.images(images) * clip.prompts(prompts)).sum(1).mean())

@@ -1,4 +1,4 @@
-"""Likeness of pictures by a DINO or DINOv2, which knows no words and so looks at the subject itself."""
+"""Likeness of images by a DINO or DINOv2, which knows no words and so looks at the subject itself."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Dino:
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"evaluation.dino: {path} holds no model of pictures ({reason})") from error
+            raise ValueError(f"evaluation.dino: {path} holds no model of images ({reason})") from error
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings float32 [N, D] of uint8 [H, W, 3] pictures."""
+    def images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Embeddings float32 [N, D] of uint8 [H, W, 3] images."""
         rows = []
-        for first in range(0, len(pictures), 64):
-            images = [Image.fromarray(p) for p in pictures[first : first + 64]]
-            inputs = self.processor(images=images, return_tensors="pt").to(self.device)
+        for first in range(0, len(images), 64):
+            batch = [Image.fromarray(p) for p in images[first : first + 64]]
+            inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
             rows.append(F.normalize(self.model(**inputs).last_hidden_state[:, 0].float(), dim=-1))
         return torch.cat(rows)
 
 
-def dino_image(dino: Dino, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
-    """Mean cosine between each picture and each reference, in [-1, 1] (DINO of Ruiz et al. 2023, section 4.2)."""
-    return float((dino.pictures(pictures) @ dino.pictures(references).T).mean())
+def dino_image(dino: Dino, images: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
+    """Mean cosine between each image and each reference, in [-1, 1] (DINO of Ruiz et al. 2023, section 4.2)."""
+    return float((dino.images(images) @ dino.images(references).T).mean())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def distances(embeddings: Tensor) -> list[float]:
     """Of each of ``embeddings`` [N, D] of unit length, N at least 2, the mean cosine distance to the others, in [0, 2].
 
-    Their mean is the diversity, which Ruiz et al. 2022 (section 4.1, DIV) take of LPIPS: 0 where all pictures are one.
+    Their mean is the diversity, which Ruiz et al. 2022 (section 4.1, DIV) take of LPIPS: 0 where all images are one.
     """
     count = len(embeddings)
     assert count >= 2
@@ -20,13 +20,13 @@ def distances(embeddings: Tensor) -> list[float]:
     return found
 
 
-def nearest(pictures: Tensor, shown: Tensor) -> list[float]:
-    """Of each of ``pictures`` [N, D] the greatest cosine to any of the training pictures ``shown`` [M, D], in [-1, 1].
+def nearest(images: Tensor, shown: Tensor) -> list[float]:
+    """Of each of ``images`` [N, D] the greatest cosine to any of the training images ``shown`` [M, D], in [-1, 1].
 
     1 is a copy, as far as the embeddings see (Somepalli et al. 2023, section 4, who use it to find copies). A subject
     that is met well is near too, so read it beside ``diversity``.
     """
-    found: list[float] = (pictures @ shown.T).amax(dim=1).tolist()
+    found: list[float] = (images @ shown.T).amax(dim=1).tolist()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a run has left, and of the model as it was."""
+"""Images of what a run has left, and of the model as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.hardware.precision import precision
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
@@ -22,7 +22,7 @@ from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, generate
 
 REFERENCES = 64
-"""Training pictures that stand for the subject, at most."""
+"""Training images that stand for the subject, at most."""
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def base(source: Pretrained, device: torch.device) -> Iterator[Backbone]:
 
 
 def draw(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
-    """The requested pictures, in bfloat16 where the device multiplies it itself."""
+    """The requested images, in bfloat16 where the device multiplies it itself."""
     kind = backbone.device.type
     half = precision("auto", kind) == "bf16-mixed"
     with torch.autocast(kind, torch.bfloat16, enabled=half):
@@ -81,14 +81,14 @@ def _draw_into(
     file: Path, source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
 ) -> None:
     with base(source, device) as backbone:
-        pictures = np.stack(draw(backbone, requests, sampling))
+        images = np.stack(draw(backbone, requests, sampling))
     partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
     with partial.open("wb") as handle:
-        np.save(handle, pictures)
+        np.save(handle, images)
     partial.replace(file)
 
 
-def references(data: PictureData) -> list[np.ndarray]:
-    """Training pictures as they are trained, at most :data:`REFERENCES` of them."""
+def references(data: ImageDataModule) -> list[np.ndarray]:
+    """Training images as they are trained, at most :data:`REFERENCES` of them."""
     step = max(1, len(data.train) // REFERENCES)
     return [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in data.train[::step]][:REFERENCES]

@@ -1,4 +1,4 @@
-"""How strongly a LoRA shall act is chosen when sampling: the same pictures at each strength, to choose by."""
+"""How strongly a LoRA shall act is chosen when sampling: the same images at each strength, to choose by."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from sdtune.backbone import Facts, Pretrained
-from sdtune.data import PictureData
-from sdtune.data.control.base import FromPicture
+from sdtune.data import ImageDataModule
+from sdtune.data.control.base import FromImage
 from sdtune.data.previews import wanted
 from sdtune.evaluation import clip as clip_model
 from sdtune.evaluation import dino as dino_model
@@ -31,18 +31,18 @@ from sdtune.sampling.loop import Request, Sampling
 class ClipFigures:
     """Figures of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
 
-    ``clip_image``, ``clip_text``: likeness to the training pictures and to the prompts. ``diversity``: mean distance
-    between the pictures (:func:`sdtune.evaluation.distances.distances`). ``memorisation``: mean likeness to the nearest
-    training picture (:func:`sdtune.evaluation.memorisation.nearest`). ``prior_drift``, where the data has a class
-    prompt: distance between the class's pictures and the base's (:func:`sdtune.evaluation.drift.prior_drift`).
+    ``clip_image``, ``clip_text``: likeness to the training images and to the prompts. ``diversity``: mean distance
+    between the images (:func:`sdtune.evaluation.distances.distances`). ``memorisation``: mean likeness to the nearest
+    training image (:func:`sdtune.evaluation.memorisation.nearest`). ``prior_drift``, where the data has a class
+    prompt: distance between the class's images and the base's (:func:`sdtune.evaluation.drift.prior_drift`).
     ``dino_image``: as ``clip_image``, by a DINO. ``control_agreement``, for a ControlNet: mean agreement of the asked
-    map with that of the picture (:func:`sdtune.evaluation.agreement.agreement`); the base sees the prompt alone, and
+    map with that of the image (:func:`sdtune.evaluation.agreement.agreement`); the base sees the prompt alone, and
     shows what agrees by chance.
 
     Args:
         prompts: what is drawn; the data's own captions (at most eight) if None.
-        pictures: how many pictures in all, shared out over the prompts; as many of the class.
-        seed: of the first picture; the others follow.
+        images: how many images in all, shared out over the prompts; as many of the class.
+        seed: of the first image; the others follow.
         clip: the folder of a CLIP; without one its figures are null, and nothing is downloaded.
         dino: the folder of a DINO or DINOv2, likewise.
         sampling: how.
@@ -51,19 +51,19 @@ class ClipFigures:
     def __init__(
         self,
         prompts: Sequence[str] | None = None,
-        pictures: Annotated[int, Ge(2)] = 32,
+        images: Annotated[int, Ge(2)] = 32,
         seed: Annotated[int, Ge(0)] = 1000,
         clip: str | None = None,
         dino: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        self.prompts, self.count, self.seed, self.clip, self.dino = prompts, pictures, seed, clip, dino
+        self.prompts, self.count, self.seed, self.clip, self.dino = prompts, images, seed, clip, dino
         self.sampling = sampling or Sampling()
 
     names = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image", "control_agreement", "prior_drift")
     """Of its figures."""
 
-    def check(self, data: PictureData, facts: Facts) -> None:
+    def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         self.sampling.check(facts.factor)
         if self.clip is not None:
@@ -72,19 +72,19 @@ class ClipFigures:
             dino_model.check(self.dino)
 
     def run(
-        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
         asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
         shown_for = [asked[i % len(asked)] for i in range(self.count)]
         requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
         figures: dict[str, Any] = {}
-        if self.clip is not None or self.dino is not None or isinstance(data.control, FromPicture):
+        if self.clip is not None or self.dino is not None or isinstance(data.control, FromImage):
             figures = self._measured(source, data, artifact, name, device, folder, requests)
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         return {**figures, **_null(figures, self._reasons(data))}
 
-    def _reasons(self, data: PictureData) -> dict[str, str]:
+    def _reasons(self, data: ImageDataModule) -> dict[str, str]:
         """Why figures that are missing are."""
         ours = ("clip_image", "clip_text", "diversity", "memorisation")
         without = "no {}: evaluation.{}=FOLDER measures with one; nothing is downloaded unasked"
@@ -92,13 +92,13 @@ class ClipFigures:
         for prefix in ("", "base_"):
             reasons[f"{prefix}dino_image"] = without.format("DINO named", "dino")
         drift = "the data has no data.class_prompt" if self.clip else without.format("CLIP named", "clip")
-        none = "the data has no control maps" if data.control is None else "its maps are not made from pictures"
+        none = "the data has no control maps" if data.control is None else "its maps are not made from images"
         return {**reasons, "prior_drift": drift, "control_agreement": none, "base_control_agreement": none}
 
     def _measured(
         self,
         source: Pretrained,
-        data: PictureData,
+        data: ImageDataModule,
         artifact: Path,
         name: str,
         device: torch.device,
@@ -113,25 +113,25 @@ class ClipFigures:
         drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in (*requests, *others)], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw(backbone, [*requests, *others], self.sampling)
-        # Loaded when the pictures are there: where runs share a backbone, all of them wait for the drawing.
+        # Loaded when the images are there: where runs share a backbone, all of them wait for the drawing.
         clip = Clip(self.clip, device) if self.clip is not None else None
         dino = Dino(self.dino, device) if self.dino is not None else None
         for prefix, whole in drawn.items():
-            pictures, of_class = whole[: self.count], whole[self.count :]
+            images, of_class = whole[: self.count], whole[self.count :]
             if clip is not None:
-                embedded, training = clip.pictures(pictures), clip.pictures(shown)
-                figures[f"{prefix}clip_image"] = clip_image(clip, pictures, shown)
-                figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
+                embedded, training = clip.images(images), clip.images(shown)
+                figures[f"{prefix}clip_image"] = clip_image(clip, images, shown)
+                figures[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
                 figures[f"{prefix}diversity"] = fmean(distances(embedded))
                 figures[f"{prefix}memorisation"] = fmean(nearest(embedded, training))
-                classes += [clip.pictures(of_class)] if of_class else []
+                classes += [clip.images(of_class)] if of_class else []
             if dino is not None:
-                figures[f"{prefix}dino_image"] = dino_image(dino, pictures, shown)
-            if isinstance(data.control, FromPicture):
-                pairs = zip(requests, data.control.again(pictures, device), strict=True)
+                figures[f"{prefix}dino_image"] = dino_image(dino, images, shown)
+            if isinstance(data.control, FromImage):
+                pairs = zip(requests, data.control.again(images, device), strict=True)
                 agreed = [agreement(data.control.task, request.maps[0], found) for request, found in pairs]
                 figures[f"{prefix}control_agreement"] = fmean(agreed)
-            for kind, found in (("pictures", pictures), ("class", of_class)):
+            for kind, found in (("images", images), ("class", of_class)):
                 if found:
                     sheet = grid([found[i : i + 8] for i in range(0, min(64, len(found)), 8)])
                     save_png(sheet, folder / f"{prefix or 'trained_'}{kind}.png")
@@ -139,8 +139,8 @@ class ClipFigures:
             figures["prior_drift"] = prior_drift(classes[1], classes[0])
         return figures
 
-    def _class(self, data: PictureData) -> list[Request]:
-        """As many pictures of the class, where the data names it."""
+    def _class(self, data: ImageDataModule) -> list[Request]:
+        """As many images of the class, where the data names it."""
         if data.class_prompt is None:
             return []
         prompts = [data.class_prompt] if isinstance(data.class_prompt, str) else data.class_prompt

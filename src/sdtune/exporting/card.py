@@ -44,7 +44,7 @@ def write_card(
         folder: the artifact's.
         artifact: what lies in it.
         config: the run's, resolved.
-        facts: ``family``, ``backbone`` (its name), ``hash``, ``pictures``, ``side`` (in pixels), ``captions`` and
+        facts: ``family``, ``backbone`` (its name), ``hash``, ``images``, ``side`` (in pixels), ``captions`` and
             ``trigger``.
         figures: of ``metrics.json``.
         grid: of samples, before and after.
@@ -69,7 +69,7 @@ def write_card(
     lines += [f"| trigger words | {', '.join(words) or 'none'} |"]
     data = config.get("data", {})
     sizes = f"batch size {data.get('batch_size')}, {facts['side']} pixels"
-    lines += [f"| data | {facts['pictures']} pictures, {sizes}; captions such as {_quoted(facts['captions'])} |"]
+    lines += [f"| data | {facts['images']} images, {sizes}; captions such as {_quoted(facts['captions'])} |"]
     lines += [f"| use | {_USE[artifact.kind].format(name=artifact.name)} |"]
     lines += ["| licence | **to be named by the author**; the base model's own applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]

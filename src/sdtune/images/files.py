@@ -1,4 +1,4 @@
-"""Picture files as 8-bit RGB: every conversion is chosen here, and a file that cannot be decoded is an error."""
+"""Image files as 8-bit RGB: every conversion is chosen here, and a file that cannot be decoded is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of picture files, to be compared in lower case."""
+"""Suffixes of image files, to be compared in lower case."""
 
 # A closed list, since Pillow goes by content: a .png that holds PostScript would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -28,7 +28,7 @@ _FAILURES = (
     Image.DecompressionBombWarning,
 )
 
-# Not ImageOps.exif_transpose, which writes the EXIF anew and so fails on good pictures with an odd tag.
+# Not ImageOps.exif_transpose, which writes the EXIF anew and so fails on good images with an odd tag.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,47 +43,47 @@ _UPRIGHT = {
 _OPENING = threading.Lock()
 
 
-def open_picture(path: Path, key: str = "data.path") -> Image.Image:
+def open_image(path: Path, key: str = "data.path") -> Image.Image:
     """The first frame of ``path``, fully decoded, upright by its EXIF orientation, mode RGB.
 
     Transparency is composited on white. 16-bit grey is scaled to 8 bits. CMYK goes by Pillow's plain formula: colour
     profiles are not applied. ``key`` is the setting that errors name.
 
     Raises:
-        ValueError: not a readable picture, or one too large to be honest (Pillow's decompression bomb limit).
+        ValueError: not a readable image, or one too large to be honest (Pillow's decompression bomb limit).
     """
-    with _opened(path, key) as picture:
-        picture.load()  # decodes every pixel, where verify() passes a truncated JPEG
-        turn = _UPRIGHT.get(_orientation(picture))
-        return _rgb(picture if turn is None else picture.transpose(turn))
+    with _opened(path, key) as image:
+        image.load()  # decodes every pixel, where verify() passes a truncated JPEG
+        turn = _UPRIGHT.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(turn))
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of what ``open_picture`` returns, from the header alone.
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of what ``open_image`` returns, from the header alone.
 
-    A PNG may hold its orientation behind the pixels, where this does not look; ``check_pictures`` finds those.
+    A PNG may hold its orientation behind the pixels, where this does not look; ``check_images`` finds those.
 
     Raises:
-        ValueError: as ``open_picture``, as far as the header shows it.
+        ValueError: as ``open_image``, as far as the header shows it.
     """
-    with _opened(path) as picture:
-        width, height = picture.size
-        if picture.format == "TIFF":  # Pillow has turned this size already
+    with _opened(path) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # Pillow has turned this size already
             return width, height
-        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def resize_and_crop(
-    picture: Image.Image,
+    image: Image.Image,
     size: tuple[int, int],
     offset: tuple[float, float] = (0.5, 0.5),
     flip: bool = False,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """``picture`` scaled to cover ``size``, and what stands over cropped away.
+    """``image`` scaled to cover ``size``, and what stands over cropped away.
 
     Args:
-        picture: mode RGB.
+        image: mode RGB.
         size: (width, height) of the result in pixels.
         offset: (x, y), each in [0, 1]: the share of the room that is cropped on the left and at the top.
         flip: mirror the crop left to right.
@@ -93,15 +93,15 @@ def resize_and_crop(
         uint8 [height, width, 3], writable.
     """
     width, height = size
-    if picture.width * height > picture.height * width:
-        box_width, box_height = picture.height * width / height, float(picture.height)
+    if image.width * height > image.height * width:
+        box_width, box_height = image.height * width / height, float(image.height)
     else:
-        box_width, box_height = float(picture.width), picture.width * height / width
-    left = offset[0] * (picture.width - box_width)
-    top = offset[1] * (picture.height - box_height)
+        box_width, box_height = float(image.width), image.width * height / width
+    left = offset[0] * (image.width - box_width)
+    top = offset[1] * (image.height - box_height)
     # One pass over a fractional box: a resize to whole pixels first would bend the aspect and shift the crop.
     box = (left, top, left + box_width, top + box_height)
-    pixels = np.array(picture.resize(size, resample, box=box))
+    pixels = np.array(image.resize(size, resample, box=box))
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
@@ -111,11 +111,11 @@ def frame(
     """Where :func:`resize_and_crop` has a crop from: what SDXL is told of it (Podell et al. 2023, section 2.2).
 
     Args:
-        whole: (width, height) of the picture.
+        whole: (width, height) of the image.
         size, offset, flip: as there.
 
     Returns:
-        height and width of the picture, top and left of the crop in the scaled picture, height and width of the crop.
+        height and width of the image, top and left of the crop in the scaled image, height and width of the crop.
     """
     width, height = size
     scale = max(width / whole[0], height / whole[1])
@@ -126,16 +126,16 @@ def frame(
 
 @contextmanager
 def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
-    """The picture with its header read; whatever fails in here becomes the one line for the user."""
+    """The image with its header read; whatever fails in here becomes the one line for the user."""
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=_FORMATS)
-        with picture:
-            yield picture
+            image = Image.open(path, formats=_FORMATS)
+        with image:
+            yield image
     except _FAILURES as error:
         reason = _reason(path, error)
-        raise ValueError(f"{key}: {path} is not a readable picture ({reason}): remove it or replace it") from error
+        raise ValueError(f"{key}: {path} is not a readable image ({reason}): remove it or replace it") from error
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -146,24 +146,24 @@ def _reason(path: Path, error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
         # The base class's method, since the PNG one decodes the pixels to look for EXIF behind them.
-        orientation: int = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+        orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except SyntaxError as error:  # EXIF has the form of a TIFF file, and "not a TIFF file" would mislead
         raise ValueError("its EXIF data are damaged") from error
     return orientation
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly everything would be white
-        values = np.asarray(picture)
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly everything would be white
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its grey values leave the 16 bits 0 to 65535")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed white")
-    if picture.has_transparency_data:  # a plain conversion would show the colours hidden under the transparent parts
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+    if image.has_transparency_data:  # a plain conversion would show the colours hidden under the transparent parts
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Pictures side by side, with captions that a person can read."""
+"""Images side by side, with captions that a person can read."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 _MARGIN = 6
-_SHOWN = 160  # small pictures are enlarged to this side, without smoothing, so that a grid of them can be judged
+_SHOWN = 160  # small images are enlarged to this side, without smoothing, so that a grid of them can be judged
 
 
-def save_png(picture: np.ndarray | Image.Image, path: Path, settings: dict[str, str] | None = None) -> None:
+def save_png(image: np.ndarray | Image.Image, path: Path, settings: dict[str, str] | None = None) -> None:
     """Write a PNG with ``settings`` in its metadata (text chunks, as A1111 and ComfyUI do); whole or not at all."""
     info = PngInfo()
     for key, value in (settings or {}).items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image.save(partial, format="PNG", pnginfo=info)
+    whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    whole.save(partial, format="PNG", pnginfo=info)
     partial.replace(path)
 
 
 def grid(
     rows: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
 ) -> Image.Image:
-    """``rows`` of pictures (uint8 [H, W, 3], one size) with labels at the left and above."""
+    """``rows`` of images (uint8 [H, W, 3], one size) with labels at the left and above."""
     height, width = rows[0][0].shape[:2]
     scale = max(1, round(_SHOWN / max(height, width)))
     tile_w, tile_h = width * scale + _MARGIN, height * scale + _MARGIN
@@ -46,7 +46,7 @@ def grid(
         if r < len(row_labels):
             lines = textwrap.wrap(row_labels[r], 16)[:6]
             ink.multiline_text((4, top + _MARGIN + r * tile_h), "\n".join(lines), fill="black", font=font, spacing=1)
-        for c, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + _MARGIN + c * tile_w, top + _MARGIN + r * tile_h))
     return sheet

@@ -23,18 +23,18 @@ from sdtune.backbone.controlnet_files import WEIGHTS, check_net, embedding_width
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.formats import read_safetensors
-from sdtune.images.files import open_picture, resize_and_crop
+from sdtune.images.files import open_image, resize_and_crop
 
 log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
 class ControlImage:
-    """A net's folder and the picture that steers it.
+    """A net's folder and the image that steers it.
 
     Args:
         path: a ControlNet in the diffusers layout.
-        image: a map, or a picture that ``preprocess`` makes one of; its file, or the picture itself.
+        image: a map, or an image that ``preprocess`` makes one of; its file, or the image itself.
         strength: factor on the net's residuals.
         preprocess: how a map is made of the image, as it is in training by default; the image is the map if None.
         resample: how a map is brought to the wanted size; nearest for segmentation.
@@ -46,20 +46,20 @@ class ControlImage:
     preprocess: Literal["canny", "scribble"] | None = None
     resample: Resample = "bilinear"
 
-    def picture(self) -> Image.Image:
+    def read_image(self) -> Image.Image:
         """Mode RGB; ValueError where there is none."""
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
         file = Path(self.image).expanduser()
         if not file.is_file():
-            raise ValueError(f"control.image: {self.image} does not exist; name a picture file")
-        return open_picture(file, "control.image")
+            raise ValueError(f"control.image: {self.image} does not exist; name an image file")
+        return open_image(file, "control.image")
 
     def map(self, size: tuple[int, int]) -> np.ndarray:
         """uint8 [H, W, 3]: the image scaled to cover ``size`` (width, height) and cropped at the centre."""
         if self.preprocess is None:
-            return fit(self.picture(), size, resample=self.resample)
-        return _computed(self.preprocess).extract(resize_and_crop(self.picture(), size))
+            return fit(self.read_image(), size, resample=self.resample)
+        return _computed(self.preprocess).extract(resize_and_crop(self.read_image(), size))
 
 
 @cache

@@ -54,7 +54,7 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
 def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
     """ValueError where there is no adapter; a warning for one of another backbone; reads headers alone.
 
-    A LoRA is used on models that were made from its own, and whether it suits one shows in the pictures. One that does
+    A LoRA is used on models that were made from its own, and whether it suits one shows in the images. One that does
     not fit is refused by its shapes.
     """
     place = Path(path).expanduser()
@@ -69,7 +69,7 @@ def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> Non
         theirs = read_metadata(file).get("sdtune_backbone_hash", backbone_hash)
         if theirs != backbone_hash:
             log.warning(
-                "%s: trained on another backbone (%s) than this one (%s): its pictures may be others than it learned",
+                "%s: trained on another backbone (%s) than this one (%s): its images may be others than it learned",
                 path,
                 theirs[:12],
                 backbone_hash[:12],
@@ -146,7 +146,7 @@ def applied(
 ) -> Iterator[None]:
     """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
 
-    Merged rather than kept as branches: sampling then costs what the base costs. Only where pictures are all that is
+    Merged rather than kept as branches: sampling then costs what the base costs. Only where images are all that is
     wanted of it, one LoRA on a UNet that several runs share stays beside the weights, so that they draw together.
     """
     modules = _modules(backbone)

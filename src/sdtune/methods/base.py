@@ -17,7 +17,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Component
 from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.formats import embeddings
 from sdtune.hardware.allocator import keep
@@ -103,10 +103,10 @@ class Adapter(pl.LightningModule, ABC):
         """Write an intermediate artifact; by default what :meth:`write_artifact` writes, under ``stem``."""
         self.write_artifact(folder, stem)
 
-    def check_data(self, data: PictureData) -> None:
+    def check_data(self, data: ImageDataModule) -> None:
         """ValueError for data that the method cannot be trained on; called before any weights are loaded."""
 
-    def check_against(self, data: PictureData) -> None:
+    def check_against(self, data: ImageDataModule) -> None:
         """:meth:`check_data`, and ValueError for a new token that no prompt holds: it would learn nothing."""
         random = [part for part in self.source.from_scratch if part not in self.parts]
         if random:
@@ -214,7 +214,7 @@ class Adapter(pl.LightningModule, ABC):
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PictureData):
+        if isinstance(data, ImageDataModule):
             data.open(self.source.facts.side, self.source.facts.factor)
             self.check_against(data)
             fill_caches(self._cached_parts(), data, self.trainer)

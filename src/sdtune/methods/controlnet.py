@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sdtune.backbone.controlnet import skips
 from sdtune.backbone.controlnet_files import check_net, embedding_widths, load_net
 from sdtune.data.control.base import Computed
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.files import write_json
 from sdtune.formats.pipeline import save_component
@@ -53,10 +53,10 @@ class ControlNet(Adapter):
         self._maps: dict[str, str | None] = {}
         """How the maps that it learns from are made, once the data is known; goes into the artifact."""
 
-    def check_data(self, data: PictureData) -> None:
+    def check_data(self, data: ImageDataModule) -> None:
         if data.control is None:
             raise ValueError(
-                "data.control: method=controlnet learns from a map of each picture; choose one with data/control=canny,"
+                "data.control: method=controlnet learns from a map of each image; choose one with data/control=canny,"
                 " scribble, paired, estimated or pocket"
             )
         if self.weights is not None:

@@ -1,4 +1,4 @@
-"""DreamBooth: the UNet learns a subject under a rare word, beside pictures of its class so that the class survives."""
+"""DreamBooth: the UNet learns a subject under a rare word, beside images of its class so that the class survives."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, Unpack
 from annotated_types import Gt
 
 from sdtune.backbone.families import Component
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.methods.full import Full
 from sdtune.training.arguments import Common
 
 
 class DreamBooth(Full):
-    """Full fine-tuning on pairs of a subject's and its class's pictures (Ruiz et al. 2022, section 3).
+    """Full fine-tuning on pairs of a subject's and its class's images (Ruiz et al. 2022, section 3).
 
     L = L_simple(subject) + lambda L_simple(class); the pairs and lambda are the data's (``data.class_prompt``,
     ``data.prior_weight``), so that other methods train on them too.
@@ -35,10 +35,10 @@ class DreamBooth(Full):
             raise ValueError("method.parts: DreamBooth leaves the VAE as it is; method=full trains it")
         super().__init__(parts=parts, text_encoder_lr=text_encoder_lr, **common)
 
-    def check_data(self, data: PictureData) -> None:
-        """Refuses data without class pictures, unless their weight is 0."""
+    def check_data(self, data: ImageDataModule) -> None:
+        """Refuses data without class images, unless their weight is 0."""
         if data.prior_weight > 0 and not data.has_prior:
             raise ValueError(
-                'data.class_prompt is missing: DreamBooth keeps the class by its pictures; give data.class_prompt="a'
+                'data.class_prompt is missing: DreamBooth keeps the class by its images; give data.class_prompt="a'
                 ' photo of a dog" or data.class_path=DIR, or data.prior_weight=0 to train without them'
             )

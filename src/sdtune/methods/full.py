@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdtune.backbone.families import Component
 from sdtune.backbone.pretrained import Pretrained
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.files import write_json
 from sdtune.formats.keys import canonical_key
@@ -34,7 +34,7 @@ class Full(Adapter):
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
         vae_lr: of the VAE, likewise.
         kl_weight: of the VAE's KL term, a mean over the latent's numbers, against the L1 term's mean over pixels.
-        perception: the folder of a CLIP whose picture encoder adds a perceptual term to the VAE's loss; none if None.
+        perception: the folder of a CLIP whose image encoder adds a perceptual term to the VAE's loss; none if None.
         perception_weight: of that term.
     """
 
@@ -64,7 +64,7 @@ class Full(Adapter):
         self._perception: list[Perception] = []
         """Held in a list: as a submodule it would be taken for a part of the model."""
 
-    def check_data(self, data: PictureData) -> None:
+    def check_data(self, data: ImageDataModule) -> None:
         if data.held_out and self.parts == ("vae",):
             raise ValueError(
                 "data.hold_out: the validation loss is the diffusion loss, which says nothing of method.parts=[vae];"

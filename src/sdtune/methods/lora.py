@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
@@ -105,7 +105,7 @@ class LoRA(Adapter):
             raise ValueError(f"method.weights: {weights} does not exist; name a LoRA's file")
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
 
-    def check_data(self, data: PictureData) -> None:
+    def check_data(self, data: ImageDataModule) -> None:
         if self.weights_file is not None:
             check_file(self.weights_file, self.source.hash(), "method.weights")
 

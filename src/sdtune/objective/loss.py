@@ -18,7 +18,7 @@ class Objective:
     Args:
         weighting: how much each noise level counts.
         offset_noise: strength of noise that is one number a channel, added to the noise so that a model learns to move
-            a picture's mean brightness (Guttenberg 2023, "Diffusion with offset noise"; there 0.1).
+            an image's mean brightness (Guttenberg 2023, "Diffusion with offset noise"; there 0.1).
     """
 
     def __init__(self, weighting: Weighting | None = None, offset_noise: Annotated[float, Ge(0)] = 0.0) -> None:

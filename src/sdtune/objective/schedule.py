@@ -1,4 +1,4 @@
-"""The forward process: how much of the picture and how much noise a step holds."""
+"""The forward process: how much of the image and how much noise a step holds."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Figures:
         average: bytes of an average of what is trained, where one is kept.
         idle: bytes of the encoders that a step with full caches does not need.
         encoding, previews, drawing: peaks in bytes above weights and state; 0 where nothing is cached, nothing is
-            shown, or no pictures of the class are drawn (by a model of their own, which is counted).
+            shown, or no images of the class are drawn (by a model of their own, which is counted).
     """
 
     components: tuple[Component, ...]
@@ -88,18 +88,18 @@ def measure(
     cache_text: bool,
     average: bool,
     previews: int,
-    class_pictures: int,
+    class_images: int,
 ) -> Figures:
     """Take one step of ``adapter``, which stands on the meta device with a trainer attached, and count.
 
     Args:
         count: samples a micro-batch.
-        pairs: whether each sample is two pictures, the subject's and one of its class.
-        side: of their square pictures, in pixels.
+        pairs: whether each sample is two images, the subject's and one of its class.
+        side: of their square images, in pixels.
         gpu: whether a GPU is planned for, or a CPU.
         cache_latents, cache_text: whether the data keeps what frozen encoders make.
         average: whether an average of the weights is kept.
-        previews, class_pictures: how many are drawn at once; 0 for none.
+        previews, class_images: how many are drawn at once; 0 for none.
     """
     adapter.on_fit_start()
     backbone = adapter.backbone
@@ -116,11 +116,11 @@ def measure(
     state = _state(adapter)
 
     def encode() -> None:
-        pictures = encoded_at_once(side, side, "cuda" if gpu else "cpu")
-        backbone.encode_images(torch.empty(pictures, 3, side, side, device=_META))
+        images = encoded_at_once(side, side, "cuda" if gpu else "cpu")
+        backbone.encode_images(torch.empty(images, 3, side, side, device=_META))
 
     def draw(count: int, model: Backbone, denoise: Callable[..., Tensor]) -> None:
-        # With guidance, each picture goes through the UNet twice, with its prompt and without.
+        # With guidance, each image goes through the UNet twice, with its prompt and without.
         shown = _batch(adapter, 2 * count, side, True, True)
         latents = shown["moments"].chunk(2, dim=1)[0]
         denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), shown["text"], shown)
@@ -140,8 +140,8 @@ def measure(
         checkpointed=checkpointed,
         encoding=_peak(adapter, gpu, encode) if caches[0] else 0,
         previews=_peak(adapter, gpu, lambda: draw(previews, backbone, adapter.denoise)) if previews else 0,
-        drawing=_drawing(adapter, gpu, lambda fresh, denoise: draw(class_pictures, fresh, denoise))
-        if class_pictures
+        drawing=_drawing(adapter, gpu, lambda fresh, denoise: draw(class_images, fresh, denoise))
+        if class_images
         else 0,
     )
 
@@ -167,13 +167,13 @@ def _components(adapter: Adapter) -> tuple[Component, ...]:
 
 def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
     facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
-    pictures = torch.empty(count, 3, side, side, device=_META)
+    images = torch.empty(count, 3, side, side, device=_META)
     # Only a method that reads maps looks at them.
-    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count)), "control": pictures}
+    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count)), "control": images}
     if cached_latents:
         batch["moments"] = torch.empty(count, 2 * facts.latent_channels, cells, cells, device=_META)
     else:
-        batch["pixels"] = pictures
+        batch["pixels"] = images
     if cached_text:
         batch["text"] = torch.empty(count, *adapter.backbone.text_shape, device=_META)
     return batch

@@ -39,9 +39,9 @@ class Memory:
         activations: peak of one forward and backward pass, gradients apart.
         step: peak of a training step. Gradients come as activations go, so it is less than the sum, unless
             gradients of a micro-batch before are there already.
-        encoding: peak while pictures are encoded for the cache.
+        encoding: peak while images are encoded for the cache.
         previews: peak while previews are drawn.
-        drawing: peak while pictures of the class are drawn, before training; 0 where none are.
+        drawing: peak while images of the class are drawn, before training; 0 where none are.
     """
 
     weights: int

@@ -20,16 +20,16 @@ class PlanRequest:
     Attributes:
         make_adapter: gives the method over a backbone on the meta device, not yet built.
         micro_batch: samples a process sees at once.
-        pairs: whether each sample is two pictures, the subject's and one of its class.
-        side: of the square pictures, in pixels.
+        pairs: whether each sample is two images, the subject's and one of its class.
+        side: of the square images, in pixels.
         accumulation: micro-batches a step.
         precision: Lightning's, decided.
         gpu: whether a GPU is planned for, or a CPU.
         gradient_checkpointing: whether activations are computed again in backward.
         cache_latents, cache_text: whether the data keeps what frozen encoders make.
         average: whether an average of the weights is kept.
-        previews: pictures drawn at once; 0 for none.
-        draws_class: whether the model draws pictures of the class before training.
+        previews: images drawn at once; 0 for none.
+        draws_class: whether the model draws images of the class before training.
     """
 
     make_adapter: Callable[[], Adapter]
@@ -80,5 +80,5 @@ def count(request: PlanRequest, previews: int | None = None) -> Figures:
         cache_text=request.cache_text,
         average=request.average,
         previews=request.previews if previews is None else previews,
-        class_pictures=drawn_at_once(request.side) if request.draws_class else 0,
+        class_images=drawn_at_once(request.side) if request.draws_class else 0,
     )

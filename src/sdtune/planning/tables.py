@@ -38,7 +38,7 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
         ("peak in a step", "step"),
         ("peak while encoding", "encoding"),
         ("peak in previews", "previews"),
-        ("peak in class pictures", "drawing"),
+        ("peak in class images", "drawing"),
         ("peak", "peak"),
     ):
         if attribute in ("average", "drawing") and not getattr(costs[0], attribute):

@@ -20,7 +20,7 @@ _DEPTH = 3
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     """One sample that a run has drawn; ``when`` is ``before`` or ``after``."""
 
     file: Path
@@ -42,7 +42,7 @@ class Run:
         metrics: the numbers of ``metrics.json``; empty where it is not complete.
         reasons: why a figure is null.
         history: the rows of ``metrics.csv``.
-        pictures: single samples.
+        images: single samples.
         sheets: further grids that it has drawn, by name.
     """
 
@@ -55,7 +55,7 @@ class Run:
     metrics: Mapping[str, float]
     reasons: Mapping[str, str]
     history: tuple[Mapping[str, float], ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[SampleImage, ...]
     sheets: Mapping[str, Path]
 
 
@@ -97,7 +97,7 @@ def _read(folder: Path) -> Run:
         metrics={k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         reasons=figures.get("reasons", {}),
         history=tuple(_rows(folder / "metrics.csv")),
-        pictures=tuple(_pictures(folder)),
+        images=tuple(_images(folder)),
         sheets={file.stem: file for file in sorted((folder / "evaluation").glob("*.png"))},
     )
 
@@ -115,15 +115,15 @@ def _rows(file: Path) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(whole))]
 
 
-def _pictures(folder: Path) -> list[Picture]:
+def _images(folder: Path) -> list[SampleImage]:
     found = []
     for when in ("before", "after"):
         for file in sorted((folder / "samples" / when).glob("*.png")):
             try:
-                with Image.open(file) as picture:
-                    picture.load()
-                    about = picture.info
+                with Image.open(file) as image:
+                    image.load()
+                    about = image.info
             except OSError:
-                continue  # torn, or of another program: the other pictures are still worth a report
-            found.append(Picture(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
+                continue  # torn, or of another program: the other images are still worth a report
+            found.append(SampleImage(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
     return found

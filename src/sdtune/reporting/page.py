@@ -187,14 +187,14 @@ def _script(figure: go.Figure, place: str, nonce: str) -> Markup:
 
 def _prompts(order: Sequence[Setting]) -> list[dict[str, Any]]:
     """For each prompt and seed: the base's sample, and each run's, best first."""
-    runs = [run for setting in order for run in setting.runs if run.pictures]
-    keys = list(dict.fromkeys((p.prompt, p.seed) for run in runs for p in run.pictures))
+    runs = [run for setting in order for run in setting.runs if run.images]
+    keys = list(dict.fromkeys((p.prompt, p.seed) for run in runs for p in run.images))
     labels = {run.folder: setting.label for setting in order for run in setting.runs}
     blocks = []
     for prompt, seed in keys:
         shown: list[tuple[str, str]] = []
         for run in runs:
-            own = {p.when: p.file for p in run.pictures if (p.prompt, p.seed) == (prompt, seed)}
+            own = {p.when: p.file for p in run.images if (p.prompt, p.seed) == (prompt, seed)}
             if not shown and "before" in own:
                 shown.append(("before", _image(own["before"], _SIDE)))
             if "after" in own:
@@ -205,9 +205,9 @@ def _prompts(order: Sequence[Setting]) -> list[dict[str, Any]]:
 
 
 def _image(file: Path, side: int) -> str:
-    """A data URI of the picture in ``file``, its longer side at most ``side`` pixels."""
-    with Image.open(file) as picture:
-        small = picture.convert("RGB")
+    """A data URI of the image in ``file``, its longer side at most ``side`` pixels."""
+    with Image.open(file) as image:
+        small = image.convert("RGB")
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     small.save(out, format="WEBP", quality=88)

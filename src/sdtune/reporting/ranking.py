@@ -20,7 +20,7 @@ _OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
 class Figure:
     """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed.
 
-    ``floor``: the standard deviation that a share of so many pictures has anyway, 0 for other figures.
+    ``floor``: the standard deviation that a share of so many images has anyway, 0 for other figures.
     """
 
     mean: float
@@ -69,12 +69,12 @@ class Setting:
         values = list(by_seed.values())
         if not values:
             return None
-        mean, pictures = fmean(values), self.runs[0].config.get("evaluation.pictures")
+        mean, images = fmean(values), self.runs[0].config.get("evaluation.images")
         floor = 0.0
-        if metric in SHARES and isinstance(pictures, int):
+        if metric in SHARES and isinstance(images, int):
             # A binomial share's deviation, by Laplace's rule: not nothing where all or none are right.
-            share = (min(max(mean, 0.0), 1.0) * pictures + 1) / (pictures + 2)
-            floor = (share * (1 - share) / pictures) ** 0.5
+            share = (min(max(mean, 0.0), 1.0) * images + 1) / (images + 2)
+            floor = (share * (1 - share) / images) ** 0.5
         return Figure(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
 
 

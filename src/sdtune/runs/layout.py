@@ -9,4 +9,4 @@ BEST = "best.ckpt"
 """The checkpoint of the lowest validation loss."""
 
 READINGS = "readings.json"
-"""In an evaluation's folder: what was read off each picture."""
+"""In an evaluation's folder: what was read off each image."""

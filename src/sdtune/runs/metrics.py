@@ -13,7 +13,7 @@ LOWER_IS_BETTER = frozenset(
 SHARES = frozenset(
     {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
 )
-"""Shares of pictures that are right: one of n pictures is the least that they can change by."""
+"""Shares of images that are right: one of n images is the least that they can change by."""
 
 OF_TRAINING = (
     *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),

@@ -1,4 +1,4 @@
-"""Pictures in Python: with adapters and control at strengths chosen now."""
+"""Images in Python: with adapters and control at strengths chosen now."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def sample(
     sampling: Sampling | None = None,
     device: str | None = None,
 ) -> list[Image.Image]:
-    """Pictures of each prompt with each seed, prompts outermost.
+    """Images of each prompt with each seed, prompts outermost.
 
     Args:
         prompt: one or more.
         adapters: ``{"path": FILE, "strength": 0.8}`` each; a run's ``artifact`` folder is a path too.
         control: the folder of a ControlNet, or ``{"path": NET, "image": FILE, "strength": 1.0, "preprocess": "canny"}``
             for each of several (:class:`sdtune.loaders.controlnet.ControlImage`); their residuals add up.
-        control_image: a picture or its file, for each net that names no image of its own.
+        control_image: an image or its file, for each net that names no image of its own.
         backbone: pocket if None.
-        seeds: one picture a prompt and seed.
+        seeds: one image a prompt and seed.
         sampling: steps, guidance, size, solver; the backbone's guidance if None.
         device: as in torch; an accelerator if there is one.
 

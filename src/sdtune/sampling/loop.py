@@ -32,7 +32,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made.
+    """How images are made.
 
     Args:
         steps: denoising steps.
@@ -40,7 +40,7 @@ class Sampling:
         negative_prompt: what guidance leads away from.
         sampler: the solver; the backbone's own if None.
         width, height: pixels; the backbone's own side if None.
-        batch_size: pictures denoised at once.
+        batch_size: images denoised at once.
     """
 
     steps: Annotated[int, Ge(1)] = 30
@@ -64,7 +64,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture wanted; ``maps`` are its control maps, uint8 [H, W, 3] of the picture's size, one a net."""
+    """One image wanted; ``maps`` are its control maps, uint8 [H, W, 3] of the image's size, one a net."""
 
     prompt: str
     seed: int
@@ -86,10 +86,10 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
 def generate(
     backbone: Backbone, requests: Sequence[Request], settings: Sampling, denoise: Denoise | None = None
 ) -> Iterator[np.ndarray]:
-    """Pictures uint8 [H, W, 3], one a request, in order.
+    """Images uint8 [H, W, 3], one a request, in order.
 
-    A picture depends on its own prompt, seed and settings alone, not on its neighbours in the batch: initial latents
-    come from a CPU generator with the request's seed, as in diffusers with one generator a picture.
+    An image depends on its own prompt, seed and settings alone, not on its neighbours in the batch: initial latents
+    come from a CPU generator with the request's seed, as in diffusers with one generator an image.
 
     Args:
         denoise: the method's own where it has one; the backbone's otherwise.
@@ -127,5 +127,5 @@ def generate(
                 without, with_text = output.chunk(2)
                 output = without + settings.guidance * (with_text - without)
             latents = scheduler.step(output, timestep, latents, **extra).prev_sample
-        pictures = backbone.decode(latents)
-        yield from (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        images = backbone.decode(latents)
+        yield from (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

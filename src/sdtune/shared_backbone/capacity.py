@@ -33,8 +33,8 @@ def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devic
 
 
 def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
-    """Bytes: what a run keeps, what its step takes beside it, what pictures take, and what all runs have in common."""
-    # Pictures of several runs are drawn in passes of so many, while what all keep stays where it is.
+    """Bytes: what a run keeps, what its step takes beside it, what images take, and what all runs have in common."""
+    # Images of several runs are drawn in passes of so many, while what all keep stays where it is.
     figures = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))
     cost = figures.checkpointed if request.gradient_checkpointing else figures.plain
     # Padded, pairs lie beside themselves, and their gradients do.

@@ -79,10 +79,10 @@ class Shared(Pretrained):
         self._source, self._pool, self._beside, self._leave = source, pool, beside, leave
 
     def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
-        # In float32 whatever is asked for: pictures are drawn with the same weights; settle() halves for training.
+        # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
         loaded = self._pool.copied(self._source)
         loaded.beside = self._beside
-        # Caches are filled and pictures of the class drawn without a question, for minutes where there are many.
+        # Caches are filled and images of the class drawn without a question, for minutes where there are many.
         leave = self._leave()
         for part in (loaded.unet, loaded.vae.encoder):
             part.register_forward_pre_hook(leave)
@@ -125,7 +125,7 @@ class Pool:
         base = self._base
         # The last one: moving them may have been cut short.
         if self._moved and list(base.parameters())[-1].device != self.device:
-            # What is loaded from now on draws pictures, and would bring a copy of its own to the device.
+            # What is loaded from now on draws images, and would bring a copy of its own to the device.
             for parameter in base.parameters():
                 place = parameter.data_ptr()
                 moved = self._moved.get(place, parameter.data)
@@ -167,7 +167,7 @@ class Pool:
         """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
-        Pictures are drawn and losses validated between steps, while no activations are kept for backward; where that
+        Images are drawn and losses validated between steps, while no activations are kept for backward; where that
         fails, it is an error of those alone who asked for it; where a step does, of all who are in one.
         """
         self.use_threads(True)
@@ -226,7 +226,7 @@ class Pool:
                         question.error = RunFailed(reason)
 
     def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
-        """``calls`` without gradients, so many in a pass that their samples are those of pictures drawn at once."""
+        """``calls`` without gradients, so many in a pass that their samples are those of images drawn at once."""
         assert self._base is not None
         count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
         side = int(math.sqrt(height * width)) * self._base.facts.factor

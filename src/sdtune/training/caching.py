@@ -1,4 +1,4 @@
-"""Caches of what frozen encoders make of pictures and captions, and pictures of the class drawn before training."""
+"""Caches of what frozen encoders make of images and captions, and images of the class drawn before training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.datamodule import Encoders, PictureData, at_once
+from sdtune.data.datamodule import Encoders, ImageDataModule, at_once
 from sdtune.hardware.precision import HALVES
 from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, generate
 
 
 def drawn_at_once(side: int) -> int:
-    """How many class pictures of ``side`` x ``side`` pixels are drawn at once: four of 512, at most 64."""
+    """How many class images of ``side`` x ``side`` pixels are drawn at once: four of 512, at most 64."""
     return at_once(4 * 512 * 512, side, side)
 
 
@@ -47,8 +47,8 @@ class CachedParts:
     frozen_text: bool
 
 
-def fill_caches(parts: CachedParts, data: PictureData, trainer: pl.Trainer) -> None:
-    """Have ``data`` draw its class pictures and fill its caches, each process of ``trainer`` a share of them."""
+def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
+    """Have ``data`` draw its class images and fill its caches, each process of ``trainer`` a share of them."""
     assert data.resolution is not None
     whole = encoders(parts, data.resolution)
     own = replace(whole, rank=trainer.global_rank, processes=trainer.world_size)
@@ -64,14 +64,14 @@ def encoders(parts: CachedParts, side: int) -> Encoders:
     """The encoders that data may cache, None where a part is trained, and the model before training.
 
     Args:
-        side: of a class picture, in pixels.
+        side: of a class image, in pixels.
     """
     backbone, source, precision = parts.backbone, parts.source, parts.precision
 
-    def images(pictures: Tensor) -> Tensor:
-        return backbone.encode_images(pictures.to(parts.device))
+    def encode_images(images: Tensor) -> Tensor:
+        return backbone.encode_images(images.to(parts.device))
 
-    def text(prompts: Sequence[str]) -> Tensor:
+    def encode_text(prompts: Sequence[str]) -> Tensor:
         return parts.encode_text(prompts).float()
 
     def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
@@ -85,9 +85,9 @@ def encoders(parts: CachedParts, side: int) -> Encoders:
 
     drawn_by = hashlib.sha256(f"{source.drawing_key()}/{precision}/{source.guidance}/{side}".encode())
     return Encoders(
-        images=images if parts.frozen_vae else None,
+        images=encode_images if parts.frozen_vae else None,
         images_hash=source.encoder_key("vae", "32-true") if parts.frozen_vae else "",
-        text=text if parts.frozen_text else None,
+        text=encode_text if parts.frozen_text else None,
         # The text encoder's precision follows the run's, so states of one are not those of another.
         text_hash=source.encoder_key("text_encoder", precision) if parts.frozen_text else "",
         draw=draw,

@@ -1,4 +1,4 @@
-"""A perceptual distance by a frozen picture encoder that the user has."""
+"""A perceptual distance by a frozen image encoder that the user has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdtune.formats.clip_pixels import pixel_statistics
 
 
 class Perception:
-    """Mean squared distance between unit features of two pictures, over all layers of a CLIP's picture encoder.
+    """Mean squared distance between unit features of two images, over all layers of a CLIP's image encoder.
 
     The form of LPIPS (Zhang et al. 2018, eq. 1) with every channel's weight 1: there are no weights calibrated by
     people for this encoder.
@@ -29,16 +29,16 @@ class Perception:
         self.side = int(model.config.image_size)
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in pixel_statistics(folder))
 
-    def _features(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        resized = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True)
+    def _features(self, images: Tensor) -> tuple[Tensor, ...]:
+        resized = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
         out = self.model(pixel_values=((resized + 1) / 2 - self.mean) / self.std, output_hidden_states=True)
         return tuple(F.normalize(state, dim=-1) for state in out.hidden_states)
 
-    def __call__(self, pictures: Tensor, truth: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
         """A scalar from two float32 [B, 3, H, W] in [-1, 1]."""
-        with torch.autocast(pictures.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self._features(truth)
-            found = self._features(pictures)
+            found = self._features(images)
             distances = [(a - b).square().sum(-1).mean() for a, b in zip(found, wanted, strict=True)]
             return torch.stack(distances).mean()

@@ -1,4 +1,4 @@
-"""Control maps: at the very crop, size and flip of their pictures, from wherever they come."""
+"""Control maps: at the very crop, size and flip of their images, from wherever they come."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def samples(folder: Path) -> list[FileSample]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save_drawings(tmp_path / "pictures", 4, 64, 64)
+    return save_drawings(tmp_path / "images", 4, 64, 64)
 
 
 def paired(folder: Path, scale: int = 1, **settings: Any) -> Paired:
-    """Maps that are the pictures themselves, so that a map must equal its picture."""
+    """Maps that are the images themselves, so that a map must equal its image."""
     target = folder.parent / "maps"
     target.mkdir(exist_ok=True)
     for file in folder.glob("*.png"):
-        picture = Image.open(file)
-        size = (picture.width * scale, picture.height * scale)
-        picture.resize(size, Image.Resampling.NEAREST).save(target / file.name)
+        image = Image.open(file)
+        size = (image.width * scale, image.height * scale)
+        image.resize(size, Image.Resampling.NEAREST).save(target / file.name)
     return Paired(str(target), **settings)
 
 
@@ -92,12 +92,12 @@ def test_thresholds_in_the_wrong_order_are_refused() -> None:
 
 @pytest.mark.parametrize("settings", [{"random_crop": True}, {"flip": True}, {"flip": True, "random_crop": True}])
 def test_batches_hold_the_map_of_their_very_pixels(tmp_path: Path, settings: dict[str, Any]) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(3):  # slopes, on which all filters agree; every crop of each is another
         x, y = np.meshgrid(np.arange(96), np.arange(64))
         pixels = np.stack([x * 2 + 20 * i, y * 3, 250 - x * 2], -1).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
-    data = opened(tmp_path / "pictures", control=paired(tmp_path / "pictures"), batch_size=3, steps=5, **settings)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    data = opened(tmp_path / "images", control=paired(tmp_path / "images"), batch_size=3, steps=5, **settings)
     for batch in batches(data):
         assert batch["control"].dtype == torch.float32
         assert batch["control"].min() >= 0
@@ -135,8 +135,8 @@ def test_a_map_of_another_scale_is_brought_to_the_crop(folder: Path) -> None:
     sample = samples(folder)[0]
     big, same = paired(folder, 3, resample="nearest"), samples(folder)
     big.open(same)
-    picture = sample.pixels((64, 64), (0.5, 0.5), False)
-    assert np.array_equal(big.map(sample, (64, 64)), picture)
+    image = sample.pixels((64, 64), (0.5, 0.5), False)
+    assert np.array_equal(big.map(sample, (64, 64)), image)
 
 
 def test_nearest_blends_no_classes(folder: Path) -> None:
@@ -151,22 +151,22 @@ def test_nearest_blends_no_classes(folder: Path) -> None:
 
 def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
     for i, name in enumerate(("a/x", "b/x", "c/y")):
-        noise(tmp_path / "pictures" / f"{name}.jpg", 64, 64, seed=i)
+        noise(tmp_path / "images" / f"{name}.jpg", 64, 64, seed=i)
     for i, name in enumerate(("a/x.png", "b/x.webp", "y.png")):
         noise(tmp_path / "maps" / name, 64, 64, seed=10 + i)
     control = Paired(str(tmp_path / "maps"))
-    found = samples(tmp_path / "pictures")
+    found = samples(tmp_path / "images")
     control.open(found)
     maps = [control.map(s, (64, 64)).tobytes() for s in found]
     assert len(set(maps)) == 3
     assert maps[2] == np.asarray(Image.open(tmp_path / "maps" / "y.png").convert("RGB")).tobytes()
 
 
-def test_one_map_for_two_pictures_is_refused(tmp_path: Path) -> None:
-    for i, name in enumerate(("pictures/a/x.png", "pictures/b/x.png", "maps/x.png")):
+def test_one_map_for_two_images_is_refused(tmp_path: Path) -> None:
+    for i, name in enumerate(("images/a/x.png", "images/b/x.png", "maps/x.png")):
         noise(tmp_path / name, 64, 64, seed=i)
     with pytest.raises(ValueError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
-        Paired(str(tmp_path / "maps")).open(samples(tmp_path / "pictures"))
+        Paired(str(tmp_path / "maps")).open(samples(tmp_path / "images"))
 
 
 def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) 
     (maps / "2.png").rename(maps / "two.png")
     refused(r"^data\.control\.path: no map for .*/2\.png: put 2\.png into .*/maps$")
     Image.new("RGB", (64, 48)).save(maps / "2.png")
-    refused(r"^data\.control\.path: .*/maps/2\.png is 64x48 pixels and its picture 64x64")
+    refused(r"^data\.control\.path: .*/maps/2\.png is 64x48 pixels and its image 64x64")
     (maps / "2.png").write_bytes((maps / "1.png").read_bytes()[:80])
-    refused(r"^data\.control\.path: .*/maps/2\.png is not a readable picture")
+    refused(r"^data\.control\.path: .*/maps/2\.png is not a readable image")
     Image.new("RGB", (64, 64)).save(maps / "2.png")
     Image.new("RGB", (64, 64)).save(maps / "2.webp")
     refused(r"^data\.control\.path: .*/2\.webp and 2\.png have one name")
@@ -203,7 +203,7 @@ def test_an_edited_map_is_other_data(folder: Path) -> None:
 # --- previews
 
 
-def test_a_preview_has_the_map_of_the_picture_whose_caption_it_draws(folder: Path) -> None:
+def test_a_preview_has_the_map_of_the_image_whose_caption_it_draws(folder: Path) -> None:
     data = opened(folder, control=Canny(), hold_out=2)
     shown = wanted(data, None, 4, (32, 32))
     assert [one.prompt for one in shown] == [s.caption for s in data.held_out]

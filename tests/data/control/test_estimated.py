@@ -1,4 +1,4 @@
-"""Control maps by a model: made once a picture, kept by content, cut as the picture is."""
+"""Control maps by a model: made once an image, kept by content, cut as the image is."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("task", ["depth", "segmentation"])
-def test_maps_are_estimated_once_and_cut_with_their_picture(
+def test_maps_are_estimated_once_and_cut_with_their_image(
     task: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = folder_data(save_drawings(tmp_path / "pictures", 3, 96, 64), control=Estimated(str(models[task]), task))
+    data = folder_data(save_drawings(tmp_path / "images", 3, 96, 64), control=Estimated(str(models[task]), task))
     data.open(64, 4)
     data.control.prepare(data.train)
     whole = [data.control.map(s, (96, 64)) for s in data.train]
@@ -82,7 +82,7 @@ def test_models_that_are_none_are_refused(models: dict[str, Path], tmp_path: Pat
         Estimated("/nowhere").open([])
     Estimated("somebody/model").open([])  # a hub id is asked for when training begins
     (tmp_path / "empty").mkdir()
-    data = folder_data(save_drawings(tmp_path / "pictures", 1))
+    data = folder_data(save_drawings(tmp_path / "images", 1))
     data.open(32, 4)
     with pytest.raises(ValueError, match=r"^data\.control\.model: .*/empty holds no model for depth"):
         Estimated(str(tmp_path / "empty")).prepare(data.train)

@@ -26,7 +26,7 @@ from sdtune.data.control.poses import PoseEstimator, other_side, skeletons
 
 
 def person() -> np.ndarray:
-    """Facing the viewer, 512 pixels tall: its right is on the picture's left. Its left ankle is not seen."""
+    """Facing the viewer, 512 pixels tall: its right is on the image's left. Its left ankle is not seen."""
     points = {
         "nose": (256, 60),
         "left_eye": (270, 50),
@@ -52,7 +52,7 @@ def person() -> np.ndarray:
 
 
 def test_points_and_limbs_have_openposes_colours() -> None:
-    picture = skeletons([person()], (512, 512))
+    image = skeletons([person()], (512, 512))
     joints = {
         (60, 256): (255, 0, 0),  # nose
         (130, 256): (255, 85, 0),  # neck, between the shoulders
@@ -62,13 +62,13 @@ def test_points_and_limbs_have_openposes_colours() -> None:
         (55, 290): (255, 0, 85),  # left ear
     }
     for (y, x), colour in joints.items():
-        assert tuple(picture[y, x].tolist()) == pytest.approx(colour, abs=1), (y, x)
-    assert tuple(picture[130, 224].tolist()) == (153, 0, 0)  # neck to right shoulder, at 0.6
-    assert tuple(picture[340, 222].tolist()) == (0, 153, 51)  # right hip to knee
-    assert picture[100, 256].any()  # neck to nose
-    assert not picture[435, 290].any(), "the left ankle is not seen, so no limb leads there"
-    assert picture[435, 222].any()
-    assert not picture[0].any()
+        assert tuple(image[y, x].tolist()) == pytest.approx(colour, abs=1), (y, x)
+    assert tuple(image[130, 224].tolist()) == (153, 0, 0)  # neck to right shoulder, at 0.6
+    assert tuple(image[340, 222].tolist()) == (0, 153, 51)  # right hip to knee
+    assert image[100, 256].any()  # neck to nose
+    assert not image[435, 290].any(), "the left ankle is not seen, so no limb leads there"
+    assert image[435, 222].any()
+    assert not image[0].any()
 
 
 def test_a_mirrored_person_has_its_sides_changed_over() -> None:
@@ -105,12 +105,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("model", ["one", "several"])
-def test_maps_are_estimated_once_and_mirrored_with_their_picture(
+def test_maps_are_estimated_once_and_mirrored_with_their_image(
     model: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poses, "SEEN", 0.0)  # a random model is sure of nothing
     control = Estimated(str(models[model]), "pose")
-    data = folder_data(save_drawings(tmp_path / "pictures", 2, 96, 64), control=control)
+    data = folder_data(save_drawings(tmp_path / "images", 2, 96, 64), control=control)
     data.open(64, 4)
     control.prepare(data.train)
     sample = data.train[0]
@@ -125,7 +125,7 @@ def test_maps_are_estimated_once_and_mirrored_with_their_picture(
 
 def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     estimator = PoseEstimator(models["one"], models["detector"], torch.device("cpu"))
-    picture = np.full((64, 96, 3), 90, np.uint8)
+    image = np.full((64, 96, 3), 90, np.uint8)
 
     def detect(outputs: object, threshold: float, target_sizes: list[tuple[int, int]]) -> list[dict[str, torch.Tensor]]:
         assert (threshold, target_sizes) == (0.5, [(64, 96)])
@@ -133,7 +133,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
         return [{"boxes": boxes, "labels": torch.tensor([1, 1, 0]), "scores": torch.ones(3)}]
 
     monkeypatch.setattr(estimator.finder, "post_process_object_detection", detect)
-    people = estimator.people(Image.fromarray(picture))
+    people = estimator.people(Image.fromarray(image))
     assert [p.shape for p in people] == [(17, 3), (17, 3)]
     # ViTPose looks at more than the box, at the aspect of its input; its points lie therein.
     for points, (left, right) in zip(people, ((10, 30), (40, 90)), strict=True):
@@ -144,7 +144,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
         "post_process_object_detection",
         lambda *_, **__: [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}],
     )
-    assert not estimator(picture)[0].any(), "nobody is there"
+    assert not estimator(image)[0].any(), "nobody is there"
 
 
 def test_what_finds_no_people_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

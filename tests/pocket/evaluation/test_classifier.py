@@ -19,7 +19,7 @@ from sdtune.pocket.pretraining import vae as vaes
 from sdtune.pocket.pretraining.classifier import (
     ClassifierTraining,
     PoolBatches,
-    pool_pictures,
+    pool_images,
     pool_scene,
     save,
     train,
@@ -29,7 +29,7 @@ from sdtune.pocket.world.objects import HELD_OUT, SIZES, STYLES, THINGS
 from sdtune.pocket.world.scenes import SIDE, draw
 
 STEPS = 30
-PICTURES = 256
+IMAGES = 256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,18 +52,18 @@ def vae() -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, vae: AutoencoderKL) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
-    pool_pictures(folder, vae, PICTURES)
+    pool_images(folder, vae, IMAGES)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pool(folder: Path, vae: AutoencoderKL) -> np.ndarray:
-    return pool_pictures(folder, vae, PICTURES)
+    return pool_images(folder, vae, IMAGES)
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, vae: AutoencoderKL) -> Classifier:
-    return train(folder, vae, STEPS, PICTURES)
+    return train(folder, vae, STEPS, IMAGES)
 
 
 def test_the_pool_shows_every_thing_held_out_or_not_in_both_styles() -> None:
@@ -72,7 +72,7 @@ def test_the_pool_shows_every_thing_held_out_or_not_in_both_styles() -> None:
     assert {thing.name for thing in HELD_OUT} <= {thing for thing, _ in seen}
 
 
-def test_every_fourth_picture_of_the_pool_went_through_the_vae(pool: np.ndarray, vae: AutoencoderKL) -> None:
+def test_every_fourth_image_of_the_pool_went_through_the_vae(pool: np.ndarray, vae: AutoencoderKL) -> None:
     renders = np.stack([np.asarray(draw(pool_scene(index))) for index in range(8)])
     kept = [1, 2, 3, 5, 6, 7]
     assert np.array_equal(pool[kept], renders[kept])
@@ -83,9 +83,9 @@ def test_every_fourth_picture_of_the_pool_went_through_the_vae(pool: np.ndarray,
 
 def test_another_vae_gets_another_pool(folder: Path) -> None:
     torch.manual_seed(1)
-    pool_pictures(folder, vaes.build().eval(), 4)
+    pool_images(folder, vaes.build().eval(), 4)
     torch.manual_seed(2)
-    pool_pictures(folder, vaes.build().eval(), 4)
+    pool_images(folder, vaes.build().eval(), 4)
     assert len(list(folder.glob("pool-*-4-*.npy"))) == 2
 
 
@@ -93,7 +93,7 @@ def test_a_batch_is_a_function_of_the_step_and_leaves_the_pool_alone(pool: np.nd
     before = np.array(pool)
     first, again = PoolBatches(pool)(3), PoolBatches(pool)(3)
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not torch.equal(first["pictures"], PoolBatches(pool)(4)["pictures"])
+    assert not torch.equal(first["images"], PoolBatches(pool)(4)["images"])
     assert np.array_equal(pool, before)
 
 
@@ -106,9 +106,9 @@ def test_negatives_are_nothing_and_say_nothing_of_size_and_style(pool: np.ndarra
     assert (truth[~nothing, 1:] >= 0).all()
 
 
-def test_spoilt_pictures_keep_their_background(pool: np.ndarray) -> None:
+def test_spoilt_images_keep_their_background(pool: np.ndarray) -> None:
     """A mix has one background, so a negative is known by its object alone."""
-    batches = PoolBatches(np.stack([np.asarray(draw(pool_scene(index))) for index in range(PICTURES)]))
+    batches = PoolBatches(np.stack([np.asarray(draw(pool_scene(index))) for index in range(IMAGES)]))
     rng = np.random.default_rng(0)
     mixed = np.stack([batches._mix(index, rng) for index in range(64)])
     assert background(mixed) == [pool_scene(index).background for index in range(64)]
@@ -218,7 +218,7 @@ def test_an_interrupted_training_ends_as_the_one_never_interrupted(
         return ModelCheckpoint(**{**options, "every_n_train_steps": 10})
 
     monkeypatch.setattr(pretraining, "ModelCheckpoint", frequent)
-    batches = PoolBatches(pool_pictures(folder, vae, PICTURES))
+    batches = PoolBatches(pool_images(folder, vae, IMAGES))
     torch.manual_seed(vaes.SEED)
     with pytest.raises(RuntimeError, match="killed"):
         pretrain(ClassifierTraining(STEPS), _Interrupted(batches, 25), tmp_path)

@@ -1,4 +1,4 @@
-"""The figures of pocket's evaluations, on pictures of which everything is known."""
+"""The figures of pocket's evaluations, on images of which everything is known."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sdtune.sampling.loop import Request
 CPU = torch.device("cpu")
 
 
-def picture(thing: str, background: str, number: int, kind: str = "fluent") -> np.ndarray:
+def image(thing: str, background: str, number: int, kind: str = "fluent") -> np.ndarray:
     scene = compose(thing, background, "big", "in the middle", generator(7, "test", number), kind)
     return np.asarray(draw(scene))
 
@@ -54,7 +54,7 @@ def test_diversity_is_the_mean_distance_of_any_two() -> None:
 
 
 def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of four pictures show the subject; a quarter of the class's do, and the others are all one picture."""
+    """Three of four images show the subject; a quarter of the class's do, and the others are all one image."""
     data = Subject()
     data.open(64, 4)
     requests_seen: list[list[Request]] = []
@@ -64,18 +64,18 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         made = []
         for i, request in enumerate(requests):
             subject = (i % 4 != 0) if "sks" in request.prompt else i % 4 == 0
-            made.append(picture("parrot" if subject else "duck", background_of(request.prompt), i if subject else 0))
+            made.append(image("parrot" if subject else "duck", background_of(request.prompt), i if subject else 0))
         return made
 
     def base_draws(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
         birds = ["songbird", "penguin", "owl", "duck", "flamingo"]
-        return [picture(birds[i % 5], background_of(r.prompt), i) for i, r in enumerate(requests)]
+        return [image(birds[i % 5], background_of(r.prompt), i) for i, r in enumerate(requests)]
 
     monkeypatch.setattr(evaluation, "draw", trained_draws)
     monkeypatch.setattr(evaluation, "draw_base", base_draws)
     monkeypatch.setattr(evaluation, "trained", nothing)
     monkeypatch.setattr(SubjectFigures, "_ceiling", lambda *_: 1.0)
-    figures = SubjectFigures(pictures=40, class_pictures=48).run(
+    figures = SubjectFigures(images=40, class_images=48).run(
         Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation"
     )
     assert figures["subject_accuracy"] == pytest.approx(0.75, abs=0.03)
@@ -90,17 +90,17 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {background_of(r.prompt) for r in requests[:40]} == unseen
     assert not any("sks" in r.prompt for r in requests[40:])
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
-        "base_pictures.png", "trained_pictures.png", "base_class.png", "trained_class.png", "readings.json",
+        "base_images.png", "trained_images.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
-    without = SubjectFigures(pictures=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
+    without = SubjectFigures(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
     assert without["prior_leak"] is without["prior_drift"] is without["class_diversity"] is None
-    assert "evaluation.class_pictures=210" in without["reasons"]["prior_drift"]
+    assert "evaluation.class_images=210" in without["reasons"]["prior_drift"]
     with pytest.raises(ValueError, match="class_diversity needs a CLIP"):
-        SubjectFigures(class_pictures=1, clip=None)
+        SubjectFigures(class_images=1, clip=None)
 
 
 def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Style(objects=20, pictures=60)
+    data = Style(objects=20, images=60)
     data.open(64, 4)
     shown = {sample.scene.thing for sample in data.train}
     assert shown == {thing.name for thing in drawn()[:20]}
@@ -114,7 +114,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     assert not shown & {scene.thing for scene in scenes}
 
     def draws(kind: str, asked: list[Any]) -> Any:
-        return lambda *_: [picture(s.thing, s.background, i, kind) for i, s in enumerate(asked)]
+        return lambda *_: [image(s.thing, s.background, i, kind) for i, s in enumerate(asked)]
 
     # What was not shown comes out well, what was shown does not: the two are told apart.
     monkeypatch.setattr(style, "draw", lambda *_: draws("noto", scenes)() + draws("fluent", again)())

@@ -1,4 +1,4 @@
-"""Pocket's maps say what the scene says, and the evaluation finds it again in true pictures alone."""
+"""Pocket's maps say what the scene says, and the evaluation finds it again in true images alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inside(scene: Scene) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_map_goes_with_crop_and_flip_of_its_picture(kind: str) -> None:
+def test_a_map_goes_with_crop_and_flip_of_its_image(kind: str) -> None:
     control = PocketControl(kind)
     sample = SceneSample(SCENES[0], "")
     whole = control.map(sample, (SIDE, SIDE))
@@ -125,19 +125,19 @@ def test_a_turned_drawing_lies_where_its_pose_says() -> None:
         assert axis(turned) - axis(scene) == pytest.approx(limb(turned) - limb(scene), abs=2)
 
 
-def test_pictures_of_ones_own_are_refused(pictures: Path) -> None:
+def test_images_of_ones_own_are_refused(images: Path) -> None:
     with pytest.raises(ValueError, match=r"^data\.control: pocket's maps are of its own world"):
-        Folder(path=str(pictures), control=PocketControl()).open(32, 4)
+        Folder(path=str(images), control=PocketControl()).open(32, 4)
 
 
 # --- the evaluation
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=name)
-def test_true_pictures_agree_with_their_own_map_and_not_with_anothers(control: Control) -> None:
-    pictures = [np.asarray(draw(scene)) for scene in SCENES]
+def test_true_images_agree_with_their_own_map_and_not_with_anothers(control: Control) -> None:
+    images = [np.asarray(draw(scene)) for scene in SCENES]
     truth = [wanted(SceneSample(scene, ""), control) for scene in SCENES]
-    own, others = (float(np.mean(scores(pictures, t, control))) for t in (truth, truth[1:] + truth[:1]))
+    own, others = (float(np.mean(scores(images, t, control))) for t in (truth, truth[1:] + truth[:1]))
     assert own > 0.9
     assert others < 0.5
     blank = np.full((SIDE, SIDE, 3), 90, np.uint8)
@@ -162,11 +162,11 @@ def test_agreements_by_hand() -> None:
 
 
 def few(**settings: object) -> ControlFigures:
-    return ControlFigures(pictures=3, sampling=Sampling(steps=1, guidance=1.0), **settings)
+    return ControlFigures(images=3, sampling=Sampling(steps=1, guidance=1.0), **settings)
 
 
 def data(control: Control | None) -> World:
-    world = World(pictures=3, control=control)
+    world = World(images=3, control=control)
     world.open(SIDE, 4)
     return world
 
@@ -179,7 +179,7 @@ def test_the_figures_are_those_of_base_and_trained(tmp_path: Path, monkeypatch: 
     assert all(0 <= value <= 1 for value in figures.values())
     assert all(figures[key] == figures[f"base_{key}"] for key in keys)
     assert figures["ceiling_control_agreement"] > 0.8
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["base_pictures.png", "trained_pictures.png"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["base_images.png", "trained_images.png"]
 
 
 def test_a_control_that_has_no_map_of_those_scenes_gives_null_and_says_why(tmp_path: Path) -> None:
@@ -192,12 +192,12 @@ def test_a_control_that_has_no_map_of_those_scenes_gives_null_and_says_why(tmp_p
     assert "Paired has no map" in reasons["control_agreement"]
 
 
-def test_other_data_is_refused(pictures: Path) -> None:
+def test_other_data_is_refused(images: Path) -> None:
     facts = Facts(SIDE, 4, 4, "epsilon", 32)
     few().check(data(Canny()), facts)
-    with pytest.raises(ValueError, match=r"^evaluation: pocket_control compares pictures with control maps"):
+    with pytest.raises(ValueError, match=r"^evaluation: pocket_control compares images with control maps"):
         few().check(data(None), facts)
-    own = Folder(path=str(pictures), control=Canny())
+    own = Folder(path=str(images), control=Canny())
     own.open(32, 4)
     with pytest.raises(ValueError, match=r"evaluation=clip"):
         few().check(own, facts)

@@ -1,4 +1,4 @@
-"""Data drawn from the picture world."""
+"""Data drawn from the image world."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opened(data):
 
 
 @pytest.mark.parametrize("subject", [thing.name for thing in HELD_OUT])
-def test_a_subject_has_five_pictures_on_as_many_backgrounds(subject: str) -> None:
+def test_a_subject_has_five_images_on_as_many_backgrounds(subject: str) -> None:
     data = opened(Subject(subject=subject))
     scenes = [sample.scene for sample in data.train]
     assert {scene.thing for scene in scenes} == {subject}
@@ -32,7 +32,7 @@ def test_a_subject_has_five_pictures_on_as_many_backgrounds(subject: str) -> Non
     assert all("sks" in caption for caption in data.captions())
 
 
-def test_its_pictures_do_not_change_with_the_seed() -> None:
+def test_its_images_do_not_change_with_the_seed() -> None:
     first, second = opened(Subject(seed=0)), opened(Subject(seed=7))
     assert [s.scene for s in first.train] == [s.scene for s in second.train]
 
@@ -43,27 +43,27 @@ def test_a_subject_that_pocket_knows_is_refused() -> None:
 
 
 def test_some_backgrounds_stay_unseen() -> None:
-    with pytest.raises(ValueError, match=r"^data\.pictures: 12 leaves too few"):
-        Subject(pictures=12)
-    assert len(set(BACKGROUNDS) - set(Subject(pictures=10).backgrounds())) == 2
+    with pytest.raises(ValueError, match=r"^data\.images: 12 leaves too few"):
+        Subject(images=12)
+    assert len(set(BACKGROUNDS) - set(Subject(images=10).backgrounds())) == 2
 
 
-def test_the_world_holds_out_combinations_and_pictures() -> None:
-    data = opened(World(pictures=300, validation_pictures=20))
+def test_the_world_holds_out_combinations_and_images() -> None:
+    data = opened(World(images=300, validation_images=20))
     assert (len(data.train), len(data.held_out)) == (300, 20)
     seen = [sample.scene for sample in (*data.train, *data.held_out)]
     assert not any(held_out_combination(s.thing, s.background, s.size) for s in seen)
 
 
 def test_pixels_are_the_drawing_and_content_names_it() -> None:
-    data = opened(World(pictures=30))
+    data = opened(World(images=30))
     sample = data.train[3]
     assert np.array_equal(sample.pixels((64, 64), (0.5, 0.5), False), np.asarray(draw(sample.scene)))
     assert len({s.content() for s in data.train}) == 30
-    assert sample.content() == opened(World(pictures=30)).train[3].content()
+    assert sample.content() == opened(World(images=30)).train[3].content()
 
 
-def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_subjects_figures_are_clips_where_the_images_are_no_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def run(self: ClipFigures, *given: Any) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkey
         return {"clip_image": 0.5}
 
     monkeypatch.setattr(ClipFigures, "run", run)
-    facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(pictures=2))
-    figures = SubjectFigures(pictures=4, seed=7, sampling=Sampling(batch_size=70))
+    facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(images=2))
+    figures = SubjectFigures(images=4, seed=7, sampling=Sampling(batch_size=70))
     figures.check(data, facts)
     given: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
     assert figures.run(*given) == {"clip_image": 0.5}
@@ -82,7 +82,7 @@ def test_the_subjects_figures_are_clips_where_the_pictures_are_no_subject(monkey
     assert passed == given
 
 
-def test_the_subjects_figures_read_pictures_of_the_worlds_size() -> None:
+def test_the_subjects_figures_read_images_of_the_worlds_size() -> None:
     SubjectFigures().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
     with pytest.raises(ValueError, match="64x64"):
         SubjectFigures().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))

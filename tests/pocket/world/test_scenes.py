@@ -1,4 +1,4 @@
-"""The picture world is what it says: pure drawings, true masks, combinations and subjects that training never sees."""
+"""The image world is what it says: pure drawings, true masks, combinations and subjects that training never sees."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_drawing_is_a_pure_function_of_the_scene() -> None:
 
 def test_the_mask_covers_the_object_and_nothing_else() -> None:
     for scene in _scenes():
-        picture = np.asarray(draw(scene)).astype(int)
+        image = np.asarray(draw(scene)).astype(int)
         covered = np.asarray(mask(scene)) == 255
         assert covered.mean() > 0.03
         # Outside the mask a pixel is the background, or an edge that is at least half background.
         elsewhere = np.asarray(draw(replace(scene, background="black" if scene.background == "white" else "white")))
-        change = np.abs(picture - elsewhere).sum(-1)
+        change = np.abs(image - elsewhere).sum(-1)
         change = change / change.max()
         assert (change[~covered] > 0.45).all()
         assert (change[covered] < 0.55).all()
@@ -152,6 +152,6 @@ def test_training_captions_name_the_member_or_the_class_and_never_a_wrong_detail
 
 def test_the_background_is_read_exactly_from_every_render() -> None:
     scenes = _scenes()
-    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
     assert {(scene.background, scene.size) for scene in scenes} == {(c, s) for c in BACKGROUNDS for s in SIZES}
-    assert background(pictures) == [scene.background for scene in scenes]
+    assert background(images) == [scene.background for scene in scenes]

@@ -1,4 +1,4 @@
-"""Control maps: a second picture beside each picture, at its very crop, size and flip."""
+"""Control maps: a second image beside each image, at its very crop, size and flip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdtune.images.files import SUFFIXES, open_picture, resize_and_crop
+from sdtune.images.files import SUFFIXES, open_image, resize_and_crop
 
 if TYPE_CHECKING:
     from sdtune.data.samples import Sample
@@ -31,7 +31,7 @@ _ASPECT_TOLERANCE = 0.01
 
 
 class Control(ABC):
-    """Where the control map of a picture comes from."""
+    """Where the control map of an image comes from."""
 
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
         """ValueError where one of ``samples`` has no usable map; loads no weights."""
@@ -46,7 +46,7 @@ class Control(ABC):
         """Make what needs a model, on ``device`` (the CPU if None), before training."""
 
     def content(self, sample: Sample) -> str:
-        """A name for what a map hangs on beside its picture and the settings."""
+        """A name for what a map hangs on beside its image and the settings."""
         return ""
 
     @abstractmethod
@@ -58,23 +58,23 @@ class Control(ABC):
     ) -> np.ndarray:
         """uint8 [H, W, 3] for ``sample.pixels(size, offset, flip)``."""
         pixels = self.crop(sample, size, offset)
-        # Mirrored last: an edge detector does not give the mirror image for a mirrored picture, to the pixel.
+        # Mirrored last: an edge detector does not give the mirror image for a mirrored image, to the pixel.
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
-class FromPicture(Control):
-    """A map that is made of its picture, and so of any other, such as one that was drawn under it."""
+class FromImage(Control):
+    """A map that is made of its image, and so of any other, such as one that was drawn under it."""
 
     task: Task
     """What a map shows."""
 
     @abstractmethod
-    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        """The maps of ``pictures`` (all uint8 [H, W, 3]) that are no samples of the data."""
+    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        """The maps of ``images`` (all uint8 [H, W, 3]) that are no samples of the data."""
 
 
-class Computed(FromPicture):
-    """A map that the picture's pixels alone decide."""
+class Computed(FromImage):
+    """A map that the image's pixels alone decide."""
 
     name: ClassVar[str]
     """What ``sdtune sample`` calls it: ``preprocess``."""
@@ -83,24 +83,24 @@ class Computed(FromPicture):
 
     @abstractmethod
     def extract(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] from a picture, uint8 [H, W, 3]."""
+        """uint8 [H, W, 3] from an image, uint8 [H, W, 3]."""
 
-    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        return [self.extract(picture) for picture in pictures]
+    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        return [self.extract(image) for image in images]
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self.extract(sample.pixels(size, offset, False))
 
 
 class Paired(Control):
-    """A folder of maps with the pictures' own file names: segmentation, depth, pose, or any other kind.
+    """A folder of maps with the images' own file names: segmentation, depth, pose, or any other kind.
 
-    The map of ``a/b.jpg`` is ``b.png`` (or another picture's suffix) in the folder, or ``a/b.png`` where it has the
-    pictures' sub-folders.
+    The map of ``a/b.jpg`` is ``b.png`` (or another image's suffix) in the folder, or ``a/b.png`` where it has the
+    images' sub-folders.
 
     Args:
         path: the folder.
-        resample: how a map is brought to its picture's size; ``nearest`` for segmentation, so that classes do not
+        resample: how a map is brought to its image's size; ``nearest`` for segmentation, so that classes do not
             blend.
     """
 
@@ -111,7 +111,7 @@ class Paired(Control):
     def open(self, samples: Sequence[Sample]) -> None:
         if not self.path.is_dir():
             raise ValueError(
-                f"data.control.path: {self.path} is not a folder; name the folder of the maps, with the pictures' own"
+                f"data.control.path: {self.path} is not a folder; name the folder of the maps, with the images' own"
                 " file names"
             )
         found: dict[tuple[str, ...], Path] = {}
@@ -122,18 +122,18 @@ class Paired(Control):
             found[name] = file
         owners: dict[Path, Path] = {}
         for sample in samples:
-            picture = _path(sample)
-            parts = picture.with_suffix("").parts
+            image = _path(sample)
+            parts = image.with_suffix("").parts
             own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
             if own is None:
-                raise ValueError(f"data.control.path: no map for {picture}: put {picture.stem}.png into {self.path}")
-            other = owners.setdefault(own, picture)
-            if other != picture:
+                raise ValueError(f"data.control.path: no map for {image}: put {image.stem}.png into {self.path}")
+            other = owners.setdefault(own, image)
+            if other != image:
                 raise ValueError(
-                    f"data.control.path: {own} is the map of {other} and of {picture}: put maps into folders named as"
-                    " the pictures' are"
+                    f"data.control.path: {own} is the map of {other} and of {image}: put maps into folders named as"
+                    " the images' are"
                 )
-            self._maps[picture] = own
+            self._maps[image] = own
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             for _ in pool.map(self._check, samples):
                 pass
@@ -143,12 +143,12 @@ class Paired(Control):
         own = self._read(file).size
         if abs(own[0] * height / (own[1] * width) - 1) > _ASPECT_TOLERANCE:
             raise ValueError(
-                f"data.control.path: {file} is {own[0]}x{own[1]} pixels and its picture {width}x{height}; a map shows"
-                " all of its picture, so make it again with the same aspect"
+                f"data.control.path: {file} is {own[0]}x{own[1]} pixels and its image {width}x{height}; a map shows"
+                " all of its image, so make it again with the same aspect"
             )
 
     def _read(self, file: Path) -> Image.Image:
-        return open_picture(file, "data.control.path")
+        return open_image(file, "data.control.path")
 
     def content(self, sample: Sample) -> str:
         return hashlib.sha256(self._maps[_path(sample)].read_bytes()).hexdigest()
@@ -160,15 +160,15 @@ class Paired(Control):
 def _path(sample: Sample) -> Path:
     path = getattr(sample, "path", None)
     if not isinstance(path, Path):
-        raise ValueError("data.control: paired maps go by the names of picture files (data=folder); this data has none")
+        raise ValueError("data.control: paired maps go by the names of image files (data=folder); this data has none")
     return path.absolute()
 
 
 def fit(
-    picture: Image.Image, size: tuple[int, int], offset: tuple[float, float] = CENTRE, resample: Resample = "bilinear"
+    image: Image.Image, size: tuple[int, int], offset: tuple[float, float] = CENTRE, resample: Resample = "bilinear"
 ) -> np.ndarray:
-    """A map uint8 [H, W, 3] scaled to cover ``size`` (width, height) and cropped, as pictures are."""
-    return resize_and_crop(picture, size, offset, resample=Image.Resampling[resample.upper()])
+    """A map uint8 [H, W, 3] scaled to cover ``size`` (width, height) and cropped, as images are."""
+    return resize_and_crop(image, size, offset, resample=Image.Resampling[resample.upper()])
 
 
 def as_map(pixels: np.ndarray) -> Tensor:

@@ -39,7 +39,7 @@ class Scribble(Computed):
 
     Args:
         blur: standard deviation in pixels of the Gaussian that takes small detail away first.
-        low, high: as for :class:`Canny`, of the blurred picture.
+        low, high: as for :class:`Canny`, of the blurred image.
         width: of the lines, in pixels.
     """
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdtune.data.cache import share
-from sdtune.data.control.base import CENTRE, FromPicture, fit
+from sdtune.data.control.base import CENTRE, FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
@@ -23,18 +23,18 @@ from sdtune.progress import bar
 _LONGEST = 1024  # pixels of the longer side of what is estimated and kept
 
 
-class Estimated(FromPicture):
-    """Depth, segmentation or pose by a transformers model, once a picture, kept on disk by the picture's content.
+class Estimated(FromImage):
+    """Depth, segmentation or pose by a transformers model, once an image, kept on disk by the image's content.
 
-    Depth is shown from black to white between a picture's own least and greatest value, as the model has it: models of
+    Depth is shown from black to white between an image's own least and greatest value, as the model has it: models of
     relative depth (MiDaS, DPT, Depth Anything) give near things the greater ones. A segmentation's classes have the
     colours of PASCAL VOC (Everingham et al. 2010), whatever their number. Poses are OpenPose's skeletons
-    (:mod:`sdtune.data.control.poses`); where a picture is mirrored, left and right change over too.
+    (:mod:`sdtune.data.control.poses`); where an image is mirrored, left and right change over too.
 
     Args:
         model: a local folder, or a hub id, which is downloaded when training begins, because you asked for it.
         task: what the model estimates; for poses a ViTPose.
-        detector: for poses, likewise: an object detection model that finds people; without one, each picture is taken
+        detector: for poses, likewise: an object detection model that finds people; without one, each image is taken
             for one person's.
     """
 
@@ -83,14 +83,14 @@ class Estimated(FromPicture):
         with bar(f"Estimating {self.task}", len(mine)) as progress:
             for sample in mine:
                 pixels = sample.pixels(_whole(sample.size), CENTRE, False)
-                for picture, file in zip(estimate(pixels), self._files(sample), strict=True):
-                    save_png(picture, file)
+                for image, file in zip(estimate(pixels), self._files(sample), strict=True):
+                    save_png(image, file)
                 progress(1)
 
-    def again(self, pictures: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
         self._find()
         estimate = self._estimator(device)
-        return [estimate(picture)[0] for picture in pictures]
+        return [estimate(image)[0] for image in images]
 
     def _find(self) -> None:
         """The folders of the models, and where their maps are kept; a hub id is asked for here."""
@@ -99,7 +99,7 @@ class Estimated(FromPicture):
             self._kept = cache_folder() / "control" / f"{self.task}-{'-'.join(map(_hash, self._sources))}"
 
     def _estimator(self, device: torch.device) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-        """A picture's map, first of what it gives."""
+        """An image's map, first of what it gives."""
         if self.task == "pose":
             return PoseEstimator(self._sources[0], self._sources[1] if self.detector else None, device)
         return Estimator(self._sources[0], self.task, device)
@@ -114,8 +114,8 @@ class Estimated(FromPicture):
         return self._crop(self._files(sample)[0], size, offset)
 
     def _crop(self, file: Path, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
-        with Image.open(file) as picture:
-            return fit(picture, size, offset, "nearest" if self.task == "segmentation" else "bilinear")
+        with Image.open(file) as image:
+            return fit(image, size, offset, "nearest" if self.task == "segmentation" else "bilinear")
 
     def map(
         self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTRE, flip: bool = False

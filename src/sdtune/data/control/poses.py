@@ -39,24 +39,24 @@ def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray
     """Skeletons on black, uint8 [H, W, 3] of ``size`` (width, height).
 
     Points, limbs and colours are OpenPose's (Cao et al. 2019, 18 keypoints: hues a twentieth of the circle apart in
-    the points' order, limbs at 0.6 of them), a limb eight pixels wide on a picture of 512.
+    the points' order, limbs at 0.6 of them), a limb eight pixels wide on an image of 512.
 
     Args:
         people: COCO's 17 keypoints each, [17, 3]: x and y in pixels, and the score.
     """
     width, height = size
-    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
     half = max(1, round(4 * min(size) / 512))
     for person in people:
         points = [_point(person, index) for index in _OPENPOSE]
         for number, limb in enumerate(_LIMBS):
             ends = [points[index] for index in limb]
             if all(end is not None for end in ends):
-                _draw_limb(picture, np.array(ends, dtype=float), half, _colour(number, 0.6))
+                _draw_limb(image, np.array(ends, dtype=float), half, _colour(number, 0.6))
         for number, point in enumerate(points):
             if point is not None:
-                cv2.circle(picture, (round(point[0]), round(point[1])), half, _colour(number, 1.0), thickness=-1)
-    return picture
+                cv2.circle(image, (round(point[0]), round(point[1])), half, _colour(number, 1.0), thickness=-1)
+    return image
 
 
 def _point(person: np.ndarray, index: int) -> tuple[float, float] | None:
@@ -68,12 +68,12 @@ def _point(person: np.ndarray, index: int) -> tuple[float, float] | None:
     return (float(x), float(y)) if score >= SEEN else None
 
 
-def _draw_limb(picture: np.ndarray, ends: np.ndarray, half: int, colour: tuple[int, int, int]) -> None:
+def _draw_limb(image: np.ndarray, ends: np.ndarray, half: int, colour: tuple[int, int, int]) -> None:
     across = ends[1] - ends[0]
     centre = tuple(ends.mean(axis=0).round().astype(int).tolist())
     axes = (max(1, round(float(np.linalg.norm(across)) / 2)), half)
     cv2.ellipse(
-        picture, centre, axes, float(np.degrees(np.arctan2(across[1], across[0]))), 0, 360, colour, thickness=-1
+        image, centre, axes, float(np.degrees(np.arctan2(across[1], across[0]))), 0, 360, colour, thickness=-1
     )
 
 
@@ -87,7 +87,7 @@ class PoseEstimator:
 
     Args:
         model: a folder with a ``VitPoseForPoseEstimation`` of COCO's 17 keypoints.
-        detector: a folder with an object detection model that knows ``person``; without one each picture is taken for
+        detector: a folder with an object detection model that knows ``person``; without one each image is taken for
             one person's.
         device: of both.
     """
@@ -110,25 +110,25 @@ class PoseEstimator:
             )
 
     @torch.no_grad()
-    def people(self, picture: Image.Image) -> list[np.ndarray]:
+    def people(self, image: Image.Image) -> list[np.ndarray]:
         """Keypoints [17, 3] of each person: x and y in pixels, and the score."""
-        boxes = self._boxes(picture)
+        boxes = self._boxes(image)
         if not boxes:
             return []
-        inputs = self.processor(images=picture, boxes=[boxes], return_tensors="pt").to(self.device)
+        inputs = self.processor(images=image, boxes=[boxes], return_tensors="pt").to(self.device)
         experts = self.model.config.backbone_config.num_experts
         # ViTPose++ has a head a dataset; COCO's is the first.
         head = {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=self.device)} if experts > 1 else {}
         [found] = self.processor.post_process_pose_estimation(self.model(**inputs, **head), boxes=[boxes])
         return [np.concatenate([p["keypoints"].numpy(), p["scores"].numpy()[:, None]], axis=1) for p in found]
 
-    def _boxes(self, picture: Image.Image) -> list[list[float]]:
+    def _boxes(self, image: Image.Image) -> list[list[float]]:
         """Left, top, width and height in pixels."""
         if self.detector is None:
-            return [[0.0, 0.0, float(picture.width), float(picture.height)]]
-        outputs = self.detector(**self.finder(images=picture, return_tensors="pt").to(self.device))
+            return [[0.0, 0.0, float(image.width), float(image.height)]]
+        outputs = self.detector(**self.finder(images=image, return_tensors="pt").to(self.device))
         [found] = self.finder.post_process_object_detection(
-            outputs, threshold=PERSON, target_sizes=[(picture.height, picture.width)]
+            outputs, threshold=PERSON, target_sizes=[(image.height, image.width)]
         )
         names = self.detector.config.id2label
         corners = [
@@ -140,6 +140,6 @@ class PoseEstimator:
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The map of uint8 [H, W, 3], and the same with left and right changed over."""
-        picture = Image.fromarray(pixels)
-        people = self.people(picture)
-        return skeletons(people, picture.size), skeletons([other_side(p) for p in people], picture.size)
+        image = Image.fromarray(pixels)
+        people = self.people(image)
+        return skeletons(people, image.size), skeletons([other_side(p) for p in people], image.size)

@@ -1,1 +1,1 @@
-"""Measurements with ground truth: what a picture of pocket's world shows is read, not guessed."""
+"""Measurements with ground truth: what an image of pocket's world shows is read, not guessed."""

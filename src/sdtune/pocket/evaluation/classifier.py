@@ -1,7 +1,7 @@
-"""The measuring classifier: what a picture of the world shows.
+"""The measuring classifier: what an image of the world shows.
 
 A small residual CNN names the object, its size and its style; the background is read exactly from the border. It only
-measures: it never trains another network, and never chooses a checkpoint, a setting or a picture. How it is trained:
+measures: it never trains another network, and never chooses a checkpoint, a setting or an image. How it is trained:
 :mod:`sdtune.pocket.pretraining.classifier`.
 """
 
@@ -37,7 +37,7 @@ _CHUNK = 64
 
 
 class Readings(NamedTuple):
-    """What N pictures show; each probability (float32 [N]) is that of the name given."""
+    """What N images show; each probability (float32 [N]) is that of the name given."""
 
     object: list[str]
     size: list[str]
@@ -66,7 +66,7 @@ class _Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pictures to the logits of three heads; ``objects``, ``sizes`` and ``styles`` name their outputs."""
+    """Images to the logits of three heads; ``objects``, ``sizes`` and ``styles`` name their outputs."""
 
     def __init__(
         self,
@@ -82,25 +82,25 @@ class Classifier(nn.Module):
         self.trunk = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.heads = nn.ModuleList(nn.Linear(_WIDTHS[-1], len(names)) for names in self.names)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Logits [N, names] of object, size and style for ``pictures``: uint8 [N, 64, 64, 3]."""
-        features = self.trunk(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits [N, names] of object, size and style for ``images``: uint8 [N, 64, 64, 3]."""
+        features = self.trunk(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
         return tuple(head(features) for head in self.heads)
 
     @torch.no_grad()
-    def read(self, pictures: np.ndarray) -> Readings:
-        """What ``pictures`` (uint8 [N, 64, 64, 3]) show, in fp32; leaves the classifier in evaluation mode.
+    def read(self, images: np.ndarray) -> Readings:
+        """What ``images`` (uint8 [N, 64, 64, 3]) show, in fp32; leaves the classifier in evaluation mode.
 
         Raises:
-            ValueError: another shape or type, or no picture.
+            ValueError: another shape or type, or no image.
         """
-        _check(pictures)
+        _check(images)
         self.eval()
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False):
             chunks = [
-                self(torch.from_numpy(np.array(pictures[k : k + _CHUNK])).to(device))
-                for k in range(0, len(pictures), _CHUNK)
+                self(torch.from_numpy(np.array(images[k : k + _CHUNK])).to(device))
+                for k in range(0, len(images), _CHUNK)
             ]
         names: list[list[str]] = []
         probabilities: list[np.ndarray] = []
@@ -111,42 +111,42 @@ class Classifier(nn.Module):
         return Readings(names[0], names[1], names[2], *probabilities)
 
 
-def _check(pictures: np.ndarray) -> None:
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIDE, SIDE, 3) or not len(pictures):
-        raise ValueError(f"pictures: {pictures.dtype} {list(pictures.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1")
+def _check(images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
+        raise ValueError(f"images: {images.dtype} {list(images.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1")
 
 
-def background(pictures: np.ndarray) -> list[str]:
+def background(images: np.ndarray) -> list[str]:
     """The background's colour word: nearest in RGB to the median colour of the two outermost pixels on each side.
 
     An object may reach the border on one side, but never covers half of it, so on true renders this is exact.
 
     Args:
-        pictures: uint8 [N, 64, 64, 3].
+        images: uint8 [N, 64, 64, 3].
 
     Raises:
-        ValueError: another shape or type, or no picture.
+        ValueError: another shape or type, or no image.
     """
-    colours = border_colours(pictures)
+    colours = border_colours(images)
     distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
     return [list(BACKGROUNDS)[int(k)] for k in distances.argmin(1)]
 
 
-def border_colours(pictures: np.ndarray) -> np.ndarray:
+def border_colours(images: np.ndarray) -> np.ndarray:
     """Median colour of the two outermost pixels on each side: float [N, 3] from uint8 [N, 64, 64, 3]."""
-    _check(pictures)
+    _check(images)
     border = np.ones((SIDE, SIDE), dtype=bool)
     border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
-    colours: np.ndarray = np.median(pictures[:, border], axis=1)
+    colours: np.ndarray = np.median(images[:, border], axis=1)
     return colours
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """``pictures`` (uint8 [N, 64, 64, 3]) through the VAE and back, by the mean latents, rounded to 8 bits."""
-    out = np.empty(pictures.shape, dtype=np.uint8)
-    for k in range(0, len(pictures), _CHUNK):
-        pixels = torch.from_numpy(np.array(pictures[k : k + _CHUNK])).permute(0, 3, 1, 2).float() / 127.5 - 1
+def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """``images`` (uint8 [N, 64, 64, 3]) through the VAE and back, by the mean latents, rounded to 8 bits."""
+    out = np.empty(images.shape, dtype=np.uint8)
+    for k in range(0, len(images), _CHUNK):
+        pixels = torch.from_numpy(np.array(images[k : k + _CHUNK])).permute(0, 3, 1, 2).float() / 127.5 - 1
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
         levels = ((decoded + 1) * 127.5).round().clamp(0, 255)
         out[k : k + _CHUNK] = levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -172,7 +172,7 @@ def load(folder: Path | None = None) -> Classifier:
 
 
 def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str, float]:
-    """How often the classifier names a held-out subject rightly: the most that any generated picture can score.
+    """How often the classifier names a held-out subject rightly: the most that any generated image can score.
 
     Returns:
         ``classifier_accuracy`` on fresh true renders, over all backgrounds, sizes and places, and
@@ -186,11 +186,11 @@ def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str,
         for size in SIZES
         for where in PLACES
     ]
-    pictures = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
     names = np.array([scene.thing for scene in scenes])
     big = np.array([scene.size == "big" for scene in scenes])
-    rebuilt = classifier.read(reconstruct(vae, pictures[big]))
+    rebuilt = classifier.read(reconstruct(vae, images[big]))
     return {
-        "classifier_accuracy": float(np.mean(np.array(classifier.read(pictures).object) == names)),
+        "classifier_accuracy": float(np.mean(np.array(classifier.read(images).object) == names)),
         "classifier_accuracy_vae": float(np.mean(np.array(rebuilt.object) == names[big])),
     }

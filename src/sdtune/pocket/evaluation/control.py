@@ -1,4 +1,4 @@
-"""Does a picture of the world follow its control map, and still its prompt?
+"""Does an image of the world follow its control map, and still its prompt?
 
 These figures are of pocket's world and cannot be compared with published ones.
 """
@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge
 
 from sdtune.backbone import Facts, Pretrained
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.draw import draw, draw_base, trained
@@ -41,44 +41,44 @@ _SHOWN = 8  # a row of a grid
 class ControlFigures:
     """On scenes of combinations that training never draws, each from its caption and its own map.
 
-    All are from 0 to 1. ``control_agreement`` compares the map with what is found in the picture: for edges the F1 of
+    All are from 0 to 1. ``control_agreement`` compares the map with what is found in the image: for edges the F1 of
     precision and recall within two pixels; for segmentation and depth the IoU of the object's area, found by its
     distance from the border's colour; for pose the IoU of the boxes with the areas' centre and spread.
-    ``control_agreement_shuffled`` compares the same pictures with another scene's map, ``ceiling_control_agreement``
+    ``control_agreement_shuffled`` compares the same images with another scene's map, ``ceiling_control_agreement``
     the true renders with their own. ``background_accuracy`` and ``object_accuracy`` are as in pocket's quality. All
     for the base too (``base_``), which sees the prompt alone.
 
     Args:
-        pictures: how many are drawn.
-        seed: of the scenes and of the first picture; the others follow.
+        images: how many are drawn.
+        seed: of the scenes and of the first image; the others follow.
         sampling: how.
     """
 
     def __init__(
         self,
-        pictures: Annotated[int, Ge(2)] = 256,
+        images: Annotated[int, Ge(2)] = 256,
         seed: Annotated[int, Ge(0)] = 1000,
         sampling: Sampling | None = None,
     ) -> None:
-        self.count, self.seed, self.sampling = pictures, seed, sampling or Sampling()
+        self.count, self.seed, self.sampling = images, seed, sampling or Sampling()
 
-    def check(self, data: PictureData, facts: Facts) -> None:
+    def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if data.control is None:
             raise ValueError(
-                "evaluation: pocket_control compares pictures with control maps; choose data/control=canny"
+                "evaluation: pocket_control compares images with control maps; choose data/control=canny"
             )
         if not all(isinstance(sample, SceneSample) for sample in data.train):
             raise ValueError(
-                "evaluation: pocket_control measures on pocket's world (data=pocket_world); for one's own pictures"
+                "evaluation: pocket_control measures on pocket's world (data=pocket_world); for one's own images"
                 " choose evaluation=clip"
             )
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise ValueError(f"evaluation: pocket_control reads {SIDE}x{SIDE} pictures, others are asked for")
+            raise ValueError(f"evaluation: pocket_control reads {SIDE}x{SIDE} images, others are asked for")
         self.sampling.check(facts.factor)
 
     def run(
-        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
         control = data.control
@@ -97,20 +97,20 @@ class ControlFigures:
         drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in requests], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw(backbone, requests, self.sampling)
-        for prefix, pictures in drawn.items():
-            readings[f"{prefix}control_agreement"] = scores(pictures, truth, control)
-            readings[f"{prefix}control_agreement_shuffled"] = scores(pictures, truth[1:] + truth[:1], control)
-            stack = np.stack(pictures)
+        for prefix, images in drawn.items():
+            readings[f"{prefix}control_agreement"] = scores(images, truth, control)
+            readings[f"{prefix}control_agreement_shuffled"] = scores(images, truth[1:] + truth[:1], control)
+            stack = np.stack(images)
             backgrounds, things = [s.scene.background for s in samples], [s.scene.thing for s in samples]
             readings[f"{prefix}background_accuracy"] = _equal(classifier.background(stack), backgrounds)
             readings[f"{prefix}object_accuracy"] = _equal(reader.read(stack).object, things)
             rows = [
                 row
-                for i in range(0, min(len(pictures), 4 * _SHOWN), _SHOWN)
-                for row in (maps[i : i + _SHOWN], pictures[i : i + _SHOWN])
+                for i in range(0, min(len(images), 4 * _SHOWN), _SHOWN)
+                for row in (maps[i : i + _SHOWN], images[i : i + _SHOWN])
             ]
             save_png(
-                grid(rows, ["control", "picture"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}pictures.png"
+                grid(rows, ["control", "image"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}images.png"
             )
         renders = [np.asarray(draw_scene(sample.scene)) for sample in samples]
         readings["ceiling_control_agreement"] = scores(renders, truth, control)
@@ -118,22 +118,22 @@ class ControlFigures:
 
 
 Measured = Computed | PocketControl
-"""Controls whose maps can be found again in a picture."""
+"""Controls whose maps can be found again in an image."""
 
 
 def _equal(said: Sequence[str], truth: Sequence[str]) -> list[float]:
     return [float(a == b) for a, b in zip(said, truth, strict=True)]
 
 
-def scores(pictures: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> list[float]:
-    """Agreement in [0, 1] of each of ``pictures`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
+def scores(images: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> list[float]:
+    """Agreement in [0, 1] of each of ``images`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
     lines = isinstance(control, Computed)
-    pairs = [(found(picture, control), own) for picture, own in zip(pictures, truth, strict=True)]
+    pairs = [(found(image, control), own) for image, own in zip(images, truth, strict=True)]
     return [line_f1(shown, own, NEAR) if lines else iou(shown, own) for shown, own in pairs]
 
 
 def wanted(sample: SceneSample, control: Measured) -> np.ndarray:
-    """What a picture of ``sample``'s map should show, bool [64, 64]: edges, the object's area or its box."""
+    """What an image of ``sample``'s map should show, bool [64, 64]: edges, the object's area or its box."""
     if isinstance(control, Computed):
         edges: np.ndarray = control.map(sample, (SIDE, SIDE))[..., 0] > 0
         return edges
@@ -141,18 +141,18 @@ def wanted(sample: SceneSample, control: Measured) -> np.ndarray:
     return box(area) if control.kind == "pose" else area
 
 
-def found(picture: np.ndarray, control: Measured) -> np.ndarray:
-    """The same as in :func:`wanted`, as a picture (uint8 [64, 64, 3]) shows it."""
+def found(image: np.ndarray, control: Measured) -> np.ndarray:
+    """The same as in :func:`wanted`, as an image (uint8 [64, 64, 3]) shows it."""
     if isinstance(control, Computed):
-        edges: np.ndarray = control.extract(picture)[..., 0] > 0
+        edges: np.ndarray = control.extract(image)[..., 0] > 0
         return edges
-    area = object_area(picture)
+    area = object_area(image)
     return box(area) if control.kind == "pose" else area
 
 
-def object_area(picture: np.ndarray) -> np.ndarray:
+def object_area(image: np.ndarray) -> np.ndarray:
     """bool [64, 64]: what differs from the border's median colour by more than :data:`APART`."""
-    distance = np.linalg.norm(picture.astype(float) - classifier.border_colours(picture[None])[0], axis=-1)
+    distance = np.linalg.norm(image.astype(float) - classifier.border_colours(image[None])[0], axis=-1)
     area: np.ndarray = distance > APART
     return area
 

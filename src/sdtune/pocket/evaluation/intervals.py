@@ -1,4 +1,4 @@
-"""Intervals of the world's figures, over seeds and pictures."""
+"""Intervals of the world's figures, over seeds and images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DRAWS = 2_000
 """Of the bootstrap."""
 
 _OF_PAIRS = ("class_distance", "diversity")
-"""Figures whose reading of a picture is a mean over its pairs with the others."""
+"""Figures whose reading of an image is a mean over its pairs with the others."""
 
 Readings = Mapping[str, np.ndarray]
-"""By figure, float64 [seeds, pictures]."""
+"""By figure, float64 [seeds, images]."""
 
 Interval = tuple[float, float, float]
 """Mean, and the interval's low and high end."""
@@ -30,9 +30,9 @@ def gain(means: Mapping[str, Any], ceiling: float) -> Any:
 def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
     """Mean and 95% interval of each figure (percentile bootstrap, Efron & Tibshirani 1993, chapter 13).
 
-    Seeds are drawn with replacement, then pictures within each; the base's pictures with those of the trained model,
+    Seeds are drawn with replacement, then images within each; the base's images with those of the trained model,
     since their prompts and seeds are the same. With three seeds it covers less than 95% where these differ more than
-    the pictures. A mean over pairs of pictures has twice the error that its pictures' own means show (a U-statistic of
+    the images. A mean over pairs of images has twice the error that its images' own means show (a U-statistic of
     degree 2, Hoeffding 1948), so their deviations count twice.
     """
     own = dict(readings)

@@ -1,16 +1,16 @@
-"""How well a picture is rebuilt."""
+"""How well an image is rebuilt."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def psnr(pictures: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture, peak 255: float64 [N] from two uint8 [N, H, W, C].
+def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each image, peak 255: float64 [N] from two uint8 [N, H, W, C].
 
-    10 log10(255^2 / MSE); infinite where a picture equals its truth.
+    10 log10(255^2 / MSE); infinite where an image equals its truth.
     """
-    mse = np.square(pictures.astype(np.float64) - truth).mean(axis=(1, 2, 3))
+    mse = np.square(images.astype(np.float64) - truth).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         decibels: np.ndarray = 10 * np.log10(255.0**2 / mse)
     return decibels

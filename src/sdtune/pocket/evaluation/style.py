@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge
 
 from sdtune.backbone import Facts, Pretrained
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.evaluation.draw import draw, draw_base, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
@@ -29,9 +29,9 @@ from sdtune.sampling.loop import Request, Sampling
 
 
 class StyleFigures:
-    """Is the picture in the style, and still of the object that was asked for, where the object was not shown?
+    """Is the image in the style, and still of the object that was asked for, where the object was not shown?
 
-    ``style_accuracy``: share of pictures that the measuring classifier reads as the style; ``object_accuracy`` and
+    ``style_accuracy``: share of images that the measuring classifier reads as the style; ``object_accuracy`` and
     ``background_accuracy``: share of which the object, the background is the prompt's. Big objects that training never
     showed in the style; for the base too (``base_``). ``shown_style_accuracy`` and ``shown_object_accuracy`` are the
     same on objects that it did show: what was learned, apart from how far it carries. ``vae_psnr_db``: how well the
@@ -42,8 +42,8 @@ class StyleFigures:
 
     Args:
         objects: how many of those that were not shown.
-        seeds: pictures of each.
-        seed: of the first picture; the others follow.
+        seeds: images of each.
+        seed: of the first image; the others follow.
         sampling: how.
     """
 
@@ -57,18 +57,18 @@ class StyleFigures:
         self.objects, self.seeds, self.seed = objects, seeds, seed
         self.sampling = sampling or Sampling()
 
-    def check(self, data: PictureData, facts: Facts) -> None:
+    def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Style):
             raise ValueError(
                 "evaluation: pocket_style measures a style of pocket's world (data=pocket_style); for one's own"
-                " pictures choose evaluation=clip"
+                " images choose evaluation=clip"
             )
         left = len(drawn()) - data.objects
         if self.objects > left:
             raise ValueError(f"evaluation.objects: {self.objects}, but data.objects={data.objects} leaves {left}")
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise ValueError(f"evaluation: pocket_style reads {SIDE}x{SIDE} pictures, others are asked for")
+            raise ValueError(f"evaluation: pocket_style reads {SIDE}x{SIDE} images, others are asked for")
         self.sampling.check(facts.factor)
 
     def _scenes(self, data: Style, shown: bool) -> list[Scene]:
@@ -80,7 +80,7 @@ class StyleFigures:
         return [compose(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
 
     def run(
-        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
         assert isinstance(data, Style)
@@ -89,15 +89,15 @@ class StyleFigures:
             [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown)
         )
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
-        pictures = {"base_": draw_base(source, requests, self.sampling, device)}
+        images = {"base_": draw_base(source, requests, self.sampling, device)}
         single: dict[str, list[float]] = {}
         with trained(source, artifact, name, device) as backbone:
             both = draw(backbone, [*requests, *more], self.sampling)
             single["vae_psnr_db"] = _psnr(backbone.vae, renders)
         single["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
         reader = classifier.load()
-        pictures |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
-        for prefix, found in pictures.items():
+        images |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
+        for prefix, found in images.items():
             asked = shown if prefix == "shown_" else scenes
             stack = np.stack(found)
             readings = reader.read(stack)
@@ -110,7 +110,7 @@ class StyleFigures:
             columns = min(objects, 13)
             rows = [found[i : i + columns] for i in range(0, len(found), objects)][:6]
             labels = [scene.thing for scene in asked[:columns]]
-            save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}pictures.png")
+            save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}images.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         return dict(shares(single, folder))
 

@@ -1,4 +1,4 @@
-"""The evaluation that the picture world allows: what a picture shows is read, not guessed.
+"""The evaluation that the image world allows: what an image shows is read, not guessed.
 
 These figures are of pocket's world and cannot be compared with published ones.
 """
@@ -17,7 +17,7 @@ from annotated_types import Ge
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data import PictureData
+from sdtune.data import ImageDataModule
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.clip import check as check_clip
 from sdtune.evaluation.distances import distances, nearest, prior_drift
@@ -37,11 +37,11 @@ from sdtune.sampling.loop import Request, Sampling
 log = logging.getLogger("sdtune")
 
 READINGS = "readings.json"
-"""In an evaluation's folder: what was read off each picture."""
+"""In an evaluation's folder: what was read off each image."""
 
 
 def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, float]:
-    """The mean of each figure; the readings of the single pictures are kept in ``folder``, for intervals."""
+    """The mean of each figure; the readings of the single images are kept in ``folder``, for intervals."""
     write_json(folder / READINGS, readings)
     return {key: sum(values) / len(values) for key, values in readings.items()}
 
@@ -49,40 +49,40 @@ def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, f
 class SubjectFigures:
     """Is the subject there, on the background that was asked for, and is its class still the class?
 
-    All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of pictures that the measuring
+    All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of images that the measuring
     classifier reads as the subject; ``background_accuracy``: share whose border has the colour of the prompt. Both on
-    backgrounds absent from the training pictures, big objects, for the base too (``base_``).
+    backgrounds absent from the training images, big objects, for the base too (``base_``).
     ``ceiling_subject_accuracy`` is the classifier's on true renders of the subject that went through the VAE;
     ``subject_gain`` = (value - base) / (ceiling - base): 0 is the base, 1 the ceiling; it can be negative, and a
     little above 1.
 
-    Prompted with the class word alone, on every background: ``prior_leak``, the share of pictures read as the
-    subject; ``class_diversity``, the mean distance between the pictures by CLIP, as a ratio to the base's (0 where
+    Prompted with the class word alone, on every background: ``prior_leak``, the share of images read as the
+    subject; ``class_diversity``, the mean distance between the images by CLIP, as a ratio to the base's (0 where
     all are one, 1 as the base); ``prior_drift``, how far they are from the base's
     (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
-    :class:`sdtune.evaluation.ClipFigures`, on the subject's pictures; pictures that are not of pocket's world are
+    :class:`sdtune.evaluation.ClipFigures`, on the subject's images; images that are not of pocket's world are
     measured by that one instead.
 
     Args:
-        pictures: how many are drawn of the subject.
-        class_pictures: how many of the class; 0 leaves its figures out.
-        seed: of the first picture; the others follow.
+        images: how many are drawn of the subject.
+        class_images: how many of the class; 0 leaves its figures out.
+        seed: of the first image; the others follow.
         clip: as in :class:`sdtune.evaluation.ClipFigures`.
         sampling: how.
     """
 
     def __init__(
         self,
-        pictures: Annotated[int, Ge(1)] = 210,
-        class_pictures: Annotated[int, Ge(0)] = 0,
+        images: Annotated[int, Ge(1)] = 210,
+        class_images: Annotated[int, Ge(0)] = 0,
         seed: Annotated[int, Ge(0)] = 1000,
         clip: str | None = "pocket",
         sampling: Sampling | None = None,
     ) -> None:
-        self.count, self.class_count, self.seed, self.clip = pictures, class_pictures, seed, clip
+        self.count, self.class_count, self.seed, self.clip = images, class_images, seed, clip
         self.sampling = sampling or Sampling()
-        if class_pictures and clip is None:
-            raise ValueError("evaluation.class_pictures: class_diversity needs a CLIP; give evaluation.clip=pocket too")
+        if class_images and clip is None:
+            raise ValueError("evaluation.class_images: class_diversity needs a CLIP; give evaluation.clip=pocket too")
 
     names: tuple[str, ...] = (
         *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
@@ -90,33 +90,33 @@ class SubjectFigures:
     )
     """Of its figures."""
 
-    def check(self, data: PictureData, facts: Facts) -> None:
+    def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Subject):
-            self._of_any_pictures().check(data, facts)
+            self._of_any_images().check(data, facts)
             self.names = ClipFigures.names
             return
         if facts.side != SIDE:
             raise ValueError(
-                f"evaluation: pocket_subject reads {SIDE}x{SIDE} pictures, the backbone makes {facts.side}"
+                f"evaluation: pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}"
             )
         self.sampling.check(facts.factor)
         if self.clip is not None:
             check_clip(self.clip)
 
-    def _of_any_pictures(self) -> ClipFigures:
-        # As many as the world's small pictures are drawn at once would be too many of Stable Diffusion's.
+    def _of_any_images(self) -> ClipFigures:
+        # As many as the world's small images are drawn at once would be too many of Stable Diffusion's.
         sampling = replace(self.sampling, batch_size=min(self.sampling.batch_size, 8))
         count = max(2, min(self.count, 32))
-        return ClipFigures(pictures=count, seed=self.seed, clip=self.clip, sampling=sampling)
+        return ClipFigures(images=count, seed=self.seed, clip=self.clip, sampling=sampling)
 
     def run(
-        self, source: Pretrained, data: PictureData, artifact: Path, name: str, device: torch.device, folder: Path
+        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
         if not isinstance(data, Subject):
-            log.info("evaluation: these pictures are not of pocket's world; they are measured as by evaluation=clip")
-            return self._of_any_pictures().run(source, data, artifact, name, device, folder)
+            log.info("evaluation: these images are not of pocket's world; they are measured as by evaluation=clip")
+            return self._of_any_images().run(source, data, artifact, name, device, folder)
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
         wanted = [unseen[i % len(unseen)] for i in range(self.count)]
         requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
@@ -133,39 +133,39 @@ class SubjectFigures:
         figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
         for prefix, both in drawn.items():
-            pictures, classes = both[: self.count], both[self.count :]
-            stack = np.stack(pictures)
+            images, classes = both[: self.count], both[self.count :]
+            stack = np.stack(images)
             read = np.array(reader.read(stack).object)
             readings[f"{prefix}subject_accuracy"] = (read == data.subject).tolist()
             right = np.array(classifier.background(stack)) == np.array(wanted)
             readings[f"{prefix}background_accuracy"] = right.tolist()
             if clip is not None:
-                embedded = clip.pictures(pictures)
+                embedded = clip.images(images)
                 readings[f"{prefix}diversity"] = distances(embedded)
-                readings[f"{prefix}memorisation"] = nearest(embedded, clip.pictures(references(data)))
-                figures[f"{prefix}clip_image"] = clip_image(clip, pictures, references(data))
-                figures[f"{prefix}clip_text"] = clip_text(clip, pictures, [r.prompt for r in requests])
+                readings[f"{prefix}memorisation"] = nearest(embedded, clip.images(references(data)))
+                figures[f"{prefix}clip_image"] = clip_image(clip, images, references(data))
+                figures[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
             columns = len(unseen)
-            rows = [pictures[i : i + columns] for i in range(0, min(len(pictures), 8 * columns), columns)]
-            save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}pictures.png")
+            rows = [images[i : i + columns] for i in range(0, min(len(images), 8 * columns), columns)]
+            save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}images.png")
             if classes and clip is not None:
                 leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
                 readings[f"{prefix}prior_leak"] = leaked.tolist()
-                readings[f"{prefix}class_distance"] = distances(clip.pictures(classes))
+                readings[f"{prefix}class_distance"] = distances(clip.images(classes))
                 columns = len(colours)
                 rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         figures |= shares(readings, folder)
         if others and clip is not None:
-            figures["prior_drift"] = prior_drift(*(clip.pictures(drawn[key][self.count :]) for key in ("", "base_")))
+            figures["prior_drift"] = prior_drift(*(clip.images(drawn[key][self.count :]) for key in ("", "base_")))
             figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
         room = ceiling - figures["base_subject_accuracy"]
         gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
         figures["subject_gain"] = gain / room if room > 0 else None
         reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
         if not others:
-            why = "no pictures of the class alone are drawn: evaluation.class_pictures=210"
+            why = "no images of the class alone are drawn: evaluation.class_images=210"
             reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
         return {**dict.fromkeys(reasons), **figures, **({"reasons": reasons} if reasons else {})}
 

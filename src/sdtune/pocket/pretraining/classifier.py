@@ -30,7 +30,7 @@ from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, STYLES
 from sdtune.pocket.world.scenes import Scene, compose, draw
 from sdtune.randomness import generator
 
-PICTURES = 30_000
+IMAGES = 30_000
 STEPS = 1_500
 BATCH = 128
 
@@ -44,7 +44,7 @@ _UNKNOWN = -100  # cross_entropy's ignore_index
 
 
 def pool_scene(index: int) -> Scene:
-    """Scene ``index`` of the classifier's training pictures: any thing in any combination and style."""
+    """Scene ``index`` of the classifier's training images: any thing in any combination and style."""
     rng = generator(SEED, "classifier/scene", index)
     thing, colour, size, where, style = (
         options[int(rng.integers(len(options)))]
@@ -53,8 +53,8 @@ def pool_scene(index: int) -> Scene:
     return compose(thing, colour, size, where, rng, style)
 
 
-def pool_pictures(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
-    """Pictures of the scenes 0..count-1, every fourth through ``vae``: uint8 [count, 64, 64, 3], memory-mapped.
+def pool_images(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
+    """Images of the scenes 0..count-1, every fourth through ``vae``: uint8 [count, 64, 64, 3], memory-mapped.
 
     The file in ``folder`` is named by the VAE's weights, so that another VAE gets another pool.
     """
@@ -70,16 +70,16 @@ def pool_pictures(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
-    pictures: np.ndarray = np.load(path, mmap_mode="r")
-    return pictures
+    images: np.ndarray = np.load(path, mmap_mode="r")
+    return images
 
 
-def _blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(sigma)))
+def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
 
 
 class PoolBatches:
-    """Pictures of the pool, some spoilt, with the truth: ``pictures`` and ``truth`` (object, size, style) [B, 3]."""
+    """Images of the pool, some spoilt, with the truth: ``images`` and ``truth`` (object, size, style) [B, 3]."""
 
     def __init__(self, pool: np.ndarray) -> None:
         self.pool = pool
@@ -94,22 +94,22 @@ class PoolBatches:
     def __call__(self, step: int) -> dict[str, Any]:
         rng = generator(SEED, "classifier/batch", step)
         indices = rng.integers(len(self.pool), size=BATCH)
-        pictures, truth = self.pool[indices], self.truth[indices]
+        images, truth = self.pool[indices], self.truth[indices]
         for k, index in enumerate(indices):
             fate = rng.random()
             if fate < _STRONG_BLUR + _MIX:
                 strong = fate < _STRONG_BLUR
-                pictures[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self._mix(int(index), rng)
+                images[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self._mix(int(index), rng)
                 truth[k] = (OBJECTS.index(NOTHING), _UNKNOWN, _UNKNOWN)
             elif fate < _STRONG_BLUR + _MIX + _MILD_BLUR:
-                pictures[k] = self._smear(int(index), _MILD_SIGMA, rng)
-        return {"pictures": torch.from_numpy(pictures), "truth": torch.from_numpy(truth)}
+                images[k] = self._smear(int(index), _MILD_SIGMA, rng)
+        return {"images": torch.from_numpy(images), "truth": torch.from_numpy(truth)}
 
     def _smear(self, index: int, sigma: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
         return _blurred(self.pool[index], float(rng.uniform(*sigma)) * int(self.sides[index]))
 
     def _mix(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        # Of one background: a mix of two would be known by a colour that no true picture has, not by its object.
+        # Of one background: a mix of two would be known by a colour that no true image has, not by its object.
         others = (self.backgrounds == self.backgrounds[index]) & (self.truth[:, 0] != self.truth[index, 0])
         other = self.pool[rng.choice(np.flatnonzero(others))]
         share = rng.uniform(0.4, 0.6)
@@ -123,7 +123,7 @@ class ClassifierTraining(Pretraining):
         self.classifier = Classifier()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        logits = self.classifier(batch["pictures"])
+        logits = self.classifier(batch["images"])
         loss = sum(
             (
                 F.cross_entropy(head.float(), batch["truth"][:, k], ignore_index=_UNKNOWN)
@@ -134,9 +134,9 @@ class ClassifierTraining(Pretraining):
         return {"loss": loss, "object": (logits[0].argmax(1) == batch["truth"][:, 0]).float().mean().detach()}
 
 
-def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, pictures: int = PICTURES) -> Classifier:
-    """Train on ``pictures`` pictures for ``steps`` steps; pool and checkpoint stay in ``folder``, to go on from."""
-    batches = PoolBatches(pool_pictures(folder, vae, pictures))
+def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IMAGES) -> Classifier:
+    """Train on ``images`` images for ``steps`` steps; pool and checkpoint stay in ``folder``, to go on from."""
+    batches = PoolBatches(pool_images(folder, vae, images))
     torch.manual_seed(SEED)
     module = ClassifierTraining(steps)
     pretrain(module, batches, folder)

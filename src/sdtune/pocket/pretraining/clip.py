@@ -1,7 +1,7 @@
-"""Pocket's CLIP, trained on the picture world: ``python -m sdtune.pocket.pretraining.clip FOLDER [STEPS]``.
+"""Pocket's CLIP, trained on the image world: ``python -m sdtune.pocket.pretraining.clip FOLDER [STEPS]``.
 
 Radford et al. 2021, "Learning transferable visual models from natural language supervision": the symmetric contrastive
-loss over a batch of pictures and captions. Its text tower becomes the backbone's text encoder.
+loss over a batch of images and captions. Its text tower becomes the backbone's text encoder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.pocket.pretraining import tokenizer as tokenizers
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
-from sdtune.pocket.pretraining.vae import PICTURES, SEED
-from sdtune.pocket.world.arrays import caption, training_pictures
+from sdtune.pocket.pretraining.vae import IMAGES, SEED
+from sdtune.pocket.world.arrays import caption, training_images
 from sdtune.pocket.world.scenes import SIDE
 from sdtune.randomness import generator
 
@@ -49,18 +49,18 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class CaptionBatches:
-    """Pictures with their captions."""
+    """Images with their captions."""
 
-    def __init__(self, pictures: np.ndarray, tokenizer: CLIPTokenizer) -> None:
-        self.pictures, self.tokenizer = pictures, tokenizer
+    def __init__(self, images: np.ndarray, tokenizer: CLIPTokenizer) -> None:
+        self.images, self.tokenizer = images, tokenizer
 
     def __call__(self, step: int) -> dict[str, Any]:
         rng = generator(SEED, "clip/batch", step)
-        indices = rng.choice(len(self.pictures), size=BATCH, replace=False)
+        indices = rng.choice(len(self.images), size=BATCH, replace=False)
         tokens = self.tokenizer(
             [caption(SEED, int(i)) for i in indices], padding="max_length", truncation=True, return_tensors="pt"
         )
-        return {"pixels": torch.from_numpy(self.pictures[np.sort(indices)][np.argsort(np.argsort(indices))]), **tokens}
+        return {"pixels": torch.from_numpy(self.images[np.sort(indices)][np.argsort(np.argsort(indices))]), **tokens}
 
 
 class CLIPTraining(Pretraining):
@@ -80,11 +80,11 @@ class CLIPTraining(Pretraining):
 def main() -> None:
     folder = Path(sys.argv[1])
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
-    pictures = training_pictures(folder, SEED, PICTURES)
+    images = training_images(folder, SEED, IMAGES)
     tokenizer = tokenizers.train(folder / "tokenizer", SEED)
     torch.manual_seed(SEED)
     module = CLIPTraining(tokenizer, steps)
-    pretrain(module, CaptionBatches(pictures, tokenizer), folder / "clip-training")
+    pretrain(module, CaptionBatches(images, tokenizer), folder / "clip-training")
     module.clip.save_pretrained(folder / "clip")
 
 

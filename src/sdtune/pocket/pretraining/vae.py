@@ -1,4 +1,4 @@
-"""Pocket's AutoencoderKL, trained on the picture world: ``python -m sdtune.pocket.pretraining.vae FOLDER [STEPS]``.
+"""Pocket's AutoencoderKL, trained on the image world: ``python -m sdtune.pocket.pretraining.vae FOLDER [STEPS]``.
 
 Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", without the adversarial and the
 perceptual term: on flat drawings L1 + MSE + a small KL term suffices, and no other network is needed.
@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
-from sdtune.pocket.world.arrays import training_pictures
+from sdtune.pocket.world.arrays import training_images
 from sdtune.pocket.world.scenes import SIDE
 from sdtune.randomness import generator
 
 SEED = 0
-PICTURES = 40_000
+IMAGES = 40_000
 STEPS = 4_500
 BATCH = 32
 CROP = 32
@@ -46,20 +46,20 @@ def build() -> AutoencoderKL:
 class CropBatches:
     """Random crops; half of them with their colour channels permuted, so that the VAE serves colours it has not met.
 
-    The last eighth of the steps sees whole pictures, fewer at a time.
+    The last eighth of the steps sees whole images, fewer at a time.
     """
 
-    def __init__(self, pictures: np.ndarray, steps: int) -> None:
-        self.pictures, self.steps = pictures, steps
+    def __init__(self, images: np.ndarray, steps: int) -> None:
+        self.images, self.steps = images, steps
 
     def __call__(self, step: int) -> dict[str, Any]:
         rng = generator(SEED, "vae/batch", step)
         whole = step >= self.steps - self.steps // 8
         count, side = (BATCH // 4, SIDE) if whole else (BATCH, CROP)
         crops = np.empty((count, side, side, 3), dtype=np.uint8)
-        for k, index in enumerate(rng.integers(len(self.pictures), size=count)):
+        for k, index in enumerate(rng.integers(len(self.images), size=count)):
             x, y = rng.integers(0, SIDE - side + 1, size=2)
-            crop = self.pictures[index][y : y + side, x : x + side]
+            crop = self.images[index][y : y + side, x : x + side]
             crops[k] = crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
         return {"pixels": torch.from_numpy(crops)}
 
@@ -72,29 +72,29 @@ class VAETraining(Pretraining):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = self.vae.encode(pixels).latent_dist
-        picture = self.vae.decode(posterior.sample()).sample.float()
-        mse = (picture - pixels).square().mean()
-        l1 = (picture - pixels).abs().mean()
+        image = self.vae.decode(posterior.sample()).sample.float()
+        mse = (image - pixels).square().mean()
+        l1 = (image - pixels).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": l1 + 2 * mse + _KL_WEIGHT * kl, "mse": mse.detach(), "kl": kl.detach()}
 
 
 @torch.no_grad()
-def scaling_factor(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """1 / standard deviation of the latents (Rombach et al. 2022, section G), over ``pictures`` (uint8)."""
-    pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def scaling_factor(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """1 / standard deviation of the latents (Rombach et al. 2022, section G), over ``images`` (uint8)."""
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return float(1 / vae.encode(pixels).latent_dist.sample().std())
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
-    pictures = training_pictures(folder, SEED, PICTURES)
+    images = training_images(folder, SEED, IMAGES)
     torch.manual_seed(SEED)
     module = VAETraining(steps)
-    pretrain(module, CropBatches(pictures, steps), folder / "vae-training")
+    pretrain(module, CropBatches(images, steps), folder / "vae-training")
     vae = module.vae.eval().to(memory_format=torch.contiguous_format)
-    vae.register_to_config(scaling_factor=scaling_factor(vae, pictures[:512]))
+    vae.register_to_config(scaling_factor=scaling_factor(vae, images[:512]))
     vae.save_pretrained(folder / "vae")
 
 

@@ -12,9 +12,9 @@ from sdtune.pocket.world.scenes import SIDE, draw, training_scene
 from sdtune.randomness import generator
 
 
-def training_pictures(folder: Path, seed: int, count: int) -> np.ndarray:
-    """Pictures 0..count-1 of the training world: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
-    path = folder / f"pictures-{seed}-{count}.npy"
+def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
+    """Images 0..count-1 of the training world: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
+    path = folder / f"images-{seed}-{count}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -26,10 +26,10 @@ def training_pictures(folder: Path, seed: int, count: int) -> np.ndarray:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
-    pictures: np.ndarray = np.load(path, mmap_mode="r")
-    return pictures
+    images: np.ndarray = np.load(path, mmap_mode="r")
+    return images
 
 
 def caption(seed: int, index: int) -> str:
-    """The caption of training picture ``index``."""
+    """The caption of training image ``index``."""
     return training_caption(training_scene(seed, index), generator(seed, "world/caption", index))

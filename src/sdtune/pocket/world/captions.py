@@ -1,4 +1,4 @@
-"""Captions of the picture world, from the scene that the picture shows."""
+"""Captions of the image world, from the scene that the image shows."""
 
 from __future__ import annotations
 

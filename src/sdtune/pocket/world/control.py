@@ -1,4 +1,4 @@
-"""Control maps of the picture world, from the scene itself: exact, and no model was asked."""
+"""Control maps of the image world, from the scene itself: exact, and no model was asked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PocketControl(Control):
         odd = next((s for s in samples if not isinstance(s, SceneSample)), None)
         if odd is not None:
             raise ValueError(
-                "data.control: pocket's maps are of its own world (data=pocket_world); for one's own pictures choose"
+                "data.control: pocket's maps are of its own world (data=pocket_world); for one's own images choose"
                 " data/control=canny, scribble, paired or estimated"
             )
 
@@ -110,10 +110,10 @@ def pose(scene: Scene) -> np.ndarray:
     Up is green, down blue, the drawing's right red and its left yellow; so centre, size, angle and mirroring can be
     read from it, and nothing of the shape.
     """
-    picture = Image.new("RGB", (SIDE, SIDE))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE, SIDE))
+    pen = ImageDraw.Draw(image)
     for limb, point in keypoints(scene).items():
         pen.line((*scene.centre, *point), fill=_LIMBS[limb], width=3)
     x, y = scene.centre
     pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_JOINT)
-    return np.array(picture)
+    return np.array(image)

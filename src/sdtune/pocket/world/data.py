@@ -1,4 +1,4 @@
-"""Data drawn from the picture world: pocket's own training pictures, and a subject that it has never seen."""
+"""Data drawn from the image world: pocket's own training images, and a subject that it has never seen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from annotated_types import Ge
 from PIL import Image
 
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.images.files import resize_and_crop
 from sdtune.paths import pocket_art
@@ -45,11 +45,11 @@ class SceneSample:
         """A drawing is a function of its scene and of the art, so those name its content."""
         return hashlib.sha256(f"{self.scene}/{_art_hash()}".encode()).hexdigest()
 
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         return draw(self.scene)
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(self.picture(), size, offset, flip)
+        return resize_and_crop(self.image(), size, offset, flip)
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         """The object alone counts."""
@@ -61,44 +61,44 @@ def _prompt(noun: str, background: str, size: str | None) -> str:
 
 
 @dataclass(kw_only=True, eq=False)
-class World(PictureData):
+class World(ImageDataModule):
     """The world that pocket was trained on.
 
     Args:
-        pictures: how many different ones.
+        images: how many different ones.
         world_seed: which ones.
-        validation_pictures: further ones for the validation loss.
+        validation_images: further ones for the validation loss.
     """
 
-    pictures: Annotated[int, Ge(1)] = 40_000
+    images: Annotated[int, Ge(1)] = 40_000
     world_seed: int = 0
-    validation_pictures: Annotated[int, Ge(0)] = 0
+    validation_images: Annotated[int, Ge(0)] = 0
 
     name: str = field(default="world", init=False)
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        count = self.pictures + self.validation_pictures
+        count = self.images + self.validation_images
         samples = [SceneSample(training_scene(self.world_seed, i), caption(self.world_seed, i)) for i in range(count)]
-        return samples[: self.pictures], samples[self.pictures :]
+        return samples[: self.images], samples[self.images :]
 
 
 @dataclass(kw_only=True, eq=False)
-class Subject(PictureData):
-    """A few pictures of one held-out member of a known class, each on a background of its own.
+class Subject(ImageDataModule):
+    """A few images of one held-out member of a known class, each on a background of its own.
 
     Args:
         subject: the held-out thing.
-        pictures: how many, on as many backgrounds.
+        images: how many, on as many backgrounds.
         token: the rare word that is to mean the subject.
         with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
-        validation_pictures: further ones for the validation loss, on backgrounds that the others do not have.
+        validation_images: further ones for the validation loss, on backgrounds that the others do not have.
     """
 
     subject: str = "parrot"
-    pictures: Annotated[int, Ge(1)] = 5
+    images: Annotated[int, Ge(1)] = 5
     token: str = "sks"
     with_class: bool = True
-    validation_pictures: Annotated[int, Ge(0)] = 0
+    validation_images: Annotated[int, Ge(0)] = 0
 
     name: str = field(default="subject", init=False)
 
@@ -109,8 +109,8 @@ class Subject(PictureData):
             raise ValueError(
                 f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}"
             )
-        if self.pictures > len(BACKGROUNDS) - 2:
-            raise ValueError(f"data.pictures: {self.pictures} leaves too few unseen backgrounds; give at most 10")
+        if self.images > len(BACKGROUNDS) - 2:
+            raise ValueError(f"data.images: {self.images} leaves too few unseen backgrounds; give at most 10")
         self.name = self.subject.replace(" ", "_")
 
     @property
@@ -124,9 +124,9 @@ class Subject(PictureData):
         return BY_NAME[self.subject].word
 
     def backgrounds(self) -> list[str]:
-        """The backgrounds of the pictures, in order; every other one is absent from them."""
+        """The backgrounds of the images, in order; every other one is absent from them."""
         order = generator(0, f"subject/{self.subject}").permutation(len(BACKGROUNDS))
-        return [list(BACKGROUNDS)[int(i)] for i in order[: self.pictures]]
+        return [list(BACKGROUNDS)[int(i)] for i in order[: self.images]]
 
     def prompt(self, background: str, size: str | None = None) -> str:
         """A prompt for the subject on a background."""
@@ -137,7 +137,7 @@ class Subject(PictureData):
         return _prompt(self.class_word, background, size)
 
     def scenes(self) -> list[Scene]:
-        """What the pictures show: both sizes, all places."""
+        """What the images show: both sizes, all places."""
         return self._scenes(self.backgrounds(), "scene")
 
     def _scenes(self, backgrounds: Sequence[str], stream: str) -> list[Scene]:
@@ -150,7 +150,7 @@ class Subject(PictureData):
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         absent = [background for background in BACKGROUNDS if background not in self.backgrounds()]
-        held_out = self._scenes([absent[i % len(absent)] for i in range(self.validation_pictures)], "validation")
+        held_out = self._scenes([absent[i % len(absent)] for i in range(self.validation_images)], "validation")
         train, validation = (
             [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in scenes]
             for scenes in (self.scenes(), held_out)

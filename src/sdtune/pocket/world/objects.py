@@ -1,4 +1,4 @@
-"""What the picture world is made of: objects, backgrounds, sizes and places, as plain data.
+"""What the image world is made of: objects, backgrounds, sizes and places, as plain data.
 
 An object is a drawing with a name of its own ("poodle") and a class word ("dog"). A held-out subject is an unseen
 member of a known class: pocket has met the word and other members of the class, but never this drawing.
@@ -27,7 +27,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES: dict[str, int] = {"big": 46, "small": 28}
-"""Side of the object's box in pixels of a 64x64 picture, before a jitter of two pixels."""
+"""Side of the object's box in pixels of a 64x64 image, before a jitter of two pixels."""
 
 PLACES: dict[str, tuple[float, float]] = {
     "on the left": (-0.7, 0.0),
@@ -36,7 +36,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "at the bottom": (0.0, 0.7),
     "in the middle": (0.0, 0.0),
 }
-"""Offset of the object's centre, as a share of the room left between its box and the picture's edge."""
+"""Offset of the object's centre, as a share of the room left between its box and the image's edge."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The picture world: one known object on a plain background, drawn from art, with everything about it known.
+"""The image world: one known object on a plain background, drawn from art, with everything about it known.
 
-A :class:`Scene` says exactly what a picture shows, so a caption, a mask and the truth for an evaluation all come from
+A :class:`Scene` says exactly what an image shows, so a caption, a mask and the truth for an evaluation all come from
 the same record. Drawing is a pure function of the scene.
 """
 
@@ -19,7 +19,7 @@ from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, PLACES, SIZES, STY
 from sdtune.randomness import generator
 
 SIDE = 64
-"""Pixels of a picture's side."""
+"""Pixels of an image's side."""
 
 MAX_ANGLE = 10.0
 _JITTER_SIZE = 2
@@ -29,7 +29,7 @@ _MARGIN = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows.
+    """What one image shows.
 
     ``thing``, ``background``, ``size``, ``place`` and ``style`` are keys of the tables in
     :mod:`sdtune.pocket.world.objects`; ``side`` is the object's box in pixels, ``centre`` its middle in pixels (x, y),
@@ -51,10 +51,10 @@ class Scene:
 def art(thing: Thing, style: str) -> Image.Image:
     """The drawing of ``thing`` (RGBA, 96x96), recoloured where the thing is a recoloured member."""
     with as_file(files("sdtune.pocket") / "art" / style / f"{thing.art}.webp") as path:
-        picture = Image.open(path).convert("RGBA")
+        image = Image.open(path).convert("RGBA")
     if thing.recolour is None:
-        return picture
-    rgba = np.asarray(picture, dtype=np.float32) / 255
+        return image
+    rgba = np.asarray(image, dtype=np.float32) / 255
     hsv = np.apply_along_axis(lambda p: colorsys.rgb_to_hsv(*p), -1, rgba[..., :3])
     hsv[..., 0] = (hsv[..., 0] + thing.recolour.hue) % 1.0
     hsv[..., 1] = np.clip(hsv[..., 1] * thing.recolour.saturation, 0, 1)
@@ -68,7 +68,7 @@ def _placed(scene: Scene) -> Image.Image:
     drawing = art(BY_NAME[scene.thing], scene.style)
     if scene.mirror:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # One affine map from picture to drawing (rotation, scale, place) instead of rotate + resize: one interpolation.
+    # One affine map from image to drawing (rotation, scale, place) instead of rotate + resize: one interpolation.
     # The drawing is first reduced to about the target's size, since bilinear sampling of a larger one would alias.
     drawing = drawing.resize((scene.side, scene.side), Image.Resampling.LANCZOS)
     # A transparent margin, so that art that touches its box is blended at the edge instead of cut in steps.
@@ -83,10 +83,10 @@ def _placed(scene: Scene) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of ``scene``: RGB, 64x64."""
-    picture = Image.new("RGBA", (SIDE, SIDE), (*BACKGROUNDS[scene.background], 255))
-    picture.alpha_composite(_placed(scene))
-    return picture.convert("RGB")
+    """The image of ``scene``: RGB, 64x64."""
+    image = Image.new("RGBA", (SIDE, SIDE), (*BACKGROUNDS[scene.background], 255))
+    image.alpha_composite(_placed(scene))
+    return image.convert("RGB")
 
 
 def mask(scene: Scene) -> Image.Image:
@@ -122,7 +122,7 @@ def compose(
 
 
 def training_scene(seed: int, index: int) -> Scene:
-    """Picture ``index`` of the training world: a trained thing in a combination that the evaluation does not use."""
+    """Image ``index`` of the training world: a trained thing in a combination that the evaluation does not use."""
     rng = generator(seed, "world/scene", index)
     while True:
         thing = TRAINED[int(rng.integers(len(TRAINED)))].name

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from sdtune.data.datamodule import PictureData
+from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.data import SceneSample
@@ -26,17 +26,17 @@ def drawn() -> list[Thing]:
 
 
 @dataclass(kw_only=True, eq=False)
-class Style(PictureData):
-    """Pictures of some objects in the style, captioned as pocket's own with the style's word behind.
+class Style(ImageDataModule):
+    """Images of some objects in the style, captioned as pocket's own with the style's word behind.
 
     Args:
         objects: of how many things; the others serve the evaluation.
-        pictures: how many, objects, backgrounds, sizes and places by turns and at random.
+        images: how many, objects, backgrounds, sizes and places by turns and at random.
         token: what captions call the style: "in sks style".
     """
 
     objects: Annotated[int, Ge(1)] = 20
-    pictures: Annotated[int, Ge(1)] = 200
+    images: Annotated[int, Ge(1)] = 200
     token: str = "sks"
 
     name: str = field(default="style", init=False)
@@ -56,5 +56,5 @@ class Style(PictureData):
         return compose(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        scenes = [self._scene(number) for number in range(self.pictures)]
+        scenes = [self._scene(number) for number in range(self.images)]
         return [SceneSample(scene, self.caption(scene)) for scene in scenes], []
