@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting",),
     ("runs", "data"),
     ("formats", "images", "hardware", "objective"),
-    ("files", "log_filters", "loggers", "lr_schedule", "paths", "progress", "randomness", "suggest"),
+    ("files", "log_filters", "loggers", "lr_schedule", "paths", "progress", "randomness", "streams", "suggest"),
     ("errors",),
 )
 """From the top down: a package imports from the layers below its own alone."""
@@ -59,7 +59,8 @@ def imported(path: Path, name: str = "sdtune") -> Iterator[str]:
     """Dotted names, below the package, of everything that ``path`` may import of it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix(f"{name}.") for alias in node.names if alias.name.startswith(f"{name}."))
+            names = [alias.name for alias in node.names if alias.name.startswith(f"{name}.")]
+            yield from (dotted.removeprefix(f"{name}.") for dotted in names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == name:
             inside = node.module.removeprefix(name).removeprefix(".")
             yield from (f"{inside}.{alias.name}".removeprefix(".") for alias in node.names)
@@ -139,7 +140,8 @@ def reduced(graph: Graph) -> list[tuple[str, str]]:
 def sentence(package: str) -> str:
     """The first line of a package's docstring."""
     path = PACKAGE / package
-    text = ast.get_docstring(ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     assert text, package
     return text.splitlines()[0]
 

@@ -26,7 +26,7 @@ from typing import Any
 import diffusers
 import torch
 
-from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, ours, peer, images
+from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, images, ours, peer
 from experiments.benchmark.gate import gate
 from experiments.benchmark.page import groups, page
 from experiments.benchmark.sweep import sweeps

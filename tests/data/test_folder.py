@@ -193,9 +193,7 @@ def test_no_caption(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / name)
     (tmp_path / "a.txt").write_text("a dog")
-    refused(
-        tmp_path, "2 of 3 images have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None
-    )
+    refused(tmp_path, "2 of 3 images have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None)
 
 
 def test_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from sdtune.images.files import SUFFIXES, open_image, image_size, resize_and_crop
+from sdtune.images.files import SUFFIXES, image_size, open_image, resize_and_crop
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -216,9 +216,7 @@ def test_a_truncated_image(tmp_path: Path, suffix: str) -> None:
     noise(64, 64).save(path)
     open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(
-        ValueError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"
-    ):
+    with pytest.raises(ValueError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"):
         open_image(path)
 
 

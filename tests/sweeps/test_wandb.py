@@ -168,9 +168,7 @@ def test_terminated_while_it_is_measured_a_run_is_closed(
 
 
 @pytest.mark.slow
-def test_disabled_it_leaves_nothing(
-    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disabled_it_leaves_nothing(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     run, log = tmp_path / "run", tmp_path / "log"
     own = [a for a in arguments(tiny, images, run, "logger=wandb") if a != "callbacks.samples=null"]

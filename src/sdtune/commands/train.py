@@ -122,7 +122,9 @@ def build_adapter(config: dict[str, Any], sharing: Sharing | None = None) -> Ada
     return adapter
 
 
-def execute(config: dict[str, Any], data: ImageDataModule, folder: Path, sharing: Sharing | None = None) -> float | None:
+def execute(
+    config: dict[str, Any], data: ImageDataModule, folder: Path, sharing: Sharing | None = None
+) -> float | None:
     """Train, write the artifact, evaluate, and write ``metrics.json`` last."""
     top = settings(config)
     name = top.name or data.name

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from sdtune import streams
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache
 from sdtune.data.control.base import CENTRE, Control, as_map
@@ -30,9 +31,6 @@ states are cached; mask (float32 [B, 1, h, w] in [0, 1]) where the loss is maske
 ``instances: int`` of them, and ``prior_weight: float`` is the weight of the others."""
 
 Row = dict[str, Any]
-
-STREAM = "picture"
-"""Names the random draws of a row: part of what a seed means, so it is never renamed."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Rows(Dataset[list[Row]]):
         texts = data.texts if subject else ("{}",)
         prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTRE
         if self.training:
-            dropped, flipped, x, y, text = generator(data.seed, STREAM, step, position).random(5)
+            dropped, flipped, x, y, text = generator(data.seed, streams.ROW, step, position).random(5)
             prompt = texts[int(text * len(texts))].replace("{}", sample.caption)
             prompt = (data.keep if subject else "") if dropped < data.caption_dropout else prompt
             flip = bool(data.flip and flipped < 0.5)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtune.images.files import SUFFIXES, open_image, image_size
+from sdtune.images.files import SUFFIXES, image_size, open_image
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
@@ -74,9 +74,7 @@ def read_folder(
     if prompt is not None:
         captions |= dict.fromkeys(bare, prompt)
     elif bare:
-        raise ValueError(
-            f"{key}: {len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}"
-        )
+        raise ValueError(f"{key}: {len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}")
     return tuple(
         CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), kohya[image][0])
         for image in images
@@ -154,9 +152,7 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
     for image in images:
         beside = sidecars.get(image.with_suffix(""), [])
         if len(beside) > 1:
-            raise ValueError(
-                f"data.path: {image} has two captions, {beside[0].name} and {beside[1].name}: remove one"
-            )
+            raise ValueError(f"data.path: {image} has two captions, {beside[0].name} and {beside[1].name}: remove one")
         if beside:
             captions[image] = _one_line(_text(beside[0]))
     return captions

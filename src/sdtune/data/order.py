@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from sdtune import streams
 from sdtune.randomness import generator
 
 
@@ -54,14 +55,14 @@ class Order:
 def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
     batches: list[tuple[int, ...]] = []
     for number, bucket in enumerate(order.buckets):
-        rng = generator(order.seed, f"order/bucket{number}", epoch)
+        rng = generator(order.seed, f"{streams.ORDER_BUCKET}{number}", epoch)
         whole = -(-len(bucket) // order.batch_size) * order.batch_size
         # A last batch that is not full goes on with further permutations of its bucket: a batch has one size, so that
         # the step's cost and the mean of its losses do not vary.
         rows = -(-whole // len(bucket))
         entries = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(rows)])[:whole]
         batches += [tuple(int(e) for e in part) for part in entries.reshape(-1, order.batch_size)]
-    shuffled = generator(order.seed, "order/batches", epoch).permutation(len(batches))
+    shuffled = generator(order.seed, streams.ORDER_BATCHES, epoch).permutation(len(batches))
     return [batches[int(i)] for i in shuffled]
 
 

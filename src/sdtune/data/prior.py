@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sdtune import streams
 from sdtune.data.cache import share
 from sdtune.images.files import open_image, resize_and_crop
 from sdtune.progress import bar
@@ -80,4 +81,4 @@ def partner(seed: int, count: int, number: int) -> int:
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, count: int, epoch: int) -> list[int]:
-    return [int(i) for i in generator(seed, "class/order", epoch).permutation(count)]
+    return [int(i) for i in generator(seed, streams.CLASS_ORDER, epoch).permutation(count)]

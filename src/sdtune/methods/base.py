@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from sdtune import streams
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Component
@@ -264,20 +265,20 @@ class Adapter(pl.LightningModule, ABC):
         moments: Tensor = batch["moments"]
         return moments
 
-    def losses(self, batch: Batch, stream: str = "train") -> Tensor:
+    def losses(self, batch: Batch, stream: str = streams.TRAIN) -> Tensor:
         """The diffusion loss of each sample, float32 [B].
 
         Args:
             stream: ``train`` or ``validation``: names the draws; validation has L_simple, so that curves compare.
         """
         step, positions, moments = batch["step"], batch["positions"], self._moments(batch)
-        objective = self.objective if stream == "train" else self.objective.plain()
+        objective = self.objective if stream == streams.TRAIN else self.objective.plain()
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
-        clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/vae", step, positions))
-        noise = self.noise(shape, f"{stream}/noise", step, positions)
+        clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/{streams.VAE}", step, positions))
+        noise = self.noise(shape, f"{stream}/{streams.NOISE}", step, positions)
         if objective.offset_noise:
-            offset = self.noise((shape[0], 1, 1), f"{stream}/offset", step, positions)
+            offset = self.noise((shape[0], 1, 1), f"{stream}/{streams.OFFSET}", step, positions)
             noise = noise + objective.offset_noise * offset
         timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
         text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
@@ -322,7 +323,7 @@ class Adapter(pl.LightningModule, ABC):
         return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.losses(batch, "validation").mean()
+        loss = self.losses(batch, streams.VALIDATION).mean()
         self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True)
 
     # --- the optimizer

@@ -10,6 +10,7 @@ from annotated_types import Gt
 from diffusers import ControlNetModel
 from torch import Tensor, nn
 
+from sdtune import streams
 from sdtune.backbone.controlnet import skips
 from sdtune.backbone.controlnet_files import check_net, embedding_widths, load_net
 from sdtune.data.control.base import Computed
@@ -86,14 +87,16 @@ class ControlNet(Adapter):
             ("conv_in", embedding.conv_in),
             *((f"blocks.{i}", b) for i, b in enumerate(embedding.blocks)),
         ):
-            self._draw(f"controlnet.controlnet_cond_embedding.{name}", layer)
+            self._draw(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
 
     def _draw(self, name: str, layer: nn.Conv2d) -> None:
         """torch's default: uniform within 1 / sqrt(fan in)."""
         bound = layer.weight[0].numel() ** -0.5
         for part in ("weight", "bias"):
             parameter = getattr(layer, part)
-            drawn = generator(self.seed, f"init/{name}.{part}").uniform(-bound, bound, tuple(parameter.shape))
+            drawn = generator(self.seed, f"{streams.INITIAL_VALUES}/{name}.{part}").uniform(
+                -bound, bound, tuple(parameter.shape)
+            )
             parameter.data.copy_(torch.from_numpy(drawn.astype("float32")))
 
     def parameter_groups(self) -> list[dict[str, Any]]:

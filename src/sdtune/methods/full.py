@@ -9,6 +9,7 @@ from typing import Annotated, Any, Unpack
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from sdtune import streams
 from sdtune.backbone.families import Component
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.data.datamodule import ImageDataModule
@@ -90,7 +91,12 @@ class Full(Adapter):
         if "vae" not in self.parts:
             return {}
         moments, pixels = batch["moments"], batch["pixels"]
-        noise = self.noise((moments.shape[1] // 2, *moments.shape[2:]), "train/vae", batch["step"], batch["positions"])
+        noise = self.noise(
+            (moments.shape[1] // 2, *moments.shape[2:]),
+            f"{streams.TRAIN}/{streams.VAE}",
+            batch["step"],
+            batch["positions"],
+        )
         rebuilt = self.backbone.reconstruct(moments, noise)
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(-30.0, 20.0)

@@ -14,6 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
+from sdtune import streams
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -214,7 +215,7 @@ class LoRA(Adapter):
                 # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan in); drawn by name, so that the
                 # initial value of a pair does not depend on which others there are.
                 bound = parameter[0].numel() ** -0.5
-                rng = generator(self.seed, f"init/{component}.{name}")
+                rng = generator(self.seed, f"{streams.INITIAL_VALUES}/{component}.{name}")
                 drawn = rng.uniform(-bound, bound, tuple(parameter.shape)).astype("float32")
                 parameter.data.copy_(torch.from_numpy(drawn))
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdtune import streams
 from sdtune.data.datamodule import VALIDATION_RUNGS
 from sdtune.randomness import generator
 
@@ -17,7 +18,7 @@ def noise(
 ) -> Tensor:
     """Standard normal [len(positions), *shape], float32."""
     # Validation looks at the same noise in every run, so that curves compare across seeds too.
-    own = seed if stream.startswith("train/") else 0
+    own = seed if stream.startswith(f"{streams.TRAIN}/") else 0
     rows = [generator(own, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
     drawn = torch.from_numpy(np.stack(rows))
     # Only a copy from pinned memory does not wait.
@@ -27,16 +28,16 @@ def noise(
 
 def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
     """int64 [len(positions)] in [0, count): at random in training, a fixed ladder in validation."""
-    if stream == "validation":
+    if stream == streams.VALIDATION:
         rungs = [int((p % VALIDATION_RUNGS + 0.5) * count / VALIDATION_RUNGS) for p in positions]
     else:
-        rungs = [int(generator(seed, f"{stream}/timestep", step, p).integers(count)) for p in positions]
+        rungs = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
     return torch.tensor(rungs).to(device, non_blocking=True)
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:
     """Seed the global generators, which dropout inside a model uses, by place: a resumed run is exact."""
-    number = int(generator(seed, f"dropout/{rank}", step, batch_idx).integers(2**31))
+    number = int(generator(seed, f"{streams.DROPOUT}/{rank}", step, batch_idx).integers(2**31))
     # torch.manual_seed takes milliseconds: it looks up its caller's whole stack for devices that there are not.
     torch.default_generator.manual_seed(number)
     if device.type not in ("cpu", "meta"):

@@ -72,9 +72,7 @@ def _draw_limb(image: np.ndarray, ends: np.ndarray, half: int, colour: tuple[int
     across = ends[1] - ends[0]
     centre = tuple(ends.mean(axis=0).round().astype(int).tolist())
     axes = (max(1, round(float(np.linalg.norm(across)) / 2)), half)
-    cv2.ellipse(
-        image, centre, axes, float(np.degrees(np.arctan2(across[1], across[0]))), 0, 360, colour, thickness=-1
-    )
+    cv2.ellipse(image, centre, axes, float(np.degrees(np.arctan2(across[1], across[0]))), 0, 360, colour, thickness=-1)
 
 
 def _colour(number: int, brightness: float) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
+from sdtune import streams
 from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT, PLACES, SIZES, STYLES, THINGS
 from sdtune.pocket.world.scenes import SIDE, compose, draw
 from sdtune.randomness import generator
@@ -178,7 +179,7 @@ def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str,
         ``classifier_accuracy`` on fresh true renders, over all backgrounds, sizes and places, and
         ``classifier_accuracy_vae`` on the reconstructions of the big ones, since the VAE smears small faces.
     """
-    rng = generator(seed, "classifier/ceilings")
+    rng = generator(seed, streams.CLASSIFIER_CEILINGS)
     scenes = [
         compose(thing.name, colour, size, where, rng)
         for thing in HELD_OUT

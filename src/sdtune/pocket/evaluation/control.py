@@ -65,9 +65,7 @@ class ControlFigures:
     def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
         if data.control is None:
-            raise ValueError(
-                "evaluation: pocket_control compares images with control maps; choose data/control=canny"
-            )
+            raise ValueError("evaluation: pocket_control compares images with control maps; choose data/control=canny")
         if not all(isinstance(sample, SceneSample) for sample in data.train):
             raise ValueError(
                 "evaluation: pocket_control measures on pocket's world (data=pocket_world); for one's own images"
@@ -109,9 +107,7 @@ class ControlFigures:
                 for i in range(0, min(len(images), 4 * _SHOWN), _SHOWN)
                 for row in (maps[i : i + _SHOWN], images[i : i + _SHOWN])
             ]
-            save_png(
-                grid(rows, ["control", "image"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}images.png"
-            )
+            save_png(grid(rows, ["control", "image"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}images.png")
         renders = [np.asarray(draw_scene(sample.scene)) for sample in samples]
         readings["ceiling_control_agreement"] = scores(renders, truth, control)
         return dict(shares(readings, folder))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sdtune import streams
 from sdtune.randomness import generator
 
 DRAWS = 2_000
@@ -39,7 +40,7 @@ def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
     if "control_agreement" in own:
         own["control_less_shuffled"] = own["control_agreement"] - own["control_agreement_shuffled"]
     seeds = len(next(iter(own.values())))
-    rng = generator(0, "bootstrap")
+    rng = generator(0, streams.BOOTSTRAP)
     drawn: dict[str, list[float]] = {key: [] for key in own}
     for _ in range(DRAWS):
         rows = rng.integers(seeds, size=(seeds, 1))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from annotated_types import Ge
 
+from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.evaluation.draw import draw, draw_base, trained
@@ -74,7 +75,7 @@ class StyleFigures:
     def _scenes(self, data: Style, shown: bool) -> list[Scene]:
         """Of objects that training shows, or of the next ones; as many of both."""
         things = drawn()[: data.objects] if shown else drawn()[data.objects : data.objects + self.objects]
-        colours, rng = list(BACKGROUNDS), generator(self.seed, "evaluation/style")
+        colours, rng = list(BACKGROUNDS), generator(self.seed, streams.EVALUATION_STYLE)
         rounds = [divmod(number, len(things)) for number in range(self.objects * self.seeds)]
         pairs = [(things[i].name, colours[(i + k) % len(colours)]) for k, i in rounds]
         return [compose(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from annotated_types import Ge
 
+from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
@@ -97,9 +98,7 @@ class SubjectFigures:
             self.names = ClipFigures.names
             return
         if facts.side != SIDE:
-            raise ValueError(
-                f"evaluation: pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}"
-            )
+            raise ValueError(f"evaluation: pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}")
         self.sampling.check(facts.factor)
         if self.clip is not None:
             check_clip(self.clip)
@@ -170,7 +169,7 @@ class SubjectFigures:
         return {**dict.fromkeys(reasons), **figures, **({"reasons": reasons} if reasons else {})}
 
     def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
-        rng = generator(self.seed, "evaluation/ceiling")
+        rng = generator(self.seed, streams.EVALUATION_CEILING)
         places = list(PLACES)
         scenes = [
             compose(subject, backgrounds[i % len(backgrounds)], "big", places[i % len(places)], rng)

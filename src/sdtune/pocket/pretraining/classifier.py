@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdtune import streams
 from sdtune.pocket.evaluation.classifier import NOTHING, OBJECTS, Classifier, ceilings, load, reconstruct
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
 from sdtune.pocket.pretraining.vae import SEED
@@ -45,7 +46,7 @@ _UNKNOWN = -100  # cross_entropy's ignore_index
 
 def pool_scene(index: int) -> Scene:
     """Scene ``index`` of the classifier's training images: any thing in any combination and style."""
-    rng = generator(SEED, "classifier/scene", index)
+    rng = generator(SEED, streams.CLASSIFIER_SCENE, index)
     thing, colour, size, where, style = (
         options[int(rng.integers(len(options)))]
         for options in (OBJECTS[:-1], list(BACKGROUNDS), list(SIZES), list(PLACES), STYLES)
@@ -92,7 +93,7 @@ class PoolBatches:
         self.sides = np.array([scene.side for scene in scenes])
 
     def __call__(self, step: int) -> dict[str, Any]:
-        rng = generator(SEED, "classifier/batch", step)
+        rng = generator(SEED, streams.CLASSIFIER_BATCH, step)
         indices = rng.integers(len(self.pool), size=BATCH)
         images, truth = self.pool[indices], self.truth[indices]
         for k, index in enumerate(indices):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from sdtune import streams
 from sdtune.pocket.pretraining import tokenizer as tokenizers
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
 from sdtune.pocket.pretraining.vae import IMAGES, SEED
@@ -55,7 +56,7 @@ class CaptionBatches:
         self.images, self.tokenizer = images, tokenizer
 
     def __call__(self, step: int) -> dict[str, Any]:
-        rng = generator(SEED, "clip/batch", step)
+        rng = generator(SEED, streams.CLIP_BATCH, step)
         indices = rng.choice(len(self.images), size=BATCH, replace=False)
         tokens = self.tokenizer(
             [caption(SEED, int(i)) for i in indices], padding="max_length", truncation=True, return_tensors="pt"

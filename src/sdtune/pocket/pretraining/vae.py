@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from sdtune import streams
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
 from sdtune.pocket.world.arrays import training_images
 from sdtune.pocket.world.scenes import SIDE
@@ -53,7 +54,7 @@ class CropBatches:
         self.images, self.steps = images, steps
 
     def __call__(self, step: int) -> dict[str, Any]:
-        rng = generator(SEED, "vae/batch", step)
+        rng = generator(SEED, streams.VAE_BATCH, step)
         whole = step >= self.steps - self.steps // 8
         count, side = (BATCH // 4, SIDE) if whole else (BATCH, CROP)
         crops = np.empty((count, side, side, 3), dtype=np.uint8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdtune import streams
 from sdtune.pocket.world.captions import training_caption
 from sdtune.pocket.world.scenes import SIDE, draw, training_scene
 from sdtune.randomness import generator
@@ -32,4 +33,4 @@ def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
 
 def caption(seed: int, index: int) -> str:
     """The caption of training image ``index``."""
-    return training_caption(training_scene(seed, index), generator(seed, "world/caption", index))
+    return training_caption(training_scene(seed, index), generator(seed, streams.WORLD_CAPTION, index))

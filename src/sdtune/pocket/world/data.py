@@ -12,6 +12,7 @@ import numpy as np
 from annotated_types import Ge
 from PIL import Image
 
+from sdtune import streams
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.images.files import resize_and_crop
@@ -125,7 +126,7 @@ class Subject(ImageDataModule):
 
     def backgrounds(self) -> list[str]:
         """The backgrounds of the images, in order; every other one is absent from them."""
-        order = generator(0, f"subject/{self.subject}").permutation(len(BACKGROUNDS))
+        order = generator(0, f"{streams.SUBJECT}/{self.subject}").permutation(len(BACKGROUNDS))
         return [list(BACKGROUNDS)[int(i)] for i in order[: self.images]]
 
     def prompt(self, background: str, size: str | None = None) -> str:
@@ -138,10 +139,10 @@ class Subject(ImageDataModule):
 
     def scenes(self) -> list[Scene]:
         """What the images show: both sizes, all places."""
-        return self._scenes(self.backgrounds(), "scene")
+        return self._scenes(self.backgrounds(), streams.SUBJECT_SCENE)
 
     def _scenes(self, backgrounds: Sequence[str], stream: str) -> list[Scene]:
-        rng = generator(0, f"subject/{self.subject}/{stream}")
+        rng = generator(0, f"{streams.SUBJECT}/{self.subject}/{stream}")
         sizes, places = list(SIZES), list(PLACES)
         return [
             compose(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
@@ -150,7 +151,9 @@ class Subject(ImageDataModule):
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         absent = [background for background in BACKGROUNDS if background not in self.backgrounds()]
-        held_out = self._scenes([absent[i % len(absent)] for i in range(self.validation_images)], "validation")
+        held_out = self._scenes(
+            [absent[i % len(absent)] for i in range(self.validation_images)], streams.SUBJECT_VALIDATION
+        )
         train, validation = (
             [SceneSample(s, f"a photo of {full_caption(s, self.noun)}") for s in scenes]
             for scenes in (self.scenes(), held_out)

@@ -15,6 +15,7 @@ from importlib.resources import as_file, files
 import numpy as np
 from PIL import Image
 
+from sdtune import streams
 from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, PLACES, SIZES, STYLES, TRAINED, Thing
 from sdtune.randomness import generator
 
@@ -123,7 +124,7 @@ def compose(
 
 def training_scene(seed: int, index: int) -> Scene:
     """Image ``index`` of the training world: a trained thing in a combination that the evaluation does not use."""
-    rng = generator(seed, "world/scene", index)
+    rng = generator(seed, streams.WORLD_SCENE, index)
     while True:
         thing = TRAINED[int(rng.integers(len(TRAINED)))].name
         background = list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
@@ -142,7 +143,7 @@ def held_out_scenes(seed: int, count: int) -> list[Scene]:
         for size in SIZES
         if held_out_combination(thing.name, background, size)
     ]
-    rng = generator(seed, "world/held-out")
+    rng = generator(seed, streams.WORLD_HELD_OUT)
     scenes: list[Scene] = []
     while len(scenes) < count:
         for k in rng.permutation(len(combinations))[: count - len(scenes)]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from sdtune import streams
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.pocket.world.captions import full_caption
@@ -22,7 +23,7 @@ STYLE = "noto"
 def drawn() -> list[Thing]:
     """The objects that the style has drawings of its own for, in a fixed random order."""
     own = [thing for thing in TRAINED if thing.recolour is None]
-    return [own[int(i)] for i in generator(0, "style/objects").permutation(len(own))]
+    return [own[int(i)] for i in generator(0, streams.STYLE_OBJECTS).permutation(len(own))]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,7 +52,7 @@ class Style(ImageDataModule):
         return f"{full_caption(scene)}, in {self.token} style"
 
     def _scene(self, number: int) -> Scene:
-        rng = generator(0, "style/scene", number)
+        rng = generator(0, streams.STYLE_SCENE, number)
         background, size, place = (list(table)[int(rng.integers(len(table)))] for table in (BACKGROUNDS, SIZES, PLACES))
         return compose(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
 
