@@ -71,7 +71,7 @@ class Spy(Callback):
         self.gradients.append({name: p.grad.clone() for name, p in pl_module.trainable()})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        self.losses.append(float(pl_module.step_figures["loss"]))
+        self.losses.append(float(pl_module.step_metrics["loss"]))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation.append(float(trainer.callback_metrics["validation_loss"]))

@@ -124,7 +124,7 @@ def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) 
         assert composed("train", "sweep=optuna").hydra.sweeper.n_trials == 20
         return
     if option == "launcher/shared_backbone":
-        assert composed("train", "hydra/launcher=shared_backbone").hydra.launcher.max_adapters == "auto"
+        assert composed("train", "hydra/launcher=shared_backbone").hydra.launcher.max_concurrent_runs == "auto"
         return
     entries = {c: yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"] for c in COMMANDS}
     users = [c for c in COMMANDS if {"hydra": option} in entries[c] or {"override hydra": option} in entries[c]]

@@ -21,7 +21,7 @@ class Mean(Callback):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        value = trainer.strategy.reduce(pl_module.step_figures["loss"].clone(), reduce_op="mean")
+        value = trainer.strategy.reduce(pl_module.step_metrics["loss"].clone(), reduce_op="mean")
         self.losses.append(float(value))
 
 

@@ -36,7 +36,7 @@ _CAPTION = 28  # pixels below an image, for two lines
 def _generate(folder: Path, prompts: list[str], seed: int, steps: int = STEPS) -> np.ndarray:
     """An image for each prompt, from the pipeline in ``folder``: uint8 [N, 64, 64, 3]."""
     backbone = Pretrained(str(folder)).load()
-    backbone.suit(backbone.device)
+    backbone.prepare_for_device(backbone.device)
     requests = [Request(prompt, seed * 100_003 + k) for k, prompt in enumerate(prompts)]
     sampling = Sampling(steps=steps, guidance=GUIDANCE, batch_size=_BATCH)
     return np.stack(draw_images(backbone, requests, sampling))

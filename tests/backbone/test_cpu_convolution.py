@@ -100,7 +100,7 @@ def test_a_unet_is_what_it_was(tiny: Path) -> None:
     sample, steps, states = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, *backbone.text_shape)
     with torch.no_grad():
         before = backbone.unet(sample, steps, states).sample
-        backbone.suit(torch.device("cpu"))
+        backbone.prepare_for_device(torch.device("cpu"))
         after = backbone.unet(sample, steps, states).sample
     assert sum(type(module) is FewPixels for module in backbone.unet.modules()) > 5
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

@@ -50,7 +50,7 @@ def refiner(folder: Path) -> None:
     change(folder / "model_index.json", text_encoder=[None, None], text_encoder_2=second)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+EXIT_INVALID_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a refiner": (refiner, r"is SDXL's refiner"),
     "inpainting": (
         lambda f: change(f / "unet/config.json", in_channels=9),
@@ -62,9 +62,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", EXIT_INVALID_INPUT)
 def test_what_is_not_a_stable_diffusion_is_refused_in_one_line(copy: Path, case: str) -> None:
-    spoil, words = REFUSED[case]
+    spoil, words = EXIT_INVALID_INPUT[case]
     spoil(copy)
     with pytest.raises(ValueError, match=rf"^backbone\.path: .*{words}") as caught:
         _ = Pretrained(str(copy)).facts
@@ -248,7 +248,7 @@ def test_predict_is_the_unets_output_in_its_dtype(tiny: Path) -> None:
     with torch.no_grad():
         out = backbone.predict(noisy, timesteps, text)
         assert torch.equal(out, backbone.unet(noisy, timesteps, text).sample)
-        backbone.suit(torch.device("cpu"))
+        backbone.prepare_for_device(torch.device("cpu"))
         torch.testing.assert_close(backbone.predict(noisy, timesteps, text), out, rtol=1e-4, atol=1e-5)
         backbone.unet.bfloat16()
         assert backbone.predict(noisy, timesteps, text).dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from sdtune.pocket.world.scenes import Scene, draw
 @pytest.fixture(scope="module")
 def pocket() -> Backbone:
     backbone = Pretrained().load()
-    backbone.suit(torch.device("cpu"))
+    backbone.prepare_for_device(torch.device("cpu"))
     return backbone
 
 

@@ -13,12 +13,12 @@ import torch
 from running import adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.methods import LoRA
 
 
 def test_the_last_two_and_the_best_are_kept(tiny: Path, images: Path, tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = MetricsRecorder(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", record, every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
     fit(
@@ -41,7 +41,7 @@ def test_the_last_two_and_the_best_are_kept(tiny: Path, images: Path, tmp_path: 
 
 def test_without_held_out_images_no_validation_is_waited_for(tiny: Path, images: Path, tmp_path: Path) -> None:
     """At steps that are multiples of the interval: Lightning passes over a validation that has no images."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", Record(tmp_path), every_steps=2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", MetricsRecorder(tmp_path), every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
     own = {"val_check_interval": 2, "check_val_every_n_epoch": None}
     fit(model, folder_data(images), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **own)

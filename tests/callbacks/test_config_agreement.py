@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdtune.callbacks.config_agreement import SameConfig
+from sdtune.callbacks.config_agreement import ConfigAgreement
 
 
 def test_processes_must_have_one_config() -> None:
-    one, other = SameConfig({"optimizer": {"lr": 1e-3}}), SameConfig({"optimizer": {"lr": 1e-4}})
+    one, other = ConfigAgreement({"optimizer": {"lr": 1e-3}}), ConfigAgreement({"optimizer": {"lr": 1e-4}})
     strategy = SimpleNamespace(broadcast=lambda digest: one.digest)
     trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)
     one.setup(trainer, None, "fit")

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 
 from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.lr_schedule import Cosine
 from sdtune.methods import LoRA
 
@@ -23,7 +23,7 @@ def recorded(tiny: Path, images: Path, folder: Path, **settings: Any) -> tuple[l
         rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3), lr_schedule=Cosine(warmup_steps=2, floor=0.1)
     )
     trained = {"log_every_n_steps": 3, "gradient_clip_val": 1.0, **settings}
-    fit(model, folder_data(images, batch_size=4), 20, [Record(folder), spy], **trained)
+    fit(model, folder_data(images, batch_size=4), 20, [MetricsRecorder(folder), spy], **trained)
     return rows(folder), spy
 
 
@@ -44,7 +44,7 @@ def test_a_row_a_step_with_the_rate_that_was_used(tiny: Path, images: Path, tmp_
 
 
 def test_a_resumed_run_cuts_the_rows_that_it_makes_again(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = MetricsRecorder(tmp_path)
     text = "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n3,0.3,\n3,,0.35\n"
     (tmp_path / "metrics.csv").write_text(text)
 
@@ -77,7 +77,7 @@ class SlowValidation(Callback):
 @pytest.mark.slow
 def test_validation_is_no_part_of_the_steps_time(tiny: Path, images: Path, tmp_path: Path) -> None:
     """At an interval that is no multiple of the flushes' own."""
-    record = Record(tmp_path)
+    record = MetricsRecorder(tmp_path)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
     data = folder_data(images, hold_out=4)
     fit(model, data, 10, [record, SlowValidation()], log_every_n_steps=4, val_check_interval=3)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from running import arguments, train
 from sdtune.callbacks import Samples
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.sampling.loop import Sampling
 
 
@@ -63,7 +63,7 @@ def test_images_by_other_settings_are_no_before(tmp_path: Path) -> None:
     """A run resumed with other sampling must not set its last images against the first run's."""
 
     def samples(steps: int) -> Samples:
-        return Samples(tmp_path, Record(tmp_path), sampling=Sampling(steps=steps))
+        return Samples(tmp_path, MetricsRecorder(tmp_path), sampling=Sampling(steps=steps))
 
     first = samples(30)
     first.first = [[np.zeros((2, 2, 3), dtype=np.uint8)]]

@@ -338,7 +338,7 @@ def test_a_lora_of_every_family_goes_round(base: Path, tmp_path: Path) -> None:
     assert one.keys() == other.keys()
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
-    assert LoRA.leaves == "lora"
+    assert LoRA.artifact_kind == "lora"
 
 
 def test_frozen_layers_of_a_trained_text_encoder_are_exact(build: dict[Family, Path], tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_frozen_layers_of_a_trained_text_encoder_are_exact(build: dict[Family, P
     source = Pretrained(str(build["sdxl"]))
     model = Full(backbone=source, parts=["text_encoder"])
     model.configure_model()
-    model.backbone.halve_frozen("bf16-mixed")
+    model.backbone.cast_frozen("bf16-mixed")
     model.write_artifact(tmp_path, "it")
     one, other = Pretrained(str(tmp_path / "it")).load().state_dict(), source.load().state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())

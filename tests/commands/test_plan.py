@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from running import fit, folder_data, plan, train
 from sdtune.backbone import Pretrained
 from sdtune.backbone import cpu_convolution as few_pixels
-from sdtune.backbone.meta import Outline
+from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.single_file import shipped
 from sdtune.commands import plan as plan_command
 from sdtune.config.compose import compose, search_path
@@ -60,7 +60,7 @@ def full() -> Figures:
     ],
 )
 def test_the_shipped_configs_are_the_models(kind: str, wanted: dict[str, int]) -> None:
-    backbone = Outline(str(shipped(kind))).load()
+    backbone = MetaPretrained(str(shipped(kind))).load()
     for name, count in wanted.items():
         parameters = list(getattr(backbone, name).parameters())
         assert sum(p.numel() for p in parameters) == count
@@ -86,7 +86,7 @@ def test_full_fine_tuning_is_counted_to_the_byte(full: Figures) -> None:
 
 
 def test_a_rank_of_lora_has_199_296_parameters() -> None:
-    adapter = LoRA(rank=1, backbone=Outline(str(shipped("sd15"))))
+    adapter = LoRA(rank=1, backbone=MetaPretrained(str(shipped("sd15"))))
     with torch.device("meta"):
         adapter.configure_model()
     assert sum(p.numel() for _, p in adapter.trainable()) == 199_296
@@ -333,7 +333,7 @@ def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: p
     assert int(rows["mine"].replace(",", "")) * 8 == int(rows["lora"].replace(",", "")) * 3
 
 
-REFUSED = {
+EXIT_INVALID_INPUT = {
     ("methods=[lroa]",): "methods: lroa: there is no such method; did you mean lora?",
     ("methods=[]",): "methods: []: ",
     ("fits=0",): "fits: 0: ",
@@ -349,11 +349,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+@pytest.mark.parametrize("arguments", EXIT_INVALID_INPUT, ids=" ".join)
 def test_refusals_are_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(*arguments) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"sdtune: {REFUSED[arguments]}")
+    assert said.err.startswith(f"sdtune: {EXIT_INVALID_INPUT[arguments]}")
     assert (said.err.count("\n"), said.out) == (1, "")
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sdtune.backbone import Pretrained
-from sdtune.cli.launch import REFUSED
+from sdtune.cli.launch import EXIT_INVALID_INPUT
 from sdtune.cli.main import main as cli
 from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora
 
@@ -58,7 +58,7 @@ class CommandLine:
         assert "Traceback" not in out + err
         return code, err.splitlines()
 
-    def refuses(self, *arguments: str, words: tuple[str, ...], code: int = REFUSED) -> None:
+    def refuses(self, *arguments: str, words: tuple[str, ...], code: int = EXIT_INVALID_INPUT) -> None:
         """One line that holds ``words`` in order, and nothing new on the disk."""
         before = self._state()
         found, lines = self(*arguments)

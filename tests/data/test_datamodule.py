@@ -15,7 +15,7 @@ from torch import Tensor
 
 from image_data import batches, encode, encoders, equal, noise, opened, text
 from sdtune.data import Folder, ImageDataModule
-from sdtune.data.datamodule import VALIDATION_RUNGS
+from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.data.previews import wanted
 
 
@@ -157,8 +157,8 @@ def test_every_third_image_is_held_out(some: Path) -> None:
     assert [Path(str(s)).stem for s in data.train] == ["0", "1", "3", "4"]
     found = list(data.val_dataloader())
     assert Counter(p for batch in found for p in batch["prompts"]) == {
-        "dog 2": VALIDATION_RUNGS,
-        "dog 5": VALIDATION_RUNGS,
+        "dog 2": VALIDATION_TIMESTEPS,
+        "dog 5": VALIDATION_TIMESTEPS,
     }
     assert equal(found, list(data.val_dataloader()))
 
@@ -173,7 +173,7 @@ def test_a_validation_folder_is_held_out_and_seen_plainly(some: Path, tmp_path: 
     data = opened(some, validation_path=str(tmp_path / "other"), flip=True, caption_dropout=1.0)
     assert len(data.train) == 6
     images = torch.cat([batch["pixels"] for batch in data.val_dataloader()])
-    assert len(images) == VALIDATION_RUNGS
+    assert len(images) == VALIDATION_TIMESTEPS
     assert all(torch.equal(image, images[0]) for image in images)
     assert {p for batch in data.val_dataloader() for p in batch["prompts"]} == {"a cat"}
 

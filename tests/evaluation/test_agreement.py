@@ -14,7 +14,7 @@ from running import folder_data
 from sdtune.backbone import Pretrained
 from sdtune.data.control.base import FromImage, Paired
 from sdtune.data.control.edges import Canny
-from sdtune.evaluation import ClipFigures
+from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation import subject_metrics as general
 from sdtune.evaluation.agreement import agreement, mean_iou
 from sdtune.sampling.loop import Request, Sampling
@@ -86,7 +86,7 @@ def test_agreement_is_measured_without_a_clip(
     monkeypatch.setattr(general, "draw", draw)
     monkeypatch.setattr(general, "draw_base", lambda _, requests, sampling, __: draw(None, requests, sampling))
     (tmp_path / "artifact").mkdir()
-    few = ClipFigures(images=4, sampling=Sampling(steps=1, width=64, height=64))
+    few = ClipMetrics(images=4, sampling=Sampling(steps=1, width=64, height=64))
     figures = few.run(Pretrained(str(tiny)), data, tmp_path / "artifact", "lora", CPU, tmp_path)
     assert figures["control_agreement"] == 1
     assert figures["base_control_agreement"] == 0.25  # all black: half of one class, none of the other
@@ -98,7 +98,7 @@ def test_maps_that_no_image_gives_say_so(images: Path, tmp_path: Path, tiny: Pat
     for control, reason in ((None, "no control maps"), (Paired(str(images)), "not made from images")):
         data = folder_data(images, control=control)
         data.open(32, 4)
-        figures = ClipFigures().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)
+        figures = ClipMetrics().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)
         assert figures["control_agreement"] is None
         assert reason in figures["reasons"]["control_agreement"]
 

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
-from sdtune.evaluation import ClipFigures
+from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_each_image_is_compared_with_its_own_prompt(clip_folder: Path) -> None:
 def test_without_a_clip_figures_are_null_with_the_reason(tiny: Path, images: Path, tmp_path: Path) -> None:
     data = Folder(path=str(images))
     data.open(32, 4)
-    figures = ClipFigures(clip=None).run(Pretrained(str(tiny)), data, tmp_path, "x", CPU, tmp_path)
+    figures = ClipMetrics(clip=None).run(Pretrained(str(tiny)), data, tmp_path, "x", CPU, tmp_path)
     reasons = figures.pop("reasons")
     assert set(figures.values()) == {None}
     assert set(reasons) == set(figures)
@@ -79,4 +79,4 @@ def test_without_a_clip_figures_are_null_with_the_reason(tiny: Path, images: Pat
 def test_a_missing_clip_is_refused_before_weights_are_loaded(images: Path) -> None:
     data = Folder(path=str(images))
     with pytest.raises(ValueError, match=r"evaluation\.clip: /nowhere is not a folder"):
-        ClipFigures(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77))
+        ClipMetrics(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77))

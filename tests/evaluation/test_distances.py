@@ -15,7 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from running import adamw, fit, folder_data
 from sdtune.backbone import Facts, Pretrained
-from sdtune.evaluation import ClipFigures
+from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
 from sdtune.methods import LoRA
@@ -97,8 +97,8 @@ def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, i
         ({"dino": str(tmp_path)}, r"dino: .* holds no weights as \.safetensors"),
     ):
         with pytest.raises(ValueError, match=rf"^evaluation\.{words}"):
-            ClipFigures(**own).check(data, facts)
-    ClipFigures(clip="pocket", dino=str(dino_folder)).check(data, facts)
+            ClipMetrics(**own).check(data, facts)
+    ClipMetrics(clip="pocket", dino=str(dino_folder)).check(data, facts)
 
 
 def test_a_loras_strengths_are_shown_without_any_model_to_measure_with(
@@ -109,7 +109,7 @@ def test_a_loras_strengths_are_shown_without_any_model_to_measure_with(
     data = folder_data(images)
     fit(model, data, 1)
     model.artifact(tmp_path / "artifact", "mine")
-    figures = ClipFigures(images=2, sampling=Sampling(steps=1)).run(
+    figures = ClipMetrics(images=2, sampling=Sampling(steps=1)).run(
         source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen"
     )
     assert all(value is None for key, value in figures.items() if key != "reasons")
@@ -122,7 +122,7 @@ def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, images: Path, tmp_p
     data = folder_data(images, class_prompt="a dog", class_images=2)
     fit(model, data, 2)
     model.artifact(tmp_path / "artifact", "mine")
-    measure = ClipFigures(images=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
+    measure = ClipMetrics(images=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
     figures = measure.run(source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "seen")
     both = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image")
     found = {key: value for key, value in figures.items() if value is not None and key != "reasons"}
@@ -135,7 +135,7 @@ def test_all_of_them_on_a_run(dino_folder: Path, tiny: Path, images: Path, tmp_p
 
     data = folder_data(images)
     data.open(32, 4)
-    measure = ClipFigures(images=2, clip="pocket", sampling=Sampling(steps=1))
+    measure = ClipMetrics(images=2, clip="pocket", sampling=Sampling(steps=1))
     figures = measure.run(source, data, tmp_path / "artifact", "mine", CPU, tmp_path / "again")
     assert figures["prior_drift"] is None
     assert figures["reasons"]["prior_drift"] == "the data has no data.class_prompt"

@@ -65,7 +65,7 @@ def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
     request = plan_request(job)
     adapter = outlined(request)
     adapter.on_fit_start()
-    adapter.suit(torch.device("meta"))
+    adapter.prepare_for_device(torch.device("meta"))
     if job.config["hardware"].get("gradient_checkpointing"):
         checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(True)))
     optimizer = adapter.make_optimizer(adapter.optimizer_groups())

@@ -115,9 +115,9 @@ def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Pa
 @every
 def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
     model, base = case.model(folder), Pretrained(str(folder)).load()
-    base.suit(torch.device("cpu"))
+    base.prepare_for_device(torch.device("cpu"))
     model.configure_model()
-    model.suit(torch.device("cpu"))
+    model.prepare_for_device(torch.device("cpu"))
     model.eval()
     rng, side, factor = torch.Generator().manual_seed(0), base.facts.side, base.facts.factor
     noisy, maps = (
@@ -174,9 +174,9 @@ def test_a_unet_that_is_only_read_comes_in_half_precision(
 
     monkeypatch.setattr(Pretrained, "load", spied)
     here = learned()
-    assert asked[0] == (torch.bfloat16 if case.kind.only_reads_unet else None)
-    assert case.kind.only_reads_unet is (case.name in ("lora", "textual_inversion"))
-    if case.kind.only_reads_unet:  # of the class alone, not of one that derives from it and may train more
+    assert asked[0] == (torch.bfloat16 if case.kind.reads_denoiser_only else None)
+    assert case.kind.reads_denoiser_only is (case.name in ("lora", "textual_inversion"))
+    if case.kind.reads_denoiser_only:  # of the class alone, not of one that derives from it and may train more
         case = Heir(case.name, case.settings)
     asked.clear()
     there = learned()
@@ -364,7 +364,7 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, images: Pa
     with trained(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
         [theirs] = generate(loaded, requests, settings)
     base = Pretrained(str(folder)).load()
-    base.suit(torch.device("cpu"))
+    base.prepare_for_device(torch.device("cpu"))
     [before] = generate(base, [Request("a fox <new>", 3)], settings)
     assert np.abs(mine.astype(int) - theirs).max() <= 1
     assert np.abs(mine.astype(int) - before).max() > 1

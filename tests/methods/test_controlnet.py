@@ -226,7 +226,7 @@ def test_diffusers_makes_the_same_images(
     wanted = diffusers_images(tiny, net, [Image.fromarray(shown)] * 2, 0.8, **parts)
     source = Pretrained(str(tiny))
     backbone = source.load()
-    backbone.suit(torch.device("cpu"))
+    backbone.prepare_for_device(torch.device("cpu"))
     kept = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
     base = floats(backbone, requests(), monkeypatch)
     nets = controlnets.load(backbone, source, [str(folder)])

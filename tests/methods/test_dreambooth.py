@@ -30,7 +30,7 @@ class Batches(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append(batch)
-        self.figures.append({k: float(v) for k, v in pl_module.step_figures.items()})
+        self.figures.append({k: float(v) for k, v in pl_module.step_metrics.items()})
 
 
 def drawn(cache: Path) -> list[Path]:
@@ -194,7 +194,7 @@ def test_words_learned_beside_an_open_unet_belong_to_the_trained_pipeline(
     words = [{"path": str(tmp_path / "learned_embeds.safetensors")}]
     trained = Pretrained(str(tmp_path / "mine"))
     [loaded] = sdtune.sample(prompt, words, backbone=trained, sampling=settings)
-    model.backbone.suit(torch.device("cpu"))
+    model.backbone.prepare_for_device(torch.device("cpu"))
     [live] = generate(model.backbone.eval(), [Request(prompt, 0)], settings)
     assert np.abs(np.asarray(loaded).astype(int) - live).max() <= 1
     [plain] = sdtune.sample(prompt, backbone=trained, sampling=settings)

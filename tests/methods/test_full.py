@@ -97,8 +97,8 @@ def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, images: Path) -
     spy = Spy()
     model = Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception=str(clip_path()), optimizer=adamw(1e-3))
     fit(model, folder_data(images), 1, [spy])
-    assert {"loss/vae_l1", "loss/vae_kl", "loss/vae_perception"} <= model.step_figures.keys()
-    assert 0 < float(model.step_figures["loss/vae_perception"]) < 1
+    assert {"loss/vae_l1", "loss/vae_kl", "loss/vae_perception"} <= model.step_metrics.keys()
+    assert 0 < float(model.step_metrics["loss/vae_perception"]) < 1
     with pytest.raises(ValueError, match=r"^method.perception: .* is not a folder"):
         Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception="nowhere")
     with pytest.raises(ValueError, match=r"^method.perception: only the VAE"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import Net
-from sdtune.backbone.meta import Outline
+from sdtune.backbone.meta import MetaPretrained
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.config.compose import compose, search_path
 from sdtune.methods.base import Adapter
@@ -130,4 +130,4 @@ def test_a_tensor_of_the_cpus_is_refused_in_a_image(tiny: Path, monkeypatch: pyt
 
 
 def test_the_outline_is_on_the_meta_device(tiny: Path) -> None:
-    assert Outline(str(tiny)).load().device.type == "meta"
+    assert MetaPretrained(str(tiny)).load().device.type == "meta"

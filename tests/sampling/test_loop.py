@@ -22,7 +22,7 @@ REQUESTS = [Request("a red fox", 3), Request("two blue foxes", 4), Request("a re
 @pytest.fixture(scope="module")
 def backbone(tiny: Path) -> Backbone:
     loaded = Pretrained(str(tiny)).load()
-    loaded.suit(torch.device("cpu"))
+    loaded.prepare_for_device(torch.device("cpu"))
     return loaded
 
 

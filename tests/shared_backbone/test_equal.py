@@ -148,7 +148,7 @@ def test_a_neighbour_moves_nothing(other: str, around: str, settings: list[str],
 @pytest.mark.parametrize("around", AROUND)
 def test_who_takes_a_place_moves_nothing(around: str, settings: list[str], tmp_path: Path) -> None:
     """The next one has wider pairs and comes in the middle, and is validated while the others are in a step."""
-    own = [*settings, *AROUND[around], LAUNCHER, "hydra.launcher.max_adapters=2", "method.rank=2,16"]
+    own = [*settings, *AROUND[around], LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "method.rank=2,16"]
     own += ["data.hold_out=5", "trainer.val_check_interval=3"]
     quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4")
     loud = sweep(tmp_path / "loud", own, "optimizer.lr=1e-3,1e30", code=1)

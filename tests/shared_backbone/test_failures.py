@@ -12,7 +12,7 @@ import torch
 from running import train
 from sdtune.shared_backbone import pool
 from sdtune.shared_backbone.batched_unet import Mode
-from sdtune.shared_backbone.step_coordinator import Question, Seat, Turns
+from sdtune.shared_backbone.step_coordinator import PendingCall, Participant, StepCoordinator
 from sdtune.sweeps import job as jobs
 
 LAUNCHER = "hydra/launcher=shared_backbone"
@@ -33,11 +33,11 @@ def test_without_memory_each_job_says_so_and_the_sweep_ends(
         *settings,
         "callbacks.samples=null",
         LAUNCHER,
-        "hydra.launcher.max_adapters=2",
+        "hydra.launcher.max_concurrent_runs=2",
         "optimizer.lr=1e-3,1e-4,1e-5",
     ]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_adapters=1"
+    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_concurrent_runs=1"
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
     assert [(state["state"], state["error"]) for state in states] == [("failed", said)] * 2
     assert not (tmp_path / "sweep" / "2").exists()
@@ -45,7 +45,7 @@ def test_without_memory_each_job_says_so_and_the_sweep_ends(
     assert "sweep: 0 of 2 jobs are done" in captured.out
     assert f"sdtune: {said}\n" in captured.err
     monkeypatch.setattr(pool.Pool, "_forward", forward)
-    assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_adapters=1") == 0
+    assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_concurrent_runs=1") == 0
     captured = capsys.readouterr()
     assert "jobs 0-2 share one backbone, 1 at once" in captured.out
     assert "sweep: 3 of 3 jobs are done" in captured.out
@@ -65,7 +65,7 @@ def test_what_one_job_cannot_draw_is_its_own_failure(
 
     monkeypatch.setattr(pool.Pool, "_forward", full)
     own = [*settings, "callbacks.samples=null", "data.hold_out=5", "seed=0,1", "trainer.val_check_interval=1,2"]
-    own += [LAUNCHER, "hydra.launcher.max_adapters=2"]
+    own += [LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert failed == [0]  # which validates by itself, while the other is in a step
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
@@ -92,18 +92,18 @@ def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails
         mode = Mode(gradients, gradients, (False, torch.float32), torch.float32)
         return pool.Forward(None, {"sample": torch.zeros(1)}, mode)  # type: ignore[arg-type]
 
-    questions: dict[int, Question] = {0: asked(True), 1: asked(False)}
-    turns = Turns(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
-    turns._seats = {number: Seat(number, lambda: None) for number in questions}
-    for number, seat in turns._seats.items():
+    questions: dict[int, PendingCall] = {0: asked(True), 1: asked(False)}
+    coordinator = StepCoordinator(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
+    coordinator._seats = {number: Participant(number, lambda: None) for number in questions}
+    for number, seat in coordinator._seats.items():
         seat.question = questions[number]
-    turns._reply(questions)
-    assert turns._seats[0].question is None
-    assert turns._seats[1].question is questions[1]  # until the memory of the step is free
+    coordinator._reply(questions)
+    assert coordinator._seats[0].question is None
+    assert coordinator._seats[1].question is questions[1]  # until the memory of the step is free
     assert not drawn
-    assert questions[0].error is turns.broken
-    assert "max_adapters=1" in str(turns.broken)
-    turns._reply({1: questions[1]})
+    assert questions[0].error is coordinator.broken
+    assert "max_concurrent_runs=1" in str(coordinator.broken)
+    coordinator._reply({1: questions[1]})
     assert drawn == [1]
     assert questions[1].error is None
 

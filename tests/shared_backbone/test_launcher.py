@@ -35,7 +35,7 @@ def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
     released: list[None] = []
     monkeypatch.setattr(pool, "release", lambda: released.append(None))
     own = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
-    assert train(*own, LAUNCHER, "hydra.launcher.max_adapters=2", f"hydra.sweep.dir={tmp_path}/together") == 0
+    assert train(*own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={tmp_path}/together") == 0
     assert "jobs 0-2 share one backbone, 2 at once" in capsys.readouterr().out
     assert len(released) == 1  # for all, though each has drawn before
     assert train(*own, f"hydra.sweep.dir={tmp_path}/alone") == 0
@@ -111,11 +111,11 @@ def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: P
     own = [*settings, "callbacks.samples=null", "data.batch_size=1", "optimizer.lr=1e-3,1e-4,1e-5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "log"
     process = start(
-        log, *own, LAUNCHER, "hydra.launcher.max_adapters=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
+        log, *own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
     )
     assert process.wait(240) == 0, log.read_text()
     assert "jobs 0-2 share one backbone on each of 2 devices" in log.read_text()
-    assert train(*own, LAUNCHER, "hydra.launcher.max_adapters=2", f"hydra.sweep.dir={one}") == 0
+    assert train(*own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={one}") == 0
     for job, count in zip("012", (2, 1, 2), strict=True):
         assert json.loads((two / job / "metrics.json").read_text())["shared_with"] == count
         assert files(two / job) == files(one / job)
@@ -127,7 +127,7 @@ def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: P
 def test_stopped_on_two_devices_every_job_saves(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
-    own += ["callbacks.samples=null", LAUNCHER, "hydra.launcher.max_adapters=2", "data.batch_size=2"]
+    own += ["callbacks.samples=null", LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "data.batch_size=2"]
     process = start(
         log, *own, "optimizer.lr=1e-3,1e-4", "hardware.devices=2", "trainer.max_steps=4000", f"hydra.sweep.dir={sweep}"
     )
@@ -171,9 +171,9 @@ def test_a_whole_model_that_a_job_exports_has_its_lora_in_it(settings: list[str]
 def test_how_many_at_once_is_checked_first(
     wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.launcher.max_adapters={wrong}"]
+    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.launcher.max_concurrent_runs={wrong}"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 2
-    assert "hydra.launcher.max_adapters: " in capsys.readouterr().err
+    assert "hydra.launcher.max_concurrent_runs: " in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
 

@@ -1,4 +1,4 @@
-"""Jobs that move in turns: who waits for whom, what comes back, and how one's end leaves the others."""
+"""Jobs that move in coordinator: who waits for whom, what comes back, and how one's end leaves the others."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Collection
 
 import pytest
 
-from sdtune.shared_backbone.step_coordinator import Join, Question, Turns
+from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 
 
-class Number(Question):
+class Number(PendingCall):
     def __init__(self, value: int) -> None:
         self.value = value
 
 
-def run(seats: int, jobs: list[Callable[[Turns], None]]) -> list[dict[int, int]]:
+def run(seats: int, jobs: list[Callable[[StepCoordinator], None]]) -> list[dict[int, int]]:
     """The questions that were answered together, by seat; each answer is a hundred more."""
     asked: list[dict[int, int]] = []
 
-    def answer(questions: dict[int, Question]) -> Collection[int]:
+    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
         numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
         if numbers:
             asked.append({seat: q.value for seat, q in numbers.items()})
@@ -26,17 +26,17 @@ def run(seats: int, jobs: list[Callable[[Turns], None]]) -> list[dict[int, int]]
             question.answer = question.value + 100
         return numbers
 
-    turns = Turns(seats, answer)
-    turns.run(lambda job=job: job(turns) for job in jobs)
+    coordinator = StepCoordinator(seats, answer)
+    coordinator.run(lambda job=job: job(coordinator) for job in jobs)
     return asked
 
 
-def asks(*values: int, joins: bool = True) -> Callable[[Turns], None]:
-    def job(turns: Turns) -> None:
+def asks(*values: int, joins: bool = True) -> Callable[[StepCoordinator], None]:
+    def job(coordinator: StepCoordinator) -> None:
         if joins:
-            turns.ask(Join())
+            coordinator.ask(JoinCall())
         for value in values:
-            assert turns.ask(Number(value)) == value + 100
+            assert coordinator.ask(Number(value)) == value + 100
 
     return job
 
@@ -56,7 +56,7 @@ def test_the_next_job_takes_the_place_of_one_that_ends() -> None:
 def test_what_is_not_answered_waits_for_the_next_time() -> None:
     asked: list[list[int]] = []
 
-    def answer(questions: dict[int, Question]) -> Collection[int]:
+    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
         numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
         first = {seat for seat, q in numbers.items() if q.value < 10} or set(numbers)
         asked.append(sorted(numbers[seat].value for seat in first))
@@ -64,8 +64,8 @@ def test_what_is_not_answered_waits_for_the_next_time() -> None:
             numbers[seat].answer = numbers[seat].value + 100
         return first
 
-    turns = Turns(2, answer)
-    turns.run(lambda job=job: job(turns) for job in [asks(1, 11), asks(12)])
+    coordinator = StepCoordinator(2, answer)
+    coordinator.run(lambda job=job: job(coordinator) for job in [asks(1, 11), asks(12)])
     assert asked == [[1], [11, 12]]
 
 
@@ -73,35 +73,35 @@ def test_what_cannot_be_answered_is_raised_where_it_was_asked_and_no_job_begins_
     ended: list[str] = []
     begun: list[int] = []
 
-    def answer(questions: dict[int, Question]) -> Collection[int]:
+    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
         raise RuntimeError("no room")
 
     def job(number: int) -> None:
         begun.append(number)
         try:
-            turns.ask(Join())
-            turns.ask(Number(number))
+            coordinator.ask(JoinCall())
+            coordinator.ask(Number(number))
         except RuntimeError as error:
             ended.append(str(error))
 
-    turns = Turns(2, answer)
-    turns.run(lambda number=number: job(number) for number in range(4))
+    coordinator = StepCoordinator(2, answer)
+    coordinator.run(lambda number=number: job(number) for number in range(4))
     assert begun == [0, 1]
     assert ended == ["no room", "no room"]
-    assert str(turns.broken) == "no room"
+    assert str(coordinator.broken) == "no room"
 
 
 def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:
     ended: list[str] = []
 
-    def fails(turns: Turns) -> None:
-        turns.ask(Join())
-        turns.ask(Number(1))
+    def fails(coordinator: StepCoordinator) -> None:
+        coordinator.ask(JoinCall())
+        coordinator.ask(Number(1))
         raise RuntimeError("over")
 
-    def waits(turns: Turns) -> None:
+    def waits(coordinator: StepCoordinator) -> None:
         try:
-            asks(10, 20, 30)(turns)
+            asks(10, 20, 30)(coordinator)
         except RuntimeError as error:
             ended.append(str(error))
             raise

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from running import arguments, rows, start, train, wait_for_step
 from sdtune.callbacks import pruning
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import Pruned
 from sdtune.runs.trials import STUDY, storage
 from sdtune.sweeps.optuna_sweeper import _direction, _value
@@ -171,7 +171,7 @@ def test_the_loss_is_better_the_lower_whatever_is_searched_for(
 ) -> None:
     monkeypatch.setattr(pruning, "check_held_out", lambda *args: None)
     study = optuna.create_study(storage=storage(tmp_path), study_name=STUDY, direction=direction)
-    record = Record(tmp_path / "run")
+    record = MetricsRecorder(tmp_path / "run")
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1, max_steps=9, world_size=1, sanity_checking=False)
 
     def report(value: float) -> None:
@@ -194,7 +194,7 @@ def test_the_loss_is_better_the_lower_whatever_is_searched_for(
 def test_asha_keeps_the_best_third_at_its_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning, "check_held_out", lambda *args: None)
     study = optuna.create_study(storage=storage(tmp_path), study_name=STUDY, direction="minimize")
-    record = Record(tmp_path / "run")
+    record = MetricsRecorder(tmp_path / "run")
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=2, max_steps=9, world_size=1, sanity_checking=False)
     ended = []
     for value in (0.5, 0.6, 0.7, 0.4):

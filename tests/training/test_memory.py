@@ -38,7 +38,7 @@ class Whereabouts(Callback):
     """Which parts wait off the device while a step is made, and while validation runs."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.away = {type(part).__name__ for part in pl_module.away.parts}
+        self.offloaded = {type(part).__name__ for part in pl_module.offloaded.parts}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_only_what_is_cached_waits_elsewhere(
     model = LoRA(rank=2, targets=targets, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3), offload=True)
     seen = Whereabouts()
     fit(model, folder_data(images, cache_latents=cached), 1, [seen])
-    assert seen.away == wanted
+    assert seen.offloaded == wanted
 
 
 def test_the_switches_stand_in_the_hardware_group(tiny: Path, images: Path, tmp_path: Path) -> None:

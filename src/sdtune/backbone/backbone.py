@@ -29,7 +29,7 @@ TILE = 512
 """Side in pixels of the tiles that a large image is decoded in, where that is wanted."""
 
 
-Beside = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
+LoRABranches = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
 """Within it a UNet goes forward under pairs A, B with a scale each, by the name of their module in it."""
 
 
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         """Whether large images are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.applied` puts them there."""
-        self.beside: Beside | None = None
+        self.lora_branches: LoRABranches | None = None
         """How a LoRA acts where the UNet's weights are others' too; merged into them where it is None."""
 
     @property
@@ -95,24 +95,24 @@ class Backbone(nn.Module):
         device: torch.device = next(self.unet.parameters()).device
         return device
 
-    def suit(self, device: torch.device, *beside: Any) -> None:
+    def prepare_for_device(self, device: torch.device, *others: Any) -> None:
         """Fused attention; on a CPU plain products where latents are small: their backward is faster there.
 
-        At long sequences the scores would fill the memory. ``beside`` are further models with attentions like the
+        At long sequences the scores would fill the memory. ``others`` are further models with attentions like the
         UNet's.
         """
         cells = (self.facts.side // self.facts.factor) ** 2
         plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
-        for model in (self.unet, self.vae, *beside):
+        for model in (self.unet, self.vae, *others):
             model.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         for encoder in self.encoders.values():
             encoder.set_attn_implementation("eager" if plain else "sdpa")
         if device.type == "cpu":
-            for model in (self.unet, *beside):
+            for model in (self.unet, *others):
                 model.to(memory_format=torch.channels_last)
                 as_products(model)
 
-    def halve_frozen(self, precision: str) -> None:
+    def cast_frozen(self, precision: str) -> None:
         """Under a mixed ``precision`` of Lightning's, frozen weights of all but the VAE go to its half type.
 
         The VAE stays float32: its encoder runs once an image, and some overflow in half precision.

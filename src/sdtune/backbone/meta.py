@@ -17,7 +17,7 @@ from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.vocabulary import write_tokenizer
 
 
-class Outline(Pretrained):
+class MetaPretrained(Pretrained):
     """What :class:`Pretrained` is, without its weights: for counting."""
 
     @cached_property

@@ -24,7 +24,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         min_delta: a smaller fall does not count.
     """
 
-    needs_held_out = True
+    needs_validation_set = True
 
     def __init__(self, patience: Annotated[int, Ge(1)] = 5, min_delta: Annotated[float, Ge(0)] = 0.0) -> None:
         super().__init__("validation_loss", min_delta=min_delta, patience=patience, verbose=False)

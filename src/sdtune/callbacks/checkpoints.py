@@ -18,7 +18,7 @@ from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.best_artifact import BEST
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.methods.base import Adapter
 
 
@@ -58,7 +58,7 @@ class Checkpoints(Callback):
     stay and, where there is validation, ``best.ckpt`` by the validation loss.
     """
 
-    def __init__(self, folder: Path, record: Record, every_steps: Annotated[int, Ge(1)] = 100) -> None:
+    def __init__(self, folder: Path, record: MetricsRecorder, every_steps: Annotated[int, Ge(1)] = 100) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps
         self.stopped_by: signal.Signals | None = None
         self._handlers: dict[int, Any] = {}

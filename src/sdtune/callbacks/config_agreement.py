@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 log = logging.getLogger("sdtune")
 
 
-class SameConfig(Callback):
+class ConfigAgreement(Callback):
     """Compares a hash of the composed ``config`` over the processes, before any weights are loaded.
 
     A launcher that repeats a sweep's command line would start another job as the second process, in silence.

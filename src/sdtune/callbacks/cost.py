@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data import ImageDataModule
 from sdtune.exporting.card import CARD
 from sdtune.formats.embeddings import intermediate
@@ -21,7 +21,7 @@ from sdtune.methods.base import Adapter
 log = logging.getLogger("sdtune")
 
 
-class Cost(Callback):
+class CostMeter(Callback):
     """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own.
 
     Args:
@@ -72,7 +72,7 @@ class Cost(Callback):
         self.peak = state_dict["peak"]
 
     def figures(
-        self, adapter: Adapter, data: ImageDataModule, record: Record, artifact: Path
+        self, adapter: Adapter, data: ImageDataModule, record: MetricsRecorder, artifact: Path
     ) -> dict[str, int | float | None]:
         """What the run has cost.
 

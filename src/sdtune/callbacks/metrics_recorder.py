@@ -24,7 +24,7 @@ class NotFinite(ValueError):
     """A loss or gradient of a step was NaN or infinite."""
 
 
-class Record(Callback):
+class MetricsRecorder(Callback):
     """Keeps figures on the device and brings them over every ``trainer.log_every_n_steps``: one wait for many steps.
 
     ``metrics.csv`` holds what is a function of the run alone, so that a resumed run's file equals an unbroken one's;
@@ -66,7 +66,7 @@ class Record(Callback):
             return
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
         self.pending.append(
-            (trainer.global_step, dict(pl_module.step_figures), self._used(rates, trainer), self._prompts)
+            (trainer.global_step, dict(pl_module.step_metrics), self._used(rates, trainer), self._prompts)
         )
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:

@@ -19,7 +19,7 @@ _LINES = 10
 """Of a whole run, where nobody watches a bar."""
 
 
-class Bar(Callback):
+class ProgressBar(Callback):
     """A Rich bar on stderr of the first process; where that is no terminal, a line in the log now and then."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from annotated_types import Ge
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.callbacks.validation_set import check_held_out
 from sdtune.errors import Pruned
 from sdtune.runs.trials import own_trial, require_optuna
@@ -30,12 +30,12 @@ class Pruning(Callback):
             that of the first validation if None, since each threefold of it before that would be a cut as well).
     """
 
-    needs_held_out = True
+    needs_validation_set = True
 
     def __init__(
         self,
         run: Path,
-        record: Record,
+        record: MetricsRecorder,
         trial: int | None,
         pruner: Literal["median", "asha"] = "median",
         after: Annotated[int, Ge(1)] | None = None,

@@ -15,7 +15,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data.previews import Wanted, wanted
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
@@ -40,7 +40,7 @@ class Samples(Callback):
     def __init__(
         self,
         folder: Path,
-        record: Record,
+        record: MetricsRecorder,
         prompts: Sequence[str] | None = None,
         seeds: Sequence[int] = (0, 1),
         every_steps: Annotated[int, Ge(1)] | None = None,
@@ -62,7 +62,7 @@ class Samples(Callback):
         def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
-        with module.final_weights(), module.away.back(), trainer.precision_plugin.forward_context():
+        with module.final_weights(), module.offloaded.back(), trainer.precision_plugin.forward_context():
             images = list(generate(module.backbone, requests, self.sampling, denoise))
         for m, training in modes.items():
             m.training = training

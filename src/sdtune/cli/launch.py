@@ -34,7 +34,7 @@ from sdtune.sweeps.sweep import multirun
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
-REFUSED = 2
+EXIT_INVALID_INPUT = 2
 """Exit code of a refusal: bad input, nothing done."""
 
 _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
@@ -72,7 +72,7 @@ def gc_disabled() -> Iterator[None]:
             gc.enable()
 
 
-def refuse(message: str, code: int = REFUSED) -> NoReturn:
+def refuse(message: str, code: int = EXIT_INVALID_INPUT) -> NoReturn:
     """One line on stderr, and out."""
     print(f"sdtune: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)

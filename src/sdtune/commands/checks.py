@@ -85,7 +85,7 @@ def check_run(config: dict[str, Any]) -> ImageDataModule:
     data = _opened(config, facts, top)
     for key, node in config["callbacks"].items():
         kind = resolve(node["_target_"], "callbacks", trust) if node else None
-        if getattr(kind, "needs_held_out", False) and not data.held_out:
+        if getattr(kind, "needs_validation_set", False) and not data.held_out:
             raise ValueError(f"callbacks.{key}: {NOTHING_HELD_OUT}")
     for node in config["logger"].values():
         if node and str(node["_target_"]).endswith("wandb_logger"):
@@ -95,7 +95,7 @@ def check_run(config: dict[str, Any]) -> ImageDataModule:
     # A constructor that refuses a pair of settings does so here.
     method = build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens})
     method.check_against(data)
-    exports(config, method.leaves)
+    exports(config, method.artifact_kind)
     evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
     if evaluation is not None:
         evaluation.check(data, facts)

@@ -21,7 +21,7 @@ from sdtune.runs.metrics import OF_TRAINING, finite, unit
 
 log = logging.getLogger("sdtune")
 
-_WITH_CLIP = "sdtune.evaluation.ClipFigures"
+_WITH_CLIP = "sdtune.evaluation.ClipMetrics"
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:

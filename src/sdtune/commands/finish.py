@@ -8,8 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from sdtune.callbacks.cost import Cost
-from sdtune.callbacks.metrics_recorder import Record
+from sdtune.callbacks.cost import CostMeter
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.commands.checks import exports
 from sdtune.config.build import build
 from sdtune.config.settings import settings
@@ -22,7 +22,7 @@ from sdtune.runs.metrics import finite
 log = logging.getLogger("sdtune")
 
 
-def _validation(record: Record) -> dict[str, Any]:
+def _validation(record: MetricsRecorder) -> dict[str, Any]:
     """The last validation's loss, and its step: the artifact's own, where the interval divides the run."""
     step = max(record.validation, default=None)
     return {"validation_loss": None if step is None else record.validation[step], "validation_step": step}
@@ -32,7 +32,7 @@ def measure_run(
     trainer: pl.Trainer,
     adapter: Adapter,
     data: ImageDataModule,
-    record: Record,
+    record: MetricsRecorder,
     folder: Path,
     name: str,
     config: dict[str, Any],
@@ -40,7 +40,7 @@ def measure_run(
     """The content of ``metrics.json``; empty on every process but the first."""
     if not trainer.is_global_zero:
         return {}
-    cost = next(c for c in trainer.callbacks if isinstance(c, Cost))  # type: ignore[attr-defined]
+    cost = next(c for c in trainer.callbacks if isinstance(c, CostMeter))  # type: ignore[attr-defined]
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
         **_validation(record),
@@ -85,7 +85,7 @@ def describe_artifact(
 
 def export_artifact(adapter: Adapter, folder: Path, config: dict[str, Any]) -> None:
     """The artifact in the further forms that are asked for. One that fails does not undo a run that is complete."""
-    for export in exports(config, adapter.leaves):
+    for export in exports(config, adapter.artifact_kind):
         try:
             artifact = find(folder / "artifact", "run")
             place = folder / "export" / export.format

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Gt, MinLen
 from omegaconf import DictConfig, OmegaConf
 
-from sdtune.backbone.meta import Outline
+from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.backbone.single_file import shipped
 from sdtune.config import hardware
@@ -42,7 +42,7 @@ class CheckedPlan:
     """One method's checked config, and what was made of it."""
 
     config: dict[str, Any]
-    source: Outline
+    source: MetaPretrained
     data: dict[str, Any]
     count: int
     side: int
@@ -101,7 +101,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     wanted = str(container["hardware"].get("precision", "auto"))
     if wanted == "auto" and kind in ("gpu", "cuda") and not torch.cuda.is_available():
         wanted = "bf16-mixed"  # of a GPU that is elsewhere; every one since 2020 has it
-    source = Outline(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
+    source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
     side = data["resolution"] or source.facts.side
     if side % source.facts.factor:
         raise ValueError(f"data.resolution: {side} is not a multiple of {source.facts.factor}, the VAE's factor")

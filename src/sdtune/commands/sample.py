@@ -101,7 +101,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     source = build(config["backbone"], config["trust"])
     device = device_of(str(config["hardware"]["accelerator"]))
     backbone = source.load().to(device)
-    backbone.suit(device)
+    backbone.prepare_for_device(device)
     if config["hardware"].get("vae_tiling"):
         backbone.decode_in_tiles()
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]

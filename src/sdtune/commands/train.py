@@ -19,12 +19,12 @@ from omegaconf import DictConfig
 
 from sdtune.callbacks.best_artifact import write_best
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
-from sdtune.callbacks.config_agreement import SameConfig
-from sdtune.callbacks.cost import Cost
+from sdtune.callbacks.config_agreement import ConfigAgreement
+from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.callbacks.ema import EMA
-from sdtune.callbacks.metrics_recorder import NotFinite, Record
-from sdtune.callbacks.progress_bar import Bar
+from sdtune.callbacks.metrics_recorder import NotFinite, MetricsRecorder
+from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples, Snapshots
 from sdtune.commands.checks import check_run
 from sdtune.commands.describe import after
@@ -86,8 +86,8 @@ def _will_share(config: dict[str, Any]) -> bool:
 
 def _callbacks(
     config: dict[str, Any], folder: Path, name: str, top: Settings, sharing: Sharing | None
-) -> tuple[Record, Checkpoints, list[pl.Callback]]:
-    record = Record(folder)
+) -> tuple[MetricsRecorder, Checkpoints, list[pl.Callback]]:
+    record = MetricsRecorder(folder)
     checkpoints: Checkpoints = build(
         config["checkpoint"], top.trust, {"folder": folder / "checkpoints", "record": record}
     )
@@ -100,12 +100,12 @@ def _callbacks(
     chosen.sort(key=lambda callback: not isinstance(callback, EMA))
     averages = [c for c in chosen if isinstance(c, EMA)]
     own = [
-        SameConfig(config),
+        ConfigAgreement(config),
         DataSummary(config["trainer"]["max_steps"]),
         *averages,
         record,
-        Cost(sharing.measured if sharing else None),
-        Bar(),
+        CostMeter(sharing.measured if sharing else None),
+        ProgressBar(),
     ]
     return record, checkpoints, [*own, *chosen[len(averages) :], checkpoints]
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
 from sdtune.data.control.base import CENTRE, Control
-from sdtune.data.dataset import Batch, Rows, RowSettings, collate, leave_signals
+from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, leave_signals
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import Draw as DrawImages
 from sdtune.data.prior import class_images, draw_missing
@@ -42,7 +42,7 @@ def encoded_at_once(width: int, height: int, kind: str) -> int:
     return at_once(256 * 256 if kind == "cpu" else 4 * 512 * 512, width, height)
 
 
-VALIDATION_RUNGS = 8
+VALIDATION_TIMESTEPS = 8
 """Timesteps at which each held-out image is looked at."""
 
 
@@ -318,7 +318,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             processes=trainer.world_size,
             start=lambda: trainer.global_step,
         )
-        return self._loader(Rows(self._row_settings(), self.train, training=True), sampler)
+        return self._loader(ImageDataset(self._row_settings(), self.train, training=True), sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
@@ -326,8 +326,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         trainer = self.trainer
         assert trainer is not None
         micro = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
-        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro, VALIDATION_RUNGS)
-        return self._loader(Rows(self._row_settings(), self.held_out, training=False), sampler)
+        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro, VALIDATION_TIMESTEPS)
+        return self._loader(ImageDataset(self._row_settings(), self.held_out, training=False), sampler)
 
     def _row_settings(self) -> RowSettings:
         assert self.resolution is not None

@@ -68,7 +68,7 @@ class RowSettings:
         return assign(sample.size, self.resolution, self.bucket_step, name=str(sample))
 
 
-class Rows(Dataset[list[Row]]):
+class ImageDataset(Dataset[list[Row]]):
     """Each draw gives a row; in training, where there are class images, a pair of them."""
 
     def __init__(self, settings: RowSettings, samples: Sequence[Sample], training: bool) -> None:

@@ -1,5 +1,5 @@
 """What training changed, measured on what others would load."""
 
-from sdtune.evaluation.subject_metrics import ClipFigures
+from sdtune.evaluation.subject_metrics import ClipMetrics
 
-__all__ = ["ClipFigures"]
+__all__ = ["ClipMetrics"]

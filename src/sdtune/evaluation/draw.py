@@ -32,7 +32,7 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     pipeline = (whole / "model_index.json").is_file()
     own = source.trained(whole) if pipeline else source
     backbone = own.load().to(device)
-    backbone.suit(device)
+    backbone.prepare_for_device(device)
     nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
     loaded = adapters.load(backbone, files)
@@ -48,7 +48,7 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
 def base(source: Pretrained, device: torch.device) -> Iterator[Backbone]:
     """The backbone as it was."""
     backbone = source.load().to(device)
-    backbone.suit(device)
+    backbone.prepare_for_device(device)
     yield backbone
 
 

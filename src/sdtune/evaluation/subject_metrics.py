@@ -28,7 +28,7 @@ from sdtune.images.grids import grid, save_png
 from sdtune.sampling.loop import Request, Sampling
 
 
-class ClipFigures:
+class ClipMetrics:
     """Figures of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
 
     ``clip_image``, ``clip_text``: likeness to the training images and to the prompts. ``diversity``: mean distance

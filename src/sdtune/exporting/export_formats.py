@@ -108,7 +108,7 @@ class Export:
         return [*written, *self._words(artifact, source, folder)]
 
     def write_card(self, artifact: Artifact, card: Path, folder: Path) -> None:
-        """Beside what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
+        """LoRABranches what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
         lora = artifact.kind == "lora"
         form = {"pipeline": "a pipeline folder", "single_file": "a single file", "kohya": "kohya's form"}.get(
             self.format, "diffusers' form"

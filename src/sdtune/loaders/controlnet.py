@@ -117,7 +117,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LoadedNet:
+class LoadedControlNet:
     """A net on the backbone's device, and the weights of the UNet that was trained along with it, if one was."""
 
     path: str
@@ -125,21 +125,21 @@ class LoadedNet:
     unet: dict[str, Tensor]
 
 
-def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedNet]:
+def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
     """Read the nets in ``paths``, in float32."""
     loaded = []
     for path in paths:
         folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
         model = load_net(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
         model = model.to(backbone.device).eval().requires_grad_(False)
-        backbone.suit(backbone.device, model)
+        backbone.prepare_for_device(backbone.device, model)
         own = folder / "unet" / WEIGHTS
-        loaded.append(LoadedNet(path, model, read_safetensors(own)[0] if own.is_file() else {}))
+        loaded.append(LoadedControlNet(path, model, read_safetensors(own)[0] if own.is_file() else {}))
     return loaded
 
 
 @contextmanager
-def applied(backbone: Backbone, nets: Sequence[LoadedNet], strengths: Sequence[float]) -> Iterator[None]:
+def applied(backbone: Backbone, nets: Sequence[LoadedControlNet], strengths: Sequence[float]) -> Iterator[None]:
     """Within it, ``backbone`` samples under ``nets``, and with the UNet that one of them brings."""
     bringing = [net for net, strength in zip(nets, strengths, strict=True) if net.unet and strength]
     if len(bringing) > 1:

@@ -152,8 +152,8 @@ def applied(
     modules = _modules(backbone)
     kept: dict[str, Tensor] = {}
     branches: dict[str, tuple[Tensor, Tensor, float]] = {}
-    beside = backbone.beside if only_to_draw and len(adapters) == 1 else None
-    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if beside else {}
+    branches_of = backbone.lora_branches if only_to_draw and len(adapters) == 1 else None
+    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if branches_of else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):
             if strength == 0:
@@ -167,7 +167,7 @@ def applied(
                 kept.setdefault(path, weight.data)
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
-        with beside(backbone.unet, branches) if beside else nullcontext():
+        with branches_of(backbone.unet, branches) if branches_of else nullcontext():
             yield
     finally:
         for path, own in kept.items():

@@ -30,7 +30,7 @@ from sdtune.training import random_draws as draws
 from sdtune.training.arguments import Average, MakeOptimizer
 from sdtune.training.caching import CachedParts, fill_caches
 from sdtune.training.checkpoint_contents import check_same_backbone, complete, only_trained
-from sdtune.training.cpu_offload import Away
+from sdtune.training.cpu_offload import CpuOffload
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 from sdtune.training.nonfinite_guard import Guard
 from sdtune.training.param_groups import param_groups
@@ -43,13 +43,13 @@ class Adapter(pl.LightningModule, ABC):
     (:meth:`write_artifact`), and where it must, how it denoises. It overrides nothing else.
     """
 
-    leaves: ClassVar[Literal["lora", "words", "controlnet", "model"]]
+    artifact_kind: ClassVar[Literal["lora", "words", "controlnet", "model"]]
     """What kind of artifact it writes, of those that ``sdtune export`` knows."""
 
     needs_tokens: ClassVar[bool] = False
     """Whether there is nothing to train without new tokens."""
 
-    only_reads_unet: ClassVar[bool] = False
+    reads_denoiser_only: ClassVar[bool] = False
     """Whether the UNet's weights are neither trained nor copied, so may be read in half precision; not inherited."""
 
     parts: Sequence[Component] = ()
@@ -82,9 +82,9 @@ class Adapter(pl.LightningModule, ABC):
         self.new_tokens, self.tokens_lr, self.seed = tuple(new_tokens), tokens_lr, seed
         self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
         self.backbone: Backbone
-        self.step_figures: dict[str, Tensor] = {}
+        self.step_metrics: dict[str, Tensor] = {}
         """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
-        self.away, self.guard = Away(), Guard()
+        self.offloaded, self.guard = CpuOffload(), Guard()
         self.flushed: dict[str, float] = {}
         """The last figures brought over from the device, for the progress bar."""
         self.average: Average | None = None
@@ -153,19 +153,19 @@ class Adapter(pl.LightningModule, ABC):
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         half = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
-            self.backbone = self.source.load(self.seed, half if vars(type(self)).get("only_reads_unet") else None)
+            self.backbone = self.source.load(self.seed, half if vars(type(self)).get("reads_denoiser_only") else None)
             # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
             with self.backbone.device:
                 self._build()
         if self._trainer is not None:
-            if half and self.backbone.beside is None:  # weights that are others' too are not this run's to change
-                self.backbone.halve_frozen(str(self.trainer.precision))  # the device may have no room for float32
+            if half and self.backbone.lora_branches is None:  # weights that are others' too are not this run's to change
+                self.backbone.cast_frozen(str(self.trainer.precision))  # the device may have no room for float32
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
-            self.suit(self.trainer.strategy.root_device)
+            self.prepare_for_device(self.trainer.strategy.root_device)
 
-    def suit(self, device: torch.device) -> None:
+    def prepare_for_device(self, device: torch.device) -> None:
         """Attention and memory layout for ``device``."""
-        self.backbone.suit(device, *[model for model in self.children() if hasattr(model, "set_attn_processor")])
+        self.backbone.prepare_for_device(device, *[model for model in self.children() if hasattr(model, "set_attn_processor")])
 
     def _build(self) -> None:
         if self.new_tokens:
@@ -222,7 +222,7 @@ class Adapter(pl.LightningModule, ABC):
             if self.offload:
                 parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
                 parts += self.backbone.encoders.values() if data.text_cache is not None else []
-                self.away = Away(parts, self.device)
+                self.offloaded = CpuOffload(parts, self.device)
 
     def _cached_parts(self) -> CachedParts:
         return CachedParts(
@@ -301,11 +301,11 @@ class Adapter(pl.LightningModule, ABC):
         terms |= extra
         loss = loss + sum(extra.values())
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        before = {} if first else self.step_figures
+        before = {} if first else self.step_metrics
         share = 1 / self.trainer.accumulate_grad_batches
         figures = {"loss": loss, **(terms if len(terms) > 1 else {})}
         summed = {key: before.get(key, 0) + value.detach() * share for key, value in figures.items()}
-        self.step_figures = {**before, **summed}
+        self.step_metrics = {**before, **summed}
         return loss
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -355,8 +355,8 @@ class Adapter(pl.LightningModule, ABC):
         """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
         scaled = self.trainer.precision == "16-mixed"
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        loss = self.step_figures["loss"]
-        self.step_figures |= self.guard.clip(optimizer, parameters, gradient_clip_val, loss, scaled)
+        loss = self.step_metrics["loss"]
+        self.step_metrics |= self.guard.clip(optimizer, parameters, gradient_clip_val, loss, scaled)
 
     # --- checkpoints: only what is trained
 

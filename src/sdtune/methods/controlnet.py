@@ -36,7 +36,7 @@ class ControlNet(Adapter):
             copy of the UNet's encoder if None.
     """
 
-    leaves = "controlnet"
+    artifact_kind = "controlnet"
 
     def __init__(
         self,

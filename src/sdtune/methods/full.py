@@ -39,7 +39,7 @@ class Full(Adapter):
         perception_weight: of that term.
     """
 
-    leaves = "model"
+    artifact_kind = "model"
 
     def __init__(
         self,

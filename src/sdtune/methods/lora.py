@@ -71,8 +71,8 @@ class LoRA(Adapter):
         weights: a LoRA to begin from, in diffusers' form or kohya's, sdtune's or another's; of the same ranks.
     """
 
-    leaves = "lora"
-    only_reads_unet = True
+    artifact_kind = "lora"
+    reads_denoiser_only = True
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ from sdtune.methods.base import Adapter
 class TextualInversion(Adapter):
     """Only the vectors of ``new_tokens`` are trained (Gal et al. 2022, section 3.2, eq. 2)."""
 
-    leaves = "words"
-    only_reads_unet = True
+    artifact_kind = "words"
+    reads_denoiser_only = True
 
     needs_tokens: ClassVar[bool] = True
 

@@ -103,7 +103,7 @@ def measure(
     """
     adapter.on_fit_start()
     backbone = adapter.backbone
-    adapter.suit(torch.device("cpu") if not gpu else _META)
+    adapter.prepare_for_device(torch.device("cpu") if not gpu else _META)
     caches = cache_latents and not adapter.open("vae"), cache_text and not adapter.open("text_encoder")
     batch = _batch(adapter, 2 * count if pairs else count, side, *caches)
     if pairs:
@@ -216,8 +216,8 @@ def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None], *there: Tensor)
 def _drawing(adapter: Adapter, gpu: bool, draw: Callable[[Backbone, Callable[..., Tensor]], None]) -> int:
     """Bytes of the model before training, which draws the class, and its peak."""
     fresh = adapter.source.load(adapter.seed)
-    fresh.halve_frozen(str(adapter.trainer.precision))
-    fresh.suit(torch.device("cpu") if not gpu else _META)
+    fresh.cast_frozen(str(adapter.trainer.precision))
+    fresh.prepare_for_device(torch.device("cpu") if not gpu else _META)
     weights = sum(_bytes(p) for p in fresh.parameters())
     return weights + _peak(
         adapter,

@@ -64,7 +64,7 @@ def outlined(request: PlanRequest) -> Adapter:
         enable_model_summary=False,
     )
     adapter.to("meta", torch.float64 if request.precision == "64-true" else torch.float32)
-    adapter.backbone.halve_frozen(request.precision)
+    adapter.backbone.cast_frozen(request.precision)
     return adapter
 
 

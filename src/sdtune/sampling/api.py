@@ -59,7 +59,7 @@ def sample(
         controlnets.check(one.path, source, one.preprocess)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded_backbone = source.load().to(place)
-    loaded_backbone.suit(place)
+    loaded_backbone.prepare_for_device(place)
     loaded = files.load(loaded_backbone, wanted)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]

@@ -83,7 +83,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 def alone(config: Mapping[str, Any]) -> str | None:
     """Why a job can share its backbone with none."""
     method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
-    if getattr(method, "leaves", None) not in ("lora", "words"):
+    if getattr(method, "artifact_kind", None) not in ("lora", "words"):
         return f"method: {method.__name__} trains the backbone itself, or a net beside it"
     if method not in (LoRA, TextualInversion):
         return f"method: {method.__name__} may train more than LoRA's pairs and TextualInversion's words"

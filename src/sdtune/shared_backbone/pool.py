@@ -25,7 +25,7 @@ from sdtune.hardware.precision import HALVES
 from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import Joint, Mode, mapped, shape
 from sdtune.shared_backbone.padding import Pair
-from sdtune.shared_backbone.step_coordinator import Question
+from sdtune.shared_backbone.step_coordinator import PendingCall
 from sdtune.training.caching import drawn_at_once
 
 log = logging.getLogger("sdtune")
@@ -34,7 +34,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
-class Forward(Question):
+class Forward(PendingCall):
     """One run's call of its UNet: ``inputs`` all have its samples in their first dimension.
 
     ``pairs`` are what a finished run left, on the weights as they were loaded; None for those that the UNet trains.
@@ -53,7 +53,7 @@ class Forward(Question):
 
 
 @dataclass
-class Back(Question):
+class Back(PendingCall):
     """One run's loss, whose gradients it waits for."""
 
     loss: Tensor
@@ -68,20 +68,20 @@ class Shared(Pretrained):
     """``source`` for several runs: each load is a model of its own on the same weights.
 
     Args:
-        beside: see :attr:`sdtune.backbone.backbone.Backbone.beside`.
+        lora_branches: see :attr:`sdtune.backbone.backbone.Backbone.lora_branches`.
         leave: gives, for what is loaded now, what ends its run where it is asked to stop.
     """
 
     def __init__(
-        self, source: Pretrained, pool: Pool, beside: Callable[..., Any], leave: Callable[[], Callable[..., None]]
+        self, source: Pretrained, pool: Pool, lora_branches: Callable[..., Any], leave: Callable[[], Callable[..., None]]
     ) -> None:
         self.__dict__.update(source.__dict__)
-        self._source, self._pool, self._beside, self._leave = source, pool, beside, leave
+        self._source, self._pool, self._lora_branches, self._leave = source, pool, lora_branches, leave
 
     def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
         # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
         loaded = self._pool.copied(self._source)
-        loaded.beside = self._beside
+        loaded.lora_branches = self._lora_branches
         # Caches are filled and images of the class drawn without a question, for minutes where there are many.
         leave = self._leave()
         for part in (loaded.unet, loaded.vae.encoder):
@@ -119,7 +119,7 @@ class Pool:
         """A backbone on the weights that all share, which are loaded once; parameters are its own, storage is not."""
         if self._base is None:
             self._base = source.load()
-            self._base.suit(self.device)
+            self._base.prepare_for_device(self.device)
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with a model that it is given
         base = self._base
@@ -163,7 +163,7 @@ class Pool:
         if self.device.type == "cpu":
             torch.set_num_threads(self._threads if all_of_them else 1)
 
-    def answer(self, questions: dict[int, Question]) -> Collection[int]:
+    def answer(self, questions: dict[int, PendingCall]) -> Collection[int]:
         """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
@@ -198,7 +198,7 @@ class Pool:
         if self.seats == 1:
             return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
         return (
-            f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_adapters="
+            f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_concurrent_runs="
             f"{self.seats // 2}"
         )
 

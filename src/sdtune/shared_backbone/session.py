@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.checkpoints import Checkpoints
-from sdtune.callbacks.progress_bar import Bar
+from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import Mode, default_dtype
 from sdtune.shared_backbone.padding import Pair
 from sdtune.shared_backbone.pool import Back, Forward, Pool, Shared
-from sdtune.shared_backbone.step_coordinator import Join, Question, Turns
+from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 
 
 class Sharing:
@@ -30,8 +30,8 @@ class Sharing:
         count: how many runs move together; figures of cost are theirs together.
     """
 
-    def __init__(self, pool: Pool, turns: Turns, count: int) -> None:
-        self.pool, self.turns, self.count = pool, turns, count
+    def __init__(self, pool: Pool, coordinator: StepCoordinator, count: int) -> None:
+        self.pool, self.coordinator, self.count = pool, coordinator, count
         self.asked: int | None = None
         """The signal by which the group was asked to stop."""
         self._begun: set[int] = set()
@@ -40,11 +40,11 @@ class Sharing:
 
     def source(self, source: Pretrained) -> Pretrained:
         """The same backbone, whose weights are in memory once."""
-        return Shared(source, self.pool, self.beside, self._leaves)
+        return Shared(source, self.pool, self.lora_branches, self._leaves)
 
     def _leaves(self) -> Callable[..., None]:
         # What is loaded behind the training is there to be measured.
-        measuring = self.turns.here in self._begun
+        measuring = self.coordinator.here in self._begun
         return lambda *_: self.leave_if_asked(measuring)
 
     def measured(self) -> int | None:
@@ -57,11 +57,11 @@ class Sharing:
 
     def callbacks(self, own: list[Callback], checkpoints: Checkpoints) -> list[Callback]:
         """A run's callbacks, of which ``checkpoints`` is one, with what it needs to move with the others."""
-        seat = self.turns.here
+        seat = self.coordinator.here
         assert seat is not None
         self._checkpoints[seat] = checkpoints
         # One bar tells how far all of them are.
-        return [Together(self), *(each for each in own if seat == 0 or not isinstance(each, Bar))]
+        return [Together(self), *(each for each in own if seat == 0 or not isinstance(each, ProgressBar))]
 
     def stop(self, number: int) -> None:
         """Have every run end its step, save and stop."""
@@ -72,13 +72,13 @@ class Sharing:
     def begin(self) -> None:
         """The run at hand takes a step, and has something to save from here on."""
         self.leave_if_asked()
-        seat = self.turns.here
+        seat = self.coordinator.here
         assert seat is not None
         self._begun.add(seat)
 
     def leave_if_asked(self, measuring: bool = False) -> None:
         """End the run at hand where it need not save: it has not begun, or is ``measuring`` what it has left."""
-        if self.asked is not None and (measuring or self.turns.here not in self._begun):
+        if self.asked is not None and (measuring or self.coordinator.here not in self._begun):
             raise SystemExit(128 + self.asked)
 
     def left(self, seat: int) -> None:
@@ -93,8 +93,8 @@ class Sharing:
         adapter.backward = self._back  # type: ignore[method-assign]
 
     @contextmanager
-    def beside(self, unet: UNet2DConditionModel, pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> Iterator[None]:
-        """See :attr:`sdtune.backbone.backbone.Backbone.beside`: ``unet`` draws with the others'."""
+    def lora_branches(self, unet: UNet2DConditionModel, pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> Iterator[None]:
+        """See :attr:`sdtune.backbone.backbone.Backbone.lora_branches`: ``unet`` draws with the others'."""
         device = self.pool.device
         own = {n: Pair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()}
         unet.forward = self._forward(unet, own)
@@ -121,11 +121,11 @@ class Sharing:
     def _back(self, loss: Tensor, *args: Any, **more: Any) -> None:
         self._ask(Back(loss, more))
 
-    def _ask(self, question: Question) -> Any:
+    def _ask(self, question: PendingCall) -> Any:
         self.leave_if_asked(isinstance(question, Forward) and question.pairs is not None)
         # Lightning's 64-true and 16-true change torch's default type for a step; a neighbour moves within it.
         with default_dtype(self._default):
-            return self.turns.ask(question)
+            return self.coordinator.ask(question)
 
 
 class OneDevice(SingleDeviceStrategy):
@@ -153,7 +153,7 @@ class Together(Callback):
         self._sharing = sharing
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sharing.turns.ask(Join())
+        self._sharing.coordinator.ask(JoinCall())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 
-class Question:
+class PendingCall:
     """What a job waits for; a subclass says what it is. Answered by setting ``answer`` or ``error``."""
 
     answer: Any = None
@@ -24,16 +24,16 @@ class Question:
         return False
 
 
-class Join(Question):
+class JoinCall(PendingCall):
     """From here on the job waits for the others; what it asked before was answered at once."""
 
 
-class Seat:
+class Participant:
     """A job's place among those that move together, from its first turn to its end."""
 
     def __init__(self, number: int, job: Callable[[], None]) -> None:
         self.number = number
-        self.question: Question | None = None
+        self.question: PendingCall | None = None
         self.error: BaseException | None = None
         self.joined = False
         self.ended = False
@@ -52,7 +52,7 @@ class Seat:
             self.back.release()
 
 
-class Turns:
+class StepCoordinator:
     """Seats for jobs that move together.
 
     Args:
@@ -61,15 +61,15 @@ class Turns:
             for the next time, with those who ask the same by then.
     """
 
-    def __init__(self, seats: int, answer: Callable[[dict[int, Question]], Collection[int]]) -> None:
+    def __init__(self, seats: int, answer: Callable[[dict[int, PendingCall]], Collection[int]]) -> None:
         self.places = range(seats)
         self.broken: BaseException | None = None
         """What kept questions from being answered; where they were asked it is raised, and no further job begins."""
         self._answer = answer
-        self._seats: dict[int, Seat] = {}
+        self._seats: dict[int, Participant] = {}
         self._back = threading.Semaphore(0)
 
-    def ask(self, question: Question) -> Any:
+    def ask(self, question: PendingCall) -> Any:
         """From a job's thread: wait for the answer."""
         seat = next(s for s in self._seats.values() if s.thread is threading.current_thread())
         seat.question = question
@@ -107,20 +107,20 @@ class Turns:
             job = next(jobs, None) if self.broken is None else None
             if job is None:
                 return True
-            self._seats[number] = Seat(number, job)
+            self._seats[number] = Participant(number, job)
             self._seats[number].back = self._back
             self._seats[number].thread.start()
         seat = self._seats[number]
         while seat.question is None and not seat.ended:
             seat.go.release()
             self._back.acquire()
-            if isinstance(seat.question, Join):
+            if isinstance(seat.question, JoinCall):
                 seat.joined, seat.question = True, None
             elif seat.question is not None and not seat.joined:
                 self._reply({number: seat.question})
         return not seat.ended
 
-    def _reply(self, questions: dict[int, Question]) -> None:
+    def _reply(self, questions: dict[int, PendingCall]) -> None:
         try:
             answered = self._answer(questions)
         except Exception as error:

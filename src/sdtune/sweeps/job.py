@@ -28,17 +28,17 @@ class Job:
     """What the launcher calls for each job, in this process or in another: it can be pickled.
 
     Args:
-        beside: it runs in one of joblib's workers.
+        in_worker: it runs in one of joblib's workers.
     """
 
-    def __init__(self, command: str, prepare: Prepare, beside: bool = False) -> None:
-        self.command, self.prepare, self.beside = command, prepare, beside
+    def __init__(self, command: str, prepare: Prepare, in_worker: bool = False) -> None:
+        self.command, self.prepare, self.in_worker = command, prepare, in_worker
 
     def __call__(self, composed: DictConfig) -> float | None:
         """The metric that ``optimized_metric`` names; None where the job failed, which its folder then says."""
         whole = HydraConfig.instance().cfg
         assert whole is not None
-        if not self.beside:
+        if not self.in_worker:
             return self.run(composed, whole)
         sweep = Path(str(whole.hydra.sweep.dir))
         try:

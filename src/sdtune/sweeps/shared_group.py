@@ -36,11 +36,11 @@ from sdtune.shared_backbone.capacity import room
 from sdtune.shared_backbone.compatibility import largest, widest
 from sdtune.shared_backbone.pool import Pool
 from sdtune.shared_backbone.session import Sharing
-from sdtune.shared_backbone.step_coordinator import Turns
+from sdtune.shared_backbone.step_coordinator import StepCoordinator
 from sdtune.sweeps.job import Job, as_current
 from sdtune.sweeps.job_process import end_with_parent
 
-MaxAdapters = int | Literal["auto"]
+MaxConcurrentRuns = int | Literal["auto"]
 
 
 class SharingJob(Job):
@@ -52,7 +52,7 @@ class SharingJob(Job):
 
 
 def run_group(
-    wholes: Sequence[DictConfig], command: str, callbacks: Callbacks, max_adapters: MaxAdapters, called: str
+    wholes: Sequence[DictConfig], command: str, callbacks: Callbacks, max_concurrent_runs: MaxConcurrentRuns, called: str
 ) -> None:
     """Run the jobs of ``wholes``, configs with Hydra's own part; each one's folder says how it ended.
 
@@ -62,14 +62,14 @@ def run_group(
         devices = _devices(plain(wholes[0])["hardware"])[: len(wholes)]
     count = len(devices)
     if count == 1:
-        _together(wholes, command, callbacks, max_adapters, called, devices[0])
+        _together(wholes, command, callbacks, max_concurrent_runs, called, devices[0])
         return
     print(f"{called} share one backbone on each of {count} devices")
     context = multiprocessing.get_context("spawn")
     children = [
         context.Process(
             target=_on_device,
-            args=(wholes[index::count], command, callbacks, max_adapters, called, device, count, index == 0),
+            args=(wholes[index::count], command, callbacks, max_concurrent_runs, called, device, count, index == 0),
         )
         for index, device in enumerate(devices)
     ]
@@ -99,7 +99,7 @@ def _on_device(
     wholes: Sequence[DictConfig],
     command: str,
     callbacks: Callbacks,
-    max_adapters: MaxAdapters,
+    max_concurrent_runs: MaxConcurrentRuns,
     called: str,
     device: torch.device,
     devices: int,
@@ -113,7 +113,7 @@ def _on_device(
     quiet()
     quiet_libraries()
     try:
-        _together(wholes, command, callbacks, max_adapters, called, device, devices, shown)
+        _together(wholes, command, callbacks, max_concurrent_runs, called, device, devices, shown)
     except RunFailed as error:
         print(f"sdtune: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -142,7 +142,7 @@ def _together(
     wholes: Sequence[DictConfig],
     command: str,
     callbacks: Callbacks,
-    max_adapters: MaxAdapters,
+    max_concurrent_runs: MaxConcurrentRuns,
     called: str,
     device: torch.device,
     devices: int = 1,
@@ -154,7 +154,7 @@ def _together(
     methods: list[Any] = [OmegaConf.to_container(whole.method, resolve=True) for whole in wholes]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    most = max_adapters
+    most = max_concurrent_runs
     if most == "auto":
         most = room(_requests(wholes), len(wholes), device, devices)
     turns_of = -(-len(wholes) // most)
@@ -163,15 +163,15 @@ def _together(
         print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
     drops = any(method.get("dropout") for method in methods)
     pool = Pool(device, precision, seats, max(map(widest, methods)), drops)
-    turns = Turns(seats, pool.answer)
-    sharing = Sharing(pool, turns, seats)
+    coordinator = StepCoordinator(seats, pool.answer)
+    sharing = Sharing(pool, coordinator, seats)
     lost: list[RunFailed] = []
 
     def job(whole: DictConfig) -> Callable[[], None]:
         task = SharingJob(command, lambda config, folder: train.prepare(config, folder, sharing))
 
         def moved() -> None:
-            seat = turns.here
+            seat = coordinator.here
             assert seat is not None
             pool.use_threads(False)
             try:
@@ -198,13 +198,13 @@ def _together(
 
     try:
         with _listening(sharing), as_current(wholes[0]):
-            turns.run(_until_stopped((job(whole) for whole in wholes), sharing))
+            coordinator.run(_until_stopped((job(whole) for whole in wholes), sharing))
     finally:
         pool.use_threads(True)
     if sharing.asked is not None:
         raise SystemExit(128 + sharing.asked)
-    if turns.broken is not None:
-        raise turns.broken
+    if coordinator.broken is not None:
+        raise coordinator.broken
     if lost:
         raise lost[0]
 

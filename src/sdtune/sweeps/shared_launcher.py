@@ -24,11 +24,11 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
     """Runs jobs that may share a backbone at once, in one process, and the others one after another.
 
     Args:
-        max_adapters: how many at once; ``auto``: as many as the device's memory holds by ``sdtune plan``'s count.
+        max_concurrent_runs: how many at once; ``auto``: as many as the device's memory holds by ``sdtune plan``'s count.
     """
 
-    def __init__(self, max_adapters: int | Literal["auto"] = "auto") -> None:
-        self.max_adapters = max_adapters
+    def __init__(self, max_concurrent_runs: int | Literal["auto"] = "auto") -> None:
+        self.max_concurrent_runs = max_concurrent_runs
         self.config: DictConfig
         self.context: HydraContext
         self.task: Job
@@ -70,7 +70,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             if len(numbers) > 1 or (group.alone is None and process_count(configs[group.jobs[0]]["hardware"]) > 1):
                 whole = [wholes[n] for n in numbers]
                 try:
-                    run_group(whole, self.task.command, self.context.callbacks, self.max_adapters, called)
+                    run_group(whole, self.task.command, self.context.callbacks, self.max_concurrent_runs, called)
                 except RunFailed as error:
                     failed.append(str(error))  # the others are none the worse
                 release()  # for the next one's count of what is free

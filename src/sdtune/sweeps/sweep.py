@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
 _SUBDIR = "${hydra.job.num}"
-_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_adapters=")
+_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_concurrent_runs=")
 """A search may be extended, and a machine have less room than was thought."""
 
 
@@ -65,13 +65,13 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         _check(hydra, command, fixed, prepare)
         if before is not None:
             _check_master(master, folder)
-        beside = str(master.hydra.launcher._target_).endswith(".JoblibLauncher")
-        job = Job(command, prepare, beside)
+        in_worker = str(master.hydra.launcher._target_).endswith(".JoblibLauncher")
+        job = Job(command, prepare, in_worker)
         again = f"sdtune {command} -m {shlex.quote(f'resume={folder}')} goes on with it"
         # The job keeps its config itself: see sdtune.sweeps.job.
         fixed.append("hydra.output_subdir=null")
         try:
-            with locked(folder), Relay(folder) if beside else contextlib.nullcontext() as relay:
+            with locked(folder), Relay(folder) if in_worker else contextlib.nullcontext() as relay:
                 hydra.multirun(config_name=command, task_function=job, overrides=fixed)
         except (SystemExit, KeyboardInterrupt) as stop:
             code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
@@ -96,9 +96,9 @@ def _check_launcher(node: DictConfig) -> None:
     for key in ("env_set", "chdir"):
         if target.endswith(".SharedBackboneLauncher") and node.job.get(key):
             raise ValueError(f"hydra.job.{key}: jobs on one backbone are one process; give hydra/launcher=basic")
-    most = node.launcher.get("max_adapters", "auto")
+    most = node.launcher.get("max_concurrent_runs", "auto")
     if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise ValueError(f"hydra.launcher.max_adapters: {most!r}; give auto, or how many at once, at least 1")
+        raise ValueError(f"hydra.launcher.max_concurrent_runs: {most!r}; give auto, or how many at once, at least 1")
     if target.endswith(".SlurmLauncher") and shutil.which("srun") is None:
         raise ValueError(
             "hydra/launcher: submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without"

@@ -77,8 +77,8 @@ def encoders(parts: CachedParts, side: int) -> Encoders:
     def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
         # Not the weights at hand: a resumed run's are not those before training any more.
         fresh = source.load(parts.seed, HALVES.get(precision))
-        fresh.halve_frozen(precision)
-        fresh.to(parts.device).suit(parts.device)
+        fresh.cast_frozen(precision)
+        fresh.to(parts.device).prepare_for_device(parts.device)
         settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=drawn_at_once(side))
         with parts.autocast():
             yield from generate(fresh, [Request(prompt, seed) for prompt, seed in wanted], settings)

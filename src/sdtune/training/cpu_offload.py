@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-class Away:
+class CpuOffload:
     """Keeps ``parts`` in main memory, from when it is made."""
 
     def __init__(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdtune import streams
-from sdtune.data.datamodule import VALIDATION_RUNGS
+from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.randomness import generator
 
 
@@ -29,7 +29,7 @@ def noise(
 def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
     """int64 [len(positions)] in [0, count): at random in training, a fixed ladder in validation."""
     if stream == streams.VALIDATION:
-        rungs = [int((p % VALIDATION_RUNGS + 0.5) * count / VALIDATION_RUNGS) for p in positions]
+        rungs = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
     else:
         rungs = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
     return torch.tensor(rungs).to(device, non_blocking=True)

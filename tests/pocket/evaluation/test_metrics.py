@@ -19,8 +19,8 @@ from sdtune.evaluation.distances import distances
 from sdtune.pocket import path
 from sdtune.pocket.evaluation import style
 from sdtune.pocket.evaluation import subject as evaluation
-from sdtune.pocket.evaluation.style import StyleFigures
-from sdtune.pocket.evaluation.subject import SubjectFigures
+from sdtune.pocket.evaluation.style import StyleMetrics
+from sdtune.pocket.evaluation.subject import SubjectMetrics
 from sdtune.pocket.world.data import Subject
 from sdtune.pocket.world.objects import BACKGROUNDS
 from sdtune.pocket.world.scenes import compose, draw
@@ -74,8 +74,8 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(evaluation, "draw", trained_draws)
     monkeypatch.setattr(evaluation, "draw_base", base_draws)
     monkeypatch.setattr(evaluation, "trained", nothing)
-    monkeypatch.setattr(SubjectFigures, "_ceiling", lambda *_: 1.0)
-    figures = SubjectFigures(images=40, class_images=48).run(
+    monkeypatch.setattr(SubjectMetrics, "_ceiling", lambda *_: 1.0)
+    figures = SubjectMetrics(images=40, class_images=48).run(
         Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation"
     )
     assert figures["subject_accuracy"] == pytest.approx(0.75, abs=0.03)
@@ -92,11 +92,11 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
         "base_images.png", "trained_images.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
-    without = SubjectFigures(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
+    without = SubjectMetrics(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
     assert without["prior_leak"] is without["prior_drift"] is without["class_diversity"] is None
     assert "evaluation.class_images=210" in without["reasons"]["prior_drift"]
     with pytest.raises(ValueError, match="class_diversity needs a CLIP"):
-        SubjectFigures(class_images=1, clip=None)
+        SubjectMetrics(class_images=1, clip=None)
 
 
 def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     assert shown == {thing.name for thing in drawn()[:20]}
     assert {sample.scene.style for sample in data.train} == {"noto"}
     assert all(sample.caption.endswith(", in sks style") for sample in data.train)
-    figures = StyleFigures(objects=24, seeds=2)
+    figures = StyleMetrics(objects=24, seeds=2)
     scenes, again = figures._scenes(data, False), figures._scenes(data, True)
     assert len(scenes) == len(again) == 48
     assert {scene.thing for scene in again} == shown
@@ -135,10 +135,10 @@ def test_style_figures_refuse_what_they_cannot_measure() -> None:
     data = Style(objects=90)
     data.open(64, 4)
     with pytest.raises(ValueError, match=r"^evaluation.objects: 26, but data.objects=90 leaves \d+"):
-        StyleFigures().check(data, facts)
+        StyleMetrics().check(data, facts)
     other = Subject()
     other.open(64, 4)
     with pytest.raises(ValueError, match="data=pocket_style"):
-        StyleFigures().check(other, facts)
+        StyleMetrics().check(other, facts)
     with pytest.raises(ValueError, match="^data.objects: the style has"):
         Style(objects=1000)

@@ -16,7 +16,7 @@ from sdtune.data.control.edges import Canny, Scribble
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.draw import base
 from sdtune.pocket.evaluation import control as control_evaluation
-from sdtune.pocket.evaluation.control import NEAR, ControlFigures, box, found, scores, wanted
+from sdtune.pocket.evaluation.control import NEAR, ControlMetrics, box, found, scores, wanted
 from sdtune.pocket.world.control import (
     PocketControl,
     background_colour,
@@ -161,8 +161,8 @@ def test_agreements_by_hand() -> None:
     assert iou(box(area), area) > 0.85
 
 
-def few(**settings: object) -> ControlFigures:
-    return ControlFigures(images=3, sampling=Sampling(steps=1, guidance=1.0), **settings)
+def few(**settings: object) -> ControlMetrics:
+    return ControlMetrics(images=3, sampling=Sampling(steps=1, guidance=1.0), **settings)
 
 
 def data(control: Control | None) -> World:

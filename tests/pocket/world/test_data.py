@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sdtune.backbone import Facts
-from sdtune.evaluation import ClipFigures
-from sdtune.pocket.evaluation.subject import SubjectFigures
+from sdtune.evaluation import ClipMetrics
+from sdtune.pocket.evaluation.subject import SubjectMetrics
 from sdtune.pocket.world.data import Subject, World
 from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT
 from sdtune.pocket.world.scenes import draw, held_out_combination
@@ -66,23 +66,23 @@ def test_pixels_are_the_drawing_and_content_names_it() -> None:
 def test_the_subjects_figures_are_clips_where_the_images_are_no_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def run(self: ClipFigures, *given: Any) -> dict[str, Any]:
+    def run(self: ClipMetrics, *given: Any) -> dict[str, Any]:
         seen.extend((self, *given))
         return {"clip_image": 0.5}
 
-    monkeypatch.setattr(ClipFigures, "run", run)
+    monkeypatch.setattr(ClipMetrics, "run", run)
     facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(images=2))
-    figures = SubjectFigures(images=4, seed=7, sampling=Sampling(batch_size=70))
+    figures = SubjectMetrics(images=4, seed=7, sampling=Sampling(batch_size=70))
     figures.check(data, facts)
     given: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
     assert figures.run(*given) == {"clip_image": 0.5}
     by, *passed = seen
     assert (by.count, by.seed, by.clip, by.sampling.batch_size) == (4, 7, "pocket", 8)
-    assert figures.names == ClipFigures.names
+    assert figures.names == ClipMetrics.names
     assert passed == given
 
 
 def test_the_subjects_figures_read_images_of_the_worlds_size() -> None:
-    SubjectFigures().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
+    SubjectMetrics().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
     with pytest.raises(ValueError, match="64x64"):
-        SubjectFigures().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))
+        SubjectMetrics().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))

@@ -38,7 +38,7 @@ APART = 40  # where the true masks are found best in true renders
 _SHOWN = 8  # a row of a grid
 
 
-class ControlFigures:
+class ControlMetrics:
     """On scenes of combinations that training never draws, each from its caption and its own map.
 
     All are from 0 to 1. ``control_agreement`` compares the map with what is found in the image: for edges the F1 of

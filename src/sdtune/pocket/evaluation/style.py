@@ -29,7 +29,7 @@ from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
 
 
-class StyleFigures:
+class StyleMetrics:
     """Is the image in the style, and still of the object that was asked for, where the object was not shown?
 
     ``style_accuracy``: share of images that the measuring classifier reads as the style; ``object_accuracy`` and

@@ -24,7 +24,7 @@ from sdtune.evaluation.clip import check as check_clip
 from sdtune.evaluation.distances import distances, nearest, prior_drift
 from sdtune.evaluation.draw import draw, draw_base, references, trained
 from sdtune.evaluation.strengths import strength_grid
-from sdtune.evaluation.subject_metrics import ClipFigures
+from sdtune.evaluation.subject_metrics import ClipMetrics
 from sdtune.files import write_json
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
@@ -47,7 +47,7 @@ def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, f
     return {key: sum(values) / len(values) for key, values in readings.items()}
 
 
-class SubjectFigures:
+class SubjectMetrics:
     """Is the subject there, on the background that was asked for, and is its class still the class?
 
     All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of images that the measuring
@@ -61,14 +61,14 @@ class SubjectFigures:
     subject; ``class_diversity``, the mean distance between the images by CLIP, as a ratio to the base's (0 where
     all are one, 1 as the base); ``prior_drift``, how far they are from the base's
     (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
-    :class:`sdtune.evaluation.ClipFigures`, on the subject's images; images that are not of pocket's world are
+    :class:`sdtune.evaluation.ClipMetrics`, on the subject's images; images that are not of pocket's world are
     measured by that one instead.
 
     Args:
         images: how many are drawn of the subject.
         class_images: how many of the class; 0 leaves its figures out.
         seed: of the first image; the others follow.
-        clip: as in :class:`sdtune.evaluation.ClipFigures`.
+        clip: as in :class:`sdtune.evaluation.ClipMetrics`.
         sampling: how.
     """
 
@@ -95,7 +95,7 @@ class SubjectFigures:
         """ValueError before any weights are loaded."""
         if not isinstance(data, Subject):
             self._of_any_images().check(data, facts)
-            self.names = ClipFigures.names
+            self.names = ClipMetrics.names
             return
         if facts.side != SIDE:
             raise ValueError(f"evaluation: pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}")
@@ -103,11 +103,11 @@ class SubjectFigures:
         if self.clip is not None:
             check_clip(self.clip)
 
-    def _of_any_images(self) -> ClipFigures:
+    def _of_any_images(self) -> ClipMetrics:
         # As many as the world's small images are drawn at once would be too many of Stable Diffusion's.
         sampling = replace(self.sampling, batch_size=min(self.sampling.batch_size, 8))
         count = max(2, min(self.count, 32))
-        return ClipFigures(images=count, seed=self.seed, clip=self.clip, sampling=sampling)
+        return ClipMetrics(images=count, seed=self.seed, clip=self.clip, sampling=sampling)
 
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
