@@ -40,7 +40,7 @@ LAYERS = [
 """Each may import from itself and from those below it; modules that stand in none are tools that import no layer."""
 
 ANYWHERE = {"data", "formats"}
-"""LoRABranches the layers: they know no model, and any layer may use them."""
+"""Beside the layers: they know no model, and any layer may use them."""
 
 HYDRA = (
     {

@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import draw as draw_images
-from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load, reconstruct
+from sdtune.evaluation.draw import draw_images as draw_images
+from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.world.captions import full_caption
-from sdtune.pocket.world.scenes import SIDE, Scene, draw, held_out_scenes
+from sdtune.pocket.world.scenes import SIDE, Scene, draw_scene, held_out_scenes
 from sdtune.sampling.loop import Request, Sampling
 
 PROMPTS = 512
@@ -52,7 +52,7 @@ def measure(
 ) -> dict[str, float]:
     """The figures of ``quality.json`` for ``images`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
     readings = classifier.read(images)
-    renders = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     return {
         "background_accuracy": agreement(background(images), [scene.background for scene in scenes]),
         "object_accuracy": agreement(readings.object, [scene.thing for scene in scenes]),
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=pocket.path(), help="pipeline folder (the shipped one)")
     arguments = parser.parse_args()
     # Loaded first, so that a missing classifier is said before minutes of sampling.
-    classifier = load()
+    classifier = load_classifier()
     vae = AutoencoderKL.from_pretrained(arguments.pipeline, subfolder="vae", local_files_only=True).eval()
     scenes = held_out_scenes(arguments.seed, PROMPTS)
     images = _generate(arguments.pipeline, [full_caption(scene) for scene in scenes], arguments.seed)

@@ -50,7 +50,7 @@ def refiner(folder: Path) -> None:
     change(folder / "model_index.json", text_encoder=[None, None], text_encoder_2=second)
 
 
-EXIT_INVALID_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a refiner": (refiner, r"is SDXL's refiner"),
     "inpainting": (
         lambda f: change(f / "unet/config.json", in_channels=9),
@@ -62,9 +62,9 @@ EXIT_INVALID_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", EXIT_INVALID_INPUT)
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_a_stable_diffusion_is_refused_in_one_line(copy: Path, case: str) -> None:
-    spoil, words = EXIT_INVALID_INPUT[case]
+    spoil, words = REFUSED[case]
     spoil(copy)
     with pytest.raises(ValueError, match=rf"^backbone\.path: .*{words}") as caught:
         _ = Pretrained(str(copy)).facts

@@ -14,7 +14,7 @@ from running import sample
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.methods import LoRA
-from sdtune.pocket.world.scenes import Scene, draw
+from sdtune.pocket.world.scenes import Scene, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def latents(backbone: Backbone, images: np.ndarray) -> Tensor:
 
 def large() -> np.ndarray:
     """uint8 [128, 128, 3]: four images of pocket's world."""
-    row = [np.asarray(draw(Scene(name, "blue", "big", "in the middle"))) for name in ("fox", "rose")]
+    row = [np.asarray(draw_scene(Scene(name, "blue", "big", "in the middle"))) for name in ("fox", "rose")]
     return np.concatenate([np.concatenate(row, axis=1), np.concatenate(row[::-1], axis=1)], axis=0)
 
 

@@ -20,7 +20,7 @@ from running import fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.data.control.edges import Canny
-from sdtune.exporting import Export, find
+from sdtune.exporting import Export, find_artifact
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
 from sdtune.methods import ControlNet, Full, LoRA, TextualInversion
@@ -51,12 +51,12 @@ def trained(model: Any, data: Any, folder: Path, name: str) -> Path:
 
 def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | None, maps: Any) -> np.ndarray:
     backbone = source.load()
-    loaded = adapters.load(backbone, [adapters.AdapterFile(str(file)) for file in files])
-    nets = controlnets.load(backbone, source, [str(net)] if net else [])
+    loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(file)) for file in files])
+    nets = controlnets.load_controlnets(backbone, source, [str(net)] if net else [])
     request = Request(PROMPT, SEED, (maps,) if net else ())
     with (
-        controlnets.applied(backbone, nets, [1.0] * len(nets)),
-        adapters.applied(backbone, loaded, [strength] * len(files)),
+        controlnets.controlnets_applied(backbone, nets, [1.0] * len(nets)),
+        adapters.adapters_applied(backbone, loaded, [strength] * len(files)),
     ):
         return next(generate(backbone, [request], SETTINGS))
 
@@ -65,7 +65,9 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
     """Each file of ``family`` with its kind, its form, and the image that it should give."""
     raw = build_family(folder / "raw", family)
     # As files have it: transformers of today saves an encoder that was built from a config under names of its own.
-    [base] = Export("pipeline", dtype="fp32").write(find(raw, "artifact"), Pretrained(str(raw)), folder / "base")
+    [base] = Export("pipeline", dtype="fp32").write(
+        find_artifact(raw, "artifact"), Pretrained(str(raw)), folder / "base"
+    )
     source = Pretrained(str(base))
     shown, side = images(folder / "images"), source.facts.side
     maps = np.random.default_rng(1).integers(0, 2, (side, side, 1), dtype=np.uint8).repeat(3, 2) * 255
@@ -93,7 +95,9 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
 
     def written(place: Path, form: Any, **more: Any) -> Path:
         export = Export(form, dtype="fp32", **more)
-        return export.write(find(place, "artifact"), source, folder / f"{place.parent.name}-{place.name}-{form}")[0]
+        return export.write(
+            find_artifact(place, "artifact"), source, folder / f"{place.parent.name}-{place.name}-{form}"
+        )[0]
 
     yield case("base", "folder", base, drawn(source, [], 1.0, None, maps))
     single = written(base, "single_file")

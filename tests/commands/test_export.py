@@ -17,7 +17,7 @@ from families import EACH, FAMILIES, Family, build_family
 from lora_files import lora
 from running import export, train
 from sdtune.backbone import Pretrained
-from sdtune.exporting import Export, find
+from sdtune.exporting import Export, find_artifact
 from sdtune.formats import LoRAWeights, diffusers_lora, factors
 from sdtune.formats.files import read_metadata
 from sdtune.methods import ControlNet, Full, LoRA
@@ -45,7 +45,7 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def written(export: Export, path: Path, base: Path, folder: Path) -> Path:
-    artifact = find(path, "artifact")
+    artifact = find_artifact(path, "artifact")
     export.check(artifact)
     [place, *_] = export.write(artifact, Pretrained(str(base)), folder)
     return place
@@ -99,7 +99,7 @@ def test_a_pipeline_folder_is_of_the_type_that_was_asked_for(base: Path, tmp_pat
 def test_a_velocity_model_is_marked_where_its_shapes_do_not_say_so(build: dict[Family, Path], tmp_path: Path) -> None:
     for family, path in build.items():
         source = Pretrained(str(path), prediction_type="v_prediction", zero_terminal_snr=True)
-        [file] = Export("single_file").write(find(path, "artifact"), source, tmp_path / family)
+        [file] = Export("single_file").write(find_artifact(path, "artifact"), source, tmp_path / family)
         assert {"v_pred", "ztsnr"} <= set(load_file(file)) or family == "sd2"
         assert not (family == "sd2" and "v_pred" in load_file(file))
         with safe_open(file, "pt") as opened:
@@ -118,8 +118,8 @@ def test_a_lora_is_merged_at_its_strength(base: Path, tmp_path: Path, form: Any)
     config = {"config": str(base)} if form == "single_file" else {}
     source = Pretrained(str(base))
     backbone = source.load()
-    loaded = adapters.load(backbone, [adapters.AdapterFile(str(file))])
-    with adapters.applied(backbone, loaded, [0.5]):
+    loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(file))])
+    with adapters.adapters_applied(backbone, loaded, [0.5]):
         wanted = next(generate(backbone, *IMAGE))
     assert close(drawn(Pretrained(str(place), **config)), wanted)
     assert not close(wanted, drawn(source))
@@ -369,7 +369,7 @@ def test_a_rounded_copy_is_no_difference(build: dict[Family, Path], tmp_path: Pa
 
 
 def test_what_only_one_form_has_is_refused_elsewhere(base: Path, tmp_path: Path) -> None:
-    artifact = find(lora(base, tmp_path), "artifact")
+    artifact = find_artifact(lora(base, tmp_path), "artifact")
     for asked, words in (
         (Export("kohya", strength=0.5), "strength: only a LoRA that is merged"),
         (Export("pipeline", alpha="folded"), "alpha: only kohya's form"),

@@ -22,7 +22,7 @@ from sdtune.commands import plan as plan_command
 from sdtune.config.compose import compose, search_path
 from sdtune.methods import Full, LoRA
 from sdtune.paths import config_folder
-from sdtune.planning import SWITCHES, Figures, memory
+from sdtune.planning import SWITCHES, TrainingCosts, memory
 from sdtune.planning.kernels import Kernels
 from sdtune.planning.meter import Meter
 from sdtune.planning.request import count as count_costs
@@ -32,18 +32,18 @@ RECIPES = sorted(path.stem for path in (config_folder() / "experiment").glob("*.
 GIB = 1024**3
 
 
-def figures(*overrides: str) -> Figures:
+def figures(*overrides: str) -> TrainingCosts:
     config = compose("plan", search_path(None), list(overrides))
     return count_costs(plan_command.plan_request(plan_command.checked_plan(config)))
 
 
-def parts(found: Figures) -> dict[str, int]:
+def parts(found: TrainingCosts) -> dict[str, int]:
     """Component -> parameters, trained or not."""
     return {part.name: part.frozen + part.trained for part in found.components}
 
 
 @pytest.fixture(scope="module")
-def full() -> Figures:
+def full() -> TrainingCosts:
     """SD 1.5, all of the UNet, one sample."""
     return figures("backbone=sd15", "method=full", "data.batch_size=1", "callbacks.samples=null")
 
@@ -69,13 +69,13 @@ def test_the_shipped_configs_are_the_models(kind: str, wanted: dict[str, int]) -
     assert backbone.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
 
 
-def test_a_pass_through_sd15s_unet_has_401_6_gmac(full: Figures) -> None:
+def test_a_pass_through_sd15s_unet_has_401_6_gmac(full: TrainingCosts) -> None:
     assert full.plain.forward / 2 == pytest.approx(401.6e9, rel=1e-3)
     # Backward has twice the products of forward; attention's has two and a half times, for its scores come again.
     assert 3 <= full.plain.flop / full.plain.forward < 3.2
 
 
-def test_full_fine_tuning_is_counted_to_the_byte(full: Figures) -> None:
+def test_full_fine_tuning_is_counted_to_the_byte(full: TrainingCosts) -> None:
     assert parts(full) == {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
     assert (full.total.trained, full.total.frozen) == (859_520_964, 123_060_480 + 83_653_863)
     assert full.gradients == 4 * 859_520_964
@@ -203,7 +203,7 @@ def test_twice_the_batch_is_twice_the_work(tiny: Path) -> None:
     assert (two.state, two.artifact, two.encoding) == (one.state, one.artifact, one.encoding)
 
 
-def test_checkpointing_saves_activations_for_work(full: Figures) -> None:
+def test_checkpointing_saves_activations_for_work(full: TrainingCosts) -> None:
     assert full.checkpointed.activations < 0.75 * full.plain.activations
     assert full.plain.flop < full.checkpointed.flop < full.plain.flop + full.checkpointed.forward
 
@@ -255,7 +255,7 @@ def test_a_class_is_drawn_by_a_model_beside_the_one_that_is_trained(tiny: Path, 
 # --- what fits
 
 
-def test_each_switch_saves_its_own(full: Figures) -> None:
+def test_each_switch_saves_its_own(full: TrainingCosts) -> None:
     costs = {name: memory(full, switches, 1, 1) for name, switches in SWITCHES.items()}
     plain = costs["plain"]
     assert costs["gradient checkpointing"].activations < plain.activations
@@ -265,7 +265,7 @@ def test_each_switch_saves_its_own(full: Figures) -> None:
     assert plain.step < plain.weights + plain.state + plain.gradients + plain.activations
 
 
-def test_gradients_that_wait_and_buckets_cost_memory(full: Figures) -> None:
+def test_gradients_that_wait_and_buckets_cost_memory(full: TrainingCosts) -> None:
     plain, waiting, shared = (memory(full, SWITCHES["plain"], *spread) for spread in ((1, 1), (2, 1), (1, 2)))
     assert waiting.step == plain.weights + plain.state + plain.gradients + plain.activations
     assert shared.step == plain.step + plain.gradients
@@ -275,7 +275,7 @@ def test_gradients_that_wait_and_buckets_cost_memory(full: Figures) -> None:
     ("gib", "wanted"), [("1000", "plain"), ("12", "with 8-bit AdamW"), ("4", "no: ")], ids=["1000", "12", "4"]
 )
 def test_it_says_with_which_switches_it_fits(
-    gib: str, wanted: str, full: Figures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gib: str, wanted: str, full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_command, "count", lambda request: full)
     assert plan("methods=[full]", "backbone=sd15", f"fits={gib}") == 0
@@ -306,7 +306,7 @@ def test_it_needs_no_weights_and_leaves_nothing(
 
 
 def test_a_recipe_is_planned_as_it_stands(
-    full: Figures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[plan_command.CheckedPlan] = []
     monkeypatch.setattr(plan_command, "plan_request", asked.append)
@@ -333,7 +333,7 @@ def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: p
     assert int(rows["mine"].replace(",", "")) * 8 == int(rows["lora"].replace(",", "")) * 3
 
 
-EXIT_INVALID_INPUT = {
+REFUSED = {
     ("methods=[lroa]",): "methods: lroa: there is no such method; did you mean lora?",
     ("methods=[]",): "methods: []: ",
     ("fits=0",): "fits: 0: ",
@@ -349,11 +349,11 @@ EXIT_INVALID_INPUT = {
 }
 
 
-@pytest.mark.parametrize("arguments", EXIT_INVALID_INPUT, ids=" ".join)
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
 def test_refusals_are_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(*arguments) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"sdtune: {EXIT_INVALID_INPUT[arguments]}")
+    assert said.err.startswith(f"sdtune: {REFUSED[arguments]}")
     assert (said.err.count("\n"), said.out) == (1, "")
 
 

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Gt, Interval
 
 from sdtune.config.build import build
-from sdtune.config.schema import check, check_value
+from sdtune.config.schema import check_node, check_value
 from sdtune.config.targets import resolve
 from sdtune.objective import MinSNR, Objective
 
@@ -105,7 +105,7 @@ def test_what_is_defined_elsewhere_is_refused_by_key(target: str) -> None:
         resolve(target, "method")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"^method\._target_: "):
-        check({"_target_": target}, "method")
+        check_node({"_target_": target}, "method")
     with pytest.raises(ValueError):
         build({"_target_": target})
 
@@ -121,9 +121,9 @@ def test_what_is_neither_class_nor_function_is_refused(target: str) -> None:
 def test_a_refused_target_is_found_anywhere_in_the_config() -> None:
     inner = {"_target_": "sdtune.objective.Objective", "weighting": {"_target_": "os.system"}}
     with pytest.raises(ValueError, match=r"^objective\.weighting\._target_: os\.system is not allowed"):
-        check(inner, "objective")
+        check_node(inner, "objective")
     with pytest.raises(ValueError, match=r"^top\.a\[1\]\.b\._target_: "):
-        check({"a": [1, {"b": {"_target_": "os.system"}}]}, "top")
+        check_node({"a": [1, {"b": {"_target_": "os.system"}}]}, "top")
 
 
 def test_a_users_module_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +154,11 @@ def test_a_module_that_needs_another_package_says_so(tmp_path: Path, monkeypatch
 
 
 def test_what_fits_passes() -> None:
-    check(node("Thing", count=1), "t", TRUST)
-    check(node("Thing", count=3, rate=0.5, kinds=["a", "b"], name="x", inner=node("Settings")), "t", TRUST)
-    check(node("More", path="p", share=1, flip=True), "t", TRUST)
-    check(node("Thing"), "t", TRUST, given=("count",))
-    check({"a": None, "b": [1, 2], "c": {"d": "e"}}, "t")
+    check_node(node("Thing", count=1), "t", TRUST)
+    check_node(node("Thing", count=3, rate=0.5, kinds=["a", "b"], name="x", inner=node("Settings")), "t", TRUST)
+    check_node(node("More", path="p", share=1, flip=True), "t", TRUST)
+    check_node(node("Thing"), "t", TRUST, given=("count",))
+    check_node({"a": None, "b": [1, 2], "c": {"d": "e"}}, "t")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_fits_passes() -> None:
 )
 def test_what_does_not_fit_is_one_line_with_the_key(settings: dict[str, Any], key: str, words: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check(node("Thing", **settings), "t", TRUST)
+        check_node(node("Thing", **settings), "t", TRUST)
     message = str(caught.value)
     assert message.startswith((f"{key}:", f"{key} is missing"))
     assert words in message
@@ -199,23 +199,23 @@ def test_what_does_not_fit_is_one_line_with_the_key(settings: dict[str, Any], ke
 )
 def test_a_dataclass_is_checked_with_what_it_inherits(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=rf"^{key}[: ]"):
-        check(node("More", **settings), "t", TRUST)
+        check_node(node("More", **settings), "t", TRUST)
 
 
 def test_what_the_command_gives_cannot_be_set_as_well() -> None:
     with pytest.raises(ValueError, match=r"^t\.count: not a setting of Thing"):
-        check(node("Thing", count=1), "t", TRUST, given=("count",))
+        check_node(node("Thing", count=1), "t", TRUST, given=("count",))
 
 
 def test_the_first_level_is_not_the_only_one_checked() -> None:
     with pytest.raises(ValueError, match=r"^t\.inner\.share: 2\b"):
-        check(node("Thing", count=1, inner=node("Settings", share=2)), "t", TRUST)
+        check_node(node("Thing", count=1, inner=node("Settings", share=2)), "t", TRUST)
 
 
 def test_a_partial_may_leave_arguments_to_its_caller() -> None:
-    check({"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}, "optimizer")
+    check_node({"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}, "optimizer")
     with pytest.raises(ValueError, match=r"^optimizer\.lrr: not a setting of AdamW; did you mean lr\?"):
-        check({"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1e-3}, "optimizer")
+        check_node({"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1e-3}, "optimizer")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_partial_waits_for_its_arguments() -> None:
 
 def test_a_function_of_ours_is_not_a_target() -> None:
     with pytest.raises(ValueError, match="is a function, not a class"):
-        resolve("sdtune.pocket.pretraining.assemble.assemble", "evaluation")
+        resolve("sdtune.pocket.pretraining.assemble.assemble_pipeline", "evaluation")
 
 
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from image_data import batches, encode, encoders, equal, noise, opened, text
 from sdtune.data import Folder, ImageDataModule
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
-from sdtune.data.previews import wanted
+from sdtune.data.previews import preview_prompts
 
 
 @pytest.fixture
@@ -339,5 +339,5 @@ def test_previews_show_the_images_own_prompts(some: Path) -> None:
     data = opened(some, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
     data.draw_class(encoders(some.parent / "cache"))
     assert {"", "a cat"} <= set(data.captions())
-    shown = [one.prompt for one in wanted(data, None, 100, (64, 64))]
+    shown = [one.prompt for one in preview_prompts(data, None, 100, (64, 64))]
     assert shown == data.shown() == list(dict.fromkeys(s.caption for s in data.train))

@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from sdtune.data import folder as module
-from sdtune.data.folder import CaptionedImage, check_images, read_folder
+from sdtune.data.folder import CaptionedImage, check_images, read_image_folder
 
 
 def draw(path: Path, width: int = 8, height: int = 6) -> Path:
@@ -25,22 +25,22 @@ def draw(path: Path, width: int = 8, height: int = 6) -> Path:
 
 
 def captions(folder: Path, prompt: str | None = None, trigger: str | None = None) -> dict[str, str]:
-    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_folder(folder, prompt, trigger)}
+    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_image_folder(folder, prompt, trigger)}
 
 
 def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
     """``read_folder`` refuses in one line that opens with the key and holds the ``fragments`` in order."""
     pattern = r"\Adata\.path: .*" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
     with pytest.raises(ValueError, match=pattern) as caught:
-        read_folder(folder, prompt)
+        read_image_folder(folder, prompt)
     assert "\n" not in str(caught.value)
 
 
 def test_a_image(tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", 30, 20)
-    assert read_folder(tmp_path, "a dog") == (CaptionedImage(path, "a dog", (30, 20), 1),)
+    assert read_image_folder(tmp_path, "a dog") == (CaptionedImage(path, "a dog", (30, 20), 1),)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        read_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
+        read_image_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
 
 
 def test_order_is_that_of_the_names(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_hidden_files_and_leftovers_of_macos_are_skipped(tmp_path: Path) -> None
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = draw(tmp_path / "dogs/a.png")
-    assert read_folder("~/dogs", "p")[0].path == path
+    assert read_image_folder("~/dogs", "p")[0].path == path
 
 
 def test_sidecars(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_kohya_folders(tmp_path: Path) -> None:
     names = ["10_sks dog/a.png", "2_a_b/b.png", "3_/c.png", "plain/d.png", "plain/4_cat/e.png", "10_sks dog/more/f.png"]
     for name in names:
         draw(tmp_path / name)
-    found = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_folder(tmp_path, "p")}
+    found = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p")}
     assert found == {
         "10_sks dog/a.png": (10, "sks dog"),
         "2_a_b/b.png": (2, "a_b"),
@@ -139,7 +139,7 @@ def test_kohya_folders(tmp_path: Path) -> None:
 
 def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:
     draw(tmp_path / "10_sks dog/a.png")
-    (image,) = read_folder(tmp_path / "10_sks dog", "p")
+    (image,) = read_image_folder(tmp_path / "10_sks dog", "p")
     assert (image.repeats, image.caption) == (1, "p")
 
 
@@ -163,7 +163,7 @@ def test_which_caption_wins(tmp_path: Path) -> None:
         "5_words/d.png": "words",
         "e.png": "prompt",
     }
-    assert {image.repeats for image in read_folder(tmp_path, "prompt")} == {1, 5}
+    assert {image.repeats for image in read_image_folder(tmp_path, "prompt")} == {1, 5}
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_check_passes_good_images_and_decodes_each(tmp_path: Path, monkeypatch: 
             return image.convert("RGB")
 
     monkeypatch.setattr(module, "open_image", spy)
-    check_images(read_folder(tmp_path, "p"))
+    check_images(read_image_folder(tmp_path, "p"))
     assert sorted(decoded) == [f"{index}.png" for index in range(9)]
     assert threading.main_thread() not in threads
     assert len(threads) <= 4
@@ -329,7 +329,7 @@ def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
         path = draw(tmp_path / f"{name}.jpg", 64, 64)
         if name in "ce":
             path.write_bytes(path.read_bytes()[:-500])
-    images = read_folder(tmp_path, "p")  # the headers are whole
+    images = read_image_folder(tmp_path, "p")  # the headers are whole
     for _ in range(5):
         with pytest.raises(ValueError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*: remove it"):
             check_images(images)
@@ -345,4 +345,4 @@ def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
     end = data.index(b"IEND") - 4
     path.write_bytes(data[:end] + chunk + data[end:])
     with pytest.raises(ValueError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
-        check_images(read_folder(tmp_path, "p"))
+        check_images(read_image_folder(tmp_path, "p"))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from sdtune.data.order import Draw, FixedBatches, MicroBatches, Order
+from sdtune.data.order import FixedBatches, MicroBatches, Order, ScheduledSample
 
 BUCKETS = ((0, 3, 4, 8, 9, 10, 11), (1, 2), (5, 6, 7, 7, 7))
 """Seven, two and five entries; entry 7 is repeated three times."""
@@ -81,7 +81,9 @@ def test_processes_and_accumulation_part_the_same_global_batches(processes: int,
         draws = [
             draw for rank in shares for batch in rank[step * accumulation : (step + 1) * accumulation] for draw in batch
         ]
-        assert sorted(draws, key=lambda d: d.position) == [Draw(e, step, p) for p, e in enumerate(order.batch(step))]
+        assert sorted(draws, key=lambda d: d.position) == [
+            ScheduledSample(e, step, p) for p, e in enumerate(order.batch(step))
+        ]
 
 
 def test_a_resumed_run_goes_on_where_it_was_and_keeps_its_length() -> None:

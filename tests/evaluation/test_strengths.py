@@ -11,7 +11,7 @@ from PIL import Image
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.evaluation.draw import base, draw, trained
+from sdtune.evaluation.draw import base, draw_images, trained
 from sdtune.evaluation.strengths import STRENGTHS, strength_grid
 from sdtune.images.grids import grid
 from sdtune.methods import LoRA, TextualInversion
@@ -29,9 +29,9 @@ def test_a_row_a_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
     strength_grid(source, tmp_path / "artifact", requests, settings, CPU, tmp_path)
     shown = np.asarray(Image.open(tmp_path / "strengths.png"))
     with base(source, CPU) as backbone:
-        first = draw(backbone, requests[:4], settings)
+        first = draw_images(backbone, requests[:4], settings)
     with trained(source, tmp_path / "artifact", "mine", CPU) as backbone:
-        last = draw(backbone, requests[:4], settings)
+        last = draw_images(backbone, requests[:4], settings)
     assert not np.array_equal(first[0], last[0])
     sheet = np.asarray(grid([first, *[last] * (len(STRENGTHS) - 1)]))
     # Labels at the left and above; the rest is the rows.

@@ -14,7 +14,7 @@ from experiments.pocket.quality import agreement, grid, measure
 from sdtune.pocket.evaluation.classifier import Classifier
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.pretraining import vae as vaes
-from sdtune.pocket.world.scenes import draw, held_out_scenes
+from sdtune.pocket.world.scenes import draw_scene, held_out_scenes
 
 
 def test_psnr_is_the_formula_by_hand() -> None:
@@ -47,10 +47,10 @@ def test_the_figures_are_exactly_those_named_and_true_images_have_their_backgrou
     ceiling = {"classifier_accuracy": 0.75, "classifier_accuracy_vae": 0.5}
     monkeypatch.setattr(quality, "ceilings", lambda classifier, vae, seed: ceiling)  # 1,800 renders otherwise
     scenes = held_out_scenes(3, 6)
-    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     images[0] = 255 - images[0]
     torch.manual_seed(0)
-    figures = measure(images, scenes, Classifier(), vaes.build().eval(), seed=3)
+    figures = measure(images, scenes, Classifier(), vaes.build_vae().eval(), seed=3)
     assert list(figures) == [
         "background_accuracy",
         "object_accuracy",
@@ -68,7 +68,7 @@ def test_the_figures_are_exactly_those_named_and_true_images_have_their_backgrou
 
 def test_the_grid_holds_every_image_at_twice_its_size() -> None:
     scenes = held_out_scenes(0, 10)
-    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     sheet = np.asarray(grid(images, scenes))
     assert sheet.shape == (2 * (128 + 28), 8 * 128, 3)
     assert np.array_equal(sheet[156 : 156 + 128 : 2, 128:256:2], images[9])

@@ -115,14 +115,14 @@ def test_plain_diffusers_in_a_fresh_process_draws_the_same(
 def test_applied_comes_off_to_the_bit_and_strengths_add(tiny: Path, artifact: Path) -> None:
     backbone = Pretrained(str(tiny)).load()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    both = adapters.load(
+    both = adapters.load_adapters(
         backbone,
         [adapters.AdapterFile(str(artifact / FILE_NAME)), adapters.AdapterFile(str(artifact / "fox.safetensors"))],
     )
-    with adapters.applied(backbone, both, [0.25, 0.5]):
+    with adapters.adapters_applied(backbone, both, [0.25, 0.5]):
         added = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    with adapters.applied(backbone, both[:1], [0.75]):
+    with adapters.adapters_applied(backbone, both[:1], [0.75]):
         once = {name: value.clone() for name, value in backbone.state_dict().items()}
     changed = {name for name, value in once.items() if not torch.equal(value, before[name])}
     assert changed == {name for name, value in added.items() if not torch.equal(value, before[name])}
@@ -130,7 +130,7 @@ def test_applied_comes_off_to_the_bit_and_strengths_add(tiny: Path, artifact: Pa
     assert any(name.startswith("text_encoder.") for name in changed)
     for name in changed:
         torch.testing.assert_close(added[name], once[name], rtol=0, atol=1e-6)
-    with pytest.raises(RuntimeError, match="inside"), adapters.applied(backbone, both, [1.0, 1.0]):
+    with pytest.raises(RuntimeError, match="inside"), adapters.adapters_applied(backbone, both, [1.0, 1.0]):
         raise RuntimeError("inside")
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 

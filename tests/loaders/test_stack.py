@@ -13,7 +13,7 @@ from families import EACH, Family, build_family
 from lora_files import lora
 from running import sample
 from sdtune.backbone import Pretrained
-from sdtune.exporting import Export, find
+from sdtune.exporting import Export, find_artifact
 
 
 @pytest.mark.parametrize("family", EACH)
@@ -21,14 +21,16 @@ def test_a_stack_on_a_merged_single_file(family: Family, tmp_path: Path) -> None
     base = build_family(tmp_path / "base", family)
     source = Pretrained(str(base))
     first = lora(base, tmp_path / "first")
-    [merged] = Export("single_file", dtype="fp32").write(find(first, "artifact"), source, tmp_path / "merged")
-    [second] = Export("kohya").write(find(lora(base, tmp_path / "second", 2), "artifact"), source, tmp_path / "kohya")
+    [merged] = Export("single_file", dtype="fp32").write(find_artifact(first, "artifact"), source, tmp_path / "merged")
+    [second] = Export("kohya").write(
+        find_artifact(lora(base, tmp_path / "second", 2), "artifact"), source, tmp_path / "kohya"
+    )
     plain = make.folder_data(make.images(tmp_path / "shown"), prompt="a <cat>", resolution=64)
     words = make.TextualInversion(backbone=source, new_tokens=[make.NewToken("<cat>", "cat", 2)])
     word = make.trained(words, plain, tmp_path / "words", "it") / "embeddings" / "cat.safetensors"
     mapped = make.folder_data(tmp_path / "shown", prompt="a cat", resolution=64, control=make.Canny())
     net = make.trained(make.ControlNet(backbone=source), mapped, tmp_path / "net", "it") / "it"
-    [single] = Export("single_file").write(find(net, "artifact"), source, tmp_path / "net-file")
+    [single] = Export("single_file").write(find_artifact(net, "artifact"), source, tmp_path / "net-file")
     Image.fromarray(np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2) * 255).save(tmp_path / "map.png")
     group = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}[family]
     common = [f"backbone={group}", f"backbone.path={merged}", f"backbone.config={base}", 'prompt="a <cat> cat"']

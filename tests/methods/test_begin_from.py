@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.exporting import Export, find
+from sdtune.exporting import Export, find_artifact
 from sdtune.formats import diffusers_lora
 from sdtune.methods import ControlNet, LoRA, TextualInversion
 
@@ -33,7 +33,7 @@ def test_a_lora_begins_where_a_file_ends(tiny: Path, tmp_path: Path, form: Any, 
     source = Pretrained(str(tiny))
     first = moved(LoRA(backbone=source, rank=4, alpha_policy="constant", alpha=2.0))
     diffusers_lora.write(tmp_path / "a" / diffusers_lora.FILE_NAME, first.weights(), {})
-    [file] = Export(form, dtype="fp32").write(find(tmp_path / "a", "artifact"), source, tmp_path / form)
+    [file] = Export(form, dtype="fp32").write(find_artifact(tmp_path / "a", "artifact"), source, tmp_path / form)
     second = LoRA(backbone=source, rank=4, weights=str(file), **own)
     second.configure_model()
     one, other = first.weights().folded(), second.weights().folded()
@@ -62,7 +62,9 @@ def test_a_controlnet_begins_where_another_ends(tiny: Path, tmp_path: Path, form
     first = moved(ControlNet(backbone=source))
     first.artifact(tmp_path / "artifact", "net")
     wanted = "diffusers" if form == "diffusers" else "single_file"
-    [place] = Export(wanted, dtype="fp32").write(find(tmp_path / "artifact", "artifact"), source, tmp_path / "out")
+    [place] = Export(wanted, dtype="fp32").write(
+        find_artifact(tmp_path / "artifact", "artifact"), source, tmp_path / "out"
+    )
     if form == "without a prefix":
         save_file({k.removeprefix("control_model."): v for k, v in load_file(place).items()}, place)
     second = ControlNet(backbone=source, weights=str(place))

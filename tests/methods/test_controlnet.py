@@ -229,12 +229,12 @@ def test_diffusers_makes_the_same_images(
     backbone.prepare_for_device(torch.device("cpu"))
     kept = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
     base = floats(backbone, requests(), monkeypatch)
-    nets = controlnets.load(backbone, source, [str(folder)])
-    with controlnets.applied(backbone, nets, [0.8]):
+    nets = controlnets.load_controlnets(backbone, source, [str(folder)])
+    with controlnets.controlnets_applied(backbone, nets, [0.8]):
         ours = floats(backbone, requests(shown), monkeypatch)
     assert np.abs(ours - wanted).max() <= 1e-4
     assert np.abs(ours - base).max() > 1e-2
-    with controlnets.applied(backbone, nets, [0.0]):
+    with controlnets.controlnets_applied(backbone, nets, [0.0]):
         assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
     assert all(torch.equal(value, kept[name]) for name, value in backbone.unet.state_dict().items())
     assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
@@ -251,11 +251,11 @@ def test_several_nets_add_up_as_in_diffusers(tiny: Path, tmp_path: Path, monkeyp
     wanted = diffusers_images(tiny, multi, [[Image.fromarray(s) for s in shown]] * 2, [0.7, 0.4])
     source = Pretrained(str(tiny))
     backbone = source.load()
-    nets = controlnets.load(backbone, source, [str(f) for f in folders])
-    with controlnets.applied(backbone, nets, [0.7, 0.4]):
+    nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
+    with controlnets.controlnets_applied(backbone, nets, [0.7, 0.4]):
         ours = floats(backbone, requests(*shown), monkeypatch)
     assert np.abs(ours - wanted).max() <= 1e-4
-    with controlnets.applied(backbone, nets, [0.7, 0.0]):
+    with controlnets.controlnets_applied(backbone, nets, [0.7, 0.0]):
         assert np.abs(ours - floats(backbone, requests(*shown), monkeypatch)).max() > 1e-3
 
 
@@ -263,13 +263,13 @@ def test_two_nets_with_a_unet_each_are_refused(tiny: Path, tmp_path: Path) -> No
     folders = [artifact(tiny, tmp_path / str(seed), seed, unet="decoder") for seed in (2, 3)]
     source = Pretrained(str(tiny))
     backbone = source.load()
-    nets = controlnets.load(backbone, source, [str(f) for f in folders])
+    nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
     with (
         pytest.raises(ValueError, match=r"^control: .* each bring a UNet"),
-        controlnets.applied(backbone, nets, [1, 1]),
+        controlnets.controlnets_applied(backbone, nets, [1, 1]),
     ):
         pass
-    with controlnets.applied(backbone, nets, [1, 0]):
+    with controlnets.controlnets_applied(backbone, nets, [1, 0]):
         pass
 
 
@@ -289,26 +289,26 @@ def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path:
 
 def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
-    controlnets.check(str(folder), source)
+    controlnets.check_controlnet(str(folder), source)
     with pytest.raises(ValueError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
-        controlnets.check("/nowhere", source)
+        controlnets.check_controlnet("/nowhere", source)
     with pytest.raises(ValueError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
-        controlnets.check(str(tiny / "unet"), source)
+        controlnets.check_controlnet(str(tiny / "unet"), source)
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
-    controlnets.check(str(folder), other)
+    controlnets.check_controlnet(str(folder), other)
     assert "was trained on another backbone" in caplog.text
     facts = json.loads((folder / "sdtune.json").read_text())
     for learned, words in (("scribble", "give preprocess: scribble"), (None, "give the map itself as image")):
         (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": learned}))
         with pytest.raises(ValueError, match=rf"^control\.preprocess: canny, but .* other maps; {words}"):
-            controlnets.check(str(folder), source, "canny")
-        controlnets.check(str(folder), source, learned)
+            controlnets.check_controlnet(str(folder), source, "canny")
+        controlnets.check_controlnet(str(folder), source, learned)
     (folder / "sdtune.json").unlink()
-    controlnets.check(str(folder), other)  # another program's net says nothing of its backbone
+    controlnets.check_controlnet(str(folder), other)  # another program's net says nothing of its backbone
     with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this one's UNet \[64"):
-        controlnets.check(str(folder), Pretrained())
+        controlnets.check_controlnet(str(folder), Pretrained())
     config = json.loads((folder / "config.json").read_text())
     config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"^control\.path: .* shrinks its map by 8, this backbone's VAE by 4"):
-        controlnets.check(str(folder), source)
+        controlnets.check_controlnet(str(folder), source)

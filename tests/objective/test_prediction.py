@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdtune.objective import PredictionType, clean_from, target
-from sdtune.objective.prediction import check
+from sdtune.objective.prediction import check_prediction_type
 
 KINDS: tuple[PredictionType, ...] = get_args(PredictionType)
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -52,9 +52,9 @@ def test_any_output_gives_the_clean_sample_of_diffusers(case, kind: PredictionTy
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_types_pass(kind: str) -> None:
-    assert check(kind) == kind
+    assert check_prediction_type(kind) == kind
 
 
 def test_another_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'flow' is not one of epsilon, v_prediction, sample"):
-        check("flow")
+        check_prediction_type("flow")

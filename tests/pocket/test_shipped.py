@@ -66,11 +66,11 @@ def test_a_member_reads_nearer_to_its_own_words() -> None:
 
     from sdtune.evaluation.clip import Clip
     from sdtune.pocket.world.captions import full_caption
-    from sdtune.pocket.world.scenes import draw, held_out_scenes
+    from sdtune.pocket.world.scenes import draw_scene, held_out_scenes
 
     scenes = held_out_scenes(11, 48)
     clip = Clip("pocket", torch.device("cpu"))
-    images = clip.images([np.asarray(draw(scene)) for scene in scenes])
+    images = clip.images([np.asarray(draw_scene(scene)) for scene in scenes])
     prompts = clip.prompts([full_caption(scene) for scene in scenes])
     hits = (images @ prompts.T).argmax(1) == torch.arange(len(scenes))
     assert float(hits.float().mean()) > 0.9

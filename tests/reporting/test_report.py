@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from running import arguments, train
-from sdtune.reporting import Run, charts, collect, write
+from sdtune.reporting import Run, charts, collect, write_report
 from sdtune.reporting.charts import pareto
 from sdtune.reporting.page import _by_itself, _ranking
-from sdtune.reporting.ranking import Setting, chosen, ranked, rankings, settings, varied
+from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -45,7 +45,7 @@ def test_seeds_are_replicates(sweep: Path) -> None:
     assert [run.state for run in runs] == ["done", "done", "failed", "failed"] * 2
     assert "not finite" in str(runs[2].error)
     assert varied(runs) == ["method.rank", "optimizer.lr"]
-    found = settings(runs)
+    found = group_by_setting(runs)
     assert [len(setting.runs) for setting in found] == [2, 2, 2, 2]
     assert chosen(runs) == "validation_loss"
     order = ranked(found, "validation_loss")
@@ -77,7 +77,7 @@ def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_fi
         )
         for seed in (0, 1)
     ]
-    found = settings(runs)
+    found = group_by_setting(runs)
     assert [setting.label for setting in found] == ["weak", "edges", "strong"]
     assert [(metric, [s.label for s, *_ in places]) for metric, places in rankings(found)] == [
         ("subject_gain", ["strong", "weak"]),
@@ -87,7 +87,7 @@ def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_fi
 
 def test_runs_whose_command_lines_say_nothing_are_told_apart_by_their_settings() -> None:
     runs = [run_of(str(lr), ("hydra.run.dir=x",), {"optimizer.lr": lr}, {"validation_loss": lr}) for lr in (0.1, 0.2)]
-    assert [setting.label for setting in settings(runs)] == ["optimizer.lr 0.1", "optimizer.lr 0.2"]
+    assert [setting.label for setting in group_by_setting(runs)] == ["optimizer.lr 0.1", "optimizer.lr 0.2"]
 
 
 def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
@@ -100,8 +100,8 @@ def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
             for i, (lr, rank) in enumerate(pairs)
         ]  # fmt: skip
 
-    grid = settings(runs([(lr, rank) for lr in rates for rank in (4, 8)]))
-    search = settings(runs([(rates[0], 4), (rates[1], 8), (rates[2], 16), (rates[3], 32)]))
+    grid = group_by_setting(runs([(lr, rank) for lr in rates for rank in (4, 8)]))
+    search = group_by_setting(runs([(rates[0], 4), (rates[1], 8), (rates[2], 16), (rates[3], 32)]))
     assert charts.heat_map(grid, ["subject_gain"], "subject_gain") is not None
     assert charts.heat_map(search, ["subject_gain"], "subject_gain") is None
     figure = charts.plane(search, "subject_gain")
@@ -161,7 +161,7 @@ def test_the_page_holds_everything_and_runs_nothing_else(sweep: Path) -> None:
 
 def test_a_single_run_and_any_folder_of_runs(sweep: Path, tmp_path: Path) -> None:
     assert [run.state for run in collect(sweep / "0")] == ["done"]
-    assert write(collect(sweep / "0"), tmp_path, "one").stat().st_size > 1_000_000
+    assert write_report(collect(sweep / "0"), tmp_path, "one").stat().st_size > 1_000_000
     shutil.copytree(sweep / "0", tmp_path / "a" / "seed-0")
     shutil.copytree(sweep / "4", tmp_path / "b" / "seed-0")
     runs = collect(tmp_path)
@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> Non
         (tmp_path / "0" / name).unlink()
     [run] = collect(tmp_path)
     assert run.state == "unfinished"
-    assert write([run], tmp_path, "killed").is_file()
+    assert write_report([run], tmp_path, "killed").is_file()
 
 
 def test_torn_files_do_not_take_the_report_down(sweep: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_an_extended_run_says_what_it_is_now(tiny: Path, images: Path, tmp_path:
     [found] = collect(run)
     assert found.config["trainer.max_steps"] == 2
     assert found.config["optimizer.lr"] == found.config["default_lr"] == 1e-4, "as it was, not as it was written"
-    page = html.unescape(write([found], run, "it").read_text())
+    page = html.unescape(write_report([found], run, "it").read_text())
     command = f"sdtune train -cd {tmp_path / 'conf'} "
     shown = page[page.index(command) :].partition("</code>")[0]
     assert "resume=" not in shown
@@ -243,15 +243,15 @@ def test_what_is_said_of_seeds_and_noise() -> None:
     def run(number: int, seed: int, lr: float, **metrics: float) -> Run:
         return run_of(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
 
-    one = settings([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
+    one = group_by_setting([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
     place, second = _ranking("subject_gain", ranked(one, "subject_gain"))["rows"]
     assert place["noise"] == "1 of 2 seeds"
     assert second["noise"] == "noise unknown: one seed here or above"
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.01 * i) for i in range(6)]
-    place, second = _ranking("subject_gain", ranked(settings(runs), "subject_gain"))["rows"]
+    place, second = _ranking("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
     assert (place["noise"], second["noise"]) == ("3 seeds", "3 seeds")
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) + 0.01 * (i // 3)) for i in range(6)]
-    assert _ranking("subject_gain", ranked(settings(runs), "subject_gain"))["rows"][1]["noise"] == (
+    assert _ranking("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
 
@@ -282,5 +282,5 @@ def test_costs_of_runs_on_one_backbone_are_marked(tmp_path: Path) -> None:
         for i, more in enumerate(({"shared_with": 8.0}, {"shared_with": 8.0}, {}))
     ]
     said = "2 of 3 runs trained 8 at once on one backbone (shared_with)"
-    assert said in write(runs, tmp_path, "a sweep").read_text()
-    assert said not in write(runs[2:], tmp_path, "a sweep").read_text()
+    assert said in write_report(runs, tmp_path, "a sweep").read_text()
+    assert said not in write_report(runs[2:], tmp_path, "a sweep").read_text()

@@ -12,7 +12,7 @@ import torch
 from running import train
 from sdtune.shared_backbone import pool
 from sdtune.shared_backbone.batched_unet import Mode
-from sdtune.shared_backbone.step_coordinator import PendingCall, Participant, StepCoordinator
+from sdtune.shared_backbone.step_coordinator import Participant, PendingCall, StepCoordinator
 from sdtune.sweeps import job as jobs
 
 LAUNCHER = "hydra/launcher=shared_backbone"

@@ -1,4 +1,4 @@
-"""Jobs that move in coordinator: who waits for whom, what comes back, and how one's end leaves the others."""
+"""Jobs that move by turns: who waits for whom, what comes back, and how one's end leaves the others."""
 
 from __future__ import annotations
 

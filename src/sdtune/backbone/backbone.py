@@ -13,13 +13,13 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtune.backbone.controlnet import Net, Residuals, cast, residuals
+from sdtune.backbone.controlnet import Net, Residuals, cast_conditions, residuals
 from sdtune.backbone.cpu_convolution import as_products
 from sdtune.backbone.families import Facts
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, Words, initial
 from sdtune.backbone.text import hidden, unused, windowed
 from sdtune.hardware.precision import HALVES, autocast
-from sdtune.objective.prediction import check
+from sdtune.objective.prediction import check_prediction_type
 from sdtune.objective.schedule import NoiseSchedule
 
 _SHORT_SEQUENCE = 1024
@@ -29,7 +29,9 @@ TILE = 512
 """Side in pixels of the tiles that a large image is decoded in, where that is wanted."""
 
 
-LoRABranches = Callable[[UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]]
+LoRABranches = Callable[
+    [UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]
+]
 """Within it a UNet goes forward under pairs A, B with a scale each, by the name of their module in it."""
 
 
@@ -55,13 +57,13 @@ class Backbone(nn.Module):
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.schedule = NoiseSchedule.from_config(scheduler_config)
-        self.prediction_type = check(facts.prediction_type)
+        self.prediction_type = check_prediction_type(facts.prediction_type)
         self.words: Words | None = None
         """The new words that prompts may use, if there are any."""
         self.tiled = False
         """Whether large images are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
-        """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.applied` puts them there."""
+        """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.controlnets_applied` puts them there."""
         self.lora_branches: LoRABranches | None = None
         """How a LoRA acts where the UNet's weights are others' too; merged into them where it is None."""
 
@@ -253,7 +255,7 @@ class Backbone(nn.Module):
         that of a whole image of the latents' size if None.
         """
         dtype = self.unet.conv_in.weight.dtype
-        control: dict[str, Any] = cast(self.conditions(text, noisy, frame), dtype)
+        control: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
         if added is not None:
             control["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
             control["mid_block_additional_residual"] = added.middle.to(dtype)

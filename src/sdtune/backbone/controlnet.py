@@ -30,10 +30,14 @@ class Net:
     strength: float
 
 
-def cast(conditions: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast_conditions(conditions: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """``conditions`` in a model's ``dtype``, but sizes in pixels, which half precision would round."""
     return {
-        name: value if name == "time_ids" else cast(value, dtype) if isinstance(value, dict) else value.to(dtype)
+        name: value
+        if name == "time_ids"
+        else cast_conditions(value, dtype)
+        if isinstance(value, dict)
+        else value.to(dtype)
         for name, value in conditions.items()
     }
 
@@ -54,7 +58,7 @@ def residuals(
         controlnet_cond=maps.to(dtype),
         conditioning_scale=strength,
         return_dict=False,
-        **cast(conditions, dtype),
+        **cast_conditions(conditions, dtype),
     )
     return Residuals(tuple(skips), middle)
 

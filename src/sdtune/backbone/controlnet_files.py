@@ -29,12 +29,12 @@ _SHAPE = (
 )
 
 
-def is_net(keys: Collection[str]) -> bool:
+def is_controlnet(keys: Collection[str]) -> bool:
     """Whether a file with tensors of these names holds a ControlNet."""
     return any(key in keys for key in (f"{_PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight", _THEIRS))
 
 
-def check_net(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path:
+def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path:
     """The place of the net that ``path`` names; reads configs and headers alone.
 
     Raises:
@@ -43,7 +43,7 @@ def check_net(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path
     """
     place = Path(path).expanduser()
     if place.is_file():
-        if not is_net(read_keys(place)):
+        if not is_controlnet(read_keys(place)):
             raise ValueError(f"{key}: {path} holds no ControlNet; name one's folder or .safetensors file")
         return place  # its shapes are compared when it is loaded
     file = place / "config.json"
@@ -68,7 +68,7 @@ def check_net(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path
     return place
 
 
-def load_net(place: Path, key: str, unet: UNet2DConditionModel, widths: Sequence[int]) -> ControlNetModel:
+def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: Sequence[int]) -> ControlNetModel:
     """The net in ``place``, float32.
 
     Args:

@@ -14,7 +14,7 @@ from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.sdxl import TwoEncoders
 
 
-def load(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Backbone:
+def load_backbone(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Backbone:
     """Read ``source``: float32 (its UNet ``unet`` if given), on the CPU, eval mode, frozen."""
     folder = source.folder()
 
@@ -36,14 +36,14 @@ def load(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Back
         # The largest first: a file lies in memory beside what is made of it.
         parts = {name: component(name) for name in sorted(source.components, key=lambda name: name != "unet")}
         parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
-        return assemble(source, parts)
+        return assemble_backbone(source, parts)
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def assemble(source: Pretrained, parts: dict[str, Any]) -> Backbone:
+def assemble_backbone(source: Pretrained, parts: dict[str, Any]) -> Backbone:
     """The backbone of ``parts``: models and tokenizers by their folders' names."""
     kind = TwoEncoders if "text_encoder_2" in parts else Backbone
     backbone = kind(scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts)

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.loading import assemble, read_tokenizer
+from sdtune.backbone.loading import assemble_backbone, read_tokenizer
 from sdtune.backbone.models import from_config
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.vocabulary import write_tokenizer
@@ -30,7 +30,7 @@ class MetaPretrained(Pretrained):
             parts: dict[str, Any] = {name: from_config(name, folder) for name in self.components}
         # The schedule's tables are small, and checks of them need values.
         with torch.device("cpu"):
-            return assemble(self, parts | {name: _tokenizer(folder / name) for name in self.tokenizers})
+            return assemble_backbone(self, parts | {name: _tokenizer(folder / name) for name in self.tokenizers})
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:

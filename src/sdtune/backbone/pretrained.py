@@ -23,6 +23,6 @@ class Pretrained(PipelineSource):
 
     def load(self, seed: int = 0, unet: dtype | None = None) -> Backbone:
         """The backbone in float32, its UNet in the type ``unet`` if given; on the CPU, in eval mode, frozen."""
-        from sdtune.backbone.loading import load
+        from sdtune.backbone.loading import load_backbone
 
-        return load(self, seed, unet)
+        return load_backbone(self, seed, unet)

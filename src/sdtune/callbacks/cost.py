@@ -71,7 +71,7 @@ class CostMeter(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.peak = state_dict["peak"]
 
-    def figures(
+    def metrics(
         self, adapter: Adapter, data: ImageDataModule, record: MetricsRecorder, artifact: Path
     ) -> dict[str, int | float | None]:
         """What the run has cost.

@@ -34,7 +34,7 @@ class ProgressBar(Callback):
             TextColumn("Training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
@@ -42,7 +42,7 @@ class ProgressBar(Callback):
         )
         self._watched = self._progress.console.is_terminal
         self._said = trainer.global_step * _LINES // trainer.max_steps
-        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, figures="")
+        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, metrics="")
         self._progress.start()
 
     def on_train_batch_end(
@@ -52,16 +52,16 @@ class ProgressBar(Callback):
             return
         assert isinstance(pl_module, Adapter)
         row = pl_module.flushed
-        figures = ""
+        metrics = ""
         if row:
             rate = next(value for key, value in row.items() if key.startswith("lr/"))
-            figures = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
+            metrics = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
         part = trainer.global_step * _LINES // trainer.max_steps
         flushed = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps  # type: ignore[attr-defined]
-        if not self._watched and part > self._said and trainer.max_steps >= _LINES and figures and flushed:
+        if not self._watched and part > self._said and trainer.max_steps >= _LINES and metrics and flushed:
             self._said = part
-            log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, figures)
-        self._progress.update(self._task, completed=trainer.global_step, figures=figures)
+            log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, metrics)
+        self._progress.update(self._task, completed=trainer.global_step, metrics=metrics)
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
-from sdtune.data.previews import Wanted, wanted
+from sdtune.data.previews import PreviewPrompt, preview_prompts
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
 from sdtune.sampling.loop import Request, Sampling, generate
@@ -49,7 +49,7 @@ class Samples(Callback):
         self.folder, self.record = folder, record
         self.prompts, self.seeds, self.every_steps = list(prompts or ()), list(seeds), every_steps
         self.sampling = sampling or Sampling()
-        self.wanted: list[Wanted] = []
+        self.wanted: list[PreviewPrompt] = []
         self.first: list[list[np.ndarray]] | None = None
         self._finished = False
 
@@ -102,7 +102,7 @@ class Samples(Callback):
 
     def _want(self, trainer: pl.Trainer, module: Adapter) -> None:
         size = self.sampling.size(module.backbone.facts.side)
-        self.wanted = wanted(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
+        self.wanted = preview_prompts(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

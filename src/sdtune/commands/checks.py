@@ -10,8 +10,8 @@ from sdtune.callbacks.validation_set import NOTHING_HELD_OUT
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.model import check_model
-from sdtune.config.schema import check, check_value
-from sdtune.config.settings import Settings, settings
+from sdtune.config.schema import check_node, check_value
+from sdtune.config.settings import Settings, read_settings
 from sdtune.config.targets import resolve
 from sdtune.config.trainer import check_trainer
 from sdtune.data import ImageDataModule
@@ -24,10 +24,10 @@ from sdtune.suggest import suggestion
 
 def check_measured(config: dict[str, Any]) -> ImageDataModule:
     """Of :func:`check_run` what measuring a run's artifact needs: no method, optimizer or logger."""
-    top = settings(config)
-    check(config["backbone"], "backbone", top.trust)
-    check(config["data"], "data", top.trust, ("seed",))
-    check(config["evaluation"], "evaluation", top.trust, ())
+    top = read_settings(config)
+    check_node(config["backbone"], "backbone", top.trust)
+    check_node(config["data"], "data", top.trust, ("seed",))
+    check_node(config["evaluation"], "evaluation", top.trust, ())
     source = build(config["backbone"], top.trust)
     data = _opened(config, source.facts, top)
     build(config["evaluation"], top.trust).check(data, source.facts)
@@ -67,18 +67,18 @@ def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> ImageDataMod
 
 def check_run(config: dict[str, Any]) -> ImageDataModule:
     """Every check that needs no weights; returns the data, read."""
-    top = settings(config)
+    top = read_settings(config)
     trust = top.trust
     check_model(config, trust)
-    check(config["data"], "data", trust, ("seed",))
-    check(config["evaluation"], "evaluation", trust, ())
+    check_node(config["data"], "data", trust, ("seed",))
+    check_node(config["evaluation"], "evaluation", trust, ())
     for group, given in (
         ("logger", ("save_dir", "method", "label", "sweep")),
         ("callbacks", ("folder", "record", "run", "trial")),
     ):
         for key, node in config[group].items():
-            check(node, f"{group}.{key}", trust, given)
-    check(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
+            check_node(node, f"{group}.{key}", trust, given)
+    check_node(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
     check_trainer(config, trust)
     source = build(config["backbone"], trust)
     facts = source.facts

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from sdtune.commands.checks import check_measured
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.settings import kept_config, plain, settings
+from sdtune.config.settings import kept_config, plain, read_settings
 from sdtune.data import ImageDataModule
 from sdtune.files import write_json
 from sdtune.hardware.devices import device as device_of
@@ -27,7 +27,7 @@ _WITH_CLIP = "sdtune.evaluation.ClipMetrics"
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The run's own config decides what is measured."""
     own = plain(config)
-    hardware.check(own["hardware"])
+    hardware.check_hardware(own["hardware"])
     run = Path(str(own["run"])).expanduser()
     # The run's config may come from somebody else: only what the user trusts here counts.
     trained = {**kept_config(run), "trust": own["trust"], "hardware": own["hardware"]}
@@ -49,35 +49,35 @@ def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:
 
 def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerator: str, folder: Path) -> None:
     """Measure, and write ``evaluation.json`` beside the grids in ``folder``, with what only a training measures."""
-    top = settings(config)
+    top = read_settings(config)
     device = device_of(accelerator)
     evaluation = build(config["evaluation"], top.trust)
     source = build(config["backbone"], top.trust)
-    figures = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
+    metrics = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
     complete = run / "metrics.json"
     before = json.loads(complete.read_text()) if complete.is_file() else {}
     kept = {key: value for key, value in before.items() if key in OF_TRAINING}
     reasons = {key: why for key, why in before.get("reasons", {}).items() if key in kept}
-    reasons |= figures.get("reasons", {})
-    figures = {**kept, **figures, **({"reasons": reasons} if reasons else {})}
-    write_json(folder / "evaluation.json", figures)
-    for line in _table(figures):
+    reasons |= metrics.get("reasons", {})
+    metrics = {**kept, **metrics, **({"reasons": reasons} if reasons else {})}
+    write_json(folder / "evaluation.json", metrics)
+    for line in _table(metrics):
         log.info("%s", line)
     log.info("figures: %s", folder / "evaluation.json")
 
 
-def _table(figures: dict[str, Any]) -> list[str]:
+def _table(metrics: dict[str, Any]) -> list[str]:
     """What was measured, as the model was and as it is; what could not be, with the reason; what training cost."""
     measured = [
         key
-        for key, value in figures.items()
+        for key, value in metrics.items()
         if key not in OF_TRAINING and not key.startswith("base_") and isinstance(value, int | float)
     ]
     rows = [("", "before", "after")]
-    rows += [(key, _number(figures.get(f"base_{key}"), key), _number(figures[key], key)) for key in measured]
+    rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
     lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
-    lines += [f"{key}: not measured: {why}" for key, why in figures.get("reasons", {}).items()]
-    cost = [f"{key} {_number(figures[key], key)}" for key in OF_TRAINING if figures.get(key) is not None]
+    lines += [f"{key}: not measured: {why}" for key, why in metrics.get("reasons", {}).items()]
+    cost = [f"{key} {_number(metrics[key], key)}" for key in OF_TRAINING if metrics.get(key) is not None]
     return [*lines, *([f"of its training: {', '.join(cost)}"] if cost else [])]
 
 

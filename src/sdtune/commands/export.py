@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 from sdtune.backbone import Pretrained
 from sdtune.config.build import build
-from sdtune.config.schema import check, check_value
+from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import kept_config, plain
-from sdtune.exporting import Artifact, Export, find
+from sdtune.exporting import Artifact, Export, find_artifact
 
 log = logging.getLogger("sdtune")
 
@@ -37,9 +37,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         card = place / "README.md"
     else:
         place, backbone, card = Path(str(own["artifact"])).expanduser(), own["backbone"], None
-    check(backbone, "backbone", trust)
+    check_node(backbone, "backbone", trust)
     source = build(backbone, trust)
-    artifact = find(place, "run" if own["run"] is not None else "artifact")
+    artifact = find_artifact(place, "run" if own["run"] is not None else "artifact")
     export.check(artifact)
     if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
         raise ValueError(f"hydra.run.dir: {folder} holds an export already; name another, or leave it out")

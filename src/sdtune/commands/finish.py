@@ -12,9 +12,9 @@ from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.commands.checks import exports
 from sdtune.config.build import build
-from sdtune.config.settings import settings
+from sdtune.config.settings import read_settings
 from sdtune.data import ImageDataModule
-from sdtune.exporting import find, write_card
+from sdtune.exporting import find_artifact, write_card
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import CARD
 from sdtune.runs.metrics import finite
@@ -41,17 +41,17 @@ def measure_run(
     if not trainer.is_global_zero:
         return {}
     cost = next(c for c in trainer.callbacks if isinstance(c, CostMeter))  # type: ignore[attr-defined]
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "steps": trainer.global_step,
         **_validation(record),
-        **cost.figures(adapter, data, record, folder / "artifact"),
+        **cost.metrics(adapter, data, record, folder / "artifact"),
     }
     if config["evaluation"]:
-        trust = settings(config).trust
+        trust = read_settings(config).trust
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
         evaluation = build(config["evaluation"], trust)
         log.info("drawing and measuring what was trained; evaluation=none leaves this out")
-        figures |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
+        metrics |= evaluation.run(adapter.source, data, folder / "artifact", name, device, folder / "evaluation")
     if not record.validation:
         why = (
             f"no validation before step {trainer.global_step}: trainer.val_check_interval is larger"
@@ -60,18 +60,18 @@ def measure_run(
             " data.validation_images of pocket's"
         )
         reasons = {"validation_loss": why, "validation_step": why, "seconds_to_best": why}
-        figures["reasons"] = {**figures.get("reasons", {}), **reasons}
-    figures = finite(figures)
+        metrics["reasons"] = {**metrics.get("reasons", {}), **reasons}
+    metrics = finite(metrics)
     for logger in trainer.loggers:
-        logger.log_metrics({f"final/{k}": v for k, v in figures.items() if isinstance(v, int | float)})
-    return figures
+        logger.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
+    return metrics
 
 
 def describe_artifact(
-    adapter: Adapter, data: ImageDataModule, folder: Path, config: dict[str, Any], figures: dict[str, Any]
+    adapter: Adapter, data: ImageDataModule, folder: Path, config: dict[str, Any], metrics: dict[str, Any]
 ) -> None:
     """The artifact's model card."""
-    source, artifact = adapter.source, find(folder / "artifact", "run")
+    source, artifact = adapter.source, find_artifact(folder / "artifact", "run")
     local = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
     facts: dict[str, Any] = {
         "family": source.facts.family,
@@ -80,14 +80,14 @@ def describe_artifact(
         "trigger": data.keep,
     }
     facts |= {"images": len(data.train), "captions": data.captions(), "side": data.resolution}
-    write_card(folder / "artifact", artifact, config, facts, figures, folder / "samples" / "before_after.png")
+    write_card(folder / "artifact", artifact, config, facts, metrics, folder / "samples" / "before_after.png")
 
 
 def export_artifact(adapter: Adapter, folder: Path, config: dict[str, Any]) -> None:
     """The artifact in the further forms that are asked for. One that fails does not undo a run that is complete."""
     for export in exports(config, adapter.artifact_kind):
         try:
-            artifact = find(folder / "artifact", "run")
+            artifact = find_artifact(folder / "artifact", "run")
             place = folder / "export" / export.format
             for written in export.write(artifact, adapter.source, place):
                 log.info("export: %s", written)

@@ -19,7 +19,7 @@ from sdtune.config.build import build
 from sdtune.config.compose import choices, composed_again
 from sdtune.config.model import check_model
 from sdtune.config.schema import check_value
-from sdtune.config.settings import plain, settings
+from sdtune.config.settings import plain, read_settings
 from sdtune.config.targets import resolve
 from sdtune.data import ImageDataModule
 from sdtune.hardware.devices import accelerator
@@ -93,10 +93,10 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     data = {key: given.get(key, getattr(ImageDataModule, key)) for key in _DATA}
     for key, value in data.items():
         check_value(value, hints[key], f"data.{key}")
-    check_model(container, settings(container).trust)
+    check_model(container, read_settings(container).trust)
     accumulation = container["trainer"].get("accumulate_grad_batches", 1)
     check_value(accumulation, Annotated[int, Ge(1)], "trainer.accumulate_grad_batches")
-    hardware.check(container["hardware"], here=False)
+    hardware.check_hardware(container["hardware"], here=False)
     kind = accelerator(str(container["hardware"].get("accelerator", "auto")))
     wanted = str(container["hardware"].get("precision", "auto"))
     if wanted == "auto" and kind in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -166,7 +166,7 @@ def plan_request(job: CheckedPlan) -> PlanRequest:
 
 def _adapter(job: CheckedPlan) -> Adapter:
     """The method over the outlined backbone, not yet built."""
-    top = settings(job.config)
+    top = read_settings(job.config)
     trust = top.trust
     optimizer = dict(job.config["optimizer"])
     if "fused" in optimizer:

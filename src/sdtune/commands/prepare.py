@@ -15,7 +15,7 @@ from sdtune.callbacks.data_summary import DataSummary
 from sdtune.commands.checks import check_run
 from sdtune.commands.train import build_adapter
 from sdtune.config.build import build
-from sdtune.config.settings import plain, settings
+from sdtune.config.settings import plain, read_settings
 from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
@@ -37,7 +37,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
 
 def execute(config: dict[str, Any], data: ImageDataModule, folder: Path) -> None:
     """Fill what the training would fill, and write images of what it will see."""
-    top = settings(config)
+    top = read_settings(config)
     given = {
         "max_epochs": -1,
         "callbacks": [DataSummary(config["trainer"]["max_steps"])],

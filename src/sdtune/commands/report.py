@@ -20,11 +20,11 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("sdtune: report takes one folder: sdtune report outputs/sweeps/<time>", file=sys.stderr)
         raise SystemExit(2)
-    from sdtune.reporting import collect, write
+    from sdtune.reporting import collect, write_report
 
     folder = Path(arguments[0]).expanduser()
     try:
-        file = write(collect(folder), folder, folder.resolve().name)
+        file = write_report(collect(folder), folder, folder.resolve().name)
     except ValueError as error:
         if os.environ.get("SDTUNE_TRACEBACK"):
             raise

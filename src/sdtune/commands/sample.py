@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.schema import check, check_value
+from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain
 from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import autocast
@@ -36,9 +36,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Everything that can be refused before weights are loaded."""
     container = plain(config)
     trust = container["trust"]
-    check(container["backbone"], "backbone", trust)
-    check(container["sampling"], "sampling", trust)
-    hardware.check(container["hardware"])
+    check_node(container["backbone"], "backbone", trust)
+    check_node(container["sampling"], "sampling", trust)
+    hardware.check_hardware(container["hardware"])
     check_value(container["seeds"], list[int], "seeds")
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
@@ -58,7 +58,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
     for one in _controls(container):
         one.read_image()
-        controlnets.check(one.path, source, one.preprocess)
+        controlnets.check_controlnet(one.path, source, one.preprocess)
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
     return lambda composed: execute(plain(composed), folder)
@@ -66,7 +66,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
 
 def _controls(config: dict[str, Any]) -> list[ControlImage]:
     check_value(config["control"], list[dict[str, Any]], "control")
-    return [controlnets.read(entry, f"control[{i}]") for i, entry in enumerate(config["control"])]
+    return [controlnets.read_control_image(entry, f"control[{i}]") for i, entry in enumerate(config["control"])]
 
 
 def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
@@ -75,7 +75,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
     if config["prompts_file"]:
         wanted = []
         hints = get_type_hints(Sampling, include_extras=True)
-        for line in prompts.read(config["prompts_file"]):
+        for line in prompts.read_prompt_file(config["prompts_file"]):
             own: dict[str, Any] = {
                 "negative_prompt": line.negative,
                 "width": line.width,
@@ -105,9 +105,9 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     if config["hardware"].get("vae_tiling"):
         backbone.decode_in_tiles()
     wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
-    loaded = files.load(backbone, wanted)
+    loaded = files.load_adapters(backbone, wanted)
     controls = _controls(config)
-    nets = controlnets.load(backbone, source, [one.path for one in controls])
+    nets = controlnets.load_controlnets(backbone, source, [one.path for one in controls])
     requests = _wanted(config)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(one.map(size) for one in controls) for size in sizes}
@@ -118,8 +118,8 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     for factor in factors:
         with (
             autocast(device, precision),
-            controlnets.applied(backbone, nets, [one.strength * factor for one in controls]),
-            files.applied(backbone, loaded, [file.strength * factor for file in wanted]),
+            controlnets.controlnets_applied(backbone, nets, [one.strength * factor for one in controls]),
+            files.adapters_applied(backbone, loaded, [file.strength * factor for file in wanted]),
         ):
             row: list[np.ndarray] = []
             for settings, same in groupby(requests, key=lambda wanted: wanted[1]):

@@ -23,7 +23,7 @@ from sdtune.callbacks.config_agreement import ConfigAgreement
 from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.callbacks.ema import EMA
-from sdtune.callbacks.metrics_recorder import NotFinite, MetricsRecorder
+from sdtune.callbacks.metrics_recorder import MetricsRecorder, NotFinite
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples, Snapshots
 from sdtune.commands.checks import check_run
@@ -31,7 +31,7 @@ from sdtune.commands.describe import after
 from sdtune.commands.finish import describe_artifact, export_artifact, measure_run
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.settings import Settings, plain, settings
+from sdtune.config.settings import Settings, plain, read_settings
 from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
 from sdtune.errors import Pruned, RunFailed, Stopped
@@ -68,7 +68,7 @@ def prepare(config: DictConfig, folder: Path, sharing: Sharing | None = None) ->
         raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
     shares = sharing is not None or _will_share(container)
     if shares:
-        hardware.check(container["hardware"])
+        hardware.check_hardware(container["hardware"])
         hardware.check_indices(container["hardware"])
     data = check_run(_placed(container, shares))
     return lambda composed: execute(_placed(plain(composed), sharing is not None), data, folder, sharing)
@@ -112,7 +112,7 @@ def _callbacks(
 
 def build_adapter(config: dict[str, Any], sharing: Sharing | None = None) -> Adapter:
     """The method of a checked ``config``, with everything that it is given."""
-    top = settings(config)
+    top = read_settings(config)
     parts = {group: build(config[group], top.trust) for group in ("backbone", "objective", "optimizer", "lr_schedule")}
     if sharing is not None:
         parts["backbone"] = sharing.source(parts["backbone"])
@@ -126,7 +126,7 @@ def execute(
     config: dict[str, Any], data: ImageDataModule, folder: Path, sharing: Sharing | None = None
 ) -> float | None:
     """Train, write the artifact, evaluate, and write ``metrics.json`` last."""
-    top = settings(config)
+    top = read_settings(config)
     name = top.name or data.name
     (folder / "metrics.json").unlink(missing_ok=True)
     adapter = build_adapter(config, sharing)
@@ -159,13 +159,13 @@ def execute(
         alone = sharing.alone() if sharing is not None else {}
         trainer: pl.Trainer = build({**trainer_arguments(config), **alone}, top.trust, given)
         _train(trainer, adapter, data, start, folder, name, top, checkpoints)
-        figures = measure_run(trainer, adapter, data, record, folder, name, config)
+        metrics = measure_run(trainer, adapter, data, record, folder, name, config)
         if trainer.is_global_zero:
             if sharing is not None:
-                figures["shared_with"] = sharing.count
-            describe_artifact(adapter, data, folder, config, figures)
+                metrics["shared_with"] = sharing.count
+            describe_artifact(adapter, data, folder, config, metrics)
             keep_artifact(loggers, folder / "artifact", name)
-            write_json(folder / "metrics.json", figures)
+            write_json(folder / "metrics.json", metrics)
             export_artifact(adapter, folder, config)
             for line in after(folder, name, adapter.source, data):
                 log.info(line)
@@ -191,7 +191,7 @@ def execute(
         close(loggers, failed)
         if signal.getsignal(signal.SIGTERM) is _leave:
             signal.signal(signal.SIGTERM, before)
-    return figures.get(top.optimized_metric) if top.optimized_metric else None
+    return metrics.get(top.optimized_metric) if top.optimized_metric else None
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -14,7 +14,7 @@ SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
 """Keys of a ``hardware`` node that are a method's and not Lightning's."""
 
 
-def check(node: Mapping[str, Any], here: bool = True) -> None:
+def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
     """ValueError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:

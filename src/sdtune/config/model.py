@@ -9,13 +9,13 @@ from annotated_types import Gt
 
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.schema import check, check_value
+from sdtune.config.schema import check_node, check_value
 
 _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
 
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
-    check(node, "optimizer", trust)
+    check_node(node, "optimizer", trust)
     check_value(node.get("lr"), Annotated[float, Gt(0)] | None, "optimizer.lr")
     try:
         # torch's annotations hold no ranges; its constructors check them, and want something to optimise.
@@ -49,9 +49,9 @@ def _check_prodigy(config: dict[str, Any]) -> None:
 
 def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     """The checks of what is trained and how."""
-    check(config["backbone"], "backbone", trust)
-    check(config["method"], "method", trust, _COMMON)
+    check_node(config["backbone"], "backbone", trust)
+    check_node(config["method"], "method", trust, _COMMON)
     for group in ("objective", "lr_schedule"):
-        check(config[group], group, trust)
+        check_node(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
     _check_prodigy(config)

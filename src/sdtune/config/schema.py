@@ -32,7 +32,7 @@ def _say(error: ValidationError, key: str, value: Any) -> str:
     return f"{place}: {value!r}: {text}"
 
 
-def check(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
+def check_node(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
     """ValueError, one line with the key, for the first thing in ``node`` that does not fit what it configures.
 
     Args:
@@ -44,10 +44,10 @@ def check(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection
         if node.get("_target_"):
             _check_call(node, key, trust, given)
         for name, value in node.items():
-            check(value, f"{key}.{name}" if key else str(name), trust)
+            check_node(value, f"{key}.{name}" if key else str(name), trust)
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            check(value, f"{key}[{index}]", trust)
+            check_node(value, f"{key}[{index}]", trust)
 
 
 def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: Collection[str]) -> None:

@@ -72,7 +72,7 @@ def kept_config(run: Path) -> dict[str, Any]:
     return plain(loaded)
 
 
-def settings(config: dict[str, Any]) -> Settings:
+def read_settings(config: dict[str, Any]) -> Settings:
     """The top-level settings, checked."""
     hints = get_type_hints(Settings.__init__, include_extras=True)
     values = {key: config[key] for key in hints if config.get(key) is not None}

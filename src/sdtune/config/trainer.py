@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from sdtune.config import hardware
-from sdtune.config.schema import check, check_value
+from sdtune.config.schema import check_node, check_value
 from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 
@@ -49,10 +49,10 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
-    hardware.check(config["hardware"])
+    hardware.check_hardware(config["hardware"])
     for key, value in config["trainer"].items():
         if key in _OURS:
             raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
-    check(trainer_arguments(config), "trainer", trust)
+    check_node(trainer_arguments(config), "trainer", trust)

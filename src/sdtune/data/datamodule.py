@@ -21,10 +21,10 @@ from sdtune.data.cache import TensorCache, share
 from sdtune.data.control.base import CENTRE, Control
 from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, leave_signals
 from sdtune.data.order import FixedBatches, MicroBatches, Order
-from sdtune.data.prior import Draw as DrawImages
+from sdtune.data.prior import DrawImages as DrawImages
 from sdtune.data.prior import class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
-from sdtune.data.templates import Family, templates
+from sdtune.data.templates import TemplateSet, templates
 from sdtune.progress import bar
 
 
@@ -98,7 +98,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     cache_text: bool = True
     workers: Annotated[int, Ge(0)] = 0
     limit: Annotated[int, Ge(1)] | None = None
-    templates: Family | Sequence[str] | None = None
+    templates: TemplateSet | Sequence[str] | None = None
     masked: bool = False
     class_prompt: str | Annotated[list[str], MinLen(1)] | None = None
     class_path: str | None = None

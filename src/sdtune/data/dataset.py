@@ -16,7 +16,7 @@ from sdtune import streams
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache
 from sdtune.data.control.base import CENTRE, Control, as_map
-from sdtune.data.order import Draw
+from sdtune.data.order import ScheduledSample
 from sdtune.data.prior import PLACE, partner
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
 from sdtune.images.files import frame
@@ -77,7 +77,7 @@ class ImageDataset(Dataset[list[Row]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw) -> list[Row]:
+    def __getitem__(self, draw: ScheduledSample) -> list[Row]:
         data, sample = self.settings, self.samples[draw.entry]
         size = data.bucket(sample)
         rows = [self._row(sample, size, draw.step, draw.position)]

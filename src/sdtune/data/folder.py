@@ -38,7 +38,7 @@ class CaptionedImage:
 _ASK = 'give one for them all with data.prompt="a photo of ...", or a .txt file beside each'
 
 
-def read_folder(
+def read_image_folder(
     path: str | Path, prompt: str | None = None, trigger: str | None = None, key: str = "data.path", ask: str = _ASK
 ) -> tuple[CaptionedImage, ...]:
     """The images in and below ``path``, in the order of their names, each with its caption.

@@ -18,7 +18,7 @@ from sdtune import streams
 from sdtune.randomness import generator
 
 
-class Draw(NamedTuple):
+class ScheduledSample(NamedTuple):
     """One sample's place: which ``entry`` of the data, in which optimizer ``step``, at which ``position`` in it."""
 
     entry: int
@@ -66,7 +66,7 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
     return [batches[int(i)] for i in shuffled]
 
 
-class MicroBatches(Sampler[list[Draw]]):
+class MicroBatches(Sampler[list[ScheduledSample]]):
     """One process's micro-batches of a whole run.
 
     ``len`` is the whole run also after a resume, and ``iter`` starts at the offset: a length that shrinks makes
@@ -102,22 +102,25 @@ class MicroBatches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[ScheduledSample]]:
         for step in range(self.start(), self.steps):
             entries = self.order.batch(step)
             for turn in range(self.accumulation):
                 first = (turn * self.processes + self.rank) * self.micro
-                yield [Draw(entries[p], step, p) for p in range(first, first + self.micro)]
+                yield [ScheduledSample(entries[p], step, p) for p in range(first, first + self.micro)]
 
 
-class FixedBatches(Sampler[list[Draw]]):
+class FixedBatches(Sampler[list[ScheduledSample]]):
     """Validation: every entry ``rungs`` times at fixed places, so that its draws are the same at each call."""
 
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, rungs: int) -> None:
-        draws: list[list[Draw]] = []
+        draws: list[list[ScheduledSample]] = []
         position = 0
         for bucket in buckets:
-            places = [Draw(entry, 0, position + k) for k, entry in enumerate(e for e in bucket for _ in range(rungs))]
+            places = [
+                ScheduledSample(entry, 0, position + k)
+                for k, entry in enumerate(e for e in bucket for _ in range(rungs))
+            ]
             position += len(places)
             draws += [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
         self.draws = draws
@@ -125,5 +128,5 @@ class FixedBatches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return len(self.draws)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[ScheduledSample]]:
         return iter(self.draws)

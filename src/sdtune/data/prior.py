@@ -20,7 +20,7 @@ from sdtune.images.files import open_image, resize_and_crop
 from sdtune.progress import bar
 from sdtune.randomness import generator
 
-Draw = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
+DrawImages = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
 """(prompt, seed) each -> an image each, uint8 [H, W, 3], by the model before training."""
 
 PLACE = 1 << 32
@@ -53,7 +53,7 @@ def class_images(folder: Path, prompts: Sequence[str], count: int, side: int) ->
     return [ClassImage(folder / keys[t] / f"{n:05d}.png", prompts[t], side) for n, t in enumerate(turns)]
 
 
-def draw_missing(images: Sequence[ClassImage], draw: Draw, rank: int, processes: int) -> None:
+def draw_missing(images: Sequence[ClassImage], draw: DrawImages, rank: int, processes: int) -> None:
     """Draw this process's share of the images that are not on disk yet; each is written whole as it comes."""
     # Shared out first: another process may write one of its own while this one looks.
     shared = [int(number) for number in share(map(str, range(len(images))), rank, processes)]

@@ -13,7 +13,7 @@ import numpy as np
 from annotated_types import Ge
 
 from sdtune.data.datamodule import ImageDataModule
-from sdtune.data.folder import MASK, CaptionedImage, check_images, read_folder
+from sdtune.data.folder import MASK, CaptionedImage, check_images, read_image_folder
 from sdtune.data.samples import Sample
 from sdtune.images.files import open_image, resize_and_crop
 
@@ -59,7 +59,7 @@ class FileSample:
 
 @dataclass(kw_only=True, eq=False)
 class Folder(ImageDataModule):
-    """A folder of one's own images; :func:`sdtune.data.folder.read_folder` tells where captions come from.
+    """A folder of one's own images; :func:`sdtune.data.folder.read_image_folder` tells where captions come from.
 
     Args:
         path: the folder.
@@ -88,14 +88,14 @@ class Folder(ImageDataModule):
 
     def _images(self, path: str) -> list[CaptionedImage]:
         templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
-        images = read_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
+        images = read_image_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
         check_images(images)
         return list(images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
         assert isinstance(self.class_prompt, str | None)
         ask = 'give one for them all with data.class_prompt="a photo of a dog", or a .txt file beside each'
-        images = read_folder(path, self.class_prompt, key="data.class_path", ask=ask)
+        images = read_image_folder(path, self.class_prompt, key="data.class_path", ask=ask)
         check_images(images)
         return [FileSample(p, 1) for p in images]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-Family = Literal["object", "style"]
+TemplateSet = Literal["object", "style"]
 
 _OBJECT = (
     "a photo of a {}",
@@ -60,7 +60,7 @@ _STYLE = (
 )
 
 
-def templates(wanted: Family | Sequence[str] | None) -> tuple[str, ...]:
+def templates(wanted: TemplateSet | Sequence[str] | None) -> tuple[str, ...]:
     """The family's templates, or one's own; ``{}`` alone for None. ValueError for one without exactly one ``{}``."""
     if wanted is None:
         return ("{}",)

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdtune.evaluation.model_names import check_model
+from sdtune.evaluation.model_names import check_named_model
 from sdtune.formats.clip_pixels import pixel_statistics
 from sdtune.paths import pocket_clip, pocket_pipeline
 
 
-def check(name: str) -> None:
+def check_clip(name: str) -> None:
     """ValueError where ``name`` is not pocket and no folder with a CLIP; reads its config alone."""
     if name != "pocket":
-        check_model("clip", name, "CLIP", ("clip",))
+        check_named_model("clip", name, "CLIP", ("clip",))
 
 
 class Clip:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdtune.evaluation.model_names import check_model
+from sdtune.evaluation.model_names import check_named_model
 
 
-def check(name: str) -> None:
+def check_dino(name: str) -> None:
     """ValueError where ``name`` is no folder with a DINO or DINOv2; reads its config alone."""
     # The first DINO is a plain ViT in transformers.
-    check_model("dino", name, "DINO or DINOv2", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"))
+    check_named_model("dino", name, "DINO or DINOv2", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"))
 
 
 class Dino:

@@ -33,13 +33,13 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     own = source.trained(whole) if pipeline else source
     backbone = own.load().to(device)
     backbone.prepare_for_device(device)
-    nets = controlnets.load(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
+    nets = controlnets.load_controlnets(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
-    loaded = adapters.load(backbone, files)
+    loaded = adapters.load_adapters(backbone, files)
     full = [1.0] * len(files)
     with (
-        controlnets.applied(backbone, nets, [1.0] * len(nets)),
-        adapters.applied(backbone, loaded, full, only_to_draw=True),
+        controlnets.controlnets_applied(backbone, nets, [1.0] * len(nets)),
+        adapters.adapters_applied(backbone, loaded, full, only_to_draw=True),
     ):
         yield backbone
 
@@ -52,7 +52,7 @@ def base(source: Pretrained, device: torch.device) -> Iterator[Backbone]:
     yield backbone
 
 
-def draw(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+def draw_images(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
     """The requested images, in bfloat16 where the device multiplies it itself."""
     kind = backbone.device.type
     half = precision("auto", kind) == "bf16-mixed"
@@ -81,7 +81,7 @@ def _draw_into(
     file: Path, source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
 ) -> None:
     with base(source, device) as backbone:
-        images = np.stack(draw(backbone, requests, sampling))
+        images = np.stack(draw_images(backbone, requests, sampling))
     partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
     with partial.open("wb") as handle:
         np.save(handle, images)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 
-def check_model(key: str, name: str, called: str, types: Collection[str]) -> None:
+def check_named_model(key: str, name: str, called: str, types: Collection[str]) -> None:
     """ValueError where ``name`` (``evaluation.<key>``) is no folder whose ``config.json`` is of one of ``types``."""
     folder = Path(name).expanduser()
     file = folder / "config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import base, draw
+from sdtune.evaluation.draw import base, draw_images
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import lora as adapters
@@ -34,10 +34,10 @@ def strength_grid(
         return
     shown = requests[:_COLUMNS]
     with base(source, device) as backbone:
-        loaded = adapters.load(backbone, [adapters.AdapterFile(str(artifact))])
+        loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(artifact))])
         rows = []
         for strength in STRENGTHS:
-            with adapters.applied(backbone, loaded, [strength], only_to_draw=True):
-                rows.append(draw(backbone, shown, sampling))
+            with adapters.adapters_applied(backbone, loaded, [strength], only_to_draw=True):
+                rows.append(draw_images(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")

@@ -15,14 +15,14 @@ from torch import Tensor
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import FromImage
-from sdtune.data.previews import wanted
+from sdtune.data.previews import preview_prompts
 from sdtune.evaluation import clip as clip_model
 from sdtune.evaluation import dino as dino_model
 from sdtune.evaluation.agreement import agreement
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import draw, draw_base, references, trained
+from sdtune.evaluation.draw import draw_base, draw_images, references, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.sampling.loop import Request, Sampling
@@ -67,22 +67,22 @@ class ClipMetrics:
         """ValueError before any weights are loaded."""
         self.sampling.check(facts.factor)
         if self.clip is not None:
-            clip_model.check(self.clip)
+            clip_model.check_clip(self.clip)
         if self.dino is not None:
-            dino_model.check(self.dino)
+            dino_model.check_dino(self.dino)
 
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
         """The figures; grids of what was measured go to ``folder``."""
-        asked = wanted(data, self.prompts, 8, self.sampling.size(source.facts.side))
+        asked = preview_prompts(data, self.prompts, 8, self.sampling.size(source.facts.side))
         shown_for = [asked[i % len(asked)] for i in range(self.count)]
         requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         if self.clip is not None or self.dino is not None or isinstance(data.control, FromImage):
-            figures = self._measured(source, data, artifact, name, device, folder, requests)
+            metrics = self._measured(source, data, artifact, name, device, folder, requests)
         strength_grid(source, artifact, requests, self.sampling, device, folder)
-        return {**figures, **_null(figures, self._reasons(data))}
+        return {**metrics, **_null(metrics, self._reasons(data))}
 
     def _reasons(self, data: ImageDataModule) -> dict[str, str]:
         """Why figures that are missing are."""
@@ -107,12 +107,12 @@ class ClipMetrics:
     ) -> dict[str, Any]:
         others = self._class(data) if self.clip is not None else []
         shown = references(data)
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         classes: list[Tensor] = []
         # The base reads no map, and draws the same for all runs of a sweep.
         drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in (*requests, *others)], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+            drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
         # Loaded when the images are there: where runs share a backbone, all of them wait for the drawing.
         clip = Clip(self.clip, device) if self.clip is not None else None
         dino = Dino(self.dino, device) if self.dino is not None else None
@@ -120,24 +120,24 @@ class ClipMetrics:
             images, of_class = whole[: self.count], whole[self.count :]
             if clip is not None:
                 embedded, training = clip.images(images), clip.images(shown)
-                figures[f"{prefix}clip_image"] = clip_image(clip, images, shown)
-                figures[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
-                figures[f"{prefix}diversity"] = fmean(distances(embedded))
-                figures[f"{prefix}memorisation"] = fmean(nearest(embedded, training))
+                metrics[f"{prefix}clip_image"] = clip_image(clip, images, shown)
+                metrics[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
+                metrics[f"{prefix}diversity"] = fmean(distances(embedded))
+                metrics[f"{prefix}memorisation"] = fmean(nearest(embedded, training))
                 classes += [clip.images(of_class)] if of_class else []
             if dino is not None:
-                figures[f"{prefix}dino_image"] = dino_image(dino, images, shown)
+                metrics[f"{prefix}dino_image"] = dino_image(dino, images, shown)
             if isinstance(data.control, FromImage):
                 pairs = zip(requests, data.control.again(images, device), strict=True)
                 agreed = [agreement(data.control.task, request.maps[0], found) for request, found in pairs]
-                figures[f"{prefix}control_agreement"] = fmean(agreed)
+                metrics[f"{prefix}control_agreement"] = fmean(agreed)
             for kind, found in (("images", images), ("class", of_class)):
                 if found:
                     sheet = grid([found[i : i + 8] for i in range(0, min(64, len(found)), 8)])
                     save_png(sheet, folder / f"{prefix or 'trained_'}{kind}.png")
         if classes:
-            figures["prior_drift"] = prior_drift(classes[1], classes[0])
-        return figures
+            metrics["prior_drift"] = prior_drift(classes[1], classes[0])
+        return metrics
 
     def _class(self, data: ImageDataModule) -> list[Request]:
         """As many images of the class, where the data names it."""
@@ -147,7 +147,7 @@ class ClipMetrics:
         return [Request(prompts[i % len(prompts)], self.seed + self.count + i) for i in range(self.count)]
 
 
-def _null(figures: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
+def _null(metrics: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
     """What was not measured, with its reasons."""
-    missing = {key: reason for key, reason in reasons.items() if key not in figures}
+    missing = {key: reason for key, reason in reasons.items() if key not in metrics}
     return {**dict.fromkeys(missing), **({"reasons": missing} if missing else {})}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sdtune.backbone.controlnet_files import is_net
+from sdtune.backbone.controlnet_files import is_controlnet
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -33,7 +33,7 @@ class Artifact:
     words: embeddings.Words = field(default_factory=dict)
 
 
-def find(path: Path, key: str) -> Artifact:
+def find_artifact(path: Path, key: str) -> Artifact:
     """What ``path`` is: a run's ``artifact`` folder, or a LoRA, an embedding, a ControlNet or a model by itself.
 
     Raises:
@@ -78,7 +78,7 @@ def _of_file(path: Path, key: str) -> Artifact:
     tensors, metadata = read_safetensors(path)
     if words := embeddings.parse(path, tensors, metadata):
         return Artifact("words", path, path.stem, words)
-    if is_net(tensors):
+    if is_controlnet(tensors):
         return Artifact("controlnet", path, path.stem)
     if is_lora(tensors):
         return Artifact("lora", path, path.stem)

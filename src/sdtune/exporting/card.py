@@ -35,7 +35,7 @@ def write_card(
     artifact: Artifact,
     config: Mapping[str, Any],
     facts: Mapping[str, Any],
-    figures: Mapping[str, Any],
+    metrics: Mapping[str, Any],
     grid: Path | None,
 ) -> Path:
     """``README.md`` in ``folder``, with the sample ``grid`` beside it.
@@ -73,7 +73,7 @@ def write_card(
     lines += [f"| use | {_USE[artifact.kind].format(name=artifact.name)} |"]
     lines += ["| licence | **to be named by the author**; the base model's own applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
-    numbers = {k: v for k, v in finite(dict(figures)).items() if isinstance(v, int | float)}
+    numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
     lines += ["## Figures", "", "| figure | value |", "|---|---|"]
     lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_FIGURES]]
     lines += ["", "All of them, and how each is measured: sdtune's `docs/evaluation.md`.", ""]

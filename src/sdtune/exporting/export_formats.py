@@ -13,11 +13,11 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet_files import embedding_widths, load_net
+from sdtune.backbone.controlnet_files import embedding_widths, load_controlnet
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
-from sdtune.exporting.models import cast, write_pipeline, write_single_file
+from sdtune.exporting.models import cast_tensors, write_pipeline, write_single_file
 from sdtune.files import write_json
 from sdtune.formats import (
     LoRAWeights,
@@ -108,7 +108,7 @@ class Export:
         return [*written, *self._words(artifact, source, folder)]
 
     def write_card(self, artifact: Artifact, card: Path, folder: Path) -> None:
-        """LoRABranches what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
+        """Beside what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
         lora = artifact.kind == "lora"
         form = {"pipeline": "a pipeline folder", "single_file": "a single file", "kohya": "kohya's form"}.get(
             self.format, "diffusers' form"
@@ -149,9 +149,9 @@ class Export:
         adapters.check_file(str(artifact.path), source.hash(), "artifact")  # which warns of another backbone
         backbone = source.load()
         file = adapters.AdapterFile(str(artifact.path))
-        [loaded] = adapters.load(backbone, [file])
+        [loaded] = adapters.load_adapters(backbone, [file])
         if self._whole:
-            with adapters.applied(backbone, [loaded], [self.strength]):
+            with adapters.adapters_applied(backbone, [loaded], [self.strength]):
                 about = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
                 about["sdtune_base_hash"] = source.hash()
                 return self._whole_model(self.merged(artifact.name), backbone, source, folder, about)
@@ -240,7 +240,7 @@ class Export:
         dtype = DTYPES[self.dtype]
         if artifact.path.is_file():
             backbone = source.load()
-            net = load_net(artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor))
+            net = load_controlnet(artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor))
             config, tensors = dict(net.config), net.state_dict()
         else:
             config = json.loads((artifact.path / "config.json").read_text())
@@ -252,7 +252,7 @@ class Export:
                 # SDXL's nets came after the authors' layout, and programs look for diffusers' names in their files.
                 names = {key: key for key in tensors}
             target = folder / f"{artifact.name}.safetensors"
-            made = {names[key]: value for key, value in cast(tensors, dtype).items()}
+            made = {names[key]: value for key, value in cast_tensors(tensors, dtype).items()}
             write_safetensors(target, made, {"modelspec.title": artifact.name})
             return [target, *self._opened(artifact, source, folder)] if opened.is_dir() else [target]
         target = folder / artifact.name
@@ -260,12 +260,12 @@ class Export:
             write_json(
                 target / "config.json", {key: value for key, value in config.items() if not key.startswith("_name")}
             )
-            write_safetensors(target / _WEIGHTS, cast(tensors, dtype), {"format": "pt"})
+            write_safetensors(target / _WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
             return [target]
         for place in ("", "unet") if opened.is_dir() else ("",):
             content, _ = read_safetensors(artifact.path / place / _WEIGHTS)
             write_json(target / place / "config.json", json.loads((artifact.path / place / "config.json").read_text()))
-            write_safetensors(target / place / _WEIGHTS, cast(content, dtype), {"format": "pt"})
+            write_safetensors(target / place / _WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
         if (facts := artifact.path / "sdtune.json").is_file():
             write_json(target / "sdtune.json", json.loads(facts.read_text()))
         return [target]

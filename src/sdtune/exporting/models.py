@@ -27,7 +27,7 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floating-point ``tensors`` in ``dtype``; ValueError for one that it cannot hold."""
     made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     over = next((key for key, value in made.items() if value.is_floating_point() and not value.isfinite().all()), None)
@@ -44,7 +44,7 @@ def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: 
     copy_pipeline(source.folder(), target, without=list(parts), weights={})
     for name, tensors in parts.items():
         write_json(target / name / "config.json", source.config(name))
-        write_safetensors(target / name / weights_name(name), cast(tensors, dtype), {"format": "pt"})
+        write_safetensors(target / name / weights_name(name), cast_tensors(tensors, dtype), {"format": "pt"})
     write_json(target / "scheduler" / "scheduler_config.json", backbone.scheduler_config)
 
 
@@ -55,7 +55,7 @@ def write_single_file(
     family = backbone.facts.family
     configs = {name: source.config(name) for name in source.components}
     tensors = join(
-        {name: cast(own, dtype) for name, own in components(backbone).items()},
+        {name: cast_tensors(own, dtype) for name, own in components(backbone).items()},
         Models(family, **configs),
         v_prediction=backbone.prediction_type == "v_prediction",
         zero_snr=bool(backbone.scheduler_config.get("rescale_betas_zero_snr")),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, StringConstraints, Type
 from torch import Tensor
 
 from sdtune.formats.files import read_safetensors, write_safetensors
-from sdtune.formats.lora import LoRAWeights, assemble, canonical, few
+from sdtune.formats.lora import LoRAWeights, assemble_pairs, canonical, few
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights(folder)`` looks for."""
@@ -77,7 +77,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         raise ValueError(
             f"{source}: {few(strange)}: not read; plain LoRA of 'unet', 'text_encoder' and 'text_encoder_2' is"
         )
-    weights = assemble(source, downs, ups, {})
+    weights = assemble_pairs(source, downs, ups, {})
     settings = _settings(source, metadata, {module.partition(".")[0] for module in downs})
     if not settings:
         return weights

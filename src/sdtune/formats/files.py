@@ -22,7 +22,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         ValueError: ``path`` cannot be written; what stood there before still does.
     """
-    # LoRABranches the target, since a rename is atomic only within one file system. The process id keeps two writers apart.
+    # Beside the target, since a rename is atomic only within one file system. The process id keeps two writers apart.
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

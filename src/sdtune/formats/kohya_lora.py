@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdtune.formats.files import portable, read_safetensors, write_safetensors
-from sdtune.formats.lora import LoRAWeights, assemble, few
+from sdtune.formats.lora import LoRAWeights, assemble_pairs, few
 from sdtune.formats.original import Family
 from sdtune.formats.original.names import rename_unet_module
 
@@ -182,7 +182,7 @@ def parse(
         if alpha.numel() != 1:
             raise ValueError(f"{source}: {module}: alpha has shape {list(alpha.shape)}; a single number is needed")
         alphas[module] = float(alpha)
-    return assemble(source, parts[_DOWN], parts[_UP], alphas)
+    return assemble_pairs(source, parts[_DOWN], parts[_UP], alphas)
 
 
 def _names(module: str, xl: Mapping[str, Any] | None) -> set[str]:

@@ -67,7 +67,7 @@ class LoRAWeights:
         )
 
 
-def assemble(
+def assemble_pairs(
     source: Path, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> LoRAWeights:
     """The weights read from ``source``: A, B and alpha by canonical module path; alpha = r where it is not given.

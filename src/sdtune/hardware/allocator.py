@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
 
 
-def keep(device: str) -> None:
+def pin_allocation(device: str) -> None:
     """From here on, where a ``device`` of that type is a CPU, have glibc's malloc keep what is freed until
     :func:`release`.
 

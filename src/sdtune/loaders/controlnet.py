@@ -19,7 +19,7 @@ from torch import Tensor
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import Net
-from sdtune.backbone.controlnet_files import WEIGHTS, check_net, embedding_widths, load_net
+from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_controlnet, load_controlnet
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.formats import read_safetensors
@@ -69,7 +69,9 @@ def _computed(name: str) -> Computed:
     return Canny() if name == "canny" else Scribble()
 
 
-def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None) -> ControlImage:
+def read_control_image(
+    entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None
+) -> ControlImage:
     """What a user wrote as ``key``; ``image`` stands in for an entry that names none."""
     merged = {**({} if image is None else {"image": image}), **entry}
     given: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
@@ -89,12 +91,12 @@ def read(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | N
     return ControlImage(**given)
 
 
-def check(path: str, source: Pretrained, preprocess: str | None = None) -> None:
+def check_controlnet(path: str, source: Pretrained, preprocess: str | None = None) -> None:
     """ValueError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
 
     Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
     """
-    folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
+    folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
     learned = _facts(folder).get("preprocess", preprocess)
     if preprocess is not None and learned != preprocess:
         right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
@@ -125,12 +127,12 @@ class LoadedControlNet:
     unet: dict[str, Tensor]
 
 
-def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
+def load_controlnets(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
     """Read the nets in ``paths``, in float32."""
     loaded = []
     for path in paths:
-        folder = check_net(path, "control.path", source.config("unet"), source.facts.factor)
-        model = load_net(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
+        folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
+        model = load_controlnet(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
         model = model.to(backbone.device).eval().requires_grad_(False)
         backbone.prepare_for_device(backbone.device, model)
         own = folder / "unet" / WEIGHTS
@@ -139,7 +141,9 @@ def load(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[L
 
 
 @contextmanager
-def applied(backbone: Backbone, nets: Sequence[LoadedControlNet], strengths: Sequence[float]) -> Iterator[None]:
+def controlnets_applied(
+    backbone: Backbone, nets: Sequence[LoadedControlNet], strengths: Sequence[float]
+) -> Iterator[None]:
     """Within it, ``backbone`` samples under ``nets``, and with the UNet that one of them brings."""
     bringing = [net for net, strength in zip(nets, strengths, strict=True) if net.unet and strength]
     if len(bringing) > 1:

@@ -33,7 +33,7 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedLoRA:
     """An adapter's pairs with the module paths of the backbone at hand."""
 
     file: AdapterFile
@@ -81,7 +81,7 @@ def _passed_over(file: Path) -> bool:
     return file.stem.startswith(embeddings.FILE_NAME) and embeddings.intermediate(file.stem)
 
 
-def load(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Loaded]:
+def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[LoadedLoRA]:
     """Read ``files`` and have ``backbone`` understand the words in them.
 
     Raises:
@@ -115,7 +115,7 @@ def _read(
     file: AdapterFile,
     modules: Mapping[str, nn.Linear | nn.Conv2d],
     xl: Mapping[str, Any] | None,
-) -> Loaded:
+) -> LoadedLoRA:
     place = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
     words = embeddings.read_folder(place) if place.is_dir() else embeddings.parse(place, *read_safetensors(place))
@@ -131,7 +131,7 @@ def _read(
                 f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
                 f" {list(site.weight.shape)}; it belongs to another one"
             )
-    return Loaded(file, weights, words)
+    return LoadedLoRA(file, weights, words)
 
 
 def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
@@ -141,8 +141,8 @@ def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
 
 
 @contextmanager
-def applied(
-    backbone: Backbone, adapters: Sequence[Loaded], strengths: Sequence[float], *, only_to_draw: bool = False
+def adapters_applied(
+    backbone: Backbone, adapters: Sequence[LoadedLoRA], strengths: Sequence[float], *, only_to_draw: bool = False
 ) -> Iterator[None]:
     """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
 

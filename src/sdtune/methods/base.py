@@ -21,7 +21,7 @@ from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.formats import embeddings
-from sdtune.hardware.allocator import keep
+from sdtune.hardware.allocator import pin_allocation
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.loaders.lora import check_file
 from sdtune.lr_schedule import Constant, LRSchedule, take_rates
@@ -158,14 +158,18 @@ class Adapter(pl.LightningModule, ABC):
             with self.backbone.device:
                 self._build()
         if self._trainer is not None:
-            if half and self.backbone.lora_branches is None:  # weights that are others' too are not this run's to change
+            if (
+                half and self.backbone.lora_branches is None
+            ):  # weights that are others' too are not this run's to change
                 self.backbone.cast_frozen(str(self.trainer.precision))  # the device may have no room for float32
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
             self.prepare_for_device(self.trainer.strategy.root_device)
 
     def prepare_for_device(self, device: torch.device) -> None:
         """Attention and memory layout for ``device``."""
-        self.backbone.prepare_for_device(device, *[model for model in self.children() if hasattr(model, "set_attn_processor")])
+        self.backbone.prepare_for_device(
+            device, *[model for model in self.children() if hasattr(model, "set_attn_processor")]
+        )
 
     def _build(self) -> None:
         if self.new_tokens:
@@ -238,7 +242,7 @@ class Adapter(pl.LightningModule, ABC):
         )
 
     def on_train_start(self) -> None:
-        keep(self.device.type)
+        pin_allocation(self.device.type)
         for config in self.trainer.lr_scheduler_configs:
             take_rates(config.scheduler)
 
@@ -303,8 +307,8 @@ class Adapter(pl.LightningModule, ABC):
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         before = {} if first else self.step_metrics
         share = 1 / self.trainer.accumulate_grad_batches
-        figures = {"loss": loss, **(terms if len(terms) > 1 else {})}
-        summed = {key: before.get(key, 0) + value.detach() * share for key, value in figures.items()}
+        metrics = {"loss": loss, **(terms if len(terms) > 1 else {})}
+        summed = {key: before.get(key, 0) + value.detach() * share for key, value in metrics.items()}
         self.step_metrics = {**before, **summed}
         return loss
 

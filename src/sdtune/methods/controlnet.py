@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdtune import streams
 from sdtune.backbone.controlnet import skips
-from sdtune.backbone.controlnet_files import check_net, embedding_widths, load_net
+from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
@@ -61,14 +61,14 @@ class ControlNet(Adapter):
                 " scribble, paired, estimated or pocket"
             )
         if self.weights is not None:
-            check_net(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
+            find_controlnet(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
         self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}
 
     def inject(self) -> None:
         unet = self.backbone.unet
         if self.weights is not None:
             place, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
-            self.controlnet = load_net(place, "method.weights", unet, widths)
+            self.controlnet = load_controlnet(place, "method.weights", unet, widths)
         else:
             self._copy()
         assert len(self.controlnet.controlnet_down_blocks) == skips(unet)

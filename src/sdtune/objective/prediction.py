@@ -12,7 +12,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 """diffusers' names: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v)."""
 
 
-def check(prediction_type: str) -> PredictionType:
+def check_prediction_type(prediction_type: str) -> PredictionType:
     """``prediction_type`` itself; ValueError if it is none of the three."""
     if prediction_type not in get_args(PredictionType):
         raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")

@@ -25,7 +25,7 @@ _META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Component:
+class ComponentCost:
     """Parameters of a part of the model: how many are frozen, how many trained, and the bytes of all."""
 
     name: str
@@ -35,7 +35,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassCost:
     """A micro-batch, forward and back: floating-point operations, and peaks in bytes (see :class:`Meter`)."""
 
     forward: int
@@ -45,7 +45,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Figures:
+class TrainingCosts:
     """What a method costs on one device.
 
     Attributes:
@@ -57,24 +57,24 @@ class Figures:
             shown, or no images of the class are drawn (by a model of their own, which is counted).
     """
 
-    components: tuple[Component, ...]
+    components: tuple[ComponentCost, ...]
     artifact: int
     gradients: int
     state: int
     state_8bit: int
     average: int
     idle: int
-    plain: Pass
-    checkpointed: Pass
+    plain: PassCost
+    checkpointed: PassCost
     encoding: int
     previews: int
     drawing: int
 
     @property
-    def total(self) -> Component:
+    def total(self) -> ComponentCost:
         """Of all components."""
         counts = zip(*((c.frozen, c.trained, c.bytes) for c in self.components), strict=True)
-        return Component("total", *map(sum, counts))
+        return ComponentCost("total", *map(sum, counts))
 
 
 def measure(
@@ -89,7 +89,7 @@ def measure(
     average: bool,
     previews: int,
     class_images: int,
-) -> Figures:
+) -> TrainingCosts:
     """Take one step of ``adapter``, which stands on the meta device with a trainer attached, and count.
 
     Args:
@@ -128,7 +128,7 @@ def measure(
 
     parts = {"vae": caches[0], "text_encoder": caches[1], "text_encoder_2": caches[1]}
     components = _components(adapter)
-    return Figures(
+    return TrainingCosts(
         components=components,
         artifact=adapter.artifact_bytes(),
         gradients=gradients,
@@ -150,12 +150,12 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _components(adapter: Adapter) -> tuple[Component, ...]:
+def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
     found: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         found.setdefault(name.removeprefix("backbone.").split(".")[0], []).append(parameter)
     return tuple(
-        Component(
+        ComponentCost(
             name,
             frozen=sum(p.numel() for p in parameters if not p.requires_grad),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -183,7 +183,7 @@ def _meter(adapter: Adapter, *more: Any) -> Meter:
     return Meter([*adapter.parameters(), *adapter.buffers(), *(t for t in more if isinstance(t, Tensor))])
 
 
-def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> Pass:
+def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> PassCost:
     meter = _meter(adapter, *batch.values())
 
     def keep(parameter: Tensor) -> None:
@@ -201,7 +201,7 @@ def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> Pass:
         torch.autograd.backward(loss)
     for hook in hooks:
         hook.remove()
-    return Pass(forward, meter.flop, meter.activations, meter.together)
+    return PassCost(forward, meter.flop, meter.activations, meter.together)
 
 
 def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None], *there: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdtune.planning.measure import Figures
+from sdtune.planning.measure import TrainingCosts
 
 GIB = 1024**3
 
@@ -63,30 +63,30 @@ class Memory:
         return self.peak + ALLOWANCE <= gib * GIB
 
 
-def memory(figures: Figures, switches: Switches, accumulation: int, devices: int) -> Memory:
+def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices: int) -> Memory:
     """``accumulation``: micro-batches a step and device."""
-    weights = figures.total.bytes
-    resident = weights - (figures.idle if switches.offload else 0)
-    state = figures.state_8bit if switches.eight_bit else figures.state
-    cost = figures.checkpointed if switches.checkpointing else figures.plain
+    weights = costs.total.bytes
+    resident = weights - (costs.idle if switches.offload else 0)
+    state = costs.state_8bit if switches.eight_bit else costs.state
+    cost = costs.checkpointed if switches.checkpointing else costs.plain
     # DDP's buckets hold the gradients a second time.
-    buckets = figures.gradients if devices > 1 else 0
-    passing = cost.together if accumulation == 1 else cost.activations + figures.gradients
+    buckets = costs.gradients if devices > 1 else 0
+    passing = cost.together if accumulation == 1 else cost.activations + costs.gradients
     return Memory(
         weights=resident,
-        gradients=figures.gradients,
+        gradients=costs.gradients,
         state=state,
-        average=figures.average,
+        average=costs.average,
         activations=cost.activations,
         # The optimizer's step finds all gradients and no activations.
-        step=resident + state + figures.average + buckets + max(passing, figures.gradients),
-        encoding=weights + figures.encoding,
-        previews=weights + state + figures.average + figures.previews if figures.previews else 0,
-        drawing=weights + figures.drawing if figures.drawing else 0,
+        step=resident + state + costs.average + buckets + max(passing, costs.gradients),
+        encoding=weights + costs.encoding,
+        previews=weights + state + costs.average + costs.previews if costs.previews else 0,
+        drawing=weights + costs.drawing if costs.drawing else 0,
     )
 
 
-def first_that_fits(figures: Figures, accumulation: int, devices: int, gib: float) -> str | None:
+def first_that_fits(costs: TrainingCosts, accumulation: int, devices: int, gib: float) -> str | None:
     """The first of :data:`SWITCHES` with which a device of ``gib`` GiB suffices."""
-    found = (name for name, switches in SWITCHES.items() if memory(figures, switches, accumulation, devices).fits(gib))
+    found = (name for name, switches in SWITCHES.items() if memory(costs, switches, accumulation, devices).fits(gib))
     return next(found, None)

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from sdtune.methods.base import Adapter
-from sdtune.planning.measure import Figures, measure
+from sdtune.planning.measure import TrainingCosts, measure
 from sdtune.training.caching import drawn_at_once
 
 
@@ -68,7 +68,7 @@ def outlined(request: PlanRequest) -> Adapter:
     return adapter
 
 
-def count(request: PlanRequest, previews: int | None = None) -> Figures:
+def count(request: PlanRequest, previews: int | None = None) -> TrainingCosts:
     """Build the method on the meta device and measure it; ``previews`` are drawn at once, the request's if None."""
     return measure(
         outlined(request),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdtune.planning.measure import Figures
+from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, memory
 
 _NOTE = (
@@ -13,21 +13,21 @@ _NOTE = (
 )
 
 
-def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -> list[str]:
+def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None) -> list[str]:
     """Everything about one method."""
     rows = [["parameters", "frozen", "trained", "total", "weights"]]
-    for part in (*figures.components, figures.total):
+    for part in (*costs.components, costs.total):
         counts = (part.frozen, part.trained, part.frozen + part.trained)
         rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
-    lines = [*_aligned(rows), "", f"artifact: {_size(figures.artifact)}"]
+    lines = [*_aligned(rows), "", f"artifact: {_size(costs.artifact)}"]
     micro_batches = accumulation * devices
     forward, plain, again = (
         f"{flop * micro_batches / 1e12:.3f}"
-        for flop in (figures.plain.forward, figures.plain.flop, figures.checkpointed.flop)
+        for flop in (costs.plain.forward, costs.plain.flop, costs.checkpointed.flop)
     )
     lines.append(f"a step: {plain} TFLOP, {forward} of them forward; {again} with gradient checkpointing")
-    costs = [memory(figures, switches, accumulation, devices) for switches in SWITCHES.values()]
-    unit, word = (GIB, "GiB") if costs[0].peak >= GIB else (1024**2, "MiB")
+    memories = [memory(costs, switches, accumulation, devices) for switches in SWITCHES.values()]
+    unit, word = (GIB, "GiB") if memories[0].peak >= GIB else (1024**2, "MiB")
     table = [[f"{word} a device", *SWITCHES]]
     for name, attribute in (
         ("weights", "weights"),
@@ -41,19 +41,19 @@ def one(figures: Figures, accumulation: int, devices: int, fits: float | None) -
         ("peak in class images", "drawing"),
         ("peak", "peak"),
     ):
-        if attribute in ("average", "drawing") and not getattr(costs[0], attribute):
+        if attribute in ("average", "drawing") and not getattr(memories[0], attribute):
             continue  # few runs have them
-        table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in costs)])
+        table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
-        table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in costs)])
+        table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in memories)])
     return [*lines, "", *_aligned(table), "", *_NOTE]
 
 
-def many(figures: dict[str, Figures], accumulation: int, devices: int, fits: float | None) -> list[str]:
+def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:
     """A line a method."""
     head = ["method", "trained", "artifact", "TFLOP a step", *(f"peak, {name}" for name in ("plain", "all of them"))]
     rows = [[*head, *([f"fits {fits:g} GiB"] if fits is not None else [])]]
-    for method, found in figures.items():
+    for method, found in costs.items():
         peaks = [memory(found, SWITCHES[name], accumulation, devices).peak for name in ("plain", "all of them")]
         flop = found.plain.flop * accumulation * devices
         row = [method, f"{found.total.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
@@ -61,11 +61,11 @@ def many(figures: dict[str, Figures], accumulation: int, devices: int, fits: flo
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
 
-def _verdict(figures: Figures, accumulation: int, devices: int, fits: float) -> str:
-    name = first_that_fits(figures, accumulation, devices, fits)
+def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float) -> str:
+    name = first_that_fits(costs, accumulation, devices, fits)
     if name is not None:
         return name if name == "plain" else f"with {name}"
-    least = min(memory(figures, switches, accumulation, devices).peak for switches in SWITCHES.values())
+    least = min(memory(costs, switches, accumulation, devices).peak for switches in SWITCHES.values())
     return f"no: {_size(least + ALLOWANCE)} at the least"
 
 

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
-from sdtune.reporting.ranking import Figure, Place, Setting, metrics, rankings, settings, varied
+from sdtune.reporting.ranking import MetricStatistics, Place, Setting, group_by_setting, metrics, rankings, varied
 from sdtune.runs.metrics import LOWER_IS_BETTER, unit
 
 _SIDE = 192
@@ -46,7 +46,7 @@ class Chart:
     figure: Markup
 
 
-def write(runs: Sequence[Run], folder: Path, title: str) -> Path:
+def write_report(runs: Sequence[Run], folder: Path, title: str) -> Path:
     """``folder/report.html`` of ``runs``, whole or not at all."""
     environment = Environment(
         autoescape=True, loader=PackageLoader("sdtune.reporting", "."), undefined=StrictUndefined, trim_blocks=True
@@ -61,7 +61,7 @@ def write(runs: Sequence[Run], folder: Path, title: str) -> Path:
 
 def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
     done = [run for run in runs if run.metrics]
-    found = settings(runs)
+    found = group_by_setting(runs)
     tables = rankings(found)
     order = [setting for _, places in tables for setting, *_ in places]
     metric = tables[0][0] if tables else None
@@ -125,7 +125,7 @@ def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
     return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "rows": rows}
 
 
-def _noise(setting: Setting, figure: Figure, within: bool | None, best: bool) -> str:
+def _noise(setting: Setting, figure: MetricStatistics, within: bool | None, best: bool) -> str:
     """What the row says of its seeds, and of the best one's lead."""
     seeds = len({str(run.config.get("seed")) for run in setting.runs})
     counted = f"{figure.count} of {seeds} seeds" if figure.count < seeds else f"{seeds} seeds" if seeds > 1 else ""
@@ -135,7 +135,7 @@ def _noise(setting: Setting, figure: Figure, within: bool | None, best: bool) ->
     return f"{counted}, {lead}" if counted else lead
 
 
-def _shown(figure: Figure | None, metric: str) -> str:
+def _shown(figure: MetricStatistics | None, metric: str) -> str:
     if figure is None:
         return ""
     return unit(figure.mean, metric) + (f" ± {unit(figure.spread, metric, 2)}" if figure.spread is not None else "")

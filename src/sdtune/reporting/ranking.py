@@ -17,7 +17,7 @@ _OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricStatistics:
     """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed.
 
     ``floor``: the standard deviation that a share of so many images has anyway, 0 for other figures.
@@ -28,7 +28,7 @@ class Figure:
     count: int
     floor: float = 0.0
 
-    def near(self, other: Figure, comparisons: int) -> bool | None:
+    def near(self, other: MetricStatistics, comparisons: int) -> bool | None:
         """Whether the two means may well be one: Welch's t-test (1947) at 5%, shared out over ``comparisons``.
 
         None where one of them has a single seed, whose noise nobody knows.
@@ -62,7 +62,7 @@ class Setting:
             return str(own["experiment"])
         return ", ".join(f"{key} {_short(value)}" for key, value in own.items()) or self.runs[0].folder.name
 
-    def figure(self, metric: str) -> Figure | None:
+    def figure(self, metric: str) -> MetricStatistics | None:
         """``metric`` over the runs that have it."""
         # A seed that was run twice is one replicate.
         by_seed = {str(run.config.get(_SEED)): run.metrics[metric] for run in self.runs if metric in run.metrics}
@@ -75,7 +75,7 @@ class Setting:
             # A binomial share's deviation, by Laplace's rule: not nothing where all or none are right.
             share = (min(max(mean, 0.0), 1.0) * images + 1) / (images + 2)
             floor = (share * (1 - share) / images) ** 0.5
-        return Figure(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
+        return MetricStatistics(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
 
 
 def _short(value: Any) -> str:
@@ -89,7 +89,7 @@ def varied(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if len(values[key]) > 1 and key not in _OF_A_RUN_ALONE]
 
 
-def settings(runs: Sequence[Run]) -> list[Setting]:
+def group_by_setting(runs: Sequence[Run]) -> list[Setting]:
     """``runs``, those together that differ in their seed alone."""
     keys = varied(runs)
     groups: dict[str, list[Run]] = {}
@@ -126,7 +126,7 @@ def chosen(runs: Sequence[Run]) -> str | None:
     return next((key for key in (*wanted, *_PREFERRED) if key in known), None)
 
 
-Place = tuple[Setting, "Figure", "bool | None"]
+Place = tuple[Setting, "MetricStatistics", "bool | None"]
 """A setting, its figure, and whether that lies within the noise of the best; None where nobody knows."""
 
 

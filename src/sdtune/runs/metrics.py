@@ -22,11 +22,11 @@ OF_TRAINING = (
 """Figures of ``metrics.json`` that every run has, and no evaluation makes again."""
 
 
-def finite(figures: dict[str, Any]) -> dict[str, Any]:
+def finite(metrics: dict[str, Any]) -> dict[str, Any]:
     """``figures``, what is NaN or infinite null with its reason: JSON has neither."""
-    odd = [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
-    reasons = {**figures.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
-    return {**figures, **dict.fromkeys(odd), "reasons": reasons} if odd else figures
+    odd = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    reasons = {**metrics.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
+    return {**metrics, **dict.fromkeys(odd), "reasons": reasons} if odd else metrics
 
 
 def unit(value: float, metric: str, digits: int = 4) -> str:

@@ -52,20 +52,22 @@ def sample(
     for file in wanted:
         files.check_file(file.path, source.hash())
     entries = [{"path": control}] if isinstance(control, str | Path) else control
-    controls = [controlnets.read(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
+    controls = [
+        controlnets.read_control_image(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)
+    ]
     settings = sampling or Sampling(guidance=source.guidance)
     maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
     for one in controls:
-        controlnets.check(one.path, source, one.preprocess)
+        controlnets.check_controlnet(one.path, source, one.preprocess)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded_backbone = source.load().to(place)
     loaded_backbone.prepare_for_device(place)
-    loaded = files.load(loaded_backbone, wanted)
+    loaded = files.load_adapters(loaded_backbone, wanted)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
-    nets = controlnets.load(loaded_backbone, source, [one.path for one in controls])
+    nets = controlnets.load_controlnets(loaded_backbone, source, [one.path for one in controls])
     with (
-        controlnets.applied(loaded_backbone, nets, [one.strength for one in controls]),
-        files.applied(loaded_backbone, loaded, [file.strength for file in wanted]),
+        controlnets.controlnets_applied(loaded_backbone, nets, [one.strength for one in controls]),
+        files.adapters_applied(loaded_backbone, loaded, [file.strength for file in wanted]),
     ):
         return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]

@@ -23,7 +23,7 @@ _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "gui
 _KINDS = {"negative": str, "width": int, "height": int, "seed": int, "guidance": float, "steps": int}
 
 
-def read(path: str) -> list[PromptLine]:
+def read_prompt_file(path: str) -> list[PromptLine]:
     """One prompt a line; ``--n`` negative, ``--w --h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance.
 
     Empty lines and lines that begin with ``#`` are passed over. ValueError names file and line.

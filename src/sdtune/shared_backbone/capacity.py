@@ -35,19 +35,19 @@ def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devic
 def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
     """Bytes: what a run keeps, what its step takes beside it, what images take, and what all runs have in common."""
     # Images of several runs are drawn in passes of so many, while what all keep stays where it is.
-    figures = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))
-    cost = figures.checkpointed if request.gradient_checkpointing else figures.plain
+    costs = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))
+    cost = costs.checkpointed if request.gradient_checkpointing else costs.plain
     # Padded, pairs lie beside themselves, and their gradients do.
-    padded = (2 if request.precision in HALVES else 4) * figures.total.trained
-    kept = figures.state + figures.average + 4 * figures.total.trained + padded
-    step = padded + (cost.together if request.accumulation == 1 else cost.activations + figures.gradients)
-    base = figures.total.bytes
+    padded = (2 if request.precision in HALVES else 4) * costs.total.trained
+    kept = costs.state + costs.average + 4 * costs.total.trained + padded
+    step = padded + (cost.together if request.accumulation == 1 else cost.activations + costs.gradients)
+    base = costs.total.bytes
     if request.precision in HALVES:
         # The base stays as it was loaded, for runs that have ended draw on it, beside the half that is trained on.
-        base += sum(4 * part.frozen for part in figures.components if part.name != "vae")
+        base += sum(4 * part.frozen for part in costs.components if part.name != "vae")
     if device.type == "cuda":
         kept += _WORKSPACE
-    return kept, step, figures.previews, base
+    return kept, step, costs.previews, base
 
 
 def _free(device: torch.device, devices: int) -> int:

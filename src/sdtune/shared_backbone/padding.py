@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 @dataclass
 class Buffer:
-    """Where pairs are padded: A and B of each site by coordinator, and in them the part of each pair; the rest is zero."""
+    """Where pairs are padded: A and B of each site by turns, and in them the part of each pair; the rest is zero."""
 
     blocks: list[Tensor]
     parts: list[Tensor]
@@ -127,7 +127,7 @@ class Padded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sites: Sequence[Layout], buffer: Buffer, *parts: Tensor) -> Any:
-        """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by coordinator."""
+        """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
         torch._foreach_copy_(buffer.parts, parts)
         if buffer.scales is not None:
             torch._foreach_mul_(buffer.blocks[1::2], buffer.scales)
@@ -150,7 +150,7 @@ class Padded(torch.autograd.Function):
 
 
 def _own(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of contiguous A and B of each site by coordinator, the part of each pair, B as [out, r]."""
+    """Of contiguous A and B of each site by turns, the part of each pair, B as [out, r]."""
     found = []
     for site, downs, ups in zip(sites, tensors[::2], tensors[1::2], strict=True):
         across, up = downs.shape[2], ups.shape[2]

@@ -73,7 +73,11 @@ class Shared(Pretrained):
     """
 
     def __init__(
-        self, source: Pretrained, pool: Pool, lora_branches: Callable[..., Any], leave: Callable[[], Callable[..., None]]
+        self,
+        source: Pretrained,
+        pool: Pool,
+        lora_branches: Callable[..., Any],
+        leave: Callable[[], Callable[..., None]],
     ) -> None:
         self.__dict__.update(source.__dict__)
         self._source, self._pool, self._lora_branches, self._leave = source, pool, lora_branches, leave

@@ -93,7 +93,9 @@ class Sharing:
         adapter.backward = self._back  # type: ignore[method-assign]
 
     @contextmanager
-    def lora_branches(self, unet: UNet2DConditionModel, pairs: Mapping[str, tuple[Tensor, Tensor, float]]) -> Iterator[None]:
+    def lora_branches(
+        self, unet: UNet2DConditionModel, pairs: Mapping[str, tuple[Tensor, Tensor, float]]
+    ) -> Iterator[None]:
         """See :attr:`sdtune.backbone.backbone.Backbone.lora_branches`: ``unet`` draws with the others'."""
         device = self.pool.device
         own = {n: Pair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()}

@@ -52,7 +52,11 @@ class SharingJob(Job):
 
 
 def run_group(
-    wholes: Sequence[DictConfig], command: str, callbacks: Callbacks, max_concurrent_runs: MaxConcurrentRuns, called: str
+    wholes: Sequence[DictConfig],
+    command: str,
+    callbacks: Callbacks,
+    max_concurrent_runs: MaxConcurrentRuns,
+    called: str,
 ) -> None:
     """Run the jobs of ``wholes``, configs with Hydra's own part; each one's folder says how it ended.
 

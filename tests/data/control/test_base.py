@@ -15,7 +15,7 @@ from image_data import batches, encoders, equal, noise, opened
 from sdtune.data import Folder
 from sdtune.data.control.base import Control, Paired
 from sdtune.data.control.edges import Canny, Scribble
-from sdtune.data.previews import wanted
+from sdtune.data.previews import preview_prompts
 from sdtune.data.sources import FileSample
 
 COMPUTED = [Canny(), Scribble()]
@@ -205,12 +205,12 @@ def test_an_edited_map_is_other_data(folder: Path) -> None:
 
 def test_a_preview_has_the_map_of_the_image_whose_caption_it_draws(folder: Path) -> None:
     data = opened(folder, control=Canny(), hold_out=2)
-    shown = wanted(data, None, 4, (32, 32))
+    shown = preview_prompts(data, None, 4, (32, 32))
     assert [one.prompt for one in shown] == [s.caption for s in data.held_out]
     for one, sample in zip(shown, data.held_out, strict=True):
         assert np.array_equal(one.maps[0], Canny().map(sample, (32, 32)))
-    named = wanted(data, ["a", "b", "c"], 4, (32, 32))
+    named = preview_prompts(data, ["a", "b", "c"], 4, (32, 32))
     assert [one.prompt for one in named] == ["a", "b", "c"]
     assert np.array_equal(named[2].maps[0], shown[0].maps[0])
-    plain = wanted(opened(folder), None, 2, (32, 32))
+    plain = preview_prompts(opened(folder), None, 2, (32, 32))
     assert [(one.prompt, one.maps) for one in plain] == [("picture number 0", ()), ("picture number 1", ())]

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from sdtune.pocket.evaluation import classifier as classifiers
-from sdtune.pocket.evaluation.classifier import NOTHING, Classifier, background, ceilings, load, reconstruct
+from sdtune.pocket.evaluation.classifier import NOTHING, Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.pretraining import loop as pretraining
 from sdtune.pocket.pretraining import vae as vaes
 from sdtune.pocket.pretraining.classifier import (
@@ -26,7 +26,7 @@ from sdtune.pocket.pretraining.classifier import (
 )
 from sdtune.pocket.pretraining.loop import pretrain
 from sdtune.pocket.world.objects import HELD_OUT, SIZES, STYLES, THINGS
-from sdtune.pocket.world.scenes import SIDE, draw
+from sdtune.pocket.world.scenes import SIDE, draw_scene
 
 STEPS = 30
 IMAGES = 256
@@ -46,7 +46,7 @@ def _small_batches_on_one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    return vaes.build().eval()
+    return vaes.build_vae().eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_pool_shows_every_thing_held_out_or_not_in_both_styles() -> None:
 
 
 def test_every_fourth_image_of_the_pool_went_through_the_vae(pool: np.ndarray, vae: AutoencoderKL) -> None:
-    renders = np.stack([np.asarray(draw(pool_scene(index))) for index in range(8)])
+    renders = np.stack([np.asarray(draw_scene(pool_scene(index))) for index in range(8)])
     kept = [1, 2, 3, 5, 6, 7]
     assert np.array_equal(pool[kept], renders[kept])
     assert not np.array_equal(pool[0], renders[0])
@@ -83,9 +83,9 @@ def test_every_fourth_image_of_the_pool_went_through_the_vae(pool: np.ndarray, v
 
 def test_another_vae_gets_another_pool(folder: Path) -> None:
     torch.manual_seed(1)
-    pool_images(folder, vaes.build().eval(), 4)
+    pool_images(folder, vaes.build_vae().eval(), 4)
     torch.manual_seed(2)
-    pool_images(folder, vaes.build().eval(), 4)
+    pool_images(folder, vaes.build_vae().eval(), 4)
     assert len(list(folder.glob("pool-*-4-*.npy"))) == 2
 
 
@@ -108,7 +108,7 @@ def test_negatives_are_nothing_and_say_nothing_of_size_and_style(pool: np.ndarra
 
 def test_spoilt_images_keep_their_background(pool: np.ndarray) -> None:
     """A mix has one background, so a negative is known by its object alone."""
-    batches = PoolBatches(np.stack([np.asarray(draw(pool_scene(index))) for index in range(IMAGES)]))
+    batches = PoolBatches(np.stack([np.asarray(draw_scene(pool_scene(index))) for index in range(IMAGES)]))
     rng = np.random.default_rng(0)
     mixed = np.stack([batches._mix(index, rng) for index in range(64)])
     assert background(mixed) == [pool_scene(index).background for index in range(64)]
@@ -140,7 +140,7 @@ def test_the_saved_classifier_reads_as_the_trained_one(trained: Classifier, pool
     rounded.load_state_dict(
         {k: v.half().float() if v.is_floating_point() else v for k, v in trained.state_dict().items()}
     )
-    expected, got = rounded.read(pool), load(tmp_path).read(pool)
+    expected, got = rounded.read(pool), load_classifier(tmp_path).read(pool)
     for one, other in zip(expected, got, strict=True):
         assert np.array_equal(np.array(one), np.array(other))
     assert {*got.object} <= {NOTHING, *(thing.name for thing in THINGS)}
@@ -195,7 +195,7 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     save(Classifier(), tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match=rf"{missing}: no such file.*sdtune\.pocket\.classifier"):
-        load(tmp_path)
+        load_classifier(tmp_path)
 
 
 class _Interrupted:

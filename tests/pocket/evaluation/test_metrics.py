@@ -23,7 +23,7 @@ from sdtune.pocket.evaluation.style import StyleMetrics
 from sdtune.pocket.evaluation.subject import SubjectMetrics
 from sdtune.pocket.world.data import Subject
 from sdtune.pocket.world.objects import BACKGROUNDS
-from sdtune.pocket.world.scenes import compose, draw
+from sdtune.pocket.world.scenes import compose_scene, draw_scene
 from sdtune.pocket.world.style import Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request
@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 def image(thing: str, background: str, number: int, kind: str = "fluent") -> np.ndarray:
-    scene = compose(thing, background, "big", "in the middle", generator(7, "test", number), kind)
-    return np.asarray(draw(scene))
+    scene = compose_scene(thing, background, "big", "in the middle", generator(7, "test", number), kind)
+    return np.asarray(draw_scene(scene))
 
 
 def background_of(prompt: str) -> str:

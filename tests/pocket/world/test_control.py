@@ -16,7 +16,7 @@ from sdtune.data.control.edges import Canny, Scribble
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.draw import base
 from sdtune.pocket.evaluation import control as control_evaluation
-from sdtune.pocket.evaluation.control import NEAR, ControlMetrics, box, found, scores, wanted
+from sdtune.pocket.evaluation.control import NEAR, ControlMetrics, box, expected_area, found, scores
 from sdtune.pocket.world.control import (
     PocketControl,
     background_colour,
@@ -28,7 +28,7 @@ from sdtune.pocket.world.control import (
 )
 from sdtune.pocket.world.data import SceneSample, World
 from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, THINGS
-from sdtune.pocket.world.scenes import SIDE, Scene, draw, held_out_scenes, mask
+from sdtune.pocket.world.scenes import SIDE, Scene, draw_scene, held_out_scenes, mask
 from sdtune.sampling.loop import Sampling
 
 KINDS = ["segmentation", "depth", "pose"]
@@ -53,7 +53,7 @@ def test_a_map_goes_with_crop_and_flip_of_its_image(kind: str) -> None:
     assert whole.dtype == np.uint8
     assert np.array_equal(control.map(sample, (SIDE, SIDE), flip=True), whole[:, ::-1])
     assert np.array_equal(control.map(sample, (48, SIDE), (0.25, 0.5)), whole[:, 4:52])
-    assert np.array_equal(sample.pixels((48, SIDE), (0.25, 0.5), False), np.asarray(draw(SCENES[0]))[:, 4:52])
+    assert np.array_equal(sample.pixels((48, SIDE), (0.25, 0.5), False), np.asarray(draw_scene(SCENES[0]))[:, 4:52])
     if kind != "depth":
         double = control.map(sample, (2 * SIDE, 2 * SIDE))
         assert np.array_equal(double[::2, ::2], whole)
@@ -135,8 +135,8 @@ def test_images_of_ones_own_are_refused(images: Path) -> None:
 
 @pytest.mark.parametrize("control", CONTROLS, ids=name)
 def test_true_images_agree_with_their_own_map_and_not_with_anothers(control: Control) -> None:
-    images = [np.asarray(draw(scene)) for scene in SCENES]
-    truth = [wanted(SceneSample(scene, ""), control) for scene in SCENES]
+    images = [np.asarray(draw_scene(scene)) for scene in SCENES]
+    truth = [expected_area(SceneSample(scene, ""), control) for scene in SCENES]
     own, others = (float(np.mean(scores(images, t, control))) for t in (truth, truth[1:] + truth[:1]))
     assert own > 0.9
     assert others < 0.5

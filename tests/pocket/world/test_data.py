@@ -13,7 +13,7 @@ from sdtune.evaluation import ClipMetrics
 from sdtune.pocket.evaluation.subject import SubjectMetrics
 from sdtune.pocket.world.data import Subject, World
 from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT
-from sdtune.pocket.world.scenes import draw, held_out_combination
+from sdtune.pocket.world.scenes import draw_scene, held_out_combination
 from sdtune.sampling.loop import Sampling
 
 
@@ -58,7 +58,7 @@ def test_the_world_holds_out_combinations_and_images() -> None:
 def test_pixels_are_the_drawing_and_content_names_it() -> None:
     data = opened(World(images=30))
     sample = data.train[3]
-    assert np.array_equal(sample.pixels((64, 64), (0.5, 0.5), False), np.asarray(draw(sample.scene)))
+    assert np.array_equal(sample.pixels((64, 64), (0.5, 0.5), False), np.asarray(draw_scene(sample.scene)))
     assert len({s.content() for s in data.train}) == 30
     assert sample.content() == opened(World(images=30)).train[3].content()
 

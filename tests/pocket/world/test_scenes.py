@@ -14,8 +14,8 @@ from sdtune.pocket.world.scenes import (
     SIDE,
     Scene,
     art,
-    compose,
-    draw,
+    compose_scene,
+    draw_scene,
     held_out_combination,
     held_out_scenes,
     mask,
@@ -29,7 +29,7 @@ def _scenes() -> list[Scene]:
     rng = generator(7, "test/world")
     words = [(colour, size, where) for colour in BACKGROUNDS for size in SIZES for where in PLACES]
     return [
-        compose(THINGS[k % len(THINGS)].name, colour, size, where, rng, STYLES[k % 2])
+        compose_scene(THINGS[k % len(THINGS)].name, colour, size, where, rng, STYLES[k % 2])
         for k, (colour, size, where) in enumerate(words)
     ]
 
@@ -63,19 +63,21 @@ def test_the_styles_differ() -> None:
 
 def test_drawing_is_a_pure_function_of_the_scene() -> None:
     for scene in _scenes()[::7]:
-        first = draw(scene)
+        first = draw_scene(scene)
         assert first.size == (SIDE, SIDE)
         assert first.mode == "RGB"
-        assert draw(replace(scene)).tobytes() == first.tobytes()
+        assert draw_scene(replace(scene)).tobytes() == first.tobytes()
 
 
 def test_the_mask_covers_the_object_and_nothing_else() -> None:
     for scene in _scenes():
-        image = np.asarray(draw(scene)).astype(int)
+        image = np.asarray(draw_scene(scene)).astype(int)
         covered = np.asarray(mask(scene)) == 255
         assert covered.mean() > 0.03
         # Outside the mask a pixel is the background, or an edge that is at least half background.
-        elsewhere = np.asarray(draw(replace(scene, background="black" if scene.background == "white" else "white")))
+        elsewhere = np.asarray(
+            draw_scene(replace(scene, background="black" if scene.background == "white" else "white"))
+        )
         change = np.abs(image - elsewhere).sum(-1)
         change = change / change.max()
         assert (change[~covered] > 0.45).all()
@@ -152,6 +154,6 @@ def test_training_captions_name_the_member_or_the_class_and_never_a_wrong_detail
 
 def test_the_background_is_read_exactly_from_every_render() -> None:
     scenes = _scenes()
-    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     assert {(scene.background, scene.size) for scene in scenes} == {(c, s) for c in BACKGROUNDS for s in SIZES}
     assert background(images) == [scene.background for scene in scenes]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 
-def load(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
+def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
     """The image processor and the model of ``kind`` in ``folder``, whole and in eval mode.
 
     Raises:
@@ -45,7 +45,7 @@ class Estimator:
 
         kind = AutoModelForDepthEstimation if task == "depth" else AutoModelForSemanticSegmentation
         self.task, self.device = task, device
-        self.processor, self.model = load("model", folder, task, kind, device)
+        self.processor, self.model = load_estimator("model", folder, task, kind, device)
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray]:

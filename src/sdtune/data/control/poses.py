@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdtune.data.control.estimators import load
+from sdtune.data.control.estimators import load_estimator
 
 SEEN = 0.3
 """Score from which a keypoint is drawn."""
@@ -94,14 +94,16 @@ class PoseEstimator:
         from transformers import AutoModelForObjectDetection, VitPoseForPoseEstimation
 
         self.device, self.detector = device, None
-        self.processor, self.model = load("model", model, "poses", VitPoseForPoseEstimation, device)
+        self.processor, self.model = load_estimator("model", model, "poses", VitPoseForPoseEstimation, device)
         if self.model.config.num_labels != len(_OTHER_SIDE):
             raise ValueError(
                 f"data.control.model: {model} finds {self.model.config.num_labels} keypoints; COCO's 17 are needed"
             )
         if detector is None:
             return
-        self.finder, self.detector = load("detector", detector, "object detection", AutoModelForObjectDetection, device)
+        self.finder, self.detector = load_estimator(
+            "detector", detector, "object detection", AutoModelForObjectDetection, device
+        )
         if "person" not in self.detector.config.id2label.values():
             raise ValueError(
                 f"data.control.detector: {detector} has no label 'person'; name one that was trained on COCO"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sdtune import streams
 from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT, PLACES, SIZES, STYLES, THINGS
-from sdtune.pocket.world.scenes import SIDE, compose, draw
+from sdtune.pocket.world.scenes import SIDE, compose_scene, draw_scene
 from sdtune.randomness import generator
 
 NOTHING = "nothing"
@@ -154,7 +154,7 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     return out
 
 
-def load(folder: Path | None = None) -> Classifier:
+def load_classifier(folder: Path | None = None) -> Classifier:
     """The shipped classifier, or the one that :func:`save` wrote to ``folder``: fp32, on the CPU, ready to read.
 
     Raises:
@@ -181,13 +181,13 @@ def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str,
     """
     rng = generator(seed, streams.CLASSIFIER_CEILINGS)
     scenes = [
-        compose(thing.name, colour, size, where, rng)
+        compose_scene(thing.name, colour, size, where, rng)
         for thing in HELD_OUT
         for colour in BACKGROUNDS
         for size in SIZES
         for where in PLACES
     ]
-    images = np.stack([np.asarray(draw(scene)) for scene in scenes])
+    images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     names = np.array([scene.thing for scene in scenes])
     big = np.array([scene.size == "big" for scene in scenes])
     rebuilt = classifier.read(reconstruct(vae, images[big]))

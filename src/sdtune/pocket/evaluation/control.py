@@ -18,7 +18,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.evaluation.agreement import iou, line_f1
-from sdtune.evaluation.draw import draw, draw_base, trained
+from sdtune.evaluation.draw import draw_base, draw_images, trained
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.evaluation.subject import shares
@@ -26,7 +26,7 @@ from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.control import PocketControl
 from sdtune.pocket.world.data import SceneSample
 from sdtune.pocket.world.scenes import SIDE, held_out_scenes, mask
-from sdtune.pocket.world.scenes import draw as draw_scene
+from sdtune.pocket.world.scenes import draw_scene as draw_scene
 from sdtune.sampling.loop import Request, Sampling
 
 NEAR = 2
@@ -87,14 +87,14 @@ class ControlMetrics:
             return {**dict.fromkeys(both), "reasons": dict.fromkeys(both, reason)}
         samples = [SceneSample(scene, full_caption(scene)) for scene in held_out_scenes(self.seed, self.count)]
         maps = [control.map(sample, (SIDE, SIDE)) for sample in samples]
-        truth = [wanted(sample, control) for sample in samples]
+        truth = [expected_area(sample, control) for sample in samples]
         requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
-        reader = classifier.load()
+        reader = classifier.load_classifier()
         readings: dict[str, list[float]] = {}
         # The base reads no map, so it draws the same for all of them.
         drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in requests], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw(backbone, requests, self.sampling)
+            drawn[""] = draw_images(backbone, requests, self.sampling)
         for prefix, images in drawn.items():
             readings[f"{prefix}control_agreement"] = scores(images, truth, control)
             readings[f"{prefix}control_agreement_shuffled"] = scores(images, truth[1:] + truth[:1], control)
@@ -128,7 +128,7 @@ def scores(images: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: M
     return [line_f1(shown, own, NEAR) if lines else iou(shown, own) for shown, own in pairs]
 
 
-def wanted(sample: SceneSample, control: Measured) -> np.ndarray:
+def expected_area(sample: SceneSample, control: Measured) -> np.ndarray:
     """What an image of ``sample``'s map should show, bool [64, 64]: edges, the object's area or its box."""
     if isinstance(control, Computed):
         edges: np.ndarray = control.map(sample, (SIDE, SIDE))[..., 0] > 0

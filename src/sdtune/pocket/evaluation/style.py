@@ -15,15 +15,15 @@ from annotated_types import Ge
 from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data.datamodule import ImageDataModule
-from sdtune.evaluation.draw import draw, draw_base, trained
+from sdtune.evaluation.draw import draw_base, draw_images, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.evaluation.subject import shares
 from sdtune.pocket.world.objects import BACKGROUNDS
-from sdtune.pocket.world.scenes import SIDE, Scene, compose
-from sdtune.pocket.world.scenes import draw as draw_scene
+from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene
+from sdtune.pocket.world.scenes import draw_scene as draw_scene
 from sdtune.pocket.world.style import STYLE, Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
@@ -78,7 +78,7 @@ class StyleMetrics:
         colours, rng = list(BACKGROUNDS), generator(self.seed, streams.EVALUATION_STYLE)
         rounds = [divmod(number, len(things)) for number in range(self.objects * self.seeds)]
         pairs = [(things[i].name, colours[(i + k) % len(colours)]) for k, i in rounds]
-        return [compose(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
+        return [compose_scene(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
 
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
@@ -93,10 +93,10 @@ class StyleMetrics:
         images = {"base_": draw_base(source, requests, self.sampling, device)}
         single: dict[str, list[float]] = {}
         with trained(source, artifact, name, device) as backbone:
-            both = draw(backbone, [*requests, *more], self.sampling)
+            both = draw_images(backbone, [*requests, *more], self.sampling)
             single["vae_psnr_db"] = _psnr(backbone.vae, renders)
         single["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
-        reader = classifier.load()
+        reader = classifier.load_classifier()
         images |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
         for prefix, found in images.items():
             asked = shown if prefix == "shown_" else scenes

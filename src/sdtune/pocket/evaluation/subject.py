@@ -20,9 +20,9 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
-from sdtune.evaluation.clip import check as check_clip
+from sdtune.evaluation.clip import check_clip as check_clip
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import draw, draw_base, references, trained
+from sdtune.evaluation.draw import draw_base, draw_images, references, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.evaluation.subject_metrics import ClipMetrics
 from sdtune.files import write_json
@@ -30,8 +30,8 @@ from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.world.data import Subject
 from sdtune.pocket.world.objects import BACKGROUNDS, PLACES
-from sdtune.pocket.world.scenes import SIDE, compose
-from sdtune.pocket.world.scenes import draw as draw_scene
+from sdtune.pocket.world.scenes import SIDE, compose_scene
+from sdtune.pocket.world.scenes import draw_scene as draw_scene
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
 
@@ -122,14 +122,14 @@ class SubjectMetrics:
         colours = list(BACKGROUNDS)
         plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
         others = [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
-        reader = classifier.load()
+        reader = classifier.load_classifier()
 
         drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw(backbone, [*requests, *others], self.sampling)
+            drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
             ceiling = self._ceiling(backbone, reader, data.subject, unseen)
         clip = Clip(self.clip, device) if self.clip else None  # runs that share a backbone all wait for the drawing
-        figures: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
+        metrics: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
         for prefix, both in drawn.items():
             images, classes = both[: self.count], both[self.count :]
@@ -142,8 +142,8 @@ class SubjectMetrics:
                 embedded = clip.images(images)
                 readings[f"{prefix}diversity"] = distances(embedded)
                 readings[f"{prefix}memorisation"] = nearest(embedded, clip.images(references(data)))
-                figures[f"{prefix}clip_image"] = clip_image(clip, images, references(data))
-                figures[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
+                metrics[f"{prefix}clip_image"] = clip_image(clip, images, references(data))
+                metrics[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
             columns = len(unseen)
             rows = [images[i : i + columns] for i in range(0, min(len(images), 8 * columns), columns)]
             save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}images.png")
@@ -155,24 +155,24 @@ class SubjectMetrics:
                 rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
                 save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)
-        figures |= shares(readings, folder)
+        metrics |= shares(readings, folder)
         if others and clip is not None:
-            figures["prior_drift"] = prior_drift(*(clip.images(drawn[key][self.count :]) for key in ("", "base_")))
-            figures["class_diversity"] = figures["class_distance"] / figures["base_class_distance"]
-        room = ceiling - figures["base_subject_accuracy"]
-        gain = figures["subject_accuracy"] - figures["base_subject_accuracy"]
-        figures["subject_gain"] = gain / room if room > 0 else None
+            metrics["prior_drift"] = prior_drift(*(clip.images(drawn[key][self.count :]) for key in ("", "base_")))
+            metrics["class_diversity"] = metrics["class_distance"] / metrics["base_class_distance"]
+        room = ceiling - metrics["base_subject_accuracy"]
+        gain = metrics["subject_accuracy"] - metrics["base_subject_accuracy"]
+        metrics["subject_gain"] = gain / room if room > 0 else None
         reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
         if not others:
             why = "no images of the class alone are drawn: evaluation.class_images=210"
             reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
-        return {**dict.fromkeys(reasons), **figures, **({"reasons": reasons} if reasons else {})}
+        return {**dict.fromkeys(reasons), **metrics, **({"reasons": reasons} if reasons else {})}
 
     def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
         rng = generator(self.seed, streams.EVALUATION_CEILING)
         places = list(PLACES)
         scenes = [
-            compose(subject, backgrounds[i % len(backgrounds)], "big", places[i % len(places)], rng)
+            compose_scene(subject, backgrounds[i % len(backgrounds)], "big", places[i % len(places)], rng)
             for i in range(self.count)
         ]
         pixels = torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])).permute(0, 3, 1, 2)

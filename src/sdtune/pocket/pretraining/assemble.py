@@ -57,7 +57,7 @@ def _half(target: Path, stem: str) -> None:
     save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
-def assemble(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
+def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
     """Write the pipeline folder ``final`` from the trained parts in ``folder``, whole or not at all."""
     target = final.with_name(f"{final.name}.partial")
     shutil.rmtree(target, ignore_errors=True)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="write the package's models")
     arguments = parser.parse_args()
     target = path() if arguments.ship else arguments.folder / "pipeline"
-    assemble(arguments.folder, target, arguments.unet, arguments.ship)
+    assemble_pipeline(arguments.folder, target, arguments.unet, arguments.ship)
     if arguments.ship:
         CLIPModel.from_pretrained(arguments.folder / "clip", dtype=torch.float16).save_pretrained(clip_path())
         (clip_path() / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n")

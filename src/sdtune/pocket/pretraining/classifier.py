@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdtune import streams
-from sdtune.pocket.evaluation.classifier import NOTHING, OBJECTS, Classifier, ceilings, load, reconstruct
+from sdtune.pocket.evaluation.classifier import NOTHING, OBJECTS, Classifier, ceilings, load_classifier, reconstruct
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
 from sdtune.pocket.pretraining.vae import SEED
 from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, STYLES
-from sdtune.pocket.world.scenes import Scene, compose, draw
+from sdtune.pocket.world.scenes import Scene, compose_scene, draw_scene
 from sdtune.randomness import generator
 
 IMAGES = 30_000
@@ -51,7 +51,7 @@ def pool_scene(index: int) -> Scene:
         options[int(rng.integers(len(options)))]
         for options in (OBJECTS[:-1], list(BACKGROUNDS), list(SIZES), list(PLACES), STYLES)
     )
-    return compose(thing, colour, size, where, rng, style)
+    return compose_scene(thing, colour, size, where, rng, style)
 
 
 def pool_images(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def pool_images(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
     path = folder / f"pool-{SEED}-{count}-{weights.hexdigest()[:12]}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        pool = np.stack([np.asarray(draw(pool_scene(index))) for index in range(count)])
+        pool = np.stack([np.asarray(draw_scene(pool_scene(index))) for index in range(count)])
         pool[::_ROUND_TRIP_EVERY] = reconstruct(vae, pool[::_ROUND_TRIP_EVERY])
         partial = path.with_suffix(".partial")
         with partial.open("wb") as handle:
@@ -159,7 +159,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).eval()
     save(train(folder / "classifier-training", vae, steps), folder / "classifier")
     # Of what was written, so that the rounding to fp16 is measured too.
-    print(ceilings(load(folder / "classifier"), vae, SEED))
+    print(ceilings(load_classifier(folder / "classifier"), vae, SEED))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ STEPS = 1_200
 BATCH = 192
 
 
-def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """The untrained CLIP: text width 192, as the UNet's cross-attention expects it."""
     layers = {"num_hidden_layers": 4, "num_attention_heads": 6, "hidden_size": 192, "intermediate_size": 512}
     return CLIPModel(
@@ -67,7 +67,7 @@ class CaptionBatches:
 class CLIPTraining(Pretraining):
     def __init__(self, tokenizer: CLIPTokenizer, steps: int = STEPS, lr: float = 1e-3) -> None:
         super().__init__(lr, steps, weight_decay=0.05)
-        self.clip = build(tokenizer)
+        self.clip = build_clip(tokenizer)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -29,7 +29,7 @@ CROP = 32
 _KL_WEIGHT = 1e-4
 
 
-def build() -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """The untrained VAE: 64x64x3 to 16x16x4."""
     return AutoencoderKL(
         in_channels=3,
@@ -68,7 +68,7 @@ class CropBatches:
 class VAETraining(Pretraining):
     def __init__(self, steps: int = STEPS, lr: float = 1e-3) -> None:
         super().__init__(lr, steps, weight_decay=0.0)
-        self.vae = build().to(memory_format=torch.channels_last)
+        self.vae = build_vae().to(memory_format=torch.channels_last)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1

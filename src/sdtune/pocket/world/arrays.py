@@ -9,7 +9,7 @@ import numpy as np
 
 from sdtune import streams
 from sdtune.pocket.world.captions import training_caption
-from sdtune.pocket.world.scenes import SIDE, draw, training_scene
+from sdtune.pocket.world.scenes import SIDE, draw_scene, training_scene
 from sdtune.randomness import generator
 
 
@@ -23,7 +23,7 @@ def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
             np.lib.format.write_array_header_1_0(handle, header)
             for index in range(count):
-                handle.write(np.asarray(draw(training_scene(seed, index))).tobytes())
+                handle.write(np.asarray(draw_scene(training_scene(seed, index))).tobytes())
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)

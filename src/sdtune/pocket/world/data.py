@@ -20,7 +20,7 @@ from sdtune.paths import pocket_art
 from sdtune.pocket.world.arrays import caption
 from sdtune.pocket.world.captions import article, full_caption
 from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, HELD_OUT, PLACES, SIZES
-from sdtune.pocket.world.scenes import SIDE, Scene, compose, draw, mask, training_scene
+from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene, draw_scene, mask, training_scene
 from sdtune.randomness import generator
 
 
@@ -47,7 +47,7 @@ class SceneSample:
         return hashlib.sha256(f"{self.scene}/{_art_hash()}".encode()).hexdigest()
 
     def image(self) -> Image.Image:
-        return draw(self.scene)
+        return draw_scene(self.scene)
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(self.image(), size, offset, flip)
@@ -145,7 +145,7 @@ class Subject(ImageDataModule):
         rng = generator(0, f"{streams.SUBJECT}/{self.subject}/{stream}")
         sizes, places = list(SIZES), list(PLACES)
         return [
-            compose(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
+            compose_scene(self.subject, background, sizes[i % 2], places[i % len(places)], rng)
             for i, background in enumerate(backgrounds)
         ]
 

@@ -83,7 +83,7 @@ def _placed(scene: Scene) -> Image.Image:
     return canvas.transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
 
 
-def draw(scene: Scene) -> Image.Image:
+def draw_scene(scene: Scene) -> Image.Image:
     """The image of ``scene``: RGB, 64x64."""
     image = Image.new("RGBA", (SIDE, SIDE), (*BACKGROUNDS[scene.background], 255))
     image.alpha_composite(_placed(scene))
@@ -110,7 +110,7 @@ def place(scene_size: str, where: str, rng: np.random.Generator) -> tuple[int, t
     return side, (SIDE / 2 + dx * room, SIDE / 2 + dy * room)
 
 
-def compose(
+def compose_scene(
     thing: str, background: str, size: str, where: str, rng: np.random.Generator, style: str = "fluent"
 ) -> Scene:
     """A scene with the given words and a random pose."""
@@ -131,7 +131,7 @@ def training_scene(seed: int, index: int) -> Scene:
         size = list(SIZES)[int(rng.integers(len(SIZES)))]
         if not held_out_combination(thing, background, size):
             where = list(PLACES)[int(rng.integers(len(PLACES)))]
-            return compose(thing, background, size, where, rng)
+            return compose_scene(thing, background, size, where, rng)
 
 
 def held_out_scenes(seed: int, count: int) -> list[Scene]:
@@ -148,5 +148,5 @@ def held_out_scenes(seed: int, count: int) -> list[Scene]:
     while len(scenes) < count:
         for k in rng.permutation(len(combinations))[: count - len(scenes)]:
             thing, background, size = combinations[int(k)]
-            scenes.append(compose(thing, background, size, list(PLACES)[int(rng.integers(len(PLACES)))], rng))
+            scenes.append(compose_scene(thing, background, size, list(PLACES)[int(rng.integers(len(PLACES)))], rng))
     return scenes

@@ -14,7 +14,7 @@ from sdtune.data.samples import Sample
 from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.data import SceneSample
 from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, TRAINED, Thing
-from sdtune.pocket.world.scenes import Scene, compose
+from sdtune.pocket.world.scenes import Scene, compose_scene
 from sdtune.randomness import generator
 
 STYLE = "noto"
@@ -54,7 +54,7 @@ class Style(ImageDataModule):
     def _scene(self, number: int) -> Scene:
         rng = generator(0, streams.STYLE_SCENE, number)
         background, size, place = (list(table)[int(rng.integers(len(table)))] for table in (BACKGROUNDS, SIZES, PLACES))
-        return compose(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
+        return compose_scene(drawn()[number % self.objects].name, background, size, place, rng, STYLE)
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         scenes = [self._scene(number) for number in range(self.images)]
