@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting",),
     ("runs", "data"),
     ("formats", "images", "hardware", "objective"),
-    ("files", "log_filters", "loggers", "lr_schedule", "paths", "progress", "randomness", "streams", "suggest"),
+    ("files", "hub", "log_filters", "loggers", "lr_schedule", "paths", "progress", "randomness", "streams", "suggest"),
     ("errors",),
 )
 """From the top down: a package imports from the layers below its own alone."""

@@ -1,13 +1,15 @@
-"""LoRA files of random weights."""
+"""LoRA files: of random weights, and read again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from sdtune.backbone import Pretrained
-from sdtune.formats import LoRAWeights, canonical, diffusers_lora
+from sdtune.formats import LoRAWeights, canonical, diffusers_lora, kohya_lora
+from sdtune.formats.files import read_safetensors
 
 
 def lora(base: Path, folder: Path, rank: int = 4) -> Path:
@@ -26,3 +28,14 @@ def lora(base: Path, folder: Path, rank: int = 4) -> Path:
     weights = LoRAWeights(pairs, dict.fromkeys(pairs, 2.0))
     diffusers_lora.write(folder / diffusers_lora.FILE_NAME, weights, {})
     return folder / diffusers_lora.FILE_NAME
+
+
+def read_diffusers(path: Path) -> LoRAWeights:
+    """The weights of a file in diffusers' form."""
+    return diffusers_lora.parse(path, *read_safetensors(path))
+
+
+def read_kohya(path: Path, modules: Iterable[str]) -> LoRAWeights:
+    """The weights of a file in kohya's form."""
+    tensors, _ = read_safetensors(path)
+    return kohya_lora.parse(path, tensors, modules)

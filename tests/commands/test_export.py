@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from families import EACH, FAMILIES, Family, build_family
-from lora_files import lora
+from lora_files import lora, read_diffusers
 from running import export, train
 from sdtune.backbone import Pretrained
 from sdtune.exporting import Export, find_artifact
@@ -408,7 +408,7 @@ def test_a_tokenizer_is_spelled_out_for_older_clients(base: Path, tmp_path: Path
 def test_a_lora_keeps_the_name_of_what_it_was_trained_on(build: dict[Family, Path], tmp_path: Path) -> None:
     from sdtune.formats.files import read_metadata
 
-    weights = diffusers_lora.read(lora(build["sd1"], tmp_path))
+    weights = read_diffusers(lora(build["sd1"], tmp_path))
     file = tmp_path / "other" / diffusers_lora.FILE_NAME
     diffusers_lora.write(file, weights, {"sdtune_backbone_hash": "f" * 64})
     made = written(Export("kohya"), file, build["sd1"], tmp_path / "out")

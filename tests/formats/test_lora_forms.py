@@ -13,6 +13,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from lora_files import read_diffusers, read_kohya
 from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora, read_lora, read_safetensors
 
 
@@ -27,17 +28,17 @@ def test_round_trips_keep_the_changes(make_weights, modules, delta, spec, tmp_pa
     weights = make_weights((4, 2), alphas)
     first, second = tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"
     diffusers_lora.write(first, weights, {})
-    kohya_lora.write(second, diffusers_lora.read(first), spec, {})
-    assert_same_changes(kohya_lora.read(second, modules), weights, delta)
+    kohya_lora.write(second, read_diffusers(first), spec, {})
+    assert_same_changes(read_kohya(second, modules), weights, delta)
     kohya_lora.write(second, weights, spec, {})
-    diffusers_lora.write(first, kohya_lora.read(second, modules), {})
-    assert_same_changes(diffusers_lora.read(first), weights, delta)
+    diffusers_lora.write(first, read_kohya(second, modules), {})
+    assert_same_changes(read_diffusers(first), weights, delta)
 
 
 def test_kohya_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec, tmp_path):
     weights = make_weights((4,), (3.0,))
     kohya_lora.write(tmp_path / "it.safetensors", weights, spec, {})
-    back = kohya_lora.read(tmp_path / "it.safetensors", modules)
+    back = read_kohya(tmp_path / "it.safetensors", modules)
     assert back.alphas == weights.alphas
     for module, pair in weights.pairs.items():
         assert all(torch.equal(*both) for both in zip(back.pairs[module], pair, strict=True))
@@ -92,7 +93,7 @@ def test_alpha_of_files_that_plain_diffusers_wrote(pipeline, modules, delta, tmp
 
     # Written again with the metadata it was read with, alpha must not count twice.
     diffusers_lora.write(tmp_path / "again.safetensors", weights, metadata)
-    assert_same_changes(diffusers_lora.read(tmp_path / "again.safetensors"), weights, delta)
+    assert_same_changes(read_diffusers(tmp_path / "again.safetensors"), weights, delta)
 
 
 def settings(model):

@@ -9,7 +9,8 @@ import pickle
 import pytest
 import torch
 
-from sdtune.formats import diffusers_lora, files, read_lora, read_safetensors, write_safetensors
+from lora_files import read_diffusers
+from sdtune.formats import files, read_lora, read_safetensors, write_safetensors
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 MODULES = [f"unet.{Q}", "unet.conv_in"]
@@ -100,13 +101,13 @@ def test_alpha_patterns_match_as_in_peft(tmp_path, pattern, alpha):
     path = tmp_path / "it.safetensors"
     settings = {"unet.lora_alpha": 4, "unet.alpha_pattern": pattern}
     write_safetensors(path, plain(), {"lora_adapter_metadata": json.dumps(settings)})
-    assert diffusers_lora.read(path).alphas == {f"unet.{Q}": alpha}
+    assert read_diffusers(path).alphas == {f"unet.{Q}": alpha}
 
 
 def test_flat_text_encoder_names_are_read_with_text_model(tmp_path):
     path = tmp_path / "it.safetensors"
     write_safetensors(path, plain("text_encoder.encoder.layers.0.mlp.fc1"), {})
-    assert diffusers_lora.read(path).alphas == {"text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}
+    assert read_diffusers(path).alphas == {"text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}
 
 
 class Bomb:

@@ -14,8 +14,9 @@ from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original.names import controlnet_names
+from sdtune.formats.pipeline import weights_name
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = weights_name("controlnet")
 _PREFIX = "control_model."
 _THEIRS = "controlnet_cond_embedding.conv_in.weight"
 _WIDTHS = (16, 32, 96, 256)  # of the map's embedding, as in diffusers and in the authors' code

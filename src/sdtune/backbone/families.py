@@ -38,6 +38,13 @@ FAMILIES: dict[Family, tuple[str, str]] = {
 """How each is called, and the config that is for it."""
 
 
+GUIDANCE: dict[Family, float] = {"sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}
+"""The guidance scale that ``conf/backbone`` gives each."""
+
+POCKET_GUIDANCE = 3.0
+"""And that which it gives the backbone that ships with sdtune."""
+
+
 def family_by(unet: Mapping[str, Any], two_encoders: bool) -> Family:
     """Which Stable Diffusion has a UNet of this config, and so many text encoders."""
     # 2.x came with linear projections around its transformers, and 1.x with convolutions.

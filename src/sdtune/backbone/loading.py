@@ -10,11 +10,11 @@ from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.models import KINDS, from_config
-from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.sdxl import TwoEncoders
+from sdtune.backbone.source import PipelineSource
 
 
-def load_backbone(source: Pretrained, seed: int, unet: torch.dtype | None = None) -> Backbone:
+def load_backbone(source: PipelineSource, seed: int, unet: torch.dtype | None = None) -> Backbone:
     """Read ``source``: float32 (its UNet ``unet`` if given), on the CPU, eval mode, frozen."""
     folder = source.folder()
 
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def assemble_backbone(source: Pretrained, parts: dict[str, Any]) -> Backbone:
+def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:
     """The backbone of ``parts``: models and tokenizers by their folders' names."""
     kind = TwoEncoders if "text_encoder_2" in parts else Backbone
     backbone = kind(scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts)

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from sdtune.backbone.weight_files import weight_files
+from sdtune.hub import is_hub_id
 from sdtune.paths import cache_folder
 
 
@@ -24,7 +25,7 @@ def local(path: str, key: str) -> Path | None:
     place = Path(path).expanduser()
     if place.exists():
         return place
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or place.suffix in (".safetensors", ".ckpt"):
+    if not is_hub_id(path) or place.suffix in (".safetensors", ".ckpt"):
         raise ValueError(
             f"{key}: {path} does not exist; name a pipeline folder (diffusers layout), a .safetensors or .ckpt file,"
             " or a hub id"

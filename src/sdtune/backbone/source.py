@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from sdtune.backbone.families import FAMILIES, Component, Facts, family_by
+from sdtune.backbone.families import FAMILIES, GUIDANCE, Component, Facts, family_by
 from sdtune.backbone.locate import MODELS, configured, local, read_config, snapshot, there, with_vae
 from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight_files, weights_hash
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
+from sdtune.formats.pipeline import STEMS
 from sdtune.objective.prediction import PredictionType
 from sdtune.objective.schedule import NoiseSchedule
 from sdtune.paths import pocket_pipeline
@@ -24,7 +25,6 @@ from sdtune.paths import pocket_pipeline
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STEMS = ("diffusion_pytorch_model", "model")
 _JSON = ["*.json", "*/*.json", "tokenizer*/*"]
 
 
@@ -58,7 +58,7 @@ class PipelineSource:
         revision: str | None = None,
         from_scratch: Sequence[Component] = (),
         clip: str | None = None,
-        guidance: Annotated[float, Ge(0)] = 7.5,
+        guidance: Annotated[float, Ge(0)] = GUIDANCE["sd1"],
         prediction_type: PredictionType | None = None,
         zero_terminal_snr: bool = False,
         family: Family | None = None,
@@ -101,7 +101,7 @@ class PipelineSource:
         mark = f".{self.variant}" if self.variant else ""
         ends = (f"{mark}.safetensors", f"{mark}-?????-of-?????.safetensors")
         names = [name for name in MODELS if weights and not (name == "vae" and self.vae)]
-        patterns = [f"{name}/{stem}{end}" for name in names for stem in _STEMS for end in ends]
+        patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in ends]
 
         def complete(folder: Path) -> bool:
             return configured(folder) and (

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from sdtune.formats.files import read_metadata
 from sdtune.formats.keys import canonical_key, is_buffer
+from sdtune.formats.pipeline import STEMS
 from sdtune.paths import cache_folder
 
 _CHUNK = 1 << 24
-_STEMS = ("diffusion_pytorch_model", "model")
 
 Files = Mapping[str, Sequence[Path]]
 """The safetensors files that hold each component."""
@@ -70,7 +70,7 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
     if found := _files(place, variant):
         return found
     if variant is None:
-        others = sorted({file.name.split(".")[1] for stem in _STEMS for file in place.glob(f"{stem}.*.safetensors")})
+        others = sorted({file.name.split(".")[1] for stem in STEMS for file in place.glob(f"{stem}.*.safetensors")})
         if len(others) == 1 and (found := _files(place, others[0])):
             return found
     mark = f".{variant}" if variant else ""
@@ -83,7 +83,7 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
 
 def _files(place: Path, variant: str | None) -> list[Path]:
     mark = f".{variant}" if variant else ""
-    for stem in _STEMS:
+    for stem in STEMS:
         single, index = place / f"{stem}{mark}.safetensors", place / f"{stem}.safetensors.index{mark}.json"
         if single.is_file():
             return [single]

@@ -19,6 +19,8 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.best_artifact import BEST
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
+from sdtune.errors import RESUMES
+from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.methods.base import Adapter
 
 
@@ -75,7 +77,7 @@ class Checkpoints(Callback):
         if not self._training:
             self._leave("before the first step; what the caches hold is kept, the same command goes on", number)
         if self.stopped_by is not None and number == signal.SIGINT:
-            self._leave("at once; sdtune train resume=RUN goes on from the last checkpoint", number)
+            self._leave(f"at once; {RESUMES}", number)
         self.ask(number)
 
     @staticmethod
@@ -93,7 +95,7 @@ class Checkpoints(Callback):
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # of several runs in one process; whoever has started them listens
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             before = signal.signal(number, self._heard)
             self._handlers.setdefault(number, before)
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdtune.cli.messages import one_line
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
 from sdtune.config.hydra_compat import Hydra, get_args_parser, print_info
-from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
+from sdtune.errors import PRUNED, RESUMES, Pruned, RunFailed, Stopped
 from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero
 from sdtune.log_filters import quiet, quiet_libraries
@@ -164,7 +164,7 @@ def launch(
             code=1,
         )
     except KeyboardInterrupt:
-        refuse("stopped; a training that has begun goes on with sdtune train resume=RUN", code=130)
+        refuse(f"stopped; {RESUMES}, if there is one", code=130)
     except OSError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or error.errno is None:
             raise

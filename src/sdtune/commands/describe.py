@@ -7,17 +7,12 @@ import shlex
 from pathlib import Path
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.families import FAMILIES
+from sdtune.backbone.families import FAMILIES, GUIDANCE, POCKET_GUIDANCE
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
 from sdtune.formats.embeddings import intermediate
-from sdtune.formats.original import Family
-
-_GUIDANCE: dict[Family, float] = {"sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}
-_POCKETS = 3.0
-"""Of ``conf/backbone``."""
 
 
 def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
@@ -66,7 +61,7 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
     """
     pocket = source.path == "pocket" if pocket is None else pocket
     family = source.family or "sd1"
-    usual = _POCKETS if pocket else _GUIDANCE[family]
+    usual = POCKET_GUIDANCE if pocket else GUIDANCE[family]
     own = {
         **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),
         "variant": source.variant,

@@ -16,6 +16,7 @@ from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import kept_config, plain
 from sdtune.exporting import Artifact, Export, find_artifact
+from sdtune.hub import is_hub_id
 
 log = logging.getLogger("sdtune")
 
@@ -55,7 +56,7 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
 
 
 def _check_push(repository: str) -> None:
-    if repository.count("/") != 1:
+    if not is_hub_id(repository):
         raise ValueError(f"push_to: {repository} is no repository of the hub; give USER/NAME")
     if not os.environ.get("HF_TOKEN"):
         raise ValueError("push_to: HF_TOKEN is not set; export it in the environment, with leave to write")

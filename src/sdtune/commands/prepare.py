@@ -20,6 +20,7 @@ from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.hardware.child_processes import wait_for_children
+from sdtune.images.files import CENTRE
 from sdtune.images.grids import grid, save_png
 from sdtune.progress import bar
 
@@ -60,10 +61,10 @@ def execute(config: dict[str, Any], data: ImageDataModule, folder: Path) -> None
 
 def _show(data: ImageDataModule, folder: Path) -> None:
     samples = list(data.train[:_SHOWN])
-    _sheet(samples, [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in samples], folder / "images.png")
+    _sheet(samples, [s.pixels(data.bucket(s), CENTRE, False) for s in samples], folder / "images.png")
     if data.class_samples:
         shown = list(data.class_samples[:_SHOWN])
-        _sheet(shown, [s.pixels(s.size, (0.5, 0.5), False) for s in shown], folder / "class.png")
+        _sheet(shown, [s.pixels(s.size, CENTRE, False) for s in shown], folder / "class.png")
         prompts: dict[str, list[str]] = {}
         for sample in data.class_samples:
             prompts.setdefault(sample.caption, []).append(str(sample))

@@ -26,6 +26,7 @@ from sdtune.loaders import lora as files
 from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
 from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.prompts import warn_of_cut_prompts
 
 log = logging.getLogger("sdtune")
 
@@ -109,6 +110,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     controls = _controls(config)
     nets = controlnets.load_controlnets(backbone, source, [one.path for one in controls])
     requests = _wanted(config)
+    warn_of_cut_prompts(backbone, [request.prompt for request, _ in requests])
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(one.map(size) for one in controls) for size in sizes}
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]

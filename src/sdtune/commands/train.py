@@ -34,7 +34,7 @@ from sdtune.config.build import build
 from sdtune.config.settings import Settings, plain, read_settings
 from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
-from sdtune.errors import Pruned, RunFailed, Stopped
+from sdtune.errors import RESUMES, Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.loggers import close, keep_artifact
@@ -196,7 +196,7 @@ def execute(
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     """Out, before training or after it, with the loggers closed on the way."""
-    print("sdtune: stopped; sdtune train resume=RUN goes on from the last checkpoint, if there is one", file=sys.stderr)
+    print(f"sdtune: stopped; {RESUMES}, if there is one", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

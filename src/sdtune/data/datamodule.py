@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
-from sdtune.data.control.base import CENTRE, Control
+from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, leave_signals
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import DrawImages as DrawImages
 from sdtune.data.prior import class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import TemplateSet, templates
+from sdtune.images.files import CENTRE
 from sdtune.progress import bar
 
 
@@ -163,8 +164,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
         if self.has_prior:
-            prompts = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or ()
-            same = next((s.caption for s in self._train if s.caption in prompts), None)
+            same = next((s.caption for s in self._train if s.caption in self.class_prompts), None)
             if same is not None:
                 raise ValueError(
                     f"data.class_prompt: {same!r} is a caption of the subject too, and the two would pull the same"
@@ -175,6 +175,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def has_prior(self) -> bool:
         """Whether images of the class train beside those of the subject."""
         return self.prior_weight > 0 and (self.class_prompt is not None or self.class_path is not None)
+
+    @property
+    def class_prompts(self) -> tuple[str, ...]:
+        """The prompts of the class, by turns; empty where there is none."""
+        return (self.class_prompt,) if isinstance(self.class_prompt, str) else tuple(self.class_prompt or ())
 
     @property
     def train(self) -> Sequence[Sample]:
@@ -254,8 +259,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         assert self.class_prompt is not None
         assert self.resolution is not None
         folder = encoders.cache / "class" / encoders.draw_hash
-        prompts = [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt
-        images = class_images(folder, prompts, self.class_images, self.resolution)
+        images = class_images(folder, self.class_prompts, self.class_images, self.resolution)
         if encoders.draw is not None:
             draw_missing(images, encoders.draw, encoders.rank, encoders.processes)
         self.class_samples = images

@@ -15,11 +15,12 @@ from torch.utils.data import Dataset
 from sdtune import streams
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache
-from sdtune.data.control.base import CENTRE, Control, as_map
+from sdtune.data.control.base import Control, as_map
 from sdtune.data.order import ScheduledSample
 from sdtune.data.prior import PLACE, partner
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
-from sdtune.images.files import frame
+from sdtune.hardware.signals import STOP_SIGNALS
+from sdtune.images.files import CENTRE, frame
 from sdtune.randomness import generator
 
 Batch = dict[str, Any]
@@ -138,5 +139,5 @@ def collate(pairs: list[list[Row]], prior_weight: float) -> Batch:
 
 def leave_signals(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdtune.images.files import CENTRE
+
 
 class Sample(Protocol):
     """An image with its caption; ``size`` is (width, height) in pixels."""
@@ -43,7 +45,7 @@ class View:
     flip: bool
 
     def tensor(self) -> Tensor:
-        return to_tensor(self.sample.pixels(self.size, (0.5, 0.5), self.flip))
+        return to_tensor(self.sample.pixels(self.size, CENTRE, self.flip))
 
     def __str__(self) -> str:
         return str(self.sample)

@@ -16,6 +16,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.hardware.precision import precision
+from sdtune.images.files import CENTRE
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
 from sdtune.paths import cache_folder
@@ -91,4 +92,4 @@ def _draw_into(
 def references(data: ImageDataModule) -> list[np.ndarray]:
     """Training images as they are trained, at most :data:`REFERENCES` of them."""
     step = max(1, len(data.train) // REFERENCES)
-    return [s.pixels(data.bucket(s), (0.5, 0.5), False) for s in data.train[::step]][:REFERENCES]
+    return [s.pixels(data.bucket(s), CENTRE, False) for s in data.train[::step]][:REFERENCES]

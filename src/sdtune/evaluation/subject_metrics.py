@@ -141,9 +141,9 @@ class ClipMetrics:
 
     def _class(self, data: ImageDataModule) -> list[Request]:
         """As many images of the class, where the data names it."""
-        if data.class_prompt is None:
+        prompts = data.class_prompts
+        if not prompts:
             return []
-        prompts = [data.class_prompt] if isinstance(data.class_prompt, str) else data.class_prompt
         return [Request(prompts[i % len(prompts)], self.seed + self.count + i) for i in range(self.count)]
 
 

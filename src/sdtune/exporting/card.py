@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
+from sdtune.hub import is_hub_id
 from sdtune.runs.metrics import finite
 
 CARD = ("README.md", "samples.png")
@@ -108,7 +109,7 @@ _WHAT = {
 
 def _base(backbone: str) -> str | None:
     """The hub's name of the base model; nobody knows it of pocket or of a local folder."""
-    return backbone if backbone.count("/") == 1 and not Path(backbone).exists() else None
+    return backbone if is_hub_id(backbone) and not Path(backbone).exists() else None
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Annotated, Literal, get_args
 
 import torch
 from annotated_types import Ge, Interval
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet_files import embedding_widths, load_controlnet
+from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
+from sdtune.backbone.layers import BLOCKS, layers
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
@@ -46,8 +47,6 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
     "model": get_args(Format),
 }
 """What each kind can be written as."""
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class Export:
             config, tensors = dict(net.config), net.state_dict()
         else:
             config = json.loads((artifact.path / "config.json").read_text())
-            tensors, _ = read_safetensors(artifact.path / _WEIGHTS)
+            tensors, _ = read_safetensors(artifact.path / WEIGHTS)
         opened = artifact.path / "unet"
         if self.format == "single_file":
             names = {key: f"control_model.{theirs}" for key, theirs in controlnet_names(tensors, config).items()}
@@ -260,12 +259,12 @@ class Export:
             write_json(
                 target / "config.json", {key: value for key, value in config.items() if not key.startswith("_name")}
             )
-            write_safetensors(target / _WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
+            write_safetensors(target / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
             return [target]
         for place in ("", "unet") if opened.is_dir() else ("",):
-            content, _ = read_safetensors(artifact.path / place / _WEIGHTS)
+            content, _ = read_safetensors(artifact.path / place / WEIGHTS)
             write_json(target / place / "config.json", json.loads((artifact.path / place / "config.json").read_text()))
-            write_safetensors(target / place / _WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
+            write_safetensors(target / place / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
         if (facts := artifact.path / "sdtune.json").is_file():
             write_json(target / "sdtune.json", json.loads(facts.read_text()))
         return [target]
@@ -273,7 +272,7 @@ class Export:
     def _opened(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         """The whole model with the UNet that was trained along with a net: programs load the two beside each other."""
         backbone = source.load()
-        backbone.unet.load_state_dict(read_safetensors(artifact.path / "unet" / _WEIGHTS)[0])
+        backbone.unet.load_state_dict(read_safetensors(artifact.path / "unet" / WEIGHTS)[0])
         target = folder / f"{artifact.name}-model.safetensors"
         write_single_file(backbone, source, target, DTYPES[self.dtype], {})
         return [target]
@@ -290,13 +289,11 @@ def _side(metadata: dict[str, str], otherwise: int) -> int:
 
 def _weights(backbone: Backbone) -> dict[str, Tensor]:
     """The weight of each module that a LoRA file may name: of residual and transformer blocks, and text encoders'."""
-    found: dict[str, Tensor] = {}
-    for component in ("unet", *backbone.encoders):
-        for name, module in getattr(backbone, component).named_modules():
-            inside = component != "unet" or name.startswith(("down_", "mid_", "up_"))
-            if isinstance(module, nn.Linear | nn.Conv2d) and inside and "text_projection" not in name:
-                found[canonical(f"{component}.{name}")] = module.weight.data
-    return found
+    return {
+        canonical(f"{component}.{name}"): layer.weight.data
+        for component, name, layer in layers(backbone)
+        if (component != "unet" or name.startswith(BLOCKS)) and "text_projection" not in name
+    }
 
 
 def _say_rest(before: Backbone, after: Backbone, held: set[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
-from sdtune.formats.files import read_safetensors, write_safetensors
+from sdtune.formats.files import write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, canonical, few
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -48,11 +48,6 @@ def write(path: Path, weights: LoRAWeights, metadata: Mapping[str, str], dtype: 
     # Settings carried over from a file that was read would scale the folded tensors a second time.
     kept = {key: value for key, value in metadata.items() if key != _SETTINGS}
     write_safetensors(path, {key: value.to(dtype) for key, value in to_tensors(weights).items()}, kept)
-
-
-def read(path: Path) -> LoRAWeights:
-    """The weights of ``path``; see :func:`parse`."""
-    return parse(path, *read_safetensors(path))
 
 
 def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoRAWeights:

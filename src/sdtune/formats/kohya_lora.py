@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sdtune.formats.files import portable, read_safetensors, write_safetensors
+from sdtune.formats.files import portable, write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, few
 from sdtune.formats.original import Family
 from sdtune.formats.original.names import rename_unet_module
@@ -135,12 +135,6 @@ def write(
     tensors = portable({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
     header = {**metadata, **spec.metadata(), **_training_fields(weights, spec)}
     write_safetensors(path, tensors, {**header, **_hashes(tensors, header)})
-
-
-def read(path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None) -> LoRAWeights:
-    """The weights of ``path``; see :func:`parse`."""
-    tensors, _ = read_safetensors(path)
-    return parse(path, tensors, modules, xl)
 
 
 def parse(

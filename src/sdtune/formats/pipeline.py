@@ -17,6 +17,9 @@ from sdtune.formats.keys import canonical_key
 _PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 _KEPT = (".json", ".txt")
 
+STEMS = ("diffusion_pytorch_model", "model")
+"""Of weight files: diffusers' and transformers' own."""
+
 
 def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: Mapping[str, Sequence[Path]]) -> None:
     """Copy a text-to-image pipeline folder, the components named in ``without`` left out.
@@ -54,7 +57,7 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
 
 def weights_name(component: str) -> str:
     """What the file of ``component``'s weights is called: transformers' and diffusers' own names."""
-    return f"{'model' if component.startswith('text_encoder') else 'diffusion_pytorch_model'}.safetensors"
+    return f"{STEMS[component.startswith('text_encoder')]}.safetensors"
 
 
 def _spell_out(tokenizer: Path) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+CENTRE = (0.5, 0.5)
+"""The offset of a crop at the centre, as :func:`resize_and_crop` takes it."""
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Suffixes of image files, to be compared in lower case."""
 
@@ -76,7 +79,7 @@ def image_size(path: Path) -> tuple[int, int]:
 def resize_and_crop(
     image: Image.Image,
     size: tuple[int, int],
-    offset: tuple[float, float] = (0.5, 0.5),
+    offset: tuple[float, float] = CENTRE,
     flip: bool = False,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:

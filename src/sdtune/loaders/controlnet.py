@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.formats import read_safetensors
 from sdtune.images.files import open_image, resize_and_crop
-
-log = logging.getLogger("sdtune")
+from sdtune.loaders.artifact import LoadedArtifact, warn_of_another_backbone
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,7 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
     if preprocess is not None and learned != preprocess:
         right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
         raise ValueError(f"control.preprocess: {preprocess}, but {path} has learned from other maps; {right}")
-    theirs = _facts(folder).get("backbone", source.hash())
-    if theirs != source.hash():
-        log.warning(
-            "control.path: %s was trained on another backbone (%s) than this one (%s)",
-            path,
-            theirs[:12],
-            source.hash()[:12],
-        )
+    warn_of_another_backbone(f"control.path: {path}", _facts(folder).get("backbone", source.hash()), source.hash())
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -119,10 +110,9 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class LoadedControlNet:
+class LoadedControlNet(LoadedArtifact):
     """A net on the backbone's device, and the weights of the UNet that was trained along with it, if one was."""
 
-    path: str
     model: ControlNetModel
     unet: dict[str, Tensor]
 

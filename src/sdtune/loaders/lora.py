@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.layers import layers
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
-
-log = logging.getLogger("sdtune")
+from sdtune.loaders.artifact import LoadedArtifact, warn_of_another_backbone
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,16 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
-class LoadedLoRA:
-    """An adapter's pairs with the module paths of the backbone at hand."""
+class LoadedLoRA(LoadedArtifact):
+    """An adapter's pairs with the module paths of the backbone at hand, and the words in its file."""
 
-    file: AdapterFile
     weights: LoRAWeights
     words: embeddings.Words
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     """Sites that a file may name, by the path that clients use."""
-    return {
-        canonical(f"{component}.{name}"): module
-        for component in ("unet", *backbone.encoders)
-        for name, module in getattr(backbone, component).named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    return {canonical(f"{component}.{name}"): layer for component, name, layer in layers(backbone)}
 
 
 def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
@@ -66,14 +59,7 @@ def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> Non
     if not files:
         raise ValueError(f"{key}: {path} holds no .safetensors file; name a run's artifact folder")
     for file in files:
-        theirs = read_metadata(file).get("sdtune_backbone_hash", backbone_hash)
-        if theirs != backbone_hash:
-            log.warning(
-                "%s: trained on another backbone (%s) than this one (%s): its images may be others than it learned",
-                path,
-                theirs[:12],
-                backbone_hash[:12],
-            )
+        warn_of_another_backbone(path, read_metadata(file).get("sdtune_backbone_hash", backbone_hash), backbone_hash)
 
 
 def _passed_over(file: Path) -> bool:
@@ -97,10 +83,10 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
             theirs = [rows.shape[1] for rows in vectors]
             if theirs != widths:
                 raise ValueError(
-                    f"{adapter.file.path}: vectors of {_and(theirs)} numbers; this backbone's have {_and(widths)}"
+                    f"{adapter.path}: vectors of {_and(theirs)} numbers; this backbone's have {_and(widths)}"
                 )
             if token in words:
-                raise ValueError(f"{adapter.file.path}: the word {token!r} comes from another adapter already")
+                raise ValueError(f"{adapter.path}: the word {token!r} comes from another adapter already")
             words[token] = vectors
     if words:
         backbone.add_tokens(words)
@@ -131,7 +117,7 @@ def _read(
                 f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
                 f" {list(site.weight.shape)}; it belongs to another one"
             )
-    return LoadedLoRA(file, weights, words)
+    return LoadedLoRA(file.path, weights, words)
 
 
 def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:

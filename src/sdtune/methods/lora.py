@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sdtune import streams
+from sdtune.backbone.layers import BLOCKS, layers, named_modules
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -150,10 +151,10 @@ class LoRA(Adapter):
 
     def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:
         """Component, name in it, and module of each site."""
-        for component in ("unet", *self.backbone.encoders):
-            for name, module in getattr(self.backbone, component).named_modules():
-                if hasattr(module, "lora_A") and "default" in module.lora_A:
-                    yield component, name, module
+        module: Any
+        for component, name, module in named_modules(self.backbone):
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                yield component, name, module
 
     def _rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Of the module at ``path``, canonical and with its component."""
@@ -169,8 +170,8 @@ class LoRA(Adapter):
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []
         attention = [_UNET_PROJECTIONS[p] for p in self.projections]
-        for name, module in self.backbone.unet.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d) or not name.startswith(("down_", "mid_", "up_")):
+        for component, name, _ in layers(self.backbone):
+            if component != "unet" or not name.startswith(BLOCKS):
                 continue
             if ".attn1." in name or ".attn2." in name:
                 kind = "self_attention" if ".attn1." in name else "cross_attention"

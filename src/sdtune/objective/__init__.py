@@ -1,8 +1,8 @@
 """The diffusion objective as pure functions: no Lightning, no disk."""
 
 from sdtune.objective.loss import Objective
-from sdtune.objective.prediction import PredictionType, clean_from, target
+from sdtune.objective.prediction import PredictionType, target
 from sdtune.objective.schedule import NoiseSchedule
 from sdtune.objective.weighting import MinSNR, Uniform, Weighting
 
-__all__ = ["MinSNR", "NoiseSchedule", "Objective", "PredictionType", "Uniform", "Weighting", "clean_from", "target"]
+__all__ = ["MinSNR", "NoiseSchedule", "Objective", "PredictionType", "Uniform", "Weighting", "target"]

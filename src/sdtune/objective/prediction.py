@@ -29,15 +29,3 @@ def target(kind: PredictionType, schedule: NoiseSchedule, clean: Tensor, noise: 
     if kind == "sample":
         return clean
     return schedule.alpha(timesteps, clean) * noise - schedule.sigma(timesteps, clean) * clean
-
-
-def clean_from(
-    kind: PredictionType, schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps: Tensor
-) -> Tensor:
-    """The clean sample that a UNet's ``output`` implies for ``noisy`` [B, ...]."""
-    alpha, sigma = schedule.alpha(timesteps, noisy), schedule.sigma(timesteps, noisy)
-    if kind == "epsilon":
-        return (noisy - sigma * output) / alpha
-    if kind == "sample":
-        return output
-    return alpha * noisy - sigma * output

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from sdtune.backbone import Pretrained
-from sdtune.sampling.loop import Sampling
+from sdtune.backbone.families import POCKET_GUIDANCE
+from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
+from sdtune.loaders.lora import AdapterFile, adapters_applied, check_file, load_adapters
+from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.prompts import warn_of_cut_prompts
 
 
 def sample(
@@ -39,35 +44,26 @@ def sample(
     Raises:
         ValueError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
     """
-    import torch
-    from PIL import Image
-
-    from sdtune.backbone import Pretrained
-    from sdtune.loaders import controlnet as controlnets
-    from sdtune.loaders import lora as files
-    from sdtune.sampling.loop import Request, Sampling, generate
-
-    source = backbone or Pretrained(guidance=3.0)
-    wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
+    source = backbone or Pretrained(guidance=POCKET_GUIDANCE)
+    wanted = [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
     for file in wanted:
-        files.check_file(file.path, source.hash())
+        check_file(file.path, source.hash())
     entries = [{"path": control}] if isinstance(control, str | Path) else control
-    controls = [
-        controlnets.read_control_image(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)
-    ]
+    controls = [read_control_image(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
     settings = sampling or Sampling(guidance=source.guidance)
     maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
     for one in controls:
-        controlnets.check_controlnet(one.path, source, one.preprocess)
+        check_controlnet(one.path, source, one.preprocess)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded_backbone = source.load().to(place)
     loaded_backbone.prepare_for_device(place)
-    loaded = files.load_adapters(loaded_backbone, wanted)
+    loaded = load_adapters(loaded_backbone, wanted)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
-    nets = controlnets.load_controlnets(loaded_backbone, source, [one.path for one in controls])
+    warn_of_cut_prompts(loaded_backbone, prompts)
+    nets = load_controlnets(loaded_backbone, source, [one.path for one in controls])
     with (
-        controlnets.controlnets_applied(loaded_backbone, nets, [one.strength for one in controls]),
-        files.adapters_applied(loaded_backbone, loaded, [file.strength for file in wanted]),
+        controlnets_applied(loaded_backbone, nets, [one.strength for one in controls]),
+        adapters_applied(loaded_backbone, loaded, [file.strength for file in wanted]),
     ):
         return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]

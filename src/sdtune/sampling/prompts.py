@@ -1,9 +1,15 @@
-"""Prompts from a file, in the form that kohya's sample files have."""
+"""Prompts: from a file in the form that kohya's sample files have, and whether they are cut."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from sdtune.backbone.backbone import Backbone
+
+log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,15 @@ class PromptLine:
     seed: int | None = None
     guidance: float | None = None
     steps: int | None = None
+
+
+def warn_of_cut_prompts(backbone: Backbone, prompts: Iterable[str]) -> None:
+    """A warning for each of ``prompts`` that is longer than what ``backbone`` reads."""
+    limit = backbone.facts.max_tokens
+    for prompt in dict.fromkeys(prompts):
+        length = backbone.count_tokens(prompt)
+        if length > limit:
+            log.warning("WARNING: the prompt has %d tokens and is cut after %d: %s", length, limit, prompt)
 
 
 _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}

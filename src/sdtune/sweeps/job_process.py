@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
+from sdtune.hardware.signals import STOP_SIGNALS, handled
 
 _ANOTHERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"),
@@ -23,7 +24,7 @@ _ANOTHERS = (
 SLURM's count of tasks, which is the sweep's, for the job's.
 """
 
-_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HANDED_ON = (*STOP_SIGNALS, signal.SIGHUP)
 _PATIENCE = 10.0
 """Seconds for the last words of a process that has ended."""
 
@@ -59,18 +60,16 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, asked[-1])
 
-    handlers = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
     words: list[str] = []
-    reader = threading.Thread(target=_repeat, args=(child, words), daemon=True)
-    reader.start()
-    try:
-        # Not the end of its words: the other processes of a job whose first one has died hold them open.
-        code = child.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with handled(_HANDED_ON, hand_on):
+        reader = threading.Thread(target=_repeat, args=(child, words), daemon=True)
+        reader.start()
+        try:
+            # Not the end of its words: the other processes of a job whose first one has died hold them open.
+            code = child.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     reader.join(_PATIENCE)
     said = words[-1] if words else ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from sdtune.hardware.signals import STOP_SIGNALS, handled
+
+STOPPING = "sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)"
+
 _WORKERS = ".workers"
 """Of a sweep's folder: a file for each process that is in a job and can be told to stop."""
 
@@ -39,18 +41,17 @@ class Relay:
     def __init__(self, sweep: Path) -> None:
         self.sweep = sweep
         self.code: int | None = None
-        self._before: dict[int, Any] = {}
+        self._heard = handled(STOP_SIGNALS, self._hand_on)
 
     def __enter__(self) -> Relay:
         (self.sweep / _STOPPING).unlink(missing_ok=True)
-        self._before = {number: signal.signal(number, self._hand_on) for number in _SIGNALS}
+        self._heard.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._heard.__exit__(None, None, None)
         (self.sweep / _STOPPING).unlink(missing_ok=True)
         for file in self.sweep.glob(f"{_WORKERS}/*"):
             file.unlink(missing_ok=True)
@@ -67,7 +68,7 @@ class Relay:
         partial = self.sweep / f"{_STOPPING}.partial"
         partial.write_text(str(self.code))
         partial.replace(self.sweep / _STOPPING)  # a worker may look at any moment
-        print("sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)", file=sys.stderr)
+        print(STOPPING, file=sys.stderr)
         ready = {file.name for file in self.sweep.glob(f"{_WORKERS}/*")}
         for process in multiprocessing.active_children():
             if str(process.pid) in ready:
@@ -86,7 +87,7 @@ def reachable(sweep: Path) -> Iterator[None]:
             came.append(number)
             raise KeyboardInterrupt
 
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
     place = sweep / _WORKERS / str(os.getpid())
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,6 @@ def reachable(sweep: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # between two jobs there is nothing to stop
         place.unlink(missing_ok=True)

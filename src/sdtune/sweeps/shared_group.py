@@ -30,6 +30,7 @@ from sdtune.config.settings import plain
 from sdtune.config.trainer import trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.hardware.devices import device as device_of
+from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.planning.request import PlanRequest
 from sdtune.shared_backbone.capacity import room
@@ -39,6 +40,7 @@ from sdtune.shared_backbone.session import Sharing
 from sdtune.shared_backbone.step_coordinator import StepCoordinator
 from sdtune.sweeps.job import Job, as_current
 from sdtune.sweeps.job_process import end_with_parent
+from sdtune.sweeps.joblib_stop import STOPPING
 
 MaxConcurrentRuns = int | Literal["auto"]
 
@@ -134,12 +136,8 @@ def _handed_on(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
             if child.pid is not None and child.is_alive():
                 os.kill(child.pid, number)
 
-    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(STOP_SIGNALS, heard):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _together(
@@ -269,10 +267,9 @@ def _listening(sharing: Sharing) -> Iterator[None]:
     def heard(number: int, frame: FrameType | None) -> None:
         if sharing.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        print("sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)", file=sys.stderr)
+        print(STOPPING, file=sys.stderr)
         sharing.stop(number)
 
-    before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     main = threading.get_ident()
@@ -281,9 +278,8 @@ def _listening(sharing: Sharing) -> Iterator[None]:
     root.handlers = [console]  # each job has its own
     root.setLevel(logging.INFO)
     try:
-        yield
+        with handled(STOP_SIGNALS, heard):
+            yield
     finally:
         root.handlers = handlers
         root.setLevel(level)
-        for number, handler in before.items():
-            signal.signal(number, handler)

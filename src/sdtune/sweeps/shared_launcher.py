@@ -24,7 +24,8 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
     """Runs jobs that may share a backbone at once, in one process, and the others one after another.
 
     Args:
-        max_concurrent_runs: how many at once; ``auto``: as many as the device's memory holds by ``sdtune plan``'s count.
+        max_concurrent_runs: how many at once; ``auto``: as many as the device's memory holds by the count of
+            ``sdtune plan``.
     """
 
     def __init__(self, max_concurrent_runs: int | Literal["auto"] = "auto") -> None:

@@ -14,13 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdtune.images.files import SUFFIXES, open_image, resize_and_crop
+from sdtune.images.files import CENTRE, SUFFIXES, open_image, resize_and_crop
 
 if TYPE_CHECKING:
     from sdtune.data.samples import Sample
-
-CENTRE = (0.5, 0.5)
-"""The offset of a crop at the centre."""
 
 Resample = Literal["nearest", "bilinear"]
 

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from sdtune.data.cache import share
-from sdtune.data.control.base import CENTRE, FromImage, fit
+from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
+from sdtune.hub import is_hub_id
+from sdtune.images.files import CENTRE
 from sdtune.images.grids import save_png
 from sdtune.paths import cache_folder
 from sdtune.progress import bar
@@ -58,8 +60,7 @@ class Estimated(FromImage):
 
     def open(self, samples: Sequence[Sample]) -> None:
         for key, name in self._models.items():
-            named_as_folder = name.startswith(("/", ".", "~")) or name.count("/") != 1
-            if not Path(name).expanduser().is_dir() and named_as_folder:
+            if not Path(name).expanduser().is_dir() and not is_hub_id(name):
                 raise ValueError(
                     f"data.control.{key}: {name} is not a folder; name a local folder with a transformers model, or a"
                     " hub id"

@@ -207,8 +207,3 @@ THINGS: tuple[Thing, ...] = (*_CLASSES, *(Thing(name, name, code) for name, code
 TRAINED: tuple[Thing, ...] = tuple(thing for thing in THINGS if not thing.held_out)
 HELD_OUT: tuple[Thing, ...] = tuple(thing for thing in THINGS if thing.held_out)
 BY_NAME: dict[str, Thing] = {thing.name: thing for thing in THINGS}
-
-
-def members(word: str, held_out: bool | None = None) -> tuple[Thing, ...]:
-    """The things of one class word; only the trained or only the held-out ones if ``held_out`` says so."""
-    return tuple(t for t in THINGS if t.word == word and (held_out is None or t.held_out == held_out))
