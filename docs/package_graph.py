@@ -38,7 +38,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting",),
     ("runs", "data"),
     ("formats", "images", "hardware", "objective"),
-    ("files", "hub", "log_filters", "loggers", "lr_schedule", "paths", "progress", "randomness", "streams", "suggest"),
+    (
+        "files",
+        "hub",
+        "lightning_compat",
+        "log_filters",
+        "loggers",
+        "lr_schedule",
+        "paths",
+        "peft_compat",
+        "progress",
+        "randomness",
+        "streams",
+        "suggest",
+        "torch_compat",
+    ),
     ("errors",),
 )
 """From the top down: a package imports from the layers below its own alone."""

@@ -14,20 +14,20 @@ import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning_fabric.utilities.types import _PATH
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.best_artifact import BEST
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUMES
 from sdtune.hardware.signals import STOP_SIGNALS
+from sdtune.lightning_compat import PathLike
 from sdtune.methods.base import Adapter
 
 
 class AtomicIO(TorchCheckpointIO):
     """Writes beside the target, syncs, and renames: Lightning's own goes through TMPDIR and swallows some errors."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")

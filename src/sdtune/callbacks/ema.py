@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from sdtune.methods.base import Adapter
+from sdtune.torch_compat import foreach_lerp_
 from sdtune.training.weight_swap import swapped
 
 
@@ -49,7 +50,7 @@ class EMA(Callback):
         assert isinstance(pl_module, Adapter)
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.float() for p in self._trained], 1 - decay)
+        foreach_lerp_(list(self.shadow.values()), [p.float() for p in self._trained], 1 - decay)
 
     def swapped(self, module: nn.Module) -> AbstractContextManager[None]:
         """Within it, ``module`` holds the averaged weights; afterwards its own, to the bit."""

@@ -23,9 +23,11 @@ from sdtune.data.dataset import Batch
 from sdtune.formats import embeddings
 from sdtune.hardware.allocator import pin_allocation
 from sdtune.hardware.precision import HALVES, autocast
+from sdtune.lightning_compat import attached_trainer
 from sdtune.loaders.lora import check_file
 from sdtune.lr_schedule import Constant, LRSchedule, take_rates
 from sdtune.objective import Objective
+from sdtune.torch_compat import set_takes_found_inf
 from sdtune.training import random_draws as draws
 from sdtune.training.arguments import Average, MakeOptimizer
 from sdtune.training.caching import CachedParts, fill_caches
@@ -150,14 +152,14 @@ class Adapter(pl.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
         half = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
             self.backbone = self.source.load(self.seed, half if vars(type(self)).get("reads_denoiser_only") else None)
             # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
             with self.backbone.device:
                 self._build()
-        if self._trainer is not None:
+        if attached_trainer(self) is not None:
             if (
                 half and self.backbone.lora_branches is None
             ):  # weights that are others' too are not this run's to change
@@ -253,7 +255,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def autocast(self) -> torch.autocast:
         """The run's autocast, for work outside of a training step."""
-        return autocast(self.device, str(self.trainer.precision) if self._trainer is not None else "32-true")
+        return autocast(self.device, str(self.trainer.precision) if attached_trainer(self) is not None else "32-true")
 
     # --- a step
 
@@ -345,7 +347,7 @@ class Adapter(pl.LightningModule, ABC):
         optimizer: Any = self.make_optimizer(self.optimizer_groups())
         if self.trainer.precision == "16-mixed":
             # A fused optimizer would take scaled gradients; then their norm could not be clipped before.
-            optimizer._step_supports_amp_scaling = False
+            set_takes_found_inf(optimizer, False)
         total = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -23,6 +23,7 @@ from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
 from sdtune.loaders.lora import check_file
 from sdtune.methods.base import Adapter
+from sdtune.peft_compat import register_layers
 from sdtune.randomness import generator
 from sdtune.training.arguments import Common
 from sdtune.training.lora_layer import Site
@@ -207,7 +208,7 @@ class LoRA(Adapter):
             lora_dropout=self.dropout,
             use_rslora=self.alpha_policy == "rslora",
         )
-        config._register_custom_module({nn.Linear: Site})  # peft's way to layers of one's own
+        register_layers(config, {nn.Linear: Site})  # peft's way to layers of one's own
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             if "lora_" in name and parameter.dtype.itemsize == 2:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sdtune.torch_compat import efficient_attention
+
 _HALF = (F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm)
 _FLOAT = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.mse_loss)
 
@@ -69,6 +71,5 @@ def _fused(
     """Saves q, k, v, the output and a logsumexp a row; on the meta device torch itself would choose plain products."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    out: Tensor = attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    out: Tensor = efficient_attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
     return out

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from sdtune.torch_compat import TorchDispatchMode, operator_of, storage_key, tree_leaves
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -28,13 +28,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """``known``: tensors that exist already, and are not counted."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.flop = self.activations = self.together = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {storage_key(tensor) for tensor in known}
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._live = self._aside = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(operator_of(func))
         if formula is not None:
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
@@ -44,7 +44,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._known or key in self._alive:
             return
         size = storage.nbytes()
@@ -60,7 +60,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def put_aside(self, tensor: Tensor) -> None:
         """From now on ``tensor``, a gradient that stays, is no activation."""
-        _, size = self._alive.pop(tensor.untyped_storage()._cdata)
+        _, size = self._alive.pop(storage_key(tensor))
         self._live -= size
         self._aside += size
-        self._known.add(tensor.untyped_storage()._cdata)
+        self._known.add(storage_key(tensor))

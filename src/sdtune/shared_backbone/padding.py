@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdtune.torch_compat import foreach_copy_, foreach_mul, foreach_mul_
+
 
 class Pair(NamedTuple):
     """A run's pair at a site: A [r, in] and B [out, r] (of a convolution [r, in, k, k] and [out, r, 1, 1])."""
@@ -128,9 +130,9 @@ class Padded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sites: Sequence[Layout], buffer: Buffer, *parts: Tensor) -> Any:
         """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
-        torch._foreach_copy_(buffer.parts, parts)
+        foreach_copy_(buffer.parts, parts)
         if buffer.scales is not None:
-            torch._foreach_mul_(buffer.blocks[1::2], buffer.scales)
+            foreach_mul_(buffer.blocks[1::2], buffer.scales)
         ctx.sites, ctx.buffer, ctx.dtype = sites, buffer, parts[0].dtype
         # Views: the blocks themselves would belong to this step's graph, and could not be written again.
         return tuple(block.view_as(block) for block in buffer.blocks)
@@ -140,12 +142,12 @@ class Padded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         ctx.buffer.awaited = False
         scales = ctx.buffer.scales
-        ups = gradients[1::2] if scales is None else torch._foreach_mul(gradients[1::2], scales)
+        ups = gradients[1::2] if scales is None else foreach_mul(gradients[1::2], scales)
         both = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
         padded = _own(ctx.sites, both)
         # In the parameters' type and order, for autograd to keep as they are.
         own = [torch.empty(part.shape, dtype=ctx.dtype, device=part.device) for part in padded]
-        torch._foreach_copy_(own, padded)
+        foreach_copy_(own, padded)
         return None, None, *own
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.progress_bar import ProgressBar
+from sdtune.lightning_compat import without_module
 from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import Mode, default_dtype
 from sdtune.shared_backbone.padding import Pair
@@ -143,9 +144,7 @@ class OneDevice(SingleDeviceStrategy):
         self._sharing.attach(self.model)
 
     def teardown(self) -> None:
-        module, self._lightning_module = self._lightning_module, None
-        super().teardown()
-        self._lightning_module = module
+        without_module(self, super().teardown)
 
 
 class Together(Callback):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sdtune.torch_compat import foreach_mul_, takes_found_inf
+
 OVERFLOWS = 40
 """So many steps in a row a gradient scaler may pass over: halved as often, any scale that it begins at is below 1."""
 
@@ -47,12 +49,12 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
     zero gradients in that step; with momentum they still move a little, but never to a value that is not finite.
     """
     finite = torch.isfinite(norm)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if takes_found_inf(optimizer):
         optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         return finite
     gradients = [p.grad for p in parameters if p.grad is not None]
     for gradient in gradients:
         gradient.nan_to_num_(0.0, 0.0, 0.0)
-    torch._foreach_mul_(gradients, finite.to(gradients[0].dtype))
+    foreach_mul_(gradients, finite.to(gradients[0].dtype))
     return finite
