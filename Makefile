@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow test-clients lint format type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow test-clients lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -83,7 +83,10 @@ format: .venv/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: .venv/.dev ## mypy, strict, on src
+graph: ## write today's packages into ARCHITECTURE.md
+	$(PYTHON) docs/package_graph.py
+
+type: .venv/.dev ## mypy, strict, on src and experiments
 	$(BIN)/mypy
 
 wheel: .venv/.dev ## build dist/sdtune-*.whl

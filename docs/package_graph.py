@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -157,7 +158,7 @@ def sentence(package: str) -> str:
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     assert text, package
-    return text.splitlines()[0]
+    return re.sub(r":\w+:`(\w+)`|``([^`]+)``", lambda match: f"`{match[1] or match[2]}`", text.splitlines()[0])
 
 
 def drawn() -> list[str]:

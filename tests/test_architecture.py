@@ -1,178 +1,328 @@
-"""The import arrows of ARCHITECTURE.md, the length of files, and what answers without torch."""
+"""The rules of ARCHITECTURE.md: layers, imports of libraries, sizes, names, and what answers without torch."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parents[1] / "src"
-PACKAGE = SRC / "sdtune"
+from docs import package_graph as graphs
 
-LAYERS = [
-    {"__init__", "train", "run", "checks", "report_lines", "prepare", "prepare_run"}  # commands
-    | {
-        "export",
-        "export_run",
-        "sample",
-        "sample_run",
-        "evaluate",
-        "evaluate_run",
-        "plan",
-        "plan_run",
-        "report",
-        "reporting",
-        "comparison",
-        "sharing",
-        "shared_group",
-        "shared_launcher",
+PACKAGE, ROOT = graphs.PACKAGE, graphs.ROOT
+MODULES = graphs.modules(PACKAGE)
+GRAPH = graphs.module_graph(PACKAGE)
+PACKAGES = graphs.package_graph(PACKAGE)
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+FLAT = {name for name in PACKAGES if not (PACKAGE / name).is_dir()}
+
+LIBRARIES = {
+    "hydra": {"cli", "commands.train", "config", "runs.names", "sweeps"},
+    "omegaconf": {"cli", "commands", "config", "reporting.collect", "runs.compare", "runs.names", "sweeps"},
+    "pytorch_lightning": {
+        "callbacks",
+        "commands",
+        "data.datamodule",
+        "hardware.child_processes",
+        "lightning_compat",
+        "loggers",
+        "methods",
+        "planning",
+        "pocket.pretraining",
+        "shared_backbone",
+        "training.caching",
     },
-    {"callbacks", "evaluation", "exporting", "pocket", "planning"},
-    {"methods"},
-    {"sampling", "adapters", "controlnets"},
-    {"backbone"},
-    {"objective"},
-]
-"""Each may import from itself and from those below it; modules that stand in none are tools that import no layer."""
+    "lightning_fabric": {"callbacks.checkpoints", "lightning_compat"},
+    "diffusers": {"backbone", "loaders", "methods.controlnet", "pocket", "sampling", "shared_backbone"},
+    "transformers": {
+        "backbone",
+        "data.control.estimators",
+        "data.control.poses",
+        "evaluation",
+        "log_filters",
+        "pocket.pretraining",
+        "training.perceptual_loss",
+    },
+    "peft": {"methods.lora", "peft_compat", "shared_backbone.pool", "training.lora_layer"},
+    "wandb": {"callbacks.samples", "loggers"},
+}
+"""Library -> the packages and modules that may import it, inside functions too."""
 
-ANYWHERE = {"data", "formats"}
-"""Beside the layers: they know no model, and any layer may use them."""
+WITHOUT_TORCH = {"cli", "errors", "files", "hub", "paths", "progress", "reporting", "runs", "streams", "suggest"}
+NEAR_LEAVES = {"objective": {"errors"}, "formats": {"errors", "files"}} | {name: {"errors"} for name in FLAT}
+"""Package -> all that it may import of sdtune."""
 
-HYDRA = (
-    {
-        "launch",
-        "sweeps",
-        "jobs",
-        "optuna_sweeper",
-        "shared_group",
-        "shared_launcher",
-        "checks",
-        "resume",
-        "train",
-        "sample",
-        "evaluate",
-    }
-    | {f"{command}_run" for command in ("prepare", "sample", "evaluate", "export", "plan")}
-    | {"run"}
-)
-COMPOSES = {"comparison.figures"}
-"""A recipe that it does not run."""
-OMEGACONF_FOR_TYPES = {"train", "sample", "evaluate"}
-READS_CONFIGS = {"reporting.collect", "pocket.table"}
-"""Those of runs that are over."""
+COMPAT = {
+    "config.hydra_compat": ("hydra", "omegaconf"),
+    "lightning_compat": ("pytorch_lightning", "lightning_fabric"),
+    "peft_compat": ("peft",),
+    "torch_compat": ("torch",),
+}
+"""Module -> the libraries of which it alone uses private names."""
 
-
-def modules() -> dict[str, Path]:
-    """Dotted name below sdtune -> file."""
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(PACKAGE.rglob("*.py"))
-    }
+MOST_LINES, MOST_MEMBERS = 40, 20
+LONG_FUNCTIONS = {
+    "cli.launch.launch": 76,
+    "commands.checks.check_run": 42,
+    "commands.train.execute": 66,
+    "planning.measure.measure": 43,
+    "pocket.evaluation.subject.run": 54,
+    "pocket.pretraining.assemble.assemble_pipeline": 42,
+    "reporting.charts.cost_and_effect": 53,
+    "reporting.charts.heat_map": 43,
+    "sweeps.job_process.run_apart": 44,
+    "sweeps.shared_group._together": 58,
+    "sweeps.shared_launcher.launch": 43,
+    "sweeps.sweep.multirun": 41,
+}
+WIDE_CLASSES = {"backbone.backbone.Backbone": 24, "methods.base.Adapter": 22}
+"""What is still to be split. These lists only shrink: an entry goes when its function or class fits."""
 
 
-def imports(path: Path, module: str) -> set[str]:
-    """Everything that ``path`` imports, at the top or inside a function, as dotted names."""
+def inside(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+@cache
+def libraries(module: str) -> frozenset[str]:
+    """The dotted names that ``module`` imports, wherever in it the import stands."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            assert node.module
-            # "from sdtune import run" and "from sdtune.run import plain" alike.
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
-MODULES = modules()
-IMPORTS = {name: imports(path, name) for name, path in MODULES.items()}
+def uses(module: str, *names: str) -> set[str]:
+    return {i for i in libraries(module) for name in names if i == name or i.startswith(f"{name}.")}
 
 
-def unit(name: str) -> str:
-    return name.split(".")[0]
+# --- layers
 
 
-def level(name: str) -> int | None:
-    return next((i for i, layer in enumerate(LAYERS) if unit(name) in layer), None)
+def test_every_package_has_its_layer() -> None:
+    layered = [name for layer in graphs.LAYERS for name in layer]
+    assert sorted(layered) == sorted(PACKAGES)
 
 
-def own(name: str) -> set[str]:
-    """The modules of sdtune that ``name`` imports, as units."""
-    inside = {i.removeprefix("sdtune.") for i in IMPORTS[name] if i.startswith("sdtune.")}
-    return {unit(i) for i in inside if i in MODULES or i.rpartition(".")[0] in MODULES} & {unit(m) for m in MODULES}
+def test_imports_point_down_only() -> None:
+    level = {name: i for i, layer in enumerate(graphs.LAYERS) for name in layer}
+    upward = [f"{a} imports {b}" for a, targets in PACKAGES.items() for b in targets if level[b] <= level[a]]
+    assert upward == []
 
 
-def uses(name: str, *packages: str) -> list[str]:
-    return [p for p in packages if any(i == p or i.startswith(f"{p}.") for i in IMPORTS[name])]
+def test_no_module_imports_itself_through_others() -> None:
+    assert [sorted(cycle) for cycle in graphs.cycles(GRAPH)] == []
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down_only(name: str) -> None:
-    mine = level(name)
-    for other in own(name) - {unit(name)}:
-        theirs = level(other)
-        if theirs is None:
+def test_the_graph_in_the_architecture_is_todays() -> None:
+    assert graphs.PAGE.read_text(encoding="utf-8") == graphs.page()
+    assert len(graphs.reduced(PACKAGES)) <= 45
+
+
+@pytest.mark.parametrize("package", NEAR_LEAVES)
+def test_near_leaves_import_next_to_nothing(package: str) -> None:
+    assert PACKAGES[package] <= NEAR_LEAVES[package]
+
+
+def test_errors_import_nothing() -> None:
+    assert libraries("errors") <= {"__future__.annotations"}
+    assert libraries("hardware") <= {"__future__.annotations"}, "every module may import hardware.processes"
+
+
+def test_pockets_world_knows_nothing_of_its_training() -> None:
+    own = {name for name in MODULES if inside(name, {"pocket.world"})}
+    seen = {target for name in own for target in GRAPH[name] if inside(target, {"pocket"})}
+    assert seen <= own | {"pocket"}
+
+
+# --- libraries
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+    assert [name for name in MODULES if uses(name, library) and not inside(name, LIBRARIES[library])] == []
+    unused = {p for p in LIBRARIES[library] if not any(uses(m, library) for m in MODULES if inside(m, {p}))}
+    assert unused == set(), "the list names what imports it no more"
+
+
+def test_data_knows_no_model() -> None:
+    own = [name for name in MODULES if inside(name, {"data"})]
+    assert {name: found for name in own if (found := uses(name, "diffusers", "peft", "sdtune.backbone"))} == {}
+    for name in own:
+        atop = {i for node in TREES[name].body for i in _imports_atop(node)}
+        assert not {i for i in atop if i.split(".")[0] == "transformers"}, f"{name}: import it inside a function"
+
+
+def _imports_atop(node: ast.stmt) -> Iterator[str]:
+    """Dotted names of an import that runs when its module is read."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield str(node.module)
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+        for child in node.body + node.orelse:
+            yield from _imports_atop(child)
+
+
+@pytest.mark.parametrize("package", WITHOUT_TORCH)
+def test_it_needs_no_torch(package: str) -> None:
+    assert [name for name in MODULES if inside(name, {package}) and uses(name, "torch")] == []
+
+
+@pytest.mark.parametrize("package", ["objective", "formats"])
+def test_tensors_alone(package: str) -> None:
+    no = ("transformers", "diffusers", "peft", "pytorch_lightning", "torch.nn.Module")
+    assert {name: uses(name, *no) for name in MODULES if inside(name, {package}) and uses(name, *no)} == {}
+
+
+# --- private names
+
+
+def test_private_names_of_libraries_stand_in_their_compat_modules() -> None:
+    found = {name: sorted(set(_private(name))) for name in MODULES if name not in COMPAT}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("module", COMPAT)
+def test_a_compat_module_is_of_its_library_alone(module: str) -> None:
+    others = {library for libraries_ in COMPAT.values() for library in libraries_} - set(COMPAT[module])
+    private = {i for i in uses(module, *others) if any(part.startswith("_") for part in i.split("."))}
+    assert private == set()
+
+
+_CONFIG_KEYS = {"_target_", "_partial_"}
+"""Hydra's documented keys, which look private."""
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """Every name that sdtune itself gives to a function, a class, a variable or an attribute."""
+    names: set[str] = set()
+    for name, tree in TREES.items():
+        if name in COMPAT:
             continue
-        # backbone.path=pocket means the folder that the package ships, and pocket's __init__ holds nothing but paths.
-        if other == "pocket" and IMPORTS["pocket"] <= {
-            "__future__",
-            "__future__.annotations",
-            "pathlib",
-            "pathlib.Path",
-        }:
-            continue
-        assert mine is not None, f"sdtune.{name} imports sdtune.{other}, which is a layer"
-        assert theirs >= mine, f"sdtune.{name} imports sdtune.{other} from above it"
-        assert theirs > mine or mine in (0, 1, 3), f"sdtune.{name} imports sdtune.{other} beside it"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+                names |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+    return frozenset(names)
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) == "data"])
-def test_data_knows_no_model(name: str) -> None:
-    assert not own(name) & {unit for layer in LAYERS for unit in layer}
-    assert not uses(name, "transformers", "diffusers", "peft")
+def _private(module: str) -> Iterator[str]:
+    """The private names of others that ``module`` uses: what it imports, and attributes that sdtune gave to nothing."""
+    for name in libraries(module):
+        if any(part.startswith("_") and part != "__future__" for part in name.split(".")):
+            yield name
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            if node.attr not in _own_names() | _CONFIG_KEYS:
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and str(name.value).startswith("_"):
+                yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) == "formats"])
-def test_formats_see_tensors_and_not_modules(name: str) -> None:
-    assert not own(name) - {"formats"}
-    assert not uses(name, "transformers", "diffusers", "peft", "pytorch_lightning", "torch.nn")
+# --- sizes
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) == "objective"])
-def test_the_objective_is_pure(name: str) -> None:
-    assert not own(name) - {"objective"}
-    assert not uses(name, "transformers", "diffusers", "peft", "pytorch_lightning", "pathlib", "os", "sdtune.paths")
+def lines_of(function: ast.FunctionDef) -> int:
+    """Without signature and docstring."""
+    body = function.body
+    if ast.get_docstring(function) is not None:
+        body = body[1:]
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if unit(m) in {"backbone", "sampling", "adapters", "controlnets"}])
-def test_the_backbone_knows_no_trainer(name: str) -> None:
-    assert not uses(name, "pytorch_lightning", "lightning_fabric", "peft")
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_only_commands_import_hydra(name: str) -> None:
-    if name not in HYDRA | COMPOSES | READS_CONFIGS:
-        assert not uses(name, "hydra", "omegaconf")
-    if name in OMEGACONF_FOR_TYPES | READS_CONFIGS:
-        assert uses(name, "hydra") == []
+def test_functions_are_short() -> None:
+    long = {
+        f"{name}.{function.name}": lines
+        for name, tree in TREES.items()
+        for function in functions(tree)
+        if (lines := lines_of(function)) > MOST_LINES
+    }
+    assert {name: lines for name, lines in long.items() if lines > LONG_FUNCTIONS.get(name, MOST_LINES)} == {}
+    assert set(LONG_FUNCTIONS) <= set(long), "what fits leaves the list"
 
 
-def test_the_test_knows_every_module_it_speaks_of() -> None:
-    units = {unit(name) for name in MODULES}
-    assert {u for layer in LAYERS for u in layer} | ANYWHERE | HYDRA <= units
+def test_classes_are_narrow() -> None:
+    wide = {f"{cls.__module__.removeprefix('sdtune.')}.{cls.__name__}": len(members(cls)) for cls in classes()}
+    wide = {name: width for name, width in wide.items() if width > MOST_MEMBERS}
+    assert {name: width for name, width in wide.items() if width > WIDE_CLASSES.get(name, MOST_MEMBERS)} == {}
+    assert set(WIDE_CLASSES) <= set(wide), "what fits leaves the list"
+
+
+@cache
+def classes() -> tuple[type, ...]:
+    found: list[type] = []
+    for name in MODULES:
+        if name not in ("", "__main__"):
+            module = importlib.import_module(f"sdtune.{name}")
+            found += [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == module.__name__]
+    return tuple(found)
+
+
+def members(cls: type) -> set[str]:
+    """Public methods and properties that ``cls`` adds; hooks of a base that it overrides are not its own."""
+    inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+    own = {n: v for n, v in vars(cls).items() if not n.startswith("_") and n not in inherited}
+    return {n for n, v in own.items() if inspect.isroutine(v) or inspect.isdatadescriptor(v) or hasattr(v, "func")}
+
+
+# --- names
+
+
+def test_no_public_class_has_two_homes() -> None:
+    assert _twice(ast.ClassDef, lambda module: module) == {}
+
+
+def test_no_public_function_has_two_homes() -> None:
+    """But ``main``, and a format's ``read``, ``write`` and ``parse``, which are called with their module's name."""
+    assert _twice(ast.FunctionDef, lambda module: module.split(".")[0]) == {}
+
+
+def _twice(kind: type[ast.ClassDef | ast.FunctionDef], home) -> dict[str, set[str]]:  # type: ignore[no-untyped-def]
+    homes: dict[str, set[str]] = {}
+    for module, tree in TREES.items():
+        shared = {"main"} | ({"read", "write", "parse"} if inside(module, {"formats"}) else set())
+        for node in tree.body:
+            if isinstance(node, kind) and not node.name.startswith("_") and node.name not in shared:
+                homes.setdefault(node.name, set()).add(home(module))
+    return {name: found for name, found in homes.items() if len(found) > 1}
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:
     assert not {"utils", "util", "helpers", "common", "misc"} & {part for name in MODULES for part in name.split(".")}
 
 
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
-def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 350
+def test_every_module_says_what_it_is() -> None:
+    assert [name for name, tree in TREES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_tests_stand_where_what_they_test_does() -> None:
+    folders = {p.parent.relative_to(ROOT / "tests").as_posix() for p in (ROOT / "tests").rglob("test_*.py")}
+    packages = {name.replace(".", "/") for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert folders - packages - {".", "docs", "experiments", "golden"} == set()
+    flat = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
+    assert flat - FLAT - {"architecture", "compat", "configs", "public_api", "wheel"} == set()
 
 
 # --- at once

@@ -16,6 +16,7 @@ from sdtune.commands import checks
 from sdtune.commands import sample as sample_run
 from sdtune.config.build import build
 from sdtune.config.compose import compose, search_path
+from sdtune.config.settings import plain
 from sdtune.config.targets import resolve
 from sdtune.paths import config_folder
 
@@ -70,7 +71,7 @@ def check(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checks, "build", stop)
     with pytest.raises(Passed):
-        checks.check_run(checks.plain(config))
+        checks.check_run(plain(config))
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -233,7 +234,7 @@ def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> N
 def test_an_evaluation_is_switched_off_behind_a_recipe_that_sets_its_details() -> None:
     config = composed("train", "experiment=dreambooth_subject", "evaluation=none")
     assert config.evaluation == {"class_images": 210}
-    assert checks.plain(config)["evaluation"] == {}
+    assert plain(config)["evaluation"] == {}
 
 
 def test_debug_has_its_way_with_a_recipe() -> None:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from experiments.compare_methods.value import Value
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.paths import config_folder
-from sdtune.planning import Switches, memory
+from sdtune.planning.memory import Switches, memory
 from sdtune.planning.request import count
 from sdtune.pocket.evaluation.intervals import intervals
 from sdtune.reporting import Run

@@ -26,7 +26,7 @@ from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.files import write_json
 from sdtune.paths import config_folder
-from sdtune.planning import SWITCHES, memory
+from sdtune.planning.memory import SWITCHES, memory
 from sdtune.planning.request import count
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""How a run may end other than by being complete."""
+"""Exceptions by which a run ends, and the texts that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of repositories on the Hugging Face hub."""
+"""Repository names on the Hugging Face Hub."""
 
 
 def is_hub_id(name: str) -> bool:

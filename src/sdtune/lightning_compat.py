@@ -1,4 +1,4 @@
-"""What sdtune uses of Lightning that is private to it: this module alone names it."""
+"""The private names of Lightning that sdtune uses, and no others."""
 
 from __future__ import annotations
 

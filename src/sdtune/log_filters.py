@@ -1,4 +1,4 @@
-"""Keeps a run's output to what its user needs: the libraries' remarks about how sdtune uses them are not."""
+"""Filters for the libraries' warnings that a user of sdtune can do nothing about."""
 
 from __future__ import annotations
 

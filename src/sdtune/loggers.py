@@ -1,4 +1,4 @@
-"""Loggers with the run's own conventions."""
+"""Lightning loggers with conventions of sdtune: W&B, TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules over optimizer steps: a factor on the optimizer's own rate."""
+"""Learning-rate schedules over optimizer steps, as factors on the optimizer's rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things lie: the shipped configs, and the cache that runs share."""
+"""Paths: the shipped configs, the pocket backbone, the cache that runs share."""
 
 from __future__ import annotations
 

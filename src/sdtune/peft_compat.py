@@ -1,4 +1,4 @@
-"""What sdtune uses of peft that is private to it: this module alone names it."""
+"""The private names of peft that sdtune uses, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A progress bar for work before training, silent when there is nothing to do; in a log file a line."""
+"""A progress bar for work before training; lines in a log file."""
 
 from __future__ import annotations
 

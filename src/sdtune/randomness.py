@@ -1,4 +1,4 @@
-"""Every draw of training as a pure function of (seed, stream, step, position).
+"""Deterministic random numbers, keyed by (seed, stream, step, position).
 
 A counter-based generator (Philox4x64-10; Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") has no
 state to save or restore: the draw for one sample is found from its place alone. So a resumed run, another number of

@@ -1,4 +1,4 @@
-"""Near misses: what somebody probably meant."""
+"""Near misses: the valid name that a misspelt one most resembles."""
 
 from __future__ import annotations
 

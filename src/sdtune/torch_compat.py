@@ -1,4 +1,4 @@
-"""What sdtune uses of torch that is private to it: this module alone names it."""
+"""The private names of torch that sdtune uses, and no others."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from sdtune.commands import plan as plan_command
 from sdtune.config.compose import compose, search_path
 from sdtune.methods import Full, LoRA
 from sdtune.paths import config_folder
-from sdtune.planning import SWITCHES, TrainingCosts, memory
 from sdtune.planning.kernels import Kernels
+from sdtune.planning.measure import TrainingCosts
+from sdtune.planning.memory import SWITCHES, memory
 from sdtune.planning.meter import Meter
 from sdtune.planning.request import count as count_costs
 

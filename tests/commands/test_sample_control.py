@@ -105,7 +105,7 @@ def test_a_map_covers_the_wanted_size(net: Path, image: Path) -> None:
 def refusals(net: Path, image: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no image": ([f"control=[{{path:{net}}}]"], "control[0]: image is missing; write {path: NET, image: FILE"),
-        "odd key": ([f"control=[{{path:{net},image:x}}]"], "control[0]: image is not known"),
+        "odd key": ([f"control=[{{path:{net},picture:x}}]"], "control[0]: picture is not known"),
         "missing image": (
             [f"control=[{{path:{net},image:/nowhere.png}}]"],
             "control.image: /nowhere.png does not exist",

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtune.backbone import Pretrained
 from sdtune.cli.launch import EXIT_INVALID_INPUT
-from sdtune.cli.main import main as cli
+from sdtune.cli.main import main
 from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora
 
 Spoil = Callable[[Path], object]
@@ -51,7 +51,7 @@ class CommandLine:
         self.monkeypatch.setattr(sys, "argv", ["sdtune", *arguments])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         out, err = self.capfd.readouterr()

@@ -83,7 +83,7 @@ def test_agreement_is_measured_without_a_clip(
     def draw(_: object, requests: Sequence[Request], __: Sampling) -> list[np.ndarray]:
         return [r.maps[0] if r.maps else np.zeros((64, 64, 3), np.uint8) for r in requests]
 
-    monkeypatch.setattr(general, "draw", draw)
+    monkeypatch.setattr(general, "draw_images", draw)
     monkeypatch.setattr(general, "draw_base", lambda _, requests, sampling, __: draw(None, requests, sampling))
     (tmp_path / "artifact").mkdir()
     few = ClipMetrics(images=4, sampling=Sampling(steps=1, width=64, height=64))

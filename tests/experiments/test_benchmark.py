@@ -19,15 +19,9 @@ from running import arguments
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmark"
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gate
-
-    from commands import Shape
+    from experiments.benchmark import gate
+    from experiments.benchmark.commands import Shape
 
     monkeypatch.setattr(gate, "TOLERANCE", 1e-4)  # a random model is not as well conditioned as one that has learned
     found = gate.gate(Shape("tiny", tiny, 32))
@@ -42,7 +36,7 @@ def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypat
 def test_the_clock_sees_a_training(watch: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.json"
     own = arguments(tiny, images, tmp_path / "run", "trainer.max_steps=1000")
-    command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune.train", *own]
+    command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune", "train", *own]
     began = time.monotonic()
     environment = os.environ | {"BENCH_BEGAN": repr(began)}
     assert subprocess.run(command, env=environment, timeout=240, check=False).returncode == 0
@@ -57,7 +51,7 @@ def test_the_clock_sees_a_training(watch: str, tiny: Path, images: Path, tmp_pat
 
 
 def test_what_is_not_finite_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import clock
+    from experiments.benchmark import clock
 
     monkeypatch.setenv("BENCH_BEGAN", "0")
     weight = torch.nn.Parameter(torch.tensor([1.0, math.inf]))
@@ -67,7 +61,7 @@ def test_what_is_not_finite_has_no_figures(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
-    from page import page
+    from experiments.benchmark.page import page
 
     machine = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": []}
 
@@ -124,14 +118,14 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     ("start", "step", "wanted"), [(3.0, 1.0, "2"), (3.0, 2.5, "never"), (0.5, 1.0, "at once"), (0.5, 2.25, "until 2")]
 )
 def test_after_how_many_steps_a_later_start_is_made_up_for(start: float, step: float, wanted: str) -> None:
-    from page import _ahead
+    from experiments.benchmark.page import _ahead
 
     ours = {"first_step_seconds": [start], "step_seconds": [step]}
     assert _ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == wanted
 
 
 def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what() -> None:
-    from page import groups, page
+    from experiments.benchmark.page import groups, page
 
     one = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": ["amx_bf16"]}
     figures = {
@@ -154,7 +148,7 @@ def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what()
 
 
 def test_a_beginning_that_no_group_has_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import bench
+    from experiments.benchmark import bench
 
     monkeypatch.setattr("sys.argv", ["bench.py", "--folder", str(tmp_path / "bench"), "pocket/ti"])
     with pytest.raises(SystemExit, match="pocket/ti: no group begins so; here there are imports, gate, pocket/lora/"):
@@ -165,9 +159,8 @@ def test_a_beginning_that_no_group_has_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bench
-
-    from commands import Command, Shape
+    from experiments.benchmark import bench
+    from experiments.benchmark.commands import Command, Shape
 
     def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str, Any]:
         if command.target.endswith(".py"):
@@ -186,9 +179,8 @@ def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
 def test_a_training_of_ours_that_does_not_run_ends_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bench
-
-    from commands import Shape
+    from experiments.benchmark import bench
+    from experiments.benchmark.commands import Shape
 
     def measured(*_: Any) -> dict[str, Any]:
         raise RuntimeError("no figures")

@@ -10,7 +10,7 @@ import pytest
 STEPS = """
 import resource, sys
 import torch
-from sdtune.hardware.allocator import keep, release
+from sdtune.hardware.allocator import pin_allocation, release
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,9 +23,9 @@ def resident():
 
 faults()
 apart = faults()
-keep("cuda")
+pin_allocation("cuda")
 apart = min(apart, faults())
-keep("cpu")
+pin_allocation("cpu")
 for _ in range(4):
     faults()
 kept, full = faults(), resident()

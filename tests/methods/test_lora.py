@@ -48,7 +48,7 @@ def test_parameters_a_rank_on_sd15() -> None:
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.requires_grad_(False)
     model = LoRA(rank=1)
-    model.__dict__["backbone"] = SimpleNamespace(unet=unet)
+    model.__dict__["backbone"] = SimpleNamespace(unet=unet, encoders={})
     model.inject()
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 199_296
 

@@ -138,7 +138,7 @@ class Scripts(HTMLParser):
 
 def test_the_page_holds_everything_and_runs_nothing_else(sweep: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sdtune.cli.main", "report", str(sweep)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "sdtune", "report", str(sweep)], capture_output=True, text=True, check=True
     )
     file = sweep / "report.html"
     assert done.stdout == f"report: {file}\n"
@@ -205,7 +205,7 @@ def test_no_runs(make: bool, words: str, tmp_path: Path) -> None:
     if make:
         (tmp_path / "x").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "sdtune.cli.main", "report", str(tmp_path / "x")], capture_output=True, text=True
+        [sys.executable, "-m", "sdtune", "report", str(tmp_path / "x")], capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.startswith("sdtune: ")

@@ -70,7 +70,9 @@ def test_what_one_job_cannot_draw_is_its_own_failure(
     assert failed == [0]  # which validates by itself, while the other is in a step
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
     assert [state["state"] for state in states] == ["failed", "done", "done", "done"]
-    assert states[0]["error"].startswith("out of memory on the device with 2 runs at once: give hydra.launcher.max_ad")
+    assert states[0]["error"].startswith(
+        "out of memory on the device with 2 runs at once: give hydra.launcher.max_concurrent_runs="
+    )
     assert "3 of 4 jobs are done" in capsys.readouterr().out
 
 

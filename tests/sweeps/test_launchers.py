@@ -45,7 +45,7 @@ def test_stopped_side_by_side_every_job_saves(how: str, tiny: Path, images: Path
     words = ["-m", *own, *LAUNCHERS["joblib"], "method.rank=2", "optimizer.lr=1e-3,1e-4,1e-5"]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sdtune.cli.main", "train", *words], stdout=out, stderr=out, start_new_session=True
+            [sys.executable, "-m", "sdtune", "train", *words], stdout=out, stderr=out, start_new_session=True
         )
     until = time.monotonic() + 200
     while not all((sweep / job / "metrics.csv").exists() and len(rows(sweep / job)) > 2 for job in "01"):

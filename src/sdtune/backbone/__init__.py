@@ -1,4 +1,4 @@
-"""A pretrained Stable Diffusion, shared by all methods and frozen unless a method opens a part."""
+"""A pretrained model: where its files are, which family it is, how it is loaded, what it computes."""
 
 from sdtune.backbone.families import Component, Facts
 from sdtune.backbone.pretrained import Pretrained

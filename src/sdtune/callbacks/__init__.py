@@ -1,4 +1,4 @@
-"""What goes on beside the loop: figures, samples, checkpoints, averages."""
+"""Lightning callbacks: metrics, samples, checkpoints, weight averages, progress bar."""
 
 from sdtune.callbacks.best_artifact import EarlyStopping
 from sdtune.callbacks.checkpoints import Checkpoints

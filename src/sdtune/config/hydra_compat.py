@@ -1,4 +1,4 @@
-"""What sdtune uses of Hydra and OmegaConf that is private to them: this module alone names it."""
+"""The private names of Hydra and OmegaConf that sdtune uses, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen: images, captions, buckets, order and caches. Knows no model: batches carry prompts as strings."""
+"""Images, captions, buckets, order and caches; imports no model: batches carry prompts as strings."""
 
 from sdtune.data.datamodule import Encoders, ImageDataModule
 from sdtune.data.dataset import Batch

@@ -1,4 +1,4 @@
-"""What training changed, measured on what others would load."""
+"""Measuring what training changed, on the artifact that other programs load."""
 
 from sdtune.evaluation.subject_metrics import ClipMetrics
 

@@ -1,4 +1,4 @@
-"""What a run has left, in the forms that other programs read."""
+"""A trained artifact in other programs' formats, with its model card."""
 
 from sdtune.exporting.artifact import Artifact, find_artifact
 from sdtune.exporting.card import write_card

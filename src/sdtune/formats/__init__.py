@@ -1,4 +1,4 @@
-"""LoRA weights as files in the ecosystem's forms, and back: tensors and names, no modules."""
+"""Weight files of other programs, read and written: tensors and names, no modules."""
 
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, write_safetensors

@@ -1,4 +1,4 @@
-"""Pocket: the small Stable Diffusion that ships with sdtune, its image world, and the recipe that trained it."""
+"""Pocket, the small Stable Diffusion that ships with sdtune: measured, trained, and the image world behind it."""
 
 from sdtune.paths import pocket_clip as clip_path
 from sdtune.paths import pocket_pipeline as path

@@ -1,4 +1,4 @@
-"""A folder of runs as one page: which is best, by how much, at what cost, and how each looks."""
+"""A folder of runs as one page: ranked, compared, with costs and samples."""
 
 from sdtune.reporting.collect import Run, collect
 from sdtune.reporting.page import write_report

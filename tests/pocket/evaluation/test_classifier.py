@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sdtune.pocket.evaluation import classifier as classifiers
 from sdtune.pocket.evaluation.classifier import NOTHING, Classifier, background, ceilings, load_classifier, reconstruct
+from sdtune.pocket.pretraining import classifier as classifiers
 from sdtune.pocket.pretraining import loop as pretraining
 from sdtune.pocket.pretraining import vae as vaes
 from sdtune.pocket.pretraining.classifier import (

@@ -71,7 +71,7 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         birds = ["songbird", "penguin", "owl", "duck", "flamingo"]
         return [image(birds[i % 5], background_of(r.prompt), i) for i, r in enumerate(requests)]
 
-    monkeypatch.setattr(evaluation, "draw", trained_draws)
+    monkeypatch.setattr(evaluation, "draw_images", trained_draws)
     monkeypatch.setattr(evaluation, "draw_base", base_draws)
     monkeypatch.setattr(evaluation, "trained", nothing)
     monkeypatch.setattr(SubjectMetrics, "_ceiling", lambda *_: 1.0)
@@ -117,7 +117,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
         return lambda *_: [image(s.thing, s.background, i, kind) for i, s in enumerate(asked)]
 
     # What was not shown comes out well, what was shown does not: the two are told apart.
-    monkeypatch.setattr(style, "draw", lambda *_: draws("noto", scenes)() + draws("fluent", again)())
+    monkeypatch.setattr(style, "draw_images", lambda *_: draws("noto", scenes)() + draws("fluent", again)())
     monkeypatch.setattr(style, "draw_base", draws("fluent", scenes))
     monkeypatch.setattr(style, "trained", nothing)
     monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))

@@ -1,0 +1,128 @@
+"""Every private name of a library that sdtune uses still does what it is used for."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.types import _PATH
+from omegaconf import OmegaConf
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import nn
+
+from sdtune import lightning_compat, peft_compat, torch_compat
+from sdtune.config import hydra_compat
+
+# --- torch
+
+
+def test_foreach_operators_change_every_tensor() -> None:
+    tensors = [torch.zeros(2), torch.zeros(3)]
+    torch_compat.foreach_copy_(tensors, [torch.ones(2), torch.full((3,), 2.0)])
+    assert [t.tolist() for t in tensors] == [[1.0] * 2, [2.0] * 3]
+    torch_compat.foreach_lerp_(tensors, [torch.zeros(2), torch.zeros(3)], 0.5)
+    assert [t.tolist() for t in tensors] == [[0.5] * 2, [1.0] * 3]
+    assert [t.tolist() for t in torch_compat.foreach_mul(tensors, 2.0)] == [[1.0] * 2, [2.0] * 3]
+    torch_compat.foreach_mul_(tensors, torch.tensor(0.0))
+    assert [t.tolist() for t in tensors] == [[0.0] * 2, [0.0] * 3]
+
+
+def test_memory_efficient_attention_is_an_operator() -> None:
+    assert str(torch_compat.efficient_attention) == "aten._scaled_dot_product_efficient_attention"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_view_has_the_storage_of_its_tensor(device: str) -> None:
+    tensor, other = torch.zeros(4, device=device), torch.zeros(4, device=device)
+    assert torch_compat.storage_key(tensor[1:]) == torch_compat.storage_key(tensor)
+    assert torch_compat.storage_key(other) != torch_compat.storage_key(tensor)
+
+
+def test_a_dispatched_call_names_its_operator() -> None:
+    seen = []
+
+    class Watch(torch_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(torch_compat.operator_of(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.zeros(2).add(1)
+    assert torch.ops.aten.add in seen
+
+
+def test_tree_leaves_are_the_tensors_of_nested_arguments() -> None:
+    assert torch_compat.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("fused", "takes"), [(True, True), (False, False)])
+def test_fused_optimizers_take_found_inf(fused: bool, takes: bool) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    assert torch_compat.takes_found_inf(optimizer) is takes
+    torch_compat.set_takes_found_inf(optimizer, not takes)
+    assert torch_compat.takes_found_inf(optimizer) is not takes
+
+
+# --- Lightning
+
+
+def test_a_module_has_a_trainer_or_none() -> None:
+    module = pl.LightningModule()
+    assert lightning_compat.attached_trainer(module) is None
+    module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert lightning_compat.attached_trainer(module) is trainer
+
+
+def test_a_strategy_without_its_module_gets_it_back() -> None:
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    module = pl.LightningModule()
+    strategy.connect(module)
+    seen = []
+    lightning_compat.without_module(strategy, lambda: seen.append(strategy.lightning_module))
+    assert seen == [None]
+    assert strategy.lightning_module is module
+
+
+def test_a_checkpoints_path_is_lightnings_type() -> None:
+    assert lightning_compat.PathLike == _PATH
+
+
+# --- peft
+
+
+def test_peft_puts_registered_layers_in_place_of_its_own() -> None:
+    class Registered(Linear):
+        pass
+
+    config = LoraConfig(r=2, target_modules=["0"])
+    peft_compat.register_layers(config, {nn.Linear: Registered})
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 3)))
+    assert type(model[0]) is Registered
+
+
+# --- Hydra and OmegaConf
+
+
+def test_a_node_knows_its_key() -> None:
+    config = OmegaConf.create({"a": {"b": {"c": 1}}})
+    assert hydra_compat.full_key(config.a.b) == "a.b"
+    assert hydra_compat.full_key(config) == ""
+
+
+def test_hydras_private_names_are_there() -> None:
+    assert hydra_compat.BasicSweeper.split_arguments
+    assert hydra_compat.Hydra.create_main_hydra2
+    assert hydra_compat.Callbacks().callbacks == []
+    assert hydra_compat.create_config_search_path(None).get_path()
+    arguments = hydra_compat.get_args_parser().parse_args(["a=1", "--cfg", "job"])
+    assert (arguments.overrides, arguments.cfg) == (["a=1"], "job")
+
+
+def test_hydra_prints_the_config_of_a_folder(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "any.yaml").write_text("a: 1\n")
+    parser = hydra_compat.get_args_parser()
+    hydra_compat.print_info(parser.parse_args(["--cfg", "job"]), parser, str(tmp_path), "any")
+    assert capsys.readouterr().out.strip() == "a: 1"
