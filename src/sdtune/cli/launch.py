@@ -29,6 +29,7 @@ from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.paths import config_folder
+from sdtune.runs.compare import BEGUN_OTHERWISE
 from sdtune.sweeps.sweep import multirun
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def launch(
         search = search_path(args.config_dir)
         config = compose(command, search, args.overrides) if not args.multirun else None
     except (HydraException, OmegaConfBaseException) as error:
-        refuse(one_line(error))
+        refuse(_said(error, args.overrides))
     except ValueError as error:
         refuse(str(error))
     code = 0
@@ -147,7 +148,7 @@ def launch(
             print(f"sdtune: {end}", file=sys.stderr)
             code = PRUNED
     except (HydraException, OmegaConfBaseException) as error:
-        refuse(one_line(error))
+        refuse(_said(error, args.overrides))
     except ValueError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or not _ours(error):
             raise
@@ -171,6 +172,12 @@ def launch(
         refuse(f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written", code=1)
     if code:
         raise SystemExit(code)
+
+
+def _said(error: Exception, overrides: list[str]) -> str:
+    """What could not be composed; a resumed run repeats overrides of the time when it began."""
+    resumed = next((override for override in overrides if override.startswith("resume=")), "resume=null")
+    return one_line(error) + ("" if resumed == "resume=null" else f"; {resumed} repeats it: {BEGUN_OTHERWISE}")
 
 
 def _ours(error: Exception) -> bool:

@@ -13,6 +13,9 @@ from sdtune.paths import command_line_folder
 MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
 """Starts of the overrides that a resumed run may have of its own."""
 
+BEGUN_OTHERWISE = "finish it with the version of sdtune and the recipe that began it, or train anew"
+"""What can be done with a run that this version cannot go on with; those of sdtune 0.1 are of that kind."""
+
 
 def last_start(run: Path) -> Path:
     """Hydra's folder of the last time that ``run`` was started or resumed."""
@@ -30,8 +33,8 @@ def own_config_folder(run: Path) -> str | None:
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     """ValueError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
 
-    Recipes and defaults are composed from the files of today, which may have been edited since. What is new in them, or
-    gone, is passed over: a later version of sdtune still resumes.
+    Recipes and defaults are composed from the files of today, which may have been edited since. A setting that is new
+    in them is passed over; one that is gone is not, because without it the run would be another.
     """
     kept = OmegaConf.load(run / ".hydra" / "config.yaml")
     before, now = flat(OmegaConf.to_container(kept, resolve=False)), flat(config)
@@ -41,12 +44,20 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
         for key, value in before.items()
         if not key.startswith(free) and key != "resume" and not (isinstance(value, str) and "${" in value)
     }
+    check_nothing_gone(fixed, now, run)
     key = first_change(fixed, now)
     if key is not None:
         raise ValueError(
             f"resume: {key} is {now[key]!r} now and was {fixed[key]!r} when the run began; put the recipe or default"
             " that sets it back"
         )
+
+
+def check_nothing_gone(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """ValueError where the config of ``folder`` has a setting that is gone today, as one of an older sdtune has."""
+    gone = next((key for key in before if key not in now and key != "resume"), None)
+    if gone is not None:
+        raise ValueError(f"resume: {folder} has the setting {gone}, which there is no more; {BEGUN_OTHERWISE}")
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

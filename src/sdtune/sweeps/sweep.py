@@ -26,7 +26,7 @@ from sdtune.config.hydra_compat import BasicSweeper, Hydra
 from sdtune.errors import RunFailed, Stopped
 from sdtune.files import locked, write_json
 from sdtune.paths import command_line_folder
-from sdtune.runs.compare import check_unchanged, first_change, flat
+from sdtune.runs.compare import check_nothing_gone, check_unchanged, first_change, flat
 from sdtune.runs.state import STATE, ended
 from sdtune.runs.trials import JOURNAL
 from sdtune.sweeps.job import Job
@@ -135,6 +135,7 @@ def _check_master(master: DictConfig, folder: Path) -> None:
     kept = OmegaConf.load(folder / "multirun.yaml")
     assert isinstance(kept, DictConfig)
     before, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
+    check_nothing_gone(before, now, folder)
     changed = first_change(before, now)
     if changed is not None:
         raise ValueError(
