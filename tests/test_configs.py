@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from sdtune.backbone.families import GUIDANCE, POCKET_GUIDANCE
 from sdtune.commands import checks
 from sdtune.commands import sample as sample_run
 from sdtune.config.build import build
@@ -241,3 +242,10 @@ def test_debug_has_its_way_with_a_recipe() -> None:
     config = composed("train", "experiment=lora_subject", "debug=smoke")
     assert config.trainer.max_steps == 2
     assert config.evaluation is None
+
+
+def test_a_familys_guidance_is_one_number() -> None:
+    """YAML cannot read it from :mod:`sdtune.backbone.families`, so it stands in both."""
+    expected = {"sd15": GUIDANCE["sd1"], "sd21": GUIDANCE["sd2"], "sdxl": GUIDANCE["sdxl"], "pocket": POCKET_GUIDANCE}
+    composed = {name: compose("train", search_path(None), [f"backbone={name}"]).backbone.guidance for name in expected}
+    assert composed == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -16,6 +17,36 @@ from sdtune.backbone import Pretrained
 from sdtune.data import Folder
 from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
+
+PUBLIC = {
+    "sdtune": {"pocket", "sample"},
+    "sdtune.backbone": {"Component", "Facts", "Pretrained"},
+    "sdtune.callbacks": {"EMA", "Checkpoints", "EarlyStopping", "Pruning", "Samples"},
+    "sdtune.data": {"Batch", "Encoders", "Folder", "ImageDataModule", "Sample"},
+    "sdtune.methods": {"Adapter", "ControlNet", "DreamBooth", "Full", "LoRA", "TextualInversion"},
+    "sdtune.objective": {
+        "MinSNR",
+        "NoiseSchedule",
+        "Objective",
+        "PredictionType",
+        "Uniform",
+        "Weighting",
+        "target",
+    },
+    "sdtune.sampling": {"Request", "Sampling", "generate", "sample"},
+}
+"""What programs may import and count on; a name is added or dropped here on purpose, with a line in CHANGELOG.md."""
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_public_names_are_these(package: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) == PUBLIC[package]
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(sdtune.__file__).parent / "py.typed").is_file()
 
 
 def test_plain_python(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

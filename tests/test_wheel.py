@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,23 @@ callbacks:
 """
 
 
+def only_what_a_user_runs(names: list[str]) -> None:
+    """Every config and every recipe, typed code, and none of the repository's tools, results and tests."""
+    conf = {f"sdtune/conf/{file}" for file in configs(ROOT / "conf")}
+    assert "sdtune/conf/experiment/lora_subject.yaml" in conf
+    assert {name for name in names if name.startswith("sdtune/conf/")} == conf
+    assert "sdtune/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {"sdtune", "hydra_plugins", "sdtune-0.1.0.dist-info"}
+    assert [n for n in names if n.endswith(".png") and not n.startswith("sdtune/pocket/art/")] == []
+
+
+def configs(folder: Path) -> list[str]:
+    """The YAML files below ``folder``, those behind its link to the recipes among them."""
+    walked = os.walk(folder, followlinks=True)
+    files = [Path(place) / name for place, _, names in walked for name in names if name.endswith(".yaml")]
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
@@ -35,6 +53,7 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
         return done.stdout
 
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT))
+    only_what_a_user_runs(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
     run(sys.executable, "-m", "venv", str(tmp_path / "env"))
     binaries = tmp_path / "env" / "bin"
     wheel = next((tmp_path / "dist").glob("*.whl"))

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtune.backbone import Pretrained
 from sdtune.cli.launch import EXIT_INVALID_INPUT
 from sdtune.cli.main import main
+from sdtune.config.compose import compose, search_path
 from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora
 
 Spoil = Callable[[Path], object]
@@ -290,6 +292,24 @@ def test_resuming_a_run_without_a_checkpoint(line: CommandLine, images: Path) ->
 def test_resuming_as_another_run(line: CommandLine, images: Path, override: str) -> None:
     holds_a_run(line, images)
     line.refuses("train", f"resume={line.run}", override, words=("resume", override, "another run"))
+
+
+def test_resuming_a_run_of_an_older_version(line: CommandLine, images: Path) -> None:
+    """What it was started with, or its config, has a setting that is no more; neither is passed over."""
+    mends = ("finish it with the version of sdtune",)
+    holds_a_run(line, images)
+    overrides = line.run / ".hydra" / "overrides.yaml"
+    before = overrides.read_text()
+    overrides.write_text(before + "- data.class_pictures=4\n")
+    line.refuses("train", f"resume={line.run}", words=("data.class_pictures", "mean class_images?", "resume=", *mends))
+
+    overrides.write_text(before)
+    (line.run / "checkpoints").mkdir()
+    (line.run / "checkpoints" / "step2.ckpt").touch()
+    config = compose("train", search_path(None), line.training(images)[1:-1])
+    OmegaConf.update(config, "data.class_pictures", 200, force_add=True)
+    (line.run / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    line.refuses("train", f"resume={line.run}", words=("resume", str(line.run), "data.class_pictures", *mends))
 
 
 def test_evaluating_a_folder_without_a_run(line: CommandLine) -> None:

@@ -14,14 +14,15 @@ RENAMED_TARGETS: dict[str, str] = {
     "sdtune.data.control.Paired": "sdtune.data.control.base.Paired",
     "sdtune.data.edges.Canny": "sdtune.data.control.edges.Canny",
     "sdtune.data.edges.Scribble": "sdtune.data.control.edges.Scribble",
+    "sdtune.evaluation.ClipFigures": "sdtune.evaluation.ClipMetrics",
     "sdtune.estimated.Estimated": "sdtune.data.control.estimated.Estimated",
     "sdtune.pocket.control.PocketControl": "sdtune.pocket.world.control.PocketControl",
-    "sdtune.pocket.control_evaluation.ControlFigures": "sdtune.pocket.evaluation.control.ControlFigures",
+    "sdtune.pocket.control_evaluation.ControlFigures": "sdtune.pocket.evaluation.control.ControlMetrics",
     "sdtune.pocket.data.Subject": "sdtune.pocket.world.data.Subject",
     "sdtune.pocket.data.World": "sdtune.pocket.world.data.World",
-    "sdtune.pocket.evaluation.SubjectFigures": "sdtune.pocket.evaluation.subject.SubjectFigures",
+    "sdtune.pocket.evaluation.SubjectFigures": "sdtune.pocket.evaluation.subject.SubjectMetrics",
     "sdtune.pocket.style.Style": "sdtune.pocket.world.style.Style",
-    "sdtune.pocket.style.StyleFigures": "sdtune.pocket.evaluation.style.StyleFigures",
+    "sdtune.pocket.style.StyleFigures": "sdtune.pocket.evaluation.style.StyleMetrics",
 }
 """``_target_``s of configs."""
 

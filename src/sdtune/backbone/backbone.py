@@ -1,4 +1,4 @@
-"""A loaded Stable Diffusion: encode, predict, decode. The same for every method, in training and in sampling."""
+"""A loaded Stable Diffusion: encode, predict, decode; the same for every method, in training and in sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ControlNets add to a UNet (Zhang et al. 2023, section 3.2)."""
+"""ControlNet residuals: what ControlNets add to a UNet (Zhang et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 

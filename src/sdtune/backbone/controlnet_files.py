@@ -1,4 +1,4 @@
-"""A ControlNet's weights from a folder in the diffusers layout or from a single file in the authors'."""
+"""ControlNet weights, read from a diffusers folder or from a single file in the original layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a model by its configs: its family and its sizes."""
+"""Model families (SD 1.x, 2.x, SDXL, pocket) and their sizes, recognised from configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules of a backbone that low-rank pairs may go to, by component and name."""
+"""The layers of a backbone that LoRA can target, by component and name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a pipeline folder to a backbone, its weights read or drawn anew."""
+"""Load a backbone from a pipeline folder: weights read from files, or initialised at random."""
 
 from __future__ import annotations
 

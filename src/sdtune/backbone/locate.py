@@ -1,4 +1,4 @@
-"""Where a backbone's files lie: a folder, a hub id's snapshot; with a VAE from elsewhere, a folder of links."""
+"""Locate a backbone's files: a local folder, a snapshot of a hub id, and a VAE from elsewhere."""
 
 from __future__ import annotations
 

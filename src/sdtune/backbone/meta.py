@@ -1,4 +1,4 @@
-"""A backbone by its configs alone: every module on the meta device, no weight read or downloaded."""
+"""A backbone on the meta device, built from its configs: no weights are read or downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models of a pipeline by their configs: their classes, their tensors' names and shapes, their family."""
+"""Models of a pipeline, from their configs: class, tensor names and shapes, family."""
 
 from __future__ import annotations
 

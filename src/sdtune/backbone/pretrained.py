@@ -1,4 +1,4 @@
-"""A backbone that can be loaded from where it comes from."""
+"""``Pretrained``: a pretrained Stable Diffusion that can be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDXL's conditioning: two text encoders' states side by side, a pooled state, and sizes.
+"""SDXL's conditioning: states of two text encoders, a pooled state, and sizes.
 
 Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", section 2.
 """

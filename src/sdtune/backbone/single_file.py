@@ -1,4 +1,4 @@
-"""Single-file checkpoints, unpacked once into a pipeline folder in the cache: from there on they are like any other."""
+"""Single-file checkpoints, unpacked once into a pipeline folder in the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a backbone comes from: a pipeline folder in the diffusers layout, named by path or hub id."""
+"""The source of a backbone: a pipeline folder in the diffusers layout, named by path or hub id."""
 
 from __future__ import annotations
 

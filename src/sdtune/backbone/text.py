@@ -1,4 +1,4 @@
-"""Prompts as token ids, in windows of a text encoder's length, and the encoder's states that condition a UNet."""
+"""Tokenize prompts in windows, and encode them to the text states that condition a UNet."""
 
 from __future__ import annotations
 

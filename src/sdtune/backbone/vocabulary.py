@@ -1,4 +1,4 @@
-"""CLIP's tokenizer where a checkpoint brings none: its vocabulary ships with sdtune."""
+"""CLIP's tokenizer for checkpoints without one; its vocabulary ships with sdtune."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A name for a backbone's weights that survives renaming, re-sharding, copying and another file layout."""
+"""Hash of a backbone's weights: independent of file names, sharding, copies and layout."""
 
 from __future__ import annotations
 

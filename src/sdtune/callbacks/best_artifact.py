@@ -1,4 +1,4 @@
-"""The step of the lowest validation loss: where training may stop after it, and its files for others."""
+"""Early stopping, and the artifact of the step with the lowest validation loss."""
 
 from __future__ import annotations
 

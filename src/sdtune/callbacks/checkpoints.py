@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: written whole or not at all, on step boundaries, the last two and the best kept."""
+"""Checkpoints for resuming: atomic writes, on step boundaries, the last two and the best kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes train one run only if they were started with one config."""
+"""Checks that all processes of a run have the same config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run costs: parameters, bytes, memory, time."""
+"""A run's cost: trainable parameters, bytes, peak memory, time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of its data before it trains."""
+"""Logs a summary of the data before training: images, buckets, order, captions."""
 
 from __future__ import annotations
 

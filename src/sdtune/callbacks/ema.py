@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights."""
+"""Exponential moving average (EMA) of the trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's figures: a row an optimizer step in ``metrics.csv``, the same to the loggers, and the stop on NaN."""
+"""Writes ``metrics.csv``, one row per optimizer step, logs the same metrics, and stops on NaN."""
 
 from __future__ import annotations
 

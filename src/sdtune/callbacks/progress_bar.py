@@ -1,4 +1,4 @@
-"""The progress bar: step, loss, rate, samples a second, time left. Reads what was flushed, so it costs no wait."""
+"""Progress bar: step, loss, learning rate, samples per second, time left."""
 
 from __future__ import annotations
 

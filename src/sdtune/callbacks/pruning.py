@@ -1,4 +1,4 @@
-"""Ends a sweep's job that falls behind the others."""
+"""Pruning: ends a sweep's job that falls behind the others."""
 
 from __future__ import annotations
 

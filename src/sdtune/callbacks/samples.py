@@ -1,4 +1,4 @@
-"""Sample images of fixed prompts and seeds: before training, on the way, and after."""
+"""Sample images of fixed prompts and seeds: before, during and after training; intermediate artifacts."""
 
 from __future__ import annotations
 

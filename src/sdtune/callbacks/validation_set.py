@@ -1,4 +1,4 @@
-"""What judges by the validation loss needs one."""
+"""Checks that there is a validation set for callbacks that use the validation loss."""
 
 from __future__ import annotations
 

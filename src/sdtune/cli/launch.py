@@ -1,4 +1,4 @@
-"""From a command line to a run: compose, check, run; every refusal is one line, before any folder is made.
+"""Run a command: compose the config, check it, run; a refusal is one line, before any folder is made.
 
 Imports no torch: ``--help``, ``--cfg`` and a misspelt key are answered at once.
 """

@@ -1,4 +1,4 @@
-"""One line for each of Hydra's and OmegaConf's errors."""
+"""One-line messages for Hydra's and OmegaConf's errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``resume=RUN`` is settled before Hydra composes: the run's own overrides, its folder, and little that may change."""
+"""``resume=RUN``: replaced, before Hydra composes, by the run's own overrides and folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that can be refused before a training loads weights or writes a file."""
+"""Checks of a training: everything that can be refused before weights are loaded or a file is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says when it is over: short, plain, and with the commands that come next."""
+"""What a run prints when it ends: its files, and the commands that come next."""
 
 from __future__ import annotations
 

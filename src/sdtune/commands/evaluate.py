@@ -1,4 +1,4 @@
-"""The work of ``sdtune evaluate``."""
+"""``sdtune evaluate``: measure the artifact of a finished run."""
 
 from __future__ import annotations
 

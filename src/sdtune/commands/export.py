@@ -1,4 +1,4 @@
-"""The work of ``sdtune export``."""
+"""``sdtune export``: write an artifact in the formats of other programs."""
 
 from __future__ import annotations
 

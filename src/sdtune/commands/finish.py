@@ -1,4 +1,4 @@
-"""What a training leaves behind its artifact: metrics, model card, exports."""
+"""After training: metrics, model card, exports."""
 
 from __future__ import annotations
 

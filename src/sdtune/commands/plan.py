@@ -1,4 +1,4 @@
-"""The work of ``sdtune plan``: each method on the meta device, measured, and the figures printed."""
+"""``sdtune plan``: what each method will cost, measured on the meta device."""
 
 from __future__ import annotations
 

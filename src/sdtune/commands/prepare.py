@@ -1,4 +1,4 @@
-"""The work of ``sdtune prepare``: class images, caches and control maps, and images of them."""
+"""``sdtune prepare``: class images, caches and control maps, made before training."""
 
 from __future__ import annotations
 

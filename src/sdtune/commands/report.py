@@ -1,4 +1,4 @@
-"""``sdtune report FOLDER``: one page of a run, a sweep, or any folder of runs."""
+"""``sdtune report FOLDER``: one page about a run, a sweep, or any folder of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``sdtune sample``: single PNGs with their settings inside, and one grid."""
+"""``sdtune sample``: PNG files with their settings inside, and a grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run, put together: check, build, fit, leave behind."""
+"""``sdtune train``: check, build, fit, write the artifact, evaluate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects from a checked config, nested nodes first."""
+"""Build objects from a checked config, nested nodes first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line's overrides composed into a config by Hydra. Imports no torch."""
+"""Compose a command line's overrides into a config with Hydra; imports no torch."""
 
 from __future__ import annotations
 

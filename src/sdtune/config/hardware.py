@@ -1,4 +1,4 @@
-"""The config group ``hardware``: checks, and what a node of it asks for."""
+"""The config group ``hardware``: its checks, and what its settings mean."""
 
 from __future__ import annotations
 

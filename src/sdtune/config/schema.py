@@ -1,4 +1,4 @@
-"""A composed config checked against constructors, in one pass.
+"""Check a composed config against constructor signatures, in one pass.
 
 Constructor signatures are the schema: types by annotation, ranges by ``Annotated``.
 """

@@ -1,4 +1,4 @@
-"""The run's own settings, at the top of a composed config, and the config as a plain container."""
+"""The top-level settings of a composed config, and the config as a plain container."""
 
 from __future__ import annotations
 

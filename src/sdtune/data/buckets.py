@@ -1,4 +1,4 @@
-"""Aspect buckets: the few sizes that images are cropped to, so that a batch has one shape.
+"""Aspect-ratio buckets: the sizes that images are cropped to, so that a batch has one shape.
 
 The sizes follow kohya's sd-scripts (``make_bucket_resolutions``), with the aspect bounded instead of the side.
 Every size here is (width, height) in pixels.

@@ -1,4 +1,4 @@
-"""What frozen encoders make of images and captions, kept on disk by content.
+"""Caches of latents and text states on disk, keyed by content.
 
 A key holds the image's bytes, its size, crop and flip, and the hash of the weights that encode it, so an edited
 image or another VAE never meets a stale entry. Entries are shared by all runs of a user.

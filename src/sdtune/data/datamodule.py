@@ -1,4 +1,4 @@
-"""The data module of every method: images with captions, in buckets, with caches and a fixed order."""
+"""LightningDataModule for captioned images: aspect-ratio buckets, caches, deterministic order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a draw of the order to the rows of a batch: prompt, crop, flip, and what the caches hold."""
+"""The dataset: a batch's images, prompts, crops, flips, control maps and cached encodings."""
 
 from __future__ import annotations
 

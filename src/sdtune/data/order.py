@@ -1,4 +1,4 @@
-"""The order of the data as a function of (seed, epoch), and each process's share of it.
+"""Order of the data as a function of (seed, epoch), and each process's part of it.
 
 Order decides resume and equality: a run resumed at step s, or split over more processes, must see the same samples in
 the same global batches. So nothing here has a state; a batch is found from its step alone.

@@ -1,4 +1,4 @@
-"""What previews and evaluations draw from data: prompts, with the control maps that belong to them."""
+"""Prompts and control maps for previews and evaluations."""
 
 from __future__ import annotations
 

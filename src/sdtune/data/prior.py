@@ -1,4 +1,4 @@
-"""Images of a subject's class beside those of the subject, so that the class survives the training.
+"""Class images for prior preservation (DreamBooth): drawn before training, paired with the subject.
 
 Ruiz et al. 2022, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3.
 """

@@ -1,4 +1,4 @@
-"""An image with its caption, and how its encodings are called in the caches."""
+"""One captioned image, and the cache keys of its encodings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt templates around an image's caption, as in Textual Inversion's two families.
+"""Prompt templates around an image's caption, as in Textual Inversion.
 
 Gal et al. 2022, supplementary material: neutral texts adapted from CLIP's for ImageNet, and their like for a style.
 """

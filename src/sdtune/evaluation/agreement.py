@@ -1,4 +1,4 @@
-"""Does an image show what its control map asked for? The map that is made again of the image is held against it."""
+"""Control agreement: the control map extracted from an image, compared with the one it was given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures by a CLIP: does an image look like the subject, does it show what the prompt says?"""
+"""CLIP metrics: likeness to the subject, agreement with the prompt."""
 
 from __future__ import annotations
 

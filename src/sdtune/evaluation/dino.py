@@ -1,4 +1,4 @@
-"""Likeness of images by a DINO or DINOv2, which knows no words and so looks at the subject itself."""
+"""DINO and DINOv2 metrics: likeness of images without text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of what a run has left, and of the model as it was."""
+"""Images of a run's artifact, and of the model without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that measure, which the user names by a local folder: nothing is downloaded for a figure."""
+"""Folders of measuring models (CLIP, DINO) that the user names; nothing is downloaded."""
 
 from __future__ import annotations
 

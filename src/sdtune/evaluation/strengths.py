@@ -1,4 +1,4 @@
-"""How strongly a LoRA shall act is chosen when sampling: the same images at each strength, to choose by."""
+"""The same images at several LoRA strengths, to choose one by."""
 
 from __future__ import annotations
 

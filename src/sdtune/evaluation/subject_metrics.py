@@ -1,4 +1,4 @@
-"""The evaluation for any backbone: fixed prompts and seeds, before and after."""
+"""Evaluation for any backbone: fixed prompts and seeds, before and after training."""
 
 from __future__ import annotations
 

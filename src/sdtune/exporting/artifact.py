@@ -1,4 +1,4 @@
-"""What lies in an artifact's folder or file, a run's or another program's."""
+"""Find what an artifact's folder or file holds, a run's or another program's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model card: what an artifact is, what it was made from and how, what it scores; for people and for the hub.
+"""Model card: what an artifact is, how it was made, what it scores.
 
 Mitchell et al. 2019, "Model cards for model reporting"; the front matter is the hub's.
 """

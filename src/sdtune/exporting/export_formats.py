@@ -1,4 +1,4 @@
-"""From an artifact to the forms of other programs."""
+"""Export formats: diffusers, kohya, pipeline folder, single file; merged, extracted, reduced."""
 
 from __future__ import annotations
 

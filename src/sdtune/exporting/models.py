@@ -1,4 +1,4 @@
-"""A backbone with its weights as they are, as a pipeline folder or as a single file."""
+"""Write a whole model as a pipeline folder or as a single file."""
 
 from __future__ import annotations
 

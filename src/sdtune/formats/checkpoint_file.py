@@ -1,4 +1,4 @@
-"""A model's tensors in one file: safetensors, or a pickle where that was asked for, read without running its code."""
+"""A model's tensors in one file: safetensors, or a pickle if it was asked for, read without running its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a CLIP wants its pixels, as its folder says."""
+"""CLIP's pixel normalisation, as its folder says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files in diffusers' form: ``<component>.<module path>.lora_A.weight`` and ``.lora_B.weight``."""
+"""LoRA files in the diffusers format: ``<component>.<module path>.lora_A.weight`` and ``.lora_B.weight``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned words as files: diffusers' ``learned_embeds.safetensors``, and the form of A1111, ComfyUI and kohya."""
+"""Learned embeddings as files: ``learned_embeds.safetensors`` of diffusers, and the form of A1111, ComfyUI, kohya."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank pairs from a difference of weights, and of lower rank from low-rank pairs: by singular values.
+"""Low-rank factors of a weight difference, and reduction of rank, by singular value decomposition.
 
 Eckart & Young 1936: cut after r singular values, a matrix is the nearest one of rank r.
 """

@@ -1,4 +1,4 @@
-"""safetensors files, written whole or not at all. Nothing here ever unpickles."""
+"""Safetensors files, written whole or not at all; nothing is ever unpickled here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a model's tensors in files, and whether they are those that the model wants."""
+"""Tensor names of a model, compared with those in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA files in kohya's form, which A1111 and ComfyUI list: ``lora_unet_<path>.lora_down.weight`` and so on."""
+"""LoRA files in kohya's format, read by A1111 and ComfyUI: ``lora_unet_<path>.lora_down.weight`` and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA weights by module path: what every file form is made from and read into."""
+"""LoRA weights by module path: common form of all file formats."""
 
 from __future__ import annotations
 

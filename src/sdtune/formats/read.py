@@ -1,4 +1,4 @@
-"""A LoRA file of either form."""
+"""Read a LoRA file in the diffusers or kohya format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that nothing refers to: given back, or on a CPU kept from step to step."""
+"""Memory allocator: release unused memory, or keep it between steps on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The further processes that Lightning starts for further devices, at a run's end: it leaves them to themselves."""
+"""Wait for the processes that Lightning starts for further devices."""
 
 from __future__ import annotations
 

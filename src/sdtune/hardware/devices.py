@@ -1,4 +1,4 @@
-"""Which device a machine computes on."""
+"""Choose the device to compute on."""
 
 from __future__ import annotations
 

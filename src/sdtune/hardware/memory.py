@@ -1,4 +1,4 @@
-"""The peak of the memory that a process has had."""
+"""Peak memory of a process."""
 
 from __future__ import annotations
 

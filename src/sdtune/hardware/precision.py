@@ -1,4 +1,4 @@
-"""Precisions: what a device multiplies itself, and autocast."""
+"""Precisions that a device supports in hardware, and autocast."""
 
 from __future__ import annotations
 

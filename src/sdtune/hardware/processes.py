@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is. Imports no torch."""
+"""Whether this process is the first of a run's processes; imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files as 8-bit RGB: every conversion is chosen here, and a file that cannot be decoded is an error."""
+"""Image files as 8-bit RGB, every conversion defined here; a file that cannot be decoded is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images side by side, with captions that a person can read."""
+"""Grids of images with captions."""
 
 from __future__ import annotations
 

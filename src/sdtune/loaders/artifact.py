@@ -1,4 +1,4 @@
-"""What a LoRA and a ControlNet have in common once they are read for sampling."""
+"""What loaded LoRAs and ControlNets have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNets put onto a backbone for sampling, at strengths chosen then, and taken off again to the bit."""
+"""Load ControlNets onto a backbone for sampling, with strengths, and unload them exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained adapters put onto a backbone for sampling, at strengths chosen then, and taken off again to the bit."""
+"""Load LoRAs and learned words onto a backbone for sampling, with strengths, and unload them exactly."""
 
 from __future__ import annotations
 

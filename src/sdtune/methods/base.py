@@ -1,4 +1,4 @@
-"""What every method shares: the loop from batch to loss, the optimizer, and what a checkpoint holds."""
+"""``Adapter``, base class of all fine-tuning methods: training step, optimizer setup, checkpoint contents."""
 
 from __future__ import annotations
 

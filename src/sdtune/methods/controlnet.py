@@ -1,4 +1,4 @@
-"""ControlNet: a copy of the UNet's encoder reads a map, and steers the UNet through convolutions that start at zero."""
+"""ControlNet: a trainable copy of the UNet's encoder reads a control map (Zhang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DreamBooth: the UNet learns a subject under a rare word, beside images of its class so that the class survives."""
+"""DreamBooth: the UNet learns a subject under a rare word, with prior preservation (Ruiz et al. 2023)."""
 
 from __future__ import annotations
 

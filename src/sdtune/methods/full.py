@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the parts that are opened. The most expensive way; it remakes the model."""
+"""Full fine-tuning: every weight of the opened components is trained."""
 
 from __future__ import annotations
 

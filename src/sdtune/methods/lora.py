@@ -1,4 +1,4 @@
-"""LoRA: low-rank pairs beside frozen weights; a small file, combined freely when sampling."""
+"""LoRA: low-rank pairs beside frozen weights (Hu et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Textual Inversion: the vectors of a new word are learned, and nothing else of the model moves."""
+"""Textual Inversion: only the embeddings of new words are trained (Gal et al. 2022)."""
 
 from __future__ import annotations
 

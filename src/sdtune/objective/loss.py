@@ -1,4 +1,4 @@
-"""The diffusion loss, per sample; one place reduces it (:mod:`sdtune.methods.base`)."""
+"""The diffusion loss, one value per sample; :mod:`sdtune.methods.base` reduces it."""
 
 from __future__ import annotations
 

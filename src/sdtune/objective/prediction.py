@@ -1,4 +1,4 @@
-"""What the UNet is asked for: the noise, the velocity or the clean sample, and how one gives the others."""
+"""Prediction types: noise (epsilon), velocity, clean sample; conversions between them."""
 
 from __future__ import annotations
 

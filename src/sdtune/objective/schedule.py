@@ -1,4 +1,4 @@
-"""The forward process: how much of the image and how much noise a step holds."""
+"""Noise schedule: the forward process."""
 
 from __future__ import annotations
 

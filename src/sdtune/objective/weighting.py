@@ -1,4 +1,4 @@
-"""How much each noise level counts."""
+"""Loss weighting by noise level: uniform, Min-SNR."""
 
 from __future__ import annotations
 

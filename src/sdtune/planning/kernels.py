@@ -1,4 +1,4 @@
-"""What a device would do that the meta device does not: autocast, and fused attention."""
+"""Autocast and fused attention for the meta device, which has neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method's figures, from one step of it on the meta device."""
+"""Measure one training step of a method on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From figures to bytes on a device, with the switches that save some."""
+"""Memory on a device from measured costs, with the switches that save memory."""
 
 from __future__ import annotations
 

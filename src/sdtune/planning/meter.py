@@ -1,4 +1,4 @@
-"""Counts what a computation holds and multiplies, operation by operation; on the meta device nothing is computed."""
+"""Count memory and FLOPs of a computation, operation by operation, also on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method on the meta device with a trainer attached, and its costs."""
+"""A plan request: a method with a trainer on the meta device, and its costs."""
 
 from __future__ import annotations
 

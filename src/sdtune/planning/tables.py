@@ -1,4 +1,4 @@
-"""Figures as plain lines, numbers in full; nothing is cut to a terminal's width."""
+"""Costs as plain lines of text."""
 
 from __future__ import annotations
 

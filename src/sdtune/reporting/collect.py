@@ -1,4 +1,4 @@
-"""What runs have left, read from their folders."""
+"""Read what runs have left in their folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone are one setting; settings are ranked, and what lies within the noise says so."""
+"""Rank settings: runs that differ only in their seed are one setting; ties within the noise are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config that a run began with, and whether another says the same."""
+"""Compare a run's saved config with today's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of files and folders that a run leaves."""
+"""Names of the files and folders that a run leaves."""
 
 from __future__ import annotations
 

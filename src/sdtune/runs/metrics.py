@@ -1,4 +1,4 @@
-"""A run's metrics: which way they go, how they are written, and how people read them."""
+"""A run's metrics: which are better lower, how they are written and displayed."""
 
 from __future__ import annotations
 

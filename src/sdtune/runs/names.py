@@ -1,4 +1,4 @@
-"""What a run of a sweep is called."""
+"""Label of a sweep's run."""
 
 from __future__ import annotations
 

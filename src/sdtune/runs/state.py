@@ -1,4 +1,4 @@
-"""How a run ended, as its folder says. Imports no torch."""
+"""How a run ended, read from its folder; imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a sweep's Optuna study lies, and how a job finds its own trial there."""
+"""A sweep's Optuna study, and a job's trial in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in Python: with adapters and control at strengths chosen now."""
+"""``sdtune.sample()``: draw images in Python, with adapters and control maps."""
 
 from __future__ import annotations
 

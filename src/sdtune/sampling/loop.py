@@ -1,4 +1,4 @@
-"""Sampling: one loop for previews in training, ``sdtune sample`` and the evaluations."""
+"""The sampling loop of previews, ``sdtune sample`` and the evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: from a file in the form that kohya's sample files have, and whether they are cut."""
+"""Prompt files in the format of kohya's sample prompts, and a warning for prompts that are cut."""
 
 from __future__ import annotations
 

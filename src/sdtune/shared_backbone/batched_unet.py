@@ -1,4 +1,4 @@
-"""A UNet that goes forward for several runs at once, each with its own pairs."""
+"""One UNet forward for several runs, each with its own LoRA pairs."""
 
 from __future__ import annotations
 

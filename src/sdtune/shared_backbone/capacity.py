@@ -1,4 +1,4 @@
-"""How many runs a device holds at once, by what ``sdtune plan`` counts of one."""
+"""How many runs fit on a device at once, from the costs that ``sdtune plan`` counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which jobs of a sweep may share a backbone, by their configs alone."""
+"""Which jobs of a sweep can share a backbone, from their configs."""
 
 from __future__ import annotations
 

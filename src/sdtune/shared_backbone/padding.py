@@ -1,4 +1,4 @@
-"""The pairs of several runs as one tensor a site: what the batched products of a shared backbone take."""
+"""LoRA pairs of several runs padded to one tensor per layer, for batched products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backbone that is in memory once for several runs, and goes forward and back for all of them at once."""
+"""One backbone in memory for several runs; it answers their forward and backward calls in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run does otherwise where it shares its backbone with others."""
+"""A training run that shares its backbone with others: what differs from a run of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's job: its folder says what it was asked, how it ended, and why. Imports no torch."""
+"""A sweep's job: runs once, and writes to its folder how it ended; imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job of several devices: a process of its own, with its own overrides frozen."""
+"""A job of several devices in a process of its own."""
 
 from __future__ import annotations
 

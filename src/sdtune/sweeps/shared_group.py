@@ -1,4 +1,4 @@
-"""A group of jobs that share a backbone: in threads of this process on one device, in a process a device on several."""
+"""A group of jobs on one backbone: threads of one process per device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every method is given."""
+"""Constructor arguments that all methods share."""
 
 from __future__ import annotations
 

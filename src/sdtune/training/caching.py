@@ -1,4 +1,4 @@
-"""Caches of what frozen encoders make of images and captions, and images of the class drawn before training."""
+"""Fill the caches of latents and text states, and draw class images, before training."""
 
 from __future__ import annotations
 

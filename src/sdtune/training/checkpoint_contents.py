@@ -1,4 +1,4 @@
-"""What a checkpoint holds: only what is trained, and by which backbone."""
+"""Contents of a checkpoint: trained weights only, and the backbone's hash."""
 
 from __future__ import annotations
 

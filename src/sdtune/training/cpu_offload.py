@@ -1,4 +1,4 @@
-"""Parts of a model that wait off the device, since all that they would make in a step is cached."""
+"""CPU offload of model parts whose outputs are cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations are computed again in backward instead of being kept (Chen et al. 2016)."""
+"""Gradient checkpointing: activations are recomputed in backward (Chen et al. 2016)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""peft's linear layer with a short way through the one pair that a run trains."""
+"""peft's LoRA linear layer with a faster path for one active pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that is not finite must not reach the weights, and finding out must not wait for the device."""
+"""Skip steps that are not finite without waiting for the device; gradient clipping."""
 
 from __future__ import annotations
 

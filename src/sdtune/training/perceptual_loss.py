@@ -1,4 +1,4 @@
-"""A perceptual distance by a frozen image encoder that the user has."""
+"""Perceptual loss with a frozen image encoder that the user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random numbers of a step, each sample's a function of its place alone."""
+"""Random timesteps, noise and dropout of a step, keyed by (seed, stream, step, position)."""
 
 from __future__ import annotations
 

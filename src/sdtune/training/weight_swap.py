@@ -1,4 +1,4 @@
-"""Other values for a model's parameters, for a while."""
+"""Swap a model's parameters for other values, temporarily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control maps: a second image beside each image, at its very crop, size and flip."""
+"""Control maps, aligned with each image's crop, size and flip: base classes, and maps read from a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control maps by edges, with OpenCV: the detector that published ControlNets were trained with."""
+"""Control maps from edges with OpenCV: canny, scribble."""
 
 from __future__ import annotations
 

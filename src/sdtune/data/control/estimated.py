@@ -1,4 +1,4 @@
-"""Control maps by a model that the user names."""
+"""Control maps estimated by a model that the user names: depth, segmentation, pose."""
 
 from __future__ import annotations
 

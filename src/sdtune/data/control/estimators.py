@@ -1,4 +1,4 @@
-"""Models of transformers that make control maps: how they are loaded, and depth and areas."""
+"""Depth and segmentation models of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poses of people, found by a transformers model and drawn the way that pose ControlNets have learned to read."""
+"""Human poses estimated with transformers, drawn in the OpenPose style."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals of the world's figures, over seeds and images."""
+"""Confidence intervals of the world's metrics, over seeds and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well an image is rebuilt."""
+"""PSNR of a reconstruction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a picture in the style that pocket has never seen, and still of its object?
+"""Is an image in the style that pocket has never seen, and still of its object?
 
 These figures are of pocket's world and cannot be compared with published ones.
 """

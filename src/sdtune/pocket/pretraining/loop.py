@@ -1,4 +1,4 @@
-"""The loop that pocket's VAE, CLIP and classifier share: Lightning, a cosine rate, a checkpoint to go on from."""
+"""Training loop of pocket's VAE, CLIP and classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training world as arrays, drawn once and kept on disk: reading is faster than drawing."""
+"""The training images of the world as arrays on disk, drawn once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions of the image world, from the scene that the image shows."""
+"""Captions of the image world, generated from scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control maps of the image world, from the scene itself: exact, and no model was asked."""
+"""Control maps of the image world, exact, generated from scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A style that pocket has never seen: the same objects as Noto Color Emoji draws them."""
+"""A style that pocket has never seen: the objects as Noto Color Emoji draws them."""
 
 from __future__ import annotations
 
