@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from sdtune.backbone import Pretrained
-from sdtune.backbone import cpu_convolution as few_pixels
+from sdtune.backbone import Pretrained, cpu_convolution
 from sdtune.backbone.cpu_convolution import FewPixels, as_products
 
 
 @pytest.fixture
 def all_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every convolution has weights enough."""
-    monkeypatch.setattr(few_pixels, "_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_convolution, "_WEIGHTS", 1)
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -79,7 +78,7 @@ def test_where_pixels_are_many_it_is_the_convolution_itself(monkeypatch: pytest.
     as_products(model)
     products: list[None] = []
     linear = nn.functional.linear
-    monkeypatch.setattr(few_pixels.F, "linear", lambda *a: (products.append(None), linear(*a))[1])
+    monkeypatch.setattr(cpu_convolution.F, "linear", lambda *a: (products.append(None), linear(*a))[1])
     model(torch.randn(4, 3, 8, 8))
     assert len(products) == 1
     model(torch.randn(5, 3, 8, 8))

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from running import fit, folder_data, plan, train
-from sdtune.backbone import Pretrained
-from sdtune.backbone import cpu_convolution as few_pixels
+from sdtune.backbone import Pretrained, cpu_convolution
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.single_file import shipped
 from sdtune.commands import plan as plan_command
@@ -132,7 +131,7 @@ def test_a_step_on_the_meta_device_costs_what_a_real_one_does(
     method: type[LoRA] | type[Full], products: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if products:
-        monkeypatch.setattr(few_pixels, "_WEIGHTS", 1)
+        monkeypatch.setattr(cpu_convolution, "_WEIGHTS", 1)
     here = "hardware=cpu", "hardware.precision=32-true", "backbone=sd15", f"backbone.path={tiny}"
     found = figures(f"method={method.__name__.lower()}", "data.batch_size=2", *here)
     real = real_step(method(backbone=Pretrained(str(tiny))), side=32)

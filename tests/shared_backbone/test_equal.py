@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from running import EPS, arguments, rows, train
-from sdtune.backbone import cpu_convolution as few_pixels
+from sdtune.backbone import cpu_convolution
 
 LAUNCHER = "hydra/launcher=shared_backbone"
 STEPS = 20
@@ -189,8 +189,8 @@ def test_shapes_that_differ_from_step_to_step(settings: list[str], tmp_path: Pat
 def test_convolutions_that_are_products_alone_and_not_together(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(few_pixels, "_WEIGHTS", 1)
-    monkeypatch.setattr(few_pixels, "_PIXELS", 256)  # of 1,024 in the first convolution of four runs
+    monkeypatch.setattr(cpu_convolution, "_WEIGHTS", 1)
+    monkeypatch.setattr(cpu_convolution, "_PIXELS", 256)  # of 1,024 in the first convolution of four runs
     own = [*settings, "method.targets=[cross_attention,convolutions]", "method.rank=2,4", "seed=0,1", EPS]
     own += ["optimizer.lr=1e-3"]
     together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
