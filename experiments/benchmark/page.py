@@ -279,8 +279,8 @@ def _sweeps(groups: Mapping[str, Any]) -> list[str]:
         "",
         "A LoRA trained on the shared backbone against the same one trained alone: the largest difference of a tensor,",
         f"of its norm, is {', '.join(apart)}.",
-        "tests/shared_backbone holds it after 20 steps to 1e-4 in float32, and in bfloat16 to twice what another split of the",
-        "same batch makes.",
+        "tests/shared_backbone holds it after 20 steps to 1e-4 in float32, and in bfloat16 to twice what another split",
+        "of the same batch makes.",
     ]
 
 
