@@ -12,8 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from sdtune.pocket.evaluation import classifier as evaluation
 from sdtune.pocket.evaluation.classifier import NOTHING, Classifier, background, ceilings, load_classifier, reconstruct
-from sdtune.pocket.pretraining import classifier as classifiers
+from sdtune.pocket.pretraining import classifier as training
 from sdtune.pocket.pretraining import loop as pretraining
 from sdtune.pocket.pretraining import vae as vaes
 from sdtune.pocket.pretraining.classifier import (
@@ -38,7 +39,7 @@ def _small_batches_on_one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifiers, "BATCH", 16)
+        patch.setattr(training, "BATCH", 16)
         yield
     torch.set_num_threads(threads)
 
@@ -167,8 +168,8 @@ def test_the_ceilings_are_shares_of_held_out_renders_named_rightly(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = HELD_OUT[0]
-    monkeypatch.setattr(classifiers, "HELD_OUT", (subject,))
-    monkeypatch.setattr(classifiers, "PLACES", ("in the middle",))
+    monkeypatch.setattr(evaluation, "HELD_OUT", (subject,))
+    monkeypatch.setattr(evaluation, "PLACES", ("in the middle",))
     always = Classifier()
     bias = always.state_dict()["heads.0.bias"]  # the parameter's own memory
     bias[THINGS.index(subject)] = 100
@@ -194,7 +195,7 @@ def test_other_types_are_refused() -> None:
 def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     save(Classifier(), tmp_path)
     (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=rf"{missing}: no such file.*sdtune\.pocket\.classifier"):
+    with pytest.raises(ValueError, match=rf"{missing}: no such file.*sdtune\.pocket\.pretraining\.classifier"):
         load_classifier(tmp_path)
 
 
