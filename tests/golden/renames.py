@@ -26,5 +26,5 @@ RENAMED_TARGETS: dict[str, str] = {
 }
 """``_target_``s of configs."""
 
-RENAMED_FILES: dict[str, str] = {}
+RENAMED_FILES: dict[str, str] = {"base_pictures.png": "base_images.png", "trained_pictures.png": "trained_images.png"}
 """Parts of the paths of what a command leaves."""
