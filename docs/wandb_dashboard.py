@@ -25,7 +25,7 @@ def dashboard(
 
     Args:
         group: the sweep's folder name, which its runs share; all runs of the project if None.
-        metric: the figure of ``metrics.json`` to judge by.
+        metric: the metric of ``metrics.json`` to judge by.
         over: the settings that the sweep varies, such as ``method.rank``; those in ``log`` on a logarithmic axis.
     """
     final = wr.SummaryMetric(f"final/{metric}")
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python docs/wandb_dashboard.py", description=__doc__.split("\n")[0])
     parser.add_argument("project", metavar="ENTITY/PROJECT")
     parser.add_argument("--group", help="the sweep's folder name; all runs of the project without it")
-    parser.add_argument("--metric", default="subject_gain", help="the figure of metrics.json to judge by")
+    parser.add_argument("--metric", default="subject_gain", help="the metric of metrics.json to judge by")
     parser.add_argument("--over", nargs="*", default=["method.rank", "optimizer.lr"], help="what the sweep varies")
     parser.add_argument("--log", nargs="*", default=["optimizer.lr"], help="those of them on a logarithmic axis")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Pages that people write, with a part between two marks that figures are written into."""
+"""Pages that people write, with a part between two marks that metrics are written into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def rewrite(page: Path, lines: Sequence[str]) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page} has no {END if begin else BEGIN}, between which the figures go; put it back")
+        raise ValueError(f"{page} has no {END if begin else BEGIN}, between which the metrics go; put it back")
     partial = page.with_name(f"{page.name}.partial")
     partial.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
     partial.replace(page)

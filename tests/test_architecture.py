@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from docs import package_graph as graphs
 
@@ -73,13 +74,13 @@ LONG_FUNCTIONS = {
     "commands.checks.check_run": 42,
     "commands.train.execute": 66,
     "planning.measure.measure": 43,
-    "pocket.evaluation.subject.run": 54,
+    "pocket.evaluation.subject.SubjectMetrics.run": 54,
     "pocket.pretraining.assemble.assemble_pipeline": 42,
     "reporting.charts.cost_and_effect": 53,
     "reporting.charts.heat_map": 43,
     "sweeps.job_process.run_apart": 44,
     "sweeps.shared_group._together": 58,
-    "sweeps.shared_launcher.launch": 43,
+    "sweeps.shared_launcher.SharedBackboneLauncher.launch": 43,
     "sweeps.sweep.multirun": 41,
 }
 WIDE_CLASSES = {"backbone.backbone.Backbone": 24, "methods.base.Adapter": 22}
@@ -173,17 +174,71 @@ def _imports_atop(node: ast.stmt) -> Iterator[str]:
     elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
         for child in node.body + node.orelse:
             yield from _imports_atop(child)
+    elif isinstance(node, ast.Try):
+        for child in node.body + node.orelse + node.finalbody:
+            yield from _imports_atop(child)
 
 
 @pytest.mark.parametrize("package", sorted(WITHOUT_TORCH))
 def test_it_needs_no_torch(package: str) -> None:
-    assert [name for name in MODULES if inside(name, {package}) and uses(name, "torch")] == []
+    """Neither itself nor through what its modules import when they are read."""
+    left = [name for name in MODULES if inside(name, {package})]
+    seen = set(left)
+    while left:
+        name = left.pop()
+        atop = {i for node in TREES[name].body for i in _imports_atop(node)}
+        assert not {i for i in atop if i.split(".")[0] == "torch"}, name
+        read = {i.removeprefix("sdtune.") for i in atop if i.startswith("sdtune.")} & set(MODULES)
+        # A module's packages are read before it.
+        read |= {".".join(i.split(".")[:k]) for i in read for k in range(1, i.count(".") + 1)}
+        left += read - seen
+        seen |= read
+
+
+def test_modules_are_imported_by_name_in_few_places() -> None:
+    """What is imported by a string escapes the other rules."""
+    found = {
+        name for name, tree in TREES.items() if "import_module" in _attributes(tree) | set(map(_last, libraries(name)))
+    }
+    assert found == {"", "cli.launch", "config.targets"}
+
+
+def _attributes(tree: ast.Module) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def _last(dotted: str) -> str:
+    return dotted.rpartition(".")[2]
 
 
 @pytest.mark.parametrize("package", ["objective", "formats"])
 def test_tensors_alone(package: str) -> None:
     no = ("transformers", "diffusers", "peft", "pytorch_lightning", "torch.nn.Module")
     assert {name: uses(name, *no) for name in MODULES if inside(name, {package}) and uses(name, *no)} == {}
+
+
+CONFIG_AS_MAPPING = {"cli", "commands", "config", "shared_backbone.compatibility", "sweeps"}
+RECORDS_OR_READS_SAVED = {"callbacks.config_agreement", "exporting.card", "loggers", "reporting", "runs"}
+"""These get a resolved copy to record or to compare, or read the saved config of another run."""
+
+
+def test_a_composed_config_is_a_mapping_in_few_places() -> None:
+    """Elsewhere nothing looks into one by a group's name, such as ``config["optimizer"]``."""
+    conf = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text(encoding="utf-8"))
+    named = {str(name) for entry in conf["defaults"] if isinstance(entry, dict) for name in entry}
+    groups = named & {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    assert groups >= {"backbone", "data", "method", "optimizer", "trainer"}
+    found = {
+        f"{name}: {ast.unparse(node)}"
+        for name in MODULES
+        if not inside(name, CONFIG_AS_MAPPING | RECORDS_OR_READS_SAVED)
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.slice, ast.Constant)
+        and node.slice.value in groups
+        and ast.unparse(node.value) in ("config", "composed", "cfg")
+    }
+    assert found == set()
 
 
 # --- private names
@@ -206,20 +261,24 @@ _CONFIG_KEYS = {"_target_", "_partial_"}
 
 
 @cache
-def _own_names() -> frozenset[str]:
-    """Every name that sdtune itself gives to a function, a class, a variable or an attribute."""
+def _named_in(module: str) -> frozenset[str]:
+    """Every name that ``module`` itself gives to a function, a class, a variable or an attribute of its own."""
     names: set[str] = set()
-    for name, tree in TREES.items():
-        if name in COMPAT:
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                names.add(node.name)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.add(node.id)
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
-                names |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            names |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
     return frozenset(names)
+
+
+def _known_in(module: str, of_itself: bool) -> frozenset[str]:
+    """Names of ``module``, and, where an object asks for its own, of the modules that its classes derive from."""
+    own = [cls for cls in classes() if of_itself and cls.__module__ == f"sdtune.{module}"]
+    bases = {base.__module__.removeprefix("sdtune.") for cls in own for base in cls.__mro__} & set(MODULES)
+    return frozenset.union(_named_in(module), *map(_named_in, bases), _CONFIG_KEYS)
 
 
 def _private(module: str) -> Iterator[str]:
@@ -229,7 +288,7 @@ def _private(module: str) -> Iterator[str]:
             yield name
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if node.attr not in _own_names() | _CONFIG_KEYS:
+            if node.attr not in _known_in(module, ast.unparse(node.value) in ("self", "cls")):
                 yield ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
             name = node.args[1]
@@ -240,7 +299,7 @@ def _private(module: str) -> Iterator[str]:
 # --- sizes
 
 
-def lines_of(function: ast.FunctionDef) -> int:
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Without signature and docstring."""
     body = function.body
     if ast.get_docstring(function) is not None:
@@ -248,15 +307,20 @@ def lines_of(function: ast.FunctionDef) -> int:
     return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
-def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+def functions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function with its qualified name, those in classes and in functions too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{name}.{child.name}", child
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        yield from functions(child, f"{name}.{child.name}" if named else name)
 
 
 def test_functions_are_short() -> None:
     long = {
-        f"{name}.{function.name}": lines
-        for name, tree in TREES.items()
-        for function in functions(tree)
+        name: lines
+        for module, tree in TREES.items()
+        for name, function in functions(tree, module)
         if (lines := lines_of(function)) > MOST_LINES
     }
     assert {name: lines for name, lines in long.items() if lines > LONG_FUNCTIONS.get(name, MOST_LINES)} == {}
@@ -296,7 +360,7 @@ def test_no_public_class_has_two_homes() -> None:
 
 def test_no_public_function_has_two_homes() -> None:
     """But ``main``, and a format's ``read``, ``write`` and ``parse``, which are called with their module's name."""
-    assert _twice(ast.FunctionDef, lambda module: module.split(".")[0]) == {}
+    assert _twice(ast.FunctionDef, lambda module: module if module in FLAT else module.rpartition(".")[0]) == {}
 
 
 def _twice(kind: type[ast.ClassDef | ast.FunctionDef], home) -> dict[str, set[str]]:  # type: ignore[no-untyped-def]
@@ -355,6 +419,7 @@ sys.exit(code)
         (["train", "method.rnak=4"], 2, "did you mean rank?"),
         (["train", "method=lroa"], 2, "did you mean lora?"),
         (["trian"], 2, "no such command"),
+        (["report", "--help"], 0, "usage"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

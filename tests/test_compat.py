@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.types import _PATH
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
@@ -86,8 +91,8 @@ def test_a_strategy_without_its_module_gets_it_back() -> None:
     assert strategy.lightning_module is module
 
 
-def test_a_checkpoints_path_is_lightnings_type() -> None:
-    assert lightning_compat.PathLike == _PATH
+def test_a_checkpoints_path_is_text_or_a_path() -> None:
+    assert {str, Path} <= set(get_args(lightning_compat.PathLike))
 
 
 # --- peft
@@ -112,16 +117,34 @@ def test_a_node_knows_its_key() -> None:
     assert hydra_compat.full_key(config) == ""
 
 
-def test_hydras_private_names_are_there() -> None:
-    assert hydra_compat.BasicSweeper.split_arguments
-    assert hydra_compat.Hydra.create_main_hydra2
+def test_the_basic_sweeper_makes_a_job_of_each_combination() -> None:
+    overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=3"])
+    assert hydra_compat.BasicSweeper.split_arguments(overrides, None) == [[["a=1", "b=3"], ["a=2", "b=3"]]]
+
+
+def test_hydra_composes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "any.yaml").write_text("a: 1\n")
+    search = hydra_compat.create_config_search_path(str(tmp_path))
+    try:
+        hydra = hydra_compat.Hydra.create_main_hydra2(task_name="any", config_search_path=search)
+        composed = hydra.compose_config(
+            config_name="any", overrides=["a=2"], run_mode=RunMode.RUN, with_log_configuration=False
+        )
+    finally:
+        GlobalHydra.instance().clear()
+    assert composed.a == 2
+
+
+def test_a_config_without_callbacks_has_none() -> None:
     assert hydra_compat.Callbacks().callbacks == []
-    assert hydra_compat.create_config_search_path(None).get_path()
+
+
+def test_hydras_parser_tells_options_from_overrides() -> None:
     arguments = hydra_compat.get_args_parser().parse_args(["a=1", "--cfg", "job"])
     assert (arguments.overrides, arguments.cfg) == (["a=1"], "job")
 
 
-def test_hydra_prints_the_config_of_a_folder(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_hydra_prints_the_config_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "any.yaml").write_text("a: 1\n")
     parser = hydra_compat.get_args_parser()
     hydra_compat.print_info(parser.parse_args(["--cfg", "job"]), parser, str(tmp_path), "any")

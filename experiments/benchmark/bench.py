@@ -58,7 +58,7 @@ def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)  # workers of a data loader
     if not out.is_file():
-        raise RuntimeError(f"{' '.join(argv)}: no figures; its output ends {log.read_text()[-2000:].strip()}")
+        raise RuntimeError(f"{' '.join(argv)}: no metrics; its output ends {log.read_text()[-2000:].strip()}")
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -150,7 +150,7 @@ def rate(dtype: torch.dtype, side: int = 2048, times: int = 8) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the metrics were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from sdtune.torch_compat import TorchDispatchMode
 
 SYNCHRONISING = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default")
 """Operators that make a program wait for its device."""
@@ -75,7 +76,7 @@ def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
 
 
 def leave(out: Path, found: dict[str, Any]) -> None:
-    """Write the figures and end the process at once."""
+    """Write the metrics and end the process at once."""
     out.write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
@@ -87,7 +88,7 @@ def main() -> None:
     if target == "sdtune":
         from sdtune.callbacks import cost
 
-        # A run's own figure counts from each step anew; here all count from the start of the process.
+        # A run's own metric counts from each step anew; here all count from the start of the process.
         cost.reset_peak_memory = lambda device: None  # type: ignore[attr-defined]
     sys.argv = [target, *arguments]
     if target.endswith(".py"):

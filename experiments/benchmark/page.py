@@ -74,10 +74,10 @@ def _intro(found: Mapping[str, Any]) -> list[str]:
         "are then timed too; `BENCH=sweep/4` measures the groups whose names begin so. Nothing here was measured on",
         "a GPU.",
         "",
-        "Each figure is the median of three fresh processes that took turns with those beside it, and in brackets the",
+        "Each metric is the median of three fresh processes that took turns with those beside it, and in brackets the",
         "least and the most. Batch 1 unless it says otherwise, eight images, AdamW, a constant rate, LoRA of rank 4.",
         "The caches of VAE and text encoder begin empty, and to fill them is part of the time to the first step; the",
-        "peak is the whole process's. *of diffusers*: sdtune's figure over that of diffusers' example script; less",
+        "peak is the whole process's. *of diffusers*: sdtune's metric over that of diffusers' example script; less",
         "than 1 is less time or memory. *matrix rate*: a step's arithmetic over what the same cores reach with two",
         "square matrices. *aim*: the ratio that sdtune set itself before it was built. Other trainers are not",
         "compared.",
@@ -114,7 +114,7 @@ def _precisions(found: Mapping[str, Any]) -> list[str]:
 
 
 def _machines(found: Mapping[str, Any]) -> list[str]:
-    """The machine that the figures are from, or each of several with the groups that were measured on it."""
+    """The machine that the metrics are from, or each of several with the groups that were measured on it."""
     of: dict[str, list[str]] = {}
     for name, value in found.items():
         m = value["machine"]
@@ -159,7 +159,7 @@ def _steps(shape: str, groups: Mapping[str, Any]) -> list[str]:
         _, method, precision = name.split("/")
         notes += [
             "",
-            f"Not compared: {variant}, whose script for {method} gives no figures here in {precision} (`{why}`).",
+            f"Not compared: {variant}, whose script for {method} gives no metrics here in {precision} (`{why}`).",
         ]
     return [*lines, *notes, "", *_aims(shape, groups)]
 

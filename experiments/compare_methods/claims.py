@@ -1,4 +1,4 @@
-"""What is usually said of each method, and what a comparison's figures say to it."""
+"""What is usually said of each method, and what a comparison's metrics say to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLLOWED = 0.3
 """``control_less_shuffled`` from which a map is said to be followed."""
 
 Figures = Mapping[str, Mapping[str, Value]]
-"""By method, each figure over the seeds."""
+"""By method, each metric over the seeds."""
 
 Verdict = bool | None
 """None: within the noise."""
@@ -49,11 +49,11 @@ ASSERTED = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A saying that figures can contradict.
+    """A saying that metrics can contradict.
 
     Attributes:
         text: the saying.
-        figures: those that decide, shown beside the verdict.
+        metrics: those that decide, shown beside the verdict.
         methods: of which they are shown.
         holds: whether it is so.
     """

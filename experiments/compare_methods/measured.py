@@ -1,4 +1,4 @@
-"""A method's figures over seeds, and what ``sdtune plan`` counts for it at Stable Diffusion's size."""
+"""A method's metrics over seeds, and what ``sdtune plan`` counts for it at Stable Diffusion's size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdtune.runs.layout import READINGS
 
 
 def measured(runs: Sequence[Run]) -> dict[str, Value]:
-    """A method's figures over its seeds."""
+    """A method's metrics over its seeds."""
     found: dict[str, Value] = {}
     for key in dict.fromkeys(key for run in runs for key in run.metrics):
         values = [run.metrics[key] for run in runs if key in run.metrics]

@@ -65,7 +65,7 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
     lines += _figures({"controlnet": found["controlnet"]}, _STRUCTURE)
     lines += [
         "",
-        "What is usually said, and what these figures say to it. The subject is shown from a `subject_gain` of",
+        "What is usually said, and what these metrics say to it. The subject is shown from a `subject_gain` of",
         f"{SUBJECT:g} on and resembled from {LIKENESS:g}, prompts are followed from a `background_accuracy` of",
         f"{FREE:g}, a class is kept up to a `prior_leak` of {LEAK:g}, a map is followed from {FOLLOWED:g} above",
         "another's; within the noise: intervals (or standard deviations) meet.",

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import draw_images as draw_images
+from sdtune.evaluation.draw import draw_images
 from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.world.captions import full_caption
@@ -50,7 +50,7 @@ def agreement(said: list[str], truth: list[str]) -> float:
 def measure(
     images: np.ndarray, scenes: list[Scene], classifier: Classifier, vae: AutoencoderKL, seed: int
 ) -> dict[str, float]:
-    """The figures of ``quality.json`` for ``images`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
+    """The metrics of ``quality.json`` for ``images`` (uint8 [N, 64, 64, 3]) made from the captions of ``scenes``."""
     readings = classifier.read(images)
     renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     return {

@@ -1,7 +1,7 @@
 """Recipes' measured results over seeds: ``python -m experiments.pocket.table NAME ... [--seeds 0 1 2] [--jobs 2]``.
 
 Runs ``sdtune train experiment=NAME`` once a seed, unless it has been run already, and writes ``experiments/NAME/``: a
-table with intervals, the figures of each seed, and the grid of the first; then the table of all recipes in
+table with intervals, the metrics of each seed, and the grid of the first; then the table of all recipes in
 ``experiments/README.md``.
 """
 
@@ -37,7 +37,7 @@ _OVERVIEW = {
     "style": ("style_accuracy", "object_accuracy", "background_accuracy"),
     "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
 }
-"""Table -> the figures that it shows; a recipe stands in the first whose leading figure it has."""
+"""Table -> the metrics that it shows; a recipe stands in the first whose leading metric it has."""
 
 
 def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], found: Mapping[str, Interval]) -> str:
@@ -47,10 +47,10 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
         "",
         f"`python -m experiments.pocket.table {name} --seeds {' '.join(map(str, seeds))}`",
         f"runs [the recipe](../{name}.yaml) once a seed and writes this page. The intervals are by bootstrap over",
-        "seeds and images, and with three seeds too narrow where these differ more than the images; figures of",
+        "seeds and images, and with three seeds too narrow where these differ more than the images; metrics of",
         "pocket's world are not comparable with published ones.",
         "",
-        "| figure | mean | 95% interval |",
+        "| metric | mean | 95% interval |",
         "|---|---|---|",
     ]
     lines += [f"| {key} | {mean:.3f} | {low:.3f} to {high:.3f} |" for key, (mean, low, high) in sorted(found.items())]
@@ -58,7 +58,7 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
         k for k in runs[0] if k not in found and k not in (*_COST, *_TIMES, "steps", "validation_step", "reasons")
     ]
     rows = [(key, [run.get(key) for run in runs]) for key in (*others, *_COST)]
-    lines += ["", f"| figure | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+    lines += ["", f"| metric | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
     lines += [
         f"| {key} | {' | '.join(f'{v:,}' if isinstance(v, int) else f'{v:.3f}' for v in values)} |"
         for key, values in rows

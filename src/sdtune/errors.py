@@ -5,6 +5,9 @@ from __future__ import annotations
 RESUMES = "sdtune train resume=RUN goes on from the last checkpoint"
 """What is said to a user whose training is stopped from outside."""
 
+STOPPED = f"stopped; {RESUMES}, if there is one"
+"""The whole line, where it is not known whether there is a checkpoint."""
+
 
 class Stopped(Exception):
     """A run that was asked to stop and has saved; ``code`` is the exit code (128 + the signal's number)."""

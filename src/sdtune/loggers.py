@@ -23,7 +23,7 @@ def wandb_logger(
     offline: bool = False,
     log_artifact: bool = False,
 ) -> Any:
-    """Lightning's W&B logger, its figures on axes of their own so that none is dropped for coming late.
+    """Lightning's W&B logger, its metrics on axes of their own so that none is dropped for coming late.
 
     A resumed run goes on under its id, which its folder keeps.
 

@@ -1,4 +1,4 @@
-"""The main job, cut short: every figure that it promises is there."""
+"""The main job, cut short: every metric that it promises is there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_demos_recipe_leaves_its_figures(tmp_path: Path) -> None:
     readings = json.loads((run / "evaluation" / "readings.json").read_text())
     assert len(readings["subject_accuracy"]) == len(readings["base_prior_leak"]) == 4
 
-    # Measured again from its artifact, it has the same figures.
+    # Measured again from its artifact, it has the same metrics.
     assert evaluate(f"run={run}", f"hydra.run.dir={tmp_path}/again") == 0
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert again == figures

@@ -338,7 +338,7 @@ REFUSED = {
     ("methods=[]",): "methods: []: ",
     ("fits=0",): "fits: 0: ",
     ("data.resolution=65",): "data.resolution: 65 is not a multiple of 4",
-    ("data.batch_size=3", "hardware=ddp"): "data.batch_size: 3 samples a step cannot be shared out",
+    ("data.batch_size=3", "hardware=ddp"): "data.batch_size: 3 samples per step cannot be shared out",
     ("data.batch_size=0",): "data.batch_size: 0: ",
     ("trainer.accumulate_grad_batches=0",): "trainer.accumulate_grad_batches: 0: ",
     ("methods=[lora,full]", "method.rank=4"): "method.rank: there is no such setting",

@@ -19,7 +19,7 @@ EVERY = 5
 
 
 def same(run: Path, reference: Path) -> None:
-    """The figures of every step, the artifact's tensors, the final figures."""
+    """The metrics of every step, the artifact's tensors, the final metrics."""
     assert (run / "metrics.csv").read_text() == (reference / "metrics.csv").read_text()
     for file in ("mine.safetensors", "pytorch_lora_weights.safetensors"):
         ours, theirs = load_file(run / "artifact" / file), load_file(reference / "artifact" / file)
@@ -130,7 +130,7 @@ def test_a_second_resume_keeps_what_the_first_extended(tiny: Path, images: Path,
     run = tmp_path / "run"
     assert train(*arguments(tiny, images, run, "trainer.max_steps=2", "checkpoint.every_steps=1")) == 0
     assert train(f"resume={run}", "trainer.max_steps=4") == 0
-    (run / "metrics.json").unlink()  # as if it had been stopped before its figures
+    (run / "metrics.json").unlink()  # as if it had been stopped before its metrics
     assert train(f"resume={run}") == 0
     assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4"]
     assert json.loads((run / "metrics.json").read_text())["steps"] == 4

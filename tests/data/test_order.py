@@ -112,8 +112,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size: int, processes
         MicroBatches(Order(BUCKETS, batch_size, 0), steps=1, accumulation=accumulation, processes=processes)
 
 
-def test_validation_looks_at_every_entry_at_every_rung_at_fixed_places() -> None:
-    batches = FixedBatches([[0, 2], [1]], batch_size=4, rungs=3)
+def test_validation_looks_at_every_entry_at_every_time_at_fixed_places() -> None:
+    batches = FixedBatches([[0, 2], [1]], batch_size=4, times=3)
     assert len(batches) == len(list(batches)) == 3
     draws = [draw for batch in batches for draw in batch]
     assert [draw.entry for draw in draws] == [0, 0, 0, 2, 2, 2, 1, 1, 1]
@@ -121,5 +121,5 @@ def test_validation_looks_at_every_entry_at_every_rung_at_fixed_places() -> None
     assert {draw.step for draw in draws} == {0}
     assert all(len({draw.entry in (0, 2) for draw in batch}) == 1 for batch in batches)
     # The place of an image, and with it its noise, does not depend on the batch size.
-    other = [draw for batch in FixedBatches([[0, 2], [1]], batch_size=1, rungs=3) for draw in batch]
+    other = [draw for batch in FixedBatches([[0, 2], [1]], batch_size=1, times=3) for draw in batch]
     assert other == draws

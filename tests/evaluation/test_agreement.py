@@ -1,4 +1,4 @@
-"""What an image shows against what its map asked for, by hand, and as figures of a ControlNet's run."""
+"""What an image shows against what its map asked for, by hand, and as metrics of a ControlNet's run."""
 
 from __future__ import annotations
 

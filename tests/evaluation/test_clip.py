@@ -1,4 +1,4 @@
-"""CLIP figures, on a tiny CLIP with random weights whose embeddings are computed again by hand."""
+"""CLIP metrics, on a tiny CLIP with random weights whose embeddings are computed again by hand."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     assert "Not measured yet: imports, pocket/lora/bf16-mixed, pocket/textual_inversion/32-true, " in said
     assert "pocket/lora/32-true" not in said.partition("Not measured yet: ")[2].partition(".\n")[0]
     assert (
-        "\n\nNot compared: diffusers, whose script for textual_inversion gives no figures here in bf16-mixed"
+        "\n\nNot compared: diffusers, whose script for textual_inversion gives no metrics here in bf16-mixed"
         " (`RuntimeError: of two types`).\n" in said
     )
     assert "were not timed" not in said
@@ -164,7 +164,7 @@ def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
 
     def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str, Any]:
         if command.target.endswith(".py"):
-            raise RuntimeError("python clock.py: no figures\nRuntimeError: of two types\n\rSteps: 0%| | 0/1000")
+            raise RuntimeError("python clock.py: no metrics\nRuntimeError: of two types\n\rSteps: 0%| | 0/1000")
         counted = {"operators": 1, "synchronisations": 0, "flop": 1, "most": {}} if watch == "count" else {}
         return {"ends": [float(i) for i in range(steps)], "peak_memory_bytes": 1, **counted}
 
@@ -183,8 +183,8 @@ def test_a_training_of_ours_that_does_not_run_ends_the_benchmark(
     from experiments.benchmark.commands import Shape
 
     def measured(*_: Any) -> dict[str, Any]:
-        raise RuntimeError("no figures")
+        raise RuntimeError("no metrics")
 
     monkeypatch.setattr(bench, "measured", measured)
-    with pytest.raises(RuntimeError, match="no figures"):
+    with pytest.raises(RuntimeError, match="no metrics"):
         bench.compared("lora", Shape("sd15", tmp_path, 256), "32-true", None, tmp_path)

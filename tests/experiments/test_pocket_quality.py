@@ -1,4 +1,4 @@
-"""The arithmetic of pocket's quality figures."""
+"""The arithmetic of pocket's quality metrics."""
 
 from __future__ import annotations
 

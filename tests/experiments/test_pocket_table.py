@@ -1,4 +1,4 @@
-"""The table of a recipe's figures over seeds: its intervals, and what stands in it."""
+"""The table of a recipe's metrics over seeds: its intervals, and what stands in it."""
 
 from __future__ import annotations
 

@@ -293,7 +293,8 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         now = everything(Sdtune(arguments.sdtune.absolute(), arguments.base), work, arguments.only)
     if arguments.action == "record":
-        RECORDS.write_text(json.dumps({**kept, machine(): now}, indent=1, sort_keys=True) + "\n")
+        others = kept.get(machine(), {}) if arguments.only else {}
+        RECORDS.write_text(json.dumps({**kept, machine(): {**others, **now}}, indent=1, sort_keys=True) + "\n")
         print(f"{len(now)} hashes recorded for {machine()}")
         return
     before = kept[machine()]

@@ -271,7 +271,7 @@ def test_seeds_that_agree_do_not_make_a_share_exact() -> None:
     assert [within for _, _, within in places] == [False, True]
     apart = ranked([setting(0.0, 1000), setting(1.0, 1000)], "subject_gain")
     assert [within for _, _, within in apart] == [False, False]
-    # Another figure has no such floor, and equal means are one.
+    # Another metric has no such floor, and equal means are one.
     assert [within for _, _, within in ranked([setting(0.0, 14), setting(1 / 14, 14)], "clip_image")] == [False, False]
     assert [within for _, _, within in ranked([setting(0.5, 14), setting(0.5, 14)], "clip_image")] == [False, True]
 

@@ -94,20 +94,20 @@ def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails
         mode = Mode(gradients, gradients, (False, torch.float32), torch.float32)
         return pool.Forward(None, {"sample": torch.zeros(1)}, mode)  # type: ignore[arg-type]
 
-    questions: dict[int, PendingCall] = {0: asked(True), 1: asked(False)}
+    calls: dict[int, PendingCall] = {0: asked(True), 1: asked(False)}
     coordinator = StepCoordinator(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
-    coordinator._seats = {number: Participant(number, lambda: None) for number in questions}
-    for number, seat in coordinator._seats.items():
-        seat.question = questions[number]
-    coordinator._reply(questions)
-    assert coordinator._seats[0].question is None
-    assert coordinator._seats[1].question is questions[1]  # until the memory of the step is free
+    coordinator._participants = {number: Participant(number, lambda: None) for number in calls}
+    for number, seat in coordinator._participants.items():
+        seat.call = calls[number]
+    coordinator._reply(calls)
+    assert coordinator._participants[0].call is None
+    assert coordinator._participants[1].call is calls[1]  # until the memory of the step is free
     assert not drawn
-    assert questions[0].error is coordinator.broken
+    assert calls[0].error is coordinator.broken
     assert "max_concurrent_runs=1" in str(coordinator.broken)
-    coordinator._reply({1: questions[1]})
+    coordinator._reply({1: calls[1]})
     assert drawn == [1]
-    assert questions[1].error is None
+    assert calls[1].error is None
 
 
 def test_a_folder_that_cannot_be_written_is_one_jobs_failure(

@@ -49,8 +49,8 @@ def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
         ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (together, alone))
         assert ours.pop("shared_with") == 2
         assert ours.keys() == theirs.keys()
-        assert f"figures: {together}" in (together / "train.log").read_text()
-        assert (together / "train.log").read_text().count("figures:") == 1
+        assert f"metrics: {together}" in (together / "train.log").read_text()
+        assert (together / "train.log").read_text().count("metrics:") == 1
 
 
 @pytest.mark.slow

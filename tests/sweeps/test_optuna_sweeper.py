@@ -146,7 +146,7 @@ def test_a_misspelt_metric_is_refused_before_the_first_job(
     assert train(*settings, *own, "optimized_metric=step") == 2
     said = capsys.readouterr().err
     assert said.startswith(
-        "sdtune: the search's jobs: optimized_metric: step: there is no such figure; did you mean steps?"
+        "sdtune: the search's jobs: optimized_metric: step: there is no such metric; did you mean steps?"
     )
     assert said.count("\n") == 1
     assert not (tmp_path / "sweep").exists()

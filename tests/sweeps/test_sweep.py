@@ -139,7 +139,7 @@ HINTS = {
         ["-m", "method.rank=2,3", "hydra/launcher=submitit_slurm"],
         "there is no srun here; submitit_local tries",
     ),
-    "a figure": (["-m", "method.rank=2,3", "optimized_metric=stepz"], "there is no such figure; did you mean steps?"),
+    "a metric": (["-m", "method.rank=2,3", "optimized_metric=stepz"], "there is no such metric; did you mean steps?"),
 }
 
 
@@ -286,9 +286,9 @@ def test_under_torchrun_a_sweep_is_refused(
 
 
 def child(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have :func:`run_apart` start ``script`` in place of Python."""
+    """Have :func:`run_apart` start ``script`` in place of Python; its arguments go to ``folder``'s file ``asked``."""
     file = folder / "python"
-    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\n{script}\n')
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(file))
 
@@ -296,8 +296,9 @@ def child(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_apart_that_is_pruned_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child(tmp_path, "echo sdtune: pruned at step 7 >&2; exit 4", monkeypatch)
     with pytest.raises(Pruned) as end:
-        run_apart("train", [], [], tmp_path, False)
+        run_apart("train", ["-cd", "mine"], ["seed=1"], tmp_path, False)
     assert end.value.step == 7
+    assert (tmp_path / "asked").read_text() == f"-m sdtune train -cd mine seed=1 hydra.run.dir='{tmp_path}'\n"
 
 
 def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(

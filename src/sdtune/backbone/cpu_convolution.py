@@ -1,4 +1,4 @@
-"""Convolutions of many channels over few pixels, as the products that they are.
+"""Convolutions with many channels and few pixels as matrix products, faster on a CPU.
 
 A CPU's convolution kernels are made for many pixels. Where there are fewer of those than of channels, as at the lowest
 resolutions of a UNet, the weights are nearly all that is moved, and the kernels move them several times.

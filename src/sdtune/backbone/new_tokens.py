@@ -1,4 +1,4 @@
-"""New words for a text encoder: vectors of their own beside the vocabulary's table, which nothing ever writes to.
+"""New tokens for a text encoder: trainable embeddings beside the frozen embedding table.
 
 Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion".
 """

@@ -17,7 +17,7 @@ from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
-from sdtune.formats.pipeline import STEMS
+from sdtune.formats.pipeline import STEMS, weights_name
 from sdtune.objective.prediction import PredictionType
 from sdtune.objective.schedule import NoiseSchedule
 from sdtune.paths import pocket_pipeline
@@ -119,7 +119,7 @@ class PipelineSource:
             return pipeline
         place = local(self.vae, "backbone.vae")
         if place is None:
-            names = ["config.json", "diffusion_pytorch_model.safetensors"]
+            names = ["config.json", weights_name("vae")]
             place = snapshot(
                 self.vae, None, names, lambda folder: all((folder / n).is_file() for n in names), "backbone.vae"
             )

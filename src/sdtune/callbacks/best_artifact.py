@@ -11,9 +11,8 @@ from annotated_types import Ge
 
 from sdtune.callbacks.validation_set import check_held_out
 from sdtune.methods.base import Adapter
+from sdtune.runs.layout import BEST
 from sdtune.training.weight_swap import swapped
-
-BEST = "best.ckpt"
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):

@@ -16,12 +16,12 @@ from annotated_types import Ge
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.callbacks.best_artifact import BEST
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUMES
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.lightning_compat import PathLike
 from sdtune.methods.base import Adapter
+from sdtune.runs.layout import BEST
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -141,7 +141,7 @@ class Checkpoints(Callback):
         return every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``step<N>.ckpt``, figures first: a step that was not finite ends the run here and is never saved."""
+        """Write ``step<N>.ckpt``, metrics first: a step that was not finite ends the run here and is never saved."""
         assert isinstance(pl_module, Adapter)
         self._due = False
         self.record.flush(trainer, pl_module)

@@ -12,11 +12,11 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data import ImageDataModule
-from sdtune.exporting.card import CARD
 from sdtune.formats.embeddings import intermediate
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.methods.base import Adapter
+from sdtune.runs.layout import CARD, CARD_GRID
 
 log = logging.getLogger("sdtune")
 
@@ -90,7 +90,9 @@ class CostMeter(Callback):
             "artifact_bytes": sum(
                 f.stat().st_size
                 for f in artifact.rglob("*")
-                if f.is_file() and not intermediate(f.stem) and not (f.parent == artifact and f.name in CARD)
+                if f.is_file()
+                and not intermediate(f.stem)
+                and not (f.parent == artifact and f.name in (CARD, CARD_GRID))
             ),
             "peak_memory_bytes": self.peak,
             "median_step_seconds": step,

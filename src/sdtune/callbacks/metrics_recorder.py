@@ -25,7 +25,7 @@ class NotFinite(ValueError):
 
 
 class MetricsRecorder(Callback):
-    """Keeps figures on the device and brings them over every ``trainer.log_every_n_steps``: one wait for many steps.
+    """Keeps metrics on the device and brings them over every ``trainer.log_every_n_steps``: one wait for many steps.
 
     ``metrics.csv`` holds what is a function of the run alone, so that a resumed run's file equals an unbroken one's;
     speeds go to the loggers and to ``metrics.json``.
@@ -45,7 +45,7 @@ class MetricsRecorder(Callback):
     # --- rows
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._cut(trainer.max_steps, trainer)  # a complete run, resumed for its figures alone, never starts to train
+        self._cut(trainer.max_steps, trainer)  # a complete run, resumed for its metrics alone, never starts to train
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._cut(trainer.global_step, trainer)
@@ -84,7 +84,7 @@ class MetricsRecorder(Callback):
         }
 
     def flush(self, trainer: pl.Trainer, module: Adapter) -> None:
-        """Bring the pending figures over, write them, and stop the run if one of them is not finite."""
+        """Bring the pending metrics over, write them, and stop the run if one of them is not finite."""
         if not self.pending:
             return
         keys = list(self.pending[0][1])

@@ -18,7 +18,7 @@ from sdtune.runs.trials import own_trial, require_optuna
 class Pruning(Callback):
     """Reports each validation loss to the job's Optuna trial (``sweep=optuna``) and ends the job if it says so.
 
-    Whatever figure the search is for, it is the validation loss that is judged: fidelities are measured at the end.
+    Whatever metric the search is for, it is the validation loss that is judged: fidelities are measured at the end.
 
     Args:
         run: the job's folder, in the sweep's.
@@ -58,7 +58,7 @@ class Pruning(Callback):
                 )
             )
             self._trial = own_trial(self.run.parent, self.number, pruner)
-            # The study's direction is that of the figure at the end; a loss is always the better the lower.
+            # The study's direction is that of the metric at the end; a loss is always the better the lower.
             self._sign = 1 if self._trial.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -140,7 +140,7 @@ class Samples(Callback):
                     self._log_table(logger, last, trainer.global_step)
 
     def _log_table(self, logger: Any, last: list[list[np.ndarray]], step: int) -> None:
-        """W&B's: a row a prompt and seed."""
+        """W&B's: one row per prompt and seed."""
         import wandb
 
         assert self.first is not None

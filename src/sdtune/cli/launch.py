@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdtune.cli.messages import one_line
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
 from sdtune.config.hydra_compat import Hydra, get_args_parser, print_info
-from sdtune.errors import PRUNED, RESUMES, Pruned, RunFailed, Stopped
+from sdtune.errors import PRUNED, STOPPED, Pruned, RunFailed, Stopped
 from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero
 from sdtune.log_filters import quiet, quiet_libraries
@@ -96,6 +96,7 @@ def launch(
         rewrite: what becomes of the arguments before Hydra sees them.
         writes: whether it leaves a folder behind; one that does not is no job of Hydra's.
     """
+    typed = argv
     try:
         argv = rewrite(argv)
     except ValueError as error:
@@ -114,7 +115,7 @@ def launch(
         ("--experimental-rerun", args.experimental_rerun),
     ):
         if value:
-            refuse(f"{option}: sdtune has one top config a command; name a recipe with -cd DIR experiment={value}")
+            refuse(f"{option}: sdtune has one top config per command; name a recipe with -cd DIR experiment={value}")
     for override in args.overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         # data.token and new_tokens are words of a prompt, and max_tokens is how many it may have.
@@ -124,15 +125,10 @@ def launch(
         refuse(f"--multirun: sdtune {command} runs once; leave it out")
     if args.multirun and "TORCHELASTIC_RUN_ID" in os.environ:
         refuse("--multirun: torchrun would run the whole sweep in every process; give hardware.devices=N without it")
+    code = 0
     try:
         search = search_path(args.config_dir)
         config = compose(command, search, args.overrides) if not args.multirun else None
-    except (HydraException, OmegaConfBaseException) as error:
-        refuse(_said(error, args.overrides))
-    except ValueError as error:
-        refuse(str(error))
-    code = 0
-    try:
         if config is None:
             code = multirun(command, search, args.overrides, prepare)
         elif not writes:
@@ -148,7 +144,7 @@ def launch(
             print(f"sdtune: {end}", file=sys.stderr)
             code = PRUNED
     except (HydraException, OmegaConfBaseException) as error:
-        refuse(_said(error, args.overrides))
+        refuse(_said(error, typed))
     except ValueError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or not _ours(error):
             raise
@@ -165,7 +161,7 @@ def launch(
             code=1,
         )
     except KeyboardInterrupt:
-        refuse(f"stopped; {RESUMES}, if there is one", code=130)
+        refuse(STOPPED, code=130)
     except OSError as error:
         if os.environ.get("SDTUNE_TRACEBACK") or error.errno is None:
             raise
@@ -174,10 +170,13 @@ def launch(
         raise SystemExit(code)
 
 
-def _said(error: Exception, overrides: list[str]) -> str:
-    """What could not be composed; a resumed run repeats overrides of the time when it began."""
-    resumed = next((override for override in overrides if override.startswith("resume=")), "resume=null")
-    return one_line(error) + ("" if resumed == "resume=null" else f"; {resumed} repeats it: {BEGUN_OTHERWISE}")
+def _said(error: Exception, typed: list[str]) -> str:
+    """What could not be composed: of ``typed``, or of the overrides that a resumed run repeats."""
+    line = one_line(error)
+    resumed = next((word for word in typed if word.startswith("resume=") and word != "resume=null"), None)
+    if resumed is None or any(word.lstrip("+~").startswith(re.split("[:=]", line)[0]) for word in typed):
+        return line
+    return f"{line}; {resumed} repeats it: {BEGUN_OTHERWISE}"
 
 
 def _ours(error: Exception) -> bool:

@@ -104,7 +104,7 @@ def check_run(config: dict[str, Any]) -> ImageDataModule:
     sure = evaluation is None or hasattr(evaluation, "names")
     if sure and top.optimized_metric and top.optimized_metric.removeprefix("base_") not in known:
         raise ValueError(
-            f"optimized_metric: {top.optimized_metric}: there is no such figure"
+            f"optimized_metric: {top.optimized_metric}: there is no such metric"
             f"{suggestion(top.optimized_metric, known)}; there are {', '.join(known)}"
         )
     source.check()

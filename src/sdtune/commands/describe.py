@@ -17,7 +17,7 @@ from sdtune.formats.embeddings import intermediate
 
 def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
     """What was made, and the command that samples with it."""
-    lines = [f"figures: {folder / 'metrics.json'}"]
+    lines = [f"metrics: {folder / 'metrics.json'}"]
     before_after = folder / "samples" / "before_after.png"
     if before_after.exists():
         lines.append(f"before and after: {before_after}")

@@ -63,7 +63,7 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerato
     write_json(folder / "evaluation.json", metrics)
     for line in _table(metrics):
         log.info("%s", line)
-    log.info("figures: %s", folder / "evaluation.json")
+    log.info("metrics: %s", folder / "evaluation.json")
 
 
 def _table(metrics: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import kept_config, plain
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.hub import is_hub_id
+from sdtune.runs.layout import CARD
 
 log = logging.getLogger("sdtune")
 
@@ -35,7 +36,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     if own["run"] is not None:
         run = Path(str(own["run"])).expanduser()
         place, backbone = run / "artifact", kept_config(run)["backbone"]
-        card = place / "README.md"
+        card = place / CARD
     else:
         place, backbone, card = Path(str(own["artifact"])).expanduser(), own["backbone"], None
     check_node(backbone, "backbone", trust)

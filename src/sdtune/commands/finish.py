@@ -91,7 +91,7 @@ def export_artifact(adapter: Adapter, folder: Path, config: dict[str, Any]) -> N
             place = folder / "export" / export.format
             for written in export.write(artifact, adapter.source, place):
                 log.info("export: %s", written)
-            export.write_card(artifact, folder / "artifact" / CARD[0], place)
+            export.write_card(artifact, folder / "artifact" / CARD, place)
         except (ValueError, OSError, RuntimeError) as error:
             log.error(
                 "exports: %s: %s; the run is complete, and sdtune export run=%s format=%s makes it",

@@ -34,7 +34,7 @@ from sdtune.config.build import build
 from sdtune.config.settings import Settings, plain, read_settings
 from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
-from sdtune.errors import RESUMES, Pruned, RunFailed, Stopped
+from sdtune.errors import STOPPED, Pruned, RunFailed, Stopped
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.loggers import close, keep_artifact
@@ -96,7 +96,7 @@ def _callbacks(
     samples = next((c for c in chosen if isinstance(c, Samples)), None)
     if top.save_every:
         chosen.append(Snapshots(folder, name, top.save_every, samples))
-    # The average must have moved before anything reads it, and figures must be down before a checkpoint is.
+    # The average must have moved before anything reads it, and metrics must be written before a checkpoint is.
     chosen.sort(key=lambda callback: not isinstance(callback, EMA))
     averages = [c for c in chosen if isinstance(c, EMA)]
     own = [
@@ -196,7 +196,7 @@ def execute(
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     """Out, before training or after it, with the loggers closed on the way."""
-    print(f"sdtune: stopped; {RESUMES}, if there is one", file=sys.stderr)
+    print(f"sdtune: {STOPPED}", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

@@ -88,7 +88,7 @@ def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> 
     parts = accumulation * process_count(node)
     if batch_size % parts:
         raise ValueError(
-            f"data.batch_size: {batch_size} samples a step cannot be shared out over {process_count(node)}"
+            f"data.batch_size: {batch_size} samples per step cannot be shared out over {process_count(node)}"
             f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
         )
     return batch_size // parts

@@ -26,7 +26,7 @@ class Settings:
         save_every: optimizer steps between intermediate artifacts with their sample row.
         resume: the folder of the run that goes on.
         trust: further packages that ``_target_`` may name.
-        optimized_metric: the figure that ``train`` returns to a sweeper.
+        optimized_metric: the metric that ``train`` returns to a sweeper.
         new_tokens: words to be learned beside what the method trains.
         tokens_lr: the learning rate of their vectors; the optimizer's if None.
         trial: the number of the job's Optuna trial, which the sweeper gives.

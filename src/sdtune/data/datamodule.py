@@ -21,8 +21,7 @@ from sdtune.data.cache import TensorCache, share
 from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, leave_signals
 from sdtune.data.order import FixedBatches, MicroBatches, Order
-from sdtune.data.prior import DrawImages as DrawImages
-from sdtune.data.prior import class_images, draw_missing
+from sdtune.data.prior import DrawImages, class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import TemplateSet, templates
 from sdtune.images.files import CENTRE
@@ -69,7 +68,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     """Images with captions.
 
     Args:
-        batch_size: samples an optimizer step, over all processes and accumulation steps.
+        batch_size: samples per optimizer step, over all processes and accumulation steps.
         resolution: side in pixels of a square image of the area that buckets keep to; the backbone's own if None.
         caption_dropout: share of samples that train without their caption (Ho & Salimans 2022, section 3.2).
         flip: mirror half of the samples.

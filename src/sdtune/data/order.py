@@ -32,7 +32,7 @@ class Order:
 
     Args:
         buckets: for each bucket the entries that belong to it (an entry repeated n times stands n times).
-        batch_size: samples an optimizer step, over all processes.
+        batch_size: samples per optimizer step, over all processes.
         seed: the run's seed.
     """
 
@@ -75,7 +75,7 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
     Args:
         order: the global batches.
         steps: optimizer steps of the run.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
         rank, processes: which share is wanted.
         start: gives the optimizer step to begin with, asked when iteration begins.
     """
@@ -93,8 +93,8 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
         micro, rest = divmod(order.batch_size, accumulation * processes)
         if rest or not micro:
             raise ValueError(
-                f"data.batch_size: {order.batch_size} samples a step cannot be shared out over {processes} process(es)"
-                f" x {accumulation} accumulation steps; choose a multiple of {accumulation * processes}"
+                f"data.batch_size: {order.batch_size} samples per step cannot be shared out over {processes}"
+                f" process(es) x {accumulation} accumulation steps; choose a multiple of {accumulation * processes}"
             )
         self.order, self.steps, self.accumulation = order, steps, accumulation
         self.rank, self.processes, self.start, self.micro = rank, processes, start, micro
@@ -111,15 +111,15 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
 
 
 class FixedBatches(Sampler[list[ScheduledSample]]):
-    """Validation: every entry ``rungs`` times at fixed places, so that its draws are the same at each call."""
+    """Validation: every entry ``times`` times at fixed places, so that its draws are the same at each call."""
 
-    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, rungs: int) -> None:
+    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, times: int) -> None:
         draws: list[list[ScheduledSample]] = []
         position = 0
         for bucket in buckets:
             places = [
                 ScheduledSample(entry, 0, position + k)
-                for k, entry in enumerate(e for e in bucket for _ in range(rungs))
+                for k, entry in enumerate(e for e in bucket for _ in range(times))
             ]
             position += len(places)
             draws += [places[i : i + batch_size] for i in range(0, len(places), batch_size)]

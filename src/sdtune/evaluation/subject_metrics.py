@@ -29,12 +29,12 @@ from sdtune.sampling.loop import Request, Sampling
 
 
 class ClipMetrics:
-    """Figures of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
+    """Metrics of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
 
     ``clip_image``, ``clip_text``: likeness to the training images and to the prompts. ``diversity``: mean distance
     between the images (:func:`sdtune.evaluation.distances.distances`). ``memorisation``: mean likeness to the nearest
-    training image (:func:`sdtune.evaluation.memorisation.nearest`). ``prior_drift``, where the data has a class
-    prompt: distance between the class's images and the base's (:func:`sdtune.evaluation.drift.prior_drift`).
+    training image (:func:`sdtune.evaluation.distances.nearest`). ``prior_drift``, where the data has a class
+    prompt: distance between the class's images and the base's (:func:`sdtune.evaluation.distances.prior_drift`).
     ``dino_image``: as ``clip_image``, by a DINO. ``control_agreement``, for a ControlNet: mean agreement of the asked
     map with that of the image (:func:`sdtune.evaluation.agreement.agreement`); the base sees the prompt alone, and
     shows what agrees by chance.
@@ -43,7 +43,7 @@ class ClipMetrics:
         prompts: what is drawn; the data's own captions (at most eight) if None.
         images: how many images in all, shared out over the prompts; as many of the class.
         seed: of the first image; the others follow.
-        clip: the folder of a CLIP; without one its figures are null, and nothing is downloaded.
+        clip: the folder of a CLIP; without one its metrics are null, and nothing is downloaded.
         dino: the folder of a DINO or DINOv2, likewise.
         sampling: how.
     """
@@ -61,7 +61,7 @@ class ClipMetrics:
         self.sampling = sampling or Sampling()
 
     names = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image", "control_agreement", "prior_drift")
-    """Of its figures."""
+    """Of its metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
@@ -74,7 +74,7 @@ class ClipMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The figures; grids of what was measured go to ``folder``."""
+        """The metrics; grids of what was measured go to ``folder``."""
         asked = preview_prompts(data, self.prompts, 8, self.sampling.size(source.facts.side))
         shown_for = [asked[i % len(asked)] for i in range(self.count)]
         requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
@@ -85,7 +85,7 @@ class ClipMetrics:
         return {**metrics, **_null(metrics, self._reasons(data))}
 
     def _reasons(self, data: ImageDataModule) -> dict[str, str]:
-        """Why figures that are missing are."""
+        """Why metrics that are missing are."""
         ours = ("clip_image", "clip_text", "diversity", "memorisation")
         without = "no {}: evaluation.{}=FOLDER measures with one; nothing is downloaded unasked"
         reasons = {f"{prefix}{key}": without.format("CLIP named", "clip") for prefix in ("", "base_") for key in ours}

@@ -15,10 +15,8 @@ from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
 from sdtune.hub import is_hub_id
+from sdtune.runs.layout import CARD, CARD_GRID
 from sdtune.runs.metrics import finite
-
-CARD = ("README.md", "samples.png")
-"""Its files in an artifact's folder."""
 
 _TAGS = {"lora": ["lora"], "words": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
 _USE = {
@@ -47,7 +45,7 @@ def write_card(
         config: the run's, resolved.
         facts: ``family``, ``backbone`` (its name), ``hash``, ``images``, ``side`` (in pixels), ``captions`` and
             ``trigger``.
-        figures: of ``metrics.json``.
+        metrics: of ``metrics.json``.
         grid: of samples, before and after.
     """
     words = [f"`{token}`" for token in artifact.words] + ([f"`{facts['trigger']}`"] if facts.get("trigger") else [])
@@ -63,8 +61,8 @@ def write_card(
     lines = [f"---\n{front.to_yaml().strip()}\n---", "", f"# {artifact.name}", ""]
     lines += [f"{_WHAT[artifact.kind]}, trained with sdtune.", ""]
     if grid is not None and grid.is_file():
-        shutil.copyfile(grid, folder / "samples.png")
-        lines += ["![Before and after, the same prompts and seeds](samples.png)", ""]
+        shutil.copyfile(grid, folder / CARD_GRID)
+        lines += [f"![Before and after, the same prompts and seeds]({CARD_GRID})", ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| base model | {_cell(facts['backbone'])}, weights `{str(facts['hash'])[:16]}` |"]
     lines += [f"| trigger words | {', '.join(words) or 'none'} |"]
@@ -75,10 +73,10 @@ def write_card(
     lines += ["| licence | **to be named by the author**; the base model's own applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
     numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
-    lines += ["## Figures", "", "| figure | value |", "|---|---|"]
+    lines += ["## Metrics", "", "| metric | value |", "|---|---|"]
     lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_FIGURES]]
     lines += ["", "All of them, and how each is measured: sdtune's `docs/evaluation.md`.", ""]
-    target = folder / "README.md"
+    target = folder / CARD
     target.write_text("\n".join(lines))
     return target
 
@@ -95,7 +93,7 @@ def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, w
     for tag in _TAGS[artifact.kind] if whole else ():
         text = text.replace(f"- {tag}\n", "", 1)
     (folder / card.name).write_text(text)
-    if (grid := card.with_name("samples.png")).is_file():
+    if (grid := card.with_name(CARD_GRID)).is_file():
         shutil.copyfile(grid, folder / grid.name)
 
 

@@ -61,7 +61,7 @@ def weights_name(component: str) -> str:
 
 
 def _spell_out(tokenizer: Path) -> None:
-    """LoRABranches ``tokenizer.json``, which transformers writes alone today, the two files that older clients need."""
+    """Beside ``tokenizer.json``, which transformers writes alone today, the two files that older clients need."""
     whole, vocabulary = tokenizer / "tokenizer.json", tokenizer / "vocab.json"
     if vocabulary.is_file() or not whole.is_file():
         return

@@ -85,10 +85,10 @@ class Adapter(pl.LightningModule, ABC):
         self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
         self.backbone: Backbone
         self.step_metrics: dict[str, Tensor] = {}
-        """Figures of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
+        """Metrics of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
         self.offloaded, self.guard = CpuOffload(), Guard()
         self.flushed: dict[str, float] = {}
-        """The last figures brought over from the device, for the progress bar."""
+        """The last metrics brought over from the device, for the progress bar."""
         self.average: Average | None = None
         """Set by a callback that keeps an average of the trained weights."""
 
@@ -160,10 +160,10 @@ class Adapter(pl.LightningModule, ABC):
             with self.backbone.device:
                 self._build()
         if attached_trainer(self) is not None:
-            if (
-                half and self.backbone.lora_branches is None
-            ):  # weights that are others' too are not this run's to change
-                self.backbone.cast_frozen(str(self.trainer.precision))  # the device may have no room for float32
+            # A backbone that other runs share is not this run's to cast. Before moving: the device may lack memory for
+            # float32 weights.
+            if half and self.backbone.lora_branches is None:
+                self.backbone.cast_frozen(str(self.trainer.precision))
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
             self.prepare_for_device(self.trainer.strategy.root_device)
 
@@ -264,7 +264,7 @@ class Adapter(pl.LightningModule, ABC):
         return draws.noise(shape, self.seed, stream, step, positions, self.device)
 
     def _moments(self, batch: Batch) -> Tensor:
-        """The VAE's moments [B, 2C, h, w], encoded once a step and kept in the batch."""
+        """The VAE's moments [B, 2C, h, w], encoded once per step and kept in the batch."""
         if "moments" not in batch:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
                 batch["moments"] = self.backbone.encode_images(batch["pixels"])
@@ -315,7 +315,7 @@ class Adapter(pl.LightningModule, ABC):
         return loss
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """The figures of the diffusion loss, and what of it is minimised."""
+        """The metrics of the diffusion loss, and what of it is minimised."""
         if self._vae_alone:
             self._moments(batch)  # no trained weight stands behind the diffusion loss
             return {}, torch.zeros((), device=self.device)

@@ -1,4 +1,4 @@
-"""Prediction types: noise (epsilon), velocity, clean sample; conversions between them."""
+"""Prediction types: noise (epsilon), velocity, clean sample."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def measure(
     """Take one step of ``adapter``, which stands on the meta device with a trainer attached, and count.
 
     Args:
-        count: samples a micro-batch.
+        count: samples per micro-batch.
         pairs: whether each sample is two images, the subject's and one of its class.
         side: of their square images, in pixels.
         gpu: whether a GPU is planned for, or a CPU.

@@ -64,7 +64,7 @@ class Memory:
 
 
 def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices: int) -> Memory:
-    """``accumulation``: micro-batches a step and device."""
+    """``accumulation``: micro-batches per step and device."""
     weights = costs.total.bytes
     resident = weights - (costs.idle if switches.offload else 0)
     state = costs.state_8bit if switches.eight_bit else costs.state

@@ -19,10 +19,10 @@ class PlanRequest:
 
     Attributes:
         make_adapter: gives the method over a backbone on the meta device, not yet built.
-        micro_batch: samples a process sees at once.
+        micro_batch: samples that one process sees at once.
         pairs: whether each sample is two images, the subject's and one of its class.
         side: of the square images, in pixels.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
         precision: Lightning's, decided.
         gpu: whether a GPU is planned for, or a CPU.
         gradient_checkpointing: whether activations are computed again in backward.

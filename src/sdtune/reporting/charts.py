@@ -45,7 +45,7 @@ def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go
         for row in rows:
             line: list[float | None] = []
             for column in columns:
-                here = [s.figure(metric) for s in found if s.own[across] == column and s.own[down] == row]
+                here = [s.metric(metric) for s in found if s.own[across] == column and s.own[down] == row]
                 means = [figure.mean for figure in here if figure is not None]
                 line.append(_best(means, metric) if means else None)
             cells.append(line)
@@ -82,7 +82,7 @@ def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
     Plotly's parallel coordinates would show more, but need WebGL and code made at run time, which the page forbids.
     """
     keys = _axes(found)
-    rows = [(setting, figure.mean) for setting in found if (figure := setting.figure(metric)) is not None]
+    rows = [(setting, figure.mean) for setting in found if (figure := setting.metric(metric)) is not None]
     if keys is None or len(rows) < 2:
         return None
     places = [[setting.own[key] for setting, _ in rows] for key in keys]
@@ -111,7 +111,7 @@ def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
 
 
 def _scale(values: Sequence[Any]) -> str:
-    """Logarithmic where numbers span a decade, one step a value where they are few or words."""
+    """Logarithmic where numbers span a decade, one step per value where they are few or words."""
     if len(set(values)) <= 5 or not all(isinstance(value, int | float) for value in values):
         return "category"
     return "log" if min(values) > 0 and max(values) / min(values) >= 10 else "linear"
@@ -176,7 +176,7 @@ def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
     shown: list[str] = []
     for cost in COSTS:
         points = [(setting, x, figure.mean) for setting in found if (x := _cost(setting, cost)) is not None
-                  and (figure := setting.figure(metric)) is not None]  # fmt: skip
+                  and (figure := setting.metric(metric)) is not None]  # fmt: skip
         if not points:
             continue
         first = not shown
@@ -241,9 +241,9 @@ def _roomy(points: Sequence[tuple[Setting, float, float]]) -> bool:
 
 def _cost(setting: Setting, cost: str) -> float | None:
     if cost != "seconds":
-        figure = setting.figure(cost)
+        figure = setting.metric(cost)
         return figure.mean if figure is not None and figure.mean > 0 else None
-    step, steps = setting.figure("median_step_seconds"), setting.figure("steps")
+    step, steps = setting.metric("median_step_seconds"), setting.metric("steps")
     return step.mean * steps.mean if step is not None and steps is not None else None
 
 

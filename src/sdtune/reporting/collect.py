@@ -40,7 +40,7 @@ class Run:
         error: why it failed.
         config: the composed config, flat: dotted key -> value.
         metrics: the numbers of ``metrics.json``; empty where it is not complete.
-        reasons: why a figure is null.
+        reasons: why a metric is null.
         history: the rows of ``metrics.csv``.
         images: single samples.
         sheets: further grids that it has drawn, by name.

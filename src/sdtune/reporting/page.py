@@ -28,7 +28,7 @@ _SIDE = 192
 
 _SHEET = 900
 _COLUMNS = 16
-"""Of the ranking, at most: the figures that follow the one to rank by."""
+"""Of the ranking, at most: the metrics that follow the one to rank by."""
 
 _COSTS = frozenset(
     {"steps", "validation_step", "median_step_seconds", "images_per_second", "seconds_to_best", "shared_with"}
@@ -118,7 +118,7 @@ def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
             "label": setting.label,
             "figure": _shown(figure, metric),
             "noise": _noise(setting, figure, noise, best=i == 0),
-            "cells": [_shown(setting.figure(column), column) for column in columns],
+            "cells": [_shown(setting.metric(column), column) for column in columns],
         }
         for i, (setting, figure, noise) in enumerate(places)
     ]
@@ -166,7 +166,7 @@ def _charts(found: Sequence[Setting], done: Sequence[Run], metric: str | None, n
         charted.append(("Over the settings", note, heat))
         cost = charts.cost_and_effect(found, metric)
         charted.append(("Cost against effect", "The dotted front holds what nothing else beats in both.", cost))
-    charted.append(("Loss", "Smoothed exponentially; a line a run.", charts.curves(found, "loss", 0.95)))
+    charted.append(("Loss", "Smoothed exponentially; one line per run.", charts.curves(found, "loss", 0.95)))
     charted.append(("Validation loss", "", charts.curves(found, "validation_loss", 0.0)))
     return [
         Chart(title, note, _script(figure, f"chart{i}", nonce))

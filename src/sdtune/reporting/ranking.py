@@ -20,7 +20,7 @@ _OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
 class MetricStatistics:
     """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed.
 
-    ``floor``: the standard deviation that a share of so many images has anyway, 0 for other figures.
+    ``floor``: the standard deviation that a share of so many images has anyway, 0 for other metrics.
     """
 
     mean: float
@@ -37,7 +37,7 @@ class MetricStatistics:
             return None
         if self.mean == other.mean:
             return True
-        # Seeds that agree by chance, or at the end of a scale, do not make a figure exact.
+        # Seeds that agree by chance, or at the end of a scale, do not make a metric exact.
         mine, theirs = max(self.spread, self.floor), max(other.spread, other.floor)
         if mine == theirs == 0:
             return False
@@ -62,7 +62,7 @@ class Setting:
             return str(own["experiment"])
         return ", ".join(f"{key} {_short(value)}" for key, value in own.items()) or self.runs[0].folder.name
 
-    def figure(self, metric: str) -> MetricStatistics | None:
+    def metric(self, metric: str) -> MetricStatistics | None:
         """``metric`` over the runs that have it."""
         # A seed that was run twice is one replicate.
         by_seed = {str(run.config.get(_SEED)): run.metrics[metric] for run in self.runs if metric in run.metrics}
@@ -127,7 +127,7 @@ def chosen(runs: Sequence[Run]) -> str | None:
 
 
 Place = tuple[Setting, "MetricStatistics", "bool | None"]
-"""A setting, its figure, and whether that lies within the noise of the best; None where nobody knows."""
+"""A setting, its metric, and whether that lies within the noise of the best; None where nobody knows."""
 
 
 def rankings(found: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
@@ -136,12 +136,12 @@ def rankings(found: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
     left = list(found)
     while (metric := chosen([run for setting in left for run in setting.runs])) is not None:
         out.append((metric, ranked(left, metric)))
-        left = [setting for setting in left if setting.figure(metric) is None]
+        left = [setting for setting in left if setting.metric(metric) is None]
     return out
 
 
 def ranked(found: Sequence[Setting], metric: str) -> list[Place]:
     """The settings that have ``metric``, best first."""
-    rows = [(setting, figure) for setting in found if (figure := setting.figure(metric)) is not None]
+    rows = [(setting, figure) for setting in found if (figure := setting.metric(metric)) is not None]
     rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
     return [(s, figure, i > 0 and figure.near(rows[0][1], len(rows) - 1)) for i, (s, figure) in enumerate(rows)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-CARD = ("README.md", "samples.png")
-"""The model card's, in an artifact's folder."""
+CARD, CARD_GRID = "README.md", "samples.png"
+"""The model card and its image, in an artifact's folder."""
 
 BEST = "best.ckpt"
 """The checkpoint of the lowest validation loss."""

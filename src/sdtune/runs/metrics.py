@@ -19,11 +19,11 @@ OF_TRAINING = (
     *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
     *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
 )
-"""Figures of ``metrics.json`` that every run has, and no evaluation makes again."""
+"""Metrics of ``metrics.json`` that every run has, and no evaluation makes again."""
 
 
 def finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """``figures``, what is NaN or infinite null with its reason: JSON has neither."""
+    """``metrics``, what is NaN or infinite null with its reason: JSON has neither."""
     odd = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
     reasons = {**metrics.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
     return {**metrics, **dict.fromkeys(odd), "reasons": reasons} if odd else metrics

@@ -37,7 +37,7 @@ def sample(
             for each of several (:class:`sdtune.loaders.controlnet.ControlImage`); their residuals add up.
         control_image: an image or its file, for each net that names no image of its own.
         backbone: pocket if None.
-        seeds: one image a prompt and seed.
+        seeds: one image per prompt and seed.
         sampling: steps, guidance, size, solver; the backbone's guidance if None.
         device: as in torch; an accelerator if there is one.
 

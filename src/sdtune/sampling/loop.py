@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families import GUIDANCE
 from sdtune.data.control.base import as_map
 
 Sampler = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
@@ -44,7 +45,7 @@ class Sampling:
     """
 
     steps: Annotated[int, Ge(1)] = 30
-    guidance: Annotated[float, Ge(0)] = 7.5
+    guidance: Annotated[float, Ge(0)] = GUIDANCE["sd1"]
     negative_prompt: str = ""
     sampler: Sampler | None = None
     width: Annotated[int, Gt(0)] | None = None

@@ -1,6 +1,6 @@
-"""One UNet under the low-rank pairs of several runs at once: their samples lie behind each other in the batch.
+"""Batched LoRA layers: one UNet with the LoRA pairs of several runs, whose samples are concatenated in the batch.
 
-The base is multiplied once for all; the pairs of all runs are two batched products a site, narrower ones padded with
+The base is multiplied once for all; the pairs of all runs are two batched products per layer, narrower ones padded with
 zeros. Seen before on language models: mLoRA (Ye et al. 2023), LoRAFusion (Zhu et al. 2025).
 """
 

@@ -159,7 +159,7 @@ def _own(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:
         down_at, up_at = downs.storage_offset(), ups.storage_offset()
         for place, rank, _ in site.pairs:
             first = place * site.rank
-            # By hand: thousands of slices a step are milliseconds.
+            # By hand: thousands of slices per step are milliseconds.
             found.append(downs.as_strided((rank, across), (across, 1), down_at + first * across))
             found.append(ups.as_strided((up, rank), (1, up), up_at + first * up))
     return found

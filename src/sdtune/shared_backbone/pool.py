@@ -86,7 +86,7 @@ class Shared(Pretrained):
         # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
         loaded = self._pool.copied(self._source)
         loaded.lora_branches = self._lora_branches
-        # Caches are filled and images of the class drawn without a question, for minutes where there are many.
+        # Caches are filled and images of the class drawn without a call, for minutes where there are many.
         leave = self._leave()
         for part in (loaded.unet, loaded.vae.encoder):
             part.register_forward_pre_hook(leave)
@@ -99,16 +99,16 @@ class Pool:
     Args:
         device: where they train.
         precision: Lightning's.
-        seats: how many runs at once.
+        size: how many runs at once.
         rank: the largest that any run has.
         drops: whether any run has dropout.
     """
 
     peak: int | None = None
-    """Bytes: the most memory of a step that all take together, as :class:`sdtune.callbacks.Cost` counts it."""
+    """Peak memory of a joint step in bytes, as :class:`sdtune.callbacks.cost.CostMeter` counts it."""
 
-    def __init__(self, device: torch.device, precision: str, seats: int, rank: int, drops: bool) -> None:
-        self.device, self.precision, self.seats, self.rank, self.drops = device, precision, seats, rank, drops
+    def __init__(self, device: torch.device, precision: str, size: int, rank: int, drops: bool) -> None:
+        self.device, self.precision, self.size, self.rank, self.drops = device, precision, size, rank, drops
         self._threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
@@ -167,17 +167,17 @@ class Pool:
         if self.device.type == "cpu":
             torch.set_num_threads(self._threads if all_of_them else 1)
 
-    def answer(self, questions: dict[int, PendingCall]) -> Collection[int]:
-        """Answer what the runs at these seats ask, in as few passes as their shapes allow; the seats answered.
+    def answer(self, calls: dict[int, PendingCall]) -> Collection[int]:
+        """Answer ``calls``, by number of the run, in as few batches as their shapes allow; the numbers answered.
 
         Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
         Images are drawn and losses validated between steps, while no activations are kept for backward; where that
         fails, it is an error of those alone who asked for it; where a step does, of all who are in one.
         """
         self.use_threads(True)
-        losses = {seat: question for seat, question in questions.items() if isinstance(question, Back)}
+        losses = {number: call for number, call in calls.items() if isinstance(call, Back)}
         steps, others = (
-            {seat: q for seat, q in questions.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
+            {number: q for number, q in calls.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
             for wanted in (True, False)
         )
         try:
@@ -189,8 +189,8 @@ class Pool:
         except Exception as error:
             reason = self._reason(error)
             # The others wait until the memory is free that these hold.
-            for question in (*losses.values(), *steps.values()):
-                question.answer, question.error = None, RunFailed(reason)
+            for call in (*losses.values(), *steps.values()):
+                call.answer, call.error = None, RunFailed(reason)
             return losses.keys() | steps.keys()
         self._draw(others)
         return losses.keys() | others.keys()
@@ -199,11 +199,11 @@ class Pool:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             log.error("a call of the UNet failed", exc_info=error)
             return f"{type(error).__name__}: {error}"
-        if self.seats == 1:
+        if self.size == 1:
             return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
         return (
-            f"out of memory on the device with {self.seats} runs at once: give hydra.launcher.max_concurrent_runs="
-            f"{self.seats // 2}"
+            f"out of memory on the device with {self.size} runs at once: give hydra.launcher.max_concurrent_runs="
+            f"{self.size // 2}"
         )
 
     def _backward(self, losses: Mapping[int, Back]) -> None:
@@ -217,7 +217,7 @@ class Pool:
             release()  # of what loading has left, and the first previews
         reset_peak_memory(self.device)
         for calls in _alike(steps):
-            self._forward(calls, set(range(self.seats)) - steps.keys())
+            self._forward(calls, set(range(self.size)) - steps.keys())
 
     def _draw(self, others: Mapping[int, Forward]) -> None:
         for calls in _alike(others):
@@ -226,8 +226,8 @@ class Pool:
                     self._forward(part, set())
                 except Exception as error:
                     reason = self._reason(error)
-                    for question in part.values():
-                        question.error = RunFailed(reason)
+                    for call in part.values():
+                        call.error = RunFailed(reason)
 
     def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """``calls`` without gradients, so many in a pass that their samples are those of images drawn at once."""
@@ -240,22 +240,22 @@ class Pool:
             yield dict(left[first : first + each])
 
     def _forward(self, calls: dict[int, Forward], idle: set[int]) -> None:
-        """``idle`` are seats at which no run trains at present: it has ended, or draws.
+        """``idle`` are numbers of runs that do not train at present: they have ended, or draw.
 
         Zeros stand for their samples in a training step, so that the sums of those who train stay as they are.
         """
         first = next(iter(calls.values()))
-        seats = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)
-        blank = mapped(torch.zeros_like, first.inputs) if len(seats) > len(calls) else {}
+        numbers = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)
+        blank = mapped(torch.zeros_like, first.inputs) if len(numbers) > len(calls) else {}
         said = self._joint(first)(
-            [self._pairs(calls[seat]) if seat in calls else {} for seat in seats],
-            [calls[seat].inputs if seat in calls else blank for seat in seats],
+            [self._pairs(calls[number]) if number in calls else {} for number in numbers],
+            [calls[number].inputs if number in calls else blank for number in numbers],
             first.mode,
-            [calls[seat].seed if seat in calls else 0 for seat in seats],
+            [calls[number].seed if number in calls else 0 for number in numbers],
         )
-        for part, seat in zip(said, seats, strict=True):
-            if seat in calls:
-                calls[seat].answer = UNet2DConditionOutput(sample=part)
+        for part, number in zip(said, numbers, strict=True):
+            if number in calls:
+                calls[number].answer = UNet2DConditionOutput(sample=part)
 
     def _joint(self, call: Forward) -> Joint:
         """The UNet for calls like ``call``."""
@@ -283,8 +283,8 @@ class Pool:
 def _alike(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:
     """Those that are one batch."""
     found: dict[Any, dict[int, Forward]] = {}
-    for seat, call in calls.items():
-        found.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[seat] = call
+    for number, call in calls.items():
+        found.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[number] = call
     return found.values()
 
 

@@ -28,7 +28,7 @@ class Sharing:
     """A group's backbone, as one of its runs sees it.
 
     Args:
-        count: how many runs move together; figures of cost are theirs together.
+        count: how many runs move together; metrics of cost are theirs together.
     """
 
     def __init__(self, pool: Pool, coordinator: StepCoordinator, count: int) -> None:
@@ -58,11 +58,11 @@ class Sharing:
 
     def callbacks(self, own: list[Callback], checkpoints: Checkpoints) -> list[Callback]:
         """A run's callbacks, of which ``checkpoints`` is one, with what it needs to move with the others."""
-        seat = self.coordinator.here
-        assert seat is not None
-        self._checkpoints[seat] = checkpoints
+        number = self.coordinator.here
+        assert number is not None
+        self._checkpoints[number] = checkpoints
         # One bar tells how far all of them are.
-        return [Together(self), *(each for each in own if seat == 0 or not isinstance(each, ProgressBar))]
+        return [Together(self), *(each for each in own if number == 0 or not isinstance(each, ProgressBar))]
 
     def stop(self, number: int) -> None:
         """Have every run end its step, save and stop."""
@@ -73,19 +73,19 @@ class Sharing:
     def begin(self) -> None:
         """The run at hand takes a step, and has something to save from here on."""
         self.leave_if_asked()
-        seat = self.coordinator.here
-        assert seat is not None
-        self._begun.add(seat)
+        number = self.coordinator.here
+        assert number is not None
+        self._begun.add(number)
 
     def leave_if_asked(self, measuring: bool = False) -> None:
         """End the run at hand where it need not save: it has not begun, or is ``measuring`` what it has left."""
         if self.asked is not None and (measuring or self.coordinator.here not in self._begun):
             raise SystemExit(128 + self.asked)
 
-    def left(self, seat: int) -> None:
-        """The run at ``seat`` is over."""
-        self._checkpoints.pop(seat, None)
-        self._begun.discard(seat)
+    def left(self, number: int) -> None:
+        """The run ``number`` is over."""
+        self._checkpoints.pop(number, None)
+        self._begun.discard(number)
 
     def attach(self, adapter: Adapter) -> None:
         """Have ``adapter``'s UNet and its gradients go through the one for all."""
@@ -124,11 +124,11 @@ class Sharing:
     def _back(self, loss: Tensor, *args: Any, **more: Any) -> None:
         self._ask(Back(loss, more))
 
-    def _ask(self, question: PendingCall) -> Any:
-        self.leave_if_asked(isinstance(question, Forward) and question.pairs is not None)
+    def _ask(self, call: PendingCall) -> Any:
+        self.leave_if_asked(isinstance(call, Forward) and call.pairs is not None)
         # Lightning's 64-true and 16-true change torch's default type for a step; a neighbour moves within it.
         with default_dtype(self._default):
-            return self.coordinator.ask(question)
+            return self.coordinator.ask(call)
 
 
 class OneDevice(SingleDeviceStrategy):

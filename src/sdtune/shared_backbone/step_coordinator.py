@@ -1,7 +1,7 @@
-"""Jobs in threads of their own, one of which moves at a time: plain code that waits for the others at its questions.
+"""Cooperative threads: each job runs until it requests a batched call; when all have, the calls run as one batch.
 
 A job runs as it would alone until it asks for something that all may do at once; when every job has asked, the
-questions are answered together. Imports no torch.
+calls are answered together. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class JoinCall(PendingCall):
 
 
 class Participant:
-    """A job's place among those that move together, from its first turn to its end."""
+    """A job that runs together with others, from its start to its end."""
 
     def __init__(self, number: int, job: Callable[[], None]) -> None:
         self.number = number
-        self.question: PendingCall | None = None
+        self.call: PendingCall | None = None
         self.error: BaseException | None = None
         self.joined = False
         self.ended = False
         self.go = threading.Semaphore(0)
-        self.thread = threading.Thread(target=self._run, args=(job,), name=f"seat {number}", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(job,), name=f"run {number}", daemon=True)
         self.back: threading.Semaphore
 
     def _run(self, job: Callable[[], None]) -> None:
@@ -53,94 +53,94 @@ class Participant:
 
 
 class StepCoordinator:
-    """Seats for jobs that move together.
+    """Runs jobs together, each a :class:`Participant`.
 
     Args:
-        seats: how many; as one job ends, the next takes its place.
-        answer: sets the answers of the questions that are given, by seat, and says whose it has answered: others wait
-            for the next time, with those who ask the same by then.
+        size: how many jobs run together; when one ends, the next takes its number.
+        answer: sets the answers of the calls that it gets, by participant's number, and returns the numbers that it
+            answered; the others wait for the next time, together with calls of the same kind.
     """
 
-    def __init__(self, seats: int, answer: Callable[[dict[int, PendingCall]], Collection[int]]) -> None:
-        self.places = range(seats)
+    def __init__(self, size: int, answer: Callable[[dict[int, PendingCall]], Collection[int]]) -> None:
+        self.places = range(size)
         self.broken: BaseException | None = None
-        """What kept questions from being answered; where they were asked it is raised, and no further job begins."""
+        """What kept calls from being answered; where they were asked it is raised, and no further job begins."""
         self._answer = answer
-        self._seats: dict[int, Participant] = {}
+        self._participants: dict[int, Participant] = {}
         self._back = threading.Semaphore(0)
 
-    def ask(self, question: PendingCall) -> Any:
+    def ask(self, call: PendingCall) -> Any:
         """From a job's thread: wait for the answer."""
-        seat = next(s for s in self._seats.values() if s.thread is threading.current_thread())
-        seat.question = question
+        participant = next(s for s in self._participants.values() if s.thread is threading.current_thread())
+        participant.call = call
         self._back.release()
-        seat.go.acquire()
-        if question.error is not None:
+        participant.go.acquire()
+        if call.error is not None:
             # A copy: each raise would tie its job's frames, and all that they hold, to the one for all.
-            raise copy.copy(question.error)
-        return question.answer
+            raise copy.copy(call.error)
+        return call.answer
 
     @property
     def here(self) -> int | None:
-        """The seat of the job whose thread this is."""
-        for number, seat in self._seats.items():
-            if seat.thread is threading.current_thread():
+        """The number of the participant whose thread this is; None in any other thread."""
+        for number, participant in self._participants.items():
+            if participant.thread is threading.current_thread():
                 return number
         return None
 
     def run(self, jobs: Iterator[Callable[[], None]]) -> None:
-        """Run all ``jobs``; what one raises ends the others at their next question, and is raised here."""
+        """Run all ``jobs``; what one raises ends the others at their next call, and is raised here."""
         failed: BaseException | None = None
         while True:
             for number in self.places:
                 while failed is None and not self._ready(number, jobs):
-                    failed = self._seats.pop(number).error
+                    failed = self._participants.pop(number).error
             if failed is not None:
                 self._end(failed)
-            if not self._seats:
+            if not self._participants:
                 return
-            self._reply({n: s.question for n, s in self._seats.items() if s.question is not None})
+            self._reply({n: s.call for n, s in self._participants.items() if s.call is not None})
 
     def _ready(self, number: int, jobs: Iterator[Callable[[], None]]) -> bool:
-        """Move the job at ``number`` on to its next question; False where it ends instead."""
-        if number not in self._seats:
+        """Move the job at ``number`` on to its next call; False where it ends instead."""
+        if number not in self._participants:
             job = next(jobs, None) if self.broken is None else None
             if job is None:
                 return True
-            self._seats[number] = Participant(number, job)
-            self._seats[number].back = self._back
-            self._seats[number].thread.start()
-        seat = self._seats[number]
-        while seat.question is None and not seat.ended:
-            seat.go.release()
+            self._participants[number] = Participant(number, job)
+            self._participants[number].back = self._back
+            self._participants[number].thread.start()
+        participant = self._participants[number]
+        while participant.call is None and not participant.ended:
+            participant.go.release()
             self._back.acquire()
-            if isinstance(seat.question, JoinCall):
-                seat.joined, seat.question = True, None
-            elif seat.question is not None and not seat.joined:
-                self._reply({number: seat.question})
-        return not seat.ended
+            if isinstance(participant.call, JoinCall):
+                participant.joined, participant.call = True, None
+            elif participant.call is not None and not participant.joined:
+                self._reply({number: participant.call})
+        return not participant.ended
 
-    def _reply(self, questions: dict[int, PendingCall]) -> None:
+    def _reply(self, calls: dict[int, PendingCall]) -> None:
         try:
-            answered = self._answer(questions)
+            answered = self._answer(calls)
         except Exception as error:
             # Its frames hold what was asked, and with it the memory of a step.
             self.broken = error.with_traceback(None)
-            answered = questions.keys()
-            for question in questions.values():
-                question.error = self.broken
+            answered = calls.keys()
+            for call in calls.values():
+                call.error = self.broken
         for number in answered:
-            question, self._seats[number].question = questions[number], None
-            if question.joint and question.error is not None:
-                self.broken = question.error
+            call, self._participants[number].call = calls[number], None
+            if call.joint and call.error is not None:
+                self.broken = call.error
 
     def _end(self, error: BaseException) -> None:
         """Have every job that still waits raise ``error`` where it does."""
-        for seat in self._seats.values():
-            while not seat.ended:
-                if seat.question is not None:
-                    seat.question.error, seat.question = error, None
-                seat.go.release()
+        for participant in self._participants.values():
+            while not participant.ended:
+                if participant.call is not None:
+                    participant.call.error, participant.call = error, None
+                participant.go.release()
                 self._back.acquire()
-        self._seats.clear()
+        self._participants.clear()
         raise error

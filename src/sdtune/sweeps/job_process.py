@@ -44,7 +44,7 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
     }
     # A session of its own: a signal reaches it once, from here, however it came.
     child = subprocess.Popen(
-        [sys.executable, "-m", f"sdtune.{command}", *options, *own],
+        [sys.executable, "-m", "sdtune", command, *options, *own],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,

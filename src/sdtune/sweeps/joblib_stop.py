@@ -1,4 +1,4 @@
-"""Jobs side by side in joblib's workers: a stop reaches each job once, and each saves.
+"""Stop signals for jobs in joblib's workers: each job gets a stop once, and saves.
 
 joblib kills its workers where its own process is interrupted, in the middle of a checkpoint too. Imports no torch.
 """

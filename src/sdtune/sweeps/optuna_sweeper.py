@@ -1,4 +1,4 @@
-"""A Hydra sweeper on Optuna that can prune, and that goes on where it was stopped.
+"""Hydra sweeper on Optuna, with pruning and resuming.
 
 The published plugin gives its jobs no trial and starts from zero. Optuna is imported when a sweep begins, so that
 Hydra's search for plugins costs nothing.
@@ -50,7 +50,7 @@ def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
             raise ValueError(f"hydra.sweeper.{key}: {sweeper[key]!r}; give at least 1")
     metric = master.get("optimized_metric")
     if not metric:
-        raise ValueError("optimized_metric is missing: name the figure of metrics.json that Optuna shall improve")
+        raise ValueError("optimized_metric is missing: name the metric of metrics.json that Optuna shall improve")
     if metric in LOWER_IS_BETTER and sweeper.direction == "maximize":
         raise ValueError(f"hydra.sweeper.direction: {metric} is the better the lower; leave it out")
     if not any(override.is_sweep_override() for override in _by_key(parsed).values()):
@@ -60,7 +60,7 @@ def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
 
 
 class OptunaSweeper(Sweeper):  # type: ignore[misc]
-    """Chooses settings by Optuna's TPE (Bergstra et al. 2011), one trial a job, the study in the sweep's own folder.
+    """Chooses settings by Optuna's TPE (Bergstra et al. 2011), one trial per job, the study in the sweep's own folder.
 
     Args:
         n_trials: how many in all, those of an earlier start included.
@@ -177,12 +177,12 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
 
     def _refuse_unknown(self, run: Path) -> None:
-        """A figure that the run does not even have null is misspelt, and no later trial will have it."""
+        """A metric that the run does not even have null is misspelt, and no later trial will have it."""
         found = json.loads((run / "metrics.json").read_text())
         wanted = str(self.config.optimized_metric)
         if wanted not in found:
             known = [key for key, value in found.items() if isinstance(value, int | float)]
-            raise ValueError(f"optimized_metric: {wanted}: there is no such figure; {run} has {', '.join(known)}")
+            raise ValueError(f"optimized_metric: {wanted}: there is no such metric; {run} has {', '.join(known)}")
 
     def _say(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState

@@ -160,24 +160,24 @@ def _together(
     if most == "auto":
         most = room(_requests(wholes), len(wholes), device, devices)
     turns_of = -(-len(wholes) // most)
-    seats = -(-len(wholes) // turns_of)
+    size = -(-len(wholes) // turns_of)
     if devices == 1 and len(wholes) > 1:
-        print(f"{called} share one backbone{'' if turns_of == 1 else f', {seats} at once'}")
+        print(f"{called} share one backbone{'' if turns_of == 1 else f', {size} at once'}")
     drops = any(method.get("dropout") for method in methods)
-    pool = Pool(device, precision, seats, max(map(widest, methods)), drops)
-    coordinator = StepCoordinator(seats, pool.answer)
-    sharing = Sharing(pool, coordinator, seats)
+    pool = Pool(device, precision, size, max(map(widest, methods)), drops)
+    coordinator = StepCoordinator(size, pool.answer)
+    sharing = Sharing(pool, coordinator, size)
     lost: list[RunFailed] = []
 
     def job(whole: DictConfig) -> Callable[[], None]:
         task = SharingJob(command, lambda config, folder: train.prepare(config, folder, sharing))
 
         def moved() -> None:
-            seat = coordinator.here
-            assert seat is not None
+            participant = coordinator.here
+            assert participant is not None
             pool.use_threads(False)
             try:
-                with _written(whole, shown and seat == 0):
+                with _written(whole, shown and participant == 0):
                     # A config is read before a run waits for another one.
                     HydraConfig.instance().set_config(whole)
                     callbacks.on_job_start(config=whole, task_function=task)
@@ -194,7 +194,7 @@ def _together(
                 lost.append(RunFailed(f"job {Path(whole.hydra.runtime.output_dir).name}: {error}"))
                 print(f"sdtune: {lost[-1]}", file=sys.stderr)
             finally:
-                sharing.left(seat)
+                sharing.left(participant)
 
         return moved
 

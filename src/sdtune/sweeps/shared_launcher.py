@@ -1,4 +1,4 @@
-"""A Hydra launcher that runs a sweep's jobs together, on one backbone, wherever they differ in settings alone.
+"""Hydra launcher that runs jobs of a sweep together on one backbone.
 
 torch is imported when jobs are launched, so that Hydra's search for plugins costs nothing.
 """

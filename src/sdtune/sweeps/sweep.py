@@ -1,4 +1,4 @@
-"""A sweep: every job is checked before the first starts, each job's end stays on disk, and resumed only the rest runs.
+"""Run a sweep: check every job before the first starts; when resumed, run only the jobs that are not finished.
 
 Imports no torch.
 """

@@ -14,7 +14,7 @@ OVERFLOWS = 40
 
 
 class Guard:
-    """Clips gradients and keeps steps that are not finite from the weights; its figures stay on the device."""
+    """Clips gradients and keeps steps that are not finite from the weights; its metrics stay on the device."""
 
     def __init__(self) -> None:
         self._overflows: Tensor | None = None
@@ -27,7 +27,7 @@ class Guard:
         loss: Tensor,
         scaled: bool,
     ) -> dict[str, Tensor]:
-        """Clip the gradients' joint norm to ``limit``, guard the step, and give the figures.
+        """Clip the gradients' joint norm to ``limit``, guard the step, and give the metrics.
 
         Args:
             scaled: whether a gradient scaler (Micikevicius et al. 2018) looks after the step. It passes over gradients

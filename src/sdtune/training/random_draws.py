@@ -29,10 +29,10 @@ def noise(
 def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
     """int64 [len(positions)] in [0, count): at random in training, a fixed ladder in validation."""
     if stream == streams.VALIDATION:
-        rungs = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
+        drawn = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
     else:
-        rungs = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
-    return torch.tensor(rungs).to(device, non_blocking=True)
+        drawn = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
+    return torch.tensor(drawn).to(device, non_blocking=True)
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:

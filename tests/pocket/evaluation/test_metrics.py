@@ -1,4 +1,4 @@
-"""The figures of pocket's evaluations, on images of which everything is known."""
+"""The metrics of pocket's evaluations, on images of which everything is known."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Control(ABC):
 
     @abstractmethod
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
-        """uint8 [H, W, 3], the same crop as :meth:`sdtune.data.datamodule.Sample.pixels` makes, not mirrored."""
+        """uint8 [H, W, 3], the same crop as :meth:`sdtune.data.samples.Sample.pixels` makes, not mirrored."""
 
     def map(
         self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTRE, flip: bool = False

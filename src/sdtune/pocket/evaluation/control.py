@@ -1,6 +1,6 @@
 """Does an image of the world follow its control map, and still its prompt?
 
-These figures are of pocket's world and cannot be compared with published ones.
+These metrics are of pocket's world and cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from sdtune.pocket.evaluation.subject import shares
 from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.control import PocketControl
 from sdtune.pocket.world.data import SceneSample
-from sdtune.pocket.world.scenes import SIDE, held_out_scenes, mask
-from sdtune.pocket.world.scenes import draw_scene as draw_scene
+from sdtune.pocket.world.scenes import SIDE, draw_scene, held_out_scenes, mask
 from sdtune.sampling.loop import Request, Sampling
 
 NEAR = 2
@@ -78,7 +77,7 @@ class ControlMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The figures; grids of what was measured go to ``folder``."""
+        """The metrics; grids of what was measured go to ``folder``."""
         control = data.control
         if not isinstance(control, Computed | PocketControl):
             keys = ("control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy")
@@ -138,7 +137,7 @@ def expected_area(sample: SceneSample, control: Measured) -> np.ndarray:
 
 
 def found(image: np.ndarray, control: Measured) -> np.ndarray:
-    """The same as in :func:`wanted`, as an image (uint8 [64, 64, 3]) shows it."""
+    """The same as in :func:`expected_area`, as an image (uint8 [64, 64, 3]) shows it."""
     if isinstance(control, Computed):
         edges: np.ndarray = control.extract(image)[..., 0] > 0
         return edges

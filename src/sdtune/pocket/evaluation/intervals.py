@@ -14,10 +14,10 @@ DRAWS = 2_000
 """Of the bootstrap."""
 
 _OF_PAIRS = ("class_distance", "diversity")
-"""Figures whose reading of an image is a mean over its pairs with the others."""
+"""Metrics whose reading of an image is a mean over its pairs with the others."""
 
 Readings = Mapping[str, np.ndarray]
-"""By figure, float64 [seeds, images]."""
+"""By metric, float64 [seeds, images]."""
 
 Interval = tuple[float, float, float]
 """Mean, and the interval's low and high end."""
@@ -29,7 +29,7 @@ def gain(means: Mapping[str, Any], ceiling: float) -> Any:
 
 
 def intervals(readings: Readings, ceiling: float | None) -> dict[str, Interval]:
-    """Mean and 95% interval of each figure (percentile bootstrap, Efron & Tibshirani 1993, chapter 13).
+    """Mean and 95% interval of each metric (percentile bootstrap, Efron & Tibshirani 1993, chapter 13).
 
     Seeds are drawn with replacement, then images within each; the base's images with those of the trained model,
     since their prompts and seeds are the same. With three seeds it covers less than 95% where these differ more than

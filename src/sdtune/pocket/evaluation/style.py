@@ -1,6 +1,6 @@
 """Is an image in the style that pocket has never seen, and still of its object?
 
-These figures are of pocket's world and cannot be compared with published ones.
+These metrics are of pocket's world and cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.evaluation.subject import shares
 from sdtune.pocket.world.objects import BACKGROUNDS
-from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene
-from sdtune.pocket.world.scenes import draw_scene as draw_scene
+from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene, draw_scene
 from sdtune.pocket.world.style import STYLE, Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
@@ -83,7 +82,7 @@ class StyleMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The figures; grids of what was measured go to ``folder``."""
+        """The metrics; grids of what was measured go to ``folder``."""
         assert isinstance(data, Style)
         scenes, shown = self._scenes(data, False), self._scenes(data, True)
         requests, more = (

@@ -1,6 +1,6 @@
 """The evaluation that the image world allows: what an image shows is read, not guessed.
 
-These figures are of pocket's world and cannot be compared with published ones.
+These metrics are of pocket's world and cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
-from sdtune.evaluation.clip import Clip, clip_image, clip_text
-from sdtune.evaluation.clip import check_clip as check_clip
+from sdtune.evaluation.clip import Clip, check_clip, clip_image, clip_text
 from sdtune.evaluation.distances import distances, nearest, prior_drift
 from sdtune.evaluation.draw import draw_base, draw_images, references, trained
 from sdtune.evaluation.strengths import strength_grid
@@ -30,19 +29,16 @@ from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.world.data import Subject
 from sdtune.pocket.world.objects import BACKGROUNDS, PLACES
-from sdtune.pocket.world.scenes import SIDE, compose_scene
-from sdtune.pocket.world.scenes import draw_scene as draw_scene
+from sdtune.pocket.world.scenes import SIDE, compose_scene, draw_scene
 from sdtune.randomness import generator
+from sdtune.runs.layout import READINGS
 from sdtune.sampling.loop import Request, Sampling
 
 log = logging.getLogger("sdtune")
 
-READINGS = "readings.json"
-"""In an evaluation's folder: what was read off each image."""
-
 
 def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, float]:
-    """The mean of each figure; the readings of the single images are kept in ``folder``, for intervals."""
+    """The mean of each metric; the readings of the single images are kept in ``folder``, for intervals."""
     write_json(folder / READINGS, readings)
     return {key: sum(values) / len(values) for key, values in readings.items()}
 
@@ -60,13 +56,13 @@ class SubjectMetrics:
     Prompted with the class word alone, on every background: ``prior_leak``, the share of images read as the
     subject; ``class_diversity``, the mean distance between the images by CLIP, as a ratio to the base's (0 where
     all are one, 1 as the base); ``prior_drift``, how far they are from the base's
-    (:func:`sdtune.evaluation.drift.prior_drift`). ``diversity`` and ``memorisation`` are those of
+    (:func:`sdtune.evaluation.distances.prior_drift`). ``diversity`` and ``memorisation`` are those of
     :class:`sdtune.evaluation.ClipMetrics`, on the subject's images; images that are not of pocket's world are
     measured by that one instead.
 
     Args:
         images: how many are drawn of the subject.
-        class_images: how many of the class; 0 leaves its figures out.
+        class_images: how many of the class; 0 leaves its metrics out.
         seed: of the first image; the others follow.
         clip: as in :class:`sdtune.evaluation.ClipMetrics`.
         sampling: how.
@@ -89,7 +85,7 @@ class SubjectMetrics:
         *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
         *("prior_drift", "class_diversity", "class_distance", "diversity", "memorisation", "clip_image", "clip_text"),
     )
-    """Of its figures."""
+    """Of its metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
         """ValueError before any weights are loaded."""
@@ -112,7 +108,7 @@ class SubjectMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The figures; grids of what was measured go to ``folder``."""
+        """The metrics; grids of what was measured go to ``folder``."""
         if not isinstance(data, Subject):
             log.info("evaluation: these images are not of pocket's world; they are measured as by evaluation=clip")
             return self._of_any_images().run(source, data, artifact, name, device, folder)

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
-from sdtune.formats.pipeline import save_text_encoder
+from sdtune.formats.pipeline import save_text_encoder, weights_name
 from sdtune.pocket import clip_path, path
 from sdtune.pocket.world.scenes import SIDE
 
@@ -52,8 +52,7 @@ def _text_encoder(clip: Path, target: Path) -> None:
     save_text_encoder(encoder, target)
 
 
-def _half(target: Path, stem: str) -> None:
-    file = target / f"{stem}.safetensors"
+def _half(file: Path) -> None:
     save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
@@ -80,7 +79,7 @@ def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) 
     else:
         UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
     if ship:
-        _half(target / "unet", "diffusion_pytorch_model")
+        _half(target / "unet" / weights_name("unet"))
     for config in target.glob("*/config.json"):
         content = json.loads(config.read_text())
         content.pop("_name_or_path", None)  # where it lay on the machine that trained it
