@@ -21,41 +21,35 @@ PACKAGE = ROOT / "src" / "sdtune"
 PAGE = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- packages -->", "<!-- /packages -->"
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cli",),
-    ("sweeps",),
-    ("commands",),
-    ("shared_backbone",),
-    ("planning",),
-    ("callbacks",),
-    ("pocket",),
-    ("methods",),
-    ("training",),
-    ("evaluation", "exporting"),
-    ("sampling",),
-    ("loaders",),
-    ("config",),
-    ("backbone",),
-    ("reporting",),
-    ("runs", "data"),
-    ("formats", "images", "hardware", "objective"),
-    (
-        "files",
-        "hub",
-        "lightning_compat",
-        "log_filters",
-        "loggers",
-        "lr_schedule",
-        "paths",
-        "peft_compat",
-        "progress",
-        "randomness",
-        "streams",
-        "suggest",
-        "torch_compat",
+BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "command line": (("cli",), ("sweeps",), ("commands",)),
+    "around a training": (("shared_backbone",), ("planning",), ("callbacks",)),
+    "methods": (("pocket",), ("methods",), ("training",)),
+    "artifacts": (("evaluation", "exporting"), ("sampling",), ("loaders",)),
+    "configs, models, data, runs": (("config",), ("backbone",), ("reporting",), ("runs", "data")),
+    "foundations": (
+        ("formats", "images", "hardware", "objective"),
+        (
+            "files",
+            "hub",
+            "lightning_compat",
+            "log_filters",
+            "loggers",
+            "lr_schedule",
+            "paths",
+            "peft_compat",
+            "progress",
+            "randomness",
+            "streams",
+            "suggest",
+            "torch_compat",
+        ),
+        ("errors",),
     ),
-    ("errors",),
-)
+}
+"""Layers from the top down, in bands that the picture frames."""
+
+LAYERS = tuple(layer for layers in BANDS.values() for layer in layers)
 """From the top down: a package imports from the layers below its own alone."""
 
 Graph = Mapping[str, frozenset[str]]
@@ -165,6 +159,9 @@ def drawn() -> list[str]:
     """The graph in Mermaid, and a line for each package."""
     graph = package_graph(PACKAGE)
     lines = ["```mermaid", "graph TD"]
+    for number, (band, layers) in enumerate(BANDS.items()):
+        members = [package for layer in layers for package in layer]
+        lines += [f'  subgraph band{number}["{band}"]', *(f"    {package}" for package in members), "  end"]
     lines += [f"  {node} --> {target}" for node, target in reduced(graph)]
     lines += ["```", "", "| package, from the top layer down | |", "|---|---|"]
     for layer in LAYERS:
