@@ -299,7 +299,7 @@ def test_the_seed_decides(some: Path) -> None:
 
 
 def test_a_source_must_say_what_its_images_are() -> None:
-    with pytest.raises(TypeError, match="ImageDataModule.* read"):
+    with pytest.raises(TypeError, match="ImageDataModule.*read"):
         ImageDataModule().open(64, 8)
 
 
