@@ -22,12 +22,13 @@ class ConfigAgreement(Callback):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+        self.rate = config["optimizer"].get("lr")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size == 1:
             return
-        log.info("process %d of %d: config %s",
-                 trainer.global_rank, trainer.world_size, self.digest)  # fmt: skip
+        log.info("process %d of %d: config %s, optimizer.lr %s",
+                 trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
         first = trainer.strategy.broadcast(self.digest)
         if first != self.digest:
             raise ValueError(
