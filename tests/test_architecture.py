@@ -170,7 +170,7 @@ def _imports_atop(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-        yield str(node.module)
+        yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
     elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
         for child in node.body + node.orelse:
             yield from _imports_atop(child)
