@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -125,6 +126,18 @@ def test_what_cannot_be_searched_is_refused(
     said = capsys.readouterr().err
     assert said.startswith(f"sdtune: {words}")
     assert said.count("\n") == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_without_optuna_nothing_is_left_behind(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "optuna" else find(name, *rest)
+    )
+    assert train(*settings, f"hydra.sweep.dir={tmp_path}/sweep") == 2
+    assert "sweep=optuna needs Optuna; pip install 'sdtune[sweeps]'" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
 

@@ -42,6 +42,7 @@ def _direction(metric: str) -> str:
 
 def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
     """ValueError for a search that cannot begin; ``parsed`` are its overrides."""
+    require_optuna()
     sweeper = master.hydra.sweeper
     if sweeper.direction not in (None, *DIRECTIONS):
         raise ValueError(f"hydra.sweeper.direction: {sweeper.direction!r}; give minimize or maximize")
@@ -96,7 +97,6 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are ``n_trials`` that have ended."""
-        require_optuna()
         import optuna
 
         folder = Path(str(self.config.hydra.sweep.dir))
