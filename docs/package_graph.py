@@ -31,7 +31,6 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("formats", "images", "hardware", "objective"),
         (
             "files",
-            "hub",
             "lightning_compat",
             "log_filters",
             "loggers",

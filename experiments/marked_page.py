@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdtune.files import write_text
+
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def rewrite(page: Path, lines: Sequence[str]) -> None:
     """Put ``lines`` between the marks of ``page``; ValueError where it lacks one."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no {END if begin else BEGIN}, between which the metrics go; put it back")
-    partial = page.with_name(f"{page.name}.partial")
-    partial.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]))
-    partial.replace(page)
+    write_text(page, "\n".join([before + BEGIN, "", *lines, "", END + after]))

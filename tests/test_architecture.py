@@ -56,7 +56,7 @@ LIBRARIES = {
 }
 """Library -> the packages and modules that may import it, inside functions too."""
 
-WITHOUT_TORCH = {"cli", "errors", "files", "hub", "paths", "progress", "reporting", "runs", "streams", "suggest"}
+WITHOUT_TORCH = {"cli", "errors", "files", "paths", "progress", "reporting", "runs", "streams", "suggest"}
 NEAR_LEAVES = {"objective": {"errors"}, "formats": {"errors", "files"}} | {name: {"errors"} for name in FLAT}
 """Package -> all that it may import of sdtune."""
 
@@ -75,7 +75,6 @@ LONG_FUNCTIONS = {
     "commands.train.execute": 66,
     "planning.measure.measure": 43,
     "pocket.evaluation.subject.SubjectMetrics.run": 54,
-    "pocket.pretraining.assemble.assemble_pipeline": 42,
     "reporting.charts.cost_and_effect": 53,
     "reporting.charts.heat_map": 43,
     "sweeps.job_process.run_apart": 44,

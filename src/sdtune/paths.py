@@ -44,3 +44,8 @@ def pocket_clip() -> Path:
 def pocket_art() -> Path:
     """The folder of the drawings that the image world is made of, a folder for each style."""
     return _POCKET / "art"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form USER/NAME, and so can be one where no local file or folder has it."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~"))

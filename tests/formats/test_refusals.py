@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_files import read_diffusers
-from sdtune.formats import files, read_lora, read_safetensors, write_safetensors
+from sdtune.formats import read_lora, read_safetensors, write_safetensors
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 MODULES = [f"unet.{Q}", "unet.conv_in"]
@@ -155,19 +155,21 @@ def test_tensors_are_stored_as_they_are_seen(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "it"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync"])
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("place", ["sdtune.formats.files.save_file", "os.fsync"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, place):
     path = tmp_path / "it.safetensors"
     write_safetensors(path, {"a": DOWN}, {})
 
-    def full(*_):
-        next(tmp_path.glob(".*"), tmp_path / ".it.tmp").write_bytes(b"half")
+    def full(*given):
+        for file in given[1:2]:
+            file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, step, full)
+    monkeypatch.setattr(place, full)
     with pytest.raises(ValueError, match="it.safetensors: cannot be written .*No space left"):
         write_safetensors(path, {"a": UP}, {})
     assert torch.equal(read_safetensors(path)[0]["a"], DOWN)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_write_leaves_no_draft(tmp_path):

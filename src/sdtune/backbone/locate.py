@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 from filelock import FileLock
 
 from sdtune.backbone.weight_files import weight_files
-from sdtune.hub import is_hub_id
-from sdtune.paths import cache_folder
+from sdtune.files import replacing
+from sdtune.paths import cache_folder, is_hub_id
 
 
 def local(path: str, key: str) -> Path | None:
@@ -100,10 +99,8 @@ def with_vae(pipeline: Path, vae: Path) -> Path:
     with FileLock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
             return target
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
-        partial.mkdir()
-        for name, place in wanted.items():
-            (partial / name).symlink_to(place, target_is_directory=place.is_dir())
-        partial.rename(target)
+        with replacing(target, sync=False, alone=True) as partial:
+            partial.mkdir()
+            for name, place in wanted.items():
+                (partial / name).symlink_to(place, target_is_directory=place.is_dir())
     return target

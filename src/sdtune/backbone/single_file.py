@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from sdtune.backbone.families import FAMILIES, family_by
 from sdtune.backbone.models import wanted_shapes
 from sdtune.backbone.vocabulary import END, write_tokenizer
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import write_safetensors
 from sdtune.formats.keys import check_keys
@@ -87,10 +86,9 @@ def unpacked_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
         config = json.loads((pipeline / "vae" / "config.json").read_text())
         found = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, wanted)
         check_keys(f"backbone.vae: {file}", _shapes(found), wanted)
-        partial = _partial(target)
-        write_safetensors(partial / weights_name("vae"), found, {"format": "pt"})
-        write_json(partial / "config.json", config)
-        partial.rename(target)
+        with replacing(target, sync=False, alone=True) as partial:
+            write_safetensors(partial / weights_name("vae"), found, {"format": "pt"})
+            write_json(partial / "config.json", config)
     return target
 
 
@@ -108,12 +106,6 @@ def _place(file: Path, config: Path | None) -> Path:
 def _lock(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f"{target.name}.lock")
-
-
-def _partial(target: Path) -> Path:
-    for left in target.parent.glob(f"{target.name}.*.partial"):
-        shutil.rmtree(left)  # of a process that was killed: the lock is ours
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -135,22 +127,21 @@ def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Famil
             f"{error} Or a model of another shape: then give backbone.config=FOLDER, a pipeline of that shape"
             " (backbone.config=pocket for what was made from pocket)"
         ) from error
-    partial = _partial(target)
-    for name in components:
-        write_safetensors(partial / name / weights_name(name), found[name], {"format": "pt"})
-        write_json(partial / name / "config.json", configs[name])
-    for name, pads in _PADS.items():
-        if family not in pads:
-            continue
-        if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name)
-        else:
-            write_tokenizer(partial / name, pads[family])
-    write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(source, tensors))
     index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
-    write_json(partial / "model_index.json", index)
-    partial.rename(target)
+    with replacing(target, sync=False, alone=True) as partial:
+        for name in components:
+            write_safetensors(partial / name / weights_name(name), found[name], {"format": "pt"})
+            write_json(partial / name / "config.json", configs[name])
+        for name, pads in _PADS.items():
+            if family not in pads:
+                continue
+            if (source / name).is_dir():
+                shutil.copytree(source / name, partial / name)
+            else:
+                write_tokenizer(partial / name, pads[family])
+        write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(source, tensors))
+        write_json(partial / "model_index.json", index)
 
 
 def _scheduler(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdtune.files import replacing
 from sdtune.formats.files import read_metadata
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.pipeline import STEMS
@@ -140,8 +140,6 @@ def weights_hash(files: Files) -> str:
                 handles[file].seek(first)
                 for start in range(first, last, _CHUNK):
                     digest.update(handles[file].read(min(last - start, _CHUNK)))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-    partial.write_text(digest.hexdigest())
-    partial.replace(kept)
+    with replacing(kept, sync=False) as partial:
+        partial.write_text(digest.hexdigest())
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUMES
+from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.lightning_compat import PathLike
 from sdtune.methods.base import Adapter
@@ -29,16 +29,11 @@ class AtomicIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
         try:
-            with partial.open("wb") as handle:
+            # Through a handle: torch's own writer does not say why it failed.
+            with replacing(target, alone=True) as partial, partial.open("wb") as handle:
                 torch.save(checkpoint, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(target)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             if isinstance(error.__context__, OSError):  # torch's zip writer hides the system's reason behind its own
                 raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
             raise

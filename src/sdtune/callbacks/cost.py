@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data import ImageDataModule
+from sdtune.files import is_partial
 from sdtune.formats.embeddings import intermediate
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
@@ -92,6 +93,7 @@ class CostMeter(Callback):
                 for f in artifact.rglob("*")
                 if f.is_file()
                 and not intermediate(f.stem)
+                and not any(map(is_partial, (f, *f.parents)))
                 and not (f.parent == artifact and f.name in (CARD, CARD_GRID))
             ),
             "peak_memory_bytes": self.peak,

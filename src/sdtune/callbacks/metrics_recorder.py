@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from sdtune.files import write_text
 from sdtune.methods.base import Adapter
 
 
@@ -191,9 +191,4 @@ class MetricsRecorder(Callback):
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w") as handle:
-            handle.write(text.getvalue())
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(self.path)
+        write_text(self.path, text.getvalue())

@@ -16,7 +16,7 @@ from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import kept_config, plain
 from sdtune.exporting import Artifact, Export, find_artifact
-from sdtune.hub import is_hub_id
+from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD
 
 log = logging.getLogger("sdtune")

@@ -14,6 +14,7 @@ from pydantic import StringConstraints
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.config.compose import without_hydra
 from sdtune.config.schema import check_value
+from sdtune.files import is_partial
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def kept_config(run: Path) -> dict[str, Any]:
     kept = run / ".hydra" / "config.yaml"
     if not kept.is_file():
         raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
-    if not any((run / "artifact").glob("*")):
+    if all(map(is_partial, (run / "artifact").glob("*"))):
         raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
     loaded = OmegaConf.load(kept)
     assert isinstance(loaded, DictConfig)

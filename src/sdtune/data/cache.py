@@ -7,7 +7,6 @@ image or another VAE never meets a stale entry. Entries are shared by all runs o
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sdtune.files import replacing
 
 T = TypeVar("T")
 
@@ -42,12 +43,8 @@ class TensorCache:
             raise ValueError(f"{self.path(key)}: a damaged cache entry ({error}); delete it and run again") from error
 
     def put(self, key: str, value: Tensor) -> None:
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not the process id: threads, and containers that share the folder, have the same.
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        save_file({"value": value.contiguous().cpu()}, partial)
-        partial.replace(path)
+        with replacing(self.path(key), sync=False) as partial:
+            save_file({"value": value.contiguous().cpu()}, partial)
 
     @torch.no_grad()
     def fill(

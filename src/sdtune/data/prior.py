@@ -6,7 +6,6 @@ Ruiz et al. 2022, "DreamBooth: fine tuning text-to-image diffusion models for su
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from sdtune import streams
 from sdtune.data.cache import share
+from sdtune.files import replacing
 from sdtune.images.files import open_image, resize_and_crop
 from sdtune.progress import bar
 from sdtune.randomness import generator
@@ -65,11 +65,8 @@ def draw_missing(images: Sequence[ClassImage], draw: DrawImages, rank: int, proc
     others = f" and {more} other prompts" if more else ""
     with bar(f"Drawing images of {images[0].caption!r}{others}", len(mine)) as progress:
         for number, pixels in zip(mine, draw(wanted), strict=True):
-            path = images[number].path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
-            Image.fromarray(pixels).save(partial, format="PNG")
-            partial.replace(path)
+            with replacing(images[number].path, sync=False) as partial:
+                Image.fromarray(pixels).save(partial, format="PNG")
             progress(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from filelock import FileLock
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
+from sdtune.files import replacing
 from sdtune.hardware.precision import precision
 from sdtune.images.files import CENTRE
 from sdtune.loaders import controlnet as controlnets
@@ -83,10 +83,8 @@ def _draw_into(
 ) -> None:
     with base(source, device) as backbone:
         images = np.stack(draw_images(backbone, requests, sampling))
-    partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
-    with partial.open("wb") as handle:
+    with replacing(file, sync=False, alone=True) as partial, partial.open("wb") as handle:
         np.save(handle, images)
-    partial.replace(file)
 
 
 def references(data: ImageDataModule) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdtune.backbone.controlnet_files import is_controlnet
+from sdtune.files import is_partial
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -48,7 +49,8 @@ def find_artifact(path: Path, key: str) -> Artifact:
     if _is_net(path):
         return Artifact("controlnet", path, path.name)
     words = embeddings.read_folder(path)
-    wholes = sorted(entry for entry in path.iterdir() if (entry / "model_index.json").is_file() or _is_net(entry))
+    there = [entry for entry in path.iterdir() if not is_partial(entry)]
+    wholes = sorted(entry for entry in there if (entry / "model_index.json").is_file() or _is_net(entry))
     if wholes:
         whole = wholes[0]
         return Artifact("controlnet" if _is_net(whole) else "model", whole, whole.name, words)

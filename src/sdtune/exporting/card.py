@@ -14,7 +14,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
-from sdtune.hub import is_hub_id
+from sdtune.files import replacing, write_text
+from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD, CARD_GRID
 from sdtune.runs.metrics import finite
 
@@ -61,7 +62,7 @@ def write_card(
     lines = [f"---\n{front.to_yaml().strip()}\n---", "", f"# {artifact.name}", ""]
     lines += [f"{_WHAT[artifact.kind]}, trained with sdtune.", ""]
     if grid is not None and grid.is_file():
-        shutil.copyfile(grid, folder / CARD_GRID)
+        _copy(grid, folder / CARD_GRID)
         lines += [f"![Before and after, the same prompts and seeds]({CARD_GRID})", ""]
     lines += ["| | |", "|---|---|"]
     lines += [f"| base model | {_cell(facts['backbone'])}, weights `{str(facts['hash'])[:16]}` |"]
@@ -77,7 +78,7 @@ def write_card(
     lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_FIGURES]]
     lines += ["", "All of them, and how each is measured: sdtune's `docs/evaluation.md`.", ""]
     target = folder / CARD
-    target.write_text("\n".join(lines))
+    write_text(target, "\n".join(lines))
     return target
 
 
@@ -87,14 +88,19 @@ def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, w
     Args:
         whole: whether it is a model by itself, whatever the run has trained.
     """
-    text = card.read_text()
+    text = card.read_text(encoding="utf-8")
     text = text.replace(f"\n# {artifact.name}\n", f"\n# {name}\n", 1)
     text = text.replace(f"{_WHAT[artifact.kind]}, trained with sdtune.", f"{what}. All below is of the run.", 1)
     for tag in _TAGS[artifact.kind] if whole else ():
         text = text.replace(f"- {tag}\n", "", 1)
-    (folder / card.name).write_text(text)
+    write_text(folder / card.name, text)
     if (grid := card.with_name(CARD_GRID)).is_file():
-        shutil.copyfile(grid, folder / grid.name)
+        _copy(grid, folder / grid.name)
+
+
+def _copy(file: Path, target: Path) -> None:
+    with replacing(target) as partial:
+        shutil.copyfile(file, partial)
 
 
 _WHAT = {

@@ -19,7 +19,7 @@ from sdtune.backbone.pretrained import Pretrained
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
 from sdtune.exporting.models import cast_tensors, write_pipeline, write_single_file
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.formats import (
     LoRAWeights,
     canonical,
@@ -255,18 +255,13 @@ class Export:
             write_safetensors(target, made, {"modelspec.title": artifact.name})
             return [target, *self._opened(artifact, source, folder)] if opened.is_dir() else [target]
         target = folder / artifact.name
-        if artifact.path.is_file():
-            write_json(
-                target / "config.json", {key: value for key, value in config.items() if not key.startswith("_name")}
-            )
-            write_safetensors(target / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
-            return [target]
-        for place in ("", "unet") if opened.is_dir() else ("",):
-            content, _ = read_safetensors(artifact.path / place / WEIGHTS)
-            write_json(target / place / "config.json", json.loads((artifact.path / place / "config.json").read_text()))
-            write_safetensors(target / place / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
-        if (facts := artifact.path / "sdtune.json").is_file():
-            write_json(target / "sdtune.json", json.loads(facts.read_text()))
+        with replacing(target) as place:
+            if artifact.path.is_file():
+                own = {key: value for key, value in config.items() if not key.startswith("_name")}
+                write_json(place / "config.json", own)
+                write_safetensors(place / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
+            else:
+                _copy_controlnet(artifact.path, place, dtype)
         return [target]
 
     def _opened(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
@@ -276,6 +271,16 @@ class Export:
         target = folder / f"{artifact.name}-model.safetensors"
         write_single_file(backbone, source, target, DTYPES[self.dtype], {})
         return [target]
+
+
+def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """A ControlNet's folder, with the UNet that was trained along where there is one, its tensors in ``dtype``."""
+    for part in ("", "unet") if (source / "unet").is_dir() else ("",):
+        content, _ = read_safetensors(source / part / WEIGHTS)
+        write_json(target / part / "config.json", json.loads((source / part / "config.json").read_text()))
+        write_safetensors(target / part / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
+    if (facts := source / "sdtune.json").is_file():
+        write_json(target / "sdtune.json", json.loads(facts.read_text()))
 
 
 def _number(said: str | None) -> int:

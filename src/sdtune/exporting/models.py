@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.pretrained import Pretrained
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.original import Models, join
@@ -41,11 +41,12 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
 def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: torch.dtype) -> None:
     """A pipeline folder in the diffusers layout, safetensors of ``dtype``."""
     parts = components(backbone)
-    copy_pipeline(source.folder(), target, without=list(parts), weights={})
-    for name, tensors in parts.items():
-        write_json(target / name / "config.json", source.config(name))
-        write_safetensors(target / name / weights_name(name), cast_tensors(tensors, dtype), {"format": "pt"})
-    write_json(target / "scheduler" / "scheduler_config.json", backbone.scheduler_config)
+    with replacing(target) as place:
+        copy_pipeline(source.folder(), place, without=list(parts), weights={})
+        for name, tensors in parts.items():
+            write_json(place / name / "config.json", source.config(name))
+            write_safetensors(place / name / weights_name(name), cast_tensors(tensors, dtype), {"format": "pt"})
+        write_json(place / "scheduler" / "scheduler_config.json", backbone.scheduler_config)
 
 
 def write_single_file(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sdtune.files import replacing
 
 
 def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,20 +23,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         ValueError: ``path`` cannot be written; what stood there before still does.
     """
-    # Beside the target, since a rename is atomic only within one file system. The process id keeps two writers apart.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(portable(tensors), draft, dict(metadata))
-        _sync(draft)
-        draft.replace(path)
-        _sync(path.parent)
+        with replacing(path) as partial:
+            save_file(portable(tensors), partial, dict(metadata))
     # safetensors wraps the system's own errors (a full disk, no permission) in its own class.
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error}); name a path in a folder you may write to") from error
-    finally:
-        if draft.exists():
-            draft.unlink()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -79,12 +72,3 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]
             f"{path}: not a readable safetensors file ({error}); copy it again if it was cut short, "
             "convert it to safetensors if it is a .ckpt, .bin or .pt file"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """Waits until ``path``, a file or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

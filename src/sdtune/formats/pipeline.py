@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdtune.files import replacing
 from sdtune.formats.keys import canonical_key
 
 _PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
@@ -22,7 +23,9 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: Mapping[str, Sequence[Path]]) -> None:
-    """Copy a text-to-image pipeline folder, the components named in ``without`` left out.
+    """Copy a text-to-image pipeline folder to the new folder ``target``, without the components in ``without``.
+
+    It writes in place: a caller wraps it in :func:`sdtune.files.replacing`.
 
     The safety checker stays behind, and the index says so: it is no part of what was trained, and a hub id's is not
     downloaded. So do pickles and further variants of the weights.
@@ -89,9 +92,8 @@ def _copy_index(source: Path, target: Path, names: Mapping[str, str]) -> None:
 
 def save_component(module: Any, target: Path) -> None:
     """``config.json`` and safetensors of a diffusers model, replacing what was there only when written whole."""
-    partial = _fresh(target)
-    module.save_pretrained(partial, safe_serialization=True)
-    _finish(partial, target)
+    with replacing(target) as partial:
+        module.save_pretrained(partial, safe_serialization=True)
 
 
 def save_text_encoder(module: Any, target: Path, instead: Mapping[str, Tensor] | None = None) -> None:
@@ -100,21 +102,9 @@ def save_text_encoder(module: Any, target: Path, instead: Mapping[str, Tensor] |
     transformers >= 5.6 leaves the prefix out of a model that was built from a config; without it older clients would
     take random weights, silently.
     """
-    partial = _fresh(target)
-    module.save_pretrained(partial, safe_serialization=True)
-    file = partial / "model.safetensors"
-    tensors = {canonical_key("text_encoder", key): value for key, value in load_file(file).items()}
-    tensors |= instead or {}
-    save_file(tensors, file, {"format": "pt"})
-    _finish(partial, target)
-
-
-def _fresh(target: Path) -> Path:
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    return partial
-
-
-def _finish(partial: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with replacing(target) as partial:
+        module.save_pretrained(partial, safe_serialization=True)
+        file = partial / "model.safetensors"
+        tensors = {canonical_key("text_encoder", key): value for key, value in load_file(file).items()}
+        tensors |= instead or {}
+        save_file(tensors, file, {"format": "pt"})

@@ -10,20 +10,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from sdtune.files import replacing
+
 _MARGIN = 6
 _SHOWN = 160  # small images are enlarged to this side, without smoothing, so that a grid of them can be judged
 
 
-def save_png(image: np.ndarray | Image.Image, path: Path, settings: dict[str, str] | None = None) -> None:
+def save_png(
+    image: np.ndarray | Image.Image, path: Path, settings: dict[str, str] | None = None, *, sync: bool = True
+) -> None:
     """Write a PNG with ``settings`` in its metadata (text chunks, as A1111 and ComfyUI do); whole or not at all."""
     info = PngInfo()
     for key, value in (settings or {}).items():
         info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     whole = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    whole.save(partial, format="PNG", pnginfo=info)
-    partial.replace(path)
+    with replacing(path, sync=sync) as partial:
+        whole.save(partial, format="PNG", pnginfo=info)
 
 
 def grid(

@@ -16,7 +16,7 @@ from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, 
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.formats.pipeline import save_component
 from sdtune.methods.base import Adapter
 from sdtune.randomness import generator
@@ -118,13 +118,13 @@ class ControlNet(Adapter):
 
     def write_artifact(self, folder: Path, name: str) -> None:
         """diffusers' ControlNet, ``<folder>/<name>``; a UNet that was trained along goes with it, as ``unet/``."""
-        target = folder / name
-        save_component(self.controlnet, target)
-        if self.unet != "frozen":
-            # Frozen parts may be in half precision here, so they are read again.
-            whole = self.source.load(self.seed).unet
-            whole.load_state_dict(
-                {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
-            )
-            save_component(whole, target / "unet")
-        write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})
+        with replacing(folder / name) as place:
+            save_component(self.controlnet, place)
+            if self.unet != "frozen":
+                # Frozen parts may be in half precision here, so they are read again.
+                whole = self.source.load(self.seed).unet
+                whole.load_state_dict(
+                    {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
+                )
+                save_component(whole, place / "unet")
+            write_json(place / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})

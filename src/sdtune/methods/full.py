@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 from annotated_types import Ge, Gt
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdtune import streams
 from sdtune.backbone.families import Component
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.formats.keys import canonical_key
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
@@ -119,18 +119,22 @@ class Full(Adapter):
         encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
         models = {part: getattr(self.backbone, part) for part in self.parts if part != "text_encoder"}
         trained = [*models, *encoders]
-        copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained))
-        for part, model in models.items():
-            save_component(model, target / part)
+        with replacing(target) as place:
+            copy_pipeline(self.source.folder(), place, trained, self.source.weights(trained))
+            for part, model in models.items():
+                save_component(model, place / part)
+            self._save_encoders(encoders, place)
+            if self.backbone.scheduler_config != self.source.config("scheduler"):
+                write_json(place / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
+            write_json(place / "sdtune.json", {"backbone": self.source.hash()})
+
+    def _save_encoders(self, encoders: Mapping[str, nn.Module], pipeline: Path) -> None:
         with self.backbone.plain_vocabulary():
             for name, encoder in encoders.items():
                 frozen = [canonical_key(name, n) for n, p in encoder.named_parameters() if not p.requires_grad]
                 # Frozen layers may be in half precision here, so they are read again.
                 fresh = self.source.tensors(name) if frozen else {}
-                save_text_encoder(encoder, target / name, {key: fresh[key] for key in frozen})
-        if self.backbone.scheduler_config != self.source.config("scheduler"):
-            write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
-        write_json(target / "sdtune.json", {"backbone": self.source.hash()})
+                save_text_encoder(encoder, pipeline / name, {key: fresh[key] for key in frozen})
 
     def about(self, artifact: Path) -> dict[str, str]:
         """Words learned beside what was opened belong to the trained pipeline."""

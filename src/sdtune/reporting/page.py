@@ -18,6 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from sdtune.files import write_text
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import MetricStatistics, Place, Setting, group_by_setting, metrics, rankings, varied
@@ -53,9 +54,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str) -> Path:
     )
     content = environment.get_template("report.html.j2").render(**_content(runs, folder, title))
     file = folder / "report.html"
-    partial = file.with_name("report.html.partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
+    write_text(file, content)
     return file
 
 

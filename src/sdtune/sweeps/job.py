@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.config.compose import Prepare
 from sdtune.errors import Pruned, RunFailed, Stopped
-from sdtune.files import locked, write_json
+from sdtune.files import locked, replacing, write_json
 from sdtune.hardware.allocator import release
 from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
@@ -128,10 +128,8 @@ def _keep_config(composed: DictConfig, whole: DictConfig, folder: Path) -> None:
 
 def write_yaml(path: Path, config: Any) -> None:
     """``config`` with its interpolations as they stand, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    OmegaConf.save(config, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        OmegaConf.save(config, partial)
 
 
 def _go_on(composed: DictConfig, folder: Path) -> None:

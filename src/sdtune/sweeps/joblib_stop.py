@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from sdtune.files import write_text
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 
 STOPPING = "sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)"
@@ -64,10 +65,7 @@ class Relay:
                 raise KeyboardInterrupt
             return
         self.code = 128 + number
-        self.sweep.mkdir(parents=True, exist_ok=True)
-        partial = self.sweep / f"{_STOPPING}.partial"
-        partial.write_text(str(self.code))
-        partial.replace(self.sweep / _STOPPING)  # a worker may look at any moment
+        write_text(self.sweep / _STOPPING, str(self.code))  # whole: a worker may look at any moment
         print(STOPPING, file=sys.stderr)
         ready = {file.name for file in self.sweep.glob(f"{_WORKERS}/*")}
         for process in multiprocessing.active_children():

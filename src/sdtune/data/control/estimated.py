@@ -16,10 +16,9 @@ from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
-from sdtune.hub import is_hub_id
 from sdtune.images.files import CENTRE
 from sdtune.images.grids import save_png
-from sdtune.paths import cache_folder
+from sdtune.paths import cache_folder, is_hub_id
 from sdtune.progress import bar
 
 _LONGEST = 1024  # pixels of the longer side of what is estimated and kept
@@ -85,7 +84,7 @@ class Estimated(FromImage):
             for sample in mine:
                 pixels = sample.pixels(_whole(sample.size), CENTRE, False)
                 for image, file in zip(estimate(pixels), self._files(sample), strict=True):
-                    save_png(image, file)
+                    save_png(image, file, sync=False)
                 progress(1)
 
     def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:

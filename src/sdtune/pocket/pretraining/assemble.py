@@ -10,12 +10,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel
 
+from sdtune.files import replacing, write_json
 from sdtune.formats.pipeline import save_text_encoder, weights_name
 from sdtune.pocket import clip_path, path
 from sdtune.pocket.world.scenes import SIDE
@@ -56,50 +58,49 @@ def _half(file: Path) -> None:
     save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
+_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.36.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
 def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
     """Write the pipeline folder ``final`` from the trained parts in ``folder``, whole or not at all."""
-    target = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    shutil.copytree(folder / "tokenizer", target / "tokenizer")
-    AutoencoderKL.from_pretrained(folder / "vae").save_pretrained(target / "vae")
-    _text_encoder(folder / "clip", target / "text_encoder")
-    DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    ).save_pretrained(target / "scheduler")
-    if unet is None:
-        UNet2DConditionModel(**_UNET).save_config(target / "unet")
-    else:
-        UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
-    if ship:
-        _half(target / "unet" / weights_name("unet"))
-    for config in target.glob("*/config.json"):
-        content = json.loads(config.read_text())
-        content.pop("_name_or_path", None)  # where it lay on the machine that trained it
-        config.write_text(json.dumps(content, indent=2) + "\n")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.36.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    target.rename(final)
+    with replacing(final) as target:
+        target.mkdir()
+        shutil.copytree(folder / "tokenizer", target / "tokenizer")
+        AutoencoderKL.from_pretrained(folder / "vae").save_pretrained(target / "vae")
+        _text_encoder(folder / "clip", target / "text_encoder")
+        DDIMScheduler(
+            num_train_timesteps=1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="epsilon",
+        ).save_pretrained(target / "scheduler")
+        if unet is None:
+            UNet2DConditionModel(**_UNET).save_config(target / "unet")
+        else:
+            UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
+        if ship:
+            _half(target / "unet" / weights_name("unet"))
+        for config in target.glob("*/config.json"):
+            content = json.loads(config.read_text())
+            content.pop("_name_or_path", None)  # where it lay on the machine that trained it
+            write_json(config, content)
+        write_json(target / "model_index.json", _INDEX)
 
 
 def main() -> None:
@@ -113,11 +114,11 @@ def main() -> None:
     target = path() if arguments.ship else arguments.folder / "pipeline"
     assemble_pipeline(arguments.folder, target, arguments.unet, arguments.ship)
     if arguments.ship:
-        CLIPModel.from_pretrained(arguments.folder / "clip", dtype=torch.float16).save_pretrained(clip_path())
-        (clip_path() / "preprocessor_config.json").write_text(json.dumps(_PIXELS, indent=2) + "\n")
-        classifier = clip_path().parent / "classifier"
-        shutil.rmtree(classifier, ignore_errors=True)
-        shutil.copytree(arguments.folder / "classifier", classifier)
+        with replacing(clip_path()) as clip:
+            CLIPModel.from_pretrained(arguments.folder / "clip", dtype=torch.float16).save_pretrained(clip)
+            write_json(clip / "preprocessor_config.json", _PIXELS)
+        with replacing(clip_path().parent / "classifier") as classifier:
+            shutil.copytree(arguments.folder / "classifier", classifier)
     size = sum(f.stat().st_size for f in target.parent.rglob("*") if f.is_file())
     print(f"{target}: {size / 1e6:.1f} MB with what lies beside it")
 

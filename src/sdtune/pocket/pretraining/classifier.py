@@ -9,8 +9,6 @@ that a smear is not counted as the object that it resembles most; they say nothi
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdtune import streams
+from sdtune.files import replacing, write_json
+from sdtune.formats import write_safetensors
 from sdtune.pocket.evaluation.classifier import NOTHING, OBJECTS, Classifier, ceilings, load_classifier, reconstruct
 from sdtune.pocket.pretraining.loop import Pretraining, pretrain
 from sdtune.pocket.pretraining.vae import SEED
@@ -62,15 +61,10 @@ def pool_images(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
     weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values()))
     path = folder / f"pool-{SEED}-{count}-{weights.hexdigest()[:12]}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         pool = np.stack([np.asarray(draw_scene(pool_scene(index))) for index in range(count)])
         pool[::_ROUND_TRIP_EVERY] = reconstruct(vae, pool[::_ROUND_TRIP_EVERY])
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as handle:
+        with replacing(path, sync=False) as partial, partial.open("wb") as handle:
             np.save(handle, pool)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
     images: np.ndarray = np.load(path, mmap_mode="r")
     return images
 
@@ -146,11 +140,11 @@ def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IM
 
 def save(classifier: Classifier, folder: Path) -> None:
     """Write ``classifier.safetensors`` (fp16) and ``config.json`` (the names of each head's outputs)."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
-    save_file(tensors, folder / "classifier.safetensors")
     objects, sizes, styles = classifier.names
-    (folder / "config.json").write_text(json.dumps({"objects": objects, "sizes": sizes, "styles": styles}, indent=1))
+    with replacing(folder) as target:
+        write_safetensors(target / "classifier.safetensors", tensors, {})
+        write_json(target / "config.json", {"objects": objects, "sizes": sizes, "styles": styles})
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from sdtune import streams
+from sdtune.files import replacing
 from sdtune.pocket.world.captions import training_caption
 from sdtune.pocket.world.scenes import SIDE, draw_scene, training_scene
 from sdtune.randomness import generator
@@ -17,16 +17,11 @@ def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
     """Images 0..count-1 of the training world: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
     path = folder / f"images-{seed}-{count}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as handle:
+        with replacing(path, sync=False) as partial, partial.open("wb") as handle:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
             np.lib.format.write_array_header_1_0(handle, header)
             for index in range(count):
                 handle.write(np.asarray(draw_scene(training_scene(seed, index))).tobytes())
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(path)
     images: np.ndarray = np.load(path, mmap_mode="r")
     return images
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdtune.hub import is_hub_id
+from sdtune.paths import is_hub_id
 
 
 @pytest.mark.parametrize(

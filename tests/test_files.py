@@ -1,0 +1,250 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdtune.exporting import find_artifact
+from sdtune.files import replacing, write_json
+from sdtune.formats import write_safetensors
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.txt"
+    with replacing(file) as partial:
+        partial.write_text("new")
+        assert not file.exists()
+        assert partial.parent == file.parent
+    assert file.read_text() == "new"
+    assert names(file.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_what_stood_there_stays_where_writing_fails(sync: bool, tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.txt", tmp_path / "folder"
+    file.write_text("old")
+    folder.mkdir()
+    (folder / "b").write_text("old")
+
+    def write_half(path: Path) -> None:
+        with replacing(path, sync=sync) as partial:
+            if path is folder:
+                partial.mkdir()
+            (partial / "b" if path is folder else partial).write_text("half")
+            raise RuntimeError
+
+    for path in (file, folder):
+        with pytest.raises(RuntimeError):
+            write_half(path)
+    assert (file.read_text(), (folder / "b").read_text()) == ("old", "old")
+    assert names(tmp_path) == ["a.txt", "folder"]
+
+
+def test_a_folder_replaces_a_folder_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for name in ("old", "new"):
+        with replacing(folder) as partial:
+            (partial / "deep").mkdir(parents=True)
+            (partial / "deep" / name).touch()
+    assert names(folder / "deep") == ["new"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "kept").touch()
+    with pytest.raises(OSError), replacing(tmp_path / "a") as partial:
+        partial.touch()
+    assert names(tmp_path / "a") == ["kept"]
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("umask")
+def test_the_mode_is_the_umasks(tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600, which another user's program cannot read."""
+    write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    with replacing(tmp_path / "folder") as partial:
+        write_safetensors(partial / "b.safetensors", {"x": torch.zeros(2)}, {})
+        (partial / "c").touch(mode=0o600)
+        (partial / "deep").mkdir(mode=0o700)
+    folder = tmp_path / "folder"
+    for file in (tmp_path / "a.safetensors", folder / "b.safetensors", folder / "c"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert {stat.S_IMODE(place.stat().st_mode) for place in (folder, folder / "deep")} == {0o750}
+
+
+def test_links_are_kept_and_what_they_name_is_left_alone(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch(mode=0o600)
+    with replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "link").symlink_to(there)
+    assert (tmp_path / "folder" / "link").is_symlink()
+    assert stat.S_IMODE(there.stat().st_mode) == 0o600
+
+
+def test_leftovers_of_killed_processes_go_after_an_hour(tmp_path: Path) -> None:
+    old, fresh, other = (tmp_path / f"{name}.{16 * 'ab'}.partial" for name in ("a.txt", "a.txt", "b.txt"))
+    fresh = fresh.with_name(f"a.txt.{16 * 'cd'}.partial")
+    unlike = tmp_path / "a.txt.mine.partial"
+    folder = tmp_path / f"a.txt.{16 * 'ef'}.partial"
+    folder.mkdir()
+    (folder / "inside").touch()
+    for path in (old, fresh, other, unlike):
+        path.touch()
+    for path in (old, other, unlike, folder, folder / "inside"):
+        os.utime(path, (time.time() - 3700,) * 2)
+    with replacing(tmp_path / "a.txt") as partial:
+        partial.touch()
+    assert names(tmp_path) == sorted(["a.txt", fresh.name, other.name, unlike.name])
+
+
+def test_a_folder_that_is_still_written_is_no_leftover(tmp_path: Path) -> None:
+    folder = tmp_path / f"a.{16 * 'ef'}.partial"
+    folder.mkdir()
+    (folder / "inside").touch()
+    os.utime(folder, (time.time() - 3700,) * 2)
+    with replacing(tmp_path / "a") as partial:
+        partial.mkdir()
+    assert names(tmp_path) == ["a", folder.name]
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(20):
+            write_json(tmp_path / "a.json", [number] * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what a thread has raised
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content in [[number] * 1000 for number in range(4)]
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_json_that_is_none_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_all_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synced = tmp_path / "folder", []
+    real = os.fsync
+
+    def seen(handle: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{handle}").readlink().name.partition(".")[0], folder.exists()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    for sync in (False, True):
+        with replacing(folder, sync=sync) as partial:
+            (partial / "deep").mkdir(parents=True)
+            (partial / "deep" / "file").touch()
+        assert sorted(synced) == (
+            [("deep", False), ("file", False), ("folder", False), (tmp_path.name, True)] if sync else []
+        )
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_a_stop_between_two_renames_brings_the_old_folder_back(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def write() -> None:
+        with replacing(folder) as partial:
+            partial.mkdir()
+
+    def stopped(*_: object) -> None:
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        with pytest.raises(stop):
+            write()
+    assert names(folder) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / f"folder.{16 * 'ab'}.replaced"
+    aside.mkdir()
+    (aside / "old").touch()
+    os.utime(aside, (0, 0))
+
+    def fail() -> None:
+        with replacing(tmp_path / "folder"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert names(tmp_path / "folder") == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_who_is_alone_removes_leftovers_at_once(tmp_path: Path) -> None:
+    (tmp_path / f"a.{16 * 'ab'}.partial").touch()
+    with replacing(tmp_path / "a", alone=True) as partial:
+        partial.touch()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("letter", ["a", "\u6f22"])
+def test_long_names_are_written(letter: str, tmp_path: Path) -> None:
+    file = tmp_path / (letter * (250 // len(letter.encode())))
+    write_json(file, 1)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_removed_keeps_nobody_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"a.{16 * 'ab'}.partial").touch()
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("sdtune.files._last_change", refused)
+    write_json(tmp_path / "a", 1)
+    assert (tmp_path / "a").read_text() == "1\n"
+
+
+def test_a_link_to_a_folder_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replacing(tmp_path / "link") as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == ["new"]
+
+
+def test_a_partial_folder_is_no_artifact(tmp_path: Path) -> None:
+    left = tmp_path / f"cat.{16 * 'ab'}.partial"
+    left.mkdir()
+    (left / "model_index.json").touch()
+    with pytest.raises(ValueError, match="holds no LoRA, embedding, ControlNet or model"):
+        find_artifact(tmp_path, "run")
