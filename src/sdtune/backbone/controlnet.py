@@ -50,7 +50,7 @@ def residuals(
     maps: Tensor,
     strength: float = 1.0,
 ) -> Residuals:
-    """Of one net under ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the image."""
+    """Residuals of one ControlNet for ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the image."""
     dtype = model.conv_in.weight.dtype
     skips, middle = model(
         noisy.to(dtype),

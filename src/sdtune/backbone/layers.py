@@ -20,7 +20,7 @@ def named_modules(backbone: Backbone) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def layers(backbone: Backbone) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
-    """Those that multiply by a weight: linear layers and convolutions."""
+    """Linear and convolution layers of the UNet and the text encoders: component, name in it, and layer."""
     for component, name, module in named_modules(backbone):
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield component, name, module

@@ -253,7 +253,7 @@ class PipelineSource:
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     def hash(self) -> str:
-        """The weights' sha256 (:func:`~sdtune.backbone.weight_files.weights_hash`), those drawn anew left out."""
+        """sha256 of the weights that were read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""
         return weights_hash(self._files(self._weighed))
 
     def weights(self, without: Sequence[str] = ()) -> dict[str, list[Path]]:
@@ -291,7 +291,7 @@ class PipelineSource:
             digest.update(f"{self.clip_skip}/{self.facts.windows}".encode())
 
     def drawing_key(self) -> str:
-        """What this backbone's images depend on beside prompt, seed and sampling: weights, configs, tokenizer."""
+        """Cache key of images drawn by this backbone: its weights, configs and tokenizer."""
         digest = hashlib.sha256(f"{self.hash()}/{self.from_scratch}".encode())
         configs = [self.scheduler(), *(self.config(component) for component in self.components)]
         digest.update(json.dumps(configs, sort_keys=True).encode())

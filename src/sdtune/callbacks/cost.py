@@ -93,7 +93,7 @@ class CostMeter(Callback):
                 for f in artifact.rglob("*")
                 if f.is_file()
                 and not intermediate(f.stem)
-                and not any(map(is_partial, (f, *f.parents)))
+                and not any(map(is_partial, (f, *f.relative_to(artifact).parents)))
                 and not (f.parent == artifact and f.name in (CARD, CARD_GRID))
             ),
             "peak_memory_bytes": self.peak,
