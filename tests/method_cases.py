@@ -13,6 +13,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.config.targets import resolve
 from sdtune.data.control.edges import Canny
+from sdtune.errors import UserError
 from sdtune.paths import config_folder
 
 METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
@@ -48,7 +49,7 @@ class Case:
             data = folder_data(images, **{**needed, **words, **more})
             try:
                 model.check_data(data)
-            except ValueError:
+            except UserError:
                 continue
             return data
         raise AssertionError(f"no data suits {self.name}")

@@ -19,6 +19,7 @@ from sdtune.config.build import build
 from sdtune.config.compose import compose, search_path
 from sdtune.config.settings import plain
 from sdtune.config.targets import resolve
+from sdtune.errors import UserError
 from sdtune.paths import config_folder
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def test_a_recipe_for_sampling_opens_with_its_command(
     assert missing(config) == set()
     monkeypatch.chdir(tmp_path)  # where nothing has been trained
     # What it samples with is trained first, and it says so before any weights are loaded.
-    with pytest.raises(ValueError, match=r"path: outputs/results/\w+/seed-0/artifact\S* "):
+    with pytest.raises(UserError, match=r"path: outputs/results/\w+/seed-0/artifact\S* "):
         sample_run.prepare(config, tmp_path)
 
 

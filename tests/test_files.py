@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdtune.errors import UserError
 from sdtune.exporting import find_artifact
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
@@ -144,7 +145,7 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_json_that_is_none_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(ValueError, match="Out of range float"):
+    with pytest.raises(UserError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
@@ -246,5 +247,5 @@ def test_a_partial_folder_is_no_artifact(tmp_path: Path) -> None:
     left = tmp_path / f"cat.{16 * 'ab'}.partial"
     left.mkdir()
     (left / "model_index.json").touch()
-    with pytest.raises(ValueError, match="holds no LoRA, embedding, ControlNet or model"):
+    with pytest.raises(UserError, match="holds no LoRA, embedding, ControlNet or model"):
         find_artifact(tmp_path, "run")

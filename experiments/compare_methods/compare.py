@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiments.compare_methods.claims import METHODS, SUBJECT_METHODS
 from experiments.marked_page import rewrite
+from sdtune.errors import UserError
 from sdtune.files import write_json
 from sdtune.images.grids import grid, save_png
 from sdtune.log_filters import quiet, quiet_libraries
@@ -23,19 +24,19 @@ from sdtune.reporting import Run, collect
 
 
 def gathered(sweep: Path) -> dict[str, list[Run]]:
-    """The runs of each method, a run a seed; ValueError where one is missing or has not ended."""
+    """The runs of each method, a run a seed; UserError where one is missing or has not ended."""
     found: dict[str, list[Run]] = {method: [] for method in METHODS}
     for run in collect(sweep):
         chosen = [o.rpartition("/")[2] for o in run.overrides if o.startswith("experiment=compare_methods/")]
         if len(chosen) != 1 or chosen[0] not in found:
-            raise ValueError(f"{run.folder} is no run of sweep=compare_methods; name the folder of that sweep")
+            raise UserError(f"{run.folder} is no run of sweep=compare_methods; name the folder of that sweep")
         if run.state != "done":
-            raise ValueError(f"{run.folder} is {run.state}; sdtune train -m resume={sweep} runs what is missing")
+            raise UserError(f"{run.folder} is {run.state}; sdtune train -m resume={sweep} runs what is missing")
         found[chosen[0]].append(run)
     seeds = {method: {run.config.get("seed") for run in runs} for method, runs in found.items()}
     fewer = next((method for method in METHODS if seeds[method] != set.union(*seeds.values())), None)
     if fewer is not None:
-        raise ValueError(f"{sweep} lacks seeds of {fewer}; sdtune train -m resume={sweep} runs what is missing")
+        raise UserError(f"{sweep} lacks seeds of {fewer}; sdtune train -m resume={sweep} runs what is missing")
     return found
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         runs = gathered(arguments.sweep)
-    except ValueError as error:
+    except UserError as error:
         print(f"sdtune: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     quiet()

@@ -23,6 +23,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from experiments.marked_page import rewrite
+from sdtune.errors import UserError
 from sdtune.files import write_json
 from sdtune.pocket.evaluation.intervals import Interval, intervals
 from sdtune.runs.compare import first_change, flat
@@ -94,7 +95,7 @@ def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
         # Settings that are new since, or gone, are passed over: a later version's recipe is still the same.
         other = first_change(before, now)
         if other is not None:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {name} was another recipe then ({other} {before[other]!r}, now {now[other]!r}); remove the"
                 " folder to run it again"
             )

@@ -1,4 +1,4 @@
-"""Exceptions by which a run ends, and the texts that they share."""
+"""Exceptions by which a command ends, and the texts that they share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ RESUMES = "sdtune train resume=RUN goes on from the last checkpoint"
 
 STOPPED = f"stopped; {RESUMES}, if there is one"
 """The whole line, where it is not known whether there is a checkpoint."""
+
+
+class UserError(ValueError):
+    """Bad input that the user can mend; the command line shows it as one line and exits with code 2.
+
+    Any other ``ValueError`` is a bug of sdtune or of a library, and is shown with its traceback.
+
+    Args:
+        message: what is wrong.
+        key: the setting that is wrong, as a dotted config key; None where it is no setting.
+        remedy: what would be right; None where the message says it, or where it is not known.
+
+    ``str()`` is ``KEY: MESSAGE; REMEDY``.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, remedy: str | None = None) -> None:
+        self.key, self.remedy = key, remedy
+        super().__init__(f"{f'{key}: ' if key else ''}{message}{f'; {remedy}' if remedy else ''}")
 
 
 class Stopped(Exception):
@@ -20,12 +38,15 @@ class Stopped(Exception):
 class RunFailed(Exception):
     """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept.
 
-    ``agreed``: all of its processes know, and the first one speaks for them.
+    Args:
+        message: one line.
+        agreed: all processes of the run know it, and only the first one shows it.
+        details: a traceback as text, where it is of another process or thread.
     """
 
-    def __init__(self, message: str, agreed: bool = False) -> None:
+    def __init__(self, message: str, agreed: bool = False, details: str | None = None) -> None:
         super().__init__(message)
-        self.agreed = agreed
+        self.agreed, self.details = agreed, details
 
 
 PRUNED = 4

@@ -17,6 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sdtune.errors import UserError
+
 _LEFT_OVER_AFTER = 3600.0
 """Seconds without a change, after which another writer's partial file is taken for one of a killed process."""
 
@@ -164,13 +166,15 @@ def _move(partial: Path, path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of ``folder``, which is made; ValueError where one is in it. Its death sets it free."""
+    """Keep other processes out of ``folder``, which is made; UserError where one is in it. Its death sets it free."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"{folder} is in use by another process; wait for it, or name another folder") from error
+        raise UserError(
+            f"{folder} is in use by another process", remedy="wait for it, or name another folder"
+        ) from error
     try:
         yield
     finally:

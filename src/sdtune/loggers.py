@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtune.errors import UserError
+
 
 def wandb_logger(
     save_dir: str,
@@ -60,11 +62,13 @@ def wandb_logger(
 
 
 def require_account(offline: bool) -> None:
-    """ValueError where W&B would ask for one."""
+    """UserError where W&B would ask for one."""
     account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (Path.home() / ".netrc").exists()
     if not offline and not account:
-        raise ValueError(
-            "logger.wandb: no account (WANDB_API_KEY is not set); log in, or give logger.wandb.offline=true"
+        raise UserError(
+            "no account (WANDB_API_KEY is not set)",
+            key="logger.wandb",
+            remedy="log in, or give logger.wandb.offline=true",
         )
 
 
@@ -100,7 +104,9 @@ def tensorboard_logger(save_dir: str) -> Any:
     try:
         return TensorBoardLogger(save_dir, name="", version="tensorboard")
     except ModuleNotFoundError as error:
-        raise ValueError("logger.tensorboard: not installed; pip install 'sdtune[tensorboard]'") from error
+        raise UserError(
+            "not installed", key="logger.tensorboard", remedy="pip install 'sdtune[tensorboard]'"
+        ) from error
 
 
 def close(loggers: list[Any], failed: bool) -> None:

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sdtune.backbone import Facts, Pretrained
+from sdtune.errors import UserError
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_is_not_a_stable_diffusion_is_refused_in_one_line(copy: Path, case: str) -> None:
     spoil, words = REFUSED[case]
     spoil(copy)
-    with pytest.raises(ValueError, match=rf"^backbone\.path: .*{words}") as caught:
+    with pytest.raises(UserError, match=rf"^backbone\.path: .*{words}") as caught:
         _ = Pretrained(str(copy)).facts
     assert "\n" not in str(caught.value)
 
@@ -77,7 +78,7 @@ def test_a_missing_folder_is_refused_and_not_looked_for_on_the_hub(path: str, mo
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", never)
-    with pytest.raises(ValueError, match=rf"^backbone\.path: {path} does not exist"):
+    with pytest.raises(UserError, match=rf"^backbone\.path: {path} does not exist"):
         _ = Pretrained(path).facts
 
 
@@ -86,7 +87,7 @@ def test_a_hub_id_that_is_not_to_be_had_is_one_line(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no network\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"^backbone\.path: some/model .*hub \(no network\)$"):
+    with pytest.raises(UserError, match=r"^backbone\.path: some/model .*hub \(no network\)$"):
         _ = Pretrained("some/model").facts
 
 
@@ -161,9 +162,9 @@ def test_pickled_weights_are_never_read(copy: Path) -> None:
     file = copy / "unet/diffusion_pytorch_model.safetensors"
     torch.save({}, file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(ValueError, match=r"unet holds no .*safetensors"):
+    with pytest.raises(UserError, match=r"unet holds no .*safetensors"):
         Pretrained(str(copy)).hash()
-    with pytest.raises(ValueError, match="is a pickle, which can carry code"):
+    with pytest.raises(UserError, match="is a pickle, which can carry code"):
         Pretrained(str(copy)).load()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from families import EACH, FAMILIES, Family, build_family
 from original_files import original_tensors
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 
 
 @pytest.fixture(scope="session", params=EACH)
@@ -114,16 +115,14 @@ def test_markers_say_what_the_unet_predicts(folder: Path, single: Path, family: 
 def test_the_kind_must_be_the_configs(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file(original_tensors(folders["sdxl"]), tmp_path / "xl.safetensors")
     for path in (folders["sdxl"], tmp_path / "xl.safetensors"):
-        with pytest.raises(ValueError, match=r"is SDXL, and backbone=sd15 asks for SD 1\.x; give backbone=sdxl"):
+        with pytest.raises(UserError, match=r"is SDXL, and backbone=sd15 asks for SD 1\.x; give backbone=sdxl"):
             _ = Pretrained(str(path), family="sd1", config=str(folders["sdxl"])).facts
-    with pytest.raises(ValueError, match=r"^backbone\.config: .* is of SD 1\.x, and .*xl\.safetensors is SDXL"):
+    with pytest.raises(UserError, match=r"^backbone\.config: .* is of SD 1\.x, and .*xl\.safetensors is SDXL"):
         _ = Pretrained(str(tmp_path / "xl.safetensors"), config=str(folders["sd1"])).facts
 
 
 def test_without_configs_a_file_of_other_sizes_is_refused_by_its_tensors(single: Path, family: Family) -> None:
-    with pytest.raises(
-        ValueError, match=r"^backbone\.path: .*model\.safetensors \((unet|vae)\) (lacks|has) "
-    ) as caught:
+    with pytest.raises(UserError, match=r"^backbone\.path: .*model\.safetensors \((unet|vae)\) (lacks|has) ") as caught:
         _ = Pretrained(str(single)).facts
     assert "instead of [" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -168,7 +167,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folders: dict[Family, Path], t
     file = tmp_path / "wrong.safetensors"
     save_file(tensors, file)
     before = set((Path(pytest_cache()) / "backbones").glob("*[!k]"))
-    with pytest.raises(ValueError, match=rf"^backbone\.path: {file} .*({words})") as caught:
+    with pytest.raises(UserError, match=rf"^backbone\.path: {file} .*({words})") as caught:
         _ = Pretrained(str(file), config=str(folders["sd1"])).facts
     assert "\n" not in str(caught.value)
     assert set((Path(pytest_cache()) / "backbones").glob("*[!k]")) == before
@@ -186,7 +185,7 @@ def test_a_folder_with_other_tensors_is_refused_too(folders: dict[Family, Path],
     tensors = load_file(file)
     bias = tensors.pop("conv_out.bias")
     save_file({**tensors, "more.weight": bias}, file)
-    with pytest.raises(ValueError, match=r"unet lacks conv_out\.bias; holds more\.weight, which the model"):
+    with pytest.raises(UserError, match=r"unet lacks conv_out\.bias; holds more\.weight, which the model"):
         Pretrained(str(tmp_path / "copy")).check()
 
 
@@ -194,14 +193,14 @@ def test_a_folder_with_other_tensors_is_refused_too(folders: dict[Family, Path],
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "bad.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^{file}: not a readable safetensors file") as caught:
+    with pytest.raises(UserError, match=rf"^{file}: not a readable safetensors file") as caught:
         _ = Pretrained(str(file)).facts
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_was_cut_short_is_refused(single: Path, folder: Path) -> None:
     single.write_bytes(single.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="not a readable safetensors file"):
         _ = Pretrained(str(single), config=str(folder)).facts
 
 
@@ -219,7 +218,7 @@ class Bomb:
 def test_a_pickle_needs_leave(folders: dict[Family, Path], tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     torch.save(original_tensors(folders["sd1"]), file)
-    with pytest.raises(ValueError, match=r"^backbone\.path: .*model\.ckpt is a pickle.*allow_pickle=true"):
+    with pytest.raises(UserError, match=r"^backbone\.path: .*model\.ckpt is a pickle.*allow_pickle=true"):
         _ = Pretrained(str(file), config=str(folders["sd1"])).facts
 
 
@@ -231,7 +230,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path: Path, form: str) -> None:
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
-    with pytest.raises(ValueError, match=r"^backbone\.path: .*model\.ckpt (holds more than tensors|cannot)") as caught:
+    with pytest.raises(UserError, match=r"^backbone\.path: .*model\.ckpt (holds more than tensors|cannot)") as caught:
         _ = Pretrained(str(file), allow_pickle=True).facts
     assert "\n" not in str(caught.value)
     assert not target.exists()
@@ -243,9 +242,9 @@ def test_a_hostile_bin_in_a_folder_does_nothing(folders: dict[Family, Path], tmp
     torch.save({"x": Bomb(tmp_path / "harm.txt")}, tmp_path / "copy/unet/diffusion_pytorch_model.bin")
     for allow in (False, True):
         source = Pretrained(str(tmp_path / "copy"), allow_pickle=allow)
-        with pytest.raises(ValueError, match=r"unet holds no .*diffusion_pytorch_model\.bin is a pickle"):
+        with pytest.raises(UserError, match=r"unet holds no .*diffusion_pytorch_model\.bin is a pickle"):
             source.check()
-        with pytest.raises(ValueError, match="is a pickle"):
+        with pytest.raises(UserError, match="is a pickle"):
             source.load()
     assert not (tmp_path / "harm.txt").exists()
 
@@ -281,10 +280,10 @@ def test_a_vae_of_ones_own(folders: dict[Family, Path], tmp_path: Path, form: st
 
 def test_what_is_no_vae_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"^backbone\.vae: .*lora\.safetensors lacks decoder\."):
+    with pytest.raises(UserError, match=r"^backbone\.vae: .*lora\.safetensors lacks decoder\."):
         _ = Pretrained(str(folders["sd1"]), vae=str(tmp_path / "lora.safetensors")).facts
     for place in (tmp_path, folders["sd1"] / "unet"):
-        with pytest.raises(ValueError, match=r"^backbone\.vae: .* is no AutoencoderKL's folder"):
+        with pytest.raises(UserError, match=r"^backbone\.vae: .* is no AutoencoderKL's folder"):
             _ = Pretrained(str(folders["sd1"]), vae=str(place)).facts
 
 
@@ -327,7 +326,7 @@ def test_bytes_that_are_no_pickle_are_refused_in_one_line(tmp_path: Path, conten
     file = tmp_path / "model.ckpt"
     file.write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"^backbone\.path: {file} (cannot be read|holds more than tensors|is no checkpoint)"
+        UserError, match=rf"^backbone\.path: {file} (cannot be read|holds more than tensors|is no checkpoint)"
     ) as caught:
         _ = Pretrained(str(file), allow_pickle=True).facts
     assert "\n" not in str(caught.value)
@@ -337,7 +336,7 @@ def test_a_header_that_does_not_fit_its_bytes_is_refused(folders: dict[Family, P
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     file = tmp_path / "copy/vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
-    with pytest.raises(ValueError, match=rf"^{file}: not a readable safetensors file"):
+    with pytest.raises(UserError, match=rf"^{file}: not a readable safetensors file"):
         Pretrained(str(tmp_path / "copy")).check()
 
 
@@ -353,7 +352,7 @@ def test_an_edited_config_is_heeded(folders: dict[Family, Path], single: Path, f
 def test_settings_that_cannot_be_read_are_named(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     (tmp_path / "copy/unet/config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^backbone\.path: .*unet/config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"^backbone\.path: .*unet/config\.json cannot be read"):
         _ = Pretrained(str(tmp_path / "copy")).facts
-    with pytest.raises(ValueError, match=r"^backbone\.clip_skip: 3 of 3 layers; give 2 at most"):
+    with pytest.raises(UserError, match=r"^backbone\.clip_skip: 3 of 3 layers; give 2 at most"):
         _ = Pretrained(str(folders["sd1"]), clip_skip=3).facts

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import sdtune
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.methods import Full
 from sdtune.sampling.loop import Sampling
 
@@ -38,10 +39,10 @@ def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, images: Path, t
 
 def test_a_solver_that_cannot_begin_at_pure_noise_is_refused(tiny: Path) -> None:
     source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
-    with pytest.raises(ValueError, match="^sampling.sampler: pndm cannot begin at pure noise"):
+    with pytest.raises(UserError, match="^sampling.sampler: pndm cannot begin at pure noise"):
         sdtune.sample("a fox", backbone=source, sampling=Sampling(steps=2, sampler="pndm"))
 
 
 def test_epsilon_with_pure_noise_is_refused_before_weights(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="^backbone.zero_terminal_snr"):
+    with pytest.raises(UserError, match="^backbone.zero_terminal_snr"):
         _ = Pretrained(str(tiny), zero_terminal_snr=True).facts

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdtune.backbone import weight_files as module
 from sdtune.backbone.weight_files import weight_files, weights_hash
+from sdtune.errors import UserError
 
 
 def tensors() -> dict[str, Tensor]:
@@ -132,20 +133,20 @@ def test_the_component_counts_and_their_order_does_not(folder: Path) -> None:
 def test_a_truncated_file_is_refused_by_name(folder: Path, size: int) -> None:
     data = unet(folder).read_bytes()
     unet(folder).write_bytes(data[:size])
-    with pytest.raises(ValueError, match=rf"^{unet(folder)}: .*(truncated|copy or download)") as caught:
+    with pytest.raises(UserError, match=rf"^{unet(folder)}: .*(truncated|copy or download)") as caught:
         hashed(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_of_another_kind_is_refused_by_name(folder: Path) -> None:
     unet(folder).write_bytes(struct.pack("<Q", 10) + b"not a json header")
-    with pytest.raises(ValueError, match=rf"^{unet(folder)}: .*header cannot be read"):
+    with pytest.raises(UserError, match=rf"^{unet(folder)}: .*header cannot be read"):
         hashed(folder)
 
 
 def test_a_component_without_weights_is_refused_by_name(folder: Path) -> None:
     unet(folder).unlink()
-    with pytest.raises(ValueError, match=r"backbone\.path: .*/unet holds no diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(UserError, match=r"backbone\.path: .*/unet holds no diffusion_pytorch_model\.safetensors"):
         hashed(folder)
 
 

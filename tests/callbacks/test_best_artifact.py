@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from running import adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EarlyStopping
+from sdtune.errors import UserError
 from sdtune.methods import LoRA
 
 
@@ -64,5 +65,5 @@ def test_stopping_needs_something_held_out(
 def test_without_hydra_too(tiny: Path, images: Path) -> None:
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
     fit(model, folder_data(images, hold_out=2), 1, [EarlyStopping()], val_check_interval=1)
-    with pytest.raises(ValueError, match=r"^callbacks\.early_stopping: no image is held out"):
+    with pytest.raises(UserError, match=r"^callbacks\.early_stopping: no image is held out"):
         fit(LoRA(rank=2, backbone=Pretrained(str(tiny))), folder_data(images), 1, [EarlyStopping()])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sdtune.callbacks.config_agreement import ConfigAgreement
+from sdtune.errors import UserError
 
 
 def test_processes_must_have_one_config() -> None:
@@ -14,6 +15,6 @@ def test_processes_must_have_one_config() -> None:
     strategy = SimpleNamespace(broadcast=lambda digest: one.digest)
     trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=strategy)
     one.setup(trainer, None, "fit")
-    with pytest.raises(ValueError, match=f"process 1 was started with another config .* than process 0 .{one.digest}"):
+    with pytest.raises(UserError, match=f"process 1 was started with another config .* than process 0 .{one.digest}"):
         other.setup(trainer, None, "fit")
     other.setup(SimpleNamespace(world_size=1), None, "fit")

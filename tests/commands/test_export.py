@@ -17,6 +17,7 @@ from families import EACH, FAMILIES, Family, build_family
 from lora_files import lora, read_diffusers
 from running import export, train
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.exporting import Export, find_artifact
 from sdtune.formats import LoRAWeights, diffusers_lora, factors
 from sdtune.formats.files import read_metadata
@@ -364,7 +365,7 @@ def test_a_rounded_copy_is_no_difference(build: dict[Family, Path], tmp_path: Pa
 
     write_pipeline(moved, Pretrained(str(base)), tmp_path / "full", torch.float32)
     write_pipeline(moved, Pretrained(str(base)), tmp_path / "half", torch.float16)
-    with pytest.raises(ValueError, match=r"^artifact: .* has the weights of .*; nothing is to be extracted"):
+    with pytest.raises(UserError, match=r"^artifact: .* has the weights of .*; nothing is to be extracted"):
         written(Export("kohya", rank=2), tmp_path / "half", tmp_path / "full", tmp_path / "out")
 
 
@@ -375,7 +376,7 @@ def test_what_only_one_form_has_is_refused_elsewhere(base: Path, tmp_path: Path)
         (Export("pipeline", alpha="folded"), "alpha: only kohya's form"),
         (Export("pipeline", rank=2), "rank: only a LoRA has one"),
     ):
-        with pytest.raises(ValueError, match=f"^{words}"):
+        with pytest.raises(UserError, match=f"^{words}"):
             asked.check(artifact)
 
 

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.targets import resolve
+from sdtune.errors import UserError
 from sdtune.objective import MinSNR, Objective
 
 HERE = __name__
@@ -101,12 +102,12 @@ def test_classes_and_functions_of_allowed_packages_are_found() -> None:
     ],
 )
 def test_what_is_defined_elsewhere_is_refused_by_key(target: str) -> None:
-    with pytest.raises(ValueError, match=r"^method\._target_: ") as caught:
+    with pytest.raises(UserError, match=r"^method\._target_: ") as caught:
         resolve(target, "method")
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"^method\._target_: "):
+    with pytest.raises(UserError, match=r"^method\._target_: "):
         check_node({"_target_": target}, "method")
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         build({"_target_": target})
 
 
@@ -114,15 +115,15 @@ def test_what_is_defined_elsewhere_is_refused_by_key(target: str) -> None:
     "target", ["sdtune.cli.main.HELP", "sdtune.objective", "sdtune.no_such.Thing", "sdtune.paths.NoSuch", ""]
 )
 def test_what_is_neither_class_nor_function_is_refused(target: str) -> None:
-    with pytest.raises(ValueError, match=r"^method\._target_: "):
+    with pytest.raises(UserError, match=r"^method\._target_: "):
         resolve(target, "method")
 
 
 def test_a_refused_target_is_found_anywhere_in_the_config() -> None:
     inner = {"_target_": "sdtune.objective.Objective", "weighting": {"_target_": "os.system"}}
-    with pytest.raises(ValueError, match=r"^objective\.weighting\._target_: os\.system is not allowed"):
+    with pytest.raises(UserError, match=r"^objective\.weighting\._target_: os\.system is not allowed"):
         check_node(inner, "objective")
-    with pytest.raises(ValueError, match=r"^top\.a\[1\]\.b\._target_: "):
+    with pytest.raises(UserError, match=r"^top\.a\[1\]\.b\._target_: "):
         check_node({"a": [1, {"b": {"_target_": "os.system"}}]}, "top")
 
 
@@ -133,20 +134,20 @@ def test_a_users_module_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "import os\n\nclass Mine:\n    def __init__(self, size: int) -> None:\n        self.size = size\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match=r"^method\._target_: mypkg\.mine\.Mine is not allowed; add trust=\[mypkg\]"):
+    with pytest.raises(UserError, match=r"^method\._target_: mypkg\.mine\.Mine is not allowed; add trust=\[mypkg\]"):
         resolve("mypkg.mine.Mine", "method")
     assert "mypkg" not in sys.modules  # refused before it is imported, since importing runs it
     assert build({"_target_": "mypkg.mine.Mine", "size": 3}, ["mypkg"]).size == 3
-    with pytest.raises(ValueError, match="mypkg"):
+    with pytest.raises(UserError, match="mypkg"):
         resolve("mypkg.mine.Mine", "method", ["my"])
-    with pytest.raises(ValueError, match="leads to"):
+    with pytest.raises(UserError, match="leads to"):
         resolve("mypkg.mine.os.makedirs", "method", ["mypkg"])
 
 
 def test_a_module_that_needs_another_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy.py").write_text("import no_such_package\n\nclass Thing: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match=r"needs no_such_package: pip install it"):
+    with pytest.raises(UserError, match=r"needs no_such_package: pip install it"):
         resolve("needy.Thing", "k", ["needy"])
 
 
@@ -178,7 +179,7 @@ def test_what_fits_passes() -> None:
     ],
 )
 def test_what_does_not_fit_is_one_line_with_the_key(settings: dict[str, Any], key: str, words: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         check_node(node("Thing", **settings), "t", TRUST)
     message = str(caught.value)
     assert message.startswith((f"{key}:", f"{key} is missing"))
@@ -198,23 +199,23 @@ def test_what_does_not_fit_is_one_line_with_the_key(settings: dict[str, Any], ke
     ],
 )
 def test_a_dataclass_is_checked_with_what_it_inherits(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{key}[: ]"):
+    with pytest.raises(UserError, match=rf"^{key}[: ]"):
         check_node(node("More", **settings), "t", TRUST)
 
 
 def test_what_the_command_gives_cannot_be_set_as_well() -> None:
-    with pytest.raises(ValueError, match=r"^t\.count: not a setting of Thing"):
+    with pytest.raises(UserError, match=r"^t\.count: not a setting of Thing"):
         check_node(node("Thing", count=1), "t", TRUST, given=("count",))
 
 
 def test_the_first_level_is_not_the_only_one_checked() -> None:
-    with pytest.raises(ValueError, match=r"^t\.inner\.share: 2\b"):
+    with pytest.raises(UserError, match=r"^t\.inner\.share: 2\b"):
         check_node(node("Thing", count=1, inner=node("Settings", share=2)), "t", TRUST)
 
 
 def test_a_partial_may_leave_arguments_to_its_caller() -> None:
     check_node({"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}, "optimizer")
-    with pytest.raises(ValueError, match=r"^optimizer\.lrr: not a setting of AdamW; did you mean lr\?"):
+    with pytest.raises(UserError, match=r"^optimizer\.lrr: not a setting of AdamW; did you mean lr\?"):
         check_node({"_target_": "torch.optim.AdamW", "_partial_": True, "lrr": 1e-3}, "optimizer")
 
 
@@ -265,12 +266,12 @@ def test_a_partial_waits_for_its_arguments() -> None:
 
 
 def test_a_function_of_ours_is_not_a_target() -> None:
-    with pytest.raises(ValueError, match="is a function, not a class"):
+    with pytest.raises(UserError, match="is a function, not a class"):
         resolve("sdtune.pocket.pretraining.assemble.assemble_pipeline", "evaluation")
 
 
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs prodigyopt: pip install it, or 'sdtune\[optimizers\]'"):
+    with pytest.raises(UserError, match=r"needs prodigyopt: pip install it, or 'sdtune\[optimizers\]'"):
         resolve("prodigyopt.Prodigy", "optimizer")

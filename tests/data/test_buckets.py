@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sdtune.data.buckets import assign, bucket_sizes
+from sdtune.errors import UserError
 
 GRIDS = [(64, 32), (64, 64), (100, 64), (256, 64), (500, 64), (512, 64), (512, 8), (768, 64), (1024, 64)]
 
@@ -83,10 +84,10 @@ def test_assignment_by_hand(size: tuple[int, int], bucket: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("size", [(63, 500), (500, 63), (1, 1)])
 def test_a_image_below_one_step(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels.*at least 64x64$"):
+    with pytest.raises(UserError, match=rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels.*at least 64x64$"):
         assign(size, 512, 64, "tiny.png")
 
 
 def test_a_resolution_below_one_step() -> None:
-    with pytest.raises(ValueError, match=r"^data\.resolution: 63 is less than one step of 64 pixels: give 64 or more$"):
+    with pytest.raises(UserError, match=r"^data\.resolution: 63 is less than one step of 64 pixels: give 64 or more$"):
         bucket_sizes(63, 64)

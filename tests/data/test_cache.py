@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdtune.data.cache import TensorCache, share
+from sdtune.errors import UserError
 
 
 def test_what_is_put_comes_back(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_a_damaged_entry_is_named(tmp_path: Path, damage) -> None:
     cache = TensorCache(tmp_path)
     cache.put("key", torch.randn(64))
     cache.path("key").write_bytes(damage(cache.path("key").read_bytes()))
-    with pytest.raises(ValueError, match=rf"^{cache.path('key')}: a damaged cache entry .*delete it") as caught:
+    with pytest.raises(UserError, match=rf"^{cache.path('key')}: a damaged cache entry .*delete it") as caught:
         cache.get("key")
     assert "\n" not in str(caught.value)
 
@@ -76,14 +77,14 @@ def test_an_output_that_is_not_finite_is_refused_by_name_and_not_kept(tmp_path: 
         out[[item == "bad.png" for item in items]] = value
         return out
 
-    with pytest.raises(ValueError, match=r"^bad\.png: .*not finite"):
+    with pytest.raises(UserError, match=r"^bad\.png: .*not finite"):
         cache.fill({"g": "good.png", "b": "bad.png"}, broken, batch_size=2)
     assert "g" in cache
     assert "b" not in cache
 
 
 def test_an_encoder_that_gives_too_few_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         TensorCache(tmp_path).fill({"a": "a", "b": "b"}, lambda items: encode(items[:1]), batch_size=2)
 
 

@@ -17,6 +17,7 @@ from image_data import batches, encode, encoders, equal, noise, opened, text
 from sdtune.data import Folder, ImageDataModule
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.data.previews import preview_prompts
+from sdtune.errors import UserError
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_images_of_two_shapes_train_at_512_in_buckets_of_their_own(tmp_path: Pat
 def test_the_resolution_is_the_backbones_or_ones_own(some: Path) -> None:
     assert batches(opened(some, side=64))[0]["pixels"].shape == (2, 3, 64, 64)
     assert batches(opened(some, side=64, resolution=32))[0]["pixels"].shape == (2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"data\.resolution: 62 is not a multiple of 4"):
+    with pytest.raises(UserError, match=r"data\.resolution: 62 is not a multiple of 4"):
         opened(some, resolution=62)
 
 
@@ -143,7 +144,7 @@ def test_random_crops_move_and_centre_crops_do_not(tmp_path: Path) -> None:
 
 
 def test_a_random_crop_of_a_cached_latent_is_refused(some: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.random_crop: .*data\.cache_latents=false"):
+    with pytest.raises(UserError, match=r"data\.random_crop: .*data\.cache_latents=false"):
         Folder(path=str(some), random_crop=True)
     Folder(path=str(some), random_crop=True, cache_latents=False)
 
@@ -179,9 +180,9 @@ def test_a_validation_folder_is_held_out_and_seen_plainly(some: Path, tmp_path: 
 
 
 def test_held_out_pairs_that_do_not_fit_are_refused(some: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.hold_out: .* has 6 images, too few to hold out one in 10"):
+    with pytest.raises(UserError, match=r"data\.hold_out: .* has 6 images, too few to hold out one in 10"):
         opened(some, hold_out=10)
-    with pytest.raises(ValueError, match=r"data\.hold_out and data\.validation_path"):
+    with pytest.raises(UserError, match=r"data\.hold_out and data\.validation_path"):
         Folder(path=str(some), hold_out=2, validation_path=str(some))
 
 
@@ -263,7 +264,7 @@ def test_an_encoder_that_overflows_fails_and_names_the_image(some: Path, tmp_pat
         return out
 
     data = opened(some, cache_latents=True)
-    with pytest.raises(ValueError, match=r"some/white\.png: .*not finite"):
+    with pytest.raises(UserError, match=r"some/white\.png: .*not finite"):
         data.prepare(encoders(tmp_path / "cache", overflowing))
 
 

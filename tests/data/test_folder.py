@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 
 from sdtune.data import folder as module
 from sdtune.data.folder import CaptionedImage, check_images, read_image_folder
+from sdtune.errors import UserError
 
 
 def draw(path: Path, width: int = 8, height: int = 6) -> Path:
@@ -31,7 +32,7 @@ def captions(folder: Path, prompt: str | None = None, trigger: str | None = None
 def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
     """``read_folder`` refuses in one line that opens with the key and holds the ``fragments`` in order."""
     pattern = r"\Adata\.path: .*" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
-    with pytest.raises(ValueError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as caught:
         read_image_folder(folder, prompt)
     assert "\n" not in str(caught.value)
 
@@ -331,7 +332,7 @@ def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:-500])
     images = read_image_folder(tmp_path, "p")  # the headers are whole
     for _ in range(5):
-        with pytest.raises(ValueError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*: remove it"):
+        with pytest.raises(UserError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*: remove it"):
             check_images(images)
 
 
@@ -344,5 +345,5 @@ def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
     data = path.read_bytes()
     end = data.index(b"IEND") - 4
     path.write_bytes(data[:end] + chunk + data[end:])
-    with pytest.raises(ValueError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
+    with pytest.raises(UserError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
         check_images(read_image_folder(tmp_path, "p"))

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from sdtune.data.order import FixedBatches, MicroBatches, Order, ScheduledSample
+from sdtune.errors import UserError
 
 BUCKETS = ((0, 3, 4, 8, 9, 10, 11), (1, 2), (5, 6, 7, 7, 7))
 """Seven, two and five entries; entry 7 is repeated three times."""
@@ -106,9 +107,7 @@ def test_the_start_is_asked_for_when_iteration_begins() -> None:
 
 @pytest.mark.parametrize(("batch_size", "processes", "accumulation"), [(3, 2, 1), (3, 1, 2), (4, 3, 1), (2, 2, 2)])
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size: int, processes: int, accumulation: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"data\.batch_size: {batch_size} .* a multiple of {processes * accumulation}"
-    ):
+    with pytest.raises(UserError, match=rf"data\.batch_size: {batch_size} .* a multiple of {processes * accumulation}"):
         MicroBatches(Order(BUCKETS, batch_size, 0), steps=1, accumulation=accumulation, processes=processes)
 
 

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
+from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 
@@ -78,5 +79,5 @@ def test_without_a_clip_figures_are_null_with_the_reason(tiny: Path, images: Pat
 
 def test_a_missing_clip_is_refused_before_weights_are_loaded(images: Path) -> None:
     data = Folder(path=str(images))
-    with pytest.raises(ValueError, match=r"evaluation\.clip: /nowhere is not a folder"):
+    with pytest.raises(UserError, match=r"evaluation\.clip: /nowhere is not a folder"):
         ClipMetrics(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77))

@@ -15,6 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from running import adamw, fit, folder_data
 from sdtune.backbone import Facts, Pretrained
+from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
@@ -82,7 +83,7 @@ def test_a_dino_looks_at_the_class_token(dino_folder: Path) -> None:
 
 
 def test_what_is_no_dino_is_refused(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(ValueError, match=r"^evaluation\.dino: .* holds no model of images"):
+    with pytest.raises(UserError, match=r"^evaluation\.dino: .* holds no model of images"):
         Dino(str(tmp_path), CPU)
 
 
@@ -96,7 +97,7 @@ def test_what_is_no_clip_or_dino_is_refused_before_training(dino_folder: Path, i
         ({"clip": str(dino_folder)}, "clip: .* holds a model of the type dinov2, and a CLIP is needed"),
         ({"dino": str(tmp_path)}, r"dino: .* holds no weights as \.safetensors"),
     ):
-        with pytest.raises(ValueError, match=rf"^evaluation\.{words}"):
+        with pytest.raises(UserError, match=rf"^evaluation\.{words}"):
             ClipMetrics(**own).check(data, facts)
     ClipMetrics(clip="pocket", dino=str(dino_folder)).check(data, facts)
 

@@ -27,6 +27,7 @@ from experiments.compare_methods.claims import (
 from experiments.compare_methods.measured import measured, planned
 from experiments.compare_methods.page import page
 from experiments.compare_methods.value import Value
+from sdtune.errors import UserError
 from sdtune.images.grids import save_png
 
 GAINS = {"textual_inversion": 0.4, "lora": 0.9, "dreambooth": 0.7, "full": 0.9}
@@ -114,7 +115,7 @@ def test_a_verdict_knows_the_noise() -> None:
 
 def test_seeds_that_are_missing_are_noticed(sweep: Path) -> None:
     shutil.rmtree(sweep / "6")
-    with pytest.raises(ValueError, match=r"lacks seeds of lora"):
+    with pytest.raises(UserError, match=r"lacks seeds of lora"):
         command.gathered(sweep)
 
 
@@ -145,13 +146,13 @@ def test_it_writes_between_the_marks(sweep: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_run_that_is_missing_is_named(sweep: Path) -> None:
     (sweep / "6" / "metrics.json").unlink()
-    with pytest.raises(ValueError, match=r"sweep/6 is unfinished; sdtune train -m resume="):
+    with pytest.raises(UserError, match=r"sweep/6 is unfinished; sdtune train -m resume="):
         command.gathered(sweep)
 
 
 def test_another_sweep_is_refused(sweep: Path) -> None:
     (sweep / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=lora_subject\n")
-    with pytest.raises(ValueError, match=r"sweep/0 is no run of sweep=compare_methods"):
+    with pytest.raises(UserError, match=r"sweep/0 is no run of sweep=compare_methods"):
         command.gathered(sweep)
 
 

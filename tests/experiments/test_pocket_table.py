@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.pocket import table
+from sdtune.errors import UserError
 from sdtune.pocket.evaluation.intervals import intervals
 
 
@@ -79,5 +80,5 @@ def test_finished_runs_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "old" not in all_of_them
     assert "| [some](some/README.md) | 2 | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in all_of_them
     (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 2\n")
-    with pytest.raises(ValueError, match="seed-1: some was another recipe then .seed 2, now 1."):
+    with pytest.raises(UserError, match="seed-1: some was another recipe then .seed 2, now 1."):
         table.main()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lora_files import read_diffusers
+from sdtune.errors import UserError
 from sdtune.formats import read_lora, read_safetensors, write_safetensors
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -21,7 +22,7 @@ DOWN, UP = torch.ones(2, 6), torch.ones(5, 2)
 def refusal(path, tensors, metadata=None):
     """The message with which ``read_lora`` refuses such a file."""
     write_safetensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata or {"note": ""})
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(UserError, match=".") as caught:
         read_lora(path, MODULES)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -130,7 +131,7 @@ def test_files_that_are_not_safetensors(tmp_path, monkeypatch, content):
             "pickle": pickle.dumps(Bomb()),
         }[content]
     )
-    with pytest.raises(ValueError, match="not a readable safetensors file") as caught:
+    with pytest.raises(UserError, match="not a readable safetensors file") as caught:
         read_safetensors(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -138,9 +139,9 @@ def test_files_that_are_not_safetensors(tmp_path, monkeypatch, content):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match="gone.safetensors: no such file"):
+    with pytest.raises(UserError, match="gone.safetensors: no such file"):
         read_lora(tmp_path / "gone.safetensors", MODULES)
-    with pytest.raises(ValueError, match="pytorch_lora_weights.safetensors: no such file"):
+    with pytest.raises(UserError, match="pytorch_lora_weights.safetensors: no such file"):
         read_lora(tmp_path, MODULES)
 
 
@@ -166,7 +167,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, place):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(place, full)
-    with pytest.raises(ValueError, match="it.safetensors: cannot be written .*No space left"):
+    with pytest.raises(UserError, match="it.safetensors: cannot be written .*No space left"):
         write_safetensors(path, {"a": UP}, {})
     assert torch.equal(read_safetensors(path)[0]["a"], DOWN)
     assert list(tmp_path.iterdir()) == [path]
@@ -177,8 +178,8 @@ def test_a_failed_write_leaves_no_draft(tmp_path):
         write_safetensors(tmp_path / "it", {"a": DOWN}, {"number": 1})  # type: ignore[dict-item]
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("in the way of a folder")
-    with pytest.raises(ValueError, match="folder: cannot be written"):
+    with pytest.raises(UserError, match="folder: cannot be written"):
         write_safetensors(tmp_path / "folder", {"a": DOWN}, {})
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_safetensors(tmp_path / "file" / "it", {"a": DOWN}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

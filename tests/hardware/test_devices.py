@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdtune.config import hardware
+from sdtune.errors import UserError
 from sdtune.hardware import devices, precision
 
 
@@ -37,5 +38,5 @@ def test_emulated_bfloat16_is_not_chosen(native: bool, wanted: str, monkeypatch:
 )
 def test_what_is_wrong_or_not_there_is_refused(node: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"^hardware.{key}: "):
+    with pytest.raises(UserError, match=f"^hardware.{key}: "):
         hardware.check_hardware(node)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from sdtune.errors import UserError
 from sdtune.images.files import SUFFIXES, image_size, open_image, resize_and_crop
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -162,13 +163,13 @@ def test_wide_integers_are_read_as_sixteen_bits_or_refused(tmp_path: Path) -> No
     assert np.asarray(open_image(tmp_path / "fits.tif")).tolist() == [[[0, 0, 0], [255, 255, 255]]]
     for value in (-1, 65536):
         Image.fromarray(np.array([[0, value]], np.int32)).save(tmp_path / "wide.tif")
-        with pytest.raises(ValueError, match=r"^data\.path: .*wide\.tif is not a readable image .*0 to 65535"):
+        with pytest.raises(UserError, match=r"^data\.path: .*wide\.tif is not a readable image .*0 to 65535"):
             open_image(tmp_path / "wide.tif")
 
 
 def test_floating_point_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ValueError, match=r"^data\.path: .*float\.tif is not a readable image \(floating-point"):
+    with pytest.raises(UserError, match=r"^data\.path: .*float\.tif is not a readable image \(floating-point"):
         open_image(tmp_path / "float.tif")
 
 
@@ -203,7 +204,7 @@ def test_what_is_no_image(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     for read in (open_image, image_size):
-        with pytest.raises(ValueError, match=reason) as caught:
+        with pytest.raises(UserError, match=reason) as caught:
             read(path)
         assert str(caught.value).startswith(f"data.path: {path} is not a readable image (")
         assert str(caught.value).endswith("): remove it or replace it")
@@ -216,20 +217,20 @@ def test_a_truncated_image(tmp_path: Path, suffix: str) -> None:
     noise(64, 64).save(path)
     open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"):
+    with pytest.raises(UserError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"):
         open_image(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     for read in (open_image, image_size):
-        with pytest.raises(ValueError, match=r"^data\.path: .*gone\.png is not .*\(No such file or directory\)"):
+        with pytest.raises(UserError, match=r"^data\.path: .*gone\.png is not .*\(No such file or directory\)"):
             read(tmp_path / "gone.png")
 
 
 def test_damaged_exif(tmp_path: Path) -> None:
     noise(6, 4).save(tmp_path / "image.png", exif=b"Exif\x00\x00MM\x00\x0c" + bytes(8))
     for read in (open_image, image_size):
-        with pytest.raises(ValueError, match=r"image\.png is not a readable image \(its EXIF data are damaged\)"):
+        with pytest.raises(UserError, match=r"image\.png is not a readable image \(its EXIF data are damaged\)"):
             read(tmp_path / "image.png")
 
 
@@ -238,7 +239,7 @@ def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     noise(10, 10).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for read in (open_image, image_size):
-        with pytest.raises(ValueError, match=r"^data\.path: .*bomb\.png is not .*decompression bomb"):
+        with pytest.raises(UserError, match=r"^data\.path: .*bomb\.png is not .*decompression bomb"):
             read(tmp_path / "bomb.png")
 
 

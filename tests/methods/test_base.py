@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.methods import Full, LoRA
 from sdtune.objective import Objective
 from sdtune.objective.weighting import MinSNR
@@ -136,15 +137,15 @@ def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, i
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
     narrower = LoRA(rank=2, targets=["cross_attention"], backbone=source)
     narrower.configure_model()
-    with pytest.raises(ValueError, match=r"^resume: \d+ trained tensors do not match the checkpoint's, first backbone"):
+    with pytest.raises(UserError, match=r"^resume: \d+ trained tensors do not match the checkpoint's, first backbone"):
         narrower.on_load_checkpoint(kept)
     kept["state_dict"] = {}
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(UserError, match="do not match"):
         again.on_load_checkpoint(kept)
 
     other = LoRA(rank=2, backbone=Pretrained(str(build_pipeline(tmp_path / "other", seed=1))))
     other.configure_model()
-    with pytest.raises(ValueError, match="^resume: the checkpoint was trained on another backbone"):
+    with pytest.raises(UserError, match="^resume: the checkpoint was trained on another backbone"):
         other.on_load_checkpoint(torch.load(tmp_path / "kept.ckpt", weights_only=True))
 
 
@@ -172,6 +173,6 @@ def test_data_may_serve_a_second_model(tiny: Path, images: Path) -> None:
 def test_what_stays_random_is_refused(tiny: Path, images: Path) -> None:
     source = Pretrained(str(tiny), from_scratch=["unet", "text_encoder"])
     model = Full(backbone=source, parts=["unet"], optimizer=adamw(1e-3))
-    with pytest.raises(ValueError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
+    with pytest.raises(UserError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
         model.check_against(folder_data(images))
     Full(backbone=source, parts=["unet", "text_encoder"]).check_against(folder_data(images))

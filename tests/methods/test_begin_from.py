@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.errors import UserError
 from sdtune.exporting import Export, find_artifact
 from sdtune.formats import diffusers_lora
 from sdtune.methods import ControlNet, LoRA, TextualInversion
@@ -45,14 +46,14 @@ def test_a_lora_of_other_ranks_or_sites_is_refused(tiny: Path, tmp_path: Path) -
     first = moved(LoRA(backbone=Pretrained(str(tiny)), rank=4))
     diffusers_lora.write(tmp_path / diffusers_lora.FILE_NAME, first.weights(), {})
     with pytest.raises(
-        ValueError, match=r"^method\.weights: .* has rank 4 in .* and 8 in this run; give method\.rank=4"
+        UserError, match=r"^method\.weights: .* has rank 4 in .* and 8 in this run; give method\.rank=4"
     ):
         LoRA(backbone=Pretrained(str(tiny)), weights=str(tmp_path)).configure_model()
-    with pytest.raises(ValueError, match=r"^method\.weights: .*no such module.*method\.targets"):
+    with pytest.raises(UserError, match=r"^method\.weights: .*no such module.*method\.targets"):
         LoRA(
             backbone=Pretrained(str(tiny)), rank=4, targets=["cross_attention"], weights=str(tmp_path)
         ).configure_model()
-    with pytest.raises(ValueError, match=r"^method\.weights: /no/such does not exist"):
+    with pytest.raises(UserError, match=r"^method\.weights: /no/such does not exist"):
         LoRA(backbone=Pretrained(str(tiny)), weights="/no/such")
 
 
@@ -75,7 +76,7 @@ def test_a_controlnet_begins_where_another_ends(tiny: Path, tmp_path: Path, form
 
 def test_a_file_that_is_no_controlnet_is_refused(tiny: Path, tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"^method\.weights: .*x\.safetensors lacks input_blocks\."):
+    with pytest.raises(UserError, match=r"^method\.weights: .*x\.safetensors lacks input_blocks\."):
         ControlNet(backbone=Pretrained(str(tiny)), weights=str(tmp_path / "x.safetensors")).configure_model()
 
 
@@ -90,15 +91,13 @@ def test_a_word_begins_where_another_ends(tiny: Path, tmp_path: Path, form: str)
     assert torch.equal(first.backbone.vectors()["<a>"][0], second.backbone.vectors()["<b>"][0])
     longer = NewToken("<b>", vectors=3, weights=token.weights)
     third = TextualInversion(backbone=source, new_tokens=[longer])
-    with pytest.raises(ValueError, match=r"holds 2 x 32, and this token has 3 x 32; give vectors: 2"):
+    with pytest.raises(UserError, match=r"holds 2 x 32, and this token has 3 x 32; give vectors: 2"):
         third.configure_model()
 
 
 def test_a_word_begins_at_one_thing(tmp_path: Path) -> None:
     for token in (NewToken("<b>"), NewToken("<b>", "cat", weights="x")):
-        with pytest.raises(
-            ValueError, match=r"^new_tokens: '<b>' needs a word to begin at: give init: cat, or weights"
-        ):
+        with pytest.raises(UserError, match=r"^new_tokens: '<b>' needs a word to begin at: give init: cat, or weights"):
             TextualInversion(new_tokens=[token])
-    with pytest.raises(ValueError, match=r"^new_tokens: weights of '<b>': /no/such does not exist"):
+    with pytest.raises(UserError, match=r"^new_tokens: weights of '<b>': /no/such does not exist"):
         TextualInversion(new_tokens=[NewToken("<b>", weights="/no/such")])

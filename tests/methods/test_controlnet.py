@@ -26,6 +26,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import embedding_widths
 from sdtune.data.control.edges import Canny
+from sdtune.errors import UserError
 from sdtune.evaluation.draw import trained
 from sdtune.loaders import controlnet as controlnets
 from sdtune.methods import ControlNet
@@ -158,12 +159,12 @@ def test_the_unet_has_a_rate_of_its_own(tiny: Path, drawings: Path) -> None:
     trainer = fit(model, folder_data(drawings, control=Canny()), 1)
     groups = trainer.optimizers[0].param_groups
     assert {group["name"]: group["lr"] for group in groups} == {"controlnet": 1e-3, "unet": 1e-6}
-    with pytest.raises(ValueError, match=r"^method\.unet_lr: the UNet is frozen"):
+    with pytest.raises(UserError, match=r"^method\.unet_lr: the UNet is frozen"):
         ControlNet(unet_lr=1e-6)
 
 
 def test_data_without_maps_is_refused(tiny: Path, images: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.control: method=controlnet learns from a map"):
+    with pytest.raises(UserError, match=r"^data\.control: method=controlnet learns from a map"):
         fit(injected(tiny), folder_data(images), 1)
 
 
@@ -265,7 +266,7 @@ def test_two_nets_with_a_unet_each_are_refused(tiny: Path, tmp_path: Path) -> No
     backbone = source.load()
     nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
     with (
-        pytest.raises(ValueError, match=r"^control: .* each bring a UNet"),
+        pytest.raises(UserError, match=r"^control: .* each bring a UNet"),
         controlnets.controlnets_applied(backbone, nets, [1, 1]),
     ):
         pass
@@ -290,9 +291,9 @@ def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path:
 def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
     controlnets.check_controlnet(str(folder), source)
-    with pytest.raises(ValueError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
+    with pytest.raises(UserError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
         controlnets.check_controlnet("/nowhere", source)
-    with pytest.raises(ValueError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
+    with pytest.raises(UserError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
         controlnets.check_controlnet(str(tiny / "unet"), source)
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
     controlnets.check_controlnet(str(folder), other)
@@ -300,15 +301,15 @@ def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, caplog: py
     facts = json.loads((folder / "sdtune.json").read_text())
     for learned, words in (("scribble", "give preprocess: scribble"), (None, "give the map itself as image")):
         (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": learned}))
-        with pytest.raises(ValueError, match=rf"^control\.preprocess: canny, but .* other maps; {words}"):
+        with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other maps; {words}"):
             controlnets.check_controlnet(str(folder), source, "canny")
         controlnets.check_controlnet(str(folder), source, learned)
     (folder / "sdtune.json").unlink()
     controlnets.check_controlnet(str(folder), other)  # another program's net says nothing of its backbone
-    with pytest.raises(ValueError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this one's UNet \[64"):
+    with pytest.raises(UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this one's UNet \[64"):
         controlnets.check_controlnet(str(folder), Pretrained())
     config = json.loads((folder / "config.json").read_text())
     config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^control\.path: .* shrinks its map by 8, this backbone's VAE by 4"):
+    with pytest.raises(UserError, match=r"^control\.path: .* shrinks its map by 8, this backbone's VAE by 4"):
         controlnets.check_controlnet(str(folder), source)

@@ -16,6 +16,7 @@ from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.data.prior import PLACE, class_images, draw_missing, partner
+from sdtune.errors import UserError
 from sdtune.evaluation.draw import trained
 from sdtune.methods import DreamBooth, LoRA
 from sdtune.sampling.loop import Request, Sampling, generate
@@ -108,7 +109,7 @@ def test_several_class_prompts_take_turns(tiny: Path, images: Path, cache: Path)
 
 
 def test_several_class_prompts_do_not_caption_a_folder(images: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data.class_prompt: images of data.class_path"):
+    with pytest.raises(UserError, match=r"^data.class_prompt: images of data.class_path"):
         folder_data(images, class_path=str(images), class_prompt=["a dog", "a big dog"])
 
 
@@ -133,11 +134,11 @@ def test_a_folder_of_ones_own(tiny: Path, images: Path, tmp_path: Path, cache: P
 
 def test_without_class_images_it_is_refused(tiny: Path, images: Path) -> None:
     model = DreamBooth(backbone=Pretrained(str(tiny)))
-    with pytest.raises(ValueError, match="^data.class_prompt is missing"):
+    with pytest.raises(UserError, match="^data.class_prompt is missing"):
         model.check_data(folder_data(images))
     model.check_data(folder_data(images, prior_weight=0))
     model.check_data(folder_data(images, class_prompt="a dog"))
-    with pytest.raises(ValueError, match="^method.parts: DreamBooth leaves the VAE as it is"):
+    with pytest.raises(UserError, match="^method.parts: DreamBooth leaves the VAE as it is"):
         DreamBooth(backbone=Pretrained(str(tiny)), parts=["vae"])
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.methods import Full
 
 
@@ -99,12 +100,12 @@ def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, images: Path) -
     fit(model, folder_data(images), 1, [spy])
     assert {"loss/vae_l1", "loss/vae_kl", "loss/vae_perception"} <= model.step_metrics.keys()
     assert 0 < float(model.step_metrics["loss/vae_perception"]) < 1
-    with pytest.raises(ValueError, match=r"^method.perception: .* is not a folder"):
+    with pytest.raises(UserError, match=r"^method.perception: .* is not a folder"):
         Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception="nowhere")
-    with pytest.raises(ValueError, match=r"^method.perception: only the VAE"):
+    with pytest.raises(UserError, match=r"^method.perception: only the VAE"):
         Full(backbone=Pretrained(str(tiny)), perception=str(clip_path()))
 
 
 def test_a_validation_loss_that_says_nothing_is_refused(tiny: Path, images: Path) -> None:
-    with pytest.raises(ValueError, match="^data.hold_out: the validation loss is the diffusion loss"):
+    with pytest.raises(UserError, match="^data.hold_out: the validation loss is the diffusion loss"):
         fit(Full(parts=["vae"], backbone=Pretrained(str(tiny))), folder_data(images, hold_out=2), 1)

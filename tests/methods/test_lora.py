@@ -14,6 +14,7 @@ from torch import Tensor
 
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.methods import LoRA
 
 EVERYTHING = ("cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder")
@@ -89,7 +90,7 @@ def test_targets_and_projections_choose(tiny: Path, settings: dict[str, Any], pa
 
 
 def test_no_target_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^method\.targets: "):
+    with pytest.raises(UserError, match=r"^method\.targets: "):
         LoRA(targets=[])
 
 
@@ -191,7 +192,7 @@ def test_rank_and_alpha_by_block(tiny: Path) -> None:
     noise_in_b(model)
     module = model.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
     assert module.scaling["default"] == 5 / 6
-    with pytest.raises(ValueError, match="^method.blocks: unet.mid is the start of no module"):
+    with pytest.raises(UserError, match="^method.blocks: unet.mid is the start of no module"):
         injected(tiny, blocks={"unet.mid": {"rank": 2}})
 
 
@@ -206,7 +207,7 @@ def test_the_text_encoder_has_a_rate_of_its_own(tiny: Path, images: Path) -> Non
 
 
 def test_alpha_is_never_guessed(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="add method.alpha_policy=constant"):
+    with pytest.raises(UserError, match="add method.alpha_policy=constant"):
         LoRA(alpha=4.0)
-    with pytest.raises(ValueError, match="^method.alpha is missing: alpha_policy=rslora needs one"):
+    with pytest.raises(UserError, match="^method.alpha is missing: alpha_policy=rslora needs one"):
         LoRA(alpha_policy="rslora")

@@ -17,6 +17,7 @@ from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.callbacks.data_summary import _captions
+from sdtune.errors import UserError
 from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
 from sdtune.sampling.loop import Sampling
@@ -82,19 +83,19 @@ def test_every_vector_stands_in_every_prompt(tiny: Path) -> None:
 
 def test_tokens_are_refused_that_no_prompt_could_name(tiny: Path) -> None:
     source = Pretrained(str(tiny))
-    with pytest.raises(ValueError, match="^new_tokens: '<Cat>' is not one word in lower case.*write '<cat>'"):
+    with pytest.raises(UserError, match="^new_tokens: '<Cat>' is not one word in lower case.*write '<cat>'"):
         TextualInversion(backbone=source, new_tokens=[NewToken("<Cat>", "cat")])
-    with pytest.raises(ValueError, match="write 'my_cat'"):
+    with pytest.raises(UserError, match="write 'my_cat'"):
         TextualInversion(backbone=source, new_tokens=[NewToken("my cat", "cat")])
-    with pytest.raises(ValueError, match="'<a>_1' stands twice"):
+    with pytest.raises(UserError, match="'<a>_1' stands twice"):
         TextualInversion(backbone=source, new_tokens=[NewToken("<a>", "cat", 2), NewToken("<a>_1", "cat")])
     for tokens in ([NewToken("<cat>", "cat"), NewToken("[cat]", "cat")], [NewToken("cat-best", "cat")]):
-        with pytest.raises(ValueError, match="would be kept as cat"):
+        with pytest.raises(UserError, match="would be kept as cat"):
             TextualInversion(backbone=source, new_tokens=tokens)
-    with pytest.raises(ValueError, match="new_tokens is empty"):
+    with pytest.raises(UserError, match="new_tokens is empty"):
         TextualInversion(backbone=source)
     model = TextualInversion(backbone=source, new_tokens=[NewToken("a", "cat")])
-    with pytest.raises(ValueError, match="'a' is a word of the tokenizer's already"):
+    with pytest.raises(UserError, match="'a' is a word of the tokenizer's already"):
         model.configure_model()
 
 
@@ -156,7 +157,7 @@ def test_words_and_a_lora_in_one_run(tiny: Path, images: Path, tmp_path: Path) -
 
 def test_a_word_that_no_caption_holds_is_refused(tiny: Path, images: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[NewToken("<new>", "a")])
-    with pytest.raises(ValueError, match="^new_tokens: <new> stands in no caption, such as 'picture number 0'"):
+    with pytest.raises(UserError, match="^new_tokens: <new> stands in no caption, such as 'picture number 0'"):
         fit(model, folder_data(images), 1)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from sdtune.errors import UserError
 from sdtune.objective import PredictionType, target
 from sdtune.objective.prediction import check_prediction_type
 
@@ -37,5 +38,5 @@ def test_known_types_pass(kind: str) -> None:
 
 
 def test_another_type_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'flow' is not one of epsilon, v_prediction, sample"):
+    with pytest.raises(UserError, match=r"'flow' is not one of epsilon, v_prediction, sample"):
         check_prediction_type("flow")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from sdtune.errors import UserError
 from sdtune.objective.prediction import target
 from sdtune.objective.schedule import NoiseSchedule, betas
 
@@ -122,12 +123,12 @@ def test_zero_terminal_is_diffusers_and_ends_in_pure_noise() -> None:
 
 
 def test_pure_noise_and_epsilon_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="zero_terminal_snr.*prediction_type=v_prediction"):
+    with pytest.raises(UserError, match="zero_terminal_snr.*prediction_type=v_prediction"):
         NoiseSchedule.from_config({**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True})
 
 
 def test_an_unknown_schedule_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"beta_schedule 'sigmoid' .*scaled_linear"):
+    with pytest.raises(UserError, match=r"beta_schedule 'sigmoid' .*scaled_linear"):
         NoiseSchedule.from_config({**CONFIGS["linear"], "beta_schedule": "sigmoid"})
 
 

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.errors import UserError
 from sdtune.sampling.loop import Request, Sampling, generate
 
 REQUESTS = [Request("a red fox", 3), Request("two blue foxes", 4), Request("a red fox", 5)]
@@ -112,5 +113,5 @@ def test_a_image_does_not_depend_on_its_neighbours(backbone: Backbone) -> None:
 
 
 def test_a_side_that_the_vae_cannot_make_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match=r"^sampling\.width: 30 is not a multiple of 4, the VAE's factor$"):
+    with pytest.raises(UserError, match=r"^sampling\.width: 30 is not a multiple of 4, the VAE's factor$"):
         list(generate(backbone, REQUESTS, Sampling(width=30)))

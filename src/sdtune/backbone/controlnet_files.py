@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from sdtune.errors import UserError
 from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
@@ -39,32 +40,33 @@ def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -
     """The place of the net that ``path`` names; reads configs and headers alone.
 
     Raises:
-        ValueError: it is none, or of another backbone than one with the config ``unet`` and a VAE that shrinks by
+        UserError: it is none, or of another backbone than one with the config ``unet`` and a VAE that shrinks by
             ``factor``.
     """
     place = Path(path).expanduser()
     if place.is_file():
         if not is_controlnet(read_keys(place)):
-            raise ValueError(f"{key}: {path} holds no ControlNet; name one's folder or .safetensors file")
+            raise UserError(f"{path} holds no ControlNet", key=key, remedy="name one's folder or .safetensors file")
         return place  # its shapes are compared when it is loaded
     file = place / "config.json"
     if not file.is_file() or not (place / WEIGHTS).is_file():
-        raise ValueError(
-            f"{key}: {path} is neither a folder with config.json and {WEIGHTS} nor a .safetensors file; name a"
-            " ControlNet (a LoRA goes to adapters=)"
+        raise UserError(
+            f"{path} is neither a folder with config.json and {WEIGHTS} nor a .safetensors file",
+            key=key,
+            remedy="name a ControlNet (a LoRA goes to adapters=)",
         )
     config = json.loads(file.read_text())
     if config.get("_class_name") != "ControlNetModel":
-        raise ValueError(f"{key}: {path} holds a {config.get('_class_name')} and not a ControlNetModel")
+        raise UserError(f"{path} holds a {config.get('_class_name')} and not a ControlNetModel", key=key)
     for name in _SHAPE:
         if config.get(name) != unet.get(name):
-            raise ValueError(
-                f"{key}: {path} has {name} {config.get(name)}, this one's UNet {unet.get(name)}; it is another's"
+            raise UserError(
+                f"{path} has {name} {config.get(name)}, this one's UNet {unet.get(name)}; it is another's", key=key
             )
     theirs = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     if theirs != factor:
-        raise ValueError(
-            f"{key}: {path} shrinks its map by {theirs}, this backbone's VAE by {factor}; it belongs to another one"
+        raise UserError(
+            f"{path} shrinks its map by {theirs}, this backbone's VAE by {factor}; it belongs to another one", key=key
         )
     return place
 

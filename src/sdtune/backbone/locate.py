@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from sdtune.backbone.weight_files import weight_files
+from sdtune.errors import UserError
 from sdtune.files import replacing
 from sdtune.paths import cache_folder, is_hub_id
 
@@ -19,15 +20,16 @@ def local(path: str, key: str) -> Path | None:
     """The folder or file that ``path`` names, None for what can only be a hub id.
 
     Raises:
-        ValueError: it is written as a path, and nothing is there.
+        UserError: it is written as a path, and nothing is there.
     """
     place = Path(path).expanduser()
     if place.exists():
         return place
     if not is_hub_id(path) or place.suffix in (".safetensors", ".ckpt"):
-        raise ValueError(
-            f"{key}: {path} does not exist; name a pipeline folder (diffusers layout), a .safetensors or .ckpt file,"
-            " or a hub id"
+        raise UserError(
+            f"{path} does not exist",
+            key=key,
+            remedy="name a pipeline folder (diffusers layout), a .safetensors or .ckpt file, or a hub id",
         )
     return None
 
@@ -36,7 +38,7 @@ def snapshot(path: str, revision: str | None, patterns: list[str], complete: Cal
     """The folder of the hub id ``path``: what has been downloaded before if it is ``complete``, else from the hub.
 
     Raises:
-        ValueError: neither is to be had.
+        UserError: neither is to be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -51,7 +53,7 @@ def snapshot(path: str, revision: str | None, patterns: list[str], complete: Cal
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{key}: {path} is neither a local folder nor to be had from the hub ({reason})") from error
+        raise UserError(f"{path} is neither a local folder nor to be had from the hub ({reason})", key=key) from error
 
 
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -59,13 +61,13 @@ MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of ``file``; ValueError for one that cannot be read."""
+    """The content of ``file``; UserError for one that cannot be read."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"backbone.path: {file} cannot be read ({error}); copy it again") from error
+        raise UserError(f"{file} cannot be read ({error})", key="backbone.path", remedy="copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"backbone.path: {file} holds no settings by name; copy it again")
+        raise UserError(f"{file} holds no settings by name", key="backbone.path", remedy="copy it again")
     return content
 
 
@@ -82,7 +84,7 @@ def there(folder: Path, component: str, variant: str | None) -> bool:
     """Whether all weight files of ``component`` are in ``folder``."""
     try:
         return all(file.is_file() for file in weight_files(folder, component, variant))
-    except ValueError:
+    except UserError:
         return False
 
 

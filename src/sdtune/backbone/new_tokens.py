@@ -18,6 +18,7 @@ from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer
 
+from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.embeddings import intermediate, word
 
@@ -82,7 +83,9 @@ class Words:
         known = tokenizers[0].get_vocab()
         names = [_numbered(token, i) for token, width in widths.items() for i in range(width)]
         if taken := next((name for name in names if name in known), None):
-            raise ValueError(f"new_tokens: {taken!r} is a word of the tokenizer's already; choose another")
+            raise UserError(
+                f"{taken!r} is a word of the tokenizer's already", key="new_tokens", remedy="choose another"
+            )
         # As whole words, or a token "cat" would be found in "catalog".
         for tokenizer in tokenizers:
             tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
@@ -121,10 +124,11 @@ def initial(tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding],
     wanted = [(token.vectors, table.weight.shape[1]) for table in tables]
     if theirs != wanted:
         shown = " and ".join(f"{n} x {d}" for n, d in theirs) or "no embedding"
-        raise ValueError(
-            f"new_tokens: weights of {token.token!r}: {file} holds {shown}, and this token has"
-            f" {' and '.join(f'{n} x {d}' for n, d in wanted)}; give vectors: {theirs[0][0] if theirs else 1},"
-            " or another file"
+        raise UserError(
+            f"weights of {token.token!r}: {file} holds {shown}, and this token has"
+            f" {' and '.join(f'{n} x {d}' for n, d in wanted)}",
+            key="new_tokens",
+            remedy=f"give vectors: {theirs[0][0] if theirs else 1}, or another file",
         )
     return tuple(rows.clone() for rows in found[0])
 
@@ -133,43 +137,52 @@ def _mean(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Ten
     """[vectors, D]: the mean of the embeddings of ``token.init``'s tokens, for each vector."""
     ids = torch.tensor(tokenizer(token.init, add_special_tokens=False).input_ids, device=table.weight.device)
     if not len(ids):
-        raise ValueError(f"new_tokens: init {token.init!r} of {token.token!r} has no tokens; give a word")
+        raise UserError(f"init {token.init!r} of {token.token!r} has no tokens", key="new_tokens", remedy="give a word")
     mean: Tensor = table(ids).detach().mean(0)
     return mean.expand(token.vectors, -1).clone()
 
 
 def check_tokens(tokens: Sequence[NewToken]) -> None:
-    """ValueError for tokens that a prompt could not name."""
+    """UserError for tokens that a prompt could not name."""
     for token in tokens:
         if (token.init is None) == (token.weights is None):
-            raise ValueError(f"new_tokens: {token.token!r} needs a word to begin at: give init: cat, or weights: FILE")
+            raise UserError(
+                f"{token.token!r} needs a word to begin at: give init: cat, or weights: FILE", key="new_tokens"
+            )
         if token.weights is not None and not Path(token.weights).expanduser().is_file():
-            raise ValueError(f"new_tokens: weights of {token.token!r}: {token.weights} does not exist")
+            raise UserError(f"weights of {token.token!r}: {token.weights} does not exist", key="new_tokens")
         plain = re.sub(r"\s+", "_", token.token.strip().lower())
         if token.token != plain or not plain:
-            raise ValueError(
-                f"new_tokens: {token.token!r} is not one word in lower case, to which CLIP's tokenizer turns prompts;"
-                f" write {plain or '<my_cat>'!r}"
+            raise UserError(
+                f"{token.token!r} is not one word in lower case, to which CLIP's tokenizer turns prompts",
+                key="new_tokens",
+                remedy=f"write {plain or '<my_cat>'!r}",
             )
     names = [_numbered(t.token, i) for t in tokens for i in range(t.vectors)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"new_tokens: {twice!r} stands twice; give each token once (<a>'s second vector is <a>_1)")
+        raise UserError(
+            f"{twice!r} stands twice", key="new_tokens", remedy="give each token once (<a>'s second vector is <a>_1)"
+        )
     files = [word(token.token) for token in tokens]
     for token, file in zip(tokens, files, strict=True):
         if files.count(file) > 1 or intermediate(file):
-            raise ValueError(
-                f"new_tokens: {token.token!r} would be kept as {file}.safetensors, which is another's name or an"
-                " intermediate file's; choose another word"
+            raise UserError(
+                f"{token.token!r} would be kept as {file}.safetensors, which is another's name or an"
+                " intermediate file's",
+                key="new_tokens",
+                remedy="choose another word",
             )
 
 
 def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
-    """ValueError for a token that none of ``prompts`` holds: it would learn nothing."""
+    """UserError for a token that none of ``prompts`` holds: it would learn nothing."""
     for token in tokens:
         own = _alone(token.token)
         if not any(own.search(prompt) for prompt in prompts):
-            raise ValueError(
-                f"new_tokens: {token.token} stands in no caption, such as {prompts[0]!r}; write it into the captions,"
-                f' or give data.prompt="{token.token}", with data.templates around it or not'
+            raise UserError(
+                f"{token.token} stands in no caption, such as {prompts[0]!r}",
+                key="new_tokens",
+                remedy=f'write it into the captions, or give data.prompt="{token.token}", with'
+                " data.templates around it or not",
             )

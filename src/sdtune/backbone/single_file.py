@@ -16,6 +16,7 @@ from torch import Tensor
 from sdtune.backbone.families import FAMILIES, family_by
 from sdtune.backbone.models import wanted_shapes
 from sdtune.backbone.vocabulary import END, write_tokenizer
+from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import write_safetensors
@@ -54,7 +55,7 @@ def unpacked(file: Path, config: Path | None, allow_pickle: bool) -> Path:
         allow_pickle: see :func:`sdtune.formats.checkpoint_file.read_checkpoint`.
 
     Raises:
-        ValueError: no Stable Diffusion that can be trained here, or other tensors than its configs say.
+        UserError: no Stable Diffusion that can be trained here, or other tensors than its configs say.
     """
     target = _place(file, config)
     with FileLock(_lock(target)):
@@ -63,12 +64,13 @@ def unpacked(file: Path, config: Path | None, allow_pickle: bool) -> Path:
         tensors, _ = read_checkpoint(file, allow_pickle, "backbone.path")
         try:
             family = detect({key: list(tensor.shape) for key, tensor in tensors.items()})
-        except ValueError as error:
-            raise ValueError(f"backbone.path: {file} {error}") from error
+        except UserError as error:
+            raise UserError(f"{file} {error}", key="backbone.path") from error
         source = config or CONFIGS / SHIPPED[family]
         if family_of(source) != family:
-            raise ValueError(
-                f"backbone.config: {source} is of {FAMILIES[family_of(source)][0]}, and {file} is {FAMILIES[family][0]}"
+            raise UserError(
+                f"{source} is of {FAMILIES[family_of(source)][0]}, and {file} is {FAMILIES[family][0]}",
+                key="backbone.config",
             )
         log.info("backbone: unpacking %s (%s) into the cache, once", file.name, FAMILIES[family][0])
         _write(target, source, tensors, family, f"backbone.path: {file}")
@@ -120,10 +122,10 @@ def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Famil
     try:
         for name in components:
             check_keys(f"{where} ({name})", _shapes(found[name]), wanted[name])
-    except ValueError as error:
+    except UserError as error:
         if not source.is_relative_to(CONFIGS):
             raise
-        raise ValueError(
+        raise UserError(
             f"{error} Or a model of another shape: then give backbone.config=FOLDER, a pipeline of that shape"
             " (backbone.config=pocket for what was made from pocket)"
         ) from error

@@ -14,6 +14,7 @@ from annotated_types import Ge
 from sdtune.backbone.families import FAMILIES, GUIDANCE, Component, Facts, family_by
 from sdtune.backbone.locate import MODELS, configured, local, read_config, snapshot, there, with_vae
 from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight_files, weights_hash
+from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
@@ -91,8 +92,10 @@ class PipelineSource:
         config = Path(self.config_folder).expanduser() if self.config_folder else None
         config = pocket_pipeline() if self.config_folder == "pocket" else config
         if config is not None and not (config / "model_index.json").is_file():
-            raise ValueError(
-                f"backbone.config: {config / 'model_index.json'} is missing; name a pipeline folder's configs"
+            raise UserError(
+                f"{config / 'model_index.json'} is missing",
+                key="backbone.config",
+                remedy="name a pipeline folder's configs",
             )
         return unpacked(place, config, self.allow_pickle)
 
@@ -129,7 +132,9 @@ class PipelineSource:
             place = unpacked_vae(place, pipeline, self.allow_pickle)
         file = place / "config.json"
         if not file.is_file() or read_config(file).get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise ValueError(f"backbone.vae: {place} is no AutoencoderKL's folder; name one, with its config.json")
+            raise UserError(
+                f"{place} is no AutoencoderKL's folder", key="backbone.vae", remedy="name one, with its config.json"
+            )
         return with_vae(pipeline, place)
 
     @cached_property
@@ -155,7 +160,7 @@ class PipelineSource:
         if not file.is_file():
             lora = component == "" and any(self._configs.glob("*.safetensors"))
             how = "a LoRA goes to adapters=" if lora else "a pipeline folder in the diffusers layout has it"
-            raise ValueError(f"backbone.path: {file} is missing; {how}")
+            raise UserError(f"{file} is missing; {how}", key="backbone.path")
         return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:
@@ -187,23 +192,28 @@ class PipelineSource:
 
     @cached_property
     def facts(self) -> Facts:
-        """Sizes and settings from the config files alone; ValueError for a pipeline that cannot be trained here."""
+        """Sizes and settings from the config files alone; UserError for a pipeline that cannot be trained here."""
         index = self.config("")
         if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
-            raise ValueError(f"backbone.path: {self.path} is SDXL's refiner; the base model is what can be fine-tuned")
+            raise UserError(
+                f"{self.path} is SDXL's refiner; the base model is what can be fine-tuned", key="backbone.path"
+            )
         unet, vae, scheduler = self.config("unet"), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
         if unet["in_channels"] != channels:
-            raise ValueError(
-                f"backbone.path: {self.path} takes {unet['in_channels']} channels (an inpainting model?);"
-                f" a text-to-image UNet with {channels} is needed"
+            raise UserError(
+                f"{self.path} takes {unet['in_channels']} channels (an inpainting model?); a"
+                f" text-to-image UNet with {channels} is needed",
+                key="backbone.path",
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         NoiseSchedule.from_config(scheduler)  # refuses one that cannot be trained
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
         layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
         if self.clip_skip >= layers:
-            raise ValueError(f"backbone.clip_skip: {self.clip_skip} of {layers} layers; give {layers - 1} at most")
+            raise UserError(
+                f"{self.clip_skip} of {layers} layers", key="backbone.clip_skip", remedy=f"give {layers - 1} at most"
+            )
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
             side=int(unet.get("sample_size", 64)) * factor,
@@ -219,8 +229,10 @@ class PipelineSource:
         found = family_by(unet, two_encoders=len(self.text_encoders) > 1)
         if self.family not in (None, found):
             asked, kind = FAMILIES[self.family or found], FAMILIES[found]
-            raise ValueError(
-                f"backbone.path: {self.path} is {kind[0]}, and {asked[1]} asks for {asked[0]}; give {kind[1]}"
+            raise UserError(
+                f"{self.path} is {kind[0]}, and {asked[1]} asks for {asked[0]}",
+                key="backbone.path",
+                remedy=f"give {kind[1]}",
             )
         return found
 
@@ -233,7 +245,7 @@ class PipelineSource:
         }
 
     def check(self) -> None:
-        """ValueError for what loading would miss: weights as safetensors, whole, of the configs' models; tokenizers."""
+        """UserError for what loading would miss: weights as safetensors, whole, of the configs' models; tokenizers."""
         folder, files = self.folder(), self._files(self._weighed)
         check_files(files)
         from sdtune.backbone.models import wanted_shapes
@@ -243,8 +255,10 @@ class PipelineSource:
         for name in self.tokenizers:
             names = {file.name for file in (folder / name).glob("*")}
             if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-                raise ValueError(
-                    f"backbone.path: {folder / name} lacks tokenizer.json, or vocab.json and merges.txt; copy them"
+                raise UserError(
+                    f"{folder / name} lacks tokenizer.json, or vocab.json and merges.txt",
+                    key="backbone.path",
+                    remedy="copy them",
                 )
 
     @property

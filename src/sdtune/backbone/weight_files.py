@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdtune.errors import UserError
 from sdtune.files import replacing
 from sdtune.formats.files import read_metadata
 from sdtune.formats.keys import canonical_key, is_buffer
@@ -27,15 +28,17 @@ def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
         head = handle.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 0 < size <= file.stat().st_size - 8:
-            raise ValueError(f"{file}: not a safetensors file, or a truncated one; copy or download it again")
+            raise UserError(f"{file}: not a safetensors file, or a truncated one", remedy="copy or download it again")
         try:
             header = json.loads(handle.read(size))
             header.pop("__metadata__", None)
             entries = {key: _entry(entry, 8 + size) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: its safetensors header cannot be read; copy or download it again") from error
+            raise UserError(
+                f"{file}: its safetensors header cannot be read", remedy="copy or download it again"
+            ) from error
     if max((last for *_, last in entries.values()), default=0) > file.stat().st_size:
-        raise ValueError(f"{file}: truncated safetensors file; copy or download it again")
+        raise UserError(f"{file}: truncated safetensors file", remedy="copy or download it again")
     return entries
 
 
@@ -76,8 +79,9 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
     mark = f".{variant}" if variant else ""
     pickles = [file.name for file in sorted(place.glob("*.bin"))]
     reason = f"; {pickles[0]} is a pickle, which can carry code, and is not read" if pickles else ""
-    raise ValueError(
-        f"backbone.path: {place} holds no diffusion_pytorch_model{mark}.safetensors or model{mark}.safetensors{reason}"
+    raise UserError(
+        f"{place} holds no diffusion_pytorch_model{mark}.safetensors or model{mark}.safetensors{reason}",
+        key="backbone.path",
     )
 
 
@@ -96,7 +100,7 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"backbone.path: {index} cannot be read ({error}); copy it again") from error
+        raise UserError(f"{index} cannot be read ({error})", key="backbone.path", remedy="copy it again") from error
 
 
 def variant_of(files: Sequence[Path]) -> str | None:
@@ -106,11 +110,11 @@ def variant_of(files: Sequence[Path]) -> str | None:
 
 
 def check_files(files: Files) -> None:
-    """ValueError where a component's weights are missing or cut short; reads headers alone."""
+    """UserError where a component's weights are missing or cut short; reads headers alone."""
     for each in files.values():
         for file in each:
             if not file.is_file():
-                raise ValueError(f"backbone.path: {file} is missing, which its index names; copy it too")
+                raise UserError(f"{file} is missing, which its index names", key="backbone.path", remedy="copy it too")
             read_metadata(file)  # safetensors' own reader holds sizes and types against one another
 
 

@@ -29,7 +29,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         super().__init__("validation_loss", min_delta=min_delta, patience=patience, verbose=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """ValueError, before any weights are loaded, where nothing is held out: there would be no loss to watch."""
+        """UserError, before any weights are loaded, where nothing is held out: there would be no loss to watch."""
         check_held_out(trainer, pl_module, "callbacks.early_stopping")
         super().setup(trainer, pl_module, stage)
 

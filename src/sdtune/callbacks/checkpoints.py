@@ -16,7 +16,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
-from sdtune.errors import RESUMES
+from sdtune.errors import RESUMES, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.lightning_compat import PathLike
@@ -40,10 +40,12 @@ class AtomicIO(TorchCheckpointIO):
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of the run in ``run``; ValueError where there is none."""
+    """The newest checkpoint of the run in ``run``; UserError where there is none."""
     found = sorted((run / "checkpoints").glob("step*.ckpt"))
     if not found:
-        raise ValueError(f"resume: {run}/checkpoints holds no step*.ckpt; the run ended before its first checkpoint")
+        raise UserError(
+            f"{run}/checkpoints holds no step*.ckpt; the run ended before its first checkpoint", key="resume"
+        )
     return found[-1]
 
 

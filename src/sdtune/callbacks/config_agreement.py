@@ -11,6 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from sdtune.errors import UserError
+
 log = logging.getLogger("sdtune")
 
 
@@ -31,7 +33,8 @@ class ConfigAgreement(Callback):
                  trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
         first = trainer.strategy.broadcast(self.digest)
         if first != self.digest:
-            raise ValueError(
-                f"process {trainer.global_rank} was started with another config ({self.digest}) than process 0"
-                f" ({first}); start every process with the same overrides"
+            raise UserError(
+                f"process {trainer.global_rank} was started with another config ({self.digest}) than"
+                f" process 0 ({first})",
+                remedy="start every process with the same overrides",
             )

@@ -20,7 +20,7 @@ from sdtune.files import write_text
 from sdtune.methods.base import Adapter
 
 
-class NotFinite(ValueError):
+class NotFinite(Exception):
     """A loss or gradient of a step was NaN or infinite."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
+from sdtune.errors import UserError
 from sdtune.methods.base import Adapter
 
 NOTHING_HELD_OUT = (
@@ -12,9 +13,9 @@ NOTHING_HELD_OUT = (
 
 
 def check_held_out(trainer: pl.Trainer, module: pl.LightningModule, key: str) -> None:
-    """ValueError that names ``key``, before any weights are loaded, where nothing is held out."""
+    """UserError that names ``key``, before any weights are loaded, where nothing is held out."""
     assert isinstance(module, Adapter)
     data, facts = trainer.datamodule, module.source.facts  # type: ignore[attr-defined]
     data.open(facts.side, facts.factor)
     if not data.held_out:
-        raise ValueError(f"{key}: {NOTHING_HELD_OUT}")
+        raise UserError(NOTHING_HELD_OUT, key=key)

@@ -67,12 +67,15 @@ def main() -> None:
         return
     name, *own = arguments
     if name not in COMMANDS:
-        print(f"sdtune: {name}: there is no such command{suggestion(name, COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
+        from sdtune.cli.exit_codes import refuse
+
+        refuse(f"{name}: there is no such command{suggestion(name, COMMANDS)}")
     if name == "report":
+        from sdtune.cli.exit_codes import exit_codes
         from sdtune.commands.report import main as report
 
-        report(own)
+        with exit_codes():
+            report(own)
         return
     from sdtune.cli.launch import launch, lazy_command
 

@@ -1,51 +1,63 @@
-"""One-line messages for Hydra's and OmegaConf's errors."""
+"""One-line messages for errors of Hydra and OmegaConf while a config is composed."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra.errors import OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sdtune.config.hydra_compat import full_key
+from sdtune.config.overrides import resumed_folder
+from sdtune.quoting import shell_override
+from sdtune.runs.compare import BEGUN_OTHERWISE
 from sdtune.suggest import suggestion
 
 _OF_FOLDERS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
 
 
-def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages run over several lines; the first two say what is wrong."""
-    text = str(error)
-    if several := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
-        return (
-            f"{several[1]}: {several[2]} are several values; add -m for a run of each, or write a list: [{several[2]}]"
-        )
-    unknown = re.search(r"Key '([^']+)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
-    if unknown or "Could not override" in text:
-        full = unknown.group(2) if unknown else re.findall(r"'([^']+)'", text)[0]
-        if full in _OF_FOLDERS:
-            return f"{full}: there is no such setting here; images of your own need data=folder"
-        return f"{full}: there is no such setting{_close(full, error)}"
-    choice = re.search(r"Could not find '([^']+)'(.*)", text, re.DOTALL)
-    if choice:
-        group, _, name = choice.group(1).rpartition("/")
-        options = re.findall(r"^\t(\S+)$", choice.group(2), re.MULTILINE)
-        return f"{group}={name}: there is no such choice{suggestion(name, options)}"
-    if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
-        quoted = value.replace('"', r"\"")
-        return f"{key}: {value} cannot be read as it stands; quote it for Hydra and for the shell: '{key}=\"{quoted}\"'"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def composition_error(error: Exception, typed: Sequence[str]) -> str:
+    """What is wrong with ``typed``, the user's arguments, or with the overrides that a resumed run repeats."""
+    line = _one_line(error)
+    resumed, key = resumed_folder(typed), re.split("[:=]", line)[0]
+    if resumed is None or any(word.lstrip("+~").startswith(key) for word in typed):
+        return line
+    return f"{line}; {shell_override('resume', resumed)} repeats it: {BEGUN_OTHERWISE}"
+
+
+def _one_line(error: Exception) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+            return _no_such_setting(cause)
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            group, _, name = cause.missing_cfg_file.rpartition("/")
+            return f"{group}={name}: there is no such choice{suggestion(name, cause.options or ())}"
+        if isinstance(cause, OverrideParseException):
+            key, _, value = str(cause.override).partition("=")
+            quote = f"quote it for Hydra and the shell: {shell_override(key, value)}"
+            return f"{key}: {value} cannot be read as it stands; {quote}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines[:2])
 
 
-def _close(full: str, error: Exception) -> str:
-    """Where the first unknown part of the key stands, and what was probably meant."""
-    node: Any = None
-    at: BaseException | None = error
-    while at is not None and not isinstance(node, DictConfig):
-        node, at = getattr(at, "parent_node", None), at.__cause__
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _no_such_setting(error: ConfigAttributeError | ConfigKeyError) -> str:
+    full = str(error.full_key)
+    if full in _OF_FOLDERS:
+        return f"{full}: there is no such setting here; images of your own need data=folder"
+    return f"{full}: there is no such setting{_nearest(full, error.parent_node)}"
+
+
+def _nearest(full: str, node: Any) -> str:
+    """The name that was probably meant by the first unknown part of ``full``, of those that ``node`` has."""
     if not isinstance(node, DictConfig):
         return ""
     known, parts = [str(key) for key in node], full.split(".")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sdtune.config.overrides import resumed_folder
+from sdtune.errors import UserError
+from sdtune.hardware.processes import is_launched_again
+from sdtune.quoting import override, shell_override
 from sdtune.runs.compare import MAY_CHANGE, last_start, own_config_folder
 
 _FOLDER = ("-cd", "--config-dir")
@@ -17,43 +20,42 @@ def rewrite(argv: list[str]) -> list[str]:
     """The arguments for a resumed run; ``argv`` itself where nothing is resumed.
 
     Raises:
-        ValueError: where the folder holds no run, or an override would make it another run.
+        UserError: where the folder holds no run, or an override would make it another run.
     """
-    wanted = [a for a in argv if a.startswith("resume=") and a != "resume=null"]
-    if not wanted:
-        return argv
-    if any(a in ("-m", "--multirun") for a in argv):
-        return argv  # a sweep is resumed: see sdtune.sweeps.sweep
-    run = Path(wanted[-1].removeprefix("resume=")).expanduser()
+    run = resumed_folder(argv)
+    if run is None or any(a in ("-m", "--multirun") for a in argv):
+        return argv  # with -m a sweep is resumed: see sdtune.sweeps.sweep
     kept = run / ".hydra" / "overrides.yaml"
     if (run / "multirun.yaml").is_file():
-        raise ValueError(f"resume: {run} is a sweep's; add -m: sdtune train -m resume={run}")
+        raise UserError(
+            f"{run} is a sweep's", key="resume", remedy=f"add -m: sdtune train -m {shell_override('resume', run)}"
+        )
     if not kept.is_file():
-        raise ValueError(f"resume: {run} holds no run (no .hydra/overrides.yaml); name the folder of one")
-    own = [str(override) for override in OmegaConf.load(last_start(run) / "overrides.yaml")]
+        raise UserError(f"{run} holds no run (no .hydra/overrides.yaml)", key="resume", remedy="name the folder of one")
+    own = [str(text) for text in OmegaConf.load(last_start(run) / "overrides.yaml")]
     values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
     # "~key" has no "=": an override like any other, and none is passed over in silence.
     fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
     asks = [a for i, a in enumerate(argv) if (i in values or a.startswith("-")) and not _names_folder(argv, i)]
-    for override in fresh:
-        free = override.lstrip("+~").startswith(MAY_CHANGE)
-        if override.startswith("hydra.") and "LOCAL_RANK" not in os.environ:
+    for text in fresh:
+        free = text.lstrip("+~").startswith(MAY_CHANGE)
+        if text.startswith("hydra.") and not is_launched_again():
             free = False  # only a process that Lightning starts for another device is told Hydra's part
-        if not free and override not in own:
-            raise ValueError(
-                f"resume: {override} would make it another run; only hardware, logger, callbacks and"
-                " trainer.max_steps may change"
+        if not free and text not in own:
+            raise UserError(
+                f"{text} would make it another run; only hardware, logger, callbacks and trainer.max_steps may change",
+                key="resume",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():
         number += 1
     folder = run.absolute()
     # A process that Lightning starts for another device repeats these arguments, with Hydra's own added: those win.
-    internal = [f"hydra.run.dir='{folder}'", f"hydra.output_subdir=.hydra/resume-{number}"]
+    internal = [override("hydra.run.dir", folder), f"hydra.output_subdir=.hydra/resume-{number}"]
     if any(a.startswith("hydra.run.dir=") for a in argv):
         internal = []
     own = [o for o in own if not o.startswith("resume=")]
-    return [*asks, *_config_folder(run, argv), *own, *fresh, f"resume='{folder}'", *internal]
+    return [*asks, *_config_folder(run, argv), *own, *fresh, override("resume", folder), *internal]
 
 
 def _names_folder(argv: list[str], index: int) -> bool:

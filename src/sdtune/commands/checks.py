@@ -15,6 +15,7 @@ from sdtune.config.settings import Settings, read_settings
 from sdtune.config.targets import resolve
 from sdtune.config.trainer import check_trainer
 from sdtune.data import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
 from sdtune.loggers import require_account
@@ -42,20 +43,24 @@ def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
     for number, entry in enumerate(config["exports"]):
         hints = get_type_hints(Export, include_extras=True)
         if odd := next((key for key in entry if key not in hints), None):
-            raise ValueError(f"exports[{number}].{odd}: there is no such setting{suggestion(str(odd), list(hints))}")
+            raise UserError(
+                f"there is no such setting{suggestion(str(odd), list(hints))}", key=f"exports[{number}].{odd}"
+            )
         for key, value in entry.items():
             check_value(value, hints[key], f"exports[{number}].{key}")
         if "format" not in entry:
-            raise ValueError(f"exports[{number}]: format is missing; write {{format: {FORMATS[kind][-1]}}}")
+            raise UserError(
+                "format is missing", key=f"exports[{number}]", remedy=f"write {{format: {FORMATS[kind][-1]}}}"
+            )
         if any(other.format == entry["format"] for other in made):
-            raise ValueError(
-                f"exports[{number}]: {entry['format']} stands twice; sdtune export makes further ones later"
+            raise UserError(
+                f"{entry['format']} stands twice; sdtune export makes further ones later", key=f"exports[{number}]"
             )
         made.append(Export(**entry))
         try:
             made[-1].check(Artifact(kind, Path(), ""))
-        except ValueError as error:
-            raise ValueError(f"exports[{number}].{error}") from error
+        except UserError as error:
+            raise UserError(f"exports[{number}].{error}") from error
     return made
 
 
@@ -86,7 +91,7 @@ def check_run(config: dict[str, Any]) -> ImageDataModule:
     for key, node in config["callbacks"].items():
         kind = resolve(node["_target_"], "callbacks", trust) if node else None
         if getattr(kind, "needs_validation_set", False) and not data.held_out:
-            raise ValueError(f"callbacks.{key}: {NOTHING_HELD_OUT}")
+            raise UserError(NOTHING_HELD_OUT, key=f"callbacks.{key}")
     for node in config["logger"].values():
         if node and str(node["_target_"]).endswith("wandb_logger"):
             require_account(bool(node.get("offline")))
@@ -103,9 +108,10 @@ def check_run(config: dict[str, Any]) -> ImageDataModule:
     # Of a stranger's evaluation nobody knows the names before it has run.
     sure = evaluation is None or hasattr(evaluation, "names")
     if sure and top.optimized_metric and top.optimized_metric.removeprefix("base_") not in known:
-        raise ValueError(
-            f"optimized_metric: {top.optimized_metric}: there is no such metric"
-            f"{suggestion(top.optimized_metric, known)}; there are {', '.join(known)}"
+        raise UserError(
+            f"{top.optimized_metric}: there is no such"
+            f" metric{suggestion(top.optimized_metric, known)}; there are {', '.join(known)}",
+            key="optimized_metric",
         )
     source.check()
     return data

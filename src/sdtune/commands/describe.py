@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
 
 from sdtune.backbone import Pretrained
@@ -13,6 +11,7 @@ from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as WORDS
 from sdtune.formats.embeddings import intermediate
+from sdtune.quoting import in_quotes, override, shell_word
 
 
 def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
@@ -21,7 +20,7 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
     before_after = folder / "samples" / "before_after.png"
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
-    prompt = shlex.quote(f"prompt={json.dumps(data.captions()[0], ensure_ascii=False)}")
+    prompt = shell_word(f"prompt={in_quotes(data.captions()[0])}")
     base = _backbone(source)
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
@@ -33,12 +32,12 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
     if lora.exists() or (words and not whole.is_dir()):
         place = lora.parent if words else lora
         strength = ", strength: 0.8" if lora.exists() else ""  # a word acts by standing in the prompt
-        adapter = shlex.quote(f'adapters=[{{path: "{place}"{strength}}}]')
+        adapter = shell_word(f"adapters=[{{path: {in_quotes(place)}{strength}}}]")
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
     elif (whole / "config.json").is_file():
         lines.append(f"ControlNet for diffusers: {whole}")
         computed = f", preprocess: {data.control.name}" if isinstance(data.control, Computed) else ""
-        control = shlex.quote(f'control=[{{path: "{whole}", image: FILE{computed}}}]')
+        control = shell_word(f"control=[{{path: {in_quotes(whole)}, image: FILE{computed}}}]")
         lines.append(f"sample with it: sdtune sample{base} {prompt} {control}")
     elif whole.is_dir():
         lines.append(f"pipeline folder for diffusers: {whole}")
@@ -75,9 +74,9 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
         "guidance": source.guidance if source.guidance != usual else None,
     }
     said = [
-        f"backbone.{key}={str(value).lower() if value is True else value}"
+        f"backbone.{key}=true" if value is True else override(f"backbone.{key}", value)
         for key, value in own.items()
         if value is not None
     ]
     group = [] if pocket else [FAMILIES[family][1]]
-    return "".join(f" {shlex.quote(override)}" for override in [*group, *said])
+    return "".join(f" {shell_word(each)}" for each in [*group, *said])

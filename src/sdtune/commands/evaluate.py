@@ -15,6 +15,7 @@ from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.settings import kept_config, plain, read_settings
 from sdtune.data import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.files import write_json
 from sdtune.hardware.devices import device as device_of
 from sdtune.runs.metrics import OF_TRAINING, finite, unit
@@ -36,7 +37,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             asked = trained["evaluation"] or {"_target_": _WITH_CLIP, "sampling": _sampling(trained["backbone"])}
             trained["evaluation"] = {**asked, key: str(own[key])}
     if not trained["evaluation"]:
-        raise ValueError(f"run: {run} was trained with evaluation=none; give clip=FOLDER or dino=FOLDER to measure it")
+        raise UserError(
+            f"{run} was trained with evaluation=none", key="run", remedy="give clip=FOLDER or dino=FOLDER to measure it"
+        )
     data = check_measured(trained)
     accelerator = str(own["hardware"]["accelerator"])
     return lambda composed: execute(trained, data, run, accelerator, folder)

@@ -15,6 +15,7 @@ from sdtune.backbone import Pretrained
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import kept_config, plain
+from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD
@@ -29,7 +30,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         **{key: _checked(own[key], hint, key) for key, hint in get_type_hints(Export, include_extras=True).items()}
     )
     if (own["run"] is None) == (own["artifact"] is None):
-        raise ValueError("run: give the folder of a run, or artifact=FILE and the backbone that it goes onto")
+        raise UserError("give the folder of a run, or artifact=FILE and the backbone that it goes onto", key="run")
     if own["push_to"] is not None:
         _check_push(str(own["push_to"]))
     trust = own["trust"]
@@ -44,7 +45,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     artifact = find_artifact(place, "run" if own["run"] is not None else "artifact")
     export.check(artifact)
     if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
-        raise ValueError(f"hydra.run.dir: {folder} holds an export already; name another, or leave it out")
+        raise UserError(
+            f"{folder} holds an export already", key="hydra.run.dir", remedy="name another, or leave it out"
+        )
     source.check()
     if artifact.kind == "model":
         source.trained(artifact.path).check()
@@ -58,9 +61,11 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
 
 def _check_push(repository: str) -> None:
     if not is_hub_id(repository):
-        raise ValueError(f"push_to: {repository} is no repository of the hub; give USER/NAME")
+        raise UserError(f"{repository} is no repository of the hub", key="push_to", remedy="give USER/NAME")
     if not os.environ.get("HF_TOKEN"):
-        raise ValueError("push_to: HF_TOKEN is not set; export it in the environment, with leave to write")
+        raise UserError(
+            "HF_TOKEN is not set", key="push_to", remedy="export it in the environment, with leave to write"
+        )
 
 
 def execute(
@@ -91,5 +96,5 @@ def _push(folder: Path, repository: str) -> None:
     # The hub's client lets its HTTP library's own errors through, and that library has another name in other releases.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"push_to: {repository}: {reason}; what was written stays in {folder}") from error
+        raise UserError(f"{repository}: {reason}; what was written stays in {folder}", key="push_to") from error
     log.info("pushed, for you alone to see: %s", json.dumps(str(done)).strip('"'))

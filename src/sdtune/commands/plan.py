@@ -22,6 +22,7 @@ from sdtune.config.schema import check_value
 from sdtune.config.settings import plain, read_settings
 from sdtune.config.targets import resolve
 from sdtune.data import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 from sdtune.methods import DreamBooth
@@ -71,12 +72,12 @@ def _methods(config: DictConfig) -> list[str]:
     check_value(names, Annotated[list[str], MinLen(1)], "methods")
     for name in names:
         if name not in known:
-            raise ValueError(f"methods: {name}: there is no such method{suggestion(name, known)}")
+            raise UserError(f"{name}: there is no such method{suggestion(name, known)}", key="methods")
     return names
 
 
 def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
-    """What a composed ``config`` asks for, checked; ValueError for the first thing that is wrong.
+    """What a composed ``config`` asks for, checked; UserError for the first thing that is wrong.
 
     ``shared``: as it trains where it shares a backbone, by itself on one of the devices.
     """
@@ -104,7 +105,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
     side = data["resolution"] or source.facts.side
     if side % source.facts.factor:
-        raise ValueError(f"data.resolution: {side} is not a multiple of {source.facts.factor}, the VAE's factor")
+        raise UserError(f"{side} is not a multiple of {source.facts.factor}, the VAE's factor", key="data.resolution")
     return CheckedPlan(
         config=container,
         source=source,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
+
+from sdtune.errors import UserError
 
 _HELP = """usage: sdtune report FOLDER
 
@@ -18,16 +18,9 @@ def main(arguments: list[str]) -> None:
         print(_HELP, end="")
         return
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("sdtune: report takes one folder: sdtune report outputs/sweeps/<time>", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError("report takes one folder: sdtune report outputs/sweeps/<time>")
     from sdtune.reporting import collect, write_report
 
     folder = Path(arguments[0]).expanduser()
-    try:
-        file = write_report(collect(folder), folder, folder.resolve().name)
-    except ValueError as error:
-        if os.environ.get("SDTUNE_TRACEBACK"):
-            raise
-        print(f"sdtune: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    file = write_report(collect(folder), folder, folder.resolve().name)
     print(f"report: {file}")

@@ -17,6 +17,7 @@ from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain
+from sdtune.errors import UserError
 from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import autocast
 from sdtune.hardware.precision import precision as precision_of
@@ -45,16 +46,18 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     source = build(container["backbone"], trust)
     source.check()
     if not isinstance(container["adapters"], list):
-        raise ValueError(
-            f"adapters: {container['adapters']} is no list; write adapters=[{{path: FILE, strength: 0.8}}]"
+        raise UserError(
+            f"{container['adapters']} is no list", key="adapters", remedy="write adapters=[{path: FILE, strength: 0.8}]"
         )
     for index, adapter in enumerate(container["adapters"]):
         if not isinstance(adapter, dict):
-            raise ValueError(f"adapters[{index}]: {adapter} stands alone; write {{path: {adapter}, strength: 0.8}}")
+            raise UserError(
+                f"{adapter} stands alone", key=f"adapters[{index}]", remedy=f"write {{path: {adapter}, strength: 0.8}}"
+            )
         unknown = set(adapter) - {"path", "strength"}
         if "path" not in adapter or unknown:
             odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
-            raise ValueError(f"adapters[{index}]: {odd}; write {{path: FILE, strength: 0.8}}")
+            raise UserError(odd, key=f"adapters[{index}]", remedy="write {path: FILE, strength: 0.8}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
         files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
     for one in _controls(container):
@@ -92,7 +95,7 @@ def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
             wanted += [(Request(line.prompt, seed), changed) for seed in seeds]
         return wanted
     if not config["prompt"]:
-        raise ValueError("prompt is missing: give prompt='a photo of ...' or prompts_file=FILE")
+        raise UserError("prompt is missing: give prompt='a photo of ...' or prompts_file=FILE")
     texts = config["prompt"] if isinstance(config["prompt"], list) else [config["prompt"]]
     return [(Request(str(text), seed), settings) for text in texts for seed in config["seeds"]]
 

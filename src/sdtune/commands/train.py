@@ -34,11 +34,12 @@ from sdtune.config.build import build
 from sdtune.config.settings import Settings, plain, read_settings
 from sdtune.config.trainer import trainer_arguments
 from sdtune.data import ImageDataModule
-from sdtune.errors import STOPPED, Pruned, RunFailed, Stopped
+from sdtune.errors import STOPPED, Pruned, RunFailed, Stopped, UserError
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.loggers import close, keep_artifact
 from sdtune.methods.base import Adapter
+from sdtune.quoting import shell_override
 from sdtune.runs.compare import check_unchanged
 from sdtune.runs.names import label_and_sweep as names
 from sdtune.shared_backbone.compatibility import alone
@@ -56,16 +57,20 @@ def prepare(config: DictConfig, folder: Path, sharing: Sharing | None = None) ->
         check_unchanged(container, folder)
         done = int(checkpoint.stem.removeprefix("step"))
         if done > container["trainer"]["max_steps"]:
-            raise ValueError(
-                f"trainer.max_steps: {container['trainer']['max_steps']} lies before step {done}, which {folder} has"
-                " reached; give a larger one"
+            raise UserError(
+                f"{container['trainer']['max_steps']} lies before step {done}, which {folder} has reached",
+                key="trainer.max_steps",
+                remedy="give a larger one",
             )
         if (folder / "metrics.json").exists() and done >= container["trainer"]["max_steps"]:
-            raise ValueError(
-                f"resume: the run in {folder} is complete at step {done}; give a larger trainer.max_steps= to extend it"
+            raise UserError(
+                f"the run in {folder} is complete at step {done}",
+                key="resume",
+                remedy="give a larger trainer.max_steps= to extend it",
             )
     elif first and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
-        raise ValueError(f"hydra.run.dir: {folder} already holds a run; resume={folder} goes on with it")
+        again = shell_override("resume", folder)
+        raise UserError(f"{folder} already holds a run; {again} goes on with it", key="hydra.run.dir")
     shares = sharing is not None or _will_share(container)
     if shares:
         hardware.check_hardware(container["hardware"])
@@ -228,6 +233,6 @@ def _train(
         wait_for_children(trainer)
         raise Stopped(
             f"stopped at step {trainer.global_step}; checkpoint and artifact are saved. Go on with:"
-            f" sdtune train resume={folder}",
+            f" sdtune train {shell_override('resume', folder)}",
             128 + checkpoints.stopped_by,
         )

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hydra
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from sdtune.config.hydra_compat import Hydra, create_config_search_path
+from sdtune.config.hydra_compat import create_config_search_path, initialized
+from sdtune.errors import UserError
 from sdtune.paths import command_line_folder, config_folder
+from sdtune.quoting import shell_override
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.override_parser.types import Override
 
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
 """Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
@@ -25,27 +28,37 @@ def search_path(extra: str | None) -> ConfigSearchPath:
     """Where configs are looked for: in sdtune's own folder, and before it in ``extra``, the ``--config-dir``.
 
     Raises:
-        ValueError: ``extra`` is not a folder.
+        UserError: ``extra`` is not a folder.
     """
     search = create_config_search_path(str(config_folder()))
     if extra is not None:
         folder = Path(extra).absolute()
         if not folder.is_dir():
-            raise ValueError(f"--config-dir: {extra} is not a folder")
+            raise UserError(f"{extra} is not a folder", key="--config-dir")
         search.prepend(provider="command-line", path=f"file://{folder}", anchor=SearchPathQuery(provider="schema"))
     return search
 
 
 def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> DictConfig:
-    """The config ``conf/<command>.yaml`` under ``overrides``, Hydra's own part included; raises as Hydra does."""
-    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
-    try:
-        config: DictConfig = hydra.compose_config(
-            config_name=command, overrides=overrides, run_mode=RunMode.RUN, with_log_configuration=False
-        )
-        return config
-    finally:
-        GlobalHydra.instance().clear()
+    """The config ``conf/<command>.yaml`` under ``overrides``, Hydra's own part included; raises as Hydra does.
+
+    Raises:
+        UserError: an override has several values, which only a sweep can have.
+    """
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            _refuse_several_values(override)
+    with initialized(command, search):
+        config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
+    return config
+
+
+def _refuse_several_values(override: Override) -> None:
+    key, _, value = str(override.input_line).partition("=")
+    text = f", quote it for one text: {shell_override(key, value)}" if " " in value else ""
+    raise UserError(
+        f"{value} are several values", key=key, remedy=f"add -m for a run of each{text}, or write a list: [{value}]"
+    )
 
 
 def composed_again(config: DictConfig, group: str, option: str) -> DictConfig:

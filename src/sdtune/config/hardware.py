@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sdtune.errors import UserError
 from sdtune.hardware.devices import ACCELERATORS, accelerator
 from sdtune.hardware.precision import PRECISIONS
 
@@ -15,38 +16,43 @@ SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
 
 
 def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
-    """ValueError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
+    """UserError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
-        raise ValueError(f"hardware.accelerator: {kind!r} is not one of {', '.join(ACCELERATORS)}")
+        raise UserError(f"{kind!r} is not one of {', '.join(ACCELERATORS)}", key="hardware.accelerator")
     if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"hardware.accelerator: {kind} is asked for, but torch {torch.__version__} sees no GPU;"
-            " install a CUDA build of torch, or choose hardware=cpu"
+        raise UserError(
+            f"{kind} is asked for, but torch {torch.__version__} sees no GPU",
+            key="hardware.accelerator",
+            remedy="install a CUDA build of torch, or choose hardware=cpu",
         )
     wanted = str(node.get("precision", "auto"))
     if wanted not in PRECISIONS:
-        raise ValueError(f"hardware.precision: {wanted!r} is not one of {', '.join(PRECISIONS)}")
+        raise UserError(f"{wanted!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
     if wanted == "16-mixed" and kind == "cpu":
-        raise ValueError("hardware.precision: a CPU has no 16-mixed; choose bf16-mixed or 32-true")
+        raise UserError("a CPU has no 16-mixed", key="hardware.precision", remedy="choose bf16-mixed or 32-true")
     for key in SWITCHES:
         if not isinstance(node.get(key, False), bool):
-            raise ValueError(f"hardware.{key}: {node[key]!r}; give true or false")
+            raise UserError(f"{node[key]!r}", key=f"hardware.{key}", remedy="give true or false")
     if node.get("offload") and process_count(node) > 1:
-        raise ValueError("hardware.offload: with several devices every process needs all of the model; leave it off")
+        raise UserError(
+            "with several devices every process needs all of the model", key="hardware.offload", remedy="leave it off"
+        )
     for key in ("devices", "num_nodes"):
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
-            raise ValueError(f"hardware.{key}: {value!r}; give at least 1")
+            raise UserError(f"{value!r}", key=f"hardware.{key}", remedy="give at least 1")
 
 
 def check_indices(node: Mapping[str, Any]) -> None:
-    """ValueError for GPUs by index that this machine has not."""
+    """UserError for GPUs by index that this machine has not."""
     if accelerator(str(node.get("accelerator", "auto"))) in ("gpu", "cuda"):
         there = torch.cuda.device_count()
         missing = [index for index in indices(node) if index not in range(there)]
         if missing:
-            raise ValueError(f"hardware.devices: there is no GPU {missing[0]} here; there are {there}, counted from 0")
+            raise UserError(
+                f"there is no GPU {missing[0]} here; there are {there}, counted from 0", key="hardware.devices"
+            )
 
 
 def process_count(node: Mapping[str, Any]) -> int:
@@ -84,11 +90,13 @@ def indices(node: Mapping[str, Any]) -> list[int]:
 
 
 def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
-    """Samples that a process sees at once; ValueError where ``batch_size`` cannot be shared out."""
+    """Samples that a process sees at once; UserError where ``batch_size`` cannot be shared out."""
     parts = accumulation * process_count(node)
     if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size: {batch_size} samples per step cannot be shared out over {process_count(node)}"
-            f" device(s) x {accumulation} accumulation steps; choose a multiple of {parts}"
+        raise UserError(
+            f"{batch_size} samples per step cannot be shared out over {process_count(node)}"
+            f" device(s) x {accumulation} accumulation steps",
+            key="data.batch_size",
+            remedy=f"choose a multiple of {parts}",
         )
     return batch_size // parts

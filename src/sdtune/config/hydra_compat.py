@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
 
 __all__ = [
     "BasicSweeper",
@@ -17,8 +23,19 @@ __all__ = [
     "create_config_search_path",
     "full_key",
     "get_args_parser",
+    "initialized",
     "print_info",
 ]
+
+
+@contextmanager
+def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
+    """Hydra for the job name ``command`` and the configs in ``search``; ``hydra.initialize`` takes no search path."""
+    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
+    try:
+        yield hydra
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def full_key(node: DictConfig) -> str:

@@ -10,6 +10,7 @@ from annotated_types import Gt
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
+from sdtune.errors import UserError
 
 _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
 
@@ -21,7 +22,7 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
         # torch's annotations hold no ranges; its constructors check them, and want something to optimise.
         build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
     except ValueError as error:
-        raise ValueError(f"optimizer: {error}") from error
+        raise UserError(str(error), key="optimizer") from error
 
 
 _PRODIGY = "prodigyopt.Prodigy"
@@ -34,16 +35,17 @@ def _check_prodigy(config: dict[str, Any]) -> None:
         return
     rate = config["optimizer"].get("lr", 1.0)
     if rate < _OWN_FACTOR:
-        raise ValueError(
-            f"optimizer.lr: {rate:g} is a factor on the step size that Prodigy finds by itself; give optimizer.lr=1.0"
-            " behind the recipe"
+        raise UserError(
+            f"{rate:g} is a factor on the step size that Prodigy finds by itself",
+            key="optimizer.lr",
+            remedy="give optimizer.lr=1.0 behind the recipe",
         )
     rates = {"tokens_lr": config.get("tokens_lr")}
     rates |= {f"method.{key}": value for key, value in config["method"].items() if key.endswith("_lr")}
     own = [key for key, value in rates.items() if value is not None]
     if own:
-        raise ValueError(
-            f"{own[0]}: Prodigy has one rate for all that it trains; give {own[0]}=null, or another optimizer"
+        raise UserError(
+            f"{own[0]}: Prodigy has one rate for all that it trains", remedy=f"give {own[0]}=null, or another optimizer"
         )
 
 

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from sdtune.config.targets import resolve
+from sdtune.errors import UserError
 from sdtune.suggest import suggestion
 
 
@@ -33,7 +34,7 @@ def _say(error: ValidationError, key: str, value: Any) -> str:
 
 
 def check_node(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
-    """ValueError, one line with the key, for the first thing in ``node`` that does not fit what it configures.
+    """UserError, one line with the key, for the first thing in ``node`` that does not fit what it configures.
 
     Args:
         node: a plain container, resolved.
@@ -63,16 +64,16 @@ def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: 
             continue
         place = f"{key}.{name}"
         if name not in names:
-            raise ValueError(f"{place}: not a setting of {target.__name__}{suggestion(name, names)}")
+            raise UserError(f"{place}: not a setting of {target.__name__}{suggestion(name, names)}")
         if value == "???":
-            raise ValueError(f"{place} is missing: give {place}=...")
+            raise UserError(f"{place} is missing: give {place}=...")
         if not _holds_target(value) and name in hints:
             check_value(value, hints[name], place)
     if node.get("_partial_"):
         return
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in node and name not in ("args", "kwargs"):
-            raise ValueError(f"{key}.{name} is missing: give {key}.{name}=...")
+            raise UserError(f"{key}.{name} is missing: give {key}.{name}=...")
 
 
 def _holds_target(value: Any) -> bool:
@@ -82,7 +83,7 @@ def _holds_target(value: Any) -> bool:
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
-    """ValueError if ``value`` does not fit the annotation ``hint``."""
+    """UserError if ``value`` does not fit the annotation ``hint``."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
@@ -94,4 +95,4 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         # Strict for single values: what would only fit after a conversion reaches the constructor unconverted.
         adapter.validate_python(value, strict=not isinstance(value, list | dict))
     except ValidationError as error:
-        raise ValueError(_say(error, key, value)) from error
+        raise UserError(_say(error, key, value)) from error

@@ -14,7 +14,9 @@ from pydantic import StringConstraints
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.config.compose import without_hydra
 from sdtune.config.schema import check_value
+from sdtune.errors import UserError
 from sdtune.files import is_partial
+from sdtune.quoting import shell_override
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Settings:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """A resolved plain container; ValueError for a mandatory value that is missing."""
+    """A resolved plain container; UserError for a mandatory value that is missing."""
     own = without_hydra(config)
     try:
         missing = sorted(OmegaConf.missing_keys(own))
         if missing:
-            raise ValueError(f"{missing[0]} is missing: give {missing[0]}=...")
+            raise UserError(f"{missing[0]} is missing: give {missing[0]}=...")
         container = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
     named = {str(key): value for key, value in container.items()}
     if named.get("evaluation") and "_target_" not in named["evaluation"]:
@@ -62,12 +64,15 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def kept_config(run: Path) -> dict[str, Any]:
-    """The resolved config of the finished ``run``; ValueError for a folder that holds none."""
+    """The resolved config of the finished ``run``; UserError for a folder that holds none."""
     kept = run / ".hydra" / "config.yaml"
     if not kept.is_file():
-        raise ValueError(f"run: {run} holds no run (no .hydra/config.yaml); name the folder of one")
+        raise UserError(f"{run} holds no run (no .hydra/config.yaml)", key="run", remedy="name the folder of one")
     if all(map(is_partial, (run / "artifact").glob("*"))):
-        raise ValueError(f"run: {run}/artifact is empty; the run has not finished, sdtune train resume={run} goes on")
+        raise UserError(
+            f"{run}/artifact is empty; the run has not finished, sdtune train {shell_override('resume', run)} goes on",
+            key="run",
+        )
     loaded = OmegaConf.load(kept)
     assert isinstance(loaded, DictConfig)
     return plain(loaded)
@@ -80,6 +85,8 @@ def read_settings(config: dict[str, Any]) -> Settings:
     for key, value in values.items():
         check_value(value, hints[key], key)
     if values.get("name") == "pytorch_lora_weights":
-        raise ValueError("name: pytorch_lora_weights is the name of the file for diffusers; choose another")
+        raise UserError(
+            "pytorch_lora_weights is the name of the file for diffusers", key="name", remedy="choose another"
+        )
     tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
     return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})

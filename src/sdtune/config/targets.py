@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from sdtune.errors import UserError
+
 ALLOWED = (
     "sdtune",
     "torch.optim",
@@ -39,7 +41,11 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
     through a module's imports, ``pytorch_lightning.trainer.os.system``.
     """
     if not _allowed(target.rpartition(".")[0], trust):
-        raise ValueError(f"{key}._target_: {target} is not allowed; add trust=[{target.split('.')[0]}] if you trust it")
+        raise UserError(
+            f"{target} is not allowed",
+            key=f"{key}._target_",
+            remedy=f"add trust=[{target.split('.')[0]}] if you trust it",
+        )
     found: Any = None
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -47,18 +53,18 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
             found = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError as error:
             if error.name and not target.startswith(error.name):
-                raise ValueError(f"{key}._target_: {target} needs {error.name}: pip install it") from error
+                raise UserError(f"{target} needs {error.name}: pip install it", key=f"{key}._target_") from error
             continue
         for part in parts[cut:]:
             found = getattr(found, part, None)
         break
     if found is None and importlib.util.find_spec(parts[0]) is None:
-        raise ValueError(f"{key}._target_: {target} needs {parts[0]}: pip install it{_EXTRAS.get(parts[0], '')}")
+        raise UserError(f"{target} needs {parts[0]}: pip install it{_EXTRAS.get(parts[0], '')}", key=f"{key}._target_")
     if not (inspect.isclass(found) or inspect.isfunction(found)):
-        raise ValueError(f"{key}._target_: {target} is neither a class nor a function")
+        raise UserError(f"{target} is neither a class nor a function", key=f"{key}._target_")
     if not _allowed(found.__module__, trust):
-        raise ValueError(f"{key}._target_: {target} leads to {found.__module__}, which is not allowed")
+        raise UserError(f"{target} leads to {found.__module__}, which is not allowed", key=f"{key}._target_")
     if inspect.isfunction(found) and found.__module__ not in _FUNCTIONS and not _trusted(found.__module__, trust):
         # Classes are built; a function is done, whatever it does.
-        raise ValueError(f"{key}._target_: {target} is a function, not a class that can be configured")
+        raise UserError(f"{target} is a function, not a class that can be configured", key=f"{key}._target_")
     return found

@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt
 
 from sdtune.config import hardware
 from sdtune.config.schema import check_node, check_value
+from sdtune.errors import UserError
 from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 
@@ -52,7 +53,7 @@ def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     hardware.check_hardware(config["hardware"])
     for key, value in config["trainer"].items():
         if key in _OURS:
-            raise ValueError(f"trainer.{key}: the run sets this itself; leave it out")
+            raise UserError("the run sets this itself", key=f"trainer.{key}", remedy="leave it out")
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check_node(trainer_arguments(config), "trainer", trust)

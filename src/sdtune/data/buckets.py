@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sdtune.errors import UserError
+
 Size = tuple[int, int]
 
 
@@ -19,11 +21,13 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     side could be a step longer. The largest square that fits is always one of them.
 
     Raises:
-        ValueError: ``resolution`` is below ``step``.
+        UserError: ``resolution`` is below ``step``.
     """
     square = resolution // step * step
     if not square:
-        raise ValueError(f"data.resolution: {resolution} is less than one step of {step} pixels: give {step} or more")
+        raise UserError(
+            f"{resolution} is less than one step of {step} pixels: give {step} or more", key="data.resolution"
+        )
     area = resolution**2
     maximal = {
         (width, height)
@@ -40,13 +44,14 @@ def assign(size: Size, resolution: int, step: int, name: str) -> Size:
     mostly its own sides, rounded down to ``step``.
 
     Raises:
-        ValueError: a side is shorter than ``step``; names the image by ``name``.
+        UserError: a side is shorter than ``step``; names the image by ``name``.
     """
     width, height = size
     if min(size) < step:
-        raise ValueError(
-            f"data.path: {name} is {width}x{height} pixels, too small to train on: remove it or replace it with one "
-            f"of at least {step}x{step}"
+        raise UserError(
+            f"{name} is {width}x{height} pixels, too small to train on: remove it or replace it"
+            f" with one of at least {step}x{step}",
+            key="data.path",
         )
     nearest = min(bucket_sizes(resolution, step), key=lambda bucket: _aspect_distance(bucket, size))
     if nearest[0] <= width and nearest[1] <= height:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.files import replacing
 
 T = TypeVar("T")
@@ -36,11 +37,13 @@ class TensorCache:
         return self.path(key).exists()
 
     def get(self, key: str) -> Tensor:
-        """The tensor of ``key``; ValueError naming the file if it cannot be read."""
+        """The tensor of ``key``; UserError naming the file if it cannot be read."""
         try:
             return _read(self.path(key))
         except SafetensorError as error:
-            raise ValueError(f"{self.path(key)}: a damaged cache entry ({error}); delete it and run again") from error
+            raise UserError(
+                f"{self.path(key)}: a damaged cache entry ({error})", remedy="delete it and run again"
+            ) from error
 
     def put(self, key: str, value: Tensor) -> None:
         with replacing(self.path(key), sync=False) as partial:
@@ -64,7 +67,7 @@ class TensorCache:
             keys = missing[first : first + batch_size]
             for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
                 if not torch.isfinite(value).all():
-                    raise ValueError(
+                    raise UserError(
                         f"{items[key]}: the encoder's output is not finite; the image or the weights are damaged"
                     )
                 self.put(key, value)

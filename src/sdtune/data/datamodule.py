@@ -24,6 +24,7 @@ from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import DrawImages, class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import TemplateSet, templates
+from sdtune.errors import UserError
 from sdtune.images.files import CENTRE
 from sdtune.progress import bar
 
@@ -121,11 +122,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         if self.random_crop and self.cache_latents:
-            raise ValueError("data.random_crop: a cached latent has one crop; set data.cache_latents=false as well")
+            raise UserError(
+                "a cached latent has one crop", key="data.random_crop", remedy="set data.cache_latents=false as well"
+            )
         if self.control is not None and self.has_prior:
-            raise ValueError("data.class_prompt: class images have no control maps; leave them or the maps out")
+            raise UserError(
+                "class images have no control maps", key="data.class_prompt", remedy="leave them or the maps out"
+            )
         if self.class_path is not None and not isinstance(self.class_prompt, str | None):
-            raise ValueError("data.class_prompt: images of data.class_path that have no caption share one; give one")
+            raise UserError(
+                "images of data.class_path that have no caption share one", key="data.class_prompt", remedy="give one"
+            )
         self.texts = templates(self.templates)
         self._asked = self.resolution
 
@@ -139,11 +146,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        """The training samples and those held out for validation; ValueError where the data is not usable."""
+        """The training samples and those held out for validation; UserError where the data is not usable."""
 
     def read_class(self, path: str) -> Sequence[Sample]:
         """The samples in a folder of class images."""
-        raise ValueError(f"data.class_path: {type(self).__name__} data draws its class images; leave {path} out")
+        raise UserError(
+            f"{type(self).__name__} data draws its class images", key="data.class_path", remedy=f"leave {path} out"
+        )
 
     # --- what is made of it
 
@@ -155,7 +164,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self.resolution = self._asked or side
         self._opened, self.factor = (side, factor), factor
         if self.resolution % factor:
-            raise ValueError(f"data.resolution: {self.resolution} is not a multiple of {factor}, the VAE's factor")
+            raise UserError(f"{self.resolution} is not a multiple of {factor}, the VAE's factor", key="data.resolution")
         train, self._held_out = self.read()
         self._train = train[: self.limit]
         if self.control is not None:
@@ -165,9 +174,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.has_prior:
             same = next((s.caption for s in self._train if s.caption in self.class_prompts), None)
             if same is not None:
-                raise ValueError(
-                    f"data.class_prompt: {same!r} is a caption of the subject too, and the two would pull the same"
-                    " words apart; put a rare word into the subject's"
+                raise UserError(
+                    f"{same!r} is a caption of the subject too, and the two would pull the same words apart",
+                    key="data.class_prompt",
+                    remedy="put a rare word into the subject's",
                 )
 
     @property
@@ -267,12 +277,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Fill the caches that these encoders and settings allow; the data is encoded anew each step otherwise.
 
         Raises:
-            ValueError: a resumed run's images or captions are not those that it began with.
+            UserError: a resumed run's images or captions are not those that it began with.
         """
         if self._began_with and self._began_with != self.fingerprint:
-            raise ValueError(
-                "resume: the images, masks, captions or repeats have changed since the run began; put them back, or"
-                " start a new run"
+            raise UserError(
+                "the images, masks, captions or repeats have changed since the run began",
+                key="resume",
+                remedy="put them back, or start a new run",
             )
         # Another model may have used this data before, with other parts open.
         self.latent_cache = self.text_cache = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtune.errors import UserError
 from sdtune.images.files import SUFFIXES, image_size, open_image
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
@@ -57,7 +58,7 @@ def read_image_folder(
     ``check_images`` decodes.
 
     Raises:
-        ValueError: no images; an image without a caption, with two of one kind, or with an unreadable header;
+        UserError: no images; an image without a caption, with two of one kind, or with an unreadable header;
             metadata that does not fit the folder; text that is not UTF-8; repeats below 1.
     """
     folder = Path(path).expanduser().absolute()
@@ -65,7 +66,7 @@ def read_image_folder(
     files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
     images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
     if not images:
-        raise ValueError(f"{key}: {_no_images(folder, files)}")
+        raise UserError(f"{_no_images(folder, files)}", key=key)
     kohya = {image: _repeats_and_words(folder, image.parent) for image in images}
     captions = {image: words for image, (_, words) in kohya.items() if words}
     captions |= _metadata_captions(files, images)
@@ -74,7 +75,7 @@ def read_image_folder(
     if prompt is not None:
         captions |= dict.fromkeys(bare, prompt)
     elif bare:
-        raise ValueError(f"{key}: {len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}")
+        raise UserError(f"{len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}", key=key)
     return tuple(
         CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), kohya[image][0])
         for image in images
@@ -85,7 +86,7 @@ def check_images(images: Iterable[CaptionedImage]) -> None:
     """Decode every image once, so that a damaged one is found before training and not in the middle of it.
 
     Raises:
-        ValueError: the first image, in order, that cannot be decoded, or whose size is not the one it was read with.
+        UserError: the first image, in order, that cannot be decoded, or whose size is not the one it was read with.
     """
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         for _ in pool.map(_check, images):
@@ -95,9 +96,11 @@ def check_images(images: Iterable[CaptionedImage]) -> None:
 def _check(image: CaptionedImage) -> None:
     size = open_image(image.path).size
     if size != image.size:
-        raise ValueError(
-            f"data.path: {image.path} is {size[0]}x{size[1]} pixels and not {image.size[0]}x{image.size[1]} as "
-            "its header said (it changed, or its orientation stands behind its pixels): save it again"
+        raise UserError(
+            f"{image.path} is {size[0]}x{size[1]} pixels and not {image.size[0]}x{image.size[1]}"
+            " as its header said (it changed, or its orientation stands behind its pixels): save"
+            " it again",
+            key="data.path",
         )
 
 
@@ -105,11 +108,11 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Every file under ``folder``, but hidden ones and what macOS leaves in archives."""
     real = folder.resolve()
     if real in above:
-        raise ValueError(f"data.path: {folder} links back to a folder around it: remove this link")
+        raise UserError(f"{folder} links back to a folder around it: remove this link", key="data.path")
     try:
         entries = list(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"data.path: {folder} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"{folder} cannot be read ({error.strerror}): make it readable", key="data.path") from error
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
@@ -139,7 +142,7 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
         return 1, ""
     repeats, words = int(match[1]), match[2].strip()
     if repeats < 1:
-        raise ValueError(f"data.path: {folder} asks for {repeats} repeats: let its name begin with 1_ or more")
+        raise UserError(f"{folder} asks for {repeats} repeats: let its name begin with 1_ or more", key="data.path")
     return repeats, words
 
 
@@ -152,7 +155,9 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
     for image in images:
         beside = sidecars.get(image.with_suffix(""), [])
         if len(beside) > 1:
-            raise ValueError(f"data.path: {image} has two captions, {beside[0].name} and {beside[1].name}: remove one")
+            raise UserError(
+                f"{image} has two captions, {beside[0].name} and {beside[1].name}: remove one", key="data.path"
+            )
         if beside:
             captions[image] = _one_line(_text(beside[0]))
     return captions
@@ -164,16 +169,16 @@ def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pa
     tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for table in tables:
         if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
-            raise ValueError(f"data.path: {table.parent} has both metadata.jsonl and metadata.csv: remove one")
+            raise UserError(f"{table.parent} has both metadata.jsonl and metadata.csv: remove one", key="data.path")
         for line, row in _csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table):
             name, caption = _name_and_caption(row, f"data.path: {table}, line {line}")
             image = table.parent / name
             if image not in known:
-                raise ValueError(
-                    f"data.path: {table}, line {line}: there is no image {image}: correct or remove this row"
+                raise UserError(
+                    f"{table}, line {line}: there is no image {image}: correct or remove this row", key="data.path"
                 )
             if image in captions:
-                raise ValueError(f"data.path: {table}, line {line}: {name} has a row already: remove one")
+                raise UserError(f"{table}, line {line}: {name} has a row already: remove one", key="data.path")
             captions[image] = _one_line(caption)
     return captions
 
@@ -185,7 +190,7 @@ def _name_and_caption(row: Any, where: str) -> tuple[str, str]:
         match row.get("file_name"), captions:
             case str(name), [str(caption)]:
                 return name, caption
-    raise ValueError(f"{where}: a row needs a file_name and either a text or a caption, as strings")
+    raise UserError(f"{where}: a row needs a file_name and either a text or a caption, as strings")
 
 
 def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
@@ -196,7 +201,9 @@ def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"data.path: {table}, line {line}: not JSON ({error.msg}): correct this row") from error
+            raise UserError(
+                f"{table}, line {line}: not JSON ({error.msg}): correct this row", key="data.path"
+            ) from error
         yield line, row
 
 
@@ -206,16 +213,16 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"data.path: {table}, after line {reader.line_num}: {error}: correct this row") from error
+        raise UserError(f"{table}, after line {reader.line_num}: {error}: correct this row", key="data.path") from error
 
 
 def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: {file} is not UTF-8 text: save it as UTF-8") from error
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8", key="data.path") from error
     except OSError as error:
-        raise ValueError(f"data.path: {file} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}): make it readable", key="data.path") from error
 
 
 def _one_line(text: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from sdtune import streams
+from sdtune.errors import UserError
 from sdtune.randomness import generator
 
 
@@ -92,9 +93,11 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
     ) -> None:
         micro, rest = divmod(order.batch_size, accumulation * processes)
         if rest or not micro:
-            raise ValueError(
-                f"data.batch_size: {order.batch_size} samples per step cannot be shared out over {processes}"
-                f" process(es) x {accumulation} accumulation steps; choose a multiple of {accumulation * processes}"
+            raise UserError(
+                f"{order.batch_size} samples per step cannot be shared out over {processes}"
+                f" process(es) x {accumulation} accumulation steps",
+                key="data.batch_size",
+                remedy=f"choose a multiple of {accumulation * processes}",
             )
         self.order, self.steps, self.accumulation = order, steps, accumulation
         self.rank, self.processes, self.start, self.micro = rank, processes, start, micro

@@ -15,6 +15,7 @@ from annotated_types import Ge
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.folder import MASK, CaptionedImage, check_images, read_image_folder
 from sdtune.data.samples import Sample
+from sdtune.errors import UserError
 from sdtune.images.files import open_image, resize_and_crop
 
 
@@ -47,13 +48,16 @@ class FileSample:
         return resize_and_crop(open_image(self.mask_path), size, offset, flip)[..., 0]
 
     def check_mask(self) -> None:
-        """ValueError where there is no mask of the image's size."""
+        """UserError where there is no mask of the image's size."""
         if not self.mask_path.is_file():
-            raise ValueError(f"data.masked: {self.mask_path} is missing; draw one of {self.path.name}, white counts")
+            raise UserError(
+                f"{self.mask_path} is missing", key="data.masked", remedy=f"draw one of {self.path.name}, white counts"
+            )
         if (found := open_image(self.mask_path).size) != self.size:
-            raise ValueError(
-                f"data.masked: {self.mask_path} is {found[0]}x{found[1]} pixels, its image"
-                f" {self.size[0]}x{self.size[1]}; make them equal"
+            raise UserError(
+                f"{self.mask_path} is {found[0]}x{found[1]} pixels, its image {self.size[0]}x{self.size[1]}",
+                key="data.masked",
+                remedy="make them equal",
             )
 
 
@@ -84,7 +88,7 @@ class Folder(ImageDataModule):
         self.name = Path(self.path).expanduser().resolve().name
         self.keep = self.trigger or ""
         if self.hold_out and self.validation_path:
-            raise ValueError("data.hold_out and data.validation_path: name one of the two")
+            raise UserError("data.hold_out and data.validation_path: name one of the two")
 
     def _images(self, path: str) -> list[CaptionedImage]:
         templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
@@ -105,8 +109,8 @@ class Folder(ImageDataModule):
         if self.validation_path:
             kept = self._images(self.validation_path)
         elif self.hold_out and not kept:
-            raise ValueError(
-                f"data.hold_out: {self.path} has {len(found)} images, too few to hold out one in {self.hold_out}"
+            raise UserError(
+                f"{self.path} has {len(found)} images, too few to hold out one in {self.hold_out}", key="data.hold_out"
             )
         away = {image.path for image in kept}
         train = [FileSample(p, self.repeats) for p in found if p.path not in away]

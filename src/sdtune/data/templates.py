@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from sdtune.errors import UserError
+
 TemplateSet = Literal["object", "style"]
 
 _OBJECT = (
@@ -61,14 +63,16 @@ _STYLE = (
 
 
 def templates(wanted: TemplateSet | Sequence[str] | None) -> tuple[str, ...]:
-    """The family's templates, or one's own; ``{}`` alone for None. ValueError for one without exactly one ``{}``."""
+    """The family's templates, or one's own; ``{}`` alone for None. UserError for one without exactly one ``{}``."""
     if wanted is None:
         return ("{}",)
     if isinstance(wanted, str):
         return {"object": _OBJECT, "style": _STYLE}[wanted]
     for template in wanted:
         if template.count("{}") != 1:
-            raise ValueError(f"data.templates: {template!r} needs exactly one {{}}, where the caption goes")
+            raise UserError(f"{template!r} needs exactly one {{}}, where the caption goes", key="data.templates")
     if not wanted:
-        raise ValueError("data.templates: the list is empty; give object, style, or texts with {} in them")
+        raise UserError(
+            "the list is empty", key="data.templates", remedy="give object, style, or texts with {} in them"
+        )
     return tuple(wanted)

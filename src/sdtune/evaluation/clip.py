@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.evaluation.model_names import check_named_model
 from sdtune.formats.clip_pixels import pixel_statistics
 from sdtune.paths import pocket_clip, pocket_pipeline
 
 
 def check_clip(name: str) -> None:
-    """ValueError where ``name`` is not pocket and no folder with a CLIP; reads its config alone."""
+    """UserError where ``name`` is not pocket and no folder with a CLIP; reads its config alone."""
     if name != "pocket":
         check_named_model("clip", name, "CLIP", ("clip",))
 
@@ -34,8 +35,10 @@ class Clip:
         pocket = path == "pocket"
         folder = pocket_clip() if pocket else Path(path).expanduser()
         if not pocket and not folder.is_dir():
-            raise ValueError(
-                f"clip: {path} is not a folder; name a local folder with a CLIP model (config.json, weights)"
+            raise UserError(
+                f"{path} is not a folder",
+                key="clip",
+                remedy="name a local folder with a CLIP model (config.json, weights)",
             )
         words = pocket_pipeline() / "tokenizer" if pocket else folder
         self.tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.evaluation.model_names import check_named_model
 
 
 def check_dino(name: str) -> None:
-    """ValueError where ``name`` is no folder with a DINO or DINOv2; reads its config alone."""
+    """UserError where ``name`` is no folder with a DINO or DINOv2; reads its config alone."""
     # The first DINO is a plain ViT in transformers.
     check_named_model("dino", name, "DINO or DINOv2", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"))
 
@@ -36,7 +37,7 @@ class Dino:
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"evaluation.dino: {path} holds no model of images ({reason})") from error
+            raise UserError(f"{path} holds no model of images ({reason})", key="evaluation.dino") from error
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()

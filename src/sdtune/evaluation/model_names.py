@@ -6,19 +6,21 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from sdtune.errors import UserError
+
 
 def check_named_model(key: str, name: str, called: str, types: Collection[str]) -> None:
-    """ValueError where ``name`` (``evaluation.<key>``) is no folder whose ``config.json`` is of one of ``types``."""
+    """UserError where ``name`` (``evaluation.<key>``) is no folder whose ``config.json`` is of one of ``types``."""
     folder = Path(name).expanduser()
     file = folder / "config.json"
     if not folder.is_dir() or not file.is_file():
         lack = "is not a folder" if not folder.is_dir() else "holds no config.json"
-        raise ValueError(f"evaluation.{key}: {name} {lack}; name a local folder with a {called} model")
+        raise UserError(f"{name} {lack}", key=f"evaluation.{key}", remedy=f"name a local folder with a {called} model")
     try:
         kind = json.loads(file.read_text()).get("model_type")
     except ValueError as error:
-        raise ValueError(f"evaluation.{key}: {file} cannot be read ({error})") from error
+        raise UserError(f"{file} cannot be read ({error})", key=f"evaluation.{key}") from error
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"evaluation.{key}: {name} holds no weights as .safetensors, which alone are read")
+        raise UserError(f"{name} holds no weights as .safetensors, which alone are read", key=f"evaluation.{key}")
     if kind not in types:
-        raise ValueError(f"evaluation.{key}: {name} holds a model of the type {kind}, and a {called} is needed")
+        raise UserError(f"{name} holds a model of the type {kind}, and a {called} is needed", key=f"evaluation.{key}")

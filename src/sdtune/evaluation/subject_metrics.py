@@ -64,7 +64,7 @@ class ClipMetrics:
     """Of its metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """ValueError before any weights are loaded."""
+        """UserError before any weights are loaded."""
         self.sampling.check(facts.factor)
         if self.clip is not None:
             clip_model.check_clip(self.clip)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdtune.backbone.controlnet_files import is_controlnet
+from sdtune.errors import UserError
 from sdtune.files import is_partial
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
@@ -38,12 +39,12 @@ def find_artifact(path: Path, key: str) -> Artifact:
     """What ``path`` is: a run's ``artifact`` folder, or a LoRA, an embedding, a ControlNet or a model by itself.
 
     Raises:
-        ValueError: none of these.
+        UserError: none of these.
     """
     if path.is_file():
         return _of_file(path, key)
     if not path.is_dir():
-        raise ValueError(f"{key}: {path} does not exist; name a run's artifact folder, or a file")
+        raise UserError(f"{path} does not exist", key=key, remedy="name a run's artifact folder, or a file")
     if (path / "model_index.json").is_file():
         return Artifact("model", path, path.name)
     if _is_net(path):
@@ -62,7 +63,9 @@ def find_artifact(path: Path, key: str) -> Artifact:
         )
     if words:
         return Artifact("words", path, embeddings.word(next(iter(words))), words)
-    raise ValueError(f"{key}: {path} holds no LoRA, embedding, ControlNet or model; name a run's artifact folder")
+    raise UserError(
+        f"{path} holds no LoRA, embedding, ControlNet or model", key=key, remedy="name a run's artifact folder"
+    )
 
 
 def _aside(stem: str) -> bool:
@@ -86,4 +89,4 @@ def _of_file(path: Path, key: str) -> Artifact:
         return Artifact("lora", path, path.stem)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return Artifact("model", path, path.stem)
-    raise ValueError(f"{key}: {path} is no LoRA, embedding, ControlNet or whole model")
+    raise UserError(f"{path} is no LoRA, embedding, ControlNet or whole model", key=key)

@@ -16,6 +16,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
 from sdtune.backbone.layers import BLOCKS, layers
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
 from sdtune.exporting.models import cast_tensors, write_pipeline, write_single_file
@@ -72,23 +73,27 @@ class Export:
     alpha: Literal["kept", "folded"] = "kept"
 
     def check(self, artifact: Artifact) -> None:
-        """ValueError for a form that ``artifact`` has not."""
+        """UserError for a form that ``artifact`` has not."""
         known = FORMATS[artifact.kind]
         if self.format not in known:
-            raise ValueError(f"format: a {artifact.kind} has no form {self.format}; give format={' or '.join(known)}")
+            raise UserError(
+                f"a {artifact.kind} has no form {self.format}", key="format", remedy=f"give format={' or '.join(known)}"
+            )
         lora = self.format == "kohya" or (self.format == "diffusers" and artifact.kind == "lora")
         svd = next((key for key in ("rank", "energy") if getattr(self, key) is not None), None)
         if svd is not None and not (lora and artifact.kind in ("lora", "model")):
-            raise ValueError(f"{svd}: only a LoRA has one; give format=kohya, or leave it out")
+            raise UserError("only a LoRA has one", key=svd, remedy="give format=kohya, or leave it out")
         merged = artifact.kind == "lora" and self._whole
         if self.strength != 1.0 and not merged:
-            raise ValueError(
-                "strength: only a LoRA that is merged has one; give format=pipeline or single_file, or leave it out"
+            raise UserError(
+                "only a LoRA that is merged has one",
+                key="strength",
+                remedy="give format=pipeline or single_file, or leave it out",
             )
         if self.alpha == "folded" and not (self.format == "kohya" and artifact.kind in ("lora", "model")):
-            raise ValueError("alpha: only kohya's form has one; give format=kohya, or leave it out")
+            raise UserError("only kohya's form has one", key="alpha", remedy="give format=kohya, or leave it out")
         if artifact.kind == "model" and self.format == "kohya" and svd is None:
-            raise ValueError("rank: a LoRA is to be extracted from a model; give rank=32, or energy=0.95")
+            raise UserError("a LoRA is to be extracted from a model", key="rank", remedy="give rank=32, or energy=0.95")
 
     def write(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         """Write it into ``folder``; the files and folders made.
@@ -201,18 +206,19 @@ class Export:
             return self._whole_model(artifact.name, tuned.load(), tuned, folder, {})
         backbone, changed = source.load(), tuned.load()
         if backbone.facts.family != changed.facts.family:
-            raise ValueError(f"backbone.path: {source.path} is not what {artifact.path} was trained from")
+            raise UserError(f"{source.path} is not what {artifact.path} was trained from", key="backbone.path")
         before, after = _weights(backbone), _weights(changed)
         odd = next((m for m, weight in after.items() if m not in before or before[m].shape != weight.shape), None)
         if odd is not None:
-            raise ValueError(
-                f"backbone.path: {source.path} is not what {artifact.path} was trained from: {odd} differs"
+            raise UserError(
+                f"{source.path} is not what {artifact.path} was trained from: {odd} differs", key="backbone.path"
             )
         weights, shares = factors.extract(after, before, self.rank, self.energy)
         if not weights.pairs:
-            raise ValueError(
-                f"artifact: {artifact.path} has the weights of {source.path} in all that a LoRA can change; nothing is"
-                " to be extracted"
+            raise UserError(
+                f"{artifact.path} has the weights of {source.path} in all that a LoRA can change;"
+                " nothing is to be extracted",
+                key="artifact",
             )
         _say(weights, shares)
         _say_rest(backbone, changed, set(after))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
 from sdtune.formats.keys import canonical_key, is_buffer
@@ -28,12 +29,14 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
 
 
 def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point ``tensors`` in ``dtype``; ValueError for one that it cannot hold."""
+    """Floating-point ``tensors`` in ``dtype``; UserError for one that it cannot hold."""
     made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     over = next((key for key, value in made.items() if value.is_floating_point() and not value.isfinite().all()), None)
     if over is not None:
-        raise ValueError(
-            f"dtype: {over} has values that {str(dtype).removeprefix('torch.')} cannot hold; give dtype=bf16"
+        raise UserError(
+            f"{over} has values that {str(dtype).removeprefix('torch.')} cannot hold",
+            key="dtype",
+            remedy="give dtype=bf16",
         )
     return made
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
 
 
@@ -38,32 +39,37 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
         key: of the setting that named it, for messages.
 
     Raises:
-        ValueError: a pickle that is not allowed, or holds more than tensors; a file that is damaged.
+        UserError: a pickle that is not allowed, or holds more than tensors; a file that is damaged.
     """
     if path.suffix not in PICKLES:
         return read_safetensors(path)
     if not allow_pickle:
-        raise ValueError(
-            f"{key}: {path} is a pickle, which can carry code; get it as .safetensors, or, if you trust where it"
-            " comes from, set backbone.allow_pickle=true: then tensors alone are taken from it"
+        raise UserError(
+            f"{path} is a pickle, which can carry code",
+            key=key,
+            remedy="get it as .safetensors, or, if you trust where it comes from, set"
+            " backbone.allow_pickle=true: then tensors alone are taken from it",
         )
     with path.open("rb") as handle:
         begins = handle.read(1)
     if not zipfile.is_zipfile(path) and begins not in (b"\x80", b"P"):
-        raise ValueError(f"{key}: {path} is no checkpoint of torch's, perhaps a web page under that name; get it again")
+        raise UserError(
+            f"{path} is no checkpoint of torch's, perhaps a web page under that name", key=key, remedy="get it again"
+        )
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{key}: {path} holds more than tensors and was not read ({_first_line(error)});"
-            " get it as .safetensors, or from someone else"
+        raise UserError(
+            f"{path} holds more than tensors and was not read ({_first_line(error)})",
+            key=key,
+            remedy="get it as .safetensors, or from someone else",
         ) from error
     except _DAMAGE as error:
-        raise ValueError(f"{key}: {path} cannot be read ({_first_line(error)}); copy it again") from error
+        raise UserError(f"{path} cannot be read ({_first_line(error)})", key=key, remedy="copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
-        raise ValueError(f"{key}: {path} holds no tensors by name; a checkpoint's state dict is expected")
+        raise UserError(f"{path} holds no tensors by name; a checkpoint's state dict is expected", key=key)
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, {}
 
 

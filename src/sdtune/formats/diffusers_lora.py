@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.formats.files import write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, canonical, few
 
@@ -43,7 +44,7 @@ def write(path: Path, weights: LoRAWeights, metadata: Mapping[str, str], dtype: 
     """Writes ``path``, by custom a folder's ``FILE_NAME``, for any diffusers, old or new.
 
     Raises:
-        ValueError: ``path`` cannot be written.
+        UserError: ``path`` cannot be written.
     """
     # Settings carried over from a file that was read would scale the folded tensors a second time.
     kept = {key: value for key, value in metadata.items() if key != _SETTINGS}
@@ -54,7 +55,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     """The weights in what was read from ``source``; alpha from diffusers' ``lora_adapter_metadata``, else alpha = r.
 
     Raises:
-        ValueError: a tensor or a setting that is not plain LoRA for SD's UNet or text encoder.
+        UserError: a tensor or a setting that is not plain LoRA for SD's UNet or text encoder.
     """
     written: dict[str, str] = {}
     downs: dict[str, Tensor] = {}
@@ -69,7 +70,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         written[module] = match["module"]
         (downs if match["down"] else ups)[module] = tensor
     if strange:
-        raise ValueError(
+        raise UserError(
             f"{source}: {few(strange)}: not read; plain LoRA of 'unet', 'text_encoder' and 'text_encoder_2' is"
         )
     weights = assemble_pairs(source, downs, ups, {})
@@ -127,7 +128,7 @@ def _settings(source: Path, metadata: Mapping[str, str], components: Iterable[st
     except ValidationError as error:
         first = error.errors()[0]
         where = few([".".join(map(str, (_SETTINGS, *first["loc"])))])
-        raise ValueError(
+        raise UserError(
             f"{source}: {where}: {first['msg']}; plain LoRA's settings, with each component's lora_alpha "
             "and patterns by module name, are read"
         ) from error

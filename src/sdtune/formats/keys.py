@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sdtune.errors import UserError
 from sdtune.formats.lora import few
 from sdtune.formats.original.names import modern_vae_key
 
 
 def check_keys(where: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """ValueError naming the first few tensors that are missing, surplus or misshaped; ``where`` begins the message."""
+    """UserError naming the first few tensors that are missing, surplus or misshaped; ``where`` begins the message."""
     wrong: list[str] = []
     if missing := wanted.keys() - found.keys():
         wrong.append(f"lacks {few(missing)}")
@@ -23,7 +24,7 @@ def check_keys(where: str, found: Mapping[str, Sequence[int]], wanted: Mapping[s
     if odd:
         wrong.append(f"has {few(odd)}")
     if wrong:
-        raise ValueError(f"{where} {'; '.join(wrong)}; is it the model that its config says?")
+        raise UserError(f"{where} {'; '.join(wrong)}; is it the model that its config says?")
 
 
 def canonical_key(component: str, key: str) -> str:

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.formats.files import portable, write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, few
 from sdtune.formats.original import Family
@@ -129,7 +130,7 @@ def write(
         dtype: of the matrices.
 
     Raises:
-        ValueError: ``path`` cannot be written.
+        UserError: ``path`` cannot be written.
     """
     named = to_tensors(weights, unet if spec.architecture == XL else None)
     tensors = portable({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
@@ -150,7 +151,7 @@ def parse(
         xl: SDXL's UNet config where the backbone is SDXL; then diffusers' names with underscores are known too.
 
     Raises:
-        ValueError: a tensor that is not plain LoRA, or of none of ``modules``.
+        UserError: a tensor that is not plain LoRA, or of none of ``modules``.
     """
     paths: dict[str, str] = {}
     for module in modules:
@@ -168,13 +169,15 @@ def parse(
         else:
             parts[part][paths[name]] = tensor
     if strange:
-        raise ValueError(f"{source}: {few(strange)}: not read; plain LoRA with {_DOWN}, {_UP} and {_ALPHA} is")
+        raise UserError(f"{source}: {few(strange)}: not read; plain LoRA with {_DOWN}, {_UP} and {_ALPHA} is")
     if unknown:
-        raise ValueError(f"{source}: {few(unknown)}: no such module in this backbone; use the adapter's own backbone")
+        raise UserError(
+            f"{source}: {few(unknown)}: no such module in this backbone", remedy="use the adapter's own backbone"
+        )
     alphas: dict[str, float] = {}
     for module, alpha in parts[_ALPHA].items():
         if alpha.numel() != 1:
-            raise ValueError(f"{source}: {module}: alpha has shape {list(alpha.shape)}; a single number is needed")
+            raise UserError(f"{source}: {module}: alpha has shape {list(alpha.shape)}; a single number is needed")
         alphas[module] = float(alpha)
     return assemble_pairs(source, parts[_DOWN], parts[_UP], alphas)
 

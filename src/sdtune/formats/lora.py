@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sdtune.errors import UserError
+
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -73,20 +75,20 @@ def assemble_pairs(
     """The weights read from ``source``: A, B and alpha by canonical module path; alpha = r where it is not given.
 
     Raises:
-        ValueError: the three do not belong together.
+        UserError: the three do not belong together.
     """
     lone = (downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())
     if lone:
-        raise ValueError(f"{source}: {few(lone)}: without both low-rank matrices; each module needs the two")
+        raise UserError(f"{source}: {few(lone)}: without both low-rank matrices; each module needs the two")
     for module, down in downs.items():
         up = ups[module]
         if not _fit(down, up):
-            raise ValueError(
+            raise UserError(
                 f"{source}: {few([module])}: shapes {list(down.shape)} and {list(up.shape)} make no low-rank pair; "
                 "[r, in] and [out, r], or [r, in, h, w] and [out, r, 1, 1], would"
             )
         if not math.isfinite(alphas.get(module, 0.0)):
-            raise ValueError(f"{source}: {few([module])}: alpha is {alphas[module]}; a finite number is needed")
+            raise UserError(f"{source}: {few([module])}: alpha is {alphas[module]}; a finite number is needed")
     return LoRAWeights(
         {module: (down, ups[module]) for module, down in downs.items()},
         {module: alphas.get(module, float(down.shape[0])) for module, down in downs.items()},

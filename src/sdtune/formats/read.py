@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.lora import LoRAWeights, few
@@ -27,15 +28,17 @@ def read_lora(
         xl: SDXL's UNet config where the backbone is SDXL.
 
     Raises:
-        ValueError: no such file, neither form, or modules that are not among ``modules``.
+        UserError: no such file, neither form, or modules that are not among ``modules``.
     """
     file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
     tensors, metadata = read_safetensors(file)
     if any(key.startswith("lora_") for key in tensors):
         return kohya_lora.parse(file, tensors, modules, xl), metadata
     if not is_lora(tensors):
-        raise ValueError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
+        raise UserError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
     weights = diffusers_lora.parse(file, tensors, metadata)
     if unknown := weights.pairs.keys() - set(modules):
-        raise ValueError(f"{file}: {few(unknown)}: no such module in this backbone; use the adapter's own backbone")
+        raise UserError(
+            f"{file}: {few(unknown)}: no such module in this backbone", remedy="use the adapter's own backbone"
+        )
     return weights, metadata

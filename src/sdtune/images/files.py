@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from sdtune.errors import UserError
+
 CENTRE = (0.5, 0.5)
 """The offset of a crop at the centre, as :func:`resize_and_crop` takes it."""
 
@@ -53,7 +55,7 @@ def open_image(path: Path, key: str = "data.path") -> Image.Image:
     profiles are not applied. ``key`` is the setting that errors name.
 
     Raises:
-        ValueError: not a readable image, or one too large to be honest (Pillow's decompression bomb limit).
+        UserError: not a readable image, or one too large to be honest (Pillow's decompression bomb limit).
     """
     with _opened(path, key) as image:
         image.load()  # decodes every pixel, where verify() passes a truncated JPEG
@@ -67,7 +69,7 @@ def image_size(path: Path) -> tuple[int, int]:
     A PNG may hold its orientation behind the pixels, where this does not look; ``check_images`` finds those.
 
     Raises:
-        ValueError: as ``open_image``, as far as the header shows it.
+        UserError: as ``open_image``, as far as the header shows it.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -138,7 +140,7 @@ def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
             yield image
     except _FAILURES as error:
         reason = _reason(path, error)
-        raise ValueError(f"{key}: {path} is not a readable image ({reason}): remove it or replace it") from error
+        raise UserError(f"{path} is not a readable image ({reason}): remove it or replace it", key=key) from error
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -154,7 +156,7 @@ def _orientation(image: Image.Image) -> int:
         # The base class's method, since the PNG one decodes the pixels to look for EXIF behind them.
         orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except SyntaxError as error:  # EXIF has the form of a TIFF file, and "not a TIFF file" would mislead
-        raise ValueError("its EXIF data are damaged") from error
+        raise UserError("its EXIF data are damaged") from error
     return orientation
 
 
@@ -162,10 +164,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly everything would be white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its grey values leave the 16 bits 0 to 65535")
+            raise UserError("its grey values leave the 16 bits 0 to 65535")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed white")
+        raise UserError("floating-point pixels have no agreed white")
     if image.has_transparency_data:  # a plain conversion would show the colours hidden under the transparent parts
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -21,6 +21,7 @@ from sdtune.backbone.controlnet import Net
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_controlnet, load_controlnet
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
+from sdtune.errors import UserError
 from sdtune.formats import read_safetensors
 from sdtune.images.files import open_image, resize_and_crop
 from sdtune.loaders.artifact import LoadedArtifact, warn_of_another_backbone
@@ -45,12 +46,12 @@ class ControlImage:
     resample: Resample = "bilinear"
 
     def read_image(self) -> Image.Image:
-        """Mode RGB; ValueError where there is none."""
+        """Mode RGB; UserError where there is none."""
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
         file = Path(self.image).expanduser()
         if not file.is_file():
-            raise ValueError(f"control.image: {self.image} does not exist; name an image file")
+            raise UserError(f"{self.image} does not exist", key="control.image", remedy="name an image file")
         return open_image(file, "control.image")
 
     def map(self, size: tuple[int, int]) -> np.ndarray:
@@ -83,14 +84,14 @@ def read_control_image(
     unknown, missing = sorted(given.keys() - hints.keys()), [k for k in ("path", "image") if k not in given]
     if unknown or missing:
         odd = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
-        raise ValueError(f"{key}: {odd}; write {{path: NET, image: FILE, strength: 1.0, preprocess: canny}}")
+        raise UserError(odd, key=key, remedy="write {path: NET, image: FILE, strength: 1.0, preprocess: canny}")
     for name, value in given.items():
         check_value(value, hints[name], f"{key}.{name}")
     return ControlImage(**given)
 
 
 def check_controlnet(path: str, source: Pretrained, preprocess: str | None = None) -> None:
-    """ValueError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
+    """UserError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
 
     Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
     """
@@ -98,7 +99,7 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
     learned = _facts(folder).get("preprocess", preprocess)
     if preprocess is not None and learned != preprocess:
         right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
-        raise ValueError(f"control.preprocess: {preprocess}, but {path} has learned from other maps; {right}")
+        raise UserError(f"{preprocess}, but {path} has learned from other maps; {right}", key="control.preprocess")
     warn_of_another_backbone(f"control.path: {path}", _facts(folder).get("backbone", source.hash()), source.hash())
 
 
@@ -137,8 +138,10 @@ def controlnets_applied(
     """Within it, ``backbone`` samples under ``nets``, and with the UNet that one of them brings."""
     bringing = [net for net, strength in zip(nets, strengths, strict=True) if net.unet and strength]
     if len(bringing) > 1:
-        raise ValueError(
-            f"control: {bringing[0].path} and {bringing[1].path} each bring a UNet of their own; use one of them"
+        raise UserError(
+            f"{bringing[0].path} and {bringing[1].path} each bring a UNet of their own",
+            key="control",
+            remedy="use one of them",
         )
     own = {name: p.data for name, p in backbone.unet.named_parameters()} if bringing else {}
     try:

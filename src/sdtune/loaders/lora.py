@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.layers import layers
+from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
@@ -45,19 +46,19 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
-    """ValueError where there is no adapter; a warning for one of another backbone; reads headers alone.
+    """UserError where there is no adapter; a warning for one of another backbone; reads headers alone.
 
     A LoRA is used on models that were made from its own, and whether it suits one shows in the images. One that does
     not fit is refused by its shapes.
     """
     place = Path(path).expanduser()
     if not place.exists():
-        raise ValueError(f"{key}: {path} does not exist; name a .safetensors file or a run's artifact folder")
+        raise UserError(f"{path} does not exist", key=key, remedy="name a .safetensors file or a run's artifact folder")
     if (place / "config.json").is_file():
-        raise ValueError(f"{key}: {path} holds a ControlNet or another whole model; a ControlNet goes to control=")
+        raise UserError(f"{path} holds a ControlNet or another whole model; a ControlNet goes to control=", key=key)
     files = [place] if place.is_file() else sorted(f for f in place.glob("*.safetensors") if not _passed_over(f))
     if not files:
-        raise ValueError(f"{key}: {path} holds no .safetensors file; name a run's artifact folder")
+        raise UserError(f"{path} holds no .safetensors file", key=key, remedy="name a run's artifact folder")
     for file in files:
         warn_of_another_backbone(path, read_metadata(file).get("sdtune_backbone_hash", backbone_hash), backbone_hash)
 
@@ -71,7 +72,7 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
     """Read ``files`` and have ``backbone`` understand the words in them.
 
     Raises:
-        ValueError: one does not fit this backbone, or brings a word that another brought.
+        UserError: one does not fit this backbone, or brings a word that another brought.
     """
     modules = _modules(backbone)
     xl = dict(backbone.unet.config) if backbone.facts.family == "sdxl" else None
@@ -82,11 +83,11 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
         for token, vectors in adapter.words.items():
             theirs = [rows.shape[1] for rows in vectors]
             if theirs != widths:
-                raise ValueError(
+                raise UserError(
                     f"{adapter.path}: vectors of {_and(theirs)} numbers; this backbone's have {_and(widths)}"
                 )
             if token in words:
-                raise ValueError(f"{adapter.path}: the word {token!r} comes from another adapter already")
+                raise UserError(f"{adapter.path}: the word {token!r} comes from another adapter already")
             words[token] = vectors
     if words:
         backbone.add_tokens(words)
@@ -110,10 +111,10 @@ def _read(
     for path, (down, up) in weights.pairs.items():
         site = modules.get(path)
         if site is None:
-            raise ValueError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
+            raise UserError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
         theirs_shape = (up.shape[0], *down.shape[1:])
         if theirs_shape != tuple(site.weight.shape) and down.shape[1:].numel() * up.shape[0] != site.weight.numel():
-            raise ValueError(
+            raise UserError(
                 f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
                 f" {list(site.weight.shape)}; it belongs to another one"
             )

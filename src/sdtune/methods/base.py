@@ -20,6 +20,7 @@ from sdtune.backbone.families import Component
 from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
+from sdtune.errors import UserError
 from sdtune.formats import embeddings
 from sdtune.hardware.allocator import pin_allocation
 from sdtune.hardware.precision import HALVES, autocast
@@ -74,7 +75,7 @@ class Adapter(pl.LightningModule, ABC):
         super().__init__()
         check_tokens(new_tokens)
         if self.needs_tokens and not new_tokens:
-            raise ValueError("new_tokens is empty: give 'new_tokens=[{token: \"<my_cat>\", init: cat}]'")
+            raise UserError("new_tokens is empty: give 'new_tokens=[{token: \"<my_cat>\", init: cat}]'")
         self.source = backbone or Pretrained()
         self.objective = objective or Objective()
         self.make_optimizer: MakeOptimizer = optimizer or (
@@ -107,15 +108,16 @@ class Adapter(pl.LightningModule, ABC):
         self.write_artifact(folder, stem)
 
     def check_data(self, data: ImageDataModule) -> None:
-        """ValueError for data that the method cannot be trained on; called before any weights are loaded."""
+        """UserError for data that the method cannot be trained on; called before any weights are loaded."""
 
     def check_against(self, data: ImageDataModule) -> None:
-        """:meth:`check_data`, and ValueError for a new token that no prompt holds: it would learn nothing."""
+        """:meth:`check_data`, and UserError for a new token that no prompt holds: it would learn nothing."""
         random = [part for part in self.source.from_scratch if part not in self.parts]
         if random:
-            raise ValueError(
-                f"backbone.from_scratch: {random[0]} would stay at its random weights; only what method.parts of"
-                " method=full names can begin from scratch"
+            raise UserError(
+                f"{random[0]} would stay at its random weights; only what method.parts of method=full"
+                " names can begin from scratch",
+                key="backbone.from_scratch",
             )
         for token in self.new_tokens:
             if token.weights is not None:

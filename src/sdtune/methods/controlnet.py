@@ -16,6 +16,7 @@ from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, 
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
+from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats.pipeline import save_component
 from sdtune.methods.base import Adapter
@@ -48,7 +49,9 @@ class ControlNet(Adapter):
     ) -> None:
         super().__init__(**common)
         if unet == "frozen" and unet_lr is not None:
-            raise ValueError("method.unet_lr: the UNet is frozen; set method.unet=decoder or open, or leave it out")
+            raise UserError(
+                "the UNet is frozen", key="method.unet_lr", remedy="set method.unet=decoder or open, or leave it out"
+            )
         self.unet, self.unet_lr, self.weights = unet, unet_lr, weights
         self.controlnet: ControlNetModel
         self._maps: dict[str, str | None] = {}
@@ -56,9 +59,10 @@ class ControlNet(Adapter):
 
     def check_data(self, data: ImageDataModule) -> None:
         if data.control is None:
-            raise ValueError(
-                "data.control: method=controlnet learns from a map of each image; choose one with data/control=canny,"
-                " scribble, paired, estimated or pocket"
+            raise UserError(
+                "method=controlnet learns from a map of each image",
+                key="data.control",
+                remedy="choose one with data/control=canny, scribble, paired, estimated or pocket",
             )
         if self.weights is not None:
             find_controlnet(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)

@@ -9,6 +9,7 @@ from annotated_types import Gt
 
 from sdtune.backbone.families import Component
 from sdtune.data.datamodule import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.methods.full import Full
 from sdtune.training.arguments import Common
 
@@ -32,13 +33,14 @@ class DreamBooth(Full):
         **common: Unpack[Common],
     ) -> None:
         if "vae" in parts:
-            raise ValueError("method.parts: DreamBooth leaves the VAE as it is; method=full trains it")
+            raise UserError("DreamBooth leaves the VAE as it is; method=full trains it", key="method.parts")
         super().__init__(parts=parts, text_encoder_lr=text_encoder_lr, **common)
 
     def check_data(self, data: ImageDataModule) -> None:
         """Refuses data without class images, unless their weight is 0."""
         if data.prior_weight > 0 and not data.has_prior:
-            raise ValueError(
-                'data.class_prompt is missing: DreamBooth keeps the class by its images; give data.class_prompt="a'
-                ' photo of a dog" or data.class_path=DIR, or data.prior_weight=0 to train without them'
+            raise UserError(
+                "data.class_prompt is missing: DreamBooth keeps the class by its images",
+                remedy='give data.class_prompt="a photo of a dog" or data.class_path=DIR, or'
+                " data.prior_weight=0 to train without them",
             )

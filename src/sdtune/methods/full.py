@@ -14,6 +14,7 @@ from sdtune.backbone.families import Component
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
+from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats.keys import canonical_key
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
@@ -54,11 +55,15 @@ class Full(Adapter):
     ) -> None:
         super().__init__(**common)
         if not parts:
-            raise ValueError("method.parts is empty; name at least one of unet, text_encoder, vae")
+            raise UserError("method.parts is empty", remedy="name at least one of unet, text_encoder, vae")
         if perception is not None and "vae" not in parts:
-            raise ValueError("method.perception: only the VAE has a perceptual term; add vae to method.parts")
+            raise UserError(
+                "only the VAE has a perceptual term", key="method.perception", remedy="add vae to method.parts"
+            )
         if perception is not None and not Path(perception).expanduser().is_dir():
-            raise ValueError(f"method.perception: {perception} is not a folder; name a local folder with a CLIP model")
+            raise UserError(
+                f"{perception} is not a folder", key="method.perception", remedy="name a local folder with a CLIP model"
+            )
         self.parts = tuple(parts)
         self.rates = {"text_encoder": text_encoder_lr, "vae": vae_lr}
         self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight
@@ -67,9 +72,10 @@ class Full(Adapter):
 
     def check_data(self, data: ImageDataModule) -> None:
         if data.held_out and self.parts == ("vae",):
-            raise ValueError(
-                "data.hold_out: the validation loss is the diffusion loss, which says nothing of method.parts=[vae];"
-                " leave it out"
+            raise UserError(
+                "the validation loss is the diffusion loss, which says nothing of method.parts=[vae]",
+                key="data.hold_out",
+                remedy="leave it out",
             )
 
     def inject(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdtune import streams
 from sdtune.backbone.layers import BLOCKS, layers, named_modules
 from sdtune.data.datamodule import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
@@ -92,20 +93,30 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__(**common)
         if not targets:
-            raise ValueError("method.targets: name at least one of cross_attention, self_attention, feed_forward, ...")
+            raise UserError(
+                "name at least one of cross_attention, self_attention, feed_forward, ...", key="method.targets"
+            )
         if alpha_policy == "rank" and alpha is not None:
-            raise ValueError(f"method.alpha: {alpha} is given, but alpha is the rank; add method.alpha_policy=constant")
+            raise UserError(
+                f"{alpha} is given, but alpha is the rank",
+                key="method.alpha",
+                remedy="add method.alpha_policy=constant",
+            )
         if alpha_policy != "rank" and alpha is None:
-            raise ValueError(f"method.alpha is missing: alpha_policy={alpha_policy} needs one; give method.alpha=16")
+            raise UserError(
+                f"method.alpha is missing: alpha_policy={alpha_policy} needs one", remedy="give method.alpha=16"
+            )
         self.rank, self.alpha, self.alpha_policy = rank, alpha, alpha_policy
         # From a config they come as plain mappings.
         self.blocks = {k: Block(**b) if isinstance(b, Mapping) else b for k, b in (blocks or {}).items()}
         for key, block in self.blocks.items():
             if alpha_policy == "rank" and block.alpha is not None:
-                raise ValueError(f"method.blocks.{key}.alpha: give method.alpha_policy=constant and method.alpha too")
+                raise UserError(
+                    "give method.alpha_policy=constant and method.alpha too", key=f"method.blocks.{key}.alpha"
+                )
         self.text_encoder_lr, self.weights_file = text_encoder_lr, weights
         if weights is not None and not Path(weights).expanduser().exists():
-            raise ValueError(f"method.weights: {weights} does not exist; name a LoRA's file")
+            raise UserError(f"{weights} does not exist", key="method.weights", remedy="name a LoRA's file")
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
 
     def check_data(self, data: ImageDataModule) -> None:
@@ -119,7 +130,9 @@ class LoRA(Adapter):
         paths = [canonical(f"{component}.{name}") for component, name, _ in self._paired()] if self.blocks else []
         for key in self.blocks:
             if not any(_below(path, canonical(key)) for path in paths):
-                raise ValueError(f"method.blocks: {key} is the start of no module that gets pairs, such as {paths[0]}")
+                raise UserError(
+                    f"{key} is the start of no module that gets pairs, such as {paths[0]}", key="method.blocks"
+                )
         if self.weights_file is not None:
             self._begin_from(Path(self.weights_file).expanduser())
 
@@ -129,16 +142,17 @@ class LoRA(Adapter):
         sites = {canonical(f"{component}.{name}"): module for component, name, module in self._paired()}
         try:
             theirs, _ = read_lora(file, sites, xl)
-        except ValueError as error:
-            raise ValueError(
-                f"method.weights: {error}; method.targets and method.projections say what gets pairs"
+        except UserError as error:
+            raise UserError(
+                f"{error}; method.targets and method.projections say what gets pairs", key="method.weights"
             ) from error
         for path, (down, up) in theirs.pairs.items():
             rank, alpha = self._rank_and_alpha(path)
             if theirs.rank(path) != rank:
-                raise ValueError(
-                    f"method.weights: {path} has rank {theirs.rank(path)} in {file.name} and {rank} in this run; give"
-                    f" method.rank={theirs.rank(path)}"
+                raise UserError(
+                    f"{path} has rank {theirs.rank(path)} in {file.name} and {rank} in this run",
+                    key="method.weights",
+                    remedy=f"give method.rank={theirs.rank(path)}",
                 )
             # The file's scale goes into B, so that at the run's own the change is the same.
             own = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
@@ -147,7 +161,7 @@ class LoRA(Adapter):
             for part, value in parts.items():
                 weight: Tensor = getattr(sites[path], part)["default"].weight
                 if weight.shape != value.shape:
-                    raise ValueError(f"method.weights: {path} is for another backbone than this one")
+                    raise UserError(f"{path} is for another backbone than this one", key="method.weights")
                 weight.data.copy_(value)
 
     def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:

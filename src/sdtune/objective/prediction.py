@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.objective.schedule import NoiseSchedule
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -13,9 +14,9 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 def check_prediction_type(prediction_type: str) -> PredictionType:
-    """``prediction_type`` itself; ValueError if it is none of the three."""
+    """``prediction_type`` itself; UserError if it is none of the three."""
     if prediction_type not in get_args(PredictionType):
-        raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
+        raise UserError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
     return prediction_type  # type: ignore[return-value]
 
 

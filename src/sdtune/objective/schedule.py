@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdtune.errors import UserError
+
 
 def betas(config: Mapping[str, Any]) -> Tensor:
     """The variances beta_t of a diffusers scheduler config: float64 [T].
@@ -28,7 +30,7 @@ def betas(config: Mapping[str, Any]) -> Tensor:
     if kind == "squaredcos_cap_v2":
         edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         return torch.from_numpy(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
-    raise ValueError(
+    raise UserError(
         f"backbone scheduler: beta_schedule {kind!r} is not known; linear, scaled_linear and squaredcos_cap_v2 are"
     )
 
@@ -57,15 +59,16 @@ class NoiseSchedule:
         """From a diffusers scheduler config; with ``rescale_betas_zero_snr`` its last step is pure noise.
 
         Raises:
-            ValueError: an unknown schedule, or epsilon-prediction with pure noise, from which no sample follows.
+            UserError: an unknown schedule, or epsilon-prediction with pure noise, from which no sample follows.
         """
         alphas_cumprod = torch.cumprod(1 - betas(config), 0)
         if not config.get("rescale_betas_zero_snr"):
             return cls(alphas_cumprod)
         if config.get("prediction_type", "epsilon") == "epsilon":
-            raise ValueError(
-                "backbone.zero_terminal_snr: with epsilon-prediction pure noise says nothing about the sample; choose"
-                " backbone.prediction_type=v_prediction too"
+            raise UserError(
+                "with epsilon-prediction pure noise says nothing about the sample",
+                key="backbone.zero_terminal_snr",
+                remedy="choose backbone.prediction_type=v_prediction too",
             )
         return cls(zero_terminal(alphas_cumprod))
 

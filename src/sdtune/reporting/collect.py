@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from PIL import Image
 
+from sdtune.errors import UserError
 from sdtune.runs.compare import flat, last_start, own_config_folder
 
 _DEPTH = 3
@@ -60,16 +61,16 @@ class Run:
 
 
 def collect(folder: Path) -> list[Run]:
-    """The run in ``folder``, or the runs below it, in their folders' order; ValueError where there is none."""
+    """The run in ``folder``, or the runs below it, in their folders' order; UserError where there is none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; name that of a run or of a sweep")
+        raise UserError(f"{folder} is not a folder", remedy="name that of a run or of a sweep")
     if (folder / ".hydra" / "config.yaml").is_file():
         return [_read(folder)]
     patterns = ["/".join(["*"] * depth) + "/.hydra/config.yaml" for depth in range(1, _DEPTH + 1)]
     found = sorted({file.parents[1] for pattern in patterns for file in folder.glob(pattern)}, key=_order)
     runs = [path for path in found if (path / "metrics.csv").exists() or (path / "job.json").exists()]
     if not runs:
-        raise ValueError(f"{folder} holds no training run; name the folder of a run or of a sweep")
+        raise UserError(f"{folder} holds no training run", remedy="name the folder of a run or of a sweep")
     return [_read(path) for path in runs]
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import secrets
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from sdtune.files import write_text
+from sdtune.quoting import shell_override, shell_word
 from sdtune.reporting import charts
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import MetricStatistics, Place, Setting, group_by_setting, metrics, rankings, varied
@@ -102,7 +102,7 @@ def _left(folder: Path) -> str:
     """How a sweep that is not at its end goes on."""
     if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
         return ""
-    return f"sdtune train -m {shlex.quote(f'resume={folder}')}"
+    return f"sdtune train -m {shell_override('resume', folder)}"
 
 
 def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
@@ -232,5 +232,5 @@ def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
         "state": run.state,
         "error": run.error,
         "values": [_value(value) for value in setting.own.values()],
-        "command": shlex.join(["sdtune", "train", *_folder(run), *_by_itself(run.overrides)]),
+        "command": " ".join(map(shell_word, ["sdtune", "train", *_folder(run), *_by_itself(run.overrides)])),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sdtune.errors import UserError
 from sdtune.paths import command_line_folder
 
 MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
@@ -31,7 +32,7 @@ def own_config_folder(run: Path) -> str | None:
 
 
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
-    """ValueError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
+    """UserError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
 
     Recipes and defaults are composed from the files of today, which may have been edited since. A setting that is new
     in them is passed over; one that is gone is not, because without it the run would be another.
@@ -44,20 +45,30 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
         for key, value in before.items()
         if not key.startswith(free) and key != "resume" and not (isinstance(value, str) and "${" in value)
     }
-    check_nothing_gone(fixed, now, run)
-    key = first_change(fixed, now)
-    if key is not None:
-        raise ValueError(
-            f"resume: {key} is {now[key]!r} now and was {fixed[key]!r} when the run began; put the recipe or default"
-            " that sets it back"
-        )
+    check_same(fixed, now, run, "run")
 
 
-def check_nothing_gone(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """ValueError where the config of ``folder`` has a setting that is gone today, as one of an older sdtune has."""
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, kind: str) -> None:
+    """UserError where a setting of the ``kind`` (run or sweep) in ``folder`` is gone today, or has another value.
+
+    A setting is gone that an older sdtune had. What is new since is passed over.
+
+    Args:
+        before: the flat config that it began with.
+        now: the one that is composed today.
+    """
     gone = next((key for key in before if key not in now and key != "resume"), None)
     if gone is not None:
-        raise ValueError(f"resume: {folder} has the setting {gone}, which there is no more; {BEGUN_OTHERWISE}")
+        raise UserError(
+            f"{folder} has the setting {gone}, which there is no more", key="resume", remedy=BEGUN_OTHERWISE
+        )
+    key = first_change(before, now)
+    if key is not None:
+        raise UserError(
+            f"{key} is {now[key]!r} now and was {before[key]!r} when the {kind} began",
+            key="resume",
+            remedy="put the recipe or default that sets it back",
+        )
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

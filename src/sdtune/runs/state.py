@@ -9,6 +9,9 @@ from typing import Any
 STATE = "job.json"
 """Of a job's folder: its overrides, its ``state`` (done, failed, pruned, or unfinished), and why."""
 
+ERROR_LOG = "error.log"
+"""Of a failed job's folder: the traceback."""
+
 UNFINISHED = "unfinished"
 
 
@@ -21,5 +24,5 @@ def ended(folder: Path) -> dict[str, Any]:
     """What ``folder`` says of its job; a run that was completed by itself since is done."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     if finished(folder):
-        state = {key: value for key, value in state.items() if key != "error"} | {"state": "done"}
+        state = {key: value for key, value in state.items() if key not in ("error", "traceback")} | {"state": "done"}
     return state

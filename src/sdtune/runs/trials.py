@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdtune.errors import UserError
+
 if TYPE_CHECKING:
     import optuna
     from optuna.storages import JournalStorage
@@ -16,9 +18,9 @@ JOURNAL = "optuna.journal"
 
 
 def require_optuna() -> None:
-    """ValueError where it is not installed."""
+    """UserError where it is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise ValueError("sweep=optuna needs Optuna; pip install 'sdtune[sweeps]'")
+        raise UserError("sweep=optuna needs Optuna", remedy="pip install 'sdtune[sweeps]'")
 
 
 def storage(sweep: Path) -> JournalStorage:

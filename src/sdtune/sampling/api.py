@@ -42,7 +42,7 @@ def sample(
         device: as in torch; an accelerator if there is one.
 
     Raises:
-        ValueError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
+        UserError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
     """
     source = backbone or Pretrained(guidance=POCKET_GUIDANCE)
     wanted = [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]

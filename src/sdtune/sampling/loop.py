@@ -16,6 +16,7 @@ from torch import Tensor
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import GUIDANCE
 from sdtune.data.control.base import as_map
+from sdtune.errors import UserError
 
 Sampler = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
 
@@ -57,10 +58,10 @@ class Sampling:
         return self.width or side, self.height or side
 
     def check(self, factor: int) -> None:
-        """ValueError where a side does not fit a VAE that shrinks by ``factor``."""
+        """UserError where a side does not fit a VAE that shrinks by ``factor``."""
         for key, side in (("width", self.width), ("height", self.height)):
             if side is not None and side % factor:
-                raise ValueError(f"sampling.{key}: {side} is not a multiple of {factor}, the VAE's factor")
+                raise UserError(f"{side} is not a multiple of {factor}, the VAE's factor", key=f"sampling.{key}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
     kind = getattr(diffusers, _SCHEDULERS[sampler] if sampler else config["_class_name"])
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         if sampler is not None:
-            raise ValueError(f"sampling.sampler: {sampler} cannot begin at pure noise; ddim, euler and dpmpp_2m can")
+            raise UserError(
+                f"{sampler} cannot begin at pure noise; ddim, euler and dpmpp_2m can", key="sampling.sampler"
+            )
         kind = diffusers.DDIMScheduler
     return kind.from_config(config)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.errors import UserError
 
 log = logging.getLogger("sdtune")
 
@@ -41,11 +42,11 @@ _KINDS = {"negative": str, "width": int, "height": int, "seed": int, "guidance":
 def read_prompt_file(path: str) -> list[PromptLine]:
     """One prompt a line; ``--n`` negative, ``--w --h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance.
 
-    Empty lines and lines that begin with ``#`` are passed over. ValueError names file and line.
+    Empty lines and lines that begin with ``#`` are passed over. UserError names file and line.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"prompts_file: {path} is not a file")
+        raise UserError(f"{path} is not a file", key="prompts_file")
     lines = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         text = line.strip()
@@ -58,12 +59,12 @@ def read_prompt_file(path: str) -> list[PromptLine]:
             key = _OPTIONS.get(letter)
             if key is None:
                 known = ", ".join(f"--{o}" for o in _OPTIONS)
-                raise ValueError(f"{path}, line {number}: --{letter} is not known; there are {known}")
+                raise UserError(f"{path}, line {number}: --{letter} is not known; there are {known}")
             try:
                 found[key] = _KINDS[key](value.strip())
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: --{letter} {value!r} is not a number") from error
+                raise UserError(f"{path}, line {number}: --{letter} {value!r} is not a number") from error
         lines.append(PromptLine(prompt.strip(), **found))  # type: ignore[arg-type]
     if not lines:
-        raise ValueError(f"prompts_file: {path} holds no prompt")
+        raise UserError(f"{path} holds no prompt", key="prompts_file")
     return lines

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from traceback import format_exception
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,14 +21,13 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.errors import RunFailed
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
+from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
 from sdtune.hardware.precision import HALVES
 from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import Joint, Mode, mapped, shape
 from sdtune.shared_backbone.padding import Pair
 from sdtune.shared_backbone.step_coordinator import PendingCall
 from sdtune.training.caching import drawn_at_once
-
-log = logging.getLogger("sdtune")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -187,24 +186,21 @@ class Pool:
                 self._step(steps)
                 return steps.keys()
         except Exception as error:
-            reason = self._reason(error)
+            failure = self._failure(error)
             # The others wait until the memory is free that these hold.
             for call in (*losses.values(), *steps.values()):
-                call.answer, call.error = None, RunFailed(reason)
+                call.answer, call.error = None, failure
             return losses.keys() | steps.keys()
         self._draw(others)
         return losses.keys() | others.keys()
 
-    def _reason(self, error: Exception) -> str:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            log.error("a call of the UNet failed", exc_info=error)
-            return f"{type(error).__name__}: {error}"
-        if self.size == 1:
-            return "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"
-        return (
-            f"out of memory on the device with {self.size} runs at once: give hydra.launcher.max_concurrent_runs="
-            f"{self.size // 2}"
-        )
+    def _failure(self, error: Exception) -> RunFailed:
+        """What ends the runs that asked; the traceback as text, since its frames hold the memory of a step."""
+        details = "".join(format_exception(error))
+        if not is_out_of_memory(error):
+            return RunFailed(f"{type(error).__name__}: {error}", details=details)
+        way = ADVICE["sharing alone" if self.size == 1 else "sharing"]
+        return RunFailed(way.format(runs=self.size, fewer=self.size // 2), details=details)
 
     def _backward(self, losses: Mapping[int, Back]) -> None:
         each = list(losses.values())
@@ -225,9 +221,9 @@ class Pool:
                 try:
                     self._forward(part, set())
                 except Exception as error:
-                    reason = self._reason(error)
+                    failure = self._failure(error)
                     for call in part.values():
-                        call.error = RunFailed(reason)
+                        call.error = failure
 
     def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """``calls`` without gradients, so many in a pass that their samples are those of images drawn at once."""

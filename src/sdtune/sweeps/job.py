@@ -8,18 +8,19 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.config.compose import Prepare
-from sdtune.errors import Pruned, RunFailed, Stopped
-from sdtune.files import locked, replacing, write_json
+from sdtune.errors import Pruned, RunFailed, Stopped, UserError
+from sdtune.files import locked, replacing, write_json, write_text
 from sdtune.hardware.allocator import release
 from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
-from sdtune.runs.state import STATE, UNFINISHED, finished
+from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
 from sdtune.sweeps.job_process import run_apart
 from sdtune.sweeps.joblib_stop import reachable, stopping
 
@@ -57,6 +58,7 @@ class Job:
             if not finished(folder):
                 # What a killed process leaves behind says that it was not at an end.
                 write_json(folder / STATE, state)
+                (folder / ERROR_LOG).unlink(missing_ok=True)
                 self._run(composed, whole, folder)
             state |= {"state": "done", "metric": _metric(composed, folder)}
         except Stopped as stop:
@@ -67,9 +69,8 @@ class Job:
             return None
         except Exception as error:
             # Raised, it would end the sweep; the other jobs run on.
-            ours = isinstance(error, ValueError | RunFailed)
-            state |= {"state": "failed", "error": f"{'' if ours else f'{type(error).__name__}: '}{error}"}
-            print(f"sdtune: job {folder.name} failed: {state['error']}", file=sys.stderr)
+            state |= {"state": "failed", **_failure(error, folder)}
+            print(f"sdtune: job {folder.name} failed: {state['error']}{_where(error, folder)}", file=sys.stderr)
             return None
         finally:
             try:
@@ -100,6 +101,23 @@ class Job:
         assert isinstance(node, dict)
         settings = {str(key): value for key, value in node.items()}
         return process_count(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
+
+
+def _failure(error: Exception, folder: Path) -> dict[str, str]:
+    """The line of ``error`` for the job's state; its traceback goes to a file of its own."""
+    details = error.details if isinstance(error, RunFailed) and error.details else "".join(format_exception(error))
+    write_text(folder / ERROR_LOG, details)
+    name = "" if _is_users(error) else f"{type(error).__name__}: "
+    return {"error": f"{name}{error}", "traceback": ERROR_LOG}
+
+
+def _where(error: Exception, folder: Path) -> str:
+    """Where the traceback of a bug lies; nothing for what the user can mend."""
+    return "" if _is_users(error) else f"; its traceback is in {folder / ERROR_LOG}"
+
+
+def _is_users(error: Exception) -> bool:
+    return isinstance(error, UserError | RunFailed)
 
 
 @contextlib.contextmanager

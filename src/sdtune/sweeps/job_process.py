@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.hardware.signals import STOP_SIGNALS, handled
+from sdtune.quoting import override
 
 _ANOTHERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"),
@@ -25,6 +27,12 @@ SLURM's count of tasks, which is the sweep's, for the job's.
 """
 
 _HANDED_ON = (*STOP_SIGNALS, signal.SIGHUP)
+_OWN = "sdtune: "
+"""Begins the lines in which a command says how it ended."""
+
+_KEPT_LINES = 500
+"""Of a process's stderr: the traceback of a failure is at its end."""
+
 _PATIENCE = 10.0
 """Seconds for the last words of a process that has ended."""
 
@@ -37,21 +45,8 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         Pruned: it fell behind the others of a search.
         RunFailed: it ended with another code than 0; the message is its own last word.
     """
-    place = str(folder).replace("'", "\\'")
-    own = [f"resume={folder}"] if resume else [*overrides, f"hydra.run.dir='{place}'"]
-    environment = {
-        key: value for key, value in os.environ.items() if key not in _ANOTHERS and not key.startswith("SLURM_")
-    }
-    # A session of its own: a signal reaches it once, from here, however it came.
-    child = subprocess.Popen(
-        [sys.executable, "-m", "sdtune", command, *options, *own],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=end_with_parent if sys.platform == "linux" else None,
-    )
-
+    own = [override("resume", folder)] if resume else [*overrides, override("hydra.run.dir", folder)]
+    child = _start([command, *options, *own])
     asked: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -60,9 +55,9 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, asked[-1])
 
-    words: list[str] = []
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
     with handled(_HANDED_ON, hand_on):
-        reader = threading.Thread(target=_repeat, args=(child, words), daemon=True)
+        reader = threading.Thread(target=_repeat, args=(child, lines), daemon=True)
         reader.start()
         try:
             # Not the end of its words: the other processes of a job whose first one has died hold them open.
@@ -71,6 +66,32 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     reader.join(_PATIENCE)
+    _raise_for(code, asked, list(lines))
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """``sdtune`` in a session of its own: a signal reaches it once, from here, however it came."""
+    environment = {
+        key: value for key, value in os.environ.items() if key not in _ANOTHERS and not key.startswith("SLURM_")
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "sdtune", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def _raise_for(code: int, asked: Sequence[int], lines: Sequence[str]) -> None:
+    """Raise what a process ended by whose exit code is ``code``; nothing for 0.
+
+    Args:
+        asked: the signals that it was sent.
+        lines: the last of its stderr.
+    """
+    words = [line.removeprefix(_OWN).strip() for line in lines if line.startswith(_OWN)]
     said = words[-1] if words else ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise Stopped(said, code)
@@ -80,7 +101,7 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
     if code == PRUNED:
         raise Pruned(int(said.rpartition(" ")[2]))
     if code:
-        raise RunFailed(said or f"its process ended with exit code {code}")
+        raise RunFailed(said or f"its process ended with exit code {code}", details="".join(lines))
 
 
 def end_with_parent() -> None:
@@ -88,9 +109,8 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _repeat(child: subprocess.Popen[str], words: list[str]) -> None:
+def _repeat(child: subprocess.Popen[str], lines: deque[str]) -> None:
     assert child.stderr is not None
     for line in child.stderr:
         sys.stderr.write(line)
-        if line.startswith("sdtune: "):
-            words.append(line.removeprefix("sdtune: ").strip())
+        lines.append(line)

@@ -21,7 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sdtune.errors import RunFailed
+from sdtune.errors import RunFailed, UserError
 from sdtune.runs.metrics import LOWER_IS_BETTER
 from sdtune.runs.state import STATE, UNFINISHED
 from sdtune.runs.trials import STUDY, require_optuna, storage
@@ -41,22 +41,24 @@ def _direction(metric: str) -> str:
 
 
 def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
-    """ValueError for a search that cannot begin; ``parsed`` are its overrides."""
+    """UserError for a search that cannot begin; ``parsed`` are its overrides."""
     require_optuna()
     sweeper = master.hydra.sweeper
     if sweeper.direction not in (None, *DIRECTIONS):
-        raise ValueError(f"hydra.sweeper.direction: {sweeper.direction!r}; give minimize or maximize")
+        raise UserError(f"{sweeper.direction!r}", key="hydra.sweeper.direction", remedy="give minimize or maximize")
     for key in ("n_trials", "at_once"):
         if not isinstance(sweeper[key], int) or sweeper[key] < 1:
-            raise ValueError(f"hydra.sweeper.{key}: {sweeper[key]!r}; give at least 1")
+            raise UserError(f"{sweeper[key]!r}", key=f"hydra.sweeper.{key}", remedy="give at least 1")
     metric = master.get("optimized_metric")
     if not metric:
-        raise ValueError("optimized_metric is missing: name the metric of metrics.json that Optuna shall improve")
+        raise UserError("optimized_metric is missing: name the metric of metrics.json that Optuna shall improve")
     if metric in LOWER_IS_BETTER and sweeper.direction == "maximize":
-        raise ValueError(f"hydra.sweeper.direction: {metric} is the better the lower; leave it out")
+        raise UserError(f"{metric} is the better the lower", key="hydra.sweeper.direction", remedy="leave it out")
     if not any(override.is_sweep_override() for override in _by_key(parsed).values()):
-        raise ValueError(
-            "hydra.sweeper.params: nothing is searched; give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'"
+        raise UserError(
+            "nothing is searched",
+            key="hydra.sweeper.params",
+            remedy="give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'",
         )
 
 
@@ -182,7 +184,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         wanted = str(self.config.optimized_metric)
         if wanted not in found:
             known = [key for key, value in found.items() if isinstance(value, int | float)]
-            raise ValueError(f"optimized_metric: {wanted}: there is no such metric; {run} has {', '.join(known)}")
+            raise UserError(f"{wanted}: there is no such metric; {run} has {', '.join(known)}", key="optimized_metric")
 
     def _say(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState

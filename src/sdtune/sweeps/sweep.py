@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,23 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.config.compose import Prepare, without_hydra
-from sdtune.config.hydra_compat import BasicSweeper, Hydra
-from sdtune.errors import RunFailed, Stopped
+from sdtune.config.hydra_compat import BasicSweeper, Hydra, initialized
+from sdtune.config.overrides import resumed_folder
+from sdtune.errors import RunFailed, Stopped, UserError
 from sdtune.files import locked, write_json
 from sdtune.paths import command_line_folder
-from sdtune.runs.compare import check_nothing_gone, check_unchanged, first_change, flat
+from sdtune.quoting import override, shell_override, shell_word
+from sdtune.runs.compare import check_same, check_unchanged, flat
 from sdtune.runs.state import STATE, ended
 from sdtune.runs.trials import JOURNAL
 from sdtune.sweeps.job import Job
 from sdtune.sweeps.joblib_stop import Relay
-from sdtune.sweeps.optuna_sweeper import check_search, example
+from sdtune.sweeps.launchers import is_joblib, is_slurm, plugin
+from sdtune.sweeps.optuna_sweeper import OptunaSweeper, check_search, example
+from sdtune.sweeps.shared_launcher import SharedBackboneLauncher
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
@@ -45,142 +47,153 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
     """Run the sweep of a command line; the exit code: 1 where a job failed.
 
     Raises:
-        ValueError: where a job is refused before the first starts, or ``resume=`` names another sweep.
+        UserError: where a job is refused before the first starts, or ``resume=`` names another sweep.
         Stopped: where the user stopped it.
     """
     overrides, before = _taken_up(overrides, search)
-    hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
-    try:
-        master = hydra.compose_config(
-            config_name=command, overrides=overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
-        )
+    with initialized(command, search) as hydra:
+        master = _compose(hydra, command, overrides)
         folder = before or Path(str(master.hydra.sweep.dir)).expanduser()
-        place = str(folder).replace("'", "\\'")
-        fixed = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir='{place}'"]
-        if OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"] != _SUBDIR:  # type: ignore[index, call-overload]
-            raise ValueError("hydra.sweep.subdir: the jobs' folders are called by their numbers; leave it out")
-        if before is None and (folder / "multirun.yaml").exists():
-            raise ValueError(f"hydra.sweep.dir: {folder} already holds a sweep; resume={folder} goes on with it")
-        _check_launcher(master.hydra)
+        fixed = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [override("hydra.sweep.dir", folder)]
+        _check_master(master, folder, before is not None)
         _check(hydra, command, fixed, prepare)
         if before is not None:
-            _check_master(master, folder)
-        in_worker = str(master.hydra.launcher._target_).endswith(".JoblibLauncher")
-        job = Job(command, prepare, in_worker)
-        again = f"sdtune {command} -m {shlex.quote(f'resume={folder}')} goes on with it"
-        # The job keeps its config itself: see sdtune.sweeps.job.
-        fixed.append("hydra.output_subdir=null")
-        try:
-            with locked(folder), Relay(folder) if in_worker else contextlib.nullcontext() as relay:
-                hydra.multirun(config_name=command, task_function=job, overrides=fixed)
-        except (SystemExit, KeyboardInterrupt) as stop:
-            code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-            raise Stopped(f"the sweep is stopped; {again}", code) from stop
-        except RunFailed:
-            _summary(folder, command)
-            print(f"sdtune: {again}", file=sys.stderr)
-            raise
-        except BrokenExecutor as error:
-            raise RunFailed(
-                f"a worker was killed, perhaps for memory (hydra.launcher.n_jobs says how many); {again}"
-            ) from error
-        if relay is not None and relay.code is not None:
-            raise Stopped(f"the sweep is stopped; {again}", relay.code)
-    finally:
-        GlobalHydra.instance().clear()
+            kept = OmegaConf.load(folder / "multirun.yaml")
+            assert isinstance(kept, DictConfig)
+            began, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
+            check_same(began, now, folder, "sweep")
+        job = Job(command, prepare, in_worker=is_joblib(plugin(master.hydra.launcher)))
+        _launch(hydra, job, fixed, folder)
     return _summary(folder, command)
 
 
-def _check_launcher(node: DictConfig) -> None:
-    target = str(node.launcher._target_)
+def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
+    """Have Hydra's sweeper and launcher run the jobs in ``folder``; Stopped or RunFailed where they do not end."""
+    again = f"sdtune {job.command} -m {shell_override('resume', folder)} goes on with it"
+    try:
+        with locked(folder), Relay(folder) if job.in_worker else contextlib.nullcontext() as relay:
+            # The job keeps its config itself: see sdtune.sweeps.job.
+            hydra.multirun(job.command, task_function=job, overrides=[*overrides, "hydra.output_subdir=null"])
+    except (SystemExit, KeyboardInterrupt) as stop:
+        code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+        raise Stopped(f"the sweep is stopped; {again}", code) from stop
+    except RunFailed:
+        _summary(folder, job.command)
+        print(f"sdtune: {again}", file=sys.stderr)
+        raise
+    except BrokenExecutor as error:
+        raise RunFailed(
+            f"a worker was killed, perhaps for memory (hydra.launcher.n_jobs says how many); {again}"
+        ) from error
+    if relay is not None and relay.code is not None:
+        raise Stopped(f"the sweep is stopped; {again}", relay.code)
+
+
+def _compose(hydra: Hydra, command: str, overrides: list[str]) -> DictConfig:
+    """What all jobs have in common."""
+    master: DictConfig = hydra.compose_config(
+        config_name=command, overrides=overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+    )
+    return master
+
+
+def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
+    """Refuse settings of the whole sweep with which its jobs could not run."""
+    if OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"] != _SUBDIR:  # type: ignore[index, call-overload]
+        raise UserError(
+            "the jobs' folders are called by their numbers", key="hydra.sweep.subdir", remedy="leave it out"
+        )
+    if not resumed and (folder / "multirun.yaml").exists():
+        again = shell_override("resume", folder)
+        raise UserError(f"{folder} already holds a sweep; {again} goes on with it", key="hydra.sweep.dir")
+    launcher = master.hydra.launcher
     for key in ("env_set", "chdir"):
-        if target.endswith(".SharedBackboneLauncher") and node.job.get(key):
-            raise ValueError(f"hydra.job.{key}: jobs on one backbone are one process; give hydra/launcher=basic")
-    most = node.launcher.get("max_concurrent_runs", "auto")
+        if issubclass(plugin(launcher), SharedBackboneLauncher) and master.hydra.job.get(key):
+            raise UserError(
+                "jobs on one backbone are one process", key=f"hydra.job.{key}", remedy="give hydra/launcher=basic"
+            )
+    most = launcher.get("max_concurrent_runs", "auto")
     if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise ValueError(f"hydra.launcher.max_concurrent_runs: {most!r}; give auto, or how many at once, at least 1")
-    if target.endswith(".SlurmLauncher") and shutil.which("srun") is None:
-        raise ValueError(
-            "hydra/launcher: submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without"
+        raise UserError(
+            f"{most!r}",
+            key="hydra.launcher.max_concurrent_runs",
+            remedy="give auto, or how many at once, at least 1",
+        )
+    if is_slurm(plugin(launcher)) and shutil.which("srun") is None:
+        raise UserError(
+            "submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without",
+            key="hydra/launcher",
         )
 
 
 def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str], Path | None]:
     """The sweep's own overrides, and the folder that ``resume=`` names; its ``--config-dir`` goes to ``search``."""
-    wanted = [o for o in overrides if o.startswith("resume=") and o != "resume=null"]
-    if not wanted:
+    folder = resumed_folder(overrides)
+    if folder is None:
         return overrides, None
-    folder = Path(wanted[-1].removeprefix("resume=")).expanduser()
     kept = folder / "multirun.yaml"
     if not kept.is_file():
-        raise ValueError(f"resume: {folder} holds no sweep (no multirun.yaml); name the folder of one, or leave out -m")
+        raise UserError(
+            f"{folder} holds no sweep (no multirun.yaml)",
+            key="resume",
+            remedy="name the folder of one, or leave out -m",
+        )
     loaded = OmegaConf.load(kept)
     own = [str(o) for o in (*loaded.hydra.overrides.task, *loaded.hydra.overrides.hydra)]
     own = [o for o in own if not o.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir="))]
     anew = [o for o in overrides if o.startswith(_ANEW)]
     own = [o for o in own if not o.startswith(tuple(f"{given.split('=', 1)[0]}=" for given in anew))]
-    given = [o for o in overrides if o not in (*wanted, *anew) and not o.startswith("hydra.sweep.dir=")]
+    given = [o for o in overrides if o not in anew and not o.startswith(("resume=", "hydra.sweep.dir="))]
     odd = [o for o in given if o not in own] or [o for o in own if given and o not in given]
     if odd:
         how = "makes it another sweep than" if odd[0] in given else "is left out, which makes it another sweep than"
-        raise ValueError(f"resume: {odd[0]} {how} the one in {folder}; repeat its overrides exactly, or give none")
+        raise UserError(
+            f"{odd[0]} {how} the one in {folder}", key="resume", remedy="repeat its overrides exactly, or give none"
+        )
     kept_folder = command_line_folder(loaded.hydra.runtime.config_sources)
     if kept_folder is not None and not any(one.provider == "command-line" for one in search.get_path()):
         search.prepend(provider="command-line", path=f"file://{kept_folder}", anchor=SearchPathQuery(provider="schema"))
     return [*own, *anew], folder
 
 
-def _check_master(master: DictConfig, folder: Path) -> None:
-    """ValueError where the files of today compose what all jobs share to something else than when the sweep began."""
-    kept = OmegaConf.load(folder / "multirun.yaml")
-    assert isinstance(kept, DictConfig)
-    before, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
-    check_nothing_gone(before, now, folder)
-    changed = first_change(before, now)
-    if changed is not None:
-        raise ValueError(
-            f"resume: {changed} is {now[changed]!r} now and was {before[changed]!r} when the sweep began; put the"
-            " recipe or default that sets it back"
-        )
-
-
 def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> None:
     """Compose and check every job of a grid; of a search one example, the others as they come."""
-    master = hydra.compose_config(
-        config_name=command, overrides=overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False
-    )
-    sweeper = master.hydra.sweeper
-    texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    texts += [str(override) for override in master.hydra.overrides.task]
-    parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
-    if str(sweeper._target_).endswith(".BasicSweeper"):
-        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-        called = [str(number) for number in range(len(jobs))]
-    elif str(sweeper._target_).endswith(".OptunaSweeper"):
-        check_search(master, parsed)
-        jobs, called = [example(parsed)], ["example"]
-    else:
-        return
+    master = _compose(hydra, command, overrides)
+    jobs, names = _jobs(hydra, master)
     if len(jobs) > 1:
-        print(f"checking {len(jobs)} jobs before the first starts")
+        print(f"checking {len(jobs)} jobs before the first starts", file=sys.stderr)
     refused: dict[str, list[str]] = {}
     for number, job in enumerate(jobs):
         config = hydra.config_loader.load_sweep_config(master, list(job))
         with open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
         HydraConfig.instance().set_config(config)
-        folder = Path(str(master.hydra.sweep.dir)) / called[number]
         try:
-            _check_job(config, folder, prepare)
-        except ValueError as error:
+            _check_job(config, Path(str(master.hydra.sweep.dir)) / names[number], prepare)
+        except UserError as error:
             own = f" ({_own(job, jobs)})" if len(jobs) > 1 else ""
-            refused.setdefault(str(error), []).append(
-                f"job {called[number]}{own}" if called[0] == "0" else "the search's jobs"
-            )
+            who = f"job {names[number]}{own}" if names[0] == "0" else "the search's jobs"
+            refused.setdefault(str(error), []).append(who)
     if refused:
         each = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {why}" for why, who in refused.items()]
         more = f"; and {len(each) - 2} other reasons" if len(each) > 2 else ""
-        raise ValueError(f"{'; '.join(each[:2])}{more}; nothing was started")
+        raise UserError(f"{'; '.join(each[:2])}{more}; nothing was started")
+
+
+def _jobs(hydra: Hydra, master: DictConfig) -> tuple[list[Sequence[str]], list[str]]:
+    """The overrides of each job that can be known before the start, and the names of their folders."""
+    sweeper = master.hydra.sweeper
+    texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    texts += [str(text) for text in master.hydra.overrides.task]
+    parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
+    kind = plugin(sweeper)
+    if issubclass(kind, BasicSweeper):
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        return jobs, [str(number) for number in range(len(jobs))]
+    if issubclass(kind, OptunaSweeper):
+        check_search(master, parsed)
+        return [example(parsed)], ["example"]
+    return [], []  # a sweeper of another package: what it will ask for is not known
 
 
 def _check_job(config: DictConfig, folder: Path, prepare: Prepare) -> None:
@@ -202,13 +215,13 @@ def _summary(folder: Path, command: str) -> int:
     count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
     pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
     print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
-    print(f"what each left is in its folder's artifact; to compare them: sdtune report {shlex.quote(str(folder))}")
+    print(f"what each left is in its folder's artifact; to compare them: sdtune report {shell_word(str(folder))}")
     for job in failed:
         own = _own(job["overrides"], [each["overrides"] for each in jobs])
         how = f"failed: {job['error']}" if job["state"] == "failed" else f"is {job['state']}"
         print(f"sdtune: job {job['job']} ({own}) {how}", file=sys.stderr)
     if failed and not (folder / JOURNAL).exists():  # to a search they are trials that have ended
-        print(f"sdtune: sdtune {command} -m {shlex.quote(f'resume={folder}')} runs them again", file=sys.stderr)
+        print(f"sdtune: sdtune {command} -m {shell_override('resume', folder)} runs them again", file=sys.stderr)
     return 1 if failed else 0
 
 

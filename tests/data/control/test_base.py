@@ -17,6 +17,7 @@ from sdtune.data.control.base import Control, Paired
 from sdtune.data.control.edges import Canny, Scribble
 from sdtune.data.previews import preview_prompts
 from sdtune.data.sources import FileSample
+from sdtune.errors import UserError
 
 COMPUTED = [Canny(), Scribble()]
 
@@ -86,7 +87,7 @@ def test_colours_of_one_brightness_have_an_edge_too() -> None:
 
 def test_thresholds_in_the_wrong_order_are_refused() -> None:
     for kind in (Canny, Scribble):
-        with pytest.raises(ValueError, match=r"^data\.control\.low: 300 is above data\.control\.high \(200\)"):
+        with pytest.raises(UserError, match=r"^data\.control\.low: 300 is above data\.control\.high \(200\)"):
             kind(low=300, high=200)
 
 
@@ -165,13 +166,13 @@ def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
 def test_one_map_for_two_images_is_refused(tmp_path: Path) -> None:
     for i, name in enumerate(("images/a/x.png", "images/b/x.png", "maps/x.png")):
         noise(tmp_path / name, 64, 64, seed=i)
-    with pytest.raises(ValueError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
+    with pytest.raises(UserError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
         Paired(str(tmp_path / "maps")).open(samples(tmp_path / "images"))
 
 
 def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     def refused(match: str, control: Paired | None = None) -> None:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(UserError, match=match):
             opened(folder, control=control or Paired(str(maps)))
 
     maps = folder.parent / "maps"

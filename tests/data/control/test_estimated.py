@@ -21,6 +21,7 @@ from running import folder_data
 from sdtune.data.control import estimated
 from sdtune.data.control.estimated import Estimated
 from sdtune.data.control.estimators import colours
+from sdtune.errors import UserError
 
 SIZES = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
 SIZES |= {"patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
@@ -78,11 +79,11 @@ def test_colours_are_those_of_pascal_voc() -> None:
 
 
 def test_models_that_are_none_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.control\.model: /nowhere is not a folder"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: /nowhere is not a folder"):
         Estimated("/nowhere").open([])
     Estimated("somebody/model").open([])  # a hub id is asked for when training begins
     (tmp_path / "empty").mkdir()
     data = folder_data(save_drawings(tmp_path / "images", 1))
     data.open(32, 4)
-    with pytest.raises(ValueError, match=r"^data\.control\.model: .*/empty holds no model for depth"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .*/empty holds no model for depth"):
         Estimated(str(tmp_path / "empty")).prepare(data.train)

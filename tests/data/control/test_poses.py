@@ -23,6 +23,7 @@ from running import folder_data
 from sdtune.data.control import poses
 from sdtune.data.control.estimated import Estimated
 from sdtune.data.control.poses import PoseEstimator, other_side, skeletons
+from sdtune.errors import UserError
 
 
 def person() -> np.ndarray:
@@ -149,15 +150,15 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
 
 def test_what_finds_no_people_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(ValueError, match=r"^data\.control\.model: .* finds 21 keypoints; COCO's 17 are needed"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .* finds 21 keypoints; COCO's 17 are needed"):
         PoseEstimator(models["hands"], None, cpu)
-    with pytest.raises(ValueError, match=r"^data\.control\.model: .*/detector holds no model for poses"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .*/detector holds no model for poses"):
         PoseEstimator(models["detector"], None, cpu)
-    with pytest.raises(ValueError, match=r"^data\.control\.detector: .*/cats has no label 'person'"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: .*/cats has no label 'person'"):
         PoseEstimator(models["one"], models["cats"], cpu)
-    with pytest.raises(ValueError, match=r"^data\.control\.detector: .*/one holds no model for object detection"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: .*/one holds no model for object detection"):
         PoseEstimator(models["one"], models["one"], cpu)
-    with pytest.raises(ValueError, match=r"^data\.control\.detector: depth needs none"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: depth needs none"):
         Estimated("somebody/model", "depth", "somebody/detector")
-    with pytest.raises(ValueError, match=r"^data\.control\.detector: /nowhere is not a folder"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: /nowhere is not a folder"):
         Estimated(str(models["one"]), "pose", "/nowhere").open([])

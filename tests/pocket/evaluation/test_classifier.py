@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from sdtune.errors import UserError
 from sdtune.pocket.evaluation import classifier as evaluation
 from sdtune.pocket.evaluation.classifier import NOTHING, Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.pretraining import classifier as training
@@ -182,12 +183,12 @@ def test_the_ceilings_are_shares_of_held_out_renders_named_rightly(
 @pytest.mark.parametrize("shape", [(0, SIDE, SIDE, 3), (SIDE, SIDE, 3), (1, 3, SIDE, SIDE), (1, 32, 32, 3)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     for reader in (Classifier().read, background):
-        with pytest.raises(ValueError, match="not uint8"):
+        with pytest.raises(UserError, match="not uint8"):
             reader(np.zeros(shape, dtype=np.uint8))
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(UserError, match="float32"):
         background(np.zeros((1, SIDE, SIDE, 3), dtype=np.float32))
 
 
@@ -195,7 +196,7 @@ def test_other_types_are_refused() -> None:
 def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     save(Classifier(), tmp_path)
     (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=rf"{missing}: no such file.*sdtune\.pocket\.pretraining\.classifier"):
+    with pytest.raises(UserError, match=rf"{missing}: no such file.*sdtune\.pocket\.pretraining\.classifier"):
         load_classifier(tmp_path)
 
 

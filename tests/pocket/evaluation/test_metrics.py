@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from sdtune.backbone import Pretrained
+from sdtune.errors import UserError
 from sdtune.evaluation.distances import distances
 from sdtune.pocket import path
 from sdtune.pocket.evaluation import style
@@ -95,7 +96,7 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     without = SubjectMetrics(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
     assert without["prior_leak"] is without["prior_drift"] is without["class_diversity"] is None
     assert "evaluation.class_images=210" in without["reasons"]["prior_drift"]
-    with pytest.raises(ValueError, match="class_diversity needs a CLIP"):
+    with pytest.raises(UserError, match="class_diversity needs a CLIP"):
         SubjectMetrics(class_images=1, clip=None)
 
 
@@ -134,11 +135,11 @@ def test_style_figures_refuse_what_they_cannot_measure() -> None:
     facts = Pretrained().facts
     data = Style(objects=90)
     data.open(64, 4)
-    with pytest.raises(ValueError, match=r"^evaluation.objects: 26, but data.objects=90 leaves \d+"):
+    with pytest.raises(UserError, match=r"^evaluation.objects: 26, but data.objects=90 leaves \d+"):
         StyleMetrics().check(data, facts)
     other = Subject()
     other.open(64, 4)
-    with pytest.raises(ValueError, match="data=pocket_style"):
+    with pytest.raises(UserError, match="data=pocket_style"):
         StyleMetrics().check(other, facts)
-    with pytest.raises(ValueError, match="^data.objects: the style has"):
+    with pytest.raises(UserError, match="^data.objects: the style has"):
         Style(objects=1000)

@@ -13,6 +13,7 @@ from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
 from sdtune.data.control.base import Control, Paired
 from sdtune.data.control.edges import Canny, Scribble
+from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.draw import base
 from sdtune.pocket.evaluation import control as control_evaluation
@@ -126,7 +127,7 @@ def test_a_turned_drawing_lies_where_its_pose_says() -> None:
 
 
 def test_images_of_ones_own_are_refused(images: Path) -> None:
-    with pytest.raises(ValueError, match=r"^data\.control: pocket's maps are of its own world"):
+    with pytest.raises(UserError, match=r"^data\.control: pocket's maps are of its own world"):
         Folder(path=str(images), control=PocketControl()).open(32, 4)
 
 
@@ -195,11 +196,11 @@ def test_a_control_that_has_no_map_of_those_scenes_gives_null_and_says_why(tmp_p
 def test_other_data_is_refused(images: Path) -> None:
     facts = Facts(SIDE, 4, 4, "epsilon", 32)
     few().check(data(Canny()), facts)
-    with pytest.raises(ValueError, match=r"^evaluation: pocket_control compares images with control maps"):
+    with pytest.raises(UserError, match=r"^evaluation: pocket_control compares images with control maps"):
         few().check(data(None), facts)
     own = Folder(path=str(images), control=Canny())
     own.open(32, 4)
-    with pytest.raises(ValueError, match=r"evaluation=clip"):
+    with pytest.raises(UserError, match=r"evaluation=clip"):
         few().check(own, facts)
-    with pytest.raises(ValueError, match="64x64"):
+    with pytest.raises(UserError, match="64x64"):
         few().check(data(Canny()), Facts(512, 8, 4, "epsilon", 77))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sdtune.backbone import Facts
+from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.pocket.evaluation.subject import SubjectMetrics
 from sdtune.pocket.world.data import Subject, World
@@ -38,12 +39,12 @@ def test_its_images_do_not_change_with_the_seed() -> None:
 
 
 def test_a_subject_that_pocket_knows_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^data\.subject: 'fox' is not a held-out subject; there are .*parrot"):
+    with pytest.raises(UserError, match=r"^data\.subject: 'fox' is not a held-out subject; there are .*parrot"):
         Subject(subject="fox")
 
 
 def test_some_backgrounds_stay_unseen() -> None:
-    with pytest.raises(ValueError, match=r"^data\.images: 12 leaves too few"):
+    with pytest.raises(UserError, match=r"^data\.images: 12 leaves too few"):
         Subject(images=12)
     assert len(set(BACKGROUNDS) - set(Subject(images=10).backgrounds())) == 2
 
@@ -84,5 +85,5 @@ def test_the_subjects_figures_are_clips_where_the_images_are_no_subject(monkeypa
 
 def test_the_subjects_figures_read_images_of_the_worlds_size() -> None:
     SubjectMetrics().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
-    with pytest.raises(ValueError, match="64x64"):
+    with pytest.raises(UserError, match="64x64"):
         SubjectMetrics().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.images.files import CENTRE, SUFFIXES, open_image, resize_and_crop
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Control(ABC):
     """Where the control map of an image comes from."""
 
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
-        """ValueError where one of ``samples`` has no usable map; loads no weights."""
+        """UserError where one of ``samples`` has no usable map; loads no weights."""
 
     def prepare(  # noqa: B027
         self,
@@ -107,15 +108,16 @@ class Paired(Control):
 
     def open(self, samples: Sequence[Sample]) -> None:
         if not self.path.is_dir():
-            raise ValueError(
-                f"data.control.path: {self.path} is not a folder; name the folder of the maps, with the images' own"
-                " file names"
+            raise UserError(
+                f"{self.path} is not a folder",
+                key="data.control.path",
+                remedy="name the folder of the maps, with the images' own file names",
             )
         found: dict[tuple[str, ...], Path] = {}
         for file in sorted(f for f in self.path.rglob("*") if f.suffix.lower() in SUFFIXES):
             name = file.relative_to(self.path).with_suffix("").parts
             if name in found:
-                raise ValueError(f"data.control.path: {file} and {found[name].name} have one name: remove one")
+                raise UserError(f"{file} and {found[name].name} have one name: remove one", key="data.control.path")
             found[name] = file
         owners: dict[Path, Path] = {}
         for sample in samples:
@@ -123,12 +125,12 @@ class Paired(Control):
             parts = image.with_suffix("").parts
             own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
             if own is None:
-                raise ValueError(f"data.control.path: no map for {image}: put {image.stem}.png into {self.path}")
+                raise UserError(f"no map for {image}: put {image.stem}.png into {self.path}", key="data.control.path")
             other = owners.setdefault(own, image)
             if other != image:
-                raise ValueError(
-                    f"data.control.path: {own} is the map of {other} and of {image}: put maps into folders named as"
-                    " the images' are"
+                raise UserError(
+                    f"{own} is the map of {other} and of {image}: put maps into folders named as the images' are",
+                    key="data.control.path",
                 )
             self._maps[image] = own
         with ThreadPoolExecutor(_READING_THREADS) as pool:
@@ -139,9 +141,10 @@ class Paired(Control):
         (width, height), file = sample.size, self._maps[_path(sample)]
         own = self._read(file).size
         if abs(own[0] * height / (own[1] * width) - 1) > _ASPECT_TOLERANCE:
-            raise ValueError(
-                f"data.control.path: {file} is {own[0]}x{own[1]} pixels and its image {width}x{height}; a map shows"
-                " all of its image, so make it again with the same aspect"
+            raise UserError(
+                f"{file} is {own[0]}x{own[1]} pixels and its image {width}x{height}; a map shows all"
+                " of its image, so make it again with the same aspect",
+                key="data.control.path",
             )
 
     def _read(self, file: Path) -> Image.Image:
@@ -157,7 +160,9 @@ class Paired(Control):
 def _path(sample: Sample) -> Path:
     path = getattr(sample, "path", None)
     if not isinstance(path, Path):
-        raise ValueError("data.control: paired maps go by the names of image files (data=folder); this data has none")
+        raise UserError(
+            "paired maps go by the names of image files (data=folder); this data has none", key="data.control"
+        )
     return path.absolute()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from annotated_types import Ge, Interval
 
 from sdtune.data.control.base import Computed
+from sdtune.errors import UserError
 
 cv2.setNumThreads(0)  # its threads do not survive the fork of a loader process, and a map takes a millisecond
 
@@ -27,7 +28,11 @@ class Canny(Computed):
 
     def __init__(self, low: Threshold = 100.0, high: Threshold = 200.0) -> None:
         if low > high:
-            raise ValueError(f"data.control.low: {low:g} is above data.control.high ({high:g}); give the smaller first")
+            raise UserError(
+                f"{low:g} is above data.control.high ({high:g})",
+                key="data.control.low",
+                remedy="give the smaller first",
+            )
         self.low, self.high = low, high
 
     def extract(self, pixels: np.ndarray) -> np.ndarray:
@@ -53,7 +58,11 @@ class Scribble(Computed):
         width: Annotated[int, Ge(1)] = 3,
     ) -> None:
         if low > high:
-            raise ValueError(f"data.control.low: {low:g} is above data.control.high ({high:g}); give the smaller first")
+            raise UserError(
+                f"{low:g} is above data.control.high ({high:g})",
+                key="data.control.low",
+                remedy="give the smaller first",
+            )
         self.blur, self.low, self.high, self.width = blur, low, high, width
 
     def extract(self, pixels: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
+from sdtune.errors import UserError
 from sdtune.images.files import CENTRE
 from sdtune.images.grids import save_png
 from sdtune.paths import cache_folder, is_hub_id
@@ -45,8 +46,10 @@ class Estimated(FromImage):
         self, model: str, task: Literal["depth", "segmentation", "pose"] = "depth", detector: str | None = None
     ) -> None:
         if detector is not None and task != "pose":
-            raise ValueError(
-                f"data.control.detector: {task} needs none; leave it out, or choose data.control.task=pose"
+            raise UserError(
+                f"{task} needs none",
+                key="data.control.detector",
+                remedy="leave it out, or choose data.control.task=pose",
             )
         self.model, self.task, self.detector = model, task, detector
         self._sources: list[Path]
@@ -60,9 +63,10 @@ class Estimated(FromImage):
     def open(self, samples: Sequence[Sample]) -> None:
         for key, name in self._models.items():
             if not Path(name).expanduser().is_dir() and not is_hub_id(name):
-                raise ValueError(
-                    f"data.control.{key}: {name} is not a folder; name a local folder with a transformers model, or a"
-                    " hub id"
+                raise UserError(
+                    f"{name} is not a folder",
+                    key=f"data.control.{key}",
+                    remedy="name a local folder with a transformers model, or a hub id",
                 )
 
     def prepare(
@@ -136,8 +140,8 @@ def _folder(key: str, name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"data.control.{key}: {name} is neither a local folder nor to be had from the hub ({reason})"
+        raise UserError(
+            f"{name} is neither a local folder nor to be had from the hub ({reason})", key=f"data.control.{key}"
         ) from error
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from sdtune.errors import UserError
+
 
 def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
     """The image processor and the model of ``kind`` in ``folder``, whole and in eval mode.
 
     Raises:
-        ValueError: for a folder without one, named by ``data.control.<key>``. A model of another kind counts as none:
+        UserError: for a folder without one, named by ``data.control.<key>``. A model of another kind counts as none:
             transformers would fill in what it lacks at random.
     """
     from transformers import AutoImageProcessor
@@ -27,12 +29,12 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"data.control.{key}: {folder} holds no model for {task} ({reason})") from error
+        raise UserError(f"{folder} holds no model for {task} ({reason})", key=f"data.control.{key}") from error
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
-        raise ValueError(
-            f"data.control.{key}: {folder} holds no model for {task} ({len(missing)} of its weights are missing, first"
-            f" {missing[0]})"
+        raise UserError(
+            f"{folder} holds no model for {task} ({len(missing)} of its weights are missing, first {missing[0]})",
+            key=f"data.control.{key}",
         )
     return processor, model.eval().to(device)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sdtune.data.control.estimators import load_estimator
+from sdtune.errors import UserError
 
 SEEN = 0.3
 """Score from which a keypoint is drawn."""
@@ -96,8 +97,9 @@ class PoseEstimator:
         self.device, self.detector = device, None
         self.processor, self.model = load_estimator("model", model, "poses", VitPoseForPoseEstimation, device)
         if self.model.config.num_labels != len(_OTHER_SIDE):
-            raise ValueError(
-                f"data.control.model: {model} finds {self.model.config.num_labels} keypoints; COCO's 17 are needed"
+            raise UserError(
+                f"{model} finds {self.model.config.num_labels} keypoints; COCO's 17 are needed",
+                key="data.control.model",
             )
         if detector is None:
             return
@@ -105,8 +107,10 @@ class PoseEstimator:
             "detector", detector, "object detection", AutoModelForObjectDetection, device
         )
         if "person" not in self.detector.config.id2label.values():
-            raise ValueError(
-                f"data.control.detector: {detector} has no label 'person'; name one that was trained on COCO"
+            raise UserError(
+                f"{detector} has no label 'person'",
+                key="data.control.detector",
+                remedy="name one that was trained on COCO",
             )
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.formats.original import clip, names
 
 Family = Literal["sd1", "sd2", "sdxl"]
@@ -64,21 +65,21 @@ def detect(shapes: Mapping[str, Collection[int]]) -> Family:
     """Which Stable Diffusion a file is, from its tensors' names and shapes.
 
     Raises:
-        ValueError: it is none, or one that cannot be trained here; the message says what it is.
+        UserError: it is none, or one that cannot be trained here; the message says what it is.
     """
     first = list(shapes.get(f"{UNET}input_blocks.0.0.weight", ()))
     if not first:
-        raise ValueError(_what_else(shapes))
+        raise UserError(_what_else(shapes))
     if any(key.startswith(_REFINER) for key in shapes):
-        raise ValueError("is SDXL's refiner; the base model is what can be fine-tuned")
+        raise UserError("is SDXL's refiner; the base model is what can be fine-tuned")
     if first[1] != 4:
         kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}.get(first[1], "another")
-        raise ValueError(f"takes {first[1]} channels ({kind}); a text-to-image model takes 4")
+        raise UserError(f"takes {first[1]} channels ({kind}); a text-to-image model takes 4")
     for family in ("sdxl", "sd2", "sd1"):
         prefix = list(TEXT[family].values())[-1]
         if any(key.startswith(prefix) for key in shapes):
             return family
-    raise ValueError("holds a UNet without its text encoder; a whole checkpoint is needed")
+    raise UserError("holds a UNet without its text encoder; a whole checkpoint is needed")
 
 
 def _what_else(shapes: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor, nn
 
 from sdtune import streams
+from sdtune.errors import UserError
 from sdtune.pocket.world.objects import BACKGROUNDS, HELD_OUT, PLACES, SIZES, STYLES, THINGS
 from sdtune.pocket.world.scenes import SIDE, compose_scene, draw_scene
 from sdtune.randomness import generator
@@ -93,7 +94,7 @@ class Classifier(nn.Module):
         """What ``images`` (uint8 [N, 64, 64, 3]) show, in fp32; leaves the classifier in evaluation mode.
 
         Raises:
-            ValueError: another shape or type, or no image.
+            UserError: another shape or type, or no image.
         """
         _check(images)
         self.eval()
@@ -114,7 +115,7 @@ class Classifier(nn.Module):
 
 def _check(images: np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
-        raise ValueError(f"images: {images.dtype} {list(images.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1")
+        raise UserError(f"{images.dtype} {list(images.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1", key="images")
 
 
 def background(images: np.ndarray) -> list[str]:
@@ -126,7 +127,7 @@ def background(images: np.ndarray) -> list[str]:
         images: uint8 [N, 64, 64, 3].
 
     Raises:
-        ValueError: another shape or type, or no image.
+        UserError: another shape or type, or no image.
     """
     colours = border_colours(images)
     distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
@@ -158,13 +159,13 @@ def load_classifier(folder: Path | None = None) -> Classifier:
     """The shipped classifier, or the one that :func:`save` wrote to ``folder``: fp32, on the CPU, ready to read.
 
     Raises:
-        ValueError: one of its two files is missing.
+        UserError: one of its two files is missing.
     """
     root: Traversable = folder or files("sdtune.pocket") / "models" / "classifier"
     config, weights = root / "config.json", root / "classifier.safetensors"
     for file in (config, weights):
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{file}: no such file; `python -m sdtune.pocket.pretraining.classifier FOLDER` trains a classifier"
             )
     classifier = Classifier(**{key: tuple(names) for key, names in json.loads(config.read_text()).items()})

@@ -17,6 +17,7 @@ from annotated_types import Ge
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
+from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.evaluation.draw import draw_base, draw_images, trained
 from sdtune.images.grids import grid, save_png
@@ -62,16 +63,19 @@ class ControlMetrics:
         self.count, self.seed, self.sampling = images, seed, sampling or Sampling()
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """ValueError before any weights are loaded."""
+        """UserError before any weights are loaded."""
         if data.control is None:
-            raise ValueError("evaluation: pocket_control compares images with control maps; choose data/control=canny")
+            raise UserError(
+                "pocket_control compares images with control maps", key="evaluation", remedy="choose data/control=canny"
+            )
         if not all(isinstance(sample, SceneSample) for sample in data.train):
-            raise ValueError(
-                "evaluation: pocket_control measures on pocket's world (data=pocket_world); for one's own images"
-                " choose evaluation=clip"
+            raise UserError(
+                "pocket_control measures on pocket's world (data=pocket_world); for one's own images"
+                " choose evaluation=clip",
+                key="evaluation",
             )
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise ValueError(f"evaluation: pocket_control reads {SIDE}x{SIDE} images, others are asked for")
+            raise UserError(f"pocket_control reads {SIDE}x{SIDE} images, others are asked for", key="evaluation")
         self.sampling.check(facts.factor)
 
     def run(

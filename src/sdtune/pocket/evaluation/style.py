@@ -15,6 +15,7 @@ from annotated_types import Ge
 from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data.datamodule import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.evaluation.draw import draw_base, draw_images, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
@@ -58,17 +59,18 @@ class StyleMetrics:
         self.sampling = sampling or Sampling()
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """ValueError before any weights are loaded."""
+        """UserError before any weights are loaded."""
         if not isinstance(data, Style):
-            raise ValueError(
-                "evaluation: pocket_style measures a style of pocket's world (data=pocket_style); for one's own"
-                " images choose evaluation=clip"
+            raise UserError(
+                "pocket_style measures a style of pocket's world (data=pocket_style); for one's own"
+                " images choose evaluation=clip",
+                key="evaluation",
             )
         left = len(drawn()) - data.objects
         if self.objects > left:
-            raise ValueError(f"evaluation.objects: {self.objects}, but data.objects={data.objects} leaves {left}")
+            raise UserError(f"{self.objects}, but data.objects={data.objects} leaves {left}", key="evaluation.objects")
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise ValueError(f"evaluation: pocket_style reads {SIDE}x{SIDE} images, others are asked for")
+            raise UserError(f"pocket_style reads {SIDE}x{SIDE} images, others are asked for", key="evaluation")
         self.sampling.check(facts.factor)
 
     def _scenes(self, data: Style, shown: bool) -> list[Scene]:

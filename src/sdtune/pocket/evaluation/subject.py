@@ -19,6 +19,7 @@ from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
+from sdtune.errors import UserError
 from sdtune.evaluation.clip import Clip, check_clip, clip_image, clip_text
 from sdtune.evaluation.distances import distances, nearest, prior_drift
 from sdtune.evaluation.draw import draw_base, draw_images, references, trained
@@ -79,7 +80,9 @@ class SubjectMetrics:
         self.count, self.class_count, self.seed, self.clip = images, class_images, seed, clip
         self.sampling = sampling or Sampling()
         if class_images and clip is None:
-            raise ValueError("evaluation.class_images: class_diversity needs a CLIP; give evaluation.clip=pocket too")
+            raise UserError(
+                "class_diversity needs a CLIP", key="evaluation.class_images", remedy="give evaluation.clip=pocket too"
+            )
 
     names: tuple[str, ...] = (
         *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
@@ -88,13 +91,15 @@ class SubjectMetrics:
     """Of its metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """ValueError before any weights are loaded."""
+        """UserError before any weights are loaded."""
         if not isinstance(data, Subject):
             self._of_any_images().check(data, facts)
             self.names = ClipMetrics.names
             return
         if facts.side != SIDE:
-            raise ValueError(f"evaluation: pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}")
+            raise UserError(
+                f"pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}", key="evaluation"
+            )
         self.sampling.check(facts.factor)
         if self.clip is not None:
             check_clip(self.clip)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from sdtune.data.control.base import Control, Resample, fit
 from sdtune.data.samples import Sample
+from sdtune.errors import UserError
 from sdtune.pocket.world.data import SceneSample
 from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, THINGS
 from sdtune.pocket.world.scenes import SIDE, Scene, mask
@@ -38,9 +39,10 @@ class PocketControl(Control):
     def open(self, samples: Sequence[Sample]) -> None:
         odd = next((s for s in samples if not isinstance(s, SceneSample)), None)
         if odd is not None:
-            raise ValueError(
-                "data.control: pocket's maps are of its own world (data=pocket_world); for one's own images choose"
-                " data/control=canny, scribble, paired or estimated"
+            raise UserError(
+                "pocket's maps are of its own world (data=pocket_world); for one's own images choose"
+                " data/control=canny, scribble, paired or estimated",
+                key="data.control",
             )
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:

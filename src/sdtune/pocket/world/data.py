@@ -15,6 +15,7 @@ from PIL import Image
 from sdtune import streams
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
+from sdtune.errors import UserError
 from sdtune.images.files import resize_and_crop
 from sdtune.paths import pocket_art
 from sdtune.pocket.world.arrays import caption
@@ -107,11 +108,13 @@ class Subject(ImageDataModule):
         super().__post_init__()
         held_out = [thing.name for thing in HELD_OUT]
         if self.subject not in held_out:
-            raise ValueError(
-                f"data.subject: {self.subject!r} is not a held-out subject; there are {', '.join(held_out)}"
+            raise UserError(
+                f"{self.subject!r} is not a held-out subject; there are {', '.join(held_out)}", key="data.subject"
             )
         if self.images > len(BACKGROUNDS) - 2:
-            raise ValueError(f"data.images: {self.images} leaves too few unseen backgrounds; give at most 10")
+            raise UserError(
+                f"{self.images} leaves too few unseen backgrounds", key="data.images", remedy="give at most 10"
+            )
         self.name = self.subject.replace(" ", "_")
 
     @property

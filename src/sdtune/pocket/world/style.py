@@ -11,6 +11,7 @@ from annotated_types import Ge
 from sdtune import streams
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.samples import Sample
+from sdtune.errors import UserError
 from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.data import SceneSample
 from sdtune.pocket.world.objects import BACKGROUNDS, PLACES, SIZES, TRAINED, Thing
@@ -45,7 +46,9 @@ class Style(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(drawn()) - self.objects < 1:
-            raise ValueError(f"data.objects: the style has {len(drawn())} objects, and some must be left to measure on")
+            raise UserError(
+                f"the style has {len(drawn())} objects, and some must be left to measure on", key="data.objects"
+            )
 
     def caption(self, scene: Scene) -> str:
         """What a prompt calls ``scene`` in the style."""

@@ -1,0 +1,80 @@
+"""How a command ends: which errors are shown as one line, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from sdtune.errors import PRUNED, STOPPED, Pruned, RunFailed, Stopped, UserError
+from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
+from sdtune.hardware.processes import is_global_zero
+
+EXIT_FAILED = 1
+EXIT_INVALID_INPUT = 2
+"""Exit code of a refusal: bad input, nothing done."""
+
+
+def refuse(message: str, code: int = EXIT_INVALID_INPUT) -> NoReturn:
+    """Print ``message`` to stderr as one line, and exit with ``code``."""
+    print(f"sdtune: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterator[None]:
+    """End the process for an error that the user can mend, with one line on stderr and these exit codes.
+
+    2: :class:`UserError`, and errors of Hydra and OmegaConf while a config is composed. 1: :class:`RunFailed`, an
+    ``OSError`` with an errno, and out of memory. 4: :class:`Pruned`. 128 + signal: :class:`Stopped` and Ctrl-C. Any
+    other error is a bug and passes through, as all errors do under ``SDTUNE_TRACEBACK=1``.
+
+    Args:
+        composition: the line for an error of Hydra or OmegaConf; None where no config is composed, since such an error
+            is a bug there.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        refuse(STOPPED, 130)
+    except (Stopped, Pruned) as end:
+        _end(*_line_and_code(end, None), end)
+    except Exception as error:
+        if os.environ.get("SDTUNE_TRACEBACK"):
+            raise
+        line, code = _line_and_code(error, composition)
+        if line is None:
+            raise
+        _end(line, code, error)
+
+
+def _end(line: str | None, code: int, error: Exception) -> NoReturn:
+    if line:
+        print(f"sdtune: {' '.join(line.split())}", file=sys.stderr)
+    raise SystemExit(code) from error
+
+
+def _line_and_code(error: Exception, composition: Callable[[Exception], str] | None) -> tuple[str | None, int]:
+    """What to show of ``error``, and the exit code; None for a bug, an empty line where another process shows it."""
+    if isinstance(error, UserError):
+        return str(error), EXIT_INVALID_INPUT
+    if composition is not None and isinstance(error, HydraException | OmegaConfBaseException):
+        return composition(error), EXIT_INVALID_INPUT
+    if isinstance(error, Stopped):
+        return str(error), error.code
+    # Lightning kills the first process where another ends with a code, and the first has its loggers to close.
+    if isinstance(error, Pruned):
+        return (str(error), PRUNED) if is_global_zero() else ("", 0)
+    if isinstance(error, RunFailed):
+        return (str(error), EXIT_FAILED) if is_global_zero() or not error.agreed else ("", 0)
+    if is_out_of_memory(error):
+        return ADVICE["drawing"], EXIT_FAILED
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written"
+        return place, EXIT_FAILED
+    return None, EXIT_FAILED
