@@ -11,7 +11,19 @@ from omegaconf import OmegaConf
 from sdtune.quoting import override, quoted, shell_override
 
 TEXTS = (
-    *("outputs/runs/a", "it's [1,2] a=b", 'a "b" c', "a\\", "a\\'b", 'a\\"b', "\\\\'", "${x}", "a\\${x}", "a, b", "(1)"),
+    *(
+        "outputs/runs/a",
+        "it's [1,2] a=b",
+        'a "b" c',
+        "a\\",
+        "a\\'b",
+        'a\\"b',
+        "\\\\'",
+        "${x}",
+        "a\\${x}",
+        "a, b",
+        "(1)",
+    ),
     *("", " a ", "null", "True", "12", "1e3", "x#y", "C:\\d", "~/x", "ümlaut é", "$HOME `b` !", "{a: b}", "a\tb"),
 )
 
@@ -37,4 +49,4 @@ def test_a_shell_and_then_hydra_read_back_the_same_text(text: str) -> None:
 def test_a_plain_path_stays_readable() -> None:
     assert quoted("outputs/2026-11-29/10-00-00") == "outputs/2026-11-29/10-00-00"
     assert shell_override("resume", "outputs/a b") == "'resume=\"outputs/a b\"'"
-    assert shell_override("resume", "it's") == "\"resume=\\\"it's\\\"\""
+    assert shell_override("resume", "it's") == '"resume=\\"it\'s\\""'

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtune.backbone.controlnet import Net, Residuals, cast_conditions, residuals
+from sdtune.backbone.controlnet import Net, Residuals, cast_conditions
 from sdtune.backbone.cpu_convolution import as_products
 from sdtune.backbone.families import Facts
-from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, Words, initial
+from sdtune.backbone.new_tokens import ExtendedEmbedding, Words
 from sdtune.backbone.text import hidden, unused, windowed
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
@@ -29,10 +27,15 @@ TILE = 512
 """Side in pixels of the tiles that a large image is decoded in, where that is wanted."""
 
 
-LoRABranches = Callable[
-    [UNet2DConditionModel, Mapping[str, tuple[Tensor, Tensor, float]]], AbstractContextManager[None]
-]
-"""Within it a UNet goes forward under pairs A, B with a scale each, by the name of their module in it."""
+Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
+"""LoRA pairs A, B and their scale, by the name of their module in the UNet."""
+
+
+class PairExecutor(Protocol):
+    """Computes predictions of a UNet whose weights other runs use too, with LoRA pairs beside the weights."""
+
+    def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
+        """The output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with ``pairs`` at its modules."""
 
 
 class Backbone(nn.Module):
@@ -64,8 +67,10 @@ class Backbone(nn.Module):
         """Whether large images are decoded in tiles: see :meth:`decode_in_tiles`."""
         self.nets: tuple[Net, ...] = ()
         """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.controlnets_applied` puts them there."""
-        self.lora_branches: LoRABranches | None = None
-        """How a LoRA acts where the UNet's weights are others' too; merged into them where it is None."""
+        self.pair_executor: PairExecutor | None = None
+        """Given where the UNet's weights are those of other runs too; LoRA pairs are merged into them where None."""
+        self.drawing_pairs: Pairs = {}
+        """The pairs that act beside shared weights: see :func:`sdtune.loaders.lora.adapters_applied`."""
 
     @property
     def encoders(self) -> dict[str, Any]:
@@ -100,13 +105,15 @@ class Backbone(nn.Module):
     def prepare_for_device(self, device: torch.device, *others: Any) -> None:
         """Fused attention; on a CPU plain products where latents are small: their backward is faster there.
 
-        At long sequences the scores would fill the memory. ``others`` are further models with attentions like the
-        UNet's.
+        At long sequences the scores would fill the memory. Attention processors that a method has injected stay.
+
+        Args:
+            others: further models with attentions like the UNet's.
         """
         cells = (self.facts.side // self.facts.factor) ** 2
         plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
         for model in (self.unet, self.vae, *others):
-            model.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+            _set_default_processors(model, AttnProcessor if plain else AttnProcessor2_0)
         for encoder in self.encoders.values():
             encoder.set_attn_implementation("eager" if plain else "sdpa")
         if device.type == "cpu":
@@ -177,11 +184,6 @@ class Backbone(nn.Module):
 
     # --- text
 
-    def begin_tokens(self, tokens: Sequence[NewToken]) -> None:
-        """Add ``tokens`` at their initial values."""
-        tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
-        self.add_tokens({t.token: initial(self.tokenizers, tables, t) for t in tokens})
-
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
         """Have prompts understand new words, each with its vectors [N, D], one a text encoder; once a backbone."""
         assert self.words is None, "words are added once"
@@ -196,26 +198,6 @@ class Backbone(nn.Module):
         """The vectors of all new words, [N, D], of each text encoder; empty where there are none."""
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
-
-    def vectors(self) -> dict[str, tuple[Tensor, ...]]:
-        """The vectors [N, D] of each new word, one of each text encoder, as they are now."""
-        if self.words is None:
-            return {}
-        words = self.words
-        return {token: tuple(rows[list(words.rows(token))] for rows in self.learned) for token in words.widths}
-
-    @contextmanager
-    def plain_vocabulary(self) -> Iterator[None]:
-        """Within it, the text encoders are as others know them: without the new words."""
-        tables = {name: encoder.get_input_embeddings() for name, encoder in self.encoders.items()}
-        for name, table in tables.items():
-            if isinstance(table, ExtendedEmbedding):
-                self.encoders[name].set_input_embeddings(table.table)
-        try:
-            yield
-        finally:
-            for name, table in tables.items():
-                self.encoders[name].set_input_embeddings(table)
 
     def _expanded(self, prompts: Sequence[str]) -> list[str]:
         return [self.words.expanded(p) for p in prompts] if self.words is not None else list(prompts)
@@ -241,6 +223,25 @@ class Backbone(nn.Module):
         """What a UNet and its ControlNets take beside the noisy latents and the timestep."""
         return {"encoder_hidden_states": text}
 
+    def unet_inputs(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        added: Residuals | None = None,
+        frame: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The arguments with which the UNet is called for a prediction; arguments as of :meth:`predict`.
+
+        Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
+        """
+        dtype = self.unet.conv_in.weight.dtype
+        inputs: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
+        if added is not None:
+            inputs["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
+            inputs["mid_block_additional_residual"] = added.middle.to(dtype)
+        return {"sample": noisy.to(dtype), "timestep": timesteps, **inputs}
+
     def predict(
         self,
         noisy: Tensor,
@@ -251,33 +252,20 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """The UNet's output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) under ``text`` [B, L, D].
 
-        Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations. ``frame`` is
-        that of a whole image of the latents' size if None.
+        Args:
+            added: what ControlNets add.
+            frame: float32 [B, 6]; that of a whole image of the latents' size if None.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        control: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
-        if added is not None:
-            control["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
-            control["mid_block_additional_residual"] = added.middle.to(dtype)
-        out: Tensor = self.unet(noisy.to(dtype), timesteps, **control).sample
+        inputs = self.unet_inputs(noisy, timesteps, text, added, frame)
+        if self.drawing_pairs:
+            assert self.pair_executor is not None
+            return self.pair_executor.predict_with_pairs(self.unet, inputs, self.drawing_pairs)
+        out: Tensor = self.unet(**inputs).sample
         return out
 
-    def residuals(
-        self,
-        net: ControlNetModel,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        maps: Tensor,
-        strength: float = 1.0,
-        frame: Tensor | None = None,
-    ) -> Residuals:
-        """What ``net`` adds under ``maps``, float32 [B, 3, H, W] in [0, 1], of the image's size."""
-        return residuals(net, noisy, timesteps, self.conditions(text, noisy, frame), maps, strength)
 
-    def predict_under(self, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """:meth:`predict` under ``nets``, one map (float32 [B, 3, H, W] in [0, 1]) each; plainly without either."""
-        pairs = zip(self.nets, maps, strict=True) if self.nets and maps else ()
-        # At strength 0 a net is not asked: the base then costs what it costs.
-        added = [self.residuals(n.model, noisy, timesteps, text, own, n.strength) for n, own in pairs if n.strength]
-        return self.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
+def _set_default_processors(model: Any, kind: type) -> None:
+    """Replace the attention processors of diffusers' default kinds by ``kind``; others, such as IP-Adapter's, stay."""
+    own = model.attn_processors
+    defaults = (AttnProcessor, AttnProcessor2_0)
+    model.set_attn_processor({name: kind() if type(each) in defaults else each for name, each in own.items()})

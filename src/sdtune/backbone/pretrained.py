@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sdtune.backbone.source import PipelineSource
 
@@ -13,8 +14,22 @@ if TYPE_CHECKING:
     from sdtune.backbone.backbone import Backbone
 
 
+class BackboneLoader(Protocol):
+    """Gives a backbone of ``source``; see :meth:`Pretrained.load` for the arguments."""
+
+    def __call__(self, source: Pretrained, seed: int, unet: dtype | None) -> Backbone: ...
+
+
 class Pretrained(PipelineSource):
     """A Stable Diffusion on disk or on the hub, with :meth:`load`; arguments as of :class:`PipelineSource`."""
+
+    _loader: BackboneLoader | None = None
+
+    def loaded_by(self, loader: BackboneLoader) -> Pretrained:
+        """The same source, whose backbones ``loader`` gives instead of reading the weights anew."""
+        own = copy.copy(self)
+        own._loader = loader
+        return own
 
     def trained(self, folder: Path) -> Pretrained:
         """The pipeline ``folder`` that was trained from this, with what its files do not say."""
@@ -25,4 +40,4 @@ class Pretrained(PipelineSource):
         """The backbone in float32, its UNet in the type ``unet`` if given; on the CPU, in eval mode, frozen."""
         from sdtune.backbone.loading import load_backbone
 
-        return load_backbone(self, seed, unet)
+        return (self._loader or load_backbone)(self, seed, unet)

@@ -84,7 +84,7 @@ class PipelineSource:
             return pocket_pipeline()
         place = local(self.path, "backbone.path")
         if place is None:
-            return self._from_hub(weights)
+            return self._hub_folder() if weights else self._hub_configs
         if place.is_dir():
             return place
         from sdtune.backbone.single_file import unpacked
@@ -99,23 +99,30 @@ class PipelineSource:
             )
         return unpacked(place, config, self.allow_pickle)
 
-    def _from_hub(self, weights: bool) -> Path:
+    @cached_property
+    def _hub_configs(self) -> Path:
+        """The snapshot of a hub id with its configs and tokenizers."""
+        return snapshot(self.path, self.revision, _JSON, configured, "backbone.path")
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub id, the same for the whole run whatever is pushed meanwhile; None for other sources."""
+        if self.path == "pocket" or local(self.path, "backbone.path") is not None:
+            return None
+        return self._hub_configs.name  # the folder of a snapshot is named by it
+
+    def _hub_folder(self) -> Path:
         # Repositories hold the same weights several times over (fp16, non-EMA, .bin): take those that are read.
         mark = f".{self.variant}" if self.variant else ""
         ends = (f"{mark}.safetensors", f"{mark}-?????-of-?????.safetensors")
-        names = [name for name in MODELS if weights and not (name == "vae" and self.vae)]
+        names = [name for name in MODELS if not (name == "vae" and self.vae)]
         patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in ends]
 
         def complete(folder: Path) -> bool:
-            return configured(folder) and (
-                not weights
-                or all(there(folder, name, self.variant) for name in self._weighed if not (name == "vae" and self.vae))
-            )
+            wanted = (name for name in self._weighed if not (name == "vae" and self.vae))
+            return configured(folder) and all(there(folder, name, self.variant) for name in wanted)
 
-        folder = snapshot(self.path, self.revision, [*_JSON, *patterns], complete, "backbone.path")
-        # One commit for the whole run, whatever is pushed meanwhile; the folder of a snapshot is named by it.
-        self.revision = folder.name
-        return folder
+        return snapshot(self.path, self.commit, [*_JSON, *patterns], complete, "backbone.path")
 
     def _with_vae(self, pipeline: Path) -> Path:
         if self.vae is None:

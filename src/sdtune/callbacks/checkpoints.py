@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -56,6 +56,8 @@ class Checkpoints(Callback):
     once, and so does the first before training, while caches fill: what they hold is kept. The last two checkpoints
     stay and, where there is validation, ``best.ckpt`` by the validation loss.
     """
+
+    priority: ClassVar[int] = 100
 
     def __init__(self, folder: Path, record: MetricsRecorder, every_steps: Annotated[int, Ge(1)] = 100) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps

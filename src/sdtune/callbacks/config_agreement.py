@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -21,6 +21,8 @@ class ConfigAgreement(Callback):
 
     A launcher that repeats a sweep's command line would start another job as the second process, in silence.
     """
+
+    priority: ClassVar[int] = -50
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -28,6 +28,8 @@ class CostMeter(Callback):
     Args:
         shared: the peak in bytes so far of steps that several runs take together, which this one cannot take itself.
     """
+
+    priority: ClassVar[int] = -10
 
     peak: int | None = None
     """Bytes, of all processes that the run has had; None where the system does not say."""

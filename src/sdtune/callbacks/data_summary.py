@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -13,9 +14,6 @@ from sdtune.methods.base import Adapter
 
 log = logging.getLogger("sdtune")
 
-_CAPTIONS = 10_000
-"""So many are looked at for the longest."""
-
 
 class DataSummary(Callback):
     """Logs the data as it will be seen, once the tokenizer is there that reads its captions.
@@ -23,6 +21,8 @@ class DataSummary(Callback):
     Args:
         steps: optimizer steps of the training.
     """
+
+    priority: ClassVar[int] = -40
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -58,7 +58,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
 
 
 def _captions(data: ImageDataModule, backbone: Backbone) -> list[str]:
-    captions = data.captions()[:_CAPTIONS]
+    captions = data.captions()
     longest = max(captions, key=backbone.count_tokens)
     length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens
     lines = [f"captions: {len(captions)} different ones; the longest has {length} tokens of {limit}"]

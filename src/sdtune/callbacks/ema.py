@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Annotated, Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -24,11 +24,14 @@ class EMA(Callback):
             held back by the initial weights (as in Karras et al. 2022's and diffusers' EMA warm-up).
     """
 
+    priority: ClassVar[int] = -30
+
     def __init__(self, decay: Annotated[float, Interval(gt=0, lt=1)] = 0.999) -> None:
         self.decay = decay
         self.shadow: dict[str, Tensor] = {}
         self._trained: list[Tensor] = []
         self._step = -1
+        self._validating = ExitStack()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
@@ -57,11 +60,13 @@ class EMA(Callback):
         return swapped(module, self.shadow)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap = self.swapped(pl_module)
-        self._swap.__enter__()
+        self._validating.enter_context(self.swapped(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap.__exit__(None, None, None)
+        self._validating.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._validating.close()  # where it came in a validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": self.shadow}

@@ -6,10 +6,10 @@ import csv
 import io
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -31,6 +31,8 @@ class MetricsRecorder(Callback):
     speeds go to the loggers and to ``metrics.json``.
     """
 
+    priority: ClassVar[int] = -20
+
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.csv"
         self.pending: list[tuple[int, dict[str, Tensor], dict[str, float], list[str]]] = []
@@ -41,6 +43,7 @@ class MetricsRecorder(Callback):
         self.validation: dict[int, float] = {}
         self._since = (0, 0.0)
         self._prompts: list[str] = []
+        self._validating = ExitStack()
 
     # --- rows
 
@@ -99,7 +102,7 @@ class MetricsRecorder(Callback):
                 self.pending = []
                 raise NotFinite(
                     f"step {step}: the loss or its gradient is not finite (captions of its samples:"
-                    f" {'; '.join(sorted(set(prompts))[:4])}); lower optimizer.lr, or look at those images"
+                    f" {_first(sorted(set(prompts)))}); lower optimizer.lr, or look at those images"
                 )
             rows.append({"step": step, **row, **rates})
         self.pending = []
@@ -128,13 +131,12 @@ class MetricsRecorder(Callback):
         self._since = (self._since[0], self._since[1] + time.perf_counter() - began)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validating = self.paused()
-        self._validating.__enter__()
+        self._validating.enter_context(self.paused())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         # The flush below takes the time since the last one, so the pause must be over by then.
-        self._validating.__exit__(None, None, None)
+        self._validating.close()
         value = trainer.callback_metrics.get("validation_loss")
         if value is not None and not trainer.sanity_checking:
             self.flush(trainer, pl_module)
@@ -192,3 +194,8 @@ class MetricsRecorder(Callback):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+
+
+def _first(prompts: list[str], count: int = 4) -> str:
+    more = f" and {len(prompts) - count} more" if len(prompts) > count else ""
+    return f"{'; '.join(prompts[:count])}{more}"

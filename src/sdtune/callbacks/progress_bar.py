@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -21,6 +21,8 @@ _LINES = 10
 
 class ProgressBar(Callback):
     """A Rich bar on stderr of the first process; where that is no terminal, a line in the log now and then."""
+
+    priority: ClassVar[int] = -5
 
     def __init__(self) -> None:
         self._progress: Progress | None = None

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sdtune.backbone import Facts
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.backbone import Facts, Pretrained
+from sdtune.callbacks.metrics_recorder import MetricsRecorder
+from sdtune.callbacks.samples import Samples, Snapshots
 from sdtune.callbacks.validation_set import NOTHING_HELD_OUT
+from sdtune.commands.train_run import TrainRun
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.model import check_model
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import Settings, read_settings
 from sdtune.config.targets import resolve
-from sdtune.config.trainer import check_trainer
+from sdtune.config.trainer import check_trainer, trainer_arguments
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
-from sdtune.loggers import require_account
+from sdtune.loggers import LoggerSettings, OtherLogger
+from sdtune.methods.base import Adapter, check_trainable
 from sdtune.runs.metrics import OF_TRAINING
 from sdtune.suggest import suggestion
 
@@ -36,7 +43,7 @@ def check_measured(config: dict[str, Any]) -> ImageDataModule:
     return data
 
 
-def exports(config: dict[str, Any], kind: Kind) -> list[Export]:
+def _exports(config: dict[str, Any], kind: Kind) -> list[Export]:
     """The forms that the run's artifact, of ``kind``, is to be written in at its end."""
     check_value(config["exports"], list[dict[str, Any]], "exports")
     made: list[Export] = []
@@ -70,48 +77,114 @@ def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> ImageDataMod
     return data
 
 
-def check_run(config: dict[str, Any]) -> ImageDataModule:
-    """Every check that needs no weights; returns the data, read."""
-    top = read_settings(config)
-    trust = top.trust
+def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
+    """Every check that needs no weights, and the run that is made of what was checked.
+
+    Args:
+        config: resolved.
+        folder: where the run is to write.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    settings = read_settings(config)
+    trust = settings.trust
+    _check_nodes(config, trust)
+    source: Pretrained = build(config["backbone"], trust)
+    data = _opened(config, source.facts, settings)
+    loggers = _loggers(config, trust)
+    accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
+    micro_batch = hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
+    # A constructor that refuses a pair of settings does so here.
+    adapter = _adapter(config, settings, source)
+    check_trainable(adapter, data)
+    made = _exports(config, adapter.artifact_kind)
+    evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
+    _check_metrics(evaluation, data, source.facts, settings.optimized_metric)
+    source.check()
+    record = MetricsRecorder(folder)
+    offer = {"folder": folder / "checkpoints", "record": record}
+    return TrainRun(
+        config=config,
+        settings=settings,
+        folder=folder,
+        data=data,
+        adapter=adapter,
+        evaluation=evaluation,
+        loggers=loggers,
+        exports=made,
+        record=record,
+        checkpoints=build(config["checkpoint"], trust, offer),
+        callbacks=_callbacks(config, settings, folder, data, record),
+        trainer=trainer_arguments(config),
+        accumulation=accumulation,
+        micro_batch=micro_batch,
+    )
+
+
+def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
+    """Each group against the signatures of what it names."""
     check_model(config, trust)
     check_node(config["data"], "data", trust, ("seed",))
     check_node(config["evaluation"], "evaluation", trust, ())
-    for group, given in (
-        ("logger", ("save_dir", "method", "label", "sweep")),
-        ("callbacks", ("folder", "record", "run", "trial")),
-    ):
-        for key, node in config[group].items():
-            check_node(node, f"{group}.{key}", trust, given)
+    for key, node in config["logger"].items():
+        # A logger of another package may take none of these.
+        check_node(node, f"logger.{key}", trust, ("save_dir",))
+    for key, node in config["callbacks"].items():
+        check_node(node, f"callbacks.{key}", trust, ("folder", "record", "run", "trial"))
     check_node(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
     check_trainer(config, trust)
-    source = build(config["backbone"], trust)
-    facts = source.facts
-    data = _opened(config, facts, top)
+
+
+def _adapter(config: dict[str, Any], settings: Settings, source: Pretrained) -> Adapter:
+    """The method, with everything that it is given."""
+    parts = {group: build(config[group], settings.trust) for group in ("objective", "optimizer", "lr_schedule")}
+    switches = {key: config["hardware"].get(key, False) for key in hardware.SWITCHES}
+    own = {"new_tokens": settings.new_tokens, "tokens_lr": settings.tokens_lr, "seed": settings.seed}
+    adapter: Adapter = build(config["method"], settings.trust, {"backbone": source, **parts, **switches, **own})
+    return adapter
+
+
+def _loggers(config: dict[str, Any], trust: tuple[str, ...]) -> list[LoggerSettings]:
+    found: list[LoggerSettings] = []
+    for key, node in config["logger"].items():
+        if not node:
+            continue
+        if issubclass(resolve(str(node["_target_"]), f"logger.{key}", trust), LoggerSettings):
+            found.append(build(node, trust))
+            found[-1].check()
+        else:
+            found.append(OtherLogger(partial(build, node, trust)))
+    return found
+
+
+def _callbacks(
+    config: dict[str, Any], settings: Settings, folder: Path, data: ImageDataModule, record: MetricsRecorder
+) -> list[Callback]:
+    """The callbacks that the config chooses, in its order."""
+    offer = {"folder": folder / "samples", "record": record, "run": folder, "trial": settings.trial}
+    chosen: list[Callback] = []
     for key, node in config["callbacks"].items():
-        kind = resolve(node["_target_"], "callbacks", trust) if node else None
-        if getattr(kind, "needs_validation_set", False) and not data.held_out:
+        if not node:
+            continue
+        chosen.append(build(node, settings.trust, offer))
+        if getattr(chosen[-1], "needs_validation_set", False) and not data.held_out:
             raise UserError(NOTHING_HELD_OUT, key=f"callbacks.{key}")
-    for node in config["logger"].values():
-        if node and str(node["_target_"]).endswith("wandb_logger"):
-            require_account(bool(node.get("offline")))
-    accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
-    hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
-    # A constructor that refuses a pair of settings does so here.
-    method = build(config["method"], trust, {"backbone": source, "new_tokens": top.new_tokens})
-    method.check_against(data)
-    exports(config, method.artifact_kind)
-    evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
+    if settings.save_every:
+        samples = next((c for c in chosen if isinstance(c, Samples)), None)
+        chosen.append(Snapshots(folder, settings.name or data.name, settings.save_every, samples))
+    return chosen
+
+
+def _check_metrics(evaluation: Any, data: ImageDataModule, facts: Facts, wanted: str | None) -> None:
+    """The evaluation against the data, and the metric that a sweep optimises against what there will be."""
     if evaluation is not None:
         evaluation.check(data, facts)
     known = [*OF_TRAINING, *getattr(evaluation, "names", ())]
     # Of a stranger's evaluation nobody knows the names before it has run.
     sure = evaluation is None or hasattr(evaluation, "names")
-    if sure and top.optimized_metric and top.optimized_metric.removeprefix("base_") not in known:
+    if sure and wanted and wanted.removeprefix("base_") not in known:
         raise UserError(
-            f"{top.optimized_metric}: there is no such"
-            f" metric{suggestion(top.optimized_metric, known)}; there are {', '.join(known)}",
+            f"{wanted}: there is no such metric{suggestion(wanted, known)}; there are {', '.join(known)}",
             key="optimized_metric",
         )
-    source.check()
-    return data

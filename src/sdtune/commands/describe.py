@@ -62,7 +62,7 @@ def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
     family = source.family or "sd1"
     usual = POCKET_GUIDANCE if pocket else GUIDANCE[family]
     own = {
-        **({} if source.path == "pocket" else {"path": source.path, "revision": source.revision}),
+        **({} if source.path == "pocket" else {"path": source.path, "revision": source.commit}),
         "variant": source.variant,
         "config": source.config_folder,
         "vae": source.vae,

@@ -25,7 +25,6 @@ from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
-from sdtune.methods import DreamBooth
 from sdtune.methods.base import Adapter
 from sdtune.planning import tables
 from sdtune.planning.request import PlanRequest, count
@@ -142,7 +141,7 @@ def _class(config: dict[str, Any]) -> type[Adapter]:
 def _pairs(job: CheckedPlan) -> bool:
     """Whether each sample is an image of the subject and one of its class."""
     named = job.data["class_prompt"] is not None or job.data["class_path"] is not None
-    return job.data["prior_weight"] > 0 and (named or issubclass(_class(job.config), DreamBooth))
+    return job.data["prior_weight"] > 0 and (named or _class(job.config).uses_class_images)
 
 
 def plan_request(job: CheckedPlan) -> PlanRequest:

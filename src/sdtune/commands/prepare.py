@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.commands.checks import check_run
-from sdtune.commands.train import build_adapter
-from sdtune.config.build import build
-from sdtune.config.settings import plain, read_settings
-from sdtune.config.trainer import trainer_arguments
+from sdtune.commands.train_run import TrainRun
+from sdtune.config.settings import plain
 from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.hardware.child_processes import wait_for_children
@@ -32,39 +29,27 @@ _ROW = 8
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The same checks as before a training."""
-    data = check_run(plain(config))
-    return lambda composed: execute(plain(composed), data, folder)
+    run = check_run(plain(config), folder)
+    return lambda composed: execute(run)
 
 
-def execute(config: dict[str, Any], data: ImageDataModule, folder: Path) -> None:
+def execute(run: TrainRun) -> None:
     """Fill what the training would fill, and write images of what it will see."""
-    top = read_settings(config)
-    given = {
-        "max_epochs": -1,
-        "callbacks": [DataSummary(config["trainer"]["max_steps"])],
-        "logger": False,
-        "default_root_dir": folder,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "use_distributed_sampler": False,
-    }
+    summary = DataSummary(int(run.trainer["max_steps"]))
     # A training of no steps: all that comes before the first one happens, on every process.
-    arguments = {**trainer_arguments(config), "max_steps": 0}
-    trainer: pl.Trainer = build(arguments, top.trust, given)
-    adapter = build_adapter(config)
-    trainer.fit(adapter, datamodule=data)
+    trainer = run.build_trainer(max_steps=0, callbacks=[summary], logger=False)
+    trainer.fit(run.adapter, datamodule=run.data)
     if trainer.is_global_zero:
-        _show(data, folder)
+        _show(run.data, run.folder)
     wait_for_children(trainer)
 
 
 def _show(data: ImageDataModule, folder: Path) -> None:
     samples = list(data.train[:_SHOWN])
-    _sheet(samples, [s.pixels(data.bucket(s), CENTRE, False) for s in samples], folder / "images.png")
+    _sheet(len(data.train), [s.pixels(data.bucket(s), CENTRE, False) for s in samples], folder / "images.png")
     if data.class_samples:
         shown = list(data.class_samples[:_SHOWN])
-        _sheet(shown, [s.pixels(s.size, CENTRE, False) for s in shown], folder / "class.png")
+        _sheet(len(data.class_samples), [s.pixels(s.size, CENTRE, False) for s in shown], folder / "class.png")
         prompts: dict[str, list[str]] = {}
         for sample in data.class_samples:
             prompts.setdefault(sample.caption, []).append(str(sample))
@@ -79,7 +64,7 @@ def _show(data: ImageDataModule, folder: Path) -> None:
                 save_png(drawn, folder / "maps" / f"{names[number]}.png", about)
                 maps += [drawn] if number < _SHOWN else []
                 progress(1)
-        _sheet(samples, maps, folder / "maps.png")
+        _sheet(len(data.train), maps, folder / "maps.png")
         log.info("all %d control maps: %s", len(data.train), folder / "maps")
     log.info("to look at: %s", folder)
 
@@ -90,9 +75,9 @@ def _names(samples: Sequence[Sample]) -> list[str]:
     return stems if len(set(stems)) == len(samples) else [f"{number:05d}" for number in range(len(samples))]
 
 
-def _sheet(samples: Sequence[Sample], images: list[np.ndarray], path: Path) -> None:
-    """One grid of images, each cropped to the smallest sides among them."""
+def _sheet(count: int, images: list[np.ndarray], path: Path) -> None:
+    """One grid of the first of ``count`` images, each cropped to the smallest sides among them."""
     height, width = (min(p.shape[axis] for p in images) for axis in (0, 1))
     same = [p[:height, :width] for p in images]
     save_png(grid([same[i : i + _ROW] for i in range(0, len(same), _ROW)]), path)
-    log.info("%d of them: %s", len(samples), path)
+    log.info("%d of %d: %s", len(images), count, path)

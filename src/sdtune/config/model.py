@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import torch
@@ -10,6 +11,7 @@ from annotated_types import Gt
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
+from sdtune.config.targets import resolve
 from sdtune.errors import UserError
 
 _COMMON = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
@@ -25,13 +27,14 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
         raise UserError(str(error), key="optimizer") from error
 
 
-_PRODIGY = "prodigyopt.Prodigy"
 _OWN_FACTOR = 0.1  # below it, a rate is another optimizer's
 
 
-def _check_prodigy(config: dict[str, Any]) -> None:
+def _check_prodigy(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     """Its rate is a factor on the step size that it finds, the same for all that it trains."""
-    if config["optimizer"]["_target_"] != _PRODIGY:
+    prodigyopt = sys.modules.get("prodigyopt")  # imported where the config names a class of it
+    kind = resolve(str(config["optimizer"]["_target_"]), "optimizer", trust)
+    if prodigyopt is None or not issubclass(kind, prodigyopt.Prodigy):
         return
     rate = config["optimizer"].get("lr", 1.0)
     if rate < _OWN_FACTOR:
@@ -56,4 +59,4 @@ def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     for group in ("objective", "lr_schedule"):
         check_node(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
-    _check_prodigy(config)
+    _check_prodigy(config, trust)

@@ -20,9 +20,6 @@ ALLOWED = (
 )
 """Packages whose classes and functions a config may name; users add theirs with ``trust=[...]``."""
 
-
-_FUNCTIONS = ("sdtune.loggers",)
-
 _EXTRAS = dict.fromkeys(("bitsandbytes", "prodigyopt"), ", or 'sdtune[optimizers]'")
 
 
@@ -64,7 +61,7 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
         raise UserError(f"{target} is neither a class nor a function", key=f"{key}._target_")
     if not _allowed(found.__module__, trust):
         raise UserError(f"{target} leads to {found.__module__}, which is not allowed", key=f"{key}._target_")
-    if inspect.isfunction(found) and found.__module__ not in _FUNCTIONS and not _trusted(found.__module__, trust):
+    if inspect.isfunction(found) and not _trusted(found.__module__, trust):
         # Classes are built; a function is done, whatever it does.
         raise UserError(f"{target} is a function, not a class that can be configured", key=f"{key}._target_")
     return found

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 import torch
+from cachetools import LRUCache, cached
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,9 +75,15 @@ class TensorCache:
             progress(len(keys))
 
 
-@lru_cache(maxsize=256)
+_KEPT_BYTES = 128 * 2**20
+
+
+@cached(LRUCache(_KEPT_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
 def _read(path: Path) -> Tensor:
-    # A few images are read again and again, in a sweep on one backbone by every run; at most some 100 MiB stay.
+    """Keeps what was read last, at most :data:`_KEPT_BYTES` in each process.
+
+    A few images are read again and again, in a sweep on one backbone by every run.
+    """
     return load_file(path)["value"]
 
 

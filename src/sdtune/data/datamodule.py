@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, share
 from sdtune.data.control.base import Control
-from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, leave_signals
+from sdtune.data.dataset import Batch, ImageDataset, RowSettings, begin_worker, collate
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import DrawImages, class_images, draw_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
@@ -369,7 +369,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=partial(collate, prior_weight=self.prior_weight),
-            worker_init_fn=leave_signals,
+            worker_init_fn=begin_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )

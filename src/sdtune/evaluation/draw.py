@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
 from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, generate
+
+log = logging.getLogger("sdtune")
 
 REFERENCES = 64
 """Training images that stand for the subject, at most."""
@@ -88,6 +91,8 @@ def _draw_into(
 
 
 def references(data: ImageDataModule) -> list[np.ndarray]:
-    """Training images as they are trained, at most :data:`REFERENCES` of them."""
+    """Training images as they are trained, at most :data:`REFERENCES` of them, spread over all."""
+    if len(data.train) > REFERENCES:
+        log.info("evaluation: compared with %d of %d training images", REFERENCES, len(data.train))
     step = max(1, len(data.train) // REFERENCES)
     return [s.pixels(data.bucket(s), CENTRE, False) for s in data.train[::step]][:REFERENCES]

@@ -76,7 +76,9 @@ def write_card(
     numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
     lines += ["## Metrics", "", "| metric | value |", "|---|---|"]
     lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_FIGURES]]
-    lines += ["", "All of them, and how each is measured: sdtune's `docs/evaluation.md`.", ""]
+    more = len(numbers) - _FIGURES
+    left = f"{more} further ones are in the run's `metrics.json`. " if more > 0 else ""
+    lines += ["", f"{left}How each is measured: sdtune's `docs/evaluation.md`.", ""]
     target = folder / CARD
     write_text(target, "\n".join(lines))
     return target

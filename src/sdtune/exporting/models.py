@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.backbone.words import plain_vocabulary
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
@@ -21,7 +22,7 @@ from sdtune.formats.pipeline import copy_pipeline, weights_name
 def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     """Every model's tensors by canonical name, without new words."""
     found: dict[str, dict[str, Tensor]] = {}
-    with backbone.plain_vocabulary():
+    with plain_vocabulary(backbone):
         for name in ("unet", "vae", *backbone.encoders):
             tensors = getattr(backbone, name).state_dict()
             found[name] = {canonical_key(name, key): value for key, value in tensors.items() if not is_buffer(key)}

@@ -42,11 +42,11 @@ def grid(
     sheet = Image.new("RGB", (left + columns * tile_w + _MARGIN, top + len(rows) * tile_h + _MARGIN), "white")
     ink = ImageDraw.Draw(sheet)
     for c, label in enumerate(column_labels):
-        lines = textwrap.wrap(label, max(8, tile_w // 7))[:4]
+        lines = textwrap.wrap(label, max(8, tile_w // 7), max_lines=4, placeholder=" ...")
         ink.multiline_text((left + _MARGIN + c * tile_w, 2), "\n".join(lines), fill="black", font=font, spacing=1)
     for r, row in enumerate(rows):
         if r < len(row_labels):
-            lines = textwrap.wrap(row_labels[r], 16)[:6]
+            lines = textwrap.wrap(row_labels[r], 16, max_lines=6, placeholder=" ...")
             ink.multiline_text((4, top + _MARGIN + r * tile_h), "\n".join(lines), fill="black", font=font, spacing=1)
         for c, image in enumerate(row):
             tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)

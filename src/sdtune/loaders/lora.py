@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,9 @@ def adapters_applied(
     """
     modules = _modules(backbone)
     kept: dict[str, Tensor] = {}
-    branches: dict[str, tuple[Tensor, Tensor, float]] = {}
-    branches_of = backbone.lora_branches if only_to_draw and len(adapters) == 1 else None
-    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if branches_of else {}
+    beside: dict[str, tuple[Tensor, Tensor, float]] = {}
+    stays = backbone.pair_executor is not None and only_to_draw and len(adapters) == 1
+    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if stays else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):
             if strength == 0:
@@ -149,13 +149,14 @@ def adapters_applied(
                 weight = modules[path].weight
                 scale = strength * adapter.weights.alphas[path] / down.shape[0]
                 if path in names:
-                    branches[names[path]] = (down.float(), up.float(), scale)
+                    beside[names[path]] = (down.float(), up.float(), scale)
                     continue
                 kept.setdefault(path, weight.data)
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
-        with branches_of(backbone.unet, branches) if branches_of else nullcontext():
-            yield
+        backbone.drawing_pairs = beside
+        yield
     finally:
+        backbone.drawing_pairs = {}
         for path, own in kept.items():
             modules[path].weight.data = own

@@ -18,11 +18,11 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Component
 from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
+from sdtune.backbone.words import begin_tokens, word_vectors
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
-from sdtune.hardware.allocator import pin_allocation
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.lightning_compat import attached_trainer
 from sdtune.loaders.lora import check_file
@@ -34,9 +34,13 @@ from sdtune.training.arguments import Average, MakeOptimizer
 from sdtune.training.caching import CachedParts, fill_caches
 from sdtune.training.checkpoint_contents import check_same_backbone, complete, only_trained
 from sdtune.training.cpu_offload import CpuOffload
+from sdtune.training.executor import LocalExecutor, ModelExecutor
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 from sdtune.training.nonfinite_guard import Guard
 from sdtune.training.param_groups import param_groups
+
+_ABSTRACT = ("inject", "write_artifact")
+"""What a subclass must define before it can be trained; ABC itself looks only after ``__init_subclass__``."""
 
 
 class Adapter(pl.LightningModule, ABC):
@@ -52,11 +56,26 @@ class Adapter(pl.LightningModule, ABC):
     needs_tokens: ClassVar[bool] = False
     """Whether there is nothing to train without new tokens."""
 
-    reads_denoiser_only: ClassVar[bool] = False
-    """Whether the UNet's weights are neither trained nor copied, so may be read in half precision; not inherited."""
+    reads_denoiser_only: ClassVar[bool]
+    """Whether the UNet's weights are neither trained nor copied, so may be read in half precision.
+
+    Each class that can be trained states it in its own body: a subclass may train more than its base.
+    """
+
+    uses_class_images: ClassVar[bool] = False
+    """Whether it trains on images of the class, unless ``data.prior_weight`` is 0."""
 
     parts: Sequence[Component] = ()
     """The components that are trained whole."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT)
+        if not abstract and "reads_denoiser_only" not in vars(cls):
+            raise TypeError(
+                f"{cls.__qualname__} must state reads_denoiser_only in its own body: True where the UNet's weights are"
+                " neither trained nor copied"
+            )
 
     def __init__(
         self,
@@ -85,6 +104,8 @@ class Adapter(pl.LightningModule, ABC):
         self.new_tokens, self.tokens_lr, self.seed = tuple(new_tokens), tokens_lr, seed
         self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
         self.backbone: Backbone
+        self.executor: ModelExecutor = LocalExecutor()
+        """Computes predictions and gradients; a session that shares a backbone sets its own."""
         self.step_metrics: dict[str, Tensor] = {}
         """Metrics of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
         self.offloaded, self.guard = CpuOffload(), Guard()
@@ -110,37 +131,31 @@ class Adapter(pl.LightningModule, ABC):
     def check_data(self, data: ImageDataModule) -> None:
         """UserError for data that the method cannot be trained on; called before any weights are loaded."""
 
-    def check_against(self, data: ImageDataModule) -> None:
-        """:meth:`check_data`, and UserError for a new token that no prompt holds: it would learn nothing."""
-        random = [part for part in self.source.from_scratch if part not in self.parts]
-        if random:
-            raise UserError(
-                f"{random[0]} would stay at its random weights; only what method.parts of method=full"
-                " names can begin from scratch",
-                key="backbone.from_scratch",
-            )
-        for token in self.new_tokens:
-            if token.weights is not None:
-                check_file(token.weights, self.source.hash(), "new_tokens")
-        self.check_data(data)
-        check_mentioned(self.new_tokens, data.captions() if self.new_tokens else [])
-
     def artifact_bytes(self) -> int:
         """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
         return sum(4 * p.numel() for _, p in self.trainable())
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups with a ``name`` each, new tokens apart; by default one."""
-        return self.component_groups({})
+    def component_rates(self) -> Mapping[str, float | None]:
+        """The learning rates of components that have one of their own; the optimizer's for the others.
 
-    def component_groups(self, rates: Mapping[str, float | None]) -> list[dict[str, Any]]:
-        """A group for each component, with its own rate where ``rates`` has one; new tokens are in none."""
-        words = {id(vectors) for vectors in self.backbone.learned}
-        return param_groups([(name, p) for name, p in self.trainable() if id(p) not in words], rates)
+        A component is ``unet``, ``text_encoder`` (all of them), ``vae``, or a module that :meth:`inject` has added.
+        """
+        return {}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
-        return self.backbone.predict(noisy, timesteps, text, frame=batch.get("frame"))
+        return self.executor.predict(self.backbone, noisy, timesteps, text, frame=batch.get("frame"))
+
+    @classmethod
+    def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
+        """``batch`` with what the method reads from one beside images and text, of meaningless values.
+
+        ``sdtune plan`` counts a training step with it.
+
+        Args:
+            pixels: [B, 3, H, W], the images.
+        """
+        return batch
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Further terms of the loss, each a scalar."""
@@ -157,14 +172,14 @@ class Adapter(pl.LightningModule, ABC):
         fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
         half = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
-            self.backbone = self.source.load(self.seed, half if vars(type(self)).get("reads_denoiser_only") else None)
+            self.backbone = self.source.load(self.seed, half if self.reads_denoiser_only else None)
             # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
             with self.backbone.device:
                 self._build()
         if attached_trainer(self) is not None:
             # A backbone that other runs share is not this run's to cast. Before moving: the device may lack memory for
             # float32 weights.
-            if half and self.backbone.lora_branches is None:
+            if half and self.backbone.pair_executor is None:
                 self.backbone.cast_frozen(str(self.trainer.precision))
             # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
             self.prepare_for_device(self.trainer.strategy.root_device)
@@ -177,7 +192,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def _build(self) -> None:
         if self.new_tokens:
-            self.backbone.begin_tokens(self.new_tokens)
+            begin_tokens(self.backbone, self.new_tokens)
         self.inject()
         for vectors in self.backbone.learned:
             vectors.requires_grad_(True)
@@ -205,7 +220,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def _write_words(self, folder: Path, stem: str, mark: str) -> None:
         if self.new_tokens:
-            embeddings.write(folder, self.backbone.vectors(), mark, self.about(folder / stem))
+            embeddings.write(folder, word_vectors(self.backbone), mark, self.about(folder / stem))
 
     def about(self, artifact: Path) -> dict[str, str]:
         """Metadata of the files that go onto a backbone; ``artifact`` is what has just been written."""
@@ -225,7 +240,7 @@ class Adapter(pl.LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
             data.open(self.source.facts.side, self.source.facts.factor)
-            self.check_against(data)
+            check_trainable(self, data)
             fill_caches(self._cached_parts(), data, self.trainer)
             if self.offload:
                 parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
@@ -240,22 +255,21 @@ class Adapter(pl.LightningModule, ABC):
             device=self.device,
             precision=str(self.trainer.precision),
             encode_text=self.encode_text,
-            autocast=self.autocast,
+            autocast=self._autocast,
             frozen_vae=not self.open("vae"),
             frozen_text=not self.open("text_encoder"),
         )
 
     def on_train_start(self) -> None:
-        pin_allocation(self.device.type)
         for config in self.trainer.lr_scheduler_configs:
             take_rates(config.scheduler)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text states; frozen half-precision weights need autocast also outside a training step."""
-        with self.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
+        with self._autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
             return self.backbone.encode_text(prompts)
 
-    def autocast(self) -> torch.autocast:
+    def _autocast(self) -> torch.autocast:
         """The run's autocast, for work outside of a training step."""
         return autocast(self.device, str(self.trainer.precision) if attached_trainer(self) is not None else "32-true")
 
@@ -316,6 +330,9 @@ class Adapter(pl.LightningModule, ABC):
         self.step_metrics = {**before, **summed}
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.executor.backward(loss, *args, **kwargs)
+
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The metrics of the diffusion loss, and what of it is minimised."""
         if self._vae_alone:
@@ -337,8 +354,10 @@ class Adapter(pl.LightningModule, ABC):
     # --- the optimizer
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The method's parameter groups, and new tokens in one of their own."""
-        groups = self.parameter_groups()
+        """A parameter group with its ``name`` for each component, and new tokens in one of their own."""
+        words = {id(vectors) for vectors in self.backbone.learned}
+        opened = [(name, p) for name, p in self.trainable() if id(p) not in words]
+        groups = param_groups(opened, self.component_rates())
         if self.backbone.learned:
             # Decay would draw a word towards the vector that means nothing.
             own = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
@@ -376,3 +395,23 @@ class Adapter(pl.LightningModule, ABC):
         """Refuse a checkpoint of another backbone or of other tensors, and load without the frozen ones."""
         check_same_backbone(checkpoint["sdtune"]["backbone"], self.source)
         complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())
+
+
+def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
+    """UserError where ``adapter`` cannot be trained on ``data``; loads no weights.
+
+    Beside :meth:`Adapter.check_data`: components that would stay at random weights, files of another backbone, and new
+    tokens that no prompt holds, which would learn nothing.
+    """
+    random = [part for part in adapter.source.from_scratch if part not in adapter.parts]
+    if random:
+        raise UserError(
+            f"{random[0]} would stay at its random weights; only what method.parts of method=full names can begin from"
+            " scratch",
+            key="backbone.from_scratch",
+        )
+    for token in adapter.new_tokens:
+        if token.weights is not None:
+            check_file(token.weights, adapter.source.hash(), "new_tokens")
+    adapter.check_data(data)
+    check_mentioned(adapter.new_tokens, data.captions() if adapter.new_tokens else [])

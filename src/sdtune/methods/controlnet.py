@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
 from annotated_types import Gt
@@ -11,7 +12,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from sdtune import streams
-from sdtune.backbone.controlnet import skips
+from sdtune.backbone.controlnet import residuals, skips
 from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
@@ -38,6 +39,7 @@ class ControlNet(Adapter):
     """
 
     artifact_kind = "controlnet"
+    reads_denoiser_only = False
 
     def __init__(
         self,
@@ -103,17 +105,21 @@ class ControlNet(Adapter):
             )
             parameter.data.copy_(torch.from_numpy(drawn.astype("float32")))
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The net, and the opened UNet with a rate of its own."""
-        return self.component_groups({"unet": self.unet_lr})
+    def component_rates(self) -> Mapping[str, float | None]:
+        return {"unet": self.unet_lr}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
         frame = batch.get("frame")
         if "control" not in batch:
-            return self.backbone.predict(noisy, timesteps, text, frame=frame)
-        added = self.backbone.residuals(self.controlnet, noisy, timesteps, text, batch["control"], frame=frame)
-        return self.backbone.predict(noisy, timesteps, text, added, frame)
+            return self.executor.predict(self.backbone, noisy, timesteps, text, frame=frame)
+        conditions = self.backbone.conditions(text, noisy, frame)
+        added = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
+        return self.executor.predict(self.backbone, noisy, timesteps, text, added, frame)
+
+    @classmethod
+    def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
+        return {**batch, "control": pixels}
 
     def artifact_bytes(self) -> int:
         """The net's, and the whole UNet's where any of it is open."""

@@ -25,6 +25,9 @@ class DreamBooth(Full):
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
     """
 
+    reads_denoiser_only = False
+    uses_class_images = True
+
     def __init__(
         self,
         *,

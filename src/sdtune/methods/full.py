@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Unpack
 
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdtune import streams
 from sdtune.backbone.families import Component
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.backbone.words import plain_vocabulary
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -41,6 +42,7 @@ class Full(Adapter):
     """
 
     artifact_kind = "model"
+    reads_denoiser_only = False
 
     def __init__(
         self,
@@ -89,8 +91,8 @@ class Full(Adapter):
                     # Layers behind the states that are used would get no gradient, on which DDP fails.
                     parameter.requires_grad_(not name.startswith(behind))
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return self.component_groups(self.rates)
+    def component_rates(self) -> Mapping[str, float | None]:
+        return self.rates
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The VAE's: L1 + ``kl_weight`` KL, and a perceptual term where an encoder is given."""
@@ -135,7 +137,7 @@ class Full(Adapter):
             write_json(place / "sdtune.json", {"backbone": self.source.hash()})
 
     def _save_encoders(self, encoders: Mapping[str, nn.Module], pipeline: Path) -> None:
-        with self.backbone.plain_vocabulary():
+        with plain_vocabulary(self.backbone):
             for name, encoder in encoders.items():
                 frozen = [canonical_key(name, n) for n, p in encoder.named_parameters() if not p.requires_grad]
                 # Frozen layers may be in half precision here, so they are read again.

@@ -179,8 +179,8 @@ class LoRA(Adapter):
             return block.rank, float(block.rank)
         return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return self.component_groups({"text_encoder": self.text_encoder_lr})
+    def component_rates(self) -> Mapping[str, float | None]:
+        return {"text_encoder": self.text_encoder_lr}
 
     def _unet_sites(self) -> list[str]:
         wanted: list[str] = []

@@ -168,15 +168,14 @@ def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
 def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
     facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
     images = torch.empty(count, 3, side, side, device=_META)
-    # Only a method that reads maps looks at them.
-    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count)), "control": images}
+    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count))}
     if cached_latents:
         batch["moments"] = torch.empty(count, 2 * facts.latent_channels, cells, cells, device=_META)
     else:
         batch["pixels"] = images
     if cached_text:
         batch["text"] = torch.empty(count, *adapter.backbone.text_shape, device=_META)
-    return batch
+    return adapter.synthetic_batch(batch, images)
 
 
 def _meter(adapter: Adapter, *more: Any) -> Meter:

@@ -110,7 +110,8 @@ def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
     shown = [m for m in metrics(runs) if m != metric and not m.startswith(("base_", "ceiling_"))]
     # What is the same for all says nothing about which to take.
     shown = [m for m in shown if len(places) == 1 or len({run.metrics.get(m) for run in runs}) > 1]
-    columns = sorted(shown, key=lambda m: m in _COSTS)[:_COLUMNS]
+    ordered = sorted(shown, key=lambda m: m in _COSTS)
+    columns, hidden = ordered[:_COLUMNS], ordered[_COLUMNS:]
     rows = [
         {
             "place": i + 1,
@@ -121,7 +122,7 @@ def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
         }
         for i, (setting, figure, noise) in enumerate(places)
     ]
-    return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "rows": rows}
+    return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "hidden": hidden, "rows": rows}
 
 
 def _noise(setting: Setting, figure: MetricStatistics, within: bool | None, best: bool) -> str:

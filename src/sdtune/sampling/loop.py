@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Annotated, Literal
 
 import diffusers
@@ -14,6 +15,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.controlnet import Residuals, residuals
 from sdtune.backbone.families import GUIDANCE
 from sdtune.data.control.base import as_map
 from sdtune.errors import UserError
@@ -86,6 +88,21 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
     return kind.from_config(config)
 
 
+def predict_with_controlnets(
+    backbone: Backbone, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]
+) -> Tensor:
+    """The backbone's prediction under its ``nets``, with one map for each; plainly without either.
+
+    Args:
+        maps: float32 [B, 3, H, W] in [0, 1].
+    """
+    pairs = zip(backbone.nets, maps, strict=True) if backbone.nets and maps else ()
+    # At strength 0 a net is not asked: the base then costs what it costs.
+    conditions = backbone.conditions(text, noisy, None)
+    added = [residuals(n.model, noisy, timesteps, conditions, own, n.strength) for n, own in pairs if n.strength]
+    return backbone.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone, requests: Sequence[Request], settings: Sampling, denoise: Denoise | None = None
@@ -99,7 +116,7 @@ def generate(
         denoise: the method's own where it has one; the backbone's otherwise.
     """
     settings.check(backbone.facts.factor)
-    denoise = denoise or backbone.predict_under
+    denoise = denoise or partial(predict_with_controlnets, backbone)
     device, facts = backbone.device, backbone.facts
     width, height = settings.size(facts.side)
     shape = (facts.latent_channels, height // facts.factor, width // facts.factor)

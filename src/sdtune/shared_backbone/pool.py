@@ -12,13 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.errors import RunFailed
+from sdtune.errors import RunFailed, UserError
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
@@ -61,35 +60,6 @@ class Back(PendingCall):
     @property
     def joint(self) -> bool:
         return True
-
-
-class Shared(Pretrained):
-    """``source`` for several runs: each load is a model of its own on the same weights.
-
-    Args:
-        lora_branches: see :attr:`sdtune.backbone.backbone.Backbone.lora_branches`.
-        leave: gives, for what is loaded now, what ends its run where it is asked to stop.
-    """
-
-    def __init__(
-        self,
-        source: Pretrained,
-        pool: Pool,
-        lora_branches: Callable[..., Any],
-        leave: Callable[[], Callable[..., None]],
-    ) -> None:
-        self.__dict__.update(source.__dict__)
-        self._source, self._pool, self._lora_branches, self._leave = source, pool, lora_branches, leave
-
-    def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
-        # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
-        loaded = self._pool.copied(self._source)
-        loaded.lora_branches = self._lora_branches
-        # Caches are filled and images of the class drawn without a call, for minutes where there are many.
-        leave = self._leave()
-        for part in (loaded.unet, loaded.vae.encoder):
-            part.register_forward_pre_hook(leave)
-        return loaded
 
 
 class Pool:
@@ -142,6 +112,7 @@ class Pool:
         assert self._base is not None
         shared = {p.data_ptr() for p in self._base.parameters()}
         half = HALVES.get(self.precision)
+        check_plain_pairs(adapter)
         for name, parameter in adapter.named_parameters():
             place = parameter.data_ptr()
             if parameter.requires_grad or place not in shared:
@@ -251,7 +222,7 @@ class Pool:
         )
         for part, number in zip(said, numbers, strict=True):
             if number in calls:
-                calls[number].answer = UNet2DConditionOutput(sample=part)
+                calls[number].answer = part
 
     def _joint(self, call: Forward) -> Joint:
         """The UNet for calls like ``call``."""
@@ -299,3 +270,18 @@ def _pair(layer: LoraLayer) -> Pair:
         float(layer.scaling["default"]),
         dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
     )
+
+
+def check_plain_pairs(adapter: Adapter) -> None:
+    """UserError for a LoRA layer of ``adapter`` that is more than W + scale B A: the joint step would ignore that."""
+    for name, layer in adapter.named_modules():
+        if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
+            continue
+        own: Any = layer
+        plain = isinstance(own.get_base_layer(), nn.Linear | nn.Conv2d) and set(own.lora_A) == {"default"}
+        if not plain or own.lora_variant or own.lora_bias["default"]:
+            raise UserError(
+                f"{name} is not a plain low-rank pair, which alone can be trained on a backbone with others",
+                key="hydra/launcher",
+                remedy="give hydra/launcher=basic",
+            )

@@ -42,17 +42,17 @@ class Relay:
     def __init__(self, sweep: Path) -> None:
         self.sweep = sweep
         self.code: int | None = None
-        self._heard = handled(STOP_SIGNALS, self._hand_on)
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Relay:
         (self.sweep / _STOPPING).unlink(missing_ok=True)
-        self._heard.__enter__()
+        self._stack.enter_context(handled(STOP_SIGNALS, self._hand_on))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._heard.__exit__(None, None, None)
+        self._stack.close()
         (self.sweep / _STOPPING).unlink(missing_ok=True)
         for file in self.sweep.glob(f"{_WORKERS}/*"):
             file.unlink(missing_ok=True)

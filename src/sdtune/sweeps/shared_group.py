@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from sdtune.planning.request import PlanRequest
 from sdtune.shared_backbone.capacity import room
 from sdtune.shared_backbone.compatibility import largest, widest
 from sdtune.shared_backbone.pool import Pool
-from sdtune.shared_backbone.session import Sharing
+from sdtune.shared_backbone.session import SharedBackbone
 from sdtune.shared_backbone.step_coordinator import StepCoordinator
 from sdtune.sweeps.job import Job, as_current
 from sdtune.sweeps.job_process import end_with_parent
@@ -53,29 +53,44 @@ class SharingJob(Job):
         return False
 
 
-def run_group(
-    wholes: Sequence[DictConfig],
-    command: str,
-    callbacks: Callbacks,
-    max_concurrent_runs: MaxConcurrentRuns,
-    called: str,
-) -> None:
-    """Run the jobs of ``wholes``, configs with Hydra's own part; each one's folder says how it ended.
+@dataclass(frozen=True)
+class JobGroup:
+    """Jobs that share a backbone.
+
+    Args:
+        wholes: their configs with Hydra's own part.
+        command: the name of the top config.
+        callbacks: Hydra's.
+        max_concurrent_runs: how many at once, on each device.
+        called: how messages name them.
+        shown: whether its first run logs to the console.
+    """
+
+    wholes: Sequence[DictConfig]
+    command: str
+    callbacks: Callbacks
+    max_concurrent_runs: MaxConcurrentRuns
+    called: str
+    shown: bool = True
+
+
+def run_group(group: JobGroup) -> None:
+    """Run the jobs of ``group``; each one's folder says how it ended.
 
     On several devices the jobs are shared out: each device has the backbone once, and nothing goes between them.
     """
-    with as_current(wholes[0]):
-        devices = _devices(plain(wholes[0])["hardware"])[: len(wholes)]
+    with as_current(group.wholes[0]):
+        devices = _devices(plain(group.wholes[0])["hardware"])[: len(group.wholes)]
     count = len(devices)
     if count == 1:
-        _together(wholes, command, callbacks, max_concurrent_runs, called, devices[0])
+        _together(group, devices[0], 1)
         return
-    print(f"{called} share one backbone on each of {count} devices")
+    print(f"{group.called} share one backbone on each of {count} devices")
     context = multiprocessing.get_context("spawn")
     children = [
         context.Process(
             target=_on_device,
-            args=(wholes[index::count], command, callbacks, max_concurrent_runs, called, device, count, index == 0),
+            args=(replace(group, wholes=group.wholes[index::count], shown=index == 0), device, count),
         )
         for index, device in enumerate(devices)
     ]
@@ -90,7 +105,7 @@ def run_group(
         raise SystemExit(128 + asked[0])
     broken = next((i for i, child in enumerate(children) if child.exitcode), None)
     if broken is not None:
-        raise RunFailed(f"{called}: the process of device {broken} ended with code {children[broken].exitcode}")
+        raise RunFailed(f"{group.called}: the process of device {broken} ended with code {children[broken].exitcode}")
 
 
 def _devices(node: Mapping[str, Any]) -> list[torch.device]:
@@ -101,16 +116,7 @@ def _devices(node: Mapping[str, Any]) -> list[torch.device]:
     return [kind] * hardware.process_count(node)
 
 
-def _on_device(
-    wholes: Sequence[DictConfig],
-    command: str,
-    callbacks: Callbacks,
-    max_concurrent_runs: MaxConcurrentRuns,
-    called: str,
-    device: torch.device,
-    devices: int,
-    shown: bool,
-) -> None:
+def _on_device(group: JobGroup, device: torch.device, devices: int) -> None:
     # A signal reaches it once, from the sweep's process, however it came.
     os.setsid()
     if sys.platform == "linux":
@@ -119,7 +125,7 @@ def _on_device(
     quiet()
     quiet_libraries()
     try:
-        _together(wholes, command, callbacks, max_concurrent_runs, called, device, devices, shown)
+        _together(group, device, devices)
     except RunFailed as error:
         print(f"sdtune: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -140,75 +146,79 @@ def _handed_on(children: Sequence[BaseProcess]) -> Iterator[list[int]]:
         yield asked
 
 
-def _together(
-    wholes: Sequence[DictConfig],
-    command: str,
-    callbacks: Callbacks,
-    max_concurrent_runs: MaxConcurrentRuns,
-    called: str,
-    device: torch.device,
-    devices: int = 1,
-    shown: bool = True,
-) -> None:
+def _together(group: JobGroup, device: torch.device, devices: int) -> None:
     """Run the jobs on ``device``, so many at once as there is room for; ``devices`` groups use this machine."""
-    with as_current(wholes[0]):
-        precision = str(trainer_arguments(plain(wholes[0]))["precision"])
-    methods: list[Any] = [OmegaConf.to_container(whole.method, resolve=True) for whole in wholes]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    most = max_concurrent_runs
-    if most == "auto":
-        most = room(_requests(wholes), len(wholes), device, devices)
-    turns_of = -(-len(wholes) // most)
-    size = -(-len(wholes) // turns_of)
-    if devices == 1 and len(wholes) > 1:
-        print(f"{called} share one backbone{'' if turns_of == 1 else f', {size} at once'}")
-    drops = any(method.get("dropout") for method in methods)
-    pool = Pool(device, precision, size, max(map(widest, methods)), drops)
-    coordinator = StepCoordinator(size, pool.answer)
-    sharing = Sharing(pool, coordinator, size)
+    shared = _shared_backbone(group, device, devices)
     lost: list[RunFailed] = []
-
-    def job(whole: DictConfig) -> Callable[[], None]:
-        task = SharingJob(command, lambda config, folder: train.prepare(config, folder, sharing))
-
-        def moved() -> None:
-            participant = coordinator.here
-            assert participant is not None
-            pool.use_threads(False)
-            try:
-                with _written(whole, shown and participant == 0):
-                    # A config is read before a run waits for another one.
-                    HydraConfig.instance().set_config(whole)
-                    callbacks.on_job_start(config=whole, task_function=task)
-                    metric = task.run(without_hydra(whole), whole)
-                    done = JobReturn(cfg=without_hydra(whole), hydra_cfg=whole, status=JobStatus.COMPLETED)
-                    done.return_value = metric
-                    callbacks.on_job_end(config=whole, job_return=done)
-            except SystemExit:
-                if sharing.asked is None:
-                    raise
-                # It has saved; the others have been asked as well, and end when they have.
-            except OSError as error:
-                # Its folder cannot be written; the others' can.
-                lost.append(RunFailed(f"job {Path(whole.hydra.runtime.output_dir).name}: {error}"))
-                print(f"sdtune: {lost[-1]}", file=sys.stderr)
-            finally:
-                sharing.left(participant)
-
-        return moved
-
+    jobs = (_SharingJob(whole, group, shared, lost) for whole in group.wholes)
     try:
-        with _listening(sharing), as_current(wholes[0]):
-            coordinator.run(_until_stopped((job(whole) for whole in wholes), sharing))
+        with _listening(shared), as_current(group.wholes[0]):
+            shared.coordinator.run(_until_stopped(jobs, shared))
     finally:
-        pool.use_threads(True)
-    if sharing.asked is not None:
-        raise SystemExit(128 + sharing.asked)
-    if coordinator.broken is not None:
-        raise coordinator.broken
+        shared.pool.use_threads(True)
+    if shared.asked is not None:
+        raise SystemExit(128 + shared.asked)
+    if shared.coordinator.broken is not None:
+        raise shared.coordinator.broken
     if lost:
         raise lost[0]
+
+
+def _shared_backbone(group: JobGroup, device: torch.device, devices: int) -> SharedBackbone:
+    with as_current(group.wholes[0]):
+        precision = str(trainer_arguments(plain(group.wholes[0]))["precision"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    count, most = len(group.wholes), group.max_concurrent_runs
+    if most == "auto":
+        most = room(_requests(group.wholes), count, device, devices)
+    rounds = -(-count // most)
+    size = -(-count // rounds)
+    if devices == 1 and count > 1:
+        print(f"{group.called} share one backbone{'' if rounds == 1 else f', {size} at once'}")
+    methods: list[Any] = [OmegaConf.to_container(whole.method, resolve=True) for whole in group.wholes]
+    drops = any(method.get("dropout") for method in methods)
+    pool = Pool(device, precision, size, max(map(widest, methods)), drops)
+    return SharedBackbone(pool, StepCoordinator(size, pool.answer), size)
+
+
+class _SharingJob:
+    """One job in a thread of the step coordinator."""
+
+    def __init__(self, whole: DictConfig, group: JobGroup, shared: SharedBackbone, lost: list[RunFailed]) -> None:
+        self.whole, self.group, self.shared, self.lost = whole, group, shared, lost
+
+    def __call__(self) -> None:
+        number = self.shared.coordinator.here
+        assert number is not None
+        self.shared.pool.use_threads(False)
+        try:
+            with _written(self.whole, self.group.shown and number == 0):
+                self._run()
+        except SystemExit:
+            if self.shared.asked is None:
+                raise
+            # It has saved; the others have been asked as well, and end when they have.
+        except OSError as error:
+            # Its folder cannot be written; the others' can.
+            self.lost.append(RunFailed(f"job {Path(self.whole.hydra.runtime.output_dir).name}: {error}"))
+            print(f"sdtune: {self.lost[-1]}", file=sys.stderr)
+        finally:
+            self.shared.left(number)
+
+    def _run(self) -> None:
+        # A config is read before a run waits for another one.
+        HydraConfig.instance().set_config(self.whole)
+        task = SharingJob(self.group.command, self._prepare)
+        self.group.callbacks.on_job_start(config=self.whole, task_function=task)
+        metric = task.run(without_hydra(self.whole), self.whole)
+        done = JobReturn(cfg=without_hydra(self.whole), hydra_cfg=self.whole, status=JobStatus.COMPLETED)
+        done.return_value = metric
+        self.group.callbacks.on_job_end(config=self.whole, job_return=done)
+
+    def _prepare(self, config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+        run = train.checked_run(config, folder, shared=True)
+        return lambda composed: run.start(self.shared)
 
 
 def _requests(wholes: Sequence[DictConfig]) -> list[PlanRequest]:
@@ -223,9 +233,9 @@ def _requests(wholes: Sequence[DictConfig]) -> list[PlanRequest]:
     ]
 
 
-def _until_stopped(jobs: Iterator[Callable[[], None]], sharing: Sharing) -> Iterator[Callable[[], None]]:
+def _until_stopped(jobs: Iterator[Callable[[], None]], shared: SharedBackbone) -> Iterator[Callable[[], None]]:
     for job in jobs:
-        if sharing.asked is not None:
+        if shared.asked is not None:
             return
         yield job
 
@@ -261,14 +271,14 @@ def _written(whole: DictConfig, shown: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _listening(sharing: Sharing) -> Iterator[None]:
+def _listening(shared: SharedBackbone) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask every run to save and stop; a second Ctrl-C ends at once."""
 
     def heard(number: int, frame: FrameType | None) -> None:
-        if sharing.asked is not None and number == signal.SIGINT:
+        if shared.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         print(STOPPING, file=sys.stderr)
-        sharing.stop(number)
+        shared.stop(number)
 
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

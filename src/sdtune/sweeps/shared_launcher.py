@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -19,6 +19,9 @@ from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.runs.state import finished
 from sdtune.sweeps.job import Job, as_current
 
+if TYPE_CHECKING:
+    from sdtune.shared_backbone.compatibility import Group
+
 
 class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
     """Runs jobs that may share a backbone at once, in one process, and the others one after another.
@@ -27,6 +30,9 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         max_concurrent_runs: how many at once; ``auto``: as many as the device's memory holds by the count of
             ``sdtune plan``.
     """
+
+    shares_backbone: ClassVar[bool] = True
+    """Whether jobs that may share a backbone do, and are checked as such."""
 
     def __init__(self, max_concurrent_runs: int | Literal["auto"] = "auto") -> None:
         self.max_concurrent_runs = max_concurrent_runs
@@ -42,11 +48,8 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         """Run them all; each job's folder says how it ended."""
         setup_globals()
         quiet()
-        from sdtune.config.hardware import process_count
         from sdtune.config.settings import plain
-        from sdtune.hardware.allocator import release
-        from sdtune.shared_backbone.compatibility import Group, difference, groups
-        from sdtune.sweeps.shared_group import run_group
+        from sdtune.shared_backbone.compatibility import groups
 
         quiet_libraries()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -57,24 +60,15 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         for number in left:
             with as_current(wholes[number]):
                 configs.append(plain(wholes[number]))
-        found = groups(configs)
         failed: list[str] = []
-        largest = max(found, key=lambda group: len(group.jobs), default=Group())
+        found = groups(configs)
         for group in found:
             numbers = [left[place] for place in group.jobs]
             called = _called([initial_job_idx + number for number in numbers])
             if len(numbers) == 1 and len(left) > 1:
-                other = configs[next(g for g in (largest, *found) if g is not group).jobs[0]]
-                why = group.alone or f"{difference(configs[group.jobs[0]], other)} is another than the others'"
-                print(f"{called} by itself: {why}")
-            # One that is left over has the device that it would have had among others, and not all of them.
-            if len(numbers) > 1 or (group.alone is None and process_count(configs[group.jobs[0]]["hardware"]) > 1):
-                whole = [wholes[n] for n in numbers]
-                try:
-                    run_group(whole, self.task.command, self.context.callbacks, self.max_concurrent_runs, called)
-                except RunFailed as error:
-                    failed.append(str(error))  # the others are none the worse
-                release()  # for the next one's count of what is free
+                print(f"{called} by itself: {_why_alone(group, found, configs)}")
+            if self._is_shared(group, configs):
+                failed += self._share([wholes[n] for n in numbers], called)
                 continue
             returns[numbers[0]] = self._by_itself(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
         if failed:
@@ -83,6 +77,29 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             # Its state file may be another's: the run was completed by itself.
             returns[number] = self._by_itself(list(job_overrides[number]), initial_job_idx + number)
         return returns
+
+    @staticmethod
+    def _is_shared(group: Group, configs: Sequence[dict[str, Any]]) -> bool:
+        """Whether ``group`` goes through the shared backbone: one job has the device that it would have had among
+        others, and not all of them.
+        """
+        from sdtune.config.hardware import process_count
+
+        several = process_count(configs[group.jobs[0]]["hardware"]) > 1
+        return len(group.jobs) > 1 or (group.alone is None and several)
+
+    def _share(self, wholes: list[DictConfig], called: str) -> list[str]:
+        """Run ``wholes`` on one backbone; why they failed, if they did: other groups are none the worse."""
+        from sdtune.hardware.allocator import release
+        from sdtune.sweeps.shared_group import JobGroup, run_group
+
+        try:
+            run_group(JobGroup(wholes, self.task.command, self.context.callbacks, self.max_concurrent_runs, called))
+        except RunFailed as error:
+            return [str(error)]
+        finally:
+            release()  # for the next one's count of what is free
+        return []
 
     def _sweep_config(self, overrides: list[str], number: int) -> DictConfig:
         config: DictConfig = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -116,3 +133,13 @@ def _called(numbers: Sequence[int]) -> str:
         return f"job {numbers[0]}"
     run = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"jobs {numbers[0]}-{numbers[-1]}" if run else f"jobs {', '.join(map(str, numbers))}"
+
+
+def _why_alone(group: Group, found: Sequence[Group], configs: Sequence[dict[str, Any]]) -> str:
+    """Why the only job of ``group`` shares its backbone with none of the others."""
+    from sdtune.shared_backbone.compatibility import difference
+
+    largest = max(found, key=lambda each: len(each.jobs))
+    other = next(each for each in (largest, *found) if each is not group)
+    key = difference(configs[group.jobs[0]], configs[other.jobs[0]])
+    return group.alone or f"{key} is another than the others'"

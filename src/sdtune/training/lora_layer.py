@@ -21,6 +21,8 @@ class Site(Linear):  # type: ignore[misc]
         """[..., out] from [..., in]."""
         down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
         alone = self.active_adapters == ["default"] and not (self.disable_adapters or self.merged or args or kwargs)
+        # DoRA and its like compute otherwise, and a bias is added.
+        alone = alone and not self.lora_variant and not self.lora_bias["default"]
         # Without autocast a base in half precision stays in it; hardware.precision.autocast uses the CPU's for meta.
         cast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
         if not alone or not (cast or x.dtype == down.dtype):

@@ -11,8 +11,6 @@ from annotated_types import Ge, Interval
 from sdtune.data.control.base import Computed
 from sdtune.errors import UserError
 
-cv2.setNumThreads(0)  # its threads do not survive the fork of a loader process, and a map takes a millisecond
-
 Threshold = Annotated[float, Interval(ge=0, le=2000)]
 
 
