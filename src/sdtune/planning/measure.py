@@ -114,18 +114,6 @@ def measure(
     checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(gpu)))
     checkpointed = _pass(adapter, batch, gpu)
     state = _state(adapter)
-
-    def encode() -> None:
-        images = encoded_at_once(side, side, "cuda" if gpu else "cpu")
-        backbone.encode_images(torch.empty(images, 3, side, side, device=_META))
-
-    def draw(count: int, model: Backbone, denoise: Callable[..., Tensor]) -> None:
-        # With guidance, each image goes through the UNet twice, with its prompt and without.
-        shown = _batch(adapter, 2 * count, side, True, True)
-        latents = shown["moments"].chunk(2, dim=1)[0]
-        denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), shown["text"], shown)
-        model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
-
     parts = {"vae": caches[0], "text_encoder": caches[1], "text_encoder_2": caches[1]}
     components = _components(adapter)
     return TrainingCosts(
@@ -138,12 +126,27 @@ def measure(
         idle=sum(component.bytes for component in components if parts.get(component.name)),
         plain=plain,
         checkpointed=checkpointed,
-        encoding=_peak(adapter, gpu, encode) if caches[0] else 0,
-        previews=_peak(adapter, gpu, lambda: draw(previews, backbone, adapter.denoise)) if previews else 0,
-        drawing=_drawing(adapter, gpu, lambda fresh, denoise: draw(class_images, fresh, denoise))
-        if class_images
+        encoding=_peak(adapter, gpu, lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
+        previews=_peak(adapter, gpu, lambda: _draw(adapter, backbone, adapter.denoise, previews, side))
+        if previews
         else 0,
+        drawing=_drawing(adapter, gpu, class_images, side) if class_images else 0,
     )
+
+
+def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
+    """What fills the cache of latents, a batch of it."""
+    images = encoded_at_once(side, side, "cuda" if gpu else "cpu")
+    backbone.encode_images(torch.empty(images, 3, side, side, device=_META))
+
+
+def _draw(adapter: Adapter, model: Backbone, denoise: Callable[..., Tensor], count: int, side: int) -> None:
+    """A step of sampling ``count`` images, and their decoding."""
+    # With guidance, each image goes through the UNet twice, with its prompt and without.
+    shown = _batch(adapter, 2 * count, side, True, True)
+    latents = shown["moments"].chunk(2, dim=1)[0]
+    denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), shown["text"], shown)
+    model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -212,19 +215,17 @@ def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None], *there: Tensor)
     return meter.activations
 
 
-def _drawing(adapter: Adapter, gpu: bool, draw: Callable[[Backbone, Callable[..., Tensor]], None]) -> int:
-    """Bytes of the model before training, which draws the class, and its peak."""
+def _drawing(adapter: Adapter, gpu: bool, count: int, side: int) -> int:
+    """Bytes of the model before training, which draws ``count`` images of the class at once, and its peak."""
     fresh = adapter.source.load(adapter.seed)
     fresh.cast_frozen(str(adapter.trainer.precision))
     fresh.prepare_for_device(torch.device("cpu") if not gpu else _META)
     weights = sum(_bytes(p) for p in fresh.parameters())
-    return weights + _peak(
-        adapter,
-        gpu,
-        lambda: draw(fresh, lambda *inputs: fresh.predict(*inputs[:3])),
-        *fresh.parameters(),
-        *fresh.buffers(),
-    )
+
+    def draw() -> None:
+        _draw(adapter, fresh, lambda *inputs: fresh.predict(*inputs[:3]), count, side)
+
+    return weights + _peak(adapter, gpu, draw, *fresh.parameters(), *fresh.buffers())
 
 
 class _NoNumbers(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -18,6 +18,7 @@ _LAYOUT: dict[str, Any] = {
     "margin": {"l": 70, "r": 20, "t": 50, "b": 60},
     "height": 420,
 }
+_MENU = {"x": 0, "xanchor": "left", "y": 1.18}
 _NAME, _LINE = 0.3, 0.08
 """Width and height of a point's name, as shares of the chart."""
 
@@ -40,20 +41,9 @@ def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go
         return None  # a search, which asks for a new value each time
     ordered = [first, *(metric for metric in metrics if metric != first)]
 
-    def values(metric: str) -> list[list[float | None]]:
-        cells: list[list[float | None]] = []
-        for row in rows:
-            line: list[float | None] = []
-            for column in columns:
-                here = [s.metric(metric) for s in found if s.own[across] == column and s.own[down] == row]
-                means = [figure.mean for figure in here if figure is not None]
-                line.append(_best(means, metric) if means else None)
-            cells.append(line)
-        return cells
-
     traces = [
         go.Heatmap(
-            z=values(metric),
+            z=[[_best_mean(found, metric, {across: column, down: row}) for column in columns] for row in rows],
             x=[str(c) for c in columns],
             y=[str(r) for r in rows],
             colorscale="Blues",
@@ -69,11 +59,17 @@ def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go
         for metric in ordered
     ]
     figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": across, "type": "category"}})
-    figure.update_layout(
-        yaxis={"title": down, "type": "category"},
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}],
-    )
+    figure.update_layout(yaxis={"title": down, "type": "category"}, updatemenus=[{"buttons": buttons, **_MENU}])
     return figure
+
+
+def _best_mean(found: Sequence[Setting], metric: str, values: Mapping[str, Any]) -> float | None:
+    """The best mean of ``metric`` among the settings that have ``values``; None where there is none."""
+    here = [s.metric(metric) for s in found if all(s.own[key] == value for key, value in values.items())]
+    means = [figure.mean for figure in here if figure is not None]
+    if not means:
+        return None
+    return min(means) if metric in LOWER_IS_BETTER else max(means)
 
 
 def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
@@ -115,10 +111,6 @@ def _scale(values: Sequence[Any]) -> str:
     if len(set(values)) <= 5 or not all(isinstance(value, int | float) for value in values):
         return "category"
     return "log" if min(values) > 0 and max(values) / min(values) >= 10 else "linear"
-
-
-def _best(values: Sequence[float], metric: str) -> float:
-    return min(values) if metric in LOWER_IS_BETTER else max(values)
 
 
 def _sortable(value: Any) -> tuple[int, Any]:
@@ -172,43 +164,11 @@ def _smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
     """``metric`` against each of :data:`COSTS`, with the front of settings that none beats in both."""
-    traces: list[go.Scatter] = []
-    shown: list[str] = []
-    for cost in COSTS:
-        points = [(setting, x, figure.mean) for setting in found if (x := _cost(setting, cost)) is not None
-                  and (figure := setting.metric(metric)) is not None]  # fmt: skip
-        if not points:
-            continue
-        first = not shown
-        shown.append(cost)
-        traces.append(
-            go.Scatter(
-                x=[x for _, x, _ in points],
-                y=[y for _, _, y in points],
-                text=[setting.label for setting, _, _ in points],
-                mode="markers+text" if _roomy(points) else "markers",
-                textposition="top center",
-                cliponaxis=False,
-                marker={"size": 11, "color": [COLOURS[i % len(COLOURS)] for i in range(len(points))]},
-                hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
-                visible=first,
-                showlegend=False,
-            )
-        )
-        front = pareto([(x, y) for _, x, y in points], lower=metric in LOWER_IS_BETTER)
-        traces.append(
-            go.Scatter(
-                x=[x for x, _ in front],
-                y=[y for _, y in front],
-                mode="lines",
-                line={"color": "#999", "dash": "dot"},
-                name="Pareto front",
-                hoverinfo="skip",
-                visible=first,
-            )
-        )
+    points = {cost: _points(found, cost, metric) for cost in COSTS}
+    shown = [cost for cost in COSTS if points[cost]]
     if not shown:
         return None
+    traces = [trace for cost in shown for trace in _scatter_and_front(points[cost], metric, cost == shown[0])]
     buttons = [
         {
             "label": COSTS[cost],
@@ -221,13 +181,46 @@ def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
         for number, cost in enumerate(shown)
     ]
     figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": {"text": COSTS[shown[0]]}, "type": "log"}})
-    figure.update_layout(
-        yaxis={"title": metric}, updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18}]
-    )
+    figure.update_layout(yaxis={"title": metric}, updatemenus=[{"buttons": buttons, **_MENU}])
     return figure
 
 
-def _roomy(points: Sequence[tuple[Setting, float, float]]) -> bool:
+Point = tuple[Setting, float, float]
+"""A setting, its cost, and its metric."""
+
+
+def _points(found: Sequence[Setting], cost: str, metric: str) -> list[Point]:
+    costs = ((setting, _cost(setting, cost), setting.metric(metric)) for setting in found)
+    return [(setting, x, figure.mean) for setting, x, figure in costs if x is not None and figure is not None]
+
+
+def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> tuple[go.Scatter, go.Scatter]:
+    scatter = go.Scatter(
+        x=[x for _, x, _ in points],
+        y=[y for _, _, y in points],
+        text=[setting.label for setting, _, _ in points],
+        mode="markers+text" if _roomy(points) else "markers",
+        textposition="top center",
+        cliponaxis=False,
+        marker={"size": 11, "color": [COLOURS[i % len(COLOURS)] for i in range(len(points))]},
+        hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
+        visible=visible,
+        showlegend=False,
+    )
+    front = pareto([(x, y) for _, x, y in points], lower=metric in LOWER_IS_BETTER)
+    line = go.Scatter(
+        x=[x for x, _ in front],
+        y=[y for _, y in front],
+        mode="lines",
+        line={"color": "#999", "dash": "dot"},
+        name="Pareto front",
+        hoverinfo="skip",
+        visible=visible,
+    )
+    return scatter, line
+
+
+def _roomy(points: Sequence[Point]) -> bool:
     """Whether the points lie far enough apart for their names to be read; else they show under the pointer."""
     across, up = [math.log(x) for _, x, _ in points], [y for _, _, y in points]
     wide, high = (max(v) - min(v) or 1.0 for v in (across, up))

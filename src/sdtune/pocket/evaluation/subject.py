@@ -120,11 +120,8 @@ class SubjectMetrics:
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
         wanted = [unseen[i % len(unseen)] for i in range(self.count)]
         requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
-        colours = list(BACKGROUNDS)
-        plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
-        others = [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
+        others = self._of_class(data)
         reader = classifier.load_classifier()
-
         drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
@@ -134,40 +131,43 @@ class SubjectMetrics:
         readings: dict[str, list[float]] = {}
         for prefix, both in drawn.items():
             images, classes = both[: self.count], both[self.count :]
-            stack = np.stack(images)
-            read = np.array(reader.read(stack).object)
-            readings[f"{prefix}subject_accuracy"] = (read == data.subject).tolist()
-            right = np.array(classifier.background(stack)) == np.array(wanted)
-            readings[f"{prefix}background_accuracy"] = right.tolist()
+            subject = self._read_subject(images, wanted, reader, data)
             if clip is not None:
+                metrics |= {
+                    f"{prefix}clip_image": clip_image(clip, images, references(data)),
+                    f"{prefix}clip_text": clip_text(clip, images, [r.prompt for r in requests]),
+                }
                 embedded = clip.images(images)
-                readings[f"{prefix}diversity"] = distances(embedded)
-                readings[f"{prefix}memorisation"] = nearest(embedded, clip.images(references(data)))
-                metrics[f"{prefix}clip_image"] = clip_image(clip, images, references(data))
-                metrics[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
-            columns = len(unseen)
-            rows = [images[i : i + columns] for i in range(0, min(len(images), 8 * columns), columns)]
-            save_png(grid(rows, column_labels=unseen), folder / f"{prefix or 'trained_'}images.png")
+                subject["diversity"] = distances(embedded)
+                subject["memorisation"] = nearest(embedded, clip.images(references(data)))
+            _save_rows(images, unseen, 8, folder / f"{prefix or 'trained_'}images.png")
             if classes and clip is not None:
-                leaked = np.array(reader.read(np.stack(classes)).object) == data.subject
-                readings[f"{prefix}prior_leak"] = leaked.tolist()
-                readings[f"{prefix}class_distance"] = distances(clip.images(classes))
-                columns = len(colours)
-                rows = [classes[i : i + columns] for i in range(0, min(len(classes), 6 * columns), columns)]
-                save_png(grid(rows, column_labels=colours), folder / f"{prefix or 'trained_'}class.png")
+                subject["prior_leak"] = (np.array(reader.read(np.stack(classes)).object) == data.subject).tolist()
+                subject["class_distance"] = distances(clip.images(classes))
+                _save_rows(classes, list(BACKGROUNDS), 6, folder / f"{prefix or 'trained_'}class.png")
+            readings |= {f"{prefix}{key}": values for key, values in subject.items()}
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         metrics |= shares(readings, folder)
         if others and clip is not None:
             metrics["prior_drift"] = prior_drift(*(clip.images(drawn[key][self.count :]) for key in ("", "base_")))
             metrics["class_diversity"] = metrics["class_distance"] / metrics["base_class_distance"]
-        room = ceiling - metrics["base_subject_accuracy"]
-        gain = metrics["subject_accuracy"] - metrics["base_subject_accuracy"]
-        metrics["subject_gain"] = gain / room if room > 0 else None
-        reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
-        if not others:
-            why = "no images of the class alone are drawn: evaluation.class_images=210"
-            reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
-        return {**dict.fromkeys(reasons), **metrics, **({"reasons": reasons} if reasons else {})}
+        return _with_gain(metrics, ceiling, bool(others))
+
+    def _of_class(self, data: Subject) -> list[Request]:
+        """Images of the class alone, on every background by turns."""
+        colours = list(BACKGROUNDS)
+        plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
+        return [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
+
+    @staticmethod
+    def _read_subject(
+        images: Sequence[np.ndarray], backgrounds: Sequence[str], reader: Any, data: Subject
+    ) -> dict[str, list[float]]:
+        """Whether each image shows the subject, and the background that was asked for."""
+        stack = np.stack(images)
+        read = np.array(reader.read(stack).object)
+        right = np.array(classifier.background(stack)) == np.array(backgrounds)
+        return {"subject_accuracy": (read == data.subject).tolist(), "background_accuracy": right.tolist()}
 
     def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
         rng = generator(self.seed, streams.EVALUATION_CEILING)
@@ -186,3 +186,22 @@ class SubjectMetrics:
                 stack = (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 correct += sum(name == subject for name in reader.read(stack).object)
         return correct / self.count
+
+
+def _save_rows(images: Sequence[np.ndarray], columns: Sequence[str], most: int, path: Path) -> None:
+    """A grid of ``images``, a column for each of ``columns``, at most ``most`` rows."""
+    width = len(columns)
+    rows = [images[i : i + width] for i in range(0, min(len(images), most * width), width)]
+    save_png(grid(rows, column_labels=columns), path)
+
+
+def _with_gain(metrics: dict[str, Any], ceiling: float, has_class: bool) -> dict[str, Any]:
+    """``metrics`` with the share of the possible gain that was made, and reasons for those that are null."""
+    room = ceiling - metrics["base_subject_accuracy"]
+    gain = metrics["subject_accuracy"] - metrics["base_subject_accuracy"]
+    metrics = {**metrics, "subject_gain": gain / room if room > 0 else None}
+    reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
+    if not has_class:
+        why = "no images of the class alone are drawn: evaluation.class_images=210"
+        reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
+    return {**dict.fromkeys(reasons), **metrics, **({"reasons": reasons} if reasons else {})}
