@@ -37,16 +37,16 @@ def original_tensors(folder: Path) -> dict[str, Tensor]:
     """Everything that the conversion script writes for the pipeline in ``folder``."""
     sdxl = (folder / "text_encoder_2").is_dir()
     levels = len(json.loads((folder / "unet/config.json").read_text())["block_out_channels"])
-    out = {f"model.diffusion_model.{k}": v for k, v in _unet(_load(folder / "unet"), levels).items()}
-    out |= {f"first_stage_model.{k}": v for k, v in _vae(_load(folder / "vae")).items()}
+    out = {f"model.diffusion_model.{k}": v for k, v in unet_names(_load(folder / "unet"), levels).items()}
+    out |= {f"first_stage_model.{k}": v for k, v in vae_names(_load(folder / "vae")).items()}
     first = _load(folder / "text_encoder")
     if sdxl:
         out |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in first.items()}
-        second = _open_clip(_load(folder / "text_encoder_2"))
+        second = open_clip_names(_load(folder / "text_encoder_2"))
         out |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
         out["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
     elif json.loads((folder / "unet/config.json").read_text()).get("use_linear_projection"):
-        converted = _open_clip(first)
+        converted = open_clip_names(first)
         layers = 1 + max(int(k.split(".")[2]) for k in converted if k.startswith("transformer.resblocks."))
         for key, value in list(converted.items()):
             if key.startswith(f"transformer.resblocks.{layers - 1}."):
@@ -76,7 +76,7 @@ def _load(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _unet(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+def unet_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     blocks = []
     for i in range(levels):
         for j in range(2):
@@ -106,7 +106,7 @@ def _unet(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return out
 
 
-def _vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     pairs = [
         ("nin_shortcut", "conv_shortcut"),
         ("norm_out", "conv_norm_out"),
@@ -142,7 +142,7 @@ def _vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def open_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     pairs = [
         ("resblocks.", "text_model.encoder.layers."),
         ("ln_1", "layer_norm1"),

@@ -117,9 +117,9 @@ def _output(pipe: Any, net: nn.Module | None, batch: dict[str, Any]) -> tuple[Te
     with torch.no_grad():
         posterior = pipe.vae.encode(batch["pixels"]).latent_dist
         shape = posterior.mean.shape[1:]
-        sample = posterior.mean + posterior.std * _drawn("train/vae", shape)
+        sample = posterior.mean + posterior.std * drawn("train/vae", shape)
         latents = sample * pipe.vae.config.scaling_factor
-    noise = _drawn("train/noise", shape)
+    noise = drawn("train/noise", shape)
     times = torch.tensor(
         [int(generator(SEED, "train/timestep", STEP, p).integers(len(scheduler.betas))) for p in POSITIONS]
     )
@@ -139,6 +139,6 @@ def _output(pipe: Any, net: nn.Module | None, batch: dict[str, Any]) -> tuple[Te
     return pipe.unet(noisy, times, encoder_hidden_states=text, **more).sample, noise
 
 
-def _drawn(stream: str, shape: torch.Size) -> Tensor:
+def drawn(stream: str, shape: torch.Size) -> Tensor:
     rows = [generator(SEED, stream, STEP, p).standard_normal(tuple(shape), dtype="float32") for p in POSITIONS]
     return torch.stack([torch.from_numpy(row) for row in rows])

@@ -194,7 +194,7 @@ def _aims(shape: str, groups: Mapping[str, Any]) -> list[str]:
         cells = [
             _met(ours, theirs, "step_seconds", aim), f"{aim}", _met(ours, faster, "step_seconds", BEST_AIM),
             _met(ours, theirs, "first_step_seconds", START_AIM), _met(ours, theirs, "peak", PEAK_AIM),
-            _ahead(ours, theirs),
+            ahead(ours, theirs),
         ]  # fmt: skip
         lines.append(f"| {method} | {precision} | {' | '.join(cells)} |")
     if len(lines) > 2:
@@ -212,7 +212,7 @@ def _met(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str, aim: floa
     return f"{ratio:.2f} {'missed' if ratio > aim else 'met'}"
 
 
-def _ahead(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def ahead(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     later = median(ours["first_step_seconds"]) - median(theirs["first_step_seconds"])
     saved = median(theirs["step_seconds"]) - median(ours["step_seconds"])
     if later <= 0:

@@ -21,7 +21,7 @@ GRID = ("method.rank=4,8,16,32", "optimizer.lr=1e-3,1e-4")
 WAYS = {
     "one after another": ["hydra/launcher=basic"],
     "two processes at once": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-    "shared backbone": ["hydra/launcher=shared_backbone"],
+    "shared backbone": ["hydra/launcher=shared_backbone", "hydra.launcher.processes=1"],
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdtune.backbone import Pretrained
-from sdtune.commands.describe import _backbone
+from sdtune.commands.describe import backbone_overrides
 from sdtune.config.build import build
 from sdtune.config.compose import compose, search_path
 from sdtune.config.settings import plain
@@ -24,7 +24,7 @@ SOURCES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SOURCES, ids=str)
 def test_it_names_the_same_backbone(settings: dict[str, Any], tmp_path: Path) -> None:
-    said = _backbone(Pretrained(**settings))
+    said = backbone_overrides(Pretrained(**settings))
     assert bool(said) is (len(settings) > 2 or settings["path"] != "pocket")
     node = plain(compose("sample", search_path(None), [*shlex.split(said), "prompt=a fox"]))["backbone"]
     source = build(node)

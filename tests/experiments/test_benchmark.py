@@ -26,7 +26,7 @@ def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypat
     monkeypatch.setattr(gate, "TOLERANCE", 1e-4)  # a random model is not as well conditioned as one that has learned
     found = gate.gate(Shape("tiny", tiny, 32))
     assert list(found) == ["lora", "textual_inversion", "dreambooth", "full", "controlnet"]
-    monkeypatch.setattr(gate, "_drawn", lambda stream, shape, own=gate._drawn: own(stream, shape) * 1.001)
+    monkeypatch.setattr(gate, "drawn", lambda stream, shape, own=gate.drawn: own(stream, shape) * 1.001)
     with pytest.raises(RuntimeError, match="gate: lora differs from plain diffusers by"):
         gate.gate(Shape("tiny", tiny, 32))
 
@@ -118,10 +118,10 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
     ("start", "step", "wanted"), [(3.0, 1.0, "2"), (3.0, 2.5, "never"), (0.5, 1.0, "at once"), (0.5, 2.25, "until 2")]
 )
 def test_after_how_many_steps_a_later_start_is_made_up_for(start: float, step: float, wanted: str) -> None:
-    from experiments.benchmark.page import _ahead
+    from experiments.benchmark.page import ahead
 
     ours = {"first_step_seconds": [start], "step_seconds": [step]}
-    assert _ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == wanted
+    assert ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == wanted
 
 
 def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what() -> None:

@@ -16,7 +16,7 @@ from sdtune.config.compose import compose, search_path
 from sdtune.hardware.precision import autocast
 from sdtune.paths import config_folder
 from sdtune.planning.kernels import Kernels
-from sdtune.planning.measure import _batch, _NoNumbers
+from sdtune.planning.measure import NoNumbers, meta_batch
 from sdtune.planning.request import outlined
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 
@@ -73,7 +73,7 @@ def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
     frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
     for _ in range(2):
         for _ in range(job.accumulation):
-            batch = _batch(adapter, 2 * job.count if request.pairs else job.count, job.side, *caches)
+            batch = meta_batch(adapter, 2 * job.count if request.pairs else job.count, job.side, *caches)
             if request.pairs:
                 batch |= {"instances": job.count, "prior_weight": 1.0}
             with Kernels(True), autocast(torch.device("meta"), job.precision):
@@ -82,7 +82,7 @@ def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
         gradients = {name: parameter.grad for name, parameter in adapter.trainable()}
         assert gradients
         assert not [name for name, gradient in gradients.items() if gradient is None]
-        with _NoNumbers():
+        with NoNumbers():
             optimizer.step()
         optimizer.zero_grad()
     assert len(optimizer.state) == len(gradients)

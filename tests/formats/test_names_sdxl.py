@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from original_files import _unet
+from original_files import unet_names
 from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.formats import LoRAWeights, kohya_lora
@@ -41,7 +41,7 @@ def test_kohya_has_722_and_72_and_192_modules(unet, weights):
     assert counts == {"lora_unet_": 722, "lora_te1_": 72, "lora_te2_": 192}
     assert sum(counts.values()) == len(names)
     inside = [f"{path}.weight" for path, _ in unet.named_modules() if path.endswith(INSIDE)]
-    original = _unet(dict.fromkeys(inside, torch.empty(0)), 3)
+    original = unet_names(dict.fromkeys(inside, torch.empty(0)), 3)
     wanted = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in original}
     assert {name for name in names if name.startswith("lora_unet_")} == wanted
 

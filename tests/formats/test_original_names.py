@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from original_files import _open_clip, _unet, _vae
+from original_files import open_clip_names, unet_names, vae_names
 from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.formats.keys import canonical_key
@@ -38,16 +38,16 @@ def test_the_names_are_the_scripts_and_lead_back(kind):
     unused = (".resblocks.23.", "text_projection", "logit_scale") if kind == "sd21" else ()
     assert len([key for key in file if not any(part in key for part in unused)]) == COUNTS[kind]
     levels = len(config.unet["block_out_channels"])
-    wanted = {f"model.diffusion_model.{k}": v for k, v in _unet(tensors["unet"], levels).items()}
-    wanted |= {f"first_stage_model.{k}": v for k, v in _vae(tensors["vae"]).items()}
+    wanted = {f"model.diffusion_model.{k}": v for k, v in unet_names(tensors["unet"], levels).items()}
+    wanted |= {f"first_stage_model.{k}": v for k, v in vae_names(tensors["vae"]).items()}
     first, second = tensors["text_encoder"], tensors.get("text_encoder_2")
     if kind == "sd15":
         wanted |= {f"cond_stage_model.transformer.{k}": v for k, v in first.items()}
     elif kind == "sd21":
-        wanted |= {f"cond_stage_model.model.{k}": v for k, v in _open_clip(first).items()}
+        wanted |= {f"cond_stage_model.model.{k}": v for k, v in open_clip_names(first).items()}
     else:
         wanted |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in first.items()}
-        wanted |= {f"conditioner.embedders.1.model.{k}": v for k, v in _open_clip(second).items()}
+        wanted |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip_names(second).items()}
     assert {k: tuple(v.shape) for k, v in wanted.items()}.items() <= {
         k: tuple(v.shape) for k, v in file.items()
     }.items()

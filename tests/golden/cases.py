@@ -239,6 +239,7 @@ CASES: dict[str, list[Command]] = {
             (
                 "-m",
                 "hydra/launcher=shared_backbone",
+                "hydra.launcher.processes=1",
                 "hydra.launcher.max_concurrent_runs=3",
                 "method=lora",
                 "method.rank=2,4,6",

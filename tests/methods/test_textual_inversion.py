@@ -16,7 +16,7 @@ import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.callbacks.data_summary import _captions
+from sdtune.callbacks.data_summary import caption_summary
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
@@ -174,5 +174,5 @@ def test_captions_are_counted_with_every_vector(tiny: Path, images: Path) -> Non
     data.open(32, 4)
     backbone = source.load()
     backbone.begin_tokens([NewToken("<new>", "a", 5)])
-    lines = _captions(data, backbone)
+    lines = caption_summary(data, backbone)
     assert "captions: 1 different ones; the longest has 7 tokens of 77" in lines

@@ -17,7 +17,7 @@ import pytest
 from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write_report
 from sdtune.reporting.charts import pareto
-from sdtune.reporting.page import _by_itself, _ranking
+from sdtune.reporting.page import ranking_table, standalone_overrides
 from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -189,13 +189,13 @@ def test_torn_files_do_not_take_the_report_down(sweep: Path, tmp_path: Path) -> 
     assert len(run.images) == len(whole.images) - 1
 
 
-def test_a_trials_command_runs_by_itself() -> None:
-    assert _by_itself(["sweep=optuna", "trial=3", "method.rank=2"]) == [
+def test_a_trials_command_runsstandalone_overrides() -> None:
+    assert standalone_overrides(["sweep=optuna", "trial=3", "method.rank=2"]) == [
         "sweep=optuna",
         "method.rank=2",
         "callbacks.pruning=null",
     ]
-    assert _by_itself(["method.rank=2"]) == ["method.rank=2"]
+    assert standalone_overrides(["method.rank=2"]) == ["method.rank=2"]
 
 
 @pytest.mark.parametrize(
@@ -244,14 +244,14 @@ def test_what_is_said_of_seeds_and_noise() -> None:
         return run_of(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
 
     one = group_by_setting([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
-    place, second = _ranking("subject_gain", ranked(one, "subject_gain"))["rows"]
+    place, second = ranking_table("subject_gain", ranked(one, "subject_gain"))["rows"]
     assert place["noise"] == "1 of 2 seeds"
     assert second["noise"] == "noise unknown: one seed here or above"
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.01 * i) for i in range(6)]
-    place, second = _ranking("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
+    place, second = ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
     assert (place["noise"], second["noise"]) == ("3 seeds", "3 seeds")
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) + 0.01 * (i // 3)) for i in range(6)]
-    assert _ranking("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
+    assert ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
 

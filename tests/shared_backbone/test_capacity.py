@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from sdtune.config.compose import compose, search_path
 from sdtune.shared_backbone import capacity
-from sdtune.sweeps.shared_group import _requests as requests
+from sdtune.sweeps.shared_group import plan_requests as requests
 
 CPU = torch.device("cpu")
 EMA = "callbacks.ema={_target_:sdtune.callbacks.EMA,decay:0.9}"
@@ -41,10 +41,10 @@ def test_so_many_as_fit_beside_the_base(monkeypatch: pytest.MonkeyPatch) -> None
     jobs = [planned(f"method.rank={rank}") for rank in (4, 16)] * 10
     kept, step, previews, base = costs(*jobs)
     assert 12 * (kept + step) > previews + 12 * kept
-    monkeypatch.setattr(capacity, "_free", lambda device, devices: capacity.ALLOWANCE + base + 12 * (kept + step))
+    monkeypatch.setattr(capacity, "free_memory", lambda device, devices: capacity.ALLOWANCE + base + 12 * (kept + step))
     assert capacity.room(requests(jobs), 20, CPU) == 12
     assert capacity.room(requests(jobs[:5]), 5, CPU) == 5
-    monkeypatch.setattr(capacity, "_free", lambda device, devices: base)
+    monkeypatch.setattr(capacity, "free_memory", lambda device, devices: base)
     assert capacity.room(requests(jobs), 20, CPU) == 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from running import EPS, arguments, rows, train
 from sdtune.backbone import cpu_convolution
 
-LAUNCHER = "hydra/launcher=shared_backbone"
+LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
 STEPS = 20
 
 
@@ -54,7 +54,7 @@ GRIDS = {"1,16": "1e-2,1e-4", "1,4,8,16": "1e-2,1e-3,3e-4,1e-4"}
 @pytest.mark.parametrize("ranks", ["1,16", pytest.param("1,4,8,16", marks=pytest.mark.slow)])
 def test_ranks_and_rates_in_float64(ranks: str, settings: list[str], tmp_path: Path) -> None:
     own = [*settings, "hardware.precision=64-true", f"method.rank={ranks}", f"optimizer.lr={GRIDS[ranks]}"]
-    together = sweep(tmp_path / "together", own, LAUNCHER)
+    together = sweep(tmp_path / "together", own, *LAUNCHER)
     assert torch.get_default_dtype() == torch.float32  # which Lightning changes for a step, whoever's turn comes in it
     alone = sweep(tmp_path / "alone", own)
     jobs = sorted(folder.name for folder in alone.glob("[0-9]*"))
@@ -104,7 +104,7 @@ def test_every_setting_in_float32(variant: str, settings: list[str], tmp_path: P
     own = [*settings, *VARIANTS[variant], "optimizer.lr=1e-3", EPS]
     if variant == "words":
         own = [*(o for o in own if o != "method=lora"), "data.templates=['{} <x>']"]
-    together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
+    together, alone = sweep(tmp_path / "together", own, *LAUNCHER), sweep(tmp_path / "alone", own)
     jobs = sorted(folder.name for folder in alone.glob("[0-9]*"))
     assert len(jobs) > 1
     assert max(distance(together / job, alone / job) for job in jobs) < 1e-4
@@ -118,7 +118,7 @@ def test_every_setting_in_float32(variant: str, settings: list[str], tmp_path: P
 def test_in_half_precision_no_further_than_splits_of_a_batch(settings: list[str], tmp_path: Path) -> None:
     own = [*settings, "hardware.precision=bf16-mixed", "method.rank=4", "data.batch_size=4", "optimizer.lr=1e-3"]
     splits = sweep(tmp_path / "splits", own, "trainer.accumulate_grad_batches=1,2,4")
-    together = sweep(tmp_path / "together", own, "optimizer.weight_decay=0.01,0.02,0.03", LAUNCHER)
+    together = sweep(tmp_path / "together", own, "optimizer.weight_decay=0.01,0.02,0.03", *LAUNCHER)
     alone = sweep(tmp_path / "alone", own, "optimizer.weight_decay=0.01,0.02,0.03")
     usual = median(distance(splits / a, splits / b) for a, b in ("01", "02", "12"))
     assert max(distance(together / job, alone / job) for job in "012") < 2 * usual
@@ -136,7 +136,7 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("other", ["3e-4", "1e30"])
 def test_a_neighbour_moves_nothing(other: str, around: str, settings: list[str], tmp_path: Path) -> None:
-    own = [*settings, "method.rank=2", *AROUND[around], LAUNCHER]
+    own = [*settings, "method.rank=2", *AROUND[around], *LAUNCHER]
     quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4,1e-5")
     loud = sweep(tmp_path / "loud", own, f"optimizer.lr=1e-3,{other},1e-5", code=1 if other == "1e30" else 0)
     for job in "02":
@@ -148,7 +148,7 @@ def test_a_neighbour_moves_nothing(other: str, around: str, settings: list[str],
 @pytest.mark.parametrize("around", AROUND)
 def test_who_takes_a_place_moves_nothing(around: str, settings: list[str], tmp_path: Path) -> None:
     """The next one has wider pairs and comes in the middle, and is validated while the others are in a step."""
-    own = [*settings, *AROUND[around], LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "method.rank=2,16"]
+    own = [*settings, *AROUND[around], *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "method.rank=2,16"]
     own += ["data.hold_out=5", "trainer.val_check_interval=3"]
     quiet = sweep(tmp_path / "quiet", own, "optimizer.lr=1e-3,1e-4")
     loud = sweep(tmp_path / "loud", own, "optimizer.lr=1e-3,1e30", code=1)
@@ -167,7 +167,7 @@ def test_a_subject_each(settings: list[str], tiny: Path, tmp_path: Path) -> None
     shown = ",".join(str(tmp_path / f"subject{number}") for number in range(3))
     own = [*(s for s in settings if not s.startswith("data.path")), f"data.path={shown}", "data.prompt=a photo of sks"]
     own += ["method.rank=2", "optimizer.lr=1e-3", "name=null", EPS]
-    together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
+    together, alone = sweep(tmp_path / "together", own, *LAUNCHER), sweep(tmp_path / "alone", own)
     assert max(distance(together / job, alone / job) for job in "012") < 1e-4
     assert distance(together / "0", together / "1") > 1e-3
 
@@ -181,7 +181,7 @@ def test_shapes_that_differ_from_step_to_step(settings: list[str], tmp_path: Pat
         Image.fromarray(noise).save(folder / f"{i}.png")
     own = [*(s for s in settings if not s.startswith("data.path")), f"data.path={folder}", "data.prompt=a photo of sks"]
     own += ["data.batch_size=1", "method.rank=2", "seed=0,1,2", "optimizer.lr=1e-3", EPS]
-    together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
+    together, alone = sweep(tmp_path / "together", own, *LAUNCHER), sweep(tmp_path / "alone", own)
     assert max(distance(together / job, alone / job) for job in "012") < 1e-4
 
 
@@ -193,5 +193,5 @@ def test_convolutions_that_are_products_alone_and_not_together(
     monkeypatch.setattr(cpu_convolution, "_PIXELS", 256)  # of 1,024 in the first convolution of four runs
     own = [*settings, "method.targets=[cross_attention,convolutions]", "method.rank=2,4", "seed=0,1", EPS]
     own += ["optimizer.lr=1e-3"]
-    together, alone = sweep(tmp_path / "together", own, LAUNCHER), sweep(tmp_path / "alone", own)
+    together, alone = sweep(tmp_path / "together", own, *LAUNCHER), sweep(tmp_path / "alone", own)
     assert max(distance(together / job, alone / job) for job in "0123") < 1e-4

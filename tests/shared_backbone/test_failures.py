@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from running import train
+from sdtune.errors import RunFailed
 from sdtune.shared_backbone import pool
 from sdtune.shared_backbone.batched_unet import Mode
-from sdtune.shared_backbone.step_coordinator import Participant, PendingCall, StepCoordinator
+from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 from sdtune.sweeps import job as jobs
 
-LAUNCHER = "hydra/launcher=shared_backbone"
+LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
 
 
 def test_without_memory_each_job_says_so_and_the_sweep_ends(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forward = pool.Pool._forward
+    forward = pool.Pool.compute
 
     def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
         if next(iter(calls.values())).mode.gradients:
             raise torch.OutOfMemoryError
         forward(self, calls, idle)
 
-    monkeypatch.setattr(pool.Pool, "_forward", full)
+    monkeypatch.setattr(pool.Pool, "compute", full)
     own = [
         *settings,
         "callbacks.samples=null",
-        LAUNCHER,
+        *LAUNCHER,
         "hydra.launcher.max_concurrent_runs=2",
         "optimizer.lr=1e-3,1e-4,1e-5",
     ]
@@ -44,7 +45,7 @@ def test_without_memory_each_job_says_so_and_the_sweep_ends(
     captured = capsys.readouterr()
     assert "sweep: 0 of 2 jobs are done" in captured.out
     assert f"sdtune: {said}\n" in captured.err
-    monkeypatch.setattr(pool.Pool, "_forward", forward)
+    monkeypatch.setattr(pool.Pool, "compute", forward)
     assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_concurrent_runs=1") == 0
     captured = capsys.readouterr()
     assert "jobs 0-2 share one backbone, 1 at once" in captured.out
@@ -54,7 +55,7 @@ def test_without_memory_each_job_says_so_and_the_sweep_ends(
 def test_what_one_job_cannot_draw_is_its_own_failure(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forward = pool.Pool._forward
+    forward = pool.Pool.compute
     failed: list[int] = []
 
     def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
@@ -63,9 +64,9 @@ def test_what_one_job_cannot_draw_is_its_own_failure(
             raise torch.OutOfMemoryError
         forward(self, calls, idle)
 
-    monkeypatch.setattr(pool.Pool, "_forward", full)
+    monkeypatch.setattr(pool.Pool, "compute", full)
     own = [*settings, "callbacks.samples=null", "data.hold_out=5", "seed=0,1", "trainer.val_check_interval=1,2"]
-    own += [LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
+    own += [*LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert failed == [0]  # which validates by itself, while the other is in a step
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
@@ -80,34 +81,40 @@ def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails
     drawn: list[int] = []
 
     class Full(pool.Pool):
-        def _forward(self, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+        def compute(self, calls: dict[int, pool.Forward], idle: set[int]) -> None:
             if next(iter(calls.values())).mode.gradients:
                 raise torch.OutOfMemoryError
             for seat, call in calls.items():
                 drawn.append(seat)
                 call.answer = torch.ones(1)
 
-        def _in_parts(self, calls: dict[int, pool.Forward]) -> Iterator[dict[int, pool.Forward]]:
+        def in_parts(self, calls: dict[int, pool.Forward]) -> Iterator[dict[int, pool.Forward]]:
             yield calls
 
     def asked(gradients: bool) -> pool.Forward:
         mode = Mode(gradients, gradients, (False, torch.float32), torch.float32)
         return pool.Forward(None, {"sample": torch.zeros(1)}, mode)  # type: ignore[arg-type]
 
-    calls: dict[int, PendingCall] = {0: asked(True), 1: asked(False)}
     coordinator = StepCoordinator(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
-    coordinator._participants = {number: Participant(number, lambda: None) for number in calls}
-    for number, seat in coordinator._participants.items():
-        seat.call = calls[number]
-    coordinator._reply(calls)
-    assert coordinator._participants[0].call is None
-    assert coordinator._participants[1].call is calls[1]  # until the memory of the step is free
-    assert not drawn
-    assert calls[0].error is coordinator.broken
-    assert "max_concurrent_runs=1" in str(coordinator.broken)
-    coordinator._reply({1: calls[1]})
+    ended: list[str] = []
+
+    def job(name: str, call: PendingCall) -> Callable[[], None]:
+        def run() -> None:
+            coordinator.ask(JoinCall())
+            try:
+                coordinator.ask(call)
+            except RunFailed:
+                ended.append(f"{name} failed")
+            else:
+                ended.append(f"{name} answered")
+
+        return run
+
+    coordinator.run(iter([job("step", asked(True)), job("drawing", asked(False))]))
+    # The drawing waits until the step's job has ended, and with it the memory of its activations is free.
+    assert ended == ["step failed", "drawing answered"]
     assert drawn == [1]
-    assert calls[1].error is None
+    assert "max_concurrent_runs=1" in str(coordinator.broken)
 
 
 def test_a_folder_that_cannot_be_written_is_one_jobs_failure(
@@ -121,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_one_jobs_failure(
         write(path, content)
 
     monkeypatch.setattr(jobs, "write_json", full)
-    own = [*settings, "callbacks.samples=null", LAUNCHER, "optimizer.lr=1e-3,1e-4"]
+    own = [*settings, "callbacks.samples=null", *LAUNCHER, "optimizer.lr=1e-3,1e-4"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert "sdtune: job 0: [Errno 28] No space left on device" in capsys.readouterr().err
     assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text())["state"] == "done"

@@ -20,7 +20,7 @@ from sdtune.shared_backbone import pool
 from sdtune.shared_backbone.compatibility import difference, groups
 from sdtune.sweeps import shared_group
 
-LAUNCHER = "hydra/launcher=shared_backbone"
+LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
 
 
 def files(run: Path) -> set[str]:
@@ -35,7 +35,7 @@ def test_a_job_leaves_the_folder_that_it_would_have_left_alone(
     released: list[None] = []
     monkeypatch.setattr(pool, "release", lambda: released.append(None))
     own = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
-    assert train(*own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={tmp_path}/together") == 0
+    assert train(*own, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={tmp_path}/together") == 0
     assert "jobs 0-2 share one backbone, 2 at once" in capsys.readouterr().out
     assert len(released) == 1  # for all, though each has drawn before
     assert train(*own, f"hydra.sweep.dir={tmp_path}/alone") == 0
@@ -67,15 +67,15 @@ def test_finished_runs_are_evaluated_together(
     # In bfloat16, where a device has it, merged weights and pairs beside them are rounded apart.
     monkeypatch.setattr(drawing, "precision", lambda *_: "32-true")
     drawn: list[int] = []
-    forward = pool.Pool._forward
+    forward = pool.Pool.compute
 
     def spy(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
         if next(iter(calls.values())).pairs is not None:
             drawn.append(len(calls))
         forward(self, calls, idle)
 
-    monkeypatch.setattr(pool.Pool, "_forward", spy)
-    assert train(*own, LAUNCHER, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/together") == 0
+    monkeypatch.setattr(pool.Pool, "compute", spy)
+    assert train(*own, *LAUNCHER, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/together") == 0
     assert drawn
     assert set(drawn) == {3}
     assert train(*own, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/alone") == 0
@@ -94,7 +94,7 @@ def test_what_cannot_share_runs_by_itself_and_is_named(
     own = [a for a in settings if not a.startswith(("method=", "method.rank", "data.batch_size"))]
     assert (
         train(
-            *own, "callbacks.samples=null", LAUNCHER, "method=lora,full", "data.batch_size=1,2", "seed=0,1",
+            *own, "callbacks.samples=null", *LAUNCHER, "method=lora,full", "data.batch_size=1,2", "seed=0,1",
             f"hydra.sweep.dir={tmp_path}/sweep",
         )
         == 0
@@ -111,11 +111,11 @@ def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: P
     own = [*settings, "callbacks.samples=null", "data.batch_size=1", "optimizer.lr=1e-3,1e-4,1e-5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "log"
     process = start(
-        log, *own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
+        log, *own, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "hardware.devices=2", f"hydra.sweep.dir={two}"
     )
     assert process.wait(240) == 0, log.read_text()
     assert "jobs 0-2 share one backbone on each of 2 devices" in log.read_text()
-    assert train(*own, LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={one}") == 0
+    assert train(*own, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={one}") == 0
     for job, count in zip("012", (2, 1, 2), strict=True):
         assert json.loads((two / job / "metrics.json").read_text())["shared_with"] == count
         assert files(two / job) == files(one / job)
@@ -127,7 +127,7 @@ def test_on_two_devices_the_jobs_are_shared_out(settings: list[str], tmp_path: P
 def test_stopped_on_two_devices_every_job_saves(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
-    own += ["callbacks.samples=null", LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "data.batch_size=2"]
+    own += ["callbacks.samples=null", *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", "data.batch_size=2"]
     process = start(
         log, *own, "optimizer.lr=1e-3,1e-4", "hardware.devices=2", "trainer.max_steps=4000", f"hydra.sweep.dir={sweep}"
     )
@@ -143,7 +143,7 @@ def test_stopped_on_two_devices_every_job_saves(settings: list[str], tmp_path: P
 def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
-    own += ["callbacks.samples=null", LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}"]
+    own += ["callbacks.samples=null", *LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}"]
     process = start(log, *own, "trainer.max_steps=4000")
     wait_for_step(process, sweep / "1", 3, log)
     os.kill(process.pid, signal.SIGTERM)
@@ -158,7 +158,7 @@ def test_stopped_every_job_saves_and_the_sweep_goes_on(settings: list[str], tmp_
 @pytest.mark.slow
 def test_a_whole_model_that_a_job_exports_has_its_lora_in_it(settings: list[str], tmp_path: Path) -> None:
     own = [*settings, "callbacks.samples=null", "exports=[{format: pipeline}]", "optimizer.lr=1e-1,1e-2"]
-    for way in ([LAUNCHER], []):
+    for way in (LAUNCHER, ()):
         assert train(*own, *way, f"hydra.sweep.dir={tmp_path}/{len(way)}") == 0
     for job in "01":
         ours, theirs = (load_file(next((tmp_path / way / job / "export").rglob("unet/*.safetensors"))) for way in "10")
@@ -171,7 +171,7 @@ def test_a_whole_model_that_a_job_exports_has_its_lora_in_it(settings: list[str]
 def test_how_many_at_once_is_checked_first(
     wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.launcher.max_concurrent_runs={wrong}"]
+    own = [*settings, *LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hydra.launcher.max_concurrent_runs={wrong}"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 2
     assert "hydra.launcher.max_concurrent_runs: " in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
@@ -181,7 +181,7 @@ def test_how_many_at_once_is_checked_first(
 def test_devices_are_checked_though_each_job_has_one(
     wrong: str, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*settings, LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hardware.devices={wrong}"]
+    own = [*settings, *LAUNCHER, "optimizer.lr=1e-3,1e-4", f"hardware.devices={wrong}"]
     assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 2
     assert "hardware.devices: " in capsys.readouterr().err
 
@@ -198,7 +198,7 @@ def test_gpus_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_asked_to_stop_before_the_first_step_all_leave_at_once(settings: list[str], tmp_path: Path) -> None:
     sweep, log = tmp_path / "sweep", tmp_path / "log"
-    own = [*settings, "callbacks.samples.sampling.steps=900", "callbacks.samples.sampling.sampler=ddim", LAUNCHER]
+    own = [*settings, "callbacks.samples.sampling.steps=900", "callbacks.samples.sampling.sampler=ddim", *LAUNCHER]
     process = start(log, *own, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}")
     while "trained: " not in log.read_text() and process.poll() is None:
         time.sleep(0.1)
@@ -213,7 +213,7 @@ def test_asked_to_stop_a_job_that_draws_does_not_keep_the_others(settings: list[
     """The first has steps behind it, the second stands before its first one."""
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     own = [a for a in settings if not a.startswith("trainer.max_steps")]
-    own += ["callbacks.samples.sampling.steps=100", "callbacks.samples.every_steps=2", LAUNCHER]
+    own += ["callbacks.samples.sampling.steps=100", "callbacks.samples.every_steps=2", *LAUNCHER]
     process = start(log, *own, "optimizer.lr=1e-3,1e-4", "trainer.max_steps=4000", f"hydra.sweep.dir={sweep}")
     wait_for_step(process, sweep / "1", 3, log)
     os.kill(process.pid, signal.SIGTERM)

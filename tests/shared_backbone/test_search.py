@@ -32,7 +32,7 @@ def test_the_next_trial_takes_the_place_of_one_that_is_pruned(
     own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
     own += ["sweep=optuna", "callbacks.pruning.pruner=asha", "callbacks.pruning.after=2", "data.hold_out=5"]
     own += ["trainer.val_check_interval=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.at_once=6"]
-    own += ["hydra/launcher=shared_backbone", "hydra.launcher.max_concurrent_runs=3"]
+    own += ["hydra/launcher=shared_backbone", "hydra.launcher.processes=1", "hydra.launcher.max_concurrent_runs=3"]
     assert train("-m", *own, "optimizer.lr=tag(log, interval(1e-4, 1e-1))", "method.rank=choice(1, 4)") == 0
     found = optuna.load_study(study_name=STUDY, storage=storage(sweep)).trials
     assert [trial.number for trial in found] == [0, 1, 2, 3, 4, 5]

@@ -19,7 +19,7 @@ from sdtune.callbacks import pruning
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import Pruned
 from sdtune.runs.trials import STUDY, storage
-from sdtune.sweeps.optuna_sweeper import _direction, _value
+from sdtune.sweeps.optuna_sweeper import direction_of, suggest_value
 from wandb_files import told
 
 
@@ -227,14 +227,14 @@ def test_ranges_exclude_their_stop_as_in_hydra(settings: list[str]) -> None:
     [whole, part] = parser.parse_overrides(["method.rank=range(1,4)", "optimizer.lr=range(0.0,1.0,0.25)"])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [
-        {str(_value(trial, key, o)) for trial in (study.ask() for _ in range(60))}
+        {str(suggest_value(trial, key, o)) for trial in (study.ask() for _ in range(60))}
         for key, o in (("rank", whole), ("lr", part))
     ]
     assert drawn == [{"1", "2", "3"}, {"0.0", "0.25", "0.5", "0.75"}]
 
 
 def test_the_metrics_name_says_which_way_it_goes() -> None:
-    assert [_direction(metric) for metric in ("validation_loss", "subject_gain")] == ["minimize", "maximize"]
+    assert [direction_of(metric) for metric in ("validation_loss", "subject_gain")] == ["minimize", "maximize"]
 
 
 @pytest.mark.slow

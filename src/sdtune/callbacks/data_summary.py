@@ -31,7 +31,7 @@ class DataSummary(Callback):
         assert isinstance(pl_module, Adapter)
         if trainer.is_global_zero:
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            for line in (*summary(data, self.steps), *_captions(data, pl_module.backbone)):
+            for line in (*summary(data, self.steps), *caption_summary(data, pl_module.backbone)):
                 log.info(line)
 
 
@@ -57,7 +57,8 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
     return lines
 
 
-def _captions(data: ImageDataModule, backbone: Backbone) -> list[str]:
+def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
+    """How many captions there are, and whether the tokenizer's limit cuts the longest."""
     captions = data.captions()
     longest = max(captions, key=backbone.count_tokens)
     length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens

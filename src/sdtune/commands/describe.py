@@ -21,7 +21,7 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = shell_word(f"prompt={in_quotes(data.captions()[0])}")
-    base = _backbone(source)
+    base = backbone_overrides(source)
     lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
     words = [file for file in words if not intermediate(file.stem)]
@@ -49,11 +49,11 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
             max_tokens=source.max_tokens,
             family=source.family,
         )
-        lines.append(f"sample with it: sdtune sample{_backbone(trained, source.path == 'pocket')} {prompt}")
+        lines.append(f"sample with it: sdtune sample{backbone_overrides(trained, source.path == 'pocket')} {prompt}")
     return lines
 
 
-def _backbone(source: Pretrained, pocket: bool | None = None) -> str:
+def backbone_overrides(source: Pretrained, pocket: bool | None = None) -> str:
     """The overrides that name ``source``, with a space before each; none for pocket as it is.
 
     ``pocket``: whether pocket's settings are behind it, by its path if None.

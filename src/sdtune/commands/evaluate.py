@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sdtune.commands.checks import check_measured
+from sdtune.commands.threads import chosen_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.settings import kept_config, plain, read_settings
@@ -42,7 +43,12 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         )
     data = check_measured(trained)
     accelerator = str(own["hardware"]["accelerator"])
-    return lambda composed: execute(trained, data, run, accelerator, folder)
+
+    def start(composed: DictConfig) -> None:
+        with chosen_threads(own["hardware"]):
+            execute(trained, data, run, accelerator, folder)
+
+    return start
 
 
 def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.commands.checks import check_run
+from sdtune.commands.threads import chosen_threads
 from sdtune.commands.train_run import TrainRun
 from sdtune.config.settings import plain
 from sdtune.data import ImageDataModule
@@ -30,7 +31,12 @@ _ROW = 8
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """The same checks as before a training."""
     run = check_run(plain(config), folder)
-    return lambda composed: execute(run)
+
+    def start(composed: DictConfig) -> None:
+        with chosen_threads(run.config["hardware"]):
+            execute(run)
+
+    return start
 
 
 def execute(run: TrainRun) -> None:

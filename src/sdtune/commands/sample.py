@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from omegaconf import DictConfig
 
+from sdtune.commands.threads import chosen_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
@@ -65,7 +66,12 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         controlnets.check_controlnet(one.path, source, one.preprocess)
     for _, settings in _wanted(container):
         settings.check(source.facts.factor)
-    return lambda composed: execute(plain(composed), folder)
+
+    def start(composed: DictConfig) -> None:
+        with chosen_threads(container["hardware"]):
+            execute(container, folder)
+
+    return start
 
 
 def _controls(config: dict[str, Any]) -> list[ControlImage]:

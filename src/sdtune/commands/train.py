@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from sdtune.callbacks.checkpoints import last_checkpoint
 from sdtune.commands.checks import check_run
+from sdtune.commands.threads import run_threads
 from sdtune.commands.train_run import TrainRun
 from sdtune.config import hardware
 from sdtune.config.settings import plain
@@ -25,7 +26,12 @@ from sdtune.shared_backbone.compatibility import alone
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` and ``folder``, and give the function that runs it."""
     run = checked_run(config, folder)
-    return lambda composed: run.start()
+
+    def start(composed: DictConfig) -> float | None:
+        with run_threads(run.config["hardware"], folder, run.settings.resume is not None):
+            return run.start()
+
+    return start
 
 
 def checked_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRun:

@@ -14,6 +14,9 @@ from sdtune.hardware.precision import PRECISIONS
 SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
 """Keys of a ``hardware`` node that are a method's and not Lightning's."""
 
+NOT_LIGHTNINGS = (*SWITCHES, "threads")
+"""All keys of a ``hardware`` node that Lightning's Trainer does not take."""
+
 
 def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
     """UserError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
@@ -38,6 +41,9 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(
             "with several devices every process needs all of the model", key="hardware.offload", remedy="leave it off"
         )
+    threads = node.get("threads", "auto")
+    if threads != "auto" and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise UserError(f"{threads!r}", key="hardware.threads", remedy="give auto, or a number of at least 1")
     for key in ("devices", "num_nodes"):
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
@@ -100,3 +106,8 @@ def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> 
             remedy=f"choose a multiple of {parts}",
         )
     return batch_size // parts
+
+
+def local_processes(node: Mapping[str, Any]) -> int:
+    """How many of the processes of a ``hardware`` node run on each machine."""
+    return max(1, process_count(node) // int(node.get("num_nodes", 1)))

@@ -37,7 +37,7 @@ _OURS = (
 def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
     merged = {**config["trainer"], **config["hardware"]}
-    for key in hardware.SWITCHES:
+    for key in hardware.NOT_LIGHTNINGS:
         merged.pop(key, None)
     if isinstance(merged.get("val_check_interval"), int):
         # Lightning counts micro-batches; a run that is shorter than the interval is measured at its end.

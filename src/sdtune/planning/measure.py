@@ -105,7 +105,7 @@ def measure(
     backbone = adapter.backbone
     adapter.prepare_for_device(torch.device("cpu") if not gpu else _META)
     caches = cache_latents and not adapter.open("vae"), cache_text and not adapter.open("text_encoder")
-    batch = _batch(adapter, 2 * count if pairs else count, side, *caches)
+    batch = meta_batch(adapter, 2 * count if pairs else count, side, *caches)
     if pairs:
         batch |= {"instances": count, "prior_weight": 1.0}
     plain = _pass(adapter, batch, gpu)
@@ -143,7 +143,7 @@ def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
 def _draw(adapter: Adapter, model: Backbone, denoise: Callable[..., Tensor], count: int, side: int) -> None:
     """A step of sampling ``count`` images, and their decoding."""
     # With guidance, each image goes through the UNet twice, with its prompt and without.
-    shown = _batch(adapter, 2 * count, side, True, True)
+    shown = meta_batch(adapter, 2 * count, side, True, True)
     latents = shown["moments"].chunk(2, dim=1)[0]
     denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), shown["text"], shown)
     model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
@@ -168,7 +168,8 @@ def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
     )
 
 
-def _batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
+def meta_batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
+    """A micro-batch of ``count`` square images of ``side`` pixels for ``adapter``, on the meta device."""
     facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
     images = torch.empty(count, 3, side, side, device=_META)
     batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count))}
@@ -228,7 +229,7 @@ def _drawing(adapter: Adapter, gpu: bool, count: int, side: int) -> int:
     return weights + _peak(adapter, gpu, draw, *fresh.parameters(), *fresh.buffers())
 
 
-class _NoNumbers(TorchFunctionMode):
+class NoNumbers(TorchFunctionMode):
     """Within it, a number read from a tensor on the meta device is 1: some optimizers look at what they have summed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -243,7 +244,7 @@ def _state(adapter: Adapter) -> int:
     optimizer = adapter.make_optimizer(adapter.optimizer_groups())
     for _, parameter in adapter.trainable():
         parameter.grad = torch.empty_like(parameter)
-    with _NoNumbers():
+    with NoNumbers():
         optimizer.step()
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(_bytes(value) for value in values if isinstance(value, Tensor))

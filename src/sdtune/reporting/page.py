@@ -73,7 +73,7 @@ def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
         "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
         "left": _left(folder),
         "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
-        "rankings": [_ranking(metric, places) for metric, places in tables],
+        "rankings": [ranking_table(metric, places) for metric, places in tables],
         "reasons": _reasons(done),
         "shared": _shared(done),
         "charts": _charts(found, done, metric, nonce),
@@ -105,7 +105,8 @@ def _left(folder: Path) -> str:
     return f"sdtune train -m {shell_override('resume', folder)}"
 
 
-def _ranking(metric: str, places: Sequence[Place]) -> dict[str, Any]:
+def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
+    """The table of settings by ``metric``, best first, as the page shows it."""
     runs = [run for setting, *_ in places for run in setting.runs]
     shown = [m for m in metrics(runs) if m != metric and not m.startswith(("base_", "ceiling_"))]
     # What is the same for all says nothing about which to take.
@@ -214,8 +215,8 @@ def _image(file: Path, side: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _by_itself(overrides: Sequence[str]) -> list[str]:
-    """A trial is none without its study, and is pruned by nothing."""
+def standalone_overrides(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` of a sweep's job for a run of its own: no trial without its study, and no pruning."""
     own = [override for override in overrides if not override.startswith("trial=")]
     if len(own) == len(overrides):
         return own
@@ -233,5 +234,5 @@ def _about(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
         "state": run.state,
         "error": run.error,
         "values": [_value(value) for value in setting.own.values()],
-        "command": " ".join(map(shell_word, ["sdtune", "train", *_folder(run), *_by_itself(run.overrides)])),
+        "command": " ".join(map(shell_word, ["sdtune", "train", *_folder(run), *standalone_overrides(run.overrides)])),
     }

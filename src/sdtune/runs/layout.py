@@ -8,5 +8,8 @@ CARD, CARD_GRID = "README.md", "samples.png"
 BEST = "best.ckpt"
 """The checkpoint of the lowest validation loss."""
 
+THREADS = "threads.json"
+"""Of a run's folder: with how many threads torch computed on the CPU."""
+
 READINGS = "readings.json"
 """In an evaluation's folder: what was read off each image."""

@@ -27,9 +27,17 @@ def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devic
     """
     costs = [_costs(request, device) for request in requests]
     kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
-    free = _free(device, devices) - ALLOWANCE - base
+    free = free_memory(device, devices) - ALLOWANCE - base
     fitting: int = min(jobs, free // (kept + step), (free - previews) // max(1, kept))
     return max(1, fitting)
+
+
+def processes_that_fit(requests: Sequence[PlanRequest], most: int, device: torch.device) -> int:
+    """How many processes, at most ``most``, can each have a backbone and one run in the memory of ``device``."""
+    costs = [_costs(request, device) for request in requests]
+    kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
+    fitting: int = free_memory(device, 1) // (ALLOWANCE + base + kept + max(step, previews))
+    return max(1, min(most, fitting))
 
 
 def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
@@ -50,7 +58,7 @@ def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, i
     return kept, step, costs.previews, base
 
 
-def _free(device: torch.device, devices: int) -> int:
+def free_memory(device: torch.device, devices: int) -> int:
     """Bytes of a device, or its share of those that a CPU's machine has free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

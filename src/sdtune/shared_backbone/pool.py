@@ -78,7 +78,7 @@ class Pool:
 
     def __init__(self, device: torch.device, precision: str, size: int, rank: int, drops: bool) -> None:
         self.device, self.precision, self.size, self.rank, self.drops = device, precision, size, rank, drops
-        self._threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
         self._stepped = False
@@ -135,7 +135,7 @@ class Pool:
         for the next piece of work awake: a step of eight runs took a third longer.
         """
         if self.device.type == "cpu":
-            torch.set_num_threads(self._threads if all_of_them else 1)
+            torch.set_num_threads(self.threads if all_of_them else 1)
 
     def answer(self, calls: dict[int, PendingCall]) -> Collection[int]:
         """Answer ``calls``, by number of the run, in as few batches as their shapes allow; the numbers answered.
@@ -184,19 +184,19 @@ class Pool:
             release()  # of what loading has left, and the first previews
         reset_peak_memory(self.device)
         for calls in _alike(steps):
-            self._forward(calls, set(range(self.size)) - steps.keys())
+            self.compute(calls, set(range(self.size)) - steps.keys())
 
     def _draw(self, others: Mapping[int, Forward]) -> None:
         for calls in _alike(others):
-            for part in self._in_parts(calls):
+            for part in self.in_parts(calls):
                 try:
-                    self._forward(part, set())
+                    self.compute(part, set())
                 except Exception as error:
                     failure = self._failure(error)
                     for call in part.values():
                         call.error = failure
 
-    def _in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
+    def in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """``calls`` without gradients, so many in a pass that their samples are those of images drawn at once."""
         assert self._base is not None
         count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
@@ -206,10 +206,12 @@ class Pool:
         for first in range(0, len(left), each):
             yield dict(left[first : first + each])
 
-    def _forward(self, calls: dict[int, Forward], idle: set[int]) -> None:
-        """``idle`` are numbers of runs that do not train at present: they have ended, or draw.
+    def compute(self, calls: dict[int, Forward], idle: set[int]) -> None:
+        """Answer ``calls``, which have one shape, by one forward pass of the UNet.
 
-        Zeros stand for their samples in a training step, so that the sums of those who train stay as they are.
+        Args:
+            idle: numbers of runs that do not train at present: they have ended, or draw. Zeros stand for their samples
+                in a training step, so that the sums of those who train stay as they are.
         """
         first = next(iter(calls.values()))
         numbers = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -41,12 +42,12 @@ class SharedBackbone:
 
     def use(self, adapter: Adapter) -> None:
         """Have ``adapter`` load its backbone from the weights that are in memory once, and compute with the others."""
-        adapter.source = adapter.source.loaded_by(self._load)
+        adapter.source = adapter.source.loaded_by(partial(self._load, adapter.source))
         adapter.executor = self.executor
 
-    def _load(self, source: Pretrained, seed: int, unet: torch.dtype | None) -> Backbone:
+    def _load(self, plain: Pretrained, source: Pretrained, seed: int, unet: torch.dtype | None) -> Backbone:
         # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
-        loaded = self.pool.copied(source)
+        loaded = self.pool.copied(plain)
         loaded.pair_executor = self.executor
         # Caches are filled and images of the class drawn without a call, for minutes where there are many.
         leave = self._leaves()

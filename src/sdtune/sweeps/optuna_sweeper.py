@@ -36,7 +36,8 @@ log = logging.getLogger("sdtune")
 DIRECTIONS = ("minimize", "maximize")
 
 
-def _direction(metric: str) -> str:
+def direction_of(metric: str) -> str:
+    """``minimize`` or ``maximize``, by the name of the metric."""
     return "minimize" if metric in LOWER_IS_BETTER else "maximize"
 
 
@@ -108,7 +109,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         study = optuna.create_study(
             storage=storage(folder),
             study_name=STUDY,
-            direction=self.direction or _direction(str(self.config.optimized_metric)),  # type: ignore[arg-type]
+            direction=self.direction or direction_of(str(self.config.optimized_metric)),  # type: ignore[arg-type]
             load_if_exists=True,
         )
         # Another seed after a stop: the same one would draw again what it drew at the start.
@@ -222,10 +223,11 @@ def _first(override: Override) -> Any:
 
 
 def _suggest(trial: optuna.Trial, space: dict[str, Override]) -> list[str]:
-    return [f"{key}={_value(trial, key, override)}" for key, override in space.items()]
+    return [f"{key}={suggest_value(trial, key, override)}" for key, override in space.items()]
 
 
-def _value(trial: optuna.Trial, key: str, override: Override) -> Any:
+def suggest_value(trial: optuna.Trial, key: str, override: Override) -> Any:
+    """What ``trial`` tries for ``key`` within the sweep ``override``."""
     value = override.value()
     if isinstance(value, ChoiceSweep):
         return trial.suggest_categorical(key, [str(one) for one in override.sweep_string_iterator()])

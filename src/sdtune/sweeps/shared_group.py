@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdtune.commands import train
 from sdtune.commands.plan import checked_plan, plan_request
+from sdtune.commands.threads import keep_threads, kept_threads
 from sdtune.config import hardware
 from sdtune.config.compose import without_hydra
 from sdtune.config.hydra_compat import Callbacks
@@ -31,9 +32,10 @@ from sdtune.config.trainer import trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.signals import STOP_SIGNALS, handled
+from sdtune.hardware.threads import auto_threads, free_cores, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.planning.request import PlanRequest
-from sdtune.shared_backbone.capacity import room
+from sdtune.shared_backbone.capacity import processes_that_fit, room
 from sdtune.shared_backbone.compatibility import largest, widest
 from sdtune.shared_backbone.pool import Pool
 from sdtune.shared_backbone.session import SharedBackbone
@@ -42,7 +44,7 @@ from sdtune.sweeps.job import Job, as_current
 from sdtune.sweeps.job_process import end_with_parent
 from sdtune.sweeps.joblib_stop import STOPPING
 
-MaxConcurrentRuns = int | Literal["auto"]
+Auto = int | Literal["auto"]
 
 
 class SharingJob(Job):
@@ -69,28 +71,60 @@ class JobGroup:
     wholes: Sequence[DictConfig]
     command: str
     callbacks: Callbacks
-    max_concurrent_runs: MaxConcurrentRuns
+    max_concurrent_runs: Auto
     called: str
     shown: bool = True
 
 
-def run_group(group: JobGroup) -> None:
+def run_group(group: JobGroup, processes: Auto) -> None:
     """Run the jobs of ``group``; each one's folder says how it ended.
 
-    On several devices the jobs are shared out: each device has the backbone once, and nothing goes between them.
+    The jobs are shared out over several processes, one for each GPU or, on a CPU, as many as ``processes`` says: each
+    has the backbone once, and nothing goes between them.
     """
     with as_current(group.wholes[0]):
-        devices = _devices(plain(group.wholes[0])["hardware"])[: len(group.wholes)]
-    count = len(devices)
-    if count == 1:
-        _together(group, devices[0], 1)
+        node = plain(group.wholes[0])["hardware"]
+    devices = _devices(group, node, processes)
+    threads = _threads(group, node, len(devices))
+    if len(devices) == 1:
+        with torch_threads(threads):
+            _together(group, devices[0], 1)
         return
-    print(f"{group.called} share one backbone on each of {count} devices")
+    place = "in each process" if devices[0].type == "cpu" else "on each device"
+    print(f"{group.called} share one backbone {place}, of {len(devices)}")
+    _run_processes(group, devices, threads)
+
+
+def _devices(group: JobGroup, node: Mapping[str, Any], processes: Auto) -> list[torch.device]:
+    """A device for each process; GPUs by index, without which CUDA makes none the current one."""
+    kind, jobs = device_of(str(node.get("accelerator", "auto"))), len(group.wholes)
+    if kind.type == "cuda":
+        return [torch.device("cuda", index) for index in hardware.indices(node)][:jobs]
+    count = hardware.process_count(node)
+    if count == 1 and processes != "auto":
+        count = processes
+    elif count == 1:
+        count = min(free_cores(), jobs)
+        if count > 1:
+            count = processes_that_fit(plan_requests(group.wholes), count, kind)
+    return [kind] * min(count, jobs)
+
+
+def _threads(group: JobGroup, node: Mapping[str, Any], processes: int) -> int:
+    """Torch's threads in each process: ``hardware.threads``, else what an earlier start had, else its share."""
+    if node.get("threads", "auto") != "auto":
+        return int(node["threads"])
+    kept = (kept_threads(Path(whole.hydra.runtime.output_dir)) for whole in group.wholes)
+    return next((count for count in kept if count is not None), None) or auto_threads(processes)
+
+
+def _run_processes(group: JobGroup, devices: Sequence[torch.device], threads: int) -> None:
+    count = len(devices)
     context = multiprocessing.get_context("spawn")
     children = [
         context.Process(
             target=_on_device,
-            args=(replace(group, wholes=group.wholes[index::count], shown=index == 0), device, count),
+            args=(replace(group, wholes=group.wholes[index::count], shown=index == 0), device, count, threads),
         )
         for index, device in enumerate(devices)
     ]
@@ -108,15 +142,7 @@ def run_group(group: JobGroup) -> None:
         raise RunFailed(f"{group.called}: the process of device {broken} ended with code {children[broken].exitcode}")
 
 
-def _devices(node: Mapping[str, Any]) -> list[torch.device]:
-    """Those that a ``hardware`` node asks for; GPUs by index, without which CUDA makes none the current one."""
-    kind = device_of(str(node.get("accelerator", "auto")))
-    if kind.type == "cuda":
-        return [torch.device("cuda", index) for index in hardware.indices(node)]
-    return [kind] * hardware.process_count(node)
-
-
-def _on_device(group: JobGroup, device: torch.device, devices: int) -> None:
+def _on_device(group: JobGroup, device: torch.device, devices: int, threads: int) -> None:
     # A signal reaches it once, from the sweep's process, however it came.
     os.setsid()
     if sys.platform == "linux":
@@ -125,7 +151,8 @@ def _on_device(group: JobGroup, device: torch.device, devices: int) -> None:
     quiet()
     quiet_libraries()
     try:
-        _together(group, device, devices)
+        with torch_threads(threads):
+            _together(group, device, devices)
     except RunFailed as error:
         print(f"sdtune: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -171,7 +198,7 @@ def _shared_backbone(group: JobGroup, device: torch.device, devices: int) -> Sha
         torch.cuda.set_device(device)
     count, most = len(group.wholes), group.max_concurrent_runs
     if most == "auto":
-        most = room(_requests(group.wholes), count, device, devices)
+        most = room(plan_requests(group.wholes), count, device, devices)
     rounds = -(-count // most)
     size = -(-count // rounds)
     if devices == 1 and count > 1:
@@ -218,10 +245,11 @@ class _SharingJob:
 
     def _prepare(self, config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         run = train.checked_run(config, folder, shared=True)
+        keep_threads(folder, self.shared.pool.threads)
         return lambda composed: run.start(self.shared)
 
 
-def _requests(wholes: Sequence[DictConfig]) -> list[PlanRequest]:
+def plan_requests(wholes: Sequence[DictConfig]) -> list[PlanRequest]:
     """What any of the jobs may cost, for each optimizer that one of them has."""
     jobs = [checked_plan(whole, shared=True) for whole in wholes]
     configs = [job.config for job in jobs]

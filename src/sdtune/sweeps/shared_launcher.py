@@ -27,15 +27,19 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
     """Runs jobs that may share a backbone at once, in one process, and the others one after another.
 
     Args:
-        max_concurrent_runs: how many at once; ``auto``: as many as the device's memory holds by the count of
-            ``sdtune plan``.
+        max_concurrent_runs: how many at once in each process; ``auto``: as many as the device's memory holds by the
+            count of ``sdtune plan``.
+        processes: over how many processes the jobs are shared out on a CPU, each with a backbone of its own; ``auto``:
+            one for each free core, where the memory holds them. On GPUs it is one for each GPU.
     """
 
     shares_backbone: ClassVar[bool] = True
     """Whether jobs that may share a backbone do, and are checked as such."""
 
-    def __init__(self, max_concurrent_runs: int | Literal["auto"] = "auto") -> None:
-        self.max_concurrent_runs = max_concurrent_runs
+    def __init__(
+        self, max_concurrent_runs: int | Literal["auto"] = "auto", processes: int | Literal["auto"] = "auto"
+    ) -> None:
+        self.max_concurrent_runs, self.processes = max_concurrent_runs, processes
         self.config: DictConfig
         self.context: HydraContext
         self.task: Job
@@ -94,7 +98,8 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         from sdtune.sweeps.shared_group import JobGroup, run_group
 
         try:
-            run_group(JobGroup(wholes, self.task.command, self.context.callbacks, self.max_concurrent_runs, called))
+            group = JobGroup(wholes, self.task.command, self.context.callbacks, self.max_concurrent_runs, called)
+            run_group(group, self.processes)
         except RunFailed as error:
             return [str(error)]
         finally:

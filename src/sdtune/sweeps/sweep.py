@@ -31,7 +31,7 @@ from sdtune.runs.state import STATE, ended
 from sdtune.runs.trials import JOURNAL
 from sdtune.sweeps.job import Job
 from sdtune.sweeps.joblib_stop import Relay
-from sdtune.sweeps.launchers import is_joblib, is_slurm, plugin
+from sdtune.sweeps.launchers import is_joblib, is_slurm, plugin, shared_out_cores
 from sdtune.sweeps.optuna_sweeper import OptunaSweeper, check_search, example
 from sdtune.sweeps.shared_launcher import SharedBackboneLauncher
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
 _SUBDIR = "${hydra.job.num}"
-_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_concurrent_runs=")
+_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_concurrent_runs=", "hydra.launcher.processes=")
 """A search may be extended, and a machine have less room than was thought."""
 
 
@@ -56,14 +56,18 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         folder = before or Path(str(master.hydra.sweep.dir)).expanduser()
         fixed = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [override("hydra.sweep.dir", folder)]
         _check_master(master, folder, before is not None)
-        _check(hydra, command, fixed, prepare)
+        at_once = _check(hydra, command, fixed, prepare)
         if before is not None:
             kept = OmegaConf.load(folder / "multirun.yaml")
             assert isinstance(kept, DictConfig)
             began, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
             check_same(began, now, folder, "sweep")
         job = Job(command, prepare, in_worker=is_joblib(plugin(master.hydra.launcher)))
-        _launch(hydra, job, fixed, folder)
+        with contextlib.ExitStack() as stack:
+            if job.in_worker:
+                accelerator = str(OmegaConf.select(master, "hardware.accelerator", default="auto"))
+                stack.enter_context(shared_out_cores(master.hydra.launcher, accelerator, at_once))
+            _launch(hydra, job, fixed, folder)
     return _summary(folder, command)
 
 
@@ -112,13 +116,10 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
             raise UserError(
                 "jobs on one backbone are one process", key=f"hydra.job.{key}", remedy="give hydra/launcher=basic"
             )
-    most = launcher.get("max_concurrent_runs", "auto")
-    if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise UserError(
-            f"{most!r}",
-            key="hydra.launcher.max_concurrent_runs",
-            remedy="give auto, or how many at once, at least 1",
-        )
+    for key in ("max_concurrent_runs", "processes"):
+        most = launcher.get(key, "auto")
+        if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise UserError(f"{most!r}", key=f"hydra.launcher.{key}", remedy="give auto, or a number of at least 1")
     if is_slurm(plugin(launcher)) and shutil.which("srun") is None:
         raise UserError(
             "submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without",
@@ -156,8 +157,11 @@ def _taken_up(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str]
     return [*own, *anew], folder
 
 
-def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> None:
-    """Compose and check every job of a grid; of a search one example, the others as they come."""
+def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> int:
+    """Compose and check every job of a grid; of a search one example, the others as they come.
+
+    Gives how many jobs may run at once.
+    """
     master = _compose(hydra, command, overrides)
     jobs, names = _jobs(hydra, master)
     if len(jobs) > 1:
@@ -178,6 +182,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         each = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {why}" for why, who in refused.items()]
         more = f"; and {len(each) - 2} other reasons" if len(each) > 2 else ""
         raise UserError(f"{'; '.join(each[:2])}{more}; nothing was started")
+    return int(master.hydra.sweeper.get("at_once", 0)) or len(jobs) or sys.maxsize
 
 
 def _jobs(hydra: Hydra, master: DictConfig) -> tuple[list[Sequence[str]], list[str]]:

@@ -75,7 +75,7 @@ def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(evaluation, "draw_images", trained_draws)
     monkeypatch.setattr(evaluation, "draw_base", base_draws)
     monkeypatch.setattr(evaluation, "trained", nothing)
-    monkeypatch.setattr(SubjectMetrics, "_ceiling", lambda *_: 1.0)
+    monkeypatch.setattr(SubjectMetrics, "ceiling", lambda *_: 1.0)
     figures = SubjectMetrics(images=40, class_images=48).run(
         Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation"
     )
@@ -122,7 +122,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     monkeypatch.setattr(style, "draw_base", draws("fluent", scenes))
     monkeypatch.setattr(style, "trained", nothing)
     monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))
-    monkeypatch.setattr(style, "_psnr", lambda vae, renders: [30.0] * len(renders))
+    monkeypatch.setattr(style, "reconstruction_psnr", lambda vae, renders: [30.0] * len(renders))
     found = figures.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
     assert found["style_accuracy"] > 0.95
     assert found["base_style_accuracy"] < 0.05

@@ -95,8 +95,8 @@ class StyleMetrics:
         single: dict[str, list[float]] = {}
         with trained(source, artifact, name, device) as backbone:
             both = draw_images(backbone, [*requests, *more], self.sampling)
-            single["vae_psnr_db"] = _psnr(backbone.vae, renders)
-        single["base_vae_psnr_db"] = _psnr(source.load().vae, renders)
+            single["vae_psnr_db"] = reconstruction_psnr(backbone.vae, renders)
+        single["base_vae_psnr_db"] = reconstruction_psnr(source.load().vae, renders)
         reader = classifier.load_classifier()
         images |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
         for prefix, found in images.items():
@@ -117,5 +117,6 @@ class StyleMetrics:
         return dict(shares(single, folder))
 
 
-def _psnr(vae: Any, renders: np.ndarray) -> list[float]:
+def reconstruction_psnr(vae: Any, renders: np.ndarray) -> list[float]:
+    """dB of what ``vae`` makes of each of ``renders``."""
     return [float(value) for value in psnr(classifier.reconstruct(vae.cpu(), renders), renders)]

@@ -125,7 +125,7 @@ class SubjectMetrics:
         drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
             drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
-            ceiling = self._ceiling(backbone, reader, data.subject, unseen)
+            ceiling = self.ceiling(backbone, reader, data.subject, unseen)
         clip = Clip(self.clip, device) if self.clip else None  # runs that share a backbone all wait for the drawing
         metrics: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
@@ -169,7 +169,8 @@ class SubjectMetrics:
         right = np.array(classifier.background(stack)) == np.array(backgrounds)
         return {"subject_accuracy": (read == data.subject).tolist(), "background_accuracy": right.tolist()}
 
-    def _ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
+    def ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
+        """The share of true drawings of ``subject`` that ``reader`` knows after a pass through the VAE."""
         rng = generator(self.seed, streams.EVALUATION_CEILING)
         places = list(PLACES)
         scenes = [
