@@ -38,6 +38,7 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
             "paths",
             "peft_compat",
             "progress",
+            "quoting",
             "randomness",
             "streams",
             "suggest",
@@ -134,14 +135,18 @@ def _fewest(graph: Graph, nodes: tuple[str, ...]) -> int:
 
 
 def reduced(graph: Graph) -> list[tuple[str, str]]:
-    """The edges that no longer path stands for, of a graph without cycles."""
+    """The edges that no longer path stands for, of a graph without cycles.
+
+    Those to ``errors`` are left out: every package may import it, and a picture of that says nothing.
+    """
+    own = {node: targets - {"errors"} for node, targets in graph.items()}
 
     @cache
     def below(node: str) -> frozenset[str]:
-        return graph[node].union(*map(below, graph[node]))
+        return own[node].union(*map(below, own[node]))
 
     return sorted(
-        (node, target) for node in graph for target in graph[node] if not any(target in below(t) for t in graph[node])
+        (node, target) for node in own for target in own[node] if not any(target in below(t) for t in own[node])
     )
 
 

@@ -73,7 +73,7 @@ def check(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(checks, "build", stop)
     with pytest.raises(Passed):
-        checks.check_run(plain(config))
+        checks.check_run(plain(config), Path("run"))
 
 
 def targets(node: Any) -> Iterator[str]:

@@ -145,7 +145,7 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
 
 def test_json_that_is_none_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(UserError, match="Out of range float"):
+    with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 

@@ -14,6 +14,7 @@ from families import build_family
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.backbone.words import begin_tokens
 from sdtune.images.files import frame
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -59,7 +60,7 @@ def test_a_new_word_is_not_the_end(backbone: Backbone) -> None:
     """With `eos_token_id: 2` transformers pools at the largest id, which a new word has."""
     with torch.no_grad():
         before = backbone.encode_text(["a dog", "a cat"])
-        backbone.begin_tokens([NewToken("<dog>", "dog", 2)])
+        begin_tokens(backbone, [NewToken("<dog>", "dog", 2)])
         rows = [backbone.tokenize(["a <dog>"], tokenizer) for tokenizer in backbone.tokenizers]
         assert all(row.max() == backbone.words.first + 1 for row in rows)
         after = backbone.encode_text(["a dog", "a <dog> cat"])

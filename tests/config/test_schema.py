@@ -66,7 +66,7 @@ def test_classes_and_functions_of_allowed_packages_are_found() -> None:
     assert resolve("sdtune.objective.Objective", "k") is Objective
     assert resolve("sdtune.objective.loss.Objective", "k") is Objective
     assert resolve("torch.optim.AdamW", "k") is torch.optim.AdamW
-    assert resolve("sdtune.loggers.wandb_logger", "k").__name__ == "wandb_logger"
+    assert resolve("sdtune.loggers.Wandb", "k").__name__ == "Wandb"
     assert resolve("pytorch_lightning.Trainer", "k").__name__ == "Trainer"
 
 

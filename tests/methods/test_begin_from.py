@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.backbone.words import word_vectors
 from sdtune.errors import UserError
 from sdtune.exporting import Export, find_artifact
 from sdtune.formats import diffusers_lora
@@ -88,7 +89,7 @@ def test_a_word_begins_where_another_ends(tiny: Path, tmp_path: Path, form: str)
     token = NewToken("<b>", vectors=2, weights=str(tmp_path / f"{form}.safetensors"))
     second = TextualInversion(backbone=source, new_tokens=[token])
     second.configure_model()
-    assert torch.equal(first.backbone.vectors()["<a>"][0], second.backbone.vectors()["<b>"][0])
+    assert torch.equal(word_vectors(first.backbone)["<a>"][0], word_vectors(second.backbone)["<b>"][0])
     longer = NewToken("<b>", vectors=3, weights=token.weights)
     third = TextualInversion(backbone=source, new_tokens=[longer])
     with pytest.raises(UserError, match=r"holds 2 x 32, and this token has 3 x 32; give vectors: 2"):

@@ -15,6 +15,7 @@ import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.backbone.words import word_vectors
 from sdtune.data.prior import PLACE, class_images, draw_missing, partner
 from sdtune.errors import UserError
 from sdtune.evaluation.draw import trained
@@ -216,4 +217,4 @@ def test_intermediate_words_do_not_stand_in_the_way(tiny: Path, images: Path, ca
         parameter.data += 0.01
     model.artifact(tmp_path, "mine")
     with trained(Pretrained(str(tiny)), tmp_path, "mine", torch.device("cpu")) as backbone:
-        assert torch.equal(backbone.vectors()["<my_dog>"][0], model.backbone.vectors()["<my_dog>"][0])
+        assert torch.equal(word_vectors(backbone)["<my_dog>"][0], word_vectors(model.backbone)["<my_dog>"][0])

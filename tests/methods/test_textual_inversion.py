@@ -16,6 +16,7 @@ import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.backbone.words import begin_tokens, word_vectors
 from sdtune.callbacks.data_summary import caption_summary
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
@@ -64,7 +65,7 @@ def test_vectors_begin_at_the_mean_of_the_words(tiny: Path) -> None:
     for token in (CAT, DOG):
         ids = backbone.tokenizer(token.init, add_special_tokens=False).input_ids
         assert len(ids) > 1
-        [rows] = backbone.vectors()[token.token]
+        [rows] = word_vectors(backbone)[token.token]
         assert len(rows) == token.vectors
         for row in rows:
             torch.testing.assert_close(row, table[ids].mean(0))
@@ -173,6 +174,6 @@ def test_captions_are_counted_with_every_vector(tiny: Path, images: Path) -> Non
     data, source = folder_data(images), Pretrained(str(tiny))
     data.open(32, 4)
     backbone = source.load()
-    backbone.begin_tokens([NewToken("<new>", "a", 5)])
+    begin_tokens(backbone, [NewToken("<new>", "a", 5)])
     lines = caption_summary(data, backbone)
     assert "captions: 1 different ones; the longest has 7 tokens of 77" in lines

@@ -21,17 +21,17 @@ _OF_FOLDERS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data
 
 def composition_error(error: Exception, typed: Sequence[str]) -> str:
     """What is wrong with ``typed``, the user's arguments, or with the overrides that a resumed run repeats."""
-    line = _one_line(error)
+    line = _one_line(error, typed)
     resumed, key = resumed_folder(typed), re.split("[:=]", line)[0]
     if resumed is None or any(word.lstrip("+~").startswith(key) for word in typed):
         return line
     return f"{line}; {shell_override('resume', resumed)} repeats it: {BEGUN_OTHERWISE}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, typed: Sequence[str]) -> str:
     for cause in _causes(error):
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-            return _no_such_setting(cause)
+            return _no_such_setting(cause, typed)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
             return f"{group}={name}: there is no such choice{suggestion(name, cause.options or ())}"
@@ -49,8 +49,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _no_such_setting(error: ConfigAttributeError | ConfigKeyError) -> str:
-    full = str(error.full_key)
+def _no_such_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequence[str]) -> str:
+    known = str(error.full_key)  # ends at the first part that is unknown
+    keys = (word.split("=", 1)[0].lstrip("+~") for word in typed)
+    full = next((key for key in keys if key.startswith(f"{known}.")), known)
     if full in _OF_FOLDERS:
         return f"{full}: there is no such setting here; images of your own need data=folder"
     return f"{full}: there is no such setting{_nearest(full, error.parent_node)}"
