@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from sdtune.paths import config_folder
 METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
 
 WORD = NewToken("<new>", "a word")
+
+NEEDED: tuple[tuple[dict[str, Any], Sequence[str]], ...] = (
+    ({}, ()),
+    ({"control": Canny()}, ("data/control=canny",)),
+    ({"class_prompt": "a dog", "class_images": 2}, ("data.class_prompt=a dog", "data.class_images=2")),
+)
+"""What a method may need of its data, and the overrides that give it."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +50,27 @@ class Case:
         return self.kind(backbone=Pretrained(str(folder)), optimizer=adamw(lr), **self.settings, **words, **more)
 
     def data(self, folder: Path, images: Path, **more: Any) -> Any:
-        """The first of these that the method does not refuse; its word, where it learns one, in every prompt."""
+        """The first data of :data:`NEEDED` that the method accepts; its word, where it learns one, in every prompt."""
+        return self._suitable(folder, images, **more)[0]
+
+    def command(self, folder: Path, images: Path) -> list[str]:
+        """Overrides of ``sdtune train`` for the same."""
+        own = [f"method={self.name}"]
+        if self.kind.needs_tokens:
+            own += ['new_tokens=[{token: "<new>", init: "a word"}]', "data.templates=['<new> {}']"]
+        return [*own, *self._suitable(folder, images)[1]]
+
+    def _suitable(self, folder: Path, images: Path, **more: Any) -> tuple[Any, Sequence[str]]:
         words = {"templates": ["<new> {}"]} if self.kind.needs_tokens else {}
         model = self.model(folder)
-        for needed in ({}, {"control": Canny()}, {"class_prompt": "a dog", "class_images": 2}):
+        for needed, overrides in NEEDED:
             data = folder_data(images, **{**needed, **words, **more})
             try:
                 model.check_data(data)
             except UserError:
                 continue
-            return data
+            return data, overrides
         raise AssertionError(f"no data suits {self.name}")
-
-    def command(self) -> list[str]:
-        own = [f"method={self.name}"]
-        if self.kind.needs_tokens:
-            own += ['new_tokens=[{token: "<new>", init: "a word"}]', "data.templates=['<new> {}']"]
-        if self.name == "controlnet":
-            own.append("data/control=canny")
-        if self.name == "dreambooth":
-            own += ["data.class_prompt=a dog", "data.class_images=2"]
-        return own
 
 
 MORE = [

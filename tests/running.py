@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,19 @@ class Spy(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation.append(float(trainer.callback_metrics["validation_loss"]))
+
+
+class StopAt(Callback):
+    """Asks the run to stop, as a scheduler does, after optimizer step ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Poison(Callback):

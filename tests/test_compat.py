@@ -11,6 +11,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
@@ -119,7 +120,9 @@ def test_a_node_knows_its_key() -> None:
 
 def test_the_basic_sweeper_makes_a_job_of_each_combination() -> None:
     overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=3"])
-    assert hydra_compat.BasicSweeper.split_arguments(overrides, None) == [[["a=1", "b=3"], ["a=2", "b=3"]]]
+    basic = get_class("hydra._internal.core_plugins.basic_sweeper.BasicSweeper")
+    assert hydra_compat.grid_of_jobs(basic, overrides) == [["a=1", "b=3"], ["a=2", "b=3"]]
+    assert hydra_compat.grid_of_jobs(object, overrides) is None
 
 
 def test_hydra_composes_a_folder(tmp_path: Path) -> None:

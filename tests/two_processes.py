@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from method_cases import MORE, Case
+from method_cases import METHODS, MORE, Case
 from running import fit
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     tiny, images, out, *names = sys.argv[1:]
     found: dict[str, list[float]] = {}
     for name in names:
-        case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
+        case = next(each for each in (*map(Case, METHODS), *MORE) if str(each) == name)
         model, data = case.model(Path(tiny), lr=1e-3), case.data(Path(tiny), Path(images), batch_size=4)
         seen = Mean()
         trainer = fit(model, data, 4, [seen], strategy="ddp", devices=2, use_distributed_sampler=False)

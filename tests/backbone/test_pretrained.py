@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sdtune.backbone import Facts, Pretrained
@@ -113,6 +114,8 @@ def test_only_json_is_asked_of_the_hub_for_facts_and_never_a_pickle(
     assert source.folder() == tiny
     # What lies in the cache is taken, by the commit that the first answer named.
     assert calls[2:] == [(tiny.name, True)]
+    assert (source.revision, source.commit) == ("main", tiny.name)
+    assert Pretrained(str(tiny)).commit is None
 
     def wanted(file: str) -> bool:
         return any(fnmatch(file, pattern) for pattern in asked)
@@ -301,3 +304,21 @@ def test_caches_of_text_are_apart_by_clip_skip_and_windows(tiny: Path) -> None:
     assert len({source.encoder_key("text_encoder", "32-true") for source in sources}) == 4
     assert len({source.drawing_key() for source in sources}) == 4
     assert len({source.encoder_key("vae", "32-true") for source in sources}) == 1
+
+
+def test_injected_attention_processors_stay(tiny: Path) -> None:
+    class Injected(AttnProcessor2_0):
+        """As a method such as an IP-Adapter sets one."""
+
+    backbone = Pretrained(str(tiny)).load()
+    own = backbone.unet.attn_processors
+    injected = next(iter(own))
+    backbone.unet.set_attn_processor({**own, injected: Injected()})
+    backbone.prepare_for_device(torch.device("cpu"))
+    kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
+    assert kinds.pop(injected) is Injected
+    assert set(kinds.values()) == {AttnProcessor}
+    backbone.prepare_for_device(torch.device("meta"))
+    kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
+    assert kinds.pop(injected) is Injected
+    assert set(kinds.values()) == {AttnProcessor2_0}

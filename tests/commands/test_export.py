@@ -440,7 +440,7 @@ def test_an_export_that_fails_does_not_undo_the_run(
     from running import arguments
 
     def fail(*_: Any) -> None:
-        raise ValueError("no room")
+        raise UserError("no room")
 
     monkeypatch.setattr(Export, "write", fail)
     run = tmp_path / "run"

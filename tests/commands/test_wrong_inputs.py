@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtune.backbone import Pretrained
-from sdtune.cli.launch import EXIT_INVALID_INPUT
+from sdtune.cli.exit_codes import EXIT_INVALID_INPUT
 from sdtune.cli.main import main
 from sdtune.config.compose import compose, search_path
 from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora

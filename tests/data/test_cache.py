@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdtune.data.cache import TensorCache, share
+from sdtune.data.cache import KEPT_BYTES, TensorCache, share
 from sdtune.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_an_output_that_is_not_finite_is_refused_by_name_and_not_kept(tmp_path: 
 
 
 def test_an_encoder_that_gives_too_few_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         TensorCache(tmp_path).fill({"a": "a", "b": "b"}, lambda items: encode(items[:1]), batch_size=2)
 
 
@@ -130,3 +130,22 @@ def test_a_write_that_fails_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         cache.put("key", torch.zeros(1))
     assert "key" not in cache
+
+
+def test_what_is_kept_in_memory_is_bounded_by_bytes(tmp_path: Path) -> None:
+    """Each entry is a quarter of the bound: of six, the two that were read first are read again."""
+    cache = TensorCache(tmp_path)
+    for key in "abcdef":
+        cache.put(key, torch.zeros(KEPT_BYTES // 16))
+        assert cache.get(key).sum() == 0
+    for key in "abcdef":
+        cache.path(key).unlink()
+    assert [key for key in "fedcba" if readable(cache, key)] == list("fedc")
+
+
+def readable(cache: TensorCache, key: str) -> bool:
+    try:
+        cache.get(key)
+    except FileNotFoundError:
+        return False
+    return True

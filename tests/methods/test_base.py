@@ -16,7 +16,7 @@ from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.errors import UserError
-from sdtune.methods import Full, LoRA
+from sdtune.methods import Adapter, Full, LoRA
 from sdtune.methods.base import check_trainable
 from sdtune.objective import Objective
 from sdtune.objective.weighting import MinSNR
@@ -177,3 +177,17 @@ def test_what_stays_random_is_refused(tiny: Path, images: Path) -> None:
     with pytest.raises(UserError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
         check_trainable(model, folder_data(images))
     check_trainable(Full(backbone=source, parts=["unet", "text_encoder"]), folder_data(images))
+
+
+def test_a_method_states_whether_it_only_reads_the_denoiser() -> None:
+    class Abstract(Adapter):
+        """Still without what makes a method."""
+
+    def body(**more: Any) -> dict[str, Any]:
+        return {"inject": lambda self: None, "write_artifact": lambda self, folder, name: None, **more}
+
+    assert type("Stated", (Abstract,), body(reads_denoiser_only=True)).reads_denoiser_only
+    with pytest.raises(TypeError, match="Silent must state reads_denoiser_only in its own body"):
+        type("Silent", (Abstract,), body())
+    with pytest.raises(TypeError, match="Heir must state reads_denoiser_only"):
+        type("Heir", (LoRA,), {})

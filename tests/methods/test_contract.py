@@ -29,7 +29,6 @@ from method_cases import METHODS, MORE, WORD, Case
 from running import Spy, arguments, fit, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
-from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.data.control.base import as_map
 from sdtune.evaluation.draw import trained
 from sdtune.sampling.loop import Request, Sampling, generate
@@ -50,11 +49,11 @@ def images(tmp_path: Path) -> Path:
 
 
 class Heir(Case):
-    """A method of one's own that begins from one of sdtune's."""
+    """A method of one's own that begins from one of sdtune's, and may train more."""
 
     @property
     def kind(self) -> Any:
-        return type("Heir", (super().kind,), {})
+        return type("Heir", (super().kind,), {"reads_denoiser_only": False})
 
 
 PLAIN = [Case(name) for name in METHODS]
@@ -96,8 +95,7 @@ def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
 
 @every
 def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Path, images: Path) -> None:
-    # Zero convolutions in series: a ControlNet's embedding has no gradient before the third step.
-    steps = 3 if case.name == "controlnet" else 2
+    steps = 3  # two zero convolutions in series have no gradient behind them before the third
     model, spy = case.model(folder), Spy()
     model.configure_model()
     opened = {name for name, _ in model.trainable()}
@@ -175,8 +173,7 @@ def test_a_unet_that_is_only_read_comes_in_half_precision(
     monkeypatch.setattr(Pretrained, "load", spied)
     here = learned()
     assert asked[0] == (torch.bfloat16 if case.kind.reads_denoiser_only else None)
-    assert case.kind.reads_denoiser_only is (case.name in ("lora", "textual_inversion"))
-    if case.kind.reads_denoiser_only:  # of the class alone, not of one that derives from it and may train more
+    if case.kind.reads_denoiser_only:
         case = Heir(case.name, case.settings)
     asked.clear()
     there = learned()
@@ -374,16 +371,16 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, images: Pa
 @each
 def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, images: Path, tmp_path: Path) -> None:
     """Bit for bit, with two loader workers, accumulation and an average of the weights; asked to stop after step 2."""
-    common = [a for a in arguments(tiny, images, tmp_path, *case.command()) if not a.startswith(
-        ("method=lora", "method.rank", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
+    common = [a for a in arguments(tiny, images, tmp_path) if not a.startswith(
+        ("method", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
+    common += case.command(tiny, images)
     common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
     common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=3", "optimizer.lr=1e-3"]
     common += ["trainer.max_steps=4", "lr_schedule=cosine", "lr_schedule.warmup_steps=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(*common, f"hydra.run.dir={whole}") == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "_asked", lambda self, trainer: trainer.global_step == 2)
-        assert train(*common, f"hydra.run.dir={parts}") == 128 + signal.SIGTERM
+    stop = ["trust=[running]", "+callbacks.stop={_target_: running.StopAt, step: 2}"]
+    assert train(*common, *stop, f"hydra.run.dir={parts}") == 128 + signal.SIGTERM
     assert int(rows(parts)[-1]["step"]) == 2
     assert train(f"resume={parts}") == 0
     assert rows(whole) == rows(parts)
@@ -403,24 +400,23 @@ _SCRIPT = Path(__file__).parents[1] / "two_processes.py"
 def test_two_processes_are_one(tiny: Path, images: Path, tmp_path: Path) -> None:
     """Under torchrun, all methods in one start; the same global batch in one process gives the same losses."""
     out = tmp_path / "losses.json"
-    names = [*METHODS, "lora-text"]
+    cases = {str(case): case for case in [*PLAIN, MORE[0]]}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(_SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_SCRIPT.parent)}
     done = subprocess.run(
-        [*command, str(tiny), str(images), str(out), *names], env=environment, capture_output=True, text=True
+        [*command, str(tiny), str(images), str(out), *cases], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert sorted(found) == sorted(names)
-    for name in names:
+    assert sorted(found) == sorted(cases)
+    for name, case in cases.items():
         spy = Spy()
-        case = Case("lora", MORE[0].settings) if name == "lora-text" else Case(name)
         fit(case.model(tiny, lr=1e-3), case.data(tiny, images, batch_size=4), 4, [spy])
         assert found[name] == pytest.approx(spy.losses, rel=1e-5), name
 
 
 def test_an_average_stands_in_when_a_run_leaves_its_files(tiny: Path, images: Path) -> None:
-    case = Case("full")
+    case = PLAIN[0]
     model, ema = case.model(tiny, lr=1e-2), EMA(decay=0.5)
     fit(model, case.data(tiny, images), 2, [ema])
     own = {name: p.detach().clone() for name, p in model.trainable()}

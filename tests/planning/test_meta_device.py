@@ -20,6 +20,7 @@ from sdtune.backbone.controlnet import Net
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.config.compose import compose, search_path
+from sdtune.hardware.precision import autocast
 from sdtune.methods.base import Adapter
 from sdtune.paths import config_folder
 from sdtune.planning import measure as planning
@@ -80,7 +81,10 @@ def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
         return model.denoise(noisy, timestep, text, {"control": maps[0]})
 
     request = Request("a fox", 0, (np.zeros((32, 32, 3), np.uint8),))
-    with model.autocast(), pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+    with (
+        autocast(torch.device("meta"), str(model.trainer.precision)),
+        pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"),
+    ):
         list(sampling.generate(model.backbone, [request], Sampling(steps=2), denoise))
 
 
@@ -95,14 +99,16 @@ def test_a_step_and_a_image_stay_on_the_device(method: str, tiny: Path, monkeypa
 
 def test_a_masked_loss_and_a_net_beside_stay_on_the_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter("controlnet", tiny, monkeypatch)
-    batch = planning._batch(model, 2, 32, cached_latents=False, cached_text=False)
+    batch = planning.meta_batch(model, 2, 32, cached_latents=False, cached_text=False)
     batch["mask"] = torch.empty(2, 1, 8, 8, device="meta")
-    with model.autocast():
+    with autocast(torch.device("meta"), str(model.trainer.precision)):
         assert model.losses(batch).device.type == "meta"
         model.backbone.nets = (Net(model.controlnet, 0.5), Net(model.controlnet, 0.0))
         noisy, times = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
         text = model.encode_text(["a fox", ""])
-        out = model.backbone.predict_under(noisy, times, text, [batch["control"], batch["control"]])
+        out = sampling.predict_with_controlnets(
+            model.backbone, noisy, times, text, [batch["control"], batch["control"]]
+        )
     assert out.device.type == "meta"
 
 

@@ -237,6 +237,8 @@ BASE = {
 class Wider(LoRA):
     """A user's own."""
 
+    reads_denoiser_only = False
+
 
 def changed(group: str, **settings: object) -> dict[str, object]:
     return {**BASE, group: {**BASE[group], **settings}}  # type: ignore[dict-item]

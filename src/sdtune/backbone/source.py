@@ -106,10 +106,9 @@ class PipelineSource:
 
     @property
     def commit(self) -> str | None:
-        """The commit of a hub id, the same for the whole run whatever is pushed meanwhile; None for other sources."""
-        if self.path == "pocket" or local(self.path, "backbone.path") is not None:
-            return None
-        return self._hub_configs.name  # the folder of a snapshot is named by it
+        """The commit of a hub id once its configs are read, the same for the whole run; else ``revision``."""
+        configs: Path | None = vars(self).get("_hub_configs")
+        return self.revision if configs is None else configs.name  # the folder of a snapshot is named by it
 
     def _hub_folder(self) -> Path:
         # Repositories hold the same weights several times over (fp16, non-EMA, .bin): take those that are read.
@@ -122,7 +121,7 @@ class PipelineSource:
             wanted = (name for name in self._weighed if not (name == "vae" and self.vae))
             return configured(folder) and all(there(folder, name, self.variant) for name in wanted)
 
-        return snapshot(self.path, self.commit, [*_JSON, *patterns], complete, "backbone.path")
+        return snapshot(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
 
     def _with_vae(self, pipeline: Path) -> Path:
         if self.vae is None:

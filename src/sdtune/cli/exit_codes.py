@@ -53,10 +53,11 @@ def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterato
         _end(line, code, error)
 
 
-def _end(line: str | None, code: int, error: Exception) -> NoReturn:
+def _end(line: str | None, code: int, error: Exception) -> None:
     if line:
         print(f"sdtune: {' '.join(line.split())}", file=sys.stderr)
-    raise SystemExit(code) from error
+    if code:
+        raise SystemExit(code) from error
 
 
 def _line_and_code(error: Exception, composition: Callable[[Exception], str] | None) -> tuple[str | None, int]:

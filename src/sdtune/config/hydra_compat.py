@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -15,14 +14,15 @@ from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.override_parser.types import Override
 
 __all__ = [
-    "BasicSweeper",
     "Callbacks",
     "Hydra",
     "create_config_search_path",
     "full_key",
     "get_args_parser",
+    "grid_of_jobs",
     "initialized",
     "print_info",
 ]
@@ -36,6 +36,18 @@ def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
         yield hydra
     finally:
         GlobalHydra.instance().clear()
+
+
+def grid_of_jobs(sweeper: type, overrides: list[Override]) -> list[list[str]] | None:
+    """The overrides of each job that Hydra's basic sweeper makes of ``overrides``; None where ``sweeper`` is another.
+
+    Imported here: Hydra's search for plugins reads the module anew, and its class is another then.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if not issubclass(sweeper, BasicSweeper):
+        return None
+    return [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
 def full_key(node: DictConfig) -> str:

@@ -75,12 +75,12 @@ class TensorCache:
             progress(len(keys))
 
 
-_KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 128 * 2**20
 
 
-@cached(LRUCache(_KEPT_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
+@cached(LRUCache(KEPT_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
 def _read(path: Path) -> Tensor:
-    """Keeps what was read last, at most :data:`_KEPT_BYTES` in each process.
+    """Keeps what was read last, at most :data:`KEPT_BYTES` in each process.
 
     A few images are read again and again, in a sweep on one backbone by every run.
     """

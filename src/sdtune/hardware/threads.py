@@ -13,7 +13,7 @@ import psutil
 _WINDOW = 0.25
 """Seconds over which busy cores are counted."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def auto_threads(processes: int = 1) -> int:
@@ -44,16 +44,16 @@ def busy_cores() -> int:
     """How many of those cores other processes keep busy, while this one waits for a moment."""
     whole = psutil.cpu_percent(_WINDOW, percpu=True)
     own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(whole))
-    return round(sum(whole[core] for core in own if core < len(whole)) / 100)
+    return round(sum(float(whole[core]) for core in own if core < len(whole)) / 100)
 
 
 def _quota() -> float | None:
     """Cores that the cgroup grants (v2, then v1); None where there is no limit."""
     try:
-        granted, period = (_CGROUP / "cpu.max").read_text().split()
+        granted, period = (CGROUP / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            granted, period = ((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            granted, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return None
     return None if granted == "max" or int(granted) <= 0 else int(granted) / int(period)

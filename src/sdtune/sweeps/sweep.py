@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.config.compose import Prepare, without_hydra
-from sdtune.config.hydra_compat import BasicSweeper, Hydra, initialized
+from sdtune.config.hydra_compat import Hydra, grid_of_jobs, initialized
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import RunFailed, Stopped, UserError
 from sdtune.files import locked, write_json
@@ -185,15 +185,15 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     return int(master.hydra.sweeper.get("at_once", 0)) or len(jobs) or sys.maxsize
 
 
-def _jobs(hydra: Hydra, master: DictConfig) -> tuple[list[Sequence[str]], list[str]]:
+def _jobs(hydra: Hydra, master: DictConfig) -> tuple[Sequence[Sequence[str]], list[str]]:
     """The overrides of each job that can be known before the start, and the names of their folders."""
     sweeper = master.hydra.sweeper
     texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     texts += [str(text) for text in master.hydra.overrides.task]
     parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
     kind = plugin(sweeper)
-    if issubclass(kind, BasicSweeper):
-        jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    jobs = grid_of_jobs(kind, parsed)
+    if jobs is not None:
         return jobs, [str(number) for number in range(len(jobs))]
     if issubclass(kind, OptunaSweeper):
         check_search(master, parsed)

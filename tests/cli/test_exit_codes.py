@@ -1,0 +1,131 @@
+"""Which errors a command shows as one line, with which exit code, and which are bugs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException
+
+from running import arguments
+from sdtune.cli.exit_codes import exit_codes
+from sdtune.errors import Pruned, RunFailed, Stopped, UserError
+
+SHOWN: dict[str, tuple[BaseException, int, str]] = {
+    "input": (UserError("3 is odd", key="data.batch_size", remedy="give 4"), 2, "data.batch_size: 3 is odd; give 4"),
+    "stopped": (Stopped("stopped at step 3", 143), 143, "stopped at step 3"),
+    "pruned": (Pruned(7), 4, "pruned at step 7"),
+    "failed": (RunFailed("the loss\nis NaN"), 1, "the loss is NaN"),
+    "memory": (torch.OutOfMemoryError("CUDA"), 1, "out of memory on the device"),
+    "CPU memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+    "disk": (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "/a/b: No space left on device"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped; sdtune train resume=RUN"),
+}
+BUGS: dict[str, Exception] = {
+    "value": ValueError("zip() argument 2 is shorter than argument 1"),
+    "runtime": RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    "of a library": json.JSONDecodeError("Expecting value", "", 0),
+    "without errno": OSError("not a system's error"),
+    "while nothing is composed": ConfigCompositionException("Could not override"),
+}
+
+
+def raising(error: BaseException) -> None:
+    with exit_codes():
+        raise error
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_a_user_can_mend_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error, code, words = SHOWN[name]
+    with pytest.raises(SystemExit) as stop:
+        raising(error)
+    assert stop.value.code == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"sdtune: {words}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_any_other_error_is_a_bug(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(type(BUGS[name])) as raised:
+        raising(BUGS[name])
+    assert raised.value is BUGS[name]
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_of_a_composition_are_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_codes(lambda error: f"composing: {error}"):
+        raise BUGS["while nothing is composed"]
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "sdtune: composing: Could not override\n"
+
+
+@pytest.mark.parametrize(("error", "code"), [(Pruned(3), 0), (RunFailed("all know it", agreed=True), 0),
+                                             (RunFailed("one knows it"), 1)])  # fmt: skip
+def test_what_all_processes_know_the_first_one_shows(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        raising(error)
+    assert stop.value.code == code
+    assert (capsys.readouterr().err == "") is (code == 0)
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDTUNE_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        raising(UserError("wrong"))
+    with pytest.raises(SystemExit):
+        raising(Stopped("stopped", 143))
+
+
+BUG = """
+import sys
+from sdtune.commands import train_run
+def fit(*_):
+    list(zip([1], [1, 2], strict=True))
+train_run.TrainRun._fit = fit
+sys.argv = ["sdtune", *sys.argv[1:]]
+from sdtune.cli.main import main
+main()
+"""
+
+
+def run_with_bug(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BUG, *words], capture_output=True, text=True, timeout=200)
+
+
+def test_a_bug_in_a_training_keeps_its_folder_and_its_traceback(tiny: Path, images: Path, tmp_path: Path) -> None:
+    done = run_with_bug(["train", *arguments(tiny, images, tmp_path / "run")])
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert "ValueError: zip() argument 2 is longer than argument 1" in done.stderr
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
+
+
+def test_a_bug_in_a_sweeps_job_is_in_the_jobs_folder(tiny: Path, images: Path, tmp_path: Path) -> None:
+    words = [word for word in arguments(tiny, images, tmp_path) if not word.startswith("hydra.run.dir")]
+    done = run_with_bug(["train", "-m", *words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for job in "01":
+        folder = tmp_path / "sweep" / job
+        state: dict[str, Any] = json.loads((folder / "job.json").read_text())
+        assert state["error"] == "ValueError: zip() argument 2 is longer than argument 1"
+        assert state["traceback"] == "error.log"
+        assert "in fit" in (folder / "error.log").read_text()
+        assert f"its traceback is in {folder}/error.log" in done.stderr
+
+
+def test_the_fields_of_an_error_are_kept() -> None:
+    error = UserError("3 is odd", key="data.batch_size", remedy="give 4")
+    assert (error.key, error.remedy) == ("data.batch_size", "give 4")
+    assert str(UserError("it is odd")) == "it is odd"

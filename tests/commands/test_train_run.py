@@ -1,0 +1,57 @@
+"""One ``TrainRun``: what the checks build is what trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from running import arguments, train
+from sdtune.backbone import Pretrained
+from sdtune.callbacks import EMA
+from sdtune.commands.checks import check_run
+from sdtune.config.compose import compose, search_path
+from sdtune.config.settings import Settings, plain
+from sdtune.data import Folder
+from sdtune.methods import LoRA
+from sdtune.objective import Objective
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *kinds: type) -> Counter[str]:
+    """How often each of ``kinds`` is constructed from here on."""
+    made: Counter[str] = Counter()
+
+    def watch(kind: Any) -> None:
+        own = kind.__init__
+
+        def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+            made[kind.__name__] += type(self) is kind
+            own(self, *args, **kwargs)
+
+        counting.__wrapped__ = own  # the schema reads the signature
+        monkeypatch.setattr(kind, "__init__", counting)
+
+    for kind in kinds:
+        watch(kind)
+    return made
+
+
+def test_nothing_is_built_twice(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = counted(monkeypatch, LoRA, Pretrained, Objective, EMA, Settings, Folder)
+    assert train(*arguments(tiny, images, tmp_path / "run", "callbacks=ema", "callbacks.samples=null"),
+                 "trainer.max_steps=1") == 0  # fmt: skip
+    assert made == {"LoRA": 1, "Pretrained": 1, "Objective": 1, "EMA": 1, "Settings": 1, "Folder": 1}
+
+
+def test_it_is_frozen_and_has_loaded_nothing(tiny: Path, images: Path, tmp_path: Path) -> None:
+    config = compose("train", search_path(None), arguments(tiny, images, tmp_path / "run"))
+    run = check_run(plain(config), tmp_path / "run")
+    assert not hasattr(run.adapter, "backbone")
+    assert run.source is run.adapter.source
+    assert run.name == "images"
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.folder = tmp_path  # type: ignore[misc]

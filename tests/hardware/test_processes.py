@@ -1,0 +1,32 @@
+"""Which process is the first of a run, by what launchers leave in its environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdtune.hardware.processes import is_global_zero
+
+NAMES = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),  # torchrun
+        ({"RANK": "4", "LOCAL_RANK": "0"}, False),  # its second node
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by Lightning within one task
+        ({"NODE_RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"RANK": "0", "SLURM_PROCID": "3"}, True),  # torchrun within a task
+    ],
+)
+def test_the_first_process_is_known(environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_global_zero() is first
