@@ -13,7 +13,9 @@ _WORDS = ("null", "true", "false", "nan", "inf")
 
 
 def quoted(value: object) -> str:
-    """``value`` as Hydra's grammar reads it back as text: itself where that is enough, else in quotes."""
+    """``value`` as Hydra's grammar reads it back: text as it stands where that is enough, else in quotes."""
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
     text = str(value)
     return text if _is_plain(text) else in_quotes(text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, *kinds: type) -> Counter[str]:
     def watch(kind: Any) -> None:
         own = kind.__init__
 
+        @wraps(own)  # the schema reads the signature
         def counting(self: Any, *args: Any, **kwargs: Any) -> None:
             made[kind.__name__] += type(self) is kind
             own(self, *args, **kwargs)
 
-        counting.__wrapped__ = own  # the schema reads the signature
         monkeypatch.setattr(kind, "__init__", counting)
 
     for kind in kinds:

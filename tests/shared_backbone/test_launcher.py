@@ -190,9 +190,9 @@ def test_gpus_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     node: dict[str, object] = {"accelerator": "gpu"}
     for devices, wanted in ((1, [0]), ([1], [1]), ("2,3", [2, 3]), ("auto", [0, 1, 2, 3]), (2, [0, 1])):
-        found = shared_group._devices({**node, "devices": devices})
+        found = shared_group.devices_of({**node, "devices": devices})
         assert found == [torch.device("cuda", index) for index in wanted]
-    assert shared_group._devices({"accelerator": "cpu", "devices": 2}) == [torch.device("cpu")] * 2
+    assert shared_group.devices_of({"accelerator": "cpu", "devices": 2}) == [torch.device("cpu")] * 2
 
 
 @pytest.mark.slow

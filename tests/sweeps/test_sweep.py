@@ -298,7 +298,7 @@ def test_a_job_apart_that_is_pruned_says_so(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Pruned) as end:
         run_apart("train", ["-cd", "mine"], ["seed=1"], tmp_path, False)
     assert end.value.step == 7
-    assert (tmp_path / "asked").read_text() == f"-m sdtune train -cd mine seed=1 hydra.run.dir='{tmp_path}'\n"
+    assert (tmp_path / "asked").read_text() == f"-m sdtune train -cd mine seed=1 hydra.run.dir={tmp_path}\n"
 
 
 def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(

@@ -73,10 +73,6 @@ def backbone_overrides(source: Pretrained, pocket: bool | None = None) -> str:
         "zero_terminal_snr": source.zero_terminal_snr or None,
         "guidance": source.guidance if source.guidance != usual else None,
     }
-    said = [
-        f"backbone.{key}=true" if value is True else override(f"backbone.{key}", value)
-        for key, value in own.items()
-        if value is not None
-    ]
+    said = [override(f"backbone.{key}", value) for key, value in own.items() if value is not None]
     group = [] if pocket else [FAMILIES[family][1]]
     return "".join(f" {shell_word(each)}" for each in [*group, *said])

@@ -20,6 +20,7 @@ from sdtune.callbacks.best_artifact import write_best
 from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
 from sdtune.callbacks.config_agreement import ConfigAgreement
 from sdtune.callbacks.cost import CostMeter
+from sdtune.callbacks.crowded_cores import CrowdedCores
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.callbacks.kept_memory import KeptMemory
 from sdtune.callbacks.metrics_recorder import MetricsRecorder, NotFinite
@@ -128,7 +129,7 @@ class TrainRun:
         own: list[pl.Callback] = [
             ConfigAgreement(self.config),
             DataSummary(int(self.trainer["max_steps"])),
-            *(self.record, cost, ProgressBar(), KeptMemory()),
+            *(self.record, cost, CrowdedCores(self.folder), ProgressBar(), KeptMemory()),
             *(*self.callbacks, self.checkpoints),
         ]
         arguments: dict[str, Any] = {}

@@ -84,30 +84,33 @@ def run_group(group: JobGroup, processes: Auto) -> None:
     """
     with as_current(group.wholes[0]):
         node = plain(group.wholes[0])["hardware"]
-    devices = _devices(group, node, processes)
+    devices, each = devices_of(node), "devices"
+    if len(devices) == 1 and devices[0].type == "cpu":
+        devices, each = devices * _cpu_processes(group, processes), "processes"
+    devices = devices[: len(group.wholes)]
     threads = _threads(group, node, len(devices))
     if len(devices) == 1:
         with torch_threads(threads):
             _together(group, devices[0], 1)
         return
-    place = "in each process" if devices[0].type == "cpu" else "on each device"
-    print(f"{group.called} share one backbone {place}, of {len(devices)}")
+    print(f"{group.called} share one backbone {'on' if each == 'devices' else 'in'} each of {len(devices)} {each}")
     _run_processes(group, devices, threads)
 
 
-def _devices(group: JobGroup, node: Mapping[str, Any], processes: Auto) -> list[torch.device]:
-    """A device for each process; GPUs by index, without which CUDA makes none the current one."""
-    kind, jobs = device_of(str(node.get("accelerator", "auto"))), len(group.wholes)
+def devices_of(node: Mapping[str, Any]) -> list[torch.device]:
+    """Those that a ``hardware`` node asks for; GPUs by index, without which CUDA makes none the current one."""
+    kind = device_of(str(node.get("accelerator", "auto")))
     if kind.type == "cuda":
-        return [torch.device("cuda", index) for index in hardware.indices(node)][:jobs]
-    count = hardware.process_count(node)
-    if count == 1 and processes != "auto":
-        count = processes
-    elif count == 1:
-        count = min(free_cores(), jobs)
-        if count > 1:
-            count = processes_that_fit(plan_requests(group.wholes), count, kind)
-    return [kind] * min(count, jobs)
+        return [torch.device("cuda", index) for index in hardware.indices(node)]
+    return [kind] * hardware.process_count(node)
+
+
+def _cpu_processes(group: JobGroup, asked: Auto) -> int:
+    """Over how many processes the jobs are shared out on a CPU."""
+    if asked != "auto":
+        return asked
+    count = min(free_cores(), len(group.wholes))
+    return processes_that_fit(plan_requests(group.wholes), count, torch.device("cpu")) if count > 1 else 1
 
 
 def _threads(group: JobGroup, node: Mapping[str, Any], processes: int) -> int:

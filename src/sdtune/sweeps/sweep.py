@@ -165,7 +165,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     master = _compose(hydra, command, overrides)
     jobs, names = _jobs(hydra, master)
     if len(jobs) > 1:
-        print(f"checking {len(jobs)} jobs before the first starts", file=sys.stderr)
+        print(f"checking {len(jobs)} jobs before the first starts")
     refused: dict[str, list[str]] = {}
     for number, job in enumerate(jobs):
         config = hydra.config_loader.load_sweep_config(master, list(job))
