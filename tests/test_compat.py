@@ -15,7 +15,6 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 
 from sdtune import lightning_compat, peft_compat, torch_compat
@@ -80,16 +79,6 @@ def test_a_module_has_a_trainer_or_none() -> None:
     assert lightning_compat.attached_trainer(module) is None
     module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert lightning_compat.attached_trainer(module) is trainer
-
-
-def test_a_strategy_without_its_module_gets_it_back() -> None:
-    strategy = SingleDeviceStrategy(torch.device("cpu"))
-    module = pl.LightningModule()
-    strategy.connect(module)
-    seen = []
-    lightning_compat.without_module(strategy, lambda: seen.append(strategy.lightning_module))
-    assert seen == [None]
-    assert strategy.lightning_module is module
 
 
 def test_a_checkpoints_path_is_text_or_a_path() -> None:
