@@ -44,10 +44,11 @@ class LoggerSettings(ABC):
 class OtherLogger(LoggerSettings):
     """A logger of another package, built when the run begins."""
 
-    make: Callable[[], Any]
+    make: Callable[[dict[str, Any]], Any]
+    """Builds it from arguments that it may take: ``save_dir``."""
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> Any:
-        return self.make()
+        return self.make({"save_dir": str(folder)})
 
 
 @dataclass(frozen=True)

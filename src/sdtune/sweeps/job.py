@@ -20,6 +20,7 @@ from sdtune.files import locked, replacing, write_json, write_text
 from sdtune.hardware.allocator import release
 from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
+from sdtune.runs.layout import THREADS
 from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
 from sdtune.sweeps.job_process import run_apart
 from sdtune.sweeps.joblib_stop import reachable, stopping
@@ -113,7 +114,8 @@ def _failure(error: Exception, folder: Path) -> dict[str, str]:
 
 def _where(error: Exception, folder: Path) -> str:
     """Where the traceback of a bug lies; nothing for what the user can mend."""
-    return "" if _is_users(error) else f"; its traceback is in {folder / ERROR_LOG}"
+    known = _is_users(error) and not (isinstance(error, RunFailed) and error.details)
+    return "" if known else f"; its traceback is in {folder / ERROR_LOG}"
 
 
 def _is_users(error: Exception) -> bool:
@@ -158,7 +160,8 @@ def _go_on(composed: DictConfig, folder: Path) -> None:
         return
     for name in ("samples", "checkpoints", "artifact", "evaluation"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "metrics.csv").unlink(missing_ok=True)
+    for name in ("metrics.csv", THREADS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _metric(config: DictConfig, folder: Path) -> float | None:

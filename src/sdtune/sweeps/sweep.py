@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
 _SUBDIR = "${hydra.job.num}"
-_ANEW = ("hydra.sweeper.n_trials=", "hydra.launcher.max_concurrent_runs=", "hydra.launcher.processes=")
+_ANEW = (
+    "hydra.sweeper.n_trials=",
+    "hydra.launcher.max_concurrent_runs=",
+    "hydra.launcher.processes=",
+    "hydra.launcher.n_jobs=",
+)
 """A search may be extended, and a machine have less room than was thought."""
 
 
