@@ -41,7 +41,15 @@ LIBRARIES = {
         "training.caching",
     },
     "lightning_fabric": {"callbacks.checkpoints", "lightning_compat"},
-    "diffusers": {"backbone", "loaders", "methods.controlnet", "pocket", "sampling", "shared_backbone"},
+    "diffusers": {
+        "backbone",
+        "loaders",
+        "methods.controlnet",
+        "pocket",
+        "sampling",
+        "shared_backbone",
+        "training.executor",
+    },
     "transformers": {
         "backbone",
         "data.control.estimators",

@@ -114,12 +114,12 @@ def test_a_masked_loss_and_a_net_beside_stay_on_the_device(tiny: Path, monkeypat
 
 def careless(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the backbone adds a tensor that was made on the CPU."""
-    predict = Backbone.predict
+    unet_inputs = Backbone.unet_inputs
 
-    def wrong(self: Backbone, noisy: Tensor, *more: Any, **named: Any) -> Tensor:
-        return predict(self, noisy, *more, **named) + torch.zeros(noisy.shape)
+    def wrong(self: Backbone, noisy: Tensor, *more: Any, **named: Any) -> dict[str, Any]:
+        return unet_inputs(self, noisy + torch.zeros(noisy.shape), *more, **named)
 
-    monkeypatch.setattr(Backbone, "predict", wrong)
+    monkeypatch.setattr(Backbone, "unet_inputs", wrong)
 
 
 def test_a_tensor_of_the_cpus_is_refused_in_a_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,7 @@ class Backbone(nn.Module):
 
 
 def _set_default_processors(model: Any, kind: type) -> None:
-    """Replace the attention processors of diffusers' default kinds by ``kind``; others, such as IP-Adapter's, stay."""
+    """Replace diffusers' default attention processors by ``kind``; keep all others, such as IP-Adapter's."""
     own = model.attn_processors
     defaults = (AttnProcessor, AttnProcessor2_0)
     model.set_attn_processor({name: kind() if type(each) in defaults else each for name, each in own.items()})

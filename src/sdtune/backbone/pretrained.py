@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from sdtune.backbone.source import PipelineSource
 
@@ -14,19 +15,13 @@ if TYPE_CHECKING:
     from sdtune.backbone.backbone import Backbone
 
 
-class BackboneLoader(Protocol):
-    """Gives a backbone of ``source``; see :meth:`Pretrained.load` for the arguments."""
-
-    def __call__(self, source: Pretrained, seed: int, unet: dtype | None) -> Backbone: ...
-
-
 class Pretrained(PipelineSource):
     """A Stable Diffusion on disk or on the hub, with :meth:`load`; arguments as of :class:`PipelineSource`."""
 
-    _loader: BackboneLoader | None = None
+    _loader: Callable[[], Backbone] | None = None
 
-    def loaded_by(self, loader: BackboneLoader) -> Pretrained:
-        """The same source, whose backbones ``loader`` gives instead of reading the weights anew."""
+    def loaded_by(self, loader: Callable[[], Backbone]) -> Pretrained:
+        """A copy of this source whose :meth:`load` returns what ``loader`` returns, whatever its arguments."""
         own = copy.copy(self)
         own._loader = loader
         return own
@@ -40,4 +35,4 @@ class Pretrained(PipelineSource):
         """The backbone in float32, its UNet in the type ``unet`` if given; on the CPU, in eval mode, frozen."""
         from sdtune.backbone.loading import load_backbone
 
-        return (self._loader or load_backbone)(self, seed, unet)
+        return load_backbone(self, seed, unet) if self._loader is None else self._loader()

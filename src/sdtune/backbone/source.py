@@ -101,12 +101,12 @@ class PipelineSource:
 
     @cached_property
     def _hub_configs(self) -> Path:
-        """The snapshot of a hub id with its configs and tokenizers."""
+        """The local folder with the configs and tokenizers of a hub repository."""
         return snapshot(self.path, self.revision, _JSON, configured, "backbone.path")
 
     @property
     def commit(self) -> str | None:
-        """The commit of a hub id once its configs are read, the same for the whole run; else ``revision``."""
+        """The commit hash of a hub id after its configs are read, then fixed; before that, ``revision``."""
         configs: Path | None = vars(self).get("_hub_configs")
         return self.revision if configs is None else configs.name  # the folder of a snapshot is named by it
 

@@ -40,7 +40,7 @@ class AtomicIO(TorchCheckpointIO):
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of the run in ``run``; UserError where there is none."""
+    """The newest checkpoint in the run folder ``run``. Raises UserError if there is none."""
     found = sorted((run / "checkpoints").glob("step*.ckpt"))
     if not found:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Says so where other programs take the cores that a training on the CPU computes with."""
+"""Warns if other programs take CPU time from a training on the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GOT, _BUSY = 0.7, 0.9
 
 
 class CrowdedCores(Callback):
-    """Warns once where a run gets far less of the cores than it has threads, while the machine is busy.
+    """Warns once if a run's threads get much less CPU time than they need while the machine is busy.
 
     Threads that wait for each other at every small operation then make steps several times slower. The number is not
     changed during a run: sums over another number of threads differ in their last digits, and ``resume=`` could not

@@ -58,7 +58,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
 
 
 def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
-    """How many captions there are, and whether the tokenizer's limit cuts the longest."""
+    """The number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
     captions = data.captions()
     longest = max(captions, key=backbone.count_tokens)
     length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens

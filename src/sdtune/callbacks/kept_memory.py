@@ -11,7 +11,7 @@ from sdtune.hardware.allocator import pin_allocation
 
 
 class KeptMemory(Callback):
-    """Added by ``sdtune train`` alone: the allocator belongs to the whole process, and so to its owner."""
+    """Only a ``TrainRun`` adds it: it changes the allocator of the whole process, which a library must not do."""
 
     priority: ClassVar[int] = 200
 

@@ -22,8 +22,12 @@ EXIT_INVALID_INPUT = 2
 
 def refuse(message: str, code: int = EXIT_INVALID_INPUT) -> NoReturn:
     """Print ``message`` to stderr as one line, and exit with ``code``."""
-    print(f"sdtune: {' '.join(message.split())}", file=sys.stderr)
+    _print_line(message)
     raise SystemExit(code)
+
+
+def _print_line(message: str) -> None:
+    print(f"sdtune: {' '.join(message.split())}", file=sys.stderr)
 
 
 @contextmanager
@@ -42,22 +46,16 @@ def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterato
         yield
     except KeyboardInterrupt:
         refuse(STOPPED, 130)
-    except (Stopped, Pruned) as end:
-        _end(*_line_and_code(end, None), end)
     except Exception as error:
-        if os.environ.get("SDTUNE_TRACEBACK"):
+        if os.environ.get("SDTUNE_TRACEBACK") and not isinstance(error, Stopped | Pruned):
             raise
         line, code = _line_and_code(error, composition)
         if line is None:
             raise
-        _end(line, code, error)
-
-
-def _end(line: str | None, code: int, error: Exception) -> None:
-    if line:
-        print(f"sdtune: {' '.join(line.split())}", file=sys.stderr)
-    if code:
-        raise SystemExit(code) from error
+        if line:
+            _print_line(line)
+        if code:
+            raise SystemExit(code) from error
 
 
 def _line_and_code(error: Exception, composition: Callable[[Exception], str] | None) -> tuple[str | None, int]:

@@ -127,7 +127,7 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
 
 
 def _check_options(command: str, args: Namespace, writes: bool) -> None:
-    """Refuse options of Hydra's that sdtune has no use for, and secrets."""
+    """Refuse Hydra options that sdtune does not support, and secrets on the command line."""
     if args.multirun and args.cfg:
         refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
     for option, value in (

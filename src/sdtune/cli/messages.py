@@ -20,7 +20,7 @@ _OF_FOLDERS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data
 
 
 def composition_error(error: Exception, typed: Sequence[str]) -> str:
-    """What is wrong with ``typed``, the user's arguments, or with the overrides that a resumed run repeats."""
+    """The one-line message for an error in ``typed``, the user's arguments, or in the overrides of a resumed run."""
     line = _one_line(error, typed)
     resumed, key = resumed_folder(typed), re.split("[:=]", line)[0]
     if resumed is None or any(word.lstrip("+~").startswith(key) for word in typed):

@@ -117,13 +117,12 @@ def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
         checkpoints=build(config["checkpoint"], trust, offer),
         callbacks=_callbacks(config, settings, folder, data, record),
         trainer=trainer_arguments(config),
-        accumulation=accumulation,
         micro_batch=micro_batch,
     )
 
 
 def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
-    """Each group against the signatures of what it names."""
+    """Check each config group against the constructor that its ``_target_`` names."""
     check_model(config, trust)
     check_node(config["data"], "data", trust, ("seed",))
     check_node(config["evaluation"], "evaluation", trust, ())
@@ -177,7 +176,7 @@ def _callbacks(
 
 
 def _check_metrics(evaluation: Any, data: ImageDataModule, facts: Facts, wanted: str | None) -> None:
-    """The evaluation against the data, and the metric that a sweep optimises against what there will be."""
+    """Check that the evaluation fits the data, and that ``optimized_metric`` is a metric of the run."""
     if evaluation is not None:
         evaluation.check(data, facts)
     known = [*OF_TRAINING, *getattr(evaluation, "names", ())]

@@ -1,4 +1,4 @@
-"""Torch's threads on the CPU while a command computes, from ``hardware.threads``."""
+"""The number of torch's CPU threads for a command, from ``hardware.threads``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("sdtune")
 
 @contextmanager
 def chosen_threads(hardware: Mapping[str, Any]) -> Iterator[int]:
-    """Within it, torch computes with ``hardware.threads``, of which it yields the number."""
+    """Have torch use the CPU threads that ``hardware.threads`` asks for; yields their number."""
     asked = hardware.get("threads", "auto")
     with torch_threads(_auto(hardware) if asked == "auto" else int(asked)) as count:
         yield count
@@ -42,13 +42,13 @@ def run_threads(hardware: Mapping[str, Any], folder: Path, resumed: bool) -> Ite
 
 
 def kept_threads(folder: Path) -> int | None:
-    """With how many threads the training in ``folder`` has computed so far; None where it has not begun."""
+    """The number of threads that the training in ``folder`` has used so far; None if it has not begun."""
     file = folder / THREADS
     return int(json.loads(file.read_text())["threads"]) if file.is_file() else None
 
 
 def keep_threads(folder: Path, count: int) -> None:
-    """Write ``count`` into ``folder``; a warning where it was another: sums may differ in their last digits."""
+    """Save ``count`` in ``folder``; warns if it was another number, since sums may differ in their last digits."""
     if not is_global_zero():
         return
     before = kept_threads(folder)

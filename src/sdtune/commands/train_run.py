@@ -1,4 +1,4 @@
-"""``TrainRun``: one training, built by the checks, from its first step to its figures."""
+"""``TrainRun``: one training run, from its checked config to its final metrics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ log = logging.getLogger("sdtune")
 
 @dataclass(frozen=True)
 class TrainRun:
-    """One training with everything that it is made of; no weights are loaded before :meth:`start`.
+    """A checked training run and all its parts. No weights are loaded before :meth:`start`.
 
     Args:
         config: the resolved config, which is recorded and compared, never read.
@@ -58,7 +58,6 @@ class TrainRun:
         data, adapter, evaluation, loggers, exports: built from the config; the evaluation is None where there is none.
         record, checkpoints, callbacks: likewise; ``callbacks`` are those that the config chooses.
         trainer: the node of Lightning's Trainer.
-        accumulation: micro-batches per optimizer step.
         micro_batch: samples per micro-batch and process.
     """
 
@@ -74,7 +73,6 @@ class TrainRun:
     checkpoints: Checkpoints
     callbacks: Sequence[pl.Callback]
     trainer: Mapping[str, Any]
-    accumulation: int
     micro_batch: int
 
     @property
@@ -100,7 +98,7 @@ class TrainRun:
             stack.enter_context(_leaving_on_sigterm())
             loggers = stack.enter_context(self._opened_loggers())
             stack.enter_context(self._failures())
-            trainer = self._shared_trainer(shared, cost, loggers)
+            trainer = self._training_trainer(shared, cost, loggers)
             self._fit(trainer)
             metrics = _final_metrics(self, trainer, cost)
             if trainer.is_global_zero:
@@ -120,12 +118,10 @@ class TrainRun:
             "enable_checkpointing": False,
             "use_distributed_sampler": False,
         }
-        given = {key: value for key, value in own.items() if key not in self.trainer}
-        node = {**self.trainer, **{key: value for key, value in own.items() if key in self.trainer}}
-        trainer: pl.Trainer = build(node, self.settings.trust, fixed | given)
+        trainer: pl.Trainer = build({**self.trainer, **fixed, **own}, self.settings.trust)
         return trainer
 
-    def _shared_trainer(self, shared: SharedBackbone | None, cost: CostMeter, loggers: Sequence[Any]) -> pl.Trainer:
+    def _training_trainer(self, shared: SharedBackbone | None, cost: CostMeter, loggers: Sequence[Any]) -> pl.Trainer:
         own: list[pl.Callback] = [
             ConfigAgreement(self.config),
             DataSummary(int(self.trainer["max_steps"])),
@@ -203,8 +199,8 @@ class TrainRun:
             if not is_out_of_memory(error):
                 raise
             # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
-            several = self.micro_batch > 1
-            smaller = f" or trainer.accumulate_grad_batches={2 * self.accumulation}," if several else ""
+            doubled = 2 * int(self.trainer.get("accumulate_grad_batches", 1))
+            smaller = f" or trainer.accumulate_grad_batches={doubled}," if self.micro_batch > 1 else ""
             raise RunFailed(ADVICE["training"].format(smaller=smaller)) from error
 
 

@@ -1,4 +1,4 @@
-"""How many threads torch computes with on the CPU; imports no torch until they are set."""
+"""The number of torch's CPU threads; imports torch only to set it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def usable_cores() -> int:
 
 
 def busy_cores() -> int:
-    """How many of those cores other processes keep busy, while this one waits for a moment."""
+    """The number of those cores that other processes keep busy, measured while this process waits."""
     whole = psutil.cpu_percent(_WINDOW, percpu=True)
     own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(whole))
     return round(sum(float(whole[core]) for core in own if core < len(whole)) / 100)
@@ -61,7 +61,7 @@ def _quota() -> float | None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[int]:
-    """Within it, torch computes with ``count`` threads, which it yields; afterwards with as many as before."""
+    """Have torch use ``count`` CPU threads, and restore the previous number afterwards; yields ``count``."""
     import torch
 
     before = torch.get_num_threads()

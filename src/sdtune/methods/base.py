@@ -144,7 +144,8 @@ class Adapter(pl.LightningModule, ABC):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
-        return self.executor.predict(self.backbone, noisy, timesteps, text, frame=batch.get("frame"))
+        inputs = self.backbone.unet_inputs(noisy, timesteps, text, frame=batch.get("frame"))
+        return self.executor.predict(self.backbone.unet, inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:

@@ -110,12 +110,12 @@ class ControlNet(Adapter):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
-        frame = batch.get("frame")
-        if "control" not in batch:
-            return self.executor.predict(self.backbone, noisy, timesteps, text, frame=frame)
-        conditions = self.backbone.conditions(text, noisy, frame)
-        added = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
-        return self.executor.predict(self.backbone, noisy, timesteps, text, added, frame)
+        frame, added = batch.get("frame"), None
+        if "control" in batch:
+            conditions = self.backbone.conditions(text, noisy, frame)
+            added = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
+        inputs = self.backbone.unet_inputs(noisy, timesteps, text, added, frame)
+        return self.executor.predict(self.backbone.unet, inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:

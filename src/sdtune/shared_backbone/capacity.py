@@ -25,8 +25,7 @@ def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devic
         device: where they train.
         devices: how many devices are in use.
     """
-    costs = [_costs(request, device) for request in requests]
-    kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
+    kept, step, previews, base = _largest_costs(requests, device)
     free = free_memory(device, devices) - ALLOWANCE - base
     fitting: int = min(jobs, free // (kept + step), (free - previews) // max(1, kept))
     return max(1, fitting)
@@ -34,10 +33,14 @@ def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devic
 
 def processes_that_fit(requests: Sequence[PlanRequest], most: int, device: torch.device) -> int:
     """How many processes, at most ``most``, can each have a backbone and one run in the memory of ``device``."""
-    costs = [_costs(request, device) for request in requests]
-    kept, step, previews, base = (max(each) for each in zip(*costs, strict=True))
+    kept, step, previews, base = _largest_costs(requests, device)
     fitting: int = free_memory(device, 1) // (ALLOWANCE + base + kept + max(step, previews))
     return max(1, min(most, fitting))
+
+
+def _largest_costs(requests: Sequence[PlanRequest], device: torch.device) -> list[int]:
+    """The largest of each of :func:`_costs` over ``requests``."""
+    return [max(each) for each in zip(*(_costs(request, device) for request in requests), strict=True)]
 
 
 def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone, Pairs
-from sdtune.backbone.controlnet import Residuals
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.methods.base import Adapter
@@ -45,9 +44,9 @@ class SharedBackbone:
         adapter.source = adapter.source.loaded_by(partial(self._load, adapter.source))
         adapter.executor = self.executor
 
-    def _load(self, plain: Pretrained, source: Pretrained, seed: int, unet: torch.dtype | None) -> Backbone:
+    def _load(self, source: Pretrained) -> Backbone:
         # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
-        loaded = self.pool.copied(plain)
+        loaded = self.pool.copied(source)
         loaded.pair_executor = self.executor
         # Caches are filled and images of the class drawn without a call, for minutes where there are many.
         leave = self._leaves()
@@ -111,17 +110,8 @@ class SharedExecutor:
         self._shared = shared
         self._default = torch.get_default_dtype()
 
-    def predict(
-        self,
-        backbone: Backbone,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        added: Residuals | None = None,
-        frame: Tensor | None = None,
-    ) -> Tensor:
-        inputs = backbone.unet_inputs(noisy, timesteps, text, added, frame)
-        return self._forward(backbone.unet, inputs, None)
+    def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
+        return self._forward(unet, inputs, None)
 
     def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
         device = self._shared.pool.device

@@ -44,7 +44,7 @@ def is_slurm(kind: type) -> bool:
 
 @contextmanager
 def shared_out_cores(launcher: DictConfig, accelerator: str, jobs: int) -> Iterator[None]:
-    """Within it, joblib's processes share out the free cores, by the variables that loky and OpenMP read.
+    """Divide the free cores among joblib's processes, through environment variables that loky and OpenMP read.
 
     With ``n_jobs=-1`` there are as many processes as free cores, or one where the jobs would share a GPU. Each computes
     with its part of the cores: with more threads than cores, small operations wait until each thread is scheduled.

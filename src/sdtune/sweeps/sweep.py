@@ -116,8 +116,9 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
         again = shell_override("resume", folder)
         raise UserError(f"{folder} already holds a sweep; {again} goes on with it", key="hydra.sweep.dir")
     launcher = master.hydra.launcher
+    kind = plugin(launcher)
     for key in ("env_set", "chdir"):
-        if issubclass(plugin(launcher), SharedBackboneLauncher) and master.hydra.job.get(key):
+        if issubclass(kind, SharedBackboneLauncher) and master.hydra.job.get(key):
             raise UserError(
                 "jobs on one backbone are one process", key=f"hydra.job.{key}", remedy="give hydra/launcher=basic"
             )
@@ -125,7 +126,7 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
         most = launcher.get(key, "auto")
         if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
             raise UserError(f"{most!r}", key=f"hydra.launcher.{key}", remedy="give auto, or a number of at least 1")
-    if is_slurm(plugin(launcher)) and shutil.which("srun") is None:
+    if is_slurm(kind) and shutil.which("srun") is None:
         raise UserError(
             "submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without",
             key="hydra/launcher",
