@@ -102,6 +102,16 @@ class Poison(Callback):
             pl_module.trainable()[0][1].grad.view(-1)[0] = float("nan")
 
 
+class Threads(Callback):
+    """Writes how many threads torch has in each process of a training."""
+
+    def __init__(self, place: str) -> None:
+        self.place = Path(place)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (self.place / f"{trainer.global_rank}.threads").write_text(str(torch.get_num_threads()))
+
+
 class Rates(Callback):
     """Keeps the rates that the optimizer used, for runs that a config puts together."""
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.quoting import override
 
 
 def _processes_that_name(text: str) -> list[str]:
@@ -57,6 +58,27 @@ def test_two_processes_equal_one(tiny: Path, images: Path, tmp_path: Path) -> No
     for key, value in mine.items():
         assert torch.linalg.norm((value - single[key]).float()) <= 1e-3 * torch.linalg.norm(single[key].float()) + 1e-7
     assert log.read_text().count("captions: ") == 1
+
+
+def test_both_processes_have_the_threads_that_are_given_and_write_to_a_folder_of_any_name(
+    tiny: Path, images: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "it's [1,2] a=b"
+    own = [word for word in arguments(tiny, images, run, "trainer.max_steps=1") if not word.startswith("hydra.run")]
+    own += ["hardware.threads=3", "trust=[running]", "+callbacks.threads._target_=running.Threads"]
+    own += [override("+callbacks.threads.place", tmp_path), override("hydra.run.dir", run)]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sdtune", "train", *_on_two(own)],
+        env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"{rank}.threads").read_text() for rank in (0, 1)] == ["3", "3"]
+    assert len(rows(run)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {run.name, images.name, "0.threads", "1.threads"}
 
 
 @pytest.mark.slow

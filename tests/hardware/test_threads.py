@@ -13,46 +13,80 @@ import torch
 from sdtune.hardware import threads
 
 
-def test_omp_num_threads_is_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads.auto_threads() == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "5,2")  # OpenMP's form for nested regions
-    assert threads.auto_threads(8) == 5
-
-
-@pytest.mark.parametrize(("usable", "busy", "processes", "wanted"), [(8, 0, 1, 8), (8, 3, 1, 5), (8, 3, 2, 2),
-                                                                     (2, 2, 1, 1), (2, 5, 4, 1)])  # fmt: skip
-def test_auto_takes_the_free_cores(
-    usable: int, busy: int, processes: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "kept", "named", "expected"),
+    [
+        ("auto", None, None, None),
+        ("auto", None, "3", 3),
+        ("auto", None, "5,2", 5),  # OpenMP's form for nested regions
+        ("auto", 2, "3", 2),
+        (4, 2, "3", 4),
+    ],
+)
+def test_what_settles_the_number(
+    asked: int | str, kept: int | None, named: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "usable_cores", lambda: usable)
+    if named is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", named)
+    assert threads.given_threads({"threads": asked}, kept) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "busy", "expected"),
+    [(8, None, 0, 8), (8, None, 3, 5), (2, None, 5, 1), (64, 4.0, 10, 4), (8, 6.0, 4, 4), (8, 0.5, 0, 1)],
+)
+def test_free_cores_are_within_affinity_and_quota(
+    cores: int, quota: float | None, busy: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "affinity", lambda: list(range(cores)))
+    monkeypatch.setattr(threads, "_quotas", lambda: [] if quota is None else [quota])
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
-    assert threads.auto_threads(processes) == wanted
-
-
-def test_a_busy_core_is_seen() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
-        try:
-            time.sleep(0.5)
-            assert 1 <= threads.busy_cores() <= threads.usable_cores()
-        finally:
-            child.kill()
+    assert threads.free_cores() == expected
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")
-def test_affinity_and_quota_bound_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = threads.psutil.Process().cpu_affinity()
+    usage = [100.0] * (max(own) + 5)
+    monkeypatch.setattr(threads.psutil, "cpu_percent", lambda interval, percpu: usage)
+    assert threads.busy_cores() == len(own), "those outside do not"
+    usage[own[0]] = 0.0
+    assert threads.busy_cores() == len(own) - 1
+
+
+def test_a_busy_core_is_seen() -> None:
+    before = threads.busy_cores()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            time.sleep(0.5)
+            busy = [threads.busy_cores() for _ in range(3)]
+        finally:
+            child.kill()
+    assert max(busy) > before or before == threads.usable_cores()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("place", ["", "slice", "slice/run.scope"])
+def test_affinity_and_quotas_bound_the_cores(
+    version: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = len(threads.psutil.Process().cpu_affinity())
+    kept = tmp_path / "own"
+    kept.write_text("0::/slice/run.scope\n" if version == 2 else "3:memory:/other\n1:cpuacct,cpu:/slice/run.scope\n")
+    monkeypatch.setattr(threads, "OWN_CGROUP", kept)
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
     assert threads.usable_cores() == own
-    for text, wanted in (("max 100000", own), ("150000 100000", 1), ("50000 100000", 1), ("6400000 100000", own)):
-        (tmp_path / "cpu.max").write_text(text)
-        assert threads.usable_cores() == wanted
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert threads.usable_cores() == 1
+    folder = (tmp_path if version == 2 else tmp_path / "cpu") / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for granted, expected in (("max", own), ("150000", 1), ("50000", 1), ("6400000", own)):
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{granted} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(granted.replace("max", "-1"))
+            (folder / "cpu.cfs_period_us").write_text("100000")
+        assert threads.usable_cores() == expected
 
 
 def test_torchs_own_number_comes_back() -> None:

@@ -38,22 +38,37 @@ def test_a_class_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_jobs", "jobs", "wanted"),
-    [(-1, 4, ("2", "1")), (-1, 1, ("1", "2")), (1, 4, (None, "2")), (2, 4, (None, "1")), (8, 4, (None, "1"))],
+    ("n_jobs", "jobs", "asked", "expected"),
+    [
+        (-1, 8, "auto", (True, "4", "1")),
+        (-1, 2, "auto", (True, "2", "2")),
+        (-1, 1, "auto", (False, "1", "4")),
+        (-1, 8, 2, (True, "2", None)),
+        (-1, 8, 16, (False, "1", None)),
+        (1, 8, "auto", (False, None, "4")),
+        (2, 8, "auto", (True, None, "2")),
+        (8, 3, "auto", (True, None, "1")),
+    ],
 )
 def test_joblibs_processes_share_out_the_free_cores(
-    n_jobs: int, jobs: int, wanted: tuple[str | None, str], monkeypatch: pytest.MonkeyPatch
+    n_jobs: int,
+    jobs: int,
+    asked: int | str,
+    expected: tuple[bool, str | None, str | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "free_cores", lambda: 2)
-    with shared_out_cores(OmegaConf.create({"n_jobs": n_jobs}), "cpu", jobs):
-        assert (os.environ.get("LOKY_MAX_CPU_COUNT"), os.environ.get("OMP_NUM_THREADS")) == wanted
+    monkeypatch.setattr(threads, "free_cores", lambda: 4)
+    with shared_out_cores(n_jobs, {"accelerator": "cpu", "threads": asked}, jobs) as in_worker:
+        assert (in_worker, os.environ.get("LOKY_MAX_CPU_COUNT"), os.environ.get("OMP_NUM_THREADS")) == expected
     assert not {"LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS"} & set(os.environ)
 
 
 def test_a_number_of_threads_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with shared_out_cores(OmegaConf.create({"n_jobs": -1}), "cpu", 2):
+    monkeypatch.setattr(threads, "free_cores", lambda: 8)
+    with shared_out_cores(-1, {"accelerator": "cpu"}, 4):
         assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ["LOKY_MAX_CPU_COUNT"] == "2"
     assert os.environ["OMP_NUM_THREADS"] == "3"

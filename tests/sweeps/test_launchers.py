@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from running import arguments, rows, start
+from running import arguments, rows, start, wait_for_step
 
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
@@ -33,6 +33,22 @@ def test_jobs_run_side_by_side(launcher: str, tiny: Path, images: Path, tmp_path
     for job, rate in (("0", 1e-3), ("2", 1e-4)):
         assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
     assert "job 1 (optimizer.lr=1e+30) failed: step 2: the loss or its gradient is not finite" in log.read_text()
+
+
+def test_one_of_joblibs_jobs_at_once_is_stopped_with_its_sweep(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """joblib starts no worker for it: it runs in the sweep's own process."""
+    sweep, log = tmp_path / "sweep", tmp_path / "log"
+    own = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=1000", f"hydra.sweep.dir={sweep}")
+    own = [a for a in own if not a.startswith(("hydra.run.dir", "method.rank"))]
+    words = ["-m", *own, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "method.rank=2", "optimizer.lr=1e-3,1e-4"]
+    process = start(log, *words)
+    wait_for_step(process, sweep / "0", 3, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=100) == 130, log.read_text()
+    assert log.read_text().rstrip().endswith(f"sdtune train -m resume={sweep} goes on with it")
+    [kept] = (sweep / "0" / "checkpoints").glob("*")
+    assert kept.name == f"step{len(rows(sweep / '0')):08d}.ckpt"
+    assert not (sweep / "1").exists(), "no further job begins"
 
 
 @pytest.mark.slow

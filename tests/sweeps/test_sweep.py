@@ -103,7 +103,7 @@ def test_resumed_only_what_is_missing_runs(
     assert "resume: optimizer.lr=1 makes it another sweep" in capsys.readouterr().err
     assert ages(sweep) == {"0": before["0"]}
 
-    assert train(*own, f"resume={sweep}") == 0
+    assert train(*own, f"resume={sweep}", "hardware.threads=1") == 0, "a machine may have other cores free by now"
     said = capsys.readouterr().out
     assert said.count("resuming at step 2 from") == 1
     assert {job: rows(sweep / job) for job in whole} == whole
@@ -125,6 +125,12 @@ def test_an_edited_recipe_is_noticed(settings: list[str], tmp_path: Path, capsys
     capsys.readouterr()
     assert train(*own, f"resume={tmp_path}/sweep") == 2
     assert "resume: optimizer.lr is 0.0001 now and was 0.001 when the run began" in capsys.readouterr().err
+
+
+def test_no_workers_are_refused(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*settings, "hydra/launcher=joblib", "hydra.launcher.n_jobs=0", "seed=0,1") == 2
+    assert "hydra.launcher.n_jobs: 0; give a number of processes" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_no_sweep_to_resume(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

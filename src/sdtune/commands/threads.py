@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import env_override
+
 from sdtune.config.hardware import local_processes
 from sdtune.files import write_json
-from sdtune.hardware.processes import is_global_zero, is_launched_again
-from sdtune.hardware.threads import auto_threads, torch_threads, usable_cores
+from sdtune.hardware.processes import is_global_zero
+from sdtune.hardware.threads import free_cores, given_threads, torch_threads, usable_cores
 from sdtune.runs.layout import THREADS
 
 log = logging.getLogger("sdtune")
 
 
 @contextmanager
-def chosen_threads(hardware: Mapping[str, Any]) -> Iterator[int]:
-    """Have torch use the CPU threads that ``hardware.threads`` asks for; yields their number."""
-    asked = hardware.get("threads", "auto")
-    with torch_threads(_auto(hardware) if asked == "auto" else int(asked)) as count:
+def chosen_threads(hardware: Mapping[str, Any], kept: int | None = None) -> Iterator[int]:
+    """Have torch use the CPU threads that ``hardware.threads`` asks for; yields their number.
+
+    ``OMP_NUM_THREADS`` says the same meanwhile to the processes that Lightning starts. Without it, Lightning would
+    choose another number for all of them, this one included.
+
+    Args:
+        kept: the number of an earlier start, which ``auto`` takes again.
+    """
+    count = given_threads(hardware, kept) or _measured_threads(hardware)
+    with torch_threads(count), env_override({"OMP_NUM_THREADS": str(count)}):
         yield count
 
 
@@ -33,10 +41,7 @@ def run_threads(hardware: Mapping[str, Any], folder: Path, resumed: bool) -> Ite
 
     A resumed training takes its own number again unless ``hardware.threads`` gives another.
     """
-    kept = kept_threads(folder) if resumed else None
-    if kept is not None and hardware.get("threads", "auto") == "auto":
-        hardware = {**hardware, "threads": kept}
-    with chosen_threads(hardware) as count:
+    with chosen_threads(hardware, kept_threads(folder) if resumed else None) as count:
         keep_threads(folder, count)
         yield count
 
@@ -62,13 +67,10 @@ def keep_threads(folder: Path, count: int) -> None:
     write_json(folder / THREADS, {"threads": count})
 
 
-def _auto(hardware: Mapping[str, Any]) -> int:
+def _measured_threads(hardware: Mapping[str, Any]) -> int:
     processes = local_processes(hardware)
-    count = auto_threads(processes)
-    if processes > 1 and not is_launched_again():
-        # The processes that Lightning starts would count this one's cores as busy.
-        os.environ["OMP_NUM_THREADS"] = str(count)
-    elif count < usable_cores() and "OMP_NUM_THREADS" not in os.environ:
+    count = max(1, free_cores() // processes)
+    if processes == 1 and count < usable_cores():
         log.info(
             "threads: %d of %d, since the other cores are busy; hardware.threads=N takes another number",
             count,

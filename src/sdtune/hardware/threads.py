@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -14,46 +15,69 @@ _WINDOW = 0.25
 """Seconds over which busy cores are counted."""
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def auto_threads(processes: int = 1) -> int:
-    """The threads of each of ``processes`` on this machine: ``OMP_NUM_THREADS`` where it is set, else its free cores.
+def given_threads(hardware: Mapping[str, Any], kept: int | None = None) -> int | None:
+    """The number of threads that is settled before any core is looked at; None where it is to be measured.
 
-    Free are the cores that this process may use, less those that are busy now; small operations on more threads than
-    there are free cores wait until each thread is scheduled, which makes a step several times slower.
+    That is ``hardware.threads``, else ``kept`` of an earlier start, else ``OMP_NUM_THREADS`` (of OpenMP's form for
+    nested regions the first number).
     """
+    asked = hardware.get("threads", "auto")
+    if asked != "auto":
+        return int(asked)
     named = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if named.isdigit() and int(named) > 0:
-        return int(named)
-    return max(1, free_cores() // processes)
+    return kept or (int(named) if named.isdigit() and int(named) > 0 else None)
 
 
 def free_cores() -> int:
-    """Cores that this process may use and no other keeps busy now; at least 1."""
-    return max(1, usable_cores() - busy_cores())
+    """Cores that this process may use and no other keeps busy now; at least 1.
+
+    Small operations on more threads than there are free cores wait until each thread is scheduled, which makes a step
+    several times slower.
+    """
+    return max(1, min(usable_cores(), len(affinity()) - busy_cores()))
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, by its affinity and its cgroup's quota; at least 1."""
-    cores = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else os.cpu_count() or 1
-    quota = _quota()
-    return max(1, cores if quota is None else min(cores, int(quota)))
+    """Cores that this process may use, by its affinity and its cgroups' quotas; at least 1."""
+    return max(1, int(min([len(affinity()), *_quotas()])))
 
 
 def busy_cores() -> int:
-    """The number of those cores that other processes keep busy, measured while this process waits."""
-    whole = psutil.cpu_percent(_WINDOW, percpu=True)
-    own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(whole))
-    return round(sum(float(whole[core]) for core in own if core < len(whole)) / 100)
+    """How many cores of this process's affinity other processes keep busy, measured while this process waits."""
+    usage = psutil.cpu_percent(_WINDOW, percpu=True)
+    return round(sum(float(usage[core]) for core in affinity() if core < len(usage)) / 100)
 
 
-def _quota() -> float | None:
-    """Cores that the cgroup grants (v2, then v1); None where there is no limit."""
+def affinity() -> list[int]:
+    """The cores that this process may be scheduled on, by index."""
+    return psutil.Process().cpu_affinity() if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
+def _quotas() -> list[float]:
+    """Cores that this process's cgroup and those above it grant, for each that has a limit."""
+    found = (_quota(folder) for folder in _cgroups())
+    return [cores for cores in found if cores is not None]
+
+
+def _cgroups() -> Iterator[Path]:
+    """The folders of this process's cgroup and of those above it: of version 2, and of version 1's controller cpu."""
+    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top, parts = CGROUP / "cpu" if controllers else CGROUP, path.strip("/").split("/")
+        yield from (top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+
+
+def _quota(cgroup: Path) -> float | None:
     try:
-        granted, period = (CGROUP / "cpu.max").read_text().split()
+        granted, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            granted, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            granted, period = ((cgroup / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return None
     return None if granted == "max" or int(granted) <= 0 else int(granted) / int(period)

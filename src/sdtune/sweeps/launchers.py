@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig
@@ -43,38 +44,35 @@ def is_slurm(kind: type) -> bool:
 
 
 @contextmanager
-def shared_out_cores(launcher: DictConfig, accelerator: str, jobs: int) -> Iterator[None]:
-    """Divide the free cores among joblib's processes, through environment variables that loky and OpenMP read.
+def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int) -> Iterator[bool]:
+    """Divide the free cores among joblib's worker processes; yields False if there are none, and jobs run in this one.
 
-    With ``n_jobs=-1`` there are as many processes as free cores, or one where the jobs would share a GPU. Each computes
-    with its part of the cores: with more threads than cores, small operations wait until each thread is scheduled.
+    With ``n_jobs=-1`` there are as many processes as the free cores have room for, or one where the jobs would share a
+    GPU. Each computes with its part of the cores: with more threads than cores, small operations wait until each thread
+    is scheduled. loky and OpenMP read the numbers from environment variables.
 
     Args:
-        launcher: the node of joblib's launcher.
-        accelerator: ``hardware.accelerator``.
+        n_jobs: of joblib's launcher.
+        hardware: the config group.
         jobs: how many may run at once.
     """
-    from sdtune.hardware.devices import device
-    from sdtune.hardware.threads import free_cores
+    from joblib import effective_n_jobs
 
-    free, asked = free_cores(), int(launcher.n_jobs)
+    from sdtune.hardware.devices import device
+    from sdtune.hardware.threads import free_cores, given_threads
+
+    free, threads = free_cores(), given_threads(hardware)
     own: dict[str, str] = {}
-    if asked == -1 and device(accelerator).type == "cpu":
-        asked = min(free, jobs)
-        own["LOKY_MAX_CPU_COUNT"] = str(asked)
-    elif asked == -1:
+    if n_jobs != -1:
+        count = min(effective_n_jobs(n_jobs), jobs)
+    elif device(str(hardware.get("accelerator", "auto"))).type == "cpu":
+        count = min(max(1, free // (threads or 1)), jobs)
+    else:
         print("joblib: one job at once, since the jobs share a GPU; hydra.launcher.n_jobs=N runs more")
-        asked = 1
-        own["LOKY_MAX_CPU_COUNT"] = "1"
-    if asked > 0 and "OMP_NUM_THREADS" not in os.environ:
-        own["OMP_NUM_THREADS"] = str(max(1, free // min(asked, jobs)))
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        count = 1
+    if n_jobs == -1:
+        own["LOKY_MAX_CPU_COUNT"] = str(count)
+    if threads is None:
+        own["OMP_NUM_THREADS"] = str(max(1, free // count))
+    with env_override(own):
+        yield effective_n_jobs(n_jobs) > 1

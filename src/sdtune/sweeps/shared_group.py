@@ -32,7 +32,7 @@ from sdtune.config.trainer import trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.signals import STOP_SIGNALS, handled
-from sdtune.hardware.threads import auto_threads, free_cores, torch_threads
+from sdtune.hardware.threads import free_cores, given_threads, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.planning.request import PlanRequest
 from sdtune.shared_backbone.capacity import processes_that_fit, room
@@ -85,10 +85,12 @@ def run_group(group: JobGroup, processes: Auto) -> None:
     with as_current(group.wholes[0]):
         node = plain(group.wholes[0])["hardware"]
     devices, each = devices_of(node), "devices"
+    given = given_threads(node, _kept_threads(group))
+    free = free_cores()
     if len(devices) == 1 and devices[0].type == "cpu":
-        devices, each = devices * _cpu_processes(group, processes), "processes"
+        devices, each = devices * _cpu_processes(group, processes, max(1, free // (given or 1))), "processes"
     devices = devices[: len(group.wholes)]
-    threads = _threads(group, node, len(devices))
+    threads = given or max(1, free // len(devices))
     if len(devices) == 1:
         with torch_threads(threads):
             _together(group, devices[0], 1)
@@ -105,20 +107,18 @@ def devices_of(node: Mapping[str, Any]) -> list[torch.device]:
     return [kind] * hardware.process_count(node)
 
 
-def _cpu_processes(group: JobGroup, asked: Auto) -> int:
-    """Over how many processes the jobs are shared out on a CPU."""
+def _cpu_processes(group: JobGroup, asked: Auto, room: int) -> int:
+    """Over how many processes the jobs are shared out on a CPU; there are cores for ``room``."""
     if asked != "auto":
         return asked
-    count = min(free_cores(), len(group.wholes))
+    count = min(room, len(group.wholes))
     return processes_that_fit(plan_requests(group.wholes), count, torch.device("cpu")) if count > 1 else 1
 
 
-def _threads(group: JobGroup, node: Mapping[str, Any], processes: int) -> int:
-    """Torch's threads in each process: ``hardware.threads``, else what an earlier start had, else its share."""
-    if node.get("threads", "auto") != "auto":
-        return int(node["threads"])
+def _kept_threads(group: JobGroup) -> int | None:
+    """The number of threads that an earlier start of the sweep had; None if it is the first."""
     kept = (kept_threads(Path(whole.hydra.runtime.output_dir)) for whole in group.wholes)
-    return next((count for count in kept if count is not None), None) or auto_threads(processes)
+    return next((count for count in kept if count is not None), None)
 
 
 def _run_processes(group: JobGroup, devices: Sequence[torch.device], threads: int) -> None:
@@ -142,7 +142,8 @@ def _run_processes(group: JobGroup, devices: Sequence[torch.device], threads: in
         raise SystemExit(128 + asked[0])
     broken = next((i for i, child in enumerate(children) if child.exitcode), None)
     if broken is not None:
-        raise RunFailed(f"{group.called}: the process of device {broken} ended with code {children[broken].exitcode}")
+        where = f"on {devices[broken]} " if devices[broken].type != "cpu" else ""
+        raise RunFailed(f"{group.called}: process {broken} {where}ended with code {children[broken].exitcode}")
 
 
 def _on_device(group: JobGroup, device: torch.device, devices: int, threads: int) -> None:

@@ -44,6 +44,7 @@ _ANEW = (
     "hydra.launcher.max_concurrent_runs=",
     "hydra.launcher.processes=",
     "hydra.launcher.n_jobs=",
+    "hardware.threads=",
 )
 """A search may be extended, and a machine have less room than was thought."""
 
@@ -66,14 +67,21 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             kept = OmegaConf.load(folder / "multirun.yaml")
             assert isinstance(kept, DictConfig)
             began, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
+            began = {key: value for key, value in began.items() if f"{key}=" not in _ANEW}
             check_same(began, now, folder, "sweep")
-        job = Job(command, prepare, in_worker=is_joblib(plugin(master.hydra.launcher)))
-        with contextlib.ExitStack() as stack:
-            if job.in_worker:
-                accelerator = str(OmegaConf.select(master, "hardware.accelerator", default="auto"))
-                stack.enter_context(shared_out_cores(master.hydra.launcher, accelerator, at_once))
-            _launch(hydra, job, fixed, folder)
+        with _workers(master, at_once) as in_worker:
+            _launch(hydra, Job(command, prepare, in_worker), fixed, folder)
     return _summary(folder, command)
+
+
+def _workers(master: DictConfig, at_once: int) -> contextlib.AbstractContextManager[bool]:
+    """Within it, joblib's workers have their shares of the cores; yields whether the jobs run in workers."""
+    launcher = master.hydra.launcher
+    if not is_joblib(plugin(launcher)):
+        return contextlib.nullcontext(False)
+    hardware = OmegaConf.to_container(master.hardware, resolve=True) if "hardware" in master else {}
+    assert isinstance(hardware, dict)
+    return shared_out_cores(int(launcher.n_jobs), {str(key): value for key, value in hardware.items()}, at_once)
 
 
 def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
@@ -126,6 +134,8 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
         most = launcher.get(key, "auto")
         if most != "auto" and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
             raise UserError(f"{most!r}", key=f"hydra.launcher.{key}", remedy="give auto, or a number of at least 1")
+    if launcher.get("n_jobs", 1) == 0:
+        raise UserError("0", key="hydra.launcher.n_jobs", remedy="give a number of processes, or -1 to fill the cores")
     if is_slurm(kind) and shutil.which("srun") is None:
         raise UserError(
             "submitit_slurm needs SLURM, and there is no srun here; submitit_local tries it without",
