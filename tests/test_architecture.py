@@ -25,7 +25,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 FLAT = {name for name in PACKAGES if not (PACKAGE / name).is_dir()}
 
 LIBRARIES = {
-    "hydra": {"cli", "commands.train", "config", "runs.names", "sweeps"},
+    "hydra": {"cli", "commands.threads", "commands.train", "config", "runs.names", "sweeps"},
     "omegaconf": {"cli", "commands", "config", "reporting.collect", "runs.compare", "runs.names", "sweeps"},
     "pytorch_lightning": {
         "callbacks",

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from running import arguments, rows, train
+from sdtune.loggers import LoggerSettings
 
 
 def test_wandb_offline_keeps_jobs_apart(
@@ -48,3 +50,43 @@ def test_tensorboard_holds_every_step(tiny: Path, images: Path, tmp_path: Path) 
     assert [event.step for event in logged] == [1, 2, 3]
     assert [event.value for event in logged] == pytest.approx([float(r["loss"]) for r in rows(tmp_path / "run")])
     assert {"grad_norm", "lr/unet", "samples_per_second"} <= set(events.Tags()["scalars"])
+
+
+def made_by_a_function(save_dir: str) -> CSVLogger:
+    return CSVLogger(save_dir, name="own")
+
+
+class Unclosed(LoggerSettings):
+    """Its service is gone by the time that the run ends."""
+
+    def open(self, folder: Path, method: str, label: str, sweep: str | None) -> CSVLogger:
+        return CSVLogger(str(folder), name="unclosed")
+
+    def close(self, logger: CSVLogger, failed: bool) -> None:
+        raise ConnectionError(f"no service to tell {failed}")
+
+
+def test_a_function_of_another_package_may_make_a_logger(tiny: Path, images: Path, tmp_path: Path) -> None:
+    own = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.made_by_a_function", "trainer.max_steps=2"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 0
+    assert len(list((tmp_path / "run" / "own").glob("*/metrics.csv"))) == 1
+
+
+def test_a_logger_that_cannot_be_closed_hides_neither_the_error_of_the_run_nor_the_other_loggers(
+    tiny: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = [
+        "trust=[test_loggers,running]",
+        "trainer.max_steps=3",
+        "+callbacks.poison={_target_: running.Poison, step: 2}",
+    ]
+    own += ["+logger.own._target_=test_loggers.made_by_a_function", "+logger.gone._target_=test_loggers.Unclosed"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 1
+    said = capsys.readouterr()
+    assert "sdtune: step 2: the loss or its gradient is not finite" in said.err
+    assert "CSVLogger: ConnectionError: no service to tell True" in said.out + said.err
+    [kept] = (tmp_path / "run" / "own").glob("*/metrics.csv")
+    assert kept.read_text().count("\n") > 1, "closed, and so written"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-_PLAIN = re.compile(r"[A-Za-z_/.][\w/.+@%-]*", re.ASCII)
+_PLAIN = re.compile(r"(?!\.\d)[A-Za-z_/.][\w/.+@%-]*", re.ASCII)
 """What Hydra reads as it stands, as text."""
 
 _WORDS = ("null", "true", "false", "nan", "inf")

@@ -25,6 +25,13 @@ SHOWN: dict[str, tuple[BaseException, int, str]] = {
     "memory": (torch.OutOfMemoryError("CUDA"), 1, "out of memory on the device"),
     "CPU memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
     "disk": (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "/a/b: No space left on device"),
+    "disk, while writing": (
+        OSError(errno.ENOSPC, "No space left on device"),
+        1,
+        "output: No space left on device; name",
+    ),
+    "connection": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), 1, "Connection refused\n"),
+    "MPS memory": (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), 1, "out of memory"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "stopped; sdtune train resume=RUN"),
 }
 BUGS: dict[str, Exception] = {
@@ -36,8 +43,19 @@ BUGS: dict[str, Exception] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("command", "advice"), [("sample", "sampling.batch_size=1"), ("prepare", "data.resolution"), ("export", "other")]
+)
+def test_what_is_advised_where_memory_runs_out_is_of_the_command(
+    command: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), exit_codes(command):
+        raise MemoryError
+    assert advice in capsys.readouterr().err
+
+
 def raising(error: BaseException) -> None:
-    with exit_codes():
+    with exit_codes("sample"):
         raise error
 
 
@@ -61,7 +79,7 @@ def test_any_other_error_is_a_bug(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_errors_of_a_composition_are_input(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop, exit_codes(lambda error: f"composing: {error}"):
+    with pytest.raises(SystemExit) as stop, exit_codes("train", lambda error: f"composing: {error}"):
         raise BUGS["while nothing is composed"]
     assert stop.value.code == 2
     assert capsys.readouterr().err == "sdtune: composing: Could not override\n"

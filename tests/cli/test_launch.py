@@ -77,7 +77,7 @@ def test_a_device_that_is_full_is_one_line(
         _command(full, tmp_path / "run", monkeypatch)
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("sdtune: out of memory on the device: draw fewer images at once (sampling.batch_size=1")
+    assert said.startswith("sdtune: out of memory: end other programs, or choose a machine with more")
     assert said.count("\n") == 1
 
 

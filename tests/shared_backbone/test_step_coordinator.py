@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 import pytest
 
+from sdtune.errors import RunFailed
 from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 
 
@@ -81,14 +82,15 @@ def test_what_cannot_be_answered_is_raised_where_it_was_asked_and_no_job_begins_
         try:
             coordinator.ask(JoinCall())
             coordinator.ask(Number(number))
-        except RuntimeError as error:
+        except RunFailed as error:
             ended.append(str(error))
 
     coordinator = StepCoordinator(2, answer)
     coordinator.run(lambda number=number: job(number) for number in range(4))
     assert begun == [0, 1]
-    assert ended == ["no room", "no room"]
-    assert str(coordinator.broken) == "no room"
+    assert ended == ["RuntimeError: no room", "RuntimeError: no room"]
+    assert isinstance(coordinator.broken, RunFailed)
+    assert "in answer" in str(coordinator.broken.details), "the traceback of a bug is kept"
 
 
 def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:

@@ -69,8 +69,10 @@ class Backbone(nn.Module):
         """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.controlnets_applied` puts them there."""
         self.pair_executor: PairExecutor | None = None
         """Given where the UNet's weights are those of other runs too; LoRA pairs are merged into them where None."""
-        self.drawing_pairs: Pairs = {}
-        """The pairs that act beside shared weights: see :func:`sdtune.loaders.lora.adapters_applied`."""
+        self.drawing_pairs: Pairs | None = None
+        """The pairs that act beside shared weights, none at strength 0; None where the weights themselves hold what is
+        drawn: see :func:`sdtune.loaders.lora.adapters_applied`.
+        """
 
     @property
     def encoders(self) -> dict[str, Any]:
@@ -257,7 +259,7 @@ class Backbone(nn.Module):
             frame: float32 [B, 6]; that of a whole image of the latents' size if None.
         """
         inputs = self.unet_inputs(noisy, timesteps, text, added, frame)
-        if self.drawing_pairs:
+        if self.drawing_pairs is not None:
             assert self.pair_executor is not None
             return self.pair_executor.predict_with_pairs(self.unet, inputs, self.drawing_pairs)
         out: Tensor = self.unet(**inputs).sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ EXIT_FAILED = 1
 EXIT_INVALID_INPUT = 2
 """Exit code of a refusal: bad input, nothing done."""
 
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""What writing to a file that is open already fails with: the system does not name the file then."""
+
 
 def refuse(message: str, code: int = EXIT_INVALID_INPUT) -> NoReturn:
     """Print ``message`` to stderr as one line, and exit with ``code``."""
@@ -31,7 +35,7 @@ def _print_line(message: str) -> None:
 
 
 @contextmanager
-def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterator[None]:
+def exit_codes(command: str, composition: Callable[[Exception], str] | None = None) -> Iterator[None]:
     """End the process for an error that the user can mend, with one line on stderr and these exit codes.
 
     2: :class:`UserError`, and errors of Hydra and OmegaConf while a config is composed. 1: :class:`RunFailed`, an
@@ -39,6 +43,7 @@ def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterato
     other error is a bug and passes through, as all errors do under ``SDTUNE_TRACEBACK=1``.
 
     Args:
+        command: decides what is advised where memory runs out.
         composition: the line for an error of Hydra or OmegaConf; None where no config is composed, since such an error
             is a bug there.
     """
@@ -49,7 +54,7 @@ def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterato
     except Exception as error:
         if os.environ.get("SDTUNE_TRACEBACK") and not isinstance(error, Stopped | Pruned):
             raise
-        line, code = _line_and_code(error, composition)
+        line, code = _line_and_code(error, command, composition)
         if line is None:
             raise
         if line:
@@ -58,7 +63,9 @@ def exit_codes(composition: Callable[[Exception], str] | None = None) -> Iterato
             raise SystemExit(code) from error
 
 
-def _line_and_code(error: Exception, composition: Callable[[Exception], str] | None) -> tuple[str | None, int]:
+def _line_and_code(
+    error: Exception, command: str, composition: Callable[[Exception], str] | None
+) -> tuple[str | None, int]:
     """What to show of ``error``, and the exit code; None for a bug, an empty line where another process shows it."""
     if isinstance(error, UserError):
         return str(error), EXIT_INVALID_INPUT
@@ -72,8 +79,13 @@ def _line_and_code(error: Exception, composition: Callable[[Exception], str] | N
     if isinstance(error, RunFailed):
         return (str(error), EXIT_FAILED) if is_global_zero() or not error.agreed else ("", 0)
     if is_out_of_memory(error):
-        return ADVICE["drawing"], EXIT_FAILED
+        return ADVICE.get(command, ADVICE["other"]), EXIT_FAILED
     if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written"
-        return place, EXIT_FAILED
+        return _of_system(error), EXIT_FAILED
     return None, EXIT_FAILED
+
+
+def _of_system(error: OSError) -> str:
+    if error.filename is None and error.errno not in _OF_FILES:
+        return str(error.strerror)  # of a connection, a pipe or a process
+    return f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written"

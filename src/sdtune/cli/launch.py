@@ -87,14 +87,16 @@ def launch(
         rewrite: what becomes of the arguments before Hydra sees them.
         writes: whether it leaves a folder behind; one that does not is no job of Hydra's.
     """
-    with exit_codes(partial(composition_error, typed=argv)):
+    with exit_codes(command, partial(composition_error, typed=argv)):
         parser = get_args_parser()
         args = parser.parse_args(rewrite(_with_quoted_folder(argv)))
-        _check_options(command, args, writes)
+        if args.multirun and args.cfg:
+            refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
         if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
             args.config_path = None
             print_info(args, parser, str(config_folder()), args.config_name or command)
             return
+        _check_options(command, args, writes)
         search = search_path(args.config_dir)
         if args.multirun:
             code = multirun(command, search, args.overrides, prepare)
@@ -106,7 +108,7 @@ def launch(
         if writes:
             _check_folder(folder, args.overrides)
         work = prepare(config, folder)
-    with exit_codes():
+    with exit_codes(command):
         if writes:
             _run_job(command, search, args.overrides, folder, work)
         else:
@@ -128,14 +130,12 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
 
 def _check_options(command: str, args: Namespace, writes: bool) -> None:
     """Refuse Hydra options that sdtune does not support, and secrets on the command line."""
-    if args.multirun and args.cfg:
-        refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
     for option, value in (
         ("-cn", args.config_name),
         ("-cp", args.config_path),
         ("--experimental-rerun", args.experimental_rerun),
     ):
-        if value and not (args.cfg or args.help or args.info):
+        if value:
             refuse(f"{option}: sdtune has one top config per command; name a recipe with -cd DIR experiment={value}")
     for given in args.overrides:
         key = given.split("=", 1)[0].lstrip("+~")

@@ -74,7 +74,7 @@ def main() -> None:
         from sdtune.cli.exit_codes import exit_codes
         from sdtune.commands.report import main as report
 
-        with exit_codes():
+        with exit_codes(name):
             report(own)
         return
     from sdtune.cli.launch import launch, lazy_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -149,7 +150,8 @@ def _loggers(config: dict[str, Any], trust: tuple[str, ...]) -> list[LoggerSetti
     for key, node in config["logger"].items():
         if not node:
             continue
-        if issubclass(resolve(str(node["_target_"]), f"logger.{key}", trust), LoggerSettings):
+        kind = resolve(str(node["_target_"]), f"logger.{key}", trust)
+        if inspect.isclass(kind) and issubclass(kind, LoggerSettings):
             found.append(build(node, trust))
             found[-1].check()
         else:

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -97,10 +98,11 @@ class TrainRun:
         with ExitStack() as stack:
             stack.enter_context(_leaving_on_sigterm())
             loggers = stack.enter_context(self._opened_loggers())
-            stack.enter_context(self._failures())
             trainer = self._training_trainer(shared, cost, loggers)
-            self._fit(trainer)
-            metrics = _final_metrics(self, trainer, cost)
+            with self._failures():
+                self._fit(trainer)
+            with _memory_advice(ADVICE["after training"].format(run=shell_override("run", self.folder))):
+                metrics = _final_metrics(self, trainer, cost)
             if trainer.is_global_zero:
                 if shared is not None:
                     metrics["shared_with"] = shared.count
@@ -171,37 +173,55 @@ class TrainRun:
     def _opened_loggers(self) -> Iterator[list[Any]]:
         """Lightning's loggers; closed as failed where an exception ends the run, unless a search prunes it."""
         opened: list[Any] = []
-        failed = True
-        try:
+        with ExitStack() as stack:
             for settings in self.loggers:
                 method = type(self.adapter).__name__
-                opened.append(settings.open(self.folder, method, *label_and_sweep(self.folder)))
-                opened[-1].log_hyperparams(self.config)
+                logger = settings.open(self.folder, method, *label_and_sweep(self.folder))
+                stack.push(partial(_close, settings, logger))
+                logger.log_hyperparams(self.config)
+                opened.append(logger)
             yield opened
-            failed = False
-        except Pruned:
-            failed = False
-            raise
-        finally:
-            for settings, logger in zip(self.loggers, opened, strict=False):
-                settings.close(logger, failed)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
         """What ends a training by itself, as a :class:`RunFailed` that says what to do."""
+        # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
+        doubled = 2 * int(self.trainer.get("accumulate_grad_batches", 1))
+        smaller = f" or trainer.accumulate_grad_batches={doubled}," if self.micro_batch > 1 else ""
         try:
-            yield
+            with _memory_advice(ADVICE["training"].format(smaller=smaller)):
+                yield
         except NotFinite as error:
             kept = sorted((self.folder / "checkpoints").glob("step*.ckpt"))
             last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise RunFailed(f"{error}; {last}", agreed=True) from error
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
-            doubled = 2 * int(self.trainer.get("accumulate_grad_batches", 1))
-            smaller = f" or trainer.accumulate_grad_batches={doubled}," if self.micro_batch > 1 else ""
-            raise RunFailed(ADVICE["training"].format(smaller=smaller)) from error
+
+
+@contextmanager
+def _memory_advice(advice: str) -> Iterator[None]:
+    """Out of memory as a :class:`RunFailed` with ``advice``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(advice) from error
+
+
+def _close(
+    settings: LoggerSettings,
+    logger: Any,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Close ``logger`` as an ``ExitStack`` leaves it; where an error ends the run, it counts and not one of closing."""
+    try:
+        settings.close(logger, kind is not None and not issubclass(kind, Pruned))
+    except Exception as closing:
+        if error is None:
+            raise
+        log.error("%s: %s: %s", type(logger).__name__, type(closing).__name__, closing)
 
 
 @contextmanager

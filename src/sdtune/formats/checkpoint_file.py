@@ -61,23 +61,24 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and was not read ({_first_line(error)})",
+            f"{path} holds more than tensors{_named(path)} and was not read",
             key=key,
             remedy="get it as .safetensors, or from someone else",
         ) from error
     except _DAMAGE as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)})", key=key, remedy="copy it again") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        raise UserError(f"{path} cannot be read ({why})", key=key, remedy="copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no tensors by name; a checkpoint's state dict is expected", key=key)
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, {}
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    # torch explains at length how to load it all the same; what it met comes after.
-    told = [line for line in text.splitlines() if "Unsupported" in line or "GLOBAL" in line]
-    plain = "no pickle of tensors" if "Weights only load failed" in text else text
-    return (told[0] if told else plain).strip().splitlines()[0].split(". ")[0].split(", there is")[0][:200]
+def _named(path: Path) -> str:
+    """The classes and functions that the pickle ``path`` names; they are not known in torch's form before 1.6."""
+    try:
+        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (pickle.UnpicklingError, *_DAMAGE):
+        return ", or is damaged,"
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    return f" ({', '.join(named[:3])}{more})" if named else ", or is damaged,"

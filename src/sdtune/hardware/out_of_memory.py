@@ -6,27 +6,37 @@ import sys
 from typing import Final
 
 ADVICE: Final = {
-    "drawing": (
-        "out of memory on the device: draw fewer images at once (sampling.batch_size=1, hardware.vae_tiling=true), or"
-        " choose hardware=cpu"
-    ),
     "training": (
         "out of memory on the device: give hardware=gpu_12gb,{smaller} or a smaller data.resolution; sdtune plan"
         " fits=GIB with the same settings says what would do"
     ),
-    "sharing": (
-        "out of memory on the device with {runs} runs at once: give hydra.launcher.max_concurrent_runs={fewer}"
+    "prepare": "out of memory on the device: give a smaller data.resolution, or hardware=cpu",
+    "sample": (
+        "out of memory on the device: draw fewer images at once (sampling.batch_size=1, hardware.vae_tiling=true), or"
+        " choose hardware=cpu"
     ),
-    "sharing alone": ("out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true"),
+    "evaluate": "out of memory on the device: choose hardware=cpu",
+    "after training": (
+        "out of memory while the trained model was measured; its artifact is written, and sdtune evaluate {run}"
+        " hardware=cpu measures it"
+    ),
+    "shared": "out of memory on the device with {runs} runs at once: give hydra.launcher.max_concurrent_runs={fewer}",
+    "shared by one": "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true",
+    "other": "out of memory: end other programs, or choose a machine with more",
 }
-"""What to do, by what ran out of memory; ``str.format`` fills in the names in braces."""
+"""What to do, by the command or by what it was doing; ``str.format`` fills in the names in braces."""
 
-_WITHOUT_TYPE = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""Parts of torch and CUDA that report a failed allocation by name, as a plain ``RuntimeError``."""
+_WITHOUT_TYPE = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""In the text of a plain ``RuntimeError``, by which parts of torch and CUDA report a failed allocation."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocation that failed, on a GPU or on the CPU."""
+    """Whether ``error`` is an allocation that failed, on a GPU, on Apple's MPS or on the CPU."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")

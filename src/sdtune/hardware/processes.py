@@ -23,5 +23,5 @@ def is_torchrun() -> bool:
 
 
 def is_launched_again() -> bool:
-    """Whether a launcher has started this process with the command line of the run's first one."""
-    return "LOCAL_RANK" in os.environ
+    """Whether Lightning has started this process for a further device, with the first one's command line."""
+    return "LOCAL_RANK" in os.environ and not is_torchrun()

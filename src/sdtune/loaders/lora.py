@@ -154,9 +154,9 @@ def adapters_applied(
                 kept.setdefault(path, weight.data)
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
-        backbone.drawing_pairs = beside
+        backbone.drawing_pairs = beside if stays else None
         yield
     finally:
-        backbone.drawing_pairs = {}
+        backbone.drawing_pairs = None
         for path, own in kept.items():
             modules[path].weight.data = own

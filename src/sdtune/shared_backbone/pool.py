@@ -170,7 +170,7 @@ class Pool:
         details = "".join(format_exception(error))
         if not is_out_of_memory(error):
             return RunFailed(f"{type(error).__name__}: {error}", details=details)
-        way = ADVICE["sharing alone" if self.size == 1 else "sharing"]
+        way = ADVICE["shared by one" if self.size == 1 else "shared"]
         return RunFailed(way.format(runs=self.size, fewer=self.size // 2), details=details)
 
     def _backward(self, losses: Mapping[int, Back]) -> None:

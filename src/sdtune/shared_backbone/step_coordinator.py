@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator
+from traceback import format_exception
 from typing import Any
+
+from sdtune.errors import RunFailed
 
 
 class PendingCall:
@@ -124,8 +127,9 @@ class StepCoordinator:
         try:
             answered = self._answer(calls)
         except Exception as error:
-            # Its frames hold what was asked, and with it the memory of a step.
-            self.broken = error.with_traceback(None)
+            # A traceback's frames hold what was asked, and with it the memory of a step; its text does not.
+            details = "".join(format_exception(error))
+            self.broken = RunFailed(f"{type(error).__name__}: {error}", details=details)
             answered = calls.keys()
             for call in calls.values():
                 call.error = self.broken

@@ -84,9 +84,8 @@ class Job:
         with locked(folder):
             _keep_config(composed, whole, folder)
             _go_on(composed, folder)
-            run = self.prepare(composed, folder)
             if not self.apart(composed):
-                run(composed)
+                self.prepare(composed, folder)(composed)
                 return
         # Lightning would start the other processes with the sweep's own command line, and kill this one with them.
         own = command_line_folder(whole.hydra.runtime.config_sources)
