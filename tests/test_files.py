@@ -223,12 +223,16 @@ def test_long_names_are_written(letter: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_removed_keeps_nobody_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / f"a.{16 * 'ab'}.partial").touch()
+    left = tmp_path / f"a.{16 * 'ab'}.partial"
+    left.touch()
+    lstat = Path.lstat
 
-    def refused(*_: object, **__: object) -> None:
-        raise PermissionError
+    def refused(path: Path) -> os.stat_result:
+        if path == left:
+            raise PermissionError
+        return lstat(path)
 
-    monkeypatch.setattr("sdtune.files._last_change", refused)
+    monkeypatch.setattr(Path, "lstat", refused)
     write_json(tmp_path / "a", 1)
     assert (tmp_path / "a").read_text() == "1\n"
 

@@ -31,6 +31,7 @@ from experiments.benchmark.gate import gate
 from experiments.benchmark.page import groups, page
 from experiments.benchmark.sweep import sweeps
 from experiments.real_shapes.measure import random_pipeline
+from sdtune.files import write_json, write_text
 
 HERE = Path(__file__).parent
 ROUNDS = 3
@@ -187,8 +188,8 @@ def main() -> None:
 
     def keep(name: str, figures: dict[str, Any]) -> None:
         found[name] = {**figures, "machine": machine()}
-        target.write_text(json.dumps(found, indent=1) + "\n")
-        (HERE / "README.md").write_text(page(found))
+        write_json(target, found)
+        write_text(HERE / "README.md", page(found))
 
     from sdtune.pocket import path
 
@@ -215,7 +216,7 @@ def main() -> None:
     for name in names:
         if wanted(name):
             keep(name, figured(name))
-    (HERE / "README.md").write_text(page(found))
+    write_text(HERE / "README.md", page(found))
 
 
 if __name__ == "__main__":

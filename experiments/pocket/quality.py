@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sdtune import pocket
 from sdtune.backbone import Pretrained
 from sdtune.evaluation.draw import draw_images
+from sdtune.files import replacing, write_text
 from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.world.captions import full_caption
@@ -93,9 +94,10 @@ def main() -> None:
     figures = measure(images, scenes, classifier, vae, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shown = _GRID_SIDE**2
-    grid(images[:shown], scenes[:shown]).save(arguments.out / "quality.png")
+    with replacing(arguments.out / "quality.png") as partial:
+        grid(images[:shown], scenes[:shown]).save(partial, format="PNG")
     text = json.dumps(figures, indent=2)
-    (arguments.out / "quality.json").write_text(text + "\n")
+    write_text(arguments.out / "quality.json", text + "\n")
     print(text)
 
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from experiments.marked_page import rewrite
 from sdtune.errors import UserError
-from sdtune.files import write_json
+from sdtune.files import write_json, write_text
 from sdtune.pocket.evaluation.intervals import Interval, intervals
 from sdtune.runs.compare import first_change, flat
 from sdtune.runs.layout import READINGS
@@ -112,7 +112,7 @@ def _write(name: str, seeds: Sequence[int], folders: Sequence[Path], target: Pat
     readings = {key: np.array([values[key] for values in single], dtype=float) for key in single[0]}
     found = intervals(readings, runs[0].get("ceiling_subject_accuracy"))
     target.mkdir(parents=True, exist_ok=True)
-    (target / "README.md").write_text(text(name, seeds, runs, found))
+    write_text(target / "README.md", text(name, seeds, runs, found))
     write_json(target / "metrics.json", {"figures": found, "seeds": dict(zip(map(str, seeds), runs, strict=True))})
     shutil.copy2(folders[0] / "samples" / "before_after.png", target / "before_after.png")
     print(target / "README.md")

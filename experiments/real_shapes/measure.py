@@ -24,7 +24,7 @@ from sdtune.backbone.models import KINDS, from_config
 from sdtune.backbone.single_file import shipped
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.commands.plan import checked_plan, plan_request
-from sdtune.files import write_json
+from sdtune.files import write_json, write_text
 from sdtune.paths import config_folder
 from sdtune.planning.memory import SWITCHES, memory
 from sdtune.planning.request import count
@@ -160,8 +160,8 @@ def main() -> None:
             rows.append({"method": method, "width": width, "height": height, **row, "planned": plan})
             print(rows[-1], flush=True)
     found = {"room": room(), "steps": rows}
-    (HERE / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    (HERE / "README.md").write_text(page(found))
+    write_json(HERE / "results.json", found)
+    write_text(HERE / "README.md", page(found))
     print(HERE / "README.md")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.real_shapes.measure import images, random_pipeline
+from sdtune.files import write_json
 
 HERE = Path(__file__).parent
 RECIPES = [*sorted(HERE.parent.glob("sd15_*.yaml")), HERE.parent / "sdxl_lora.yaml"]
@@ -85,7 +86,7 @@ def main() -> None:
             found[recipe.stem] = two_steps(
                 recipe, arguments.folder, bare if "textual_inversion" in recipe.stem else shown
             )
-            target.write_text(json.dumps(found, indent=2) + "\n")
+            write_json(target, found)
 
 
 if __name__ == "__main__":

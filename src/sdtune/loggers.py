@@ -92,7 +92,7 @@ class Wandb(LoggerSettings):
             job_type=method,
             tags=list(self.tags),
             save_dir=str(folder),
-            id=_run_id(folder),
+            id=wandb_run_id(folder),
             # Several runs of one process may be open at once.
             settings=wandb.Settings(reinit="create_new", **({"mode": "offline"} if self.offline else {})),
         )
@@ -114,9 +114,10 @@ class Wandb(LoggerSettings):
         logger.experiment.finish(exit_code=1 if failed else 0)
 
 
-def _run_id(run: Path) -> str | None:
+def wandb_run_id(run: Path) -> str | None:
+    """The id of the W&B run of the folder ``run``, the same for all its processes; None where W&B's agent names it."""
     if "WANDB_SWEEP_ID" in os.environ:
-        return None  # W&B's agent has named the run
+        return None
     file = run / "wandb" / "id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

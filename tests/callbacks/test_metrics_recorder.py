@@ -51,7 +51,7 @@ def test_a_resumed_run_cuts_the_rows_that_it_makes_again(tmp_path: Path) -> None
     class Trainer:
         is_global_zero = True
 
-    record._cut(2, Trainer())  # type: ignore[arg-type]
+    record.cut(2, Trainer())  # type: ignore[arg-type]
     assert (tmp_path / "metrics.csv").read_text() == "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n"
     assert record.validation == {2: 0.45}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]

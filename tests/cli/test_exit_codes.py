@@ -113,7 +113,7 @@ import sys
 from sdtune.commands import train_run
 def fit(*_):
     list(zip([1], [1, 2], strict=True))
-train_run.TrainRun._fit = fit
+train_run.TrainRun.build_trainer = fit
 sys.argv = ["sdtune", *sys.argv[1:]]
 from sdtune.cli.main import main
 main()

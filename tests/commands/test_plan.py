@@ -144,7 +144,7 @@ def test_the_peak_holds_all_that_autograd_saves() -> None:
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     x = torch.randn(8, 64)
@@ -152,13 +152,13 @@ def test_the_peak_holds_all_that_autograd_saves() -> None:
     with Meter([x, weight]) as meter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = F.linear(F.silu(F.linear(x, weight)), weight).square().sum()
         held = sum(saved.values()) - x.nbytes - weight.nbytes
-        assert meter._live >= held >= 3 * x.nbytes
+        assert meter.live >= held >= 3 * x.nbytes
         loss.backward()
     assert meter.flop == 2 * 5 * 8 * 64 * 64
     del loss
     weight.grad = None
     saved.clear()
-    assert meter._live == 0
+    assert meter.live == 0
 
 
 def test_attention_keeps_no_score_matrix() -> None:

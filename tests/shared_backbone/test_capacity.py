@@ -21,7 +21,7 @@ def planned(*overrides: str) -> DictConfig:
 
 def costs(*jobs: DictConfig) -> tuple[int, ...]:
     [request] = requests(jobs)
-    return capacity._costs(request, CPU)
+    return capacity.run_costs(request, CPU)
 
 
 def test_it_has_every_site_at_the_largest_rank_and_whatever_else_one_has() -> None:
@@ -64,5 +64,5 @@ def test_words_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_of_a_gpu_have_workspaces() -> None:
     [request] = requests([planned()])
-    on_gpu, on_cpu = (capacity._costs(request, torch.device(kind))[0] for kind in ("cuda", "cpu"))
+    on_gpu, on_cpu = (capacity.run_costs(request, torch.device(kind))[0] for kind in ("cuda", "cpu"))
     assert on_gpu == on_cpu + 32 * 2**20

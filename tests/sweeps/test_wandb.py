@@ -142,9 +142,9 @@ def test_wandbs_own_agent_hands_over_overrides(monkeypatch: pytest.MonkeyPatch, 
     assert (config.method.rank, config.optimizer.lr) == (8, 0.0003)
     assert "wandb" in config.logger
     assert sweep["metric"]["name"] == "final/subject_gain"
-    assert loggers._run_id(tmp_path) == loggers._run_id(tmp_path) is not None
+    assert loggers.wandb_run_id(tmp_path) == loggers.wandb_run_id(tmp_path) is not None
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    assert loggers._run_id(tmp_path) is None
+    assert loggers.wandb_run_id(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -180,6 +180,6 @@ def test_disabled_it_leaves_nothing(tiny: Path, images: Path, tmp_path: Path, mo
 
 def test_processes_that_come_together_agree_on_the_id(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda _: loggers._run_id(tmp_path), range(64)))
+        found = set(pool.map(lambda _: loggers.wandb_run_id(tmp_path), range(64)))
     assert len(found) == 1
     assert [file.name for file in (tmp_path / "wandb").iterdir()] == ["id"]

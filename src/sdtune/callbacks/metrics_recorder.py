@@ -48,10 +48,10 @@ class MetricsRecorder(Callback):
     # --- rows
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._cut(trainer.max_steps, trainer)  # a complete run, resumed for its metrics alone, never starts to train
+        self.cut(trainer.max_steps, trainer)  # a complete run, resumed for its metrics alone, never starts to train
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._cut(trainer.global_step, trainer)
+        self.cut(trainer.global_step, trainer)
         self._since = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_start(
@@ -180,8 +180,8 @@ class MetricsRecorder(Callback):
         rows = list(reader)
         return list(reader.fieldnames or []), rows
 
-    def _cut(self, step: int, trainer: pl.Trainer) -> None:
-        """Drop the rows of steps that a resumed run is about to make again."""
+    def cut(self, step: int, trainer: pl.Trainer) -> None:
+        """Drop the rows behind ``step``, which a resumed run is about to make again."""
         if not self.path.exists():
             return
         self.columns, rows = self._read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Dino:
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = shorten(str(error), 200, placeholder=" ...")
             raise UserError(f"{path} holds no model of images ({reason})", key="evaluation.dino") from error
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import lora as adapters
 from sdtune.sampling.loop import Request, Sampling
+
+log = logging.getLogger("sdtune")
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _COLUMNS = 4
@@ -41,3 +44,5 @@ def strength_grid(
                 rows.append(draw_images(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")
+    if len(requests) > _COLUMNS:
+        log.info("strengths.png: the first %d of %d prompts", _COLUMNS, len(requests))

@@ -22,6 +22,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flop: so far, by torch's own formulas (:mod:`torch.utils.flop_counter`): products and convolutions alone.
         activations: peak in bytes of everything but what was put aside.
         together: peak in bytes of that and of what was put aside.
+        live: bytes at present of everything but what was put aside.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -30,7 +31,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flop = self.activations = self.together = 0
         self._known = {storage_key(tensor) for tensor in known}
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
-        self._live = self._aside = 0
+        self.live = self._aside = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -51,16 +52,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def gone(_: Any) -> None:
             if self._alive.pop(key, None) is not None:
-                self._live -= size
+                self.live -= size
 
         self._alive[key] = weakref.ref(storage, gone), size
-        self._live += size
-        self.activations = max(self.activations, self._live)
-        self.together = max(self.together, self._live + self._aside)
+        self.live += size
+        self.activations = max(self.activations, self.live)
+        self.together = max(self.together, self.live + self._aside)
 
     def put_aside(self, tensor: Tensor) -> None:
         """From now on ``tensor``, a gradient that stays, is no activation."""
         _, size = self._alive.pop(storage_key(tensor))
-        self._live -= size
+        self.live -= size
         self._aside += size
         self._known.add(storage_key(tensor))

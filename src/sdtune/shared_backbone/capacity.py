@@ -39,11 +39,11 @@ def processes_that_fit(requests: Sequence[PlanRequest], most: int, device: torch
 
 
 def _largest_costs(requests: Sequence[PlanRequest], device: torch.device) -> list[int]:
-    """The largest of each of :func:`_costs` over ``requests``."""
-    return [max(each) for each in zip(*(_costs(request, device) for request in requests), strict=True)]
+    """The largest of each of :func:`run_costs` over ``requests``."""
+    return [max(each) for each in zip(*(run_costs(request, device) for request in requests), strict=True)]
 
 
-def _costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
+def run_costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
     """Bytes: what a run keeps, what its step takes beside it, what images take, and what all runs have in common."""
     # Images of several runs are drawn in passes of so many, while what all keep stays where it is.
     costs = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))

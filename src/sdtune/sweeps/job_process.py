@@ -66,6 +66,8 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     reader.join(_PATIENCE)
+    if len(lines) == _KEPT_LINES:
+        lines.appendleft("(earlier lines are left out)\n")
     _raise_for(code, asked, list(lines))
 
 

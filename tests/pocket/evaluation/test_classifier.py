@@ -112,7 +112,7 @@ def test_spoilt_images_keep_their_background(pool: np.ndarray) -> None:
     """A mix has one background, so a negative is known by its object alone."""
     batches = PoolBatches(np.stack([np.asarray(draw_scene(pool_scene(index))) for index in range(IMAGES)]))
     rng = np.random.default_rng(0)
-    mixed = np.stack([batches._mix(index, rng) for index in range(64)])
+    mixed = np.stack([batches.mix(index, rng) for index in range(64)])
     assert background(mixed) == [pool_scene(index).background for index in range(64)]
 
 

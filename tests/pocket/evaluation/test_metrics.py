@@ -108,7 +108,7 @@ def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatc
     assert {sample.scene.style for sample in data.train} == {"noto"}
     assert all(sample.caption.endswith(", in sks style") for sample in data.train)
     figures = StyleMetrics(objects=24, seeds=2)
-    scenes, again = figures._scenes(data, False), figures._scenes(data, True)
+    scenes, again = figures.scenes(data, False), figures.scenes(data, True)
     assert len(scenes) == len(again) == 48
     assert {scene.thing for scene in again} == shown
     assert len({scene.thing for scene in scenes}) == 24

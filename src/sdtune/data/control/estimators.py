@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, placeholder=" ...")
         raise UserError(f"{folder} holds no model for {task} ({reason})", key=f"data.control.{key}") from error
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])

@@ -5,6 +5,7 @@ These metrics are of pocket's world and cannot be compared with published ones.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,11 @@ from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene, draw_scene
 from sdtune.pocket.world.style import STYLE, Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
+
+log = logging.getLogger("sdtune")
+
+_ROWS, _COLUMNS = 6, 13
+"""Images of a grid at most."""
 
 
 class StyleMetrics:
@@ -73,7 +79,7 @@ class StyleMetrics:
             raise UserError(f"pocket_style reads {SIDE}x{SIDE} images, others are asked for", key="evaluation")
         self.sampling.check(facts.factor)
 
-    def _scenes(self, data: Style, shown: bool) -> list[Scene]:
+    def scenes(self, data: Style, shown: bool) -> list[Scene]:
         """Of objects that training shows, or of the next ones; as many of both."""
         things = drawn()[: data.objects] if shown else drawn()[data.objects : data.objects + self.objects]
         colours, rng = list(BACKGROUNDS), generator(self.seed, streams.EVALUATION_STYLE)
@@ -86,7 +92,7 @@ class StyleMetrics:
     ) -> dict[str, Any]:
         """The metrics; grids of what was measured go to ``folder``."""
         assert isinstance(data, Style)
-        scenes, shown = self._scenes(data, False), self._scenes(data, True)
+        scenes, shown = self.scenes(data, False), self.scenes(data, True)
         requests, more = (
             [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown)
         )
@@ -109,8 +115,9 @@ class StyleMetrics:
             single[f"{prefix}object_accuracy"] = [thing for thing, _ in right]
             single[f"{prefix}background_accuracy"] = [colour for _, colour in right]
             objects = len({scene.thing for scene in asked})
-            columns = min(objects, 13)
-            rows = [found[i : i + columns] for i in range(0, len(found), objects)][:6]
+            columns = min(objects, _COLUMNS)
+            rows = [found[i : i + columns] for i in range(0, len(found), objects)][:_ROWS]
+            log.info("%simages.png: %d of %d images", prefix or "trained_", sum(map(len, rows)), len(found))
             labels = [scene.thing for scene in asked[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}images.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)

@@ -55,7 +55,9 @@ def _text_encoder(clip: Path, target: Path) -> None:
 
 
 def _half(file: Path) -> None:
-    save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    half = {k: v.half() for k, v in load_file(file).items()}
+    with replacing(file) as partial:
+        save_file(half, partial, {"format": "pt"})
 
 
 _INDEX: dict[str, Any] = {

@@ -94,7 +94,7 @@ class PoolBatches:
             fate = rng.random()
             if fate < _STRONG_BLUR + _MIX:
                 strong = fate < _STRONG_BLUR
-                images[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self._mix(int(index), rng)
+                images[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self.mix(int(index), rng)
                 truth[k] = (OBJECTS.index(NOTHING), _UNKNOWN, _UNKNOWN)
             elif fate < _STRONG_BLUR + _MIX + _MILD_BLUR:
                 images[k] = self._smear(int(index), _MILD_SIGMA, rng)
@@ -103,8 +103,11 @@ class PoolBatches:
     def _smear(self, index: int, sigma: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
         return _blurred(self.pool[index], float(rng.uniform(*sigma)) * int(self.sides[index]))
 
-    def _mix(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        # Of one background: a mix of two would be known by a colour that no true image has, not by its object.
+    def mix(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """Image ``index`` mixed with one of another object, uint8 [H, W, 3].
+
+        Both have one background: a mix of two would be known by a colour that no true image has, not by its object.
+        """
         others = (self.backgrounds == self.backgrounds[index]) & (self.truth[:, 0] != self.truth[index, 0])
         other = self.pool[rng.choice(np.flatnonzero(others))]
         share = rng.uniform(0.4, 0.6)

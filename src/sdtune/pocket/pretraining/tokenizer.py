@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from sdtune.files import write_text
 from sdtune.pocket.world.arrays import caption
 from sdtune.pocket.world.objects import HELD_OUT, THINGS
 
@@ -50,6 +51,6 @@ def train(folder: Path, seed: int) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[tuple(m) for m in merges], model_max_length=MAX_LENGTH)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
+    write_text(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     return tokenizer
