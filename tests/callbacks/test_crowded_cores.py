@@ -15,7 +15,7 @@ import torch
 from sdtune.callbacks import crowded_cores
 from sdtune.callbacks.crowded_cores import CpuSeconds, CrowdedCores
 
-TRAINER: Any = SimpleNamespace(is_global_zero=True)
+TRAINER: Any = SimpleNamespace(world_size=1)
 MODULE: Any = SimpleNamespace(device=torch.device("cpu"))
 
 
@@ -26,6 +26,7 @@ def warnings(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: Any,
+    quota: int = 0,
 ) -> list[str]:
     """What is said in twelve seconds in which the run, its workers and all programs use so many cores."""
     run, workers, everything = used
@@ -37,6 +38,7 @@ def warnings(
 
     monkeypatch.setattr(crowded_cores.CpuSeconds, "now", now)
     monkeypatch.setattr(crowded_cores, "affinity", lambda: list(range(cores)))
+    monkeypatch.setattr(crowded_cores, "usable_cores", lambda: quota or cores)
     monkeypatch.setattr(crowded_cores.time, "perf_counter", lambda: 1000.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     callback = CrowdedCores(folder)
@@ -69,6 +71,12 @@ def test_it_warns_where_other_programs_take_the_cores(
     said = warnings(used, cores, threads, tmp_path, monkeypatch, caplog)
     assert len(said) == (0 if advice is None else 1)
     assert all(line.endswith(f"sdtune train resume={tmp_path} hardware.threads={advice}") for line in said)
+
+
+def test_within_a_quota_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warnings((1.0, 0.0, 2.0), 2, 2, tmp_path, monkeypatch, caplog, quota=1) == []
 
 
 def test_in_a_sweep_the_whole_sweep_goes_on(

@@ -111,7 +111,7 @@ def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 BUG = """
 import sys
 from sdtune.commands import train_run
-def fit(*_):
+def fit(*_, **__):
     list(zip([1], [1, 2], strict=True))
 train_run.TrainRun.build_trainer = fit
 sys.argv = ["sdtune", *sys.argv[1:]]

@@ -34,15 +34,34 @@ def test_what_settles_the_number(
 
 @pytest.mark.parametrize(
     ("cores", "quota", "busy", "expected"),
-    [(8, None, 0, 8), (8, None, 3, 5), (2, None, 5, 1), (64, 4.0, 10, 4), (8, 6.0, 4, 4), (8, 0.5, 0, 1)],
+    [(8, None, 0, 8), (8, None, 3, 5), (2, None, 5, 1), (64, 4.5, 10, 4), (8, 6.0, 4, 4), (8, 0.5, 0, 1)],
 )
 def test_free_cores_are_within_affinity_and_quota(
-    cores: int, quota: float | None, busy: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, quota: float | None, busy: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "affinity", lambda: list(range(cores)))
-    monkeypatch.setattr(threads, "_quotas", lambda: [] if quota is None else [quota])
+    monkeypatch.setattr(threads, "_quotas", lambda: {} if quota is None else {tmp_path: quota})
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     assert threads.free_cores() == expected
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_the_cgroup_uses_is_not_free(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of two cores on a large machine, in which another run uses one of them."""
+    file, text = (
+        (tmp_path / "cpuacct.usage", "{}000\n") if version == 1 else (tmp_path / "cpu.stat", "usage_usec {}\na 1")
+    )
+    monkeypatch.setattr(threads, "affinity", lambda: list(range(64)))
+    monkeypatch.setattr(threads, "_quotas", lambda: {tmp_path: 2.0})
+    file.write_text(text.format(5_000_000))
+
+    def busy() -> int:
+        time.sleep(0.25)
+        file.write_text(text.format(5_250_000))
+        return 20
+
+    monkeypatch.setattr(threads, "busy_cores", busy)
+    assert threads.free_cores() == 1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")

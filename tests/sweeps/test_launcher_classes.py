@@ -43,8 +43,8 @@ def test_a_class_that_is_not_there_is_named() -> None:
         (-1, 8, "auto", (True, "4", "1")),
         (-1, 2, "auto", (True, "2", "2")),
         (-1, 1, "auto", (False, "1", "4")),
-        (-1, 8, 2, (True, "2", None)),
-        (-1, 8, 16, (False, "1", None)),
+        (-1, 8, 2, (True, "2", "2")),
+        (-1, 8, 16, (False, "1", "16")),
         (1, 8, "auto", (False, None, "4")),
         (2, 8, "auto", (True, None, "2")),
         (8, 3, "auto", (True, None, "1")),
@@ -72,3 +72,10 @@ def test_a_number_of_threads_that_is_given_stays(monkeypatch: pytest.MonkeyPatch
         assert os.environ["OMP_NUM_THREADS"] == "3"
         assert os.environ["LOKY_MAX_CPU_COUNT"] == "2"
     assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_threads_of_a_job_that_goes_on_leave_room_for_fewer_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "free_cores", lambda: 8)
+    with shared_out_cores(-1, {"accelerator": "cpu", "threads": "auto"}, 8, kept=4):
+        assert (os.environ["LOKY_MAX_CPU_COUNT"], os.environ["OMP_NUM_THREADS"]) == ("2", "4")

@@ -307,6 +307,31 @@ def test_a_job_apart_that_is_pruned_says_so(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "asked").read_text() == f"-m sdtune train -cd mine seed=1 hydra.run.dir={tmp_path}\n"
 
 
+def test_a_resumed_job_apart_takes_the_sweeps_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(tmp_path, "exit 0", monkeypatch)
+    run_apart("train", [], ["seed=1", "hardware.threads=1"], tmp_path, True)
+    assert (tmp_path / "asked").read_text() == f"-m sdtune train resume={tmp_path} hardware.threads=1\n"
+
+
+@pytest.mark.parametrize(("lines", "left_out"), [(499, False), (500, False), (600, True)])
+def test_of_a_long_stderr_the_end_is_kept(
+    lines: int, left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "echo 'Traceback (most recent call last):' >&2; echo 'sdtune: the end' >&2; exit 1"
+    child(tmp_path, f"for i in $(seq {lines - 2}); do echo line $i >&2; done; {words}", monkeypatch)
+    with pytest.raises(RunFailed, match="the end") as end:
+        run_apart("train", [], [], tmp_path, False)
+    assert str(end.value.details).splitlines()[-1] == "sdtune: the end"
+    assert str(end.value.details).startswith("(earlier lines are left out)") is left_out
+
+
+def test_a_refusal_of_a_job_apart_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(tmp_path, "echo 'sdtune: seed: 1 is odd' >&2; exit 2", monkeypatch)
+    with pytest.raises(RunFailed, match="seed: 1 is odd") as end:
+        run_apart("train", [], [], tmp_path, False)
+    assert end.value.details is None
+
+
 def test_a_job_apart_whose_first_process_dies_takes_the_others_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

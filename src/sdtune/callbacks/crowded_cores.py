@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.hardware.threads import affinity
+from sdtune.hardware.threads import affinity, usable_cores
 from sdtune.quoting import shell_override
 
 log = logging.getLogger("sdtune")
@@ -28,7 +28,7 @@ _GOT, _BUSY = 0.7, 0.9
 """Crowded: the run gets less than ``_GOT`` of what its threads could use, of cores that are busier than ``_BUSY``."""
 
 _OTHERS = 0.5
-"""Crowded: other programs keep at least so many cores busy; a run's own data workers are no other programs."""
+"""Crowded: other processes keep at least so many cores busy; a run's own data workers do not count."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CpuSeconds:
 
 @dataclass(frozen=True)
 class Load:
-    """Cores in use: by the run's own threads, by everything, and by other programs."""
+    """Cores in use: by the run's own threads, by everything, and by other processes."""
 
     run: float
     all: float
@@ -88,11 +88,12 @@ def _idle(times: Any) -> float:
 
 
 class CrowdedCores(Callback):
-    """Warns once if a run's threads get much less CPU time than they need because other programs use the cores.
+    """Warns once if a run's threads get much less CPU time than they need because other processes use the cores.
 
     Threads that wait for each other at every small operation then make steps several times slower. The number is not
     changed during a run: sums over another number of threads differ in their last digits, and ``resume=`` could not
-    repeat the moment of the change.
+    repeat the moment of the change. A run of several processes, and one within a cgroup's quota, are not watched: which
+    of the machine's busy cores are theirs is not known.
 
     Args:
         folder: the run's, for the command that goes on with it.
@@ -106,7 +107,8 @@ class CrowdedCores(Callback):
         self._crowded = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cpu" and torch.get_num_threads() > 1 and trainer.is_global_zero:
+        alone = trainer.world_size == 1 and usable_cores() == len(affinity())
+        if alone and pl_module.device.type == "cpu" and torch.get_num_threads() > 1:
             self._before = CpuSeconds.now()
 
     def on_train_batch_end(
@@ -126,7 +128,7 @@ class CrowdedCores(Callback):
         sweep = self.folder.parent if (self.folder.parent / "multirun.yaml").is_file() else None
         again = f"-m {shell_override('resume', sweep)}" if sweep else shell_override("resume", self.folder)
         log.warning(
-            "WARNING: other programs use %.1f cores: this run gets %.1f for its %d threads, which wait for each other."
+            "WARNING: other processes use %.1f cores: this run gets %.1f for its %d threads, which wait for each other."
             " With hardware.threads=%d it would be faster: stop it with Ctrl-C, then sdtune train %s"
             " hardware.threads=%d",
             load.others,

@@ -92,6 +92,7 @@ def launch(
         args = parser.parse_args(rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
+        _check_secrets(args.overrides)
         if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
             args.config_path = None
             print_info(args, parser, str(config_folder()), args.config_name or command)
@@ -128,8 +129,16 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
     return [*argv[:last], override("hydra.run.dir", folder), *argv[last + 1 :]]
 
 
+def _check_secrets(overrides: list[str]) -> None:
+    for given in overrides:
+        key = given.split("=", 1)[0].lstrip("+~")
+        # data.token and new_tokens are words of a prompt, and max_tokens is how many it may have.
+        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens", "backbone.max_tokens")):
+            refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
+
+
 def _check_options(command: str, args: Namespace, writes: bool) -> None:
-    """Refuse Hydra options that sdtune does not support, and secrets on the command line."""
+    """Refuse Hydra options that sdtune does not support."""
     for option, value in (
         ("-cn", args.config_name),
         ("-cp", args.config_path),
@@ -137,11 +146,6 @@ def _check_options(command: str, args: Namespace, writes: bool) -> None:
     ):
         if value:
             refuse(f"{option}: sdtune has one top config per command; name a recipe with -cd DIR experiment={value}")
-    for given in args.overrides:
-        key = given.split("=", 1)[0].lstrip("+~")
-        # data.token and new_tokens are words of a prompt, and max_tokens is how many it may have.
-        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens", "backbone.max_tokens")):
-            refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
     if args.multirun and not writes:
         refuse(f"--multirun: sdtune {command} runs once; leave it out")
     if args.multirun and is_torchrun():

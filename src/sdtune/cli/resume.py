@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import UserError
-from sdtune.hardware.processes import is_launched_again
+from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
 from sdtune.runs.compare import MAY_CHANGE, last_start, own_config_folder
 
@@ -39,8 +39,8 @@ def rewrite(argv: list[str]) -> list[str]:
     asks = [a for i, a in enumerate(argv) if (i in values or a.startswith("-")) and not _names_folder(argv, i)]
     for text in fresh:
         free = text.lstrip("+~").startswith(MAY_CHANGE)
-        if text.startswith("hydra.") and not is_launched_again():
-            free = False  # only a process that Lightning starts for another device is told Hydra's part
+        if text.startswith("hydra.") and not (is_launched_again() or is_torchrun()):
+            free = False  # only a process that Lightning or torchrun starts for another device is told Hydra's part
         if not free and text not in own:
             raise UserError(
                 f"{text} would make it another run; only hardware, logger, callbacks and trainer.max_steps may change",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from sdtune.files import write_json
 from sdtune.hardware.processes import is_global_zero
 from sdtune.hardware.threads import free_cores, given_threads, torch_threads, usable_cores
 from sdtune.runs.layout import THREADS
+from sdtune.runs.state import kept_threads
 
 log = logging.getLogger("sdtune")
 
@@ -44,12 +44,6 @@ def run_threads(hardware: Mapping[str, Any], folder: Path, resumed: bool) -> Ite
     with chosen_threads(hardware, kept_threads(folder) if resumed else None) as count:
         keep_threads(folder, count)
         yield count
-
-
-def kept_threads(folder: Path) -> int | None:
-    """The number of threads that the training in ``folder`` has used so far; None if it has not begun."""
-    file = folder / THREADS
-    return int(json.loads(file.read_text())["threads"]) if file.is_file() else None
 
 
 def keep_threads(folder: Path, count: int) -> None:

@@ -101,7 +101,7 @@ class TrainRun:
             trainer = self._training_trainer(shared, cost, loggers)
             with self._failures():
                 self._fit(trainer)
-            with _memory_advice(ADVICE["after training"].format(run=shell_override("run", self.folder))):
+            with _memory_advice(ADVICE["after training"].format(resume=shell_override("resume", self.folder))):
                 metrics = _final_metrics(self, trainer, cost)
             if trainer.is_global_zero:
                 if shared is not None:

@@ -7,6 +7,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
+from sdtune.hardware.out_of_memory import is_out_of_memory
 
 
 class _Inert:
@@ -66,7 +68,9 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
             remedy="get it as .safetensors, or from someone else",
         ) from error
     except _DAMAGE as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        if is_out_of_memory(error):
+            raise
+        why = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise UserError(f"{path} cannot be read ({why})", key=key, remedy="copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
@@ -77,7 +81,7 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
 def _named(path: Path) -> str:
     """The classes and functions that the pickle ``path`` names; they are not known in torch's form before 1.6."""
     try:
-        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        named = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*_NAMED})
     except (pickle.UnpicklingError, *_DAMAGE):
         return ", or is damaged,"
     more = f" and {len(named) - 3} more" if len(named) > 3 else ""

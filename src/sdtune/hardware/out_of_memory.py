@@ -15,10 +15,10 @@ ADVICE: Final = {
         "out of memory on the device: draw fewer images at once (sampling.batch_size=1, hardware.vae_tiling=true), or"
         " choose hardware=cpu"
     ),
-    "evaluate": "out of memory on the device: choose hardware=cpu",
+    "evaluate": "out of memory on the device: choose hardware=cpu, or a machine with more memory",
     "after training": (
-        "out of memory while the trained model was measured; its artifact is written, and sdtune evaluate {run}"
-        " hardware=cpu measures it"
+        "out of memory while the trained model was measured; its artifact is written. sdtune train {resume} goes on"
+        " there, with hardware=cpu on another device"
     ),
     "shared": "out of memory on the device with {runs} runs at once: give hydra.launcher.max_concurrent_runs={fewer}",
     "shared by one": "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true",

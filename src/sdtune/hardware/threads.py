@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,15 +35,22 @@ def given_threads(hardware: Mapping[str, Any], kept: int | None = None) -> int |
 def free_cores() -> int:
     """Cores that this process may use and no other keeps busy now; at least 1.
 
-    Small operations on more threads than there are free cores wait until each thread is scheduled, which makes a step
-    several times slower.
+    Those of its affinity, less the busy ones, and of each cgroup's quota, less what the cgroup uses. Small operations
+    on more threads than there are free cores wait until each thread is scheduled, which makes a step several times
+    slower.
     """
-    return max(1, min(usable_cores(), len(affinity()) - busy_cores()))
+    quotas, began = _quotas(), time.perf_counter()
+    before = {cgroup: _cpu_seconds(cgroup) for cgroup in quotas}
+    free = [len(affinity()) - busy_cores()]
+    seconds = time.perf_counter() - began
+    for cgroup, quota in quotas.items():
+        free.append(int(quota) - round((_cpu_seconds(cgroup) - before[cgroup]) / seconds))
+    return max(1, min(free))
 
 
 def usable_cores() -> int:
     """Cores that this process may use, by its affinity and its cgroups' quotas; at least 1."""
-    return max(1, int(min([len(affinity()), *_quotas()])))
+    return max(1, int(min([len(affinity()), *_quotas().values()])))
 
 
 def busy_cores() -> int:
@@ -56,10 +64,10 @@ def affinity() -> list[int]:
     return psutil.Process().cpu_affinity() if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
-def _quotas() -> list[float]:
+def _quotas() -> dict[Path, float]:
     """Cores that this process's cgroup and those above it grant, for each that has a limit."""
-    found = (_quota(folder) for folder in _cgroups())
-    return [cores for cores in found if cores is not None]
+    found = {cgroup: _quota(cgroup) for cgroup in _cgroups()}
+    return {cgroup: cores for cgroup, cores in found.items() if cores is not None}
 
 
 def _cgroups() -> Iterator[Path]:
@@ -81,6 +89,17 @@ def _quota(cgroup: Path) -> float | None:
         except OSError:
             return None
     return None if granted == "max" or int(granted) <= 0 else int(granted) / int(period)
+
+
+def _cpu_seconds(cgroup: Path) -> float:
+    """CPU time of all processes of ``cgroup`` so far; 0 where it is not counted."""
+    try:
+        return int((cgroup / "cpu.stat").read_text().split("usage_usec")[1].split()[0]) / 1e6
+    except (OSError, IndexError):
+        try:
+            return int((cgroup / "cpuacct.usage").read_text()) / 1e9
+        except OSError:
+            return 0.0
 
 
 @contextmanager

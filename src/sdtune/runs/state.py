@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdtune.runs.layout import THREADS
+
 STATE = "job.json"
 """Of a job's folder: its overrides, its ``state`` (done, failed, pruned, or unfinished), and why."""
 
@@ -26,3 +28,9 @@ def ended(folder: Path) -> dict[str, Any]:
     if finished(folder):
         state = {key: value for key, value in state.items() if key not in ("error", "traceback")} | {"state": "done"}
     return state
+
+
+def kept_threads(folder: Path) -> int | None:
+    """The number of CPU threads that the training in ``folder`` has used so far; None if it has not begun."""
+    file = folder / THREADS
+    return int(json.loads(file.read_text())["threads"]) if file.is_file() else None

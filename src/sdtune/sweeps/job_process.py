@@ -45,7 +45,9 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         Pruned: it fell behind the others of a search.
         RunFailed: it ended with another code than 0; the message is its own last word.
     """
-    own = [override("resume", folder)] if resume else [*overrides, override("hydra.run.dir", folder)]
+    # All others are the run's own, which it repeats.
+    threads = [given for given in overrides if given.startswith("hardware.threads=")]
+    own = [override("resume", folder), *threads] if resume else [*overrides, override("hydra.run.dir", folder)]
     child = _start([command, *options, *own])
     asked: list[int] = []
 
@@ -55,7 +57,7 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, asked[-1])
 
-    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+    lines: deque[str] = deque(maxlen=_KEPT_LINES + 1)
     with handled(_HANDED_ON, hand_on):
         reader = threading.Thread(target=_repeat, args=(child, lines), daemon=True)
         reader.start()
@@ -66,8 +68,8 @@ def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], fo
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     reader.join(_PATIENCE)
-    if len(lines) == _KEPT_LINES:
-        lines.appendleft("(earlier lines are left out)\n")
+    if len(lines) > _KEPT_LINES:
+        lines[0] = "(earlier lines are left out)\n"
     _raise_for(code, asked, list(lines))
 
 
@@ -103,7 +105,9 @@ def _raise_for(code: int, asked: Sequence[int], lines: Sequence[str]) -> None:
     if code == PRUNED:
         raise Pruned(int(said.rpartition(" ")[2]))
     if code:
-        raise RunFailed(said or f"its process ended with exit code {code}", details="".join(lines))
+        text = "".join(lines)
+        details = text if "Traceback (most recent call last)" in text or not said else None
+        raise RunFailed(said or f"its process ended with exit code {code}", details=details)
 
 
 def end_with_parent() -> None:

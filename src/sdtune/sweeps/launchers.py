@@ -44,7 +44,7 @@ def is_slurm(kind: type) -> bool:
 
 
 @contextmanager
-def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int) -> Iterator[bool]:
+def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int, kept: int | None = None) -> Iterator[bool]:
     """Divide the free cores among joblib's worker processes; yields False if there are none, and jobs run in this one.
 
     With ``n_jobs=-1`` there are as many processes as the free cores have room for, or one where the jobs would share a
@@ -55,13 +55,14 @@ def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int) -> Ite
         n_jobs: of joblib's launcher.
         hardware: the config group.
         jobs: how many may run at once.
+        kept: the threads of a job that goes on.
     """
     from joblib import effective_n_jobs
 
     from sdtune.hardware.devices import device
     from sdtune.hardware.threads import free_cores, given_threads
 
-    free, threads = free_cores(), given_threads(hardware)
+    free, threads = free_cores(), given_threads(hardware, kept)
     own: dict[str, str] = {}
     if n_jobs != -1:
         count = min(effective_n_jobs(n_jobs), jobs)
@@ -72,7 +73,6 @@ def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int) -> Ite
         count = 1
     if n_jobs == -1:
         own["LOKY_MAX_CPU_COUNT"] = str(count)
-    if threads is None:
-        own["OMP_NUM_THREADS"] = str(max(1, free // count))
+    own["OMP_NUM_THREADS"] = str(threads or max(1, free // count))
     with env_override(own):
         yield effective_n_jobs(n_jobs) > 1

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdtune.commands import train
 from sdtune.commands.plan import checked_plan, plan_request
-from sdtune.commands.threads import keep_threads, kept_threads
+from sdtune.commands.threads import keep_threads
 from sdtune.config import hardware
 from sdtune.config.compose import without_hydra
 from sdtune.config.hydra_compat import Callbacks
@@ -35,6 +35,7 @@ from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.hardware.threads import free_cores, given_threads, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.planning.request import PlanRequest
+from sdtune.runs.state import kept_threads
 from sdtune.shared_backbone.capacity import processes_that_fit, room
 from sdtune.shared_backbone.compatibility import largest, widest
 from sdtune.shared_backbone.pool import Pool

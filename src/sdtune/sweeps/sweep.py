@@ -27,7 +27,7 @@ from sdtune.files import locked, write_json
 from sdtune.paths import command_line_folder
 from sdtune.quoting import override, shell_override, shell_word
 from sdtune.runs.compare import check_same, check_unchanged, flat
-from sdtune.runs.state import STATE, ended
+from sdtune.runs.state import STATE, ended, finished, kept_threads
 from sdtune.runs.trials import JOURNAL
 from sdtune.sweeps.job import Job
 from sdtune.sweeps.joblib_stop import Relay
@@ -69,19 +69,22 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             began, now = (flat(OmegaConf.to_container(without_hydra(each))) for each in (kept, master))
             began = {key: value for key, value in began.items() if f"{key}=" not in _ANEW}
             check_same(began, now, folder, "sweep")
-        with _workers(master, at_once) as in_worker:
+        with _workers(master, folder, at_once) as in_worker:
             _launch(hydra, Job(command, prepare, in_worker), fixed, folder)
     return _summary(folder, command)
 
 
-def _workers(master: DictConfig, at_once: int) -> contextlib.AbstractContextManager[bool]:
+def _workers(master: DictConfig, folder: Path, at_once: int) -> contextlib.AbstractContextManager[bool]:
     """Within it, joblib's workers have their shares of the cores; yields whether the jobs run in workers."""
     launcher = master.hydra.launcher
     if not is_joblib(plugin(launcher)):
         return contextlib.nullcontext(False)
     hardware = OmegaConf.to_container(master.hardware, resolve=True) if "hardware" in master else {}
     assert isinstance(hardware, dict)
-    return shared_out_cores(int(launcher.n_jobs), {str(key): value for key, value in hardware.items()}, at_once)
+    begun = (kept_threads(each) for each in folder.glob("*") if not finished(each))
+    kept = max((count for count in begun if count is not None), default=None)
+    own = {str(key): value for key, value in hardware.items()}
+    return shared_out_cores(int(launcher.n_jobs), own, at_once, kept)
 
 
 def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
