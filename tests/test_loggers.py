@@ -90,3 +90,22 @@ def test_a_logger_that_cannot_be_closed_hides_neither_the_error_of_the_run_nor_t
     assert "CSVLogger: ConnectionError: no service to tell True" in said.out + said.err
     [kept] = (tmp_path / "run" / "own").glob("*/metrics.csv")
     assert kept.read_text().count("\n") > 1, "closed, and so written"
+
+
+class Interrupted(LoggerSettings):
+    """The user presses Ctrl-C while it uploads the artifact."""
+
+    def open(self, folder: Path, method: str, label: str, sweep: str | None) -> CSVLogger:
+        return CSVLogger(str(folder), name="interrupted")
+
+    def keep_artifact(self, logger: CSVLogger, artifact: Path, name: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_after_the_training_ctrl_c_names_the_command_that_goes_on(
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.Interrupted", "trainer.max_steps=2"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 130
+    expected = f"sdtune: stopped; sdtune train resume={tmp_path}/run goes on from its last checkpoint"
+    assert capsys.readouterr().err.splitlines()[-1] == expected

@@ -260,6 +260,9 @@ def test_an_output_that_cannot_be_written(line: CommandLine, images: Path) -> No
 def test_a_folder_that_holds_a_run(line: CommandLine, images: Path) -> None:
     line.run.mkdir()
     (line.run / "metrics.csv").write_text("step\n1\n")
+    line.train(images, words=("hydra.run.dir", str(line.run), "ended before its first checkpoint; remove it"))
+    (line.run / "checkpoints").mkdir()
+    (line.run / "checkpoints" / "step00000001.ckpt").touch()
     line.train(images, words=("hydra.run.dir", str(line.run), "already holds a run", "resume="))
 
 

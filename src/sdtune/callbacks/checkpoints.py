@@ -44,7 +44,9 @@ def last_checkpoint(run: Path) -> Path:
     found = sorted((run / "checkpoints").glob("step*.ckpt"))
     if not found:
         raise UserError(
-            f"{run}/checkpoints holds no step*.ckpt; the run ended before its first checkpoint", key="resume"
+            f"{run}/checkpoints holds no step*.ckpt: the run ended before its first checkpoint",
+            key="resume",
+            remedy="remove its folder, and train anew",
         )
     return found[-1]
 

@@ -128,12 +128,12 @@ class CrowdedCores(Callback):
         sweep = self.folder.parent if (self.folder.parent / "multirun.yaml").is_file() else None
         again = f"-m {shell_override('resume', sweep)}" if sweep else shell_override("resume", self.folder)
         log.warning(
-            "WARNING: other processes use %.1f cores: this run gets %.1f for its %d threads, which wait for each other."
+            "WARNING: other processes use %.1f cores; the %d threads of this run share %.1f, and wait for each other."
             " With hardware.threads=%d it would be faster: stop it with Ctrl-C, then sdtune train %s"
             " hardware.threads=%d",
             load.others,
-            load.run,
             threads,
+            load.run,
             fewer,
             again,
             fewer,

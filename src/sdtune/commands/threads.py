@@ -66,7 +66,7 @@ def _measured_threads(hardware: Mapping[str, Any]) -> int:
     count = max(1, free_cores() // processes)
     if processes == 1 and count < usable_cores():
         log.info(
-            "threads: %d of %d, since the other cores are busy; hardware.threads=N takes another number",
+            "threads: %d of %d, since the other cores are busy; hardware.threads=N sets another number",
             count,
             usable_cores(),
         )

@@ -44,6 +44,12 @@ def checked_run(config: DictConfig, folder: Path, shared: bool = False) -> Train
     if container.get("resume"):
         _check_resumed(container, folder)
     elif is_global_zero() and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
+        if not any(folder.glob("checkpoints/step*.ckpt")):
+            raise UserError(
+                f"{folder} holds a run that ended before its first checkpoint",
+                key="hydra.run.dir",
+                remedy="remove it, or name another folder",
+            )
         again = shell_override("resume", folder)
         raise UserError(f"{folder} already holds a run; {again} goes on with it", key="hydra.run.dir")
     if shared or _will_share(container):

@@ -32,7 +32,7 @@ from sdtune.commands.describe import after
 from sdtune.config.build import build
 from sdtune.config.settings import Settings
 from sdtune.data import ImageDataModule
-from sdtune.errors import STOPPED, Pruned, RunFailed, Stopped, UserError
+from sdtune.errors import Pruned, RunFailed, Stopped, UserError
 from sdtune.exporting import Export, find_artifact, write_card
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
@@ -96,7 +96,7 @@ class TrainRun:
             shared.use(self.adapter)
         cost = CostMeter(None if shared is None else shared.peak_memory)
         with ExitStack() as stack:
-            stack.enter_context(_leaving_on_sigterm())
+            stack.enter_context(self._stopped_outside_of_steps())
             loggers = stack.enter_context(self._opened_loggers())
             trainer = self._training_trainer(shared, cost, loggers)
             with self._failures():
@@ -183,6 +183,34 @@ class TrainRun:
             yield opened
 
     @contextmanager
+    def _stopped_outside_of_steps(self) -> Iterator[None]:
+        """Within it, before and after the training, Ctrl-C and SIGTERM end the run with its loggers closed on the way.
+
+        While it trains, Checkpoints listens to both.
+        """
+
+        def line() -> str:
+            kept = any((self.folder / "checkpoints").glob("step*.ckpt"))
+            again = f"sdtune train {shell_override('resume', self.folder)} goes on from its last checkpoint"
+            return f"stopped; {again if kept else 'there is no checkpoint yet'}"
+
+        def leave(number: int, frame: FrameType | None) -> NoReturn:
+            print(f"sdtune: {line()}", file=sys.stderr)
+            raise SystemExit(128 + number)
+
+        before = signal.getsignal(signal.SIGTERM)
+        own = before == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+        if own:
+            signal.signal(signal.SIGTERM, leave)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            raise Stopped(line(), 128 + signal.SIGINT) from stop
+        finally:
+            if own and signal.getsignal(signal.SIGTERM) is leave:
+                signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
     def _failures(self) -> Iterator[None]:
         """What ends a training by itself, as a :class:`RunFailed` that says what to do."""
         # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
@@ -222,29 +250,6 @@ def _close(
         if error is None:
             raise
         log.error("%s: %s: %s", type(logger).__name__, type(closing).__name__, closing)
-
-
-@contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Within it, before and after the training, SIGTERM ends the process with the loggers closed on the way.
-
-    While it trains, Checkpoints listens.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    if before != signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is _leave:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    print(f"sdtune: {STOPPED}", file=sys.stderr)
-    raise SystemExit(128 + number)
 
 
 def _final_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
-from sdtune.hardware.out_of_memory import is_out_of_memory
 
 
 class _Inert:
@@ -68,8 +67,6 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
             remedy="get it as .safetensors, or from someone else",
         ) from error
     except _DAMAGE as error:
-        if is_out_of_memory(error):
-            raise
         why = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise UserError(f"{path} cannot be read ({why})", key=key, remedy="copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content

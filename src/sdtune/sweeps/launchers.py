@@ -69,10 +69,12 @@ def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int, kept: 
     elif device(str(hardware.get("accelerator", "auto"))).type == "cpu":
         count = min(max(1, free // (threads or 1)), jobs)
     else:
-        print("joblib: one job at once, since the jobs share a GPU; hydra.launcher.n_jobs=N runs more")
+        print("joblib: the jobs share a GPU; hydra.launcher.n_jobs=N runs several at once")
         count = 1
     if n_jobs == -1:
         own["LOKY_MAX_CPU_COUNT"] = str(count)
-    own["OMP_NUM_THREADS"] = str(threads or max(1, free // count))
+    threads = threads or max(1, free // count)
+    own["OMP_NUM_THREADS"] = str(threads)
+    print(f"joblib: jobs at once: {count}; threads of each: {threads}")
     with env_override(own):
         yield effective_n_jobs(n_jobs) > 1
