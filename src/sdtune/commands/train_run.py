@@ -184,7 +184,7 @@ class TrainRun:
 
     @contextmanager
     def _stopped_outside_of_steps(self) -> Iterator[None]:
-        """Within it, before and after the training, Ctrl-C and SIGTERM end the run with its loggers closed on the way.
+        """Before and after the training, Ctrl-C and SIGTERM close the loggers and end the run.
 
         While it trains, Checkpoints listens to both.
         """

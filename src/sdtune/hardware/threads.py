@@ -65,7 +65,7 @@ def affinity() -> list[int]:
 
 
 def _quotas() -> dict[Path, float]:
-    """Cores that this process's cgroup and those above it grant, for each that has a limit."""
+    """CPU limits in cores, by cgroup folder: this process's cgroup and its parents, where they have a limit."""
     found = {cgroup: _quota(cgroup) for cgroup in _cgroups()}
     return {cgroup: cores for cgroup, cores in found.items() if cores is not None}
 

@@ -108,16 +108,16 @@ def devices_of(node: Mapping[str, Any]) -> list[torch.device]:
     return [kind] * hardware.process_count(node)
 
 
-def _cpu_processes(group: JobGroup, asked: Auto, room: int) -> int:
-    """Over how many processes the jobs are shared out on a CPU; there are cores for ``room``."""
+def _cpu_processes(group: JobGroup, asked: Auto, most: int) -> int:
+    """The number of processes for the jobs on a CPU; ``most`` is the number that the free cores allow."""
     if asked != "auto":
         return asked
-    count = min(room, len(group.wholes))
+    count = min(most, len(group.wholes))
     return processes_that_fit(plan_requests(group.wholes), count, torch.device("cpu")) if count > 1 else 1
 
 
 def _kept_threads(group: JobGroup) -> int | None:
-    """The number of threads that an earlier start of the sweep had; None if it is the first."""
+    """The number of threads from before the sweep was resumed; None if no job has started yet."""
     kept = (kept_threads(Path(whole.hydra.runtime.output_dir)) for whole in group.wholes)
     return next((count for count in kept if count is not None), None)
 
