@@ -1,10 +1,10 @@
-"""The graph of sdtune's packages, from its real imports.
+"""Dependency graph of sdtune's packages, computed from its imports.
 
     python docs/package_graph.py             # writes it into ARCHITECTURE.md
     python docs/package_graph.py --count SRC # counts packages, edges, cycles and upward imports of a source tree
 
-A package is a folder or a module that lies flat in ``src/sdtune``; what lies in a folder's folders counts as its own.
-Imports inside functions and under ``TYPE_CHECKING`` count like any other.
+A package is a folder or a module directly in ``src/sdtune``; subfolders belong to their top-level folder. Imports
+inside functions and under ``TYPE_CHECKING`` count like any other import.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors",),
     ),
 }
-"""Layers from the top down, in bands that the picture frames."""
+"""Layers from the top down, grouped into the boxes of the diagram."""
 
 LAYERS = tuple(layer for layers in BANDS.values() for layer in layers)
-"""From the top down: a package imports from the layers below its own alone."""
+"""Layers from the top down: a package may import only from layers below its own."""
 
 Graph = Mapping[str, frozenset[str]]
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Dotted name below the package -> file; a folder's ``__init__`` has the folder's name, the package's own is ""."""
-    found = {}
+    """Dotted name relative to the package -> file; ``__init__`` has the folder's name, "" for the package itself."""
+    files = {}
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(package).with_suffix("").parts)
-        found[name.removesuffix("__init__").removesuffix(".")] = path
-    return found
+        files[name.removesuffix("__init__").removesuffix(".")] = path
+    return files
 
 
 def imported(path: Path, name: str = "sdtune") -> Iterator[str]:
-    """Dotted names, below the package, of everything that ``path`` may import of it."""
+    """Dotted names, relative to the package ``name``, of everything that ``path`` imports from it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith(f"{name}.")]
@@ -76,7 +76,7 @@ def imported(path: Path, name: str = "sdtune") -> Iterator[str]:
 
 
 def module_graph(package: Path) -> Graph:
-    """Module -> the modules that it imports."""
+    """Module -> modules that it imports."""
     known = modules(package)
 
     def target(dotted: str) -> str:
@@ -90,39 +90,39 @@ def module_graph(package: Path) -> Graph:
 
 
 def package_graph(package: Path) -> Graph:
-    """Package -> the packages that it imports; the root's own modules are left out."""
-    found: dict[str, set[str]] = {}
+    """Package -> packages that it imports, without ``__init__`` and ``__main__`` of the root."""
+    imports: dict[str, set[str]] = {}
     for name, targets in module_graph(package).items():
-        own = name.split(".")[0]
-        if own not in ("", "__main__"):
-            found.setdefault(own, set()).update(target.split(".")[0] for target in targets)
-    return {name: frozenset(targets - {name, "", "__main__"}) for name, targets in found.items()}
+        package_name = name.split(".")[0]
+        if package_name not in ("", "__main__"):
+            imports.setdefault(package_name, set()).update(target.split(".")[0] for target in targets)
+    return {name: frozenset(targets - {name, "", "__main__"}) for name, targets in imports.items()}
 
 
 def cycles(graph: Graph) -> list[frozenset[str]]:
-    """The strongly connected components of more than one node."""
+    """Strongly connected components with more than one node."""
 
     @cache
-    def reached(start: str) -> frozenset[str]:
+    def reachable(start: str) -> frozenset[str]:
         seen: set[str] = set()
-        left = [start]
-        while left:
-            for node in graph[left.pop()] - seen:
+        pending = [start]
+        while pending:
+            for node in graph[pending.pop()] - seen:
                 seen.add(node)
-                left.append(node)
+                pending.append(node)
         return frozenset(seen)
 
-    components = {frozenset(b for b in reached(a) if a in reached(b)) for a in graph if a in reached(a)}
+    components = {frozenset(b for b in reachable(a) if a in reachable(b)) for a in graph if a in reachable(a)}
     return sorted(components, key=sorted)
 
 
 def upward(graph: Graph) -> int:
-    """How many imports point up in the order of packages in which the fewest do: none where there is no cycle."""
-    return sum(_fewest(graph, tuple(sorted(component))) for component in cycles(graph))
+    """Minimum number of upward imports over all orders of the packages; 0 if there is no cycle."""
+    return sum(_fewest_upward(graph, tuple(sorted(component))) for component in cycles(graph))
 
 
-def _fewest(graph: Graph, nodes: tuple[str, ...]) -> int:
-    """By dynamic programming over the sets that may stand below."""
+def _fewest_upward(graph: Graph, nodes: tuple[str, ...]) -> int:
+    """Minimum number of upward imports among ``nodes``, by dynamic programming over the sets of lower nodes."""
     masks = [sum(1 << i for i, other in enumerate(nodes) if other in graph[node]) for node in nodes]
     fewest = {0: 0}
     for below in range(1 << len(nodes)):
@@ -135,23 +135,23 @@ def _fewest(graph: Graph, nodes: tuple[str, ...]) -> int:
 
 
 def reduced(graph: Graph) -> list[tuple[str, str]]:
-    """The edges that no longer path stands for, of a graph without cycles.
+    """Transitive reduction: edges of an acyclic graph that no longer path implies.
 
-    Those to ``errors`` are left out: every package may import it, and a picture of that says nothing.
+    Edges to ``errors`` are omitted, since every package may import it.
     """
-    own = {node: targets - {"errors"} for node, targets in graph.items()}
+    edges = {node: targets - {"errors"} for node, targets in graph.items()}
 
     @cache
     def below(node: str) -> frozenset[str]:
-        return own[node].union(*map(below, own[node]))
+        return edges[node].union(*map(below, edges[node]))
 
     return sorted(
-        (node, target) for node in own for target in own[node] if not any(target in below(t) for t in own[node])
+        (node, target) for node in edges for target in edges[node] if not any(target in below(t) for t in edges[node])
     )
 
 
 def sentence(package: str) -> str:
-    """The first line of a package's docstring."""
+    """First line of the docstring of ``package``, in Markdown."""
     path = PACKAGE / package
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
@@ -160,7 +160,7 @@ def sentence(package: str) -> str:
 
 
 def drawn() -> list[str]:
-    """The graph in Mermaid, and a line for each package."""
+    """Lines of the Mermaid diagram and of the table of packages."""
     graph = package_graph(PACKAGE)
     lines = ["```mermaid", "graph TD"]
     for number, (band, layers) in enumerate(BANDS.items()):
@@ -170,13 +170,13 @@ def drawn() -> list[str]:
     lines += ["```", "", "| package, from the top layer down | |", "|---|---|"]
     for layer in LAYERS:
         for package in layer:
-            mark = "/" if (PACKAGE / package).is_dir() else ".py"
-            lines.append(f"| `{package}{mark}` | {sentence(package)} |")
+            suffix = "/" if (PACKAGE / package).is_dir() else ".py"
+            lines.append(f"| `{package}{suffix}` | {sentence(package)} |")
     return lines
 
 
 def page() -> str:
-    """ARCHITECTURE.md with the graph of today between its marks."""
+    """Content of ARCHITECTURE.md with the current graph between its markers."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     assert end, f"{PAGE.name} lacks {BEGIN} and {END}"
@@ -184,8 +184,13 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The graph of sdtune's packages.")
-    parser.add_argument("--count", type=Path, metavar="SRC", help="a folder such as src/sdtune; writes nothing")
+    parser = argparse.ArgumentParser(description="Write the graph of sdtune's packages into ARCHITECTURE.md.")
+    parser.add_argument(
+        "--count",
+        type=Path,
+        metavar="SRC",
+        help="print the counts of a source folder such as src/sdtune; write nothing",
+    )
     source = parser.parse_args().count
     if source is None:
         PAGE.write_text(page(), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A dashboard of a sweep in W&B: ``python docs/wandb_dashboard.py ENTITY/PROJECT --group SWEEP``.
+"""Create a W&B dashboard of a sweep: ``python docs/wandb_dashboard.py ENTITY/PROJECT --group SWEEP``.
 
-Saves a workspace view by W&B's public workspace API (``pip install 'wandb[workspaces]'``) and prints its address. The
-sweep's runs must be online, or synced; the account is that of ``wandb login`` or ``WANDB_API_KEY``.
+Saves a workspace view with W&B's public workspace API (``pip install 'wandb[workspaces]'``) and prints its URL. The
+runs of the sweep must be online or synced. The account is that of ``wandb login`` or ``WANDB_API_KEY``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ STEP = "trainer/global_step"
 def dashboard(
     entity: str, project: str, group: str | None, metric: str, over: list[str], log: list[str]
 ) -> ws.Workspace:
-    """The view, not saved yet.
+    """Build the workspace view; it is not yet saved.
 
     Args:
-        group: the sweep's folder name, which its runs share; all runs of the project if None.
-        metric: the metric of ``metrics.json`` to judge by.
-        over: the settings that the sweep varies, such as ``method.rank``; those in ``log`` on a logarithmic axis.
+        group: the sweep's folder name, which is the W&B group of its runs; None for all runs of the project.
+        metric: the metric of ``metrics.json`` to compare.
+        over: config keys that the sweep varies, such as ``method.rank``.
+        log: keys of ``over`` with a logarithmic axis.
     """
     final = wr.SummaryMetric(f"final/{metric}")
     axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=key in log) for key in over]
     costs = ("median_step_seconds", "peak_memory_bytes", "trainable_parameters", "artifact_bytes")
-    best = [
+    comparison = [
         wr.ParallelCoordinatesPlot(columns=[*axes, wr.ParallelCoordinatesPlotColumn(final)]),
         wr.ParameterImportancePlot(with_respect_to=f"final/{metric}"),
         *(wr.ScatterPlot(x=wr.Config(key), y=final, log_x=key in log) for key in over),
@@ -42,17 +43,17 @@ def dashboard(
         wr.LinePlot(x=STEP, y=["grad_norm"], log_y=True),
         wr.LinePlot(x=STEP, metric_regex="lr/.*"),
     ]
-    shown = [wr.MediaBrowser(media_keys=["samples"]), wr.WeavePanelSummaryTable(table_name="before_after")]
+    samples = [wr.MediaBrowser(media_keys=["samples"]), wr.WeavePanelSummaryTable(table_name="before_after")]
     cost = [wr.ScatterPlot(x=wr.SummaryMetric(f"final/{key}"), y=final, log_x=True) for key in costs]
     return ws.Workspace(
         entity=entity,
         project=project,
         name=f"sdtune: {group or 'all runs'}",
         sections=[
-            ws.Section(name="Which is best", panels=best, is_open=True),
+            ws.Section(name="Comparison", panels=comparison, is_open=True),
             ws.Section(name="Curves", panels=curves, is_open=True),
-            ws.Section(name="Samples", panels=shown, is_open=True),
-            ws.Section(name="Cost against effect", panels=cost),
+            ws.Section(name="Samples", panels=samples, is_open=True),
+            ws.Section(name="Metric against cost", panels=cost),
         ],
         settings=ws.WorkspaceSettings(x_axis=STEP),
         runset_settings=ws.RunsetSettings(
@@ -71,10 +72,12 @@ def _column(key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python docs/wandb_dashboard.py", description=__doc__.split("\n")[0])
     parser.add_argument("project", metavar="ENTITY/PROJECT")
-    parser.add_argument("--group", help="the sweep's folder name; all runs of the project without it")
-    parser.add_argument("--metric", default="subject_gain", help="the metric of metrics.json to judge by")
-    parser.add_argument("--over", nargs="*", default=["method.rank", "optimizer.lr"], help="what the sweep varies")
-    parser.add_argument("--log", nargs="*", default=["optimizer.lr"], help="those of them on a logarithmic axis")
+    parser.add_argument("--group", help="folder name of the sweep; default: all runs of the project")
+    parser.add_argument("--metric", default="subject_gain", help="metric of metrics.json to compare")
+    parser.add_argument(
+        "--over", nargs="*", default=["method.rank", "optimizer.lr"], help="config keys that the sweep varies"
+    )
+    parser.add_argument("--log", nargs="*", default=["optimizer.lr"], help="keys of --over with a logarithmic axis")
     arguments = parser.parse_args()
     entity, slash, project = arguments.project.partition("/")
     if not (entity and slash and project):

@@ -1,4 +1,4 @@
-"""Pages that people write, with a part between two marks that metrics are written into."""
+"""Hand-written Markdown pages with a generated section between two marks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def rewrite(page: Path, lines: Sequence[str]) -> None:
-    """Put ``lines`` between the marks of ``page``; UserError where it lacks one."""
+    """Replace the section between the marks of ``page`` with ``lines``.
+
+    Raises:
+        UserError: a mark is missing.
+    """
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{page} has no {END if begin else BEGIN}, between which the metrics go; put it back")
+        raise UserError(
+            f"{page} has no mark {END if begin else BEGIN}",
+            remedy=f"add {BEGIN} and {END} around the generated section",
+        )
     write_text(page, "\n".join([before + BEGIN, "", *lines, "", END + after]))

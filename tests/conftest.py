@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 
 from pipelines import build_pipeline
 
-torch.set_num_threads(1)  # a tiny model gains nothing from more
-os.environ["OMP_NUM_THREADS"] = "1"  # nor in the processes that tests start
+torch.set_num_threads(1)  # a tiny model gains nothing from more threads
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny backbone."""
+    """Pipeline folder of a tiny backbone."""
     return build_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests leave the user's cache alone."""
+def _temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Use a temporary cache folder instead of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

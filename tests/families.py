@@ -1,4 +1,4 @@
-"""Small models with the true structure of SD 1.x, 2.x and XL: levels, transformer depths, heads, encoders, names."""
+"""Small models with the structure of SD 1.x, 2.x and SDXL: levels, transformer depths, heads, encoders, names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
 EACH = [pytest.param(family, marks=() if family == "sd1" else pytest.mark.slow) for family in FAMILIES]
-"""For tests that are run for every family: ``make test`` takes the first, ``make test-slow`` the others."""
+"""Parameters for tests of every family: ``make test`` runs the first, ``make test-slow`` the others."""
 
 _DOWN, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 _UP, _CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
@@ -58,9 +58,10 @@ _UNETS: dict[Family, dict[str, Any]] = {
 
 
 def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
-    """A pipeline folder of ``family``, VAE factor 8, weights that float16 holds exactly.
+    """Save a pipeline of ``family`` with random weights that float16 represents exactly; VAE factor 8.
 
-    128x128 pixels, SDXL 64x64: the middle block, below three halvings and two, then attends to more than one place.
+    The image size is 128x128 pixels, for SDXL 64x64. The middle block, after three (SDXL: two) downsamplings, then
+    attends to more than one position.
     """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -131,7 +132,7 @@ def _encoder(width: int, activation: str, projected: bool = False) -> Any:
             max_position_embeddings=77,
             hidden_act=activation,
             projection_dim=24,
-            # As the true configs have it; the tokenizer's own end is another.
+            # As in the real configs; the end token of the tokenizer differs.
             bos_token_id=0,
             eos_token_id=2,
             pad_token_id=1,

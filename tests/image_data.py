@@ -1,4 +1,4 @@
-"""Folders of small images, opened as data, with stubs of the encoders."""
+"""Folders of small images, data modules for them, and stubs of the encoders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdtune.data import Encoders, Folder, ImageDataModule
 
 
 def encode(images: Tensor) -> Tensor:
-    """A stub of the VAE: [B, 6, H / 8, W / 8], different for every image."""
+    """Stub of the VAE encoder: [B, 6, H / 8, W / 8], different for every image."""
     return torch.cat([F.avg_pool2d(images, 8), F.max_pool2d(images, 8)], 1)
 
 

@@ -1,4 +1,4 @@
-"""LoRA files: of random weights, and read again."""
+"""LoRA files with random weights: write and read."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sdtune.formats.files import read_safetensors
 
 
 def lora(base: Path, folder: Path, rank: int = 4) -> Path:
-    """A LoRA file for ``base``, of random weights, in diffusers' form."""
+    """Write a LoRA with random weights for the pipeline ``base`` in the diffusers format."""
     backbone, rng = Pretrained(str(base)).load(), torch.Generator().manual_seed(3)
     pairs = {}
     for component in ("unet", *backbone.encoders):
         for name, module in getattr(backbone, component).named_modules():
             if name.endswith(("attn2.to_q", "attn1.to_out.0", "q_proj", "resnets.0.conv1")):
-                out, inside = module.weight.shape[0], module.weight.shape[1:]
-                down = torch.randn(rank, *inside, generator=rng) / 8
+                out_features, in_shape = module.weight.shape[0], module.weight.shape[1:]
+                down = torch.randn(rank, *in_shape, generator=rng) / 8
                 pairs[canonical(f"{component}.{name}")] = (
                     down,
-                    torch.randn(out, rank, *[1] * (len(inside) - 1), generator=rng),
+                    torch.randn(out_features, rank, *[1] * (len(in_shape) - 1), generator=rng),
                 )
     weights = LoRAWeights(pairs, dict.fromkeys(pairs, 2.0))
     diffusers_lora.write(folder / diffusers_lora.FILE_NAME, weights, {})
@@ -31,11 +31,11 @@ def lora(base: Path, folder: Path, rank: int = 4) -> Path:
 
 
 def read_diffusers(path: Path) -> LoRAWeights:
-    """The weights of a file in diffusers' form."""
+    """Read the weights of a file in the diffusers format."""
     return diffusers_lora.parse(path, *read_safetensors(path))
 
 
 def read_kohya(path: Path, modules: Iterable[str]) -> LoRAWeights:
-    """The weights of a file in kohya's form."""
+    """Read the weights of a file in the kohya format."""
     tensors, _ = read_safetensors(path)
     return kohya_lora.parse(path, tensors, modules)

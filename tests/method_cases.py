@@ -1,4 +1,4 @@
-"""Every method with the settings and the data that it can be trained with, found by itself from ``conf/method``."""
+"""Every method of ``conf/method``, with settings and data with which it can be trained."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NEEDED: tuple[tuple[dict[str, Any], Sequence[str]], ...] = (
     ({"control": Canny()}, ("data/control=canny",)),
     ({"class_prompt": "a dog", "class_images": 2}, ("data.class_prompt=a dog", "data.class_images=2")),
 )
-"""What a method may need of its data, and the overrides that give it."""
+"""Data settings that a method may require, with the corresponding overrides."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method with settings, and what its data needs."""
+    """A method with settings, and the data that it requires."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,31 +46,31 @@ class Case:
         return resolve(node["_target_"], "method")
 
     def model(self, folder: Path, lr: float = 1e-2, **more: Any) -> Any:
-        words = {"new_tokens": [WORD]} if self.kind.needs_tokens else {}
+        words = {"new_tokens": [WORD]} if self.kind.trains_only_new_tokens else {}
         return self.kind(backbone=Pretrained(str(folder)), optimizer=adamw(lr), **self.settings, **words, **more)
 
     def data(self, folder: Path, images: Path, **more: Any) -> Any:
-        """The first data of :data:`NEEDED` that the method accepts; its word, where it learns one, in every prompt."""
-        return self._suitable(folder, images, **more)[0]
+        """Data for the first settings of :data:`NEEDED` that the method accepts; prompts have its new token."""
+        return self._accepted_data(folder, images, **more)[0]
 
     def command(self, folder: Path, images: Path) -> list[str]:
-        """Overrides of ``sdtune train`` for the same."""
-        own = [f"method={self.name}"]
-        if self.kind.needs_tokens:
-            own += ['new_tokens=[{token: "<new>", init: "a word"}]', "data.templates=['<new> {}']"]
-        return [*own, *self._suitable(folder, images)[1]]
+        """Overrides of ``sdtune train`` for the same model and data."""
+        command_overrides = [f"method={self.name}"]
+        if self.kind.trains_only_new_tokens:
+            command_overrides += ['new_tokens=[{token: "<new>", init: "a word"}]', "data.templates=['<new> {}']"]
+        return [*command_overrides, *self._accepted_data(folder, images)[1]]
 
-    def _suitable(self, folder: Path, images: Path, **more: Any) -> tuple[Any, Sequence[str]]:
-        words = {"templates": ["<new> {}"]} if self.kind.needs_tokens else {}
+    def _accepted_data(self, folder: Path, images: Path, **more: Any) -> tuple[Any, Sequence[str]]:
+        words = {"templates": ["<new> {}"]} if self.kind.trains_only_new_tokens else {}
         model = self.model(folder)
-        for needed, overrides in NEEDED:
-            data = folder_data(images, **{**needed, **words, **more})
+        for data_settings, overrides in NEEDED:
+            data = folder_data(images, **{**data_settings, **words, **more})
             try:
                 model.check_data(data)
             except UserError:
                 continue
             return data, overrides
-        raise AssertionError(f"no data suits {self.name}")
+        raise AssertionError(f"{self.name} accepts no data of NEEDED")
 
 
 MORE = [

@@ -1,7 +1,7 @@
-"""A pipeline folder as a single file, by the rules of the public conversion script, written apart from sdtune's own.
+"""Convert a pipeline folder to the original single-file names, independently of the implementation in sdtune.
 
-The rules are those of diffusers' ``scripts/convert_diffusers_to_original_stable_diffusion.py`` and its SDXL sibling:
-chains of textual replacements, where sdtune has tables made from the models' configs.
+The rules are those of diffusers' ``scripts/convert_diffusers_to_original_stable_diffusion.py`` and its SDXL variant:
+chains of text replacements, where sdtune builds tables from the model configs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RESNET = [
 
 
 def original_tensors(folder: Path) -> dict[str, Tensor]:
-    """Everything that the conversion script writes for the pipeline in ``folder``."""
+    """All tensors that the conversion script writes for the pipeline in ``folder``."""
     sdxl = (folder / "text_encoder_2").is_dir()
     levels = len(json.loads((folder / "unet/config.json").read_text())["block_out_channels"])
     out = {f"model.diffusion_model.{k}": v for k, v in unet_names(_load(folder / "unet"), levels).items()}
@@ -55,7 +55,7 @@ def original_tensors(folder: Path) -> dict[str, Tensor]:
         out |= {f"cond_stage_model.model.{k}": v for k, v in converted.items()}
     else:
         out |= {f"cond_stage_model.transformer.{k}": v for k, v in first.items()}
-    # What the authors' own files have beside the weights.
+    # Entries other than weights in the original files.
     out["betas"], out["alphas_cumprod"] = torch.rand(1000), torch.rand(1000)
     if not sdxl and "cond_stage_model.transformer.text_model.final_layer_norm.weight" in out:
         out["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -69,7 +69,7 @@ def _load(folder: Path) -> dict[str, Tensor]:
         key.startswith(("text_model.", "text_projection.")) or "." in key for key in tensors
     )
     if folder.name.startswith("text_encoder"):
-        # transformers of today leaves the prefix out; the script was written for files that have it.
+        # Current transformers omits the prefix; the script was written for files that have it.
         return {
             k if k.startswith(("text_model.", "text_projection")) else f"text_model.{k}": v for k, v in tensors.items()
         }
@@ -95,13 +95,13 @@ def unet_names(tensors: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     for key, value in tensors.items():
         name = key
         if "resnets" in key:
-            for theirs, ours in _RESNET:
-                name = name.replace(ours, theirs)
-        for theirs, ours in blocks:
-            name = name.replace(ours, theirs)
-        for theirs, ours in _UNET_ENDS:
-            if key.startswith(ours):
-                name = key.replace(ours, theirs)
+            for original, diffusers in _RESNET:
+                name = name.replace(diffusers, original)
+        for original, diffusers in blocks:
+            name = name.replace(diffusers, original)
+        for original, diffusers in _UNET_ENDS:
+            if key.startswith(diffusers):
+                name = key.replace(diffusers, original)
         out[name] = value
     return out
 
@@ -131,11 +131,11 @@ def vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in tensors.items():
         name = key
-        for theirs, ours in pairs:
-            name = name.replace(ours, theirs)
+        for original, diffusers in pairs:
+            name = name.replace(diffusers, original)
         if "attentions" in key:
-            for theirs, ours in attention:
-                name = name.replace(ours, theirs)
+            for original, diffusers in attention:
+                name = name.replace(diffusers, original)
         if re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight$", name):
             value = value.reshape(*value.shape, 1, 1)
         out[name] = value
@@ -157,15 +157,15 @@ def open_clip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     joined: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if found := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", key):
-            layer = found[1].removeprefix("text_model.encoder.layers.")
-            joined.setdefault(f"transformer.resblocks.{layer}.attn.in_proj_{found[3]}", {})[found[2]] = value
+        if match := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", key):
+            layer = match[1].removeprefix("text_model.encoder.layers.")
+            joined.setdefault(f"transformer.resblocks.{layer}.attn.in_proj_{match[3]}", {})[match[2]] = value
             continue
         if key == "text_projection.weight":
             out["text_projection"] = value.T
             continue
         name = key
-        for theirs, ours in pairs:
-            name = name.replace(ours, theirs)
+        for original, diffusers in pairs:
+            name = name.replace(diffusers, original)
         out[f"transformer.{name}" if name.startswith("resblocks.") else name] = value
     return out | {name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in joined.items()}

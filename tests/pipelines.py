@@ -1,4 +1,4 @@
-"""A Stable Diffusion small enough to build in a second, with random weights: what most tests run on."""
+"""Tiny Stable Diffusion pipeline with random weights, built in a second; most tests use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def build_pipeline(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
-    """A pipeline folder: 32x32 pixels, VAE factor 4, attention at both levels."""
+    """Save a pipeline for 32x32 pixels with VAE factor 4 and attention at both levels."""
     torch.manual_seed(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{b}</w>" for b in alphabet), "<|startoftext|>", "<|endoftext|>"]

@@ -1,4 +1,4 @@
-"""Runs on the tiny backbone: plain Lightning fits, and commands in this process or in one that can be killed."""
+"""Runs on the tiny backbone: Lightning fits, and commands in this process or in a subprocess."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.cli.main import main
 from sdtune.data import Folder
 
-torch.set_num_threads(1)  # a tiny model gains nothing from more, and runs are compared to the bit at equal threads
+torch.set_num_threads(1)  # a tiny model gains nothing from more, and bitwise comparison needs equal thread counts
 
 EPS = "optimizer.eps=1e-5"
-"""Of AdamW, where float32 is compared: a random model has sites whose gradients are of the size of the usual 1e-8, and
-there it is their rounding that decides the step."""
+"""AdamW's epsilon for comparisons in float32. A random model has gradients near the default epsilon of 1e-8, where
+rounding errors would determine the step."""
 
 
 def folder_data(path: Path, **settings: Any) -> Folder:
@@ -39,7 +39,7 @@ def adamw(lr: float) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
 def fit(
     model: pl.LightningModule, data: Folder, steps: int, callbacks: Sequence[Callback] = (), **arguments: Any
 ) -> pl.Trainer:
-    """Train by Lightning alone, without Hydra."""
+    """Train with Lightning, without Hydra."""
     checkpoint = arguments.pop("ckpt_path", None)
     trainer = pl.Trainer(
         max_steps=steps,
@@ -59,7 +59,7 @@ def fit(
 
 
 class Spy(Callback):
-    """Keeps what each step used: losses, rates, gradients."""
+    """Records the losses, learning rates and gradients of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -79,7 +79,7 @@ class Spy(Callback):
 
 
 class StopAt(Callback):
-    """Asks the run to stop, as a scheduler does, after optimizer step ``step``."""
+    """Sends SIGTERM, as a job scheduler does, after optimizer step ``step``."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -92,7 +92,7 @@ class StopAt(Callback):
 
 
 class Poison(Callback):
-    """Makes one value of one gradient NaN in optimizer step ``step`` (from 1)."""
+    """Sets one gradient value to NaN in optimizer step ``step`` (counted from 1)."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -103,7 +103,7 @@ class Poison(Callback):
 
 
 class Threads(Callback):
-    """Writes how many threads torch has in each process of a training."""
+    """Writes the number of torch threads of each process of a training."""
 
     def __init__(self, place: str) -> None:
         self.place = Path(place)
@@ -113,7 +113,7 @@ class Threads(Callback):
 
 
 class Rates(Callback):
-    """Keeps the rates that the optimizer used, for runs that a config puts together."""
+    """Records the learning rates of all steps; for runs that are built from a config."""
 
     used: list[float] = []  # noqa: RUF012
 
@@ -125,7 +125,7 @@ class Rates(Callback):
 
 
 def arguments(tiny: Path, images: Path, folder: Path, *more: str) -> list[str]:
-    """Of a short LoRA run that draws and measures nothing."""
+    """Overrides of a short LoRA run without sample images and evaluation."""
     return [
         "method=lora",
         "method.rank=2",
@@ -145,9 +145,9 @@ def arguments(tiny: Path, images: Path, folder: Path, *more: str) -> list[str]:
 
 
 def sdtune(command: str, *argv: str) -> int:
-    """``sdtune <command>`` in this process; the exit code."""
+    """Run ``sdtune <command>`` in this process and return the exit code."""
     root = logging.getLogger()
-    kept = root.handlers[:], root.level
+    previous = root.handlers[:], root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sdtune", command, *argv])
         try:
@@ -155,7 +155,7 @@ def sdtune(command: str, *argv: str) -> int:
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
-            root.handlers[:], root.level = kept
+            root.handlers[:], root.level = previous
     return 0
 
 
@@ -190,28 +190,31 @@ def export(*argv: str) -> int:
 
 
 def start(log: Path, *argv: str) -> subprocess.Popen[bytes]:
-    """``python -m sdtune train`` as a process of its own; what it says goes to ``log``."""
+    """Start ``python -m sdtune train`` as a subprocess with its output in ``log``."""
     with log.open("wb") as handle:
         return subprocess.Popen(
             [sys.executable, "-m", "sdtune", "train", *argv],
             stdout=handle,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # a group of its own, so that a test can signal it as a terminal does
+            start_new_session=True,  # its own process group, so that a test can signal it as a terminal does
         )
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, log: Path) -> None:
-    """Until ``metrics.csv`` holds ``step``; its validations have rows too, so rows do not count."""
+    """Wait until ``metrics.csv`` has a row of ``step``.
+
+    The number of rows is not the number of steps, because validations have rows too.
+    """
     file = run / "metrics.csv"
-    until = time.monotonic() + 280
+    deadline = time.monotonic() + 280
     while not (file.exists() and f"\n{step}," in file.read_text()):
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until, "no such step in 280 s"
+        assert time.monotonic() < deadline, f"step {step} not reached in 280 s"
         time.sleep(0.002)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """Of ``metrics.csv``."""
+    """The rows of ``metrics.csv``."""
     with (run / "metrics.csv").open(newline="") as handle:
         return list(csv.DictReader(handle))

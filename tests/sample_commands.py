@@ -1,4 +1,4 @@
-"""Command lines of ``sdtune sample`` on the tiny backbone, a LoRA for it, and what they leave."""
+"""Command lines of ``sdtune sample`` on the tiny backbone, a LoRA for it, and the generated files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = ["hardware=cpu", "sampling.steps=2", "sampling.guidance=3.0"]
 
 @pytest.fixture(scope="module")
 def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of one module, strong enough to show."""
+    """A LoRA of two modules, strong enough to change images visibly."""
     rng = torch.Generator().manual_seed(1)
     pairs = {
         f"unet.down_blocks.{i}.attentions.0.transformer_blocks.0.attn2.to_out.0": (

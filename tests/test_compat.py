@@ -1,4 +1,4 @@
-"""Every private name of a library that sdtune uses still does what it is used for."""
+"""Every private name of a library that sdtune uses still works as expected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdtune.config import hydra_compat
 # --- torch
 
 
-def test_foreach_operators_change_every_tensor() -> None:
+def test_foreach_operators_apply_to_every_tensor() -> None:
     tensors = [torch.zeros(2), torch.zeros(3)]
     torch_compat.foreach_copy_(tensors, [torch.ones(2), torch.full((3,), 2.0)])
     assert [t.tolist() for t in tensors] == [[1.0] * 2, [2.0] * 3]
@@ -34,26 +34,26 @@ def test_foreach_operators_change_every_tensor() -> None:
     assert [t.tolist() for t in tensors] == [[0.0] * 2, [0.0] * 3]
 
 
-def test_memory_efficient_attention_is_an_operator() -> None:
+def test_memory_efficient_attention_operator_exists() -> None:
     assert str(torch_compat.efficient_attention) == "aten._scaled_dot_product_efficient_attention"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_view_has_the_storage_of_its_tensor(device: str) -> None:
+def test_view_has_the_storage_key_of_its_tensor(device: str) -> None:
     tensor, other = torch.zeros(4, device=device), torch.zeros(4, device=device)
     assert torch_compat.storage_key(tensor[1:]) == torch_compat.storage_key(tensor)
     assert torch_compat.storage_key(other) != torch_compat.storage_key(tensor)
 
 
-def test_a_dispatched_call_names_its_operator() -> None:
+def test_operator_of_a_dispatched_call_is_known() -> None:
     seen = []
 
-    class Watch(torch_compat.TorchDispatchMode):
+    class OperatorRecorder(torch_compat.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append(torch_compat.operator_of(func))
             return func(*args, **(kwargs or {}))
 
-    with Watch():
+    with OperatorRecorder():
         torch.zeros(2).add(1)
     assert torch.ops.aten.add in seen
 
@@ -66,29 +66,29 @@ def test_tree_leaves_are_the_tensors_of_nested_arguments() -> None:
 def test_fused_optimizers_take_found_inf(fused: bool, takes: bool) -> None:
     weight = torch.ones(2, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], fused=fused)
-    assert torch_compat.takes_found_inf(optimizer) is takes
-    torch_compat.set_takes_found_inf(optimizer, not takes)
-    assert torch_compat.takes_found_inf(optimizer) is not takes
+    assert torch_compat.supports_found_inf(optimizer) is takes
+    torch_compat.set_supports_found_inf(optimizer, not takes)
+    assert torch_compat.supports_found_inf(optimizer) is not takes
 
 
 # --- Lightning
 
 
-def test_a_module_has_a_trainer_or_none() -> None:
+def test_attached_trainer_is_the_trainer_or_none() -> None:
     module = pl.LightningModule()
     assert lightning_compat.attached_trainer(module) is None
     module.trainer = trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert lightning_compat.attached_trainer(module) is trainer
 
 
-def test_a_checkpoints_path_is_text_or_a_path() -> None:
+def test_path_like_includes_str_and_path() -> None:
     assert {str, Path} <= set(get_args(lightning_compat.PathLike))
 
 
 # --- peft
 
 
-def test_peft_puts_registered_layers_in_place_of_its_own() -> None:
+def test_peft_uses_registered_layer_classes() -> None:
     class Registered(Linear):
         pass
 
@@ -101,20 +101,20 @@ def test_peft_puts_registered_layers_in_place_of_its_own() -> None:
 # --- Hydra and OmegaConf
 
 
-def test_a_node_knows_its_key() -> None:
+def test_full_key_of_a_node_is_its_dotted_key() -> None:
     config = OmegaConf.create({"a": {"b": {"c": 1}}})
     assert hydra_compat.full_key(config.a.b) == "a.b"
     assert hydra_compat.full_key(config) == ""
 
 
-def test_the_basic_sweeper_makes_a_job_of_each_combination() -> None:
+def test_basic_sweeper_creates_one_job_per_combination() -> None:
     overrides = OverridesParser.create().parse_overrides(["a=1,2", "b=3"])
     basic = get_class("hydra._internal.core_plugins.basic_sweeper.BasicSweeper")
     assert hydra_compat.grid_of_jobs(basic, overrides) == [["a=1", "b=3"], ["a=2", "b=3"]]
     assert hydra_compat.grid_of_jobs(object, overrides) is None
 
 
-def test_hydra_composes_a_folder(tmp_path: Path) -> None:
+def test_hydra_composes_a_config_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "any.yaml").write_text("a: 1\n")
     search = hydra_compat.create_config_search_path(str(tmp_path))
     try:
@@ -127,11 +127,11 @@ def test_hydra_composes_a_folder(tmp_path: Path) -> None:
     assert composed.a == 2
 
 
-def test_a_config_without_callbacks_has_none() -> None:
+def test_default_hydra_callbacks_are_empty() -> None:
     assert hydra_compat.Callbacks().callbacks == []
 
 
-def test_hydras_parser_tells_options_from_overrides() -> None:
+def test_hydra_parser_separates_options_from_overrides() -> None:
     arguments = hydra_compat.get_args_parser().parse_args(["a=1", "--cfg", "job"])
     assert (arguments.overrides, arguments.cfg) == (["a=1"], "job")
 

@@ -1,4 +1,4 @@
-"""Every YAML composes, and what it names exists and takes these settings."""
+"""Every YAML file composes, and its targets exist and accept its settings."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ ROOT = Path(__file__).parents[1]
 CONF = config_folder()
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
 SUBGROUPS = ["data/control"]
-"""Groups in another group's folder."""
+"""Config groups in the folder of another group."""
 GROUPS = sorted([*(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment"), *SUBGROUPS])
 
 
 def options(group: str) -> list[str]:
-    """The names of a group's options, those of sub-folders included."""
+    """Names of the options of a group, including those in subfolders."""
     folder = CONF / group
     others = [CONF / other for other in SUBGROUPS if other != group]
-    found = [path for path in folder.rglob("*.yaml") if not any(other in path.parents for other in others)]
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in found)
+    files = [path for path in folder.rglob("*.yaml") if not any(other in path.parents for other in others)]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in files)
 
 
 CHOICES = [(group, option) for group in GROUPS if group != "hydra" for option in options(group)]
 SAMPLES = [name for name in options("experiment") if name.startswith("sample/")]
 EXPERIMENTS = [name for name in options("experiment") if name not in SAMPLES]
 BASES = {("data", "base")}
-"""What others build on, and nobody chooses."""
+"""Options that other options include and that cannot be used alone."""
 
 
 def composed(command: str, *overrides: str) -> DictConfig:
@@ -59,20 +59,20 @@ def filled(config: DictConfig) -> DictConfig:
     return config
 
 
-class Passed(Exception):
-    """The checks are over, and something would be built."""
+class ChecksPassed(Exception):
+    """Raised instead of building the first object after the checks."""
 
 
 def check(config: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``sdtune train``'s own checks up to where it builds the first object, an optimizer on nothing apart."""
+    """Run the checks of ``sdtune train`` until it builds the first object other than the optimizer of a check."""
 
     def stop(node: dict[str, Any], *args: Any, **settings: Any) -> Any:
         if node.get("_partial_"):
             return build(node, *args, **settings)
-        raise Passed
+        raise ChecksPassed
 
     monkeypatch.setattr(checks, "build", stop)
-    with pytest.raises(Passed):
+    with pytest.raises(ChecksPassed):
         checks.check_run(plain(config), Path("run"))
 
 
@@ -87,25 +87,23 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def test_the_groups_are_those_of_the_map() -> None:
-    wanted = {
+def test_expected_config_groups_exist() -> None:
+    expected = {
         "method", "backbone", "objective", "data", "optimizer", "lr_schedule", "trainer", "hardware", "checkpoint",
         "callbacks", "evaluation", "logger", "debug",
     }  # fmt: skip
-    assert wanted <= set(GROUPS)
+    assert expected <= set(GROUPS)
     assert (CONF / "experiment").resolve() == (ROOT / "experiments").resolve()
     assert {"train", "sample", "plan", "evaluate"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda value: value)
-def test_every_option_composes_and_fits_what_it_configures(
-    group: str, option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_option_composes_and_fits_its_target(group: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("train", f"{group}={option}")
     if (group, option) in BASES:
         return
     assert missing(config) <= {"data.path", "backbone.path", "data.control.path", "data.control.model"}
-    if group == "hardware":  # asked of this machine by hardware.check, whose tests are elsewhere
+    if group == "hardware":  # hardware.check_hardware would need a GPU; its own tests are elsewhere
         monkeypatch.setattr("torch.cuda.is_available", lambda: option not in ("auto", "cpu"))
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     check(filled(config), monkeypatch)
@@ -114,12 +112,12 @@ def test_every_option_composes_and_fits_what_it_configures(
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
 def test_every_target_is_allowed(path: Path) -> None:
     for target in targets(yaml.safe_load(path.read_text())):
-        # Hydra's own, which it takes from its plugins alone.
+        # Hydra's targets, which Hydra resolves itself.
         resolve(target, path.name, ["hydra_plugins", "sdtune"] if "hydra" in path.parts else ())
 
 
 @pytest.mark.parametrize("option", options("hydra"))
-def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) -> None:
+def test_every_option_of_the_hydra_group_is_used(option: str) -> None:
     if option == "job_logging/sdtune":
         assert composed("train").hydra.job_logging.handlers.console.stream == "ext://sys.stdout"
         return
@@ -136,23 +134,23 @@ def test_every_option_of_hydras_group_is_a_commands_or_its_logging(option: str) 
         assert "outputs/" in str(composed(command).hydra.run.dir)
 
 
-def test_sample_composes_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_config_composes_and_fits_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **settings: Any) -> None:
-        raise Passed
+        raise ChecksPassed
 
     config = composed("sample", "prompt=a fox", "adapters=[{path: x, strength: 0.5}]", "strengths=[0, 0.5]")
     assert missing(config) == set()
     monkeypatch.setattr(sample_run, "build", stop)
-    with pytest.raises(Passed):
+    with pytest.raises(ChecksPassed):
         sample_run.prepare(config, Path("samples"))
 
 
-def test_evaluate_asks_for_its_run() -> None:
+def test_evaluate_requires_a_run() -> None:
     assert missing(composed("evaluate")) == {"run"}
     assert missing(composed("evaluate", "run=RUN")) == set()
 
 
-def test_with_nothing_said_it_is_a_lora_on_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_config_is_lora_on_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("train")
     choices = config.hydra.runtime.choices
     assert (choices.method, choices.backbone, choices.data) == ("lora", "pocket", "pocket_subject")
@@ -164,89 +162,87 @@ def test_with_nothing_said_it_is_a_lora_on_pocket(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_recipe_opens_with_the_command_that_runs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_starts_with_the_command_that_runs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for line in (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines() if line.strip()]
     assert lines[0] == "# @package _global_"
     words = shlex.split(lines[1].removeprefix("#"))
     assert words[:3] == ["sdtune", "train", f"experiment={name}"]
     config = composed("train", *words[2:])
-    assert missing(config) == set(), "the command leaves a setting open"
+    assert missing(config) == set(), "the command does not set a mandatory value"
     assert config.hydra.runtime.choices.experiment == name
     check(config, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_recipe_for_sampling_opens_with_its_command(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_recipe_starts_with_its_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines()
     assert lines[:2] == ["# @package _global_", f"# sdtune sample experiment={name}"]
     config = composed("sample", f"experiment={name}")
     assert missing(config) == set()
-    monkeypatch.chdir(tmp_path)  # where nothing has been trained
-    # What it samples with is trained first, and it says so before any weights are loaded.
+    monkeypatch.chdir(tmp_path)  # a folder without trained artifacts
+    # Its adapter must be trained first; the error appears before any weights are loaded.
     with pytest.raises(UserError, match=r"path: outputs/results/\w+/seed-0/artifact\S* "):
         sample_run.prepare(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("mode", [option for option in options("debug") if option != "none"])
-def test_debug_goes_with_every_recipe(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_debug_option_works_with_every_recipe(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(filled(composed("train", f"experiment={name}", f"debug={mode}")), monkeypatch)
 
 
-# --- one name
+# --- names
 
 
 def methods() -> list[str]:
-    """The modules of sdtune.methods that define a method: a class that has an artifact of its own."""
-    found = []
+    """Modules of sdtune.methods that define a method class."""
+    modules = []
     for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
         classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
         bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)}
         bases -= {"Protocol", "TypedDict"}
         if path.stem != "base" and bases:
-            found.append(path.stem)
-    return found
+            modules.append(path.stem)
+    return modules
 
 
-def test_every_method_has_its_yaml_and_every_yaml_its_method() -> None:
+def test_methods_and_their_yaml_files_correspond() -> None:
     assert options("method") == methods()
 
 
 @pytest.mark.parametrize("name", options("method"))
-def test_group_yaml_module_and_class_agree(name: str) -> None:
+def test_names_of_yaml_module_and_class_agree(name: str) -> None:
     target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["_target_"]
-    found = resolve(target, "method")
-    assert target in (f"sdtune.methods.{found.__name__}", f"{found.__module__}.{found.__name__}")
-    assert found.__module__ == f"sdtune.methods.{name}"
-    assert found.__name__.lower() == name.replace("_", "")
+    method_class = resolve(target, "method")
+    assert target in (f"sdtune.methods.{method_class.__name__}", f"{method_class.__module__}.{method_class.__name__}")
+    assert method_class.__module__ == f"sdtune.methods.{name}"
+    assert method_class.__name__.lower() == name.replace("_", "")
     assert (ROOT / "src/sdtune/methods" / f"{name}.py").is_file()
 
 
 @pytest.mark.parametrize(
     "group", ["objective", "optimizer", "lr_schedule", "backbone", "data", "data/control", "method", "evaluation"]
 )
-def test_an_option_says_in_a_comment_or_by_its_class_what_it_is(group: str) -> None:
+def test_every_option_has_a_comment_or_a_target(group: str) -> None:
     for option in options(group):
         text = (CONF / group / f"{option}.yaml").read_text()
         assert text.startswith("#") or "_target_" in text
 
 
-def test_an_evaluation_is_switched_off_behind_a_recipe_that_sets_its_details() -> None:
+def test_evaluation_none_after_a_recipe_disables_the_evaluation() -> None:
     config = composed("train", "experiment=dreambooth_subject", "evaluation=none")
     assert config.evaluation == {"class_images": 210}
     assert plain(config)["evaluation"] == {}
 
 
-def test_debug_has_its_way_with_a_recipe() -> None:
+def test_debug_overrides_a_recipe() -> None:
     config = composed("train", "experiment=lora_subject", "debug=smoke")
     assert config.trainer.max_steps == 2
     assert config.evaluation is None
 
 
-def test_a_familys_guidance_is_one_number() -> None:
-    """YAML cannot read it from :mod:`sdtune.backbone.families`, so it stands in both."""
+def test_guidance_in_yaml_equals_guidance_of_the_family() -> None:
+    """YAML cannot read it from :mod:`sdtune.backbone.families`, so the values are in both."""
     expected = {"sd15": GUIDANCE["sd1"], "sd21": GUIDANCE["sd2"], "sdxl": GUIDANCE["sdxl"], "pocket": POCKET_GUIDANCE}
     composed = {name: compose("train", search_path(None), [f"backbone={name}"]).backbone.guidance for name in expected}
     assert composed == expected

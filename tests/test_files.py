@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sdtune.formats import write_safetensors
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    before = os.umask(0o027)
+    previous = os.umask(0o027)
     yield
-    os.umask(before)
+    os.umask(previous)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.txt"
     with replacing(file) as partial:
         partial.write_text("new")
@@ -42,7 +42,7 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_what_stood_there_stays_where_writing_fails(sync: bool, tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_or_folder(sync: bool, tmp_path: Path) -> None:
     file, folder = tmp_path / "a.txt", tmp_path / "folder"
     file.write_text("old")
     folder.mkdir()
@@ -62,7 +62,7 @@ def test_what_stood_there_stays_where_writing_fails(sync: bool, tmp_path: Path) 
     assert names(tmp_path) == ["a.txt", "folder"]
 
 
-def test_a_folder_replaces_a_folder_and_keeps_nothing_of_it(tmp_path: Path) -> None:
+def test_folder_replaces_a_folder_completely(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for name in ("old", "new"):
         with replacing(folder) as partial:
@@ -72,7 +72,7 @@ def test_a_folder_replaces_a_folder_and_keeps_nothing_of_it(tmp_path: Path) -> N
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+def test_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "kept").touch()
     with pytest.raises(OSError), replacing(tmp_path / "a") as partial:
@@ -82,8 +82,8 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("umask")
-def test_the_mode_is_the_umasks(tmp_path: Path) -> None:
-    """safetensors makes files of mode 0600, which another user's program cannot read."""
+def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
+    """safetensors creates files with mode 0600, which other users cannot read."""
     write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
     with replacing(tmp_path / "folder") as partial:
         write_safetensors(partial / "b.safetensors", {"x": torch.zeros(2)}, {})
@@ -92,36 +92,36 @@ def test_the_mode_is_the_umasks(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for file in (tmp_path / "a.safetensors", folder / "b.safetensors", folder / "c"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert {stat.S_IMODE(place.stat().st_mode) for place in (folder, folder / "deep")} == {0o750}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "deep")} == {0o750}
 
 
-def test_links_are_kept_and_what_they_name_is_left_alone(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.touch(mode=0o600)
+def test_symlinks_are_kept_and_their_targets_unchanged(tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    target.touch(mode=0o600)
     with replacing(tmp_path / "folder") as partial:
         partial.mkdir()
-        (partial / "link").symlink_to(there)
+        (partial / "link").symlink_to(target)
     assert (tmp_path / "folder" / "link").is_symlink()
-    assert stat.S_IMODE(there.stat().st_mode) == 0o600
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
 
 
-def test_leftovers_of_killed_processes_go_after_an_hour(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_removed_after_an_hour(tmp_path: Path) -> None:
     old, fresh, other = (tmp_path / f"{name}.{16 * 'ab'}.partial" for name in ("a.txt", "a.txt", "b.txt"))
     fresh = fresh.with_name(f"a.txt.{16 * 'cd'}.partial")
-    unlike = tmp_path / "a.txt.mine.partial"
+    unrelated = tmp_path / "a.txt.mine.partial"
     folder = tmp_path / f"a.txt.{16 * 'ef'}.partial"
     folder.mkdir()
     (folder / "inside").touch()
-    for path in (old, fresh, other, unlike):
+    for path in (old, fresh, other, unrelated):
         path.touch()
-    for path in (old, other, unlike, folder, folder / "inside"):
+    for path in (old, other, unrelated, folder, folder / "inside"):
         os.utime(path, (time.time() - 3700,) * 2)
     with replacing(tmp_path / "a.txt") as partial:
         partial.touch()
-    assert names(tmp_path) == sorted(["a.txt", fresh.name, other.name, unlike.name])
+    assert names(tmp_path) == sorted(["a.txt", fresh.name, other.name, unrelated.name])
 
 
-def test_a_folder_that_is_still_written_is_no_leftover(tmp_path: Path) -> None:
+def test_partial_folder_with_recent_files_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / f"a.{16 * 'ef'}.partial"
     folder.mkdir()
     (folder / "inside").touch()
@@ -131,34 +131,34 @@ def test_a_folder_that_is_still_written_is_no_leftover(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", folder.name]
 
 
-def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_threads_can_write_the_same_file(tmp_path: Path) -> None:
     def write(number: int) -> None:
         for _ in range(20):
             write_json(tmp_path / "a.json", [number] * 1000)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(4)))  # raises what a thread has raised
+        list(pool.map(write, range(4)))  # raises the exceptions of the threads
     content = json.loads((tmp_path / "a.json").read_text())
     assert content in [[number] * 1000 for number in range(4)]
     assert names(tmp_path) == ["a.json"]
 
 
-def test_json_that_is_none_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+def test_value_that_json_cannot_represent_is_refused_and_the_file_unchanged(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
-def test_all_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_and_folders_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, synced = tmp_path / "folder", []
     real = os.fsync
 
-    def seen(handle: int) -> None:
+    def record_fsync(handle: int) -> None:
         synced.append((Path(f"/proc/self/fd/{handle}").readlink().name.partition(".")[0], folder.exists()))
         real(handle)
 
-    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "fsync", record_fsync)
     for sync in (False, True):
         with replacing(folder, sync=sync) as partial:
             (partial / "deep").mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_all_is_synced_before_it_takes_its_place(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
-def test_a_stop_between_two_renames_brings_the_old_folder_back(
+def test_interruption_between_two_renames_restores_the_old_folder(
     stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "folder"
@@ -192,7 +192,7 @@ def test_a_stop_between_two_renames_brings_the_old_folder_back(
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+def test_folder_that_a_killed_process_moved_aside_is_restored(tmp_path: Path) -> None:
     aside = tmp_path / f"folder.{16 * 'ab'}.replaced"
     aside.mkdir()
     (aside / "old").touch()
@@ -208,7 +208,7 @@ def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Pat
     assert names(tmp_path) == ["folder"]
 
 
-def test_who_is_alone_removes_leftovers_at_once(tmp_path: Path) -> None:
+def test_single_writer_removes_partial_files_immediately(tmp_path: Path) -> None:
     (tmp_path / f"a.{16 * 'ab'}.partial").touch()
     with replacing(tmp_path / "a", alone=True) as partial:
         partial.touch()
@@ -216,19 +216,21 @@ def test_who_is_alone_removes_leftovers_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("letter", ["a", "\u6f22"])
-def test_long_names_are_written(letter: str, tmp_path: Path) -> None:
+def test_files_with_long_names_are_written(letter: str, tmp_path: Path) -> None:
     file = tmp_path / (letter * (250 // len(letter.encode())))
     write_json(file, 1)
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_cannot_be_removed_keeps_nobody_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = tmp_path / f"a.{16 * 'ab'}.partial"
-    left.touch()
+def test_partial_file_that_cannot_be_removed_does_not_prevent_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = tmp_path / f"a.{16 * 'ab'}.partial"
+    leftover.touch()
     lstat = Path.lstat
 
     def refused(path: Path) -> os.stat_result:
-        if path == left:
+        if path == leftover:
             raise PermissionError
         return lstat(path)
 
@@ -237,7 +239,7 @@ def test_what_cannot_be_removed_keeps_nobody_from_writing(tmp_path: Path, monkey
     assert (tmp_path / "a").read_text() == "1\n"
 
 
-def test_a_link_to_a_folder_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+def test_symlink_to_a_folder_is_kept_and_its_target_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with replacing(tmp_path / "link") as partial:
@@ -247,9 +249,9 @@ def test_a_link_to_a_folder_stays_and_what_it_names_is_replaced(tmp_path: Path) 
     assert names(tmp_path / "real") == ["new"]
 
 
-def test_a_partial_folder_is_no_artifact(tmp_path: Path) -> None:
-    left = tmp_path / f"cat.{16 * 'ab'}.partial"
-    left.mkdir()
-    (left / "model_index.json").touch()
-    with pytest.raises(UserError, match="holds no LoRA, embedding, ControlNet or model"):
+def test_partial_folder_is_not_an_artifact(tmp_path: Path) -> None:
+    leftover = tmp_path / f"cat.{16 * 'ab'}.partial"
+    leftover.mkdir()
+    (leftover / "model_index.json").touch()
+    with pytest.raises(UserError, match="no LoRA, embedding, ControlNet or model in"):
         find_artifact(tmp_path, "run")

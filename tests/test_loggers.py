@@ -1,4 +1,4 @@
-"""Loggers, without an account and without a server."""
+"""Loggers, tested without an account and without a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from running import arguments, rows, train
 from sdtune.loggers import LoggerSettings
 
 
-def test_wandb_offline_keeps_jobs_apart(
+def test_wandb_offline_writes_one_folder_per_run(
     tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -28,7 +28,7 @@ def test_wandb_offline_keeps_jobs_apart(
         assert "WANDB_MODE" not in os.environ
 
 
-def test_wandb_without_an_account_is_refused_and_leaves_no_folder(
+def test_wandb_without_account_is_refused_and_creates_no_folder(
     tiny: Path,
     images: Path,
     tmp_path: Path,
@@ -43,7 +43,7 @@ def test_wandb_without_an_account_is_refused_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_holds_every_step(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_every_step(tiny: Path, images: Path, tmp_path: Path) -> None:
     assert train(*arguments(tiny, images, tmp_path / "run", "trainer.max_steps=3", "logger=tensorboard")) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     logged = events.Scalars("loss")
@@ -52,12 +52,12 @@ def test_tensorboard_holds_every_step(tiny: Path, images: Path, tmp_path: Path) 
     assert {"grad_norm", "lr/unet", "samples_per_second"} <= set(events.Tags()["scalars"])
 
 
-def made_by_a_function(save_dir: str) -> CSVLogger:
+def make_csv_logger(save_dir: str) -> CSVLogger:
     return CSVLogger(save_dir, name="own")
 
 
 class Unclosed(LoggerSettings):
-    """Its service is gone by the time that the run ends."""
+    """Logger whose service is gone when the run ends."""
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> CSVLogger:
         return CSVLogger(str(folder), name="unclosed")
@@ -66,34 +66,34 @@ class Unclosed(LoggerSettings):
         raise ConnectionError(f"no service to tell {failed}")
 
 
-def test_a_function_of_another_package_may_make_a_logger(tiny: Path, images: Path, tmp_path: Path) -> None:
-    own = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.made_by_a_function", "trainer.max_steps=2"]
-    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 0
+def test_function_of_another_package_can_create_a_logger(tiny: Path, images: Path, tmp_path: Path) -> None:
+    overrides = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.make_csv_logger", "trainer.max_steps=2"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *overrides)) == 0
     assert len(list((tmp_path / "run" / "own").glob("*/metrics.csv"))) == 1
 
 
-def test_a_logger_that_cannot_be_closed_hides_neither_the_error_of_the_run_nor_the_other_loggers(
+def test_logger_that_fails_to_close_hides_no_other_error_and_no_other_logger(
     tiny: Path,
     images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    own = [
+    overrides = [
         "trust=[test_loggers,running]",
         "trainer.max_steps=3",
         "+callbacks.poison={_target_: running.Poison, step: 2}",
     ]
-    own += ["+logger.own._target_=test_loggers.made_by_a_function", "+logger.gone._target_=test_loggers.Unclosed"]
-    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 1
-    said = capsys.readouterr()
-    assert "sdtune: step 2: the loss or its gradient is not finite" in said.err
-    assert "CSVLogger: ConnectionError: no service to tell True" in said.out + said.err
+    overrides += ["+logger.own._target_=test_loggers.make_csv_logger", "+logger.gone._target_=test_loggers.Unclosed"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *overrides)) == 1
+    output = capsys.readouterr()
+    assert "sdtune: step 2: the loss or its gradient is not finite" in output.err
+    assert "CSVLogger: ConnectionError: no service to tell True" in output.out + output.err
     [kept] = (tmp_path / "run" / "own").glob("*/metrics.csv")
-    assert kept.read_text().count("\n") > 1, "closed, and so written"
+    assert kept.read_text().count("\n") > 1, "the other logger was closed and has written its file"
 
 
 class Interrupted(LoggerSettings):
-    """The user presses Ctrl-C while it uploads the artifact."""
+    """Logger whose artifact upload is interrupted by Ctrl-C."""
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> CSVLogger:
         return CSVLogger(str(folder), name="interrupted")
@@ -102,10 +102,10 @@ class Interrupted(LoggerSettings):
         raise KeyboardInterrupt
 
 
-def test_after_the_training_ctrl_c_names_the_command_that_goes_on(
+def test_ctrl_c_after_the_training_names_the_resume_command(
     tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.Interrupted", "trainer.max_steps=2"]
-    assert train(*arguments(tiny, images, tmp_path / "run", *own)) == 130
-    expected = f"sdtune: stopped; sdtune train resume={tmp_path}/run goes on from its last checkpoint"
+    overrides = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.Interrupted", "trainer.max_steps=2"]
+    assert train(*arguments(tiny, images, tmp_path / "run", *overrides)) == 130
+    expected = f"sdtune: stopped; continue it with: sdtune train resume={tmp_path}/run"
     assert capsys.readouterr().err.splitlines()[-1] == expected

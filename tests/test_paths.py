@@ -1,4 +1,4 @@
-"""What is taken for a repository's name on the Hugging Face Hub."""
+"""Detection of repository ids of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sdtune.paths import is_hub_id
 
 
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("name", "expected"),
     [
         ("runwayml/stable-diffusion", True),
         ("pocket", False),
@@ -18,5 +18,5 @@ from sdtune.paths import is_hub_id
         ("models/sd/15", False),
     ],
 )
-def test_a_name_with_an_owner_is_a_hub_id(name: str, is_one: bool) -> None:
-    assert is_hub_id(name) is is_one
+def test_only_owner_slash_name_is_a_hub_id(name: str, expected: bool) -> None:
+    assert is_hub_id(name) is expected

@@ -1,4 +1,4 @@
-"""Quoted values come back as they were, through Hydra's grammar and through a shell."""
+"""Quoted values are unchanged after parsing by a shell and by Hydra."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ TEXTS = (
 
 
 def read_by_hydra(text: str) -> str:
-    """What a config holds after the override ``text``."""
+    """Value in the config after the override ``text``."""
     parsed = OverridesParser.create().parse_override(text)
     assert not parsed.is_sweep_override()
     return str(OmegaConf.create({"key": parsed.value(), "x": "interpolated"}).key)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_hydra_reads_back_the_same_text(text: str) -> None:
+def test_hydra_parses_the_original_text(text: str) -> None:
     assert read_by_hydra(override("key", text)) == text
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_shell_and_then_hydra_read_back_the_same_text(text: str) -> None:
+def test_shell_and_hydra_parse_the_original_text(text: str) -> None:
     [word] = shlex.split(shell_override("key", text))
     assert read_by_hydra(word) == text
 
 
-def test_a_plain_path_stays_readable() -> None:
+def test_plain_path_is_not_quoted() -> None:
     assert quoted("outputs/2026-11-29/10-00-00") == "outputs/2026-11-29/10-00-00"
     assert shell_override("resume", "outputs/a b") == "'resume=\"outputs/a b\"'"
     assert shell_override("resume", "it's") == '"resume=\\"it\'s\\""'

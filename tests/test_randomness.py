@@ -1,4 +1,4 @@
-"""Draws as functions of (seed, stream, step, position)."""
+"""Random numbers are functions of (seed, stream, step, position)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import pytest
 
 from sdtune.randomness import generator
 
-Place = tuple[int, str, int, int]
+Key = tuple[int, str, int, int]
 
 
-def drawn(place: Place, count: int = 16) -> np.ndarray:
-    return generator(*place).integers(2**63, size=count)
+def drawn(key: Key, count: int = 16) -> np.ndarray:
+    return generator(*key).integers(2**63, size=count)
 
 
-@pytest.mark.parametrize("place", [(0, "noise", 0, 0), (1, "order", 7, 3), (2**70, "", 2**40, 2**40)])
-def test_the_same_place_gives_the_same_draw(place: Place) -> None:
-    first = drawn(place)
-    generator(*place).random(1000)  # a generator that is used up elsewhere changes nothing
+@pytest.mark.parametrize("key", [(0, "noise", 0, 0), (1, "order", 7, 3), (2**70, "", 2**40, 2**40)])
+def test_same_key_gives_the_same_numbers(key: Key) -> None:
+    first = drawn(key)
+    generator(*key).random(1000)  # use of another generator must have no influence
     drawn((5, "other", 5, 5))
-    assert np.array_equal(drawn(place), first)
+    assert np.array_equal(drawn(key), first)
 
 
 @pytest.mark.parametrize(
-    "neighbour",
+    "neighbor",
     [
         (1, "noise", 5, 3),
         (0, "timestep", 5, 3),
@@ -34,18 +34,18 @@ def test_the_same_place_gives_the_same_draw(place: Place) -> None:
         (0, "noise", 3, 5),
     ],
 )
-def test_a_neighbouring_place_gives_another_draw(neighbour: Place) -> None:
-    assert not np.isin(drawn(neighbour, 1000), drawn((0, "noise", 5, 3), 1000)).any()
+def test_neighboring_key_gives_other_numbers(neighbor: Key) -> None:
+    assert not np.isin(drawn(neighbor, 1000), drawn((0, "noise", 5, 3), 1000)).any()
 
 
-def test_neighbouring_steps_and_positions_do_not_overlap() -> None:
-    """The draws of one place, however many, never run into those of the next: 262,144 words each, all different."""
-    places = [(0, "noise", step, position) for step in (0, 1, 2) for position in (0, 1)]
-    words = np.concatenate([generator(*place).integers(2**64, size=2**18, dtype=np.uint64) for place in places])
+def test_sequences_of_neighboring_keys_do_not_overlap() -> None:
+    """262,144 words of each of six keys are all different."""
+    keys = [(0, "noise", step, position) for step in (0, 1, 2) for position in (0, 1)]
+    words = np.concatenate([generator(*key).integers(2**64, size=2**18, dtype=np.uint64) for key in keys])
     assert len(np.unique(words)) == len(words)
 
 
-def test_seed_and_stream_are_not_run_together() -> None:
+def test_seed_and_stream_are_separated_in_the_key() -> None:
     assert not np.array_equal(drawn((1, "1/a", 0, 0)), drawn((11, "a", 0, 0)))
     assert not np.array_equal(drawn((1, "2", 0, 0)), drawn((12, "", 0, 0)))
 
@@ -55,11 +55,11 @@ def test_streams_and_positions_are_uncorrelated() -> None:
     rows = [generator(0, stream, 0, p).standard_normal(count) for stream in ("noise", "vae") for p in range(8)]
     correlation = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlation).max() < 6 / count**0.5
-    # And along the steps, for one position.
-    along = np.array([generator(0, "noise", step, 0).standard_normal() for step in range(2000)])
-    assert abs(np.corrcoef(along[:-1], along[1:])[0, 1]) < 6 / len(along) ** 0.5
-    assert abs(along.mean()) < 6 / len(along) ** 0.5
-    assert along.std() == pytest.approx(1, abs=0.1)
+    # The numbers of one position are also uncorrelated along the steps.
+    by_step = np.array([generator(0, "noise", step, 0).standard_normal() for step in range(2000)])
+    assert abs(np.corrcoef(by_step[:-1], by_step[1:])[0, 1]) < 6 / len(by_step) ** 0.5
+    assert abs(by_step.mean()) < 6 / len(by_step) ** 0.5
+    assert by_step.std() == pytest.approx(1, abs=0.1)
 
 
 def test_seeds_beyond_32_bits_differ() -> None:
@@ -67,8 +67,8 @@ def test_seeds_beyond_32_bits_differ() -> None:
     assert len({drawn((seed, "noise", 0, 0)).tobytes() for seed in seeds}) == len(seeds)
 
 
-def test_the_draws_are_these() -> None:
-    """Pinned: a change of the function would silently change every run that is resumed."""
+def test_random_numbers_equal_reference_values() -> None:
+    """A change of the generator would silently change every resumed run."""
     assert generator(0, "noise").bit_generator.random_raw(2).tolist() == [18222285687628429512, 627592827463030234]
     assert generator(1, "train/timestep", 5, 2).bit_generator.random_raw(2).tolist() == [
         703542458542763307,

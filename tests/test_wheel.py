@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty environment, outside the checkout."""
+"""The wheel, installed in an empty environment outside the checkout."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ callbacks:
 """
 
 
-def only_what_a_user_runs(names: list[str]) -> None:
-    """Every config and every recipe, typed code, and none of the repository's tools, results and tests."""
+def check_contents(names: list[str]) -> None:
+    """The wheel has all configs and recipes and py.typed, but no tools, results and tests of the repository."""
     conf = {f"sdtune/conf/{file}" for file in configs(ROOT / "conf")}
     assert "sdtune/conf/experiment/lora_subject.yaml" in conf
     assert {name for name in names if name.startswith("sdtune/conf/")} == conf
@@ -37,15 +37,15 @@ def only_what_a_user_runs(names: list[str]) -> None:
 
 
 def configs(folder: Path) -> list[str]:
-    """The YAML files below ``folder``, those behind its link to the recipes among them."""
+    """YAML files below ``folder``, including those behind its symlink to the recipes."""
     walked = os.walk(folder, followlinks=True)
-    files = [Path(place) / name for place, _, names in walked for name in names if name.endswith(".yaml")]
+    files = [Path(parent) / name for parent, _, names in walked for name in names if name.endswith(".yaml")]
     return [file.relative_to(folder).as_posix() for file in files]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
+def test_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     def run(*command: str) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -53,7 +53,7 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
         return done.stdout
 
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT))
-    only_what_a_user_runs(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
+    check_contents(zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))).namelist())
     run(sys.executable, "-m", "venv", str(tmp_path / "env"))
     binaries = tmp_path / "env" / "bin"
     wheel = next((tmp_path / "dist").glob("*.whl"))

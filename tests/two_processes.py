@@ -1,4 +1,4 @@
-"""Run by torchrun from tests/methods/test_contract.py: each method's losses over two processes, as JSON."""
+"""Script that tests/methods/test_contract.py runs with torchrun: losses of each method in two processes, as JSON."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from method_cases import METHODS, MORE, Case
 from running import fit
 
 
-class Mean(Callback):
-    """The loss of each step, over both processes."""
+class MeanLoss(Callback):
+    """Records the loss of each step, averaged over both processes."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -27,15 +27,15 @@ class Mean(Callback):
 
 def main() -> None:
     tiny, images, out, *names = sys.argv[1:]
-    found: dict[str, list[float]] = {}
+    losses_by_case: dict[str, list[float]] = {}
     for name in names:
         case = next(each for each in (*map(Case, METHODS), *MORE) if str(each) == name)
         model, data = case.model(Path(tiny), lr=1e-3), case.data(Path(tiny), Path(images), batch_size=4)
-        seen = Mean()
-        trainer = fit(model, data, 4, [seen], strategy="ddp", devices=2, use_distributed_sampler=False)
-        found[name] = seen.losses
+        recorder = MeanLoss()
+        trainer = fit(model, data, 4, [recorder], strategy="ddp", devices=2, use_distributed_sampler=False)
+        losses_by_case[name] = recorder.losses
         if trainer.is_global_zero:
-            Path(out).write_text(json.dumps(found))
+            Path(out).write_text(json.dumps(losses_by_case))
     torch.distributed.destroy_process_group()
 
 

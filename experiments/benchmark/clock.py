@@ -1,9 +1,9 @@
-"""One measurement: runs a training command in this process and watches its optimizer steps, ours and a peer's alike.
+"""Single measurement: runs a training command in this process and records its optimizer steps, for any trainer.
 
-``python clock.py WATCH STEPS OUT TARGET ARGUMENTS...``, where TARGET is a module or a script. The process ends after
-STEPS optimizer steps, so that what a trainer saves at its end costs no time here. WATCH is ``time`` (when each step
-ended, and the most memory that was resident) or ``count``, which counts the operators, scalar synchronisations and
-arithmetic of one more step behind those. ``$BENCH_BEGAN`` is the monotonic clock's time when the process was asked for.
+``python clock.py WATCH STEPS OUT TARGET ARGUMENTS...``, where TARGET is a module or a script. The process exits after
+STEPS optimizer steps, so that saving at the end of the training is not measured. WATCH is ``time`` (end time of each
+step, peak resident memory) or ``count``, which also counts operators, scalar synchronizations and FLOP of one more
+step. ``$BENCH_BEGAN`` is the monotonic time at which the process was started.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdtune.torch_compat import TorchDispatchMode
 
 SYNCHRONISING = ("aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default")
-"""Operators that make a program wait for its device."""
+"""Operators that block until the device has finished."""
 
 
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that reach the dispatcher, views and detaches included."""
+    """Dispatch mode that counts all operators, including views and detaches."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,42 +41,42 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was resident since the process began."""
+    """Peak resident memory of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
-    """A hook that notes when each step ended, and may count what happens in the one behind them."""
-    began = float(os.environ["BENCH_BEGAN"])
+    """Optimizer post-step hook that records ``steps`` end times and, with ``count``, the work of the next step."""
+    start = float(os.environ["BENCH_BEGAN"])
     ends: list[float] = []
-    seen: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     operators, flops = Counted(), FlopCounterMode(display=False)
 
-    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        ends.append(time.monotonic() - began)
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        ends.append(time.monotonic() - start)
         if len(ends) == steps:
-            seen.update(ends=list(ends), peak_memory_bytes=peak_memory(), threads=torch.get_num_threads())
+            metrics.update(ends=list(ends), peak_memory_bytes=peak_memory(), threads=torch.get_num_threads())
             if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
-                # Their products take other times than numbers' do.
-                raise FloatingPointError(f"what is trained is not finite after {steps} steps")
+                # Arithmetic with NaN or infinity takes a different time.
+                raise FloatingPointError(f"trained parameters are not finite after {steps} steps")
             if not count:
-                leave(out, seen)
+                leave(out, metrics)
             flops.__enter__()  # type: ignore[no-untyped-call]
             operators.__enter__()  # type: ignore[no-untyped-call]
         elif len(ends) > steps:
             operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             flops.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            found = operators.operators
-            synchronisations = sum(found[name] for name in SYNCHRONISING)
-            seen.update(operators=sum(found.values()), synchronisations=synchronisations)
-            leave(out, {**seen, "flop": flops.get_total_flops(), "most": dict(found.most_common(20))})
+            counts = operators.operators
+            synchronisations = sum(counts[name] for name in SYNCHRONISING)
+            metrics.update(operators=sum(counts.values()), synchronisations=synchronisations)
+            leave(out, {**metrics, "flop": flops.get_total_flops(), "most": dict(counts.most_common(20))})
 
-    return after
+    return hook
 
 
 def leave(out: Path, found: dict[str, Any]) -> None:
-    """Write the metrics and end the process at once."""
+    """Write the metrics and exit the process immediately."""
     out.write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
@@ -88,7 +88,7 @@ def main() -> None:
     if target == "sdtune":
         from sdtune.callbacks import cost
 
-        # A run's own metric counts from each step anew; here all count from the start of the process.
+        # sdtune resets the peak memory in a run; here the peak of every trainer counts from the process start.
         cost.reset_peak_memory = lambda device: None  # type: ignore[attr-defined]
     sys.argv = [target, *arguments]
     if target.endswith(".py"):

@@ -1,4 +1,4 @@
-"""What is timed: sdtune's command and its peer's for the same work, with the same images on the same weights."""
+"""Measured commands: sdtune and diffusers' example scripts for the same work, with the same images and weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAPTION = "a photo of a cat"
 
 @dataclass(frozen=True)
 class Shape:
-    """A backbone, ``weights`` a pipeline's folder, and its images: ``side`` in pixels, ``batch`` of them a step."""
+    """Backbone (pipeline folder ``weights``), image ``side`` in pixels, and ``batch`` size."""
 
     name: str
     weights: Path
@@ -24,14 +24,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Command:
-    """A module or script with its arguments."""
+    """Module or script with its arguments."""
 
     target: str
     arguments: tuple[str, ...]
 
 
 def images(folder: Path, side: int, count: int = 8) -> Path:
-    """A folder that both read: images with captions beside them, and diffusers' list of them with control maps."""
+    """Folder of images for both trainers: with caption files for sdtune, with metadata.jsonl and maps for diffusers."""
     rows = []
     for sub in ("captioned", "bare", "listed", "paired"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
@@ -43,18 +43,20 @@ def images(folder: Path, side: int, count: int = 8) -> Path:
         image.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
         (folder / "captioned" / f"{number}.txt").write_text(CAPTION)
         rows.append({"file_name": f"{number}.png", "text": CAPTION})
-    _list(folder / "listed", rows)
-    _list(folder / "paired", [{**r, "conditioning_image_file_name": f"{i}-map.png"} for i, r in enumerate(rows)])
+    _write_metadata(folder / "listed", rows)
+    _write_metadata(
+        folder / "paired", [{**r, "conditioning_image_file_name": f"{i}-map.png"} for i, r in enumerate(rows)]
+    )
     return folder
 
 
-def _list(folder: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write_metadata(folder: Path, rows: Sequence[dict[str, str]]) -> None:
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more: str) -> Command:
-    """``sdtune train`` with what its peer does by default: batch 1, AdamW, a constant rate, no average."""
-    own = {
+    """``sdtune train`` with the defaults of diffusers' scripts: AdamW, constant learning rate, no EMA."""
+    method_arguments = {
         "lora": ["method.rank=4", f"data.path={data / 'captioned'}"],
         "textual_inversion": [
             'new_tokens=[{token: "<new>", init: cat}]',
@@ -85,7 +87,7 @@ def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more
         "evaluation=none",
         f"hydra.run.dir={run}",
     ]
-    return Command("sdtune", ("train", *arguments, *own, *more))
+    return Command("sdtune", ("train", *arguments, *method_arguments, *more))
 
 
 SCRIPTS = {
@@ -95,18 +97,18 @@ SCRIPTS = {
     "full": "text_to_image/train_text_to_image.py",
     "controlnet": "controlnet/train_controlnet.py",
 }
-"""Of diffusers' ``examples``."""
+"""Path of each script in diffusers' folder ``examples``."""
 
 DOCUMENTED = {"full": ("--gradient_checkpointing",)}
-"""What a script's README adds that costs time; its average (``--use_ema``) does not fit 24 GB beside the rest."""
+"""Flags in a script's README that cost time; ``--use_ema`` is omitted, because it does not fit in 24 GB."""
 
 BEST = {"dreambooth": ("--pre_compute_text_embeddings", "--set_grads_to_none"), "controlnet": ("--set_grads_to_none",)}
-"""Flags by which a script is faster on a CPU and learns the same; what only GPUs have is left out."""
+"""Flags that make a script faster on a CPU without changing its result; flags for GPUs are omitted."""
 
 
 def peer(examples: Path, method: str, shape: Shape, data: Path, run: Path, precision: str, *more: str) -> Command:
-    """diffusers' script for the same, with the arguments of its README but for the size and the accumulation."""
-    own = {
+    """diffusers' script for ``method``, with its README's arguments except resolution and gradient accumulation."""
+    method_arguments = {
         "lora": [
             f"--train_data_dir={data / 'listed'}", "--caption_column=text", "--random_flip", "--learning_rate=1e-04",
             "--seed=42",
@@ -136,4 +138,4 @@ def peer(examples: Path, method: str, shape: Shape, data: Path, run: Path, preci
         f"--output_dir={run}",
         f"--mixed_precision={'bf16' if precision == 'bf16-mixed' else 'no'}",
     ]
-    return Command(str(examples / SCRIPTS[method]), (*arguments, *own, *more))
+    return Command(str(examples / SCRIPTS[method]), (*arguments, *method_arguments, *more))

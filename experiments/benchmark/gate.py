@@ -1,4 +1,4 @@
-"""Before anything is timed: with the same noise and timesteps, sdtune's losses and gradients are plain diffusers'."""
+"""Check before the benchmark: sdtune and plain diffusers have equal losses and gradients for the same noise."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ INIT = "cat"
 
 
 def gate(shape: Shape) -> dict[str, Any]:
-    """By method the differences of the losses and of the gradients, of the largest loss and of each tensor's norm.
+    """Differences of losses and gradients for each method, relative to the largest loss and to each tensor's norm.
 
     Raises:
-        RuntimeError: one lies above TOLERANCE, so that speeds would compare different work.
+        RuntimeError: a difference exceeds TOLERANCE, so the benchmark would compare different work.
     """
     source = Pretrained(str(shape.weights))
-    offered: dict[str, Any] = {"backbone": source, "seed": SEED}
+    common: dict[str, Any] = {"backbone": source, "seed": SEED}
     adapters: dict[str, Adapter] = {
-        "lora": LoRA(rank=4, **offered),
-        "textual_inversion": TextualInversion(new_tokens=[NewToken("<new>", init=INIT)], **offered),
-        "dreambooth": DreamBooth(**offered),
-        "full": Full(**offered),
-        "controlnet": ControlNet(**offered),
+        "lora": LoRA(rank=4, **common),
+        "textual_inversion": TextualInversion(new_tokens=[NewToken("<new>", init=INIT)], **common),
+        "dreambooth": DreamBooth(**common),
+        "full": Full(**common),
+        "controlnet": ControlNet(**common),
     }
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for method, adapter in adapters.items():
-        found[method] = _differences(method, adapter, shape)
-        worst = max(found[method].values())
+        differences[method] = _differences(method, adapter, shape)
+        worst = max(differences[method].values())
         if not worst <= TOLERANCE:
-            raise RuntimeError(f"gate: {method} differs from plain diffusers by {worst:.1e}, over {TOLERANCE:g}")
-    return found
+            raise RuntimeError(f"gate: {method} differs from plain diffusers by {worst:.1e}, more than {TOLERANCE:g}")
+    return differences
 
 
 def _differences(method: str, adapter: Adapter, shape: Shape) -> dict[str, float]:
@@ -53,27 +53,29 @@ def _differences(method: str, adapter: Adapter, shape: Shape) -> dict[str, float
     batch["control"] = torch.rand(2, 3, shape.side, shape.side)
     adapter.configure_model()
     for _, parameter in adapter.trainable():
-        if not parameter.any():  # what begins at zero has no gradient before it
+        if not parameter.any():  # layers before a zero weight would have no gradient
             nn.init.normal_(parameter, std=0.02)
     loss = adapter.losses(batch)
     loss.mean().backward()  # type: ignore[no-untyped-call]
-    wanted, gradients = _plain(method, adapter, shape, batch)
+    expected, gradients = _plain_diffusers(method, adapter, shape, batch)
     ours = {name: p.grad for name, p in adapter.trainable()}
     if len(ours) != len(gradients):
         raise RuntimeError(f"gate: {method} trains {len(ours)} tensors, plain diffusers {len(gradients)}")
     return {
-        "loss": float((loss - wanted).abs().max() / wanted.abs().max()),
-        "gradients": max(_apart(ours[name], theirs) for name, theirs in gradients.items()),
+        "loss": float((loss - expected).abs().max() / expected.abs().max()),
+        "gradients": max(_relative_difference(ours[name], reference) for name, reference in gradients.items()),
     }
 
 
-def _apart(ours: Tensor | None, theirs: Tensor) -> float:
+def _relative_difference(ours: Tensor | None, reference: Tensor) -> float:
     assert ours is not None
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-8))
+    return float((ours - reference).norm() / reference.norm().clamp_min(1e-8))
 
 
-def _plain(method: str, adapter: Adapter, shape: Shape, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses [2] of diffusers' and peft's modules put together by hand; gradients by the adapter's names."""
+def _plain_diffusers(
+    method: str, adapter: Adapter, shape: Shape, batch: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses [2] of diffusers' and peft's modules, and gradients by the adapter's parameter names."""
     pipe = StableDiffusionPipeline.from_pretrained(shape.weights, local_files_only=True, torch_dtype=torch.float32)
     unet, encoder, tokenizer = pipe.unet.train(), pipe.text_encoder, pipe.tokenizer
     for model in (unet, encoder, pipe.vae):
@@ -112,7 +114,7 @@ def _plain(method: str, adapter: Adapter, shape: Shape, batch: dict[str, Any]) -
 
 
 def _output(pipe: Any, net: nn.Module | None, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What the UNet says, and the noise that it should have said."""
+    """Prediction of the UNet, and the noise that it should predict."""
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         posterior = pipe.vae.encode(batch["pixels"]).latent_dist
@@ -132,13 +134,14 @@ def _output(pipe: Any, net: nn.Module | None, batch: dict[str, Any]) -> tuple[Te
     ).input_ids
     text = pipe.text_encoder(ids)[0]
     noisy = scheduler.add_noise(latents, noise, times)
-    more = {}
+    residuals = {}
     if net is not None:
         down, mid = net(noisy, times, encoder_hidden_states=text, controlnet_cond=batch["control"], return_dict=False)
-        more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    return pipe.unet(noisy, times, encoder_hidden_states=text, **more).sample, noise
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return pipe.unet(noisy, times, encoder_hidden_states=text, **residuals).sample, noise
 
 
 def drawn(stream: str, shape: torch.Size) -> Tensor:
+    """Normal noise of both samples from a random stream, float32 [2, *shape]."""
     rows = [generator(SEED, stream, STEP, p).standard_normal(tuple(shape), dtype="float32") for p in POSITIONS]
     return torch.stack([torch.from_numpy(row) for row in rows])

@@ -1,4 +1,4 @@
-"""A sweep of eight LoRAs, 4 ranks by 2 rates: one after another, two at once, and all on one backbone."""
+"""Benchmark of a sweep of eight LoRAs (4 ranks, 2 learning rates): sequential, two processes, shared backbone."""
 
 from __future__ import annotations
 
@@ -26,38 +26,42 @@ WAYS = {
 
 
 def sweeps(batch: int, precision: str, folder: Path) -> dict[str, Any]:
-    """Loop and wall time of each way, by turns, and how far the artifacts lie apart.
+    """Loop and wall time of each way in seconds, measured in turn, and the largest difference of the artifacts.
 
-    The loop's time is that of all jobs' optimizer steps, from the medians that the runs themselves write: with two
-    at once half of the sum, on one backbone that of one job, whose steps are everyone's.
+    The loop time is the time of the optimizer steps of all jobs, computed from the median step times in their
+    metrics.json: their sum for sequential jobs, half of the sum for two processes, the median for a shared backbone,
+    where all jobs step together.
     """
-    place = folder / "sweep"
-    found: dict[str, Any] = {way: {"loop_seconds": [], "wall_seconds": []} for way in WAYS}
+    sweep_folder = folder / "sweep"
+    results: dict[str, Any] = {way: {"loop_seconds": [], "wall_seconds": []} for way in WAYS}
     for turn in range(ROUNDS):
         for way in WAYS:
-            for kept in (place / way, place / "cache"):
-                shutil.rmtree(kept, ignore_errors=True)
-            wall = _run(way, batch, precision, place)
-            written = [json.loads(file.read_text()) for file in (place / way).glob("*/metrics.json")]
-            if len(written) != 8:
-                raise RuntimeError(f"{way}: {len(written)} of 8 jobs are complete; see {place / way}")
-            if way == "shared backbone" and {figures["shared_with"] for figures in written} != {8}:
-                raise RuntimeError(f"{way}: there was no room for eight at once")
-            each = [figures["median_step_seconds"] for figures in written]
-            loop = {"one after another": sum(each), "two processes at once": sum(each) / 2}.get(way, median(each))
-            found[way]["loop_seconds"].append(loop * STEPS)
-            found[way]["wall_seconds"].append(wall)
+            for stale in (sweep_folder / way, sweep_folder / "cache"):
+                shutil.rmtree(stale, ignore_errors=True)
+            wall = _run(way, batch, precision, sweep_folder)
+            metrics = [json.loads(file.read_text()) for file in (sweep_folder / way).glob("*/metrics.json")]
+            if len(metrics) != 8:
+                raise RuntimeError(f"{way}: {len(metrics)} of 8 jobs are complete; see {sweep_folder / way}")
+            if way == "shared backbone" and {figures["shared_with"] for figures in metrics} != {8}:
+                raise RuntimeError(f"{way}: the eight jobs did not all share one backbone")
+            step_seconds = [figures["median_step_seconds"] for figures in metrics]
+            loop = {"one after another": sum(step_seconds), "two processes at once": sum(step_seconds) / 2}.get(
+                way, median(step_seconds)
+            )
+            results[way]["loop_seconds"].append(loop * STEPS)
+            results[way]["wall_seconds"].append(wall)
             print(
                 f"sweep, batch {batch}, {precision}, {way} {turn}: {wall:.1f} s, loop {loop * STEPS:.1f} s", flush=True
             )
-    found["largest difference"] = max(
-        _apart(place / "one after another" / job, place / "shared backbone" / job) for job in map(str, range(8))
+    results["largest difference"] = max(
+        _largest_difference(sweep_folder / "one after another" / job, sweep_folder / "shared backbone" / job)
+        for job in map(str, range(8))
     )
-    shutil.rmtree(place)
-    return found
+    shutil.rmtree(sweep_folder)
+    return results
 
 
-def _run(way: str, batch: int, precision: str, place: Path) -> float:
+def _run(way: str, batch: int, precision: str, sweep_folder: Path) -> float:
     arguments = [
         "-m",
         "experiment=lora_subject",
@@ -69,25 +73,30 @@ def _run(way: str, batch: int, precision: str, place: Path) -> float:
         f"hardware.precision={precision}",
         "callbacks.samples=null",
         "evaluation=none",
-        f"hydra.sweep.dir={place / way}",
+        f"hydra.sweep.dir={sweep_folder / way}",
         *WAYS[way],
     ]
-    cache = {"SDTUNE_CACHE": str(place / "cache")}
-    began = time.monotonic()
-    done = subprocess.run(
+    cache = {"SDTUNE_CACHE": str(sweep_folder / "cache")}
+    start = time.monotonic()
+    process = subprocess.run(
         [sys.executable, "-m", "sdtune", "train", *arguments],
         env=os.environ | cache,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        raise RuntimeError(f"{way}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
-    return time.monotonic() - began
+    if process.returncode:
+        raise RuntimeError(f"{way}: {process.stdout[-1000:]}{process.stderr[-2000:]}")
+    return time.monotonic() - start
 
 
-def _apart(one: Path, other: Path) -> float:
-    """The largest difference of a tensor of two artifacts, of its norm."""
-    (here,), (there,) = (list((run / "artifact").glob("pytorch_lora_weights.safetensors")) for run in (one, other))
-    ours, theirs = load_file(here), load_file(there)
-    return max(float((ours[n] - t).norm() / t.norm().clamp_min(torch.finfo(t.dtype).tiny)) for n, t in theirs.items())
+def _largest_difference(one: Path, other: Path) -> float:
+    """Largest difference of a tensor in the LoRA files of two runs, relative to its norm."""
+    (file,), (reference_file,) = (
+        list((run / "artifact").glob("pytorch_lora_weights.safetensors")) for run in (one, other)
+    )
+    tensors, references = load_file(file), load_file(reference_file)
+    return max(
+        float((tensors[name] - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
+        for name, reference in references.items()
+    )

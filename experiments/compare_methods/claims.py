@@ -1,4 +1,4 @@
-"""What is usually said of each method, and what a comparison's metrics say to it."""
+"""Common claims about each method, and their verification by the metrics of a comparison."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ SUBJECT_METHODS = ("textual_inversion", "lora", "dreambooth", "full")
 METHODS = (*SUBJECT_METHODS, "controlnet")
 
 LIKENESS, SUBJECT = 0.25, 0.6
-"""``subject_gain`` from which an image is said to be like the subject, and to show it."""
+"""Minimum ``subject_gain`` for a likeness of the subject, and for the subject itself."""
 
 FREE = 0.85
-"""``background_accuracy`` from which prompts are said to be followed."""
+"""Minimum ``background_accuracy`` at which prompts count as followed."""
 
 LEAK = 0.10
-"""``prior_leak`` up to which the class is said to be kept."""
+"""Maximum ``prior_leak`` at which the class counts as preserved."""
 
 FOLLOWED = 0.3
-"""``control_less_shuffled`` from which a map is said to be followed."""
+"""Minimum ``control_less_shuffled`` at which a control map counts as followed."""
 
 Figures = Mapping[str, Mapping[str, Value]]
-"""By method, each metric over the seeds."""
+"""Metrics of each method, over the seeds."""
 
 Verdict = bool | None
-"""None: within the noise."""
+"""Whether a claim holds; None if the difference is within the noise."""
 
 
 @dataclass(frozen=True)
 class Asserted:
-    """What is usually said of a method: the resources that it needs, its effect, and what it suits."""
+    """Common claims about a method: its resources, its effect and its use."""
 
     resources: str
     effect: str
@@ -49,13 +49,13 @@ ASSERTED = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A saying that metrics can contradict.
+    """Claim that metrics can contradict.
 
     Attributes:
-        text: the saying.
-        metrics: those that decide, shown beside the verdict.
-        methods: of which they are shown.
-        holds: whether it is so.
+        text: the claim.
+        figures: names of the deciding metrics, shown next to the verdict.
+        methods: methods whose metrics are shown.
+        holds: function that computes the verdict.
     """
 
     text: str
@@ -68,24 +68,24 @@ COSTS = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes", "seconds
 
 
 def less(a: Value, b: Value) -> Verdict:
-    """Whether ``a`` is less than ``b``, by more than their spreads reach."""
+    """Whether ``a`` is less than ``b``; None if their intervals overlap."""
     if a.ends[1] < b.ends[0]:
         return True
     return None if a.ends[0] < b.ends[1] else False
 
 
 def at_most(a: Value, limit: float) -> Verdict:
-    """Whether ``a`` lies up to ``limit``, its spread and all."""
+    """Whether ``a`` is at most ``limit``; None if its interval contains the limit."""
     return True if a.ends[1] <= limit else None if a.ends[0] <= limit else False
 
 
 def at_least(a: Value, limit: float) -> Verdict:
-    """Whether ``a`` lies from ``limit`` on, its spread and all."""
+    """Whether ``a`` is at least ``limit``; None if its interval contains the limit."""
     return True if a.ends[0] >= limit else None if a.ends[1] >= limit else False
 
 
 def both(*verdicts: Verdict) -> Verdict:
-    """Whether all are so."""
+    """Conjunction of verdicts: False if one is False, else None if one is None, else True."""
     return False if False in verdicts else None if None in verdicts else True
 
 
@@ -182,7 +182,7 @@ CLAIMS = (
 
 
 def suits(figures: Mapping[str, float]) -> str:
-    """What a method with these means suits, by the thresholds of this module."""
+    """Use of a method with these mean metrics, by the thresholds of this module."""
     if "control_less_shuffled" in figures:
         follows = "a structure that a map gives" if figures["control_less_shuffled"] >= FOLLOWED else "nothing yet"
         return follows + _prompts(figures)

@@ -1,4 +1,4 @@
-"""A method's metrics over seeds, and what ``sdtune plan`` counts for it at Stable Diffusion's size."""
+"""Metrics of a method over seeds, and the resources that ``sdtune plan`` counts for Stable Diffusion 1.5."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sdtune.runs.layout import READINGS
 
 
 def measured(runs: Sequence[Run]) -> dict[str, Value]:
-    """A method's metrics over its seeds."""
-    found: dict[str, Value] = {}
+    """Metrics of a method over its seeds, with 95% intervals if per-image values exist, else standard deviations."""
+    metrics: dict[str, Value] = {}
     for key in dict.fromkeys(key for run in runs for key in run.metrics):
         values = [run.metrics[key] for run in runs if key in run.metrics]
-        found[key] = Value(fmean(values), spread=stdev(values) if len(values) > 1 else None)
+        metrics[key] = Value(fmean(values), spread=stdev(values) if len(values) > 1 else None)
     seconds = [run.metrics["median_step_seconds"] * run.metrics["steps"] for run in runs]
-    found["seconds"] = Value(fmean(seconds), spread=stdev(seconds) if len(seconds) > 1 else None)
-    single = [json.loads((run.folder / "evaluation" / READINGS).read_text()) for run in runs]
-    readings = {key: np.array([values[key] for values in single], dtype=float) for key in single[0]}
+    metrics["seconds"] = Value(fmean(seconds), spread=stdev(seconds) if len(seconds) > 1 else None)
+    per_run = [json.loads((run.folder / "evaluation" / READINGS).read_text()) for run in runs]
+    readings = {key: np.array([values[key] for values in per_run], dtype=float) for key in per_run[0]}
     for key, (mean, low, high) in intervals(readings, runs[0].metrics.get("ceiling_subject_accuracy")).items():
-        found[key] = Value(mean, interval=(low, high))
-    return found
+        metrics[key] = Value(mean, interval=(low, high))
+    return metrics
 
 
 def planned(method: str) -> dict[str, float]:
-    """What ``sdtune plan experiment=sd15_<method>`` counts: parameters, artifact, peak a device, TFLOP a step."""
+    """Counts of ``sdtune plan experiment=sd15_<method>``: parameters, artifact, peak per device, TFLOP per step."""
     with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
         job = checked_plan(compose("plan", [f"experiment=sd15_{method}"], return_hydra_config=True))
     figures = count(plan_request(job))
     hardware = job.config["hardware"]
-    # The optimizer's state is counted as the recipe configures it, 8-bit or not.
+    # The optimizer state is counted as configured in the recipe, including 8-bit optimizers.
     switches = Switches(checkpointing=hardware["gradient_checkpointing"], offload=hardware["offload"])
     cost = figures.checkpointed if switches.checkpointing else figures.plain
     return {

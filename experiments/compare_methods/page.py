@@ -1,4 +1,4 @@
-"""The comparison's tables, in Markdown."""
+"""Tables of the comparison, in Markdown."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ _STRUCTURE = ("control_agreement", "control_agreement_shuffled", "control_less_s
 _COSTS = (*COSTS, "seconds_to_best")
 
 
-def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[str, float]], seeds: int) -> list[str]:
-    """The tables."""
-    means = {method: {key: value.mean for key, value in values.items()} for method, values in found.items()}
-    lines = [f"Over {seeds} seed{'s' if seeds > 1 else ''}:", ""]
+def page(metrics: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[str, float]], seeds: int) -> list[str]:
+    """Lines of the generated section of README.md."""
+    means = {method: {key: value.mean for key, value in values.items()} for method, values in metrics.items()}
+    lines = [f"Results over {seeds} seed{'s' if seeds > 1 else ''}:", ""]
     lines += _table(
         ["method", "resources, said", "measured", "effect, said", "measured", "suits, said", "measured"],
         [
-            [method, said.resources, _resources(found[method]), said.effect, _effect(found[method]), said.suits,
+            [method, said.resources, _resources(metrics[method]), said.effect, _effect(metrics[method]), said.suits,
              suits(means[method])]
             for method, said in ASSERTED.items()
         ],
     )  # fmt: skip
-    lines += ["", "What they need here:", ""]
-    lines += _figures(found, _COSTS)
+    lines += ["", "Measured resources:", ""]
+    lines += _figures(metrics, _COSTS)
     lines += [
         "",
-        "What `sdtune plan experiment=sd15_...` counts for Stable Diffusion 1.5 at 512x512:",
+        "Planned resources for Stable Diffusion 1.5 at 512x512, from `sdtune plan experiment=sd15_...`:",
         "",
     ]
     lines += _table(
@@ -59,16 +59,17 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
             for method, plan in plans.items()
         ],
     )
-    lines += ["", "What they do to the subject and to its class:", ""]
-    lines += _figures({method: found[method] for method in SUBJECT_METHODS}, _EFFECT)
-    lines += ["", "What a map does, on scenes of its own:", ""]
-    lines += _figures({"controlnet": found["controlnet"]}, _STRUCTURE)
+    lines += ["", "Effect on the subject and on its class:", ""]
+    lines += _figures({method: metrics[method] for method in SUBJECT_METHODS}, _EFFECT)
+    lines += ["", "Effect of a control map, on separate scenes:", ""]
+    lines += _figures({"controlnet": metrics["controlnet"]}, _STRUCTURE)
     lines += [
         "",
-        "What is usually said, and what these metrics say to it. The subject is shown from a `subject_gain` of",
-        f"{SUBJECT:g} on and resembled from {LIKENESS:g}, prompts are followed from a `background_accuracy` of",
-        f"{FREE:g}, a class is kept up to a `prior_leak` of {LEAK:g}, a map is followed from {FOLLOWED:g} above",
-        "another's; within the noise: intervals (or standard deviations) meet.",
+        "Common claims (*saying*), and whether they hold in these metrics (*here*). A `subject_gain` of at least",
+        f"{SUBJECT:g} counts as the subject itself, at least {LIKENESS:g} as a likeness. Prompts count as followed",
+        f"from a `background_accuracy` of {FREE:g}, a class counts as kept up to a `prior_leak` of {LEAK:g}, and a map",
+        f"counts as followed from a `control_less_shuffled` of {FOLLOWED:g}. *within the noise*: the intervals (or",
+        "standard deviations) overlap.",
         "",
     ]
     lines += _table(
@@ -76,9 +77,9 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
         [
             [
                 claim.text,
-                _SAID[claim.holds(found)],
+                _VERDICTS[claim.holds(metrics)],
                 "; ".join(
-                    f"{figure}: " + ", ".join(f"{m} {found[m][figure].shown(figure)}" for m in claim.methods)
+                    f"{figure}: " + ", ".join(f"{m} {metrics[m][figure].shown(figure)}" for m in claim.methods)
                     for figure in claim.figures
                 ),
             ]
@@ -88,16 +89,16 @@ def page(found: Mapping[str, Mapping[str, Value]], plans: Mapping[str, Mapping[s
     return lines
 
 
-_SAID = {True: "so", False: "**not so**", None: "within the noise"}
+_VERDICTS = {True: "so", False: "**not so**", None: "within the noise"}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _figures(found: Mapping[str, Mapping[str, Value]], keys: Sequence[str]) -> list[str]:
-    shown = [key for key in keys if any(key in values for values in found.values())]
-    cells = {m: [v[key].shown(key) if key in v else "" for key in shown] for m, v in found.items()}
+def _figures(metrics: Mapping[str, Mapping[str, Value]], keys: Sequence[str]) -> list[str]:
+    shown = [key for key in keys if any(key in values for values in metrics.values())]
+    cells = {m: [v[key].shown(key) if key in v else "" for key in shown] for m, v in metrics.items()}
     return _table(["method", *shown], [[method, *row] for method, row in cells.items()])
 
 

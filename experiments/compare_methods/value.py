@@ -1,4 +1,4 @@
-"""A metric over several seeds."""
+"""Metric over several seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sdtune.runs.metrics import unit
 
 @dataclass(frozen=True)
 class Value:
-    """A metric over the seeds: its mean, and an interval's ends (95%, by bootstrap) or a standard deviation."""
+    """Mean of a metric over the seeds, with a 95% bootstrap interval or a standard deviation (``spread``)."""
 
     mean: float
     interval: tuple[float, float] | None = None
@@ -17,11 +17,11 @@ class Value:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """From where to where it may lie: the interval, or a standard deviation to both sides."""
+        """Lower and upper bound: the interval, or mean minus and plus one standard deviation."""
         return self.interval or (self.mean - (self.spread or 0.0), self.mean + (self.spread or 0.0))
 
     def shown(self, figure: str) -> str:
-        """Mean and spread, in the unit that suits ``metric``."""
+        """Mean and interval or standard deviation as text, in the unit of the metric ``figure``."""
         if self.interval is not None:
             return f"{self.mean:.3f} ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
         spread = f" ± {unit(self.spread, figure, 2)}" if self.spread else ""

@@ -1,8 +1,8 @@
-"""Recipes' measured results over seeds: ``python -m experiments.pocket.table NAME ... [--seeds 0 1 2] [--jobs 2]``.
+"""Results of recipes over seeds: ``python -m experiments.pocket.table NAME ... [--seeds 0 1 2] [--jobs 2]``.
 
-Runs ``sdtune train experiment=NAME`` once a seed, unless it has been run already, and writes ``experiments/NAME/``: a
-table with intervals, the metrics of each seed, and the grid of the first; then the table of all recipes in
-``experiments/README.md``.
+Runs ``sdtune train experiment=NAME`` once per seed, except for finished runs, and writes ``experiments/NAME/``: a table
+with intervals, the metrics of each seed, and the image grid of the first seed. Then updates the tables of all recipes
+in ``experiments/README.md``.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from sdtune.runs.layout import READINGS
 
 _COST = ("trainable_parameters", "artifact_bytes", "peak_memory_bytes")
 _TIMES = ("median_step_seconds", "images_per_second", "seconds_to_best")
-"""Of runs that may have shared the machine: for no table."""
+"""Timings, omitted from the tables because runs may have shared the machine."""
 
 _OVERVIEW = {
     "subject": ("subject_gain", "background_accuracy", "prior_leak", "class_diversity"),
     "style": ("style_accuracy", "object_accuracy", "background_accuracy"),
     "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
 }
-"""Table -> the metrics that it shows; a recipe stands in the first whose leading metric it has."""
+"""Metrics of each overview table; a recipe appears in every table whose first metric it has."""
 
 
-def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], found: Mapping[str, Interval]) -> str:
-    """The page ``experiments/<name>/README.md``."""
+def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], metrics: Mapping[str, Interval]) -> str:
+    """Text of ``experiments/<name>/README.md``."""
     lines = [
         f"# {name}",
         "",
         f"`python -m experiments.pocket.table {name} --seeds {' '.join(map(str, seeds))}`",
-        f"runs [the recipe](../{name}.yaml) once a seed and writes this page. The intervals are by bootstrap over",
-        "seeds and images, and with three seeds too narrow where these differ more than the images; metrics of",
-        "pocket's world are not comparable with published ones.",
+        f"runs [the recipe](../{name}.yaml) once per seed and generates this page. The intervals are bootstrap",
+        "intervals over seeds and images. With three seeds they are too narrow if seeds differ more than images. The",
+        "metrics of pocket's world are not comparable with published ones.",
         "",
         "| metric | mean | 95% interval |",
         "|---|---|---|",
     ]
-    lines += [f"| {key} | {mean:.3f} | {low:.3f} to {high:.3f} |" for key, (mean, low, high) in sorted(found.items())]
-    others = [
-        k for k in runs[0] if k not in found and k not in (*_COST, *_TIMES, "steps", "validation_step", "reasons")
+    lines += [f"| {key} | {mean:.3f} | {low:.3f} to {high:.3f} |" for key, (mean, low, high) in sorted(metrics.items())]
+    other_keys = [
+        k for k in runs[0] if k not in metrics and k not in (*_COST, *_TIMES, "steps", "validation_step", "reasons")
     ]
-    rows = [(key, [run.get(key) for run in runs]) for key in (*others, *_COST)]
+    rows = [(key, [run.get(key) for run in runs]) for key in (*other_keys, *_COST)]
     lines += ["", f"| metric | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---" * (len(seeds) + 1) + "|"]
     lines += [
         f"| {key} | {' | '.join(f'{v:,}' if isinstance(v, int) else f'{v:.3f}' for v in values)} |"
@@ -69,15 +69,15 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], fou
 
 
 def overview(folder: Path) -> list[str]:
-    """The tables of every recipe that has been measured, from the ``metrics.json`` below ``folder``."""
+    """Lines of the tables of all measured recipes, from the ``metrics.json`` files below ``folder``."""
     contents = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/metrics.json"))}
-    found = {name: content["figures"] for name, content in contents.items()}
+    metrics = {name: content["figures"] for name, content in contents.items()}
     lines: list[str] = []
     for figures in _OVERVIEW.values():
-        mine = {name: values for name, values in found.items() if figures[0] in values}
-        if mine:
+        recipes = {name: values for name, values in metrics.items() if figures[0] in values}
+        if recipes:
             lines += ["", f"| recipe | seeds | {' | '.join(figures)} |", "|---" * (len(figures) + 2) + "|"]
-        for name, values in mine.items():
+        for name, values in recipes.items():
             cells = [f"{v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" if (v := values.get(key)) else "" for key in figures]
             lines.append(f"| [{name}]({name}/README.md) | {len(contents[name]['seeds'])} | {' | '.join(cells)} |")
     return lines[1:]
@@ -85,35 +85,38 @@ def overview(folder: Path) -> list[str]:
 
 def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
     command = [sys.executable, "-m", "sdtune", "train"]
-    own = [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
+    overrides = [f"experiment={name}", f"seed={seed}", f"hydra.run.dir={folder}"]
     if (folder / "metrics.json").is_file():
-        today = subprocess.run([*command, *own, "--cfg", "job"], check=True, capture_output=True, text=True).stdout
-        before, now = (
+        recipe = subprocess.run(
+            [*command, *overrides, "--cfg", "job"], check=True, capture_output=True, text=True
+        ).stdout
+        old, new = (
             flat(OmegaConf.to_container(config))
-            for config in (OmegaConf.load(folder / ".hydra" / "config.yaml"), OmegaConf.create(today))
+            for config in (OmegaConf.load(folder / ".hydra" / "config.yaml"), OmegaConf.create(recipe))
         )
-        # Settings that are new since, or gone, are passed over: a later version's recipe is still the same.
-        other = first_change(before, now)
-        if other is not None:
+        # Settings that a later version of sdtune added or removed are ignored.
+        changed_key = first_change(old, new)
+        if changed_key is not None:
             raise UserError(
-                f"{folder}: {name} was another recipe then ({other} {before[other]!r}, now {now[other]!r}); remove the"
-                " folder to run it again"
+                f"{folder} was run with another version of {name}"
+                f" ({changed_key} was {old[changed_key]!r}, is now {new[changed_key]!r})",
+                remedy="remove the folder to run it again",
             )
         return
     if any(folder.glob("checkpoints/step*.ckpt")):
-        own = [f"resume={folder}"]
+        overrides = [f"resume={folder}"]
     environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    subprocess.run([*command, *own], check=True, env=environment)
+    subprocess.run([*command, *overrides], check=True, env=environment)
 
 
 def _write(name: str, seeds: Sequence[int], folders: Sequence[Path], target: Path) -> None:
     runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    single = [json.loads((folder / "evaluation" / READINGS).read_text()) for folder in folders]
-    readings = {key: np.array([values[key] for values in single], dtype=float) for key in single[0]}
-    found = intervals(readings, runs[0].get("ceiling_subject_accuracy"))
+    per_run = [json.loads((folder / "evaluation" / READINGS).read_text()) for folder in folders]
+    readings = {key: np.array([values[key] for values in per_run], dtype=float) for key in per_run[0]}
+    metrics = intervals(readings, runs[0].get("ceiling_subject_accuracy"))
     target.mkdir(parents=True, exist_ok=True)
-    write_text(target / "README.md", text(name, seeds, runs, found))
-    write_json(target / "metrics.json", {"figures": found, "seeds": dict(zip(map(str, seeds), runs, strict=True))})
+    write_text(target / "README.md", text(name, seeds, runs, metrics))
+    write_json(target / "metrics.json", {"figures": metrics, "seeds": dict(zip(map(str, seeds), runs, strict=True))})
     shutil.copy2(folders[0] / "samples" / "before_after.png", target / "before_after.png")
     print(target / "README.md")
 
@@ -122,19 +125,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.pocket.table", description="Measure recipes over seeds."
     )
-    parser.add_argument("names", nargs="+", help="of experiments/<name>.yaml")
+    parser.add_argument("names", nargs="+", help="recipe names, as in experiments/<name>.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("outputs/results"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, the cores shared out")
+    parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs, which share the cores")
     arguments = parser.parse_args()
     threads = None if arguments.jobs == 1 else max(1, (os.cpu_count() or 1) // arguments.jobs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        wanted = [
+        futures = [
             pool.submit(_run, name, seed, arguments.runs / name / f"seed-{seed}", threads)
             for name, seed in product(arguments.names, arguments.seeds)
         ]
-    for run in wanted:
-        run.result()
+    for future in futures:
+        future.result()
     experiments = Path("experiments")
     for name in arguments.names:
         folders = [arguments.runs / name / f"seed-{seed}" for seed in arguments.seeds]

@@ -1,7 +1,7 @@
-"""One training step of each method at Stable Diffusion 1.5's true shapes, against what sdtune plan counts.
+"""One training step of each method at Stable Diffusion 1.5's true shapes, compared with the counts of sdtune plan.
 
-``make real-shapes``. The weights are random, drawn once; everything else is ``sdtune train`` on a CPU in bfloat16: a
-process a step, its peak memory read by the run itself. Writes results.json and README.md beside this file.
+Run by ``make real-shapes``. The weights are random and generated once. Each step is a process of ``sdtune train`` on a
+CPU in bfloat16, which records its own peak memory. Writes results.json and README.md next to this file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from sdtune.backbone.models import KINDS, from_config
-from sdtune.backbone.single_file import shipped
+from sdtune.backbone.single_file import included_configs
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.files import write_json, write_text
@@ -31,7 +31,7 @@ from sdtune.planning.request import count
 
 HERE = Path(__file__).parent
 SIZES = ((256, 256), (320, 192))
-"""Width and height in pixels; the second is what an aspect bucket of data.resolution=256 holds."""
+"""Width and height in pixels; the second is an aspect-ratio bucket of data.resolution=256."""
 
 METHODS = {
     "textual_inversion": ['new_tokens=[{token: "<new>", init: cat}]', "data.templates=['<new> {}']"],
@@ -41,15 +41,15 @@ METHODS = {
     "controlnet": ["data/control=canny"],
 }
 
-_ROOM = "import sdtune.commands.train, sdtune.callbacks, sdtune.methods, pytorch_lightning"
+_IMPORTS = "import sdtune.commands.train, sdtune.callbacks, sdtune.methods, pytorch_lightning"
 _RESIDENT = "print(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])"
 
 
 def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.float16) -> None:
-    """A pipeline folder of the shipped configs of ``kind``, its weights random: float16, text encoders' ``text``."""
+    """Write a pipeline with random weights in the shapes of ``kind``: float16, text encoders in dtype ``text``."""
     if (folder / "model_index.json").is_file():
         return
-    configs = shipped(kind)
+    configs = included_configs(kind)
     assert configs is not None
     torch.manual_seed(0)
     for name in [name for name in KINDS if (configs / name).is_dir()]:
@@ -60,11 +60,11 @@ def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.
     for name in ("tokenizer", "tokenizer_2") if (configs / "text_encoder_2").is_dir() else ("tokenizer",):
         write_tokenizer(folder / name, "!" if name == "tokenizer_2" else END)
         index[name] = ["transformers", "CLIPTokenizer"]
-    write_json(folder / "model_index.json", index)  # last: with it the folder is complete
+    write_json(folder / "model_index.json", index)  # written last, because it marks the folder as complete
 
 
 def images(folder: Path, size: tuple[int, int]) -> Path:
-    """Two images of noise and colour with captions."""
+    """Folder with two colored noise images and captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(2):
         noise = Image.effect_noise(size, 80 + 40 * number)
@@ -76,7 +76,7 @@ def images(folder: Path, size: tuple[int, int]) -> Path:
 
 
 def planned(method: str, settings: list[str]) -> dict[str, int]:
-    """What ``sdtune plan`` counts: trained parameters, bytes of the artifact and of the peak in a step."""
+    """Counts of ``sdtune plan``: trained parameters, bytes of the artifact, bytes of the peak in a step."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("plan", [f"method={method}", *settings], return_hydra_config=True)
         job = checked_plan(config)
@@ -86,7 +86,7 @@ def planned(method: str, settings: list[str]) -> dict[str, int]:
 
 
 def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
-    """What a step of ``sdtune train`` took."""
+    """Run one step of ``sdtune train``; returns its loss, parameters, artifact size and peak memory."""
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "sdtune", "train", f"method={method}", *settings, f"hydra.run.dir={run}"]
     subprocess.run(command, check=True)
@@ -96,7 +96,7 @@ def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
     shutil.rmtree(run)
     loss = float(row["loss"])
     if not math.isfinite(loss) or figures["steps"] != 1:
-        raise RuntimeError(f"{method}: the step has a loss of {loss} and counts {figures['steps']}")
+        raise RuntimeError(f"{method}: loss {loss} after {figures['steps']} steps, expected a finite loss after 1 step")
     return {
         "trained": figures["trainable_parameters"],
         "artifact": figures["artifact_bytes"],
@@ -106,29 +106,30 @@ def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
 
 
 def room() -> int:
-    """Bytes resident in a process that has imported everything and loaded nothing."""
-    code = f"{_ROOM}\n{_RESIDENT}"
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return int(said.split()[-1]) * 1024
+    """Resident bytes of a process that has imported all modules and loaded no model."""
+    code = f"{_IMPORTS}\n{_RESIDENT}"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return int(output.split()[-1]) * 1024
 
 
-def page(found: dict[str, Any]) -> str:
-    """README.md from results.json."""
+def page(results: dict[str, Any]) -> str:
+    """Text of README.md, from results.json."""
     lines = [
         "# One step at Stable Diffusion 1.5's true shapes",
         "",
-        "`make real-shapes` takes one step of each method with random weights in SD 1.5's shapes: `sdtune train` on a",
-        "CPU, bf16-mixed, one sample (a pair for DreamBooth), AdamW, no checkpointing. The peak is the resident memory",
-        f"of the process in training, less the {found['room'] / 1024**2:,.0f} MiB of one that has imported the same",
-        "and loaded nothing; beside it stands the peak that `sdtune plan hardware=cpu` counts for 256x256. What",
-        "is beyond that is what the allocator keeps of the loading, and the kernels' work space. An artifact's",
-        "frozen parts are copied as they are, here in half precision; the plan takes them for float32.",
+        "`make real-shapes` runs one step of each method with random weights in SD 1.5's shapes: `sdtune train` on a",
+        "CPU, bf16-mixed, one sample (a pair for DreamBooth), AdamW, no gradient checkpointing. The peak is the",
+        "resident memory of the process during training,",
+        f"minus the {results['room'] / 1024**2:,.0f} MiB of a process that has imported the same modules and loaded no",
+        "model. *planned* is the peak that `sdtune plan hardware=cpu` counts for 256x256. The difference is memory",
+        "that the allocator keeps after loading, and work space of the kernels. The frozen parts of an artifact are",
+        "copied unchanged, here in half precision; the plan assumes float32.",
         "",
         "| method | pixels | trained | artifact, MiB (planned) | peak, MiB | planned | ratio | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in found["steps"]:
-        peak, plan = row["peak"] - found["room"], row["planned"]["step"]
+    for row in results["steps"]:
+        peak, plan = row["peak"] - results["room"], row["planned"]["step"]
         lines.append(
             f"| {row['method']} | {row['width']}x{row['height']} | {row['trained']:,}"
             f" | {row['artifact'] / 1024**2:,.1f} ({row['planned']['artifact'] / 1024**2:,.1f})"
@@ -139,16 +140,16 @@ def page(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="for weights and runs")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="folder for weights and runs")
     folder = parser.parse_args().folder
     random_pipeline(folder / "sd15")
     rows = []
-    for method, own in METHODS.items():
+    for method, overrides in METHODS.items():
         settings = [
             "backbone=sd15", f"backbone.path={folder / 'sd15'}", "data=folder", "data.batch_size=1",
             "data.resolution=256", "hardware=cpu", "hardware.precision=bf16-mixed", "trainer.max_steps=1",
             "trainer.log_every_n_steps=1", "lr_schedule.warmup_steps=0", "callbacks.samples=null", "evaluation=none",
-            *own,
+            *overrides,
         ]  # fmt: skip
         plan = planned(method, [*settings, f"data.path={folder}"])
         for width, height in SIZES:
@@ -156,12 +157,12 @@ def main() -> None:
             more = [f"data.path={path}", *([f"data.class_path={path}"] if method == "dreambooth" else [])]
             row = trained(folder / "run", method, [*settings, *more])
             if row["trained"] != plan["trained"]:
-                raise RuntimeError(f"{method}: {row['trained']} parameters are trained, {plan['trained']} are planned")
+                raise RuntimeError(f"{method}: {row['trained']} trained parameters, planned {plan['trained']}")
             rows.append({"method": method, "width": width, "height": height, **row, "planned": plan})
             print(rows[-1], flush=True)
-    found = {"room": room(), "steps": rows}
-    write_json(HERE / "results.json", found)
-    write_text(HERE / "README.md", page(found))
+    results = {"room": room(), "steps": rows}
+    write_json(HERE / "results.json", results)
+    write_text(HERE / "README.md", page(results))
     print(HERE / "README.md")
 
 

@@ -1,7 +1,8 @@
 """Two steps of each recipe for real Stable Diffusion at its true shapes, with random weights on a CPU.
 
-``make real-recipes``. The recipe's own command, as it stands but for what 24 GB do not hold (:func:`two_steps`), with
-``trainer.max_steps=2``, nothing drawn, nothing measured. Writes recipes.json beside this file, a recipe at a time.
+Run by ``make real-recipes``. Uses the command in each recipe with ``trainer.max_steps=2``, without samples and
+evaluation; :func:`two_steps` reduces settings that do not fit in 24 GB. Updates recipes.json next to this file after
+each recipe.
 """
 
 from __future__ import annotations
@@ -33,60 +34,60 @@ LESS = (
 
 
 def words(recipe: Path, backbone: Path, shown: Path) -> list[str]:
-    """The recipe's own command behind ``sdtune train``, with places that exist."""
-    found = shlex.split(recipe.read_text().splitlines()[1])[3:]
-    places = {"backbone.path=FOLDER": f"backbone.path={backbone}", "data.path=DIR": f"data.path={shown}"}
-    drawn = ["data.class_images=1"] if "dreambooth" in recipe.stem else []
-    return [*(places.get(word, word) for word in found), *LESS, *drawn]
+    """Arguments of ``sdtune train`` in the recipe's command, with existing paths."""
+    arguments = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    paths = {"backbone.path=FOLDER": f"backbone.path={backbone}", "data.path=DIR": f"data.path={shown}"}
+    class_images = ["data.class_images=1"] if "dreambooth" in recipe.stem else []
+    return [*(paths.get(argument, argument) for argument in arguments), *LESS, *class_images]
 
 
 def two_steps(recipe: Path, folder: Path, shown: Path) -> dict[str, Any]:
-    """What the two steps took."""
+    """Train the recipe for two steps; returns losses, trained parameters, peak memory and times."""
     kind = "sdxl" if recipe.stem.startswith("sdxl") else "sd15"
     random_pipeline(folder / kind, kind)
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    # Neither fits 24 GB as it stands: a CPU's attention keeps its scores, which at 1024 pixels are SDXL's largest
-    # tensors, and a whole UNet in float32 with AdamW and an average is 17 GB by itself.
-    less = ["data.resolution=512"] if kind == "sdxl" else []
-    less += ["hardware.gradient_checkpointing=true", "callbacks.ema=null"] if "full" in recipe.stem else []
-    command = [sys.executable, "-m", "sdtune", "train", *words(recipe, folder / kind, shown), *less]
-    began = time.monotonic()
+    # Two recipes do not fit in 24 GB unchanged. Attention on a CPU stores its scores, which are the largest tensors of
+    # SDXL at 1024 pixels; a full UNet in float32 with AdamW and EMA needs 17 GB alone.
+    reductions = ["data.resolution=512"] if kind == "sdxl" else []
+    reductions += ["hardware.gradient_checkpointing=true", "callbacks.ema=null"] if "full" in recipe.stem else []
+    command = [sys.executable, "-m", "sdtune", "train", *words(recipe, folder / kind, shown), *reductions]
+    start = time.monotonic()
     subprocess.run([*command, f"hydra.run.dir={run}"], check=True)
-    took = time.monotonic() - began
+    seconds = time.monotonic() - start
     figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     with (run / "metrics.csv").open(newline="") as handle:
         losses = [float(row["loss"]) for row in csv.DictReader(handle)]
-    kinds = sorted(file.name for file in (run / "artifact").rglob("*.safetensors"))
+    artifact_files = sorted(file.name for file in (run / "artifact").rglob("*.safetensors"))
     shutil.rmtree(run)
     if len(losses) != 2 or not all(math.isfinite(loss) for loss in losses):
-        raise RuntimeError(f"{recipe.stem}: losses {losses}")
+        raise RuntimeError(f"{recipe.stem}: expected two finite losses, got {losses}")
     return {
         "losses": losses,
         "trained": figures["trainable_parameters"],
         "peak_memory_bytes": figures["peak_memory_bytes"],
         "median_step_seconds": figures["median_step_seconds"],
-        "seconds": took,
-        "artifact": kinds,
+        "seconds": seconds,
+        "artifact": artifact_files,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="for weights and runs")
-    parser.add_argument("recipes", nargs="*", help="names; all if there is none")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="folder for weights and runs")
+    parser.add_argument("recipes", nargs="*", help="recipe names; default: all recipes")
     arguments = parser.parse_args()
     shown, bare = (images(arguments.folder / name, (1152, 1024)) for name in ("images", "bare"))
     for caption in bare.glob("*.txt"):
-        caption.unlink()  # a new word stands in data.prompt, which captions what has no caption of its own
+        caption.unlink()  # data.prompt has the new token and is used only for images without a caption
     target = HERE / "recipes.json"
-    found: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    results: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
     for recipe in RECIPES:
         if not arguments.recipes or recipe.stem in arguments.recipes:
-            found[recipe.stem] = two_steps(
+            results[recipe.stem] = two_steps(
                 recipe, arguments.folder, bare if "textual_inversion" in recipe.stem else shown
             )
-            write_json(target, found)
+            write_json(target, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""sdtune: fine-tune Stable Diffusion in five ways, and find out by measurement which one serves."""
+"""sdtune: fine-tune Stable Diffusion with five methods and compare them by measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["pocket", "sample"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the command line answers --help without it.
+    # Lazy import: --help must not load torch and diffusers.
     if name == "sample":
         from sdtune.sampling.api import sample
 

@@ -1,4 +1,4 @@
-"""``python -m sdtune``: the same as the console script."""
+"""Entry point of ``python -m sdtune``, the same as the console script."""
 
 from sdtune.cli.main import main
 

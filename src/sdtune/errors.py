@@ -1,23 +1,23 @@
-"""Exceptions by which a command ends, and the texts that they share."""
+"""Exceptions that end a command, and the texts that they share."""
 
 from __future__ import annotations
 
-RESUMES = "sdtune train resume=RUN goes on from the last checkpoint"
-"""What is said to a user whose training is stopped from outside."""
+RESUME_ADVICE = "continue it with: sdtune train resume=RUN"
+"""How to continue a training that was stopped by a signal."""
 
-STOPPED = f"stopped; {RESUMES}, if there is one"
-"""The whole line, where it is not known whether there is a checkpoint."""
+STOPPED = f"stopped; if there is a checkpoint, {RESUME_ADVICE}"
+"""The complete line, for the case that it is unknown whether a checkpoint exists."""
 
 
 class UserError(ValueError):
-    """Bad input that the user can mend; the command line shows it as one line and exits with code 2.
+    """Invalid input that the user can fix; the command line prints it as one line and exits with code 2.
 
-    Any other ``ValueError`` is a bug of sdtune or of a library, and is shown with its traceback.
+    Any other ``ValueError`` is a bug in sdtune or in a library and is printed with its traceback.
 
     Args:
         message: what is wrong.
-        key: the setting that is wrong, as a dotted config key; None where it is no setting.
-        remedy: what would be right; None where the message says it, or where it is not known.
+        key: dotted config key of the invalid setting; None if the error is not about a setting.
+        remedy: how to fix it; None if the message states it or it is unknown.
 
     ``str()`` is ``KEY: MESSAGE; REMEDY``.
     """
@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop and has saved; ``code`` is the exit code (128 + the signal's number)."""
+    """A run stopped on request, after saving; ``code`` is the exit code (128 + signal number)."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -36,12 +36,12 @@ class Stopped(Exception):
 
 
 class RunFailed(Exception):
-    """A run that ended by itself, with a reason that is the user's to mend; what it had saved is kept.
+    """A run failed for a reason that the user can fix; its saved files remain.
 
     Args:
         message: one line.
-        agreed: all processes of the run know it, and only the first one shows it.
-        details: a traceback as text, where it is of another process or thread.
+        agreed: True if all processes of the run raise it; then only rank 0 prints it.
+        details: traceback as text, if the error occurred in another process or thread.
     """
 
     def __init__(self, message: str, agreed: bool = False, details: str | None = None) -> None:
@@ -50,11 +50,11 @@ class RunFailed(Exception):
 
 
 PRUNED = 4
-"""Exit code of a job in a process of its own that was pruned."""
+"""Exit code of a pruned job that runs in a separate process."""
 
 
 class Pruned(Exception):
-    """A sweep's run that fell behind the others and was ended at ``step``."""
+    """A run of a sweep was pruned at ``step`` because its metric was worse than that of other runs."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"pruned at step {step}")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and locked folders."""
+"""Atomic writes of files and folders, and folder locks."""
 
 from __future__ import annotations
 
@@ -20,79 +20,89 @@ from filelock import FileLock, Timeout
 from sdtune.errors import UserError
 
 _LEFT_OVER_AFTER = 3600.0
-"""Seconds without a change, after which another writer's partial file is taken for one of a killed process."""
+"""Seconds without a change after which a partial file counts as the leftover of a killed process."""
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
-"""Ends of names: of what is being written, and of a folder that is about to be replaced."""
+"""Name suffixes: of a file or folder being written, and of a folder being replaced."""
 
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True, alone: bool = False) -> Iterator[Path]:
-    """Write a file or a folder whole or not at all: yields a path beside ``path``, which then takes its place.
+    """Context manager that writes a file or a folder atomically.
 
-    The block makes a file or a folder at the yielded path. When it ends, that gets the modes that the umask says, is
-    synced, and replaces ``path``. When it raises, that is removed, and ``path`` stays as it was. Leftovers of killed
-    processes are removed at the next write of the same name.
+    It yields a temporary path next to ``path``, at which the block creates a file or a folder. At the end of the block,
+    the temporary file or folder gets the permissions of the umask, is synced to disk and replaces ``path``. If the
+    block raises, it is removed and ``path`` stays unchanged. The next write of the same name removes leftovers of
+    killed processes.
 
     Args:
-        path: its folder is made where there is none. Several writers of one file do not meet; a folder has one writer.
-        sync: False for what can be made again, such as cache entries: then a power failure may lose it.
-        alone: whether the caller keeps other writers out by a lock: then leftovers go at once, not after an hour.
+        path: the target; its parent folder is created if missing. Several processes may write the same file at the same
+            time; a folder may have only one writer.
+        sync: False for files that can be recreated, such as cache entries: a power failure may lose them.
+        alone: True if the caller holds a lock against other writers: leftovers are then removed immediately, not after
+            an hour.
     """
     if path.is_dir():
-        path = path.resolve()  # what a link names is replaced, not the link
+        path = path.resolve()  # replace the target of a symbolic link, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path, 0.0 if alone else _LEFT_OVER_AFTER)
-    partial = _beside(path, _PARTIAL)
+    partial = _temporary(path, _PARTIAL)
     try:
         yield partial
-        _take_umask(partial, path)
+        _apply_umask(partial, path)
         if sync:
             _sync(partial)
         _move(partial, path)
         if sync:
             _sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # what the block raised counts
+        with contextlib.suppress(OSError):  # do not hide the block's exception
             _remove(partial)
 
 
 def is_partial(path: Path) -> bool:
-    """Whether ``path`` is what a killed process left, and so to be passed over by who reads its folder."""
+    """Whether ``path`` is an unfinished file or folder, possibly of a killed process; readers of its folder skip it."""
     return path.name.endswith((_PARTIAL, _REPLACED))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in UTF-8, whole or not at all."""
+    """Write ``text`` to ``path`` in UTF-8, atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` to ``path`` as JSON, whole or not at all; ValueError for NaN and infinity."""
+    """Write ``content`` to ``path`` as JSON, atomically.
+
+    Raises:
+        ValueError: ``content`` contains NaN or infinity.
+    """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _start(path: Path) -> str:
-    """``path``'s name, cut so that the names made from it have at most 255 bytes."""
+def _prefix(path: Path) -> str:
+    """Name of ``path``, truncated so that the temporary names built from it have at most 255 bytes."""
     return path.name.encode()[:200].decode(errors="ignore")
 
 
-def _beside(path: Path, end: str) -> Path:
-    """In the same file system, where a rename is atomic; at random, because threads share a process id."""
-    return path.with_name(f"{_start(path)}.{uuid.uuid4().hex}{end}")
+def _temporary(path: Path, suffix: str) -> Path:
+    """Temporary path in the folder of ``path`` (a rename within a file system is atomic).
+
+    The name is random, not the process id, because threads share a process id.
+    """
+    return path.with_name(f"{_prefix(path)}.{uuid.uuid4().hex}{suffix}")
 
 
 def _remove_leftovers(path: Path, age: float) -> None:
-    start = f"{_start(path)}."
-    pattern = re.compile(rf"{re.escape(start)}[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
+    prefix = f"{_prefix(path)}."
+    pattern = re.compile(rf"{re.escape(prefix)}[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
     for name in os.listdir(path.parent):  # noqa: PTH208
-        if not name.startswith(start) or not (match := pattern.fullmatch(name)):
+        if not name.startswith(prefix) or not (match := pattern.fullmatch(name)):
             continue
         entry = path.with_name(name)
-        with contextlib.suppress(OSError):  # another writer's own, gone by now, or not this user's to remove
+        with contextlib.suppress(OSError):  # already removed, or owned by another user
             if match[1] == _REPLACED and not path.exists():
-                entry.rename(path)  # killed between two renames
+                entry.rename(path)  # the writer was killed between the two renames of _move
             elif _last_change(entry) <= time.time() - age:
                 _remove(entry)
 
@@ -111,9 +121,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _take_umask(partial: Path, path: Path) -> None:
-    """Give files and folders the modes of new ones: safetensors makes files that their owner alone can read."""
-    probe = _beside(path, _PARTIAL)
+def _apply_umask(partial: Path, path: Path) -> None:
+    """Set the permissions that new files and folders get; safetensors creates files that only their owner can read."""
+    probe = _temporary(path, _PARTIAL)
     try:
         with open(probe, "x"):  # noqa: PTH123
             mode = stat.S_IMODE(probe.stat().st_mode)
@@ -121,10 +131,10 @@ def _take_umask(partial: Path, path: Path) -> None:
         probe.unlink(missing_ok=True)
     for entry in (partial, *partial.rglob("*")):
         if not entry.is_symlink():
-            # Who may read a folder may enter it.
-            wanted = mode | (mode & 0o444) >> 2 if entry.is_dir() else mode
-            if stat.S_IMODE(entry.stat().st_mode) != wanted:
-                entry.chmod(wanted)
+            # Read permission of a folder implies execute permission.
+            expected_mode = mode | (mode & 0o444) >> 2 if entry.is_dir() else mode
+            if stat.S_IMODE(entry.stat().st_mode) != expected_mode:
+                entry.chmod(expected_mode)
 
 
 def _sync(path: Path) -> None:
@@ -139,7 +149,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """The names in it; not every file system, nor Windows, can do that."""
+    """Sync the directory entries; some file systems and Windows do not support it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -152,12 +162,12 @@ def _move(partial: Path, path: Path) -> None:
     if not (partial.is_dir() and path.is_dir()):
         partial.replace(path)
         return
-    # No system call puts one folder in the place of another that is not empty.
-    old = _beside(path, _REPLACED)
+    # No portable system call replaces a non-empty folder.
+    old = _temporary(path, _REPLACED)
     try:
         path.rename(old)
         partial.replace(path)
-    except BaseException:  # a stop by a signal, too
+    except BaseException:  # also a stop by a signal
         if old.exists() and not path.exists():
             old.rename(path)
         raise
@@ -166,14 +176,18 @@ def _move(partial: Path, path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of ``folder``, which is made; UserError where one is in it. Its death sets it free."""
+    """Context manager that locks ``folder`` (created if missing) against other processes; a killed process releases it.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{folder} is in use by another process", remedy="wait for it, or name another folder"
+            f"{folder} is in use by another process", remedy="wait for it to end, or use another folder"
         ) from error
     try:
         yield

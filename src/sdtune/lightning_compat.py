@@ -1,4 +1,4 @@
-"""The private names of Lightning that sdtune uses, and no others."""
+"""All private names of Lightning that sdtune uses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.types import _PATH
 
 PathLike = _PATH
-"""Of a checkpoint, as Lightning's plugins are given it."""
+"""Type of a checkpoint path in Lightning's plugin interfaces."""
 
 
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
-    """The trainer of ``module``; None where there is none, for which the public property raises."""
+    """Trainer of ``module``, or None if none is attached (the public property raises then)."""
     trainer: pl.Trainer | None = module._trainer
     return trainer

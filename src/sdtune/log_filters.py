@@ -1,4 +1,4 @@
-"""Filters for the libraries' warnings that a user of sdtune can do nothing about."""
+"""Filters for library warnings that a user of sdtune cannot act on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 import os
 import warnings
 
-# Each of these is about something that sdtune does on purpose.
+# Warnings about intended behavior of sdtune.
 _EXPECTED = (
     r".*LeafSpec.*deprecated.*",
-    r".*Total length of .* across ranks is zero.*",  # no held-out images, so no validation
-    r".*module\(s\) in eval mode at the start of training.*",  # the frozen parts
-    r".*your dataloader is not resumable.*",  # the sampler starts at the step; see data/order.py
+    r".*Total length of .* across ranks is zero.*",  # no held-out images, hence no validation
+    r".*module\(s\) in eval mode at the start of training.*",  # frozen modules
+    r".*your dataloader is not resumable.*",  # the sampler starts at the resumed step; see data/order.py
     r".*does not have many workers.*",
     r".*The `srun` command is available.*",
     r".*requires torchvision.*",
@@ -19,21 +19,21 @@ _EXPECTED = (
 
 
 def quiet() -> None:
-    """Before the libraries are imported; ``SDTUNE_VERBOSE=1`` leaves everything as it is."""
+    """Install the filters; call it before the libraries are imported. ``SDTUNE_VERBOSE=1`` disables them."""
     if os.environ.get("SDTUNE_VERBOSE"):
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("POSSIBLE_USER_WARNINGS", "off")  # Lightning's tips
-    # peft imports it where it is installed, and it then misses kernels that only a CPU's 4-bit layers need.
+    # peft imports bitsandbytes if installed, which then warns about missing kernels for 4-bit layers on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
 
 
 def quiet_libraries() -> None:
-    """Once they are imported: Lightning sets its own level then, and transformers draws a bar for each file."""
+    """Set log levels after the imports: Lightning sets its level on import; transformers shows a bar for each file."""
     if os.environ.get("SDTUNE_VERBOSE"):
         return
     from transformers.utils.logging import disable_progress_bar

@@ -1,4 +1,4 @@
-"""Lightning loggers with conventions of sdtune: W&B, TensorBoard."""
+"""Lightning loggers (W&B, TensorBoard) configured for runs and sweeps of sdtune."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from sdtune.errors import UserError
 
 
 class LoggerSettings(ABC):
-    """Settings of a logger; nothing is written and no service is asked before :meth:`open`."""
+    """Base class of logger settings; nothing is written and no service is contacted before :meth:`open`."""
 
     def check(self) -> None:  # noqa: B027
-        """UserError for what :meth:`open` would miss."""
+        """Raise UserError if a requirement of :meth:`open` is missing."""
 
     @abstractmethod
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> Any:
-        """Lightning's logger.
+        """Create the Lightning logger.
 
         Args:
-            folder: the run's.
-            method: the class of what is trained.
-            label, sweep: what sets the run apart from the others of its sweep, and the name of the sweep's folder.
+            folder: the run folder.
+            method: class name of the method.
+            label: the overrides in which the run differs from the other runs of its sweep, or the name of its folder.
+            sweep: name of the sweep's folder; None outside of a sweep.
         """
 
     def keep_artifact(self, logger: Any, artifact: Path, name: str) -> None:  # noqa: B027
-        """Upload the folder ``artifact`` of a complete run under ``name``, where that is asked for."""
+        """Upload the folder ``artifact`` of a complete run under ``name``, if the settings enable it."""
 
     def close(self, logger: Any, failed: bool) -> None:
-        """End the logger's run: the next job of a sweep would write into it."""
+        """End the logger's run; otherwise the next job of a sweep would write into it."""
         logger.finalize("failed" if failed else "success")
 
 
 @dataclass(frozen=True)
 class OtherLogger(LoggerSettings):
-    """A logger of another package, built when the run begins."""
+    """Logger of another package, created when the run starts."""
 
     make: Callable[[dict[str, Any]], Any]
-    """Builds it from arguments that it may take: ``save_dir``."""
+    """Factory; it is called with optional keyword arguments: ``save_dir``."""
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> Any:
         return self.make({"save_dir": str(folder)})
@@ -53,14 +54,15 @@ class OtherLogger(LoggerSettings):
 
 @dataclass(frozen=True)
 class Wandb(LoggerSettings):
-    """Lightning's W&B logger, its metrics on axes of their own so that none is dropped for coming late.
+    """Lightning's W&B logger.
 
-    A resumed run goes on under its id, which its folder keeps. The method is the W&B run's job type.
+    Metrics use ``trainer/global_step`` as x-axis, so that W&B does not drop values that are logged out of order. A
+    resumed run continues the same W&B run; its id is stored in the run folder. The job type is the method.
 
     Args:
-        name, group: of the W&B run; the label and the sweep if None.
-        offline: keep everything on disk for ``wandb sync``; needs no account.
-        log_artifact: upload the run's artifact as a version of a W&B artifact that has the run's file's name.
+        name, group: of the W&B run; null: the label and the sweep.
+        offline: write to disk only, for ``wandb sync``; needs no account.
+        log_artifact: upload the run's artifact as a version of a W&B artifact, named like the artifact's file.
     """
 
     project: str = "sdtune"
@@ -76,7 +78,7 @@ class Wandb(LoggerSettings):
             raise UserError(
                 "no account (WANDB_API_KEY is not set)",
                 key="logger.wandb",
-                remedy="log in, or give logger.wandb.offline=true",
+                remedy="log in, or set logger.wandb.offline=true",
             )
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> Any:
@@ -84,7 +86,7 @@ class Wandb(LoggerSettings):
         from pytorch_lightning.loggers import WandbLogger
 
         self.check()
-        # Lightning's own offline=True sets WANDB_MODE for the whole process, and with it for the next job of a sweep.
+        # Not Lightning's offline=True: it sets WANDB_MODE for the process, hence also for the next job of a sweep.
         logger = WandbLogger(
             project=self.project,
             name=self.name or label,
@@ -93,7 +95,7 @@ class Wandb(LoggerSettings):
             tags=list(self.tags),
             save_dir=str(folder),
             id=wandb_run_id(folder),
-            # Several runs of one process may be open at once.
+            # One process may have several open runs.
             settings=wandb.Settings(reinit="create_new", **({"mode": "offline"} if self.offline else {})),
         )
         logger.experiment.define_metric("trainer/global_step")
@@ -115,27 +117,29 @@ class Wandb(LoggerSettings):
 
 
 def wandb_run_id(run: Path) -> str | None:
-    """The id of the W&B run of the folder ``run``, the same for all its processes; None where W&B's agent names it."""
+    """Id of the W&B run of the folder ``run``, the same in all processes; None if a W&B sweep agent sets it."""
     if "WANDB_SWEEP_ID" in os.environ:
         return None
     file = run / "wandb" / "id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        own = file.with_name(f"id.{secrets.token_hex(4)}")
-        own.write_text(secrets.token_hex(4))
+        temporary = file.with_name(f"id.{secrets.token_hex(4)}")
+        temporary.write_text(secrets.token_hex(4))
         with contextlib.suppress(FileExistsError):
-            file.hardlink_to(own)  # torchrun's processes all come by here: the first one's counts
-        own.unlink()
+            file.hardlink_to(temporary)  # only the first process sets the id
+        temporary.unlink()
     return file.read_text()
 
 
 @dataclass(frozen=True)
 class TensorBoard(LoggerSettings):
-    """Lightning's TensorBoard logger, writing to ``<run>/tensorboard``; needs the extra of that name."""
+    """Lightning's TensorBoard logger, writing to ``<run>/tensorboard``; needs the extra ``tensorboard``."""
 
     def check(self) -> None:
         if not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
-            raise UserError("not installed", key="logger.tensorboard", remedy="pip install 'sdtune[tensorboard]'")
+            raise UserError(
+                "TensorBoard is not installed", key="logger.tensorboard", remedy="pip install 'sdtune[tensorboard]'"
+            )
 
     def open(self, folder: Path, method: str, label: str, sweep: str | None) -> Any:
         from pytorch_lightning.loggers import TensorBoardLogger

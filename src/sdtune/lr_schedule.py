@@ -1,4 +1,4 @@
-"""Learning-rate schedules over optimizer steps, as factors on the optimizer's rate."""
+"""Learning-rate schedules over optimizer steps, as factors on the optimizer's learning rate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from annotated_types import Ge, Gt, Interval
 
 
 class LRSchedule(ABC):
-    """A linear warm-up, then what the subclass says.
+    """Base class: linear warm-up, then the subclass's :meth:`shape`.
 
     Args:
-        warmup_steps: optimizer steps of warm-up; never more than a tenth of the run.
+        warmup_steps: optimizer steps of warm-up, clamped to a tenth of the run.
     """
 
     def __init__(self, warmup_steps: Annotated[int, Ge(0)] = 0) -> None:
@@ -22,10 +22,10 @@ class LRSchedule(ABC):
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """The factor after warm-up; ``progress`` runs from 0 to 1."""
+        """Factor after the warm-up at ``progress``, from 0 to 1."""
 
     def __call__(self, step: int, total: int) -> float:
-        """The factor at optimizer step ``step`` (from 0) of ``total``; never 0 in warm-up, so no step is wasted."""
+        """Factor at optimizer step ``step`` (from 0) of ``total``; above 0 in warm-up, so that no step is wasted."""
         warmup = min(self.warmup_steps, total // 10)
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -33,14 +33,14 @@ class LRSchedule(ABC):
 
 
 class Constant(LRSchedule):
-    """The full rate throughout."""
+    """Constant factor 1 after the warm-up."""
 
     def shape(self, progress: float) -> float:
         return 1.0
 
 
 class Cosine(LRSchedule):
-    """Half a cosine down to ``floor`` times the rate (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
+    """Cosine decay from 1 to ``floor`` (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
 
     def __init__(
         self, warmup_steps: Annotated[int, Ge(0)] = 0, floor: Annotated[float, Interval(ge=0, le=1)] = 0.0
@@ -53,7 +53,7 @@ class Cosine(LRSchedule):
 
 
 class Polynomial(LRSchedule):
-    """(1 - progress) ** power of the rate, down to ``floor`` times it; ``power`` 1 is linear."""
+    """Polynomial decay, (1 - progress) ** power, from 1 to ``floor``; ``power`` 1 is linear."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Polynomial(LRSchedule):
         return float(self.floor + (1 - self.floor) * (1 - progress) ** self.power)
 
 
-def take_rates(schedule: Any) -> None:
-    """Give the optimizer the rates of the schedule's step.
+def apply_current_rates(schedule: Any) -> None:
+    """Set the optimizer's learning rates to the schedule's values at its current step.
 
-    A checkpoint brings those that followed from its own length of the run; an extended run has another.
+    A loaded checkpoint contains the rates of the original run length, which differ if the run is extended.
     """
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
     for group, rate, factor in zip(

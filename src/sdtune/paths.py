@@ -1,4 +1,4 @@
-"""Paths: the shipped configs, the pocket backbone, the cache that runs share."""
+"""Paths of the shipped configs, the pocket backbone and the cache that all runs share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _POCKET = Path(__file__).parent / "pocket"
 
 
 def config_folder() -> Path:
-    """The folder of Hydra groups: beside the package in a wheel, at the top of a checkout."""
+    """Folder of the Hydra config groups: ``sdtune/conf`` in a wheel, ``conf`` in a checkout."""
     packaged = Path(__file__).parent / "conf"
     folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
     assert folder.is_dir(), folder
@@ -19,33 +19,33 @@ def config_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache folder; holds hashes, latents and text states."""
-    named = os.environ.get("SDTUNE_CACHE")
-    if named:
-        return Path(named).expanduser()
+    """Folder of cached hashes, latents and text embeddings: ``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache."""
+    configured = os.environ.get("SDTUNE_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"
 
 
 def command_line_folder(sources: Iterable[Any]) -> str | None:
-    """The ``--config-dir`` among Hydra's config ``sources``."""
+    """The ``--config-dir`` in Hydra's config ``sources``; None if it is not set."""
     return next((str(source.path) for source in sources if source.provider == "command-line"), None)
 
 
 def pocket_pipeline() -> Path:
-    """The pipeline folder of the shipped backbone, in the diffusers layout."""
+    """Pipeline folder of the shipped pocket backbone, in the diffusers layout."""
     return _POCKET / "models" / "pipeline"
 
 
 def pocket_clip() -> Path:
-    """The folder of the CLIP whose text tower is the shipped backbone's text encoder."""
+    """Folder of the CLIP model whose text tower is the pocket backbone's text encoder."""
     return _POCKET / "models" / "clip"
 
 
 def pocket_art() -> Path:
-    """The folder of the drawings that the image world is made of, a folder for each style."""
+    """Folder of the drawings that the pocket images are composed of, one subfolder per style."""
     return _POCKET / "art"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form USER/NAME, and so can be one where no local file or folder has it."""
+    """Whether ``name`` has the form USER/NAME of a Hugging Face hub id; a local path may have it too."""
     return name.count("/") == 1 and not name.startswith(("/", ".", "~"))

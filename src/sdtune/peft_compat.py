@@ -1,4 +1,4 @@
-"""The private names of peft that sdtune uses, and no others."""
+"""All private names of peft that sdtune uses."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch import nn
 
 
 def register_layers(config: LoraConfig, layers: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Have peft put ``layers`` of one's own, by the type that they wrap, in place of its own."""
+    """Register custom LoRA layer classes with peft: wrapped module type -> layer class."""
     config._register_custom_module(dict(layers))

@@ -1,4 +1,4 @@
-"""A progress bar for work before training; lines in a log file."""
+"""Progress bar for the work before training; a log line if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger("sdtune")
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances the bar by so many."""
+    """Context manager that shows a progress bar and yields a function that advances it by a number of items."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     if total and not console.is_terminal:
         log.info("%s: %d", title, total)
     with Progress(*columns, console=console, transient=True, disable=not total) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda done: progress.update(task, advance=done)
+        yield lambda items: progress.update(task, advance=items)

@@ -1,4 +1,4 @@
-"""Quote values for Hydra's override grammar and for a shell."""
+"""Quote values for Hydra's override grammar and for a POSIX shell."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 import shlex
 
 _PLAIN = re.compile(r"(?!\.\d)[A-Za-z_/.][\w/.+@%-]*", re.ASCII)
-"""What Hydra reads as it stands, as text."""
+"""Text that Hydra parses as a string without quotes."""
 
 _WORDS = ("null", "true", "false", "nan", "inf")
-"""What it reads as something else than text."""
+"""Words that Hydra parses as another type than a string."""
 
 
 def quoted(value: object) -> str:
-    """``value`` as Hydra's grammar reads it back: text as it stands where that is enough, else in quotes."""
+    """``value`` for Hydra's override grammar, in quotes only if needed."""
     if isinstance(value, bool | int | float):
         return str(value).lower()
     text = str(value)
@@ -24,10 +24,10 @@ def in_quotes(value: object) -> str:
     """``value`` in double quotes, for Hydra.
 
     Source: Hydra's documentation, "Basic override syntax", quoted values: a backslash is an escape only before a quote
-    or at the end. ``${`` would be an interpolation of OmegaConf's in quotes too.
+    or at the end. ``${`` is escaped, because OmegaConf interpolates it within quotes too.
     """
     escaped = re.sub(
-        r'(\\*)("|\$\{|\Z)', lambda found: found[1] * 2 + (f"\\{found[2]}" if found[2] else ""), str(value)
+        r'(\\*)("|\$\{|\Z)', lambda match: match[1] * 2 + (f"\\{match[2]}" if match[2] else ""), str(value)
     )
     return f'"{escaped}"'
 
@@ -38,12 +38,12 @@ def override(key: str, value: object) -> str:
 
 
 def shell_override(key: str, value: object) -> str:
-    """``KEY=VALUE`` for Hydra, as one word of a POSIX shell: what a user can paste."""
+    """``KEY=VALUE`` for Hydra, as one word of a POSIX shell, to copy and paste."""
     return shell_word(override(key, value))
 
 
 def shell_word(text: str) -> str:
-    """``text`` as one word of a POSIX shell; more readable than :func:`shlex.quote` where it holds an apostrophe."""
+    """``text`` as one word of a POSIX shell; more readable than :func:`shlex.quote` if it has an apostrophe."""
     if "'" not in text:
         return shlex.quote(text)
     return '"' + re.sub(r'(["\\$`])', r"\\\1", text) + '"'

@@ -1,22 +1,22 @@
-"""Names of the random streams: part of what a seed means.
+"""Names of the random streams.
 
-With the seed, a stream's name decides what is drawn (:mod:`sdtune.randomness`). So its text is data and never changes,
-whatever the code around it comes to be called: another text would be other noise, another order, other scenes.
+The seed and the stream name determine the random numbers (:mod:`sdtune.randomness`). So these strings are data and must
+never change, even if the code is renamed: a changed string would change the noise, the order or the scenes.
 """
 
 TRAIN, VALIDATION = "train", "validation"
-"""What a step's draws are for; the names of the draws themselves stand behind it."""
+"""Prefixes of a step's streams; the names below are appended."""
 
 VAE, NOISE, OFFSET, TIMESTEP = "vae", "noise", "offset", "timestep"
 DROPOUT = "dropout"
 INITIAL_VALUES = "init"
 CONTROLNET_EMBEDDING = "controlnet.controlnet_cond_embedding"
-"""Stands before the layer's name in the stream of its initial values."""
+"""Prefix of the layer's name in the stream of its initial values."""
 
 ORDER_BUCKET, ORDER_BATCHES = "order/bucket", "order/batches"
 CLASS_ORDER = "class/order"
 ROW = "picture"
-"""Caption dropout, flip, crop and template of a sample."""
+"""Caption dropout, flip, crop and prompt template of a sample."""
 
 WORLD_SCENE, WORLD_CAPTION, WORLD_HELD_OUT = "world/scene", "world/caption", "world/held-out"
 SUBJECT, SUBJECT_SCENE, SUBJECT_VALIDATION = "subject", "scene", "validation"

@@ -1,4 +1,4 @@
-"""SDXL's conditioning is that of plain diffusers: states, pooled state, sizes; images and all."""
+"""SDXL conditioning equals that of diffusers: hidden states, pooled text embedding, sizes; so do the images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from diffusers import StableDiffusionXLPipeline
 from families import build_family
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.new_token_vectors import initialize_tokens
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.backbone.words import begin_tokens
 from sdtune.images.files import frame
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -34,33 +34,35 @@ def backbone(base: Path) -> Backbone:
     return Pretrained(str(base)).load()
 
 
-def wanted(pipe: Any, prompt: str, **more: Any) -> torch.Tensor:
-    states, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **more)
+def expected_embeddings(pipe: Any, prompt: str, **settings: Any) -> torch.Tensor:
+    states, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **settings)
     row = torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))
     return torch.cat([states, row[:, None]], dim=1)
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "", "a " * 100])
-def test_text_is_both_encoders_and_the_pooled_state(backbone: Backbone, pipe: Any, prompt: str) -> None:
+def test_text_embeddings_contain_both_encoders_and_the_pooled_embedding(
+    backbone: Backbone, pipe: Any, prompt: str
+) -> None:
     with torch.no_grad():
-        ours = backbone.encode_text([prompt])
-    theirs = wanted(pipe, prompt)
-    # Of plain words transformers' largest id is the end token here, as in CLIP's own vocabulary.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert ours.shape[1:] == backbone.text_shape == (78, 40)
+        actual = backbone.encode_text([prompt])
+    expected = expected_embeddings(pipe, prompt)
+    # Without new tokens the end token has the largest id, as in CLIP's vocabulary, and transformers pools there.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert actual.shape[1:] == backbone.text_shape == (78, 40)
 
 
-def test_clip_skip_counts_on_top_of_the_one_that_sdxl_skips(base: Path, pipe: Any) -> None:
+def test_clip_skip_adds_to_the_layer_that_sdxl_always_skips(base: Path, pipe: Any) -> None:
     with torch.no_grad():
-        ours = Pretrained(str(base), clip_skip=1).load().encode_text(["a dog"])
-    torch.testing.assert_close(ours, wanted(pipe, "a dog", clip_skip=1), rtol=1e-4, atol=1e-5)
+        actual = Pretrained(str(base), clip_skip=1).load().encode_text(["a dog"])
+    torch.testing.assert_close(actual, expected_embeddings(pipe, "a dog", clip_skip=1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_word_is_not_the_end(backbone: Backbone) -> None:
-    """With `eos_token_id: 2` transformers pools at the largest id, which a new word has."""
+def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> None:
+    """With `eos_token_id: 2`, transformers pools at the largest id, which is that of a new token."""
     with torch.no_grad():
         before = backbone.encode_text(["a dog", "a cat"])
-        begin_tokens(backbone, [NewToken("<dog>", "dog", 2)])
+        initialize_tokens(backbone, [NewToken("<dog>", "dog", 2)])
         rows = [backbone.tokenize(["a <dog>"], tokenizer) for tokenizer in backbone.tokenizers]
         assert all(row.max() == backbone.words.first + 1 for row in rows)
         after = backbone.encode_text(["a dog", "a <dog> cat"])
@@ -77,64 +79,70 @@ def test_a_new_word_is_not_the_end(backbone: Backbone) -> None:
     assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.words.first)
 
 
-def test_a_long_prompt_has_the_pooled_state_of_its_first_window(base: Path, backbone: Backbone) -> None:
-    long = Pretrained(str(base), max_tokens=150).load()
+def test_long_prompt_has_the_pooled_embedding_of_its_first_window(base: Path, backbone: Backbone) -> None:
+    long_backbone = Pretrained(str(base), max_tokens=150).load()
     first, second = " ".join("abcdefghij" * 7 + "abcde"), "x y z"
     with torch.no_grad():
-        states = long.encode_text([f"{first} {second}"])[0]
+        embeddings = long_backbone.encode_text([f"{first} {second}"])[0]
         one, two = backbone.encode_text([first])[0], backbone.encode_text([second])[0]
-    assert states.shape == long.text_shape == (155, 40)
-    torch.testing.assert_close(states[:77], one[:77])
-    torch.testing.assert_close(states[77:154], two[:77])
-    torch.testing.assert_close(states[154], one[77])
+    assert embeddings.shape == long_backbone.text_shape == (155, 40)
+    torch.testing.assert_close(embeddings[:77], one[:77])
+    torch.testing.assert_close(embeddings[77:154], two[:77])
+    torch.testing.assert_close(embeddings[154], one[77])
 
 
-def test_sizes_and_crops_reach_the_unet(backbone: Backbone, pipe: Any) -> None:
+def test_size_conditions_are_passed_to_the_unet(backbone: Backbone, pipe: Any) -> None:
     rng = torch.Generator().manual_seed(0)
-    noisy, times = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([3, 900])
+    noisy, timesteps = torch.randn(2, 4, 8, 8, generator=rng), torch.tensor([3, 900])
     frames = torch.tensor([[72.0, 80, 0, 4, 64, 64], [640, 480, 16, 0, 64, 64]])
     with torch.no_grad():
         text = backbone.encode_text(["a dog", "a cat"])
-        ours = backbone.predict(noisy, times, text, frame=frames)
+        actual = backbone.predict(noisy, timesteps, text, frame=frames)
         added = {"text_embeds": text[:, -1, :24], "time_ids": frames}
-        theirs = pipe.unet(noisy, times, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
-        whole = backbone.predict(noisy, times, text)
-        alone = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-        same = backbone.predict(noisy, times, text, frame=alone)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # layouts differ, and sums with them
-    assert torch.equal(whole, same)
-    assert not torch.allclose(ours, whole)
+        expected = pipe.unet(noisy, timesteps, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
+        without_frame = backbone.predict(noisy, timesteps, text)
+        default_frame = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        with_default_frame = backbone.predict(noisy, timesteps, text, frame=default_frame)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # memory layouts differ, and so does rounding
+    assert torch.equal(without_frame, with_default_frame)
+    assert not torch.allclose(actual, without_frame)
 
 
-def test_images_are_those_of_plain_diffusers(backbone: Backbone, pipe: Any) -> None:
-    theirs = pipe(
+def test_images_equal_those_of_diffusers(backbone: Backbone, pipe: Any) -> None:
+    expected = pipe(
         "a dog", negative_prompt="", num_inference_steps=3, guidance_scale=5.0,
         generator=torch.Generator("cpu").manual_seed(4), output_type="np",
     ).images[0]  # fmt: skip
-    [ours] = generate(backbone, [Request("a dog", 4)], Sampling(steps=3, guidance=5.0))
-    assert np.abs(ours.astype(int) - (theirs * 255).round()).max() <= 1
+    [image] = generate(backbone, [Request("a dog", 4)], Sampling(steps=3, guidance=5.0))
+    assert np.abs(image.astype(int) - (expected * 255).round()).max() <= 1
 
 
-def test_layers_behind_its_states_are_named(backbone: Backbone) -> None:
+def test_layers_without_gradient_are_reported_as_unused(backbone: Backbone) -> None:
     for name, encoder in backbone.encoders.items():
         encoder.requires_grad_(True)
         backbone.encode_text(["a dog"]).square().sum().backward()
-        dead = {n for n, p in encoder.named_parameters() if p.grad is None}
-        assert dead == {n for n, _ in encoder.named_parameters() if n.startswith(backbone.unused(name))}
-        assert bool(dead) is (name == "text_encoder")
+        without_gradient = {n for n, p in encoder.named_parameters() if p.grad is None}
+        assert without_gradient == {
+            n for n, _ in encoder.named_parameters() if n.startswith(backbone.unused_prefixes(name))
+        }
+        assert bool(without_gradient) is (name == "text_encoder")
 
 
 @pytest.mark.parametrize(
-    ("whole", "size", "offset", "flip", "wanted"),
+    ("original_size", "size", "offset", "flip", "expected"),
     [
         ((80, 72), (64, 64), (0.5, 0.5), False, (72, 80, 0, 4, 64, 64)),
         ((100, 200), (50, 50), (0.5, 0.5), False, (200, 100, 25, 0, 50, 50)),
         ((200, 100), (50, 50), (0.0, 0.5), False, (100, 200, 0, 0, 50, 50)),
-        # The mirrored image is cropped where the mirrored crop lies.
+        # The crop offset in a mirrored image is mirrored as well.
         ((200, 100), (50, 50), (0.0, 0.5), True, (100, 200, 0, 50, 50, 50)),
     ],
 )
-def test_a_frame_says_where_the_crop_is_from(
-    whole: tuple[int, int], size: tuple[int, int], offset: tuple[float, float], flip: bool, wanted: tuple[int, ...]
+def test_frame_contains_original_size_crop_offset_and_crop_size(
+    original_size: tuple[int, int],
+    size: tuple[int, int],
+    offset: tuple[float, float],
+    flip: bool,
+    expected: tuple[int, ...],
 ) -> None:
-    assert frame(whole, size, offset, flip) == wanted
+    assert frame(original_size, size, offset, flip) == expected

@@ -1,4 +1,4 @@
-"""One Stable Diffusion in every form that people have it: the same tensors, the same name, the same images."""
+"""One Stable Diffusion model in all supported file formats: the same tensors, the same hash, the same images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(folders: dict[Family, Path], family: Family) -> Path:
 
 @pytest.fixture
 def single(folder: Path, tmp_path: Path) -> Path:
-    """The same as one file, by the rules of the public script."""
+    """The pipeline as a single file, written by the rules of the public conversion script."""
     save_file(original_tensors(folder), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
@@ -47,11 +47,11 @@ def weights(**settings: Any) -> dict[str, Tensor]:
     return Pretrained(**settings).load().state_dict()
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def equal_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def half(folder: Path, target: Path, shard: str | None = None) -> Path:
+def half_precision_copy(folder: Path, target: Path, shard: str | None = None) -> Path:
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16, local_files_only=True)
     pipeline.save_pretrained(target, variant="fp16", **({"max_shard_size": shard} if shard else {}))
     for name in ("tokenizer", "tokenizer_2"):
@@ -60,49 +60,49 @@ def half(folder: Path, target: Path, shard: str | None = None) -> Path:
     return target
 
 
-def test_four_forms_are_one_model(folder: Path, single: Path, tmp_path: Path, family: Family) -> None:
+def test_all_file_formats_load_the_same_model(folder: Path, single: Path, tmp_path: Path, family: Family) -> None:
     plain = weights(path=str(folder), family=family)
     ckpt = single.with_suffix(".ckpt")
-    # As the authors' files, which name the callbacks of their training.
+    # As in the authors' files, which reference the callbacks of their training.
     callbacks = {ModelCheckpoint: {"best_model_path": "x"}}
     torch.save({"state_dict": load_file(single), "global_step": 7, "callbacks": callbacks}, ckpt)
-    forms: dict[str, dict[str, Any]] = {
-        "fp16 folder": {"path": str(half(folder, tmp_path / "half")), "variant": "fp16"},
-        "fp16 folder, unnamed": {"path": str(tmp_path / "half")},
-        "shards": {"path": str(half(folder, tmp_path / "shards", "100KB")), "variant": "fp16"},
+    sources: dict[str, dict[str, Any]] = {
+        "fp16 folder": {"path": str(half_precision_copy(folder, tmp_path / "half")), "variant": "fp16"},
+        "fp16 folder, variant not set": {"path": str(tmp_path / "half")},
+        "shards": {"path": str(half_precision_copy(folder, tmp_path / "shards", "100KB")), "variant": "fp16"},
         "safetensors": {"path": str(single), "config": str(folder)},
         "ckpt": {"path": str(ckpt), "config": str(folder), "allow_pickle": True},
     }
     assert len(list((tmp_path / "shards/unet").glob("*.fp16-0*.safetensors"))) > 1
-    for name, settings in forms.items():
+    for name, settings in sources.items():
         Pretrained(**settings, family=family).check()
-        assert same(weights(**settings), plain), name
-    names = {Pretrained(**forms[name]).hash() for name in ("safetensors", "ckpt")}
-    assert names == {Pretrained(str(folder)).hash()}  # the layout is no part of the name
+        assert equal_weights(weights(**settings), plain), name
+    hashes = {Pretrained(**sources[name]).hash() for name in ("safetensors", "ckpt")}
+    assert hashes == {Pretrained(str(folder)).hash()}  # the hash does not depend on the layout
 
 
-def test_a_single_file_draws_what_its_folder_draws(folder: Path, single: Path) -> None:
+def test_single_file_and_folder_generate_the_same_image(folder: Path, single: Path) -> None:
     from sdtune.sampling.loop import Request, Sampling, generate
 
-    drawn = [
+    images = [
         next(generate(Pretrained(**settings).load(), [Request("a cat", 1)], Sampling(steps=2)))
         for settings in ({"path": str(folder)}, {"path": str(single), "config": str(folder)})
     ]
-    assert (drawn[0] == drawn[1]).all()
+    assert (images[0] == images[1]).all()
 
 
-def test_it_is_unpacked_once_and_again_when_it_changes(folder: Path, single: Path, family: Family) -> None:
+def test_single_file_is_converted_once_and_again_after_a_change(folder: Path, single: Path, family: Family) -> None:
     first = Pretrained(str(single), config=str(folder)).folder()
-    made = (first / "unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    converted_at = (first / "unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert Pretrained(str(single), config=str(folder)).folder() == first
-    assert (first / "unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == made
+    assert (first / "unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == converted_at
     assert not list(first.parent.glob("*.partial"))
     tensors = load_file(single)
     save_file({**tensors, "model.diffusion_model.out.2.bias": torch.ones(4)}, single)
     assert torch.equal(weights(path=str(single), config=str(folder))["unet.conv_out.bias"], torch.ones(4))
 
 
-def test_markers_say_what_the_unet_predicts(folder: Path, single: Path, family: Family) -> None:
+def test_markers_in_the_file_set_the_prediction_type(folder: Path, single: Path, family: Family) -> None:
     assert Pretrained(str(single), config=str(folder)).facts.prediction_type == (
         "v_prediction" if family == "sd2" else "epsilon"
     )
@@ -112,16 +112,16 @@ def test_markers_say_what_the_unet_predicts(folder: Path, single: Path, family: 
     assert source.scheduler()["rescale_betas_zero_snr"] is True
 
 
-def test_the_kind_must_be_the_configs(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_family_must_match_the_config(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file(original_tensors(folders["sdxl"]), tmp_path / "xl.safetensors")
     for path in (folders["sdxl"], tmp_path / "xl.safetensors"):
-        with pytest.raises(UserError, match=r"is SDXL, and backbone=sd15 asks for SD 1\.x; give backbone=sdxl"):
+        with pytest.raises(UserError, match=r"is SDXL, but backbone=sd15 requires SD 1\.x; use backbone=sdxl"):
             _ = Pretrained(str(path), family="sd1", config=str(folders["sdxl"])).facts
-    with pytest.raises(UserError, match=r"^backbone\.config: .* is of SD 1\.x, and .*xl\.safetensors is SDXL"):
+    with pytest.raises(UserError, match=r"^backbone\.config: .* is for SD 1\.x, but .*xl\.safetensors is SDXL"):
         _ = Pretrained(str(tmp_path / "xl.safetensors"), config=str(folders["sd1"])).facts
 
 
-def test_without_configs_a_file_of_other_sizes_is_refused_by_its_tensors(single: Path, family: Family) -> None:
+def test_file_of_another_architecture_is_refused_without_configs(single: Path, family: Family) -> None:
     with pytest.raises(UserError, match=r"^backbone\.path: .*model\.safetensors \((unet|vae)\) (lacks|has) ") as caught:
         _ = Pretrained(str(single)).facts
     assert "instead of [" in str(caught.value)
@@ -131,12 +131,12 @@ def test_without_configs_a_file_of_other_sizes_is_refused_by_its_tensors(single:
 WRONG: dict[str, tuple[Any, str]] = {
     "inpainting": (
         lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}),
-        r"takes 9 channels \(an inpainting model\)",
+        r"has 9 input channels \(an inpainting model\)",
     ),
     "missing": (lambda t: t.pop("model.diffusion_model.out.2.bias"), r"\(unet\) lacks conv_out\.bias"),
     "surplus": (
         lambda t: t.update({"model.diffusion_model.extra.weight": torch.zeros(1)}),
-        r"\(unet\) holds model\.diffusion_model\.extra\.weight, which the model does not have",
+        r"\(unet\) contains model\.diffusion_model\.extra\.weight, which the model does not have",
     ),
     "misshaped": (
         lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}),
@@ -150,47 +150,47 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda t: [
             t.update({k[18:]: v} if k.startswith("first_stage") else {}) for k, v in [*t.items()] if t.pop(k) is v
         ],
-        "holds a VAE alone",
+        "contains only a VAE",
     ),
     "a LoRA": (
         lambda t: (t.clear(), t.update({"lora_unet_x.lora_down.weight": torch.zeros(1)})),
-        "holds a LoRA, no Stable Diffusion",
+        "is a LoRA, not a Stable Diffusion checkpoint",
     ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_refused_in_one_line(folders: dict[Family, Path], tmp_path: Path, case: str) -> None:
+def test_mismatched_checkpoint_is_refused_in_one_line(folders: dict[Family, Path], tmp_path: Path, case: str) -> None:
     tensors = original_tensors(folders["sd1"])
-    spoil, words = WRONG[case]
-    spoil(tensors)
+    modify, message = WRONG[case]
+    modify(tensors)
     file = tmp_path / "wrong.safetensors"
     save_file(tensors, file)
-    before = set((Path(pytest_cache()) / "backbones").glob("*[!k]"))
-    with pytest.raises(UserError, match=rf"^backbone\.path: {file} .*({words})") as caught:
+    cached = set((Path(cache_path()) / "backbones").glob("*[!k]"))
+    with pytest.raises(UserError, match=rf"^backbone\.path: {file} .*({message})") as caught:
         _ = Pretrained(str(file), config=str(folders["sd1"])).facts
     assert "\n" not in str(caught.value)
-    assert set((Path(pytest_cache()) / "backbones").glob("*[!k]")) == before
+    assert set((Path(cache_path()) / "backbones").glob("*[!k]")) == cached
 
 
-def pytest_cache() -> str:
+def cache_path() -> str:
     from sdtune.paths import cache_folder
 
     return str(cache_folder())
 
 
-def test_a_folder_with_other_tensors_is_refused_too(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_folder_with_other_tensors_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     file = tmp_path / "copy/unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     bias = tensors.pop("conv_out.bias")
     save_file({**tensors, "more.weight": bias}, file)
-    with pytest.raises(UserError, match=r"unet lacks conv_out\.bias; holds more\.weight, which the model"):
+    with pytest.raises(UserError, match=r"unet lacks conv_out\.bias; contains more\.weight, which the model"):
         Pretrained(str(tmp_path / "copy")).check()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 64, b"\x40" + b"\0" * 7 + b"not json" * 8])
-def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "bad.safetensors"
     file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^{file}: not a readable safetensors file") as caught:
@@ -198,7 +198,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_was_cut_short_is_refused(single: Path, folder: Path) -> None:
+def test_truncated_file_is_refused(single: Path, folder: Path) -> None:
     single.write_bytes(single.read_bytes()[:-10])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         _ = Pretrained(str(single), config=str(folder)).facts
@@ -207,7 +207,7 @@ def test_a_file_that_was_cut_short_is_refused(single: Path, folder: Path) -> Non
 # --- pickles
 
 
-class Bomb:
+class MaliciousPickle:
     def __init__(self, target: Path) -> None:
         self.target = target
 
@@ -215,7 +215,7 @@ class Bomb:
         return Path.write_text, (self.target, "harm")
 
 
-def test_a_pickle_needs_leave(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_pickle_is_refused_by_default(folders: dict[Family, Path], tmp_path: Path) -> None:
     file = tmp_path / "model.ckpt"
     torch.save(original_tensors(folders["sd1"]), file)
     with pytest.raises(UserError, match=r"^backbone\.path: .*model\.ckpt is a pickle.*allow_pickle=true"):
@@ -223,26 +223,28 @@ def test_a_pickle_needs_leave(folders: dict[Family, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", ["torch", "torch, old", "plain"])
-def test_a_hostile_pickle_does_nothing(tmp_path: Path, form: str) -> None:
+def test_malicious_pickle_is_not_executed(tmp_path: Path, form: str) -> None:
     file, target = tmp_path / "model.ckpt", tmp_path / "harm.txt"
-    content = {"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": Bomb(target)}}
+    content = {"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": MaliciousPickle(target)}}
     if form == "plain":
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
-    with pytest.raises(UserError, match=r"^backbone\.path: .*model\.ckpt (holds more than tensors|cannot)") as caught:
+    with pytest.raises(
+        UserError, match=r"^backbone\.path: .*model\.ckpt (contains more than tensors|cannot)"
+    ) as caught:
         _ = Pretrained(str(file), allow_pickle=True).facts
     assert "\n" not in str(caught.value)
     assert not target.exists()
 
 
-def test_a_hostile_bin_in_a_folder_does_nothing(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_malicious_bin_in_a_folder_is_not_executed(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     (tmp_path / "copy/unet/diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"x": Bomb(tmp_path / "harm.txt")}, tmp_path / "copy/unet/diffusion_pytorch_model.bin")
+    torch.save({"x": MaliciousPickle(tmp_path / "harm.txt")}, tmp_path / "copy/unet/diffusion_pytorch_model.bin")
     for allow in (False, True):
         source = Pretrained(str(tmp_path / "copy"), allow_pickle=allow)
-        with pytest.raises(UserError, match=r"unet holds no .*diffusion_pytorch_model\.bin is a pickle"):
+        with pytest.raises(UserError, match=r"unet contains no .*diffusion_pytorch_model\.bin is a pickle"):
             source.check()
         with pytest.raises(UserError, match="is a pickle"):
             source.load()
@@ -253,86 +255,89 @@ def test_a_hostile_bin_in_a_folder_does_nothing(folders: dict[Family, Path], tmp
 
 
 @pytest.mark.parametrize("form", ["folder", "original", "diffusers", "prefixed"])
-def test_a_vae_of_ones_own(folders: dict[Family, Path], tmp_path: Path, form: str) -> None:
-    other = build_family(tmp_path / "other", "sd1", seed=5) / "vae"
-    ours = {key.removeprefix("first_stage_model."): value for key, value in original_tensors(other.parent).items()}
+def test_vae_can_be_replaced(folders: dict[Family, Path], tmp_path: Path, form: str) -> None:
+    other_vae = build_family(tmp_path / "other", "sd1", seed=5) / "vae"
+    original = {
+        key.removeprefix("first_stage_model."): value for key, value in original_tensors(other_vae.parent).items()
+    }
     files = {
         "original": {
-            key: value for key, value in ours.items() if key.startswith(("encoder.", "decoder.", "quant", "post"))
+            key: value for key, value in original.items() if key.startswith(("encoder.", "decoder.", "quant", "post"))
         },
-        "diffusers": load_file(other / "diffusion_pytorch_model.safetensors"),
-        "prefixed": {k: v for k, v in original_tensors(other.parent).items() if k.startswith("first_stage_model.")},
+        "diffusers": load_file(other_vae / "diffusion_pytorch_model.safetensors"),
+        "prefixed": {k: v for k, v in original_tensors(other_vae.parent).items() if k.startswith("first_stage_model.")},
     }
-    place = other
+    vae_path = other_vae
     if form != "folder":
-        place = tmp_path / "vae.safetensors"
-        save_file(files[form], place)
-    source = Pretrained(str(folders["sd1"]), vae=str(place))
+        vae_path = tmp_path / "vae.safetensors"
+        save_file(files[form], vae_path)
+    source = Pretrained(str(folders["sd1"]), vae=str(vae_path))
     source.check()
-    loaded, plain, wanted = (
-        s.load().state_dict() for s in (source, Pretrained(str(folders["sd1"])), Pretrained(str(other.parent)))
+    loaded, plain, expected = (
+        s.load().state_dict() for s in (source, Pretrained(str(folders["sd1"])), Pretrained(str(other_vae.parent)))
     )
     for key, value in loaded.items():
-        assert torch.equal(value, (wanted if key.startswith("vae.") else plain)[key]), key
+        assert torch.equal(value, (expected if key.startswith("vae.") else plain)[key]), key
     assert source.hash() != Pretrained(str(folders["sd1"])).hash()
-    assert source.folder() == Pretrained(str(folders["sd1"]), vae=str(place)).folder()
+    assert source.folder() == Pretrained(str(folders["sd1"]), vae=str(vae_path)).folder()
 
 
-def test_what_is_no_vae_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_file_or_folder_that_is_not_a_vae_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=r"^backbone\.vae: .*lora\.safetensors lacks decoder\."):
         _ = Pretrained(str(folders["sd1"]), vae=str(tmp_path / "lora.safetensors")).facts
-    for place in (tmp_path, folders["sd1"] / "unet"):
-        with pytest.raises(UserError, match=r"^backbone\.vae: .* is no AutoencoderKL's folder"):
-            _ = Pretrained(str(folders["sd1"]), vae=str(place)).facts
+    for folder in (tmp_path, folders["sd1"] / "unet"):
+        with pytest.raises(UserError, match=r"^backbone\.vae: .* is not the folder of an AutoencoderKL"):
+            _ = Pretrained(str(folders["sd1"]), vae=str(folder)).facts
 
 
-def test_the_shipped_vocabulary_is_clips(tmp_path: Path) -> None:
+def test_included_vocabulary_equals_that_of_clip(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
     from sdtune.backbone.vocabulary import write_tokenizer
 
     write_tokenizer(tmp_path / "tokenizer", pad="!")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", local_files_only=True)
-    # As OpenAI's own tokenizer numbers it.
+    # The ids of OpenAI's tokenizer.
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (len(tokenizer), tokenizer.pad_token_id) == (49408, 0)
     assert json.loads((tmp_path / "tokenizer/vocab.json").read_text())["<|endoftext|>"] == 49407
 
 
 @pytest.mark.parametrize("shard", [None, "20KB"])
-def test_what_is_trained_from_half_precision_files_is_whole(
+def test_artifact_trained_from_half_precision_files_is_complete(
     folders: dict[Family, Path], tmp_path: Path, shard: str | None
 ) -> None:
-    """The frozen parts go into the artifact, under the names that every program looks for."""
+    """The artifact contains the frozen components, under file names without a variant."""
     from sdtune.methods import Full
 
-    source = Pretrained(str(half(folders["sd1"], tmp_path / "half", shard)), variant="fp16")
+    source = Pretrained(str(half_precision_copy(folders["sd1"], tmp_path / "half", shard)), variant="fp16")
     model = Full(backbone=source, parts=["text_encoder"])
     model.configure_model()
     model.write_artifact(tmp_path / "artifact", "it")
-    made = Pretrained(str(tmp_path / "artifact/it"))
-    made.check()
+    artifact = Pretrained(str(tmp_path / "artifact/it"))
+    artifact.check()
     assert not list((tmp_path / "artifact/it").rglob("*fp16*"))
-    assert same(made.load().state_dict(), source.load().state_dict())
-    theirs = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
-    assert torch.equal(theirs.unet.conv_in.weight, model.backbone.unet.conv_in.weight)
+    assert equal_weights(artifact.load().state_dict(), source.load().state_dict())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
+    assert torch.equal(pipeline.unet.conv_in.weight, model.backbone.unet.conv_in.weight)
 
 
 @pytest.mark.parametrize(
     "content", [b"\x80\x02h\x05.", b"\x80\x02K", b"\x80\x02]K\x01\x86R.", b"", b"PK\x03\x04", b"\0" * 9]
 )
-def test_bytes_that_are_no_pickle_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+def test_invalid_pickle_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "model.ckpt"
     file.write_bytes(content)
     with pytest.raises(
-        UserError, match=rf"^backbone\.path: {file} (cannot be read|holds more than tensors|is no checkpoint)"
+        UserError,
+        match=rf"^backbone\.path: {file} (cannot be read|contains more than tensors|is not a torch checkpoint)",
     ) as caught:
         _ = Pretrained(str(file), allow_pickle=True).facts
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_that_does_not_fit_its_bytes_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_safetensors_header_with_wrong_sizes_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     file = tmp_path / "copy/vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"F16"', 1))
@@ -340,7 +345,7 @@ def test_a_header_that_does_not_fit_its_bytes_is_refused(folders: dict[Family, P
         Pretrained(str(tmp_path / "copy")).check()
 
 
-def test_an_edited_config_is_heeded(folders: dict[Family, Path], single: Path, folder: Path, tmp_path: Path) -> None:
+def test_edited_config_is_used(folders: dict[Family, Path], single: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "configs")
     scheduler = tmp_path / "configs/scheduler/scheduler_config.json"
     first = Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type
@@ -349,10 +354,10 @@ def test_an_edited_config_is_heeded(folders: dict[Family, Path], single: Path, f
     assert Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type == other
 
 
-def test_settings_that_cannot_be_read_are_named(folders: dict[Family, Path], tmp_path: Path) -> None:
+def test_unreadable_config_and_invalid_clip_skip_are_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
     (tmp_path / "copy/unet/config.json").write_text("{")
     with pytest.raises(UserError, match=r"^backbone\.path: .*unet/config\.json cannot be read"):
         _ = Pretrained(str(tmp_path / "copy")).facts
-    with pytest.raises(UserError, match=r"^backbone\.clip_skip: 3 of 3 layers; give 2 at most"):
+    with pytest.raises(UserError, match=r"^backbone\.clip_skip: cannot skip 3 of 3 layers; set at most 2"):
         _ = Pretrained(str(folders["sd1"]), clip_skip=3).facts

@@ -1,4 +1,4 @@
-"""Large images decoded in tiles: nearly the same, in pieces of one size."""
+"""Tiled decoding of large images: close to untiled decoding, in tiles of limited size."""
 
 from __future__ import annotations
 
@@ -30,59 +30,61 @@ def latents(backbone: Backbone, images: np.ndarray) -> Tensor:
     return backbone.latents(moments, torch.zeros_like(moments[:, :4]))
 
 
-def large() -> np.ndarray:
-    """uint8 [128, 128, 3]: four images of pocket's world."""
+def large_image() -> np.ndarray:
+    """uint8 [128, 128, 3]: a grid of four images of pocket's world."""
     row = [np.asarray(draw_scene(Scene(name, "blue", "big", "in the middle"))) for name in ("fox", "rose")]
     return np.concatenate([np.concatenate(row, axis=1), np.concatenate(row[::-1], axis=1)], axis=0)
 
 
-def test_tiles_come_close_to_the_whole(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    z = latents(pocket, large())
-    whole = pocket.decode(z)
-    assert whole.shape == (1, 3, 128, 128)
-    seen: list[int] = []
+def test_tiled_decoding_is_close_to_untiled_decoding(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = latents(pocket, large_image())
+    untiled = pocket.decode(z)
+    assert untiled.shape == (1, 3, 128, 128)
+    tile_sides: list[int] = []
     decoder = pocket.vae.decoder.forward
 
-    def watched(x: Tensor, *more: Any) -> Tensor:
-        seen.append(max(x.shape[2:]))
+    def recording_forward(x: Tensor, *more: Any) -> Tensor:
+        tile_sides.append(max(x.shape[2:]))
         return decoder(x, *more)
 
-    monkeypatch.setattr(pocket.vae.decoder, "forward", watched)
-    monkeypatch.setattr(pocket, "tiled", False)
+    monkeypatch.setattr(pocket.vae.decoder, "forward", recording_forward)
+    monkeypatch.setattr(pocket, "decodes_in_tiles", False)
     pocket.decode_in_tiles(64)
     tiled = pocket.decode(z)
-    assert tiled.shape == whole.shape
-    assert len(seen) == 9
-    assert max(seen) == 64 // pocket.facts.factor
-    psnr = -10 * torch.log10((tiled - whole).square().mean())
+    assert tiled.shape == untiled.shape
+    assert len(tile_sides) == 9
+    assert max(tile_sides) == 64 // pocket.facts.factor
+    psnr = -10 * torch.log10((tiled - untiled).square().mean())
     assert 25 < psnr < 100
 
 
-def test_what_is_no_larger_than_a_tile_is_whole(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    z = latents(pocket, large()[:64, :64])
-    whole = pocket.decode(z)
-    monkeypatch.setattr(pocket, "tiled", False)
+def test_image_no_larger_than_a_tile_is_decoded_untiled(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = latents(pocket, large_image()[:64, :64])
+    untiled = pocket.decode(z)
+    monkeypatch.setattr(pocket, "decodes_in_tiles", False)
     pocket.decode_in_tiles(64)
-    assert torch.equal(pocket.decode(z), whole)
+    assert torch.equal(pocket.decode(z), untiled)
 
 
-def test_encoding_stays_whole(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents of a cache must not hang on how previews are decoded."""
-    before = latents(pocket, large())
-    monkeypatch.setattr(pocket, "tiled", False)
+def test_encoding_is_never_tiled(pocket: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached latents must not depend on how previews are decoded."""
+    expected = latents(pocket, large_image())
+    monkeypatch.setattr(pocket, "decodes_in_tiles", False)
     pocket.decode_in_tiles(64)
-    assert torch.equal(latents(pocket, large()), before)
+    assert torch.equal(latents(pocket, large_image()), expected)
 
 
-def test_the_switch_reaches_training_and_sampling(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for on in (True, False):
-        model = LoRA(backbone=Pretrained(str(tiny)), vae_tiling=on)
+def test_vae_tiling_applies_to_training_and_sampling(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for enabled in (True, False):
+        model = LoRA(backbone=Pretrained(str(tiny)), vae_tiling=enabled)
         model.configure_model()
-        assert model.backbone.tiled is on
-    asked: list[Any] = []
-    monkeypatch.setattr(Backbone, "decode_in_tiles", lambda self: asked.append(self))
-    where = "backbone=sd15", f"backbone.path={tiny}", "prompt=a fox", "hardware=cpu", "sampling.steps=1"
-    assert sample(*where, f"hydra.run.dir={tmp_path}/a") == 0
-    assert not asked
-    assert sample(*where, f"hydra.run.dir={tmp_path}/b", "hardware.vae_tiling=true") == 0
-    assert len(asked) == 1
+        assert model.backbone.decodes_in_tiles is enabled
+    tiled_backbones: list[Any] = []
+    monkeypatch.setattr(Backbone, "decode_in_tiles", lambda self: tiled_backbones.append(self))
+    overrides = "backbone=sd15", f"backbone.path={tiny}", "prompt=a fox", "hardware=cpu", "sampling.steps=1"
+    assert sample(*overrides, f"hydra.run.dir={tmp_path}/a") == 0
+    assert not tiled_backbones
+    assert sample(*overrides, f"hydra.run.dir={tmp_path}/b", "hardware.vae_tiling=true") == 0
+    assert len(tiled_backbones) == 1

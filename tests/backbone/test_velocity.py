@@ -1,4 +1,4 @@
-"""Another prediction type and a zero-terminal schedule: in training, in sampling, and in what is left behind."""
+"""v-prediction and zero terminal SNR: in training, in the artifact and in sampling."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from sdtune.methods import Full
 from sdtune.sampling.loop import Sampling
 
 
-def test_a_velocity_model_with_pure_noise_at_the_end(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_v_prediction_artifact_with_zero_terminal_snr_samples_as_in_diffusers(
+    tiny: Path, images: Path, tmp_path: Path
+) -> None:
     source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
     model = Full(backbone=source, optimizer=adamw(1e-3))
     fit(model, folder_data(images), 2)
     model.artifact(tmp_path, "mine")
-    written = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text())
-    assert written["prediction_type"] == "v_prediction"
-    assert written["rescale_betas_zero_snr"] is True
-    assert written["timestep_spacing"] == "trailing"
+    scheduler_config = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text())
+    assert scheduler_config["prediction_type"] == "v_prediction"
+    assert scheduler_config["rescale_betas_zero_snr"] is True
+    assert scheduler_config["timestep_spacing"] == "trailing"
 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "mine", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     settings = Sampling(steps=3, guidance=2.0)
-    [ours] = sdtune.sample("a fox", backbone=Pretrained(str(tmp_path / "mine")), seeds=[1], sampling=settings)
-    theirs = pipe("a fox", num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(1))
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs.images[0])).max() <= 1
+    [image] = sdtune.sample("a fox", backbone=Pretrained(str(tmp_path / "mine")), seeds=[1], sampling=settings)
+    expected = pipe("a fox", num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(1))
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected.images[0])).max() <= 1
 
 
-def test_a_solver_that_cannot_begin_at_pure_noise_is_refused(tiny: Path) -> None:
+def test_sampler_that_cannot_start_at_pure_noise_is_refused(tiny: Path) -> None:
     source = Pretrained(str(tiny), prediction_type="v_prediction", zero_terminal_snr=True)
-    with pytest.raises(UserError, match="^sampling.sampler: pndm cannot begin at pure noise"):
+    with pytest.raises(UserError, match="^sampling.sampler: pndm does not support zero terminal SNR"):
         sdtune.sample("a fox", backbone=source, sampling=Sampling(steps=2, sampler="pndm"))
 
 
-def test_epsilon_with_pure_noise_is_refused_before_weights(tiny: Path) -> None:
+def test_epsilon_with_zero_terminal_snr_is_refused_before_loading(tiny: Path) -> None:
     with pytest.raises(UserError, match="^backbone.zero_terminal_snr"):
         _ = Pretrained(str(tiny), zero_terminal_snr=True).facts

@@ -1,4 +1,4 @@
-"""The name of a backbone's weights: what may change without changing it, and what may not."""
+"""Hash of a backbone's weights: which changes of the files keep it, and which do not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two components."""
+    """A pipeline folder with two components."""
     for component in ("unet", "vae"):
         (tmp_path / "pipe" / component).mkdir(parents=True)
     save_file(tensors(), tmp_path / "pipe/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -33,11 +33,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pipe"
 
 
-def hashed(folder: Path) -> str:
-    return hashed_of(folder, "unet", "vae")
+def hash_folder(folder: Path) -> str:
+    return hash_components(folder, "unet", "vae")
 
 
-def hashed_of(folder: Path, *names: str) -> str:
+def hash_components(folder: Path, *names: str) -> str:
     return weights_hash({name: weight_files(folder, name) for name in names})
 
 
@@ -46,18 +46,20 @@ def unet(folder: Path) -> Path:
 
 
 def shard(folder: Path) -> None:
-    """Two shards with their index, the keys dealt out."""
-    found = load_file(unet(folder))
+    """Split the UNet into two shards with an index; the keys alternate between them."""
+    weights = load_file(unet(folder))
     unet(folder).unlink()
     names = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"]
-    for number, name in enumerate(names):
-        save_file({k: v for i, (k, v) in enumerate(sorted(found.items())) if i % 2 == number}, folder / "unet" / name)
-    index = {"metadata": {"total_size": 0}, "weight_map": {k: names[i % 2] for i, k in enumerate(sorted(found))}}
+    for shard_number, name in enumerate(names):
+        save_file(
+            {k: v for i, (k, v) in enumerate(sorted(weights.items())) if i % 2 == shard_number}, folder / "unet" / name
+        )
+    index = {"metadata": {"total_size": 0}, "weight_map": {k: names[i % 2] for i, k in enumerate(sorted(weights))}}
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def reorder(folder: Path) -> None:
-    """The same tensors, written by hand in another order of keys and of bytes."""
+    """Write the same tensors by hand, with keys and bytes in another order."""
     header, body = {}, b""
     for key, value in sorted(load_file(unet(folder)).items(), reverse=True):
         data = value.numpy().tobytes()
@@ -73,7 +75,7 @@ SAME: dict[str, Callable[[Path], object]] = {
     "shards": shard,
     "order": reorder,
     "metadata": lambda f: save_file(load_file(unet(f)), unet(f), {"note": "another", "format": "pt"}),
-    "further files": lambda f: (f / "unet/config.json").write_text("{}"),
+    "additional files": lambda f: (f / "unet/config.json").write_text("{}"),
     "time": lambda f: os.utime(unet(f), (1, 1)),
 }
 
@@ -89,73 +91,73 @@ OTHER: dict[str, Callable[[dict[str, Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_is_not_of_the_weights_does_not_change_it(folder: Path, change: str) -> None:
-    before = hashed(folder)
+def test_hash_ignores_changes_that_keep_the_weights(folder: Path, change: str) -> None:
+    before = hash_folder(folder)
     SAME[change](folder)
-    assert hashed(folder) == before
+    assert hash_folder(folder) == before
 
 
-def test_a_copy_elsewhere_has_the_same(folder: Path, tmp_path: Path) -> None:
+def test_copied_folder_has_the_same_hash(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    assert hashed(tmp_path / "copy") == hashed(folder)
+    assert hash_folder(tmp_path / "copy") == hash_folder(folder)
 
 
 @pytest.mark.parametrize("change", OTHER)
-def test_what_is_of_the_weights_changes_it(folder: Path, change: str) -> None:
-    before = hashed(folder)
-    found = tensors()
-    OTHER[change](found)
-    save_file(found, unet(folder))
-    assert hashed(folder) != before
+def test_hash_changes_with_the_weights(folder: Path, change: str) -> None:
+    before = hash_folder(folder)
+    changed = tensors()
+    OTHER[change](changed)
+    save_file(changed, unet(folder))
+    assert hash_folder(folder) != before
 
 
-def test_one_changed_byte_changes_it(folder: Path) -> None:
-    before = hashed(folder)
+def test_hash_changes_with_one_byte(folder: Path) -> None:
+    before = hash_folder(folder)
     data = bytearray(unet(folder).read_bytes())
     data[-1] ^= 1
     unet(folder).write_bytes(data)
-    assert hashed(folder) != before
+    assert hash_folder(folder) != before
 
 
-def test_the_component_counts_and_their_order_does_not(folder: Path) -> None:
-    assert hashed_of(folder, "vae", "unet") == hashed(folder)
-    assert len({hashed(folder), hashed_of(folder, "unet"), hashed_of(folder, "vae")}) == 3
+def test_hash_depends_on_the_components_but_not_on_their_order(folder: Path) -> None:
+    assert hash_components(folder, "vae", "unet") == hash_folder(folder)
+    assert len({hash_folder(folder), hash_components(folder, "unet"), hash_components(folder, "vae")}) == 3
     a, b = folder / "unet", folder / "vae"
-    before = hashed(folder)
+    before = hash_folder(folder)
     a.rename(folder / "x")
     b.rename(a)
     (folder / "x").rename(b)
-    assert hashed(folder) != before
+    assert hash_folder(folder) != before
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
-def test_a_truncated_file_is_refused_by_name(folder: Path, size: int) -> None:
+def test_truncated_file_is_refused_by_name(folder: Path, size: int) -> None:
     data = unet(folder).read_bytes()
     unet(folder).write_bytes(data[:size])
     with pytest.raises(UserError, match=rf"^{unet(folder)}: .*(truncated|copy or download)") as caught:
-        hashed(folder)
+        hash_folder(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_of_another_kind_is_refused_by_name(folder: Path) -> None:
+def test_file_of_another_format_is_refused_by_name(folder: Path) -> None:
     unet(folder).write_bytes(struct.pack("<Q", 10) + b"not a json header")
     with pytest.raises(UserError, match=rf"^{unet(folder)}: .*header cannot be read"):
-        hashed(folder)
+        hash_folder(folder)
 
 
-def test_a_component_without_weights_is_refused_by_name(folder: Path) -> None:
+def test_component_without_weights_is_refused_by_name(folder: Path) -> None:
     unet(folder).unlink()
-    with pytest.raises(UserError, match=r"backbone\.path: .*/unet holds no diffusion_pytorch_model\.safetensors"):
-        hashed(folder)
+    with pytest.raises(UserError, match=r"backbone\.path: .*/unet contains no diffusion_pytorch_model\.safetensors"):
+        hash_folder(folder)
 
 
-def test_the_answer_is_kept_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hash_is_cached_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
-    first, state = hashed(folder), unet(folder).stat()
+    first, state = hash_folder(folder), unet(folder).stat()
     data = bytearray(unet(folder).read_bytes())
     data[-1] ^= 1
     unet(folder).write_bytes(data)
     os.utime(unet(folder), ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert hashed(folder) == first, "what has the same size and time of change is not read again"
+    assert hash_folder(folder) == first, "a file with unchanged size and modification time is not read again"
     os.utime(unet(folder), ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    assert hashed(folder) != first
+    assert hash_folder(folder) != first

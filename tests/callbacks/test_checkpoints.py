@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and that one is written whole or not at all."""
+"""Checkpoints: the last two and the best are kept, and writes are atomic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.methods import LoRA
 
 
-def test_the_last_two_and_the_best_are_kept(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_last_two_and_best_checkpoints_are_kept(tiny: Path, images: Path, tmp_path: Path) -> None:
     record = MetricsRecorder(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", record, every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
@@ -39,17 +39,17 @@ def test_the_last_two_and_the_best_are_kept(tiny: Path, images: Path, tmp_path: 
     assert best["global_step"] == min(values, key=values.__getitem__)
 
 
-def test_without_held_out_images_no_validation_is_waited_for(tiny: Path, images: Path, tmp_path: Path) -> None:
-    """At steps that are multiples of the interval: Lightning passes over a validation that has no images."""
+def test_checkpoints_are_saved_without_validation_set(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """At multiples of the validation interval, where Lightning skips a validation without images."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", MetricsRecorder(tmp_path), every_steps=2)
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
-    own = {"val_check_interval": 2, "check_val_every_n_epoch": None}
-    fit(model, folder_data(images), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **own)
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(model, folder_data(images), 4, [checkpoints.record, checkpoints], plugins=[AtomicIO()], **settings)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step00000002.ckpt", "step00000004.ckpt"]
 
 
-class _Full(io.RawIOBase):
-    """A file on a disk that is full after some bytes."""
+class _FullDiskFile(io.RawIOBase):
+    """File on a disk that is full after 100 bytes."""
 
     def __init__(self, path: Path) -> None:
         self.file, self.left = io.FileIO(path, "wb"), 100
@@ -67,27 +67,25 @@ class _Full(io.RawIOBase):
         return self.file.fileno()
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "step00000001.ckpt"
     AtomicIO().save_checkpoint({"value": torch.arange(3)}, target)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *_: _Full(self))
+        patch.setattr(Path, "open", lambda self, *_: _FullDiskFile(self))
         with pytest.raises(OSError, match="No space left"):
             AtomicIO().save_checkpoint({"value": torch.arange(3000)}, target)
     assert torch.load(target, weights_only=True)["value"].tolist() == [0, 1, 2]
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_complete_run_whose_figures_are_missing_goes_on_to_make_them(
-    tiny: Path, images: Path, tmp_path: Path
-) -> None:
-    """As after a kill in the middle of the evaluation."""
+def test_resuming_a_complete_run_without_metrics_json_writes_it(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """The state after the process was killed during the evaluation."""
     run = tmp_path / "run"
-    own = ["data.hold_out=5", "trainer.val_check_interval=3", "trainer.max_steps=3"]
-    assert train(*arguments(tiny, images, run, *own)) == 0
+    overrides = ["data.hold_out=5", "trainer.val_check_interval=3", "trainer.max_steps=3"]
+    assert train(*arguments(tiny, images, run, *overrides)) == 0
     table = (run / "metrics.csv").read_text()
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
     assert (run / "metrics.csv").read_text() == table
     assert json.loads((run / "metrics.json").read_text())["validation_loss"] == float(rows(run)[-1]["validation_loss"])
-    assert train(f"resume={run}") == 2  # now it is complete
+    assert train(f"resume={run}") == 2  # the run is complete now

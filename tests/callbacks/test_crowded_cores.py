@@ -1,4 +1,4 @@
-"""A warning where other programs take the cores from a training on the CPU."""
+"""Warning if other programs take CPU time from a training on the CPU."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def warnings(
     caplog: Any,
     quota: int = 0,
 ) -> list[str]:
-    """What is said in twelve seconds in which the run, its workers and all programs use so many cores."""
-    run, workers, everything = used
+    """Warnings logged in twelve seconds; ``used``: cores used by the run, by its workers, and by all programs."""
+    run, workers, all_programs = used
     clock = iter(range(0, 1000, 4))
 
     def now() -> CpuSeconds:
         t = float(next(clock))
-        return CpuSeconds(t, run * t, workers * t, everything * t)
+        return CpuSeconds(t, run * t, workers * t, all_programs * t)
 
     monkeypatch.setattr(crowded_cores.CpuSeconds, "now", now)
     monkeypatch.setattr(crowded_cores, "affinity", lambda: list(range(cores)))
@@ -53,13 +53,13 @@ def warnings(
     [
         ((1.0, 0.0, 2.0), 2, 2, 1),
         ((9.0, 0.0, 16.0), 16, 16, 9),
-        ((2.0, 0.0, 2.0), 2, 2, None),  # alone
+        ((2.0, 0.0, 2.0), 2, 2, None),  # no other programs
         ((1.0, 0.9, 2.0), 2, 2, None),  # the run's own data workers
-        ((1.0, 0.0, 1.2), 2, 2, None),  # it waits for its data
-        ((1.0, 0.0, 2.0), 2, 1, None),  # one thread waits for no other
+        ((1.0, 0.0, 1.2), 2, 2, None),  # the run waits for its data
+        ((1.0, 0.0, 2.0), 2, 1, None),  # a single thread does not wait for others
     ],
 )
-def test_it_warns_where_other_programs_take_the_cores(
+def test_warning_appears_only_if_other_programs_use_the_cores(
     used: tuple[float, float, float],
     cores: int,
     threads: int,
@@ -68,18 +68,18 @@ def test_it_warns_where_other_programs_take_the_cores(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    said = warnings(used, cores, threads, tmp_path, monkeypatch, caplog)
-    assert len(said) == (0 if advice is None else 1)
-    assert all(line.endswith(f"sdtune train resume={tmp_path} hardware.threads={advice}") for line in said)
+    messages = warnings(used, cores, threads, tmp_path, monkeypatch, caplog)
+    assert len(messages) == (0 if advice is None else 1)
+    assert all(line.endswith(f"sdtune train resume={tmp_path} hardware.threads={advice}") for line in messages)
 
 
-def test_within_a_quota_nothing_is_said(
+def test_run_under_a_cpu_quota_gets_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warnings((1.0, 0.0, 2.0), 2, 2, tmp_path, monkeypatch, caplog, quota=1) == []
 
 
-def test_in_a_sweep_the_whole_sweep_goes_on(
+def test_warning_in_a_sweep_names_the_command_that_resumes_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "multirun.yaml").touch()
@@ -87,14 +87,14 @@ def test_in_a_sweep_the_whole_sweep_goes_on(
     assert line.endswith(f"sdtune train -m resume={tmp_path} hardware.threads=1")
 
 
-def test_the_time_of_this_process_its_children_and_others_is_told_apart() -> None:
-    before = CpuSeconds.now()
+def test_cpu_time_of_process_children_and_others_is_separated() -> None:
+    start = CpuSeconds.now()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
         try:
             time.sleep(1.5)
-            load = CpuSeconds.now().since(before)
+            load = CpuSeconds.now().since(start)
         finally:
             child.kill()
     assert load.run < 0.5
     assert load.all > 0.3
-    assert load.others < load.all - 0.2, "the child is none of the others"
+    assert load.others < load.all - 0.2, "the child does not count as another process"

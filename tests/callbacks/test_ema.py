@@ -1,4 +1,4 @@
-"""The average of the trained weights: its formula, and where it stands in for them."""
+"""EMA of the trained weights: its formula, and where it replaces them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.trainable()}
 
 
-class Watch(Callback):
-    """The weights after every optimizer step, and those that validation saw."""
+class WeightRecorder(Callback):
+    """Records the weights after every optimizer step and the weights during validation."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -40,47 +40,49 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_formula_and_stand_in(tiny: Path, images: Path, accumulation: int) -> None:
+def test_ema_follows_its_formula_and_replaces_weights_in_validation_and_export(
+    tiny: Path, images: Path, accumulation: int
+) -> None:
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
-    watch, ema = Watch(), EMA(decay=0.25)
+    recorder, ema = WeightRecorder(), EMA(decay=0.25)
     fit(
         model,
         folder_data(images, hold_out=5),
         5,
-        [ema, watch],
+        [ema, recorder],
         accumulate_grad_batches=accumulation,
         val_check_interval=5 * accumulation,
         check_val_every_n_epoch=None,
     )
-    assert len(watch.seen) == 6
-    wanted = {name: p.double() for name, p in watch.seen[0].items()}
-    for step, now in enumerate(watch.seen[1:], 1):
+    assert len(recorder.seen) == 6
+    expected = {name: p.double() for name, p in recorder.seen[0].items()}
+    for step, current in enumerate(recorder.seen[1:], 1):
         decay = min(0.25, (1 + step) / (10 + step))
-        wanted = {name: decay * wanted[name] + (1 - decay) * now[name].double() for name in wanted}
+        expected = {name: decay * expected[name] + (1 - decay) * current[name].double() for name in expected}
     for name, p in ema.shadow.items():
-        torch.testing.assert_close(p.double(), wanted[name], rtol=1e-5, atol=1e-7)
-        assert torch.equal(watch.validated[name], p)
-    own = weights(model)
-    assert all(torch.equal(own[name], watch.seen[-1][name]) for name in own)
-    assert any(not torch.equal(own[name], ema.shadow[name]) for name in own)
+        torch.testing.assert_close(p.double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(recorder.validated[name], p)
+    trained = weights(model)
+    assert all(torch.equal(trained[name], recorder.seen[-1][name]) for name in trained)
+    assert any(not torch.equal(trained[name], ema.shadow[name]) for name in trained)
 
     with model.final_weights():
         assert all(torch.equal(p, ema.shadow[name]) for name, p in model.trainable())
-    assert all(torch.equal(p, own[name]) for name, p in model.trainable())
+    assert all(torch.equal(p, trained[name]) for name, p in model.trainable())
     with pytest.raises(RuntimeError, match="inside"), model.final_weights():
         raise RuntimeError("inside")
-    assert all(torch.equal(p, own[name]) for name, p in model.trainable())
+    assert all(torch.equal(p, trained[name]) for name, p in model.trainable())
 
 
-def test_saved_and_resumed(tiny: Path, images: Path, tmp_path: Path) -> None:
-    """With accumulation: the average must not move at a micro-batch that took no step."""
+def test_resumed_ema_equals_uninterrupted_ema(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """With accumulation, the average must not change at a micro-batch without an optimizer step."""
 
     def run(steps: int, **settings: Any) -> tuple[EMA, pl.Trainer]:
         ema = EMA(decay=0.5)
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2))
         return ema, fit(model, folder_data(images), steps, [ema], accumulate_grad_batches=2, **settings)
 
-    whole, _ = run(5)
+    uninterrupted, _ = run(5)
     first, trainer = run(3)
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     assert (
@@ -88,5 +90,5 @@ def test_saved_and_resumed(tiny: Path, images: Path, tmp_path: Path) -> None:
         == first.shadow.keys()
     )
     second, _ = run(5, ckpt_path=tmp_path / "kept.ckpt")
-    assert all(torch.equal(second.shadow[name], p) for name, p in whole.shadow.items())
-    assert any(not torch.equal(first.shadow[name], p) for name, p in whole.shadow.items())
+    assert all(torch.equal(second.shadow[name], p) for name, p in uninterrupted.shadow.items())
+    assert any(not torch.equal(first.shadow[name], p) for name, p in uninterrupted.shadow.items())

@@ -1,4 +1,4 @@
-"""Callbacks are called by their priority."""
+"""Order of callbacks by priority."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Late(Callback):
     priority = 300
 
 
-def test_by_priority_and_ties_stay_in_their_order(tmp_path: Path) -> None:
+def test_callbacks_are_sorted_by_priority_and_ties_keep_their_order(tmp_path: Path) -> None:
     record = MetricsRecorder(tmp_path)
     checkpoints, ema = Checkpoints(tmp_path, record), EMA()
     foreign, other, early, late = LearningRateMonitor(), Callback(), Early(), Late()
-    given = [late, checkpoints, foreign, record, ema, other, early]
-    assert by_priority(given) == [early, ema, record, foreign, other, checkpoints, late]
+    unsorted = [late, checkpoints, foreign, record, ema, other, early]
+    assert by_priority(unsorted) == [early, ema, record, foreign, other, checkpoints, late]

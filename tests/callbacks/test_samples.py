@@ -1,4 +1,4 @@
-"""Samples and snapshots: written when they are due, and training does not notice."""
+"""Samples and snapshots: written at the configured steps, without influence on the training."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.sampling.loop import Sampling
 
 
-def test_grids_and_snapshots_leave_training_alone(tiny: Path, images: Path, tmp_path: Path) -> None:
-    """Dropout makes training depend on the global generator and on the modules' modes."""
-    common = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
-    with_samples = [
+def test_grids_and_snapshots_do_not_change_the_training(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """With dropout, training depends on the global generator and on the training mode of the modules."""
+    overrides = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
+    sample_overrides = [
         "callbacks.samples.prompts=[a fox,a red fox,two foxes]",
         "callbacks.samples.every_steps=2",
         "callbacks.samples.sampling.steps=2",
         "+callbacks.samples.sampling.sampler=euler_ancestral",
         "save_every=2",
     ]
-    plain, drawn = tmp_path / "plain", tmp_path / "drawn"
-    assert train(*arguments(tiny, images, plain, *common)) == 0
-    own = [a for a in arguments(tiny, images, drawn, *common) if a != "callbacks.samples=null"]
-    assert train(*own, *with_samples) == 0
+    plain, with_samples = tmp_path / "plain", tmp_path / "drawn"
+    assert train(*arguments(tiny, images, plain, *overrides)) == 0
+    command = [a for a in arguments(tiny, images, with_samples, *overrides) if a != "callbacks.samples=null"]
+    assert train(*command, *sample_overrides) == 0
 
-    assert (drawn / "metrics.csv").read_bytes() == (plain / "metrics.csv").read_bytes()
-    ours, theirs = (load_file(run / "artifact" / "otter.safetensors") for run in (drawn, plain))
-    assert all(np.array_equal(value, theirs[key]) for key, value in ours.items())
+    assert (with_samples / "metrics.csv").read_bytes() == (plain / "metrics.csv").read_bytes()
+    weights, plain_weights = (load_file(run / "artifact" / "otter.safetensors") for run in (with_samples, plain))
+    assert all(np.array_equal(value, plain_weights[key]) for key, value in weights.items())
 
     names = [f"step{step:08d}.png" for step in (0, 2, 4, 5)]
     snapshots = [f"otter-step{step:08d}" for step in (2, 4)]
-    assert sorted(p.name for p in (drawn / "samples").iterdir()) == sorted(
+    assert sorted(p.name for p in (with_samples / "samples").iterdir()) == sorted(
         [*names, "before", "after", "before_after.png", *(f"{s}.png" for s in snapshots)]
     )
     assert not (plain / "samples").exists()
-    before, after, both = (
-        np.asarray(Image.open(drawn / "samples" / name)) for name in (names[0], names[-1], "before_after.png")
+    before, after, before_after = (
+        np.asarray(Image.open(with_samples / "samples" / name)) for name in (names[0], names[-1], "before_after.png")
     )
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
     tile = 160 + 6
     assert before.shape[:2] == (62 + 2 * tile + 6, 120 + 3 * tile + 6)
-    assert both.shape[:2] == (62 + 4 * tile + 6, 120 + 3 * tile + 6)
+    assert before_after.shape[:2] == (62 + 4 * tile + 6, 120 + 3 * tile + 6)
     for row in (0, 1):  # before and after alternate
         image = np.s_[62 + 6 + row * tile : 62 + row * tile + tile, 126:]
         mixed = np.s_[62 + 6 + 2 * row * tile : 62 + 2 * row * tile + tile, 126:]
-        assert np.array_equal(both[mixed], before[image])
+        assert np.array_equal(before_after[mixed], before[image])
 
-    found = sorted(p.name for p in (drawn / "artifact").glob("otter-*"))
-    assert found == [f"{s}.safetensors" for s in snapshots]
-    first, last = (load_file(drawn / "artifact" / f"{s}.safetensors") for s in snapshots)
-    assert first.keys() == last.keys() == ours.keys()
+    files = sorted(p.name for p in (with_samples / "artifact").glob("otter-*"))
+    assert files == [f"{s}.safetensors" for s in snapshots]
+    first, last = (load_file(with_samples / "artifact" / f"{s}.safetensors") for s in snapshots)
+    assert first.keys() == last.keys() == weights.keys()
     assert any(not np.array_equal(first[key], last[key]) for key in first)
 
 
-def test_images_by_other_settings_are_no_before(tmp_path: Path) -> None:
-    """A run resumed with other sampling must not set its last images against the first run's."""
+def test_images_of_other_sampling_settings_are_not_used_as_before(tmp_path: Path) -> None:
+    """A run resumed with other sampling settings must not compare its last images with the first ones."""
 
     def samples(steps: int) -> Samples:
         return Samples(tmp_path, MetricsRecorder(tmp_path), sampling=Sampling(steps=steps))

@@ -1,4 +1,4 @@
-"""Which errors a command shows as one line, with which exit code, and which are bugs."""
+"""Errors that a command prints as one line, their exit codes, and errors that are bugs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdtune.cli.exit_codes import exit_codes
 from sdtune.errors import Pruned, RunFailed, Stopped, UserError
 
 SHOWN: dict[str, tuple[BaseException, int, str]] = {
-    "input": (UserError("3 is odd", key="data.batch_size", remedy="give 4"), 2, "data.batch_size: 3 is odd; give 4"),
+    "input": (UserError("3 is odd", key="data.batch_size", remedy="set 4"), 2, "data.batch_size: 3 is odd; set 4"),
     "stopped": (Stopped("stopped at step 3", 143), 143, "stopped at step 3"),
     "pruned": (Pruned(7), 4, "pruned at step 7"),
     "failed": (RunFailed("the loss\nis NaN"), 1, "the loss is NaN"),
@@ -28,7 +28,7 @@ SHOWN: dict[str, tuple[BaseException, int, str]] = {
     "disk, while writing": (
         OSError(errno.ENOSPC, "No space left on device"),
         1,
-        "output: No space left on device; name",
+        "output: No space left on device; choose",
     ),
     "connection": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), 1, "Connection refused\n"),
     "MPS memory": (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), 1, "out of memory"),
@@ -46,7 +46,7 @@ BUGS: dict[str, Exception] = {
 @pytest.mark.parametrize(
     ("command", "advice"), [("sample", "sampling.batch_size=1"), ("prepare", "data.resolution"), ("export", "other")]
 )
-def test_what_is_advised_where_memory_runs_out_is_of_the_command(
+def test_out_of_memory_advice_depends_on_the_command(
     command: str, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit), exit_codes(command):
@@ -60,25 +60,25 @@ def raising(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_what_a_user_can_mend_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_that_the_user_can_fix_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     error, code, words = SHOWN[name]
     with pytest.raises(SystemExit) as stop:
         raising(error)
     assert stop.value.code == code
-    said = capsys.readouterr().err
-    assert said.startswith(f"sdtune: {words}")
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"sdtune: {words}")
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_any_other_error_is_a_bug(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_other_error_passes_through_as_a_bug(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(type(BUGS[name])) as raised:
         raising(BUGS[name])
     assert raised.value is BUGS[name]
     assert capsys.readouterr().err == ""
 
 
-def test_errors_of_a_composition_are_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_composition_error_is_invalid_input(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, exit_codes("train", lambda error: f"composing: {error}"):
         raise BUGS["while nothing is composed"]
     assert stop.value.code == 2
@@ -87,20 +87,20 @@ def test_errors_of_a_composition_are_input(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(("error", "code"), [(Pruned(3), 0), (RunFailed("all know it", agreed=True), 0),
                                              (RunFailed("one knows it"), 1)])  # fmt: skip
-def test_what_all_processes_know_the_first_one_shows(
+def test_only_process_0_prints_an_error_that_all_processes_know(
     error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    found = 0
+    exit_code = 0
     try:
         raising(error)
     except SystemExit as stop:
-        found = int(str(stop.code))
-    assert found == code
+        exit_code = int(str(stop.code))
+    assert exit_code == code
     assert (capsys.readouterr().err == "") is (code == 0)
 
 
-def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_enables_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDTUNE_TRACEBACK", "1")
     with pytest.raises(UserError):
         raising(UserError("wrong"))
@@ -124,7 +124,7 @@ def run_with_bug(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BUG, *words], capture_output=True, text=True, timeout=200)
 
 
-def test_a_bug_in_a_training_keeps_its_folder_and_its_traceback(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_bug_in_a_training_keeps_run_folder_and_traceback(tiny: Path, images: Path, tmp_path: Path) -> None:
     done = run_with_bug(["train", *arguments(tiny, images, tmp_path / "run")])
     assert done.returncode == 1
     assert done.stderr.count("Traceback (most recent call last)") == 1
@@ -132,7 +132,9 @@ def test_a_bug_in_a_training_keeps_its_folder_and_its_traceback(tiny: Path, imag
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
 
 
-def test_a_bug_in_a_sweeps_job_is_in_the_jobs_folder(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_bug_in_a_job_of_a_sweep_writes_its_traceback_to_the_job_folder(
+    tiny: Path, images: Path, tmp_path: Path
+) -> None:
     words = [word for word in arguments(tiny, images, tmp_path) if not word.startswith("hydra.run.dir")]
     done = run_with_bug(["train", "-m", *words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"])
     assert done.returncode == 1
@@ -146,7 +148,7 @@ def test_a_bug_in_a_sweeps_job_is_in_the_jobs_folder(tiny: Path, images: Path, t
         assert f"its traceback is in {folder}/error.log" in done.stderr
 
 
-def test_the_fields_of_an_error_are_kept() -> None:
-    error = UserError("3 is odd", key="data.batch_size", remedy="give 4")
-    assert (error.key, error.remedy) == ("data.batch_size", "give 4")
+def test_user_error_keeps_its_fields() -> None:
+    error = UserError("3 is odd", key="data.batch_size", remedy="set 4")
+    assert (error.key, error.remedy) == ("data.batch_size", "set 4")
     assert str(UserError("it is odd")) == "it is odd"

@@ -1,4 +1,4 @@
-"""What becomes of an error between a command and the shell."""
+"""Errors of a command on their way to the shell; imports without garbage collection."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from sdtune.cli.launch import launch, lazy_command
 from sdtune.config.targets import resolve
 
 
-def _library() -> None:
+def _library_error() -> None:
     json.loads("{")
 
 
-def _own() -> None:
+def _sdtune_error() -> None:
     resolve("os.system", "data")
 
 
 def _command(raises: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(config: DictConfig, place: Path) -> Callable[[DictConfig], Any]:
+    def prepare(config: DictConfig, job_folder: Path) -> Callable[[DictConfig], Any]:
         return lambda composed: raises()
 
     root = logging.getLogger()
-    kept = root.handlers[:], root.level
+    previous = root.handlers[:], root.level
     try:
         launch("train", [f"hydra.run.dir={folder}"], prepare)
     finally:
-        root.handlers[:], root.level = kept  # the run's log goes with its folder
+        root.handlers[:], root.level = previous  # remove the log handlers of the run
 
 
-def test_our_own_refusal_is_one_line(
+def test_user_error_of_sdtune_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        _command(_own, tmp_path / "run", monkeypatch)
+        _command(_sdtune_error, tmp_path / "run", monkeypatch)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("sdtune: data._target_: os.system is not allowed")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_a_library_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(json.JSONDecodeError) as raised:  # a ValueError too
-        _command(_library, tmp_path / "run", monkeypatch)
+        _command(_library_error, tmp_path / "run", monkeypatch)
     assert raised.traceback[-1].path.name == "decoder.py"
 
 
-def test_the_collector_does_not_look_at_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_collector_skips_imported_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "newly_imported.py").write_text("import gc\nseen = gc.isenabled()\nprepare = lambda *_: seen\n")
     monkeypatch.syspath_prepend(tmp_path)
-    before = gc.get_freeze_count()
+    frozen_before = gc.get_freeze_count()
     try:
         assert lazy_command("newly_imported")(DictConfig({}), tmp_path) is False
         assert gc.isenabled()
-        assert gc.get_freeze_count() > before
+        assert gc.get_freeze_count() > frozen_before
     finally:
-        gc.unfreeze()  # of what the other tests have left
+        gc.unfreeze()  # also objects of other tests
         del sys.modules["newly_imported"]
 
 
-def test_a_device_that_is_full_is_one_line(
+def test_out_of_memory_on_the_device_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full() -> None:
@@ -76,12 +76,12 @@ def test_a_device_that_is_full_is_one_line(
     with pytest.raises(SystemExit) as stop:
         _command(full, tmp_path / "run", monkeypatch)
     assert stop.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("sdtune: out of memory: end other programs, or choose a machine with more")
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("sdtune: out of memory: end other programs, or use a machine with more memory")
+    assert stderr.count("\n") == 1
 
 
-def test_torchruns_processes_must_be_told_the_folder(
+def test_torchrun_without_run_folder_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
@@ -89,4 +89,4 @@ def test_torchruns_processes_must_be_told_the_folder(
     with pytest.raises(SystemExit) as stop:
         launch("train", [], lambda *_: pytest.fail("prepared"))
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir is missing: under torchrun")
+    assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir: required under torchrun")

@@ -1,4 +1,4 @@
-"""The command's outside: help, completion, speed of what needs no torch."""
+"""The command ``sdtune``: help, completion, and speed of answers without torch."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def sdtune(*arguments: str, line: str | None = None) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("train", "--cfg", "job"), ("train", "methd.rank=4")])
-def test_answers_at_once(arguments: tuple[str, ...]) -> None:
+def test_help_config_and_misspelled_key_need_little_cpu_time(arguments: tuple[str, ...]) -> None:
     best = float("inf")
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = sdtune(*arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # The processor's time: it waits for nothing, and a machine busy with other things does not count.
+        # CPU time instead of wall time, so that a busy machine does not fail the test.
         best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert best < 1.5
     refused = "methd.rank=4" in arguments
     assert done.returncode == (2 if refused else 0)
-    said = "methd.rank: there is no such setting; did you mean method?" if refused else "method"
-    assert said in done.stdout + done.stderr
+    output = "methd.rank: unknown setting; did you mean method?" if refused else "method"
+    assert output in done.stdout + done.stderr
 
 
 def test_help_names_every_command() -> None:
-    said = sdtune("--help").stdout
-    assert all(name in said for name in ("train", "prepare", "sample", "plan", "evaluate"))
+    output = sdtune("--help").stdout
+    assert all(name in output for name in ("train", "prepare", "sample", "plan", "evaluate"))
 
 
-def test_an_unknown_command_is_refused_with_the_one_meant() -> None:
+def test_unknown_command_is_refused_with_a_suggestion() -> None:
     done = sdtune("trian")
     assert done.returncode == 2
-    assert done.stderr.strip() == "sdtune: trian: there is no such command; did you mean train?"
+    assert done.stderr.strip() == "sdtune: trian: unknown command; did you mean train?"
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted"),
+    ("line", "completion"),
     [
         ("sdtune tr", "train"),
         ("sdtune train method=", "method=lora"),
@@ -60,11 +60,11 @@ def test_an_unknown_command_is_refused_with_the_one_meant() -> None:
         ("sdtune plan backbone=", "backbone=sdxl"),
     ],
 )
-def test_completion_knows_the_subcommand(line: str, wanted: str) -> None:
-    assert wanted in sdtune("-sc", "query=bash", line=line).stdout.split()
+def test_completion_uses_the_subcommand(line: str, completion: str) -> None:
+    assert completion in sdtune("-sc", "query=bash", line=line).stdout.split()
 
 
-def test_module_and_command_are_the_same() -> None:
+def test_python_m_sdtune_equals_the_sdtune_command() -> None:
     command = subprocess.run(
         [str(Path(sys.executable).with_name("sdtune")), "train", "--cfg", "job"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Every kind of artifact in every form, for small models of each family, with the images that sdtune draws of them.
+"""Write each kind of artifact in each format for small models of each family, and the images that sdtune generates.
 
 ``python make.py FOLDER`` writes the files and ``cases.json``; ``client.py`` loads each with plain diffusers.
 """
@@ -40,7 +40,7 @@ def images(folder: Path) -> Path:
 
 
 def trained(model: Any, data: Any, folder: Path, name: str) -> Path:
-    """The artifact of ``model``, trained a step and moved far enough to be seen."""
+    """Artifact of ``model`` after one step and random changes that are large enough to be visible."""
     fit(model, data, 1)
     rng = torch.Generator().manual_seed(5)
     for _, parameter in model.trainable():
@@ -49,7 +49,7 @@ def trained(model: Any, data: Any, folder: Path, name: str) -> Path:
     return folder
 
 
-def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | None, maps: Any) -> np.ndarray:
+def generated(source: Pretrained, files: list[Path], strength: float, net: Path | None, maps: Any) -> np.ndarray:
     backbone = source.load()
     loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(file)) for file in files])
     nets = controlnets.load_controlnets(backbone, source, [str(net)] if net else [])
@@ -62,28 +62,28 @@ def drawn(source: Pretrained, files: list[Path], strength: float, net: Path | No
 
 
 def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
-    """Each file of ``family`` with its kind, its form, and the image that it should give."""
+    """Write the files of ``family``; yield for each its kind, format and expected image."""
     raw = build_family(folder / "raw", family)
-    # As files have it: transformers of today saves an encoder that was built from a config under names of its own.
+    # Export the base model: current transformers saves text encoders built from a config with unusual tensor names.
     [base] = Export("pipeline", dtype="fp32").write(
         find_artifact(raw, "artifact"), Pretrained(str(raw)), folder / "base"
     )
     source = Pretrained(str(base))
-    shown, side = images(folder / "images"), source.facts.side
+    image_folder, side = images(folder / "images"), source.facts.side
     maps = np.random.default_rng(1).integers(0, 2, (side, side, 1), dtype=np.uint8).repeat(3, 2) * 255
     Image.fromarray(maps).save(folder / "map.png")
-    plain = folder_data(shown, prompt="a cat", resolution=64)
+    data = folder_data(image_folder, prompt="a cat", resolution=64)
 
-    def case(kind: str, form: str, place: Path, image: np.ndarray) -> dict[str, Any]:
-        name = f"{family}-{kind}-{form}".replace(" ", "_")
+    def case(kind: str, format_name: str, path: Path, image: np.ndarray) -> dict[str, Any]:
+        name = f"{family}-{kind}-{format_name}".replace(" ", "_")
         np.save(folder / f"{name}.npy", image)
         return {
             "name": name,
             "family": family,
             "kind": kind,
-            "form": form,
+            "form": format_name,
             "base": str(base),
-            "place": str(place),
+            "place": str(path),
             "image": str(folder / f"{name}.npy"),
             "map": str(folder / "map.png"),
             "prompt": PROMPT,
@@ -93,61 +93,61 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
             "strength": STRENGTH,
         }
 
-    def written(place: Path, form: Any, **more: Any) -> Path:
-        export = Export(form, dtype="fp32", **more)
+    def written(path: Path, format_name: Any, **more: Any) -> Path:
+        export = Export(format_name, dtype="fp32", **more)
         return export.write(
-            find_artifact(place, "artifact"), source, folder / f"{place.parent.name}-{place.name}-{form}"
+            find_artifact(path, "artifact"), source, folder / f"{path.parent.name}-{path.name}-{format_name}"
         )[0]
 
-    yield case("base", "folder", base, drawn(source, [], 1.0, None, maps))
+    yield case("base", "folder", base, generated(source, [], 1.0, None, maps))
     single = written(base, "single_file")
-    yield case("base", "single file", single, drawn(source, [], 1.0, None, maps))
+    yield case("base", "single file", single, generated(source, [], 1.0, None, maps))
 
     lora = trained(
         LoRA(backbone=source, rank=4, alpha_policy="constant", alpha=6.0, targets=EVERYWHERE),
-        plain,
+        data,
         folder / "lora",
         "it",
     )
     file = lora / "pytorch_lora_weights.safetensors"
-    wanted = drawn(source, [file], STRENGTH, None, maps)
-    yield case("LoRA", "diffusers", file, wanted)
-    yield case("LoRA", "kohya", lora / "it.safetensors", wanted)
-    yield case("LoRA", "kohya, folded", written(lora, "kohya", alpha="folded"), wanted)
-    yield case("LoRA, merged", "folder", written(lora, "pipeline", strength=STRENGTH), wanted)
-    yield case("LoRA, merged", "single file", written(lora, "single_file", strength=STRENGTH), wanted)
+    expected = generated(source, [file], STRENGTH, None, maps)
+    yield case("LoRA", "diffusers", file, expected)
+    yield case("LoRA", "kohya", lora / "it.safetensors", expected)
+    yield case("LoRA", "kohya, folded", written(lora, "kohya", alpha="folded"), expected)
+    yield case("LoRA, merged", "folder", written(lora, "pipeline", strength=STRENGTH), expected)
+    yield case("LoRA, merged", "single file", written(lora, "single_file", strength=STRENGTH), expected)
 
     tokens = [NewToken("<cat>", "cat", 2)]
-    words = trained(
+    embeddings_folder = trained(
         TextualInversion(backbone=source, new_tokens=tokens),
-        folder_data(shown, prompt="a <cat>", resolution=64),
+        folder_data(image_folder, prompt="a <cat>", resolution=64),
         folder / "words",
         "it",
     )
-    wanted = drawn(source, [words], 1.0, None, maps)
-    yield case("word", "diffusers", words / "learned_embeds.safetensors", wanted)
-    yield case("word", "A1111", words / "embeddings" / "cat.safetensors", wanted)
+    expected = generated(source, [embeddings_folder], 1.0, None, maps)
+    yield case("word", "diffusers", embeddings_folder / "learned_embeds.safetensors", expected)
+    yield case("word", "A1111", embeddings_folder / "embeddings" / "cat.safetensors", expected)
 
-    mapped = folder_data(shown, prompt="a cat", resolution=64, control=Canny())
-    net = trained(ControlNet(backbone=source), mapped, folder / "net", "it") / "it"
-    wanted = drawn(source, [], 1.0, net, maps)
-    yield case("ControlNet", "folder", net, wanted)
-    yield case("ControlNet", "single file", written(net, "single_file"), wanted)
+    data_with_maps = folder_data(image_folder, prompt="a cat", resolution=64, control=Canny())
+    net = trained(ControlNet(backbone=source), data_with_maps, folder / "net", "it") / "it"
+    expected = generated(source, [], 1.0, net, maps)
+    yield case("ControlNet", "folder", net, expected)
+    yield case("ControlNet", "single file", written(net, "single_file"), expected)
 
-    full = trained(Full(backbone=source, parts=["unet", "text_encoder", "vae"]), plain, folder / "full", "it") / "it"
-    wanted = drawn(Pretrained(str(full)), [], 1.0, None, maps)
-    yield case("model", "folder", full, wanted)
-    yield case("model", "single file", written(full, "single_file"), wanted)
+    full = trained(Full(backbone=source, parts=["unet", "text_encoder", "vae"]), data, folder / "full", "it") / "it"
+    expected = generated(Pretrained(str(full)), [], 1.0, None, maps)
+    yield case("model", "folder", full, expected)
+    yield case("model", "single file", written(full, "single_file"), expected)
 
 
 def main() -> None:
     torch.manual_seed(0)
     target = Path(sys.argv[1]).absolute()
-    found = []
+    all_cases = []
     for family in FAMILIES:
         (target / family).mkdir(parents=True)
-        found += list(cases(family, target / family))
-    (target / "cases.json").write_text(json.dumps(found, indent=2))
+        all_cases += list(cases(family, target / family))
+    (target / "cases.json").write_text(json.dumps(all_cases, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several tests of commands ask for."""
+"""Fixtures of several command tests."""
 
 from sample_commands import adapter
 

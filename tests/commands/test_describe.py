@@ -1,4 +1,4 @@
-"""The command that a run names samples from the model that was trained."""
+"""The sampling command that a finished run prints."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SOURCES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SOURCES, ids=str)
-def test_it_names_the_same_backbone(settings: dict[str, Any], tmp_path: Path) -> None:
-    said = backbone_overrides(Pretrained(**settings))
-    assert bool(said) is (len(settings) > 2 or settings["path"] != "pocket")
-    node = plain(compose("sample", search_path(None), [*shlex.split(said), "prompt=a fox"]))["backbone"]
+def test_printed_overrides_select_the_same_backbone(settings: dict[str, Any], tmp_path: Path) -> None:
+    overrides = backbone_overrides(Pretrained(**settings))
+    assert bool(overrides) is (len(settings) > 2 or settings["path"] != "pocket")
+    node = plain(compose("sample", search_path(None), [*shlex.split(overrides), "prompt=a fox"]))["backbone"]
     source = build(node)
     for key in ("path", "guidance", "revision", "prediction_type", "zero_terminal_snr"):
         assert getattr(source, key) == getattr(Pretrained(**settings), key), key

@@ -1,4 +1,4 @@
-"""What a training will cost: counted on the meta device, and held against what is known and what is measured."""
+"""``sdtune plan``: costs measured on the meta device, compared with published numbers and with real training steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from running import fit, folder_data, plan, train
 from sdtune.backbone import Pretrained, cpu_convolution
 from sdtune.backbone.meta import MetaPretrained
-from sdtune.backbone.single_file import shipped
+from sdtune.backbone.single_file import included_configs
 from sdtune.commands import plan as plan_command
 from sdtune.config.compose import compose, search_path
 from sdtune.methods import Full, LoRA
@@ -32,50 +32,50 @@ RECIPES = sorted(path.stem for path in (config_folder() / "experiment").glob("*.
 GIB = 1024**3
 
 
-def figures(*overrides: str) -> TrainingCosts:
+def training_costs(*overrides: str) -> TrainingCosts:
     config = compose("plan", search_path(None), list(overrides))
     return count_costs(plan_command.plan_request(plan_command.checked_plan(config)))
 
 
-def parts(found: TrainingCosts) -> dict[str, int]:
-    """Component -> parameters, trained or not."""
-    return {part.name: part.frozen + part.trained for part in found.components}
+def parts(costs: TrainingCosts) -> dict[str, int]:
+    """Component -> number of parameters, frozen or trained."""
+    return {part.name: part.frozen + part.trained for part in costs.components}
 
 
 @pytest.fixture(scope="module")
 def full() -> TrainingCosts:
-    """SD 1.5, all of the UNet, one sample."""
-    return figures("backbone=sd15", "method=full", "data.batch_size=1", "callbacks.samples=null")
+    """Costs of training the full UNet of SD 1.5 with batch size 1."""
+    return training_costs("backbone=sd15", "method=full", "data.batch_size=1", "callbacks.samples=null")
 
 
-# --- what is known of the models
+# --- published sizes of the models
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("group", "expected"),
     [
         ("sd15", {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}),
         ("sd21", {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}),
         ("sdxl", {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}),
     ],
 )
-def test_the_shipped_configs_are_the_models(kind: str, wanted: dict[str, int]) -> None:
-    backbone = MetaPretrained(str(shipped(kind))).load()
-    for name, count in wanted.items():
+def test_shipped_configs_have_the_sizes_of_the_models(group: str, expected: dict[str, int]) -> None:
+    backbone = MetaPretrained(str(included_configs(group))).load()
+    for name, count in expected.items():
         parameters = list(getattr(backbone, name).parameters())
         assert sum(p.numel() for p in parameters) == count
         assert {p.device.type for p in parameters} == {"meta"}
-    assert backbone.facts.side == {"sd15": 512, "sd21": 768, "sdxl": 1024}[kind]
-    assert backbone.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
+    assert backbone.facts.side == {"sd15": 512, "sd21": 768, "sdxl": 1024}[group]
+    assert backbone.prediction_type == ("v_prediction" if group == "sd21" else "epsilon")
 
 
-def test_a_pass_through_sd15s_unet_has_401_6_gmac(full: TrainingCosts) -> None:
+def test_forward_pass_of_the_sd15_unet_has_401_6_gmac(full: TrainingCosts) -> None:
     assert full.plain.forward / 2 == pytest.approx(401.6e9, rel=1e-3)
-    # Backward has twice the products of forward; attention's has two and a half times, for its scores come again.
+    # The backward pass has 2x the FLOP of the forward pass, and 2.5x for attention, which recomputes its scores.
     assert 3 <= full.plain.flop / full.plain.forward < 3.2
 
 
-def test_full_fine_tuning_is_counted_to_the_byte(full: TrainingCosts) -> None:
+def test_full_fine_tuning_costs_are_exact_to_the_byte(full: TrainingCosts) -> None:
     assert parts(full) == {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
     assert (full.total.trained, full.total.frozen) == (859_520_964, 123_060_480 + 83_653_863)
     assert full.gradients == 4 * 859_520_964
@@ -85,29 +85,29 @@ def test_full_fine_tuning_is_counted_to_the_byte(full: TrainingCosts) -> None:
     assert full.idle == 2 * 123_060_480 + 4 * 83_653_863
 
 
-def test_a_rank_of_lora_has_199_296_parameters() -> None:
-    adapter = LoRA(rank=1, backbone=MetaPretrained(str(shipped("sd15"))))
+def test_lora_of_rank_1_has_199_296_parameters() -> None:
+    adapter = LoRA(rank=1, backbone=MetaPretrained(str(included_configs("sd15"))))
     with torch.device("meta"):
         adapter.configure_model()
     assert sum(p.numel() for _, p in adapter.trainable()) == 199_296
     assert {p.device.type for p in adapter.parameters()} == {"meta"}
 
 
-# --- what is measured
+# --- comparison with real models and steps
 
 
 @pytest.mark.parametrize("method", [LoRA, Full])
-def test_on_pocket_the_figures_are_those_of_the_loaded_model(method: type[LoRA] | type[Full]) -> None:
-    found = figures(f"method={method.__name__.lower()}")
+def test_planned_sizes_equal_those_of_the_loaded_pocket_model(method: type[LoRA] | type[Full]) -> None:
+    costs = training_costs(f"method={method.__name__.lower()}")
     loaded = method(backbone=Pretrained())
     loaded.configure_model()
-    wanted = {name: sum(p.numel() for p in part.parameters()) for name, part in loaded.backbone.named_children()}
-    assert parts(found) == wanted
-    assert found.total.trained == sum(p.numel() for _, p in loaded.trainable())
+    expected = {name: sum(p.numel() for p in part.parameters()) for name, part in loaded.backbone.named_children()}
+    assert parts(costs) == expected
+    assert costs.total.trained == sum(p.numel() for _, p in loaded.trainable())
 
 
 def real_step(model: LoRA | Full, side: int) -> Meter:
-    """A step on the CPU, of two samples with random latents and states."""
+    """Measure a training step on the CPU with two samples of random latents and text embeddings."""
     model.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     model.configure_model()
     model.on_fit_start()
@@ -125,22 +125,22 @@ def real_step(model: LoRA | Full, side: int) -> Meter:
     return meter
 
 
-@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("matmul_convolutions", [False, True])
 @pytest.mark.parametrize("method", [LoRA, Full])
-def test_a_step_on_the_meta_device_costs_what_a_real_one_does(
-    method: type[LoRA] | type[Full], products: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+def test_step_on_the_meta_device_costs_as_much_as_a_real_step(
+    method: type[LoRA] | type[Full], matmul_convolutions: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if products:
+    if matmul_convolutions:
         monkeypatch.setattr(cpu_convolution, "_WEIGHTS", 1)
-    here = "hardware=cpu", "hardware.precision=32-true", "backbone=sd15", f"backbone.path={tiny}"
-    found = figures(f"method={method.__name__.lower()}", "data.batch_size=2", *here)
+    settings = "hardware=cpu", "hardware.precision=32-true", "backbone=sd15", f"backbone.path={tiny}"
+    costs = training_costs(f"method={method.__name__.lower()}", "data.batch_size=2", *settings)
     real = real_step(method(backbone=Pretrained(str(tiny))), side=32)
-    assert found.plain.flop == real.flop
-    # Put together, for nothing was put aside: the gradients stay.
-    assert found.plain.together == pytest.approx(real.activations, rel=0.05)
+    assert costs.plain.flop == real.flop
+    # The real step leaves gradients in memory, so compare with the peak that includes them.
+    assert costs.plain.together == pytest.approx(real.activations, rel=0.05)
 
 
-def test_the_peak_holds_all_that_autograd_saves() -> None:
+def test_peak_includes_all_tensors_saved_by_autograd() -> None:
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def test_the_peak_holds_all_that_autograd_saves() -> None:
     assert meter.live == 0
 
 
-def test_attention_keeps_no_score_matrix() -> None:
+def test_attention_saves_no_score_matrix() -> None:
     q = torch.empty(1, 1, 4096, 8, device="meta", requires_grad=True)
     with Meter([q]) as meter, Kernels(gpu=True):
         F.scaled_dot_product_attention(q, q, q).sum().backward()
@@ -169,7 +169,7 @@ def test_attention_keeps_no_score_matrix() -> None:
     assert meter.flop == 2 * 4096 * 4096 * 8 * (2 + 5)
 
 
-def test_norms_are_float32_on_a_gpu_and_products_are_not() -> None:
+def test_norms_are_float32_and_matmuls_bfloat16_on_a_gpu() -> None:
     x, weight = torch.empty(2, 8, device="meta"), torch.nn.Parameter(torch.empty(8, 8, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
         for gpu, dtype in ((True, torch.float32), (False, torch.bfloat16)):
@@ -181,13 +181,13 @@ def test_norms_are_float32_on_a_gpu_and_products_are_not() -> None:
         assert F.linear(x, weight).dtype == torch.float32
 
 
-def test_figures_follow_the_config(tiny: Path, tmp_path: Path) -> None:
+def test_costs_grow_with_the_unet_config(tiny: Path, tmp_path: Path) -> None:
     wider = tmp_path / "wider"
     shutil.copytree(tiny, wider, ignore=shutil.ignore_patterns("*.safetensors"))
     file = wider / "unet" / "config.json"
     config = {**json.loads(file.read_text()), "block_out_channels": [24, 48]}
     file.write_text(json.dumps(config))
-    before, after = (figures("method=full", "backbone=sd15", f"backbone.path={path}") for path in (tiny, wider))
+    before, after = (training_costs("method=full", "backbone=sd15", f"backbone.path={path}") for path in (tiny, wider))
     unet = UNet2DConditionModel.from_config(config)
     assert parts(after)["unet"] == sum(p.numel() for p in unet.parameters()) > parts(before)["unet"]
     assert after.plain.flop > 1.5 * before.plain.flop
@@ -195,67 +195,69 @@ def test_figures_follow_the_config(tiny: Path, tmp_path: Path) -> None:
     assert after.state > before.state
 
 
-def test_twice_the_batch_is_twice_the_work(tiny: Path) -> None:
-    where = "backbone=sd15", f"backbone.path={tiny}"
-    one, two = (figures(f"data.batch_size={size}", "method=lora", *where) for size in (1, 2))
+def test_twice_the_batch_costs_twice_the_compute(tiny: Path) -> None:
+    settings = "backbone=sd15", f"backbone.path={tiny}"
+    one, two = (training_costs(f"data.batch_size={size}", "method=lora", *settings) for size in (1, 2))
     assert two.plain.flop == 2 * one.plain.flop
     assert two.plain.activations == pytest.approx(2 * one.plain.activations, rel=0.1)
     assert (two.state, two.artifact, two.encoding) == (one.state, one.artifact, one.encoding)
 
 
-def test_checkpointing_saves_activations_for_work(full: TrainingCosts) -> None:
+def test_gradient_checkpointing_trades_compute_for_activations(full: TrainingCosts) -> None:
     assert full.checkpointed.activations < 0.75 * full.plain.activations
     assert full.plain.flop < full.checkpointed.flop < full.plain.flop + full.checkpointed.forward
 
 
-def test_what_is_not_cached_is_encoded_in_the_step(tiny: Path) -> None:
-    fixed = "method.targets=[cross_attention,text_encoder]", "backbone=sd15", f"backbone.path={tiny}"
-    cached, fresh = (figures(*fixed, f"data.cache_latents={on}", f"data.cache_text={on}") for on in ("true", "false"))
+def test_uncached_inputs_are_encoded_in_the_step(tiny: Path) -> None:
+    settings = "method.targets=[cross_attention,text_encoder]", "backbone=sd15", f"backbone.path={tiny}"
+    cached, fresh = (
+        training_costs(*settings, f"data.cache_latents={on}", f"data.cache_text={on}") for on in ("true", "false")
+    )
     assert fresh.plain.forward > cached.plain.forward
     assert (cached.idle, fresh.idle) == (4 * parts(cached)["vae"], 0)  # the text encoder is trained
     assert cached.encoding > fresh.encoding == 0
 
 
 @pytest.mark.parametrize("method", [LoRA, Full])
-def test_the_artifact_has_the_size_that_was_planned(
+def test_artifact_has_the_planned_size(
     method: type[LoRA] | type[Full], tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     model = method(backbone=Pretrained(str(tiny)))
     fit(model, folder_data(images), 1)
     model.artifact(tmp_path / "artifact", "it")
-    written = 0
+    written_bytes = 0
     for file in (tmp_path / "artifact").rglob("*.safetensors"):
-        written += file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
-    assert model.artifact_bytes() <= written < 1.02 * model.artifact_bytes()  # kohya's form has an alpha a pair
+        written_bytes += file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
+    assert model.artifact_bytes() <= written_bytes < 1.02 * model.artifact_bytes()  # kohya's format also stores alphas
 
 
-def test_an_average_is_four_bytes_a_trained_parameter(tiny: Path) -> None:
-    where = "method=lora", "backbone=sd15", f"backbone.path={tiny}"
-    without, kept = (figures(*where, *own) for own in ((), ("callbacks=ema",)))
-    assert (without.average, kept.average) == (0, 4 * kept.total.trained)
-    plain, averaged = (memory(found, SWITCHES["plain"], 1, 1) for found in (without, kept))
-    assert averaged.step - plain.step == averaged.previews - plain.previews == kept.average
+def test_ema_costs_four_bytes_per_trained_parameter(tiny: Path) -> None:
+    settings = "method=lora", "backbone=sd15", f"backbone.path={tiny}"
+    without, with_ema = (training_costs(*settings, *more) for more in ((), ("callbacks=ema",)))
+    assert (without.average, with_ema.average) == (0, 4 * with_ema.total.trained)
+    plain, averaged = (memory(costs, SWITCHES["plain"], 1, 1) for costs in (without, with_ema))
+    assert averaged.step - plain.step == averaged.previews - plain.previews == with_ema.average
     assert averaged.encoding == plain.encoding
 
 
-def test_a_class_is_drawn_by_a_model_beside_the_one_that_is_trained(tiny: Path, tmp_path: Path) -> None:
-    where = "method=dreambooth", "backbone=sd15", f"backbone.path={tiny}"
-    drawn = figures(*where, "data.class_prompt=a dog")
-    own = figures(*where, f"data.class_path={tmp_path}")
-    none = figures(*where, "data.prior_weight=0")
-    assert (own.drawing, none.drawing) == (0, 0)
-    count = parts(drawn)
-    halved = 2 * (count["unet"] + count["text_encoder"]) + 4 * count["vae"]
-    # Sixty-four of 32 pixels at once, each latents and maps of several numbers a cell.
-    assert halved < drawn.drawing < halved + 64 * 32 * 32 * 1024
-    cost = memory(drawn, SWITCHES["plain"], 1, 1)
-    assert cost.drawing == cost.weights + drawn.drawing == cost.peak
+def test_class_images_are_generated_by_a_second_copy_of_the_model(tiny: Path, tmp_path: Path) -> None:
+    settings = "method=dreambooth", "backbone=sd15", f"backbone.path={tiny}"
+    generated = training_costs(*settings, "data.class_prompt=a dog")
+    from_folder = training_costs(*settings, f"data.class_path={tmp_path}")
+    none = training_costs(*settings, "data.prior_weight=0")
+    assert (from_folder.drawing, none.drawing) == (0, 0)
+    count = parts(generated)
+    half_precision = 2 * (count["unet"] + count["text_encoder"]) + 4 * count["vae"]
+    # The upper bound allows 1024 bytes of latents and activations per pixel, for 64 images of 32x32 in one batch.
+    assert half_precision < generated.drawing < half_precision + 64 * 32 * 32 * 1024
+    cost = memory(generated, SWITCHES["plain"], 1, 1)
+    assert cost.drawing == cost.weights + generated.drawing == cost.peak
 
 
-# --- what fits
+# --- memory limits
 
 
-def test_each_switch_saves_its_own(full: TrainingCosts) -> None:
+def test_each_switch_saves_the_memory_that_it_controls(full: TrainingCosts) -> None:
     costs = {name: memory(full, switches, 1, 1) for name, switches in SWITCHES.items()}
     plain = costs["plain"]
     assert costs["gradient checkpointing"].activations < plain.activations
@@ -265,39 +267,39 @@ def test_each_switch_saves_its_own(full: TrainingCosts) -> None:
     assert plain.step < plain.weights + plain.state + plain.gradients + plain.activations
 
 
-def test_gradients_that_wait_and_buckets_cost_memory(full: TrainingCosts) -> None:
-    plain, waiting, shared = (memory(full, SWITCHES["plain"], *spread) for spread in ((1, 1), (2, 1), (1, 2)))
-    assert waiting.step == plain.weights + plain.state + plain.gradients + plain.activations
-    assert shared.step == plain.step + plain.gradients
+def test_accumulated_gradients_and_ddp_buckets_cost_memory(full: TrainingCosts) -> None:
+    plain, accumulated, ddp = (memory(full, SWITCHES["plain"], *counts) for counts in ((1, 1), (2, 1), (1, 2)))
+    assert accumulated.step == plain.weights + plain.state + plain.gradients + plain.activations
+    assert ddp.step == plain.step + plain.gradients
 
 
 @pytest.mark.parametrize(
-    ("gib", "wanted"), [("1000", "plain"), ("12", "with 8-bit AdamW"), ("4", "no: ")], ids=["1000", "12", "4"]
+    ("gib", "expected"), [("1000", "plain"), ("12", "with 8-bit AdamW"), ("4", "no: ")], ids=["1000", "12", "4"]
 )
-def test_it_says_with_which_switches_it_fits(
-    gib: str, wanted: str, full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_plan_prints_the_switches_with_which_it_fits(
+    gib: str, expected: str, full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_command, "count", lambda request: full)
     assert plan("methods=[full]", "backbone=sd15", f"fits={gib}") == 0
     head, line = capsys.readouterr().out.splitlines()[2:4]
     assert head.endswith(f"fits {gib} GiB")
     assert line.startswith("full ")
-    assert wanted in line[line.rindex("GiB  ") if "no" not in wanted else 0 :]
+    assert expected in line[line.rindex("GiB  ") if "no" not in expected else 0 :]
 
 
 # --- the command
 
 
 @pytest.mark.slow
-def test_it_needs_no_weights_and_leaves_nothing(
+def test_plan_needs_no_weights_and_writes_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "20")
     assert plan("method=full", "backbone=sdxl", "data.batch_size=1", "callbacks.samples=null") == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    lines = said.out.splitlines()
+    output = capsys.readouterr()
+    assert output.err == ""
+    lines = output.out.splitlines()
     assert lines[0] == "full on sdxl: 1024x1024 pixels, batch 1, bf16-mixed, 1 GPU"
     unet = next(line for line in lines if line.startswith("unet"))
     assert unet.split()[:4] == ["unet", "0", "2,567,463,684", "2,567,463,684"]
@@ -305,15 +307,15 @@ def test_it_needs_no_weights_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_is_planned_as_it_stands(
+def test_recipe_is_planned_without_changes(
     full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[plan_command.CheckedPlan] = []
-    monkeypatch.setattr(plan_command, "plan_request", asked.append)
+    plans: list[plan_command.CheckedPlan] = []
+    monkeypatch.setattr(plan_command, "plan_request", plans.append)
     monkeypatch.setattr(plan_command, "count", lambda request: full)
     assert plan("experiment=lora_subject") == 0
     assert capsys.readouterr().out.startswith("lora on pocket: 64x64 pixels, batch 8, bf16-mixed, 1 GPU")
-    assert asked[0].config["method"]["rank"] == 16
+    assert plans[0].config["method"]["rank"] == 16
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -323,59 +325,62 @@ def test_every_recipe_can_be_planned(recipe: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_methods_are_a_table_yours_too(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_methods_are_a_table_including_user_methods(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [lora]\nrank: 3\n")
-    where = "backbone=sd15", f"backbone.path={tiny}", "-cd", str(tmp_path / "conf")
-    assert plan("methods=all", "data=folder", *where) == 0  # the data's folder is not named, and not needed
+    settings = "backbone=sd15", f"backbone.path={tiny}", "-cd", str(tmp_path / "conf")
+    assert plan("methods=all", "data=folder", *settings) == 0  # data.path is missing, because plan does not need it
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[3:] if line[:1].strip()}
     assert list(rows)[: len(METHODS) + 1] == sorted([*METHODS, "mine"])
     assert int(rows["mine"].replace(",", "")) * 8 == int(rows["lora"].replace(",", "")) * 3
 
 
-REFUSED = {
-    ("methods=[lroa]",): "methods: lroa: there is no such method; did you mean lora?",
+INVALID = {
+    ("methods=[lroa]",): "methods: unknown method lroa; did you mean lora?",
     ("methods=[]",): "methods: []: ",
     ("fits=0",): "fits: 0: ",
     ("data.resolution=65",): "data.resolution: 65 is not a multiple of 4",
-    ("data.batch_size=3", "hardware=ddp"): "data.batch_size: 3 samples per step cannot be shared out",
+    ("data.batch_size=3", "hardware=ddp"): "data.batch_size: 3 samples per step cannot be divided",
     ("data.batch_size=0",): "data.batch_size: 0: ",
     ("trainer.accumulate_grad_batches=0",): "trainer.accumulate_grad_batches: 0: ",
-    ("methods=[lora,full]", "method.rank=4"): "method.rank: there is no such setting",
+    ("methods=[lora,full]", "method.rank=4"): "method.rank: unknown setting",
     ("method.rank=0",): "method.rank: 0: ",
     ("hardware.precision=fp8",): "hardware.precision: 'fp8'",
     ("backbone=sd15", "backbone.path=/no/such"): "backbone.path: /no/such does not exist",
-    ("-m", "fits=1,2"): "--multirun: sdtune plan runs once",
+    ("-m", "fits=1,2"): "--multirun: sdtune plan supports no sweeps",
 }
 
 
-@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
-def test_refusals_are_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", INVALID, ids=" ".join)
+def test_invalid_arguments_print_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(*arguments) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"sdtune: {REFUSED[arguments]}")
-    assert (said.err.count("\n"), said.out) == (1, "")
+    output = capsys.readouterr()
+    assert output.err.startswith(f"sdtune: {INVALID[arguments]}")
+    assert (output.err.count("\n"), output.out) == (1, "")
 
 
 @pytest.mark.parametrize(
-    ("more", "words"), [((), "is missing"), (("backbone.path={shipped}",), "text_encoder holds no diffusion_pytorch")]
+    ("more", "expected"),
+    [((), "missing value"), (("backbone.path={configs}",), "text_encoder contains no diffusion_pytorch")],
 )
-def test_configs_alone_are_planned_and_not_trained(
-    more: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+def test_shipped_configs_without_weights_cannot_be_trained(
+    more: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("backbone=sdxl", *(word.format(shipped=shipped("sdxl")) for word in more)) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("sdtune: backbone.path")
-    assert words in said
-    assert said.count("\n") == 1
+    assert train("backbone=sdxl", *(word.format(configs=included_configs("sdxl")) for word in more)) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("sdtune: backbone.path")
+    assert expected in stderr
+    assert stderr.count("\n") == 1
 
 
-def test_an_optimizer_that_looks_at_its_sums_is_counted(tiny: Path) -> None:
-    """Prodigy: two moments, the sum that its estimate divides by, and the initial weights."""
-    found = figures("method=lora", "optimizer=prodigy", "backbone=sd15", f"backbone.path={tiny}")
-    assert found.state == pytest.approx(4 * 4 * found.total.trained, rel=0.01)
+def test_optimizer_state_of_prodigy_is_counted(tiny: Path) -> None:
+    """Prodigy stores two moments, the denominator of its estimate, and the initial weights."""
+    costs = training_costs("method=lora", "optimizer=prodigy", "backbone=sd15", f"backbone.path={tiny}")
+    assert costs.state == pytest.approx(4 * 4 * costs.total.trained, rel=0.01)
 
 
-def test_a_prompt_may_be_as_long_as_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_max_tokens_is_not_mistaken_for_a_secret(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("backbone=sd15", f"backbone.path={tiny}", "backbone.max_tokens=150", "hardware=cpu") == 0
     assert "secrets" not in capsys.readouterr().err

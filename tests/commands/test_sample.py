@@ -1,4 +1,4 @@
-"""``sdtune sample``: images with their settings inside, grids, strengths, files of prompts."""
+"""``sdtune sample``: images with their settings as metadata, grids, strengths, prompt files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from running import sample
 from sample_commands import command, images
 
 
-def test_single_images_with_their_settings_and_a_grid(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_images_contain_their_settings_and_form_a_grid(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = command(tiny, run, "prompt=[a fox,'two foxes, asleep']", "seeds=[3,4]", "sampling.negative_prompt=grey")
     assert sample(*argv, f"adapters=[{{path:{adapter},strength:0.5}}]") == 0
-    found = images(run)
-    assert [p.name for p in found] == ["000_seed3.png", "001_seed4.png", "002_seed3.png", "003_seed4.png"]
-    image = Image.open(found[2])
+    files = images(run)
+    assert [p.name for p in files] == ["000_seed3.png", "001_seed4.png", "002_seed3.png", "003_seed4.png"]
+    image = Image.open(files[2])
     assert image.size == (32, 32)
     assert json.loads(image.info["sdtune"]) == {
         "prompt": "two foxes, asleep",
@@ -35,30 +35,30 @@ def test_single_images_with_their_settings_and_a_grid(tiny: Path, adapter: Path,
     assert lines[1] == "Negative prompt: grey"
     assert lines[2].startswith("Steps: 2, Sampler: ")
     assert "Seed: 3" in lines[2]
-    assert len({np.asarray(Image.open(p)).tobytes() for p in found}) == 4
+    assert len({np.asarray(Image.open(p)).tobytes() for p in files}) == 4
     assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 2 * 166 + 6)
 
 
-def test_a_strength_sweep_is_one_grid_that_begins_with_the_base(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_several_strengths_form_one_grid_that_begins_with_the_base(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     run, base = tmp_path / "run", tmp_path / "base"
     assert sample(*command(tiny, base, "prompt=a fox", "seeds=[1]")) == 0
-    sweep = [f"adapters=[{{path:{adapter},strength:0.8}}]", "strengths=[0,0.5,1]"]
-    assert sample(*command(tiny, run, "prompt=a fox", "seeds=[1,2]", *sweep)) == 0
+    adapters = [f"adapters=[{{path:{adapter},strength:0.8}}]", "strengths=[0,0.5,1]"]
+    assert sample(*command(tiny, run, "prompt=a fox", "seeds=[1,2]", *adapters)) == 0
     names = [f"{n:03d}_seed{n + 1}_strength{s}.png" for n in (0, 1) for s in ("0", "0.5", "1")]
     assert [p.name for p in images(run)] == sorted(names)
     strengths = [json.loads(Image.open(run / name).info["sdtune"])["adapters"][0]["strength"] for name in names[:3]]
     assert strengths == pytest.approx([0, 0.4, 0.8])
-    drawn = [np.asarray(Image.open(run / name)) for name in names[:3]]
-    [plain] = images(base)
-    # Drawn in a batch of two here and alone there.
-    assert np.abs(drawn[0].astype(int) - np.asarray(Image.open(plain))).max() <= 1
-    assert not np.array_equal(drawn[0], drawn[1])
-    assert not np.array_equal(drawn[1], drawn[2])
+    by_strength = [np.asarray(Image.open(run / name)) for name in names[:3]]
+    [base_image] = images(base)
+    # The batch sizes differ: two here, one for the base.
+    assert np.abs(by_strength[0].astype(int) - np.asarray(Image.open(base_image))).max() <= 1
+    assert not np.array_equal(by_strength[0], by_strength[1])
+    assert not np.array_equal(by_strength[1], by_strength[2])
     assert Image.open(run / "grid.png").size == (120 + 2 * 166 + 6, 62 + 3 * 166 + 6)
 
 
-def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> None:
-    """Lines of one and of other settings alternate: each image must be that of its own line."""
+def test_prompt_file_accepts_the_options_of_kohya(tiny: Path, tmp_path: Path) -> None:
+    """Lines with equal and with different settings alternate; each image must match its line."""
     lines = [
         "# a comment",
         "a fox --d 7",
@@ -71,9 +71,9 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     run = tmp_path / "run"
     assert sample(*command(tiny, run, f"prompts_file={tmp_path / 'prompts.txt'}")) == 0
-    found = images(run)
-    assert [p.name.split("_")[1] for p in found] == [f"seed{s}.png" for s in (7, 8, 9, 10, 7)]
-    opened = [Image.open(p) for p in found]
+    files = images(run)
+    assert [p.name.split("_")[1] for p in files] == [f"seed{s}.png" for s in (7, 8, 9, 10, 7)]
+    opened = [Image.open(p) for p in files]
     assert [image.size for image in opened] == [(32, 32), (32, 32), (48, 24), (48, 24), (32, 32)]
     facts = [json.loads(image.info["sdtune"]) for image in opened]
     assert [f["prompt"] for f in facts] == ["a fox", "a red fox", "two foxes", "three foxes", "a fox"]
@@ -88,23 +88,23 @@ def test_a_file_of_prompts_with_kohyas_options(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [
-        ([], "prompt is missing"),
+        ([], "prompt: missing value"),
         (["prompt=a fox", "sampling.width=30"], "sampling.width: 30 is not a multiple of 4"),
         (
             ["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"],
             "adapters[0].path: /nowhere/a.safetensors does not",
         ),
-        (["prompt=a fox", "adapters=[{file:a}]"], "adapters[0]: file is not known; write {path: FILE, strength: 0.8}"),
+        (["prompt=a fox", "adapters=[{file:a}]"], "adapters[0]: unknown key file; use {path: FILE, strength: 0.8}"),
     ],
 )
-def test_refusals_leave_no_folder(
-    more: list[str], said: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_settings_leave_no_folder(
+    more: list[str], expected: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     assert sample(*command(tiny, run, *more)) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("sdtune: ")
-    assert said in line
+    assert expected in line
     assert not run.exists()

@@ -1,4 +1,4 @@
-"""``sdtune sample control=...`` and the same in Python: images under ControlNets."""
+"""``sdtune sample control=...`` and ``sdtune.sample(control=...)``: sampling with ControlNets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdtune.sampling.loop import Sampling
 
 @pytest.fixture(scope="module")
 def net(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet that shows."""
+    """A ControlNet whose effect on the image is visible."""
     model = ControlNet(backbone=Pretrained(str(tiny)))
     model.configure_model()
     rng = torch.Generator().manual_seed(1)
@@ -44,21 +44,23 @@ def read(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(p)).astype(int) for p in images(folder)]
 
 
-def test_control_steers_and_strength_zero_is_the_base(tiny: Path, net: Path, image: Path, tmp_path: Path) -> None:
+def test_controlnet_changes_the_image_and_strength_zero_does_not(
+    tiny: Path, net: Path, image: Path, tmp_path: Path
+) -> None:
     entry = f"{{path:{net},image:{image},strength:0.8,preprocess:canny}}"
     common = ["prompt=a fox", "seeds=[3]"]
     assert sample(*command(tiny, tmp_path / "base", *common)) == 0
     assert sample(*command(tiny, tmp_path / "run", *common, f"control=[{entry}]", "strengths=[0,1]")) == 0
-    [base], (none, full) = read(tmp_path / "base"), read(tmp_path / "run")
-    assert np.array_equal(none, base)
-    assert np.abs(full - base).max() > 5
+    [base], (at_zero, at_full) = read(tmp_path / "base"), read(tmp_path / "run")
+    assert np.array_equal(at_zero, base)
+    assert np.abs(at_full - base).max() > 5
     facts = [json.loads(Image.open(p).info["sdtune"])["control"] for p in images(tmp_path / "run")]
-    wanted = {"path": "net", "image": "image.png", "preprocess": "canny"}
-    assert facts == [[{**wanted, "strength": 0.0}], [{**wanted, "strength": 0.8}]]
+    expected = {"path": "net", "image": "image.png", "preprocess": "canny"}
+    assert facts == [[{**expected, "strength": 0.0}], [{**expected, "strength": 0.8}]]
     assert "control" not in json.loads(Image.open(images(tmp_path / "base")[0]).info["sdtune"])
 
 
-def test_several_nets_go_with_adapters_and_with_sizes_of_their_own(
+def test_several_controlnets_work_with_adapters_and_with_image_sizes_per_prompt(
     tiny: Path,
     net: Path,
     image: Path,
@@ -68,44 +70,44 @@ def test_several_nets_go_with_adapters_and_with_sizes_of_their_own(
     first, second = f"{{path:{net},image:{image}}}", f"{{path:{net},image:{image},preprocess:scribble,strength:0.5}}"
     lora = f"adapters=[{{path:{adapter}}}]"
     (tmp_path / "prompts.txt").write_text("a fox --d 3\na fox --d 3 --w 48 --h 24\n")
-    found = []
+    results = []
     for i, more in enumerate(
         ([lora], [f"control=[{first}]"], [f"control=[{first},{second}]"], [f"control=[{first},{second}]", lora])
     ):
         assert sample(*command(tiny, tmp_path / str(i), f"prompts_file={tmp_path / 'prompts.txt'}", *more)) == 0
-        found.append(read(tmp_path / str(i)))
-        assert [p.shape for p in found[-1]] == [(32, 32, 3), (24, 48, 3)]
-    for i, one in enumerate(found):
-        assert all(np.abs(a - b).max() > 1 for other in found[:i] for a, b in zip(one, other, strict=True))
+        results.append(read(tmp_path / str(i)))
+        assert [p.shape for p in results[-1]] == [(32, 32, 3), (24, 48, 3)]
+    for i, result in enumerate(results):
+        assert all(np.abs(a - b).max() > 1 for other in results[:i] for a, b in zip(result, other, strict=True))
 
 
-def test_python_takes_a_image_or_its_file(tiny: Path, net: Path, image: Path) -> None:
-    few = {"backbone": Pretrained(str(tiny)), "sampling": Sampling(steps=2, guidance=3.0), "seeds": (3,)}
+def test_python_api_accepts_an_image_or_its_file(tiny: Path, net: Path, image: Path) -> None:
+    settings = {"backbone": Pretrained(str(tiny)), "sampling": Sampling(steps=2, guidance=3.0), "seeds": (3,)}
     opened = Image.open(image)
-    [by_file] = sdtune.sample("a fox", control=net, control_image=image, **few)
-    [by_image] = sdtune.sample("a fox", control=str(net), control_image=opened, **few)
-    [by_entry] = sdtune.sample("a fox", control=[{"path": str(net), "image": str(image), "strength": 1.0}], **few)
-    [none] = sdtune.sample("a fox", control=[{"path": str(net), "image": opened, "strength": 0.0}], **few)
-    [base] = sdtune.sample("a fox", **few)
+    [by_file] = sdtune.sample("a fox", control=net, control_image=image, **settings)
+    [by_image] = sdtune.sample("a fox", control=str(net), control_image=opened, **settings)
+    [by_entry] = sdtune.sample("a fox", control=[{"path": str(net), "image": str(image), "strength": 1.0}], **settings)
+    [at_zero] = sdtune.sample("a fox", control=[{"path": str(net), "image": opened, "strength": 0.0}], **settings)
+    [base] = sdtune.sample("a fox", **settings)
     assert np.array_equal(by_file, by_image)
     assert np.array_equal(by_file, by_entry)
-    assert np.array_equal(none, base)
+    assert np.array_equal(at_zero, base)
     assert not np.array_equal(by_file, base)
 
 
-def test_a_map_covers_the_wanted_size(net: Path, image: Path) -> None:
-    shown = ControlImage(str(net), str(image)).map((32, 32))
-    assert shown.shape == (32, 32, 3)
-    same = ControlImage(str(net), str(image)).map((60, 40))
-    assert np.array_equal(same, drawing(1, 60, 40))
+def test_map_is_scaled_and_cropped_to_the_requested_size(net: Path, image: Path) -> None:
+    resized = ControlImage(str(net), str(image)).map((32, 32))
+    assert resized.shape == (32, 32, 3)
+    unchanged = ControlImage(str(net), str(image)).map((60, 40))
+    assert np.array_equal(unchanged, drawing(1, 60, 40))
     edges = ControlImage(str(net), str(image), preprocess="canny").map((60, 40))
     assert np.array_equal(edges, Canny().extract(drawing(1, 60, 40)))
 
 
-def refusals(net: Path, image: Path) -> dict[str, tuple[list[str], str]]:
+def invalid_controls(net: Path, image: Path) -> dict[str, tuple[list[str], str]]:
     return {
-        "no image": ([f"control=[{{path:{net}}}]"], "control[0]: image is missing; write {path: NET, image: FILE"),
-        "odd key": ([f"control=[{{path:{net},picture:x}}]"], "control[0]: picture is not known"),
+        "no image": ([f"control=[{{path:{net}}}]"], "control[0]: image is missing; use {path: NET, image: FILE"),
+        "unknown key": ([f"control=[{{path:{net},picture:x}}]"], "control[0]: unknown key picture"),
         "missing image": (
             [f"control=[{{path:{net},image:/nowhere.png}}]"],
             "control.image: /nowhere.png does not exist",
@@ -118,18 +120,18 @@ def refusals(net: Path, image: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-CASES = list(refusals(Path("a"), Path("b")))
+CASES = list(invalid_controls(Path("a"), Path("b")))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refusals_are_one_line_and_leave_no_folder(
+def test_invalid_controls_print_one_line_and_leave_no_folder(
     case: str, tiny: Path, net: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    more, said = refusals(net, image)[case]
+    more, expected = invalid_controls(net, image)[case]
     run = tmp_path / "run"
     assert sample(*command(tiny, run, "prompt=a fox", *more)) == 2
     [line] = [line for line in capsys.readouterr().err.strip().splitlines() if "it/s" not in line]
     assert line.startswith("sdtune: ")
-    assert said in line
+    assert expected in line
     assert not run.exists()

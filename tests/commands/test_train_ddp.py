@@ -1,4 +1,4 @@
-"""Two processes with the same global batch are one process."""
+"""DDP with two processes computes the same as one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -16,60 +16,67 @@ from running import arguments, rows, start, train, wait_for_step
 from sdtune.quoting import override
 
 
-def _processes_that_name(text: str) -> list[str]:
-    found = []
+def _processes_with(text: str) -> list[str]:
+    """Command lines of running processes that contain ``text``."""
+    command_lines = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # it has just ended
+            continue  # the process has ended
         if text in line and entry.name != str(os.getpid()):
-            found.append(line)
-    return found
+            command_lines.append(line)
+    return command_lines
 
 
-def _on_two(own: list[str]) -> list[str]:
-    kept = [argument for argument in own if argument != "hardware=cpu"]
-    return [*kept, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+def _on_two_processes(overrides: list[str]) -> list[str]:
+    """``overrides`` with DDP on two CPU processes."""
+    others = [argument for argument in overrides if argument != "hardware=cpu"]
+    return [*others, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
 
 
-def test_two_processes_equal_one(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_two_processes_compute_the_same_as_one(tiny: Path, images: Path, tmp_path: Path) -> None:
     common = ["name=mine", "trainer.max_steps=10", "data.batch_size=4", "optimizer.lr=1e-3", "data.hold_out=5"]
     common += ["trainer.val_check_interval=5", "checkpoint.every_steps=5"]
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
-    process = start(log, *_on_two(arguments(tiny, images, two, *common)))
+    process = start(log, *_on_two_processes(arguments(tiny, images, two, *common)))
     assert train(*arguments(tiny, images, one, *common)) == 0
     assert process.wait(timeout=280) == 0, log.read_text()
-    assert not _processes_that_name(str(two))
+    assert not _processes_with(str(two))
 
-    ours, theirs = rows(two), rows(one)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    rows_of_two, rows_of_one = rows(two), rows(one)
+    assert [row["step"] for row in rows_of_two] == [row["step"] for row in rows_of_one]
     for column in ("loss", "grad_norm", "validation_loss"):
-        pairs = [(float(a[column]), float(b[column])) for a, b in zip(ours, theirs, strict=True) if b[column]]
+        pairs = [
+            (float(a[column]), float(b[column])) for a, b in zip(rows_of_two, rows_of_one, strict=True) if b[column]
+        ]
         assert pairs
         tolerance = 1e-5 if column != "grad_norm" else 1e-3
         assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=tolerance)
 
     files = {str(path.relative_to(two)) for path in two.rglob("*") if path.is_file()}
-    wanted = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
-    assert files - wanted <= {"train_ddp_process_1.log"}
-    assert wanted <= files
-    mine, single = (load_file(run / "artifact" / "mine.safetensors") for run in (two, one))
-    for key, value in mine.items():
-        assert torch.linalg.norm((value - single[key]).float()) <= 1e-3 * torch.linalg.norm(single[key].float()) + 1e-7
+    expected_files = {str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()}
+    assert files - expected_files <= {"train_ddp_process_1.log"}
+    assert expected_files <= files
+    ddp_weights, weights = (load_file(run / "artifact" / "mine.safetensors") for run in (two, one))
+    for key, value in ddp_weights.items():
+        difference = torch.linalg.norm((value - weights[key]).float())
+        assert difference <= 1e-3 * torch.linalg.norm(weights[key].float()) + 1e-7
     assert log.read_text().count("captions: ") == 1
 
 
-def test_both_processes_have_the_threads_that_are_given_and_write_to_a_folder_of_any_name(
+def test_both_processes_use_hardware_threads_and_write_to_a_folder_with_special_characters(
     tiny: Path, images: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "it's [1,2] a=b"
-    own = [word for word in arguments(tiny, images, run, "trainer.max_steps=1") if not word.startswith("hydra.run")]
-    own += ["hardware.threads=3", "trust=[running]", "+callbacks.threads._target_=running.Threads"]
-    own += [override("+callbacks.threads.place", tmp_path), override("hydra.run.dir", run)]
+    overrides = [
+        word for word in arguments(tiny, images, run, "trainer.max_steps=1") if not word.startswith("hydra.run")
+    ]
+    overrides += ["hardware.threads=3", "trust=[running]", "+callbacks.threads._target_=running.Threads"]
+    overrides += [override("+callbacks.threads.place", tmp_path), override("hydra.run.dir", run)]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-m", "sdtune", "train", *_on_two(own)],
+        [sys.executable, "-m", "sdtune", "train", *_on_two_processes(overrides)],
         env={**environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
@@ -82,27 +89,27 @@ def test_both_processes_have_the_threads_that_are_given_and_write_to_a_folder_of
 
 
 @pytest.mark.slow
-def test_two_processes_asked_to_stop(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_and_save_at_sigterm(tiny: Path, images: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     common = ["name=mine", "trainer.max_steps=100000", "data.batch_size=4", "checkpoint.every_steps=100000"]
-    process = start(log, *_on_two(arguments(tiny, images, run, *common)))
+    process = start(log, *_on_two_processes(arguments(tiny, images, run, *common)))
     wait_for_step(process, run, 3, log)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=200) == 143, log.read_text()
-    assert not _processes_that_name(str(run))
+    assert not _processes_with(str(run))
     assert log.read_text().splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{int(rows(run)[-1]['step']):08d}.ckpt"]
     assert (run / "artifact" / "mine.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_as_well(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_torchrun_can_start_a_training(tiny: Path, images: Path, tmp_path: Path) -> None:
     run, one = tmp_path / "run", tmp_path / "one"
     common = ["name=mine", "trainer.max_steps=3", "data.batch_size=4", "optimizer.lr=1e-3"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
-    own = _on_two(arguments(tiny, images, run, *common))
+    overrides = _on_two_processes(arguments(tiny, images, run, *common))
     done = subprocess.run(
-        [*launch, "-m", "sdtune", "train", *own],
+        [*launch, "-m", "sdtune", "train", *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""One ``TrainRun``: what the checks build is what trains."""
+"""``TrainRun``: built once by the checks, then trained."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from sdtune.methods import LoRA
 from sdtune.objective import Objective
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, *kinds: type) -> Counter[str]:
-    """How often each of ``kinds`` is constructed from here on."""
-    made: Counter[str] = Counter()
+def constructor_calls(monkeypatch: pytest.MonkeyPatch, *kinds: type) -> Counter[str]:
+    """Counter of the constructor calls of each of ``kinds``, updated from now on."""
+    calls: Counter[str] = Counter()
 
-    def watch(kind: Any) -> None:
-        own = kind.__init__
+    def count_calls_of(kind: Any) -> None:
+        constructor = kind.__init__
 
-        @wraps(own)  # the schema reads the signature
+        @wraps(constructor)  # the schema reads the signature
         def counting(self: Any, *args: Any, **kwargs: Any) -> None:
-            made[kind.__name__] += type(self) is kind
-            own(self, *args, **kwargs)
+            calls[kind.__name__] += type(self) is kind
+            constructor(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "__init__", counting)
 
     for kind in kinds:
-        watch(kind)
-    return made
+        count_calls_of(kind)
+    return calls
 
 
-def test_nothing_is_built_twice(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = counted(monkeypatch, LoRA, Pretrained, Objective, EMA, Settings, Folder)
+def test_each_part_is_built_once(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = constructor_calls(monkeypatch, LoRA, Pretrained, Objective, EMA, Settings, Folder)
     assert train(*arguments(tiny, images, tmp_path / "run", "callbacks=ema", "callbacks.samples=null"),
                  "trainer.max_steps=1") == 0  # fmt: skip
-    assert made == {"LoRA": 1, "Pretrained": 1, "Objective": 1, "EMA": 1, "Settings": 1, "Folder": 1}
+    assert calls == {"LoRA": 1, "Pretrained": 1, "Objective": 1, "EMA": 1, "Settings": 1, "Folder": 1}
 
 
-def test_it_is_frozen_and_has_loaded_nothing(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_checked_run_is_frozen_and_has_loaded_no_weights(tiny: Path, images: Path, tmp_path: Path) -> None:
     config = compose("train", search_path(None), arguments(tiny, images, tmp_path / "run"))
     run = check_run(plain(config), tmp_path / "run")
     assert not hasattr(run.adapter, "backbone")

@@ -1,4 +1,4 @@
-"""Bucket sizes against their definition by brute force; assignment by its properties."""
+"""Bucket sizes equal a brute-force enumeration of their definition; images get the nearest suitable bucket."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def allowed(width: int, height: int, resolution: int) -> bool:
 
 
 @pytest.mark.parametrize(("resolution", "step"), GRIDS)
-def test_sizes_are_the_maximal_ones_and_the_square(resolution: int, step: int) -> None:
+def test_bucket_sizes_are_the_maximal_sizes_and_the_square(resolution: int, step: int) -> None:
     sides = range(step, 2 * resolution + 1, step)
-    every = {(w, h) for w in sides for h in sides if allowed(w, h, resolution)}
-    maximal = {(w, h) for w, h in every if (w + step, h) not in every and (w, h + step) not in every}
+    candidates = {(w, h) for w in sides for h in sides if allowed(w, h, resolution)}
+    maximal = {(w, h) for w, h in candidates if (w + step, h) not in candidates and (w, h + step) not in candidates}
     side = resolution // step * step
     sizes = bucket_sizes(resolution, step)
     assert sizes == sorted(maximal | {(side, side)})
     assert {(h, w) for w, h in sizes} == set(sizes)
 
 
-def test_sizes_by_hand() -> None:
+def test_bucket_sizes_equal_known_values() -> None:
     assert bucket_sizes(64, 32) == [(64, 64)]  # pocket
     assert bucket_sizes(512, 64) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
 
 
 @pytest.mark.parametrize(("resolution", "step"), GRIDS)
-def test_assignment(resolution: int, step: int) -> None:
+def test_assigned_bucket_is_nearest_or_largest_that_fits(resolution: int, step: int) -> None:
     buckets = bucket_sizes(resolution, step)
     rng = np.random.default_rng(resolution + step)
     for _ in range(300):
@@ -55,7 +55,7 @@ def test_assignment(resolution: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("resolution", [256, 500, 512, 1024])
-def test_every_bucket_is_its_own(resolution: int) -> None:
+def test_image_of_bucket_size_gets_this_bucket(resolution: int) -> None:
     for bucket in bucket_sizes(resolution, 64):
         assert assign(bucket, resolution, 64, "x.png") == bucket
         assert assign((5 * bucket[0], 5 * bucket[1]), resolution, 64, "x.png") == bucket
@@ -64,30 +64,32 @@ def test_every_bucket_is_its_own(resolution: int) -> None:
 @pytest.mark.parametrize(
     ("size", "bucket"),
     [
-        ((512, 768), (384, 640)),  # 0.667 is nearer to 0.6 than to 0.778 by ratio
+        ((512, 768), (384, 640)),  # the ratio 0.667 is nearer to 0.6 than to 0.778 in logarithms
         ((768, 512), (640, 384)),
         ((640, 384), (640, 384)),
         ((512, 512), (512, 512)),
         ((4000, 3000), (576, 448)),
         ((6000, 1000), (640, 384)),
-        ((300, 200), (256, 192)),  # from here on too small for the nearest: rounded down
+        ((300, 200), (256, 192)),  # the next images are too small for the nearest bucket: their sides are rounded down
         ((511, 511), (448, 448)),
         ((640, 383), (640, 320)),
-        ((2000, 300), (512, 256)),  # and no longer than 2:1
+        ((2000, 300), (512, 256)),  # limited to 2:1
         ((64, 64), (64, 64)),
         ((64, 3000), (64, 128)),
     ],
 )
-def test_assignment_by_hand(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_assigned_bucket_equals_known_value(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert assign(size, 512, 64, "x.png") == bucket
 
 
 @pytest.mark.parametrize("size", [(63, 500), (500, 63), (1, 1)])
-def test_a_image_below_one_step(size: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels.*at least 64x64$"):
+def test_image_smaller_than_one_step_is_refused(size: tuple[int, int]) -> None:
+    message = rf"^data\.path: tiny\.png is {size[0]}x{size[1]} pixels, the minimum is 64x64; "
+    with pytest.raises(UserError, match=message):
         assign(size, 512, 64, "tiny.png")
 
 
-def test_a_resolution_below_one_step() -> None:
-    with pytest.raises(UserError, match=r"^data\.resolution: 63 is less than one step of 64 pixels: give 64 or more$"):
+def test_resolution_below_one_step_is_refused() -> None:
+    message = r"^data\.resolution: 63 is less than the bucket step of 64 pixels; set at least 64$"
+    with pytest.raises(UserError, match=message):
         bucket_sizes(63, 64)

@@ -1,4 +1,4 @@
-"""The cache of latents and text states: by content, whole or not at all."""
+"""Cache of latents and text embeddings: keyed by content, written atomically."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdtune.data.cache import KEPT_BYTES, TensorCache, share
+from sdtune.data.cache import MEMORY_CACHE_BYTES, TensorCache, share
 from sdtune.errors import UserError
 
 
-def test_what_is_put_comes_back(tmp_path: Path) -> None:
+def test_stored_tensor_is_read_back(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path / "a" / "b")
     value = torch.randn(3, 4).t()  # not contiguous
     assert "key" not in cache
@@ -26,7 +26,7 @@ def test_what_is_put_comes_back(tmp_path: Path) -> None:
     assert "another" not in cache
 
 
-def test_keys_of_any_text_have_files_of_their_own(tmp_path: Path) -> None:
+def test_every_key_has_a_separate_file_below_the_folder(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     keys = ["", "a/b", "../a", "a\0b", "é" * 500, "a", "A"]
     for i, key in enumerate(keys):
@@ -36,11 +36,11 @@ def test_keys_of_any_text_have_files_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not safetensors at all"])
-def test_a_damaged_entry_is_named(tmp_path: Path, damage) -> None:
+def test_error_for_damaged_entry_names_its_file(tmp_path: Path, damage) -> None:
     cache = TensorCache(tmp_path)
     cache.put("key", torch.randn(64))
     cache.path("key").write_bytes(damage(cache.path("key").read_bytes()))
-    with pytest.raises(UserError, match=rf"^{cache.path('key')}: a damaged cache entry .*delete it") as caught:
+    with pytest.raises(UserError, match=rf"^{cache.path('key')}: damaged cache entry .*delete this file") as caught:
         cache.get("key")
     assert "\n" not in str(caught.value)
 
@@ -49,7 +49,7 @@ def encode(items: Sequence[str]) -> Tensor:
     return torch.tensor([[float(len(item))] for item in items])
 
 
-def test_only_what_is_missing_is_encoded_in_batches(tmp_path: Path) -> None:
+def test_only_missing_items_are_encoded_in_batches(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     calls: list[list[str]] = []
     done: list[int] = []
@@ -69,7 +69,7 @@ def test_only_what_is_missing_is_encoded_in_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_output_that_is_not_finite_is_refused_by_name_and_not_kept(tmp_path: Path, value: float) -> None:
+def test_output_that_is_not_finite_is_refused_and_not_stored(tmp_path: Path, value: float) -> None:
     cache = TensorCache(tmp_path)
 
     def broken(items: Sequence[str]) -> Tensor:
@@ -83,19 +83,19 @@ def test_an_output_that_is_not_finite_is_refused_by_name_and_not_kept(tmp_path: 
     assert "b" not in cache
 
 
-def test_an_encoder_that_gives_too_few_is_an_error(tmp_path: Path) -> None:
+def test_encoder_with_too_few_outputs_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         TensorCache(tmp_path).fill({"a": "a", "b": "b"}, lambda items: encode(items[:1]), batch_size=2)
 
 
-def test_the_shares_of_the_processes_part_the_keys() -> None:
+def test_shares_of_the_processes_partition_the_keys() -> None:
     keys = [f"k{i}" for i in range(7)]
     shares = [share(keys, rank, 3) for rank in range(3)]
-    assert sorted(key for part in shares for key in part) == keys
+    assert sorted(key for rank_keys in shares for key in rank_keys) == keys
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_threads_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) -> None:
+def test_threads_that_write_the_same_entry_leave_one_complete_file(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     value = torch.arange(50_000.0)
     with ThreadPoolExecutor(8) as pool:
@@ -105,7 +105,7 @@ def test_threads_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_processes_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path) -> None:
+def test_processes_that_write_the_same_entry_leave_one_complete_file(tmp_path: Path) -> None:
     script = (
         "import sys, torch; from pathlib import Path; from sdtune.data.cache import TensorCache\n"
         "cache = TensorCache(Path(sys.argv[1]))\n"
@@ -119,24 +119,24 @@ def test_processes_that_write_the_same_entry_leave_one_whole_file(tmp_path: Path
     assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
 
 
-def test_a_write_that_fails_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = TensorCache(tmp_path)
 
-    def half(tensors: dict[str, Tensor], path: Path) -> None:
+    def fail_halfway(tensors: dict[str, Tensor], path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("sdtune.data.cache.save_file", half)
+    monkeypatch.setattr("sdtune.data.cache.save_file", fail_halfway)
     with pytest.raises(OSError, match="No space left"):
         cache.put("key", torch.zeros(1))
     assert "key" not in cache
 
 
-def test_what_is_kept_in_memory_is_bounded_by_bytes(tmp_path: Path) -> None:
-    """Each entry is a quarter of the bound: of six, the two that were read first are read again."""
+def test_tensors_in_memory_are_limited_by_bytes(tmp_path: Path) -> None:
+    """Each entry has a quarter of the limit, so four of six entries stay in memory: those that were read last."""
     cache = TensorCache(tmp_path)
     for key in "abcdef":
-        cache.put(key, torch.zeros(KEPT_BYTES // 16))
+        cache.put(key, torch.zeros(MEMORY_CACHE_BYTES // 16))
         assert cache.get(key).sum() == 0
     for key in "abcdef":
         cache.path(key).unlink()

@@ -1,4 +1,4 @@
-"""The data module: buckets, captions, dropout, flips, crops and caches, from a folder of images."""
+"""Data module for a folder of images: buckets, captions, dropout, flips, crops and caches."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sdtune.errors import UserError
 
 
 @pytest.fixture
-def some(tmp_path: Path) -> Path:
-    """Six images of 64x64."""
+def folder(tmp_path: Path) -> Path:
+    """Folder of six images of 64x64 pixels."""
     for i in range(6):
-        noise(tmp_path / "some" / f"{i}.png", 64, 64, seed=i, caption=f"dog {i}")
-    return tmp_path / "some"
+        noise(tmp_path / "images" / f"{i}.png", 64, 64, seed=i, caption=f"dog {i}")
+    return tmp_path / "images"
 
 
 # --- buckets
 
 
-def test_images_of_two_shapes_train_at_512_in_buckets_of_their_own(tmp_path: Path) -> None:
+def test_images_of_two_shapes_are_trained_in_separate_buckets(tmp_path: Path) -> None:
     for i in range(3):
         noise(tmp_path / f"tall{i}.png", 512, 768, seed=i)
         noise(tmp_path / f"wide{i}.png", 640, 384, seed=i)
@@ -54,14 +54,14 @@ def test_images_of_two_shapes_train_at_512_in_buckets_of_their_own(tmp_path: Pat
     assert shapes == set(buckets)
 
 
-def test_the_resolution_is_the_backbones_or_ones_own(some: Path) -> None:
-    assert batches(opened(some, side=64))[0]["pixels"].shape == (2, 3, 64, 64)
-    assert batches(opened(some, side=64, resolution=32))[0]["pixels"].shape == (2, 3, 32, 32)
+def test_resolution_is_the_configured_one_or_that_of_the_backbone(folder: Path) -> None:
+    assert batches(opened(folder, side=64))[0]["pixels"].shape == (2, 3, 64, 64)
+    assert batches(opened(folder, side=64, resolution=32))[0]["pixels"].shape == (2, 3, 32, 32)
     with pytest.raises(UserError, match=r"data\.resolution: 62 is not a multiple of 4"):
-        opened(some, resolution=62)
+        opened(folder, resolution=62)
 
 
-def test_pixels_are_the_image_from_minus_one_to_one(tmp_path: Path) -> None:
+def test_pixels_are_scaled_to_minus_one_to_one(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (255, 0, 51)).save(tmp_path / "a.png")
     (batch, *_) = batches(opened(tmp_path, batch_size=1))
     assert batch["pixels"].dtype == torch.float32
@@ -70,7 +70,7 @@ def test_pixels_are_the_image_from_minus_one_to_one(tmp_path: Path) -> None:
         torch.testing.assert_close(batch["pixels"][0, channel], torch.full((64, 64), value))
 
 
-def test_repeats_count_in_kohyas_folders_and_in_the_setting(tmp_path: Path) -> None:
+def test_repeats_of_kohya_folders_and_of_the_setting_multiply(tmp_path: Path) -> None:
     noise(tmp_path / "3_dog" / "a.png", 64, 64)
     noise(tmp_path / "b.png", 64, 64, seed=1)
     data = opened(tmp_path, repeats=2, batch_size=1)
@@ -81,33 +81,33 @@ def test_repeats_count_in_kohyas_folders_and_in_the_setting(tmp_path: Path) -> N
 # --- captions
 
 
-def test_captions_are_every_prompt_once(some: Path) -> None:
-    (some / "5.txt").write_text("dog 0")
-    assert sorted(opened(some).captions()) == [f"dog {i}" for i in range(5)]
-    assert opened(some, caption_dropout=0.5).captions()[-1] == ""
-    assert opened(some, caption_dropout=0.5, trigger="sks").captions()[-1] == "sks"
-    held = opened(some, hold_out=3)
+def test_captions_contain_every_prompt_once(folder: Path) -> None:
+    (folder / "5.txt").write_text("dog 0")
+    assert sorted(opened(folder).captions()) == [f"dog {i}" for i in range(5)]
+    assert opened(folder, caption_dropout=0.5).captions()[-1] == ""
+    assert opened(folder, caption_dropout=0.5, trigger="sks").captions()[-1] == "sks"
+    held = opened(folder, hold_out=3)
     assert {s.caption for s in held.held_out} <= set(held.captions())
 
 
 @pytest.mark.parametrize("trigger", [None, "sks"])
-def test_dropout_drops_the_wanted_share_and_keeps_the_trigger(tmp_path: Path, trigger: str | None) -> None:
+def test_dropout_has_the_configured_rate_and_keeps_the_trigger(tmp_path: Path, trigger: str | None) -> None:
     noise(tmp_path / "a.png", 64, 64, caption="on grass")
     data = opened(tmp_path, resolution=32, batch_size=20, steps=30, caption_dropout=0.2, trigger=trigger)
     prompts = Counter(prompt for batch in batches(data) for prompt in batch["prompts"])
-    full, bare = ("sks, on grass", "sks") if trigger else ("on grass", "")
-    assert set(prompts) == {full, bare}
-    # Binomial: six standard deviations.
-    assert abs(prompts[bare] / 600 - 0.2) < 6 * (0.2 * 0.8 / 600) ** 0.5
+    full, dropped = ("sks, on grass", "sks") if trigger else ("on grass", "")
+    assert set(prompts) == {full, dropped}
+    # Six standard deviations of the binomial distribution.
+    assert abs(prompts[dropped] / 600 - 0.2) < 6 * (0.2 * 0.8 / 600) ** 0.5
 
 
-def test_without_dropout_no_caption_is_dropped_and_with_all_each_is(some: Path) -> None:
-    assert all(prompt for batch in batches(opened(some)) for prompt in batch["prompts"])
-    assert not any(prompt for batch in batches(opened(some, caption_dropout=1.0)) for prompt in batch["prompts"])
+def test_dropout_rates_of_zero_and_one_drop_no_and_all_captions(folder: Path) -> None:
+    assert all(prompt for batch in batches(opened(folder)) for prompt in batch["prompts"])
+    assert not any(prompt for batch in batches(opened(folder, caption_dropout=1.0)) for prompt in batch["prompts"])
 
 
-def test_a_batch_tells_its_captions_and_places_in_order(some: Path) -> None:
-    data = opened(some, steps=4)
+def test_batch_contains_its_step_positions_and_captions_in_order(folder: Path) -> None:
+    data = opened(folder, steps=4)
     for step, batch in enumerate(batches(data)):
         assert batch["step"] == step
         assert batch["positions"] == [0, 1]
@@ -131,7 +131,7 @@ def test_half_of_the_samples_are_mirrored(tmp_path: Path) -> None:
     assert abs(flipped / 200 - 0.5) < 6 * (0.25 / 200) ** 0.5
 
 
-def test_random_crops_move_and_centre_crops_do_not(tmp_path: Path) -> None:
+def test_random_crops_differ_and_center_crops_are_equal(tmp_path: Path) -> None:
     noise(tmp_path / "a.png", 96, 64)
     assert opened(tmp_path).bucket(opened(tmp_path).train[0]) == (64, 64)
 
@@ -143,35 +143,35 @@ def test_random_crops_move_and_centre_crops_do_not(tmp_path: Path) -> None:
     assert crops(random_crop=True) > 8
 
 
-def test_a_random_crop_of_a_cached_latent_is_refused(some: Path) -> None:
+def test_random_crop_with_cached_latents_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.random_crop: .*data\.cache_latents=false"):
-        Folder(path=str(some), random_crop=True)
-    Folder(path=str(some), random_crop=True, cache_latents=False)
+        Folder(path=str(folder), random_crop=True)
+    Folder(path=str(folder), random_crop=True, cache_latents=False)
 
 
-# --- held out
+# --- held-out images
 
 
-def test_every_third_image_is_held_out(some: Path) -> None:
-    data = opened(some, hold_out=3)
+def test_every_third_image_is_held_out(folder: Path) -> None:
+    data = opened(folder, hold_out=3)
     assert [Path(str(s)).stem for s in data.held_out] == ["2", "5"]
     assert [Path(str(s)).stem for s in data.train] == ["0", "1", "3", "4"]
-    found = list(data.val_dataloader())
-    assert Counter(p for batch in found for p in batch["prompts"]) == {
+    validation = list(data.val_dataloader())
+    assert Counter(p for batch in validation for p in batch["prompts"]) == {
         "dog 2": VALIDATION_TIMESTEPS,
         "dog 5": VALIDATION_TIMESTEPS,
     }
-    assert equal(found, list(data.val_dataloader()))
+    assert equal(validation, list(data.val_dataloader()))
 
 
-def test_nothing_is_held_out_where_nobody_asks(some: Path) -> None:
-    assert opened(some).held_out == []
-    assert opened(some).val_dataloader() == []
+def test_no_image_is_held_out_by_default(folder: Path) -> None:
+    assert opened(folder).held_out == []
+    assert opened(folder).val_dataloader() == []
 
 
-def test_a_validation_folder_is_held_out_and_seen_plainly(some: Path, tmp_path: Path) -> None:
+def test_validation_folder_is_used_without_flips_and_dropout(folder: Path, tmp_path: Path) -> None:
     noise(tmp_path / "other" / "a.png", 64, 64, seed=9, caption="a cat")
-    data = opened(some, validation_path=str(tmp_path / "other"), flip=True, caption_dropout=1.0)
+    data = opened(folder, validation_path=str(tmp_path / "other"), flip=True, caption_dropout=1.0)
     assert len(data.train) == 6
     images = torch.cat([batch["pixels"] for batch in data.val_dataloader()])
     assert len(images) == VALIDATION_TIMESTEPS
@@ -179,21 +179,21 @@ def test_a_validation_folder_is_held_out_and_seen_plainly(some: Path, tmp_path: 
     assert {p for batch in data.val_dataloader() for p in batch["prompts"]} == {"a cat"}
 
 
-def test_held_out_pairs_that_do_not_fit_are_refused(some: Path) -> None:
+def test_invalid_hold_out_settings_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.hold_out: .* has 6 images, too few to hold out one in 10"):
-        opened(some, hold_out=10)
-    with pytest.raises(UserError, match=r"data\.hold_out and data\.validation_path"):
-        Folder(path=str(some), hold_out=2, validation_path=str(some))
+        opened(folder, hold_out=10)
+    with pytest.raises(UserError, match=r"^data\.hold_out: cannot be combined with data\.validation_path"):
+        Folder(path=str(folder), hold_out=2, validation_path=str(folder))
 
 
 # --- caches
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_cached_latents_are_the_ones_that_would_be_encoded(some: Path, tmp_path: Path, flip: bool) -> None:
-    noise(some / "wide.png", 96, 48, seed=1)
-    plain = opened(some, flip=flip, caption_dropout=0.3)
-    cached = opened(some, flip=flip, caption_dropout=0.3, cache_latents=True, cache_text=True)
+def test_cached_latents_and_texts_equal_encoder_outputs(folder: Path, tmp_path: Path, flip: bool) -> None:
+    noise(folder / "wide.png", 96, 48, seed=1)
+    plain = opened(folder, flip=flip, caption_dropout=0.3)
+    cached = opened(folder, flip=flip, caption_dropout=0.3, cache_latents=True, cache_text=True)
     cached.prepare(encoders(tmp_path / "cache"))
     for one, other in zip(batches(plain), batches(cached), strict=True):
         assert "pixels" not in other
@@ -203,34 +203,34 @@ def test_cached_latents_are_the_ones_that_would_be_encoded(some: Path, tmp_path:
         assert torch.equal(other["text"], text(one["prompts"]))
 
 
-def test_a_part_that_is_trained_or_not_to_be_cached_is_not(some: Path, tmp_path: Path) -> None:
-    data = opened(some, cache_latents=True, cache_text=True)
+def test_trained_parts_and_turned_off_caches_are_not_cached(folder: Path, tmp_path: Path) -> None:
+    data = opened(folder, cache_latents=True, cache_text=True)
     data.prepare(encoders(tmp_path / "cache", images=None, words=None))
     assert {"pixels", "prompts"} < batches(data)[0].keys()
-    data = opened(some)
+    data = opened(folder)
     data.prepare(encoders(tmp_path / "cache"))
     assert not {"moments", "text"} & batches(data)[0].keys()
     assert not (tmp_path / "cache").exists()
 
 
 def moments(path: Path, cache: Path, **settings: Any) -> dict[str, bytes]:
-    """Each prompt's moments."""
+    """Latent moments by prompt."""
     data = opened(path, cache_latents=True, steps=12, **settings)
     data.prepare(encoders(cache))
     return {p: m.numpy().tobytes() for b in batches(data) for p, m in zip(b["prompts"], b["moments"], strict=True)}
 
 
-def test_an_edited_image_never_meets_its_old_latents(some: Path, tmp_path: Path) -> None:
-    file = some / "0.png"
-    before, state = moments(some, tmp_path / "cache"), file.stat()
+def test_edited_image_is_encoded_again(folder: Path, tmp_path: Path) -> None:
+    file = folder / "0.png"
+    original, status = moments(folder, tmp_path / "cache"), file.stat()
     noise(file, 64, 64, seed=100)
-    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # name and time of change say nothing
-    after = moments(some, tmp_path / "cache")
-    assert after["dog 0"] != before["dog 0"]
-    assert {k: v for k, v in after.items() if k != "dog 0"} == {k: v for k, v in before.items() if k != "dog 0"}
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same name and modification time
+    edited = moments(folder, tmp_path / "cache")
+    assert edited["dog 0"] != original["dog 0"]
+    assert {k: v for k, v in edited.items() if k != "dog 0"} == {k: v for k, v in original.items() if k != "dog 0"}
 
 
-def test_the_content_is_the_key_and_not_the_name(some: Path, tmp_path: Path) -> None:
+def test_latent_cache_is_keyed_by_content_not_by_name(folder: Path, tmp_path: Path) -> None:
     calls = []
 
     def counted(images: Tensor) -> Tensor:
@@ -244,27 +244,27 @@ def test_the_content_is_the_key_and_not_the_name(some: Path, tmp_path: Path) -> 
         batches(data)
         return sum(calls)
 
-    assert fill(some) == 6
-    assert fill(some) == 0
-    some.rename(tmp_path / "renamed")
+    assert fill(folder) == 6
+    assert fill(folder) == 0
+    folder.rename(tmp_path / "renamed")
     renamed = tmp_path / "renamed"
     (renamed / "0.png").rename(renamed / "zero.png")
     assert fill(renamed) == 0
-    assert fill(renamed, flip=True) == 6  # the mirrored ones alone
+    assert fill(renamed, flip=True) == 6  # only the mirrored images
     assert fill(renamed, resolution=32) == 6
     assert fill(renamed, images_hash="another vae") == 6
 
 
-def test_an_encoder_that_overflows_fails_and_names_the_image(some: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64), "white").save(some / "white.png")
+def test_overflow_of_the_encoder_is_refused_with_the_image_name(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "white").save(folder / "white.png")
 
     def overflowing(images: Tensor) -> Tensor:
         out = encode(images)
         out[images.flatten(1).min(1).values == 1] = float("nan")
         return out
 
-    data = opened(some, cache_latents=True)
-    with pytest.raises(UserError, match=r"some/white\.png: .*not finite"):
+    data = opened(folder, cache_latents=True)
+    with pytest.raises(UserError, match=r"images/white\.png: .*not finite"):
         data.prepare(encoders(tmp_path / "cache", overflowing))
 
 
@@ -272,10 +272,10 @@ def test_an_encoder_that_overflows_fails_and_names_the_image(some: Path, tmp_pat
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_two_workers_give_the_same_batches_as_none(some: Path, tmp_path: Path, cached: bool) -> None:
+def test_two_workers_give_the_same_batches_as_none(folder: Path, tmp_path: Path, cached: bool) -> None:
     def load(workers: int) -> list[dict[str, Any]]:
         data = opened(
-            some, workers=workers, flip=True, caption_dropout=0.5, cache_latents=cached, random_crop=not cached
+            folder, workers=workers, flip=True, caption_dropout=0.5, cache_latents=cached, random_crop=not cached
         )
         data.prepare(encoders(tmp_path / "cache"))
         return batches(data)
@@ -283,62 +283,62 @@ def test_two_workers_give_the_same_batches_as_none(some: Path, tmp_path: Path, c
     assert equal(load(2), load(0))
 
 
-def test_a_loader_that_starts_later_gives_the_rest(some: Path) -> None:
+def test_loader_that_starts_later_yields_the_remaining_batches(folder: Path) -> None:
     settings: dict[str, Any] = {"flip": True, "random_crop": True, "caption_dropout": 0.5, "steps": 8}
-    whole = batches(opened(some, **settings, accumulation=2))
-    later = opened(some, **settings, accumulation=2, start=3)
-    assert len(later.train_dataloader()) == len(whole) == 16
-    assert equal(batches(later), whole[6:])
+    full_run = batches(opened(folder, **settings, accumulation=2))
+    resumed = opened(folder, **settings, accumulation=2, start=3)
+    assert len(resumed.train_dataloader()) == len(full_run) == 16
+    assert equal(batches(resumed), full_run[6:])
 
 
-def test_the_seed_decides(some: Path) -> None:
+def test_seed_determines_the_batches(folder: Path) -> None:
     def load(seed: int) -> list[dict[str, Any]]:
-        return batches(opened(some, flip=True, random_crop=True, seed=seed))
+        return batches(opened(folder, flip=True, random_crop=True, seed=seed))
 
     assert equal(load(1), load(1))
     assert not equal(load(1), load(2))
 
 
-def test_a_source_must_say_what_its_images_are() -> None:
+def test_data_module_without_read_method_is_refused() -> None:
     with pytest.raises(TypeError, match="ImageDataModule.*read"):
         ImageDataModule().open(64, 8)
 
 
-def test_limit_trains_on_the_first_images_alone(some: Path) -> None:
-    data = opened(some, limit=2, steps=5)
+def test_limit_restricts_training_to_the_first_images(folder: Path) -> None:
+    data = opened(folder, limit=2, steps=5)
     assert {prompt for batch in batches(data) for prompt in batch["prompts"]} == {"dog 0", "dog 1"}
 
 
-def test_with_another_backbone_its_side_counts(some: Path) -> None:
-    data, own = Folder(path=str(some), prompt="a dog"), Folder(path=str(some), prompt="a dog", resolution=64)
+def test_resolution_follows_a_new_backbone_unless_configured(folder: Path) -> None:
+    default, configured = Folder(path=str(folder), prompt="dog"), Folder(path=str(folder), prompt="dog", resolution=64)
     for side, factor in ((64, 4), (512, 8)):
-        for folder in (data, own):
-            folder.open(side, factor)
-        assert (data.resolution, data.factor) == (side, factor)
-        assert (own.resolution, own.factor) == (64, factor)
+        for data in (default, configured):
+            data.open(side, factor)
+        assert (default.resolution, default.factor) == (side, factor)
+        assert (configured.resolution, configured.factor) == (64, factor)
 
 
-def test_edited_masks_and_held_out_images_are_another_run(some: Path) -> None:
+def test_edited_masks_and_held_out_images_change_the_fingerprint(folder: Path) -> None:
     def fingerprint(**settings: Any) -> str:
-        return opened(some, **settings).fingerprint
+        return opened(folder, **settings).fingerprint
 
-    for image in sorted(some.rglob("*.png")):
+    for image in sorted(folder.rglob("*.png")):
         Image.new("L", Image.open(image).size, 255).save(image.with_suffix(".mask.png"))
     plain, masked, held = fingerprint(), fingerprint(masked=True), fingerprint(hold_out=2)
     assert (fingerprint(masked=True), fingerprint(hold_out=2)) == (masked, held)
-    mask = sorted(some.rglob("*.mask.png"))[0]
+    mask = sorted(folder.rglob("*.mask.png"))[0]
     Image.new("L", Image.open(mask).size, 0).save(mask)
     assert fingerprint() == plain
     assert fingerprint(masked=True) != masked
-    data = opened(some, hold_out=2)
+    data = opened(folder, hold_out=2)
     path = data.held_out[0].path
     Image.new("RGB", Image.open(path).size).save(path)
     assert fingerprint(hold_out=2) != held
 
 
-def test_previews_show_the_images_own_prompts(some: Path) -> None:
-    data = opened(some, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
-    data.draw_class(encoders(some.parent / "cache"))
+def test_preview_prompts_are_those_of_the_training_images(folder: Path) -> None:
+    data = opened(folder, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
+    data.generate_class_images(encoders(folder.parent / "cache"))
     assert {"", "a cat"} <= set(data.captions())
-    shown = [one.prompt for one in preview_prompts(data, None, 100, (64, 64))]
-    assert shown == data.shown() == list(dict.fromkeys(s.caption for s in data.train))
+    prompts = [preview.prompt for preview in preview_prompts(data, None, 100, (64, 64))]
+    assert prompts == data.training_prompts() == list(dict.fromkeys(s.caption for s in data.train))

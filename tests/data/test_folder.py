@@ -1,4 +1,4 @@
-"""Where captions come from and which wins, what is found in a folder, and each refusal."""
+"""Sources of captions and their precedence, images that are found in a folder, and errors for invalid folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdtune.data.folder import CaptionedImage, check_images, read_image_folder
 from sdtune.errors import UserError
 
 
-def draw(path: Path, width: int = 8, height: int = 6) -> Path:
+def save_image(path: Path, width: int = 8, height: int = 6) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
     return path
@@ -30,49 +30,49 @@ def captions(folder: Path, prompt: str | None = None, trigger: str | None = None
 
 
 def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
-    """``read_folder`` refuses in one line that opens with the key and holds the ``fragments`` in order."""
+    """Assert that the folder is refused in one line that starts with the key and contains ``fragments`` in order."""
     pattern = r"\Adata\.path: .*" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
     with pytest.raises(UserError, match=pattern) as caught:
         read_image_folder(folder, prompt)
     assert "\n" not in str(caught.value)
 
 
-def test_a_image(tmp_path: Path) -> None:
-    path = draw(tmp_path / "a.png", 30, 20)
+def test_image_with_prompt_is_read(tmp_path: Path) -> None:
+    path = save_image(tmp_path / "a.png", 30, 20)
     assert read_image_folder(tmp_path, "a dog") == (CaptionedImage(path, "a dog", (30, 20), 1),)
     with pytest.raises(dataclasses.FrozenInstanceError):
         read_image_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
 
 
-def test_order_is_that_of_the_names(tmp_path: Path) -> None:
+def test_images_are_sorted_by_path(tmp_path: Path) -> None:
     names = ["a-b/x.png", "a/x.png", "B.PNG", "a.jpg", "a/sub/y.webp", "b.JPeG"]
     for name in names:
-        draw(tmp_path / name)
-    # Folders by their own names: "a" before "a-b", although "a-b/x.png" < "a/x.png" as strings.
+        save_image(tmp_path / name)
+    # Sorted by path components: "a" before "a-b", although "a-b/x.png" < "a/x.png" as strings.
     assert list(captions(tmp_path, "p")) == ["B.PNG", "a/sub/y.webp", "a/x.png", "a-b/x.png", "a.jpg", "b.JPeG"]
 
 
-def test_hidden_files_and_leftovers_of_macos_are_skipped(tmp_path: Path) -> None:
-    root = tmp_path / ".cache"  # the folder's own name may be hidden
+def test_hidden_files_and_macos_archive_folders_are_skipped(tmp_path: Path) -> None:
+    root = tmp_path / ".cache"  # the root folder may be hidden
     for name in ("a.png", ".b.png", "._a.png", ".git/c.png", "__MACOSX/a.png", "sub/__MACOSX/a.png"):
-        draw(root / name)
+        save_image(root / name)
     assert list(captions(root, "p")) == ["a.png"]
 
 
-def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = draw(tmp_path / "dogs/a.png")
+    path = save_image(tmp_path / "dogs/a.png")
     assert read_image_folder("~/dogs", "p")[0].path == path
 
 
-def test_sidecars(tmp_path: Path) -> None:
+def test_captions_are_read_from_sidecar_files(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg", "c.x.png", "d.png", "e.png"):
-        draw(tmp_path / name)
+        save_image(tmp_path / name)
     (tmp_path / "a.txt").write_text("  a dog,\n  on\tgrass \r\n")
     (tmp_path / "b.caption").write_text("ein Hündchen", encoding="utf-8")
     (tmp_path / "c.x.TXT").write_bytes(b"\xef\xbb\xbfwith a mark")
     (tmp_path / "d.txt").write_text("")
-    (tmp_path / "README.txt").write_text("no caption of any image")
+    (tmp_path / "README.txt").write_text("not a caption")
     assert captions(tmp_path, "the prompt") == {
         "a.png": "a dog, on grass",
         "b.jpg": "ein Hündchen",
@@ -82,25 +82,25 @@ def test_sidecars(tmp_path: Path) -> None:
     }
 
 
-def test_an_empty_caption_is_a_caption(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_empty_caption_is_accepted(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text(" \n")
     assert captions(tmp_path) == {"a.png": ""}
     (tmp_path / "a.txt").unlink()
     assert captions(tmp_path, prompt="") == {"a.png": ""}
 
 
-def test_two_sidecars(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_image_with_two_sidecars_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").touch()
     (tmp_path / "a.caption").touch()
-    refused(tmp_path, tmp_path / "a.png", "two captions, a.caption and a.txt: remove one")
+    refused(tmp_path, tmp_path / "a.png", "two captions, a.caption and a.txt; remove one")
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])
-def test_metadata_jsonl(tmp_path: Path, column: str) -> None:
-    draw(tmp_path / "a.png")
-    draw(tmp_path / "sub/b.png")
+def test_captions_are_read_from_metadata_jsonl(tmp_path: Path, column: str) -> None:
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "sub/b.png")
     rows = [{"file_name": "sub/b.png", column: "a\u2028cat", "rating": 3}, {"file_name": "a.png", column: ""}]
     text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -108,27 +108,27 @@ def test_metadata_jsonl(tmp_path: Path, column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])
-def test_metadata_csv(tmp_path: Path, column: str) -> None:
-    draw(tmp_path / "a.png")
-    draw(tmp_path / "b.png")
+def test_captions_are_read_from_metadata_csv(tmp_path: Path, column: str) -> None:
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b.png")
     text = f'\ufeffrating,file_name,{column}\r\n3,b.png,"a ""cat"",\r\nasleep"\r\n1,a.png,\r\n'
     (tmp_path / "metadata.csv").write_bytes(text.encode())
     assert captions(tmp_path) == {"a.png": "", "b.png": 'a "cat", asleep'}
 
 
-def test_metadata_of_a_sub_folder_is_relative_to_it(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
-    draw(tmp_path / "sub/a.png")
+def test_metadata_of_a_sub_folder_is_relative_to_the_sub_folder(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "sub/a.png")
     (tmp_path / "sub/metadata.csv").write_text("file_name,text\na.png,a cat\n")
     assert captions(tmp_path, "p") == {"a.png": "p", "sub/a.png": "a cat"}
 
 
-def test_kohya_folders(tmp_path: Path) -> None:
+def test_repeats_and_captions_are_read_from_kohya_folder_names(tmp_path: Path) -> None:
     names = ["10_sks dog/a.png", "2_a_b/b.png", "3_/c.png", "plain/d.png", "plain/4_cat/e.png", "10_sks dog/more/f.png"]
     for name in names:
-        draw(tmp_path / name)
-    found = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p")}
-    assert found == {
+        save_image(tmp_path / name)
+    images = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p")}
+    assert images == {
         "10_sks dog/a.png": (10, "sks dog"),
         "2_a_b/b.png": (2, "a_b"),
         "3_/c.png": (3, "p"),
@@ -138,22 +138,22 @@ def test_kohya_folders(tmp_path: Path) -> None:
     }
 
 
-def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:
-    draw(tmp_path / "10_sks dog/a.png")
+def test_name_of_the_root_folder_is_ignored(tmp_path: Path) -> None:
+    save_image(tmp_path / "10_sks dog/a.png")
     (image,) = read_image_folder(tmp_path / "10_sks dog", "p")
     assert (image.repeats, image.caption) == (1, "p")
 
 
 @pytest.mark.parametrize("name", ["0_sks dog", "-1_sks dog"])
-def test_repeats_below_one(tmp_path: Path, name: str) -> None:
-    draw(tmp_path / name / "a.png")
-    refused(tmp_path, tmp_path / name, f"asks for {name.split('_')[0]} repeats: let its name begin with 1_ or more")
+def test_repeats_below_one_are_refused(tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / name / "a.png")
+    refused(tmp_path, tmp_path / name, f"the folder name sets {name.split('_')[0]} repeats; use at least 1")
 
 
-def test_which_caption_wins(tmp_path: Path) -> None:
+def test_sidecar_precedes_metadata_then_folder_name_then_prompt(tmp_path: Path) -> None:
     for name in "abcd":
-        draw(tmp_path / f"5_words/{name}.png")
-    draw(tmp_path / "e.png")
+        save_image(tmp_path / f"5_words/{name}.png")
+    save_image(tmp_path / "e.png")
     (tmp_path / "5_words/a.txt").write_text("sidecar")
     rows = [{"file_name": f"5_words/{name}.png", "text": "metadata"} for name in "ab"]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -183,55 +183,55 @@ def test_which_caption_wins(tmp_path: Path) -> None:
         ("a dog", "", "a dog"),
     ],
 )
-def test_trigger(tmp_path: Path, caption: str, trigger: str, expected: str) -> None:
-    draw(tmp_path / "a.png")
+def test_trigger_is_put_before_captions_that_lack_it(tmp_path: Path, caption: str, trigger: str, expected: str) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text(caption)
-    draw(tmp_path / "b.png")
+    save_image(tmp_path / "b.png")
     assert captions(tmp_path, caption, trigger) == {"a.png": expected, "b.png": expected}
 
 
-def test_no_caption(tmp_path: Path) -> None:
+def test_image_without_caption_is_refused(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        draw(tmp_path / name)
+        save_image(tmp_path / name)
     (tmp_path / "a.txt").write_text("a dog")
     refused(tmp_path, "2 of 3 images have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None)
 
 
-def test_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    takes = "give a folder with .png, .jpg"
-    refused(tmp_path, "no images found in", tmp_path, "it is empty", takes)
-    refused(tmp_path / "gone", "no images found in", tmp_path / "gone", "it does not exist", takes)
+def test_folder_without_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = "set a folder with .png, .jpg"
+    refused(tmp_path, "no images found in", tmp_path, "it is empty", remedy)
+    refused(tmp_path / "gone", "no images found in", tmp_path / "gone", "it does not exist", remedy)
     for name in ("a.mp4", "b.MP4", "c.txt", "sub/d.mp4", "LICENSE", ".hidden.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    refused(tmp_path, "no images found in", tmp_path, "it holds 3 .mp4, 1 without a suffix, 1 .txt;", takes)
-    refused(draw(tmp_path / "a.png"), "no images found in", tmp_path / "a.png", "it is a file", takes)
+    refused(tmp_path, "no images found in", tmp_path, "it contains 3 .mp4, 1 without a suffix, 1 .txt;", remedy)
+    refused(save_image(tmp_path / "a.png"), "no images found in", tmp_path / "a.png", "it is a file", remedy)
     monkeypatch.chdir(tmp_path)
-    refused("sub", "no images found in", tmp_path / "sub")  # where it looked, also for a relative path
+    refused("sub", "no images found in", tmp_path / "sub")  # an absolute path, also for a relative setting
 
 
-def test_both_metadata_files(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").touch()
     (tmp_path / "metadata.csv").touch()
-    refused(tmp_path, tmp_path, "has both metadata.jsonl and metadata.csv: remove one")
+    refused(tmp_path, tmp_path, "has both metadata.jsonl and metadata.csv; remove one")
 
 
 @pytest.mark.parametrize("name", ["b.png", "../a.png", "notes.md", ""])
-def test_metadata_of_a_missing_image(tmp_path: Path, name: str) -> None:
-    draw(tmp_path / "a.png")
+def test_metadata_of_unknown_image_is_refused(tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "notes.md").touch()
     (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": name, "text": "x"}))
-    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: there is no image", name, "correct or remove this row")
+    refused(tmp_path, tmp_path / "metadata.jsonl, line 2: unknown image", name, "correct or remove this row")
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{name},x\n")
-    refused(tmp_path, tmp_path / "metadata.csv, line 3: there is no image", name, "correct or remove this row")
+    refused(tmp_path, tmp_path / "metadata.csv, line 3: unknown image", name, "correct or remove this row")
 
 
-def test_metadata_with_two_rows_of_a_image(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_two_metadata_rows_for_one_image_are_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\n")
-    refused(tmp_path, tmp_path / "metadata.csv, line 3: a.png has a row already: remove one")
+    refused(tmp_path, tmp_path / "metadata.csv, line 3: duplicate row for a.png; remove one")
 
 
 @pytest.mark.parametrize(
@@ -246,70 +246,70 @@ def test_metadata_with_two_rows_of_a_image(tmp_path: Path) -> None:
         "a.png",
     ],
 )
-def test_metadata_rows_of_another_form(tmp_path: Path, row: object) -> None:
-    draw(tmp_path / "a.png")
+def test_malformed_metadata_row_is_refused(tmp_path: Path, row: object) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     refused(tmp_path, tmp_path / "metadata.jsonl, line 1: a row needs a file_name and either a text or a caption")
 
 
 @pytest.mark.parametrize("text", ["file_name,label\na.png,x\n", "a.png,x\na.png,y\n", "file_name,text\na.png\n"])
-def test_csv_columns_of_another_form(tmp_path: Path, text: str) -> None:
-    draw(tmp_path / "a.png")
+def test_csv_without_required_columns_is_refused(tmp_path: Path, text: str) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text(text)
     refused(tmp_path, tmp_path / "metadata.csv, line 2: a row needs a file_name and either a text or a caption")
 
 
-def test_metadata_that_is_not_jsonl_or_csv(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_metadata_with_invalid_syntax_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n')
     refused(tmp_path, tmp_path / "metadata.jsonl, line 2: not JSON (Expecting value)", "correct this row")
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"never closed\n')
-    refused(tmp_path, tmp_path / "metadata.csv, after line 1: unexpected end of data: correct this row")
+    refused(tmp_path, tmp_path / "metadata.csv, after line 1: unexpected end of data; correct this row")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.caption", "metadata.jsonl", "metadata.csv"])
-def test_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
-    draw(tmp_path / "a.png")
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / name).write_bytes("file_name,text\na.png,Hündchen".encode("latin-1"))
-    refused(tmp_path, tmp_path / name, "is not UTF-8 text: save it as UTF-8")
+    refused(tmp_path, tmp_path / name, "is not UTF-8 text; save it as UTF-8")
 
 
-def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw(tmp_path / "a.png")
+def test_unreadable_caption_or_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
     refused(tmp_path, tmp_path / "a.txt", "cannot be read (No such file or directory)")
 
-    def forbidden(self: Path) -> None:
+    def deny(self: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", forbidden)
-    refused(tmp_path, tmp_path, "cannot be read (Permission denied): make it readable")
+    monkeypatch.setattr(Path, "iterdir", deny)
+    refused(tmp_path, tmp_path, "cannot be read (Permission denied); make it readable")
 
 
-def test_a_broken_link_is_no_image(tmp_path: Path) -> None:
+def test_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     refused(tmp_path, tmp_path / "a.png", "is not a readable image (No such file or directory)")
 
 
-def test_linked_folders(tmp_path: Path) -> None:
-    draw(tmp_path / "store/a.png")
+def test_linked_folder_is_read_and_a_loop_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "store/a.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/10_dog").symlink_to(tmp_path / "store")
     assert captions(tmp_path / "data") == {"10_dog/a.png": "dog"}
     (tmp_path / "store/loop").symlink_to(tmp_path / "data")
-    refused(tmp_path / "data", "loop links back to a folder around it: remove this link")
+    refused(tmp_path / "data", "loop links to one of its parent folders; remove this link")
 
 
-def test_text_named_png(tmp_path: Path) -> None:
-    draw(tmp_path / "a.png")
+def test_text_file_with_png_suffix_is_refused(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("text")
-    refused(tmp_path, tmp_path / "b.png", "is not a readable image", "remove it or replace it")
+    refused(tmp_path, tmp_path / "b.png", "is not a readable image", "remove or replace it")
 
 
-def test_check_passes_good_images_and_decodes_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_decodes_every_image_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(9):
-        draw(tmp_path / f"{index}.png")
+        save_image(tmp_path / f"{index}.png")
     decoded, threads = [], set()
 
     def spy(path: Path) -> Image.Image:
@@ -327,17 +327,17 @@ def test_check_passes_good_images_and_decodes_each(tmp_path: Path, monkeypatch: 
 
 def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
     for name in "abcdef":
-        path = draw(tmp_path / f"{name}.jpg", 64, 64)
+        path = save_image(tmp_path / f"{name}.jpg", 64, 64)
         if name in "ce":
             path.write_bytes(path.read_bytes()[:-500])
-    images = read_image_folder(tmp_path, "p")  # the headers are whole
+    images = read_image_folder(tmp_path, "p")  # the headers are complete
     for _ in range(5):
-        with pytest.raises(UserError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*: remove it"):
+        with pytest.raises(UserError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*; remove or"):
             check_images(images)
 
 
-def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
-    path = draw(tmp_path / "late.png", 8, 6)
+def test_check_refuses_exif_orientation_after_the_pixel_data(tmp_path: Path) -> None:
+    path = save_image(tmp_path / "late.png", 8, 6)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     chunk = b"eXIf" + exif.tobytes()[6:]
@@ -345,5 +345,6 @@ def test_check_finds_an_orientation_behind_the_pixels(tmp_path: Path) -> None:
     data = path.read_bytes()
     end = data.index(b"IEND") - 4
     path.write_bytes(data[:end] + chunk + data[end:])
-    with pytest.raises(UserError, match=r"\Adata\.path: .*late\.png is 6x8 pixels and not 8x6 .*: save it again"):
+    message = r"\Adata\.path: .*late\.png is 6x8 pixels, but its header states 8x6 .*; save this image again"
+    with pytest.raises(UserError, match=message):
         check_images(read_image_folder(tmp_path, "p"))

@@ -1,4 +1,4 @@
-"""CLIP metrics, on a tiny CLIP with random weights whose embeddings are computed again by hand."""
+"""CLIP metrics on a tiny CLIP with random weights, compared with embeddings computed directly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_embeddings_are_those_of_the_model(clip_folder: Path) -> None:
+def test_embeddings_equal_those_of_the_model(clip_folder: Path) -> None:
     clip = Clip(str(clip_folder), CPU)
     images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(3)]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
@@ -48,36 +48,36 @@ def test_embeddings_are_those_of_the_model(clip_folder: Path) -> None:
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     tokens = clip.tokenizer(["a dog", "a cat", "x"], padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
-        whole = clip.model(**tokens, pixel_values=(pixels - mean) / std)
-    torch.testing.assert_close(clip.images(images), F.normalize(whole.image_embeds, dim=-1))
-    torch.testing.assert_close(clip.prompts(["a dog", "a cat", "x"]), F.normalize(whole.text_embeds, dim=-1))
+        output = clip.model(**tokens, pixel_values=(pixels - mean) / std)
+    torch.testing.assert_close(clip.images(images), F.normalize(output.image_embeds, dim=-1))
+    torch.testing.assert_close(clip.prompts(["a dog", "a cat", "x"]), F.normalize(output.text_embeds, dim=-1))
 
 
-def test_a_image_is_most_like_itself(clip_folder: Path) -> None:
+def test_an_image_is_most_similar_to_itself(clip_folder: Path) -> None:
     clip = Clip(str(clip_folder), CPU)
     images = [np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8) for i in range(4)]
     assert clip_image(clip, images[:1], images[:1]) == pytest.approx(1.0, abs=1e-5)
     assert clip_image(clip, images[:1], images[1:]) < 1.0 - 1e-5
 
 
-def test_each_image_is_compared_with_its_own_prompt(clip_folder: Path) -> None:
+def test_each_image_is_compared_with_its_prompt(clip_folder: Path) -> None:
     clip = Clip(str(clip_folder), CPU)
     images = [np.full((16, 16, 3), value, dtype=np.uint8) for value in (0, 255)]
     cosines = clip.images(images) @ clip.prompts(["dark", "bright"]).T
     assert clip_text(clip, images, ["dark", "bright"]) == pytest.approx(float(cosines.diagonal().mean()), abs=1e-6)
 
 
-def test_without_a_clip_figures_are_null_with_the_reason(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_metrics_without_a_clip_are_null_with_a_reason(tiny: Path, images: Path, tmp_path: Path) -> None:
     data = Folder(path=str(images))
     data.open(32, 4)
-    figures = ClipMetrics(clip=None).run(Pretrained(str(tiny)), data, tmp_path, "x", CPU, tmp_path)
-    reasons = figures.pop("reasons")
-    assert set(figures.values()) == {None}
-    assert set(reasons) == set(figures)
-    json.dumps(figures, allow_nan=False)
+    metrics = ClipMetrics(clip=None).run(Pretrained(str(tiny)), data, tmp_path, "x", CPU, tmp_path)
+    reasons = metrics.pop("reasons")
+    assert set(metrics.values()) == {None}
+    assert set(reasons) == set(metrics)
+    json.dumps(metrics, allow_nan=False)
 
 
-def test_a_missing_clip_is_refused_before_weights_are_loaded(images: Path) -> None:
+def test_missing_clip_folder_is_refused_before_weights_are_loaded(images: Path) -> None:
     data = Folder(path=str(images))
     with pytest.raises(UserError, match=r"evaluation\.clip: /nowhere is not a folder"):
         ClipMetrics(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77))

@@ -1,4 +1,4 @@
-"""The grid of a LoRA's strengths begins with the base and ends with the LoRA."""
+"""Grid of LoRA strengths, from the base model to the full LoRA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.evaluation.draw import base, draw_images, trained
+from sdtune.evaluation.draw import base, generate_images, trained
 from sdtune.evaluation.strengths import STRENGTHS, strength_grid
 from sdtune.images.grids import grid
 from sdtune.methods import LoRA, TextualInversion
@@ -20,21 +20,21 @@ from sdtune.sampling.loop import Request, Sampling
 CPU = torch.device("cpu")
 
 
-def test_a_row_a_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_grid_has_a_row_per_strength_from_base_to_lora(tiny: Path, images: Path, tmp_path: Path) -> None:
     source, settings = Pretrained(str(tiny)), Sampling(steps=2)
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-1))
     fit(model, folder_data(images), 2)
-    model.artifact(tmp_path / "artifact", "mine")
+    model.artifact(tmp_path / "artifact", "lora")
     requests = [Request(f"thing {i}", i) for i in range(5)]
     strength_grid(source, tmp_path / "artifact", requests, settings, CPU, tmp_path)
     shown = np.asarray(Image.open(tmp_path / "strengths.png"))
     with base(source, CPU) as backbone:
-        first = draw_images(backbone, requests[:4], settings)
-    with trained(source, tmp_path / "artifact", "mine", CPU) as backbone:
-        last = draw_images(backbone, requests[:4], settings)
-    assert not np.array_equal(first[0], last[0])
-    sheet = np.asarray(grid([first, *[last] * (len(STRENGTHS) - 1)]))
-    # Labels at the left and above; the rest is the rows.
+        base_images = generate_images(backbone, requests[:4], settings)
+    with trained(source, tmp_path / "artifact", "lora", CPU) as backbone:
+        lora_images = generate_images(backbone, requests[:4], settings)
+    assert not np.array_equal(base_images[0], lora_images[0])
+    sheet = np.asarray(grid([base_images, *[lora_images] * (len(STRENGTHS) - 1)]))
+    # Cut off the labels on the left and at the top.
     rows = shown[-sheet.shape[0] :, -sheet.shape[1] :]
     tile = (sheet.shape[0] - 6) // len(STRENGTHS)
     assert np.array_equal(rows[:tile], sheet[:tile])
@@ -42,10 +42,10 @@ def test_a_row_a_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
     assert not np.array_equal(rows[2 * tile : 3 * tile], sheet[2 * tile : 3 * tile])
 
 
-def test_words_alone_have_no_strength(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_textual_inversion_has_no_strengths_grid(tiny: Path, images: Path, tmp_path: Path) -> None:
     source = Pretrained(str(tiny))
     model = TextualInversion(backbone=source, optimizer=adamw(1e-2), new_tokens=[NewToken("<new>", "a")])
     fit(model, folder_data(images, templates=["<new> {}"]), 1)
-    model.artifact(tmp_path / "artifact", "mine")
+    model.artifact(tmp_path / "artifact", "word")
     strength_grid(source, tmp_path / "artifact", [Request("<new>", 0)], Sampling(steps=1), CPU, tmp_path)
     assert not (tmp_path / "strengths.png").exists()

@@ -1,4 +1,4 @@
-"""make bench: the gate, the clock, and the page made of what they found."""
+"""Benchmark (make bench): gate, clock and generated page."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from running import arguments
 FOLDER = Path(__file__).parents[2] / "experiments" / "benchmark"
 
 
-def test_the_gate_lets_equal_work_through_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_accepts_equal_work_and_refuses_other_noise(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.benchmark import gate
     from experiments.benchmark.commands import Shape
 
-    monkeypatch.setattr(gate, "TOLERANCE", 1e-4)  # a random model is not as well conditioned as one that has learned
-    found = gate.gate(Shape("tiny", tiny, 32))
-    assert list(found) == ["lora", "textual_inversion", "dreambooth", "full", "controlnet"]
-    monkeypatch.setattr(gate, "drawn", lambda stream, shape, own=gate.drawn: own(stream, shape) * 1.001)
+    monkeypatch.setattr(gate, "TOLERANCE", 1e-4)  # a random model is less well conditioned than a trained one
+    differences = gate.gate(Shape("tiny", tiny, 32))
+    assert list(differences) == ["lora", "textual_inversion", "dreambooth", "full", "controlnet"]
+    monkeypatch.setattr(gate, "drawn", lambda stream, shape, original=gate.drawn: original(stream, shape) * 1.001)
     with pytest.raises(RuntimeError, match="gate: lora differs from plain diffusers by"):
         gate.gate(Shape("tiny", tiny, 32))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("watch", ["time", "count"])
-def test_the_clock_sees_a_training(watch: str, tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_clock_records_the_steps_of_a_training(watch: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.json"
-    own = arguments(tiny, images, tmp_path / "run", "trainer.max_steps=1000")
-    command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune", "train", *own]
-    began = time.monotonic()
-    environment = os.environ | {"BENCH_BEGAN": repr(began)}
+    overrides = arguments(tiny, images, tmp_path / "run", "trainer.max_steps=1000")
+    command = [sys.executable, str(FOLDER / "clock.py"), watch, "5", str(out), "sdtune", "train", *overrides]
+    start = time.monotonic()
+    environment = os.environ | {"BENCH_BEGAN": repr(start)}
     assert subprocess.run(command, env=environment, timeout=240, check=False).returncode == 0
-    seen = json.loads(out.read_text())
+    metrics = json.loads(out.read_text())
     if watch == "count":
-        assert seen["operators"] > 1000
-        assert seen["flop"] > 1e6
-    assert len(seen["ends"]) == 5
-    assert seen["ends"] == sorted(seen["ends"])
-    assert seen["ends"][-1] < time.monotonic() - began
-    assert not (tmp_path / "run" / "artifact").exists(), "it ends with the last step"
+        assert metrics["operators"] > 1000
+        assert metrics["flop"] > 1e6
+    assert len(metrics["ends"]) == 5
+    assert metrics["ends"] == sorted(metrics["ends"])
+    assert metrics["ends"][-1] < time.monotonic() - start
+    assert not (tmp_path / "run" / "artifact").exists(), "the process exits after the last step"
 
 
-def test_what_is_not_finite_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_refuses_parameters_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.benchmark import clock
 
     monkeypatch.setenv("BENCH_BEGAN", "0")
@@ -60,7 +60,7 @@ def test_what_is_not_finite_has_no_figures(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "seen.json").exists()
 
 
-def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
+def test_page_has_ratios_of_medians_and_marks_missed_aims() -> None:
     from experiments.benchmark.page import page
 
     machine = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": []}
@@ -75,7 +75,7 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
         return {"loop_seconds": [loop] * 3, "wall_seconds": [2 * loop] * 3}
 
     assert "Nothing has been measured" in page({})
-    said = page(
+    text = page(
         {
             "gate": {"lora": {"loss": 1e-7, "gradients": 3e-6}, "machine": machine},
             "pocket/lora/32-true": {
@@ -94,37 +94,37 @@ def test_the_page_has_ratios_of_medians_and_names_what_is_missed() -> None:
             },
         }
     )  # fmt: skip
-    assert "within 3e-06" in said
-    assert "Measured before steps became faster, and not repeated since: floor/lora/32-true.\n" in said
-    assert "Not measured yet: imports, pocket/lora/bf16-mixed, pocket/textual_inversion/32-true, " in said
-    assert "pocket/lora/32-true" not in said.partition("Not measured yet: ")[2].partition(".\n")[0]
+    assert "within 3e-06" in text
+    assert "Measured before steps became faster, and not repeated since: floor/lora/32-true.\n" in text
+    assert "Not measured yet: imports, pocket/lora/bf16-mixed, pocket/textual_inversion/32-true, " in text
+    assert "pocket/lora/32-true" not in text.partition("Not measured yet: ")[2].partition(".\n")[0]
     assert (
-        "\n\nNot compared: diffusers, whose script for textual_inversion gives no metrics here in bf16-mixed"
-        " (`RuntimeError: of two types`).\n" in said
+        "\n\nNot compared: diffusers, because the script for textual_inversion fails here in bf16-mixed"
+        " (`RuntimeError: of two types`).\n" in text
     )
-    assert "were not timed" not in said
-    assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in said
-    assert "| lora | 32-true | 0.60 missed | 0.5 | 0.60 met | 1.00 missed | 1.00 missed | at once |" in said
-    assert "| 167% |" in said, "of the rate: 1 TFLOP in 0.3 s at 2 TFLOP/s"
-    assert "| 4 | 32-true | shared backbone | 2.0 (2.0-2.0) | 0.25 | 0.32 | 4.0 (4.0-4.0) | 0.25 | 0.35 |" in said
+    assert "were not measured" not in text
+    assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in text
+    assert "| lora | 32-true | 0.60 missed | 0.5 | 0.60 met | 1.00 missed | 1.00 missed | at once |" in text
+    assert "| 167% |" in text, "1 TFLOP in 0.3 s, relative to 2 TFLOP/s"
+    assert "| 4 | 32-true | shared backbone | 2.0 (2.0-2.0) | 0.25 | 0.32 | 4.0 (4.0-4.0) | 0.25 | 0.35 |" in text
     assert (
-        "in 32-true: 50% of the matrix rate, which was 1.00 TFLOP/s on the same cores in the same run (aim 40%)" in said
+        "in 32-true: 50% of the matrix rate, which was 1.00 TFLOP/s on the same cores in the same run (aim 40%)" in text
     )
-    assert "2e-05 (batch 4, 32-true)" in said
-    assert "| textual_inversion | bf16-mixed | 0" not in said
+    assert "2e-05 (batch 4, 32-true)" in text
+    assert "| textual_inversion | bf16-mixed | 0" not in text
 
 
 @pytest.mark.parametrize(
-    ("start", "step", "wanted"), [(3.0, 1.0, "2"), (3.0, 2.5, "never"), (0.5, 1.0, "at once"), (0.5, 2.25, "until 2")]
+    ("start", "step", "expected"), [(3.0, 1.0, "2"), (3.0, 2.5, "never"), (0.5, 1.0, "at once"), (0.5, 2.25, "until 2")]
 )
-def test_after_how_many_steps_a_later_start_is_made_up_for(start: float, step: float, wanted: str) -> None:
+def test_page_states_after_how_many_steps_sdtune_is_ahead(start: float, step: float, expected: str) -> None:
     from experiments.benchmark.page import ahead
 
     ours = {"first_step_seconds": [start], "step_seconds": [step]}
-    assert ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == wanted
+    assert ahead(ours, {"first_step_seconds": [1.0], "step_seconds": [2.0]}) == expected
 
 
-def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what() -> None:
+def test_page_has_a_fixed_order_and_lists_the_groups_of_each_machine() -> None:
     from experiments.benchmark.page import groups, page
 
     one = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": ["amx_bf16"]}
@@ -133,30 +133,32 @@ def test_the_page_is_in_order_and_says_which_of_several_machines_measured_what()
         "flop": 1e12,
     }  # fmt: skip
     group = {"sdtune": figures, "diffusers": figures, "rate": 2.0}
-    found = {
+    results = {
         "sd15/full/32-true": {**group, "machine": one},
         "sd15/lora/bf16-mixed": {**group, "machine": one | {"processor": "Y"}},
         "sd15/lora/32-true": {**group, "machine": one},
     }
-    said = page(found)
-    assert "- X, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/32-true, sd15/full/32-true.\n" in said
-    assert "- Y, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/bf16-mixed.\n" in said
-    rows = [said.index(f"| {row} | sdtune |") for row in ("lora | 32-true", "lora | bf16-mixed", "full | 32-true")]
+    text = page(results)
+    assert "- X, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/32-true, sd15/full/32-true.\n" in text
+    assert "- Y, 2 cores, torch 2, diffusers 1, bfloat16 by amx_bf16: sd15/lora/bf16-mixed.\n" in text
+    rows = [text.index(f"| {row} | sdtune |") for row in ("lora | 32-true", "lora | bf16-mixed", "full | 32-true")]
     assert rows == sorted(rows)
     assert "Each group was measured" not in page({"imports": {"seconds": {}, "machine": one}})
     assert len(groups(["32-true", "bf16-mixed"])) == 28
 
 
-def test_a_beginning_that_no_group_has_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unknown_group_prefix_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from experiments.benchmark import bench
 
     monkeypatch.setattr("sys.argv", ["bench.py", "--folder", str(tmp_path / "bench"), "pocket/ti"])
-    with pytest.raises(SystemExit, match="pocket/ti: no group begins so; here there are imports, gate, pocket/lora/"):
+    with pytest.raises(
+        SystemExit, match="groups: no group name starts with pocket/ti; available: imports, gate, pocket/lora/"
+    ):
         bench.main()
     assert not (tmp_path / "bench").exists()
 
 
-def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
+def test_failing_diffusers_script_is_reported_and_other_variants_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from experiments.benchmark import bench
@@ -170,15 +172,15 @@ def test_a_script_that_does_not_run_is_named_and_the_others_are_measured(
 
     monkeypatch.setattr(bench, "measured", measured)
     shape = Shape("sd15", tmp_path / "weights", 256)
-    found = bench.compared("dreambooth", shape, "32-true", tmp_path / "examples", tmp_path)
-    assert found["does not run"] == dict.fromkeys(("diffusers", "diffusers, best flags"), "RuntimeError: of two types")
-    assert found["sdtune"]["step_seconds"] == [1.0] * 3
-    assert found["sdtune"]["operators"] == 1
+    results = bench.compared("dreambooth", shape, "32-true", tmp_path / "examples", tmp_path)
+    assert results["does not run"] == dict.fromkeys(
+        ("diffusers", "diffusers, best flags"), "RuntimeError: of two types"
+    )
+    assert results["sdtune"]["step_seconds"] == [1.0] * 3
+    assert results["sdtune"]["operators"] == 1
 
 
-def test_a_training_of_ours_that_does_not_run_ends_the_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_sdtune_training_ends_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.benchmark import bench
     from experiments.benchmark.commands import Shape
 

@@ -1,4 +1,4 @@
-"""The comparison of the methods: what it writes from runs' files, and what it refuses."""
+"""Comparison of the methods: generated page, verdicts and refused sweeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.compare_methods import compare as command
-from experiments.compare_methods import measured as figures
+from experiments.compare_methods import measured as measured_module
 from experiments.compare_methods.claims import (
     ASSERTED,
     CLAIMS,
@@ -44,10 +44,10 @@ def readings(method: str) -> dict[str, list[float]]:
             "object_accuracy": [1.0] * 10,
             "background_accuracy": [1.0] * 10,
         }
-    yes, leaked = round(10 * GAINS[method]), round(10 * LEAKS[method])
+    hits, leaked = round(10 * GAINS[method]), round(10 * LEAKS[method])
     return {
         "base_subject_accuracy": [0.0] * 10,
-        "subject_accuracy": [1.0] * yes + [0.0] * (10 - yes),
+        "subject_accuracy": [1.0] * hits + [0.0] * (10 - hits),
         "background_accuracy": [1.0] * 10,
         "prior_leak": [1.0] * leaked + [0.0] * (10 - leaked),
         "class_distance": [0.4] * 10,
@@ -61,11 +61,11 @@ def write_run(folder: Path, method: str, seed: int) -> None:
     overrides = [f"seed={seed}", f"experiment=compare_methods/{method}", "sweep=compare_methods"]
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
     (folder / "metrics.csv").write_text("step,loss\n1,0.5\n")
-    figures: dict[str, Any] = {key: sum(v) / len(v) for key, v in readings(method).items()}
-    figures |= {"trainable_parameters": SIZES[method], "artifact_bytes": 4 * SIZES[method], "steps": 100}
-    figures |= {"peak_memory_bytes": 2**30 + SIZES[method], "median_step_seconds": 0.5 + 0.1 * seed}
-    figures |= {"prior_drift": LEAKS.get(method, 0), "ceiling_subject_accuracy": 1.0, "validation_loss": None}
-    (folder / "metrics.json").write_text(json.dumps(figures))
+    metrics: dict[str, Any] = {key: sum(v) / len(v) for key, v in readings(method).items()}
+    metrics |= {"trainable_parameters": SIZES[method], "artifact_bytes": 4 * SIZES[method], "steps": 100}
+    metrics |= {"peak_memory_bytes": 2**30 + SIZES[method], "median_step_seconds": 0.5 + 0.1 * seed}
+    metrics |= {"prior_drift": LEAKS.get(method, 0), "ceiling_subject_accuracy": 1.0, "validation_loss": None}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "readings.json").write_text(json.dumps(readings(method)))
     for when in ("before", "after"):
@@ -83,28 +83,28 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path / "sweep"
 
 
-def test_the_page_says_what_the_runs_have(sweep: Path) -> None:
-    found = {method: measured(runs) for method, runs in command.gathered(sweep).items()}
-    assert found["lora"]["subject_gain"].mean == pytest.approx(0.9)
-    assert found["lora"]["seconds"].mean == pytest.approx(55)
-    assert found["lora"]["seconds"].shown("seconds") == "55 s ± 7 s"
+def test_page_has_the_metrics_of_the_runs(sweep: Path) -> None:
+    metrics = {method: measured(runs) for method, runs in command.gathered(sweep).items()}
+    assert metrics["lora"]["subject_gain"].mean == pytest.approx(0.9)
+    assert metrics["lora"]["seconds"].mean == pytest.approx(55)
+    assert metrics["lora"]["seconds"].shown("seconds") == "55 s ± 7 s"
     plans = dict.fromkeys(METHODS, PLAN)
-    lines = page(found, plans, 2)
+    lines = page(metrics, plans, 2)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
     for claim in CLAIMS:
         assert claim.text in rows
     assert "| so |" in rows["Textual Inversion trains the fewest parameters and leaves the smallest file"]
-    assert "| within the noise |" in rows["Textual Inversion is done soonest"], "all take as long here"
+    assert "| within the noise |" in rows["Textual Inversion is done soonest"], "all methods take the same time here"
     assert "| within the noise |" in rows["DreamBooth's effect is stronger than LoRA's"]
     assert "| **not so** |" in rows["LoRA leaves the class alone"]
     assert "| so |" in rows["DreamBooth keeps the class, full fine-tuning loses it"]
-    whole = "\n".join(lines)
-    for said in ASSERTED.values():
-        assert f"| {said.resources} |" in whole
-    assert "map followed: 0.500" in whole
+    text = "\n".join(lines)
+    for claims in ASSERTED.values():
+        assert f"| {claims.resources} |" in text
+    assert "map followed: 0.500" in text
 
 
-def test_a_verdict_knows_the_noise() -> None:
+def test_verdict_is_none_within_the_noise() -> None:
     low, high, wide = Value(0.1, spread=0.01), Value(0.3, interval=(0.25, 0.35)), Value(0.2, interval=(0.05, 0.4))
     assert (less(low, high), less(high, low), less(low, wide), less(low, low)) == (True, False, None, None)
     assert less(Value(3.0), Value(3.0)) is False, "counts have no noise"
@@ -113,30 +113,34 @@ def test_a_verdict_knows_the_noise() -> None:
     assert (both(True, True), both(True, None), both(None, False)) == (True, None, False)
 
 
-def test_seeds_that_are_missing_are_noticed(sweep: Path) -> None:
+def test_missing_seeds_of_a_method_are_refused(sweep: Path) -> None:
     shutil.rmtree(sweep / "6")
-    with pytest.raises(UserError, match=r"lacks seeds of lora"):
+    with pytest.raises(UserError, match=r"has fewer seeds of lora than of other methods"):
         command.gathered(sweep)
 
 
-def test_what_a_method_suits_follows_from_its_figures() -> None:
-    free = {"background_accuracy": 1.0}
-    assert suits({"subject_gain": 0.9, "prior_leak": 0.5, **free}) == "the subject itself, its class lost"
-    assert suits({"subject_gain": 0.3, "prior_leak": 0.0, **free}) == "a likeness of the subject, its class kept"
+def test_use_of_a_method_follows_from_its_metrics() -> None:
+    follows_prompt = {"background_accuracy": 1.0}
+    assert suits({"subject_gain": 0.9, "prior_leak": 0.5, **follows_prompt}) == "the subject itself, its class lost"
+    assert (
+        suits({"subject_gain": 0.3, "prior_leak": 0.0, **follows_prompt}) == "a likeness of the subject, its class kept"
+    )
     assert suits({"control_less_shuffled": 0.5, "background_accuracy": 0.2}).endswith(", prompts hardly followed")
 
 
-def test_it_writes_between_the_marks(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_replaces_only_the_section_between_the_marks(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     into = tmp_path / "page"
     into.mkdir()
     (into / "README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    monkeypatch.setattr(figures, "planned", lambda method: PLAN)
+    monkeypatch.setattr(measured_module, "planned", lambda method: PLAN)
     monkeypatch.setattr(sys, "argv", ["comparison", str(sweep), "--into", str(into)])
     command.main()
     written = (into / "README.md").read_text()
     assert written.startswith("before\n<!-- measured -->\n")
     assert written.endswith("<!-- /measured -->\nafter\n")
-    assert "old" not in written
+    assert "\nold\n" not in written
     results = json.loads((into / "results.json").read_text())
     assert results["measured"]["full"]["prior_leak"]["mean"] == pytest.approx(0.9)
     assert set(results["planned_sd15"]) == set(METHODS)
@@ -144,25 +148,25 @@ def test_it_writes_between_the_marks(sweep: Path, tmp_path: Path, monkeypatch: p
     assert (into / "controlnet.png").is_file()
 
 
-def test_a_run_that_is_missing_is_named(sweep: Path) -> None:
+def test_unfinished_run_is_refused(sweep: Path) -> None:
     (sweep / "6" / "metrics.json").unlink()
-    with pytest.raises(UserError, match=r"sweep/6 is unfinished; sdtune train -m resume="):
+    with pytest.raises(UserError, match=r"sweep/6 is unfinished; continue it with: sdtune train -m resume="):
         command.gathered(sweep)
 
 
-def test_another_sweep_is_refused(sweep: Path) -> None:
+def test_run_of_another_sweep_is_refused(sweep: Path) -> None:
     (sweep / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=lora_subject\n")
-    with pytest.raises(UserError, match=r"sweep/0 is no run of sweep=compare_methods"):
+    with pytest.raises(UserError, match=r"sweep/0 is not a run of sweep=compare_methods"):
         command.gathered(sweep)
 
 
 @pytest.mark.slow
-def test_the_plan_is_of_stable_diffusions_own_shapes() -> None:
-    found = planned("lora")
-    assert found["trainable_parameters"] == 1_594_368
-    assert found["steps"] == 1500
-    assert found["peak_memory_bytes"] > 2**31
+def test_plan_counts_the_shapes_of_stable_diffusion() -> None:
+    counts = planned("lora")
+    assert counts["trainable_parameters"] == 1_594_368
+    assert counts["steps"] == 1500
+    assert counts["peak_memory_bytes"] > 2**31
 
 
-def test_the_methods_are_those_that_there_are() -> None:
+def test_claims_cover_all_methods() -> None:
     assert set(ASSERTED) == set(METHODS) == {*SUBJECT_METHODS, "controlnet"}

@@ -1,4 +1,4 @@
-"""The arithmetic of pocket's quality metrics."""
+"""Computation of pocket's quality metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtune.pocket.pretraining import vae as vaes
 from sdtune.pocket.world.scenes import draw_scene, held_out_scenes
 
 
-def test_psnr_is_the_formula_by_hand() -> None:
+def test_psnr_equals_its_formula() -> None:
     truth = np.full((2, 2, 2, 3), 100, dtype=np.uint8)
     images = truth.copy()
     images[0] += 5  # MSE 25
@@ -26,7 +26,7 @@ def test_psnr_is_the_formula_by_hand() -> None:
     assert psnr(images, truth) == pytest.approx(expected, rel=1e-12)
 
 
-def test_psnr_does_not_wrap_around_at_eight_bits() -> None:
+def test_psnr_does_not_overflow_eight_bits() -> None:
     black = np.zeros((1, 2, 2, 3), dtype=np.uint8)
     white = np.full((1, 2, 2, 3), 255, dtype=np.uint8)
     assert psnr(black, white) == psnr(white, black) == pytest.approx([0.0])
@@ -37,21 +37,21 @@ def test_psnr_of_equal_images_is_infinite() -> None:
     assert psnr(image, image) == [math.inf]
 
 
-def test_agreement_is_the_share_of_exact_answers() -> None:
+def test_agreement_is_the_fraction_of_equal_labels() -> None:
     assert agreement(["dog", "cat", "dog", "dog"], ["dog", "cat", "dogs", "cat"]) == 0.5
 
 
-def test_the_figures_are_exactly_those_named_and_true_images_have_their_background(
+def test_measure_returns_the_quality_metrics_of_true_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ceiling = {"classifier_accuracy": 0.75, "classifier_accuracy_vae": 0.5}
-    monkeypatch.setattr(quality, "ceilings", lambda classifier, vae, seed: ceiling)  # 1,800 renders otherwise
+    monkeypatch.setattr(quality, "ceilings", lambda classifier, vae, seed: ceiling)  # avoids 1,800 renders
     scenes = held_out_scenes(3, 6)
     images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     images[0] = 255 - images[0]
     torch.manual_seed(0)
-    figures = measure(images, scenes, Classifier(), vaes.build_vae().eval(), seed=3)
-    assert list(figures) == [
+    metrics = measure(images, scenes, Classifier(), vaes.build_vae().eval(), seed=3)
+    assert list(metrics) == [
         "background_accuracy",
         "object_accuracy",
         "size_accuracy",
@@ -61,12 +61,12 @@ def test_the_figures_are_exactly_those_named_and_true_images_have_their_backgrou
         "prompts",
         "seed",
     ]
-    assert (figures["background_accuracy"], figures["prompts"], figures["seed"]) == (5 / 6, 6, 3)
-    assert ceiling.items() <= figures.items()
-    assert json.loads(json.dumps(figures)) == figures
+    assert (metrics["background_accuracy"], metrics["prompts"], metrics["seed"]) == (5 / 6, 6, 3)
+    assert ceiling.items() <= metrics.items()
+    assert json.loads(json.dumps(metrics)) == metrics
 
 
-def test_the_grid_holds_every_image_at_twice_its_size() -> None:
+def test_grid_shows_every_image_at_twice_its_size() -> None:
     scenes = held_out_scenes(0, 10)
     images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     sheet = np.asarray(grid(images, scenes))

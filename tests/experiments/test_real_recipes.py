@@ -1,4 +1,4 @@
-"""The recipes for real Stable Diffusion train two steps as they stand, on a backbone that is tiny."""
+"""Recipes for Stable Diffusion: two training steps on a tiny backbone and at true shapes, and a plan."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sdtune.config.compose import compose, search_path
 from sdtune.hardware.precision import autocast
 from sdtune.paths import config_folder
 from sdtune.planning.kernels import Kernels
-from sdtune.planning.measure import NoNumbers, meta_batch
-from sdtune.planning.request import outlined
+from sdtune.planning.measure import MetaItems, meta_batch
+from sdtune.planning.request import meta_adapter
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 
 RECIPES = sorted((config_folder() / "experiment").glob("sd*.yaml"))
@@ -34,22 +34,24 @@ SMALL = (
 )
 
 
-def words(recipe: Path, tiny: Path, images: Path) -> list[str]:
-    """The recipe's own command after ``sdtune train``, with folders that exist."""
-    found = shlex.split(recipe.read_text().splitlines()[1])[3:]
-    assert found[0] == f"experiment={recipe.stem}"
-    places = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={images}"}
-    return [places.get(word, word) for word in found]
+def recipe_arguments(recipe: Path, tiny: Path, images: Path) -> list[str]:
+    """Arguments of ``sdtune train`` in the recipe's command, with existing folders."""
+    arguments = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    assert arguments[0] == f"experiment={recipe.stem}"
+    paths = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={images}"}
+    return [paths.get(argument, argument) for argument in arguments]
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("sd15")], ids=lambda path: path.stem)
-def test_it_trains_two_steps(recipe: Path, tiny: Path, images: Path, tmp_path: Path) -> None:
-    own = words(recipe, tiny, images)
+def test_sd15_recipe_trains_two_steps_on_a_tiny_backbone(
+    recipe: Path, tiny: Path, images: Path, tmp_path: Path
+) -> None:
+    arguments = recipe_arguments(recipe, tiny, images)
     for caption in images.glob("*.txt") if "textual_inversion" in recipe.stem else ():
-        caption.unlink()  # the word stands in data.prompt, which captions what has no caption of its own
-    less = [*SMALL, *(["data.class_images=2"] if "class_prompt" in " ".join(own) else [])]
+        caption.unlink()  # data.prompt has the new token and is used only for images without a caption
+    overrides = [*SMALL, *(["data.class_images=2"] if "class_prompt" in " ".join(arguments) else [])]
     run = tmp_path / "run"
-    assert train(*own, *less, f"hydra.run.dir={run}") == 0
+    assert train(*arguments, *overrides, f"hydra.run.dir={run}") == 0
     assert len(rows(run)) == 2
     assert json.loads((run / "metrics.json").read_text())["steps"] == 2
     assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
@@ -58,18 +60,18 @@ def test_it_trains_two_steps(recipe: Path, tiny: Path, images: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
-    """On the meta device: forward, backward and the optimizer, micro-batches and their size as the recipe has them."""
+def test_recipe_runs_two_steps_at_true_shapes_on_the_meta_device(recipe: Path) -> None:
+    """Forward, backward and optimizer step, with the micro-batches and the batch size of the recipe."""
     overrides = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word.startswith("experiment=")]
     job = checked_plan(compose("plan", search_path(None), [*overrides, "hardware=gpu"]))
     request = plan_request(job)
-    adapter = outlined(request)
+    adapter = meta_adapter(request)
     adapter.on_fit_start()
     adapter.prepare_for_device(torch.device("meta"))
     if job.config["hardware"].get("gradient_checkpointing"):
         checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(True)))
     optimizer = adapter.make_optimizer(adapter.optimizer_groups())
-    caches = not adapter.open("vae"), not adapter.open("text_encoder")
+    caches = not adapter.trains("vae"), not adapter.trains("text_encoder")
     frozen = [parameter for parameter in adapter.parameters() if not parameter.requires_grad]
     for _ in range(2):
         for _ in range(job.accumulation):
@@ -82,7 +84,7 @@ def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
         gradients = {name: parameter.grad for name, parameter in adapter.trainable()}
         assert gradients
         assert not [name for name, gradient in gradients.items() if gradient is None]
-        with NoNumbers():
+        with MetaItems():
             optimizer.step()
         optimizer.zero_grad()
     assert len(optimizer.state) == len(gradients)
@@ -93,8 +95,8 @@ def test_it_takes_two_steps_at_true_shapes(recipe: Path) -> None:
     "recipe",
     [pytest.param(r, marks=[] if r.stem == "sd15_lora" else [pytest.mark.slow], id=r.stem) for r in RECIPES],
 )
-def test_it_is_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word != "backbone.path=FOLDER"]
-    assert plan(*own) == 0
+def test_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word != "backbone.path=FOLDER"]
+    assert plan(*arguments) == 0
     side = 1024 if recipe.stem.startswith("sdxl") else 512
     assert f": {side}x{side} pixels, batch " in capsys.readouterr().out.splitlines()[0]

@@ -1,4 +1,4 @@
-"""LoRA weights for the file forms: on a tiny Stable Diffusion, with alpha != rank and a B that is not zero."""
+"""LoRA weights for the file formats, on a tiny Stable Diffusion, with alpha != rank and nonzero B."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLERS = ("downsamplers.0.conv", "upsamplers.0.conv", "conv_shortcut")
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
-    """A tiny Stable Diffusion with random weights; without a tokenizer, since the tests give token ids."""
+    """A tiny Stable Diffusion with random weights; without a tokenizer, because the tests use token ids."""
     text = CLIPTextConfig(
         vocab_size=50,
         hidden_size=16,
@@ -55,7 +55,7 @@ def pipeline_folder(tmp_path_factory):
 
 @pytest.fixture
 def load(pipeline_folder):
-    """A new pipeline at each call."""
+    """``load()``: a new pipeline on each call."""
 
     def load():
         return StableDiffusionPipeline.from_pretrained(
@@ -72,22 +72,22 @@ def pipeline(load):
 
 @pytest.fixture(scope="session")
 def targets():
-    """``targets(component, model, ends)``: the modules whose path ends in one of ``ends``, by canonical path."""
+    """``targets(component, model, ends)``: modules by canonical path, if the path ends in one of ``ends``."""
 
     def targets(component, model, ends):
-        found = model.named_modules()
-        return {canonical(f"{component}.{path}"): module for path, module in found if path.endswith(ends)}
+        named_modules = model.named_modules()
+        return {canonical(f"{component}.{path}"): module for path, module in named_modules if path.endswith(ends)}
 
     return targets
 
 
 @pytest.fixture(scope="session")
 def pair():
-    """``pair(module, rank, generator)``: A and B that fit a linear layer or a convolution; meta without generator."""
+    """``pair(module, rank, generator)``: A and B for a linear layer or a convolution; on meta without generator."""
 
     def pair(module, rank, generator=None):
-        out, into, *kernel = module.weight.shape
-        shapes = (rank, into, *kernel), (out, rank, *[1] * len(kernel))
+        out, inside, *kernel = module.weight.shape
+        shapes = (rank, inside, *kernel), (out, rank, *[1] * len(kernel))
         if generator is None:
             return torch.empty(shapes[0], device="meta"), torch.empty(shapes[1], device="meta")
         return torch.randn(shapes[0], generator=generator) * 0.1, torch.randn(shapes[1], generator=generator) * 0.1
@@ -97,7 +97,7 @@ def pair():
 
 @pytest.fixture
 def modules(pipeline, targets):
-    """Every module of the tiny pipeline that the tests adapt, by canonical path."""
+    """All modules of the tiny pipeline to which the tests add LoRA, by canonical path."""
     return targets("unet", pipeline.unet, TARGETS + SAMPLERS) | targets(
         "text_encoder", pipeline.text_encoder, TEXT_TARGETS
     )
@@ -105,7 +105,7 @@ def modules(pipeline, targets):
 
 @pytest.fixture
 def make_weights(modules, pair):
-    """Weights for every module of the tiny pipeline: ``make_weights(ranks=..., alphas=...)``, taken in turn."""
+    """``make_weights(ranks=..., alphas=...)``: weights for all modules; ranks and alphas are used in turn."""
 
     def make(ranks=(4,), alphas=(3.0,)):
         generator = torch.Generator().manual_seed(1)
@@ -130,11 +130,11 @@ def spec():
 
 @pytest.fixture
 def delta():
-    """What a module's weight changes by, in float64, from the definition."""
+    """``delta(weights, module)``: weight change of a module in float64, from the definition."""
 
-    def of(weights, module):
+    def weight_change(weights, module):
         down, up = (tensor.double() for tensor in weights.pairs[module])
         change = (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
         return change * weights.alphas[module] / down.shape[0]
 
-    return of
+    return weight_change

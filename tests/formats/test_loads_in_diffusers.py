@@ -1,4 +1,4 @@
-"""Plain diffusers gives with each written file what merging the changes by hand gives."""
+"""LoRA files loaded by diffusers give the same output as weight changes merged by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merge(pipeline, weights, delta):
     [((4,), (3.0,)), ((4,), (3.0, 8.0, 1.0)), ((4, 2, 6), (5.0,)), ((4, 2, 6), (3.0, 8.0, 1.0))],
     ids=["one alpha", "several alphas", "several ranks", "several of both"],
 )
-def test_loaded_equals_merged(pipeline, load, make_weights, delta, spec, tmp_path, form, ranks, alphas):
+def test_loaded_lora_equals_merged_weights(pipeline, load, make_weights, delta, spec, tmp_path, form, ranks, alphas):
     weights = make_weights(ranks, alphas)
     if form == "diffusers":
         file = tmp_path / diffusers_lora.FILE_NAME
@@ -41,9 +41,9 @@ def test_loaded_equals_merged(pipeline, load, make_weights, delta, spec, tmp_pat
         file = tmp_path / "otter.safetensors"
         kohya_lora.write(file, weights, spec, {})
     base = predict(pipeline)
-    other = load()
-    merge(other, weights, delta)
-    merged = predict(other)
+    merged_pipeline = load()
+    merge(merged_pipeline, weights, delta)
+    merged = predict(merged_pipeline)
     assert (merged - base).abs().max() > 1e-2
 
     pipeline.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="it", use_safetensors=True)

@@ -1,4 +1,4 @@
-"""Both forms and back: equal changes, alpha from wherever it stands, metadata, hashes."""
+"""LoRA files in diffusers and kohya format: round trips, sources of alpha, metadata, hashes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def assert_same_changes(one, other, delta):
 
 
 @pytest.mark.parametrize("alphas", [(3.0,), (3.0, 8.0)])
-def test_round_trips_keep_the_changes(make_weights, modules, delta, spec, tmp_path, alphas):
+def test_round_trips_keep_the_weight_changes(make_weights, modules, delta, spec, tmp_path, alphas):
     weights = make_weights((4, 2), alphas)
-    first, second = tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"
-    diffusers_lora.write(first, weights, {})
-    kohya_lora.write(second, read_diffusers(first), spec, {})
-    assert_same_changes(read_kohya(second, modules), weights, delta)
-    kohya_lora.write(second, weights, spec, {})
-    diffusers_lora.write(first, read_kohya(second, modules), {})
-    assert_same_changes(read_diffusers(first), weights, delta)
+    diffusers_file, kohya_file = tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"
+    diffusers_lora.write(diffusers_file, weights, {})
+    kohya_lora.write(kohya_file, read_diffusers(diffusers_file), spec, {})
+    assert_same_changes(read_kohya(kohya_file, modules), weights, delta)
+    kohya_lora.write(kohya_file, weights, spec, {})
+    diffusers_lora.write(diffusers_file, read_kohya(kohya_file, modules), {})
+    assert_same_changes(read_diffusers(diffusers_file), weights, delta)
 
 
-def test_kohya_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec, tmp_path):
+def test_kohya_file_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec, tmp_path):
     weights = make_weights((4,), (3.0,))
     kohya_lora.write(tmp_path / "it.safetensors", weights, spec, {})
     back = read_kohya(tmp_path / "it.safetensors", modules)
@@ -44,19 +44,19 @@ def test_kohya_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec,
         assert all(torch.equal(*both) for both in zip(back.pairs[module], pair, strict=True))
 
 
-def test_kohya_folds_several_alphas_to_the_rank(make_weights):
+def test_kohya_file_has_alpha_equal_to_rank_if_alphas_differ(make_weights):
     tensors = kohya_lora.to_tensors(make_weights((4,), (3.0, 8.0)))
     assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {4.0}
 
 
-def test_folding_half_precision_is_done_in_float32():
+def test_half_precision_weights_are_folded_in_float32():
     down, up = torch.ones(3, 2, dtype=torch.float16), torch.full((2, 3), 0.1, dtype=torch.float16)
     folded = LoRAWeights({"unet.a": (down, up)}, {"unet.a": 1.0}).folded()
     assert folded.alphas == {"unet.a": 3.0}
     assert torch.equal(folded.pairs["unet.a"][1], up.float() * (1 / 3))
 
 
-def test_read_lora_tells_the_forms_apart(make_weights, modules, delta, spec, tmp_path):
+def test_read_lora_detects_the_file_format(make_weights, modules, delta, spec, tmp_path):
     weights = make_weights()
     diffusers_lora.write(tmp_path / diffusers_lora.FILE_NAME, weights, {"sdtune_backbone_hash": "abc"})
     kohya_lora.write(tmp_path / "otter.safetensors", weights, spec, {"sdtune_backbone_hash": "abc"})
@@ -66,9 +66,9 @@ def test_read_lora_tells_the_forms_apart(make_weights, modules, delta, spec, tmp
         assert metadata["sdtune_backbone_hash"] == "abc"
 
 
-@pytest.mark.parametrize("convert", [dict, convert_state_dict_to_diffusers], ids=["peft's names", "its scripts' names"])
+@pytest.mark.parametrize("convert", [dict, convert_state_dict_to_diffusers], ids=["peft names", "script names"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_alpha_of_files_that_plain_diffusers_wrote(pipeline, modules, delta, tmp_path, rslora, convert):
+def test_alpha_of_files_written_by_diffusers_is_read(pipeline, modules, delta, tmp_path, rslora, convert):
     patterns = {} if rslora else {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 5, "to_k": 9}}
     common = {"r": 4, "lora_alpha": 3, "init_lora_weights": False, "use_rslora": rslora}
     pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_out.0", "conv1"], **common, **patterns))
@@ -81,17 +81,17 @@ def test_alpha_of_files_that_plain_diffusers_wrote(pipeline, modules, delta, tmp
         text_encoder_lora_adapter_metadata=settings(pipeline.text_encoder),
     )
     weights, metadata = read_lora(tmp_path, modules)
-    live = {}
+    expected = {}
     for component in ("unet", "text_encoder"):
         for path, module in getattr(pipeline, component).named_modules():
             if hasattr(module, "get_delta_weight"):
                 name = path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
-                live[f"{component}.{name}"] = module.get_delta_weight(next(iter(module.lora_A))).detach()
-    assert weights.pairs.keys() == live.keys()
-    for module, change in live.items():
+                expected[f"{component}.{name}"] = module.get_delta_weight(next(iter(module.lora_A))).detach()
+    assert weights.pairs.keys() == expected.keys()
+    for module, change in expected.items():
         torch.testing.assert_close(delta(weights, module).float(), change, rtol=1e-5, atol=1e-7)
 
-    # Written again with the metadata it was read with, alpha must not count twice.
+    # Alpha must not apply twice after writing the file again with the metadata that were read.
     diffusers_lora.write(tmp_path / "again.safetensors", weights, metadata)
     assert_same_changes(read_diffusers(tmp_path / "again.safetensors"), weights, delta)
 
@@ -101,7 +101,7 @@ def settings(model):
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def test_kohya_metadata(make_weights, spec, tmp_path):
+def test_kohya_file_has_complete_metadata(make_weights, spec, tmp_path):
     kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"sdtune_backbone_hash": "abc"})
     _, metadata = read_safetensors(tmp_path / "it.safetensors")
     assert len(metadata.pop("sshs_model_hash")) == 64
@@ -128,7 +128,7 @@ def test_kohya_metadata(make_weights, spec, tmp_path):
     }
 
 
-def test_kohya_metadata_where_there_is_less_or_more_to_tell(make_weights, spec, tmp_path):
+def test_kohya_metadata_without_trigger_and_with_several_ranks(make_weights, spec, tmp_path):
     weights = make_weights((4, 2))
     linear = {module: pair for module, pair in weights.pairs.items() if pair[0].dim() == 2}
     spec = replace(spec, trigger=None, architecture="stable-diffusion-v2-768-v", prediction_type="v")
@@ -141,12 +141,12 @@ def test_kohya_metadata_where_there_is_less_or_more_to_tell(make_weights, spec, 
     assert metadata["modelspec.prediction_type"] == "v"
 
 
-def test_hashes_are_kohyas(spec, tmp_path):
-    # Over 1 MiB + 64 KiB, so that the older hash has its whole window.
+def test_hashes_equal_those_of_kohya(spec, tmp_path):
+    # Larger than 1 MiB + 64 KiB, so that the legacy hash covers its full window.
     pair = torch.randn(4, 80_000), torch.randn(8, 4)
     weights = LoRAWeights({"unet.mid_block.a": pair}, {"unet.mid_block.a": 3.0})
     path = tmp_path / "it.safetensors"
-    kohya_lora.write(path, weights, spec, {"note": "not of the training"})
+    kohya_lora.write(path, weights, spec, {"note": "not a training field"})
     tensors, metadata = read_safetensors(path)
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -157,12 +157,12 @@ def test_hashes_are_kohyas(spec, tmp_path):
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(window).hexdigest()[:8]
 
 
-def test_hashes_forget_what_is_not_of_the_training(make_weights, spec, tmp_path):
+def test_hashes_ignore_metadata_that_are_not_training_fields(make_weights, spec, tmp_path):
     hashes = []
     for note in ("one", "another, and longer"):
         kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"note": note})
         _, metadata = read_safetensors(tmp_path / "it.safetensors")
         hashes.append((metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]))
     assert hashes[0] == hashes[1]
-    # A file under 1 MiB has nothing in the older hash's window.
+    # In a file smaller than 1 MiB, the window of the legacy hash is empty.
     assert hashes[0][1] == hashlib.sha256(b"").hexdigest()[:8]

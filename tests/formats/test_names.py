@@ -1,4 +1,4 @@
-"""Key names at SD 1.5's true shapes, on meta tensors: a round trip through our own code would prove nothing."""
+"""Key names at the true shapes of SD 1.5, on meta tensors; a round trip through sdtune would not verify them."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def weights(sd15, targets, pair):
     return LoRAWeights(pairs, dict.fromkeys(pairs, 4.0))
 
 
-def test_attention_is_128_modules_and_199296_parameters_a_rank(sd15, targets, pair):
+def test_attention_has_128_modules_and_199296_parameters_per_rank(sd15, targets, pair):
     modules = targets("unet", sd15[0], ATTENTION)
     assert len(modules) == 128
     assert sum(tensor.numel() for module in modules.values() for tensor in pair(module, 1)) == 199_296
 
 
-def test_kohya_names_are_the_paths_with_underscores(sd15, weights):
+def test_kohya_names_are_module_paths_with_underscores(sd15, weights):
     unet, text = sd15
-    # kohya's rule, read off the models themselves. Its text encoder still has the `text_model` of transformers < 5.6.
+    # kohya's rule, applied to the models. Its text encoder names contain `text_model`, as in transformers < 5.6.
     names = {f"lora_unet_{path}".replace(".", "_") for path, _ in unet.named_modules() if path.endswith(KOHYA)}
     paths = [path.removeprefix("text_model.") for path, _ in text.named_modules() if path.endswith(TEXT)]
     texts = {f"lora_te_text_model_{path}".replace(".", "_") for path in paths}
@@ -67,13 +67,13 @@ def test_kohya_names_are_the_paths_with_underscores(sd15, weights):
         ("lora_te_text_model_encoder_layers_7_self_attn_out_proj.alpha", ()),
     ],
 )
-def test_kohya_keys_and_shapes_are_those_of_its_files(weights, key, shape):
+def test_kohya_keys_and_shapes_equal_those_of_kohya_files(weights, key, shape):
     tensor = kohya_lora.to_tensors(weights)[key]
     assert tensor.shape == shape
     assert tensor.dtype == torch.float32
 
 
-def test_diffusers_keys_are_paths_with_text_model(weights):
+def test_diffusers_keys_are_module_paths_with_text_model(weights):
     tensors = diffusers_lora.to_tensors(weights)
     assert len(tensors) == 2 * (192 + 72)
     attention = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

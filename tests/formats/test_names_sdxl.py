@@ -1,4 +1,4 @@
-"""Key names at SDXL's true shapes: kohya's own, which follow the original layout, held against the script's rules."""
+"""Key names at the true shapes of SDXL: kohya names follow the original layout, as in the conversion script."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weights(unet, targets, pair):
     return LoRAWeights(pairs, dict.fromkeys(pairs, 4.0))
 
 
-def test_kohya_has_722_and_72_and_192_modules(unet, weights):
+def test_kohya_has_722_unet_and_72_and_192_text_encoder_modules(unet, weights):
     tensors = kohya_lora.to_tensors(weights, dict(unet.config))
     names = {key.partition(".")[0] for key in tensors}
     counts = {
@@ -40,10 +40,10 @@ def test_kohya_has_722_and_72_and_192_modules(unet, weights):
     }
     assert counts == {"lora_unet_": 722, "lora_te1_": 72, "lora_te2_": 192}
     assert sum(counts.values()) == len(names)
-    inside = [f"{path}.weight" for path, _ in unet.named_modules() if path.endswith(INSIDE)]
-    original = unet_names(dict.fromkeys(inside, torch.empty(0)), 3)
-    wanted = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in original}
-    assert {name for name in names if name.startswith("lora_unet_")} == wanted
+    unet_keys = [f"{path}.weight" for path, _ in unet.named_modules() if path.endswith(INSIDE)]
+    original = unet_names(dict.fromkeys(unet_keys, torch.empty(0)), 3)
+    expected = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in original}
+    assert {name for name in names if name.startswith("lora_unet_")} == expected
 
 
 @pytest.mark.parametrize(
@@ -57,34 +57,37 @@ def test_kohya_has_722_and_72_and_192_modules(unet, weights):
         ("lora_te2_text_model_encoder_layers_31_self_attn_out_proj.lora_down.weight", (4, 1280)),
     ],
 )
-def test_kohya_keys_and_shapes_are_those_of_its_files(unet, weights, key, shape):
+def test_kohya_keys_and_shapes_equal_those_of_kohya_files(unet, weights, key, shape):
     assert kohya_lora.to_tensors(weights, dict(unet.config))[key].shape == shape
 
 
-def test_both_namings_are_read(unet, weights, tmp_path):
-    """Some trainers name SDXL's modules after diffusers."""
+def test_original_and_diffusers_module_names_are_read(unet, weights, tmp_path):
+    """Some trainers use the module names of diffusers for SDXL."""
     modules, xl = list(weights.pairs), dict(unet.config)
-    few = {
+    sample_pairs = {
         path: (torch.rand(4, down.shape[1]), torch.rand(up.shape[0], 4))
         for path, (down, up) in [*weights.pairs.items()][:3]
     }
-    for named in ((lambda m: kohya_lora.name_of(m, xl)), (lambda m: "lora_unet_" + m[5:].replace(".", "_"))):
+    for name_module in (
+        (lambda module: kohya_lora.name_of(module, xl)),
+        (lambda module: "lora_unet_" + module[5:].replace(".", "_")),
+    ):
         tensors = {
-            f"{named(m)}.{part}": t
-            for m, pair in few.items()
-            for part, t in zip(("lora_down.weight", "lora_up.weight"), pair)
+            f"{name_module(module)}.{part}": tensor
+            for module, pair in sample_pairs.items()
+            for part, tensor in zip(("lora_down.weight", "lora_up.weight"), pair)
         }
-        back = kohya_lora.parse(tmp_path / "x", tensors, modules, xl)
-        assert back.pairs.keys() == few.keys()
+        parsed = kohya_lora.parse(tmp_path / "x", tensors, modules, xl)
+        assert parsed.pairs.keys() == sample_pairs.keys()
 
 
-def test_a_controlnets_names_are_the_authors(unet):
+def test_controlnet_names_equal_those_of_the_original_code(unet):
     from diffusers import ControlNetModel
 
     with torch.device("meta"):
         sd15 = ControlNetModel.from_unet(from_config("unet", CONFIGS / "sd15"), load_weights_from_unet=False)
     names = set(controlnet_names(sd15.state_dict(), dict(sd15.config)).values())
-    assert len(names) == 340  # of lllyasviel's control_v11 files
+    assert len(names) == 340  # as in lllyasviel's control_v11 files
     assert {
         "time_embed.0.weight",
         "input_hint_block.14.bias",

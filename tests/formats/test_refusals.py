@@ -1,4 +1,4 @@
-"""What is refused, each with one line that names the file; and files that are whole or not there."""
+"""Invalid files are refused in one line that names the file; files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOWN, UP = torch.ones(2, 6), torch.ones(5, 2)
 
 
 def refusal(path, tensors, metadata=None):
-    """The message with which ``read_lora`` refuses such a file."""
+    """Message of ``read_lora`` for an invalid file with these tensors."""
     write_safetensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata or {"note": ""})
     with pytest.raises(UserError, match=".") as caught:
         read_lora(path, MODULES)
@@ -30,44 +30,50 @@ def refusal(path, tensors, metadata=None):
     return message
 
 
-def kohya(down=DOWN, up=UP, **more):
+def kohya_tensors(down=DOWN, up=UP, **more):
     return {f"{KOHYA}.lora_down.weight": down, f"{KOHYA}.lora_up.weight": up, **more}
 
 
-def plain(prefix=f"unet.{Q}", down=DOWN, up=UP):
+def diffusers_tensors(prefix=f"unet.{Q}", down=DOWN, up=UP):
     return {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("tensors", "message"),
     [
         ({}, "not a LoRA"),
         ({"conv_in.weight": DOWN}, "not a LoRA"),
-        (kohya(**{f"{KOHYA}.dora_scale": UP}), "dora_scale: not read"),
-        (kohya(**{f"{KOHYA}.alpha": torch.ones(2)}), "alpha has shape [2]"),
-        (kohya(**{f"{KOHYA}.alpha": torch.tensor(float("nan"))}), "alpha is nan"),
-        (kohya(**{"lora_unet_conv_in.alpha": torch.tensor(1.0)}), "unet.conv_in: without both"),
-        ({f"{KOHYA}.lora_up.weight": UP}, "without both"),
-        (kohya(up=torch.ones(5, 3)), "shapes [2, 6] and [5, 3]"),
-        (kohya(down=torch.tensor(1.0)), "shapes [] and [5, 2]"),
-        (kohya(down=DOWN.int()), "make no low-rank pair"),
-        (kohya(down=torch.ones(0, 6), up=torch.ones(5, 0)), "make no low-rank pair"),
-        (kohya(down=torch.ones(2, 6, 3, 3), up=torch.ones(5, 2, 3, 3)), "make no low-rank pair"),
-        ({f"lora_te2_{i}.alpha": UP for i in range(5)}, "lora_te2_0, lora_te2_1, lora_te2_2 and 2 more: no such"),
-        (plain("unet.label_embedding"), "unet.label_embedding: no such module"),
-        (plain("text_encoder_2.layers.0"), "text_encoder_2.text_model.layers.0: no such module"),
-        (plain() | {f"unet.{Q}.lora_magnitude_vector": UP}, "lora_magnitude_vector: not read"),
-        ({f"unet.{Q}.lora_A.weight": DOWN}, "without both"),
-        (plain("unet.a\n\x1b[2J"), "unet.a\\n\\x1b[2J"),
-        (plain(down=torch.tensor(1.0)), "make no low-rank pair"),
+        (kohya_tensors(**{f"{KOHYA}.dora_scale": UP}), f"unsupported tensors: {KOHYA}.dora_scale"),
+        (kohya_tensors(**{f"{KOHYA}.alpha": torch.ones(2)}), "alpha must be a single number, got shape [2]"),
+        (kohya_tensors(**{f"{KOHYA}.alpha": torch.tensor(float("nan"))}), "alpha must be a finite number, got nan"),
+        (kohya_tensors(**{"lora_unet_conv_in.alpha": torch.tensor(1.0)}), "unet.conv_in: a low-rank matrix is missing"),
+        ({f"{KOHYA}.lora_up.weight": UP}, "a low-rank matrix is missing"),
+        (kohya_tensors(up=torch.ones(5, 3)), "shapes [2, 6] and [5, 3]"),
+        (kohya_tensors(down=torch.tensor(1.0)), "shapes [] and [5, 2]"),
+        (kohya_tensors(down=DOWN.int()), "are not a low-rank pair"),
+        (kohya_tensors(down=torch.ones(0, 6), up=torch.ones(5, 0)), "are not a low-rank pair"),
+        (kohya_tensors(down=torch.ones(2, 6, 3, 3), up=torch.ones(5, 2, 3, 3)), "are not a low-rank pair"),
+        (
+            {f"lora_te2_{i}.alpha": UP for i in range(5)},
+            "unknown target modules: lora_te2_0, lora_te2_1, lora_te2_2 and 2 more",
+        ),
+        (diffusers_tensors("unet.label_embedding"), "unknown target modules: unet.label_embedding"),
+        (diffusers_tensors("text_encoder_2.layers.0"), "unknown target modules: text_encoder_2.text_model.layers.0"),
+        (
+            diffusers_tensors() | {f"unet.{Q}.lora_magnitude_vector": UP},
+            f"unsupported tensors: unet.{Q}.lora_magnitude_vector",
+        ),
+        ({f"unet.{Q}.lora_A.weight": DOWN}, "a low-rank matrix is missing"),
+        (diffusers_tensors("unet.a\n\x1b[2J"), "unet.a\\n\\x1b[2J"),
+        (diffusers_tensors(down=torch.tensor(1.0)), "are not a low-rank pair"),
     ],
 )
-def test_tensors_that_are_no_lora_of_this_backbone(tmp_path, tensors, words):
-    assert words in refusal(tmp_path / "it.safetensors", tensors)
+def test_tensors_that_are_not_a_lora_of_this_backbone_are_refused(tmp_path, tensors, message):
+    assert message in refusal(tmp_path / "it.safetensors", tensors)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ("{", "Invalid JSON"),
         ("[" * 100_000, "Invalid JSON"),
@@ -81,9 +87,11 @@ def test_tensors_that_are_no_lora_of_this_backbone(tmp_path, tensors, words):
         ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"(a+)+b": 1}}, "match pattern"),
     ],
 )
-def test_settings_that_give_no_alpha(tmp_path, settings, words):
-    text = settings if isinstance(settings, str) else json.dumps(settings)
-    assert words in refusal(tmp_path / "it.safetensors", plain(), {"lora_adapter_metadata": text})
+def test_settings_without_a_valid_alpha_are_refused(tmp_path, settings, message):
+    settings_json = settings if isinstance(settings, str) else json.dumps(settings)
+    assert message in refusal(
+        tmp_path / "it.safetensors", diffusers_tensors(), {"lora_adapter_metadata": settings_json}
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,34 +109,34 @@ def test_settings_that_give_no_alpha(tmp_path, settings, words):
 def test_alpha_patterns_match_as_in_peft(tmp_path, pattern, alpha):
     path = tmp_path / "it.safetensors"
     settings = {"unet.lora_alpha": 4, "unet.alpha_pattern": pattern}
-    write_safetensors(path, plain(), {"lora_adapter_metadata": json.dumps(settings)})
+    write_safetensors(path, diffusers_tensors(), {"lora_adapter_metadata": json.dumps(settings)})
     assert read_diffusers(path).alphas == {f"unet.{Q}": alpha}
 
 
-def test_flat_text_encoder_names_are_read_with_text_model(tmp_path):
+def test_text_encoder_names_are_read_with_the_prefix_text_model(tmp_path):
     path = tmp_path / "it.safetensors"
-    write_safetensors(path, plain("text_encoder.encoder.layers.0.mlp.fc1"), {})
+    write_safetensors(path, diffusers_tensors("text_encoder.encoder.layers.0.mlp.fc1"), {})
     assert read_diffusers(path).alphas == {"text_encoder.text_model.encoder.layers.0.mlp.fc1": 2.0}
 
 
-class Bomb:
+class MaliciousPickle:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
 @pytest.mark.parametrize("content", ["empty", "text", "cut", "header", "pickle"])
-def test_files_that_are_not_safetensors(tmp_path, monkeypatch, content):
+def test_file_that_is_not_safetensors_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "it.safetensors"
-    write_safetensors(path, kohya(), {})
-    whole = path.read_bytes()
+    write_safetensors(path, kohya_tensors(), {})
+    valid = path.read_bytes()
     path.write_bytes(
         {
             "empty": b"",
             "text": b"version https://git-lfs.github.com/spec/v1\n",
-            "cut": whole[:-1],
-            "header": whole[:8] + b"?" + whole[9:],
-            "pickle": pickle.dumps(Bomb()),
+            "cut": valid[:-1],
+            "header": valid[:8] + b"?" + valid[9:],
+            "pickle": pickle.dumps(MaliciousPickle()),
         }[content]
     )
     with pytest.raises(UserError, match="not a readable safetensors file") as caught:
@@ -138,14 +146,14 @@ def test_files_that_are_not_safetensors(tmp_path, monkeypatch, content):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_missing_files(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone.safetensors: no such file"):
         read_lora(tmp_path / "gone.safetensors", MODULES)
     with pytest.raises(UserError, match="pytorch_lora_weights.safetensors: no such file"):
         read_lora(tmp_path, MODULES)
 
 
-def test_tensors_are_stored_as_they_are_seen(tmp_path):
+def test_views_are_stored_with_their_visible_values(tmp_path):
     table = torch.arange(12.0, requires_grad=True).reshape(3, 4)
     write_safetensors(tmp_path / "it", {"turned": table.T, "row": table[1], "half": table.half()}, {"a": "b"})
     tensors, metadata = read_safetensors(tmp_path / "it")
@@ -156,24 +164,24 @@ def test_tensors_are_stored_as_they_are_seen(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "it"]
 
 
-@pytest.mark.parametrize("place", ["sdtune.formats.files.save_file", "os.fsync"])
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("failing_function", ["sdtune.formats.files.save_file", "os.fsync"])
+def test_failed_write_keeps_the_existing_file(tmp_path, monkeypatch, failing_function):
     path = tmp_path / "it.safetensors"
     write_safetensors(path, {"a": DOWN}, {})
 
-    def full(*given):
-        for file in given[1:2]:
+    def fail_with_full_disk(*arguments):
+        for file in arguments[1:2]:
             file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(place, full)
+    monkeypatch.setattr(failing_function, fail_with_full_disk)
     with pytest.raises(UserError, match="it.safetensors: cannot be written .*No space left"):
         write_safetensors(path, {"a": UP}, {})
     assert torch.equal(read_safetensors(path)[0]["a"], DOWN)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_write_leaves_no_draft(tmp_path):
+def test_failed_write_leaves_no_partial_file(tmp_path):
     with pytest.raises(TypeError):
         write_safetensors(tmp_path / "it", {"a": DOWN}, {"number": 1})  # type: ignore[dict-item]
     (tmp_path / "folder").mkdir()

@@ -1,7 +1,7 @@
-"""The golden cases: command lines of ``sdtune``, in today's names, each with the folder that it writes to.
+"""The golden cases: command lines of ``sdtune`` with the current names, and their output folders.
 
-In arguments ``{work}`` is the case's folder; ``{sd1}``, ``{sd2}``, ``{sdxl}`` are small pipelines with those models'
-structure, ``{images}`` is a folder of five captioned images with masks, ``{map}`` one image.
+Placeholders in arguments: ``{work}`` is the folder of the case; ``{sd1}``, ``{sd2}`` and ``{sdxl}`` are small pipelines
+with the structure of these models; ``{images}`` is a folder of five captioned images with masks; ``{map}`` is an image.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Command:
-    """``sdtune <name> <arguments>``; ``folder`` is where it writes, None for one that only prints."""
+    """``sdtune <name> <arguments>``; ``folder`` is the output folder, None for a command that only prints."""
 
     name: str
     folder: str | None
     arguments: tuple[str, ...]
 
     def line(self) -> list[str]:
-        """The arguments with every placeholder filled in, and the folder that Hydra shall write to.
+        """The arguments with all placeholders replaced, and the override of Hydra's output folder.
 
-        All paths are relative to the case's folder, since some find their way into what a run leaves.
+        All paths are relative to the folder of the case, because outputs contain some of them.
         """
         filled = []
         for argument in self.arguments:
@@ -111,7 +111,7 @@ CASES: dict[str, list[Command]] = {
             "sampling.guidance=3",
         ),
         *_exported("pipeline", "single_file"),
-        # A rank alone would be found by a randomised method.
+        # energy=..., because rank alone uses a randomized SVD.
         *_exported("kohya", more=("energy=0.5",)),
     ],
     "full": [
@@ -266,7 +266,7 @@ CASES: dict[str, list[Command]] = {
         )
     ],
 }
-# A precision that a case names must win over the one of all runs.
+# Remove the common precision from cases that set their own.
 for _name in ("lora_bf16", "controlnet_bf16"):
     _only = CASES[_name][0]
     CASES[_name] = [

@@ -1,13 +1,13 @@
-"""Golden runs: whether a change leaves what ``sdtune`` computes as it was, to the bit.
+"""Golden runs: check that a change does not alter the results of ``sdtune``, bit for bit.
 
     python tests/golden/golden.py record --sdtune BASE/.venv/bin/sdtune --base    # of the commit before the change
     python tests/golden/golden.py compare                                         # of this checkout
 
-``record`` runs every case of :mod:`cases` with the command that is named, and keeps sha256s in ``records.json`` under
-the machine's key: CPU, threads and torch's version, on which the last bits hang. ``compare`` runs them again and names
-what differs. ``--base``: the command knows the names from before :data:`RENAMED_KEYS` alone, so arguments are put back
-into them, and its configs into today's. ``--work FOLDER`` keeps all outputs there, and takes a case that is complete
-in it as it is. Only the command line is used, so one script serves both sides.
+``record`` runs each case of :mod:`cases` with the command ``--sdtune`` and saves sha256 hashes in ``records.json``
+under a key for the machine: CPU, threads and torch version, on which the last bits depend. ``compare`` runs the cases
+again and lists the differences. ``--base``: the command accepts only the names before :data:`RENAMED_KEYS`, so
+arguments are translated to the old names, and its configs to the current ones. ``--work FOLDER`` keeps all outputs in
+this folder and reuses complete cases in it. The script uses only the command line, so it works for both versions.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ RECORDS = Path(__file__).with_name("records.json")
 REPOSITORY = Path(__file__).parents[2]
 THREADS = 1
 AT_ONCE = 2
-"""Commands at a time, a thread each: what a run computes does not depend on its neighbours."""
+"""Commands that run concurrently, with one thread each. Their results do not depend on each other."""
 
-_NOT_OF_THE_RUN = ("seconds", "_per_second", "peak_memory_bytes", "artifact_bytes", "reasons")
-"""Parts of names in ``metrics.json``: times, memory, words, and a size that counts the path of the shipped model, which
-diffusers writes into configs."""
+_IGNORED_PARTS = ("seconds", "_per_second", "peak_memory_bytes", "artifact_bytes", "reasons")
+"""Parts of ignored names in ``metrics.json``: times, memory, texts, and a size that includes the path of the shipped
+model, which diffusers writes to configs."""
 
 _NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?![\w-])")
 
 
 def machine() -> str:
-    """The key of a record."""
+    """Key of the record of this machine."""
     flags = ""
     model = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in info.read_text().split("\n\n")[0].splitlines())
-        # One model's name stands for several processors on rented machines.
+        # On rented machines, several processors have the same model name.
         model = f"{fields.get('model name')} {fields.get('cpu family')}/{fields.get('model')}/{fields.get('stepping')}"
         flags = " ".join(
             f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in fields.get("flags", "").split()
@@ -73,7 +73,7 @@ def machine() -> str:
 
 
 def make_inputs(folder: Path) -> None:
-    """What the cases read, made anew: the same files on every machine with one version of torch."""
+    """Create the input files of the cases; they are equal on all machines with the same version of torch."""
     for family in FAMILIES:
         build_family(folder / family, family, seed=3)
     images = folder / "images"
@@ -93,7 +93,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def translated(argument: str) -> str:
-    """``argument`` in the names of the base."""
+    """``argument`` with the names of the base commit."""
     for old, new in RENAMED_KEYS.items():
         if argument.startswith(f"{new}="):
             return f"{old}={argument.removeprefix(f'{new}=')}"
@@ -101,13 +101,17 @@ def translated(argument: str) -> str:
 
 
 class Sdtune:
-    """The command under test: its executable, its names, and a cache of its own for each case."""
+    """The command under test, with a separate cache for each case.
+
+    Args:
+        base: whether the command accepts only the names before :data:`RENAMED_KEYS`.
+    """
 
     def __init__(self, executable: Path, base: bool) -> None:
         self.executable, self.base = executable, base
 
     def __call__(self, line: list[str], cwd: Path) -> str:
-        """Run it; what it printed. A failure ends everything, with its last lines."""
+        """Run the command and return its stdout; a failure ends the script with the last lines of the output."""
         arguments = [translated(a) for a in line] if self.base else line
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "SDTUNE_CACHE": str(cwd / "cache")}
         done = subprocess.run(
@@ -118,7 +122,7 @@ class Sdtune:
         return done.stdout
 
 
-# --- what is hashed
+# --- hashes
 
 
 def sha(content: bytes | str) -> str:
@@ -126,7 +130,7 @@ def sha(content: bytes | str) -> str:
 
 
 def of_tensors(file: Path) -> str:
-    """Of every tensor in ``file`` by its key; the header's metadata holds dates."""
+    """Hash of all tensors in ``file`` and their keys, without the metadata, which contains dates."""
     digest = hashlib.sha256()
     with safe_open(file, framework="pt") as handle:
         for key in sorted(handle.keys()):
@@ -144,8 +148,8 @@ def of_pixels(file: Path) -> str:
 
 def of_metrics(file: Path) -> str:
     content = json.loads(file.read_text())
-    kept = {key: value for key, value in content.items() if not any(part in key for part in _NOT_OF_THE_RUN)}
-    return sha(json.dumps(kept, sort_keys=True))
+    compared = {key: value for key, value in content.items() if not any(part in key for part in _IGNORED_PARTS)}
+    return sha(json.dumps(compared, sort_keys=True))
 
 
 def of_rows(file: Path) -> str:
@@ -156,27 +160,27 @@ def of_rows(file: Path) -> str:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of everything in ``folder`` that a run, a sampling or an export is judged by."""
-    found: dict[str, str] = {}
+    """Relative path -> sha256 of each tensor file, image and metrics file in ``folder``."""
+    hashes: dict[str, str] = {}
     for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        name = str(inside)
-        if {"checkpoints", "cache", ".hydra", "evaluation"} & set(inside.parts[:-1]):
+        relative_path = file.relative_to(folder)
+        name = str(relative_path)
+        if {"checkpoints", "cache", ".hydra", "evaluation"} & set(relative_path.parts[:-1]):
             continue
         if file.suffix == ".safetensors":
-            found[name] = of_tensors(file)
+            hashes[name] = of_tensors(file)
         elif file.suffix == ".png" and file.name != "strengths.png":
-            found[name] = of_pixels(file)
+            hashes[name] = of_pixels(file)
         elif file.name in ("metrics.json", "evaluation.json"):
-            found[name] = of_metrics(file)
+            hashes[name] = of_metrics(file)
         elif file.name == "metrics.csv":
-            found[name] = of_rows(file)
-    assert found, f"{folder} holds nothing to compare"
-    return found
+            hashes[name] = of_rows(file)
+    assert hashes, f"{folder} contains nothing to compare"
+    return hashes
 
 
 def of_config(text: str, base: bool) -> str:
-    """A composed config, flat, in today's names."""
+    """Hash of a composed config, flattened, with the current names."""
     flat = flattened(yaml.safe_load(text))
     if base:
         flat = {
@@ -192,11 +196,11 @@ def flattened(node: Any, key: str = "") -> dict[str, Any]:
     return {n: leaf for k, v in node.items() for n, leaf in flattened(v, f"{key}.{k}" if key else str(k)).items()}
 
 
-# --- all of it
+# --- all cases
 
 
 def of_case(sdtune: Sdtune, name: str, commands: list[Command], work: Path) -> dict[str, str]:
-    """Run a case, unless ``work`` holds it complete, and hash what each command left."""
+    """Hash the output of each command of a case; run the case first unless it is complete in ``work``."""
     complete = work / "complete"
     if not complete.exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -216,26 +220,26 @@ def renamed(key: str) -> str:
 
 
 def of_printed(sdtune: Sdtune, line: list[str], work: Path) -> str:
-    """What a command prints, kept in ``work``."""
+    """Stdout of a command; run it first unless its stdout is saved in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
-    kept = work / "stdout"
-    if not kept.exists():
-        kept.write_text(sdtune(line, work))
-    return kept.read_text()
+    saved = work / "stdout"
+    if not saved.exists():
+        saved.write_text(sdtune(line, work))
+    return saved.read_text()
 
 
 def recipes() -> dict[str, list[str]]:
-    """Each recipe's name -> the command line that prints its config."""
-    found = {}
+    """Recipe -> command line that prints its config."""
+    command_lines = {}
     for file in sorted((REPOSITORY / "experiments").rglob("*.yaml")):
         name = str(file.relative_to(REPOSITORY / "experiments").with_suffix(""))
         command = "sample" if name.startswith("sample/") else "train"
-        found[name] = [command, f"experiment={name}", "--cfg", "job"]
-    return found
+        command_lines[name] = [command, f"experiment={name}", "--cfg", "job"]
+    return command_lines
 
 
 def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
-    """Every hash by name."""
+    """All hashes by name; runs only the cases ``only`` if it is not empty."""
     if not (work / "inputs" / "complete").exists():
         shutil.rmtree(work / "inputs", ignore_errors=True)
         make_inputs(work / "inputs")
@@ -265,45 +269,49 @@ def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
 
 
 def records() -> dict[str, dict[str, str]]:
-    """Machine's key -> name -> sha256."""
+    """Key of the machine -> name -> sha256."""
     content: dict[str, dict[str, str]] = json.loads(RECORDS.read_text()) if RECORDS.is_file() else {}
     return content
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is missing, new, or of another content."""
-    out = [f"missing: {name}" for name in before if name not in now]
-    out += [f"new: {name}" for name in now if name not in before]
-    return out + [f"differs: {name}" for name in before if name in now and before[name] != now[name]]
+    """Lines about missing, new and changed hashes."""
+    lines = [f"missing: {name}" for name in before if name not in now]
+    lines += [f"new: {name}" for name in now if name not in before]
+    return lines + [f"differs: {name}" for name in before if name in now and before[name] != now[name]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Golden runs: what sdtune computes, before and after a change.")
+    parser = argparse.ArgumentParser(
+        description="Golden runs: compare the results of sdtune before and after a change."
+    )
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("--sdtune", type=Path, default=Path(sys.executable).with_name("sdtune"))
-    parser.add_argument("--base", action="store_true", help="the command knows the names before the renames alone")
-    parser.add_argument("--work", type=Path, help="keep the outputs here, and take what is complete in it as it is")
-    parser.add_argument("--only", nargs="*", default=[], help="cases, plan, recipe; compares these alone")
+    parser.add_argument("--base", action="store_true", help="the command accepts only the names before the renames")
+    parser.add_argument("--work", type=Path, help="keep the outputs in this folder, and reuse complete cases in it")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names of cases, plan, or recipe: run and compare only these"
+    )
     arguments = parser.parse_args()
-    kept = records()
-    if arguments.action == "compare" and machine() not in kept:
-        raise SystemExit(f"no record for {machine()}: record it from the base commit first")
+    all_records = records()
+    if arguments.action == "compare" and machine() not in all_records:
+        raise SystemExit(f"no record for {machine()}; record the base commit first")
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         now = everything(Sdtune(arguments.sdtune.absolute(), arguments.base), work, arguments.only)
     if arguments.action == "record":
-        others = kept.get(machine(), {}) if arguments.only else {}
-        RECORDS.write_text(json.dumps({**kept, machine(): {**others, **now}}, indent=1, sort_keys=True) + "\n")
+        others = all_records.get(machine(), {}) if arguments.only else {}
+        RECORDS.write_text(json.dumps({**all_records, machine(): {**others, **now}}, indent=1, sort_keys=True) + "\n")
         print(f"{len(now)} hashes recorded for {machine()}")
         return
-    before = kept[machine()]
+    before = all_records[machine()]
     if arguments.only:
         before = {key: value for key, value in before.items() if key.split("/")[0] in arguments.only}
-    odd = differences(before, now)
-    print("\n".join(odd))
-    print(f"{len(before)} hashes for {machine()}: {len(odd)} differ")
-    raise SystemExit(1 if odd else 0)
+    different = differences(before, now)
+    print("\n".join(different))
+    print(f"{len(before)} hashes for {machine()}: {len(different)} differ")
+    raise SystemExit(1 if different else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What has been renamed since the base commit of the golden runs: old name -> today's."""
+"""Names that changed since the base commit of the golden runs: old name -> current name."""
 
 RENAMED_KEYS: dict[str, str] = {
     "data.class_pictures": "data.class_images",
@@ -8,7 +8,7 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.class_pictures": "evaluation.class_images",
     "hydra.launcher.max_adapters": "hydra.launcher.max_concurrent_runs",
 }
-"""Settings, as a command line names them."""
+"""Config keys on the command line."""
 
 RENAMED_TARGETS: dict[str, str] = {
     "sdtune.data.control.Paired": "sdtune.data.control.base.Paired",
@@ -24,7 +24,7 @@ RENAMED_TARGETS: dict[str, str] = {
     "sdtune.pocket.style.Style": "sdtune.pocket.world.style.Style",
     "sdtune.pocket.style.StyleFigures": "sdtune.pocket.evaluation.style.StyleMetrics",
 }
-"""``_target_``s of configs."""
+"""Values of ``_target_`` in configs."""
 
 RENAMED_FILES: dict[str, str] = {"base_pictures.png": "base_images.png", "trained_pictures.png": "trained_images.png"}
-"""Parts of the paths of what a command leaves."""
+"""Parts of the paths of output files."""

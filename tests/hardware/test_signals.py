@@ -1,4 +1,4 @@
-"""Signal handlers for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 
 
-def test_a_handler_hears_within_and_gives_back_afterwards() -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    heard: list[int] = []
-    with handled(STOP_SIGNALS, lambda number, _: heard.append(number)):
+def test_handler_receives_signals_and_previous_handlers_are_restored() -> None:
+    previous = [signal.getsignal(number) for number in STOP_SIGNALS]
+    received: list[int] = []
+    with handled(STOP_SIGNALS, lambda number, _: received.append(number)):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-    assert heard == [signal.SIGTERM, signal.SIGINT]
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert received == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == previous
 
 
-def test_a_handler_is_given_back_after_an_error() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_previous_handler_is_restored_after_an_error() -> None:
+    previous = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), handled([signal.SIGTERM], lambda *_: None):
         raise RuntimeError
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == previous

@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Number of CPU threads and free cores."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from sdtune.hardware import threads
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept", "named", "expected"),
+    ("configured", "kept", "omp_threads", "expected"),
     [
         ("auto", None, None, None),
         ("auto", None, "3", 3),
-        ("auto", None, "5,2", 5),  # OpenMP's form for nested regions
+        ("auto", None, "5,2", 5),  # a list for nested parallel regions
         ("auto", 2, "3", 2),
         (4, 2, "3", 4),
     ],
 )
-def test_what_settles_the_number(
-    asked: int | str, kept: int | None, named: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+def test_threads_come_from_config_then_earlier_start_then_environment(
+    configured: int | str,
+    kept: int | None,
+    omp_threads: str | None,
+    expected: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if named is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", named)
-    assert threads.given_threads({"threads": asked}, kept) == expected
+    if omp_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_threads)
+    assert threads.configured_threads({"threads": configured}, kept) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,8 +50,8 @@ def test_free_cores_are_within_affinity_and_quota(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_the_cgroup_uses_is_not_free(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container of two cores on a large machine, in which another run uses one of them."""
+def test_usage_of_the_cgroup_is_not_free(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with two cores on a large machine; another run in it uses one core."""
     file, text = (
         (tmp_path / "cpuacct.usage", "{}000\n") if version == 1 else (tmp_path / "cpu.stat", "usage_usec {}\na 1")
     )
@@ -65,16 +69,16 @@ def test_what_the_cgroup_uses_is_not_free(version: int, tmp_path: Path, monkeypa
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")
-def test_busy_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = threads.psutil.Process().cpu_affinity()
-    usage = [100.0] * (max(own) + 5)
+def test_only_busy_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = threads.psutil.Process().cpu_affinity()
+    usage = [100.0] * (max(cores) + 5)
     monkeypatch.setattr(threads.psutil, "cpu_percent", lambda interval, percpu: usage)
-    assert threads.busy_cores() == len(own), "those outside do not"
-    usage[own[0]] = 0.0
-    assert threads.busy_cores() == len(own) - 1
+    assert threads.busy_cores() == len(cores), "cores outside of the affinity do not count"
+    usage[cores[0]] = 0.0
+    assert threads.busy_cores() == len(cores) - 1
 
 
-def test_a_busy_core_is_seen() -> None:
+def test_busy_core_is_detected() -> None:
     before = threads.busy_cores()
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
         try:
@@ -87,29 +91,31 @@ def test_a_busy_core_is_seen() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("place", ["", "slice", "slice/run.scope"])
-def test_affinity_and_quotas_bound_the_cores(
-    version: int, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cgroup", ["", "slice", "slice/run.scope"])
+def test_usable_cores_are_limited_by_affinity_and_quotas(
+    version: int, cgroup: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = len(threads.psutil.Process().cpu_affinity())
-    kept = tmp_path / "own"
-    kept.write_text("0::/slice/run.scope\n" if version == 2 else "3:memory:/other\n1:cpuacct,cpu:/slice/run.scope\n")
-    monkeypatch.setattr(threads, "OWN_CGROUP", kept)
+    cores = len(threads.psutil.Process().cpu_affinity())
+    own_cgroup = tmp_path / "own"
+    own_cgroup.write_text(
+        "0::/slice/run.scope\n" if version == 2 else "3:memory:/other\n1:cpuacct,cpu:/slice/run.scope\n"
+    )
+    monkeypatch.setattr(threads, "OWN_CGROUP", own_cgroup)
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
-    assert threads.usable_cores() == own
-    folder = (tmp_path if version == 2 else tmp_path / "cpu") / place
+    assert threads.usable_cores() == cores
+    folder = (tmp_path if version == 2 else tmp_path / "cpu") / cgroup
     folder.mkdir(parents=True, exist_ok=True)
-    for granted, expected in (("max", own), ("150000", 1), ("50000", 1), ("6400000", own)):
+    for quota, expected in (("max", cores), ("150000", 1), ("50000", 1), ("6400000", cores)):
         if version == 2:
-            (folder / "cpu.max").write_text(f"{granted} 100000\n")
+            (folder / "cpu.max").write_text(f"{quota} 100000\n")
         else:
-            (folder / "cpu.cfs_quota_us").write_text(granted.replace("max", "-1"))
+            (folder / "cpu.cfs_quota_us").write_text(quota.replace("max", "-1"))
             (folder / "cpu.cfs_period_us").write_text("100000")
         assert threads.usable_cores() == expected
 
 
-def test_torchs_own_number_comes_back() -> None:
-    before = torch.get_num_threads()
-    with threads.torch_threads(before + 1) as count:
-        assert torch.get_num_threads() == count == before + 1
-    assert torch.get_num_threads() == before
+def test_previous_number_of_torch_threads_is_restored() -> None:
+    previous = torch.get_num_threads()
+    with threads.torch_threads(previous + 1) as count:
+        assert torch.get_num_threads() == count == previous + 1
+    assert torch.get_num_threads() == previous

@@ -1,4 +1,4 @@
-"""Decoding, orientation, colour modes, cropping; and every way in which a file can fail to be an image."""
+"""Decoding, orientation, color modes and cropping of images; errors for files that are not readable images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def quadrants(width: int, height: int) -> Image.Image:
-    """Red, green / blue, white: no two orientations of it look the same."""
+    """Image with a red, green, blue and white quadrant, which differs in every orientation."""
     image = Image.new("RGB", (width, height), WHITE)
     image.paste(RED, (0, 0, width // 2, height // 2))
     image.paste(GREEN, (width // 2, 0, width, height // 2))
@@ -45,7 +45,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
+def test_every_supported_suffix_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image{suffix}"
     quadrants(48, 32).save(path)
     image = open_image(path)
@@ -54,12 +54,12 @@ def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
     assert np.abs(np.asarray(image, int) - np.asarray(quadrants(48, 32), int)).mean() < 8
 
 
-def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
+def test_format_is_detected_by_content_not_by_suffix(tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "image.png", format="BMP")
     assert np.array_equal(open_image(tmp_path / "image.png"), noise(8, 8))
 
 
-def test_multi_image_jpeg_of_a_phone(tmp_path: Path) -> None:
+def test_first_image_of_a_multi_picture_jpeg_is_read(tmp_path: Path) -> None:
     quadrants(32, 16).save(
         tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
     )
@@ -68,7 +68,7 @@ def test_multi_image_jpeg_of_a_phone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
 @pytest.mark.parametrize("value", range(1, 9))
-def test_exif_orientation(tmp_path: Path, value: int, suffix: str) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, value: int, suffix: str) -> None:
     stored_from_upright = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -87,25 +87,25 @@ def test_exif_orientation(tmp_path: Path, value: int, suffix: str) -> None:
     assert image_size(path) == (6, 4)
 
 
-def test_orientation_of_a_jpeg(tmp_path: Path) -> None:
+def test_exif_orientation_of_a_jpeg_is_applied(tmp_path: Path) -> None:
     quadrants(64, 32).save(tmp_path / "phone.jpg", exif=orientation(6))
     image = open_image(tmp_path / "phone.jpg")
     assert image.size == image_size(tmp_path / "phone.jpg") == (32, 64)
-    # A quarter turn clockwise takes the upper left to the upper right.
+    # A rotation by 90 degrees clockwise moves the upper left quadrant to the upper right.
     assert np.abs(np.subtract(image.getpixel((28, 8)), RED)).max() < 15
 
 
-def test_an_odd_exif_tag_does_not_refuse_a_rotated_image(tmp_path: Path) -> None:
+def test_rotated_image_with_malformed_exif_tag_is_read(tmp_path: Path) -> None:
     exif = orientation(6)
     exif[ExifTags.Base.XResolution] = 2.5
     data = bytearray(exif.tobytes())
     entry = data.index(struct.pack(">HH", ExifTags.Base.XResolution, 5))
-    data[entry + 2 : entry + 4] = struct.pack(">H", 7)  # bytes where the tag has a rational number
-    noise(6, 4).save(tmp_path / "odd.png", exif=bytes(data))
-    assert open_image(tmp_path / "odd.png").size == (4, 6)
+    data[entry + 2 : entry + 4] = struct.pack(">H", 7)  # type "bytes" instead of a rational number
+    noise(6, 4).save(tmp_path / "malformed.png", exif=bytes(data))
+    assert open_image(tmp_path / "malformed.png").size == (4, 6)
 
 
-def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
+def test_exif_orientation_after_the_pixel_data_of_a_png_is_applied(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     noise(6, 4).save(buffer, "PNG")
     end = buffer.getvalue().index(b"IEND") - 4
@@ -114,7 +114,7 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     assert open_image(tmp_path / "late.png").size == (4, 6)
 
 
-def test_size_needs_no_pixels(tmp_path: Path) -> None:
+def test_size_is_read_from_the_header(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     noise(64, 48).save(path)
     path.write_bytes(path.read_bytes()[:100])
@@ -133,12 +133,14 @@ def test_size_needs_no_pixels(tmp_path: Path) -> None:
         ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
     ],
 )
-def test_grey_and_alpha(tmp_path: Path, mode: str, color: object, expected: tuple[int, int, int]) -> None:
+def test_gray_and_alpha_are_converted_to_rgb(
+    tmp_path: Path, mode: str, color: object, expected: tuple[int, int, int]
+) -> None:
     Image.new(mode, (4, 4), color).save(tmp_path / "image.png")
     assert np.asarray(open_image(tmp_path / "image.png")).tolist() == [[list(expected)] * 4] * 4
 
 
-def test_transparent_palette_and_colour_key(tmp_path: Path) -> None:
+def test_transparent_palette_and_color_key_become_white(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([*RED, *BLUE])
     palette.putpixel((1, 0), 1)
@@ -150,7 +152,7 @@ def test_transparent_palette_and_colour_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_values_are_scaled_to_8_bits(tmp_path: Path, suffix: str) -> None:
     values = np.array([[0, 257, 128 * 257], [256, 65534, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep{suffix}", exif=orientation(2))
     expected = np.array([[0, 1, 128], [1, 255, 255]])[:, ::-1]
@@ -158,7 +160,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     assert np.array_equal(image, np.repeat(expected[:, :, None], 3, axis=2))
 
 
-def test_wide_integers_are_read_as_sixteen_bits_or_refused(tmp_path: Path) -> None:
+def test_32_bit_integers_are_read_as_16_bits_or_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 65535]], np.int32)).save(tmp_path / "fits.tif")
     assert np.asarray(open_image(tmp_path / "fits.tif")).tolist() == [[[0, 0, 0], [255, 255, 255]]]
     for value in (-1, 65536):
@@ -167,9 +169,9 @@ def test_wide_integers_are_read_as_sixteen_bits_or_refused(tmp_path: Path) -> No
             open_image(tmp_path / "wide.tif")
 
 
-def test_floating_point_is_refused(tmp_path: Path) -> None:
+def test_floating_point_image_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(UserError, match=r"^data\.path: .*float\.tif is not a readable image \(floating-point"):
+    with pytest.raises(UserError, match=r"^data\.path: .*float\.tif is not a readable image \(its floating-point"):
         open_image(tmp_path / "float.tif")
 
 
@@ -177,7 +179,9 @@ def test_floating_point_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ink", "expected"), [((0, 0, 0, 0), WHITE), ((0, 255, 255, 0), RED), ((0, 0, 0, 255), (0,) * 3)]
 )
-def test_cmyk(tmp_path: Path, suffix: str, ink: tuple[int, ...], expected: tuple[int, int, int]) -> None:
+def test_cmyk_is_converted_to_rgb(
+    tmp_path: Path, suffix: str, ink: tuple[int, ...], expected: tuple[int, int, int]
+) -> None:
     Image.new("CMYK", (8, 8), ink).save(tmp_path / f"print{suffix}")
     image = open_image(tmp_path / f"print{suffix}")
     assert image.mode == "RGB"
@@ -185,7 +189,7 @@ def test_cmyk(tmp_path: Path, suffix: str, ink: tuple[int, ...], expected: tuple
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif", ".png"])
-def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+def test_first_frame_of_an_animation_is_read(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     frames[0].save(tmp_path / f"moving{suffix}", save_all=True, append_images=frames[1:])
     assert np.abs(np.asarray(open_image(tmp_path / f"moving{suffix}"), int) - RED).max() <= 4
@@ -200,34 +204,34 @@ def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
         (b"\x89PNG\r\n\x1a\n", "no PNG, JPEG"),
     ],
 )
-def test_what_is_no_image(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_file_without_image_data_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(data)
     for read in (open_image, image_size):
         with pytest.raises(UserError, match=reason) as caught:
             read(path)
         assert str(caught.value).startswith(f"data.path: {path} is not a readable image (")
-        assert str(caught.value).endswith("): remove it or replace it")
+        assert str(caught.value).endswith("); remove or replace it")
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif"])
-def test_a_truncated_image(tmp_path: Path, suffix: str) -> None:
+def test_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut{suffix}"
     noise(64, 64).save(path)
     open_image(path)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\): remove it"):
+    with pytest.raises(UserError, match=rf"^data\.path: .*cut\{suffix} is not a readable image \([^\n]+\); remove or"):
         open_image(path)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     for read in (open_image, image_size):
         with pytest.raises(UserError, match=r"^data\.path: .*gone\.png is not .*\(No such file or directory\)"):
             read(tmp_path / "gone.png")
 
 
-def test_damaged_exif(tmp_path: Path) -> None:
+def test_damaged_exif_data_is_refused(tmp_path: Path) -> None:
     noise(6, 4).save(tmp_path / "image.png", exif=b"Exif\x00\x00MM\x00\x0c" + bytes(8))
     for read in (open_image, image_size):
         with pytest.raises(UserError, match=r"image\.png is not a readable image \(its EXIF data are damaged\)"):
@@ -235,7 +239,7 @@ def test_damaged_exif(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [99, 49])  # above the limit Pillow warns, above twice the limit it raises
-def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     noise(10, 10).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for read in (open_image, image_size):
@@ -243,22 +247,22 @@ def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
             read(tmp_path / "bomb.png")
 
 
-def test_warning_filters_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_filters_are_restored_after_concurrent_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise(8, 8).save(tmp_path / "image.png")
     real_open = Image.open
 
     def slow_open(*args: Any, **options: Any) -> Image.Image:
-        time.sleep(0.002)  # lets the threads meet inside
+        time.sleep(0.002)  # so that the threads overlap
         return real_open(*args, **options)
 
     monkeypatch.setattr(Image, "open", slow_open)
-    before = list(warnings.filters)
+    original = list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(image_size, [tmp_path / "image.png"] * 24))
-    assert list(warnings.filters) == before
+    assert list(warnings.filters) == original
 
 
-def test_a_image_of_the_right_size_is_untouched() -> None:
+def test_image_of_the_requested_size_is_unchanged() -> None:
     image = noise(64, 48)
     pixels = resize_and_crop(image, (64, 48))
     assert pixels.dtype == np.uint8
@@ -270,7 +274,7 @@ def test_a_image_of_the_right_size_is_untouched() -> None:
 
 
 @pytest.mark.parametrize(("offset", "start"), [((0.0, 0.0), 0), ((0.5, 0.5), 10), ((1.0, 1.0), 20), ((0.25, 0.9), 5)])
-def test_crop_at_the_share_of_the_room(offset: tuple[float, float], start: int) -> None:
+def test_offset_is_the_cropped_fraction_of_the_excess(offset: tuple[float, float], start: int) -> None:
     wide = noise(60, 40)
     assert np.array_equal(resize_and_crop(wide, (40, 40), offset), np.asarray(wide)[:, start : start + 40])
     tall = noise(40, 60)
@@ -278,20 +282,20 @@ def test_crop_at_the_share_of_the_room(offset: tuple[float, float], start: int) 
     assert np.array_equal(resize_and_crop(tall, (40, 40), swapped), np.asarray(tall)[start : start + 40])
 
 
-def test_scaling_keeps_the_aspect_and_equals_resize_then_crop() -> None:
+def test_scaling_keeps_the_aspect_ratio_and_equals_resize_then_crop() -> None:
     image = quadrants(400, 200)
     pixels = resize_and_crop(image, (64, 64), (0.25, 0.5))
-    whole = np.asarray(image.resize((128, 64), Image.Resampling.LANCZOS), int)
-    assert np.abs(pixels.astype(int) - whole[:, 16:80]).max() <= 1
+    resized = np.asarray(image.resize((128, 64), Image.Resampling.LANCZOS), int)
+    assert np.abs(pixels.astype(int) - resized[:, 16:80]).max() <= 1
 
 
-def test_a_small_image_is_enlarged_to_cover() -> None:
+def test_small_image_is_enlarged_to_cover_the_size() -> None:
     pixels = resize_and_crop(Image.new("RGB", (10, 5), RED), (64, 128))
     assert pixels.shape == (128, 64, 3)
     assert (pixels == RED).all()
 
 
-def test_no_size_falls_over_the_edge() -> None:
+def test_crop_has_the_requested_shape_for_all_sizes() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         width, height, out_width, out_height = (int(n) for n in rng.integers(1, 99, size=4))

@@ -1,4 +1,4 @@
-"""The loop that all methods share, against diffusers' own modules put together by hand."""
+"""Training loop of the base class, compared to the same steps with plain diffusers modules."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sdtune.objective.weighting import MinSNR
 from sdtune.randomness import generator
 
 
-def drawn(seed: int, stream: str, step: int, positions: list[int], shape: tuple[int, ...]) -> Tensor:
+def stream_noise(seed: int, stream: str, step: int, positions: list[int], shape: tuple[int, ...]) -> Tensor:
     rows = [generator(seed, stream, step, p).standard_normal(shape, dtype="float32") for p in positions]
     return torch.stack([torch.from_numpy(row) for row in rows])
 
 
-def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
+def test_loss_and_gradients_equal_plain_diffusers(tiny: Path) -> None:
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     prompts, positions, step = ["a red fox", ""], [4, 5], 7
     model = Full(backbone=Pretrained(str(tiny)), seed=11)
@@ -41,25 +41,25 @@ def test_loss_and_gradients_are_those_of_plain_diffusers(tiny: Path) -> None:
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels).latent_dist
-        sample = posterior.mean + posterior.std * drawn(11, "train/vae", step, positions, (4, 8, 8))
+        sample = posterior.mean + posterior.std * stream_noise(11, "train/vae", step, positions, (4, 8, 8))
         latents = sample * pipe.vae.config.scaling_factor
         ids = pipe.tokenizer(
             prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
         text = pipe.text_encoder(ids)[0]
-    noise = drawn(11, "train/noise", step, positions, (4, 8, 8))
-    times = torch.tensor([int(generator(11, "train/timestep", step, p).integers(1000)) for p in positions])
-    output = pipe.unet(scheduler.add_noise(latents, noise, times), times, encoder_hidden_states=text).sample
-    wanted = (output - noise).square().mean((1, 2, 3))
-    wanted.mean().backward()
+    noise = stream_noise(11, "train/noise", step, positions, (4, 8, 8))
+    timesteps = torch.tensor([int(generator(11, "train/timestep", step, p).integers(1000)) for p in positions])
+    output = pipe.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states=text).sample
+    expected = (output - noise).square().mean((1, 2, 3))
+    expected.mean().backward()
 
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    theirs = dict(pipe.unet.named_parameters())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    reference = dict(pipe.unet.named_parameters())
     for name, p in model.backbone.unet.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p.grad, reference[name].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_caches_change_nothing(tiny: Path, images: Path) -> None:
+def test_caches_do_not_change_the_losses(tiny: Path, images: Path) -> None:
     losses = []
     for cached in (True, False):
         spy = Spy()
@@ -71,22 +71,22 @@ def test_caches_change_nothing(tiny: Path, images: Path) -> None:
     assert len(set(losses[0])) == 4
 
 
-def test_validation_looks_at_the_same_draws_in_every_run(tiny: Path, images: Path) -> None:
-    """With nothing learnt it must be one number: at each call, and whatever the run's seed."""
-    seen = []
+def test_validation_uses_the_same_noise_for_every_seed(tiny: Path, images: Path) -> None:
+    """Without training, the validation loss is equal in all calls and for all seeds of the run."""
+    validation_losses = []
     for seed in (0, 7):
         spy = Spy()
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), seed=seed)
         data = folder_data(images, hold_out=5, seed=seed)
         fit(model, data, 4, [spy], val_check_interval=2, check_val_every_n_epoch=None)
         assert len(spy.validation) == 2
-        seen += spy.validation
+        validation_losses += spy.validation
         assert len(set(spy.losses)) == 4
-    assert len(set(seen)) == 1
+    assert len(set(validation_losses)) == 1
 
 
-class Types(Callback):
-    """The weights' types while training."""
+class RecordDtypes(Callback):
+    """Records the dtypes of the weights during training."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         names = {name for name, _ in pl_module.trainable()}
@@ -97,73 +97,78 @@ class Types(Callback):
         }
 
 
-def test_bf16_halves_only_what_is_frozen(tiny: Path, images: Path) -> None:
+def test_bf16_mixed_casts_only_frozen_weights(tiny: Path, images: Path) -> None:
     model = LoRA(
         rank=2, targets=("cross_attention", "convolutions"), backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)
     )
-    spy, types = Spy(), Types()
+    spy, dtypes = Spy(), RecordDtypes()
     trainer = fit(
         model,
         folder_data(images, hold_out=5),
         2,
-        [spy, types],
+        [spy, dtypes],
         precision="bf16-mixed",
         val_check_interval=2,
         check_val_every_n_epoch=None,
     )
-    assert types.trained == {torch.float32}
-    assert types.frozen == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    assert dtypes.trained == {torch.float32}
+    assert dtypes.frozen == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
     assert trainer.global_step == 2
     assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
     assert all(gradient.dtype == torch.float32 for gradient in spy.gradients[0].values())
     assert any(up.any() for _, up in model.weights().pairs.values())
 
 
-def test_a_checkpoint_holds_what_was_trained_and_fits_nothing_else(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_checkpoint_has_only_trained_tensors_and_other_models_refuse_it(
+    tiny: Path, images: Path, tmp_path: Path
+) -> None:
     source = Pretrained(str(tiny))
     model = LoRA(rank=2, backbone=source, optimizer=adamw(1e-3))
     trainer = fit(model, folder_data(images), 2)
-    trainer.save_checkpoint(tmp_path / "kept.ckpt")
-    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
-    assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
-    assert kept["sdtune"] == {"backbone": source.hash(), "method": "LoRA"}
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {name for name, _ in model.trainable()}
+    assert checkpoint["sdtune"] == {"backbone": source.hash(), "method": "LoRA"}
 
-    again = LoRA(rank=2, backbone=source)
-    again.configure_model()
-    again.on_load_checkpoint(kept)
-    again.load_state_dict(kept["state_dict"])
-    theirs = dict(model.trainable())
-    assert all(torch.equal(p, theirs[name]) for name, p in again.trainable())
+    loaded = LoRA(rank=2, backbone=source)
+    loaded.configure_model()
+    loaded.on_load_checkpoint(checkpoint)
+    loaded.load_state_dict(checkpoint["state_dict"])
+    trained = dict(model.trainable())
+    assert all(torch.equal(p, trained[name]) for name, p in loaded.trainable())
 
-    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
-    narrower = LoRA(rank=2, targets=["cross_attention"], backbone=source)
-    narrower.configure_model()
-    with pytest.raises(UserError, match=r"^resume: \d+ trained tensors do not match the checkpoint's, first backbone"):
-        narrower.on_load_checkpoint(kept)
-    kept["state_dict"] = {}
+    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    fewer_targets = LoRA(rank=2, targets=["cross_attention"], backbone=source)
+    fewer_targets.configure_model()
+    with pytest.raises(
+        UserError,
+        match=r"^resume: \d+ trained tensors do not match those of the checkpoint, the first is backbone",
+    ):
+        fewer_targets.on_load_checkpoint(checkpoint)
+    checkpoint["state_dict"] = {}
     with pytest.raises(UserError, match="do not match"):
-        again.on_load_checkpoint(kept)
+        loaded.on_load_checkpoint(checkpoint)
 
-    other = LoRA(rank=2, backbone=Pretrained(str(build_pipeline(tmp_path / "other", seed=1))))
-    other.configure_model()
+    other_backbone = LoRA(rank=2, backbone=Pretrained(str(build_pipeline(tmp_path / "other", seed=1))))
+    other_backbone.configure_model()
     with pytest.raises(UserError, match="^resume: the checkpoint was trained on another backbone"):
-        other.on_load_checkpoint(torch.load(tmp_path / "kept.ckpt", weights_only=True))
+        other_backbone.on_load_checkpoint(torch.load(tmp_path / "saved.ckpt", weights_only=True))
 
 
-def test_validation_measures_the_same_whatever_is_trained(tiny: Path, images: Path) -> None:
-    """Of equal weights; a weighting that halves the loss would look like better weights."""
-    measured = []
+def test_validation_loss_is_independent_of_the_objective(tiny: Path, images: Path) -> None:
+    """With equal weights; otherwise a weighting that halves the loss would look like better weights."""
+    losses = []
     for objective in (Objective(), Objective(MinSNR(0.1), offset_noise=0.5)):
         spy = Spy()
         model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(0.0), objective=objective)
         fit(model, folder_data(images, hold_out=2), 1, [spy], val_check_interval=1)
-        measured.append((spy.losses, spy.validation))
-    assert measured[0][1] == measured[1][1] != []
-    assert measured[0][0] != measured[1][0]
+        losses.append((spy.losses, spy.validation))
+    assert losses[0][1] == losses[1][1] != []
+    assert losses[0][0] != losses[1][0]
 
 
-def test_data_may_serve_a_second_model(tiny: Path, images: Path) -> None:
-    """What the first had cached is nothing to one that trains those parts."""
+def test_data_module_can_be_reused_with_a_second_model(tiny: Path, images: Path) -> None:
+    """The caches of the first model are not used by a model that trains the VAE and the text encoder."""
     data, spy = folder_data(images), Spy()
     fit(LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), data, 1)
     model = Full(backbone=Pretrained(str(tiny)), parts=["unet", "text_encoder", "vae"], optimizer=adamw(1e-3))
@@ -171,23 +176,23 @@ def test_data_may_serve_a_second_model(tiny: Path, images: Path) -> None:
     assert all(gradient.any() for gradient in spy.gradients[0].values())
 
 
-def test_what_stays_random_is_refused(tiny: Path, images: Path) -> None:
+def test_untrained_random_component_is_refused(tiny: Path, images: Path) -> None:
     source = Pretrained(str(tiny), from_scratch=["unet", "text_encoder"])
     model = Full(backbone=source, parts=["unet"], optimizer=adamw(1e-3))
-    with pytest.raises(UserError, match=r"^backbone\.from_scratch: text_encoder would stay at its random weights"):
+    with pytest.raises(UserError, match=r"^backbone\.from_scratch: text_encoder has random weights"):
         check_trainable(model, folder_data(images))
     check_trainable(Full(backbone=source, parts=["unet", "text_encoder"]), folder_data(images))
 
 
-def test_a_method_states_whether_it_only_reads_the_denoiser() -> None:
+def test_concrete_method_must_set_reads_denoiser_only() -> None:
     class Abstract(Adapter):
-        """Still without what makes a method."""
+        """A subclass that does not implement the abstract methods."""
 
-    def body(**more: Any) -> dict[str, Any]:
-        return {"inject": lambda self: None, "write_artifact": lambda self, folder, name: None, **more}
+    def body(**attributes: Any) -> dict[str, Any]:
+        return {"inject": lambda self: None, "write_artifact": lambda self, folder, name: None, **attributes}
 
-    assert type("Stated", (Abstract,), body(reads_denoiser_only=True)).reads_denoiser_only
-    with pytest.raises(TypeError, match="Silent must state reads_denoiser_only in its own body"):
-        type("Silent", (Abstract,), body())
-    with pytest.raises(TypeError, match="Heir must state reads_denoiser_only"):
-        type("Heir", (LoRA,), {})
+    assert type("WithValue", (Abstract,), body(reads_denoiser_only=True)).reads_denoiser_only
+    with pytest.raises(TypeError, match="WithoutValue must set reads_denoiser_only in its own class body"):
+        type("WithoutValue", (Abstract,), body())
+    with pytest.raises(TypeError, match="LoRASubclass must set reads_denoiser_only"):
+        type("LoRASubclass", (LoRA,), {})

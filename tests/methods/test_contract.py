@@ -1,6 +1,7 @@
-"""What every method is held to, found by itself from ``conf/method``.
+"""Contract tests that every method must pass; the methods are discovered in ``conf/method``.
 
-A sixth one is tested without a line here, unless its command needs more than a word, or its gradients more steps.
+A new method is tested without changes here, unless its command needs more settings than a new token, or its gradients
+need more steps to become nonzero.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sdtune.training.random_draws import timesteps
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Five images with edges in them, and captions."""
+    """Folder with five captioned images that contain edges."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):
@@ -48,23 +49,23 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-class Heir(Case):
-    """A method of one's own that begins from one of sdtune's, and may train more."""
+class Float32Unet(Case):
+    """A subclass of a method that loads the UNet in float32 (``reads_denoiser_only = False``)."""
 
     @property
     def kind(self) -> Any:
-        return type("Heir", (super().kind,), {"reads_denoiser_only": False})
+        return type("Float32Unet", (super().kind,), {"reads_denoiser_only": False})
 
 
 PLAIN = [Case(name) for name in METHODS]
 
 
 def _quick(case: Case, family: str) -> bool:
-    """The rest has a command of its own, ``make test-slow``."""
-    return family == "tiny" or (family == "sdxl" and case.kind.needs_tokens)
+    """Whether the case runs in ``make test``; the others run in ``make test-slow``."""
+    return family == "tiny" or (family == "sdxl" and case.kind.trains_only_new_tokens)
 
 
-every = pytest.mark.parametrize(
+every_family = pytest.mark.parametrize(
     ("case", "family"),
     [
         pytest.param(case, family, id=f"{case}-{family}", marks=() if _quick(case, family) else pytest.mark.slow)
@@ -72,7 +73,7 @@ every = pytest.mark.parametrize(
         for case in [*PLAIN, *MORE]
     ],
 )
-each = pytest.mark.parametrize("case", PLAIN, ids=str)
+every_method = pytest.mark.parametrize("case", PLAIN, ids=str)
 
 
 @pytest.fixture(scope="session")
@@ -82,36 +83,38 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def folder(family: str, tiny: Path, build: Any) -> Path:
-    """A backbone: the small one of most tests, or one with the true structure of its family."""
+    """Folder of a backbone: the tiny one of most tests, or one with the module structure of its family."""
     return tiny if family == "tiny" else build(family)
 
 
-def bits(model: Any, names: set[str]) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if key not in names}
+def frozen_tensors(model: Any, trainable_names: set[str]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items() if key not in trainable_names}
 
 
-# --- what is trained
+# --- trained and frozen tensors
 
 
-@every
-def test_every_open_tensor_learns_and_no_frozen_bit_moves(case: Case, folder: Path, images: Path) -> None:
-    steps = 3  # two zero convolutions in series have no gradient behind them before the third
+@every_family
+def test_all_trainable_tensors_get_gradients_and_frozen_ones_are_unchanged(
+    case: Case, folder: Path, images: Path
+) -> None:
+    steps = 3  # with two zero convolutions in series, the layers before them get gradients only in the third step
     model, spy = case.model(folder), Spy()
     model.configure_model()
-    opened = {name for name, _ in model.trainable()}
-    before = bits(model, opened)
+    trainable_names = {name for name, _ in model.trainable()}
+    before = frozen_tensors(model, trainable_names)
     fit(model, case.data(folder, images), steps, [spy])
-    assert {name for name, _ in model.trainable()} == opened
-    without = [name for name, gradient in spy.gradients[-1].items() if not gradient.any()]
-    assert not without
-    after = bits(model, opened)
+    assert {name for name, _ in model.trainable()} == trainable_names
+    without_gradient = [name for name, gradient in spy.gradients[-1].items() if not gradient.any()]
+    assert not without_gradient
+    after = frozen_tensors(model, trainable_names)
     assert before.keys() == after.keys()
-    moved = [key for key, value in before.items() if not torch.equal(value, after[key])]
-    assert not moved
+    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert not changed
 
 
-@every
-def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
+@every_family
+def test_untrained_method_predicts_exactly_like_the_backbone(case: Case, folder: Path) -> None:
     model, base = case.model(folder), Pretrained(str(folder)).load()
     base.prepare_for_device(torch.device("cpu"))
     model.configure_model()
@@ -124,14 +127,14 @@ def test_at_step_0_it_is_the_base(case: Case, folder: Path) -> None:
     )
     timesteps, prompts = torch.tensor([5, 800]), ["a fox", ""]
     with torch.no_grad():
-        mine = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
-        wanted = base.predict(noisy, timesteps, base.encode_text(prompts))
-    assert torch.equal(mine, wanted)
+        output = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
+        expected = base.predict(noisy, timesteps, base.encode_text(prompts))
+    assert torch.equal(output, expected)
 
 
-@each
-def test_it_is_built_where_its_weights_were_read(case: Case, tiny: Path) -> None:
-    """Not on the default device, which Lightning makes the run's while it builds: it may have no room for float32."""
+@every_method
+def test_new_modules_are_created_on_the_device_of_the_loaded_weights(case: Case, tiny: Path) -> None:
+    """Not on Lightning's default device (the run's device), which may lack memory for float32 weights."""
     model = case.model(tiny)
     with torch.device("meta"):
         model.configure_model()
@@ -139,109 +142,111 @@ def test_it_is_built_where_its_weights_were_read(case: Case, tiny: Path) -> None
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers(), tables]} == {"cpu"}
 
 
-@each
-def test_frozen_weights_go_to_the_device_in_half_precision(case: Case, tiny: Path, images: Path) -> None:
-    seen: dict[str, torch.dtype] = {}
+@every_method
+def test_frozen_weights_are_cast_before_they_move_to_the_device(case: Case, tiny: Path, images: Path) -> None:
+    frozen_dtypes: dict[str, torch.dtype] = {}
 
-    class Watched(SingleDeviceStrategy):
+    class RecordingStrategy(SingleDeviceStrategy):
         def model_to_device(self) -> None:
-            seen.update({name: p.dtype for name, p in self.model.named_parameters() if not p.requires_grad})
+            frozen_dtypes.update({name: p.dtype for name, p in self.model.named_parameters() if not p.requires_grad})
             super().model_to_device()
 
-    fit(case.model(tiny), case.data(tiny, images), 1, strategy=Watched("cpu"), precision="bf16-mixed")
-    assert any(name.startswith("backbone.text_encoder.") for name in seen)
-    float32 = {name for name, dtype in seen.items() if dtype != torch.bfloat16}
-    assert float32 == {name for name in seen if name.startswith("backbone.vae.")}
+    fit(case.model(tiny), case.data(tiny, images), 1, strategy=RecordingStrategy("cpu"), precision="bf16-mixed")
+    assert any(name.startswith("backbone.text_encoder.") for name in frozen_dtypes)
+    not_cast = {name for name, dtype in frozen_dtypes.items() if dtype != torch.bfloat16}
+    assert not_cast == {name for name in frozen_dtypes if name.startswith("backbone.vae.")}
 
 
-@each
-def test_a_unet_that_is_only_read_comes_in_half_precision(
+@every_method
+def test_unet_that_is_only_read_is_loaded_in_half_precision(
     case: Case, tiny: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is to the bit the one that was read in float32 and halved then."""
-    asked, load = [], Pretrained.load
+    """Training gives bit-identical weights if the UNet is loaded in float32 and cast afterwards."""
+    unet_dtypes, load = [], Pretrained.load
 
-    def spied(self: Pretrained, seed: int = 0, unet: torch.dtype | None = None) -> Any:
-        asked.append(unet)
+    def recording_load(self: Pretrained, seed: int = 0, unet: torch.dtype | None = None) -> Any:
+        unet_dtypes.append(unet)
         return load(self, seed, unet)
 
-    def learned() -> dict[str, Tensor]:
+    def train_tensors() -> dict[str, Tensor]:
         model = case.model(tiny)
         fit(model, case.data(tiny, images), 3, precision="bf16-mixed")
         return dict(model.trainable())
 
-    monkeypatch.setattr(Pretrained, "load", spied)
-    here = learned()
-    assert asked[0] == (torch.bfloat16 if case.kind.reads_denoiser_only else None)
+    monkeypatch.setattr(Pretrained, "load", recording_load)
+    trained = train_tensors()
+    assert unet_dtypes[0] == (torch.bfloat16 if case.kind.reads_denoiser_only else None)
     if case.kind.reads_denoiser_only:
-        case = Heir(case.name, case.settings)
-    asked.clear()
-    there = learned()
-    assert asked[0] is None
-    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, there[name]) for name, tensor in here.items())
+        case = Float32Unet(case.name, case.settings)
+    unet_dtypes.clear()
+    reference = train_tensors()
+    assert unet_dtypes[0] is None
+    assert all(
+        tensor.dtype == torch.float32 and torch.equal(tensor, reference[name]) for name, tensor in trained.items()
+    )
 
 
-# --- what the loss is
+# --- loss and gradients
 
 
-class Losses(Callback):
-    """The batches, and each row's loss."""
+class RecordLosses(Callback):
+    """Records the last batch and the loss of each of its samples."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batch = {**batch}
         with torch.no_grad():
-            self.losses = pl_module.losses(self.batch)  # which keeps in it what it encoded
+            self.losses = pl_module.losses(self.batch)  # also stores the moments in the batch
 
 
-def product(one: Tensor, other: Tensor) -> Tensor:
-    """Of matrices, and of convolutions as the matrices that they are over a kernel's numbers."""
-    return one.flatten(1) @ other.flatten(1)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product; the kernels of convolutions are flattened to matrices."""
+    return left.flatten(1) @ right.flatten(1)
 
 
 def merge(model: Any, pipe: Any) -> None:
-    """Add each pair's B A to its weight in ``pipe``."""
-    opened = {name.removeprefix("backbone."): p.detach() for name, p in model.trainable()}
-    for name in (name for name in opened if name.endswith(".lora_A.default.weight")):
+    """Add B A of each LoRA pair to its weight in ``pipe``."""
+    trainable = {name.removeprefix("backbone."): p.detach() for name, p in model.trainable()}
+    for name in (name for name in trainable if name.endswith(".lora_A.default.weight")):
         component, path = name.removesuffix(".lora_A.default.weight").split(".", 1)
         weight = getattr(pipe, component).get_submodule(path).weight
-        weight.data += product(opened[name.replace("lora_A", "lora_B")], opened[name]).view(weight.shape)
+        weight.data += product(trainable[name.replace("lora_A", "lora_B")], trainable[name]).view(weight.shape)
 
 
-def shake(model: Any) -> None:
-    """Move every open tensor, so that what begins at zero acts."""
+def add_noise_to_trainable(model: Any) -> None:
+    """Add noise to all trainable tensors, so that modules initialized to zero have an effect."""
     rng = torch.Generator().manual_seed(0)
     for _, parameter in model.trainable():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=rng)
 
 
-class Plain:
-    """The same step by diffusers' own modules, loaded from the backbone's folder and from what the method leaves."""
+class DiffusersStep:
+    """The same training step with plain diffusers modules, loaded from the backbone's folder and the artifact."""
 
     def __init__(self, case: Case, model: Any, batch: Any, folder: Path, artifact: Path) -> None:
         model.artifact(artifact, "it")
-        whole = artifact / "it" if (artifact / "it" / "model_index.json").is_file() else folder
-        pipe: Any = DiffusionPipeline.from_pretrained(whole, local_files_only=True)
+        pipeline = artifact / "it" if (artifact / "it" / "model_index.json").is_file() else folder
+        pipe: Any = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True)
         merge(model, pipe)
-        if case.kind.needs_tokens:
-            self._learn(pipe, artifact)
+        if case.kind.trains_only_new_tokens:
+            self._load_new_token(pipe, artifact)
         text, conditions = self._conditions(pipe, batch)
         mean, log_variance = batch["moments"].chunk(2, dim=1)
         shape = (4, *mean.shape[2:])
-        drawn = model.noise(shape, "train/vae", 0, batch["positions"])
-        clean = (mean + (0.5 * log_variance).exp() * drawn) * pipe.vae.config.scaling_factor
+        vae_noise = model.noise(shape, "train/vae", 0, batch["positions"])
+        clean = (mean + (0.5 * log_variance).exp() * vae_noise) * pipe.vae.config.scaling_factor
         noise = model.noise(shape, "train/noise", 0, batch["positions"])
         times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
         noisy = pipe.scheduler.add_noise(clean, noise, times)
-        parts, more = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
+        models, residuals = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
         if hasattr(pipe, "text_encoder_2"):
-            parts["text_encoder_2"] = pipe.text_encoder_2
+            models["text_encoder_2"] = pipe.text_encoder_2
         if (artifact / "it" / "config.json").is_file():
-            parts["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
+            models["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
             down, mid = net(noisy, times, text, batch["control"], return_dict=False, **conditions)
-            if (artifact / "it" / "unet").is_dir():  # it was trained along
-                parts["unet"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
-            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        output = pipe.unet(noisy, times, encoder_hidden_states=text, **conditions, **more).sample
+            if (artifact / "it" / "unet").is_dir():  # a UNet that was trained with the ControlNet
+                models["unet"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        output = pipe.unet(noisy, times, encoder_hidden_states=text, **conditions, **residuals).sample
         velocity = pipe.scheduler.config.prediction_type == "v_prediction"
         target = (
             DDPMScheduler.from_config(pipe.scheduler.config).get_velocity(clean, noise, times) if velocity else noise
@@ -250,82 +255,85 @@ class Plain:
         count = batch.get("instances", len(self.losses))
         terms = [rows.mean() for rows in (self.losses[:count], self.losses[count:]) if len(rows)]
         sum(terms).backward()
-        self.gradients = {f"{k}.{n}": p.grad for k, part in parts.items() for n, p in part.named_parameters()}
-        self.word = {k: v.get_input_embeddings().weight.grad for k, v in parts.items() if k.startswith("text")}
+        self.gradients = {f"{k}.{n}": p.grad for k, m in models.items() for n, p in m.named_parameters()}
+        self.embedding_gradients = {
+            k: m.get_input_embeddings().weight.grad for k, m in models.items() if k.startswith("text")
+        }
 
-    def _learn(self, pipe: Any, artifact: Path) -> None:
-        """The word, as diffusers' documentation has it loaded."""
+    def _load_new_token(self, pipe: Any, artifact: Path) -> None:
+        """Load the new token as in the documentation of diffusers."""
         if not hasattr(pipe, "text_encoder_2"):
             pipe.load_textual_inversion(str(artifact), weight_name="learned_embeds.safetensors")
             return
         vectors = load_file(artifact / "learned_embeds.safetensors")
-        for key, place in (("clip_l", ""), ("clip_g", "_2")):
-            encoder, words = getattr(pipe, f"text_encoder{place}"), getattr(pipe, f"tokenizer{place}")
-            pipe.load_textual_inversion(vectors[key], token=WORD.token, text_encoder=encoder, tokenizer=words)
+        for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}"), getattr(pipe, f"tokenizer{suffix}")
+            pipe.load_textual_inversion(vectors[key], token=WORD.token, text_encoder=encoder, tokenizer=tokenizer)
 
     def _conditions(self, pipe: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Of SDXL also what its UNet takes beside the states; the pooled state at the end token, by hand.
+        """Text embeddings, and for SDXL the additional conditions of its UNet.
 
-        transformers would take it at the largest id, which a new word has.
+        The pooled embedding is taken at the end token here: transformers takes it at the largest id, which is that of
+        the new token.
         """
         settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
         ids = pipe.tokenizer(batch["prompts"], **settings).input_ids
         if not hasattr(pipe, "text_encoder_2"):
             return pipe.text_encoder(ids)[0], {}
-        second = pipe.tokenizer_2(batch["prompts"], **settings).input_ids
-        one = pipe.text_encoder(ids, output_hidden_states=True)
-        two = pipe.text_encoder_2(second, output_hidden_states=True)
-        ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in second]
-        last = torch.stack([states[end] for states, end in zip(two.last_hidden_state, ends, strict=True)])
-        # An image of 160x144, scaled to cover 64x64 and cropped at the centre.
-        wide = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
-        drawn = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(wide)))
+        ids_2 = pipe.tokenizer_2(batch["prompts"], **settings).input_ids
+        output = pipe.text_encoder(ids, output_hidden_states=True)
+        output_2 = pipe.text_encoder_2(ids_2, output_hidden_states=True)
+        ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in ids_2]
+        pooled = torch.stack([states[end] for states, end in zip(output_2.last_hidden_state, ends, strict=True)])
+        # Training images have 160x144 pixels, are scaled to cover 64x64 and cropped at the center.
+        image_ids = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
+        class_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(image_ids)))
         conditions = {
-            "text_embeds": pipe.text_encoder_2.text_projection(last),
-            "time_ids": torch.cat([wide, drawn.view(-1, 6)]),
+            "text_embeds": pipe.text_encoder_2.text_projection(pooled),
+            "time_ids": torch.cat([image_ids, class_ids.view(-1, 6)]),
         }
-        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), {"added_cond_kwargs": conditions}
+        return torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], -1), {"added_cond_kwargs": conditions}
 
     def gradient(self, name: str, parameters: dict[str, Tensor]) -> Tensor | None:
-        """Of what the method calls ``name``; None where diffusers has nothing of that name."""
-        own = name.removeprefix("backbone.")
-        if own.endswith(".lora_A.default.weight"):  # of W + B A at a scale of 1
-            outer = self.gradients[own.replace(".lora_A.default", "")]
+        """Gradient of the method's parameter ``name``; None if diffusers has no such parameter."""
+        key = name.removeprefix("backbone.")
+        if key.endswith(".lora_A.default.weight"):  # W + B A has a scale of 1
+            weight_gradient = self.gradients[key.replace(".lora_A.default", "")]
             up = parameters[name.replace("lora_A", "lora_B")]
-            return product(up.flatten(1).T, outer).view(parameters[name].shape)
-        if own.endswith(".lora_B.default.weight"):
-            outer = self.gradients[own.replace(".lora_B.default", "")]
+            return product(up.flatten(1).T, weight_gradient).view(parameters[name].shape)
+        if key.endswith(".lora_B.default.weight"):
+            weight_gradient = self.gradients[key.replace(".lora_B.default", "")]
             down = parameters[name.replace("lora_B", "lora_A")]
-            return product(outer, down.flatten(1).T).view(parameters[name].shape)
-        if own.endswith("token_embedding.vectors"):
-            return self.word[own.partition(".")[0]][-1:]
-        return self.gradients.get(own)
+            return product(weight_gradient, down.flatten(1).T).view(parameters[name].shape)
+        if key.endswith("token_embedding.vectors"):
+            return self.embedding_gradients[key.partition(".")[0]][-1:]
+        return self.gradients.get(key)
 
 
-@every
-def test_loss_and_gradients_are_those_of_plain_diffusers(case: Case, folder: Path, images: Path) -> None:
-    """Every row's loss, those of the class too, and the gradient of every tensor that is trained.
+@every_family
+def test_loss_and_gradients_equal_plain_diffusers(case: Case, folder: Path, images: Path) -> None:
+    """Compares the loss of every sample, class images included, and the gradient of every trained tensor.
 
-    The VAE's are of another loss, and tested with full fine-tuning.
+    The VAE has a separate loss, which is tested in test_full.py.
     """
-    seen, spy = Losses(), Spy()
+    recorded, spy = RecordLosses(), Spy()
     model = case.model(folder, lr=0.0)
     model.configure_model()
-    shake(model)
-    fit(model, case.data(folder, images), 1, [seen, spy])
-    plain = Plain(case, model, seen.batch, folder, images.parent / "artifact")
-    assert plain.losses.shape == (len(seen.batch["prompts"]),)
-    torch.testing.assert_close(seen.losses, plain.losses.detach(), rtol=1e-5, atol=1e-6)
+    add_noise_to_trainable(model)
+    fit(model, case.data(folder, images), 1, [recorded, spy])
+    reference = DiffusersStep(case, model, recorded.batch, folder, images.parent / "artifact")
+    assert reference.losses.shape == (len(recorded.batch["prompts"]),)
+    torch.testing.assert_close(recorded.losses, reference.losses.detach(), rtol=1e-5, atol=1e-6)
     parameters = {name: p.detach() for name, p in model.trainable() if not name.startswith("backbone.vae.")}
-    wanted = {name: plain.gradient(name, parameters) for name in parameters}
-    assert None not in wanted.values()
-    assert all(gradient.any() for gradient in wanted.values())
-    found = {name: spy.gradients[0][name] for name in parameters}
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    expected = {name: reference.gradient(name, parameters) for name in parameters}
+    assert None not in expected.values()
+    assert all(gradient.any() for gradient in expected.values())
+    gradients = {name: spy.gradients[0][name] for name in parameters}
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
 
 
-@each
-def test_caches_change_nothing(case: Case, tiny: Path, images: Path) -> None:
+@every_method
+def test_caches_do_not_change_the_losses(case: Case, tiny: Path, images: Path) -> None:
     losses = []
     for cached in (True, False):
         spy = Spy()
@@ -336,16 +344,18 @@ def test_caches_change_nothing(case: Case, tiny: Path, images: Path) -> None:
     assert len(set(losses[0])) == 3
 
 
-# --- what is kept
+# --- artifacts and resumed runs
 
 
-@every
-def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, images: Path, tmp_path: Path) -> None:
+@every_family
+def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
+    case: Case, folder: Path, images: Path, tmp_path: Path
+) -> None:
     model, data = case.model(folder, lr=1e-2), case.data(folder, images)
     trainer = fit(model, data, 2)
-    trainer.save_checkpoint(tmp_path / "kept.ckpt")
-    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
-    assert set(kept["state_dict"]) == {name for name, _ in model.trainable()}
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {name for name, _ in model.trainable()}
 
     model.artifact(tmp_path / "artifact", "mine")
     size = (model.backbone.facts.side,) * 2
@@ -354,41 +364,41 @@ def test_saved_and_loaded_it_draws_the_same(case: Case, folder: Path, images: Pa
     settings = Sampling(steps=2, guidance=3.0)
     model.eval()
 
-    def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, shown: Any) -> Tensor:
-        return model.denoise(noisy, timestep, text, {"control": shown[0]} if shown else {})
+    def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, control_maps: Any) -> Tensor:
+        return model.denoise(noisy, timestep, text, {"control": control_maps[0]} if control_maps else {})
 
-    [mine] = generate(model.backbone, requests, settings, denoise)
+    [live_image] = generate(model.backbone, requests, settings, denoise)
     with trained(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
-        [theirs] = generate(loaded, requests, settings)
+        [loaded_image] = generate(loaded, requests, settings)
     base = Pretrained(str(folder)).load()
     base.prepare_for_device(torch.device("cpu"))
-    [before] = generate(base, [Request("a fox <new>", 3)], settings)
-    assert np.abs(mine.astype(int) - theirs).max() <= 1
-    assert np.abs(mine.astype(int) - before).max() > 1
-    assert as_map(mine).shape == (3, *size)
+    [base_image] = generate(base, [Request("a fox <new>", 3)], settings)
+    assert np.abs(live_image.astype(int) - loaded_image).max() <= 1
+    assert np.abs(live_image.astype(int) - base_image).max() > 1
+    assert as_map(live_image).shape == (3, *size)
 
 
-@each
-def test_stopped_and_resumed_is_never_stopped(case: Case, tiny: Path, images: Path, tmp_path: Path) -> None:
-    """Bit for bit, with two loader workers, accumulation and an average of the weights; asked to stop after step 2."""
+@every_method
+def test_resumed_run_equals_uninterrupted_run(case: Case, tiny: Path, images: Path, tmp_path: Path) -> None:
+    """Bit for bit, with two loader workers, gradient accumulation and EMA; the run is stopped after step 2."""
     common = [a for a in arguments(tiny, images, tmp_path) if not a.startswith(
         ("method", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
     common += case.command(tiny, images)
     common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
     common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=3", "optimizer.lr=1e-3"]
     common += ["trainer.max_steps=4", "lr_schedule=cosine", "lr_schedule.warmup_steps=1"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(*common, f"hydra.run.dir={whole}") == 0
+    full_run, resumed_run = tmp_path / "full", tmp_path / "resumed"
+    assert train(*common, f"hydra.run.dir={full_run}") == 0
     stop = ["trust=[running]", "+callbacks.stop={_target_: running.StopAt, step: 2}"]
-    assert train(*common, *stop, f"hydra.run.dir={parts}") == 128 + signal.SIGTERM
-    assert int(rows(parts)[-1]["step"]) == 2
-    assert train(f"resume={parts}") == 0
-    assert rows(whole) == rows(parts)
-    files = {p.relative_to(whole / "artifact") for p in (whole / "artifact").rglob("*.safetensors")}
+    assert train(*common, *stop, f"hydra.run.dir={resumed_run}") == 128 + signal.SIGTERM
+    assert int(rows(resumed_run)[-1]["step"]) == 2
+    assert train(f"resume={resumed_run}") == 0
+    assert rows(full_run) == rows(resumed_run)
+    files = {p.relative_to(full_run / "artifact") for p in (full_run / "artifact").rglob("*.safetensors")}
     assert files
     for file in files:
-        one, other = load_file(whole / "artifact" / file), load_file(parts / "artifact" / file)
-        assert all(torch.equal(value, other[key]) for key, value in one.items()), file
+        expected, resumed = load_file(full_run / "artifact" / file), load_file(resumed_run / "artifact" / file)
+        assert all(torch.equal(value, resumed[key]) for key, value in expected.items()), file
 
 
 # --- several processes
@@ -397,29 +407,29 @@ _SCRIPT = Path(__file__).parents[1] / "two_processes.py"
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tiny: Path, images: Path, tmp_path: Path) -> None:
-    """Under torchrun, all methods in one start; the same global batch in one process gives the same losses."""
+def test_two_processes_give_the_losses_of_one_process(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """All methods in one call of torchrun, with the same global batch as in one process."""
     out = tmp_path / "losses.json"
     cases = {str(case): case for case in [*PLAIN, MORE[0]]}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", str(_SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_SCRIPT.parent)}
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, str(tiny), str(images), str(out), *cases], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
-    assert sorted(found) == sorted(cases)
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = json.loads(out.read_text())
+    assert sorted(losses) == sorted(cases)
     for name, case in cases.items():
         spy = Spy()
         fit(case.model(tiny, lr=1e-3), case.data(tiny, images, batch_size=4), 4, [spy])
-        assert found[name] == pytest.approx(spy.losses, rel=1e-5), name
+        assert losses[name] == pytest.approx(spy.losses, rel=1e-5), name
 
 
-def test_an_average_stands_in_when_a_run_leaves_its_files(tiny: Path, images: Path) -> None:
+def test_final_weights_are_the_ema_and_are_restored_afterwards(tiny: Path, images: Path) -> None:
     case = PLAIN[0]
     model, ema = case.model(tiny, lr=1e-2), EMA(decay=0.5)
     fit(model, case.data(tiny, images), 2, [ema])
-    own = {name: p.detach().clone() for name, p in model.trainable()}
+    weights = {name: p.detach().clone() for name, p in model.trainable()}
     with model.final_weights():
         assert all(torch.equal(p, ema.shadow[name]) for name, p in model.trainable())
-    assert all(torch.equal(p, own[name]) for name, p in model.trainable())
+    assert all(torch.equal(p, weights[name]) for name, p in model.trainable())

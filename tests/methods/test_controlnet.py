@@ -1,4 +1,4 @@
-"""ControlNet: what it opens, that every residual acts, and that plain diffusers makes the same images of it."""
+"""ControlNet: trainable weights, effect of every residual, and equal images in plain diffusers."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def drawings(tmp_path: Path) -> Path:
     return save_drawings(tmp_path / "drawings")
 
 
-def injected(tiny: Path, **settings: Any) -> ControlNet:
+def configured(tiny: Path, **settings: Any) -> ControlNet:
     model = ControlNet(backbone=Pretrained(str(tiny)), **settings)
     model.configure_model()
     model.eval()
     return model
 
 
-def shaken(model: ControlNet, seed: int = 2, scale: float = 0.1) -> ControlNet:
-    """With noise in everything that is open, as if it had been trained."""
+def with_noise(model: ControlNet, seed: int = 2, scale: float = 0.1) -> ControlNet:
+    """The model with noise added to all trainable tensors, as if it had been trained."""
     rng = torch.Generator().manual_seed(seed)
     for _, p in model.trainable():
         p.data += torch.randn(p.shape, generator=rng) * scale
@@ -68,7 +68,7 @@ def maps() -> Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-def test_parameters_on_sd15() -> None:
+def test_parameter_count_on_sd15() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         model = ControlNet()
@@ -78,48 +78,48 @@ def test_parameters_on_sd15() -> None:
     assert not any(p.requires_grad for p in unet.parameters())
 
 
-def test_the_embedding_shrinks_a_map_as_the_vae_does() -> None:
+def test_embedding_downsamples_a_control_map_by_the_factor_of_the_vae() -> None:
     assert embedding_widths(8) == (16, 32, 96, 256)
     assert embedding_widths(4) == (16, 32, 96)
     assert embedding_widths(16) == (16, 32, 96, 256, 256)
 
 
 @pytest.mark.parametrize("unet", MODES)
-def test_starts_as_the_base_to_the_bit_and_every_residual_acts(tiny: Path, unet: str) -> None:
-    model = injected(tiny, unet=unet)
+def test_untrained_controlnet_changes_nothing_and_every_residual_has_an_effect(tiny: Path, unet: str) -> None:
+    model = configured(tiny, unet=unet)
     base = predict(model)
     assert torch.equal(predict(model, maps()), base)
-    gates = [*model.controlnet.controlnet_down_blocks, model.controlnet.controlnet_mid_block]
-    assert len(gates) == 5  # conv_in, two blocks, a downsampler, the middle
-    for gate in gates:
-        assert not gate.weight.any()
-        gate.weight.data.fill_(0.05)
+    zero_convolutions = [*model.controlnet.controlnet_down_blocks, model.controlnet.controlnet_mid_block]
+    assert len(zero_convolutions) == 5  # conv_in, two blocks, a downsampler, the mid block
+    for convolution in zero_convolutions:
+        assert not convolution.weight.any()
+        convolution.weight.data.fill_(0.05)
         assert (predict(model, maps()) - base).abs().max() > 1e-5
-        gate.weight.data.zero_()
+        convolution.weight.data.zero_()
     assert torch.equal(predict(model, maps()), base)
 
 
-def test_the_map_and_nothing_but_the_map_steers(tiny: Path) -> None:
-    model = shaken(injected(tiny))
+def test_only_the_control_map_has_an_effect(tiny: Path) -> None:
+    model = with_noise(configured(tiny))
     assert (predict(model, maps()) - predict(model, maps().flip(-1))).abs().max() > 1e-4
-    assert torch.equal(predict(model), predict(injected(tiny)))
+    assert torch.equal(predict(model), predict(configured(tiny)))
 
 
-def test_initial_values_depend_on_seed_and_name_alone(tiny: Path) -> None:
-    first = injected(tiny)
+def test_initial_values_depend_only_on_seed_and_name(tiny: Path) -> None:
+    first = configured(tiny)
     torch.manual_seed(99)
-    second, other = injected(tiny, unet="open"), injected(tiny, seed=1)
+    second, other_seed = configured(tiny, unet="open"), configured(tiny, seed=1)
     for name, p in first.controlnet.named_parameters():
         assert torch.equal(p, second.controlnet.get_parameter(name))
-        drawn = "controlnet_cond_embedding" in name and "conv_out" not in name
-        assert torch.equal(p, other.controlnet.get_parameter(name)) != drawn, name
+        is_random = "controlnet_cond_embedding" in name and "conv_out" not in name
+        assert torch.equal(p, other_seed.controlnet.get_parameter(name)) != is_random, name
     copied = first.controlnet.down_blocks.state_dict()
     assert all(torch.equal(v, copied[k]) for k, v in first.backbone.unet.down_blocks.state_dict().items())
 
 
 @pytest.mark.parametrize("unet", MODES)
-def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, drawings: Path, unet: str) -> None:
-    model = injected(tiny, unet=unet, optimizer=adamw(1e-3))
+def test_all_trainable_tensors_change_and_frozen_ones_do_not(tiny: Path, drawings: Path, unet: str) -> None:
+    model = configured(tiny, unet=unet, optimizer=adamw(1e-3))
     names = {name for name, _ in model.trainable()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spy = Spy()
@@ -129,9 +129,11 @@ def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, drawings: Path, 
         assert spy.gradients[2][name].any(), name
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == names
-    opened = {name.removeprefix("backbone.unet.").split(".")[0] for name in names if name.startswith("backbone.unet.")}
+    unet_parts = {
+        name.removeprefix("backbone.unet.").split(".")[0] for name in names if name.startswith("backbone.unet.")
+    }
     assert (
-        opened
+        unet_parts
         == {
             "frozen": set(),
             "decoder": {"up_blocks", "conv_norm_out", "conv_out"},
@@ -142,20 +144,24 @@ def test_every_open_tensor_trains_and_no_frozen_one(tiny: Path, drawings: Path, 
 
 
 @pytest.mark.parametrize("unet", MODES)
-def test_trains_and_validates_with_half_the_frozen_weights(tiny: Path, drawings: Path, unet: str) -> None:
-    model = injected(tiny, unet=unet, optimizer=adamw(1e-3))
+def test_trains_and_validates_with_frozen_weights_in_half_precision(tiny: Path, drawings: Path, unet: str) -> None:
+    model = configured(tiny, unet=unet, optimizer=adamw(1e-3))
     spy = Spy()
     data = folder_data(drawings, control=Canny(), hold_out=5)
-    how: dict[str, Any] = {"precision": "bf16-mixed", "val_check_interval": 2, "check_val_every_n_epoch": None}
-    fit(model, data, 2, [spy], **how)
+    trainer_arguments: dict[str, Any] = {
+        "precision": "bf16-mixed",
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+    }
+    fit(model, data, 2, [spy], **trainer_arguments)
     assert {p.dtype for _, p in model.trainable()} == {torch.float32}
-    halves = {p.dtype for p in model.backbone.unet.parameters() if not p.requires_grad}
-    assert halves == (set() if unet == "open" else {torch.bfloat16})
+    frozen_dtypes = {p.dtype for p in model.backbone.unet.parameters() if not p.requires_grad}
+    assert frozen_dtypes == (set() if unet == "open" else {torch.bfloat16})
     assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
 
 
-def test_the_unet_has_a_rate_of_its_own(tiny: Path, drawings: Path) -> None:
-    model = injected(tiny, unet="decoder", unet_lr=1e-6, optimizer=adamw(1e-3))
+def test_unet_has_a_separate_learning_rate(tiny: Path, drawings: Path) -> None:
+    model = configured(tiny, unet="decoder", unet_lr=1e-6, optimizer=adamw(1e-3))
     trainer = fit(model, folder_data(drawings, control=Canny()), 1)
     groups = trainer.optimizers[0].param_groups
     assert {group["name"]: group["lr"] for group in groups} == {"controlnet": 1e-3, "unet": 1e-6}
@@ -163,29 +169,29 @@ def test_the_unet_has_a_rate_of_its_own(tiny: Path, drawings: Path) -> None:
         ControlNet(unet_lr=1e-6)
 
 
-def test_data_without_maps_is_refused(tiny: Path, images: Path) -> None:
-    with pytest.raises(UserError, match=r"^data\.control: method=controlnet learns from a map"):
-        fit(injected(tiny), folder_data(images), 1)
+def test_data_without_control_maps_is_refused(tiny: Path, images: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.control: method=controlnet needs a control map"):
+        fit(configured(tiny), folder_data(images), 1)
 
 
-# --- what others load
+# --- artifacts in plain diffusers
 
 SETTINGS = Sampling(steps=3, guidance=4.0)
 
 
-def floats(backbone: Backbone, requests: list[Request], patch: pytest.MonkeyPatch) -> np.ndarray:
-    """Images [B, H, W, 3] in [0, 1], as they are before they become bytes."""
-    kept: list[Tensor] = []
+def float_images(backbone: Backbone, requests: list[Request], patch: pytest.MonkeyPatch) -> np.ndarray:
+    """Generated images, float [B, H, W, 3] in [0, 1], before the conversion to bytes."""
+    decoded: list[Tensor] = []
     decode = Backbone.decode
 
-    def spy(self: Backbone, latents: Tensor) -> Tensor:
-        kept.append(decode(self, latents))
-        return kept[-1]
+    def recording_decode(self: Backbone, latents: Tensor) -> Tensor:
+        decoded.append(decode(self, latents))
+        return decoded[-1]
 
     with patch.context() as inner:
-        inner.setattr(Backbone, "decode", spy)
+        inner.setattr(Backbone, "decode", recording_decode)
         list(generate(backbone, requests, SETTINGS))
-    return torch.cat(kept).permute(0, 2, 3, 1).numpy()
+    return torch.cat(decoded).permute(0, 2, 3, 1).numpy()
 
 
 def diffusers_images(tiny: Path, net: Any, images: Any, strength: Any, **parts: Any) -> np.ndarray:
@@ -210,63 +216,66 @@ def requests(*maps: np.ndarray) -> list[Request]:
 
 
 def artifact(tiny: Path, folder: Path, seed: int = 2, **settings: Any) -> Path:
-    shaken(injected(tiny, **settings), seed).artifact(folder, "net")
+    with_noise(configured(tiny, **settings), seed).artifact(folder, "net")
     return folder / "net"
 
 
 @pytest.mark.parametrize("unet", MODES)
-def test_diffusers_makes_the_same_images(
+def test_diffusers_generates_the_same_images(
     tiny: Path, tmp_path: Path, unet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = artifact(tiny, tmp_path, unet=unet)
-    shown = drawing(2, 32, 32)
-    parts = {}
+    control_map = drawing(2, 32, 32)
+    components = {}
     if unet != "frozen":
-        parts["unet"] = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
+        components["unet"] = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
     net = ControlNetModel.from_pretrained(folder, local_files_only=True)
-    wanted = diffusers_images(tiny, net, [Image.fromarray(shown)] * 2, 0.8, **parts)
+    expected = diffusers_images(tiny, net, [Image.fromarray(control_map)] * 2, 0.8, **components)
     source = Pretrained(str(tiny))
     backbone = source.load()
     backbone.prepare_for_device(torch.device("cpu"))
-    kept = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
-    base = floats(backbone, requests(), monkeypatch)
+    unet_weights = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
+    base = float_images(backbone, requests(), monkeypatch)
     nets = controlnets.load_controlnets(backbone, source, [str(folder)])
     with controlnets.controlnets_applied(backbone, nets, [0.8]):
-        ours = floats(backbone, requests(shown), monkeypatch)
-    assert np.abs(ours - wanted).max() <= 1e-4
-    assert np.abs(ours - base).max() > 1e-2
+        images = float_images(backbone, requests(control_map), monkeypatch)
+    assert np.abs(images - expected).max() <= 1e-4
+    assert np.abs(images - base).max() > 1e-2
     with controlnets.controlnets_applied(backbone, nets, [0.0]):
-        assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
-    assert all(torch.equal(value, kept[name]) for name, value in backbone.unet.state_dict().items())
-    assert np.array_equal(floats(backbone, requests(shown), monkeypatch), base)
-    with trained(source, tmp_path, "net", torch.device("cpu")) as measured:
-        assert np.abs(floats(measured, requests(shown), monkeypatch) - ours).max() > 1e-4  # at full strength
+        assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
+    assert all(torch.equal(value, unet_weights[name]) for name, value in backbone.unet.state_dict().items())
+    assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
+    with trained(source, tmp_path, "net", torch.device("cpu")) as loaded:
+        # trained() applies the ControlNet with strength 1.
+        assert np.abs(float_images(loaded, requests(control_map), monkeypatch) - images).max() > 1e-4
     assert json.loads((folder / "sdtune.json").read_text()) == {"backbone": source.hash(), "unet": unet}
     assert (folder / "unet").exists() == (unet != "frozen")
 
 
-def test_several_nets_add_up_as_in_diffusers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residuals_of_several_controlnets_add_up_as_in_diffusers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [artifact(tiny, tmp_path / str(seed), seed) for seed in (2, 3)]
-    shown = [drawing(0, 32, 32), drawing(4, 32, 32)]
+    control_maps = [drawing(0, 32, 32), drawing(4, 32, 32)]
     multi = MultiControlNetModel([ControlNetModel.from_pretrained(f, local_files_only=True) for f in folders])
-    wanted = diffusers_images(tiny, multi, [[Image.fromarray(s) for s in shown]] * 2, [0.7, 0.4])
+    expected = diffusers_images(tiny, multi, [[Image.fromarray(m) for m in control_maps]] * 2, [0.7, 0.4])
     source = Pretrained(str(tiny))
     backbone = source.load()
     nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
     with controlnets.controlnets_applied(backbone, nets, [0.7, 0.4]):
-        ours = floats(backbone, requests(*shown), monkeypatch)
-    assert np.abs(ours - wanted).max() <= 1e-4
+        images = float_images(backbone, requests(*control_maps), monkeypatch)
+    assert np.abs(images - expected).max() <= 1e-4
     with controlnets.controlnets_applied(backbone, nets, [0.7, 0.0]):
-        assert np.abs(ours - floats(backbone, requests(*shown), monkeypatch)).max() > 1e-3
+        assert np.abs(images - float_images(backbone, requests(*control_maps), monkeypatch)).max() > 1e-3
 
 
-def test_two_nets_with_a_unet_each_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_two_controlnets_with_trained_unets_are_refused(tiny: Path, tmp_path: Path) -> None:
     folders = [artifact(tiny, tmp_path / str(seed), seed, unet="decoder") for seed in (2, 3)]
     source = Pretrained(str(tiny))
     backbone = source.load()
     nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
     with (
-        pytest.raises(UserError, match=r"^control: .* each bring a UNet"),
+        pytest.raises(UserError, match=r"^control: both .* contain UNet weights"),
         controlnets.controlnets_applied(backbone, nets, [1, 1]),
     ):
         pass
@@ -274,8 +283,8 @@ def test_two_nets_with_a_unet_each_are_refused(tiny: Path, tmp_path: Path) -> No
         pass
 
 
-def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path: Path) -> None:
-    model = shaken(injected(tiny, unet="decoder"))
+def test_artifact_has_frozen_unet_weights_in_original_precision(tiny: Path, tmp_path: Path) -> None:
+    model = with_noise(configured(tiny, unet="decoder"))
     model.backbone.unet.conv_in.to(torch.bfloat16)
     model.artifact(tmp_path, "net")
     written = UNet2DConditionModel.from_pretrained(tmp_path / "net" / "unet", local_files_only=True)
@@ -288,28 +297,30 @@ def test_a_frozen_unet_part_is_read_again_for_the_artifact(tiny: Path, tmp_path:
 # --- refusals
 
 
-def test_nets_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, source = artifact(tiny, tmp_path), Pretrained(str(tiny))
     controlnets.check_controlnet(str(folder), source)
     with pytest.raises(UserError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
         controlnets.check_controlnet("/nowhere", source)
-    with pytest.raises(UserError, match=r"^control\.path: .* holds a UNet2DConditionModel and not a ControlNetModel"):
+    with pytest.raises(UserError, match=r"^control\.path: .* is a UNet2DConditionModel, not a ControlNetModel"):
         controlnets.check_controlnet(str(tiny / "unet"), source)
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
     controlnets.check_controlnet(str(folder), other)
     assert "trained on another backbone" in caplog.text
     facts = json.loads((folder / "sdtune.json").read_text())
-    for learned, words in (("scribble", "give preprocess: scribble"), (None, "give the map itself as image")):
-        (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": learned}))
-        with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other maps; {words}"):
+    for preprocess, remedy in (("scribble", "set preprocess: scribble"), (None, "set image to a control map")):
+        (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": preprocess}))
+        with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other maps; {remedy}"):
             controlnets.check_controlnet(str(folder), source, "canny")
-        controlnets.check_controlnet(str(folder), source, learned)
+        controlnets.check_controlnet(str(folder), source, preprocess)
     (folder / "sdtune.json").unlink()
-    controlnets.check_controlnet(str(folder), other)  # another program's net says nothing of its backbone
-    with pytest.raises(UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], this one's UNet \[64"):
+    controlnets.check_controlnet(str(folder), other)  # ControlNets of other programs have no backbone hash
+    with pytest.raises(
+        UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], the backbone's UNet has \[64"
+    ):
         controlnets.check_controlnet(str(folder), Pretrained())
     config = json.loads((folder / "config.json").read_text())
     config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"^control\.path: .* shrinks its map by 8, this backbone's VAE by 4"):
+    with pytest.raises(UserError, match=r"^control\.path: .* downscales its control map by 8, the backbone's VAE by 4"):
         controlnets.check_controlnet(str(folder), source)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the UNet is open, and plain diffusers loads what is left behind."""
+"""Full fine-tuning: trained components, the VAE loss, and loading of the artifact in plain diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdtune.errors import UserError
 from sdtune.methods import Full
 
 
-def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_default_trains_only_the_unet_and_writes_a_pipeline(tiny: Path, images: Path, tmp_path: Path) -> None:
     model = Full(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3))
     spy = Spy()
     fit(model, folder_data(images), 2, [spy])
@@ -32,17 +32,19 @@ def test_trains_the_unet_alone_and_leaves_a_pipeline(tiny: Path, images: Path, t
         assert torch.equal(value, trained[key].contiguous()), key
     assert any(not torch.equal(v, base.unet.state_dict()[k]) for k, v in trained.items())
     for part in ("text_encoder", "vae"):
-        ours, theirs = getattr(loaded, part).state_dict(), getattr(base, part).state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        written, original = getattr(loaded, part).state_dict(), getattr(base, part).state_dict()
+        assert written.keys() == original.keys()
+        assert all(torch.equal(value, original[key]) for key, value in written.items())
     for file in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         assert (tmp_path / "artifact" / "mine" / file).read_bytes() == (tiny / file).read_bytes()
-    # The folder is a backbone again, with a hash of its own.
+    # The artifact can be used as a backbone, with another hash.
     assert Pretrained(str(tmp_path / "artifact" / "mine")).hash() != Pretrained(str(tiny)).hash()
 
 
 @pytest.mark.parametrize("parts", [["text_encoder"], ["vae"], ["unet", "text_encoder", "vae"]])
-def test_any_combination_of_parts(tiny: Path, images: Path, tmp_path: Path, parts: list[str]) -> None:
+def test_any_combination_of_components_is_trained_and_written(
+    tiny: Path, images: Path, tmp_path: Path, parts: list[str]
+) -> None:
     model = Full(backbone=Pretrained(str(tiny)), parts=parts, text_encoder_lr=2e-3, vae_lr=3e-3, optimizer=adamw(1e-3))
     spy = Spy()
     fit(model, folder_data(images), 2, [spy])
@@ -50,25 +52,26 @@ def test_any_combination_of_parts(tiny: Path, images: Path, tmp_path: Path, part
     rates = {"unet": 1e-3, "text_encoder": 2e-3, "vae": 3e-3}
     groups = model.trainer.optimizers[0].param_groups
     assert {g["name"]: g["initial_lr"] for g in groups} == {part: rates[part] for part in parts}
-    without = [name for name, gradient in spy.gradients[1].items() if not gradient.any()]
-    assert not without
+    without_gradient = [name for name, gradient in spy.gradients[1].items() if not gradient.any()]
+    assert not without_gradient
 
     model.artifact(tmp_path / "artifact", "mine")
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "artifact" / "mine", local_files_only=True)
     base = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
     for part in ("unet", "text_encoder", "vae"):
-        ours, theirs, before = (m.state_dict() for m in (getattr(loaded, part), getattr(model.backbone, part),
-                                                         getattr(base, part)))  # fmt: skip
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key].contiguous()) for key, value in ours.items())
-        assert any(not torch.equal(value, before[key]) for key, value in ours.items()) is (part in parts)
+        written, trained, original = (
+            m.state_dict() for m in (getattr(loaded, part), getattr(model.backbone, part), getattr(base, part))
+        )
+        assert written.keys() == trained.keys()
+        assert all(torch.equal(value, trained[key].contiguous()) for key, value in written.items())
+        assert any(not torch.equal(value, original[key]) for key, value in written.items()) is (part in parts)
     if "text_encoder" in parts:
         keys = load_file(tmp_path / "artifact" / "mine" / "text_encoder" / "model.safetensors").keys()
         assert all(key.startswith("text_model.") for key in keys)
 
 
-def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, images: Path) -> None:
-    """Its gradients are those of L1 + KL of its own reconstruction, also where the UNet learns beside it."""
+def test_vae_is_trained_only_with_the_reconstruction_loss(tiny: Path, images: Path) -> None:
+    """The VAE's gradients are those of L1 + KL, also if the UNet is trained too."""
     gradients = []
     for parts in (["vae"], ["unet", "vae"]):
         spy = Spy()
@@ -87,12 +90,12 @@ def test_the_vae_learns_from_its_own_loss_alone(tiny: Path, images: Path) -> Non
     vae = model.backbone.vae
     posterior = vae.encode(pixels).latent_dist
     noise = model.noise((4, 8, 8), "train/vae", 2, [0, 1])
-    rebuilt = vae.decode(posterior.mean + posterior.std * noise).sample
-    torch.testing.assert_close(terms["loss/vae_l1"], (rebuilt - pixels).abs().mean())
+    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+    torch.testing.assert_close(terms["loss/vae_l1"], (reconstruction - pixels).abs().mean())
     torch.testing.assert_close(terms["loss/vae_kl"], 0.01 * posterior.kl().mean() / posterior.mean[0].numel())
 
 
-def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, images: Path) -> None:
+def test_perceptual_term_uses_the_given_clip_model(tiny: Path, images: Path) -> None:
     from sdtune.pocket import clip_path
 
     spy = Spy()
@@ -102,10 +105,10 @@ def test_a_perceptual_term_by_an_encoder_of_ones_own(tiny: Path, images: Path) -
     assert 0 < float(model.step_metrics["loss/vae_perception"]) < 1
     with pytest.raises(UserError, match=r"^method.perception: .* is not a folder"):
         Full(backbone=Pretrained(str(tiny)), parts=["vae"], perception="nowhere")
-    with pytest.raises(UserError, match=r"^method.perception: only the VAE"):
+    with pytest.raises(UserError, match=r"^method.perception: only the VAE loss"):
         Full(backbone=Pretrained(str(tiny)), perception=str(clip_path()))
 
 
-def test_a_validation_loss_that_says_nothing_is_refused(tiny: Path, images: Path) -> None:
+def test_validation_of_a_run_that_trains_only_the_vae_is_refused(tiny: Path, images: Path) -> None:
     with pytest.raises(UserError, match="^data.hold_out: the validation loss is the diffusion loss"):
         fit(Full(parts=["vae"], backbone=Pretrained(str(tiny))), folder_data(images, hold_out=2), 1)

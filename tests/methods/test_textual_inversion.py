@@ -1,4 +1,4 @@
-"""Learned words: only their vectors move, prompts name all of them, and other programs load them."""
+"""Textual Inversion: only the embedding vectors change, prompts use all of them, and other programs load them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 import sdtune
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.backbone.new_token_vectors import initialize_tokens, token_vectors
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.backbone.words import begin_tokens, word_vectors
 from sdtune.callbacks.data_summary import caption_summary
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
@@ -26,24 +26,24 @@ from sdtune.sampling.loop import Sampling
 CAT, DOG = NewToken("<my_cat>", "cat", vectors=2), NewToken("<my_dog>", "a big dog")
 
 
-def frozen(model: Any) -> dict[str, Tensor]:
-    open_names = {name for name, _ in model.trainable()}
-    return {k: v.clone() for k, v in model.state_dict().items() if k not in open_names}
+def frozen_tensors(model: Any) -> dict[str, Tensor]:
+    trainable_names = {name for name, _ in model.trainable()}
+    return {k: v.clone() for k, v in model.state_dict().items() if k not in trainable_names}
 
 
-def learned(tiny: Path, images: Path, steps: int = 2, **settings: Any) -> tuple[TextualInversion, Spy]:
+def trained_model(tiny: Path, images: Path, steps: int = 2, **settings: Any) -> tuple[TextualInversion, Spy]:
     settings = {"new_tokens": [CAT, DOG], **settings}
     model = TextualInversion(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-1), **settings)
     spy = Spy()
     data = folder_data(images, templates=["a photo of <my_cat> and <my_dog>, {}"], cache_latents=False)
     model.configure_model()
-    model.before = frozen(model)
+    model.before = frozen_tensors(model)
     fit(model, data, steps, [spy])
     return model, spy
 
 
-def test_only_the_vectors_are_trained_and_nothing_else_moves(tiny: Path, images: Path) -> None:
-    model, spy = learned(tiny, images)
+def test_only_the_embedding_vectors_are_trained(tiny: Path, images: Path) -> None:
+    model, spy = trained_model(tiny, images)
     [(name, vectors)] = model.trainable()
     assert name.endswith("token_embedding.vectors")
     assert vectors.shape == (3, 32)
@@ -51,13 +51,13 @@ def test_only_the_vectors_are_trained_and_nothing_else_moves(tiny: Path, images:
     assert [p.shape for p in group["params"]] == [vectors.shape]
     assert group["weight_decay"] == 0
     assert spy.gradients[1][name].any(1).all(), "a vector without a gradient"
-    after = frozen(model)
+    after = frozen_tensors(model)
     assert model.before.keys() == after.keys()
     for key, value in model.before.items():
         assert torch.equal(value, after[key]), key
 
 
-def test_vectors_begin_at_the_mean_of_the_words(tiny: Path) -> None:
+def test_vectors_are_initialized_with_the_mean_of_the_init_tokens(tiny: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[CAT, DOG])
     model.configure_model()
     backbone = model.backbone
@@ -65,43 +65,43 @@ def test_vectors_begin_at_the_mean_of_the_words(tiny: Path) -> None:
     for token in (CAT, DOG):
         ids = backbone.tokenizer(token.init, add_special_tokens=False).input_ids
         assert len(ids) > 1
-        [rows] = word_vectors(backbone)[token.token]
+        [rows] = token_vectors(backbone)[token.token]
         assert len(rows) == token.vectors
         for row in rows:
             torch.testing.assert_close(row, table[ids].mean(0))
 
 
-def test_every_vector_stands_in_every_prompt(tiny: Path) -> None:
+def test_prompt_is_expanded_to_all_vectors_of_a_token(tiny: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[CAT, DOG])
     model.configure_model()
     backbone = model.backbone
     first = len(backbone.tokenizer) - 3
     ids = backbone.tokenize(["A <My_Cat>, a <my_dog>.", "<my_cat>s x<my_cat> <my_dog>_1"])
     assert [i for i in ids[0].tolist() if i >= first] == [first, first + 1, first + 2]
-    assert not (ids[1] >= first).any(), "a part of another word"
+    assert not (ids[1] >= first).any(), "a part of another word is not the token"
     assert backbone.count_tokens("<my_cat>") == 4
 
 
-def test_tokens_are_refused_that_no_prompt_could_name(tiny: Path) -> None:
+def test_invalid_tokens_are_refused(tiny: Path) -> None:
     source = Pretrained(str(tiny))
-    with pytest.raises(UserError, match="^new_tokens: '<Cat>' is not one word in lower case.*write '<cat>'"):
+    with pytest.raises(UserError, match="^new_tokens: '<Cat>' is not a single lower-case word.*use '<cat>'"):
         TextualInversion(backbone=source, new_tokens=[NewToken("<Cat>", "cat")])
-    with pytest.raises(UserError, match="write 'my_cat'"):
+    with pytest.raises(UserError, match="use 'my_cat'"):
         TextualInversion(backbone=source, new_tokens=[NewToken("my cat", "cat")])
-    with pytest.raises(UserError, match="'<a>_1' stands twice"):
+    with pytest.raises(UserError, match="'<a>_1' is defined twice"):
         TextualInversion(backbone=source, new_tokens=[NewToken("<a>", "cat", 2), NewToken("<a>_1", "cat")])
     for tokens in ([NewToken("<cat>", "cat"), NewToken("[cat]", "cat")], [NewToken("cat-best", "cat")]):
-        with pytest.raises(UserError, match="would be kept as cat"):
+        with pytest.raises(UserError, match="would be saved as cat"):
             TextualInversion(backbone=source, new_tokens=tokens)
-    with pytest.raises(UserError, match="new_tokens is empty"):
+    with pytest.raises(UserError, match="^new_tokens: the list is empty"):
         TextualInversion(backbone=source)
     model = TextualInversion(backbone=source, new_tokens=[NewToken("a", "cat")])
-    with pytest.raises(UserError, match="'a' is a word of the tokenizer's already"):
+    with pytest.raises(UserError, match="'a' is already in the tokenizer's vocabulary"):
         model.configure_model()
 
 
-def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, images: Path, tmp_path: Path) -> None:
-    model, _ = learned(tiny, images)
+def test_plain_diffusers_generates_the_same_image(tiny: Path, images: Path, tmp_path: Path) -> None:
+    model, _ = trained_model(tiny, images)
     model.artifact(tmp_path, "mine")
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors")}
     assert names == {
@@ -115,65 +115,65 @@ def test_plain_diffusers_draws_what_sdtune_does(tiny: Path, images: Path, tmp_pa
 
     prompt, source = "a photo of <my_cat> with <my_dog>", Pretrained(str(tiny))
     settings = Sampling(steps=3, guidance=4.0, negative_prompt="bad <my_dog>")
-    [ours] = sdtune.sample(prompt, [{"path": str(tmp_path)}], backbone=source, seeds=[5], sampling=settings)
+    [image] = sdtune.sample(prompt, [{"path": str(tmp_path)}], backbone=source, seeds=[5], sampling=settings)
     [base] = sdtune.sample(prompt, backbone=source, seeds=[5], sampling=settings)
     pipe = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     for name in ("my_cat", "my_dog"):
         pipe.load_textual_inversion(str(tmp_path), weight_name=f"learned_embeds_{name}.safetensors")
-    [theirs] = pipe(
+    [diffusers_image] = pipe(
         prompt,
         negative_prompt="bad <my_dog>",
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(5),
     ).images
-    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(diffusers_image)).max()
     assert difference <= 1
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(base)).max() > 2
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(base)).max() > 2
 
-    [triggered] = sdtune.sample(
+    [without_brackets] = sdtune.sample(
         prompt.replace("<my_dog>", "my_dog").replace("<my_cat>", "my_cat"),
         backbone=source,
         seeds=[5],
         sampling=settings,
     )
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(triggered)).max() > 2
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(without_brackets)).max() > 2
 
 
-def test_words_and_a_lora_in_one_run(tiny: Path, images: Path, tmp_path: Path) -> None:
-    """Pivotal tuning: composed, with no class of its own."""
+def test_new_tokens_and_a_lora_are_trained_in_one_run(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """Pivotal tuning is a LoRA run with new_tokens; it has no separate class."""
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), new_tokens=[DOG], tokens_lr=1e-1)
     fit(model, folder_data(images, templates=["<my_dog>, {}"]), 2)
     groups = model.trainer.optimizers[0].param_groups
     assert [(g["name"], g["lr"] > 5e-2) for g in groups] == [("unet", False), ("tokens", True)]
     model.artifact(tmp_path, "mine")
     source, prompt = Pretrained(str(tiny)), "one <my_dog>"
-    with_both, without = (
+    with_lora, without_lora = (
         np.asarray(sdtune.sample(prompt, files, backbone=source, sampling=Sampling(steps=2))[0]).astype(int)
         for files in ([{"path": str(tmp_path)}], [{"path": str(tmp_path / "learned_embeds.safetensors")}])
     )
-    assert np.abs(with_both - without).max() > 0
+    assert np.abs(with_lora - without_lora).max() > 0
 
 
-def test_a_word_that_no_caption_holds_is_refused(tiny: Path, images: Path) -> None:
+def test_new_token_in_no_caption_is_refused(tiny: Path, images: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[NewToken("<new>", "a")])
-    with pytest.raises(UserError, match="^new_tokens: <new> stands in no caption, such as 'picture number 0'"):
+    with pytest.raises(UserError, match=r"^new_tokens: <new> occurs in no caption \(.*'picture number 0'"):
         fit(model, folder_data(images), 1)
 
 
-def test_a_word_with_step_in_it_is_read_again(tmp_path: Path) -> None:
+def test_token_with_step_in_its_name_is_not_a_snapshot(tmp_path: Path) -> None:
     embeddings.write(tmp_path, {"<two-step>": torch.ones(1, 4), "<b>": torch.zeros(1, 4)}, "", {})
     embeddings.write(tmp_path, {"<two-step>": torch.ones(1, 4)}, "-step00000400", {})
     assert set(embeddings.read_folder(tmp_path)) == {"<two-step>", "<b>"}
 
 
-def test_captions_are_counted_with_every_vector(tiny: Path, images: Path) -> None:
+def test_caption_length_counts_every_vector_of_a_token(tiny: Path, images: Path) -> None:
     for file in images.glob("*.txt"):
         file.write_text("<new>")
     data, source = folder_data(images), Pretrained(str(tiny))
     data.open(32, 4)
     backbone = source.load()
-    begin_tokens(backbone, [NewToken("<new>", "a", 5)])
+    initialize_tokens(backbone, [NewToken("<new>", "a", 5)])
     lines = caption_summary(data, backbone)
-    assert "captions: 1 different ones; the longest has 7 tokens of 77" in lines
+    assert "captions: 1 distinct; the longest has 7 tokens, the limit is 77" in lines

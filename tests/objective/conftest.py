@@ -1,4 +1,4 @@
-"""A schedule and a batch in float64."""
+"""Fixture with a noise schedule and a batch in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.0
 
 
 class Case(NamedTuple):
-    """A batch of eight; timesteps int64 [8], the rest float64 [8, 4, 3, 5]."""
+    """Batch of 8 samples: timesteps are int64 [8], all other tensors float64 [8, 4, 3, 5]."""
 
     schedule: NoiseSchedule
     clean: Tensor

@@ -1,4 +1,4 @@
-"""The loss of each sample, against a formula written out by hand."""
+"""Loss of each sample, compared to the formula computed element by element."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ KINDS: tuple[PredictionType, ...] = get_args(PredictionType)
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_samples_loss_is_the_weighted_mean_square(case, kind: PredictionType, gamma: float | None) -> None:
+def test_loss_of_each_sample_is_the_weighted_mean_squared_error(
+    case, kind: PredictionType, gamma: float | None
+) -> None:
     schedule, clean, noise, output, timesteps = case
     objective = Objective(MinSNR(gamma) if gamma else None)
     losses = objective(output, kind=kind, schedule=schedule, clean=clean, noise=noise, timesteps=timesteps)
@@ -23,19 +25,19 @@ def test_each_samples_loss_is_the_weighted_mean_square(case, kind: PredictionTyp
     for i, t in enumerate(timesteps.tolist()):
         abar = float(schedule.alphas_cumprod[t])
         snr = abar / (1 - abar)
-        wanted, divisor = {
+        target, divisor = {
             "epsilon": (noise[i], snr),
             "v_prediction": (abar**0.5 * noise[i] - (1 - abar) ** 0.5 * clean[i], snr + 1),
             "sample": (clean[i], 1),
         }[kind]
         weight = min(snr, gamma) / divisor if gamma else 1
-        expected = weight * sum((output[i] - wanted).flatten().tolist()[k] ** 2 for k in range(60)) / 60
-        # The weight is float32.
+        expected = weight * sum((output[i] - target).flatten().tolist()[k] ** 2 for k in range(60)) / 60
+        # The Min-SNR weight is float32, which limits the precision.
         assert float(losses[i]) == pytest.approx(expected, rel=1e-6 if gamma else 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_samples_loss_does_not_know_its_neighbours(case, kind: PredictionType) -> None:
+def test_loss_of_a_sample_is_independent_of_the_other_samples(case, kind: PredictionType) -> None:
     schedule, clean, noise, output, timesteps = case
 
     def losses(rows: slice) -> torch.Tensor:
@@ -46,7 +48,7 @@ def test_a_samples_loss_does_not_know_its_neighbours(case, kind: PredictionType)
     torch.testing.assert_close(torch.cat([losses(slice(i, i + 1)) for i in range(8)]), losses(slice(None)))
 
 
-def test_a_half_precision_output_is_compared_in_float32(case) -> None:
+def test_loss_of_a_half_precision_output_is_computed_in_float32(case) -> None:
     schedule, clean, noise, output, timesteps = case
     losses = Objective()(
         output.bfloat16(),
@@ -61,7 +63,7 @@ def test_a_half_precision_output_is_compared_in_float32(case) -> None:
     torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_the_gradient_is_that_of_the_formula(case) -> None:
+def test_gradient_equals_the_formula(case) -> None:
     schedule, clean, noise, output, timesteps = case
     output = output.clone().requires_grad_()
     Objective()(
@@ -70,7 +72,7 @@ def test_the_gradient_is_that_of_the_formula(case) -> None:
     torch.testing.assert_close(output.grad, 2 * (output.detach() - noise) / output.numel())
 
 
-def test_a_mask_is_a_mean_over_what_it_holds(case) -> None:
+def test_masked_loss_is_the_mean_over_the_masked_area(case) -> None:
     schedule, clean, noise, output, timesteps = case
     mask = torch.zeros(8, 1, *clean.shape[2:], dtype=torch.float32)
     mask[:, :, 0] = 1
@@ -82,10 +84,10 @@ def test_a_mask_is_a_mean_over_what_it_holds(case) -> None:
             output, kind="epsilon", schedule=schedule, clean=clean, noise=noise, timesteps=timesteps, mask=mask
         )
 
-    found = losses(mask)
+    masked_losses = losses(mask)
     for i in range(8):
         weights = mask[i].double().expand_as(clean[i])
         total = float(weights.sum())
-        wanted = float(((output[i] - noise[i]) ** 2 * weights).sum()) / total if total else 0
-        assert float(found[i]) == pytest.approx(wanted, rel=1e-9)
+        expected = float(((output[i] - noise[i]) ** 2 * weights).sum()) / total if total else 0
+        assert float(masked_losses[i]) == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(losses(torch.ones_like(mask)), losses(None))

@@ -1,4 +1,4 @@
-"""What the UNet is asked for, against the formulas and diffusers."""
+"""Prediction targets, compared to the formulas and to diffusers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS: tuple[PredictionType, ...] = get_args(PredictionType)
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
 
-def test_the_target_is_the_noise_the_sample_or_the_velocity(case) -> None:
+def test_target_is_the_noise_the_sample_or_the_velocity(case) -> None:
     schedule, clean, noise, _, timesteps = case
     assert target("epsilon", schedule, clean, noise, timesteps) is noise
     assert target("sample", schedule, clean, noise, timesteps) is clean
@@ -26,17 +26,18 @@ def test_the_target_is_the_noise_the_sample_or_the_velocity(case) -> None:
         torch.testing.assert_close(velocity[i], abar**0.5 * noise[i] - (1 - abar) ** 0.5 * clean[i], rtol=0, atol=1e-12)
 
 
-def test_the_velocity_is_that_of_diffusers(case) -> None:
+def test_velocity_equals_diffusers(case) -> None:
     schedule, clean, noise, _, timesteps = case
-    theirs = DDPMScheduler(**SD15).get_velocity(clean, noise, timesteps)
-    torch.testing.assert_close(target("v_prediction", schedule, clean, noise, timesteps), theirs, rtol=1e-4, atol=1e-4)
+    expected = DDPMScheduler(**SD15).get_velocity(clean, noise, timesteps)
+    velocity = target("v_prediction", schedule, clean, noise, timesteps)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_known_types_pass(kind: str) -> None:
+def test_known_prediction_types_are_accepted(kind: str) -> None:
     assert check_prediction_type(kind) == kind
 
 
-def test_another_type_is_refused() -> None:
+def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(UserError, match=r"'flow' is not one of epsilon, v_prediction, sample"):
         check_prediction_type("flow")

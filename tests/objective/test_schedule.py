@@ -1,4 +1,4 @@
-"""The noise schedule against diffusers and against the formulas, in float64."""
+"""Noise schedule, compared to diffusers and to the formulas in float64."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return CONFIGS[request.param]
 
 
-def test_the_betas_and_alpha_bars_are_those_of_diffusers(config: dict[str, Any]) -> None:
-    theirs = DDPMScheduler(**config)
-    ours = NoiseSchedule.from_config(theirs.config)
-    assert ours.alphas_cumprod.dtype == torch.float64
-    assert len(ours) == config["num_train_timesteps"] == len(theirs.alphas_cumprod)
-    torch.testing.assert_close(betas(config).float(), theirs.betas, rtol=1e-5, atol=1e-8)
-    # diffusers multiplies a thousand float32 factors; ours are float64, so theirs sets the tolerance.
-    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-4, atol=1e-9)
+def test_betas_and_alphas_cumprod_equal_diffusers(config: dict[str, Any]) -> None:
+    scheduler = DDPMScheduler(**config)
+    schedule = NoiseSchedule.from_config(scheduler.config)
+    assert schedule.alphas_cumprod.dtype == torch.float64
+    assert len(schedule) == config["num_train_timesteps"] == len(scheduler.alphas_cumprod)
+    torch.testing.assert_close(betas(config).float(), scheduler.betas, rtol=1e-5, atol=1e-8)
+    # The tolerance covers the rounding of diffusers, which multiplies up to 1000 float32 factors.
+    torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-4, atol=1e-9)
 
 
-def test_alpha_bar_is_the_product_of_what_each_step_keeps() -> None:
+def test_alphas_cumprod_is_the_cumulative_product_of_1_minus_beta() -> None:
     schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
     first, last = 0.00085**0.5, 0.012**0.5
     product = 1.0
@@ -62,7 +62,7 @@ def test_alpha_bar_is_the_product_of_what_each_step_keeps() -> None:
         assert float(schedule.alphas_cumprod[t]) == pytest.approx(product, rel=1e-12)
 
 
-def test_alpha_bar_falls_within_0_and_1(config: dict[str, Any]) -> None:
+def test_alphas_cumprod_decreases_between_1_and_0(config: dict[str, Any]) -> None:
     values = NoiseSchedule.from_config(config).alphas_cumprod
     assert 0 < values.min() < values.max() < 1
     assert (values.diff() < 0).all()
@@ -77,8 +77,8 @@ def test_alpha_squared_plus_sigma_squared_is_one(config: dict[str, Any]) -> None
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=0, atol=1e-14)
 
 
-def test_adding_noise_is_the_formula_and_diffusers(config: dict[str, Any]) -> None:
-    theirs = DDPMScheduler(**config)
+def test_add_noise_equals_the_formula_and_diffusers(config: dict[str, Any]) -> None:
+    scheduler = DDPMScheduler(**config)
     schedule = NoiseSchedule.from_config(config)
     g = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 6, 4, 5, 3, generator=g, dtype=torch.float64)
@@ -88,16 +88,16 @@ def test_adding_noise_is_the_formula_and_diffusers(config: dict[str, Any]) -> No
     for i, t in enumerate(timesteps.tolist()):
         abar = float(torch.cumprod(1 - betas(config), 0)[t])
         torch.testing.assert_close(noisy[i], abar**0.5 * clean[i] + (1 - abar) ** 0.5 * noise[i], rtol=0, atol=1e-12)
-    torch.testing.assert_close(noisy, theirs.add_noise(clean, noise, timesteps), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps), rtol=1e-4, atol=1e-4)
 
 
-def test_the_dtype_is_that_of_the_sample() -> None:
+def test_add_noise_returns_the_dtype_of_the_sample() -> None:
     schedule = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
     clean = torch.randn(2, 4, 3, 3)
     assert schedule.add_noise(clean, clean, torch.tensor([0, 999])).dtype == torch.float32
 
 
-def test_the_snr_is_the_formula(config: dict[str, Any]) -> None:
+def test_snr_equals_the_formula(config: dict[str, Any]) -> None:
     schedule = NoiseSchedule.from_config(config)
     timesteps = torch.arange(len(schedule))
     abar = torch.cumprod(1 - betas(config), 0)
@@ -107,32 +107,32 @@ def test_the_snr_is_the_formula(config: dict[str, Any]) -> None:
     assert (snr.diff() < 0).all()
 
 
-def test_zero_terminal_is_diffusers_and_ends_in_pure_noise() -> None:
+def test_zero_terminal_snr_equals_diffusers_and_ends_in_pure_noise() -> None:
     config = {**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     schedule = NoiseSchedule.from_config(config)
     plain = NoiseSchedule.from_config(CONFIGS["scaled_linear"])
     assert float(schedule.alphas_cumprod[-1]) == 0
     assert float(schedule.snr(torch.tensor([len(schedule) - 1]))) == 0
     torch.testing.assert_close(schedule.alphas_cumprod[0], plain.alphas_cumprod[0])
-    theirs = DDPMScheduler(**config).alphas_cumprod.double()
-    torch.testing.assert_close(schedule.alphas_cumprod, theirs, rtol=1e-4, atol=1e-6)
+    expected = DDPMScheduler(**config).alphas_cumprod.double()
+    torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-4, atol=1e-6)
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     last = torch.full((3,), len(schedule) - 1)
     assert torch.equal(schedule.add_noise(clean, noise, last), noise)
     torch.testing.assert_close(target("v_prediction", schedule, clean, noise, last), -clean)
 
 
-def test_pure_noise_and_epsilon_do_not_go_together() -> None:
+def test_zero_terminal_snr_with_epsilon_prediction_is_refused() -> None:
     with pytest.raises(UserError, match="zero_terminal_snr.*prediction_type=v_prediction"):
         NoiseSchedule.from_config({**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True})
 
 
-def test_an_unknown_schedule_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"beta_schedule 'sigmoid' .*scaled_linear"):
+def test_unknown_beta_schedule_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown beta_schedule 'sigmoid'; .*scaled_linear"):
         NoiseSchedule.from_config({**CONFIGS["linear"], "beta_schedule": "sigmoid"})
 
 
-def test_moving_keeps_the_values() -> None:
+def test_moving_to_a_device_keeps_the_values() -> None:
     schedule = NoiseSchedule.from_config(CONFIGS["linear"])
     before = schedule.alphas_cumprod.clone()
     assert schedule.to(torch.device("cpu")) is schedule

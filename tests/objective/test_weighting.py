@@ -1,4 +1,4 @@
-"""min-SNR by prediction type, against the paper's formulas."""
+"""Min-SNR weights for each prediction type, compared to the formulas of the paper."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ SNR = torch.tensor([1e-3, 0.5, 1.0, 4.999, 5.0, 5.001, 40.0, 1e3], dtype=torch.f
     ("kind", "divisor"),
     [("epsilon", lambda snr: snr), ("v_prediction", lambda snr: snr + 1), ("sample", lambda snr: 1)],
 )
-def test_min_snr_is_the_clipped_snr_over_the_types_own_factor(kind: PredictionType, divisor, gamma: float) -> None:
-    wanted = torch.tensor([min(snr, gamma) / divisor(snr) for snr in SNR.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(MinSNR(gamma)(SNR, kind), wanted, rtol=1e-12, atol=0)
+def test_min_snr_is_the_clipped_snr_divided_by_the_factor_of_the_prediction_type(
+    kind: PredictionType, divisor, gamma: float
+) -> None:
+    expected = torch.tensor([min(snr, gamma) / divisor(snr) for snr in SNR.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(MinSNR(gamma)(SNR, kind), expected, rtol=1e-12, atol=0)
 
 
-def test_gamma_is_5_as_in_the_paper() -> None:
+def test_default_gamma_is_5_as_in_the_paper() -> None:
     assert torch.equal(MinSNR()(SNR, "sample"), SNR.clamp(max=5.0))
 
 
-def test_the_three_types_weight_the_same_error_in_x_the_same() -> None:
-    """An error e in x is e sqrt(SNR) in epsilon and e sqrt(SNR + 1) in v; weight times its square must not differ."""
+def test_weighted_loss_of_an_error_in_x_is_equal_for_all_prediction_types() -> None:
+    """An error e in x is e sqrt(SNR) in epsilon and e sqrt(SNR + 1) in v; weight times squared error must be equal."""
     weighting = MinSNR(5.0)
-    wanted = weighting(SNR, "sample")
-    torch.testing.assert_close(weighting(SNR, "epsilon") * SNR, wanted)
-    torch.testing.assert_close(weighting(SNR, "v_prediction") * (SNR + 1), wanted)
+    expected = weighting(SNR, "sample")
+    torch.testing.assert_close(weighting(SNR, "epsilon") * SNR, expected)
+    torch.testing.assert_close(weighting(SNR, "v_prediction") * (SNR + 1), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_uniform_is_one(kind: PredictionType) -> None:
+def test_uniform_weight_is_one(kind: PredictionType) -> None:
     assert torch.equal(Uniform()(SNR, kind), torch.ones_like(SNR))

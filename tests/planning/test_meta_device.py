@@ -1,6 +1,6 @@
-"""No tensor is made on the CPU by accident: on the meta device a step or an image that mixes one in raises.
+"""Training steps and sampling create no tensor on the CPU by accident; on the meta device that raises, as on a GPU.
 
-What a GPU would refuse, the meta device refuses too, and it is here. ``sdtune plan`` takes the step.
+``sdtune plan`` runs the training step on the meta device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import Net
+from sdtune.backbone.controlnet import ControlNetWithStrength
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.config.compose import compose, search_path
@@ -29,7 +29,7 @@ from sdtune.sampling import loop as sampling
 from sdtune.sampling.loop import Request, Sampling
 
 METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
-OWN = {
+OVERRIDES = {
     "dreambooth": ["data.class_prompt=a photo of a dog"],
     "lora": [
         "method.targets=[cross_attention,self_attention,feed_forward,convolutions,text_encoder]",
@@ -43,23 +43,23 @@ OWN = {
 
 
 def adapter(method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
-    """``method`` after a step forward and back on the meta device, in bfloat16 as on a GPU."""
-    kept: list[Adapter] = []
+    """Adapter of ``method`` after a forward and backward pass on the meta device, in bfloat16 as on a GPU."""
+    adapters: list[Adapter] = []
     measure = planning.measure
 
-    def keep(model: Adapter, **settings: Any) -> Any:
-        kept.append(model)
+    def record(model: Adapter, **settings: Any) -> Any:
+        adapters.append(model)
         return measure(model, **settings)
 
-    monkeypatch.setattr("sdtune.planning.request.measure", keep)
-    where = "backbone=sd15", f"backbone.path={tiny}", "data.cache_latents=false", "data.cache_text=false"
-    settings = [f"method={method}", *where, *OWN.get(method, [])]
+    monkeypatch.setattr("sdtune.planning.request.measure", record)
+    common = "backbone=sd15", f"backbone.path={tiny}", "data.cache_latents=false", "data.cache_text=false"
+    settings = [f"method={method}", *common, *OVERRIDES.get(method, [])]
     count(plan_request(checked_plan(compose("plan", search_path(None), settings))))
-    return kept[0]
+    return adapters[0]
 
 
 class Solver:
-    """A solver's tables lie on the CPU and its numbers are read there, on any device; so this one has none."""
+    """Fake scheduler; diffusers' schedulers keep their tables on the CPU and read numbers there, on any device."""
 
     init_noise_sigma = 1.0
 
@@ -73,8 +73,8 @@ class Solver:
         return SimpleNamespace(prev_sample=latents - output)
 
 
-def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sample under a map up to where the finished image would come to the CPU, which meta tensors cannot."""
+def generate(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample with a control map until the copy of the image to the CPU, which meta tensors do not support."""
     monkeypatch.setattr(sampling, "make_scheduler", lambda *_: Solver())
 
     def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
@@ -91,19 +91,24 @@ def draw(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m in ("lora", "controlnet") else pytest.mark.slow) for m in METHODS]
 )
-def test_a_step_and_a_image_stay_on_the_device(method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step_and_sampling_stay_on_the_device(
+    method: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adapter(method, tiny, monkeypatch)
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    draw(model, monkeypatch)
+    generate(model, monkeypatch)
 
 
-def test_a_masked_loss_and_a_net_beside_stay_on_the_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_loss_and_controlnets_stay_on_the_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter("controlnet", tiny, monkeypatch)
     batch = planning.meta_batch(model, 2, 32, cached_latents=False, cached_text=False)
     batch["mask"] = torch.empty(2, 1, 8, 8, device="meta")
     with autocast(torch.device("meta"), str(model.trainer.precision)):
         assert model.losses(batch).device.type == "meta"
-        model.backbone.nets = (Net(model.controlnet, 0.5), Net(model.controlnet, 0.0))
+        model.backbone.controlnets = (
+            ControlNetWithStrength(model.controlnet, 0.5),
+            ControlNetWithStrength(model.controlnet, 0.0),
+        )
         noisy, times = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
         text = model.encode_text(["a fox", ""])
         out = sampling.predict_with_controlnets(
@@ -112,28 +117,28 @@ def test_a_masked_loss_and_a_net_beside_stay_on_the_device(tiny: Path, monkeypat
     assert out.device.type == "meta"
 
 
-def careless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the backbone adds a tensor that was made on the CPU."""
+def add_cpu_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the backbone add a CPU tensor to the UNet's input."""
     unet_inputs = Backbone.unet_inputs
 
-    def wrong(self: Backbone, noisy: Tensor, *more: Any, **named: Any) -> dict[str, Any]:
-        return unet_inputs(self, noisy + torch.zeros(noisy.shape), *more, **named)
+    def with_cpu_tensor(self: Backbone, noisy: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return unet_inputs(self, noisy + torch.zeros(noisy.shape), *args, **kwargs)
 
-    monkeypatch.setattr(Backbone, "unet_inputs", wrong)
+    monkeypatch.setattr(Backbone, "unet_inputs", with_cpu_tensor)
 
 
-def test_a_tensor_of_the_cpus_is_refused_in_a_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    careless(monkeypatch)
+def test_cpu_tensor_in_a_training_step_raises(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_cpu_tensor(monkeypatch)
     with pytest.raises(RuntimeError, match="device"):
         adapter("textual_inversion", tiny, monkeypatch)
 
 
-def test_a_tensor_of_the_cpus_is_refused_in_a_image(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensor_in_sampling_raises(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapter("textual_inversion", tiny, monkeypatch)
-    careless(monkeypatch)
+    add_cpu_tensor(monkeypatch)
     with pytest.raises(RuntimeError, match="device"):
-        draw(model, monkeypatch)
+        generate(model, monkeypatch)
 
 
-def test_the_outline_is_on_the_meta_device(tiny: Path) -> None:
+def test_meta_pretrained_loads_on_the_meta_device(tiny: Path) -> None:
     assert MetaPretrained(str(tiny)).load().device.type == "meta"

@@ -1,4 +1,4 @@
-"""The models that the package ships: complete, small enough, and loadable by others."""
+"""Models shipped with the package: complete, small enough, and loadable by other programs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def keys(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def test_all_models_together_are_at_most_45_mb() -> None:
+def test_all_models_together_have_at_most_45_mb() -> None:
     assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 45e6
 
 
-def test_plain_diffusers_draws_with_it() -> None:
+def test_plain_diffusers_generates_an_image_with_pocket() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(sdtune.pocket.path(), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a big fox on a blue background", num_inference_steps=2, output_type="pt").images
@@ -32,7 +32,7 @@ def test_plain_diffusers_draws_with_it() -> None:
     assert torch.isfinite(image).all()
 
 
-def test_older_clients_find_their_files_and_names() -> None:
+def test_tokenizer_and_text_encoder_have_the_files_and_keys_of_older_clients() -> None:
     tokenizer = sdtune.pocket.path() / "tokenizer"
     vocabulary = json.loads((tokenizer / "vocab.json").read_text())
     merges = (tokenizer / "merges.txt").read_text().splitlines()[1:]
@@ -42,26 +42,26 @@ def test_older_clients_find_their_files_and_names() -> None:
     assert all(k.startswith("text_model.") for k in keys(sdtune.pocket.path() / "text_encoder" / "model.safetensors"))
 
 
-def test_any_word_tokenises() -> None:
+def test_any_word_is_tokenized_losslessly() -> None:
     backbone = Pretrained().load()
-    unknown = "watercolour of a Ünïcode 漢字 sks <my_cat>"
-    ids = backbone.tokenizer(unknown).input_ids
-    assert backbone.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == unknown.lower().replace(" ", "")
+    text = "watercolour of a Ünïcode 漢字 sks <my_cat>"
+    ids = backbone.tokenizer(text).input_ids
+    assert backbone.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == text.lower().replace(" ", "")
 
 
-def test_the_text_encoder_is_the_clips_text_tower() -> None:
+def test_text_encoder_is_the_text_model_of_the_clip() -> None:
     from transformers import CLIPModel
 
     clip = CLIPModel.from_pretrained(sdtune.pocket.clip_path(), dtype=torch.float32, local_files_only=True)
     backbone = Pretrained().load()
     ids = backbone.tokenize(["a big fox on a blue background"])
-    theirs = clip.text_model(ids).last_hidden_state
+    expected = clip.text_model(ids).last_hidden_state
     # The CLIP is stored in half precision.
-    torch.testing.assert_close(backbone.encode_text(["a big fox on a blue background"]), theirs, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(backbone.encode_text(["a big fox on a blue background"]), expected, rtol=0.02, atol=0.02)
 
 
-def test_a_member_reads_nearer_to_its_own_words() -> None:
-    """The CLIP has learned the world: a drawing's caption beats the other eleven backgrounds and another thing's."""
+def test_clip_matches_images_with_their_captions() -> None:
+    """More than 90% of the images are closest to their own caption, among captions of 48 scenes."""
     import numpy as np
 
     from sdtune.evaluation.clip import Clip

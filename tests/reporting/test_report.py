@@ -1,4 +1,4 @@
-"""The report: ranking with spread, charts, samples side by side, failures, and captions that are hostile."""
+"""HTML report: ranking, charts, samples, failed runs, escaping of hostile captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write_report
-from sdtune.reporting.charts import pareto
+from sdtune.reporting.charts import pareto_front
 from sdtune.reporting.page import ranking_table, standalone_overrides
 from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied
 
@@ -25,77 +25,84 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2 ranks x 2 rates x 2 seeds, one rate absurd; a caption that would break out of a page."""
+    """Sweep of 2 ranks x 2 learning rates (one diverges) x 2 seeds, with a caption that attempts script injection."""
     from drawings import save_drawings
 
     folder = tmp_path_factory.mktemp("sweep")
     images = save_drawings(folder / "images", 4)
     for file in images.glob("*.png"):
         file.with_suffix(".txt").write_text(f"a thing {HOSTILE}")
-    own = [a for a in arguments(tiny, images, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))]
-    own += ["trainer.max_steps=3", "data.hold_out=4", "trainer.val_check_interval=1", f"hydra.sweep.dir={folder}/it"]
-    own += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
-    assert train("-m", *own, "method.rank=1,2", "optimizer.lr=1e-2,1e30", "seed=0,1") == 1
+    overrides = [
+        a for a in arguments(tiny, images, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))
+    ]
+    overrides += [
+        "trainer.max_steps=3",
+        "data.hold_out=4",
+        "trainer.val_check_interval=1",
+        f"hydra.sweep.dir={folder}/it",
+    ]
+    overrides += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
+    assert train("-m", *overrides, "method.rank=1,2", "optimizer.lr=1e-2,1e30", "seed=0,1") == 1
     return folder / "it"
 
 
-def test_seeds_are_replicates(sweep: Path) -> None:
+def test_runs_that_differ_only_in_seed_are_one_setting(sweep: Path) -> None:
     runs = collect(sweep)
     assert [run.folder.name for run in runs] == [str(i) for i in range(8)]
     assert [run.state for run in runs] == ["done", "done", "failed", "failed"] * 2
     assert "not finite" in str(runs[2].error)
     assert varied(runs) == ["method.rank", "optimizer.lr"]
-    found = group_by_setting(runs)
-    assert [len(setting.runs) for setting in found] == [2, 2, 2, 2]
+    settings = group_by_setting(runs)
+    assert [len(setting.runs) for setting in settings] == [2, 2, 2, 2]
     assert chosen(runs) == "validation_loss"
-    order = ranked(found, "validation_loss")
-    assert len(order) == 2, "what failed has no place"
-    means = [figure.mean for _, figure, _ in order]
+    order = ranked(settings, "validation_loss")
+    assert len(order) == 2, "failed runs are not ranked"
+    means = [statistics.mean for _, statistics, _ in order]
     assert means == sorted(means)
-    for setting, figure, _ in order:
+    for setting, statistics, _ in order:
         values = [json.loads((run.folder / "metrics.json").read_text())["validation_loss"] for run in setting.runs]
-        assert figure.mean == pytest.approx(sum(values) / 2)
-        assert figure.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert statistics.mean == pytest.approx(sum(values) / 2)
+        assert statistics.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
-def run_of(folder: str, overrides: tuple[str, ...], config: dict[str, Any], metrics: dict[str, float]) -> Run:
+def make_run(folder: str, overrides: tuple[str, ...], config: dict[str, Any], metrics: dict[str, float]) -> Run:
     return Run(Path(folder), overrides, None, "done", None, config, metrics, {}, (), (), {})
 
 
-def test_recipes_are_called_by_their_names_and_each_task_is_ranked_by_its_own_figure() -> None:
+def test_recipes_are_labeled_by_name_and_each_task_is_ranked_by_its_metric() -> None:
     runs = [
-        run_of(
+        make_run(
             f"{name}-{seed}",
             (f"experiment={name}", f"seed={seed}", f"hydra.run.dir={name}-{seed}"),
             {"seed": seed, "method.lr": lr, "data.prompts": [name]},
-            {figure: value + seed},
+            {metric: value + seed},
         )
-        for name, lr, figure, value in (
+        for name, lr, metric, value in (
             ("weak", 1, "subject_gain", 10.0),
             ("edges", 2, "control_agreement", 30.0),
             ("strong", 2, "subject_gain", 20.0),
         )
         for seed in (0, 1)
     ]
-    found = group_by_setting(runs)
-    assert [setting.label for setting in found] == ["weak", "edges", "strong"]
-    assert [(metric, [s.label for s, *_ in places]) for metric, places in rankings(found)] == [
+    settings = group_by_setting(runs)
+    assert [setting.label for setting in settings] == ["weak", "edges", "strong"]
+    assert [(metric, [s.label for s, *_ in places]) for metric, places in rankings(settings)] == [
         ("subject_gain", ["strong", "weak"]),
         ("control_agreement", ["edges"]),
     ]
 
 
-def test_runs_whose_command_lines_say_nothing_are_told_apart_by_their_settings() -> None:
-    runs = [run_of(str(lr), ("hydra.run.dir=x",), {"optimizer.lr": lr}, {"validation_loss": lr}) for lr in (0.1, 0.2)]
+def test_runs_with_equal_command_lines_are_labeled_by_their_config() -> None:
+    runs = [make_run(str(lr), ("hydra.run.dir=x",), {"optimizer.lr": lr}, {"validation_loss": lr}) for lr in (0.1, 0.2)]
     assert [setting.label for setting in group_by_setting(runs)] == ["optimizer.lr 0.1", "optimizer.lr 0.2"]
 
 
-def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
+def test_grid_sweep_has_a_heat_map_and_random_search_a_scatter_plot() -> None:
     rates = (1e-4, 3e-4, 2e-3, 7e-3)
 
     def runs(pairs: list[tuple[float, int]]) -> list[Run]:
         return [
-            run_of(str(i), (f"optimizer.lr={lr}", f"method.rank={rank}"), {"optimizer.lr": lr, "method.rank": rank},
+            make_run(str(i), (f"optimizer.lr={lr}", f"method.rank={rank}"), {"optimizer.lr": lr, "method.rank": rank},
                    {"subject_gain": float(i)})
             for i, (lr, rank) in enumerate(pairs)
         ]  # fmt: skip
@@ -104,7 +111,7 @@ def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
     search = group_by_setting(runs([(rates[0], 4), (rates[1], 8), (rates[2], 16), (rates[3], 32)]))
     assert charts.heat_map(grid, ["subject_gain"], "subject_gain") is not None
     assert charts.heat_map(search, ["subject_gain"], "subject_gain") is None
-    figure = charts.plane(search, "subject_gain")
+    figure = charts.scatter_plot(search, "subject_gain")
     assert figure is not None
     [points] = figure.data
     assert (list(points.x), list(points.y)) == (list(rates), [4, 8, 16, 32])
@@ -113,7 +120,7 @@ def test_a_search_is_shown_by_points_and_a_grid_by_a_map() -> None:
 
 
 class Scripts(HTMLParser):
-    """Script elements, the visible text, and what is fetched from elsewhere."""
+    """Collects script elements, visible text and the sources of images, links and frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,30 +143,30 @@ class Scripts(HTMLParser):
         self.text += "" if self._in else data
 
 
-def test_the_page_holds_everything_and_runs_nothing_else(sweep: Path) -> None:
-    done = subprocess.run(
+def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> None:
+    process = subprocess.run(
         [sys.executable, "-m", "sdtune", "report", str(sweep)], capture_output=True, text=True, check=True
     )
     file = sweep / "report.html"
-    assert done.stdout == f"report: {file}\n"
+    assert process.stdout == f"report: {file}\n"
     page = Scripts()
     page.feed(file.read_text())
     nonces = {script.get("nonce") for script in page.scripts}
     assert len(nonces) == 1
     assert None not in nonces
-    assert len(page.scripts) == 1 + 4, "Plotly, and a chart each"
+    assert len(page.scripts) == 1 + 4, "Plotly, and one script per chart"
     assert all(source.startswith("data:image/webp;base64,") for source in page.images)
-    # Two settings of two seeds that have ended: a base and four samples of each held prompt.
+    # For each held-out prompt: a sample of the base model, and one each of four complete runs.
     assert len(page.images) >= 5
-    assert HOSTILE in page.text, "it is shown as what it is"
-    for words in ("Ranking", "method.rank 1, optimizer.lr 0.01", "2 seeds", "What failed", "not finite"):
-        assert words in page.text, words
+    assert HOSTILE in page.text, "the caption is shown as text"
+    for text in ("Ranking", "method.rank 1, optimizer.lr 0.01", "2 seeds", "Failed runs", "not finite"):
+        assert text in page.text, text
     assert "sdtune train method=lora" in page.text
     assert "method.rank=2" in page.text
     assert "optimizer.lr=1e+30" in page.text
 
 
-def test_a_single_run_and_any_folder_of_runs(sweep: Path, tmp_path: Path) -> None:
+def test_single_run_and_nested_folders_of_runs_are_collected(sweep: Path, tmp_path: Path) -> None:
     assert [run.state for run in collect(sweep / "0")] == ["done"]
     assert write_report(collect(sweep / "0"), tmp_path, "one").stat().st_size > 1_000_000
     shutil.copytree(sweep / "0", tmp_path / "a" / "seed-0")
@@ -169,7 +176,7 @@ def test_a_single_run_and_any_folder_of_runs(sweep: Path, tmp_path: Path) -> Non
     assert varied(runs) == ["method.rank"]
 
 
-def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> None:
+def test_killed_run_is_unfinished(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep / "0", tmp_path / "0")
     for name in ("metrics.json", "job.json"):
         (tmp_path / "0" / name).unlink()
@@ -178,18 +185,18 @@ def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> Non
     assert write_report([run], tmp_path, "killed").is_file()
 
 
-def test_torn_files_do_not_take_the_report_down(sweep: Path, tmp_path: Path) -> None:
+def test_incomplete_files_are_skipped(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep / "0", tmp_path / "0")
     with (tmp_path / "0" / "metrics.csv").open("a") as handle:
         handle.write("4,1.2e-")
     broken = next((tmp_path / "0" / "samples" / "after").glob("*.png"))
     broken.write_bytes(broken.read_bytes()[:50])
-    [run], [whole] = collect(tmp_path), collect(sweep / "0")
-    assert run.history == whole.history
-    assert len(run.images) == len(whole.images) - 1
+    [run], [intact_run] = collect(tmp_path), collect(sweep / "0")
+    assert run.history == intact_run.history
+    assert len(run.images) == len(intact_run.images) - 1
 
 
-def test_a_trials_command_runsstandalone_overrides() -> None:
+def test_command_of_a_trial_runs_without_its_study() -> None:
     assert standalone_overrides(["sweep=optuna", "trial=3", "method.rank=2"]) == [
         "sweep=optuna",
         "method.rank=2",
@@ -199,88 +206,92 @@ def test_a_trials_command_runsstandalone_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"), [(False, "is not a folder"), (True, "holds no training run")], ids=["missing", "empty"]
+    ("exists", "message"), [(False, "is not a folder"), (True, "no training run in")], ids=["missing", "empty"]
 )
-def test_no_runs(make: bool, words: str, tmp_path: Path) -> None:
-    if make:
+def test_folder_without_runs_is_refused(exists: bool, message: str, tmp_path: Path) -> None:
+    if exists:
         (tmp_path / "x").mkdir()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "sdtune", "report", str(tmp_path / "x")], capture_output=True, text=True
     )
-    assert done.returncode == 2
-    assert done.stderr.startswith("sdtune: ")
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert process.returncode == 2
+    assert process.stderr.startswith("sdtune: ")
+    assert message in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
-def test_the_front_holds_what_nothing_beats() -> None:
+def test_pareto_front_contains_the_points_that_no_other_beats() -> None:
     points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (4.0, 5.0), (2.0, 0.0)]
-    assert pareto(points, lower=False) == [(1.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
-    assert pareto(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
+    assert pareto_front(points, lower=False) == [(1.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
+    assert pareto_front(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
 
 
-def test_an_extended_run_says_what_it_is_now(tiny: Path, images: Path, tmp_path: Path) -> None:
+def test_extended_run_is_reported_with_its_last_config(tiny: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {batch_size: 2}\n")
     run = tmp_path / "run"
-    own = arguments(tiny, images, run, "trainer.max_steps=1", "experiment=mine")
-    assert train("-cd", str(tmp_path / "conf"), *own) == 0
+    overrides = arguments(tiny, images, run, "trainer.max_steps=1", "experiment=mine")
+    assert train("-cd", str(tmp_path / "conf"), *overrides) == 0
     assert train(f"resume={run}", "trainer.max_steps=2") == 0
-    [found] = collect(run)
-    assert found.config["trainer.max_steps"] == 2
-    assert found.config["optimizer.lr"] == found.config["default_lr"] == 1e-4, "as it was, not as it was written"
-    page = html.unescape(write_report([found], run, "it").read_text())
+    [extended_run] = collect(run)
+    assert extended_run.config["trainer.max_steps"] == 2
+    assert extended_run.config["optimizer.lr"] == extended_run.config["default_lr"] == 1e-4, (
+        "interpolations are resolved"
+    )
+    page = html.unescape(write_report([extended_run], run, "it").read_text())
     command = f"sdtune train -cd {tmp_path / 'conf'} "
     shown = page[page.index(command) :].partition("</code>")[0]
     assert "resume=" not in shown
-    again = shlex.split(shown)[2:]
-    again = [a for a in again if not a.startswith("hydra.run.dir=")]
-    assert train(*again, f"hydra.run.dir={tmp_path}/again") == 0
+    repeated = shlex.split(shown)[2:]
+    repeated = [a for a in repeated if not a.startswith("hydra.run.dir=")]
+    assert train(*repeated, f"hydra.run.dir={tmp_path}/again") == 0
     assert json.loads((tmp_path / "again" / "metrics.json").read_text())["steps"] == 2
 
 
-def test_what_is_said_of_seeds_and_noise() -> None:
+def test_ranking_states_seeds_and_noise() -> None:
     def run(number: int, seed: int, lr: float, **metrics: float) -> Run:
-        return run_of(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
+        return make_run(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
 
-    one = group_by_setting([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
-    place, second = ranking_table("subject_gain", ranked(one, "subject_gain"))["rows"]
-    assert place["noise"] == "1 of 2 seeds"
-    assert second["noise"] == "noise unknown: one seed here or above"
+    one_seed = group_by_setting([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
+    first, second = ranking_table("subject_gain", ranked(one_seed, "subject_gain"))["rows"]
+    assert first["noise"] == "1 of 2 seeds"
+    assert second["noise"] == "noise unknown (one seed here or in the best row)"
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.01 * i) for i in range(6)]
-    place, second = ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
-    assert (place["noise"], second["noise"]) == ("3 seeds", "3 seeds")
+    first, second = ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
+    assert (first["noise"], second["noise"]) == ("3 seeds", "3 seeds")
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) + 0.01 * (i // 3)) for i in range(6)]
     assert ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
 
 
-def test_seeds_that_agree_do_not_make_a_share_exact() -> None:
-    """One image of fourteen, by both seeds, is no lead."""
+def test_share_has_binomial_noise_even_if_seeds_agree() -> None:
+    """A difference of one image in fourteen is within the noise, even if both seeds agree."""
 
     def setting(share: float, images: int) -> Setting:
         config = {"evaluation.images": images}
         runs = [
-            run_of(f"{share}-{s}", (), {**config, "seed": s}, {"subject_gain": share, "clip_image": share})
+            make_run(f"{share}-{s}", (), {**config, "seed": s}, {"subject_gain": share, "clip_image": share})
             for s in (0, 1)
         ]
         return Setting({}, tuple(runs))
 
-    places = ranked([setting(0.0, 14), setting(1 / 14, 14)], "subject_gain")
-    assert [within for _, _, within in places] == [False, True]
+    close = ranked([setting(0.0, 14), setting(1 / 14, 14)], "subject_gain")
+    assert [within for _, _, within in close] == [False, True]
     apart = ranked([setting(0.0, 1000), setting(1.0, 1000)], "subject_gain")
     assert [within for _, _, within in apart] == [False, False]
-    # Another metric has no such floor, and equal means are one.
+    # Other metrics have no minimum noise; equal means are always within the noise.
     assert [within for _, _, within in ranked([setting(0.0, 14), setting(1 / 14, 14)], "clip_image")] == [False, False]
     assert [within for _, _, within in ranked([setting(0.5, 14), setting(0.5, 14)], "clip_image")] == [False, True]
 
 
-def test_costs_of_runs_on_one_backbone_are_marked(tmp_path: Path) -> None:
+def test_report_notes_that_costs_of_shared_backbone_runs_are_joint(tmp_path: Path) -> None:
     runs = [
-        run_of(f"{i}", (f"seed={i}", "method.rank=4"), {"seed": i, "method.rank": 4}, {"validation_loss": 0.1, **more})
+        make_run(
+            f"{i}", (f"seed={i}", "method.rank=4"), {"seed": i, "method.rank": 4}, {"validation_loss": 0.1, **more}
+        )
         for i, more in enumerate(({"shared_with": 8.0}, {"shared_with": 8.0}, {}))
     ]
-    said = "2 of 3 runs trained 8 at once on one backbone (shared_with)"
-    assert said in write_report(runs, tmp_path, "a sweep").read_text()
-    assert said not in write_report(runs[2:], tmp_path, "a sweep").read_text()
+    note = "2 of 3 runs trained 8 at the same time on one backbone (shared_with)"
+    assert note in write_report(runs, tmp_path, "a sweep").read_text()
+    assert note not in write_report(runs[2:], tmp_path, "a sweep").read_text()

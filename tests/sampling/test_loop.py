@@ -1,4 +1,4 @@
-"""Our sampling loop gives the images of plain diffusers."""
+"""The sampling loop generates the same images as diffusers."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def pipe(tiny: Path) -> StableDiffusionPipeline:
 def floats(
     backbone: Backbone, requests: Sequence[Request], settings: Sampling, patch: pytest.MonkeyPatch
 ) -> np.ndarray:
-    """Images [B, H, W, 3] in [0, 1], as they are before they become bytes."""
-    kept: list[torch.Tensor] = []
+    """Generated images [B, H, W, 3] in [0, 1], before the conversion to uint8."""
+    decoded: list[torch.Tensor] = []
     decode = Backbone.decode
 
     def spy(self: Backbone, latents: torch.Tensor) -> torch.Tensor:
-        kept.append(decode(self, latents))
-        return kept[-1]
+        decoded.append(decode(self, latents))
+        return decoded[-1]
 
     with patch.context() as inner:
         inner.setattr(Backbone, "decode", spy)
         images = np.stack(list(generate(backbone, requests, settings)))
-    exact = torch.cat(kept).permute(0, 2, 3, 1).numpy()
+    exact = torch.cat(decoded).permute(0, 2, 3, 1).numpy()
     assert np.abs(images / 255 - exact).max() <= 0.5 / 255 + 1e-6
     return exact
 
@@ -65,7 +65,7 @@ def floats(
     ],
     ids=["guided", "unguided", "negative prompt", "dpmpp_2m", "euler_ancestral", "not square"],
 )
-def test_equals_diffusers(
+def test_images_equal_those_of_diffusers(
     settings: dict[str, Any],
     scheduler: str,
     backbone: Backbone,
@@ -74,7 +74,7 @@ def test_equals_diffusers(
 ) -> None:
     sampling = Sampling(**{"steps": 4, "guidance": 5.0, **settings})
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    wanted = pipe(
+    expected = pipe(
         [request.prompt for request in REQUESTS],
         negative_prompt=[sampling.negative_prompt] * 3,
         num_inference_steps=4,
@@ -84,14 +84,14 @@ def test_equals_diffusers(
         generator=[torch.Generator().manual_seed(request.seed) for request in REQUESTS],
         output_type="np",
     ).images
-    ours = floats(backbone, REQUESTS, sampling, monkeypatch)
-    assert ours.shape == (3, sampling.height or 32, sampling.width or 32, 3)
-    assert np.abs(ours - wanted).max() <= 1e-4
-    assert np.abs(ours[0] - ours[2]).max() > 1e-2  # the seed counts
+    images = floats(backbone, REQUESTS, sampling, monkeypatch)
+    assert images.shape == (3, sampling.height or 32, sampling.width or 32, 3)
+    assert np.abs(images - expected).max() <= 1e-4
+    assert np.abs(images[0] - images[2]).max() > 1e-2  # equal prompts, different seeds
 
 
 def test_settings_change_the_image(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the equalities above are not between images that look the same whatever is asked for."""
+    """Otherwise the comparison with diffusers would prove nothing."""
     variants = [
         Sampling(steps=4, guidance=5.0),
         Sampling(steps=4, guidance=1.0),
@@ -104,14 +104,14 @@ def test_settings_change_the_image(backbone: Backbone, monkeypatch: pytest.Monke
         assert all(np.abs(image - other).max() > 1e-3 for other in images[:i])
 
 
-def test_a_image_does_not_depend_on_its_neighbours(backbone: Backbone) -> None:
+def test_image_does_not_depend_on_its_batch(backbone: Backbone) -> None:
     for sampler in (None, "euler_ancestral"):
         together = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=3)))
         alone = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=1)))
-        for ours, theirs in zip(together, alone, strict=True):
-            assert np.abs(ours.astype(int) - theirs).max() <= 1
+        for batched, single in zip(together, alone, strict=True):
+            assert np.abs(batched.astype(int) - single).max() <= 1
 
 
-def test_a_side_that_the_vae_cannot_make_is_refused(backbone: Backbone) -> None:
+def test_width_that_is_not_a_multiple_of_the_vae_factor_is_refused(backbone: Backbone) -> None:
     with pytest.raises(UserError, match=r"^sampling\.width: 30 is not a multiple of 4, the VAE's factor$"):
         list(generate(backbone, REQUESTS, Sampling(width=30)))

@@ -1,4 +1,4 @@
-"""Prompts that are longer than what a backbone reads."""
+"""Prompts with more tokens than the text encoder accepts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from sdtune.backbone import Pretrained
-from sdtune.sampling.prompts import warn_of_cut_prompts
+from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 
-def test_a_prompt_that_is_cut_is_named_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
-    long = " ".join(["a"] * 76)  # with the tokens of beginning and end one more than the window
-    warn_of_cut_prompts(Pretrained(str(tiny)).load(), ["a fox", long, long, long[2:]])
+def test_truncated_prompt_is_logged_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = " ".join(["a"] * 76)  # 78 tokens with the start and end tokens; the limit is 77
+    warn_about_truncated_prompts(Pretrained(str(tiny)).load(), ["a fox", long, long, long[2:]])
     assert [record.getMessage() for record in caplog.records if record.name == "sdtune"] == [
-        f"WARNING: the prompt has 78 tokens and is cut after 77: {long}"
+        f"WARNING: the prompt has 78 tokens and is truncated to 77: {long}"
     ]

@@ -1,4 +1,4 @@
-"""What fails for one job of a shared backbone is that job's alone; what fails for all ends the sweep, which goes on."""
+"""Failures on a shared backbone: one job fails alone, or a step fails all its jobs and ends the sweep."""
 
 from __future__ import annotations
 
@@ -19,83 +19,83 @@ from sdtune.sweeps import job as jobs
 LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
 
 
-def test_without_memory_each_job_says_so_and_the_sweep_ends(
+def test_step_out_of_memory_fails_its_jobs_and_ends_the_sweep(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward = pool.Pool.compute
 
-    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+    def out_of_memory(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
         if next(iter(calls.values())).mode.gradients:
             raise torch.OutOfMemoryError
         forward(self, calls, idle)
 
-    monkeypatch.setattr(pool.Pool, "compute", full)
-    own = [
+    monkeypatch.setattr(pool.Pool, "compute", out_of_memory)
+    overrides = [
         *settings,
         "callbacks.samples=null",
         *LAUNCHER,
         "hydra.launcher.max_concurrent_runs=2",
         "optimizer.lr=1e-3,1e-4,1e-5",
     ]
-    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    said = "out of memory on the device with 2 runs at once: give hydra.launcher.max_concurrent_runs=1"
+    assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    message = "out of memory on the device with 2 concurrent runs: set hydra.launcher.max_concurrent_runs=1"
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
-    assert [(state["state"], state["error"]) for state in states] == [("failed", said)] * 2
+    assert [(state["state"], state["error"]) for state in states] == [("failed", message)] * 2
     assert not (tmp_path / "sweep" / "2").exists()
     captured = capsys.readouterr()
     assert "sweep: 0 of 2 jobs are done" in captured.out
-    assert f"sdtune: {said}\n" in captured.err
+    assert f"sdtune: {message}\n" in captured.err
     monkeypatch.setattr(pool.Pool, "compute", forward)
     assert train("-m", f"resume={tmp_path}/sweep", "hydra.launcher.max_concurrent_runs=1") == 0
     captured = capsys.readouterr()
-    assert "jobs 0-2 share one backbone, 1 at once" in captured.out
+    assert "jobs 0-2 share one backbone, 1 at a time" in captured.out
     assert "sweep: 3 of 3 jobs are done" in captured.out
 
 
-def test_what_one_job_cannot_draw_is_its_own_failure(
+def test_validation_out_of_memory_fails_only_its_job(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward = pool.Pool.compute
     failed: list[int] = []
 
-    def full(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
+    def out_of_memory(self: pool.Pool, calls: dict[int, pool.Forward], idle: set[int]) -> None:
         if not next(iter(calls.values())).mode.gradients and 0 in calls and not failed:
             failed.extend(calls)
             raise torch.OutOfMemoryError
         forward(self, calls, idle)
 
-    monkeypatch.setattr(pool.Pool, "compute", full)
-    own = [*settings, "callbacks.samples=null", "data.hold_out=5", "seed=0,1", "trainer.val_check_interval=1,2"]
-    own += [*LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
-    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
-    assert failed == [0]  # which validates by itself, while the other is in a step
+    monkeypatch.setattr(pool.Pool, "compute", out_of_memory)
+    overrides = [*settings, "callbacks.samples=null", "data.hold_out=5", "seed=0,1", "trainer.val_check_interval=1,2"]
+    overrides += [*LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
+    assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    assert failed == [0]  # job 0 validates while the other job is in a step
     states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
     assert [state["state"] for state in states] == ["failed", "done", "done", "done"]
     assert states[0]["error"].startswith(
-        "out of memory on the device with 2 runs at once: give hydra.launcher.max_concurrent_runs="
+        "out of memory on the device with 2 concurrent runs: set hydra.launcher.max_concurrent_runs="
     )
     assert "3 of 4 jobs are done" in capsys.readouterr().out
 
 
-def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails() -> None:
-    drawn: list[int] = []
+def test_job_that_waits_for_images_survives_a_failed_step() -> None:
+    answered: list[int] = []
 
-    class Full(pool.Pool):
+    class PoolOutOfMemory(pool.Pool):
         def compute(self, calls: dict[int, pool.Forward], idle: set[int]) -> None:
             if next(iter(calls.values())).mode.gradients:
                 raise torch.OutOfMemoryError
-            for seat, call in calls.items():
-                drawn.append(seat)
+            for number, call in calls.items():
+                answered.append(number)
                 call.answer = torch.ones(1)
 
         def in_parts(self, calls: dict[int, pool.Forward]) -> Iterator[dict[int, pool.Forward]]:
             yield calls
 
-    def asked(gradients: bool) -> pool.Forward:
+    def forward(gradients: bool) -> pool.Forward:
         mode = Mode(gradients, gradients, (False, torch.float32), torch.float32)
         return pool.Forward(None, {"sample": torch.zeros(1)}, mode)  # type: ignore[arg-type]
 
-    coordinator = StepCoordinator(2, Full(torch.device("cpu"), "32-true", 2, 4, False).answer)
+    coordinator = StepCoordinator(2, PoolOutOfMemory(torch.device("cpu"), "32-true", 2, 4, False).answer)
     ended: list[str] = []
 
     def job(name: str, call: PendingCall) -> Callable[[], None]:
@@ -110,25 +110,25 @@ def test_a_job_that_waits_to_be_measured_is_none_the_worse_for_a_step_that_fails
 
         return run
 
-    coordinator.run(iter([job("step", asked(True)), job("drawing", asked(False))]))
-    # The drawing waits until the step's job has ended, and with it the memory of its activations is free.
-    assert ended == ["step failed", "drawing answered"]
-    assert drawn == [1]
+    coordinator.run(iter([job("step", forward(True)), job("images", forward(False))]))
+    # The call for images waits until the job of the step has ended and the memory of its activations is free.
+    assert ended == ["step failed", "images answered"]
+    assert answered == [1]
     assert "max_concurrent_runs=1" in str(coordinator.broken)
 
 
-def test_a_folder_that_cannot_be_written_is_one_jobs_failure(
+def test_unwritable_folder_fails_only_its_job(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = jobs.write_json
 
-    def full(path: Path, content: object) -> None:
+    def disk_full(path: Path, content: object) -> None:
         if path == tmp_path / "sweep" / "0" / jobs.STATE:
             raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
-    monkeypatch.setattr(jobs, "write_json", full)
-    own = [*settings, "callbacks.samples=null", *LAUNCHER, "optimizer.lr=1e-3,1e-4"]
-    assert train(*own, f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    monkeypatch.setattr(jobs, "write_json", disk_full)
+    overrides = [*settings, "callbacks.samples=null", *LAUNCHER, "optimizer.lr=1e-3,1e-4"]
+    assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert "sdtune: job 0: [Errno 28] No space left on device" in capsys.readouterr().err
     assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text())["state"] == "done"

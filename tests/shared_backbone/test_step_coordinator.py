@@ -1,4 +1,4 @@
-"""Jobs that move by turns: who waits for whom, what comes back, and how one's end leaves the others."""
+"""Step coordinator: which jobs wait, which calls are answered together, how the end of a job affects the others."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class Number(PendingCall):
         self.value = value
 
 
-def run(seats: int, jobs: list[Callable[[StepCoordinator], None]]) -> list[dict[int, int]]:
-    """The questions that were answered together, by seat; each answer is a hundred more."""
-    asked: list[dict[int, int]] = []
+def run(size: int, jobs: list[Callable[[StepCoordinator], None]]) -> list[dict[int, int]]:
+    """Run ``jobs``; return the values of each batch of calls by participant number; answers are 100 larger."""
+    batches: list[dict[int, int]] = []
 
-    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
-        numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
+    def answer(calls: dict[int, PendingCall]) -> Collection[int]:
+        numbers = {number: call for number, call in calls.items() if isinstance(call, Number)}
         if numbers:
-            asked.append({seat: q.value for seat, q in numbers.items()})
-        for question in numbers.values():
-            question.answer = question.value + 100
+            batches.append({number: call.value for number, call in numbers.items()})
+        for call in numbers.values():
+            call.answer = call.value + 100
         return numbers
 
-    coordinator = StepCoordinator(seats, answer)
+    coordinator = StepCoordinator(size, answer)
     coordinator.run(lambda job=job: job(coordinator) for job in jobs)
-    return asked
+    return batches
 
 
-def asks(*values: int, joins: bool = True) -> Callable[[StepCoordinator], None]:
+def calling_job(*values: int, joins: bool = True) -> Callable[[StepCoordinator], None]:
     def job(coordinator: StepCoordinator) -> None:
         if joins:
             coordinator.ask(JoinCall())
@@ -42,43 +42,47 @@ def asks(*values: int, joins: bool = True) -> Callable[[StepCoordinator], None]:
     return job
 
 
-def test_what_all_ask_is_answered_together() -> None:
-    assert run(2, [asks(1, 2), asks(10, 20)]) == [{0: 1, 1: 10}, {0: 2, 1: 20}]
+def test_calls_of_all_jobs_are_answered_together() -> None:
+    assert run(2, [calling_job(1, 2), calling_job(10, 20)]) == [{0: 1, 1: 10}, {0: 2, 1: 20}]
 
 
-def test_before_it_has_joined_a_job_waits_for_none() -> None:
-    assert run(2, [asks(1, joins=False), asks(10), asks(20)]) == [{0: 1}, {0: 10, 1: 20}]
+def test_job_does_not_wait_before_it_has_joined() -> None:
+    assert run(2, [calling_job(1, joins=False), calling_job(10), calling_job(20)]) == [{0: 1}, {0: 10, 1: 20}]
 
 
-def test_the_next_job_takes_the_place_of_one_that_ends() -> None:
-    assert run(2, [asks(1), asks(10, 20, 30), asks(5, 6)]) == [{0: 1, 1: 10}, {1: 20, 0: 5}, {0: 6, 1: 30}]
+def test_next_job_takes_the_number_of_an_ended_one() -> None:
+    assert run(2, [calling_job(1), calling_job(10, 20, 30), calling_job(5, 6)]) == [
+        {0: 1, 1: 10},
+        {1: 20, 0: 5},
+        {0: 6, 1: 30},
+    ]
 
 
-def test_what_is_not_answered_waits_for_the_next_time() -> None:
-    asked: list[list[int]] = []
+def test_unanswered_call_waits_for_the_next_round() -> None:
+    batches: list[list[int]] = []
 
-    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
-        numbers = {seat: q for seat, q in questions.items() if isinstance(q, Number)}
-        first = {seat for seat, q in numbers.items() if q.value < 10} or set(numbers)
-        asked.append(sorted(numbers[seat].value for seat in first))
-        for seat in first:
-            numbers[seat].answer = numbers[seat].value + 100
-        return first
+    def answer(calls: dict[int, PendingCall]) -> Collection[int]:
+        numbers = {number: call for number, call in calls.items() if isinstance(call, Number)}
+        answered = {number for number, call in numbers.items() if call.value < 10} or set(numbers)
+        batches.append(sorted(numbers[number].value for number in answered))
+        for number in answered:
+            numbers[number].answer = numbers[number].value + 100
+        return answered
 
     coordinator = StepCoordinator(2, answer)
-    coordinator.run(lambda job=job: job(coordinator) for job in [asks(1, 11), asks(12)])
-    assert asked == [[1], [11, 12]]
+    coordinator.run(lambda job=job: job(coordinator) for job in [calling_job(1, 11), calling_job(12)])
+    assert batches == [[1], [11, 12]]
 
 
-def test_what_cannot_be_answered_is_raised_where_it_was_asked_and_no_job_begins_any_more() -> None:
+def test_failed_answer_is_raised_in_the_waiting_jobs_and_no_new_job_starts() -> None:
     ended: list[str] = []
-    begun: list[int] = []
+    started: list[int] = []
 
-    def answer(questions: dict[int, PendingCall]) -> Collection[int]:
+    def answer(calls: dict[int, PendingCall]) -> Collection[int]:
         raise RuntimeError("no room")
 
     def job(number: int) -> None:
-        begun.append(number)
+        started.append(number)
         try:
             coordinator.ask(JoinCall())
             coordinator.ask(Number(number))
@@ -87,13 +91,13 @@ def test_what_cannot_be_answered_is_raised_where_it_was_asked_and_no_job_begins_
 
     coordinator = StepCoordinator(2, answer)
     coordinator.run(lambda number=number: job(number) for number in range(4))
-    assert begun == [0, 1]
+    assert started == [0, 1]
     assert ended == ["RuntimeError: no room", "RuntimeError: no room"]
     assert isinstance(coordinator.broken, RunFailed)
-    assert "in answer" in str(coordinator.broken.details), "the traceback of a bug is kept"
+    assert "in answer" in str(coordinator.broken.details), "the traceback is stored"
 
 
-def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:
+def test_exception_of_a_job_ends_the_waiting_jobs() -> None:
     ended: list[str] = []
 
     def fails(coordinator: StepCoordinator) -> None:
@@ -103,7 +107,7 @@ def test_what_a_job_raises_ends_the_others_where_they_wait() -> None:
 
     def waits(coordinator: StepCoordinator) -> None:
         try:
-            asks(10, 20, 30)(coordinator)
+            calling_job(10, 20, 30)(coordinator)
         except RuntimeError as error:
             ended.append(str(error))
             raise

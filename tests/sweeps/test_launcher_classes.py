@@ -1,4 +1,4 @@
-"""What a launcher or sweeper is, is asked of its class; joblib's jobs share out the cores."""
+"""Identification of launchers and sweepers by class; division of cores among joblib workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from sdtune.errors import UserError
 from sdtune.hardware import threads
-from sdtune.sweeps.launchers import is_joblib, is_slurm, plugin, shared_out_cores
+from sdtune.sweeps.launchers import divided_cores, is_joblib, is_slurm, plugin
 from sdtune.sweeps.optuna_sweeper import OptunaSweeper
 from sdtune.sweeps.shared_launcher import SharedBackboneLauncher
 
@@ -24,7 +24,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_class_says_what_it_is(name: str) -> None:
+def test_plugin_is_identified_by_its_class(name: str) -> None:
     kind = plugin(OmegaConf.create({"_target_": TARGETS[name]}))
     assert is_joblib(kind) is (name == "joblib")
     assert is_slurm(kind) is (name == "slurm")
@@ -32,13 +32,13 @@ def test_the_class_says_what_it_is(name: str) -> None:
     assert issubclass(kind, OptunaSweeper) is (name == "optuna")
 
 
-def test_a_class_that_is_not_there_is_named() -> None:
+def test_missing_plugin_class_is_named_in_the_error() -> None:
     with pytest.raises(UserError, match="hydra: hydra_plugins.none.Launcher cannot be imported"):
         plugin(OmegaConf.create({"_target_": "hydra_plugins.none.Launcher"}))
 
 
 @pytest.mark.parametrize(
-    ("n_jobs", "jobs", "asked", "expected"),
+    ("n_jobs", "jobs", "threads_setting", "expected"),
     [
         (-1, 8, "auto", (True, "4", "1")),
         (-1, 2, "auto", (True, "2", "2")),
@@ -50,32 +50,32 @@ def test_a_class_that_is_not_there_is_named() -> None:
         (8, 3, "auto", (True, None, "1")),
     ],
 )
-def test_joblibs_processes_share_out_the_free_cores(
+def test_joblib_processes_divide_the_free_cores(
     n_jobs: int,
     jobs: int,
-    asked: int | str,
+    threads_setting: int | str,
     expected: tuple[bool, str | None, str | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "free_cores", lambda: 4)
-    with shared_out_cores(n_jobs, {"accelerator": "cpu", "threads": asked}, jobs) as in_worker:
+    with divided_cores(n_jobs, {"accelerator": "cpu", "threads": threads_setting}, jobs) as in_worker:
         assert (in_worker, os.environ.get("LOKY_MAX_CPU_COUNT"), os.environ.get("OMP_NUM_THREADS")) == expected
     assert not {"LOKY_MAX_CPU_COUNT", "OMP_NUM_THREADS"} & set(os.environ)
 
 
-def test_a_number_of_threads_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_the_environment_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(threads, "free_cores", lambda: 8)
-    with shared_out_cores(-1, {"accelerator": "cpu"}, 4):
+    with divided_cores(-1, {"accelerator": "cpu"}, 4):
         assert os.environ["OMP_NUM_THREADS"] == "3"
         assert os.environ["LOKY_MAX_CPU_COUNT"] == "2"
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
-def test_the_threads_of_a_job_that_goes_on_leave_room_for_fewer_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_resumed_jobs_limit_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "free_cores", lambda: 8)
-    with shared_out_cores(-1, {"accelerator": "cpu", "threads": "auto"}, 8, kept=4):
+    with divided_cores(-1, {"accelerator": "cpu", "threads": "auto"}, 8, kept=4):
         assert (os.environ["LOKY_MAX_CPU_COUNT"], os.environ["OMP_NUM_THREADS"]) == ("2", "4")

@@ -1,4 +1,4 @@
-"""An adapter computes through its executor alone: predictions in training, validation and previews, and gradients."""
+"""Every method computes predictions and gradients only through its model executor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from running import Spy, fit
 from sdtune.training.executor import LocalExecutor
 
 
-class Counting(LocalExecutor):
+class CountingExecutor(LocalExecutor):
     def __init__(self) -> None:
         self.predicted = self.backwards = 0
 
@@ -27,12 +27,12 @@ class Counting(LocalExecutor):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_step_goes_through_the_executor(name: str, tiny: Path, images: Path) -> None:
+def test_every_step_uses_the_executor(name: str, tiny: Path, images: Path) -> None:
     case = Case(name)
-    plain, counted, executor = Spy(), Spy(), Counting()
-    fit(case.model(tiny), case.data(tiny, images), 2, [plain])
+    default, counted, executor = Spy(), Spy(), CountingExecutor()
+    fit(case.model(tiny), case.data(tiny, images), 2, [default])
     model = case.model(tiny)
     model.executor = executor
     fit(model, case.data(tiny, images), 2, [counted])
     assert (executor.predicted, executor.backwards) == (2, 2)
-    assert counted.losses == plain.losses
+    assert counted.losses == default.losses

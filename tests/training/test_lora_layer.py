@@ -1,4 +1,4 @@
-"""The faster LoRA layer computes what peft's own does, and leaves to peft what is more than a plain pair."""
+"""The faster LoRA layer gives the outputs and gradients of peft's layer, also for variants such as DoRA."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from sdtune.peft_compat import register_layers
-from sdtune.training.lora_layer import Site
+from sdtune.training.lora_layer import FusedLoRALinear
 
 VARIANTS = {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}, "rslora": {"use_rslora": True}}
 
 
-def layer(own: bool, **settings: bool) -> nn.Module:
+def layer(use_site: bool, **settings: bool) -> nn.Module:
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], **settings)
-    if own:
-        register_layers(config, {nn.Linear: Site})
+    if use_site:
+        register_layers(config, {nn.Linear: FusedLoRALinear})
     model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(5, 4)))
     rng = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -28,15 +28,15 @@ def layer(own: bool, **settings: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_pefts_layer(variant: str) -> None:
-    ours, theirs = layer(True, **VARIANTS[variant]), layer(False, **VARIANTS[variant])
-    assert type(ours) is Site
-    assert type(theirs) is Linear
+def test_outputs_and_gradients_equal_those_of_peft(variant: str) -> None:
+    fused, reference = layer(True, **VARIANTS[variant]), layer(False, **VARIANTS[variant])
+    assert type(fused) is FusedLoRALinear
+    assert type(reference) is Linear
     x = torch.rand(3, 5, requires_grad=True)
-    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(fused(x), reference(x))
 
     def gradients(module: nn.Module) -> list[Tensor]:
         trained = [p for n, p in module.named_parameters() if "lora_" in n]
         return list(torch.autograd.grad(module(x).square().sum(), trained))
 
-    torch.testing.assert_close(gradients(ours), gradients(theirs))
+    torch.testing.assert_close(gradients(fused), gradients(reference))

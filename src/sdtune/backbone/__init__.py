@@ -1,4 +1,4 @@
-"""A pretrained model: where its files are, which family it is, how it is loaded, what it computes."""
+"""Pretrained Stable Diffusion models: file lookup, model family, loading, encoding, prediction and decoding."""
 
 from sdtune.backbone.families import Component, Facts
 from sdtune.backbone.pretrained import Pretrained

@@ -1,4 +1,4 @@
-"""A loaded Stable Diffusion: encode, predict, decode; the same for every method, in training and in sampling."""
+"""A loaded Stable Diffusion model: encode, predict and decode, for training and sampling with every method."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtune.backbone.controlnet import Net, Residuals, cast_conditions
-from sdtune.backbone.cpu_convolution import as_products
+from sdtune.backbone.controlnet import ControlNetWithStrength, Residuals, cast_conditions
+from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
-from sdtune.backbone.new_tokens import ExtendedEmbedding, Words
-from sdtune.backbone.text import hidden, unused, windowed
+from sdtune.backbone.new_tokens import ExtendedEmbedding, NewTokens
+from sdtune.backbone.text import hidden, tokenize_windows, unused_prefixes
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
 from sdtune.objective.schedule import NoiseSchedule
 
-_SHORT_SEQUENCE = 1024
-DECODED_PIXELS = 2 * 512 * 512  # of one call of the VAE's decoder, whose widest activation then takes about 0.5 GB
+_SHORT_SEQUENCE = 1024  # latent positions up to which unfused attention is used on a CPU
+DECODED_PIXELS = 2 * 512 * 512
+"""Pixels per call of the VAE decoder; its largest activation then needs about 0.5 GB."""
 
 TILE = 512
-"""Side in pixels of the tiles that a large image is decoded in, where that is wanted."""
+"""Side in pixels of the tiles for tiled decoding of large images."""
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
-"""LoRA pairs A, B and their scale, by the name of their module in the UNet."""
+"""LoRA pairs A, B and their scale, by module name in the UNet."""
 
 
 class PairExecutor(Protocol):
-    """Computes predictions of a UNet whose weights other runs use too, with LoRA pairs beside the weights."""
+    """Runs a UNet that several runs share, with the LoRA pairs of one run as branches next to its weights."""
 
     def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
-        """The output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with ``pairs`` at its modules."""
+        """Output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with LoRA ``pairs`` applied."""
 
 
 class Backbone(nn.Module):
-    """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion.
+    """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion model.
 
     Images are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
-    variance; text states are [B, L, D]; ``frame`` is float32 [B, 6]: height and width of the image as it was before
-    it was scaled, top and left of its crop, height and width of the crop, in pixels (SDXL's size conditions).
+    variance; text embeddings are [B, L, D]; ``frame`` is float32 [B, 6], SDXL's size conditions in pixels: original
+    height and width of the image, top and left of its crop, height and width of the crop.
     """
 
     def __init__(
@@ -61,43 +62,43 @@ class Backbone(nn.Module):
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.prediction_type = check_prediction_type(facts.prediction_type)
-        self.words: Words | None = None
-        """The new words that prompts may use, if there are any."""
-        self.tiled = False
-        """Whether large images are decoded in tiles: see :meth:`decode_in_tiles`."""
-        self.nets: tuple[Net, ...] = ()
-        """ControlNets that act when sampling; :func:`sdtune.loaders.controlnet.controlnets_applied` puts them there."""
+        self.words: NewTokens | None = None
+        """New tokens that prompts may contain; None if there are none."""
+        self.decodes_in_tiles = False
+        """Whether large images are decoded in tiles; see :meth:`decode_in_tiles`."""
+        self.controlnets: tuple[ControlNetWithStrength, ...] = ()
+        """ControlNets used for sampling; set by :func:`sdtune.loaders.controlnet.controlnets_applied`."""
         self.pair_executor: PairExecutor | None = None
-        """Given where the UNet's weights are those of other runs too; LoRA pairs are merged into them where None."""
-        self.drawing_pairs: Pairs | None = None
-        """The pairs that act beside shared weights, none at strength 0; None where the weights themselves hold what is
-        drawn: see :func:`sdtune.loaders.lora.adapters_applied`.
+        """Set if other runs share the UNet's weights; if None, LoRA pairs are merged into the weights for sampling."""
+        self.sampling_pairs: Pairs | None = None
+        """LoRA pairs for sampling on shared weights, empty at strength 0; None if the UNet's own weights are used: see
+        :func:`sdtune.loaders.lora.adapters_applied`.
         """
 
     @property
     def encoders(self) -> dict[str, Any]:
-        """Its text encoders, by component."""
+        """Text encoders, by component name."""
         return {"text_encoder": self.text_encoder}
 
     @property
     def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
-        """One a text encoder."""
+        """One tokenizer per text encoder."""
         return (self.tokenizer,)
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """Of what :meth:`encode_text` makes of a prompt: (L, D)."""
-        return self._tokens, int(self.unet.config.cross_attention_dim)
+        """Shape (L, D) of the text embeddings of one prompt."""
+        return self._token_count, int(self.unet.config.cross_attention_dim)
 
     @property
-    def _tokens(self) -> int:
-        """Of all windows together, each with a start and an end."""
+    def _token_count(self) -> int:
+        """Number of tokens in all windows, including the start and end token of each window."""
         windows = self.facts.windows
         return windows * ((self.facts.max_tokens - 2) // windows + 2)
 
-    def unused(self, component: str) -> tuple[str, ...]:
-        """Starts of the names of what no state of text encoder ``component`` passes through: it gets no gradient."""
-        return unused(self.encoders[component], self.clip_skip)
+    def unused_prefixes(self, component: str) -> tuple[str, ...]:
+        """Name prefixes of parameters in text encoder ``component`` that the text embeddings do not depend on."""
+        return unused_prefixes(self.encoders[component], self.clip_skip)
 
     @property
     def device(self) -> torch.device:
@@ -105,28 +106,30 @@ class Backbone(nn.Module):
         return device
 
     def prepare_for_device(self, device: torch.device, *others: Any) -> None:
-        """Fused attention; on a CPU plain products where latents are small: their backward is faster there.
+        """Select the attention and convolution implementations for ``device``.
 
-        At long sequences the scores would fill the memory. Attention processors that a method has injected stay.
+        Attention is fused (``sdpa``), except on a CPU with small latents: there the backward of unfused attention is
+        faster, but at long sequences it would need too much memory. Attention processors injected by a method are kept.
+        On a CPU, the UNet and ``others`` also use ``channels_last`` and :func:`use_matmul_convolutions`.
 
         Args:
-            others: further models with attentions like the UNet's.
+            others: additional models with attention processors like the UNet's.
         """
-        cells = (self.facts.side // self.facts.factor) ** 2
-        plain = device.type == "cpu" and cells <= _SHORT_SEQUENCE
+        positions = (self.facts.side // self.facts.factor) ** 2
+        unfused = device.type == "cpu" and positions <= _SHORT_SEQUENCE
         for model in (self.unet, self.vae, *others):
-            _set_default_processors(model, AttnProcessor if plain else AttnProcessor2_0)
+            _set_default_processors(model, AttnProcessor if unfused else AttnProcessor2_0)
         for encoder in self.encoders.values():
-            encoder.set_attn_implementation("eager" if plain else "sdpa")
+            encoder.set_attn_implementation("eager" if unfused else "sdpa")
         if device.type == "cpu":
             for model in (self.unet, *others):
                 model.to(memory_format=torch.channels_last)
-                as_products(model)
+                use_matmul_convolutions(model)
 
     def cast_frozen(self, precision: str) -> None:
-        """Under a mixed ``precision`` of Lightning's, frozen weights of all but the VAE go to its half type.
+        """Cast frozen weights, except the VAE's, to the half type of a mixed Lightning ``precision``.
 
-        The VAE stays float32: its encoder runs once an image, and some overflow in half precision.
+        The VAE stays float32: it encodes each image only once, and some VAE encoders overflow in half precision.
         """
         half = HALVES.get(precision)
         for name, parameter in self.named_parameters() if half is not None else ():
@@ -136,47 +139,47 @@ class Backbone(nn.Module):
     # --- images
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """The VAE's posterior for ``images``: moments (mean, log-variance) in float32, [B, 2C, h, w].
+        """VAE posterior of ``images``: moments (mean, log-variance), float32 [B, 2C, h, w].
 
-        Autocast is off: in half precision the encoders of some VAEs overflow.
+        Autocast is disabled: some VAE encoders overflow in half precision.
         """
         with autocast(images.device, "32-true"):
             moments: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
         return moments.float()
 
     @staticmethod
-    def _drawn(moments: Tensor, noise: Tensor) -> Tensor:
+    def _sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
         mean, log_variance = moments.chunk(2, dim=1)
         return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
 
     def reconstruct(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """What the VAE makes of a draw from its own posterior, float32 [B, 3, H, W], about [-1, 1]; with gradients."""
+        """Decode a sample of the VAE posterior to float32 [B, 3, H, W], about [-1, 1]; differentiable."""
         with autocast(moments.device, "32-true"):
-            images: Tensor = self.vae.decode(self._drawn(moments, noise).to(self.vae.dtype)).sample
+            images: Tensor = self.vae.decode(self._sample_posterior(moments, noise).to(self.vae.dtype)).sample
         return images.float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """A draw from the posterior with the given standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
-        drawn = self._drawn(moments, noise)
+        """Sample of the VAE posterior for standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
+        sample = self._sample_posterior(moments, noise)
         shift: float = self.vae.config.shift_factor or 0.0
         scale: float = self.vae.config.scaling_factor
-        return (drawn - shift) * scale
+        return (sample - shift) * scale
 
     def decode_in_tiles(self, side: int = TILE) -> None:
-        """From now on images larger than ``side`` are decoded in blended tiles: their memory no longer grows.
+        """Decode images larger than ``side`` pixels in blended tiles from now on, to limit memory.
 
-        Their colours may differ a little from those of a whole decoding: the VAE's norms see a tile at a time.
+        Colors may differ slightly from untiled decoding, because the VAE normalizes each tile separately.
         """
-        self.tiled = True
+        self.decodes_in_tiles = True
         self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self.facts.factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1], float32 [B, 3, H, W], from scaled ``latents``."""
+        """Decode scaled ``latents`` to images in [0, 1], float32 [B, 3, H, W]."""
         raw = latents.float() / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         pixels = raw.shape[2] * raw.shape[3] * self.facts.factor**2
-        # Asked for by name: the VAE's own switch would have it encode in tiles too, and latents would be others.
-        tiles = self.tiled and max(raw.shape[2:]) > self.vae.tile_latent_min_size
+        # Call tiled_decode directly: enable_tiling would also tile the encoder and change the latents.
+        tiles = self.decodes_in_tiles and max(raw.shape[2:]) > self.vae.tile_latent_min_size
         decode = self.vae.tiled_decode if tiles else self.vae.decode
         images: list[Tensor] = []
         with autocast(latents.device, "32-true"):
@@ -187,17 +190,17 @@ class Backbone(nn.Module):
     # --- text
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Have prompts understand new words, each with its vectors [N, D], one a text encoder; once a backbone."""
-        assert self.words is None, "words are added once"
-        self.words = Words(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
-        for place, encoder in enumerate(self.encoders.values()):
+        """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder); only once per backbone."""
+        assert self.words is None, "new tokens can be added only once"
+        self.words = NewTokens(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
+        for index, encoder in enumerate(self.encoders.values()):
             table = encoder.get_input_embeddings()
-            rows = torch.cat([each[place] for each in vectors.values()]).to(table.weight)
+            rows = torch.cat([encoder_rows[index] for encoder_rows in vectors.values()]).to(table.weight)
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows, self.words.first))
 
     @property
-    def learned(self) -> list[nn.Parameter]:
-        """The vectors of all new words, [N, D], of each text encoder; empty where there are none."""
+    def new_token_vectors(self) -> list[nn.Parameter]:
+        """Embedding vectors of all new tokens, [N, D] for each text encoder; empty if there are none."""
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
@@ -205,15 +208,17 @@ class Backbone(nn.Module):
         return [self.words.expanded(p) for p in prompts] if self.words is not None else list(prompts)
 
     def count_tokens(self, prompt: str) -> int:
-        """Tokens of ``prompt`` with its start and end, untruncated; ``facts.max_tokens`` is the limit."""
+        """Number of tokens of ``prompt`` with start and end token, untruncated; the limit is ``facts.max_tokens``."""
         return len(self.tokenizer(self._expanded([prompt])[0]).input_ids)
 
     def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
-        """Token ids, int64 [B, L], padded and truncated: one or more windows of the encoder's length."""
-        return windowed(tokenizer or self.tokenizer, self._expanded(prompts), self._tokens, self.facts.windows)
+        """Token ids, int64 [B, L], padded and truncated to one or more windows of the text encoder's length."""
+        return tokenize_windows(
+            tokenizer or self.tokenizer, self._expanded(prompts), self._token_count, self.facts.windows
+        )
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's last states after its final norm, [B, L, D]: what SD 1.x and 2.x are conditioned on."""
+        """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""
         ids = self.tokenize(prompts).to(self.text_encoder.device)
         out = self.text_encoder(ids.view(len(ids) * self.facts.windows, -1), output_hidden_states=self.clip_skip > 0)
         states = hidden(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
@@ -222,7 +227,7 @@ class Backbone(nn.Module):
     # --- denoising
 
     def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
-        """What a UNet and its ControlNets take beside the noisy latents and the timestep."""
+        """Conditioning arguments of the UNet and its ControlNets, in addition to noisy latents and timestep."""
         return {"encoder_hidden_states": text}
 
     def unet_inputs(
@@ -233,9 +238,9 @@ class Backbone(nn.Module):
         added: Residuals | None = None,
         frame: Tensor | None = None,
     ) -> dict[str, Any]:
-        """The arguments with which the UNet is called for a prediction; arguments as of :meth:`predict`.
+        """Keyword arguments of the UNet for a prediction; parameters as in :meth:`predict`.
 
-        Inputs take the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
+        Inputs are cast to the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
         """
         dtype = self.unet.conv_in.weight.dtype
         inputs: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
@@ -252,22 +257,24 @@ class Backbone(nn.Module):
         added: Residuals | None = None,
         frame: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) under ``text`` [B, L, D].
+        """UNet output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) and text embeddings ``text`` [B, L, D].
 
         Args:
-            added: what ControlNets add.
-            frame: float32 [B, 6]; that of a whole image of the latents' size if None.
+            added: ControlNet residuals.
+            frame: float32 [B, 6]; if None, that of an uncropped image of the latents' size.
         """
         inputs = self.unet_inputs(noisy, timesteps, text, added, frame)
-        if self.drawing_pairs is not None:
+        if self.sampling_pairs is not None:
             assert self.pair_executor is not None
-            return self.pair_executor.predict_with_pairs(self.unet, inputs, self.drawing_pairs)
+            return self.pair_executor.predict_with_pairs(self.unet, inputs, self.sampling_pairs)
         out: Tensor = self.unet(**inputs).sample
         return out
 
 
 def _set_default_processors(model: Any, kind: type) -> None:
-    """Replace diffusers' default attention processors by ``kind``; keep all others, such as IP-Adapter's."""
-    own = model.attn_processors
+    """Replace diffusers' default attention processors by ``kind``; keep all others, such as those of an IP-Adapter."""
+    processors = model.attn_processors
     defaults = (AttnProcessor, AttnProcessor2_0)
-    model.set_attn_processor({name: kind() if type(each) in defaults else each for name, each in own.items()})
+    model.set_attn_processor(
+        {name: kind() if type(processor) in defaults else processor for name, processor in processors.items()}
+    )

@@ -1,4 +1,4 @@
-"""ControlNet residuals: what ControlNets add to a UNet (Zhang et al. 2023, section 3.2)."""
+"""ControlNet residuals, which are added to the activations of a UNet (Zhang et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Residuals:
-    """Added to each skip connection of the UNet, outermost first, and to what leaves its middle block."""
+    """Residuals for the UNet's skip connections, outermost first, and for the output of its middle block."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
@@ -23,15 +23,15 @@ class Residuals:
 
 
 @dataclass(frozen=True)
-class Net:
-    """A ControlNet that acts when sampling, and how strongly."""
+class ControlNetWithStrength:
+    """A ControlNet for sampling, with its strength."""
 
     model: ControlNetModel
     strength: float
 
 
 def cast_conditions(conditions: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """``conditions`` in a model's ``dtype``, but sizes in pixels, which half precision would round."""
+    """Cast ``conditions`` to ``dtype``, except the sizes in pixels, which half precision would round."""
     return {
         name: value
         if name == "time_ids"
@@ -64,5 +64,5 @@ def residuals(
 
 
 def skips(unet: UNet2DConditionModel) -> int:
-    """How many skip connections ``unet`` has: diffusers passes over residuals that are too many or too few."""
+    """Number of skip connections of ``unet``; diffusers silently ignores surplus or missing residuals."""
     return 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in unet.down_blocks)

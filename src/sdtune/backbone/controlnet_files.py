@@ -19,9 +19,9 @@ from sdtune.formats.pipeline import weights_name
 
 WEIGHTS = weights_name("controlnet")
 _PREFIX = "control_model."
-_THEIRS = "controlnet_cond_embedding.conv_in.weight"
-_WIDTHS = (16, 32, 96, 256)  # of the map's embedding, as in diffusers and in the authors' code
-_SHAPE = (
+_DIFFUSERS_KEY = "controlnet_cond_embedding.conv_in.weight"
+_WIDTHS = (16, 32, 96, 256)  # channels of the control map embedding, as in diffusers and in the original code
+_COMPARED_FIELDS = (
     "in_channels",
     "block_out_channels",
     "layers_per_block",
@@ -32,53 +32,69 @@ _SHAPE = (
 
 
 def is_controlnet(keys: Collection[str]) -> bool:
-    """Whether a file with tensors of these names holds a ControlNet."""
-    return any(key in keys for key in (f"{_PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight", _THEIRS))
+    """Whether a file with these tensor names contains a ControlNet."""
+    return any(
+        key in keys for key in (f"{_PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight", _DIFFUSERS_KEY)
+    )
 
 
 def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path:
-    """The place of the net that ``path`` names; reads configs and headers alone.
+    """Path of the ControlNet ``path``; reads only configs and headers.
+
+    Args:
+        path: a folder in the diffusers layout, or a ``.safetensors`` file.
+        key: config key of ``path``, for error messages.
+        unet: UNet config of the backbone.
+        factor: downscaling factor of the backbone's VAE.
 
     Raises:
-        UserError: it is none, or of another backbone than one with the config ``unet`` and a VAE that shrinks by
-            ``factor``.
+        UserError: ``path`` is not a ControlNet, or it belongs to another backbone.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        if not is_controlnet(read_keys(place)):
-            raise UserError(f"{path} holds no ControlNet", key=key, remedy="name one's folder or .safetensors file")
-        return place  # its shapes are compared when it is loaded
-    file = place / "config.json"
-    if not file.is_file() or not (place / WEIGHTS).is_file():
+    local_path = Path(path).expanduser()
+    if local_path.is_file():
+        if not is_controlnet(read_keys(local_path)):
+            raise UserError(
+                f"{path} is not a ControlNet", key=key, remedy="use the folder or .safetensors file of a ControlNet"
+            )
+        return local_path  # its tensor shapes are checked when it is loaded
+    file = local_path / "config.json"
+    if not file.is_file() or not (local_path / WEIGHTS).is_file():
         raise UserError(
             f"{path} is neither a folder with config.json and {WEIGHTS} nor a .safetensors file",
             key=key,
-            remedy="name a ControlNet (a LoRA goes to adapters=)",
+            remedy="set a ControlNet here (use adapters= for a LoRA)",
         )
     config = json.loads(file.read_text())
     if config.get("_class_name") != "ControlNetModel":
-        raise UserError(f"{path} holds a {config.get('_class_name')} and not a ControlNetModel", key=key)
-    for name in _SHAPE:
+        raise UserError(f"{path} is a {config.get('_class_name')}, not a ControlNetModel", key=key)
+    for name in _COMPARED_FIELDS:
         if config.get(name) != unet.get(name):
             raise UserError(
-                f"{path} has {name} {config.get(name)}, this one's UNet {unet.get(name)}; it is another's", key=key
+                f"{path} has {name} {config.get(name)}, the backbone's UNet has {unet.get(name)}",
+                key=key,
+                remedy="use a ControlNet for this backbone",
             )
-    theirs = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
-    if theirs != factor:
+    map_factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    if map_factor != factor:
         raise UserError(
-            f"{path} shrinks its map by {theirs}, this backbone's VAE by {factor}; it belongs to another one", key=key
+            f"{path} downscales its control map by {map_factor}, the backbone's VAE by {factor}",
+            key=key,
+            remedy="use a ControlNet for this backbone",
         )
-    return place
+    return local_path
 
 
 def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: Sequence[int]) -> ControlNetModel:
-    """The net in ``place``, float32.
+    """Load the ControlNet at ``place`` in float32.
 
     Args:
         place: a folder or a file.
-        key: of the setting that named it.
-        unet: of the backbone, whose shape a file's net has.
-        widths: channels of a file's embedding of maps.
+        key: config key of the ControlNet, for error messages.
+        unet: UNet of the backbone, which determines the architecture of a single-file ControlNet.
+        widths: channels of the control map embedding of a single-file ControlNet.
+
+    Raises:
+        UserError: the tensors of a single file do not match the architecture.
     """
     if place.is_dir():
         return ControlNetModel.from_pretrained(
@@ -90,20 +106,20 @@ def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: S
         )
     tensors, _ = read_safetensors(place)
     names = controlnet_names(net.state_dict(), dict(net.config))
-    if _THEIRS in tensors:  # diffusers' names in one file
+    if _DIFFUSERS_KEY in tensors:  # a single file with diffusers' names
         names = {name: name for name in names}
-    # Some are kept without the prefix.
-    found = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+    # Some files omit the prefix.
+    unprefixed = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     shapes = {names[name]: list(value.shape) for name, value in net.state_dict().items()}
-    check_keys(f"{key}: {place}", {name: list(value.shape) for name, value in found.items()}, shapes)
-    net.load_state_dict({name: found[theirs].float() for name, theirs in names.items()})
+    check_keys(f"{key}: {place}", {name: list(value.shape) for name, value in unprefixed.items()}, shapes)
+    net.load_state_dict({name: unprefixed[original].float() for name, original in names.items()})
     return net
 
 
 def embedding_widths(factor: int) -> tuple[int, ...]:
-    """Channels of the map's embedding, which halves the sides between each two, for a VAE that shrinks by ``factor``.
+    """Channels of the control map embedding for a VAE with downscaling ``factor``; each step halves the sides.
 
-    The authors' four at a factor of 8, as many less or more as it takes elsewhere.
+    The original four values for a factor of 8; for other factors the list is cut, or its last value is repeated.
     """
     halvings = factor.bit_length() - 1
     assert factor == 2**halvings

@@ -1,7 +1,7 @@
 """Convolutions with many channels and few pixels as matrix products, faster on a CPU.
 
-A CPU's convolution kernels are made for many pixels. Where there are fewer of those than of channels, as at the lowest
-resolutions of a UNet, the weights are nearly all that is moved, and the kernels move them several times.
+CPU convolution kernels are optimized for many pixels. With fewer pixels than channels, as at the lowest resolutions of
+a UNet, nearly all memory traffic is weights, and these kernels read the weights several times.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from torch.nn import functional as F
 
 _PIXELS = 256
 _WEIGHTS = 640 * 1280
-"""At most so many pixels of a batch, and at least so many weights a tap. Tried by hand on two cores with AMX, frozen
-weights, forward and back: there a product is faster in float32 and in bfloat16, and beyond it is not."""
+"""A matrix product is used for at most ``_PIXELS`` output pixels per batch and at least ``_WEIGHTS`` weights per kernel
+position. Measured on two cores with AMX, frozen weights, forward and backward: within these limits a product is faster
+in float32 and bfloat16, beyond them it is not."""
 
 
-class FewPixels(nn.Conv2d):
-    """A convolution that gathers the pixels under its kernel and multiplies once, where they are few and on a CPU.
+class MatmulConv2d(nn.Conv2d):
+    """Conv2d that runs as im2col and one matrix product on a CPU if the output has few pixels.
 
-    Weights in ``channels_last`` are taken as they lie.
+    Weights in ``channels_last`` memory format are used without a copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, out, H', W'] from [B, in, H, W]."""
+        """Output [B, out, H', W'] for ``x`` [B, in, H, W]."""
         assert not isinstance(self.padding, str)
-        high, wide = (
+        height, width = (
             (side + 2 * pad - size) // step + 1
             for side, pad, size, step in zip(x.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
         )
-        # A plan for a CPU is made on the meta device.
-        if x.device.type not in ("cpu", "meta") or len(x) * high * wide > _PIXELS:
+        # Planning for a CPU runs on the meta device.
+        if x.device.type not in ("cpu", "meta") or len(x) * height * width > _PIXELS:
             return super().forward(x)
-        lines = x.permute(0, 2, 3, 1)
+        pixels = x.permute(0, 2, 3, 1)
         if self.kernel_size != (1, 1) or self.stride != (1, 1) or self.padding != (0, 0):
-            lines = Gathered.apply(lines, Kernel(self.kernel_size, self.stride, self.padding, (high, wide)))  # type: ignore[no-untyped-call, arg-type]
-        out = F.linear(lines.flatten(0, 2), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-        return out.view(len(x), high, wide, -1).permute(0, 3, 1, 2)
+            pixels = Im2Col.apply(pixels, Kernel(self.kernel_size, self.stride, self.padding, (height, width)))  # type: ignore[no-untyped-call, arg-type]
+        out = F.linear(pixels.flatten(0, 2), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return out.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 class Kernel(NamedTuple):
-    """Where it lies: everything is by rows and by columns. ``out`` counts the places that it takes."""
+    """Geometry of a convolution kernel, each as (rows, columns); ``out`` is the output size."""
 
     size: tuple[int, int]
     stride: tuple[int, int]
@@ -51,20 +52,20 @@ class Kernel(NamedTuple):
     out: tuple[int, int]
 
     def taps(self, lines: Tensor) -> list[Tensor]:
-        """For each of the kernel's weights what is under it at all places: views [B, H', W', C] of padded lines."""
-        (high, wide), (step_y, step_x) = self.out, self.stride
+        """Input pixels for each kernel position: views [B, H', W', C] of the padded input ``lines`` [B, H, W, C]."""
+        (height, width), (step_y, step_x) = self.out, self.stride
         return [
-            lines[:, y : y + step_y * (high - 1) + 1 : step_y, x : x + step_x * (wide - 1) + 1 : step_x]
+            lines[:, y : y + step_y * (height - 1) + 1 : step_y, x : x + step_x * (width - 1) + 1 : step_x]
             for y in range(self.size[0])
             for x in range(self.size[1])
         ]
 
 
-class Gathered(torch.autograd.Function):
-    """[B, H', W', taps * C] from [B, H, W, C].
+class Im2Col(torch.autograd.Function):
+    """im2col: [B, H', W', taps * C] from [B, H, W, C].
 
-    By hand for its way back: autograd would add the taps' gradients in their own type, and in half precision round each
-    sum, which a convolution does once.
+    Custom backward, because autograd would add the taps' gradients in their own dtype and, in half precision, round
+    after each addition; a convolution rounds only once.
     """
 
     @staticmethod
@@ -76,23 +77,23 @@ class Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        count, high, wide, channels = ctx.shape
+        count, height, width, channels = ctx.shape
         rows, columns = ctx.kernel.padding
-        wider = torch.promote_types(gradient.dtype, torch.float32)
-        lines = gradient.new_zeros((count, high + 2 * rows, wide + 2 * columns, channels), dtype=wider)
-        for tap, part in zip(ctx.kernel.taps(lines), torch.split(gradient, channels, -1), strict=True):
-            tap += part
-        return lines[:, rows : rows + high, columns : columns + wide].to(gradient.dtype), None
+        sum_dtype = torch.promote_types(gradient.dtype, torch.float32)
+        lines = gradient.new_zeros((count, height + 2 * rows, width + 2 * columns, channels), dtype=sum_dtype)
+        for tap, tap_gradient in zip(ctx.kernel.taps(lines), torch.split(gradient, channels, -1), strict=True):
+            tap += tap_gradient
+        return lines[:, rows : rows + height, columns : columns + width].to(gradient.dtype), None
 
 
-def as_products(model: nn.Module) -> None:
-    """Have the convolutions of ``model`` that have weights enough go that way; their parameters stay what they are."""
+def use_matmul_convolutions(model: nn.Module) -> None:
+    """Turn the convolutions of ``model`` with enough weights into :class:`MatmulConv2d`; parameters are unchanged."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and _plain(module) and module.in_channels * module.out_channels >= _WEIGHTS:
-            module.__class__ = FewPixels
+        if type(module) is nn.Conv2d and _is_supported(module) and module.in_channels * module.out_channels >= _WEIGHTS:
+            module.__class__ = MatmulConv2d
 
 
-def _plain(module: nn.Conv2d) -> bool:
+def _is_supported(module: nn.Conv2d) -> bool:
     return (
         module.groups == 1
         and module.dilation == (1, 1)

@@ -1,4 +1,4 @@
-"""Model families (SD 1.x, 2.x, SDXL, pocket) and their sizes, recognised from configs."""
+"""Model families (SD 1.x, SD 2.x, SDXL): detection from configs, sizes and default guidance scales."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, Literal
 from sdtune.formats.original import Family
 
 Component = Literal["unet", "vae", "text_encoder"]
-"""What a method may open; ``text_encoder`` stands for both of SDXL's."""
+"""Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a backbone before any weights are read.
+    """Properties of a backbone that are known before its weights are read.
 
-    ``factor``: pixels a latent cell; ``side``: the resolution that the UNet was made for, in pixels;
-    ``max_tokens``: of a prompt, its start and end included; ``windows``: how many times the text encoder's length a
-    prompt may have.
+    Attributes:
+        side: native resolution of the UNet, in pixels.
+        factor: downscaling factor of the VAE: pixels per latent cell in each direction.
+        max_tokens: maximum number of tokens of a prompt, including the start and end token.
+        windows: maximum prompt length as a multiple of the text encoder's length.
     """
 
     side: int
@@ -35,18 +37,18 @@ FAMILIES: dict[Family, tuple[str, str]] = {
     "sd2": ("SD 2.x", "backbone=sd21"),
     "sdxl": ("SDXL", "backbone=sdxl"),
 }
-"""How each is called, and the config that is for it."""
+"""Display name and ``backbone`` option of each family."""
 
 
 GUIDANCE: dict[Family, float] = {"sd1": 7.5, "sd2": 7.5, "sdxl": 5.0}
-"""The guidance scale that ``conf/backbone`` gives each."""
+"""Default guidance scale of each family, as in ``conf/backbone``."""
 
 POCKET_GUIDANCE = 3.0
-"""And that which it gives the backbone that ships with sdtune."""
+"""Default guidance scale of pocket, the backbone included in sdtune, as in ``conf/backbone``."""
 
 
 def family_by(unet: Mapping[str, Any], two_encoders: bool) -> Family:
-    """Which Stable Diffusion has a UNet of this config, and so many text encoders."""
-    # 2.x came with linear projections around its transformers, and 1.x with convolutions.
-    single: Family = "sd2" if unet.get("use_linear_projection") else "sd1"
-    return "sdxl" if two_encoders else single
+    """Family of a model with this UNet config and one or two text encoders."""
+    # The transformer blocks of SD 2.x have linear projections, those of SD 1.x have convolutions.
+    family: Family = "sd2" if unet.get("use_linear_projection") else "sd1"
+    return "sdxl" if two_encoders else family

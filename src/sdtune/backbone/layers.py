@@ -1,4 +1,4 @@
-"""The layers of a backbone that LoRA can target, by component and name."""
+"""Layers of a backbone that LoRA can target, by component and name."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 from sdtune.backbone.backbone import Backbone
 
 BLOCKS = ("down_", "mid_", "up_")
-"""Starts of the names of a UNet's modules that lie in its residual and transformer blocks."""
+"""Name prefixes of the UNet modules in its down, mid and up blocks."""
 
 
 def named_modules(backbone: Backbone) -> Iterator[tuple[str, str, nn.Module]]:
-    """Component, name in it, and module: every one of the UNet and of the text encoders."""
+    """Yield component, name within the component and module for all modules of the UNet and the text encoders."""
     for component in ("unet", *backbone.encoders):
         for name, module in getattr(backbone, component).named_modules():
             yield component, name, module
 
 
 def layers(backbone: Backbone) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
-    """Linear and convolution layers of the UNet and the text encoders: component, name in it, and layer."""
+    """Yield component, name within the component and layer for all linear and convolution layers."""
     for component, name, module in named_modules(backbone):
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield component, name, module

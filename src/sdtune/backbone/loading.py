@@ -1,4 +1,4 @@
-"""Load a backbone from a pipeline folder: weights read from files, or initialised at random."""
+"""Load a backbone from a pipeline folder: weights read from files or initialized randomly."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.models import KINDS, from_config
-from sdtune.backbone.sdxl import TwoEncoders
+from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
 
 
 def load_backbone(source: PipelineSource, seed: int, unet: torch.dtype | None = None) -> Backbone:
-    """Read ``source``: float32 (its UNet ``unet`` if given), on the CPU, eval mode, frozen."""
+    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet`` if given)."""
     folder = source.folder()
 
     def component(name: str) -> Any:
-        if source.drawn_anew(name):
+        if source.is_from_scratch(name):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return from_config(name, folder)
@@ -31,9 +31,9 @@ def load_backbone(source: PipelineSource, seed: int, unet: torch.dtype | None = 
             local_files_only=True,
         )
 
-    # Not on the default device, which may be a GPU without room for all of it in float32.
+    # Load on the CPU: the default device may be a GPU with too little memory for float32 weights.
     with torch.device("cpu"):
-        # The largest first: a file lies in memory beside what is made of it.
+        # Load the largest model first: its file and its parameters are in memory at the same time.
         parts = {name: component(name) for name in sorted(source.components, key=lambda name: name != "unet")}
         parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
         return assemble_backbone(source, parts)
@@ -44,8 +44,8 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:
-    """The backbone of ``parts``: models and tokenizers by their folders' names."""
-    kind = TwoEncoders if "text_encoder_2" in parts else Backbone
+    """Frozen backbone in eval mode from ``parts``: models and tokenizers by folder name."""
+    kind = SDXLBackbone if "text_encoder_2" in parts else Backbone
     backbone = kind(scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts)
     backbone.requires_grad_(False)
     return backbone.eval()

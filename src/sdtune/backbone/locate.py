@@ -1,4 +1,4 @@
-"""Locate a backbone's files: a local folder, a snapshot of a hub id, and a VAE from elsewhere."""
+"""Locate a backbone's files: a local folder, a hub snapshot, and a VAE from another source."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from sdtune.paths import cache_folder, is_hub_id
 
 
 def local(path: str, key: str) -> Path | None:
-    """The folder or file that ``path`` names, None for what can only be a hub id.
+    """Local folder or file at ``path``; None if ``path`` can only be a hub id.
 
     Raises:
-        UserError: it is written as a path, and nothing is there.
+        UserError: ``path`` is not a hub id and does not exist.
     """
-    place = Path(path).expanduser()
-    if place.exists():
-        return place
-    if not is_hub_id(path) or place.suffix in (".safetensors", ".ckpt"):
+    local_path = Path(path).expanduser()
+    if local_path.exists():
+        return local_path
+    if not is_hub_id(path) or local_path.suffix in (".safetensors", ".ckpt"):
         raise UserError(
             f"{path} does not exist",
             key=key,
-            remedy="name a pipeline folder (diffusers layout), a .safetensors or .ckpt file, or a hub id",
+            remedy="use a pipeline folder (diffusers layout), a .safetensors or .ckpt file, or a hub id",
         )
     return None
 
 
 def snapshot(path: str, revision: str | None, patterns: list[str], complete: Callable[[Path], bool], key: str) -> Path:
-    """The folder of the hub id ``path``: what has been downloaded before if it is ``complete``, else from the hub.
+    """Local snapshot folder of the hub id ``path``: from the hub cache if ``complete``, else downloaded.
 
     Raises:
-        UserError: neither is to be had.
+        UserError: the snapshot is neither cached nor downloadable.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -48,40 +48,42 @@ def snapshot(path: str, revision: str | None, patterns: list[str], complete: Cal
         if complete(folder):
             return folder
     except (LocalEntryNotFoundError, OSError):
-        pass  # nothing is here yet
+        pass  # not in the cache
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is neither a local folder nor to be had from the hub ({reason})", key=key) from error
+        raise UserError(f"{path} is neither a local folder nor available from the hub ({reason})", key=key) from error
 
 
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
-"""The folders of a pipeline's models."""
+"""Folder names of a pipeline's models."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of ``file``; UserError for one that cannot be read."""
+    """Read a JSON config; raise UserError if it is unreadable or not an object."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error})", key="backbone.path", remedy="copy it again") from error
+        raise UserError(
+            f"{file} cannot be read ({error})", key="backbone.path", remedy="copy or download it again"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no settings by name", key="backbone.path", remedy="copy it again")
+        raise UserError(f"{file} is not a JSON object", key="backbone.path", remedy="copy or download it again")
     return content
 
 
 def configured(folder: Path) -> bool:
-    """Whether the index of a pipeline ``folder`` and the configs of the models that it names are there."""
+    """Whether the pipeline ``folder`` has an index and the configs of all models listed in it."""
     if not (folder / "model_index.json").is_file():
         return False
     index = read_config(folder / "model_index.json")
-    named = [name for name in MODELS if (index.get(name) or [None])[0]]
-    return all((folder / name / "config.json").is_file() for name in named)
+    models = [name for name in MODELS if (index.get(name) or [None])[0]]
+    return all((folder / name / "config.json").is_file() for name in models)
 
 
 def there(folder: Path, component: str, variant: str | None) -> bool:
-    """Whether all weight files of ``component`` are in ``folder``."""
+    """Whether all weight files of ``component`` exist in ``folder``."""
     try:
         return all(file.is_file() for file in weight_files(folder, component, variant))
     except UserError:
@@ -89,20 +91,20 @@ def there(folder: Path, component: str, variant: str | None) -> bool:
 
 
 def with_vae(pipeline: Path, vae: Path) -> Path:
-    """A pipeline folder of links, to ``pipeline``'s parts and to the folder ``vae``.
+    """Pipeline folder of symbolic links to the parts of ``pipeline`` and to the VAE folder ``vae``.
 
-    Called by what it links to, so that it is never changed under a process that reads it.
+    Its name is a hash of the link targets, so that it never changes while another process reads it.
     """
-    wanted = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
-    wanted["vae"] = vae.resolve()
-    said = json.dumps(sorted((name, str(place)) for name, place in wanted.items()))
-    target = cache_folder() / "backbones" / f"vae-{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+    targets = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
+    targets["vae"] = vae.resolve()
+    cache_key = json.dumps(sorted((name, str(linked)) for name, linked in targets.items()))
+    target = cache_folder() / "backbones" / f"vae-{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
             return target
         with replacing(target, sync=False, alone=True) as partial:
             partial.mkdir()
-            for name, place in wanted.items():
-                (partial / name).symlink_to(place, target_is_directory=place.is_dir())
+            for name, linked in targets.items():
+                (partial / name).symlink_to(linked, target_is_directory=linked.is_dir())
     return target

@@ -1,4 +1,4 @@
-"""A backbone on the meta device, built from its configs: no weights are read or downloaded."""
+"""Backbone on the meta device, built from its configs; no weights are read or downloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdtune.backbone.vocabulary import write_tokenizer
 
 
 class MetaPretrained(Pretrained):
-    """What :class:`Pretrained` is, without its weights: for counting."""
+    """:class:`Pretrained` without weights: loads on the meta device, for counting parameters and memory."""
 
     @cached_property
     def _folder(self) -> Path:
@@ -27,16 +27,16 @@ class MetaPretrained(Pretrained):
     def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
         folder = self.folder()
         with torch.device("meta"):
-            parts: dict[str, Any] = {name: from_config(name, folder) for name in self.components}
-        # The schedule's tables are small, and checks of them need values.
+            models: dict[str, Any] = {name: from_config(name, folder) for name in self.components}
+        # The noise schedule is small, and its checks need values.
         with torch.device("cpu"):
-            return assemble_backbone(self, parts | {name: _tokenizer(folder / name) for name in self.tokenizers})
+            return assemble_backbone(self, models | {name: _tokenizer(folder / name) for name in self.tokenizers})
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """The folder's; CLIP's own where it has none."""
+    """Tokenizer in ``folder``; CLIP's own tokenizer if the folder does not exist."""
     if folder.is_dir():
         return read_tokenizer(folder)
-    with tempfile.TemporaryDirectory() as place:
-        write_tokenizer(Path(place))
-        return read_tokenizer(Path(place))
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        write_tokenizer(Path(temporary_folder))
+        return read_tokenizer(Path(temporary_folder))

@@ -1,4 +1,4 @@
-"""Models of a pipeline, from their configs: class, tensor names and shapes, family."""
+"""Models of a pipeline, built from their configs: class, tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ KINDS: dict[str, Any] = {
 
 
 def from_config(component: str, folder: Path) -> Any:
-    """``component`` of the pipeline ``folder`` with weights drawn anew."""
+    """Build ``component`` of the pipeline ``folder`` with random weights."""
     kind = KINDS[component]
     if component.startswith("text_encoder"):
         return kind(CLIPTextConfig.from_pretrained(folder / component))
     return kind.from_config(kind.load_config(folder / component))
 
 
-def wanted_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
-    """The shape of each tensor of ``component``, by canonical key; nothing is allocated."""
+def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
+    """Expected shape of each tensor of ``component``, by canonical key; computed on the meta device."""
     return _shapes(component, (folder / component / "config.json").read_text(), str(folder))
 
 

@@ -1,4 +1,4 @@
-"""New tokens for a text encoder: trainable embeddings beside the frozen embedding table.
+"""New tokens for a text encoder: trainable embedding vectors next to the frozen embedding table.
 
 Gal et al. 2022, "An image is worth one word: personalizing text-to-image generation using textual inversion".
 """
@@ -25,14 +25,15 @@ from sdtune.formats.embeddings import intermediate, word
 
 @dataclass(frozen=True)
 class NewToken:
-    """A word to be learned.
+    """A token to add to the tokenizers and to learn.
 
     Args:
-        token: as prompts write it, such as ``<my_cat>``; lower case, since CLIP's tokenizer lowers prompts, and an
-            upper-case token of several vectors would silently use its first alone.
-        init: a word or a description; the vectors begin at the mean of its tokens' embeddings.
-        vectors: how many the token stands for.
-        weights: an embedding's file to begin from instead, in any program's form, of as many vectors.
+        token: the token in prompts, such as ``<my_cat>``. It must be lower case: CLIP's tokenizer lowercases prompts,
+            and of an upper-case token with several vectors only the first would be used.
+        init: a word or a description; each vector is initialized with the mean embedding of its tokens.
+        vectors: number of embedding vectors of the token.
+        weights: embedding file to initialize from instead of ``init``, in diffusers or A1111 format, with the same
+            number of vectors.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -44,11 +45,12 @@ class NewToken:
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen table of embeddings with further rows, a parameter of their own.
+    """A frozen embedding table with additional rows in a separate parameter.
 
     Args:
-        table: the vocabulary's.
-        vectors: [N, D], the rows of the ids from ``first`` on.
+        table: embeddings of the original vocabulary.
+        vectors: [N, D], the embeddings of the new ids.
+        first: the first new id.
     """
 
     def __init__(self, table: nn.Embedding, vectors: Tensor, first: int) -> None:
@@ -58,22 +60,25 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The vocabulary's table alone."""
+        """Weight of the original table, without the new rows."""
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, L, D] from ``ids`` [B, L]; every new row stands in the graph, also where no id names it."""
+        """Embeddings [B, L, D] of ``ids`` [B, L]; all new rows are in the autograd graph, even unused ones."""
         known = self.table(ids.clamp(max=self.table.num_embeddings - 1))
         new = F.embedding((ids - self.first).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
         return torch.where((ids >= self.first).unsqueeze(-1), new, known)
 
 
-class Words:
-    """A backbone's tokenizers with the new words in them.
+class NewTokens:
+    """The new tokens of a backbone, added to its tokenizers.
 
     Args:
-        tokenizers: get the tokens added; they differ in nothing but what they pad with.
-        widths: for each token of the prompts, how many vectors it stands for.
+        tokenizers: tokenizers to extend in place; they may differ only in their padding token.
+        widths: number of vectors of each new token.
+
+    Raises:
+        UserError: a new token is already in the vocabulary.
     """
 
     def __init__(self, tokenizers: Sequence[CLIPTokenizer], widths: dict[str, int]) -> None:
@@ -81,108 +86,116 @@ class Words:
         self.first = len(tokenizers[0])
         assert all(len(tokenizer) == self.first for tokenizer in tokenizers)
         known = tokenizers[0].get_vocab()
-        names = [_numbered(token, i) for token, width in widths.items() for i in range(width)]
-        if taken := next((name for name in names if name in known), None):
+        vector_tokens = [_vector_token(token, i) for token, width in widths.items() for i in range(width)]
+        if taken := next((name for name in vector_tokens if name in known), None):
             raise UserError(
-                f"{taken!r} is a word of the tokenizer's already", key="new_tokens", remedy="choose another"
+                f"{taken!r} is already in the tokenizer's vocabulary", key="new_tokens", remedy="use another token"
             )
-        # As whole words, or a token "cat" would be found in "catalog".
+        # single_word: otherwise a token "cat" would match inside "catalog".
         for tokenizer in tokenizers:
-            tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in names])
+            tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in vector_tokens])
 
     def rows(self, token: str) -> range:
-        """Which of the new vectors are ``token``'s."""
-        before = sum(width for name, width in list(self.widths.items())[: list(self.widths).index(token)])
-        return range(before, before + self.widths[token])
+        """Rows of ``token`` among all new embedding vectors."""
+        start = sum(width for name, width in list(self.widths.items())[: list(self.widths).index(token)])
+        return range(start, start + self.widths[token])
 
     def expanded(self, prompt: str) -> str:
-        """``prompt`` with each token of several vectors written out, as diffusers does: ``<a> <a>_1 <a>_2``."""
+        """``prompt`` with each multi-vector token replaced by ``<a> <a>_1 <a>_2``, as in diffusers."""
         for token, width in self.widths.items():
             if width > 1:
-                whole = " ".join(_numbered(token, i) for i in range(width)).replace("\\", r"\\")
-                prompt = _alone(token).sub(whole, prompt)
+                replacement = " ".join(_vector_token(token, i) for i in range(width)).replace("\\", r"\\")
+                prompt = _word_pattern(token).sub(replacement, prompt)
         return prompt
 
 
-def _alone(token: str) -> re.Pattern[str]:
-    """``token`` as a word of its own, in any case."""
+def _word_pattern(token: str) -> re.Pattern[str]:
+    """Pattern that matches ``token`` as a separate word, ignoring case."""
     return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)
 
 
-def _numbered(token: str, index: int) -> str:
+def _vector_token(token: str, index: int) -> str:
     return token if index == 0 else f"{token}_{index}"
 
 
 def initial(tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding], token: NewToken) -> tuple[Tensor, ...]:
-    """Where the vectors of ``token`` begin, [vectors, D] of each text encoder."""
+    """Initial vectors of ``token``, [vectors, D] for each text encoder.
+
+    Raises:
+        UserError: ``token.init`` has no tokens, or the vectors in ``token.weights`` have other shapes.
+    """
     if token.weights is None:
-        return tuple(_mean(words, table, token) for words, table in zip(tokenizers, tables, strict=True))
+        return tuple(
+            _mean_embedding(tokenizer, table, token) for tokenizer, table in zip(tokenizers, tables, strict=True)
+        )
     file = Path(token.weights).expanduser()
     tensors, metadata = read_safetensors(file)
-    found = list(embeddings.parse(file, tensors, metadata).values())
-    theirs = [tuple(rows.shape) for rows in found[0]] if found else []
-    wanted = [(token.vectors, table.weight.shape[1]) for table in tables]
-    if theirs != wanted:
-        shown = " and ".join(f"{n} x {d}" for n, d in theirs) or "no embedding"
+    parsed = list(embeddings.parse(file, tensors, metadata).values())
+    file_shapes = [tuple(rows.shape) for rows in parsed[0]] if parsed else []
+    expected_shapes = [(token.vectors, table.weight.shape[1]) for table in tables]
+    if file_shapes != expected_shapes:
+        shown = " and ".join(f"{n} x {d}" for n, d in file_shapes) or "no embedding"
         raise UserError(
-            f"weights of {token.token!r}: {file} holds {shown}, and this token has"
-            f" {' and '.join(f'{n} x {d}' for n, d in wanted)}",
+            f"weights of {token.token!r}: {file} contains {shown}, this token needs"
+            f" {' and '.join(f'{n} x {d}' for n, d in expected_shapes)}",
             key="new_tokens",
-            remedy=f"give vectors: {theirs[0][0] if theirs else 1}, or another file",
+            remedy=f"set vectors: {file_shapes[0][0] if file_shapes else 1}, or use another file",
         )
-    return tuple(rows.clone() for rows in found[0])
+    return tuple(rows.clone() for rows in parsed[0])
 
 
-def _mean(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
-    """[vectors, D]: the mean of the embeddings of ``token.init``'s tokens, for each vector."""
+def _mean_embedding(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
+    """Mean embedding of the tokens of ``token.init``, repeated for each vector: [vectors, D]."""
     ids = torch.tensor(tokenizer(token.init, add_special_tokens=False).input_ids, device=table.weight.device)
     if not len(ids):
-        raise UserError(f"init {token.init!r} of {token.token!r} has no tokens", key="new_tokens", remedy="give a word")
+        raise UserError(f"init {token.init!r} of {token.token!r} has no tokens", key="new_tokens", remedy="use a word")
     mean: Tensor = table(ids).detach().mean(0)
     return mean.expand(token.vectors, -1).clone()
 
 
 def check_tokens(tokens: Sequence[NewToken]) -> None:
-    """UserError for tokens that a prompt could not name."""
+    """Raise UserError for new tokens with invalid settings."""
     for token in tokens:
         if (token.init is None) == (token.weights is None):
             raise UserError(
-                f"{token.token!r} needs a word to begin at: give init: cat, or weights: FILE", key="new_tokens"
+                f"{token.token!r} needs exactly one of init and weights",
+                key="new_tokens",
+                remedy="set init: cat or weights: FILE",
             )
         if token.weights is not None and not Path(token.weights).expanduser().is_file():
             raise UserError(f"weights of {token.token!r}: {token.weights} does not exist", key="new_tokens")
-        plain = re.sub(r"\s+", "_", token.token.strip().lower())
-        if token.token != plain or not plain:
+        normalized = re.sub(r"\s+", "_", token.token.strip().lower())
+        if token.token != normalized or not normalized:
             raise UserError(
-                f"{token.token!r} is not one word in lower case, to which CLIP's tokenizer turns prompts",
+                f"{token.token!r} is not a single lower-case word; CLIP's tokenizer lowercases prompts",
                 key="new_tokens",
-                remedy=f"write {plain or '<my_cat>'!r}",
+                remedy=f"use {normalized or '<my_cat>'!r}",
             )
-    names = [_numbered(t.token, i) for t in tokens for i in range(t.vectors)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    vector_tokens = [_vector_token(t.token, i) for t in tokens for i in range(t.vectors)]
+    duplicate = next((name for name in vector_tokens if vector_tokens.count(name) > 1), None)
+    if duplicate is not None:
         raise UserError(
-            f"{twice!r} stands twice", key="new_tokens", remedy="give each token once (<a>'s second vector is <a>_1)"
+            f"{duplicate!r} is defined twice",
+            key="new_tokens",
+            remedy="list each token once (the second vector of <a> is <a>_1)",
         )
     files = [word(token.token) for token in tokens]
     for token, file in zip(tokens, files, strict=True):
         if files.count(file) > 1 or intermediate(file):
             raise UserError(
-                f"{token.token!r} would be kept as {file}.safetensors, which is another's name or an"
-                " intermediate file's",
+                f"{token.token!r} would be saved as {file}.safetensors, the file of another token or a snapshot",
                 key="new_tokens",
-                remedy="choose another word",
+                remedy="use another token",
             )
 
 
 def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
-    """UserError for a token that none of ``prompts`` holds: it would learn nothing."""
+    """Raise UserError for a token that occurs in none of ``prompts`` and would therefore not be trained."""
     for token in tokens:
-        own = _alone(token.token)
-        if not any(own.search(prompt) for prompt in prompts):
+        pattern = _word_pattern(token.token)
+        if not any(pattern.search(prompt) for prompt in prompts):
             raise UserError(
-                f"{token.token} stands in no caption, such as {prompts[0]!r}",
+                f"{token.token} occurs in no caption (first caption: {prompts[0]!r})",
                 key="new_tokens",
-                remedy=f'write it into the captions, or give data.prompt="{token.token}", with'
-                " data.templates around it or not",
+                remedy=f'add it to the captions, or set data.prompt="{token.token}" (with or without data.templates)',
             )

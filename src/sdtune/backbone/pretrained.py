@@ -1,4 +1,4 @@
-"""``Pretrained``: a pretrained Stable Diffusion that can be loaded."""
+"""``Pretrained``: a pretrained Stable Diffusion model from disk or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ if TYPE_CHECKING:
 
 
 class Pretrained(PipelineSource):
-    """A Stable Diffusion on disk or on the hub, with :meth:`load`; arguments as of :class:`PipelineSource`."""
+    """A pretrained Stable Diffusion model with :meth:`load`; arguments as in :class:`PipelineSource`."""
 
     _loader: Callable[[], Backbone] | None = None
 
-    def loaded_by(self, loader: Callable[[], Backbone]) -> Pretrained:
-        """A copy of this source whose :meth:`load` returns what ``loader`` returns, whatever its arguments."""
-        own = copy.copy(self)
-        own._loader = loader
-        return own
+    def with_loader(self, loader: Callable[[], Backbone]) -> Pretrained:
+        """Copy of this source whose :meth:`load` ignores its arguments and returns the result of ``loader``."""
+        source = copy.copy(self)
+        source._loader = loader
+        return source
 
     def trained(self, folder: Path) -> Pretrained:
-        """The pipeline ``folder`` that was trained from this, with what its files do not say."""
-        said = ("guidance", "clip", "clip_skip", "max_tokens", "prediction_type", "zero_terminal_snr", "allow_pickle")
-        return Pretrained(str(folder), config=self.config_folder, **{key: getattr(self, key) for key in said})
+        """Source for the pipeline ``folder`` trained from this one, with the settings that its files do not contain."""
+        inherited = (
+            "guidance",
+            "clip",
+            "clip_skip",
+            "max_tokens",
+            "prediction_type",
+            "zero_terminal_snr",
+            "allow_pickle",
+        )
+        return Pretrained(str(folder), config=self.config_folder, **{name: getattr(self, name) for name in inherited})
 
     def load(self, seed: int = 0, unet: dtype | None = None) -> Backbone:
-        """The backbone in float32, its UNet in the type ``unet`` if given; on the CPU, in eval mode, frozen."""
+        """Load the backbone on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet`` if given)."""
         from sdtune.backbone.loading import load_backbone
 
         return load_backbone(self, seed, unet) if self._loader is None else self._loader()

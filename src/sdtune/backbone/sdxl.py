@@ -1,4 +1,4 @@
-"""SDXL's conditioning: states of two text encoders, a pooled state, and sizes.
+"""SDXL conditioning: hidden states of two text encoders, a pooled text embedding, and image sizes.
 
 Podell et al. 2023, "SDXL: improving latent diffusion models for high-resolution image synthesis", section 2.
 """
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.text import hidden, unused
+from sdtune.backbone.text import hidden, unused_prefixes
 
-_SKIPPED = 1  # both encoders give their penultimate states, as they are
+_SKIPPED = 1  # both encoders output their penultimate hidden states, without the final norm
 
 
-class TwoEncoders(Backbone):
-    """A backbone that is conditioned on two text encoders and on sizes.
+class SDXLBackbone(Backbone):
+    """SDXL backbone, conditioned on two text encoders and on image sizes.
 
-    What :meth:`encode_text` returns has one row more than there are tokens: the second encoder's pooled state, filled
-    up with zeros. So all that keeps, stacks or repeats a prompt's states takes the pooled state along.
+    The result of :meth:`encode_text` has one row more than there are tokens: the pooled text embedding of the second
+    encoder, padded with zeros. Code that stores, stacks or repeats text embeddings thus includes the pooled embedding.
     """
 
     def __init__(self, text_encoder_2: CLIPTextModelWithProjection, tokenizer_2: CLIPTokenizer, **parts: Any) -> None:
@@ -43,12 +43,16 @@ class TwoEncoders(Backbone):
         length, width = super().text_shape
         return length + 1, width
 
-    def unused(self, component: str) -> tuple[str, ...]:
-        # The second encoder's pooled state passes through all of it.
-        return () if component == "text_encoder_2" else unused(self.text_encoder, _SKIPPED + self.clip_skip, norm=False)
+    def unused_prefixes(self, component: str) -> tuple[str, ...]:
+        # The pooled text embedding depends on all layers of the second encoder.
+        return (
+            ()
+            if component == "text_encoder_2"
+            else unused_prefixes(self.text_encoder, _SKIPPED + self.clip_skip, norm=False)
+        )
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Both encoders' penultimate states and the pooled one, [B, L + 1, D]."""
+        """Penultimate hidden states of both encoders and the pooled text embedding, [B, L + 1, D]."""
         states, pooled, skip = [], None, _SKIPPED + self.clip_skip
         for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
             ids = self.tokenize(prompts, tokenizer).to(encoder.device)
@@ -56,8 +60,8 @@ class TwoEncoders(Backbone):
             out = encoder(windows, output_hidden_states=True)
             states.append(hidden(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
             if encoder is self.text_encoder_2:
-                # At the end of the first window; not where transformers looks, which with `eos_token_id: 2` in the
-                # config is the largest id, and new words have larger ones.
+                # Pool at the end token of the first window. With `eos_token_id: 2` in the config, transformers would
+                # pool at the largest id, which is a new token if the prompt contains one.
                 ends = (windows == tokenizer.eos_token_id).int().argmax(-1)
                 last = out.last_hidden_state[torch.arange(len(windows), device=ends.device), ends]
                 pooled = encoder.text_projection(last).view(len(ids), self.facts.windows, -1)[:, 0]
@@ -67,11 +71,11 @@ class TwoEncoders(Backbone):
         return torch.cat([joined, row[:, None]], dim=1)
 
     def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
-        width: int = self.text_encoder_2.config.projection_dim
+        pooled_width: int = self.text_encoder_2.config.projection_dim
         if frame is None:
-            side = self.facts.factor
-            height, across = noisy.shape[-2] * side, noisy.shape[-1] * side
-            frame = torch.tensor([height, across, 0, 0, height, across], dtype=torch.float32, device=noisy.device)
+            factor = self.facts.factor
+            height, width = noisy.shape[-2] * factor, noisy.shape[-1] * factor
+            frame = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
             frame = frame.expand(len(noisy), -1)
-        added = {"text_embeds": text[:, -1, :width], "time_ids": frame}
+        added = {"text_embeds": text[:, -1, :pooled_width], "time_ids": frame}
         return {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": added}

@@ -1,4 +1,4 @@
-"""The source of a backbone: a pipeline folder in the diffusers layout, named by path or hub id."""
+"""Source of a backbone: a diffusers pipeline folder, a single-file checkpoint or a hub id; configs and hashes."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ _JSON = ["*.json", "*/*.json", "tokenizer*/*"]
 
 
 class PipelineSource:
-    """A Stable Diffusion on disk or on the hub; nothing is read until it is asked for.
+    """Source of a Stable Diffusion model on disk or on the Hugging Face hub; files are read on first use.
 
     Args:
         path: a folder in the diffusers layout, a single file in the original layout (``.safetensors`` or ``.ckpt``),
-            or a hub id; ``pocket`` is the backbone that ships with sdtune.
+            or a hub id; ``pocket`` is the backbone included in sdtune.
         revision: branch, tag or commit of a hub id.
-        from_scratch: components whose weights are drawn anew from the seed instead of being read; only their
-            ``config.json`` is needed.
-        clip: the folder of a CLIP that measures this backbone's images, if one is at hand.
-        guidance: the guidance scale that suits it when sampling.
-        prediction_type: what the UNet is to predict, where that is not what its scheduler's config says.
+        from_scratch: components with weights initialized randomly from the seed; only their ``config.json`` is needed.
+        clip: folder of a CLIP model for evaluating images of this backbone, if available.
+        guidance: default guidance scale for sampling.
+        prediction_type: prediction type of the UNet; if None, that of the scheduler config.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
-        family: what it must be; anything if None.
-        variant: of a folder's or hub id's weight files, such as ``fp16``; the plain ones if None.
-        config: a folder of configs that a single file's models have; those of its family that ship with sdtune if None.
-        vae: a VAE to take in place of its own: a folder in the diffusers layout, a single file, or a hub id.
-        allow_pickle: read a ``.ckpt``, with torch's ``weights_only``.
-        clip_skip: how many of the text encoder's last layers are left out, counted as diffusers does: 0 is none, and
-            1 is what kohya's tools and A1111 call clip skip 2. SDXL leaves one out to begin with.
-        max_tokens: prompts of up to so many tokens, start and end apart, in windows of the text encoder's length; one
-            window (75 tokens of CLIP's) if None.
+        family: required model family; any if None.
+        variant: variant of the weight files of a folder or hub id, such as ``fp16``; if None, files without a variant.
+        config: pipeline folder with the configs of a single file's models; if None, the configs of its family that are
+            included in sdtune.
+        vae: VAE to use instead of the pipeline's: a folder in the diffusers layout, a single file, or a hub id.
+        allow_pickle: allow reading a ``.ckpt``, with torch's ``weights_only``.
+        clip_skip: number of skipped last layers of the text encoder, counted as in diffusers: 0 skips none, 1 is clip
+            skip 2 of kohya's tools and A1111. SDXL always skips one more layer.
+        max_tokens: maximum number of tokens per prompt, without start and end token, in windows of the text encoder's
+            length; if None, one window (75 tokens for CLIP).
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class PipelineSource:
         self.family, self.variant, self.vae, self.allow_pickle = family, variant, vae, allow_pickle
         self.config_folder, self.clip_skip, self.max_tokens = config, clip_skip, max_tokens
 
-    # --- where it lies
+    # --- location
 
-    def _place(self, weights: bool) -> Path:
-        """The pipeline folder with its configs, and its weights where they are wanted."""
+    def _pipeline_folder(self, weights: bool) -> Path:
+        """Pipeline folder with the configs, and with the weights if ``weights``."""
         if self.path == "pocket":
             return pocket_pipeline()
-        place = local(self.path, "backbone.path")
-        if place is None:
+        local_path = local(self.path, "backbone.path")
+        if local_path is None:
             return self._hub_folder() if weights else self._hub_configs
-        if place.is_dir():
-            return place
-        from sdtune.backbone.single_file import unpacked
+        if local_path.is_dir():
+            return local_path
+        from sdtune.backbone.single_file import convert_checkpoint
 
         config = Path(self.config_folder).expanduser() if self.config_folder else None
         config = pocket_pipeline() if self.config_folder == "pocket" else config
@@ -95,130 +95,140 @@ class PipelineSource:
             raise UserError(
                 f"{config / 'model_index.json'} is missing",
                 key="backbone.config",
-                remedy="name a pipeline folder's configs",
+                remedy="use a pipeline folder with its configs",
             )
-        return unpacked(place, config, self.allow_pickle)
+        return convert_checkpoint(local_path, config, self.allow_pickle)
 
     @cached_property
     def _hub_configs(self) -> Path:
-        """The local folder with the configs and tokenizers of a hub repository."""
+        """Local snapshot folder with the configs and tokenizers of a hub repository."""
         return snapshot(self.path, self.revision, _JSON, configured, "backbone.path")
 
     @property
     def commit(self) -> str | None:
-        """The commit hash of a hub id after its configs are read, then fixed; before that, ``revision``."""
+        """Commit hash of a hub id once its configs are loaded; before that, ``revision``."""
         configs: Path | None = vars(self).get("_hub_configs")
-        return self.revision if configs is None else configs.name  # the folder of a snapshot is named by it
+        return self.revision if configs is None else configs.name  # a snapshot folder is named after its commit
 
     def _hub_folder(self) -> Path:
-        # Repositories hold the same weights several times over (fp16, non-EMA, .bin): take those that are read.
-        mark = f".{self.variant}" if self.variant else ""
-        ends = (f"{mark}.safetensors", f"{mark}-?????-of-?????.safetensors")
+        # Repositories contain several copies of the weights (fp16, non-EMA, .bin); download only those that are read.
+        suffix = f".{self.variant}" if self.variant else ""
+        endings = (f"{suffix}.safetensors", f"{suffix}-?????-of-?????.safetensors")
         names = [name for name in MODELS if not (name == "vae" and self.vae)]
-        patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in ends]
+        patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in endings]
 
         def complete(folder: Path) -> bool:
-            wanted = (name for name in self._weighed if not (name == "vae" and self.vae))
-            return configured(folder) and all(there(folder, name, self.variant) for name in wanted)
+            required = (name for name in self._pretrained_components if not (name == "vae" and self.vae))
+            return configured(folder) and all(there(folder, name, self.variant) for name in required)
 
         return snapshot(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
 
     def _with_vae(self, pipeline: Path) -> Path:
         if self.vae is None:
             return pipeline
-        place = local(self.vae, "backbone.vae")
-        if place is None:
+        vae = local(self.vae, "backbone.vae")
+        if vae is None:
             names = ["config.json", weights_name("vae")]
-            place = snapshot(
+            vae = snapshot(
                 self.vae, None, names, lambda folder: all((folder / n).is_file() for n in names), "backbone.vae"
             )
-        if place.is_file():
-            from sdtune.backbone.single_file import unpacked_vae
+        if vae.is_file():
+            from sdtune.backbone.single_file import convert_vae
 
-            place = unpacked_vae(place, pipeline, self.allow_pickle)
-        file = place / "config.json"
+            vae = convert_vae(vae, pipeline, self.allow_pickle)
+        file = vae / "config.json"
         if not file.is_file() or read_config(file).get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise UserError(
-                f"{place} is no AutoencoderKL's folder", key="backbone.vae", remedy="name one, with its config.json"
+                f"{vae} is not the folder of an AutoencoderKL",
+                key="backbone.vae",
+                remedy="use a VAE folder with its config.json",
             )
-        return with_vae(pipeline, place)
+        return with_vae(pipeline, vae)
 
     @cached_property
     def _configs(self) -> Path:
-        return self._with_vae(self._place(weights=False))
+        return self._with_vae(self._pipeline_folder(weights=False))
 
     @cached_property
     def _folder(self) -> Path:
-        return self._with_vae(self._place(weights=True))
+        return self._with_vae(self._pipeline_folder(weights=True))
 
     def folder(self) -> Path:
-        """The local folder with everything that loading needs."""
+        """Local pipeline folder with all files that loading needs."""
         return self._folder
 
-    # --- what it is
+    # --- configs and properties
 
     def config(self, component: str) -> dict[str, Any]:
-        """``<component>``'s config as the pipeline folder holds it."""
+        """Config of ``component`` in the pipeline folder; the pipeline index if ``component`` is empty.
+
+        Raises:
+            UserError: the file is missing or unreadable.
+        """
         name = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
             component, "config.json"
         )
         file = self._configs / "model_index.json" if component == "" else self._configs / component / name
         if not file.is_file():
             lora = component == "" and any(self._configs.glob("*.safetensors"))
-            how = "a LoRA goes to adapters=" if lora else "a pipeline folder in the diffusers layout has it"
-            raise UserError(f"{file} is missing; {how}", key="backbone.path")
+            remedy = "use adapters= for a LoRA" if lora else "use a pipeline folder in the diffusers layout"
+            raise UserError(f"{file} is missing", key="backbone.path", remedy=remedy)
         return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler's config with this backbone's own settings in it."""
-        changed: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
+        """Scheduler config, updated with ``prediction_type`` and ``zero_terminal_snr``."""
+        overrides: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
         if self.zero_terminal_snr:
-            # Sampling must begin at the last step, where there is pure noise (Lin et al. 2024, section 3.3).
-            changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return {**self.config("scheduler"), **changed}
+            # Sampling must start at the last step, which is pure noise (Lin et al. 2024, section 3.3).
+            overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return {**self.config("scheduler"), **overrides}
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Its text encoders' folders, SDXL's two."""
+        """Folder names of the text encoders; two for SDXL."""
         second = (self.config("").get("text_encoder_2") or [None])[0]
         return ("text_encoder", "text_encoder_2") if second else ("text_encoder",)
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The folders of its models."""
+        """Folder names of the models."""
         return (*self.text_encoders, "unet", "vae")
 
     @property
-    def _weighed(self) -> tuple[str, ...]:
-        return tuple(name for name in self.components if not self.drawn_anew(name))
+    def _pretrained_components(self) -> tuple[str, ...]:
+        return tuple(name for name in self.components if not self.is_from_scratch(name))
 
-    def drawn_anew(self, component: str) -> bool:
-        """Whether ``component`` begins with random weights."""
+    def is_from_scratch(self, component: str) -> bool:
+        """Whether the weights of ``component`` are initialized randomly."""
         return component.removesuffix("_2") in self.from_scratch
 
     @cached_property
     def facts(self) -> Facts:
-        """Sizes and settings from the config files alone; UserError for a pipeline that cannot be trained here."""
+        """Properties of the backbone, read from the config files alone.
+
+        Raises:
+            UserError: sdtune cannot train this pipeline.
+        """
         index = self.config("")
         if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
-            raise UserError(
-                f"{self.path} is SDXL's refiner; the base model is what can be fine-tuned", key="backbone.path"
-            )
+            raise UserError(f"{self.path} is the SDXL refiner", key="backbone.path", remedy="use the SDXL base model")
         unet, vae, scheduler = self.config("unet"), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
         if unet["in_channels"] != channels:
             raise UserError(
-                f"{self.path} takes {unet['in_channels']} channels (an inpainting model?); a"
-                f" text-to-image UNet with {channels} is needed",
+                f"the UNet of {self.path} has {unet['in_channels']} input channels (an inpainting model?)",
                 key="backbone.path",
+                remedy=f"use a text-to-image model with {channels} input channels",
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        NoiseSchedule.from_config(scheduler)  # refuses one that cannot be trained
+        NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
         layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
         if self.clip_skip >= layers:
             raise UserError(
-                f"{self.clip_skip} of {layers} layers", key="backbone.clip_skip", remedy=f"give {layers - 1} at most"
+                f"cannot skip {self.clip_skip} of {layers} layers",
+                key="backbone.clip_skip",
+                remedy=f"set at most {layers - 1}",
             )
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
@@ -232,17 +242,17 @@ class PipelineSource:
         )
 
     def _family(self, unet: dict[str, Any]) -> Family:
-        found = family_by(unet, two_encoders=len(self.text_encoders) > 1)
-        if self.family not in (None, found):
-            asked, kind = FAMILIES[self.family or found], FAMILIES[found]
+        family = family_by(unet, two_encoders=len(self.text_encoders) > 1)
+        if self.family not in (None, family):
+            required, actual = FAMILIES[self.family or family], FAMILIES[family]
             raise UserError(
-                f"{self.path} is {kind[0]}, and {asked[1]} asks for {asked[0]}",
+                f"{self.path} is {actual[0]}, but {required[1]} requires {required[0]}",
                 key="backbone.path",
-                remedy=f"give {kind[1]}",
+                remedy=f"use {actual[1]}",
             )
-        return found
+        return family
 
-    # --- its weights
+    # --- weights
 
     def _files(self, names: Sequence[str]) -> dict[str, list[Path]]:
         return {
@@ -251,48 +261,48 @@ class PipelineSource:
         }
 
     def check(self) -> None:
-        """UserError for what loading would miss: weights as safetensors, whole, of the configs' models; tokenizers."""
-        folder, files = self.folder(), self._files(self._weighed)
+        """Raise UserError if weights or tokenizers are missing, damaged or inconsistent with the configs."""
+        folder, files = self.folder(), self._files(self._pretrained_components)
         check_files(files)
-        from sdtune.backbone.models import wanted_shapes
+        from sdtune.backbone.models import model_shapes
 
-        for name, each in files.items():
-            check_keys(f"backbone.path: {folder / name}", shapes(each, name), wanted_shapes(name, folder))
+        for name, component_files in files.items():
+            check_keys(f"backbone.path: {folder / name}", shapes(component_files, name), model_shapes(name, folder))
         for name in self.tokenizers:
-            names = {file.name for file in (folder / name).glob("*")}
-            if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            file_names = {file.name for file in (folder / name).glob("*")}
+            if "tokenizer.json" not in file_names and not {"vocab.json", "merges.txt"} <= file_names:
                 raise UserError(
-                    f"{folder / name} lacks tokenizer.json, or vocab.json and merges.txt",
+                    f"{folder / name} has neither tokenizer.json nor vocab.json and merges.txt",
                     key="backbone.path",
-                    remedy="copy them",
+                    remedy="copy the tokenizer files",
                 )
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """The folders of its tokenizers."""
+        """Folder names of the tokenizers."""
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     def hash(self) -> str:
-        """sha256 of the weights that were read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""
-        return weights_hash(self._files(self._weighed))
+        """SHA-256 of the weights that are read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""
+        return weights_hash(self._files(self._pretrained_components))
 
     def weights(self, without: Sequence[str] = ()) -> dict[str, list[Path]]:
-        """The files that hold each component's weights, those named in ``without`` left out."""
+        """Weight files of each component, except those in ``without``."""
         return self._files([name for name in self.components if name not in without])
 
     def tensors(self, component: str) -> dict[str, Tensor]:
-        """``component``'s weights as its files hold them, by canonical key."""
-        read = [read_safetensors(file)[0] for file in self._files([component])[component]]
-        return {canonical_key(component, key): value for tensors in read for key, value in tensors.items()}
+        """Weights of ``component`` in the dtype of its files, by canonical key."""
+        loaded = [read_safetensors(file)[0] for file in self._files([component])[component]]
+        return {canonical_key(component, key): value for tensors in loaded for key, value in tensors.items()}
 
     def weights_variant(self, component: str) -> str | None:
-        """The variant whose files hold ``component``."""
+        """Weight variant of the files of ``component``."""
         return variant_of(self._files([component])[component])
 
-    def encoder_key(self, component: Component, precision: str) -> str:
-        """What an encoder's outputs depend on: weights, config, precision, and of text encoders tokenizer and settings.
+    def encoder_cache_key(self, component: Component, precision: str) -> str:
+        """Cache key of an encoder's outputs: a hash of its weights, config and precision.
 
-        Caches of its outputs are kept under this name.
+        The key of the text encoders also depends on tokenizers, ``clip_skip`` and ``max_tokens``.
         """
         assert component not in self.from_scratch
         names = self.text_encoders if component == "text_encoder" else (component,)
@@ -310,8 +320,8 @@ class PipelineSource:
         if self.clip_skip or self.facts.windows > 1:
             digest.update(f"{self.clip_skip}/{self.facts.windows}".encode())
 
-    def drawing_key(self) -> str:
-        """Cache key of images drawn by this backbone: its weights, configs and tokenizer."""
+    def image_cache_key(self) -> str:
+        """Cache key of images generated by this backbone: a hash of weights, configs, tokenizers and text settings."""
         digest = hashlib.sha256(f"{self.hash()}/{self.from_scratch}".encode())
         configs = [self.scheduler(), *(self.config(component) for component in self.components)]
         digest.update(json.dumps(configs, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Tokenize prompts in windows, and encode them to the text states that condition a UNet."""
+"""Tokenize prompts in windows, and select the hidden states of a text encoder that condition the UNet."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 
-def windowed(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int, windows: int) -> Tensor:
-    """Token ids, int64 [B, ``length``], of ``windows`` equal windows, each with a start and an end of its own.
+def tokenize_windows(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int, windows: int) -> Tensor:
+    """Token ids, int64 [B, ``length``], in ``windows`` windows of equal length, each with a start and end token.
 
-    Longer prompts are cut. This is how A1111 and ComfyUI read long prompts; kohya's trainer drops the inner ends.
+    Longer prompts are truncated. A1111 and ComfyUI read long prompts in the same way; kohya's trainer drops the start
+    and end tokens between windows.
     """
     if windows == 1:
         ids: Tensor = tokenizer(
@@ -33,23 +34,23 @@ def windowed(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int, wind
 
 
 def hidden(encoder: Any, out: Any, skip: int, norm: bool = True) -> Tensor:
-    """States [B, L, D] that leave ``skip`` of the last layers out, after the final norm where ``norm`` is set.
+    """Hidden states [B, L, D] without the last ``skip`` layers, after the final norm if ``norm``.
 
-    ``skip`` counts as diffusers does. SD 1.x and 2.x apply the final norm again, SDXL does not.
+    ``skip`` is counted as ``clip_skip`` in diffusers. SD 1.x and 2.x apply the final norm to them, SDXL does not.
     """
     states: Tensor = out.hidden_states[-(skip + 1)]
-    return _inner(encoder).final_layer_norm(states) if norm else states
+    return _text_transformer(encoder).final_layer_norm(states) if norm else states
 
 
-def unused(encoder: Any, skip: int, norm: bool = True) -> tuple[str, ...]:
-    """Starts of the names of what lies behind those states."""
-    inner = _inner(encoder)
-    start = "" if inner is encoder else "text_model."
-    layers = len(inner.encoder.layers)
-    found = [f"{start}encoder.layers.{i}." for i in range(layers - skip, layers)]
-    return (*found, *(() if norm else (f"{start}final_layer_norm.",)))
+def unused_prefixes(encoder: Any, skip: int, norm: bool = True) -> tuple[str, ...]:
+    """Name prefixes of the parameters that :func:`hidden` does not depend on."""
+    transformer = _text_transformer(encoder)
+    prefix = "" if transformer is encoder else "text_model."
+    layers = len(transformer.encoder.layers)
+    skipped = [f"{prefix}encoder.layers.{i}." for i in range(layers - skip, layers)]
+    return (*skipped, *(() if norm else (f"{prefix}final_layer_norm.",)))
 
 
-def _inner(encoder: Any) -> Any:
-    """The part with the layers, which releases of transformers before 5.6 keep one level down."""
+def _text_transformer(encoder: Any) -> Any:
+    """Module that contains the layers: ``encoder.text_model`` in transformers before 5.6, else ``encoder``."""
     return getattr(encoder, "text_model", encoder)

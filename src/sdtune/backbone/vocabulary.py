@@ -1,4 +1,4 @@
-"""CLIP's tokenizer for checkpoints without one; its vocabulary ships with sdtune."""
+"""CLIP's tokenizer for checkpoints without a tokenizer; its vocabulary is included in sdtune."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, pad: str = END) -> None:
-    """``folder`` with CLIP's 49,408 tokens in the files that every release of transformers reads.
+    """Write CLIP's tokenizer (49,408 tokens) in the file format that all releases of transformers read.
 
     Args:
-        folder: is made.
-        pad: what fills a prompt up: the end token, but ``!`` in SD 2.x and for SDXL's second encoder.
+        folder: target folder; it is created if missing.
+        pad: padding token: the end token, but ``!`` for SD 2.x and SDXL's second text encoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_MERGES, folder / "merges.txt")
@@ -35,10 +35,10 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> id: bytes, bytes that end a word, what merging makes of them, start and end (CLIP's own order)."""
-    # The order of OpenAI's table: printable bytes first, then the stand-ins of the others.
+    """CLIP's vocabulary, token -> id: bytes, bytes at the end of a word, merged tokens, start and end token."""
+    # Order of OpenAI's table: printable bytes first, then the replacement characters of the other bytes.
     bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (ord(letter) > 255, letter))
     merges = [line for line in _MERGES.read_text().splitlines()[1:] if line]
     tokens = [*bytes_in_order, *(f"{byte}</w>" for byte in bytes_in_order)]
     tokens += ["".join(merge.split()) for merge in merges]
-    return {token: number for number, token in enumerate([*tokens, BEGIN, END])}
+    return {token: index for index, token in enumerate([*tokens, BEGIN, END])}

@@ -1,4 +1,4 @@
-"""Hash of a backbone's weights: independent of file names, sharding, copies and layout."""
+"""Safetensors weight files of a backbone: lookup, header checks, and a hash independent of file names and shards."""
 
 from __future__ import annotations
 
@@ -19,80 +19,85 @@ from sdtune.paths import cache_folder
 _CHUNK = 1 << 24
 
 Files = Mapping[str, Sequence[Path]]
-"""The safetensors files that hold each component."""
+"""Safetensors files of each component."""
 
 
-def _tensors(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Key -> (dtype, shape, first byte, byte after the last) in a safetensors ``file``."""
+def _read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Header of a safetensors ``file``: key -> (dtype, shape, first byte, end byte)."""
     with file.open("rb") as handle:
-        head = handle.read(8)
-        size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        length_bytes = handle.read(8)
+        size = struct.unpack("<Q", length_bytes)[0] if len(length_bytes) == 8 else 0
         if not 0 < size <= file.stat().st_size - 8:
             raise UserError(f"{file}: not a safetensors file, or a truncated one", remedy="copy or download it again")
         try:
             header = json.loads(handle.read(size))
             header.pop("__metadata__", None)
-            entries = {key: _entry(entry, 8 + size) for key, entry in header.items()}
+            entries = {key: _parse_entry(entry, 8 + size) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{file}: its safetensors header cannot be read", remedy="copy or download it again"
+                f"{file}: the safetensors header cannot be read", remedy="copy or download it again"
             ) from error
     if max((last for *_, last in entries.values()), default=0) > file.stat().st_size:
         raise UserError(f"{file}: truncated safetensors file", remedy="copy or download it again")
     return entries
 
 
-def _entry(entry: Mapping[str, object], start: int) -> tuple[str, list[int], int, int]:
+def _parse_entry(entry: Mapping[str, object], start: int) -> tuple[str, list[int], int, int]:
     offsets, shape = entry["data_offsets"], entry["shape"]
     if not isinstance(offsets, list) or not isinstance(shape, list):
-        raise TypeError("data_offsets and shape are lists of numbers")
+        raise TypeError("data_offsets and shape must be lists of numbers")
     first, last = offsets
     return str(entry["dtype"]), shape, int(first) + start, int(last) + start
 
 
 def shapes(files: Sequence[Path], component: str) -> dict[str, list[int]]:
-    """The shape of each tensor in ``files``, by canonical key; headers alone are read."""
+    """Shape of each tensor in ``files``, by canonical key; reads only the headers."""
     return {
         canonical_key(component, key): shape
         for file in files
-        for key, (_, shape, *_) in _tensors(file).items()
+        for key, (_, shape, *_) in _read_header(file).items()
         if not is_buffer(key)
     }
 
 
 def weight_files(folder: Path, component: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files that hold ``component``: one file, or the shards that its index names.
+    """Safetensors files of ``component``: one file, or the shards listed in its index.
 
     Args:
-        folder: of the pipeline.
-        component: its sub-folder.
-        variant: as in diffusers, such as ``fp16``: the file is ``<stem>.fp16.safetensors``. If None, the files without
-            one, and where there are none those of the only variant there is.
+        folder: pipeline folder.
+        component: subfolder of the component.
+        variant: weight variant as in diffusers, such as ``fp16``: the file is ``<stem>.fp16.safetensors``. If None, the
+            files without a variant; if there are none, the files of the only variant.
+
+    Raises:
+        UserError: the component has no such safetensors files.
     """
-    place = folder / component
-    if found := _files(place, variant):
-        return found
+    subfolder = folder / component
+    if files := _files(subfolder, variant):
+        return files
     if variant is None:
-        others = sorted({file.name.split(".")[1] for stem in STEMS for file in place.glob(f"{stem}.*.safetensors")})
-        if len(others) == 1 and (found := _files(place, others[0])):
-            return found
-    mark = f".{variant}" if variant else ""
-    pickles = [file.name for file in sorted(place.glob("*.bin"))]
-    reason = f"; {pickles[0]} is a pickle, which can carry code, and is not read" if pickles else ""
+        variants = sorted(
+            {file.name.split(".")[1] for stem in STEMS for file in subfolder.glob(f"{stem}.*.safetensors")}
+        )
+        if len(variants) == 1 and (files := _files(subfolder, variants[0])):
+            return files
+    suffix = f".{variant}" if variant else ""
+    pickles = [file.name for file in sorted(subfolder.glob("*.bin"))]
+    reason = f"; {pickles[0]} is a pickle, which can execute code, and is not read" if pickles else ""
     raise UserError(
-        f"{place} holds no diffusion_pytorch_model{mark}.safetensors or model{mark}.safetensors{reason}",
+        f"{subfolder} contains no diffusion_pytorch_model{suffix}.safetensors or model{suffix}.safetensors{reason}",
         key="backbone.path",
     )
 
 
-def _files(place: Path, variant: str | None) -> list[Path]:
-    mark = f".{variant}" if variant else ""
+def _files(subfolder: Path, variant: str | None) -> list[Path]:
+    suffix = f".{variant}" if variant else ""
     for stem in STEMS:
-        single, index = place / f"{stem}{mark}.safetensors", place / f"{stem}.safetensors.index{mark}.json"
+        single, index = subfolder / f"{stem}{suffix}.safetensors", subfolder / f"{stem}.safetensors.index{suffix}.json"
         if single.is_file():
             return [single]
         if index.is_file():
-            return [place / shard for shard in _shards(index)]
+            return [subfolder / shard for shard in _shards(index)]
     return []
 
 
@@ -100,50 +105,54 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read ({error})", key="backbone.path", remedy="copy it again") from error
+        raise UserError(
+            f"{index} cannot be read ({error})", key="backbone.path", remedy="copy or download it again"
+        ) from error
 
 
 def variant_of(files: Sequence[Path]) -> str | None:
-    """The variant whose files :func:`weight_files` found, as ``from_pretrained`` wants it named."""
+    """Weight variant of ``files`` (from :func:`weight_files`), in the form that ``from_pretrained`` expects."""
     name = files[0].name.split("-000")[0].removesuffix(".safetensors")
     return name.partition(".")[2] or None
 
 
 def check_files(files: Files) -> None:
-    """UserError where a component's weights are missing or cut short; reads headers alone."""
-    for each in files.values():
-        for file in each:
+    """Raise UserError if weight files are missing or truncated; reads only the headers."""
+    for component_files in files.values():
+        for file in component_files:
             if not file.is_file():
-                raise UserError(f"{file} is missing, which its index names", key="backbone.path", remedy="copy it too")
-            read_metadata(file)  # safetensors' own reader holds sizes and types against one another
+                raise UserError(
+                    f"{file} is listed in the index, but is missing", key="backbone.path", remedy="copy it as well"
+                )
+            read_metadata(file)  # safetensors checks the header against the file size
 
 
 def weights_hash(files: Files) -> str:
-    """sha256 over sorted (component, canonical key, dtype, shape, bytes) of the files' tensors.
+    """SHA-256 over sorted (component, canonical key, dtype, shape, bytes) of all tensors in ``files``.
 
-    Reading several gigabytes takes seconds, so the answer is kept by the files' path, size and time of change.
+    Hashing several gigabytes takes seconds, so the result is cached by path, size and modification time of the files.
     """
-    found = [(name, file) for name in sorted(files) for file in files[name]]
-    states = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in found]
-    kept = cache_folder() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
-    if kept.is_file():
-        return kept.read_text()
+    located = [(name, file) for name in sorted(files) for file in files[name]]
+    states = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in located]
+    cache_file = cache_folder() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    if cache_file.is_file():
+        return cache_file.read_text()
     digest = hashlib.sha256()
     for name in sorted(files):
-        places = [
+        tensors = [
             (canonical_key(name, key), file, entry)
             for file in files[name]
-            for key, entry in _tensors(file).items()
+            for key, entry in _read_header(file).items()
             if not is_buffer(key)
         ]
-        with contextlib.ExitStack() as opened:
-            # Read and not mapped: what is mapped counts as resident, beside the weights that may be in memory by now.
-            handles = {file: opened.enter_context(file.open("rb")) for file in files[name]}
-            for key, file, (dtype, shape, first, last) in sorted(places, key=lambda place: place[0]):
+        with contextlib.ExitStack() as stack:
+            # Read instead of memory-map: mapped pages count as resident memory, in addition to the loaded weights.
+            handles = {file: stack.enter_context(file.open("rb")) for file in files[name]}
+            for key, file, (dtype, shape, first, last) in sorted(tensors, key=lambda tensor: tensor[0]):
                 digest.update(f"{name}\0{key}\0{dtype}\0{shape}\0".encode())
                 handles[file].seek(first)
                 for start in range(first, last, _CHUNK):
                     digest.update(handles[file].read(min(last - start, _CHUNK)))
-    with replacing(kept, sync=False) as partial:
+    with replacing(cache_file, sync=False) as partial:
         partial.write_text(digest.hexdigest())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Lightning callbacks: metrics, samples, checkpoints, weight averages, progress bar."""
+"""Lightning callbacks: metrics, sample images, checkpoints, EMA, progress bar."""
 
 from sdtune.callbacks.best_artifact import EarlyStopping
 from sdtune.callbacks.checkpoints import Checkpoints

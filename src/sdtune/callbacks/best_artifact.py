@@ -1,4 +1,4 @@
-"""Early stopping, and the artifact of the step with the lowest validation loss."""
+"""Early stopping on the validation loss, and export of the weights with the lowest validation loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from annotated_types import Ge
 from sdtune.callbacks.validation_set import check_held_out
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
-from sdtune.training.weight_swap import swapped
+from sdtune.training.weight_swap import swapped_parameters
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
-    """Ends the run when the validation loss has not fallen for a while.
+    """Stop the training when the validation loss no longer improves.
 
     Args:
-        patience: validations without a new lowest loss.
-        min_delta: a smaller fall does not count.
+        patience: number of validations in a row without a new lowest loss.
+        min_delta: minimum decrease that counts as an improvement.
     """
 
     needs_validation_set = True
@@ -29,18 +29,22 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         super().__init__("validation_loss", min_delta=min_delta, patience=patience, verbose=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """UserError, before any weights are loaded, where nothing is held out: there would be no loss to watch."""
+        """Check, before any weights are loaded, that there is a validation loss to monitor.
+
+        Raises:
+            UserError: no images are held out.
+        """
         check_held_out(trainer, pl_module, "callbacks.early_stopping")
         super().setup(trainer, pl_module, stage)
 
 
 def write_best(adapter: Adapter, run: Path, name: str) -> None:
-    """``<name>-best`` beside the artifact, from the checkpoint of the lowest validation loss, if there was any."""
+    """Write ``<name>-best`` next to the artifact, from the checkpoint with the lowest validation loss, if any."""
     file = run / "checkpoints" / BEST
     if not file.is_file():
         return
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    # What was validated: the average, where one was kept.
+    # If the run has an EMA, the validation used the averaged weights.
     averages = [state["shadow"] for state in checkpoint["callbacks"].values() if "shadow" in state]
-    with swapped(adapter, averages[0] if averages else checkpoint["state_dict"]):
+    with swapped_parameters(adapter, averages[0] if averages else checkpoint["state_dict"]):
         adapter.snapshot(run / "artifact", f"{name}-best", "-best")

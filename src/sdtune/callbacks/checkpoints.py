@@ -1,4 +1,4 @@
-"""Checkpoints for resuming: atomic writes, on step boundaries, the last two and the best kept."""
+"""Checkpoints for resuming: written atomically at optimizer steps; the last two and the best are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
-from sdtune.errors import RESUMES, UserError
+from sdtune.errors import RESUME_ADVICE, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.lightning_compat import PathLike
@@ -25,38 +25,46 @@ from sdtune.runs.layout import BEST
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, and renames: Lightning's own goes through TMPDIR and swallows some errors."""
+    """Checkpoint IO that writes a temporary file in the target folder, syncs it and renames it.
+
+    Lightning's own implementation writes through TMPDIR and hides some errors.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         target = Path(path)
         try:
-            # Through a handle: torch's own writer does not say why it failed.
+            # Write through a file object: torch's own file writer does not report the reason of a failure.
             with replacing(target, alone=True) as partial, partial.open("wb") as handle:
                 torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:
-            if isinstance(error.__context__, OSError):  # torch's zip writer hides the system's reason behind its own
+            if isinstance(error.__context__, OSError):  # torch's zip writer replaces the system error
                 raise OSError(error.__context__.errno, error.__context__.strerror, str(target)) from error
             raise
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint in the run folder ``run``. Raises UserError if there is none."""
-    found = sorted((run / "checkpoints").glob("step*.ckpt"))
-    if not found:
+    """The newest checkpoint in the run folder ``run``.
+
+    Raises:
+        UserError: the folder has no checkpoint.
+    """
+    checkpoints = sorted((run / "checkpoints").glob("step*.ckpt"))
+    if not checkpoints:
         raise UserError(
-            f"{run}/checkpoints holds no step*.ckpt: the run ended before its first checkpoint",
+            f"{run}/checkpoints has no step*.ckpt; the run ended before its first checkpoint",
             key="resume",
-            remedy="remove its folder, and train anew",
+            remedy="delete the run folder and train again",
         )
-    return found[-1]
+    return checkpoints[-1]
 
 
 class Checkpoints(Callback):
-    """Saves every so many optimizer steps, when the run ends, and when it is asked to stop.
+    """Save a checkpoint every ``every_steps`` optimizer steps, at the end of the run, and when the run must stop.
 
-    Ctrl-C and SIGTERM ask it to stop: it ends the step, saves, and leaves ``stopped_by`` set. A second Ctrl-C ends at
-    once, and so does the first before training, while caches fill: what they hold is kept. The last two checkpoints
-    stay and, where there is validation, ``best.ckpt`` by the validation loss.
+    Ctrl-C and SIGTERM request a stop: the run completes the step, saves, and leaves ``stopped_by`` set. A second Ctrl-C
+    ends the process immediately. So does the first signal before the training starts, for example while the caches are
+    filled; cached entries are kept. The last two checkpoints are kept and, with a validation set, ``best.ckpt``, the
+    one with the lowest validation loss.
     """
 
     priority: ClassVar[int] = 100
@@ -68,47 +76,47 @@ class Checkpoints(Callback):
         self._training = False
         self._due = False
 
-    # --- asked to stop
+    # --- stop requests
 
     def ask(self, number: int) -> None:
-        """Have the run end its step, save and stop."""
+        """Request a stop by signal ``number``: the run completes the step, saves and ends."""
         self.stopped_by = signal.Signals(number)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
-            self._leave("before the first step; what the caches hold is kept, the same command goes on", number)
+            self._exit_immediately("before the first step; caches are kept; repeat the command to continue", number)
         if self.stopped_by is not None and number == signal.SIGINT:
-            self._leave(f"at once; {RESUMES}", number)
+            self._exit_immediately(f"immediately; {RESUME_ADVICE}", number)
         self.ask(number)
 
     @staticmethod
-    def _leave(how: str, number: int) -> NoReturn:
+    def _exit_immediately(how: str, number: int) -> NoReturn:
         print(f"sdtune: stopped {how}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._listen()
+        self._install_handlers()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._training = True
-        self._listen()  # Lightning has taken SIGTERM in the meantime
+        self._install_handlers()  # Lightning has installed its own SIGTERM handler in the meantime
 
-    def _listen(self) -> None:
+    def _install_handlers(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # of several runs in one process; whoever has started them listens
+            return  # one of several runs in this process; the main thread handles the signals for all of them
         for number in STOP_SIGNALS:
-            before = signal.signal(number, self._heard)
-            self._handlers.setdefault(number, before)
+            previous = signal.signal(number, self._handle_signal)
+            self._handlers.setdefault(number, previous)
 
     def restore_handlers(self) -> None:
-        """Give SIGINT and SIGTERM back to whoever had them. Call it after ``fit``, which sets SIGTERM as it ends."""
+        """Restore the previous SIGINT and SIGTERM handlers. Call it after ``fit``, which sets SIGTERM when it ends."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _asked(self, trainer: pl.Trainer) -> bool:
+    def _stop_requested(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:
             return self.stopped_by is not None
-        # Processes hear a signal at different steps, so they agree, and only where they wait for each other anyway.
+        # Processes receive a signal at different steps. They agree on it at log steps, where they synchronize anyway.
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
         return bool(trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False))
@@ -120,29 +128,29 @@ class Checkpoints(Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if self._asked(trainer):
+        if self._stop_requested(trainer):
             self.stopped_by = self.stopped_by or signal.SIGTERM
             if not self._validates(trainer):
-                # Lightning would validate once more because it stops, which a run never stopped does not.
+                # Lightning would validate before it stops; an uninterrupted run has no validation at this step.
                 trainer.limit_val_batches = 0
             trainer.should_stop = True
         due = trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps
         self._due = due or trainer.should_stop
-        # A step's validation belongs to its checkpoint: resumed, Lightning would pass over it.
+        # If this step has a validation, save after it: a resumed run would skip the validation.
         if self._due and not self._validates(trainer):
             self.save(trainer, pl_module)
 
     @staticmethod
     def _validates(trainer: pl.Trainer) -> bool:
-        """Whether Lightning validates right after the micro-batch just made."""
-        # Lightning takes an empty list of images for a validation too, and then passes over it.
+        """Whether Lightning validates right after the current micro-batch."""
+        # With an empty validation set, Lightning enables validation and then skips it.
         if not trainer.enable_validation or not trainer.datamodule.held_out:  # type: ignore[attr-defined]
             return False
-        every = trainer.val_check_batch
-        return every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        interval = trainer.val_check_batch
+        return interval is not None and (trainer.fit_loop.total_batch_idx + 1) % interval == 0
 
     def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write ``step<N>.ckpt``, metrics first: a step that was not finite ends the run here and is never saved."""
+        """Write the pending metrics, then ``step<N>.ckpt``; a non-finite step raises NotFinite and is never saved."""
         assert isinstance(pl_module, Adapter)
         self._due = False
         self.record.flush(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Checks that all processes of a run have the same config."""
+"""Check that all processes of a run have the same config."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ log = logging.getLogger("sdtune")
 
 
 class ConfigAgreement(Callback):
-    """Compares a hash of the composed ``config`` over the processes, before any weights are loaded.
+    """Compare a hash of the composed ``config`` across the processes, before any weights are loaded.
 
-    A launcher that repeats a sweep's command line would start another job as the second process, in silence.
+    Without this check, a launcher that repeats the command line of a sweep could start a different job as the second
+    process, without any error.
     """
 
     priority: ClassVar[int] = -50
@@ -33,10 +34,10 @@ class ConfigAgreement(Callback):
             return
         log.info("process %d of %d: config %s, optimizer.lr %s",
                  trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
-        first = trainer.strategy.broadcast(self.digest)
-        if first != self.digest:
+        first_digest = trainer.strategy.broadcast(self.digest)
+        if first_digest != self.digest:
             raise UserError(
-                f"process {trainer.global_rank} was started with another config ({self.digest}) than"
-                f" process 0 ({first})",
+                f"process {trainer.global_rank} was started with a different config ({self.digest}) than"
+                f" process 0 ({first_digest})",
                 remedy="start every process with the same overrides",
             )

@@ -1,4 +1,4 @@
-"""A run's cost: trainable parameters, bytes, peak memory, time."""
+"""Cost metrics of a run: trainable parameters, artifact size, peak memory, time."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ log = logging.getLogger("sdtune")
 
 
 class CostMeter(Callback):
-    """Takes the memory's peak over the training steps alone: previews and other jobs have peaks of their own.
+    """Measure the peak memory of the training steps, without previews and other runs.
 
     Args:
-        shared: the peak in bytes so far of steps that several runs take together, which this one cannot take itself.
+        shared: returns the peak memory in bytes of training steps that several runs compute together; None: this run
+            measures its own steps.
     """
 
     priority: ClassVar[int] = -10
 
     peak: int | None = None
-    """Bytes, of all processes that the run has had; None where the system does not say."""
+    """Peak memory in bytes, including the time before a resume; None if the system does not report it."""
 
-    _begun = False
+    _started = False
 
     def __init__(self, shared: Callable[[], int | None] | None = None) -> None:
         self._shared = shared
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        opened = pl_module.trainable()
-        count, whole = sum(p.numel() for _, p in opened), sum(p.numel() for p in pl_module.parameters())
+        trainable = pl_module.trainable()
+        count, total = sum(p.numel() for _, p in trainable), sum(p.numel() for p in pl_module.parameters())
         log.info(
-            "trained: %s parameters in %d tensors, %.2f%% of %s",
+            "trainable: %s parameters in %d tensors, %.2f%% of %s",
             f"{count:,}",
-            len(opened),
-            100 * count / whole,
-            f"{whole:,}",
+            len(trainable),
+            100 * count / total,
+            f"{total:,}",
         )
 
     def on_train_batch_start(
@@ -56,9 +57,9 @@ class CostMeter(Callback):
     ) -> None:
         if self._shared is not None:
             return
-        if not self._begun:
-            self._begun = True
-            release()  # of what loading and the first previews have left
+        if not self._started:
+            self._started = True
+            release()  # memory that loading and the first previews have left allocated
         reset_peak_memory(pl_module.device)
 
     def on_train_batch_end(
@@ -77,14 +78,15 @@ class CostMeter(Callback):
     def metrics(
         self, adapter: Adapter, data: ImageDataModule, record: MetricsRecorder, artifact: Path
     ) -> dict[str, int | float | None]:
-        """What the run has cost.
+        """The cost metrics of the run, including the time before a resume.
 
-        ``trainable_parameters`` is a count, ``artifact_bytes`` that of every form of the artifact without those of
-        steps on the way. ``peak_memory_bytes``: of the training steps, the accelerator's allocations, or on a CPU the
-        resident memory of the whole process, Python and libraries included. ``median_step_seconds``: of the optimizer
-        steps, without previews, validation and checkpoints. ``images_per_second``: images that went through the
-        model, both of a pair with its class. ``seconds_to_best``: median step times the step of the least validation
-        loss. Where the run was resumed, its processes count together.
+        - ``trainable_parameters``: number of trainable parameters.
+        - ``artifact_bytes``: size of all export formats, without snapshots and the model card.
+        - ``peak_memory_bytes``: peak of the training steps: allocated memory of the accelerator, or on a CPU the
+          resident memory of the process, including Python and libraries.
+        - ``median_step_seconds``: median time of an optimizer step, without previews, validation and checkpoints.
+        - ``images_per_second``: training images per second, including class images.
+        - ``seconds_to_best``: median step time multiplied by the step with the lowest validation loss.
         """
         step = record.median_step_seconds()
         best = min(record.validation, key=lambda s: record.validation[s], default=None)

@@ -1,4 +1,4 @@
-"""Warns if other programs take CPU time from a training on the CPU."""
+"""Warn if other programs take CPU time from a training on the CPU."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from sdtune.quoting import shell_override
 
 log = logging.getLogger("sdtune")
 
-_SECONDS = 3.0
-"""The shortest time over which the cores are looked at."""
+_MIN_SECONDS = 3.0
+"""Minimum length of a measurement interval."""
 
 _IN_A_ROW = 2
-"""How many times in a row the cores must be crowded before the warning."""
+"""Number of crowded intervals in a row before the warning."""
 
-_GOT, _BUSY = 0.7, 0.9
-"""Crowded: the run gets less than ``_GOT`` of what its threads could use, of cores that are busier than ``_BUSY``."""
+_MIN_SHARE, _MIN_LOAD = 0.7, 0.9
+"""An interval is crowded if the run gets less than this share of the CPU time that its threads could use, while the
+cores are busy for more than this share of the time."""
 
-_OTHERS = 0.5
-"""Crowded: other processes keep at least so many cores busy; a run's own data workers do not count."""
+_MIN_OTHERS = 0.5
+"""An interval is crowded only if other processes, without the run's data workers, use more cores than this."""
 
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """CPU time so far, in seconds.
+    """CPU time used so far, in seconds.
 
     Args:
-        clock: of the wall.
-        run: of this process, whose threads compute the steps.
-        workers: of the processes that it has started.
-        all: of everything on the cores of this process's affinity.
+        clock: wall-clock time.
+        run: CPU time of this process, whose threads compute the steps.
+        workers: CPU time of its child processes.
+        all: CPU time of all processes on the cores of this process's affinity.
     """
 
     clock: float
@@ -49,21 +50,21 @@ class CpuSeconds:
 
     @classmethod
     def now(cls) -> CpuSeconds:
-        own = psutil.Process()
+        process = psutil.Process()
         workers = 0.0
-        for child in own.children(recursive=True):
+        for child in process.children(recursive=True):
             try:
                 workers += _seconds(child.cpu_times())
             except psutil.NoSuchProcess:
                 continue
         cores = psutil.cpu_times(percpu=True)
         busy = [sum(cores[core]) - _idle(cores[core]) for core in affinity() if core < len(cores)]
-        return cls(time.perf_counter(), _seconds(own.cpu_times()), workers, sum(busy))
+        return cls(time.perf_counter(), _seconds(process.cpu_times()), workers, sum(busy))
 
     def since(self, before: CpuSeconds) -> Load:
-        """The cores used since ``before``."""
+        """Average number of cores in use since ``before``."""
         seconds = self.clock - before.clock
-        # A worker that has ended takes its time with it.
+        # The time of a worker that has ended is no longer counted, so the difference can be negative.
         workers = max(0.0, self.workers - before.workers)
         run, busy = self.run - before.run, self.all - before.all
         return Load(run / seconds, busy / seconds, max(0.0, busy - run - workers) / seconds)
@@ -71,7 +72,7 @@ class CpuSeconds:
 
 @dataclass(frozen=True)
 class Load:
-    """Cores in use: by the run's own threads, by everything, and by other processes."""
+    """Average number of cores in use: by the threads of the run, by all processes, and by other processes."""
 
     run: float
     all: float
@@ -83,20 +84,20 @@ def _seconds(times: Any) -> float:
 
 
 def _idle(times: Any) -> float:
-    # Linux counts guests within user time as well.
+    # Linux counts guest time twice: as guest time and within user time.
     return float(sum(getattr(times, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice")))
 
 
 class CrowdedCores(Callback):
-    """Warns once if a run's threads get much less CPU time than they need because other processes use the cores.
+    """Warn once if the threads of the run get much less CPU time than they need because other processes use the cores.
 
-    Threads that wait for each other at every small operation then make steps several times slower. The number is not
-    changed during a run: sums over another number of threads differ in their last digits, and ``resume=`` could not
-    repeat the moment of the change. A run of several processes, and one within a cgroup's quota, are not watched: which
-    of the machine's busy cores are theirs is not known.
+    The threads wait for each other in every small operation, so steps then become several times slower. The callback
+    does not change the number of threads during a run: sums over a different number of threads differ in their last
+    digits, and a resumed run could not repeat the change at the same step. Runs with several processes and runs under a
+    cgroup CPU quota are not checked, because it is unknown which of the busy cores they use.
 
     Args:
-        folder: the run's, for the command that goes on with it.
+        folder: run folder, for the command that continues the run.
     """
 
     priority: ClassVar[int] = -8
@@ -107,34 +108,35 @@ class CrowdedCores(Callback):
         self._crowded = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        alone = trainer.world_size == 1 and usable_cores() == len(affinity())
-        if alone and pl_module.device.type == "cpu" and torch.get_num_threads() > 1:
+        measurable = trainer.world_size == 1 and usable_cores() == len(affinity())
+        if measurable and pl_module.device.type == "cpu" and torch.get_num_threads() > 1:
             self._before = CpuSeconds.now()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._before is None or time.perf_counter() - self._before.clock < _SECONDS:
+        if self._before is None or time.perf_counter() - self._before.clock < _MIN_SECONDS:
             return
         now, cores, threads = CpuSeconds.now(), len(affinity()), torch.get_num_threads()
         load, self._before = now.since(self._before), now
-        crowded = load.run < _GOT * min(threads, cores) and load.all > _BUSY * cores and load.others > _OTHERS
+        crowded = (
+            load.run < _MIN_SHARE * min(threads, cores) and load.all > _MIN_LOAD * cores and load.others > _MIN_OTHERS
+        )
         self._crowded = self._crowded + 1 if crowded else 0
         if self._crowded == _IN_A_ROW:
             self._before = None
             self._warn(load, threads, max(1, min(threads - 1, int(cores - load.others))))
 
-    def _warn(self, load: Load, threads: int, fewer: int) -> None:
+    def _warn(self, load: Load, threads: int, suggested_threads: int) -> None:
         sweep = self.folder.parent if (self.folder.parent / "multirun.yaml").is_file() else None
-        again = f"-m {shell_override('resume', sweep)}" if sweep else shell_override("resume", self.folder)
+        resume_option = f"-m {shell_override('resume', sweep)}" if sweep else shell_override("resume", self.folder)
         log.warning(
-            "WARNING: other processes use %.1f cores; the %d threads of this run share %.1f, and wait for each other."
-            " With hardware.threads=%d it would be faster: stop it with Ctrl-C, then sdtune train %s"
-            " hardware.threads=%d",
+            "WARNING: other processes use %.1f cores; the %d threads of this run get only %.1f;"
+            " %d thread(s) would be faster: press Ctrl-C and continue with: sdtune train %s hardware.threads=%d",
             load.others,
             threads,
             load.run,
-            fewer,
-            again,
-            fewer,
+            suggested_threads,
+            resume_option,
+            suggested_threads,
         )

@@ -1,4 +1,4 @@
-"""Logs a summary of the data before training: images, buckets, order, captions."""
+"""Log a summary of the data before training: images, buckets, order, captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("sdtune")
 
 
 class DataSummary(Callback):
-    """Logs the data as it will be seen, once the tokenizer is there that reads its captions.
+    """Log the data summary when the tokenizer, which counts the tokens of the captions, is loaded.
 
     Args:
         steps: optimizer steps of the training.
@@ -36,7 +36,7 @@ class DataSummary(Callback):
 
 
 def summary(data: ImageDataModule, steps: int) -> list[str]:
-    """Images, buckets and epochs of ``steps`` optimizer steps."""
+    """Lines with the number of images, the buckets, and the epochs in ``steps`` optimizer steps."""
     buckets = data.buckets(data.train)
     images = len(data.train)
     seen = sum(len(entries) for entries in buckets.values())
@@ -44,25 +44,25 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
     epoch = data.order().steps_per_epoch
     lines = [
         f"data: {images} images, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
-        f"order: {epoch} step(s) an epoch at batch size {data.batch_size};"
+        f"order: {epoch} step(s) per epoch at batch size {data.batch_size};"
         f" {steps} steps are {steps / epoch:.1f} epochs",
     ]
     for (w, h), entries in buckets.items():
         if len(entries) < data.batch_size and len(buckets) > 1:
             times = data.batch_size / len(entries)
             lines.append(
-                f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), less than a batch: each is seen"
-                f" {times:.1f} times an epoch, others about once"
+                f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), fewer than the batch size: each is"
+                f" used {times:.1f} times per epoch, samples of other buckets about once"
             )
     return lines
 
 
 def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
-    """The number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
+    """Lines with the number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
     captions = data.captions()
     longest = max(captions, key=backbone.count_tokens)
     length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens
-    lines = [f"captions: {len(captions)} different ones; the longest has {length} tokens of {limit}"]
+    lines = [f"captions: {len(captions)} distinct; the longest has {length} tokens, the limit is {limit}"]
     if length > limit:
-        lines.append(f"WARNING: captions above {limit} tokens are cut; the longest is {longest!r}")
+        lines.append(f"WARNING: captions longer than {limit} tokens are truncated; the longest is {longest!r}")
     return lines

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from sdtune.methods.base import Adapter
 from sdtune.torch_compat import foreach_lerp_
-from sdtune.training.weight_swap import swapped
+from sdtune.training.weight_swap import swapped_parameters
 
 
 class EMA(Callback):
-    """Averages only what is trained, in float32, and saves it with the checkpoint.
+    """Exponential moving average of the trained weights, in float32; saved in the checkpoint.
 
     Args:
-        decay: of the average; early on it is (1 + step) / (10 + step) where that is less, so that the average is not
-            held back by the initial weights (as in Karras et al. 2022's and diffusers' EMA warm-up).
+        decay: decay per step. In early steps (1 + step) / (10 + step) is used while it is smaller, so that the initial
+            weights do not dominate the average (EMA warm-up as in Karras et al. 2022 and diffusers).
     """
 
     priority: ClassVar[int] = -30
@@ -36,7 +36,7 @@ class EMA(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         pl_module.average = self
-        # A checkpoint has been loaded by now, on the CPU; a fresh run begins at the initial weights.
+        # A resumed run has loaded its average already, on the CPU; a new run starts from the initial weights.
         trained = pl_module.trainable()
         self.shadow = {name: self.shadow.get(name, p.detach().float()).to(p.device, copy=True) for name, p in trained}
         self._trained = [p for _, p in trained]
@@ -55,18 +55,18 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
         foreach_lerp_(list(self.shadow.values()), [p.float() for p in self._trained], 1 - decay)
 
-    def swapped(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within it, ``module`` holds the averaged weights; afterwards its own, to the bit."""
-        return swapped(module, self.shadow)
+    def swapped_parameters(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Context manager in which ``module`` has the averaged weights; on exit its own are restored exactly."""
+        return swapped_parameters(module, self.shadow)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validating.enter_context(self.swapped(pl_module))
+        self._validating.enter_context(self.swapped_parameters(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._validating.close()  # where it came in a validation
+        self._validating.close()  # restore the weights if a validation raised the exception
 
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": self.shadow}

@@ -1,4 +1,4 @@
-"""Writes ``metrics.csv``, one row per optimizer step, logs the same metrics, and stops on NaN."""
+"""Write ``metrics.csv`` (one row per optimizer step), log the same metrics, and stop the run at NaN or infinity."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class NotFinite(Exception):
 
 
 class MetricsRecorder(Callback):
-    """Keeps metrics on the device and brings them over every ``trainer.log_every_n_steps``: one wait for many steps.
+    """Collect metrics on the device and copy them to the CPU every ``trainer.log_every_n_steps`` steps.
 
-    ``metrics.csv`` holds what is a function of the run alone, so that a resumed run's file equals an unbroken one's;
-    speeds go to the loggers and to ``metrics.json``.
+    One synchronization then serves many steps. ``metrics.csv`` has only reproducible values, so that the file of a
+    resumed run equals that of an uninterrupted run; speeds go to the loggers and to ``metrics.json``.
     """
 
     priority: ClassVar[int] = -20
@@ -38,21 +38,22 @@ class MetricsRecorder(Callback):
         self.pending: list[tuple[int, dict[str, Tensor], dict[str, float], list[str]]] = []
         self.columns: list[str] = []
         self.step_seconds: list[float] = []
-        self._earlier: list[float] = []
+        self._earlier_step_seconds: list[float] = []
         self.samples = 0
         self.validation: dict[int, float] = {}
-        self._since = (0, 0.0)
+        self._last_flush = (0, 0.0)
         self._prompts: list[str] = []
         self._validating = ExitStack()
 
     # --- rows
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.cut(trainer.max_steps, trainer)  # a complete run, resumed for its metrics alone, never starts to train
+        # on_train_start is not called for a complete run that is resumed for its metrics only.
+        self.truncate(trainer.max_steps, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.cut(trainer.global_step, trainer)
-        self._since = (trainer.global_step, time.perf_counter())
+        self.truncate(trainer.global_step, trainer)
+        self._last_flush = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -69,15 +70,15 @@ class MetricsRecorder(Callback):
             return
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
         self.pending.append(
-            (trainer.global_step, dict(pl_module.step_metrics), self._used(rates, trainer), self._prompts)
+            (trainer.global_step, dict(pl_module.step_metrics), self._applied_rates(rates, trainer), self._prompts)
         )
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps:
             self.flush(trainer, pl_module)
 
     @staticmethod
-    def _used(rates: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
-        # By now the schedule has moved on to the next step's rate; the one that was used is in its record.
+    def _applied_rates(rates: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
+        # The schedule has already advanced to the next step, so compute the rate of this step again.
         schedule = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
         step = trainer.global_step - 1
@@ -87,7 +88,11 @@ class MetricsRecorder(Callback):
         }
 
     def flush(self, trainer: pl.Trainer, module: Adapter) -> None:
-        """Bring the pending metrics over, write them, and stop the run if one of them is not finite."""
+        """Copy the pending metrics to the CPU, write and log them.
+
+        Raises:
+            NotFinite: a loss or gradient is NaN or infinite.
+        """
         if not self.pending:
             return
         keys = list(self.pending[0][1])
@@ -102,7 +107,7 @@ class MetricsRecorder(Callback):
                 self.pending = []
                 raise NotFinite(
                     f"step {step}: the loss or its gradient is not finite (captions of its samples:"
-                    f" {_first(sorted(set(prompts)))}); lower optimizer.lr, or look at those images"
+                    f" {_shortened(sorted(set(prompts)))}); lower optimizer.lr or check those images"
                 )
             rows.append({"step": step, **row, **rates})
         self.pending = []
@@ -110,13 +115,13 @@ class MetricsRecorder(Callback):
         self._log(rows, trainer, module)
 
     def _log(self, rows: list[dict[str, float]], trainer: pl.Trainer, module: Adapter) -> None:
-        first, began = self._since
+        first, start = self._last_flush
         now, last = time.perf_counter(), int(rows[-1]["step"])
-        seconds = (now - began) / max(1, last - first)
-        self._since = (last, now)
+        seconds = (now - start) / max(1, last - first)
+        self._last_flush = (last, now)
         self.step_seconds.append(seconds)
         speed = trainer.datamodule.batch_size / seconds  # type: ignore[attr-defined]
-        module.flushed = {**rows[-1], "samples_per_second": speed}
+        module.displayed_metrics = {**rows[-1], "samples_per_second": speed}
         for row in rows:
             for logger in trainer.loggers:
                 logger.log_metrics(
@@ -125,17 +130,17 @@ class MetricsRecorder(Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the step times what is done within (samples, checkpoints, validation)."""
-        began = time.perf_counter()
+        """Context manager that excludes the time inside it (samples, checkpoints, validation) from the step times."""
+        start = time.perf_counter()
         yield
-        self._since = (self._since[0], self._since[1] + time.perf_counter() - began)
+        self._last_flush = (self._last_flush[0], self._last_flush[1] + time.perf_counter() - start)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating.enter_context(self.paused())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        # The flush below takes the time since the last one, so the pause must be over by then.
+        # flush() measures the time since the last flush, so the pause must end before it.
         self._validating.close()
         value = trainer.callback_metrics.get("validation_loss")
         if value is not None and not trainer.sanity_checking:
@@ -146,42 +151,43 @@ class MetricsRecorder(Callback):
                 logger.log_metrics({"validation_loss": float(value)}, step=trainer.global_step)
 
     def median_step_seconds(self) -> float | None:
-        """Median over the run's flushes; a process's first, which holds warm-up, only counts if it is alone."""
-        times = self._times()
-        return median(times) if times else None
+        """Median seconds per step over all flushes; the first flush of a process, which includes warm-up, is excluded
+        unless it is the only one."""
+        step_seconds = self._all_step_seconds()
+        return median(step_seconds) if step_seconds else None
 
-    def _times(self) -> list[float]:
-        return [*self._earlier, *self.step_seconds[1:]] or self.step_seconds
+    def _all_step_seconds(self) -> list[float]:
+        return [*self._earlier_step_seconds, *self.step_seconds[1:]] or self.step_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_seconds": torch.tensor(self._times(), dtype=torch.float64)}
+        return {"step_seconds": torch.tensor(self._all_step_seconds(), dtype=torch.float64)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._earlier = state_dict["step_seconds"].tolist()
+        self._earlier_step_seconds = state_dict["step_seconds"].tolist()
 
     # --- the file
 
     def _append(self, rows: list[dict[str, float]], trainer: pl.Trainer) -> None:
         if not rows or not trainer.is_global_zero:
             return
-        fresh = not self.path.exists()
-        if fresh or not self.columns:
-            self.columns = self._read()[0] if not fresh else [*rows[0], "validation_loss"]
+        is_new_file = not self.path.exists()
+        if is_new_file or not self.columns:
+            self.columns = self._read()[0] if not is_new_file else [*rows[0], "validation_loss"]
         with self.path.open("a", newline="") as handle:
             writer = csv.DictWriter(handle, self.columns, restval="", lineterminator="\n")
-            if fresh:
+            if is_new_file:
                 writer.writeheader()
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a process killed while it wrote leaves a torn line at the end
-        reader = csv.DictReader(io.StringIO(whole))
+        complete_lines = text[: text.rfind("\n") + 1]  # a process killed while writing leaves an incomplete last line
+        reader = csv.DictReader(io.StringIO(complete_lines))
         rows = list(reader)
         return list(reader.fieldnames or []), rows
 
-    def cut(self, step: int, trainer: pl.Trainer) -> None:
-        """Drop the rows behind ``step``, which a resumed run is about to make again."""
+    def truncate(self, step: int, trainer: pl.Trainer) -> None:
+        """Remove the rows after ``step``, which a resumed run will write again."""
         if not self.path.exists():
             return
         self.columns, rows = self._read()
@@ -196,6 +202,6 @@ class MetricsRecorder(Callback):
         write_text(self.path, text.getvalue())
 
 
-def _first(prompts: list[str], count: int = 4) -> str:
+def _shortened(prompts: list[str], count: int = 4) -> str:
     more = f" and {len(prompts) - count} more" if len(prompts) > count else ""
     return f"{'; '.join(prompts[:count])}{more}"

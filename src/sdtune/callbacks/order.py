@@ -8,8 +8,8 @@ from pytorch_lightning.callbacks import Callback
 
 
 def by_priority(callbacks: Iterable[Callback]) -> list[Callback]:
-    """``callbacks`` by their class's ``priority``, ascending; 0 where there is none, and ties stay in their order.
+    """Sort ``callbacks`` by the ``priority`` of their class, ascending (default 0); the sort is stable.
 
-    Averages move before anything reads them, and metrics are written before a checkpoint is.
+    The EMA is updated before other callbacks read it, and metrics are written before a checkpoint is saved.
     """
     return sorted(callbacks, key=lambda callback: getattr(callback, "priority", 0))

@@ -15,19 +15,19 @@ from sdtune.methods.base import Adapter
 log = logging.getLogger("sdtune")
 
 
-_LINES = 10
-"""Of a whole run, where nobody watches a bar."""
+_LOG_LINES = 10
+"""Number of log lines per run if stderr is not a terminal."""
 
 
 class ProgressBar(Callback):
-    """A Rich bar on stderr of the first process; where that is no terminal, a line in the log now and then."""
+    """Rich progress bar on stderr of process 0; if stderr is not a terminal, a few log lines instead."""
 
     priority: ClassVar[int] = -5
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._watched = True
-        self._said = 0
+        self._is_terminal = True
+        self._logged = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -42,8 +42,8 @@ class ProgressBar(Callback):
             console=Console(stderr=True),
             refresh_per_second=4,
         )
-        self._watched = self._progress.console.is_terminal
-        self._said = trainer.global_step * _LINES // trainer.max_steps
+        self._is_terminal = self._progress.console.is_terminal
+        self._logged = trainer.global_step * _LOG_LINES // trainer.max_steps
         self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, metrics="")
         self._progress.start()
 
@@ -53,15 +53,16 @@ class ProgressBar(Callback):
         if self._progress is None:
             return
         assert isinstance(pl_module, Adapter)
-        row = pl_module.flushed
+        row = pl_module.displayed_metrics
         metrics = ""
         if row:
             rate = next(value for key, value in row.items() if key.startswith("lr/"))
             metrics = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
-        part = trainer.global_step * _LINES // trainer.max_steps
-        flushed = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps  # type: ignore[attr-defined]
-        if not self._watched and part > self._said and trainer.max_steps >= _LINES and metrics and flushed:
-            self._said = part
+        line = trainer.global_step * _LOG_LINES // trainer.max_steps
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_logged = trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps
+        if not self._is_terminal and line > self._logged and trainer.max_steps >= _LOG_LINES and metrics and is_logged:
+            self._logged = line
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, metrics)
         self._progress.update(self._task, completed=trainer.global_step, metrics=metrics)
 

@@ -1,4 +1,4 @@
-"""Pruning: ends a sweep's job that falls behind the others."""
+"""Pruning: stop a job of an Optuna sweep whose validation loss is worse than that of the other jobs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.callbacks.validation_set import check_held_out
 from sdtune.errors import Pruned
-from sdtune.runs.trials import own_trial, require_optuna
+from sdtune.runs.trials import job_trial, require_optuna
 
 
 class Pruning(Callback):
-    """Reports each validation loss to the job's Optuna trial (``sweep=optuna``) and ends the job if it says so.
+    """Report each validation loss to the job's Optuna trial (``sweep=optuna``); stop the job if the pruner decides so.
 
-    Whatever metric the search is for, it is the validation loss that is judged: fidelities are measured at the end.
+    The pruner compares validation losses, whichever metric the search optimizes, because the evaluation metrics are
+    measured only at the end of a run.
 
     Args:
-        run: the job's folder, in the sweep's.
-        record: where the validation losses are.
-        trial: the trial's number; without one nothing happens.
-        pruner: ``median`` ends what is worse than the median of the trials before at the same step, ``asha``
-            (Li et al. 2020) all but the best third at each of a few steps that grow threefold.
-        after: trials that end by themselves first (median; 4 if None), and the first step at which one may end (asha;
-            that of the first validation if None, since each threefold of it before that would be a cut as well).
+        run: folder of the job in the sweep folder.
+        record: recorder of the validation losses.
+        trial: number of the Optuna trial; None: the callback does nothing.
+        pruner: ``median`` stops a trial that is worse than the median of the earlier trials at the same step; ``asha``
+            (Li et al. 2020) continues only the best third of the trials at the steps s, 3s, 9s, ...
+        after: ``median``: number of trials that run to the end before any is pruned (None: 4); ``asha``: the first step
+            s (None: the step of the first validation; a smaller s would prune several times at that validation).
     """
 
     needs_validation_set = True
@@ -57,23 +58,23 @@ class Pruning(Callback):
                     min_resource=self.after or _first_validation(trainer), reduction_factor=3
                 )
             )
-            self._trial = own_trial(self.run.parent, self.number, pruner)
-            # The study's direction is that of the metric at the end; a loss is always the better the lower.
+            self._trial = job_trial(self.run.parent, self.number, pruner)
+            # The study's direction is that of the final metric; for a loss, lower is always better.
             self._sign = 1 if self._trial.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = self.record.validation.get(trainer.global_step)
-        behind = False
+        prune = False
         if self._trial is not None and value is not None and not trainer.sanity_checking:
             self._trial.report(self._sign * value, trainer.global_step)
-            behind = bool(self._trial.should_prune())
+            prune = bool(self._trial.should_prune())
         if trainer.world_size > 1:
-            behind = bool(trainer.strategy.reduce_boolean_decision(behind, all=False))
-        if behind and trainer.global_step < trainer.max_steps:
+            prune = bool(trainer.strategy.reduce_boolean_decision(prune, all=False))
+        if prune and trainer.global_step < trainer.max_steps:
             raise Pruned(trainer.global_step)
 
 
 def _first_validation(trainer: pl.Trainer) -> int:
-    """Its optimizer step; Lightning counts micro-batches."""
-    every = trainer.val_check_interval
-    return max(1, every // trainer.accumulate_grad_batches) if isinstance(every, int) else 1
+    """Optimizer step of the first validation; Lightning counts micro-batches."""
+    interval = trainer.val_check_interval
+    return max(1, interval // trainer.accumulate_grad_batches) if isinstance(interval, int) else 1

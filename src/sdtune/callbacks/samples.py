@@ -1,4 +1,4 @@
-"""Sample images of fixed prompts and seeds: before, during and after training; intermediate artifacts."""
+"""Sample images from fixed prompts and seeds before, during and after training; intermediate artifacts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ log = logging.getLogger("sdtune")
 
 
 class Samples(Callback):
-    """Draws ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
+    """Generate ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
 
-    Where the data has control maps, a prompt is drawn under that of a held-out (or else a training) image, and the
-    maps are the grid's first row.
+    If the data has control maps, each prompt uses the map of a held-out image (of a training image if none is held
+    out), and the first row of the grid shows the maps.
 
     Args:
-        prompts: one column each; the data's own captions, at most four, if None.
-        seeds: one row each.
-        every_steps: how often on the way; None: only before and after.
-        sampling: how.
+        prompts: one column per prompt; None: at most four captions of the data.
+        seeds: one row per seed.
+        every_steps: optimizer steps between grids during training; None: only before and after training.
+        sampling: sampler settings.
     """
 
     def __init__(
@@ -54,28 +54,28 @@ class Samples(Callback):
         self._finished = False
 
     def draw(self, trainer: pl.Trainer, module: Adapter) -> list[list[np.ndarray]]:
-        """Rows by seed, columns by prompt, from the weights that the run would leave behind now."""
-        modes = {m: m.training for m in module.modules()}
+        """Generate images with the weights that the run would export now; one row per seed, one column per prompt."""
+        training_modes = {m: m.training for m in module.modules()}
         module.eval()
-        requests = [Request(one.prompt, seed, one.maps) for seed in self.seeds for one in self.wanted]
+        requests = [Request(preview.prompt, seed, preview.maps) for seed in self.seeds for preview in self.wanted]
 
         def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
-        with module.final_weights(), module.offloaded.back(), trainer.precision_plugin.forward_context():
+        with module.final_weights(), module.cpu_offload.back(), trainer.precision_plugin.forward_context():
             images = list(generate(module.backbone, requests, self.sampling, denoise))
-        for m, training in modes.items():
+        for m, training in training_modes.items():
             m.training = training
         columns = len(self.wanted)
         return [images[i : i + columns] for i in range(0, len(images), columns)]
 
     def sheet(self, rows: list[list[np.ndarray]], labels: list[str]) -> Image.Image:
-        """``rows`` under their prompts and, where there are any, the control maps."""
-        maps = [[one.maps[0] for one in self.wanted]] if self.wanted[0].maps else []
-        return grid([*maps, *rows], [*("control" for _ in maps), *labels], [one.prompt for one in self.wanted])
+        """Grid of ``rows`` with the prompts as column titles and, if there are any, the control maps as first row."""
+        maps = [[preview.maps[0] for preview in self.wanted]] if self.wanted[0].maps else []
+        return grid([*maps, *rows], [*("control" for _ in maps), *labels], [preview.prompt for preview in self.wanted])
 
     def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
-        """Draw and write a grid to ``path``."""
+        """Generate a grid, write it to ``path`` and log it."""
         with self.record.paused():
             rows = self.draw(trainer, module)
             sheet = self.sheet(rows, [f"seed {seed}" for seed in self.seeds])
@@ -85,22 +85,22 @@ class Samples(Callback):
                     logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
         return rows
 
-    def _keep(self, rows: list[list[np.ndarray]], when: str) -> None:
-        """Single images, for reports that lay several runs side by side."""
+    def _write_images(self, rows: list[list[np.ndarray]], subfolder: str) -> None:
+        """Write single images, for reports that compare several runs."""
         for seed, row in zip(self.seeds, rows, strict=True):
-            for number, (one, image) in enumerate(zip(self.wanted, row, strict=True)):
-                about = {"prompt": one.prompt, "seed": str(seed)}
-                save_png(image, self.folder / when / f"{number:03d}_seed{seed}.png", about)
+            for number, (preview, image) in enumerate(zip(self.wanted, row, strict=True)):
+                metadata = {"prompt": preview.prompt, "seed": str(seed)}
+                save_png(image, self.folder / subfolder / f"{number:03d}_seed{seed}.png", metadata)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        self._want(trainer, pl_module)
+        self._set_prompts(trainer, pl_module)
         if trainer.is_global_zero and trainer.global_step == 0:
-            log.info("samples: %d before training", len(self.wanted) * len(self.seeds))
+            log.info("samples: generating %d images before training", len(self.wanted) * len(self.seeds))
             self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
-            self._keep(self.first, "before")
+            self._write_images(self.first, "before")
 
-    def _want(self, trainer: pl.Trainer, module: Adapter) -> None:
+    def _set_prompts(self, trainer: pl.Trainer, module: Adapter) -> None:
         size = self.sampling.size(module.backbone.facts.side)
         self.wanted = preview_prompts(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
 
@@ -119,10 +119,10 @@ class Samples(Callback):
             self._finish(trainer, pl_module)
 
     def complete(self, trainer: pl.Trainer, module: Adapter) -> None:
-        """After ``fit``: draw the last samples where training was over already, and Lightning has begun nothing."""
+        """After ``fit``, generate the final samples if the training was complete and Lightning called no hook."""
         if self._finished or not trainer.is_global_zero:
             return
-        self._want(trainer, module)
+        self._set_prompts(trainer, module)
         module.to(trainer.strategy.root_device)
         self._finish(trainer, module)
         module.to("cpu")
@@ -130,42 +130,42 @@ class Samples(Callback):
     def _finish(self, trainer: pl.Trainer, module: Adapter) -> None:
         self._finished = True
         last = self.save(trainer, module, self.folder / f"step{trainer.global_step:08d}.png")
-        self._keep(last, "after")
+        self._write_images(last, "after")
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
-            labels = [f"{when}, seed {seed}" for seed in self.seeds for when in ("before", "after")]
+            labels = [f"{state}, seed {seed}" for seed in self.seeds for state in ("before", "after")]
             save_png(self.sheet(rows, labels), self.folder / "before_after.png")
             for logger in trainer.loggers:
                 if hasattr(logger, "log_table"):
                     self._log_table(logger, last, trainer.global_step)
 
     def _log_table(self, logger: Any, last: list[list[np.ndarray]], step: int) -> None:
-        """W&B's: one row per prompt and seed."""
+        """Log a W&B table with one row per prompt and seed."""
         import wandb
 
         assert self.first is not None
         rows = [
-            [one.prompt, seed, wandb.Image(before), wandb.Image(after)]
+            [preview.prompt, seed, wandb.Image(before), wandb.Image(after)]
             for seed, first, now in zip(self.seeds, self.first, last, strict=True)
-            for one, before, after in zip(self.wanted, first, now, strict=True)
+            for preview, before, after in zip(self.wanted, first, now, strict=True)
         ]
         logger.log_table("before_after", columns=["prompt", "seed", "before", "after"], data=rows, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         first = None if self.first is None else torch.from_numpy(np.array(self.first))
-        return {"first": first, "drawn_by": self._how()}
+        return {"first": first, "drawn_by": self._settings()}
 
-    def _how(self) -> str:
+    def _settings(self) -> str:
         return repr((self.sampling, self.seeds))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Images by other settings are no "before" to these.
-        first = state_dict["first"] if state_dict.get("drawn_by", self._how()) == self._how() else None
+        # Images generated with other settings are not comparable.
+        first = state_dict["first"] if state_dict.get("drawn_by", self._settings()) == self._settings() else None
         self.first = None if first is None else [list(row) for row in first.numpy()]
 
 
 class Snapshots(Callback):
-    """Writes the artifact every ``every_steps`` optimizer steps, so that the best moment can be picked by eye."""
+    """Write a snapshot of the artifact every ``every_steps`` optimizer steps, so that the best can be chosen by eye."""
 
     def __init__(self, folder: Path, name: str, every_steps: Annotated[int, Ge(1)], samples: Samples | None) -> None:
         self.folder, self.name, self.every_steps, self.samples = folder, name, every_steps, samples
@@ -177,9 +177,9 @@ class Snapshots(Callback):
         boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not boundary or trainer.global_step % self.every_steps or not trainer.is_global_zero:
             return
-        mark = f"-step{trainer.global_step:08d}"
-        stem = self.name + mark
+        suffix = f"-step{trainer.global_step:08d}"
+        stem = self.name + suffix
         with pl_module.final_weights():
-            pl_module.snapshot(self.folder / "artifact", stem, mark)
+            pl_module.snapshot(self.folder / "artifact", stem, suffix)
         if self.samples is not None:
             self.samples.save(trainer, pl_module, self.folder / "samples" / f"{stem}.png")

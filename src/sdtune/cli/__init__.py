@@ -1,1 +1,1 @@
-"""From ``sys.argv`` to a composed config, a command, an exit code and one line of error; imports no torch."""
+"""Command line: composes the config, runs the command, maps errors to exit codes; imports no torch."""

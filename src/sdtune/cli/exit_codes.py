@@ -1,4 +1,4 @@
-"""How a command ends: which errors are shown as one line, and with which exit code."""
+"""Map errors of a command to one-line messages and exit codes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sdtune.hardware.processes import is_global_zero
 
 EXIT_FAILED = 1
 EXIT_INVALID_INPUT = 2
-"""Exit code of a refusal: bad input, nothing done."""
+"""Exit code for invalid input; nothing was done."""
 
-_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""What writing to a file that is open already fails with: the system does not name the file then."""
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of writing to an open file; the operating system does not report the file name for them."""
 
 
 def refuse(message: str, code: int = EXIT_INVALID_INPUT) -> NoReturn:
-    """Print ``message`` to stderr as one line, and exit with ``code``."""
+    """Print ``message`` to stderr as one line and exit with ``code``."""
     _print_line(message)
     raise SystemExit(code)
 
@@ -36,16 +36,16 @@ def _print_line(message: str) -> None:
 
 @contextmanager
 def exit_codes(command: str, composition: Callable[[Exception], str] | None = None) -> Iterator[None]:
-    """End the process for an error that the user can mend, with one line on stderr and these exit codes.
+    """Context manager that turns an error that the user can fix into one line on stderr and an exit code.
 
     2: :class:`UserError`, and errors of Hydra and OmegaConf while a config is composed. 1: :class:`RunFailed`, an
     ``OSError`` with an errno, and out of memory. 4: :class:`Pruned`. 128 + signal: :class:`Stopped` and Ctrl-C. Any
     other error is a bug and passes through, as all errors do under ``SDTUNE_TRACEBACK=1``.
 
     Args:
-        command: decides what is advised where memory runs out.
-        composition: the line for an error of Hydra or OmegaConf; None where no config is composed, since such an error
-            is a bug there.
+        command: name of the command; selects the advice for out of memory.
+        composition: returns the line for an error of Hydra or OmegaConf; None if no config is composed, so that such an
+            error is a bug.
     """
     try:
         yield
@@ -66,14 +66,14 @@ def exit_codes(command: str, composition: Callable[[Exception], str] | None = No
 def _line_and_code(
     error: Exception, command: str, composition: Callable[[Exception], str] | None
 ) -> tuple[str | None, int]:
-    """What to show of ``error``, and the exit code; None for a bug, an empty line where another process shows it."""
+    """The line for ``error`` and the exit code; None for a bug, an empty line if another process prints the error."""
     if isinstance(error, UserError):
         return str(error), EXIT_INVALID_INPUT
     if composition is not None and isinstance(error, HydraException | OmegaConfBaseException):
         return composition(error), EXIT_INVALID_INPUT
     if isinstance(error, Stopped):
         return str(error), error.code
-    # Lightning kills the first process where another ends with a code, and the first has its loggers to close.
+    # If another process exits with a code, Lightning kills process 0, which still has to close its loggers.
     if isinstance(error, Pruned):
         return (str(error), PRUNED) if is_global_zero() else ("", 0)
     if isinstance(error, RunFailed):
@@ -81,11 +81,11 @@ def _line_and_code(
     if is_out_of_memory(error):
         return ADVICE.get(command, ADVICE["other"]), EXIT_FAILED
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_system(error), EXIT_FAILED
+        return _os_error_line(error), EXIT_FAILED
     return None, EXIT_FAILED
 
 
-def _of_system(error: OSError) -> str:
-    if error.filename is None and error.errno not in _OF_FILES:
-        return str(error.strerror)  # of a connection, a pipe or a process
-    return f"{error.filename or 'output'}: {error.strerror}; name a place that can be read and written"
+def _os_error_line(error: OSError) -> str:
+    if error.filename is None and error.errno not in _WRITE_ERRORS:
+        return str(error.strerror)  # error of a connection, a pipe or a process
+    return f"{error.filename or 'output'}: {error.strerror}; choose a location that is readable and writable"

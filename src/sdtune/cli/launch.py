@@ -1,6 +1,6 @@
-"""Run a command: compose the config, check it, run; a refusal is one line, before any folder is made.
+"""Run a command: compose the config, check it, run it. Invalid input exits with one line, before a folder is created.
 
-Imports no torch: ``--help``, ``--cfg`` and a misspelt key are answered at once.
+Imports no torch, so that ``--help``, ``--cfg`` and the error for a misspelled key appear immediately.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECA
 
 
 def lazy_command(module: str) -> Prepare:
-    """``module``'s ``prepare``, imported when it is called: a command answers ``--help`` without torch."""
+    """The ``prepare`` function of ``module``, imported when it is called, so that ``--help`` needs no torch."""
 
     def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         quiet()
@@ -54,16 +54,17 @@ def lazy_command(module: str) -> Prepare:
 
 @contextlib.contextmanager
 def gc_disabled() -> Iterator[None]:
-    """What is imported within is for good: the collector does not look at it, nor at what lives beside it, again.
+    """Context manager for imports: disables the garbage collector, then excludes all objects from later collections.
 
-    The libraries are half a million objects; to go through them is a quarter of a second, many times a start.
+    The libraries create half a million objects. A collection over them takes a quarter of a second and would run many
+    times during a start.
     """
-    before, enabled = len(sys.modules), gc.isenabled()
-    gc.collect()  # what is garbage would be for good too
+    module_count, enabled = len(sys.modules), gc.isenabled()
+    gc.collect()  # gc.freeze() would also keep garbage permanently
     gc.disable()
     try:
         yield
-        if len(sys.modules) > before:
+        if len(sys.modules) > module_count:
             gc.freeze()
     finally:
         if enabled:
@@ -78,20 +79,20 @@ def launch(
     rewrite: Callable[[list[str]], list[str]] = lambda argv: argv,
     writes: bool = True,
 ) -> None:
-    """Run ``command`` with the arguments ``argv``; ends the process where that fails (:func:`exit_codes`).
+    """Run ``command`` with the arguments ``argv``; an error ends the process as in :func:`exit_codes`.
 
     Args:
-        command: name of the top config, ``conf/<command>.yaml``.
+        command: name of the top-level config, ``conf/<command>.yaml``.
         argv: Hydra's options and overrides.
         prepare: see :data:`Prepare`.
-        rewrite: what becomes of the arguments before Hydra sees them.
-        writes: whether it leaves a folder behind; one that does not is no job of Hydra's.
+        rewrite: transforms the arguments before Hydra parses them.
+        writes: whether the command writes a folder; if not, it does not run as a Hydra job.
     """
     with exit_codes(command, partial(composition_error, typed=argv)):
         parser = get_args_parser()
         args = parser.parse_args(rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
-            refuse("--cfg: shows the config of one job; leave out -m, and give one value where the sweep has several")
+            refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         _check_secrets(args.overrides)
         if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
             args.config_path = None
@@ -117,24 +118,24 @@ def launch(
 
 
 def _with_quoted_folder(argv: list[str]) -> list[str]:
-    """``argv``, with the run's folder quoted for Hydra where Lightning has put it between plain quotes.
+    """``argv``, with the run folder quoted for Hydra if Lightning has put it between plain quotes.
 
-    Its launcher appends ``hydra.run.dir="FOLDER"`` to the command line of each further process.
+    Lightning's launcher appends ``hydra.run.dir="FOLDER"`` to the command line of each additional process.
     """
     prefix = 'hydra.run.dir="'
-    last = max((place for place, text in enumerate(argv) if text.startswith(prefix)), default=None)
-    if last is None or not is_launched_again():
+    index = max((position for position, text in enumerate(argv) if text.startswith(prefix)), default=None)
+    if index is None or not is_launched_again():
         return argv
-    folder = argv[last].removeprefix(prefix).removesuffix('"')
-    return [*argv[:last], override("hydra.run.dir", folder), *argv[last + 1 :]]
+    folder = argv[index].removeprefix(prefix).removesuffix('"')
+    return [*argv[:index], override("hydra.run.dir", folder), *argv[index + 1 :]]
 
 
 def _check_secrets(overrides: list[str]) -> None:
-    for given in overrides:
-        key = given.split("=", 1)[0].lstrip("+~")
-        # data.token and new_tokens are words of a prompt, and max_tokens is how many it may have.
+    for text in overrides:
+        key = text.split("=", 1)[0].lstrip("+~")
+        # data.token and new_tokens are words of a prompt; max_tokens is the maximum prompt length.
         if _SECRET.search(key) and not key.startswith(("data.", "new_tokens", "backbone.max_tokens")):
-            refuse(f"{key}: secrets are taken from the environment only; a command line ends up in logs and in .hydra/")
+            refuse(f"{key}: a command line is stored in logs and in .hydra/; set secrets as environment variables only")
 
 
 def _check_options(command: str, args: Namespace, writes: bool) -> None:
@@ -145,41 +146,43 @@ def _check_options(command: str, args: Namespace, writes: bool) -> None:
         ("--experimental-rerun", args.experimental_rerun),
     ):
         if value:
-            refuse(f"{option}: sdtune has one top config per command; name a recipe with -cd DIR experiment={value}")
+            refuse(f"{option}: not supported; select a recipe with -cd DIR experiment={value}")
     if args.multirun and not writes:
-        refuse(f"--multirun: sdtune {command} runs once; leave it out")
+        refuse(f"--multirun: sdtune {command} supports no sweeps; remove --multirun")
     if args.multirun and is_torchrun():
-        refuse("--multirun: torchrun would run the whole sweep in every process; give hardware.devices=N without it")
+        refuse("--multirun: torchrun would run the full sweep in every process; use hardware.devices=N instead")
 
 
 def _check_folder(folder: Path, overrides: list[str]) -> None:
     several = is_torchrun() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not any(given.startswith("hydra.run.dir=") for given in overrides):
-        # Each process composes by itself, and the time in a folder's name may be another for each.
-        raise UserError("hydra.run.dir is missing: under torchrun every process must be told the run's folder")
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder} cannot be made: {place} is not a folder that can be written to", key="hydra.run.dir")
+    if several and not any(text.startswith("hydra.run.dir=") for text in overrides):
+        # Each process composes its own config, and the time in the default folder name may differ.
+        raise UserError(
+            "required under torchrun, for all processes", key="hydra.run.dir", remedy="set hydra.run.dir=DIR"
+        )
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot create {folder}: {parent} is not a writable folder", key="hydra.run.dir")
 
 
 def _run_job(
     command: str, search: ConfigSearchPath, overrides: list[str], folder: Path, work: Callable[[DictConfig], Any]
 ) -> None:
-    """Have Hydra run ``work`` as a job in ``folder``, which is removed where the work refuses its input."""
+    """Run ``work`` as a Hydra job in ``folder``; remove the folder if ``work`` raises UserError or SystemExit."""
     existed = folder.exists()
-    raised: list[Exception] = []
+    errors: list[Exception] = []
 
     def guarded(composed: DictConfig) -> Any:
-        # Raised through Hydra, an error would come with lines of its own about the job.
+        # Hydra would print additional lines about the job for an error that passes through it.
         try:
             return work(composed)
         except Exception as error:
-            raised.append(error)
+            errors.append(error)
             return None
 
-    # Hydra composes once more, and a time in the folder's name would be another by then.
+    # Hydra composes the config again; the time in the default folder name would differ by then.
     fixed = [*overrides, override("hydra.run.dir", folder)]
     try:
         with (
@@ -188,15 +191,15 @@ def _run_job(
         ):
             hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
     except SystemExit:
-        _clear(folder, existed)
+        _remove_unstarted(folder, existed)
         raise
-    if raised:
-        if isinstance(raised[0], UserError):
-            _clear(folder, existed)
-        raise raised[0]
+    if errors:
+        if isinstance(errors[0], UserError):
+            _remove_unstarted(folder, existed)
+        raise errors[0]
 
 
-def _clear(folder: Path, existed: bool) -> None:
-    """Leave no folder of a run that had not begun."""
+def _remove_unstarted(folder: Path, existed: bool) -> None:
+    """Remove the folder of a run that has not started training."""
     if not existed and not (folder / "metrics.csv").exists() and not any(folder.glob("checkpoints/*")):
         shutil.rmtree(folder, ignore_errors=True)

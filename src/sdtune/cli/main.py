@@ -1,6 +1,6 @@
-"""``sdtune <command> [Hydra overrides]``: finds the command and runs it.
+"""Entry point of ``sdtune <command> [Hydra overrides]``: selects the command and runs it.
 
-``sys.argv`` stays as it is: Lightning starts a process for another device by repeating it.
+``sys.argv`` is left unchanged, because Lightning repeats it to start the processes of other devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sdtune.suggest import suggestion
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is for, and the module of its ``prepare``; ``writes``: whether it leaves a folder behind."""
+    """A command: summary for the help, module of its ``prepare`` function, and whether it writes a folder."""
 
     summary: str
     module: str
@@ -23,16 +23,16 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("train an adapter and leave a run's folder behind", "sdtune.commands.train"),
+    "train": Command("train an adapter; writes a run folder", "sdtune.commands.train"),
     "prepare": Command(
-        "make what a training needs before its first step: class images, caches, control maps",
+        "create class images, caches and control maps of a training before its first step",
         "sdtune.commands.prepare",
     ),
-    "sample": Command("make images, with adapters at strengths chosen now", "sdtune.commands.sample"),
-    "plan": Command("what a training will cost, before anything is loaded", "sdtune.commands.plan", writes=False),
-    "export": Command("what a run has left, in the form that another program reads", "sdtune.commands.export"),
-    "evaluate": Command("measure a finished run's artifact, before and after", "sdtune.commands.evaluate"),
-    "report": Command("one page of a run, a sweep, or any folder of runs", "sdtune.commands.report"),
+    "sample": Command("generate images with adapters at any strength", "sdtune.commands.sample"),
+    "plan": Command("estimate memory and compute of a training, without weights", "sdtune.commands.plan", writes=False),
+    "export": Command("export the artifact of a run in the format of another program", "sdtune.commands.export"),
+    "evaluate": Command("measure the artifact of a finished run", "sdtune.commands.evaluate"),
+    "report": Command("write an HTML report of a run, a sweep, or any folder of runs", "sdtune.commands.report"),
 }
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
@@ -45,7 +45,7 @@ commands:
   sdtune train experiment=NAME                  a recipe of experiments/
   sdtune train method=lora data=folder data.path=DIR data.prompt="a photo of sks otter"
   sdtune plan methods=all backbone=sd15 fits=12 which methods fit a GPU of 12 GiB
-  sdtune <command> --help                       its groups and settings
+  sdtune <command> --help                       config groups and settings
   sdtune <command> --cfg job                    the composed config
 """
 
@@ -65,26 +65,26 @@ def main() -> None:
     if arguments[0] in ("-sc", "--shell-completion"):
         _complete(arguments)
         return
-    name, *own = arguments
+    name, *overrides = arguments
     if name not in COMMANDS:
         from sdtune.cli.exit_codes import refuse
 
-        refuse(f"{name}: there is no such command{suggestion(name, COMMANDS)}")
+        refuse(f"{name}: unknown command{suggestion(name, COMMANDS)}")
     if name == "report":
         from sdtune.cli.exit_codes import exit_codes
         from sdtune.commands.report import main as report
 
         with exit_codes(name):
-            report(own)
+            report(overrides)
         return
     from sdtune.cli.launch import launch, lazy_command
 
     command = COMMANDS[name]
-    launch(name, own, lazy_command(command.module), rewrite=_rewriting(name), writes=command.writes)
+    launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
 
 
-def _rewriting(name: str) -> Callable[[list[str]], list[str]]:
-    """What becomes of the arguments of a command before Hydra sees them: ``resume=`` is a training's."""
+def _argument_rewriter(name: str) -> Callable[[list[str]], list[str]]:
+    """Function that transforms the arguments before Hydra parses them; only ``train`` has one, for ``resume=``."""
     if name != "train":
         return list
     from sdtune.cli.resume import rewrite
@@ -93,18 +93,18 @@ def _rewriting(name: str) -> Callable[[list[str]], list[str]]:
 
 
 def _complete(arguments: list[str]) -> None:
-    """Hydra's completion, for the command that the line names; the commands themselves before there is one.
+    """Shell completion: names of commands, then Hydra's completion for the command on the line.
 
-    ``eval "$(sdtune -sc install=bash)"`` installs it; the shell then asks with the line in ``COMP_LINE``.
+    ``eval "$(sdtune -sc install=bash)"`` installs it; the shell then passes the line in ``COMP_LINE``.
     """
     from sdtune.cli.launch import launch
 
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
-    named = words[1] if len(words) > 1 else ""
-    if line and (named not in COMMANDS or line.endswith(named)):
-        print(" ".join(name for name in COMMANDS if name.startswith(named)))
+    command_name = words[1] if len(words) > 1 else ""
+    if line and (command_name not in COMMANDS or line.endswith(command_name)):
+        print(" ".join(name for name in COMMANDS if name.startswith(command_name)))
         return
-    # Hydra would take the command for an override.
-    os.environ["COMP_LINE"] = line.replace(f" {named} ", " ", 1)
-    launch(named or "train", arguments, lambda config, folder: lambda composed: None)
+    # Hydra would parse the command name as an override.
+    os.environ["COMP_LINE"] = line.replace(f" {command_name} ", " ", 1)
+    launch(command_name or "train", arguments, lambda config, folder: lambda composed: None)

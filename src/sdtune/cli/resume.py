@@ -1,4 +1,4 @@
-"""``resume=RUN``: replaced, before Hydra composes, by the run's own overrides and folder."""
+"""Replace ``resume=RUN`` by the overrides and the folder of the run before Hydra composes the config."""
 
 from __future__ import annotations
 
@@ -10,65 +10,68 @@ from sdtune.config.overrides import resumed_folder
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
-from sdtune.runs.compare import MAY_CHANGE, last_start, own_config_folder
+from sdtune.runs.compare import MAY_CHANGE, last_start, saved_config_dir
 
-_FOLDER = ("-cd", "--config-dir")
-_VALUED = (*_FOLDER, "-c", "--cfg", "-p", "--package", "-i", "--info")
+_CONFIG_DIR = ("-cd", "--config-dir")
+_WITH_VALUE = (*_CONFIG_DIR, "-c", "--cfg", "-p", "--package", "-i", "--info")
 
 
 def rewrite(argv: list[str]) -> list[str]:
-    """The arguments for a resumed run; ``argv`` itself where nothing is resumed.
+    """The arguments for a resumed run; ``argv`` unchanged without ``resume=``.
 
     Raises:
-        UserError: where the folder holds no run, or an override would make it another run.
+        UserError: the folder is not a run folder, or an override would change the run.
     """
     run = resumed_folder(argv)
     if run is None or any(a in ("-m", "--multirun") for a in argv):
-        return argv  # with -m a sweep is resumed: see sdtune.sweeps.sweep
-    kept = run / ".hydra" / "overrides.yaml"
+        return argv  # with -m, sdtune.sweeps.sweep resumes a sweep
+    file = run / ".hydra" / "overrides.yaml"
     if (run / "multirun.yaml").is_file():
         raise UserError(
-            f"{run} is a sweep's", key="resume", remedy=f"add -m: sdtune train -m {shell_override('resume', run)}"
+            f"{run} is a sweep folder", key="resume", remedy=f"add -m: sdtune train -m {shell_override('resume', run)}"
         )
-    if not kept.is_file():
-        raise UserError(f"{run} holds no run (no .hydra/overrides.yaml)", key="resume", remedy="name the folder of one")
-    own = [str(text) for text in OmegaConf.load(last_start(run) / "overrides.yaml")]
-    values = {i + 1 for i, a in enumerate(argv) if a in _VALUED}
-    # "~key" has no "=": an override like any other, and none is passed over in silence.
-    fresh = [a for i, a in enumerate(argv) if i not in values and not a.startswith(("resume=", "-"))]
-    asks = [a for i, a in enumerate(argv) if (i in values or a.startswith("-")) and not _names_folder(argv, i)]
-    for text in fresh:
-        free = text.lstrip("+~").startswith(MAY_CHANGE)
+    if not file.is_file():
+        raise UserError(f"{run} is not a run folder (.hydra/overrides.yaml is missing)", key="resume")
+    saved = [str(text) for text in OmegaConf.load(last_start(run) / "overrides.yaml")]
+    value_indices = {i + 1 for i, a in enumerate(argv) if a in _WITH_VALUE}
+    # "~key" has no "=", but is an override too and must be checked.
+    new = [a for i, a in enumerate(argv) if i not in value_indices and not a.startswith(("resume=", "-"))]
+    options = [
+        a for i, a in enumerate(argv) if (i in value_indices or a.startswith("-")) and not _is_config_dir(argv, i)
+    ]
+    for text in new:
+        allowed = text.lstrip("+~").startswith(MAY_CHANGE)
         if text.startswith("hydra.") and not (is_launched_again() or is_torchrun()):
-            free = False  # only a process that Lightning or torchrun starts for another device is told Hydra's part
-        if not free and text not in own:
+            allowed = False  # only processes that Lightning or torchrun starts may set hydra.*
+        if not allowed and text not in saved:
             raise UserError(
-                f"{text} would make it another run; only hardware, logger, callbacks and trainer.max_steps may change",
+                f"{text} is not allowed in a resumed run",
                 key="resume",
+                remedy="change only hardware, logger, callbacks and trainer.max_steps",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():
         number += 1
     folder = run.absolute()
-    # A process that Lightning starts for another device repeats these arguments, with Hydra's own added: those win.
+    # Processes that Lightning starts for other devices repeat these arguments and set hydra.run.dir themselves.
     internal = [override("hydra.run.dir", folder), f"hydra.output_subdir=.hydra/resume-{number}"]
     if any(a.startswith("hydra.run.dir=") for a in argv):
         internal = []
-    own = [o for o in own if not o.startswith("resume=")]
-    return [*asks, *_config_folder(run, argv), *own, *fresh, override("resume", folder), *internal]
+    saved = [o for o in saved if not o.startswith("resume=")]
+    return [*options, *_config_folder(run, argv), *saved, *new, override("resume", folder), *internal]
 
 
-def _names_folder(argv: list[str], index: int) -> bool:
-    """Whether the argument at ``index`` is ``--config-dir`` or its value; those come by ``_config_folder``."""
-    return argv[index].split("=")[0] in _FOLDER or (index > 0 and argv[index - 1] in _FOLDER)
+def _is_config_dir(argv: list[str], index: int) -> bool:
+    """Whether the argument at ``index`` is ``--config-dir`` or its value; ``_config_folder`` adds them."""
+    return argv[index].split("=")[0] in _CONFIG_DIR or (index > 0 and argv[index - 1] in _CONFIG_DIR)
 
 
 def _config_folder(run: Path, argv: list[str]) -> list[str]:
-    """The user's config folder of the first start, where this one names none."""
+    """The ``--config-dir`` option of ``argv``, or else that of the first start of ``run``."""
     for index, argument in enumerate(argv):
-        if argument in _FOLDER:
+        if argument in _CONFIG_DIR:
             return argv[index : index + 2]
         if argument.startswith(("-cd=", "--config-dir=")):
             return [argument]
-    own = own_config_folder(run)
-    return [] if own is None else ["-cd", own]
+    folder = saved_config_dir(run)
+    return [] if folder is None else ["-cd", folder]

@@ -1,1 +1,1 @@
-"""What train, prepare, plan, sample, evaluate, export and report do once their config is checked."""
+"""The commands train, prepare, plan, sample, evaluate, export and report: check a composed config, then run it."""

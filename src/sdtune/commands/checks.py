@@ -1,4 +1,4 @@
-"""Checks of a training: everything that can be refused before weights are loaded or a file is written."""
+"""Checks before a training run: reject invalid settings before weights are loaded or a file is written."""
 
 from __future__ import annotations
 
@@ -31,80 +31,84 @@ from sdtune.runs.metrics import OF_TRAINING
 from sdtune.suggest import suggestion
 
 
-def check_measured(config: dict[str, Any]) -> ImageDataModule:
-    """Of :func:`check_run` what measuring a run's artifact needs: no method, optimizer or logger."""
-    top = read_settings(config)
-    check_node(config["backbone"], "backbone", top.trust)
-    check_node(config["data"], "data", top.trust, ("seed",))
-    check_node(config["evaluation"], "evaluation", top.trust, ())
-    source = build(config["backbone"], top.trust)
-    data = _opened(config, source.facts, top)
-    build(config["evaluation"], top.trust).check(data, source.facts)
+def build_evaluation_data(config: dict[str, Any]) -> ImageDataModule:
+    """Check the backbone, data and evaluation of ``config``, for a command that only measures a run's artifact.
+
+    Raises:
+        UserError: for the first setting that is wrong.
+    """
+    settings = read_settings(config)
+    check_node(config["backbone"], "backbone", settings.trust)
+    check_node(config["data"], "data", settings.trust, ("seed",))
+    check_node(config["evaluation"], "evaluation", settings.trust, ())
+    source = build(config["backbone"], settings.trust)
+    data = _open_data(config, source.facts, settings)
+    build(config["evaluation"], settings.trust).check(data, source.facts)
     source.check()
     return data
 
 
 def _exports(config: dict[str, Any], kind: Kind) -> list[Export]:
-    """The forms that the run's artifact, of ``kind``, is to be written in at its end."""
+    """The checked entries of ``exports``, for an artifact of ``kind``."""
     check_value(config["exports"], list[dict[str, Any]], "exports")
-    made: list[Export] = []
+    exports: list[Export] = []
     for number, entry in enumerate(config["exports"]):
         hints = get_type_hints(Export, include_extras=True)
-        if odd := next((key for key in entry if key not in hints), None):
+        if unknown_key := next((key for key in entry if key not in hints), None):
             raise UserError(
-                f"there is no such setting{suggestion(str(odd), list(hints))}", key=f"exports[{number}].{odd}"
+                f"unknown setting{suggestion(str(unknown_key), list(hints))}", key=f"exports[{number}].{unknown_key}"
             )
         for key, value in entry.items():
             check_value(value, hints[key], f"exports[{number}].{key}")
         if "format" not in entry:
             raise UserError(
-                "format is missing", key=f"exports[{number}]", remedy=f"write {{format: {FORMATS[kind][-1]}}}"
+                "format is missing", key=f"exports[{number}]", remedy=f"use {{format: {FORMATS[kind][-1]}}}"
             )
-        if any(other.format == entry["format"] for other in made):
+        if any(other.format == entry["format"] for other in exports):
             raise UserError(
-                f"{entry['format']} stands twice; sdtune export makes further ones later", key=f"exports[{number}]"
+                f"{entry['format']} is already listed", key=f"exports[{number}].format", remedy="remove the duplicate"
             )
-        made.append(Export(**entry))
+        exports.append(Export(**entry))
         try:
-            made[-1].check(Artifact(kind, Path(), ""))
+            exports[-1].check(Artifact(kind, Path(), ""))
         except UserError as error:
             raise UserError(f"exports[{number}].{error}") from error
-    return made
+    return exports
 
 
-def _opened(config: dict[str, Any], facts: Facts, top: Settings) -> ImageDataModule:
-    data: ImageDataModule = build(config["data"], top.trust, {"seed": top.seed})
+def _open_data(config: dict[str, Any], facts: Facts, settings: Settings) -> ImageDataModule:
+    data: ImageDataModule = build(config["data"], settings.trust, {"seed": settings.seed})
     data.open(facts.side, facts.factor)
     return data
 
 
 def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
-    """Every check that needs no weights, and the run that is made of what was checked.
+    """Build a :class:`TrainRun` from ``config`` and check all its settings; loads no weights.
 
     Args:
-        config: resolved.
-        folder: where the run is to write.
+        config: the resolved config.
+        folder: output folder of the run; it need not exist.
 
     Raises:
-        UserError: for the first thing that is wrong.
+        UserError: for the first setting that is wrong.
     """
     settings = read_settings(config)
     trust = settings.trust
     _check_nodes(config, trust)
     source: Pretrained = build(config["backbone"], trust)
-    data = _opened(config, source.facts, settings)
+    data = _open_data(config, source.facts, settings)
     loggers = _loggers(config, trust)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     micro_batch = hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
-    # A constructor that refuses a pair of settings does so here.
+    # Constructors of methods reject combinations of settings that do not fit.
     adapter = _adapter(config, settings, source)
     check_trainable(adapter, data)
-    made = _exports(config, adapter.artifact_kind)
+    exports = _exports(config, adapter.artifact_kind)
     evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
     _check_metrics(evaluation, data, source.facts, settings.optimized_metric)
     source.check()
     record = MetricsRecorder(folder)
-    offer = {"folder": folder / "checkpoints", "record": record}
+    checkpoint_arguments = {"folder": folder / "checkpoints", "record": record}
     return TrainRun(
         config=config,
         settings=settings,
@@ -113,9 +117,9 @@ def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
         adapter=adapter,
         evaluation=evaluation,
         loggers=loggers,
-        exports=made,
+        exports=exports,
         record=record,
-        checkpoints=build(config["checkpoint"], trust, offer),
+        checkpoints=build(config["checkpoint"], trust, checkpoint_arguments),
         callbacks=_callbacks(config, settings, folder, data, record),
         trainer=trainer_arguments(config),
         micro_batch=micro_batch,
@@ -128,7 +132,7 @@ def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_node(config["data"], "data", trust, ("seed",))
     check_node(config["evaluation"], "evaluation", trust, ())
     for key, node in config["logger"].items():
-        # A logger of another package may take none of these.
+        # Loggers of other packages need not accept save_dir.
         check_node(node, f"logger.{key}", trust, ("save_dir",))
     for key, node in config["callbacks"].items():
         check_node(node, f"callbacks.{key}", trust, ("folder", "record", "run", "trial"))
@@ -137,55 +141,54 @@ def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
 
 
 def _adapter(config: dict[str, Any], settings: Settings, source: Pretrained) -> Adapter:
-    """The method, with everything that it is given."""
+    """The method with its objective, optimizer, learning rate schedule and hardware switches."""
     parts = {group: build(config[group], settings.trust) for group in ("objective", "optimizer", "lr_schedule")}
     switches = {key: config["hardware"].get(key, False) for key in hardware.SWITCHES}
-    own = {"new_tokens": settings.new_tokens, "tokens_lr": settings.tokens_lr, "seed": settings.seed}
-    adapter: Adapter = build(config["method"], settings.trust, {"backbone": source, **parts, **switches, **own})
+    top_level = {"new_tokens": settings.new_tokens, "tokens_lr": settings.tokens_lr, "seed": settings.seed}
+    adapter: Adapter = build(config["method"], settings.trust, {"backbone": source, **parts, **switches, **top_level})
     return adapter
 
 
 def _loggers(config: dict[str, Any], trust: tuple[str, ...]) -> list[LoggerSettings]:
-    found: list[LoggerSettings] = []
+    loggers: list[LoggerSettings] = []
     for key, node in config["logger"].items():
         if not node:
             continue
-        kind = resolve(str(node["_target_"]), f"logger.{key}", trust)
-        if inspect.isclass(kind) and issubclass(kind, LoggerSettings):
-            found.append(build(node, trust))
-            found[-1].check()
+        logger_class = resolve(str(node["_target_"]), f"logger.{key}", trust)
+        if inspect.isclass(logger_class) and issubclass(logger_class, LoggerSettings):
+            loggers.append(build(node, trust))
+            loggers[-1].check()
         else:
-            found.append(OtherLogger(partial(build, node, trust)))
-    return found
+            loggers.append(OtherLogger(partial(build, node, trust)))
+    return loggers
 
 
 def _callbacks(
     config: dict[str, Any], settings: Settings, folder: Path, data: ImageDataModule, record: MetricsRecorder
 ) -> list[Callback]:
-    """The callbacks that the config chooses, in its order."""
-    offer = {"folder": folder / "samples", "record": record, "run": folder, "trial": settings.trial}
-    chosen: list[Callback] = []
+    """The configured callbacks, in the order of the config."""
+    arguments = {"folder": folder / "samples", "record": record, "run": folder, "trial": settings.trial}
+    callbacks: list[Callback] = []
     for key, node in config["callbacks"].items():
         if not node:
             continue
-        chosen.append(build(node, settings.trust, offer))
-        if getattr(chosen[-1], "needs_validation_set", False) and not data.held_out:
+        callbacks.append(build(node, settings.trust, arguments))
+        if getattr(callbacks[-1], "needs_validation_set", False) and not data.held_out:
             raise UserError(NOTHING_HELD_OUT, key=f"callbacks.{key}")
     if settings.save_every:
-        samples = next((c for c in chosen if isinstance(c, Samples)), None)
-        chosen.append(Snapshots(folder, settings.name or data.name, settings.save_every, samples))
-    return chosen
+        samples = next((c for c in callbacks if isinstance(c, Samples)), None)
+        callbacks.append(Snapshots(folder, settings.name or data.name, settings.save_every, samples))
+    return callbacks
 
 
-def _check_metrics(evaluation: Any, data: ImageDataModule, facts: Facts, wanted: str | None) -> None:
+def _check_metrics(evaluation: Any, data: ImageDataModule, facts: Facts, optimized_metric: str | None) -> None:
     """Check that the evaluation fits the data, and that ``optimized_metric`` is a metric of the run."""
     if evaluation is not None:
         evaluation.check(data, facts)
-    known = [*OF_TRAINING, *getattr(evaluation, "names", ())]
-    # Of a stranger's evaluation nobody knows the names before it has run.
-    sure = evaluation is None or hasattr(evaluation, "names")
-    if sure and wanted and wanted.removeprefix("base_") not in known:
+    known_metrics = [*OF_TRAINING, *getattr(evaluation, "names", ())]
+    # An evaluation of another package may not list its metrics before it runs.
+    all_listed = evaluation is None or hasattr(evaluation, "names")
+    if all_listed and optimized_metric and optimized_metric.removeprefix("base_") not in known_metrics:
         raise UserError(
-            f"{wanted}: there is no such metric{suggestion(wanted, known)}; there are {', '.join(known)}",
-            key="optimized_metric",
+            f"unknown metric {optimized_metric}{suggestion(optimized_metric, known_metrics)}", key="optimized_metric"
         )

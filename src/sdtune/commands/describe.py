@@ -1,4 +1,4 @@
-"""What a run prints when it ends: its files, and the commands that come next."""
+"""The lines that a finished training run prints: its files, and a command that samples with them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,48 @@ from sdtune.backbone.families import FAMILIES, GUIDANCE, POCKET_GUIDANCE
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
-from sdtune.formats.embeddings import FOLDER as WORDS
+from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
 from sdtune.formats.embeddings import intermediate
 from sdtune.quoting import in_quotes, override, shell_word
 
 
 def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
-    """What was made, and the command that samples with it."""
+    """Lines that name the files of the run in ``folder`` and a command that samples with them.
+
+    Args:
+        name: name of the artifact.
+        source: the backbone that was trained.
+        data: the training data; its first caption becomes the prompt.
+    """
     lines = [f"metrics: {folder / 'metrics.json'}"]
     before_after = folder / "samples" / "before_after.png"
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = shell_word(f"prompt={in_quotes(data.captions()[0])}")
     base = backbone_overrides(source)
-    lora, whole = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
-    words = sorted((folder / "artifact" / WORDS).glob("*.safetensors"))
-    words = [file for file in words if not intermediate(file.stem)]
-    lines += [f"word for ComfyUI and A1111: {file}" for file in words]
+    lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
+    embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))
+    embeddings = [file for file in embeddings if not intermediate(file.stem)]
+    lines += [f"embedding for ComfyUI and A1111: {file}" for file in embeddings]
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")
         lines.append(f"LoRA for diffusers: {lora.with_name(FILE_NAME)}")
-    if lora.exists() or (words and not whole.is_dir()):
-        place = lora.parent if words else lora
-        strength = ", strength: 0.8" if lora.exists() else ""  # a word acts by standing in the prompt
-        adapter = shell_word(f"adapters=[{{path: {in_quotes(place)}{strength}}}]")
+    if lora.exists() or (embeddings and not model_folder.is_dir()):
+        adapter_path = lora.parent if embeddings else lora
+        # An embedding has no strength.
+        strength = ", strength: 0.8" if lora.exists() else ""
+        adapter = shell_word(f"adapters=[{{path: {in_quotes(adapter_path)}{strength}}}]")
         lines.append(f"sample with it: sdtune sample{base} {prompt} {adapter}")
-    elif (whole / "config.json").is_file():
-        lines.append(f"ControlNet for diffusers: {whole}")
+    elif (model_folder / "config.json").is_file():
+        lines.append(f"ControlNet for diffusers: {model_folder}")
         computed = f", preprocess: {data.control.name}" if isinstance(data.control, Computed) else ""
-        control = shell_word(f"control=[{{path: {in_quotes(whole)}, image: FILE{computed}}}]")
+        control = shell_word(f"control=[{{path: {in_quotes(model_folder)}, image: FILE{computed}}}]")
         lines.append(f"sample with it: sdtune sample{base} {prompt} {control}")
-    elif whole.is_dir():
-        lines.append(f"pipeline folder for diffusers: {whole}")
-        # Its own scheduler says what it predicts.
+    elif model_folder.is_dir():
+        lines.append(f"pipeline folder for diffusers: {model_folder}")
+        # No prediction_type is needed: the trained pipeline has its own scheduler config.
         trained = Pretrained(
-            str(whole),
+            str(model_folder),
             guidance=source.guidance,
             clip_skip=source.clip_skip,
             max_tokens=source.max_tokens,
@@ -54,14 +61,15 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
 
 
 def backbone_overrides(source: Pretrained, pocket: bool | None = None) -> str:
-    """The overrides that name ``source``, with a space before each; none for pocket as it is.
+    """Command-line overrides that select ``source``, each preceded by a space; empty for pocket with its defaults.
 
-    ``pocket``: whether pocket's settings are behind it, by its path if None.
+    Args:
+        pocket: whether ``source`` was trained from pocket and has its settings; None: decided by its path.
     """
     pocket = source.path == "pocket" if pocket is None else pocket
     family = source.family or "sd1"
-    usual = POCKET_GUIDANCE if pocket else GUIDANCE[family]
-    own = {
+    default_guidance = POCKET_GUIDANCE if pocket else GUIDANCE[family]
+    settings = {
         **({} if source.path == "pocket" else {"path": source.path, "revision": source.commit}),
         "variant": source.variant,
         "config": source.config_folder,
@@ -71,8 +79,8 @@ def backbone_overrides(source: Pretrained, pocket: bool | None = None) -> str:
         "max_tokens": source.max_tokens,
         "prediction_type": source.prediction_type,
         "zero_terminal_snr": source.zero_terminal_snr or None,
-        "guidance": source.guidance if source.guidance != usual else None,
+        "guidance": source.guidance if source.guidance != default_guidance else None,
     }
-    said = [override(f"backbone.{key}", value) for key, value in own.items() if value is not None]
+    overrides = [override(f"backbone.{key}", value) for key, value in settings.items() if value is not None]
     group = [] if pocket else [FAMILIES[family][1]]
-    return "".join(f" {shell_word(each)}" for each in [*group, *said])
+    return "".join(f" {shell_word(word)}" for word in [*group, *overrides])

@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from sdtune.commands.checks import check_measured
-from sdtune.commands.threads import chosen_threads
+from sdtune.commands.checks import build_evaluation_data
+from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.settings import kept_config, plain, read_settings
+from sdtune.config.settings import plain, read_saved_config, read_settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.files import write_json
@@ -23,52 +23,58 @@ from sdtune.runs.metrics import OF_TRAINING, finite, unit
 
 log = logging.getLogger("sdtune")
 
-_WITH_CLIP = "sdtune.evaluation.ClipMetrics"
+_CLIP_METRICS = "sdtune.evaluation.ClipMetrics"
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """The run's own config decides what is measured."""
-    own = plain(config)
-    hardware.check_hardware(own["hardware"])
-    run = Path(str(own["run"])).expanduser()
-    # The run's config may come from somebody else: only what the user trusts here counts.
-    trained = {**kept_config(run), "trust": own["trust"], "hardware": own["hardware"]}
+    """Check ``config`` and the run that it names, and return the function that measures the run's artifact."""
+    options = plain(config)
+    hardware.check_hardware(options["hardware"])
+    run = Path(str(options["run"])).expanduser()
+    # The run may come from another user: use the trust setting of this command, not that of the run.
+    run_config = {**read_saved_config(run), "trust": options["trust"], "hardware": options["hardware"]}
     for key in ("clip", "dino"):
-        if own[key] is not None:
-            asked = trained["evaluation"] or {"_target_": _WITH_CLIP, "sampling": _sampling(trained["backbone"])}
-            trained["evaluation"] = {**asked, key: str(own[key])}
-    if not trained["evaluation"]:
+        if options[key] is not None:
+            evaluation = run_config["evaluation"] or {
+                "_target_": _CLIP_METRICS,
+                "sampling": _sampling(run_config["backbone"]),
+            }
+            run_config["evaluation"] = {**evaluation, key: str(options[key])}
+    if not run_config["evaluation"]:
         raise UserError(
-            f"{run} was trained with evaluation=none", key="run", remedy="give clip=FOLDER or dino=FOLDER to measure it"
+            f"{run} was trained with evaluation=none", key="run", remedy="set clip=FOLDER or dino=FOLDER to measure it"
         )
-    data = check_measured(trained)
-    accelerator = str(own["hardware"]["accelerator"])
+    data = build_evaluation_data(run_config)
+    accelerator = str(options["hardware"]["accelerator"])
 
     def start(composed: DictConfig) -> None:
-        with chosen_threads(own["hardware"]):
-            execute(trained, data, run, accelerator, folder)
+        with choose_threads(options["hardware"]):
+            execute(run_config, data, run, accelerator, folder)
 
     return start
 
 
 def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:
-    """As ``evaluation=clip`` samples with ``backbone``."""
+    """Sampling config that ``evaluation=clip`` uses with ``backbone``."""
     return {"_target_": "sdtune.sampling.loop.Sampling", "guidance": backbone["guidance"]}
 
 
 def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerator: str, folder: Path) -> None:
-    """Measure, and write ``evaluation.json`` beside the grids in ``folder``, with what only a training measures."""
-    top = read_settings(config)
+    """Measure the artifact of ``run``; write grids and ``evaluation.json`` to ``folder``.
+
+    ``evaluation.json`` also contains the metrics that only a training can measure, copied from the run.
+    """
+    settings = read_settings(config)
     device = device_of(accelerator)
-    evaluation = build(config["evaluation"], top.trust)
-    source = build(config["backbone"], top.trust)
-    metrics = finite(evaluation.run(source, data, run / "artifact", top.name or data.name, device, folder))
-    complete = run / "metrics.json"
-    before = json.loads(complete.read_text()) if complete.is_file() else {}
-    kept = {key: value for key, value in before.items() if key in OF_TRAINING}
-    reasons = {key: why for key, why in before.get("reasons", {}).items() if key in kept}
+    evaluation = build(config["evaluation"], settings.trust)
+    source = build(config["backbone"], settings.trust)
+    metrics = finite(evaluation.run(source, data, run / "artifact", settings.name or data.name, device, folder))
+    metrics_file = run / "metrics.json"
+    training_metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
+    copied = {key: value for key, value in training_metrics.items() if key in OF_TRAINING}
+    reasons = {key: reason for key, reason in training_metrics.get("reasons", {}).items() if key in copied}
     reasons |= metrics.get("reasons", {})
-    metrics = {**kept, **metrics, **({"reasons": reasons} if reasons else {})}
+    metrics = {**copied, **metrics, **({"reasons": reasons} if reasons else {})}
     write_json(folder / "evaluation.json", metrics)
     for line in _table(metrics):
         log.info("%s", line)
@@ -76,7 +82,7 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerato
 
 
 def _table(metrics: dict[str, Any]) -> list[str]:
-    """What was measured, as the model was and as it is; what could not be, with the reason; what training cost."""
+    """Lines for the log: metrics before and after training, metrics not measured with reasons, cost of the training."""
     measured = [
         key
         for key, value in metrics.items()
@@ -85,9 +91,9 @@ def _table(metrics: dict[str, Any]) -> list[str]:
     rows = [("", "before", "after")]
     rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
     lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
-    lines += [f"{key}: not measured: {why}" for key, why in metrics.get("reasons", {}).items()]
+    lines += [f"{key}: not measured: {reason}" for key, reason in metrics.get("reasons", {}).items()]
     cost = [f"{key} {_number(metrics[key], key)}" for key in OF_TRAINING if metrics.get(key) is not None]
-    return [*lines, *([f"of its training: {', '.join(cost)}"] if cost else [])]
+    return [*lines, *([f"cost of the training: {', '.join(cost)}"] if cost else [])]
 
 
 def _number(value: Any, key: str) -> str:

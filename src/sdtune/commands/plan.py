@@ -1,4 +1,4 @@
-"""``sdtune plan``: what each method will cost, measured on the meta device."""
+"""``sdtune plan``: memory and compute of each method, measured on the meta device without weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.backbone.single_file import shipped
+from sdtune.backbone.single_file import included_configs
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.compose import choices, composed_again
+from sdtune.config.compose import choices, recompose
 from sdtune.config.model import check_model
 from sdtune.config.schema import check_value
 from sdtune.config.settings import plain, read_settings
@@ -31,15 +31,26 @@ from sdtune.planning.request import PlanRequest, count
 from sdtune.suggest import suggestion
 
 _GROUPS = ("method", "backbone", "objective", "optimizer", "lr_schedule", "trainer", "hardware", "callbacks")
-_DATA = ("batch_size", "resolution", "cache_latents", "cache_text", "class_prompt", "class_path", "prior_weight")
+_DATA_KEYS = ("batch_size", "resolution", "cache_latents", "cache_text", "class_prompt", "class_path", "prior_weight")
 
-_WORD = NewToken("<new>", "a")
-"""Stands for the words of a method that is nothing without one."""
+_PLACEHOLDER_TOKEN = NewToken("<new>", "a")
+"""Used for a method that requires new tokens when the config has none."""
 
 
 @dataclass(frozen=True)
 class CheckedPlan:
-    """One method's checked config, and what was made of it."""
+    """The checked config of one method, with the values derived from it.
+
+    Args:
+        config: the parts of the config that determine the cost.
+        source: the backbone on the meta device.
+        data: settings of the data module.
+        count: samples per micro-batch and process.
+        side: image side in pixels.
+        accumulation: micro-batches per step.
+        precision: Lightning's name of the precision.
+        gpu: whether the training runs on a GPU.
+    """
 
     config: dict[str, Any]
     source: MetaPretrained
@@ -52,15 +63,15 @@ class CheckedPlan:
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """Check everything, for each method that is asked for; the data is not read."""
+    """Check the config of each requested method, and return the function that measures; reads no data."""
     fits = config.fits
     check_value(fits, Annotated[float, Gt(0)] | None, "fits")
-    several = config.methods is not None
-    if several:
-        jobs = {name: checked_plan(composed_again(config, "method", name)) for name in _methods(config)}
+    is_table = config.methods is not None
+    if is_table:
+        jobs = {name: checked_plan(recompose(config, "method", name)) for name in _methods(config)}
     else:
         jobs = {str(config.hydra.runtime.choices.method): checked_plan(config)}
-    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, several, fits)
+    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, is_table, fits)
 
 
 def _methods(config: DictConfig) -> list[str]:
@@ -71,36 +82,42 @@ def _methods(config: DictConfig) -> list[str]:
     check_value(names, Annotated[list[str], MinLen(1)], "methods")
     for name in names:
         if name not in known:
-            raise UserError(f"{name}: there is no such method{suggestion(name, known)}", key="methods")
+            raise UserError(f"unknown method {name}{suggestion(name, known)}", key="methods")
     return names
 
 
 def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
-    """What a composed ``config`` asks for, checked; UserError for the first thing that is wrong.
+    """Check the parts of a composed ``config`` that determine the cost of the training.
 
-    ``shared``: as it trains where it shares a backbone, by itself on one of the devices.
+    Args:
+        shared: whether the run shares its backbone with others, and therefore trains on one device.
+
+    Raises:
+        UserError: for the first setting that is wrong.
     """
-    # The rest of the config is a training's own: images need not exist, and nothing is logged.
-    own = OmegaConf.masked_copy(config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr", "default_lr"])
-    configs = shipped(str(config.hydra.runtime.choices.backbone))
-    if OmegaConf.is_missing(own.backbone, "path") and configs is not None:
-        own.backbone.path = str(configs)
-    container = plain(own)
+    # Images need not exist and nothing is logged, so the other parts of the config are not checked.
+    training_config = OmegaConf.masked_copy(
+        config, [*_GROUPS, "trust", "seed", "new_tokens", "tokens_lr", "default_lr"]
+    )
+    configs = included_configs(str(config.hydra.runtime.choices.backbone))
+    if OmegaConf.is_missing(training_config.backbone, "path") and configs is not None:
+        training_config.backbone.path = str(configs)
+    container = plain(training_config)
     if shared:
-        container["hardware"] = hardware.on_one(container["hardware"])
+        container["hardware"] = hardware.single_device(container["hardware"])
     hints = get_type_hints(ImageDataModule, include_extras=True)
-    given = plain(OmegaConf.masked_copy(config.data, [key for key in _DATA if key in config.data]))
-    data = {key: given.get(key, getattr(ImageDataModule, key)) for key in _DATA}
+    data_config = plain(OmegaConf.masked_copy(config.data, [key for key in _DATA_KEYS if key in config.data]))
+    data = {key: data_config.get(key, getattr(ImageDataModule, key)) for key in _DATA_KEYS}
     for key, value in data.items():
         check_value(value, hints[key], f"data.{key}")
     check_model(container, read_settings(container).trust)
     accumulation = container["trainer"].get("accumulate_grad_batches", 1)
     check_value(accumulation, Annotated[int, Ge(1)], "trainer.accumulate_grad_batches")
     hardware.check_hardware(container["hardware"], here=False)
-    kind = accelerator(str(container["hardware"].get("accelerator", "auto")))
-    wanted = str(container["hardware"].get("precision", "auto"))
-    if wanted == "auto" and kind in ("gpu", "cuda") and not torch.cuda.is_available():
-        wanted = "bf16-mixed"  # of a GPU that is elsewhere; every one since 2020 has it
+    accelerator_name = accelerator(str(container["hardware"].get("accelerator", "auto")))
+    precision_name = str(container["hardware"].get("precision", "auto"))
+    if precision_name == "auto" and accelerator_name in ("gpu", "cuda") and not torch.cuda.is_available():
+        precision_name = "bf16-mixed"  # for a GPU of another machine: NVIDIA GPUs since 2020 support it
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
     side = data["resolution"] or source.facts.side
     if side % source.facts.factor:
@@ -112,41 +129,41 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
         count=hardware.micro_batch(container["hardware"], data["batch_size"], accumulation),
         side=side,
         accumulation=accumulation,
-        precision=precision(wanted, kind),
-        gpu=kind != "cpu",
+        precision=precision(precision_name, accelerator_name),
+        gpu=accelerator_name != "cpu",
     )
 
 
 def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: float | None) -> None:
-    """Measure and print."""
+    """Measure each method and print the results, as a table of methods if ``table``."""
     first = next(iter(jobs.values()))
     devices = hardware.process_count(first.config["hardware"])
-    found = {name: count(plan_request(job)) for name, job in jobs.items()}
+    costs = {name: count(plan_request(job)) for name, job in jobs.items()}
     print(
         f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']},"
         f" {first.precision}, {devices} {'GPU' if first.gpu else 'CPU'}{'s' if devices > 1 else ''}\n"
     )
     if table:
-        lines = tables.many(found, first.accumulation, devices, fits)
+        lines = tables.many(costs, first.accumulation, devices, fits)
     else:
-        lines = tables.one(next(iter(found.values())), first.accumulation, devices, fits)
+        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits)
     print("\n".join(lines))
 
 
-def _class(config: dict[str, Any]) -> type[Adapter]:
-    found: type[Adapter] = resolve(config["method"]["_target_"], "method", config["trust"])
-    return found
+def _method_class(config: dict[str, Any]) -> type[Adapter]:
+    method: type[Adapter] = resolve(config["method"]["_target_"], "method", config["trust"])
+    return method
 
 
-def _pairs(job: CheckedPlan) -> bool:
-    """Whether each sample is an image of the subject and one of its class."""
-    named = job.data["class_prompt"] is not None or job.data["class_path"] is not None
-    return job.data["prior_weight"] > 0 and (named or _class(job.config).uses_class_images)
+def _has_prior_pairs(job: CheckedPlan) -> bool:
+    """Whether each sample is a pair of an instance image and a class image (prior preservation)."""
+    has_class_data = job.data["class_prompt"] is not None or job.data["class_path"] is not None
+    return job.data["prior_weight"] > 0 and (has_class_data or _method_class(job.config).uses_class_images)
 
 
 def plan_request(job: CheckedPlan) -> PlanRequest:
-    """What is to be counted of ``job``."""
-    samples, pairs = job.config["callbacks"].get("samples"), _pairs(job)
+    """The request by which :mod:`sdtune.planning` measures ``job``."""
+    samples, pairs = job.config["callbacks"].get("samples"), _has_prior_pairs(job)
     return PlanRequest(
         make_adapter=lambda: _adapter(job),
         micro_batch=job.count,
@@ -165,12 +182,12 @@ def plan_request(job: CheckedPlan) -> PlanRequest:
 
 
 def _adapter(job: CheckedPlan) -> Adapter:
-    """The method over the outlined backbone, not yet built."""
-    top = read_settings(job.config)
-    trust = top.trust
+    """The method over the backbone on the meta device, not yet configured."""
+    settings = read_settings(job.config)
+    trust = settings.trust
     optimizer = dict(job.config["optimizer"])
     if "fused" in optimizer:
-        optimizer["fused"] = False  # there is no such kernel for the meta device; its state is the same
+        optimizer["fused"] = False  # the meta device has no fused kernels; the optimizer state is the same
     adapter: Adapter = build(
         job.config["method"],
         trust,
@@ -178,8 +195,9 @@ def _adapter(job: CheckedPlan) -> Adapter:
             "backbone": job.source,
             "objective": build(job.config["objective"], trust),
             "optimizer": build(optimizer, trust),
-            "new_tokens": top.new_tokens or ((_WORD,) if _class(job.config).needs_tokens else ()),
-            "tokens_lr": top.tokens_lr,
+            "new_tokens": settings.new_tokens
+            or ((_PLACEHOLDER_TOKEN,) if _method_class(job.config).trains_only_new_tokens else ()),
+            "tokens_lr": settings.tokens_lr,
             "vae_tiling": job.config["hardware"].get("vae_tiling", False),
         },
     )

@@ -1,4 +1,4 @@
-"""``sdtune report FOLDER``: one page about a run, a sweep, or any folder of runs."""
+"""``sdtune report FOLDER``: an HTML page about a run, a sweep, or any folder of runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from sdtune.errors import UserError
 
 _HELP = """usage: sdtune report FOLDER
 
-Writes FOLDER/report.html, one file that needs no network: of a run, of a sweep, or of any folder with runs below it.
+Writes FOLDER/report.html, a self-contained page about a run, a sweep, or any folder that contains runs.
 """
 
 
 def main(arguments: list[str]) -> None:
-    """``arguments``: the folder, or ``--help``."""
+    """Write the report of a folder, or print the help.
+
+    Args:
+        arguments: the folder, or ``--help``.
+    """
     if arguments in (["-h"], ["--help"]):
         print(_HELP, end="")
         return
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("report takes one folder: sdtune report outputs/sweeps/<time>")
+        raise UserError(
+            f"expected one folder, got {' '.join(arguments) or 'nothing'}",
+            key="report",
+            remedy="use sdtune report outputs/sweeps/<time>",
+        )
     from sdtune.reporting import collect, write_report
 
     folder = Path(arguments[0]).expanduser()

@@ -1,4 +1,4 @@
-"""``sdtune sample``: PNG files with their settings inside, and a grid."""
+"""``sdtune sample``: generate PNG files with their settings as metadata, and a grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import numpy as np
 from omegaconf import DictConfig
 
-from sdtune.commands.threads import chosen_threads
+from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
@@ -24,11 +24,11 @@ from sdtune.hardware.precision import autocast
 from sdtune.hardware.precision import precision as precision_of
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import controlnet as controlnets
-from sdtune.loaders import lora as files
+from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
 from sdtune.sampling.loop import Request, Sampling, generate
-from sdtune.sampling.prompts import warn_of_cut_prompts
+from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 log = logging.getLogger("sdtune")
 
@@ -36,7 +36,7 @@ _COLUMNS = 6
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """Everything that can be refused before weights are loaded."""
+    """Check ``config`` without loading weights, and return the function that generates the images."""
     container = plain(config)
     trust = container["trust"]
     check_node(container["backbone"], "backbone", trust)
@@ -48,27 +48,31 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     source.check()
     if not isinstance(container["adapters"], list):
         raise UserError(
-            f"{container['adapters']} is no list", key="adapters", remedy="write adapters=[{path: FILE, strength: 0.8}]"
+            f"expected a list, got {container['adapters']}",
+            key="adapters",
+            remedy="use adapters=[{path: FILE, strength: 0.8}]",
         )
     for index, adapter in enumerate(container["adapters"]):
         if not isinstance(adapter, dict):
             raise UserError(
-                f"{adapter} stands alone", key=f"adapters[{index}]", remedy=f"write {{path: {adapter}, strength: 0.8}}"
+                f"expected a mapping, got {adapter}",
+                key=f"adapters[{index}]",
+                remedy=f"use {{path: {adapter}, strength: 0.8}}",
             )
-        unknown = set(adapter) - {"path", "strength"}
-        if "path" not in adapter or unknown:
-            odd = f"{sorted(unknown)[0]} is not known" if unknown else "path is missing"
-            raise UserError(odd, key=f"adapters[{index}]", remedy="write {path: FILE, strength: 0.8}")
+        unknown_keys = set(adapter) - {"path", "strength"}
+        if "path" not in adapter or unknown_keys:
+            message = f"unknown key {sorted(unknown_keys)[0]}" if unknown_keys else "path is missing"
+            raise UserError(message, key=f"adapters[{index}]", remedy="use {path: FILE, strength: 0.8}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
-        files.check_file(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
-    for one in _controls(container):
-        one.read_image()
-        controlnets.check_controlnet(one.path, source, one.preprocess)
-    for _, settings in _wanted(container):
+        loras.check_adapter(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
+    for control in _controls(container):
+        control.read_image()
+        controlnets.check_controlnet(control.path, source, control.preprocess)
+    for _, settings in _requests(container):
         settings.check(source.facts.factor)
 
     def start(composed: DictConfig) -> None:
-        with chosen_threads(container["hardware"]):
+        with choose_threads(container["hardware"]):
             execute(container, folder)
 
     return start
@@ -79,49 +83,49 @@ def _controls(config: dict[str, Any]) -> list[ControlImage]:
     return [controlnets.read_control_image(entry, f"control[{i}]") for i, entry in enumerate(config["control"])]
 
 
-def _wanted(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
-    """What to draw: prompts x seeds, or the lines of a file with their own settings."""
+def _requests(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
+    """The images to generate, with their settings: each prompt with each seed, or the lines of a prompt file."""
     settings: Sampling = build(config["sampling"], config["trust"])
     if config["prompts_file"]:
-        wanted = []
+        requests = []
         hints = get_type_hints(Sampling, include_extras=True)
         for line in prompts.read_prompt_file(config["prompts_file"]):
-            own: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "negative_prompt": line.negative,
                 "width": line.width,
                 "height": line.height,
                 "guidance": line.guidance,
                 "steps": line.steps,
             }
-            said = {key: value for key, value in own.items() if value is not None}
-            for key, value in said.items():
+            overrides = {key: value for key, value in options.items() if value is not None}
+            for key, value in overrides.items():
                 check_value(value, hints[key], f"prompts_file: {line.prompt!r}, {key}")
-            changed = replace(settings, **said)
+            line_settings = replace(settings, **overrides)
             seeds = [line.seed] if line.seed is not None else config["seeds"]
-            wanted += [(Request(line.prompt, seed), changed) for seed in seeds]
-        return wanted
+            requests += [(Request(line.prompt, seed), line_settings) for seed in seeds]
+        return requests
     if not config["prompt"]:
-        raise UserError("prompt is missing: give prompt='a photo of ...' or prompts_file=FILE")
+        raise UserError("missing value", key="prompt", remedy="set prompt='a photo of ...' or prompts_file=FILE")
     texts = config["prompt"] if isinstance(config["prompt"], list) else [config["prompt"]]
     return [(Request(str(text), seed), settings) for text in texts for seed in config["seeds"]]
 
 
 def execute(config: dict[str, Any], folder: Path) -> None:
-    """Draw and write."""
+    """Generate the images, and write them and their grid to ``folder``."""
     source = build(config["backbone"], config["trust"])
     device = device_of(str(config["hardware"]["accelerator"]))
     backbone = source.load().to(device)
     backbone.prepare_for_device(device)
     if config["hardware"].get("vae_tiling"):
         backbone.decode_in_tiles()
-    wanted = [files.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
-    loaded = files.load_adapters(backbone, wanted)
+    files = [loras.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
+    adapters = loras.load_adapters(backbone, files)
     controls = _controls(config)
-    nets = controlnets.load_controlnets(backbone, source, [one.path for one in controls])
-    requests = _wanted(config)
-    warn_of_cut_prompts(backbone, [request.prompt for request, _ in requests])
+    nets = controlnets.load_controlnets(backbone, source, [control.path for control in controls])
+    requests = _requests(config)
+    warn_about_truncated_prompts(backbone, [request.prompt for request, _ in requests])
     sizes = {settings.size(source.facts.side) for _, settings in requests}
-    maps = {size: tuple(one.map(size) for one in controls) for size in sizes}
+    maps = {size: tuple(control.map(size) for control in controls) for size in sizes}
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
@@ -129,12 +133,12 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     for factor in factors:
         with (
             autocast(device, precision),
-            controlnets.controlnets_applied(backbone, nets, [one.strength * factor for one in controls]),
-            files.adapters_applied(backbone, loaded, [file.strength * factor for file in wanted]),
+            controlnets.controlnets_applied(backbone, nets, [control.strength * factor for control in controls]),
+            loras.adapters_applied(backbone, adapters, [file.strength * factor for file in files]),
         ):
             row: list[np.ndarray] = []
-            for settings, same in groupby(requests, key=lambda wanted: wanted[1]):
-                row += generate(backbone, [request for request, _ in same], settings)
+            for settings, group in groupby(requests, key=lambda pair: pair[1]):
+                row += generate(backbone, [request for request, _ in group], settings)
         rows.append(row)
     _write(folder, config, requests, controls, factors, rows)
 
@@ -147,7 +151,11 @@ def describe(
     strength: float,
     control: Sequence[ControlImage] = (),
 ) -> dict[str, str]:
-    """An image's metadata: A1111's ``parameters`` line, and everything as JSON."""
+    """Metadata of an image: ``parameters`` in the format of A1111, and ``sdtune`` with all settings as JSON.
+
+    Args:
+        strength: factor on the strengths of ``adapters`` and ``control``.
+    """
     line = (
         f"{prompt}\nNegative prompt: {settings.negative_prompt}\nSteps: {settings.steps}, Sampler:"
         f" {settings.sampler or 'default'}, CFG scale: {settings.guidance}, Seed: {seed}"
@@ -164,12 +172,12 @@ def describe(
     if control:
         facts["control"] = [
             {
-                "path": Path(one.path).name,
-                "image": Path(str(one.image)).name,
-                "strength": one.strength * strength,
-                "preprocess": one.preprocess,
+                "path": Path(net.path).name,
+                "image": Path(str(net.image)).name,
+                "strength": net.strength * strength,
+                "preprocess": net.preprocess,
             }
-            for one in control
+            for net in control
         ]
     return {"parameters": line, "sdtune": json.dumps(facts)}
 
@@ -184,22 +192,22 @@ def _write(
 ) -> None:
     for factor, row in zip(factors, rows, strict=True):
         for number, ((request, settings), image) in enumerate(zip(requests, row, strict=True)):
-            mark = f"_strength{factor:g}" if len(factors) > 1 else ""
+            suffix = f"_strength{factor:g}" if len(factors) > 1 else ""
             metadata = describe(settings, request.prompt, request.seed, config["adapters"], factor, controls)
-            save_png(image, folder / f"{number:03d}_seed{request.seed}{mark}.png", metadata)
+            save_png(image, folder / f"{number:03d}_seed{request.seed}{suffix}.png", metadata)
     if len({image.shape for row in rows for image in row}) == 1:
-        prompts_shown = [request.prompt for request, _ in requests]
+        prompt_labels = [request.prompt for request, _ in requests]
         if len(factors) > 1:
-            seeded = [f"{request.prompt}, seed {request.seed}" for request, _ in requests]
-            columns = seeded if len(config["seeds"]) > 1 else prompts_shown
+            prompts_and_seeds = [f"{request.prompt}, seed {request.seed}" for request, _ in requests]
+            columns = prompts_and_seeds if len(config["seeds"]) > 1 else prompt_labels
             sheet = grid(rows, [f"strength x {factor:g}" for factor in factors], columns)
         elif len(config["seeds"]) > 1 and not config["prompts_file"]:
             seeds = len(config["seeds"])
-            shown = [rows[0][i : i + seeds] for i in range(0, len(rows[0]), seeds)]
-            sheet = grid(shown, prompts_shown[::seeds], [f"seed {seed}" for seed in config["seeds"]])
+            grid_rows = [rows[0][i : i + seeds] for i in range(0, len(rows[0]), seeds)]
+            sheet = grid(grid_rows, prompt_labels[::seeds], [f"seed {seed}" for seed in config["seeds"]])
         else:
-            shown = [rows[0][i : i + _COLUMNS] for i in range(0, len(rows[0]), _COLUMNS)]
-            sheet = grid(shown, column_labels=prompts_shown if len(shown) == 1 else ())
+            grid_rows = [rows[0][i : i + _COLUMNS] for i in range(0, len(rows[0]), _COLUMNS)]
+            sheet = grid(grid_rows, column_labels=prompt_labels if len(grid_rows) == 1 else ())
         save_png(sheet, folder / "grid.png")
         log.info("grid: %s", folder / "grid.png")
     log.info("%d images: %s", len(requests) * len(factors), folder)

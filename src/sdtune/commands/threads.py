@@ -1,4 +1,4 @@
-"""The number of torch's CPU threads for a command, from ``hardware.threads``."""
+"""Number of CPU threads of torch during a command, set by ``hardware.threads``."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from hydra.core.utils import env_override
 from sdtune.config.hardware import local_processes
 from sdtune.files import write_json
 from sdtune.hardware.processes import is_global_zero
-from sdtune.hardware.threads import free_cores, given_threads, torch_threads, usable_cores
+from sdtune.hardware.threads import configured_threads, free_cores, torch_threads, usable_cores
 from sdtune.runs.layout import THREADS
-from sdtune.runs.state import kept_threads
+from sdtune.runs.state import saved_threads
 
 log = logging.getLogger("sdtune")
 
 
 @contextmanager
-def chosen_threads(hardware: Mapping[str, Any], kept: int | None = None) -> Iterator[int]:
-    """Have torch use the CPU threads that ``hardware.threads`` asks for; yields their number.
+def choose_threads(hardware: Mapping[str, Any], kept: int | None = None) -> Iterator[int]:
+    """Context manager that sets torch's number of CPU threads from ``hardware.threads``; yields the number.
 
-    ``OMP_NUM_THREADS`` says the same meanwhile to the processes that Lightning starts. Without it, Lightning would
-    choose another number for all of them, this one included.
+    ``OMP_NUM_THREADS`` is set to the same number for the processes that Lightning starts. Without it, Lightning would
+    choose another number for all processes, including this one.
 
     Args:
-        kept: the number of an earlier start, which ``auto`` takes again.
+        kept: number of threads of an earlier start, which ``auto`` uses again.
     """
-    count = given_threads(hardware, kept) or _measured_threads(hardware)
+    count = configured_threads(hardware, kept) or _measured_threads(hardware)
     with torch_threads(count), env_override({"OMP_NUM_THREADS": str(count)}):
         yield count
 
 
 @contextmanager
 def run_threads(hardware: Mapping[str, Any], folder: Path, resumed: bool) -> Iterator[int]:
-    """:func:`chosen_threads` for the training in ``folder``, which keeps the number.
+    """:func:`choose_threads` for the training in ``folder``; saves the number there.
 
-    A resumed training takes its own number again unless ``hardware.threads`` gives another.
+    A resumed training uses its saved number again unless ``hardware.threads`` sets another.
     """
-    with chosen_threads(hardware, kept_threads(folder) if resumed else None) as count:
-        keep_threads(folder, count)
+    with choose_threads(hardware, saved_threads(folder) if resumed else None) as count:
+        save_threads(folder, count)
         yield count
 
 
-def keep_threads(folder: Path, count: int) -> None:
-    """Save ``count`` in ``folder``; warns if it was another number, since sums may differ in their last digits."""
+def save_threads(folder: Path, count: int) -> None:
+    """Save ``count`` in ``folder``; warn if another number was saved, since sums may differ in their last digits."""
     if not is_global_zero():
         return
-    before = kept_threads(folder)
-    if before not in (None, count):
+    previous_count = saved_threads(folder)
+    if previous_count not in (None, count):
         log.warning(
-            "hardware.threads: %d now and %d before: what follows may differ in its last digits from a run that was"
-            " never stopped",
+            "hardware.threads: %d, previously %d; the following metrics may differ in their last digits from those of"
+            " an uninterrupted run",
             count,
-            before,
+            previous_count,
         )
     write_json(folder / THREADS, {"threads": count})
 
@@ -66,7 +66,7 @@ def _measured_threads(hardware: Mapping[str, Any]) -> int:
     count = max(1, free_cores() // processes)
     if processes == 1 and count < usable_cores():
         log.info(
-            "threads: %d of %d, since the other cores are busy; hardware.threads=N sets another number",
+            "threads: %d for %d cores, because the other cores are busy; set hardware.threads=N to change it",
             count,
             usable_cores(),
         )

@@ -1,4 +1,4 @@
-"""``sdtune train``: checks that an earlier start does not stand in the way, and runs the training."""
+"""``sdtune train``: check the config and the output folder, then run or resume the training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdtune.shared_backbone.compatibility import alone
 
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
-    """Check ``config`` and ``folder``, and give the function that runs it."""
-    run = checked_run(config, folder)
+    """Check ``config`` and ``folder``, and return the function that runs the training."""
+    run = build_run(config, folder)
 
     def start(composed: DictConfig) -> float | None:
         with run_threads(run.config["hardware"], folder, run.settings.resume is not None):
@@ -34,11 +34,14 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     return start
 
 
-def checked_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRun:
-    """The run of ``config`` in ``folder``, checked.
+def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRun:
+    """Build and check the run of ``config`` in ``folder``.
 
     Args:
-        shared: whether it shares its backbone with others, and so trains on one device.
+        shared: whether the run shares its backbone with others, and therefore trains on one device.
+
+    Raises:
+        UserError: the config is invalid, ``folder`` contains a run that is not resumed, or the run cannot be resumed.
     """
     container = plain(config)
     if container.get("resume"):
@@ -46,40 +49,43 @@ def checked_run(config: DictConfig, folder: Path, shared: bool = False) -> Train
     elif is_global_zero() and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         if not any(folder.glob("checkpoints/step*.ckpt")):
             raise UserError(
-                f"{folder} holds a run that ended before its first checkpoint",
+                f"{folder} contains a run that ended before its first checkpoint",
                 key="hydra.run.dir",
-                remedy="remove it, or name another folder",
+                remedy="remove the folder or use another one",
             )
-        again = shell_override("resume", folder)
-        raise UserError(f"{folder} already holds a run; {again} goes on with it", key="hydra.run.dir")
+        raise UserError(
+            f"{folder} already contains a run",
+            key="hydra.run.dir",
+            remedy=f"continue it with: sdtune train {shell_override('resume', folder)}",
+        )
     if shared or _will_share(container):
         hardware.check_hardware(container["hardware"])
         hardware.check_indices(container["hardware"])
-        container["hardware"] = hardware.on_one(container["hardware"])
+        container["hardware"] = hardware.single_device(container["hardware"])
     return check_run(container, folder)
 
 
 def _check_resumed(config: dict[str, Any], folder: Path) -> None:
-    """UserError where the run in ``folder`` cannot go on, or is at its end."""
+    """Raise UserError if the run in ``folder`` cannot be resumed or is complete."""
     checkpoint = last_checkpoint(folder)
     check_unchanged(config, folder)
     done, steps = int(checkpoint.stem.removeprefix("step")), config["trainer"]["max_steps"]
     if done > steps:
         raise UserError(
-            f"{steps} lies before step {done}, which {folder} has reached",
+            f"{steps} is less than step {done}, which the run in {folder} has reached",
             key="trainer.max_steps",
-            remedy="give a larger one",
+            remedy="set a larger value",
         )
     if (folder / "metrics.json").exists() and done >= steps:
         raise UserError(
             f"the run in {folder} is complete at step {done}",
             key="resume",
-            remedy="give a larger trainer.max_steps= to extend it",
+            remedy="set a larger trainer.max_steps to extend it",
         )
 
 
 def _will_share(config: dict[str, Any]) -> bool:
-    """Whether a job that is checked before its sweep starts will go through a backbone with others."""
+    """Whether the launcher of the current sweep will train this job on a shared backbone."""
     if not HydraConfig.initialized():
         return False
     launcher = get_class(str(HydraConfig.get().launcher._target_))

@@ -23,9 +23,9 @@ from sdtune.callbacks.config_agreement import ConfigAgreement
 from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.crowded_cores import CrowdedCores
 from sdtune.callbacks.data_summary import DataSummary
-from sdtune.callbacks.kept_memory import KeptMemory
 from sdtune.callbacks.metrics_recorder import MetricsRecorder, NotFinite
 from sdtune.callbacks.order import by_priority
+from sdtune.callbacks.pinned_allocation import PinnedAllocation
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples
 from sdtune.commands.describe import after
@@ -50,15 +50,17 @@ log = logging.getLogger("sdtune")
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A checked training run and all its parts. No weights are loaded before :meth:`start`.
+    """A checked training run with all its parts; loads no weights before :meth:`start`.
 
     Args:
-        config: the resolved config, which is recorded and compared, never read.
-        settings: the run's own settings.
-        folder: where it writes.
-        data, adapter, evaluation, loggers, exports: built from the config; the evaluation is None where there is none.
-        record, checkpoints, callbacks: likewise; ``callbacks`` are those that the config chooses.
-        trainer: the node of Lightning's Trainer.
+        config: the resolved config; it is only recorded and compared.
+        settings: top-level settings of the run.
+        folder: the run folder, where all output is written.
+        data, adapter, loggers, exports: built from the config.
+        evaluation: built from the config; None for ``evaluation=none``.
+        record, checkpoints: callbacks that every run has.
+        callbacks: the configured callbacks, without those that every run has.
+        trainer: config of Lightning's Trainer.
         micro_batch: samples per micro-batch and process.
     """
 
@@ -78,7 +80,7 @@ class TrainRun:
 
     @property
     def name(self) -> str:
-        """Names the artifact's files."""
+        """Name of the artifact, used for its files."""
         return self.settings.name or self.data.name
 
     @property
@@ -86,10 +88,14 @@ class TrainRun:
         return self.adapter.source
 
     def start(self, shared: SharedBackbone | None = None) -> float | None:
-        """Train, write the artifact, evaluate, and write ``metrics.json`` last; gives the optimised metric.
+        """Train, write the artifact, evaluate it and write ``metrics.json``; return the optimized metric.
 
         Args:
-            shared: the backbone that it shares with other runs of this process, if it does.
+            shared: the backbone that this run shares with other runs of the process; None for its own backbone.
+
+        Raises:
+            Stopped: Ctrl-C or SIGTERM stopped the run.
+            RunFailed: out of memory or a non-finite value.
         """
         (self.folder / "metrics.json").unlink(missing_ok=True)
         if shared is not None:
@@ -110,8 +116,8 @@ class TrainRun:
             wait_for_children(trainer)
         return metrics.get(self.settings.optimized_metric) if self.settings.optimized_metric else None
 
-    def build_trainer(self, **own: Any) -> pl.Trainer:
-        """Lightning's Trainer with the config's settings and ``own`` ones."""
+    def build_trainer(self, **overrides: Any) -> pl.Trainer:
+        """Lightning's Trainer with the configured settings and ``overrides``."""
         fixed: dict[str, Any] = {
             "max_epochs": -1,
             "default_root_dir": self.folder,
@@ -120,27 +126,29 @@ class TrainRun:
             "enable_checkpointing": False,
             "use_distributed_sampler": False,
         }
-        trainer: pl.Trainer = build({**self.trainer, **fixed, **own}, self.settings.trust)
+        trainer: pl.Trainer = build({**self.trainer, **fixed, **overrides}, self.settings.trust)
         return trainer
 
     def _training_trainer(self, shared: SharedBackbone | None, cost: CostMeter, loggers: Sequence[Any]) -> pl.Trainer:
-        own: list[pl.Callback] = [
+        callbacks: list[pl.Callback] = [
             ConfigAgreement(self.config),
             DataSummary(int(self.trainer["max_steps"])),
-            *(self.record, cost, CrowdedCores(self.folder), ProgressBar(), KeptMemory()),
+            *(self.record, cost, CrowdedCores(self.folder), ProgressBar(), PinnedAllocation()),
             *(*self.callbacks, self.checkpoints),
         ]
         arguments: dict[str, Any] = {}
         if shared is not None:
-            own, arguments = shared.callbacks(own, self.checkpoints), shared.trainer_arguments()
-        return self.build_trainer(callbacks=by_priority(own), logger=list(loggers), plugins=[AtomicIO()], **arguments)
+            callbacks, arguments = shared.callbacks(callbacks, self.checkpoints), shared.trainer_arguments()
+        return self.build_trainer(
+            callbacks=by_priority(callbacks), logger=list(loggers), plugins=[AtomicIO()], **arguments
+        )
 
     def _fit(self, trainer: pl.Trainer) -> None:
-        start = last_checkpoint(self.folder) if self.settings.resume else None
-        if trainer.is_global_zero and start:
-            log.info("resuming at step %d from %s", int(start.stem.removeprefix("step")), start)
+        checkpoint = last_checkpoint(self.folder) if self.settings.resume else None
+        if trainer.is_global_zero and checkpoint:
+            log.info("resuming at step %d from %s", int(checkpoint.stem.removeprefix("step")), checkpoint)
         try:
-            trainer.fit(self.adapter, datamodule=self.data, ckpt_path=start, weights_only=True)
+            trainer.fit(self.adapter, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         finally:
             self.checkpoints.restore_handlers()
         for samples in (c for c in self.callbacks if isinstance(c, Samples)):
@@ -150,17 +158,20 @@ class TrainRun:
                 self.adapter.artifact(self.folder / "artifact", self.name)
                 write_best(self.adapter, self.folder, self.name)
         trainer.strategy.barrier("artifact")
-        # Lightning kills a run of which any process but the first ends with a code: the first one speaks for all.
+        # Lightning kills the run if another process exits with an error code, so only the first process raises.
         if self.checkpoints.stopped_by is not None and trainer.local_rank == 0:
             wait_for_children(trainer)
             raise Stopped(
-                f"stopped at step {trainer.global_step}; checkpoint and artifact are saved. Go on with: sdtune train"
-                f" {shell_override('resume', self.folder)}",
+                f"stopped at step {trainer.global_step}; checkpoint and artifact are saved; continue it with:"
+                f" sdtune train {shell_override('resume', self.folder)}",
                 128 + self.checkpoints.stopped_by,
             )
 
     def _finish(self, loggers: Sequence[Any], metrics: dict[str, Any]) -> None:
-        """On the first process: the card, uploads, ``metrics.json``, exports, and what to do next."""
+        """Write the model card, ``metrics.json`` and exports, upload the artifact, and print the next commands.
+
+        Only the first process calls this.
+        """
         _write_card(self, metrics)
         for settings, logger in zip(self.loggers, loggers, strict=True):
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
@@ -171,7 +182,7 @@ class TrainRun:
 
     @contextmanager
     def _opened_loggers(self) -> Iterator[list[Any]]:
-        """Lightning's loggers; closed as failed where an exception ends the run, unless a search prunes it."""
+        """Context manager that opens Lightning's loggers; an exception other than pruning marks the run as failed."""
         opened: list[Any] = []
         with ExitStack() as stack:
             for settings in self.loggers:
@@ -184,50 +195,50 @@ class TrainRun:
 
     @contextmanager
     def _stopped_outside_of_steps(self) -> Iterator[None]:
-        """Before and after the training, Ctrl-C and SIGTERM close the loggers and end the run.
+        """Context manager that handles Ctrl-C and SIGTERM before and after the training steps.
 
-        While it trains, Checkpoints listens to both.
+        Either of them closes the loggers and ends the run. During the steps, ``Checkpoints`` handles both signals.
         """
 
-        def line() -> str:
-            kept = any((self.folder / "checkpoints").glob("step*.ckpt"))
-            again = f"sdtune train {shell_override('resume', self.folder)} goes on from its last checkpoint"
-            return f"stopped; {again if kept else 'there is no checkpoint yet'}"
+        def message() -> str:
+            has_checkpoint = any((self.folder / "checkpoints").glob("step*.ckpt"))
+            advice = f"continue it with: sdtune train {shell_override('resume', self.folder)}"
+            return f"stopped; {advice if has_checkpoint else 'there is no checkpoint yet'}"
 
-        def leave(number: int, frame: FrameType | None) -> NoReturn:
-            print(f"sdtune: {line()}", file=sys.stderr)
+        def exit_run(number: int, frame: FrameType | None) -> NoReturn:
+            print(f"sdtune: {message()}", file=sys.stderr)
             raise SystemExit(128 + number)
 
-        before = signal.getsignal(signal.SIGTERM)
-        own = before == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
-        if own:
-            signal.signal(signal.SIGTERM, leave)
+        previous_handler = signal.getsignal(signal.SIGTERM)
+        handles_sigterm = previous_handler == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+        if handles_sigterm:
+            signal.signal(signal.SIGTERM, exit_run)
         try:
             yield
         except KeyboardInterrupt as stop:
-            raise Stopped(line(), 128 + signal.SIGINT) from stop
+            raise Stopped(message(), 128 + signal.SIGINT) from stop
         finally:
-            if own and signal.getsignal(signal.SIGTERM) is leave:
-                signal.signal(signal.SIGTERM, before)
+            if handles_sigterm and signal.getsignal(signal.SIGTERM) is exit_run:
+                signal.signal(signal.SIGTERM, previous_handler)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """What ends a training by itself, as a :class:`RunFailed` that says what to do."""
-        # data.batch_size counts the whole step, so the micro-batch shrinks as the accumulation grows.
+        """Context manager that turns out of memory and non-finite values into :class:`RunFailed` with advice."""
+        # data.batch_size is the batch of a step, so more accumulation makes the micro-batch smaller.
         doubled = 2 * int(self.trainer.get("accumulate_grad_batches", 1))
         smaller = f" or trainer.accumulate_grad_batches={doubled}," if self.micro_batch > 1 else ""
         try:
             with _memory_advice(ADVICE["training"].format(smaller=smaller)):
                 yield
         except NotFinite as error:
-            kept = sorted((self.folder / "checkpoints").glob("step*.ckpt"))
-            last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            checkpoints = sorted((self.folder / "checkpoints").glob("step*.ckpt"))
+            last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
             raise RunFailed(f"{error}; {last}", agreed=True) from error
 
 
 @contextmanager
 def _memory_advice(advice: str) -> Iterator[None]:
-    """Out of memory as a :class:`RunFailed` with ``advice``."""
+    """Context manager that turns an out-of-memory error into :class:`RunFailed` with ``advice``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -243,7 +254,7 @@ def _close(
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> None:
-    """Close ``logger`` as an ``ExitStack`` leaves it; where an error ends the run, it counts and not one of closing."""
+    """Close ``logger`` as an exit callback; an error while closing does not replace the error of the run."""
     try:
         settings.close(logger, kind is not None and not issubclass(kind, Pruned))
     except Exception as closing:
@@ -253,7 +264,7 @@ def _close(
 
 
 def _final_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[str, Any]:
-    """The content of ``metrics.json``; empty on every process but the first."""
+    """Content of ``metrics.json``; empty on all processes except the first."""
     if not trainer.is_global_zero:
         return {}
     artifact = run.folder / "artifact"
@@ -264,7 +275,7 @@ def _final_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[
     }
     if run.evaluation is not None:
         device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
-        log.info("drawing and measuring what was trained; evaluation=none leaves this out")
+        log.info("evaluating the trained model; evaluation=none skips this")
         metrics |= run.evaluation.run(run.source, run.data, artifact, run.name, device, run.folder / "evaluation")
     if not run.record.validation:
         metrics["reasons"] = {**metrics.get("reasons", {}), **_no_validation(run.data, trainer.global_step)}
@@ -275,29 +286,29 @@ def _final_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[
 
 
 def _validation(record: MetricsRecorder) -> dict[str, Any]:
-    """The last validation's loss, and its step: the artifact's own, where the interval divides the run."""
+    """Loss and step of the last validation, which is the final step if the interval divides the number of steps."""
     step = max(record.validation, default=None)
     return {"validation_loss": None if step is None else record.validation[step], "validation_step": step}
 
 
 def _no_validation(data: ImageDataModule, steps: int) -> dict[str, str]:
-    """Why the metrics of the validation are null."""
-    why = (
-        f"no validation before step {steps}: trainer.val_check_interval is larger"
+    """Validation metric -> the reason that it is null."""
+    reason = (
+        f"no validation in {steps} steps: trainer.val_check_interval is larger"
         if data.held_out
-        else "no image is held out: data.hold_out or data.validation_path of data=folder,"
-        " data.validation_images of pocket's"
+        else "no held-out images: set data.hold_out or data.validation_path for data=folder, or data.validation_images"
+        " for a pocket data set"
     )
-    return dict.fromkeys(("validation_loss", "validation_step", "seconds_to_best"), why)
+    return dict.fromkeys(("validation_loss", "validation_step", "seconds_to_best"), reason)
 
 
 def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
-    """The artifact's model card."""
+    """Write the model card of the artifact."""
     source, data = run.source, run.data
-    local = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
+    backbone = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
     facts: dict[str, Any] = {
         "family": source.facts.family,
-        "backbone": local,
+        "backbone": backbone,
         "hash": source.hash(),
         "trigger": data.keep,
         "images": len(data.train),
@@ -310,16 +321,16 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
 
 
 def _write_exports(run: TrainRun) -> None:
-    """The artifact in the further forms that are asked for. One that fails does not undo a run that is complete."""
+    """Write the artifact in the configured export formats; a failed export is logged and does not fail the run."""
     for export in run.exports:
         try:
             artifact = find_artifact(run.folder / "artifact", "run")
-            place = run.folder / "export" / export.format
-            for written in export.write(artifact, run.source, place):
+            export_folder = run.folder / "export" / export.format
+            for written in export.write(artifact, run.source, export_folder):
                 log.info("export: %s", written)
-            export.write_card(artifact, run.folder / "artifact" / CARD, place)
+            export.write_card(artifact, run.folder / "artifact" / CARD, export_folder)
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
-            again = f"sdtune export {shell_override('run', run.folder)} format={export.format}"
-            log.error("exports: %s: %s; the run is complete, and %s makes it", export.format, error, again)
+            command = f"sdtune export {shell_override('run', run.folder)} format={export.format}"
+            log.error("exports: %s: %s; the run is complete; export it with: %s", export.format, error, command)

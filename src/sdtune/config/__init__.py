@@ -1,1 +1,1 @@
-"""A composed config made into checked objects."""
+"""Compose configs with Hydra, check them against constructor signatures, and build the objects."""

@@ -10,10 +10,10 @@ from sdtune.config.targets import resolve
 
 
 def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Any:
-    """The object that a checked ``node`` describes, nested nodes first. None from None.
+    """Build the object that a checked ``node`` describes, nested nodes first; None for None.
 
     Args:
-        given: further arguments, of which a constructor gets those that it takes.
+        given: additional arguments; the constructor gets those that it accepts.
     """
     if node is None:
         return None
@@ -24,9 +24,9 @@ def build(node: Mapping[str, Any] | None, trust: Sequence[str] = (), given: Mapp
     if node.get("_partial_"):
         return lambda *args: target(*args, **arguments)
     parameters = inspect.signature(target).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    taken = {name: value for name, value in (given or {}).items() if takes_all or name in parameters}
-    return target(**arguments, **taken)
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = {name: value for name, value in (given or {}).items() if accepts_all or name in parameters}
+    return target(**arguments, **accepted)
 
 
 def _value(value: Any, trust: Sequence[str]) -> Any:

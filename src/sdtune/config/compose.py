@@ -1,4 +1,4 @@
-"""Compose a command line's overrides into a config with Hydra; imports no torch."""
+"""Compose a config from overrides with Hydra; imports no torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
-"""Checks a composed config and the folder it is to write to, and gives the function that runs it; loads no weights."""
+"""Function that checks a composed config and its output folder and returns the function to run; loads no weights."""
 
 
 def search_path(extra: str | None) -> ConfigSearchPath:
-    """Where configs are looked for: in sdtune's own folder, and before it in ``extra``, the ``--config-dir``.
+    """Hydra's search path: ``extra``, the ``--config-dir``, and then the config folder of sdtune.
 
     Raises:
         UserError: ``extra`` is not a folder.
@@ -40,48 +40,48 @@ def search_path(extra: str | None) -> ConfigSearchPath:
 
 
 def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> DictConfig:
-    """The config ``conf/<command>.yaml`` under ``overrides``, Hydra's own part included; raises as Hydra does.
+    """Compose ``conf/<command>.yaml`` with ``overrides``, including the node ``hydra``; Hydra's errors pass through.
 
     Raises:
-        UserError: an override has several values, which only a sweep can have.
+        UserError: an override has several values, which only a sweep may have.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_sweep_override():
-            _refuse_several_values(override)
+            _refuse_sweep_override(override)
     with initialized(command, search):
         config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
     return config
 
 
-def _refuse_several_values(override: Override) -> None:
+def _refuse_sweep_override(override: Override) -> None:
     key, _, value = str(override.input_line).partition("=")
-    text = f", quote it for one text: {shell_override(key, value)}" if " " in value else ""
+    quoting_advice = f", quote the value if it is one text: {shell_override(key, value)}" if " " in value else ""
     raise UserError(
-        f"{value} are several values", key=key, remedy=f"add -m for a run of each{text}, or write a list: [{value}]"
+        f"several values ({value})", key=key, remedy=f"add -m for a sweep{quoting_advice}, or write a list: [{value}]"
     )
 
 
-def composed_again(config: DictConfig, group: str, option: str) -> DictConfig:
-    """What the command line of a composed ``config`` gives with another choice for ``group``."""
+def recompose(config: DictConfig, group: str, option: str) -> DictConfig:
+    """Compose the command line of ``config`` again with ``option`` for ``group``."""
     overrides = [o for o in config.hydra.overrides.task if not o.startswith(f"{group}=")]
-    return compose(config.hydra.job.name, search_path(_own_folder(config)), [*overrides, f"{group}={option}"])
+    return compose(config.hydra.job.name, search_path(_user_config_folder(config)), [*overrides, f"{group}={option}"])
 
 
 def choices(config: DictConfig, group: str) -> list[str]:
-    """The options of ``group``, those of the command line's ``--config-dir`` too."""
-    folders = [config_folder(), *([Path(own)] if (own := _own_folder(config)) else [])]
+    """The options of the config group ``group``, including those in the ``--config-dir`` of the command line."""
+    folders = [config_folder(), *([Path(user_folder)] if (user_folder := _user_config_folder(config)) else [])]
     return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
 
 
-def _own_folder(config: DictConfig) -> str | None:
+def _user_config_folder(config: DictConfig) -> str | None:
     return command_line_folder(config.hydra.runtime.config_sources)
 
 
 def run_folder(config: DictConfig) -> Path:
-    """Where the run of a composed ``config`` (Hydra's own part included) writes."""
+    """Output folder of the run of a composed ``config`` (including the node ``hydra``)."""
     return Path(str(config.hydra.run.dir)).expanduser()
 
 
 def without_hydra(whole: DictConfig) -> DictConfig:
-    """A job's config without Hydra's part."""
+    """Copy of a composed config without the node ``hydra``."""
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])

@@ -1,4 +1,4 @@
-"""The config group ``hardware``: its checks, and what its settings mean."""
+"""The config group ``hardware``: checks, and numbers derived from its settings."""
 
 from __future__ import annotations
 
@@ -12,61 +12,73 @@ from sdtune.hardware.devices import ACCELERATORS, accelerator
 from sdtune.hardware.precision import PRECISIONS
 
 SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
-"""Keys of a ``hardware`` node that are a method's and not Lightning's."""
+"""Keys of a ``hardware`` node that the method uses, not Lightning's Trainer."""
 
-NOT_LIGHTNINGS = (*SWITCHES, "threads")
-"""All keys of a ``hardware`` node that Lightning's Trainer does not take."""
+NON_LIGHTNING_KEYS = (*SWITCHES, "threads")
+"""All keys of a ``hardware`` node that Lightning's Trainer does not accept."""
 
 
 def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
-    """UserError for a ``hardware`` node that is wrong, or, if it is to run ``here``, that this machine cannot meet."""
+    """Check a ``hardware`` node; if ``here``, also check that this machine has the accelerator.
+
+    Raises:
+        UserError: a setting is invalid or needs hardware that is missing.
+    """
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
         raise UserError(f"{kind!r} is not one of {', '.join(ACCELERATORS)}", key="hardware.accelerator")
     if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"{kind} is asked for, but torch {torch.__version__} sees no GPU",
+            f"{kind} is set, but torch {torch.__version__} finds no GPU",
             key="hardware.accelerator",
-            remedy="install a CUDA build of torch, or choose hardware=cpu",
+            remedy="install a CUDA build of torch or set hardware=cpu",
         )
-    wanted = str(node.get("precision", "auto"))
-    if wanted not in PRECISIONS:
-        raise UserError(f"{wanted!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
-    if wanted == "16-mixed" and kind == "cpu":
-        raise UserError("a CPU has no 16-mixed", key="hardware.precision", remedy="choose bf16-mixed or 32-true")
+    precision = str(node.get("precision", "auto"))
+    if precision not in PRECISIONS:
+        raise UserError(f"{precision!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
+    if precision == "16-mixed" and kind == "cpu":
+        raise UserError("16-mixed needs a GPU", key="hardware.precision", remedy="set bf16-mixed or 32-true")
     for key in SWITCHES:
         if not isinstance(node.get(key, False), bool):
-            raise UserError(f"{node[key]!r}", key=f"hardware.{key}", remedy="give true or false")
+            raise UserError(f"{node[key]!r} is not a boolean", key=f"hardware.{key}", remedy="set true or false")
     if node.get("offload") and process_count(node) > 1:
         raise UserError(
-            "with several devices every process needs all of the model", key="hardware.offload", remedy="leave it off"
+            "not supported with several devices, every process needs the full model",
+            key="hardware.offload",
+            remedy="set hardware.offload=false",
         )
     threads = node.get("threads", "auto")
     if threads != "auto" and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-        raise UserError(f"{threads!r}", key="hardware.threads", remedy="give auto, or a number of at least 1")
+        raise UserError(
+            f"{threads!r} is not valid", key="hardware.threads", remedy="set auto or an integer of at least 1"
+        )
     for key in ("devices", "num_nodes"):
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
-            raise UserError(f"{value!r}", key=f"hardware.{key}", remedy="give at least 1")
+            raise UserError(f"{value!r} is not valid", key=f"hardware.{key}", remedy="set at least 1")
 
 
 def check_indices(node: Mapping[str, Any]) -> None:
-    """UserError for GPUs by index that this machine has not."""
+    """Check that the GPU indices of a ``hardware`` node exist on this machine.
+
+    Raises:
+        UserError: an index is out of range.
+    """
     if accelerator(str(node.get("accelerator", "auto"))) in ("gpu", "cuda"):
-        there = torch.cuda.device_count()
-        missing = [index for index in indices(node) if index not in range(there)]
+        gpu_count = torch.cuda.device_count()
+        missing = [index for index in indices(node) if index not in range(gpu_count)]
         if missing:
             raise UserError(
-                f"there is no GPU {missing[0]} here; there are {there}, counted from 0", key="hardware.devices"
+                f"no GPU with index {missing[0]}; this machine has {gpu_count}, counted from 0", key="hardware.devices"
             )
 
 
 def process_count(node: Mapping[str, Any]) -> int:
-    """How many processes a ``hardware`` node asks for."""
+    """Number of processes of a ``hardware`` node."""
     devices, kind = node.get("devices", 1), str(node.get("accelerator", "auto"))
-    named = _named(devices)
-    if named is not None:
-        count = len(named)
+    listed = _listed_indices(devices)
+    if listed is not None:
+        count = len(listed)
     elif str(devices) in ("auto", "-1"):
         count = max(1, torch.cuda.device_count()) if accelerator(kind) in ("gpu", "cuda") else 1
     else:
@@ -74,40 +86,44 @@ def process_count(node: Mapping[str, Any]) -> int:
     return count * int(node.get("num_nodes", 1))
 
 
-def _named(devices: Any) -> list[Any] | None:
-    """Devices that are named one by one; None where it is their number that is given."""
+def _listed_indices(devices: Any) -> list[Any] | None:
+    """Device indices if ``devices`` is a list; None if it is a number of devices."""
     if isinstance(devices, list):
         return devices
     return [index for index in str(devices).split(",") if index.strip()] if "," in str(devices) else None
 
 
-def on_one(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``hardware`` node of a job that has one of the devices to itself, whatever its sweep has."""
+def single_device(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``hardware`` node for a job that uses a single device of the devices of its sweep."""
     return {**node, "devices": 1, "num_nodes": 1}
 
 
 def indices(node: Mapping[str, Any]) -> list[int]:
-    """Which of the machine's GPUs a ``hardware`` node asks for."""
+    """Indices of the GPUs that a ``hardware`` node uses."""
     devices = node.get("devices", 1)
-    named = _named(devices)
-    if named is not None:
-        return [int(index) for index in named]
+    listed = _listed_indices(devices)
+    if listed is not None:
+        return [int(index) for index in listed]
     return list(range(torch.cuda.device_count() if str(devices) in ("auto", "-1") else int(devices)))
 
 
 def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
-    """Samples that a process sees at once; UserError where ``batch_size`` cannot be shared out."""
+    """Samples per micro-batch and process.
+
+    Raises:
+        UserError: ``batch_size`` is not divisible by processes times accumulation steps.
+    """
     parts = accumulation * process_count(node)
     if batch_size % parts:
         raise UserError(
-            f"{batch_size} samples per step cannot be shared out over {process_count(node)}"
+            f"{batch_size} samples per step cannot be divided over {process_count(node)}"
             f" device(s) x {accumulation} accumulation steps",
             key="data.batch_size",
-            remedy=f"choose a multiple of {parts}",
+            remedy=f"set a multiple of {parts}",
         )
     return batch_size // parts
 
 
 def local_processes(node: Mapping[str, Any]) -> int:
-    """How many of the processes of a ``hardware`` node run on each machine."""
+    """Number of processes of a ``hardware`` node per machine."""
     return max(1, process_count(node) // int(node.get("num_nodes", 1)))

@@ -1,4 +1,4 @@
-"""The private names of Hydra and OmegaConf that sdtune uses, and no others."""
+"""All private names of Hydra and OmegaConf that sdtune uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ __all__ = [
 
 @contextmanager
 def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
-    """Hydra for the job name ``command`` and the configs in ``search``; ``hydra.initialize`` takes no search path."""
+    """Context manager: Hydra for the job name ``command`` and the search path ``search``.
+
+    ``hydra.initialize`` does not accept a search path.
+    """
     hydra = Hydra.create_main_hydra2(task_name=command, config_search_path=search)
     try:
         yield hydra
@@ -39,9 +42,9 @@ def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
 
 
 def grid_of_jobs(sweeper: type, overrides: list[Override]) -> list[list[str]] | None:
-    """The overrides of each job that Hydra's basic sweeper makes of ``overrides``; None where ``sweeper`` is another.
+    """Overrides of each job that Hydra's basic sweeper creates from ``overrides``; None for any other ``sweeper``.
 
-    Imported here: Hydra's search for plugins reads the module anew, and its class is another then.
+    The import is inside the function, because Hydra's plugin search reloads the module and replaces the class.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -51,15 +54,15 @@ def grid_of_jobs(sweeper: type, overrides: list[Override]) -> list[list[str]] | 
 
 
 def full_key(node: DictConfig) -> str:
-    """Where ``node`` stands in its config, as a dotted key; empty for the config itself."""
+    """Dotted key of ``node`` in its config; empty for the top-level config."""
     return str(node._get_full_key(None) or "")
 
 
 def print_info(arguments: Any, parser: Any, folder: str, config_name: str) -> None:
-    """Answer ``--help``, ``--cfg``, ``--info`` and their like from the configs in ``folder``."""
+    """Run Hydra for ``--help``, ``--cfg``, ``--info`` and similar options, with the configs in ``folder``."""
 
     def task(config: DictConfig) -> None:
         """Never called: Hydra prints and returns."""
 
-    task.__module__ = "sdtune"  # Hydra takes the program's name from it
+    task.__module__ = "sdtune"  # Hydra reads the program name from it
     _run_hydra(arguments, parser, task, folder, config_name)

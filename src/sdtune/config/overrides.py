@@ -1,4 +1,4 @@
-"""Overrides that sdtune itself reads, before Hydra does."""
+"""Overrides that sdtune reads before Hydra parses the command line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hydra.errors import OverrideParseException
 
 
 def resumed_folder(overrides: Sequence[str]) -> Path | None:
-    """The folder that the last ``resume=`` names, plainly or quoted for Hydra; None where nothing is resumed."""
-    given = [text for text in overrides if text.startswith("resume=") and text != "resume=null"]
-    if not given:
+    """The folder of the last ``resume=`` override, plain or quoted for Hydra; None if no run is resumed."""
+    resume_overrides = [text for text in overrides if text.startswith("resume=") and text != "resume=null"]
+    if not resume_overrides:
         return None
-    plain = Path(given[-1].removeprefix("resume=")).expanduser()
-    if plain.exists():
-        return plain
+    unquoted = Path(resume_overrides[-1].removeprefix("resume=")).expanduser()
+    if unquoted.exists():
+        return unquoted
     try:
-        return Path(str(OverridesParser.create().parse_override(given[-1]).value())).expanduser()
+        return Path(str(OverridesParser.create().parse_override(resume_overrides[-1]).value())).expanduser()
     except OverrideParseException:
-        return plain
+        return unquoted

@@ -18,28 +18,32 @@ from sdtune.errors import UserError
 from sdtune.suggest import suggestion
 
 
-def _say(error: ValidationError, key: str, value: Any) -> str:
+def _message(error: ValidationError, key: str, value: Any) -> str:
     first = error.errors()[0]
-    place, node = key, value
-    for part in first["loc"]:  # pydantic's own names for the branches of a union stand in it too
-        held: Any = node.get(part) if isinstance(node, Mapping) else None
+    value_key, node = key, value
+    for part in first["loc"]:  # loc also contains pydantic's names of union branches
+        child: Any = node.get(part) if isinstance(node, Mapping) else None
         if isinstance(node, list) and isinstance(part, int) and part < len(node):
-            held = node[part]
-        if held is not None:
-            place, node = f"{place}.{part}", held
-    text = first["msg"][0].lower() + first["msg"][1:]
+            child = node[part]
+        if child is not None:
+            value_key, node = f"{value_key}.{part}", child
+    reason = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "missing":
-        text = f"{first['loc'][-1]} is missing"
-    return f"{place}: {value!r}: {text}"
+        reason = f"{first['loc'][-1]} is missing"
+    return f"{value_key}: {value!r}: {reason}"
 
 
 def check_node(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
-    """UserError, one line with the key, for the first thing in ``node`` that does not fit what it configures.
+    """Check ``node`` against the signatures of its targets.
 
     Args:
         node: a plain container, resolved.
-        key: its place in the config, for messages.
-        given: arguments that the command passes itself, so the config need not name them.
+        key: its dotted key in the config, for messages.
+        trust: additional packages that ``_target_`` may name.
+        given: arguments that the command passes, so that the config must not set them.
+
+    Raises:
+        UserError: one line with the key, for the first mismatch.
     """
     if isinstance(node, Mapping):
         if node.get("_target_"):
@@ -55,25 +59,25 @@ def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: 
     target = resolve(str(node["_target_"]), key, trust)
     function = target.__init__ if inspect.isclass(target) else target
     parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n != "self"}
-    # A dataclass is annotated class by class, each in its own module; its generated __init__ knows only the last.
+    # Annotations of a dataclass and its bases are resolved in the module of each class; __init__ has only the last one.
     annotated = target if dataclasses.is_dataclass(target) else function
     hints = get_type_hints(annotated, include_extras=True)
     names = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n not in given]
     for name, value in node.items():
         if name.startswith("_") and name.endswith("_"):
             continue
-        place = f"{key}.{name}"
+        value_key = f"{key}.{name}"
         if name not in names:
-            raise UserError(f"{place}: not a setting of {target.__name__}{suggestion(name, names)}")
+            raise UserError(f"not a setting of {target.__name__}{suggestion(name, names)}", key=value_key)
         if value == "???":
-            raise UserError(f"{place} is missing: give {place}=...")
+            raise UserError("missing value", key=value_key, remedy=f"set {value_key}=VALUE")
         if not _holds_target(value) and name in hints:
-            check_value(value, hints[name], place)
+            check_value(value, hints[name], value_key)
     if node.get("_partial_"):
         return
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in node and name not in ("args", "kwargs"):
-            raise UserError(f"{key}.{name} is missing: give {key}.{name}=...")
+            raise UserError("missing value", key=f"{key}.{name}", remedy=f"set {key}.{name}=VALUE")
 
 
 def _holds_target(value: Any) -> bool:
@@ -83,16 +87,20 @@ def _holds_target(value: Any) -> bool:
 
 
 def check_value(value: Any, hint: Any, key: str) -> None:
-    """UserError if ``value`` does not fit the annotation ``hint``."""
+    """Check that ``value`` fits the annotation ``hint``.
+
+    Raises:
+        UserError: it does not; the message names ``key``.
+    """
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError):
         try:
             adapter = TypeAdapter(hint)
         except (PydanticSchemaGenerationError, PydanticUserError):
-            return  # an annotation that only names a class of another library; the constructor is the judge
+            return  # a class of another library; its constructor checks the value
     try:
-        # Strict for single values: what would only fit after a conversion reaches the constructor unconverted.
+        # Strict for single values, because the constructor gets the value without pydantic's conversion.
         adapter.validate_python(value, strict=not isinstance(value, list | dict))
     except ValidationError as error:
-        raise UserError(_say(error, key, value)) from error
+        raise UserError(_message(error, key, value)) from error

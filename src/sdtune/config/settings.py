@@ -21,18 +21,18 @@ from sdtune.quoting import shell_override
 
 @dataclass(frozen=True)
 class Settings:
-    """The run's own settings, at the top of the config.
+    """Top-level settings of the config.
 
     Args:
-        name: names files; the data's name if None.
-        seed: decides every draw of the run.
-        save_every: optimizer steps between intermediate artifacts with their sample row.
-        resume: the folder of the run that goes on.
-        trust: further packages that ``_target_`` may name.
-        optimized_metric: the metric that ``train`` returns to a sweeper.
-        new_tokens: words to be learned beside what the method trains.
-        tokens_lr: the learning rate of their vectors; the optimizer's if None.
-        trial: the number of the job's Optuna trial, which the sweeper gives.
+        name: base name of the artifact files; None: name of the data.
+        seed: seed of all random numbers of the run.
+        save_every: optimizer steps between snapshots with their sample images; None: no snapshots.
+        resume: folder of the run to continue.
+        trust: additional packages that ``_target_`` may name.
+        optimized_metric: metric that ``train`` returns to a sweeper.
+        new_tokens: new tokens to learn in addition to the weights that the method trains.
+        tokens_lr: learning rate of their embedding vectors; None: ``optimizer.lr``.
+        trial: number of the job's Optuna trial; set by the sweeper.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
@@ -47,46 +47,59 @@ class Settings:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """A resolved plain container; UserError for a mandatory value that is missing."""
-    own = without_hydra(config)
+    """Resolve ``config`` into a plain dict without the node ``hydra``.
+
+    Raises:
+        UserError: a mandatory value is missing, or an interpolation fails.
+    """
+    job_config = without_hydra(config)
     try:
-        missing = sorted(OmegaConf.missing_keys(own))
+        missing = sorted(OmegaConf.missing_keys(job_config))
         if missing:
-            raise UserError(f"{missing[0]} is missing: give {missing[0]}=...")
-        container = OmegaConf.to_container(own, resolve=True)
+            raise UserError("missing value", key=missing[0], remedy=f"set {missing[0]}=VALUE")
+        container = OmegaConf.to_container(job_config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
-    named = {str(key): value for key, value in container.items()}
-    if named.get("evaluation") and "_target_" not in named["evaluation"]:
-        named["evaluation"] = {}  # evaluation=none behind a recipe that sets details of its own
-    return named
+    values = {str(key): value for key, value in container.items()}
+    if values.get("evaluation") and "_target_" not in values["evaluation"]:
+        values["evaluation"] = {}  # evaluation=none after a recipe that sets options of its evaluation
+    return values
 
 
-def kept_config(run: Path) -> dict[str, Any]:
-    """The resolved config of the finished ``run``; UserError for a folder that holds none."""
-    kept = run / ".hydra" / "config.yaml"
-    if not kept.is_file():
-        raise UserError(f"{run} holds no run (no .hydra/config.yaml)", key="run", remedy="name the folder of one")
+def read_saved_config(run: Path) -> dict[str, Any]:
+    """Resolved config of the finished run in the folder ``run``.
+
+    Raises:
+        UserError: the folder is not a run folder, or the run is unfinished.
+    """
+    file = run / ".hydra" / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run} is not a run folder (.hydra/config.yaml is missing)", key="run")
     if all(map(is_partial, (run / "artifact").glob("*"))):
         raise UserError(
-            f"{run}/artifact is empty; the run has not finished, sdtune train {shell_override('resume', run)} goes on",
+            f"{run}/artifact is empty because the run is unfinished",
             key="run",
+            remedy=f"continue it with: sdtune train {shell_override('resume', run)}",
         )
-    loaded = OmegaConf.load(kept)
-    assert isinstance(loaded, DictConfig)
-    return plain(loaded)
+    saved = OmegaConf.load(file)
+    assert isinstance(saved, DictConfig)
+    return plain(saved)
 
 
 def read_settings(config: dict[str, Any]) -> Settings:
-    """The top-level settings, checked."""
+    """Check the top-level settings and return them.
+
+    Raises:
+        UserError: a setting is invalid.
+    """
     hints = get_type_hints(Settings.__init__, include_extras=True)
     values = {key: config[key] for key in hints if config.get(key) is not None}
     for key, value in values.items():
         check_value(value, hints[key], key)
     if values.get("name") == "pytorch_lora_weights":
         raise UserError(
-            "pytorch_lora_weights is the name of the file for diffusers", key="name", remedy="choose another"
+            "pytorch_lora_weights is the file name of the diffusers format", key="name", remedy="set another name"
         )
     tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
     return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})

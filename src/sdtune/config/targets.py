@@ -1,4 +1,4 @@
-"""The classes and functions that a config may name as ``_target_``."""
+"""Classes and functions that a config may name as ``_target_``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ALLOWED = (
     "bitsandbytes.optim",
     "prodigyopt",
 )
-"""Packages whose classes and functions a config may name; users add theirs with ``trust=[...]``."""
+"""Packages whose classes and functions a config may name; users add their own with ``trust=[...]``."""
 
-_EXTRAS = dict.fromkeys(("bitsandbytes", "prodigyopt"), ", or 'sdtune[optimizers]'")
+_EXTRAS = dict.fromkeys(("bitsandbytes", "prodigyopt"), ", or install 'sdtune[optimizers]'")
 
 
 def _trusted(module: str, prefixes: Sequence[str]) -> bool:
@@ -32,10 +32,14 @@ def _allowed(module: str, trust: Sequence[str]) -> bool:
 
 
 def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
-    """The class or function that ``target`` names.
+    """Import the class or function ``target``.
 
-    What counts is where the thing found was defined: a prefix on the string alone is bypassed by a path that walks
-    through a module's imports, ``pytorch_lightning.trainer.os.system``.
+    The module that defines the object must be allowed. A check of the prefix of ``target`` alone could be bypassed
+    through the imports of a module, as in ``pytorch_lightning.trainer.os.system``.
+
+    Raises:
+        UserError: the package is not allowed or not installed, or ``target`` is neither a class nor a function of a
+            package in ``trust``.
     """
     if not _allowed(target.rpartition(".")[0], trust):
         raise UserError(
@@ -43,25 +47,31 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
             key=f"{key}._target_",
             remedy=f"add trust=[{target.split('.')[0]}] if you trust it",
         )
-    found: Any = None
+    resolved: Any = None
     parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
+    for depth in range(len(parts) - 1, 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:cut]))
+            resolved = importlib.import_module(".".join(parts[:depth]))
         except ModuleNotFoundError as error:
             if error.name and not target.startswith(error.name):
-                raise UserError(f"{target} needs {error.name}: pip install it", key=f"{key}._target_") from error
+                raise UserError(
+                    f"{target} needs the package {error.name}", key=f"{key}._target_", remedy="install it with pip"
+                ) from error
             continue
-        for part in parts[cut:]:
-            found = getattr(found, part, None)
+        for part in parts[depth:]:
+            resolved = getattr(resolved, part, None)
         break
-    if found is None and importlib.util.find_spec(parts[0]) is None:
-        raise UserError(f"{target} needs {parts[0]}: pip install it{_EXTRAS.get(parts[0], '')}", key=f"{key}._target_")
-    if not (inspect.isclass(found) or inspect.isfunction(found)):
+    if resolved is None and importlib.util.find_spec(parts[0]) is None:
+        raise UserError(
+            f"{target} needs the package {parts[0]}",
+            key=f"{key}._target_",
+            remedy=f"install it with pip{_EXTRAS.get(parts[0], '')}",
+        )
+    if not (inspect.isclass(resolved) or inspect.isfunction(resolved)):
         raise UserError(f"{target} is neither a class nor a function", key=f"{key}._target_")
-    if not _allowed(found.__module__, trust):
-        raise UserError(f"{target} leads to {found.__module__}, which is not allowed", key=f"{key}._target_")
-    if inspect.isfunction(found) and not _trusted(found.__module__, trust):
-        # Classes are built; a function is done, whatever it does.
-        raise UserError(f"{target} is a function, not a class that can be configured", key=f"{key}._target_")
-    return found
+    if not _allowed(resolved.__module__, trust):
+        raise UserError(f"{target} is defined in {resolved.__module__}, which is not allowed", key=f"{key}._target_")
+    if inspect.isfunction(resolved) and not _trusted(resolved.__module__, trust):
+        # A config may build objects, but not call any function of sdtune or of a library.
+        raise UserError(f"{target} is a function, not a class", key=f"{key}._target_")
+    return resolved

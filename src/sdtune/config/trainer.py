@@ -19,7 +19,7 @@ _TRAINER_RANGES: dict[str, Any] = {
     "val_check_interval": Annotated[int, Ge(1)],
     "gradient_clip_val": Annotated[float, Gt(0)] | None,
 }
-_OURS = (
+_SET_BY_SDTUNE = (
     "max_epochs",
     "callbacks",
     "logger",
@@ -31,18 +31,18 @@ _OURS = (
     "use_distributed_sampler",
     "gradient_clip_algorithm",
 )
-"""Trainer arguments that the run sets itself."""
+"""Trainer arguments that sdtune sets."""
 
 
 def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's Trainer arguments of the groups ``trainer`` and ``hardware``, each ``auto`` decided."""
+    """Lightning's Trainer arguments from the groups ``trainer`` and ``hardware``, with each ``auto`` resolved."""
     merged = {**config["trainer"], **config["hardware"]}
-    for key in hardware.NOT_LIGHTNINGS:
+    for key in hardware.NON_LIGHTNING_KEYS:
         merged.pop(key, None)
     if isinstance(merged.get("val_check_interval"), int):
-        # Lightning counts micro-batches; a run that is shorter than the interval is measured at its end.
-        every = min(merged["val_check_interval"], merged.get("max_steps") or merged["val_check_interval"])
-        merged["val_check_interval"] = every * int(merged.get("accumulate_grad_batches", 1))
+        # Lightning counts micro-batches; a run that is shorter than the interval is validated at its end.
+        interval = min(merged["val_check_interval"], merged.get("max_steps") or merged["val_check_interval"])
+        merged["val_check_interval"] = interval * int(merged.get("accumulate_grad_batches", 1))
     kind = str(merged.get("accelerator", "auto"))
     merged["precision"] = precision(str(merged.get("precision", "auto")), kind)
     merged["accelerator"] = accelerator(kind)
@@ -52,8 +52,8 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     hardware.check_hardware(config["hardware"])
     for key, value in config["trainer"].items():
-        if key in _OURS:
-            raise UserError("the run sets this itself", key=f"trainer.{key}", remedy="leave it out")
+        if key in _SET_BY_SDTUNE:
+            raise UserError("set by sdtune", key=f"trainer.{key}", remedy="remove this override")
         if key in _TRAINER_RANGES:
             check_value(value, _TRAINER_RANGES[key], f"trainer.{key}")
     check_node(trainer_arguments(config), "trainer", trust)

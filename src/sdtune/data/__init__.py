@@ -1,4 +1,4 @@
-"""Images, captions, buckets, order and caches; imports no model: batches carry prompts as strings."""
+"""Captioned images for training: buckets, caches, deterministic order; imports no model code, prompts stay strings."""
 
 from sdtune.data.datamodule import Encoders, ImageDataModule
 from sdtune.data.dataset import Batch

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: the sizes that images are cropped to, so that a batch has one shape.
+"""Aspect-ratio buckets: image sizes for training, so that all images of a batch have the same shape.
 
-The sizes follow kohya's sd-scripts (``make_bucket_resolutions``), with the aspect bounded instead of the side.
-Every size here is (width, height) in pixels.
+Follows ``make_bucket_resolutions`` of kohya's sd-scripts, but limits the aspect ratio instead of the side length.
+All sizes are (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
-    """The sizes for images that are large enough, narrowest first.
+    """Bucket sizes for a resolution, sorted by width.
 
-    Sides are multiples of ``step``, the aspect is within 1:2 and 2:1, the area at most ``resolution`` squared, and no
-    side could be a step longer. The largest square that fits is always one of them.
+    Sides are multiples of ``step``, the aspect ratio is between 1:2 and 2:1, and the area is at most ``resolution``
+    squared. No side can grow by ``step`` within these limits. The largest square that fits is always included.
 
     Raises:
         UserError: ``resolution`` is below ``step``.
@@ -26,7 +26,9 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     square = resolution // step * step
     if not square:
         raise UserError(
-            f"{resolution} is less than one step of {step} pixels: give {step} or more", key="data.resolution"
+            f"{resolution} is less than the bucket step of {step} pixels",
+            key="data.resolution",
+            remedy=f"set at least {step}",
         )
     area = resolution**2
     maximal = {
@@ -38,20 +40,20 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
 
 
 def assign(size: Size, resolution: int, step: int, name: str) -> Size:
-    """The bucket of an image of ``size``: the one of nearest aspect (by log ratio).
+    """Bucket of an image of ``size``: the one with the nearest aspect ratio (difference of logarithms).
 
-    An image that would have to be enlarged for it gets the largest size that it fills as it is, under the same rules:
-    mostly its own sides, rounded down to ``step``.
+    Images are never enlarged: an image that is smaller than this bucket gets the largest size that it covers under the
+    same limits, usually its own sides rounded down to a multiple of ``step``.
 
     Raises:
-        UserError: a side is shorter than ``step``; names the image by ``name``.
+        UserError: a side is shorter than ``step``; the message calls the image ``name``.
     """
     width, height = size
     if min(size) < step:
         raise UserError(
-            f"{name} is {width}x{height} pixels, too small to train on: remove it or replace it"
-            f" with one of at least {step}x{step}",
+            f"{name} is {width}x{height} pixels, the minimum is {step}x{step}",
             key="data.path",
+            remedy="remove or replace this image",
         )
     nearest = min(bucket_sizes(resolution, step), key=lambda bucket: _aspect_distance(bucket, size))
     if nearest[0] <= width and nearest[1] <= height:
@@ -60,14 +62,14 @@ def assign(size: Size, resolution: int, step: int, name: str) -> Size:
 
 
 def _tallest(limit: Size, area: int, step: int) -> Iterator[Size]:
-    """For each width the tallest size within ``limit``, ``area`` and the aspects."""
-    widest = min(limit[0], math.isqrt(2 * area))  # wider than this is beyond 2:1 or over the area
+    """Yield, for each width, the tallest size within ``limit``, ``area`` and the aspect-ratio limits."""
+    widest = min(limit[0], math.isqrt(2 * area))  # a wider size exceeds 2:1 or the area
     for width in range(step, widest + 1, step):
         height = min(limit[1], area // width, 2 * width) // step * step
         if width <= 2 * height:
             yield width, height
 
 
-def _aspect_distance(one: Size, other: Size) -> float:
-    # Logarithms of whole numbers, so that an image and the same on its side have exactly the same distances.
-    return abs(math.log(one[0] * other[1]) - math.log(one[1] * other[0]))
+def _aspect_distance(first: Size, second: Size) -> float:
+    # Logarithms of integers: swapping width and height of both sizes then gives exactly the same distance.
+    return abs(math.log(first[0] * second[1]) - math.log(first[1] * second[0]))

@@ -1,7 +1,7 @@
-"""Caches of latents and text states on disk, keyed by content.
+"""Disk caches of latents and text embeddings, keyed by content.
 
-A key holds the image's bytes, its size, crop and flip, and the hash of the weights that encode it, so an edited
-image or another VAE never meets a stale entry. Entries are shared by all runs of a user.
+A latent is identified by the hash of the image, its size, crop and flip, and the hash of the encoder's weights, so an
+edited image or another VAE never matches an old entry. All runs of a user share the entries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """One tensor a file under ``folder``; written whole or not at all, so processes may share it."""
+    """Disk cache with one tensor per file under ``folder``. Writes are atomic, so processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,12 +38,16 @@ class TensorCache:
         return self.path(key).exists()
 
     def get(self, key: str) -> Tensor:
-        """The tensor of ``key``; UserError naming the file if it cannot be read."""
+        """Read the tensor of ``key``.
+
+        Raises:
+            UserError: the file is damaged; the message names it.
+        """
         try:
             return _read(self.path(key))
         except SafetensorError as error:
             raise UserError(
-                f"{self.path(key)}: a damaged cache entry ({error})", remedy="delete it and run again"
+                f"{self.path(key)}: damaged cache entry ({error})", remedy="delete this file and run again"
             ) from error
 
     def put(self, key: str, value: Tensor) -> None:
@@ -59,9 +63,10 @@ class TensorCache:
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Encode what is missing among ``items`` (key -> what to encode), ``batch_size`` at a time.
+        """Encode and store the ``items`` (cache key -> encoder input) that are missing, ``batch_size`` at a time.
 
-        A result that is not finite fails at once and names its item: it is never zeroed.
+        Raises:
+            UserError: an output is not finite; the message names its item, and the output is not stored.
         """
         missing = [key for key in items if key not in self]
         for first in range(0, len(missing), batch_size):
@@ -69,24 +74,26 @@ class TensorCache:
             for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
                 if not torch.isfinite(value).all():
                     raise UserError(
-                        f"{items[key]}: the encoder's output is not finite; the image or the weights are damaged"
+                        f"{items[key]}: the encoder output is not finite",
+                        remedy="check this input and the weights of the encoder for damage",
                     )
                 self.put(key, value)
             progress(len(keys))
 
 
-KEPT_BYTES = 128 * 2**20
+MEMORY_CACHE_BYTES = 128 * 2**20
+"""Maximum size in bytes of the tensors that each process holds in memory."""
 
 
-@cached(LRUCache(KEPT_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
+@cached(LRUCache(MEMORY_CACHE_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
 def _read(path: Path) -> Tensor:
-    """Keeps what was read last, at most :data:`KEPT_BYTES` in each process.
+    """Read a cache file; the last used tensors stay in memory, at most :data:`MEMORY_CACHE_BYTES` per process.
 
-    A few images are read again and again, in a sweep on one backbone by every run.
+    A small data set is read repeatedly, and in a sweep on a shared backbone by every run.
     """
     return load_file(path)["value"]
 
 
 def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
-    """The keys that process ``rank`` fills."""
+    """Keys that process ``rank`` of ``processes`` fills."""
     return list(keys)[rank::processes]

@@ -1,4 +1,4 @@
-"""The dataset: a batch's images, prompts, crops, flips, control maps and cached encodings."""
+"""Dataset of training rows: images or cached latents, prompts, crops, flips, control maps and masks."""
 
 from __future__ import annotations
 
@@ -21,32 +21,39 @@ from sdtune.data.order import ScheduledSample
 from sdtune.data.prior import PLACE, partner
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
 from sdtune.hardware.signals import STOP_SIGNALS
-from sdtune.images.files import CENTRE, frame
+from sdtune.images.files import CENTER, frame
 from sdtune.randomness import generator
 
 Batch = dict[str, Any]
-"""prompts: list[str]; step: int; positions: list[int] (no tensor: read on a device, it would make the step wait);
-frame (float32 [B, 6]: where each crop comes from, as sdtune.images.files.frame has it); and
-either pixels (float32 [B, 3, H, W] in [-1, 1]) or moments (float32 [B, 2C, h, w]); text (float32 [B, L, D]) where text
-states are cached; mask (float32 [B, 1, h, w] in [0, 1]) where the loss is masked; control (float32 [B, 3, H, W] in
-[0, 1]) where the data has control maps. With class images B is twice the pairs: the subject's rows come first,
-``instances: int`` of them, and ``prior_weight: float`` is the weight of the others."""
+"""Keys of a batch:
+
+* ``prompts``: list[str]; ``step``: int;
+* ``positions``: list[int], not a tensor, since reading one from the device would block the step;
+* ``frame``: float32 [B, 6], original size and crop position, see :func:`sdtune.images.files.frame`;
+* ``pixels``: float32 [B, 3, H, W] in [-1, 1], or, if latents are cached, ``moments``: float32 [B, 2C, h, w];
+* ``text``: float32 [B, L, D], if text embeddings are cached;
+* ``mask``: float32 [B, 1, h, w] in [0, 1], if the loss is masked;
+* ``control``: float32 [B, 3, H, W] in [0, 1], if the data has control maps.
+
+With class images, B is twice the number of pairs: the first ``instances``: int rows are subject images, and
+``prior_weight``: float is the loss weight of the other rows.
+"""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What the rows of a data set depend on beside its samples; made by the data module, so that loader processes get
-    this and not the module with its trainer.
+    """Settings of the dataset rows; loader processes receive them instead of the data module with its trainer.
 
     Args:
-        batch_size: samples an optimizer step, over all processes and accumulation steps.
-        resolution, bucket_step, factor: of the buckets and of the VAE, in pixels.
-        texts: prompt templates, with ``{}`` where the caption goes.
-        keep: what a dropped caption keeps.
-        class_samples: images of the class, if they train beside the subject's.
-        latent_cache, text_cache: what frozen encoders have made; None where it is made in the step.
+        batch_size: samples per optimizer step, over all processes and micro-batches.
+        resolution, bucket_step: resolution of the buckets and step between their sides, in pixels.
+        factor: downsampling factor of the VAE.
+        texts: prompt templates with ``{}`` for the caption.
+        keep: text that remains when a caption is dropped.
+        class_samples: class images; empty without prior preservation.
+        latent_cache, text_cache: caches of the encoder outputs; None: they are computed in the step.
     """
 
     seed: int
@@ -66,12 +73,12 @@ class RowSettings:
     text_cache: TensorCache | None
 
     def bucket(self, sample: Sample) -> tuple[int, int]:
-        """The (width, height) that ``sample`` is trained at."""
+        """Training size (width, height) of ``sample``."""
         return assign(sample.size, self.resolution, self.bucket_step, name=str(sample))
 
 
 class ImageDataset(Dataset[list[Row]]):
-    """Each draw gives a row; in training, where there are class images, a pair of them."""
+    """Dataset indexed by :class:`ScheduledSample`; an item is one row, or a pair of rows with class images."""
 
     def __init__(self, settings: RowSettings, samples: Sequence[Sample], training: bool) -> None:
         self.settings, self.samples, self.training = settings, samples, training
@@ -79,20 +86,20 @@ class ImageDataset(Dataset[list[Row]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: ScheduledSample) -> list[Row]:
-        data, sample = self.settings, self.samples[draw.entry]
+    def __getitem__(self, index: ScheduledSample) -> list[Row]:
+        data, sample = self.settings, self.samples[index.entry]
         size = data.bucket(sample)
-        rows = [self._row(sample, size, draw.step, draw.position)]
+        rows = [self._row(sample, size, index.step, index.position)]
         if self.training and data.class_samples:
-            number = draw.step * data.batch_size + draw.position
-            other = data.class_samples[partner(data.seed, len(data.class_samples), number)]
-            rows.append(self._row(other, size, draw.step, draw.position + PLACE))
+            pair = index.step * data.batch_size + index.position
+            class_sample = data.class_samples[partner(data.seed, len(data.class_samples), pair)]
+            rows.append(self._row(class_sample, size, index.step, index.position + PLACE))
         return rows
 
     def _row(self, sample: Sample, size: tuple[int, int], step: int, position: int) -> Row:
         data, subject = self.settings, position < PLACE
         texts = data.texts if subject else ("{}",)
-        prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTRE
+        prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTER
         if self.training:
             dropped, flipped, x, y, text = generator(data.seed, streams.ROW, step, position).random(5)
             prompt = texts[int(text * len(texts))].replace("{}", sample.caption)
@@ -111,18 +118,18 @@ class ImageDataset(Dataset[list[Row]]):
             row["text"] = data.text_cache.get(text_key(prompt))
         if data.masked:
             shape = (1, size[1] // data.factor, size[0] // data.factor)
-            # All of a class image counts.
+            # Class images have no mask: all of their pixels count.
             row["mask"] = _mask(cast(Masked, sample), size, offset, flip, data.factor) if subject else torch.ones(shape)
         return row
 
 
 def _mask(sample: Masked, size: tuple[int, int], offset: tuple[float, float], flip: bool, factor: int) -> Tensor:
-    drawn = torch.from_numpy(sample.mask(size, offset, flip)).float()[None] / 255
-    return F.avg_pool2d(drawn, factor)
+    pixel_mask = torch.from_numpy(sample.mask(size, offset, flip)).float()[None] / 255
+    return F.avg_pool2d(pixel_mask, factor)
 
 
 def collate(pairs: list[list[Row]], prior_weight: float) -> Batch:
-    """Rows into a batch, those of the class behind those of the subject."""
+    """Collate rows into a batch: subject rows first, then class rows."""
     subject = [pair[0] for pair in pairs]
     rows = subject + [row for pair in pairs for row in pair[1:]]
     batch: Batch = {
@@ -138,11 +145,11 @@ def collate(pairs: list[list[Row]], prior_weight: float) -> Batch:
     return batch
 
 
-def begin_worker(worker: int) -> None:
-    """In a new loader process: ignore the signals that stop a run, and have OpenCV compute in the process's thread.
+def init_worker(worker: int) -> None:
+    """Initialize a loader process: ignore the signals that stop a run, and turn off OpenCV's threads.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training one answers, by saving. OpenCV's
-    threads do not survive the fork, and a map takes a millisecond.
+    Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training process handles them, by saving a
+    checkpoint. OpenCV's threads do not survive the fork, and a map takes only about a millisecond.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A folder of images and the captions that belong to them."""
+"""Read a folder of images and their captions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
 
 MASK = ".mask.png"
-"""Ends the name of the mask that belongs to an image: ``fox.mask.png`` to ``fox.jpg``."""
+"""Suffix of mask files: ``fox.mask.png`` is the mask of ``fox.jpg``."""
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image of a folder.
+    """Image file with its caption.
 
-    ``size`` is (width, height) in pixels, EXIF orientation applied; ``repeats`` (>= 1) is how often an epoch shows it.
+    ``size`` is (width, height) in pixels after EXIF orientation; ``repeats`` (>= 1) is the number of uses per epoch.
     """
 
     path: Path
@@ -36,57 +36,68 @@ class CaptionedImage:
     repeats: int = 1
 
 
-_ASK = 'give one for them all with data.prompt="a photo of ...", or a .txt file beside each'
+_ASK = 'set data.prompt="a photo of ...", or add a .txt file next to each image'
 
 
 def read_image_folder(
     path: str | Path, prompt: str | None = None, trigger: str | None = None, key: str = "data.path", ask: str = _ASK
 ) -> tuple[CaptionedImage, ...]:
-    """The images in and below ``path``, in the order of their names, each with its caption.
+    """Read the images in and below ``path``, sorted by path, each with its caption.
 
     An image's caption is the first of these that exists:
 
-    1. a ``.txt`` or ``.caption`` file of its name beside it (an empty file is the empty caption);
-    2. its row in a ``metadata.jsonl`` or ``metadata.csv`` with ``file_name``, relative to that file, and ``text`` or
-       ``caption``;
-    3. the words in the name of the sub-folder that holds it, in kohya's form ``10_sks dog``;
+    1. a ``.txt`` or ``.caption`` file with the image's name in the same folder (an empty file is an empty caption);
+    2. the image's row in a ``metadata.jsonl`` or ``metadata.csv``, with ``file_name`` (relative to that file) and
+       ``text`` or ``caption``;
+    3. the words in the name of the image's sub-folder, in kohya's form ``10_sks dog``;
     4. ``prompt``.
 
-    ``key`` and ``ask`` are for the refusal of an image without one. Line breaks in 1 and 2 become spaces. ``trigger``
-    is put before a caption that does not begin with it. The number in kohya's form is the image's repeats; in other
-    folders it is 1. Links are followed; hidden files, ``__MACOSX`` and masks are skipped. Only headers are read:
-    ``check_images`` decodes.
+    Line breaks in 1 and 2 become spaces. ``trigger`` is put before captions that do not start with it. The number in
+    kohya's form is the image's repeats; in other folders it is 1. Links are followed; hidden files, ``__MACOSX`` and
+    masks are skipped. Only headers are read; :func:`check_images` decodes the images.
+
+    Args:
+        key: config key of the folder, for errors.
+        ask: remedy for images without a caption.
 
     Raises:
-        UserError: no images; an image without a caption, with two of one kind, or with an unreadable header;
-            metadata that does not fit the folder; text that is not UTF-8; repeats below 1.
+        UserError: no images; an image without a caption, with two captions of the same kind, or with an unreadable
+            header; invalid metadata; text that is not UTF-8; repeats below 1.
     """
     folder = Path(path).expanduser().absolute()
-    # By parts, since paths themselves compare differently between Python versions, and the order decides a run.
+    # Sort by parts: the comparison of paths differs between Python versions, and the order must be reproducible.
     files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
     images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
     if not images:
-        raise UserError(f"{_no_images(folder, files)}", key=key)
-    kohya = {image: _repeats_and_words(folder, image.parent) for image in images}
-    captions = {image: words for image, (_, words) in kohya.items() if words}
+        raise UserError(
+            f"no images found in {folder}: {_contents(folder, files)}",
+            key=key,
+            remedy=f"set a folder with {', '.join(SUFFIXES)} files",
+        )
+    repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
+    captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
     captions |= _metadata_captions(files, images)
     captions |= _sidecar_captions(files, images)
-    bare = [image for image in images if image not in captions]
+    uncaptioned = [image for image in images if image not in captions]
     if prompt is not None:
-        captions |= dict.fromkeys(bare, prompt)
-    elif bare:
-        raise UserError(f"{len(bare)} of {len(images)} images have no caption, the first is {bare[0]}: {ask}", key=key)
+        captions |= dict.fromkeys(uncaptioned, prompt)
+    elif uncaptioned:
+        raise UserError(
+            f"{len(uncaptioned)} of {len(images)} images have no caption, the first is {uncaptioned[0]}",
+            key=key,
+            remedy=ask,
+        )
     return tuple(
-        CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), kohya[image][0])
+        CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), repeats_and_words[image][0])
         for image in images
     )
 
 
 def check_images(images: Iterable[CaptionedImage]) -> None:
-    """Decode every image once, so that a damaged one is found before training and not in the middle of it.
+    """Decode every image once, so that damaged images are found before training.
 
     Raises:
-        UserError: the first image, in order, that cannot be decoded, or whose size is not the one it was read with.
+        UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         for _ in pool.map(_check, images):
@@ -97,52 +108,52 @@ def _check(image: CaptionedImage) -> None:
     size = open_image(image.path).size
     if size != image.size:
         raise UserError(
-            f"{image.path} is {size[0]}x{size[1]} pixels and not {image.size[0]}x{image.size[1]}"
-            " as its header said (it changed, or its orientation stands behind its pixels): save"
-            " it again",
+            f"{image.path} is {size[0]}x{size[1]} pixels, but its header states {image.size[0]}x{image.size[1]}"
+            " (it changed, or its EXIF orientation follows the pixel data)",
             key="data.path",
+            remedy="save this image again",
         )
 
 
-def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file under ``folder``, but hidden ones and what macOS leaves in archives."""
-    real = folder.resolve()
-    if real in above:
-        raise UserError(f"{folder} links back to a folder around it: remove this link", key="data.path")
+def _files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield every file below ``folder``, except hidden files and the ``__MACOSX`` folders of macOS archives."""
+    resolved = folder.resolve()
+    if resolved in parents:
+        raise UserError(f"{folder} links to one of its parent folders", key="data.path", remedy="remove this link")
     try:
         entries = list(folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}): make it readable", key="data.path") from error
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror})", key="data.path", remedy="make it readable"
+        ) from error
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
         if entry.is_dir():
-            yield from _files(entry, (*above, real))
+            yield from _files(entry, (*parents, resolved))
         else:
             yield entry
 
 
-def _no_images(folder: Path, files: Sequence[Path]) -> str:
+def _contents(folder: Path, files: Sequence[Path]) -> str:
     if files:
         counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
-        seen = "it holds " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-    elif folder.is_dir():
-        seen = "it is empty"
-    elif folder.exists():
-        seen = "it is a file"
-    else:
-        seen = "it does not exist"
-    return f"no images found in {folder}: {seen}; give a folder with {', '.join(SUFFIXES)} files"
+        return "it contains " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    if folder.is_dir():
+        return "it is empty"
+    return "it is a file" if folder.exists() else "it does not exist"
 
 
 def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
-    """What kohya's form says in the name of ``folder``; the name of ``root`` itself says nothing."""
+    """Repeats and words in the name of ``folder``, in kohya's form; the name of ``root`` does not count."""
     match = None if folder == root else _REPEATS_AND_WORDS.fullmatch(folder.name)
     if match is None:
         return 1, ""
     repeats, words = int(match[1]), match[2].strip()
     if repeats < 1:
-        raise UserError(f"{folder} asks for {repeats} repeats: let its name begin with 1_ or more", key="data.path")
+        raise UserError(
+            f"{folder}: the folder name sets {repeats} repeats", key="data.path", remedy="use at least 1 in its name"
+        )
     return repeats, words
 
 
@@ -153,13 +164,15 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
             sidecars.setdefault(file.with_suffix(""), []).append(file)
     captions = {}
     for image in images:
-        beside = sidecars.get(image.with_suffix(""), [])
-        if len(beside) > 1:
+        matches = sidecars.get(image.with_suffix(""), [])
+        if len(matches) > 1:
             raise UserError(
-                f"{image} has two captions, {beside[0].name} and {beside[1].name}: remove one", key="data.path"
+                f"{image} has two captions, {matches[0].name} and {matches[1].name}",
+                key="data.path",
+                remedy="remove one",
             )
-        if beside:
-            captions[image] = _one_line(_text(beside[0]))
+        if matches:
+            captions[image] = _one_line(_text(matches[0]))
     return captions
 
 
@@ -169,32 +182,36 @@ def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pa
     tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     for table in tables:
         if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
-            raise UserError(f"{table.parent} has both metadata.jsonl and metadata.csv: remove one", key="data.path")
+            raise UserError(
+                f"{table.parent} has both metadata.jsonl and metadata.csv", key="data.path", remedy="remove one"
+            )
         for line, row in _csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table):
-            name, caption = _name_and_caption(row, f"data.path: {table}, line {line}")
+            name, caption = _name_and_caption(row, f"{table}, line {line}")
             image = table.parent / name
             if image not in known:
                 raise UserError(
-                    f"{table}, line {line}: there is no image {image}: correct or remove this row", key="data.path"
+                    f"{table}, line {line}: unknown image {image}",
+                    key="data.path",
+                    remedy="correct or remove this row",
                 )
             if image in captions:
-                raise UserError(f"{table}, line {line}: {name} has a row already: remove one", key="data.path")
+                raise UserError(f"{table}, line {line}: duplicate row for {name}", key="data.path", remedy="remove one")
             captions[image] = _one_line(caption)
     return captions
 
 
 def _name_and_caption(row: Any, where: str) -> tuple[str, str]:
-    """The file name and caption of a metadata row, which may be anything that JSON can say."""
+    """Return the file name and the caption of a metadata row, which may be any JSON value."""
     if isinstance(row, dict):
         captions = [row[column] for column in ("text", "caption") if column in row]
         match row.get("file_name"), captions:
             case str(name), [str(caption)]:
                 return name, caption
-    raise UserError(f"{where}: a row needs a file_name and either a text or a caption, as strings")
+    raise UserError(f"{where}: a row needs a file_name and either a text or a caption, as strings", key="data.path")
 
 
 def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(), which also splits at U+2028 and its like, and JSON strings may hold those.
+    # Not splitlines(): it also splits at U+2028 and similar characters, which JSON strings may contain.
     for line, text in enumerate(_text(table).split("\n"), start=1):
         if not text.strip():
             continue
@@ -202,7 +219,7 @@ def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{table}, line {line}: not JSON ({error.msg}): correct this row", key="data.path"
+                f"{table}, line {line}: not JSON ({error.msg})", key="data.path", remedy="correct this row"
             ) from error
         yield line, row
 
@@ -213,16 +230,20 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{table}, after line {reader.line_num}: {error}: correct this row", key="data.path") from error
+        raise UserError(
+            f"{table}, after line {reader.line_num}: {error}", key="data.path", remedy="correct this row"
+        ) from error
 
 
 def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8", key="data.path") from error
+        raise UserError(f"{file} is not UTF-8 text", key="data.path", remedy="save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): make it readable", key="data.path") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror})", key="data.path", remedy="make it readable"
+        ) from error
 
 
 def _one_line(text: str) -> str:
@@ -230,7 +251,7 @@ def _one_line(text: str) -> str:
 
 
 def _with_trigger(caption: str, trigger: str | None) -> str:
-    # Whole words only: the trigger "sks" does not begin "sksy dog".
+    # Match complete words: "sksy dog" does not start with the trigger "sks".
     if not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger

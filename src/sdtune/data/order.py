@@ -1,7 +1,7 @@
-"""Order of the data as a function of (seed, epoch), and each process's part of it.
+"""Deterministic data order, a function of (seed, epoch), and each process's share of it.
 
-Order decides resume and equality: a run resumed at step s, or split over more processes, must see the same samples in
-the same global batches. So nothing here has a state; a batch is found from its step alone.
+A run that is resumed at step s, or split over more processes, must train on the same samples in the same global
+batches. Therefore nothing here has state: a batch is computed from its step alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdtune.randomness import generator
 
 
 class ScheduledSample(NamedTuple):
-    """One sample's place: which ``entry`` of the data, in which optimizer ``step``, at which ``position`` in it."""
+    """Scheduled use of a sample: index ``entry`` in the data, optimizer ``step``, ``position`` in the global batch."""
 
     entry: int
     step: int
@@ -29,10 +29,10 @@ class ScheduledSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Global batches over buckets: each batch has one shape, and every epoch permutes images and batches anew.
+    """Order of the global batches: each batch is from one bucket, and every epoch shuffles entries and batches.
 
     Args:
-        buckets: for each bucket the entries that belong to it (an entry repeated n times stands n times).
+        buckets: the entries of each bucket; an entry with n repeats occurs n times.
         batch_size: samples per optimizer step, over all processes.
         seed: the run's seed.
     """
@@ -43,13 +43,13 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every entry is seen at least once."""
+        """Optimizer steps per epoch; each epoch uses every entry at least once."""
         return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
 
     def batch(self, step: int) -> tuple[int, ...]:
-        """The entries of optimizer step ``step``, ``batch_size`` of them, all of one bucket."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return _epoch(self, epoch)[place]
+        """Entries of optimizer step ``step``: ``batch_size`` entries of one bucket."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return _epoch(self, epoch)[step_of_epoch]
 
 
 @lru_cache(maxsize=4)
@@ -57,28 +57,28 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
     batches: list[tuple[int, ...]] = []
     for number, bucket in enumerate(order.buckets):
         rng = generator(order.seed, f"{streams.ORDER_BUCKET}{number}", epoch)
-        whole = -(-len(bucket) // order.batch_size) * order.batch_size
-        # A last batch that is not full goes on with further permutations of its bucket: a batch has one size, so that
-        # the step's cost and the mean of its losses do not vary.
-        rows = -(-whole // len(bucket))
-        entries = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(rows)])[:whole]
-        batches += [tuple(int(e) for e in part) for part in entries.reshape(-1, order.batch_size)]
+        padded = -(-len(bucket) // order.batch_size) * order.batch_size
+        # Additional permutations of the bucket fill its last batch: with batches of equal size, the cost of a step and
+        # the weight of a sample in the mean loss do not vary.
+        permutations = -(-padded // len(bucket))
+        entries = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(permutations)])[:padded]
+        batches += [tuple(int(e) for e in batch) for batch in entries.reshape(-1, order.batch_size)]
     shuffled = generator(order.seed, streams.ORDER_BATCHES, epoch).permutation(len(batches))
     return [batches[int(i)] for i in shuffled]
 
 
 class MicroBatches(Sampler[list[ScheduledSample]]):
-    """One process's micro-batches of a whole run.
+    """Batch sampler of one process for a complete run.
 
-    ``len`` is the whole run also after a resume, and ``iter`` starts at the offset: a length that shrinks makes
-    Lightning replay data.
+    ``len`` counts the complete run, also after a resume, and iteration starts at step ``start()``: Lightning replays
+    data if the length shrinks.
 
     Args:
         order: the global batches.
         steps: optimizer steps of the run.
         accumulation: micro-batches per step.
-        rank, processes: which share is wanted.
-        start: gives the optimizer step to begin with, asked when iteration begins.
+        rank, processes: this process and the number of processes.
+        start: returns the first optimizer step; called when iteration begins.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
         processes: int = 1,
         start: Callable[[], int] = lambda: 0,
     ) -> None:
-        micro, rest = divmod(order.batch_size, accumulation * processes)
-        if rest or not micro:
+        micro, remainder = divmod(order.batch_size, accumulation * processes)
+        if remainder or not micro:
             raise UserError(
-                f"{order.batch_size} samples per step cannot be shared out over {processes}"
-                f" process(es) x {accumulation} accumulation steps",
+                f"{order.batch_size} samples per step cannot be split over {processes} process(es)"
+                f" x {accumulation} micro-batches",
                 key="data.batch_size",
-                remedy=f"choose a multiple of {accumulation * processes}",
+                remedy=f"set a multiple of {accumulation * processes}",
             )
         self.order, self.steps, self.accumulation = order, steps, accumulation
         self.rank, self.processes, self.start, self.micro = rank, processes, start, micro
@@ -108,28 +108,28 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
         for step in range(self.start(), self.steps):
             entries = self.order.batch(step)
-            for turn in range(self.accumulation):
-                first = (turn * self.processes + self.rank) * self.micro
+            for micro_batch in range(self.accumulation):
+                first = (micro_batch * self.processes + self.rank) * self.micro
                 yield [ScheduledSample(entries[p], step, p) for p in range(first, first + self.micro)]
 
 
 class FixedBatches(Sampler[list[ScheduledSample]]):
-    """Validation: every entry ``times`` times at fixed places, so that its draws are the same at each call."""
+    """Batch sampler for validation: each entry ``times`` times, at fixed positions, so that its noise never changes."""
 
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, times: int) -> None:
-        draws: list[list[ScheduledSample]] = []
+        batches: list[list[ScheduledSample]] = []
         position = 0
         for bucket in buckets:
-            places = [
+            samples = [
                 ScheduledSample(entry, 0, position + k)
                 for k, entry in enumerate(e for e in bucket for _ in range(times))
             ]
-            position += len(places)
-            draws += [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
-        self.draws = draws
+            position += len(samples)
+            batches += [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        self._batches = batches
 
     def __len__(self) -> int:
-        return len(self.draws)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
-        return iter(self.draws)
+        return iter(self._batches)

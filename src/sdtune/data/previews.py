@@ -1,4 +1,4 @@
-"""Prompts and control maps for previews and evaluations."""
+"""Prompts and control maps for preview images and evaluations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdtune.data.datamodule import ImageDataModule
 
 @dataclass(frozen=True)
 class PreviewPrompt:
-    """A prompt; ``maps`` holds its control map (uint8 [H, W, 3]) where the data has one."""
+    """Prompt of a preview; ``maps`` contains its control map (uint8 [H, W, 3]) if the data has control maps."""
 
     prompt: str
     maps: tuple[np.ndarray, ...] = ()
@@ -21,12 +21,13 @@ class PreviewPrompt:
 def preview_prompts(
     data: ImageDataModule, prompts: Sequence[str] | None, count: int, size: tuple[int, int]
 ) -> list[PreviewPrompt]:
-    """``prompts``, or the prompts of its training images, at most ``count`` of them.
+    """Preview prompts: ``prompts``, or at most ``count`` prompts of the data.
 
-    With control maps each prompt gets that of a held-out (or else a training) image, at ``size`` (width, height).
+    If the data has control maps, each prompt gets the map of a held-out image, at ``size`` (width, height), and
+    default prompts are the captions of these images. Without held-out images, training images are used.
     """
     if data.control is None:
-        return [PreviewPrompt(prompt) for prompt in prompts or data.shown()[:count]]
+        return [PreviewPrompt(prompt) for prompt in prompts or data.training_prompts()[:count]]
     samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]

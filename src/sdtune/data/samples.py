@@ -1,4 +1,4 @@
-"""One captioned image, and the cache keys of its encodings."""
+"""Protocol of a captioned image, and the cache keys of its latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdtune.images.files import CENTRE
+from sdtune.images.files import CENTER
 
 
 class Sample(Protocol):
-    """An image with its caption; ``size`` is (width, height) in pixels."""
+    """Image with its caption; ``size`` is (width, height) in pixels."""
 
     @property
     def caption(self) -> str: ...
@@ -23,44 +23,44 @@ class Sample(Protocol):
     def repeats(self) -> int: ...
 
     def content(self) -> str:
-        """A name for the image's content, by which its latents are cached."""
+        """Identifier of the image's content, part of the cache key of its latents."""
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """uint8 [H, W, 3], scaled to cover ``size`` (width, height) and cropped at ``offset`` (shares of the room)."""
+        """uint8 [H, W, 3], scaled and cropped as :func:`sdtune.images.files.resize_and_crop` does."""
 
 
 class Masked(Sample, Protocol):
-    """An image that says what of it counts."""
+    """Sample with a loss mask."""
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """uint8 [H, W], 255 where the loss counts, scaled and cropped as the image."""
+        """Loss mask uint8 [H, W], 255 where the loss counts, scaled and cropped like the image."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A sample as it is cached: scaled and cropped at the centre to ``size`` (width, height), mirrored or not."""
+    """Input of the latent cache: a sample, scaled and center-cropped to ``size`` (width, height), mirrored or not."""
 
     sample: Sample
     size: tuple[int, int]
     flip: bool
 
     def tensor(self) -> Tensor:
-        return to_tensor(self.sample.pixels(self.size, CENTRE, self.flip))
+        return to_tensor(self.sample.pixels(self.size, CENTER, self.flip))
 
     def __str__(self) -> str:
         return str(self.sample)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """float32 [3, H, W] in [-1, 1] from uint8 [H, W, 3]."""
+    """Convert uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def latent_key(sample: Sample, size: tuple[int, int], flip: bool) -> str:
-    """Names the moments of ``sample`` at ``size``."""
+    """Cache key of the latent moments of ``sample`` at ``size`` (width, height)."""
     return f"{sample.content()}|{size[0]}x{size[1]}|centre|{'flip' if flip else 'plain'}"
 
 
 def text_key(prompt: str) -> str:
-    """Names the text states of ``prompt``."""
+    """Cache key of the text embeddings of ``prompt``."""
     return f"text|{prompt}"

@@ -1,4 +1,4 @@
-"""Data from a folder of images."""
+"""Data module for a folder of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdtune.images.files import open_image, resize_and_crop
 
 
 class FileSample:
-    """An image file with its caption."""
+    """Sample that is read from an image file."""
 
     def __init__(self, image: CaptionedImage, repeats: int) -> None:
         self.path, self.caption, self.size = image.path, image.caption, image.size
@@ -41,37 +41,43 @@ class FileSample:
 
     @property
     def mask_path(self) -> Path:
-        """``image.mask.png`` beside ``image.jpg``."""
+        """Path of the mask: ``image.mask.png`` next to ``image.jpg``."""
         return self.path.with_name(f"{self.path.stem}{MASK}")
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(open_image(self.mask_path), size, offset, flip)[..., 0]
 
     def check_mask(self) -> None:
-        """UserError where there is no mask of the image's size."""
+        """Check that there is a mask of the image's size.
+
+        Raises:
+            UserError: the mask is missing or has another size.
+        """
         if not self.mask_path.is_file():
             raise UserError(
-                f"{self.mask_path} is missing", key="data.masked", remedy=f"draw one of {self.path.name}, white counts"
-            )
-        if (found := open_image(self.mask_path).size) != self.size:
-            raise UserError(
-                f"{self.mask_path} is {found[0]}x{found[1]} pixels, its image {self.size[0]}x{self.size[1]}",
+                f"{self.mask_path} is missing",
                 key="data.masked",
-                remedy="make them equal",
+                remedy=f"add a mask of {self.path.name}, white where the loss counts",
+            )
+        if (size := open_image(self.mask_path).size) != self.size:
+            raise UserError(
+                f"{self.mask_path} is {size[0]}x{size[1]} pixels but its image is {self.size[0]}x{self.size[1]}",
+                key="data.masked",
+                remedy="save the mask at the size of the image",
             )
 
 
 @dataclass(kw_only=True, eq=False)
 class Folder(ImageDataModule):
-    """A folder of one's own images; :func:`sdtune.data.folder.read_image_folder` tells where captions come from.
+    """Data module for a folder of images; :func:`sdtune.data.folder.read_image_folder` documents the captions.
 
     Args:
-        path: the folder.
-        prompt: caption of the images that have none of their own.
-        trigger: put before each caption, and never dropped.
-        repeats: how often each image counts, on top of what a ``10_words`` folder says.
-        hold_out: every so-manieth image (10: one in ten) is kept for the validation loss, not trained on.
-        validation_path: a folder of its own for the validation loss.
+        path: folder of the images.
+        prompt: caption of the images that have no other caption.
+        trigger: trigger word, put before each caption and never dropped.
+        repeats: repeats of each image, multiplied by the number in a folder name such as ``10_words``.
+        hold_out: hold out every n-th image for the validation loss (10: one in ten).
+        validation_path: separate folder of images for the validation loss.
     """
 
     path: str
@@ -88,33 +94,37 @@ class Folder(ImageDataModule):
         self.name = Path(self.path).expanduser().resolve().name
         self.keep = self.trigger or ""
         if self.hold_out and self.validation_path:
-            raise UserError("data.hold_out and data.validation_path: name one of the two")
+            raise UserError(
+                "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"
+            )
 
     def _images(self, path: str) -> list[CaptionedImage]:
-        templated = {"ask": 'give the bare word, data.prompt="<my_cat>", for data.templates to go around'}
-        images = read_image_folder(path, self.prompt, self.trigger, **(templated if self.templates else {}))
+        remedy = {"ask": 'set data.prompt to the new token alone, such as data.prompt="<my_cat>", for data.templates'}
+        images = read_image_folder(path, self.prompt, self.trigger, **(remedy if self.templates else {}))
         check_images(images)
         return list(images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
         assert isinstance(self.class_prompt, str | None)
-        ask = 'give one for them all with data.class_prompt="a photo of a dog", or a .txt file beside each'
-        images = read_image_folder(path, self.class_prompt, key="data.class_path", ask=ask)
+        remedy = 'set data.class_prompt="a photo of a dog", or add a .txt file next to each image'
+        images = read_image_folder(path, self.class_prompt, key="data.class_path", ask=remedy)
         check_images(images)
         return [FileSample(p, 1) for p in images]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        found = self._images(self.path)
-        kept = found[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
+        images = self._images(self.path)
+        validation_images = images[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
         if self.validation_path:
-            kept = self._images(self.validation_path)
-        elif self.hold_out and not kept:
+            validation_images = self._images(self.validation_path)
+        elif self.hold_out and not validation_images:
             raise UserError(
-                f"{self.path} has {len(found)} images, too few to hold out one in {self.hold_out}", key="data.hold_out"
+                f"{self.path} has {len(images)} images, too few to hold out one in {self.hold_out}",
+                key="data.hold_out",
+                remedy="set a smaller number or add images",
             )
-        away = {image.path for image in kept}
-        train = [FileSample(p, self.repeats) for p in found if p.path not in away]
-        held_out = [FileSample(p, 1) for p in kept]
+        validation_paths = {image.path for image in validation_images}
+        train = [FileSample(image, self.repeats) for image in images if image.path not in validation_paths]
+        held_out = [FileSample(image, 1) for image in validation_images]
         if self.masked:
             for sample in (*train, *held_out):
                 sample.check_mask()

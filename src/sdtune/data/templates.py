@@ -1,6 +1,7 @@
-"""Prompt templates around an image's caption, as in Textual Inversion.
+"""Prompt templates for captions, as in Textual Inversion.
 
-Gal et al. 2022, supplementary material: neutral texts adapted from CLIP's for ImageNet, and their like for a style.
+Gal et al. 2022, supplementary material: neutral texts adapted from CLIP's ImageNet templates, and similar ones for
+styles.
 """
 
 from __future__ import annotations
@@ -63,16 +64,20 @@ _STYLE = (
 
 
 def templates(wanted: TemplateSet | Sequence[str] | None) -> tuple[str, ...]:
-    """The family's templates, or one's own; ``{}`` alone for None. UserError for one without exactly one ``{}``."""
+    """Return the templates of a predefined set or a user's list; ``{}`` alone for None.
+
+    Raises:
+        UserError: a template does not contain ``{}`` exactly once, or the list is empty.
+    """
     if wanted is None:
         return ("{}",)
     if isinstance(wanted, str):
         return {"object": _OBJECT, "style": _STYLE}[wanted]
     for template in wanted:
         if template.count("{}") != 1:
-            raise UserError(f"{template!r} needs exactly one {{}}, where the caption goes", key="data.templates")
+            raise UserError(f"{template!r} must contain {{}} exactly once, for the caption", key="data.templates")
     if not wanted:
         raise UserError(
-            "the list is empty", key="data.templates", remedy="give object, style, or texts with {} in them"
+            "the list is empty", key="data.templates", remedy="set object, style, or a list of texts with {}"
         )
     return tuple(wanted)

@@ -1,4 +1,4 @@
-"""Measuring what training changed, on the artifact that other programs load."""
+"""Evaluation metrics of a run's saved artifact and of its base model."""
 
 from sdtune.evaluation.subject_metrics import ClipMetrics
 

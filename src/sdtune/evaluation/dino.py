@@ -1,4 +1,4 @@
-"""DINO and DINOv2 metrics: likeness of images without text."""
+"""DINO metric: image similarity to reference images by DINO or DINOv2 embeddings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from sdtune.evaluation.model_names import check_named_model
 
 
 def check_dino(name: str) -> None:
-    """UserError where ``name`` is no folder with a DINO or DINOv2; reads its config alone."""
-    # The first DINO is a plain ViT in transformers.
+    """Raise UserError unless ``name`` is a folder with a DINO or DINOv2 model; loads no weights."""
+    # In transformers the original DINO has the model type of a plain ViT.
     check_named_model("dino", name, "DINO or DINOv2", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"))
 
 
 class Dino:
-    """A model of that family (Caron et al. 2021; Oquab et al. 2023) in a local folder.
+    """DINO or DINOv2 model (Caron et al. 2021; Oquab et al. 2023) from a local folder; embeds images.
 
-    Embeddings are the class token's, of unit length, so products are cosines in [-1, 1].
+    An embedding is the class token, normalized to unit length, so dot products are cosine similarities in [-1, 1].
+
+    Raises:
+        UserError: the folder has no image model that transformers can load.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -38,20 +41,24 @@ class Dino:
             model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = shorten(str(error), 200, placeholder=" ...")
-            raise UserError(f"{path} holds no model of images ({reason})", key="evaluation.dino") from error
+            raise UserError(
+                f"cannot load {path} as an image model ({reason})",
+                key="evaluation.dino",
+                remedy="name a local folder with a DINO or DINOv2 model",
+            ) from error
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
 
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Embeddings float32 [N, D] of uint8 [H, W, 3] images."""
-        rows = []
+        embeddings = []
         for first in range(0, len(images), 64):
             batch = [Image.fromarray(p) for p in images[first : first + 64]]
             inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
-            rows.append(F.normalize(self.model(**inputs).last_hidden_state[:, 0].float(), dim=-1))
-        return torch.cat(rows)
+            embeddings.append(F.normalize(self.model(**inputs).last_hidden_state[:, 0].float(), dim=-1))
+        return torch.cat(embeddings)
 
 
 def dino_image(dino: Dino, images: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
-    """Mean cosine between each image and each reference, in [-1, 1] (DINO of Ruiz et al. 2023, section 4.2)."""
+    """DINO: mean cosine similarity of all image-reference pairs, in [-1, 1] (Ruiz et al. 2023, section 4.2)."""
     return float((dino.images(images) @ dino.images(references).T).mean())

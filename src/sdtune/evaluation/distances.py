@@ -1,4 +1,4 @@
-"""Distances between sets of embeddings: diversity, memorisation, drift of the class."""
+"""Distances between sets of embeddings: diversity, memorization, drift of the class prior."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from torch import Tensor, nn
 
 
 def distances(embeddings: Tensor) -> list[float]:
-    """Of each of ``embeddings`` [N, D] of unit length, N at least 2, the mean cosine distance to the others, in [0, 2].
+    """Mean cosine distance, in [0, 2], of each of ``embeddings`` [N, D] (unit length, N >= 2) to the others.
 
-    Their mean is the diversity, which Ruiz et al. 2022 (section 4.1, DIV) take of LPIPS: 0 where all images are one.
+    The mean of the result is the diversity: 0 if all images are identical. Ruiz et al. 2022 (section 4.1, DIV) compute
+    it with LPIPS instead.
     """
     count = len(embeddings)
     assert count >= 2
     products = embeddings @ embeddings.T
-    found: list[float] = (1 - (products.sum(1) - products.diagonal()) / (count - 1)).tolist()
-    return found
+    means: list[float] = (1 - (products.sum(1) - products.diagonal()) / (count - 1)).tolist()
+    return means
 
 
 def nearest(images: Tensor, shown: Tensor) -> list[float]:
-    """Of each of ``images`` [N, D] the greatest cosine to any of the training images ``shown`` [M, D], in [-1, 1].
+    """Cosine similarity, in [-1, 1], of each of ``images`` [N, D] to its nearest training image in ``shown`` [M, D].
 
-    1 is a copy, as far as the embeddings see (Somepalli et al. 2023, section 4, who use it to find copies). A subject
-    that is met well is near too, so read it beside ``diversity``.
+    1 means a copy, as far as the embeddings can tell; Somepalli et al. 2023 (section 4) detect copies this way. A
+    well-learned subject also has a high similarity, so read it together with ``diversity``.
     """
-    found: list[float] = (images @ shown.T).amax(dim=1).tolist()
-    return found
+    similarities: list[float] = (images @ shown.T).amax(dim=1).tolist()
+    return similarities
 
 
-class _Given(nn.Identity):
-    """An extractor for what is extracted already."""
+class _PrecomputedFeatures(nn.Identity):
+    """Feature extractor for torchmetrics that returns its inputs, which are embeddings already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -39,21 +40,21 @@ class _Given(nn.Identity):
 
 
 def prior_drift(ours: Tensor, base: Tensor) -> float:
-    """Kernel distance between two sets of embeddings [N, D] and [M, D] of unit length; 0 where they are of one kind.
+    """Kernel distance of two sets of unit-length embeddings [N, D] and [M, D]; about 0 for the same distribution.
 
-    The unbiased squared MMD under the kernel (cosine + 1)^3, which is KID's (Binkowski et al. 2018, section 4) on
-    embeddings of a CLIP in place of Inception's: not comparable with published KIDs. It may be a little below 0, and is
-    at most 16.
+    Unbiased squared MMD with the kernel (cosine + 1)^3, as in KID (Binkowski et al. 2018, section 4), but with CLIP
+    embeddings instead of Inception's: not comparable with published KID values. It can be slightly negative and is at
+    most 16.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     width = ours.shape[1]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it keeps all features, which are few here
-        metric = KernelInceptionDistance(_Given(width), subsets=1, subset_size=min(len(ours), len(base)))
-    # Its kernel divides products by the width.
+        warnings.simplefilter("ignore", UserWarning)  # warns that all features stay in memory; they are few
+        metric = KernelInceptionDistance(_PrecomputedFeatures(width), subsets=1, subset_size=min(len(ours), len(base)))
+    # The kernel of torchmetrics divides dot products by the embedding width.
     metric.update(base.cpu() * width**0.5, real=True)
     metric.update(ours.cpu() * width**0.5, real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # it draws a subset where one set is the larger
+        torch.manual_seed(0)  # torchmetrics draws a subset of the larger set
         return float(metric.compute()[0])

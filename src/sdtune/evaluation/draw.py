@@ -1,4 +1,4 @@
-"""Images of a run's artifact, and of the model without it."""
+"""Image generation for evaluations: with a run's artifact, and with the base model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.files import replacing
 from sdtune.hardware.precision import precision
-from sdtune.images.files import CENTRE
+from sdtune.images.files import CENTER
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
 from sdtune.paths import cache_folder
@@ -26,56 +26,56 @@ from sdtune.sampling.loop import Request, Sampling, generate
 log = logging.getLogger("sdtune")
 
 REFERENCES = 64
-"""Training images that stand for the subject, at most."""
+"""Maximum number of training images that generated images are compared with."""
 
 
 @contextmanager
 def trained(source: Pretrained, artifact: Path, name: str, device: torch.device) -> Iterator[Backbone]:
-    """The backbone with the artifact of a run: what others load is what is measured, not the weights in memory."""
-    whole = artifact / name
-    pipeline = (whole / "model_index.json").is_file()
-    own = source.trained(whole) if pipeline else source
-    backbone = own.load().to(device)
+    """Context manager that yields the backbone with a run's artifact, loaded from its exported files."""
+    folder = artifact / name
+    is_pipeline = (folder / "model_index.json").is_file()
+    pretrained = source.trained(folder) if is_pipeline else source
+    backbone = pretrained.load().to(device)
     backbone.prepare_for_device(device)
-    nets = controlnets.load_controlnets(backbone, source, [str(whole)]) if whole.is_dir() and not pipeline else []
+    nets = controlnets.load_controlnets(backbone, source, [str(folder)]) if folder.is_dir() and not is_pipeline else []
     files = [adapters.AdapterFile(str(artifact))] if any(artifact.glob("*.safetensors")) else []
     loaded = adapters.load_adapters(backbone, files)
-    full = [1.0] * len(files)
+    strengths = [1.0] * len(files)
     with (
         controlnets.controlnets_applied(backbone, nets, [1.0] * len(nets)),
-        adapters.adapters_applied(backbone, loaded, full, only_to_draw=True),
+        adapters.adapters_applied(backbone, loaded, strengths, only_to_draw=True),
     ):
         yield backbone
 
 
 @contextmanager
 def base(source: Pretrained, device: torch.device) -> Iterator[Backbone]:
-    """The backbone as it was."""
+    """Context manager that yields the base backbone, without the artifact of a run."""
     backbone = source.load().to(device)
     backbone.prepare_for_device(device)
     yield backbone
 
 
-def draw_images(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
-    """The requested images, in bfloat16 where the device multiplies it itself."""
-    kind = backbone.device.type
-    half = precision("auto", kind) == "bf16-mixed"
-    with torch.autocast(kind, torch.bfloat16, enabled=half):
+def generate_images(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+    """Generate the requested images, under bfloat16 autocast if the device supports bfloat16 natively."""
+    device_type = backbone.device.type
+    use_bfloat16 = precision("auto", device_type) == "bf16-mixed"
+    with torch.autocast(device_type, torch.bfloat16, enabled=use_bfloat16):
         return list(generate(backbone, requests, sampling))
 
 
-def draw_base(
+def generate_base_images(
     source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
 ) -> list[np.ndarray]:
-    """What the backbone draws as it was; kept by content, so that runs on one backbone draw it once.
+    """Generate images with the base backbone, cached on disk so that runs with the same backbone generate them once.
 
-    The drawing hangs on the device's kind and precision too, and these name it.
+    The cache key includes the device type and the precision, because the images depend on them.
     """
-    assert not any(request.maps for request in requests), "maps are not in the name"
-    wanted = repr((source.drawing_key(), device.type, precision("auto", device.type), sampling, list(requests)))
-    file = cache_folder() / "base" / f"{hashlib.sha256(wanted.encode()).hexdigest()}.npy"
+    assert not any(request.maps for request in requests), "control maps are not part of the cache key"
+    key = repr((source.image_cache_key(), device.type, precision("auto", device.type), sampling, list(requests)))
+    file = cache_folder() / "base" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # of jobs side by side one draws, and the others wait
+    with FileLock(file.with_suffix(".lock")):  # one of several concurrent jobs generates; the others wait
         if not file.exists():
             _draw_into(file, source, requests, sampling, device)
     return list(np.load(file))
@@ -85,14 +85,14 @@ def _draw_into(
     file: Path, source: Pretrained, requests: Sequence[Request], sampling: Sampling, device: torch.device
 ) -> None:
     with base(source, device) as backbone:
-        images = np.stack(draw_images(backbone, requests, sampling))
+        images = np.stack(generate_images(backbone, requests, sampling))
     with replacing(file, sync=False, alone=True) as partial, partial.open("wb") as handle:
         np.save(handle, images)
 
 
 def references(data: ImageDataModule) -> list[np.ndarray]:
-    """Training images as they are trained, at most :data:`REFERENCES` of them, spread over all."""
+    """Training images, center-cropped to their buckets: at most :data:`REFERENCES`, evenly spaced."""
     if len(data.train) > REFERENCES:
-        log.info("evaluation: compared with %d of %d training images", REFERENCES, len(data.train))
+        log.info("evaluation: generated images are compared with %d of %d training images", REFERENCES, len(data.train))
     step = max(1, len(data.train) // REFERENCES)
-    return [s.pixels(data.bucket(s), CENTRE, False) for s in data.train[::step]][:REFERENCES]
+    return [s.pixels(data.bucket(s), CENTER, False) for s in data.train[::step]][:REFERENCES]

@@ -1,4 +1,4 @@
-"""The same images at several LoRA strengths, to choose one by."""
+"""Grid of the same images at several LoRA strengths, to choose a strength."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import base, draw_images
+from sdtune.evaluation.draw import base, generate_images
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import lora as adapters
@@ -29,9 +29,9 @@ def strength_grid(
     device: torch.device,
     folder: Path,
 ) -> None:
-    """``folder/strengths.png``: a row a strength, a column a request, at most four; nothing without a LoRA.
+    """Write ``folder/strengths.png``: one row per strength, one column for each of the first four requests.
 
-    Strength 0 is the base, with the words that were learned beside.
+    Strength 0 is the base model with the learned embeddings of the new tokens. Writes nothing without a LoRA.
     """
     if not (artifact / FILE_NAME).is_file():
         return
@@ -41,8 +41,8 @@ def strength_grid(
         rows = []
         for strength in STRENGTHS:
             with adapters.adapters_applied(backbone, loaded, [strength], only_to_draw=True):
-                rows.append(draw_images(backbone, shown, sampling))
+                rows.append(generate_images(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")
     if len(requests) > _COLUMNS:
-        log.info("strengths.png: the first %d of %d prompts", _COLUMNS, len(requests))
+        log.info("strengths.png: shows the first %d of %d prompts", _COLUMNS, len(requests))

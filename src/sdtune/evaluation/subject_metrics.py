@@ -1,4 +1,4 @@
-"""Evaluation for any backbone: fixed prompts and seeds, before and after training."""
+"""Metrics for any backbone, on fixed prompts and seeds, of the base and the trained model."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from sdtune.evaluation.agreement import agreement
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import draw_base, draw_images, references, trained
+from sdtune.evaluation.draw import generate_base_images, generate_images, references, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.sampling.loop import Request, Sampling
 
 
 class ClipMetrics:
-    """Metrics of the trained model and (``base_``) of the base, on fixed prompts and seeds, by a CLIP that is named.
+    """CLIP, DINO and control metrics of the trained model and of the base (``base_...``), on fixed prompts and seeds.
 
-    ``clip_image``, ``clip_text``: likeness to the training images and to the prompts. ``diversity``: mean distance
-    between the images (:func:`sdtune.evaluation.distances.distances`). ``memorisation``: mean likeness to the nearest
-    training image (:func:`sdtune.evaluation.distances.nearest`). ``prior_drift``, where the data has a class
-    prompt: distance between the class's images and the base's (:func:`sdtune.evaluation.distances.prior_drift`).
-    ``dino_image``: as ``clip_image``, by a DINO. ``control_agreement``, for a ControlNet: mean agreement of the asked
-    map with that of the image (:func:`sdtune.evaluation.agreement.agreement`); the base sees the prompt alone, and
-    shows what agrees by chance.
+    ``clip_image``, ``clip_text``: CLIP similarity to the training images and to the prompts. ``diversity``: mean
+    distance between the images (:func:`sdtune.evaluation.distances.distances`). ``memorisation``: mean similarity to
+    the nearest training image (:func:`sdtune.evaluation.distances.nearest`). ``prior_drift``, if the data has a class
+    prompt: distance between the class images of the trained model and of the base
+    (:func:`sdtune.evaluation.distances.prior_drift`). ``dino_image``: like ``clip_image``, with DINO.
+    ``control_agreement``, for a ControlNet: mean agreement of the requested map with the map extracted from the image
+    (:func:`sdtune.evaluation.agreement.agreement`); the base receives only the prompt and shows the agreement by
+    chance.
 
     Args:
-        prompts: what is drawn; the data's own captions (at most eight) if None.
-        images: how many images in all, shared out over the prompts; as many of the class.
-        seed: of the first image; the others follow.
-        clip: the folder of a CLIP; without one its metrics are null, and nothing is downloaded.
-        dino: the folder of a DINO or DINOv2, likewise.
-        sampling: how.
+        prompts: prompts of the images; None: captions of the data, at most eight.
+        images: number of images, distributed over the prompts; also the number of class images.
+        seed: seed of the first image; each next image adds 1.
+        clip: folder of a CLIP model, or pocket; null: its metrics are null. Nothing is downloaded.
+        dino: folder of a DINO or DINOv2 model; null: its metrics are null. Nothing is downloaded.
+        sampling: sampling settings.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class ClipMetrics:
         self.sampling = sampling or Sampling()
 
     names = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image", "control_agreement", "prior_drift")
-    """Of its metrics."""
+    """Names of the metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """UserError before any weights are loaded."""
+        """Raise UserError if the settings cannot be evaluated, before any weights are loaded."""
         self.sampling.check(facts.factor)
         if self.clip is not None:
             clip_model.check_clip(self.clip)
@@ -74,10 +75,10 @@ class ClipMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The metrics; grids of what was measured go to ``folder``."""
-        asked = preview_prompts(data, self.prompts, 8, self.sampling.size(source.facts.side))
-        shown_for = [asked[i % len(asked)] for i in range(self.count)]
-        requests = [Request(one.prompt, self.seed + i, one.maps) for i, one in enumerate(shown_for)]
+        """Compute the metrics; writes grids of the measured images to ``folder``."""
+        previews = preview_prompts(data, self.prompts, 8, self.sampling.size(source.facts.side))
+        cycled = [previews[i % len(previews)] for i in range(self.count)]
+        requests = [Request(preview.prompt, self.seed + i, preview.maps) for i, preview in enumerate(cycled)]
         metrics: dict[str, Any] = {}
         if self.clip is not None or self.dino is not None or isinstance(data.control, FromImage):
             metrics = self._measured(source, data, artifact, name, device, folder, requests)
@@ -85,15 +86,15 @@ class ClipMetrics:
         return {**metrics, **_null(metrics, self._reasons(data))}
 
     def _reasons(self, data: ImageDataModule) -> dict[str, str]:
-        """Why metrics that are missing are."""
-        ours = ("clip_image", "clip_text", "diversity", "memorisation")
-        without = "no {}: evaluation.{}=FOLDER measures with one; nothing is downloaded unasked"
-        reasons = {f"{prefix}{key}": without.format("CLIP named", "clip") for prefix in ("", "base_") for key in ours}
+        """Reason for each metric that may be missing."""
+        clip_names = ("clip_image", "clip_text", "diversity", "memorisation")
+        no_model = "no {} model; set evaluation.{}=FOLDER (nothing is downloaded)"
+        reasons = {f"{prefix}{key}": no_model.format("CLIP", "clip") for prefix in ("", "base_") for key in clip_names}
         for prefix in ("", "base_"):
-            reasons[f"{prefix}dino_image"] = without.format("DINO named", "dino")
-        drift = "the data has no data.class_prompt" if self.clip else without.format("CLIP named", "clip")
-        none = "the data has no control maps" if data.control is None else "its maps are not made from images"
-        return {**reasons, "prior_drift": drift, "control_agreement": none, "base_control_agreement": none}
+            reasons[f"{prefix}dino_image"] = no_model.format("DINO", "dino")
+        drift = "data.class_prompt is not set" if self.clip else no_model.format("CLIP", "clip")
+        no_map = "the data has no control maps" if data.control is None else "its maps are not extracted from images"
+        return {**reasons, "prior_drift": drift, "control_agreement": no_map, "base_control_agreement": no_map}
 
     def _measured(
         self,
@@ -105,42 +106,46 @@ class ClipMetrics:
         folder: Path,
         requests: Sequence[Request],
     ) -> dict[str, Any]:
-        others = self._class(data) if self.clip is not None else []
-        shown = references(data)
+        class_requests = self._class_requests(data) if self.clip is not None else []
+        training_images = references(data)
         metrics: dict[str, Any] = {}
-        classes: list[Tensor] = []
-        # The base reads no map, and draws the same for all runs of a sweep.
-        drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in (*requests, *others)], self.sampling, device)}
+        class_embeddings: list[Tensor] = []
+        # Without control maps, the base model's cached images serve all runs of a sweep.
+        generated = {
+            "base_": generate_base_images(
+                source, [replace(r, maps=()) for r in (*requests, *class_requests)], self.sampling, device
+            )
+        }
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
-        # Loaded when the images are there: where runs share a backbone, all of them wait for the drawing.
+            generated[""] = generate_images(backbone, [*requests, *class_requests], self.sampling)
+        # Load these models after sampling: runs that share a backbone wait for each other's sampling.
         clip = Clip(self.clip, device) if self.clip is not None else None
         dino = Dino(self.dino, device) if self.dino is not None else None
-        for prefix, whole in drawn.items():
-            images, of_class = whole[: self.count], whole[self.count :]
+        for prefix, all_images in generated.items():
+            images, class_images = all_images[: self.count], all_images[self.count :]
             if clip is not None:
-                embedded, training = clip.images(images), clip.images(shown)
-                metrics[f"{prefix}clip_image"] = clip_image(clip, images, shown)
+                embedded, training = clip.images(images), clip.images(training_images)
+                metrics[f"{prefix}clip_image"] = clip_image(clip, images, training_images)
                 metrics[f"{prefix}clip_text"] = clip_text(clip, images, [r.prompt for r in requests])
                 metrics[f"{prefix}diversity"] = fmean(distances(embedded))
                 metrics[f"{prefix}memorisation"] = fmean(nearest(embedded, training))
-                classes += [clip.images(of_class)] if of_class else []
+                class_embeddings += [clip.images(class_images)] if class_images else []
             if dino is not None:
-                metrics[f"{prefix}dino_image"] = dino_image(dino, images, shown)
+                metrics[f"{prefix}dino_image"] = dino_image(dino, images, training_images)
             if isinstance(data.control, FromImage):
-                pairs = zip(requests, data.control.again(images, device), strict=True)
-                agreed = [agreement(data.control.task, request.maps[0], found) for request, found in pairs]
-                metrics[f"{prefix}control_agreement"] = fmean(agreed)
-            for kind, found in (("images", images), ("class", of_class)):
-                if found:
-                    sheet = grid([found[i : i + 8] for i in range(0, min(64, len(found)), 8)])
+                pairs = zip(requests, data.control.extract_maps(images, device), strict=True)
+                agreements = [agreement(data.control.task, request.maps[0], extracted) for request, extracted in pairs]
+                metrics[f"{prefix}control_agreement"] = fmean(agreements)
+            for kind, group in (("images", images), ("class", class_images)):
+                if group:
+                    sheet = grid([group[i : i + 8] for i in range(0, min(64, len(group)), 8)])
                     save_png(sheet, folder / f"{prefix or 'trained_'}{kind}.png")
-        if classes:
-            metrics["prior_drift"] = prior_drift(classes[1], classes[0])
+        if class_embeddings:
+            metrics["prior_drift"] = prior_drift(class_embeddings[1], class_embeddings[0])
         return metrics
 
-    def _class(self, data: ImageDataModule) -> list[Request]:
-        """As many images of the class, where the data names it."""
+    def _class_requests(self, data: ImageDataModule) -> list[Request]:
+        """Requests for as many class images; empty if the data has no class prompt."""
         prompts = data.class_prompts
         if not prompts:
             return []
@@ -148,6 +153,6 @@ class ClipMetrics:
 
 
 def _null(metrics: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
-    """What was not measured, with its reasons."""
+    """Null values of the metrics that were not computed, with their reasons."""
     missing = {key: reason for key, reason in reasons.items() if key not in metrics}
     return {**dict.fromkeys(missing), **({"reasons": missing} if missing else {})}

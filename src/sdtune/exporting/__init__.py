@@ -1,4 +1,4 @@
-"""A trained artifact in other programs' formats, with its model card."""
+"""Export of trained artifacts to the formats of other programs, and model cards."""
 
 from sdtune.exporting.artifact import Artifact, find_artifact
 from sdtune.exporting.card import write_card

@@ -1,4 +1,4 @@
-"""Find what an artifact's folder or file holds, a run's or another program's."""
+"""Detect the kind of an artifact: a run's artifact folder, or a file or folder of another program."""
 
 from __future__ import annotations
 
@@ -20,64 +20,63 @@ Kind = Literal["lora", "words", "controlnet", "model"]
 
 @dataclass(frozen=True)
 class Artifact:
-    """One thing, and the words that were learned beside it.
+    """A trained artifact and the embeddings of the new tokens that were trained with it.
 
     Attributes:
-        kind: what it is.
+        kind: ``lora``, ``words`` (embeddings of new tokens), ``controlnet`` or ``model``.
         path: its file or folder.
-        words: the vectors of new words, of ``words`` itself or beside a LoRA or a model.
-        name: what its files are called.
+        name: name of its files, without suffix.
+        words: embedding vectors of new tokens, of an artifact of kind ``words`` or stored with a LoRA or a model.
     """
 
     kind: Kind
     path: Path
     name: str
-    words: embeddings.Words = field(default_factory=dict)
+    words: embeddings.TokenVectors = field(default_factory=dict)
 
 
 def find_artifact(path: Path, key: str) -> Artifact:
-    """What ``path`` is: a run's ``artifact`` folder, or a LoRA, an embedding, a ControlNet or a model by itself.
+    """Artifact at ``path``: a run's ``artifact`` folder, or a LoRA, an embedding, a ControlNet or a model alone.
 
     Raises:
-        UserError: none of these.
+        UserError: ``path`` is none of these; it names the setting ``key``.
     """
     if path.is_file():
-        return _of_file(path, key)
+        return _from_file(path, key)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist", key=key, remedy="name a run's artifact folder, or a file")
+        raise UserError(f"{path} does not exist", key=key, remedy="use a run's artifact folder or a file")
     if (path / "model_index.json").is_file():
         return Artifact("model", path, path.name)
-    if _is_net(path):
+    if _is_controlnet_folder(path):
         return Artifact("controlnet", path, path.name)
     words = embeddings.read_folder(path)
-    there = [entry for entry in path.iterdir() if not is_partial(entry)]
-    wholes = sorted(entry for entry in there if (entry / "model_index.json").is_file() or _is_net(entry))
-    if wholes:
-        whole = wholes[0]
-        return Artifact("controlnet" if _is_net(whole) else "model", whole, whole.name, words)
+    entries = [entry for entry in path.iterdir() if not is_partial(entry)]
+    models = sorted(e for e in entries if (e / "model_index.json").is_file() or _is_controlnet_folder(e))
+    if models:
+        model = models[0]
+        return Artifact("controlnet" if _is_controlnet_folder(model) else "model", model, model.name, words)
     if (path / FILE_NAME).is_file():
-        named = [f.stem for f in sorted(path.glob("*.safetensors")) if f.name != FILE_NAME and not _aside(f.stem)]
-        # The other form says more: alpha, the words that call it up, the steps.
+        kohya = [f.stem for f in sorted(path.glob("*.safetensors")) if f.name != FILE_NAME and not _is_other(f.stem)]
+        # Prefer the kohya file: its metadata contains alpha, the trigger words and the number of steps.
         return Artifact(
-            "lora", path / (f"{named[0]}.safetensors" if named else FILE_NAME), (named or ["lora"])[0], words
+            "lora", path / (f"{kohya[0]}.safetensors" if kohya else FILE_NAME), (kohya or ["lora"])[0], words
         )
     if words:
         return Artifact("words", path, embeddings.word(next(iter(words))), words)
-    raise UserError(
-        f"{path} holds no LoRA, embedding, ControlNet or model", key=key, remedy="name a run's artifact folder"
-    )
+    raise UserError(f"no LoRA, embedding, ControlNet or model in {path}", key=key, remedy="use a run's artifact folder")
 
 
-def _aside(stem: str) -> bool:
+def _is_other(stem: str) -> bool:
+    """Whether the file ``stem`` is a snapshot or an embedding, not a LoRA."""
     return embeddings.intermediate(stem) or stem.startswith(embeddings.FILE_NAME)
 
 
-def _is_net(folder: Path) -> bool:
+def _is_controlnet_folder(folder: Path) -> bool:
     file = folder / "config.json"
     return file.is_file() and json.loads(file.read_text()).get("_class_name") == "ControlNetModel"
 
 
-def _of_file(path: Path, key: str) -> Artifact:
+def _from_file(path: Path, key: str) -> Artifact:
     if path.suffix in PICKLES:
         return Artifact("model", path, path.stem)
     tensors, metadata = read_safetensors(path)
@@ -89,4 +88,4 @@ def _of_file(path: Path, key: str) -> Artifact:
         return Artifact("lora", path, path.stem)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return Artifact("model", path, path.stem)
-    raise UserError(f"{path} is no LoRA, embedding, ControlNet or whole model", key=key)
+    raise UserError(f"{path} is not a LoRA, embedding, ControlNet or full model", key=key)

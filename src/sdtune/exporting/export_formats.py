@@ -1,4 +1,4 @@
-"""Export formats: diffusers, kohya, pipeline folder, single file; merged, extracted, reduced."""
+"""Export formats (diffusers, kohya, pipeline folder, single file), with LoRA merging, extraction and rank reduction."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
     "controlnet": ("diffusers", "single_file"),
     "model": get_args(Format),
 }
-"""What each kind can be written as."""
+"""Export formats of each kind of artifact."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """How an artifact is written.
+    """Settings of an export.
 
     Args:
-        format: ``diffusers``: as diffusers loads it; ``kohya``: a LoRA for A1111, ComfyUI and kohya's tools, a word for
-            A1111, and of a whole model the LoRA that is its difference from the backbone; ``pipeline`` and
-            ``single_file``: a whole model, a LoRA merged into it.
-        dtype: of its tensors.
-        strength: at which a LoRA is merged.
-        rank: of a LoRA that is reduced, or extracted from a model.
-        energy: the share of the squared singular values that such a LoRA keeps.
-        alpha: of kohya's form: as trained, or folded into the matrices, so that it equals the rank.
+        format: ``diffusers``: the format that diffusers loads; ``kohya``: a LoRA for A1111, ComfyUI and kohya's tools,
+            an embedding for A1111, or a LoRA extracted from a full model (its difference from the backbone);
+            ``pipeline`` and ``single_file``: a full model, with a LoRA merged into it.
+        dtype: dtype of the tensors.
+        strength: strength at which a LoRA is merged.
+        rank: rank of a reduced LoRA, or of a LoRA extracted from a model.
+        energy: share of the squared singular values to keep in each module.
+        alpha: alpha of the kohya format: ``kept`` as trained, or ``folded`` into the matrices (alpha = rank).
     """
 
     format: Format
@@ -73,35 +73,39 @@ class Export:
     alpha: Literal["kept", "folded"] = "kept"
 
     def check(self, artifact: Artifact) -> None:
-        """UserError for a form that ``artifact`` has not."""
+        """Raise UserError if ``artifact`` cannot be exported with these settings."""
         known = FORMATS[artifact.kind]
         if self.format not in known:
             raise UserError(
-                f"a {artifact.kind} has no form {self.format}", key="format", remedy=f"give format={' or '.join(known)}"
+                f"an artifact of kind {artifact.kind} has no format {self.format}",
+                key="format",
+                remedy=f"set format={' or '.join(known)}",
             )
         lora = self.format == "kohya" or (self.format == "diffusers" and artifact.kind == "lora")
         svd = next((key for key in ("rank", "energy") if getattr(self, key) is not None), None)
         if svd is not None and not (lora and artifact.kind in ("lora", "model")):
-            raise UserError("only a LoRA has one", key=svd, remedy="give format=kohya, or leave it out")
-        merged = artifact.kind == "lora" and self._whole
+            raise UserError("applies only to a LoRA", key=svd, remedy=f"set format=kohya, or remove {svd}")
+        merged = artifact.kind == "lora" and self._is_full_model
         if self.strength != 1.0 and not merged:
             raise UserError(
-                "only a LoRA that is merged has one",
+                "applies only to a LoRA that is merged into a model",
                 key="strength",
-                remedy="give format=pipeline or single_file, or leave it out",
+                remedy="set format=pipeline or single_file, or remove strength",
             )
         if self.alpha == "folded" and not (self.format == "kohya" and artifact.kind in ("lora", "model")):
-            raise UserError("only kohya's form has one", key="alpha", remedy="give format=kohya, or leave it out")
+            raise UserError(
+                "folded applies only to a LoRA in kohya format", key="alpha", remedy="set format=kohya, or remove alpha"
+            )
         if artifact.kind == "model" and self.format == "kohya" and svd is None:
-            raise UserError("a LoRA is to be extracted from a model", key="rank", remedy="give rank=32, or energy=0.95")
+            raise UserError("required to extract a LoRA from a model", key="rank", remedy="set rank=32 or energy=0.95")
 
     def write(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        """Write it into ``folder``; the files and folders made.
+        """Export ``artifact`` into ``folder``, which is created, and return the written files and folders.
 
         Args:
-            artifact: what is written.
+            artifact: the artifact to export.
             source: the backbone that it was trained on.
-            folder: is made.
+            folder: the output folder.
         """
         written = {
             "lora": self._lora,
@@ -109,60 +113,64 @@ class Export:
             "controlnet": self._controlnet,
             "words": lambda *_: [],
         }[artifact.kind](artifact, source, folder)
-        return [*written, *self._words(artifact, source, folder)]
+        return [*written, *self._embeddings(artifact, source, folder)]
 
     def write_card(self, artifact: Artifact, card: Path, folder: Path) -> None:
-        """Beside what :meth:`write` has written into ``folder``: the run's ``card``, saying what form this is."""
+        """Write the run's ``card``, adapted to this export, next to the files of :meth:`write` in ``folder``."""
         lora = artifact.kind == "lora"
-        form = {"pipeline": "a pipeline folder", "single_file": "a single file", "kohya": "kohya's form"}.get(
-            self.format, "diffusers' form"
+        layout = {"pipeline": "a pipeline folder", "single_file": "a single file", "kohya": "kohya format"}.get(
+            self.format, "diffusers format"
         )
-        if lora and self._whole:
+        if lora and self._is_full_model:
             name = self.merged(artifact.name)
-            what = f"A whole Stable Diffusion, {form} in {self.dtype}: a LoRA merged into its base at {self.strength:g}"
+            description = (
+                f"A full Stable Diffusion model in {layout}, {self.dtype}: a LoRA merged into its base model"
+                f" at strength {self.strength:g}"
+            )
         else:
             model = "LoRA extracted from a fine-tuned model" if self.format == "kohya" else "model"
             kinds = {"lora": "LoRA", "words": "learned word", "controlnet": "ControlNet", "model": model}
             name, kind = artifact.name, kinds[artifact.kind]
-            cut = f", reduced to {self._kept}" if lora and self._kept else ""
-            what = f"The {kind} in {form}, {self.dtype}{cut}"
-        write_export_card(folder, card, artifact, name, what, self._whole and lora)
+            reduction = f", reduced to {self._reduction}" if lora and self._reduction else ""
+            description = f"The {kind} in {layout}, {self.dtype}{reduction}"
+        write_export_card(folder, card, artifact, name, description, self._is_full_model and lora)
 
     @property
-    def _kept(self) -> str:
+    def _reduction(self) -> str:
         return f"rank {self.rank}" if self.rank else f"{self.energy:.0%} of its energy" if self.energy else ""
 
-    # --- words
+    # --- embeddings of new tokens
 
-    def _words(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+    def _embeddings(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         if not artifact.words:
             return []
-        # Words belong to the weights that they were learned beside.
-        beside = source.trained(artifact.path) if artifact.kind == "model" else source
-        about = {"sdtune_backbone_hash": beside.hash()}
-        forms = ("diffusers", "kohya") if self._whole else (self.format,)
-        return embeddings.write(folder, artifact.words, "", about, forms, DTYPES[self.dtype])
+        # The hash is of the weights with which the embeddings were trained.
+        trained_with = source.trained(artifact.path) if artifact.kind == "model" else source
+        metadata = {"sdtune_backbone_hash": trained_with.hash()}
+        formats = ("diffusers", "kohya") if self._is_full_model else (self.format,)
+        return embeddings.write(folder, artifact.words, "", metadata, formats, DTYPES[self.dtype])
 
     @property
-    def _whole(self) -> bool:
+    def _is_full_model(self) -> bool:
         return self.format in ("pipeline", "single_file")
 
     # --- LoRA
 
     def _lora(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        adapters.check_file(str(artifact.path), source.hash(), "artifact")  # which warns of another backbone
+        # This warns if the LoRA was trained on another backbone.
+        adapters.check_adapter(str(artifact.path), source.hash(), "artifact")
         backbone = source.load()
         file = adapters.AdapterFile(str(artifact.path))
         [loaded] = adapters.load_adapters(backbone, [file])
-        if self._whole:
+        if self._is_full_model:
             with adapters.adapters_applied(backbone, [loaded], [self.strength]):
-                about = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
-                about["sdtune_base_hash"] = source.hash()
-                return self._whole_model(self.merged(artifact.name), backbone, source, folder, about)
+                artifact_metadata = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
+                artifact_metadata["sdtune_base_hash"] = source.hash()
+                return self._full_model(self.merged(artifact.name), backbone, source, folder, artifact_metadata)
         weights, metadata = loaded.weights, read_metadata(artifact.path)
         if self.rank is not None or self.energy is not None:
             weights, shares = factors.reduce(weights, self.rank, self.energy)
-            _say(weights, shares)
+            _log_energy(weights, shares)
         return self._lora_file(artifact.name, weights, backbone, source, metadata, folder)
 
     def _lora_file(
@@ -175,12 +183,14 @@ class Export:
         folder: Path,
     ) -> list[Path]:
         dtype = DTYPES[self.dtype]
-        about = {"sdtune_backbone_hash": source.hash(), **metadata}
+        artifact_metadata = {"sdtune_backbone_hash": source.hash(), **metadata}
         if self.format == "diffusers":
-            # kohya's fields speak of kohya's file, its hash among them.
-            about = {key: value for key, value in about.items() if not key.startswith(("ss_", "sshs_"))}
+            # The ss_ and sshs_ fields describe the kohya file, including its hash.
+            artifact_metadata = {
+                key: value for key, value in artifact_metadata.items() if not key.startswith(("ss_", "sshs_"))
+            }
             target = folder / diffusers_lora.FILE_NAME
-            diffusers_lora.write(target, weights, about, dtype)
+            diffusers_lora.write(target, weights, artifact_metadata, dtype)
             return [target]
         if self.alpha == "folded":
             weights = weights.folded()
@@ -195,45 +205,47 @@ class Export:
             architecture=kohya_lora.architecture(backbone.facts.family, velocity),
         )
         target = folder / f"{name}.safetensors"
-        kohya_lora.write(target, weights, spec, about, dict(backbone.unet.config), dtype)
+        kohya_lora.write(target, weights, spec, artifact_metadata, dict(backbone.unet.config), dtype)
         return [target]
 
-    # --- whole models
+    # --- full models
 
     def _model(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         tuned = source.trained(artifact.path)
         if self.format != "kohya":
-            return self._whole_model(artifact.name, tuned.load(), tuned, folder, {})
+            return self._full_model(artifact.name, tuned.load(), tuned, folder, {})
         backbone, changed = source.load(), tuned.load()
         if backbone.facts.family != changed.facts.family:
-            raise UserError(f"{source.path} is not what {artifact.path} was trained from", key="backbone.path")
-        before, after = _weights(backbone), _weights(changed)
-        odd = next((m for m, weight in after.items() if m not in before or before[m].shape != weight.shape), None)
-        if odd is not None:
             raise UserError(
-                f"{source.path} is not what {artifact.path} was trained from: {odd} differs", key="backbone.path"
+                f"{artifact.path} was not trained from {source.path}: their model families differ", key="backbone.path"
+            )
+        before, after = _weights(backbone), _weights(changed)
+        mismatch = next((m for m, weight in after.items() if m not in before or before[m].shape != weight.shape), None)
+        if mismatch is not None:
+            raise UserError(
+                f"{artifact.path} was not trained from {source.path}: {mismatch} differs", key="backbone.path"
             )
         weights, shares = factors.extract(after, before, self.rank, self.energy)
         if not weights.pairs:
             raise UserError(
-                f"{artifact.path} has the weights of {source.path} in all that a LoRA can change;"
-                " nothing is to be extracted",
+                f"nothing to extract: in all layers that a LoRA can change, {artifact.path} has the weights"
+                f" of {source.path}",
                 key="artifact",
             )
-        _say(weights, shares)
-        _say_rest(backbone, changed, set(after))
+        _log_energy(weights, shares)
+        _log_unrepresented_change(backbone, changed, set(after))
         return self._lora_file(artifact.name, weights, backbone, source, {}, folder)
 
     def merged(self, name: str) -> str:
-        """What a whole model is called that the LoRA ``name`` is merged into: it goes to another folder of programs."""
+        """Name of the full model with the LoRA ``name`` merged in (programs store it in another folder than LoRAs)."""
         return f"{name}-merged" + (f"-{self.strength:g}" if self.strength != 1.0 else "")
 
-    def _whole_model(
-        self, name: str, backbone: Backbone, source: Pretrained, folder: Path, about: dict[str, str]
+    def _full_model(
+        self, name: str, backbone: Backbone, source: Pretrained, folder: Path, artifact_metadata: dict[str, str]
     ) -> list[Path]:
         if self.format == "single_file":
             target = folder / f"{name}.safetensors"
-            write_single_file(backbone, source, target, DTYPES[self.dtype], about)
+            write_single_file(backbone, source, target, DTYPES[self.dtype], artifact_metadata)
         else:
             target = folder / name
             write_pipeline(backbone, source, target, DTYPES[self.dtype])
@@ -245,33 +257,37 @@ class Export:
         dtype = DTYPES[self.dtype]
         if artifact.path.is_file():
             backbone = source.load()
-            net = load_controlnet(artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor))
-            config, tensors = dict(net.config), net.state_dict()
+            controlnet = load_controlnet(
+                artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor)
+            )
+            config, tensors = dict(controlnet.config), controlnet.state_dict()
         else:
             config = json.loads((artifact.path / "config.json").read_text())
             tensors, _ = read_safetensors(artifact.path / WEIGHTS)
-        opened = artifact.path / "unet"
+        trained_unet = artifact.path / "unet"
         if self.format == "single_file":
-            names = {key: f"control_model.{theirs}" for key, theirs in controlnet_names(tensors, config).items()}
+            names = {key: f"control_model.{name}" for key, name in controlnet_names(tensors, config).items()}
             if config.get("addition_embed_type"):
-                # SDXL's nets came after the authors' layout, and programs look for diffusers' names in their files.
+                # SDXL ControlNets have no original layout; other programs expect the names of diffusers.
                 names = {key: key for key in tensors}
             target = folder / f"{artifact.name}.safetensors"
-            made = {names[key]: value for key, value in cast_tensors(tensors, dtype).items()}
-            write_safetensors(target, made, {"modelspec.title": artifact.name})
-            return [target, *self._opened(artifact, source, folder)] if opened.is_dir() else [target]
+            renamed = {names[key]: value for key, value in cast_tensors(tensors, dtype).items()}
+            write_safetensors(target, renamed, {"modelspec.title": artifact.name})
+            return (
+                [target, *self._model_of_trained_unet(artifact, source, folder)] if trained_unet.is_dir() else [target]
+            )
         target = folder / artifact.name
-        with replacing(target) as place:
+        with replacing(target) as partial:
             if artifact.path.is_file():
-                own = {key: value for key, value in config.items() if not key.startswith("_name")}
-                write_json(place / "config.json", own)
-                write_safetensors(place / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
+                for_safetensors = {key: value for key, value in config.items() if not key.startswith("_name")}
+                write_json(partial / "config.json", for_safetensors)
+                write_safetensors(partial / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
             else:
-                _copy_controlnet(artifact.path, place, dtype)
+                _copy_controlnet(artifact.path, partial, dtype)
         return [target]
 
-    def _opened(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        """The whole model with the UNet that was trained along with a net: programs load the two beside each other."""
+    def _model_of_trained_unet(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+        """Write the full model with the UNet trained together with the ControlNet; programs load both files."""
         backbone = source.load()
         backbone.unet.load_state_dict(read_safetensors(artifact.path / "unet" / WEIGHTS)[0])
         target = folder / f"{artifact.name}-model.safetensors"
@@ -280,7 +296,7 @@ class Export:
 
 
 def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """A ControlNet's folder, with the UNet that was trained along where there is one, its tensors in ``dtype``."""
+    """Copy a ControlNet folder, and its trained UNet if there is one, with tensors in ``dtype``."""
     for part in ("", "unet") if (source / "unet").is_dir() else ("",):
         content, _ = read_safetensors(source / part / WEIGHTS)
         write_json(target / part / "config.json", json.loads((source / part / "config.json").read_text()))
@@ -289,17 +305,17 @@ def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
         write_json(target / "sdtune.json", json.loads(facts.read_text()))
 
 
-def _number(said: str | None) -> int:
-    return int(said) if said is not None and said.isdigit() else 0
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 0
 
 
-def _side(metadata: dict[str, str], otherwise: int) -> int:
-    said = metadata.get("modelspec.resolution", "").partition("x")[0]
-    return int(said) if said.isdigit() else otherwise
+def _side(metadata: dict[str, str], default: int) -> int:
+    width = metadata.get("modelspec.resolution", "").partition("x")[0]
+    return int(width) if width.isdigit() else default
 
 
 def _weights(backbone: Backbone) -> dict[str, Tensor]:
-    """The weight of each module that a LoRA file may name: of residual and transformer blocks, and text encoders'."""
+    """Weights of the modules that a LoRA file may contain: UNet blocks and text encoders, by canonical name."""
     return {
         canonical(f"{component}.{name}"): layer.weight.data
         for component, name, layer in layers(backbone)
@@ -307,29 +323,29 @@ def _weights(backbone: Backbone) -> dict[str, Tensor]:
     }
 
 
-def _say_rest(before: Backbone, after: Backbone, held: set[str]) -> None:
-    """How much of the change a LoRA has no place for: biases, norms, embeddings, the VAE."""
+def _log_unrepresented_change(before: Backbone, after: Backbone, modules: set[str]) -> None:
+    """Log the share of the squared weight change outside of ``modules``: biases, norms, embeddings, the VAE."""
     inside = outside = 0.0
     for component in ("unet", "vae", *before.encoders):
-        own = dict(getattr(before, component).named_parameters())
+        originals = dict(getattr(before, component).named_parameters())
         for name, value in getattr(after, component).named_parameters():
-            change = float((value.data.float() - own[name].data.float()).square().sum())
-            if canonical(f"{component}.{name}").removesuffix(".weight") in held and name.endswith(".weight"):
+            change = float((value.data.float() - originals[name].data.float()).square().sum())
+            if canonical(f"{component}.{name}").removesuffix(".weight") in modules and name.endswith(".weight"):
                 inside += change
             else:
                 outside += change
     if outside > 0:
         log.info(
-            "LoRA: %.2f%% of the squared change is in what it has no place for", 100 * outside / (inside + outside)
+            "LoRA: %.2f%% of the squared weight change is in parameters that a LoRA cannot contain",
+            100 * outside / (inside + outside),
         )
 
 
-def _say(weights: LoRAWeights, shares: dict[str, float]) -> None:
+def _log_energy(weights: LoRAWeights, shares: dict[str, float]) -> None:
     ranks = sorted(weights.rank(module) for module in weights.pairs)
     mean = sum(shares.values()) / len(shares)
     log.info(
-        "LoRA: %d modules, ranks %d to %d (median %d); of each module's squared change it keeps %.1f%% on average,"
-        " %.1f%% at least",
+        "LoRA: %d modules, ranks %d to %d (median %d); energy kept per module: %.1f%% on average, %.1f%% at least",
         len(ranks),
         ranks[0],
         ranks[-1],

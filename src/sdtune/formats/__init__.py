@@ -1,4 +1,4 @@
-"""Weight files of other programs, read and written: tensors and names, no modules."""
+"""Weight files of other programs, read and written: tensors and names, no models."""
 
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, write_safetensors

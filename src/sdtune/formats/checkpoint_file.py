@@ -1,4 +1,4 @@
-"""A model's tensors in one file: safetensors, or a pickle if it was asked for, read without running its code."""
+"""Tensors of a model in one file: safetensors, or a pickle if allowed, read without executing its code."""
 
 from __future__ import annotations
 
@@ -18,68 +18,76 @@ from sdtune.formats.files import read_safetensors
 
 
 class _Inert:
-    """Stands for a class that a file only names."""
+    """Placeholder for a class that a file references."""
 
 
-_NAMED = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
-"""What the authors' own files name beside their tensors: the training's callbacks, as keys of a table."""
+_INERT_CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+"""Classes referenced in the authors' original files: training callbacks, as keys of a dict."""
 
-_DAMAGE = (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error)
-"""What the reader of pickles raises on bytes that are none."""
+_READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
+"""Exceptions that ``torch.load`` raises for damaged files."""
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of ``path`` and its header's metadata.
+    """Read the tensors and header metadata of ``path``.
 
     Args:
-        path: ``.safetensors``, or a pickle by its suffix.
-        allow_pickle: whether a pickle may be read: with torch's ``weights_only``, which makes tensors and plain
-            containers and refuses everything else.
-        key: of the setting that named it, for messages.
+        path: a ``.safetensors`` file, or a pickle (by its suffix).
+        allow_pickle: whether a pickle may be read: with torch's ``weights_only``, which creates only tensors and plain
+            containers and rejects everything else.
+        key: config key of ``path``, for error messages.
 
     Raises:
-        UserError: a pickle that is not allowed, or holds more than tensors; a file that is damaged.
+        UserError: the file is a pickle that is not allowed or that contains more than tensors, or it is damaged.
     """
     if path.suffix not in PICKLES:
         return read_safetensors(path)
     if not allow_pickle:
         raise UserError(
-            f"{path} is a pickle, which can carry code",
+            f"{path} is a pickle, which can execute code",
             key=key,
-            remedy="get it as .safetensors, or, if you trust where it comes from, set"
-            " backbone.allow_pickle=true: then tensors alone are taken from it",
+            remedy="use a .safetensors file, or, if you trust its source, set backbone.allow_pickle=true"
+            " (only tensors are read)",
         )
     with path.open("rb") as handle:
-        begins = handle.read(1)
-    if not zipfile.is_zipfile(path) and begins not in (b"\x80", b"P"):
-        raise UserError(
-            f"{path} is no checkpoint of torch's, perhaps a web page under that name", key=key, remedy="get it again"
-        )
+        first_byte = handle.read(1)
+    if not zipfile.is_zipfile(path) and first_byte not in (b"\x80", b"P"):
+        raise UserError(f"{path} is not a torch checkpoint (perhaps a web page)", key=key, remedy="download it again")
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _NAMED]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT_CLASSES]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors{_named(path)} and was not read",
+            f"{path} contains more than tensors{_referenced_names(path)} and was not read",
             key=key,
-            remedy="get it as .safetensors, or from someone else",
+            remedy="use a .safetensors file, or a file from another source",
         ) from error
-    except _DAMAGE as error:
-        why = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
-        raise UserError(f"{path} cannot be read ({why})", key=key, remedy="copy it again") from error
+    except _READ_ERRORS as error:
+        reason = shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason})", key=key, remedy="copy or download it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no tensors by name; a checkpoint's state dict is expected", key=key)
+        raise UserError(f"{path} contains no state dict", key=key, remedy="use a checkpoint with tensors by name")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, {}
 
 
-def _named(path: Path) -> str:
-    """The classes and functions that the pickle ``path`` names; they are not known in torch's form before 1.6."""
+def _referenced_names(path: Path) -> str:
+    """Classes and functions that the pickle ``path`` references; unknown for files of torch before 1.6."""
     try:
-        named = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*_NAMED})
-    except (pickle.UnpicklingError, *_DAMAGE):
+        names = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*_INERT_CLASSES})
+    except (pickle.UnpicklingError, *_READ_ERRORS):
         return ", or is damaged,"
-    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    return f" ({', '.join(named[:3])}{more})" if named else ", or is damaged,"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({', '.join(names[:3])}{more})" if names else ", or is damaged,"

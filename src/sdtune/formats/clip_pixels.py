@@ -1,4 +1,4 @@
-"""CLIP's pixel normalisation, as its folder says."""
+"""Pixel normalization of a CLIP model, from its folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def pixel_statistics(folder: Path) -> Statistics:
-    """Mean and standard deviation a channel, of pixels in [0, 1]; OpenAI's where ``folder`` names none."""
+    """Mean and standard deviation per channel for pixels in [0, 1]; OpenAI's values if ``folder`` defines none."""
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return _OPENAI
     content = json.loads(file.read_text())
     mean, std = (
-        tuple(content.get(key, known)) for key, known in zip(("image_mean", "image_std"), _OPENAI, strict=True)
+        tuple(content.get(key, default)) for key, default in zip(("image_mean", "image_std"), _OPENAI, strict=True)
     )
     return mean, std

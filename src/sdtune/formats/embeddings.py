@@ -1,4 +1,4 @@
-"""Learned embeddings as files: ``learned_embeds.safetensors`` of diffusers, and the form of A1111, ComfyUI, kohya."""
+"""Textual inversion embedding files: ``learned_embeds.safetensors`` of diffusers; format of A1111, ComfyUI, kohya."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import Tensor
 from sdtune.formats.files import read_safetensors, write_safetensors
 
 FILE_NAME = "learned_embeds"
-"""Of diffusers' files, which hold one token each: ``learned_embeds.safetensors``, with several one a token."""
+"""Stem of diffusers' embedding files: ``learned_embeds.safetensors``; with several tokens, one file per token."""
 
-Words = dict[str, tuple[Tensor, ...]]
-"""The vectors [N, D] of each word, one of each text encoder: SDXL has two."""
+TokenVectors = dict[str, tuple[Tensor, ...]]
+"""Embedding vectors [N, D] of each token, one tensor per text encoder (two for SDXL)."""
 
 FOLDER = "embeddings"
-"""Of the other form's files, which are called by the word that prompts use."""
+"""Folder of the files in A1111, ComfyUI and kohya format, which are named after the trigger word."""
 
 _VECTORS = "emb_params"
-_TWO = ("clip_l", "clip_g")  # SDXL's encoders, as kohya, A1111, ComfyUI and diffusers' scripts all call them
+# Keys of SDXL's two text encoders, the same in kohya, A1111, ComfyUI and diffusers' scripts.
+_SDXL_KEYS = ("clip_l", "clip_g")
 
 
 def word(token: str) -> str:
-    """``token`` as a file's name, by which A1111 and ComfyUI call it: ``<my_cat>`` is ``my_cat``."""
+    """File name of ``token``, which A1111 and ComfyUI use as the trigger word: ``my_cat`` for ``<my_cat>``."""
     return re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
 
 
 def intermediate(stem: str) -> bool:
-    """Whether a file of this name is a step's or the best step's, beside the one that a run leaves in the end."""
+    """Whether a file with this stem is a snapshot (of a step or of the best step), not a final artifact."""
     return re.search(r"-step\d{8}$|-best$", stem) is not None
 
 
@@ -42,54 +43,62 @@ def write(
     forms: Sequence[str] = ("diffusers", "kohya"),
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Each token's vectors into ``folder``, as the ``forms`` have it; ``mark`` ends the files' names, which come back.
+    """Write the embedding vectors of each token to ``folder`` and return the paths.
 
-    For two text encoders all programs share one form, so the two files hold the same.
+    For two text encoders all programs use the same format, so both files have the same content.
+
+    Args:
+        folder: target folder.
+        vectors: embedding vectors [N, D] of each token, one tensor per text encoder.
+        mark: suffix of the file names.
+        metadata: entries of the safetensors header.
+        forms: export formats.
+        dtype: dtype of the stored vectors.
     """
     written: list[Path] = []
     for token, rows in vectors.items():
-        several = f"_{word(token)}" if len(vectors) > 1 else ""
-        about = {**metadata, "sdtune_token": token}
-        plain, other = (
+        token_suffix = f"_{word(token)}" if len(vectors) > 1 else ""
+        header = {**metadata, "sdtune_token": token}
+        diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
             if len(rows) == 1
-            else ({name: each.to(dtype) for name, each in zip(_TWO, rows, strict=True)},) * 2
+            else ({name: encoder_rows.to(dtype) for name, encoder_rows in zip(_SDXL_KEYS, rows, strict=True)},) * 2
         )
         files = {
-            "diffusers": (folder / f"{FILE_NAME}{several}{mark}.safetensors", plain),
-            "kohya": (folder / FOLDER / f"{word(token)}{mark}.safetensors", other),
+            "diffusers": (folder / f"{FILE_NAME}{token_suffix}{mark}.safetensors", diffusers_tensors),
+            "kohya": (folder / FOLDER / f"{word(token)}{mark}.safetensors", kohya_tensors),
         }
-        for form in forms:
-            write_safetensors(*files[form], about)
-            written.append(files[form][0])
+        for export_format in forms:
+            write_safetensors(*files[export_format], header)
+            written.append(files[export_format][0])
     return written
 
 
-def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Words:
-    """The vectors of each token in what was read from ``source``, in any form; nothing for any other file.
+def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> TokenVectors:
+    """Embedding vectors of each token in ``tensors`` read from ``source``, in any format; empty for any other file.
 
-    In the forms without a token the file's name is the trigger, unless the header names another.
+    In formats that do not store the token, it is the file name, unless the metadata contains ``sdtune_token``.
     """
     rows = {
         key: tensor if tensor.dim() == 2 else tensor[None]
         for key, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.dim() in (1, 2)
     }
-    named = metadata.get("sdtune_token", source.stem)
-    if set(rows) == set(tensors) == set(_TWO):
-        both = tuple(rows[name] for name in _TWO)
-        return {named: both} if len(both[0]) == len(both[1]) else {}
+    token = metadata.get("sdtune_token", source.stem)
+    if set(rows) == set(tensors) == set(_SDXL_KEYS):
+        encoder_rows = tuple(rows[name] for name in _SDXL_KEYS)
+        return {token: encoder_rows} if len(encoder_rows[0]) == len(encoder_rows[1]) else {}
     if len(rows) == len(tensors) == 1:
-        (key, only), *_ = rows.items()
-        return {named if key == _VECTORS else key: (only,)}
+        (key, vectors), *_ = rows.items()
+        return {token if key == _VECTORS else key: (vectors,)}
     return {}
 
 
-def read_folder(folder: Path) -> Words:
-    """Vectors by token, of diffusers' files in ``folder`` but intermediate ones."""
-    found: Words = {}
+def read_folder(folder: Path) -> TokenVectors:
+    """Embedding vectors by token, from diffusers' files in ``folder`` without snapshots."""
+    words: TokenVectors = {}
     for file in sorted(folder.glob(f"{FILE_NAME}*.safetensors")):
         if not intermediate(file.stem):
             tensors, metadata = read_safetensors(file)
-            found |= parse(file, tensors, metadata)
-    return found
+            words |= parse(file, tensors, metadata)
+    return words

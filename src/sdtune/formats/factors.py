@@ -1,6 +1,6 @@
-"""Low-rank factors of a weight difference, and reduction of rank, by singular value decomposition.
+"""LoRA extraction from a weight difference, and rank reduction, by singular value decomposition (SVD).
 
-Eckart & Young 1936: cut after r singular values, a matrix is the nearest one of rank r.
+Eckart & Young 1936: an SVD truncated after r singular values is the nearest matrix of rank r.
 """
 
 from __future__ import annotations
@@ -12,74 +12,76 @@ from torch import Tensor
 
 from sdtune.formats.lora import LoRAWeights
 
-_SMALLEST = 1e-6
-"""Norm of a difference, against the weight's own, below which a module counts as unchanged."""
+_UNCHANGED = 1e-6
+"""Modules whose difference has at most this norm, relative to the norm of the weight, count as unchanged."""
 
 
 def extract(
     tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int | None, energy: float | None
 ) -> tuple[LoRAWeights, dict[str, float]]:
-    """The LoRA that turns ``base`` into about ``tuned``, with alpha = r.
+    """Extract a LoRA that approximates ``tuned`` - ``base``, with alpha = r.
 
     Args:
-        tuned, base: weights by module path, canonical and with its component: [out, in], or [out, in, h, w].
-        rank: at most so many; all that ``energy`` asks for if None.
-        energy: the share of the squared singular values that is kept; all that ``rank`` allows if None.
+        tuned, base: weights by canonical module path with component: [out, in], or [out, in, h, w].
+        rank: maximum rank; if None, only ``energy`` limits it.
+        energy: minimum share of the squared singular values to keep; if None, only ``rank`` limits it.
 
     Returns:
-        The weights, and the share of the squared difference that each module's pair keeps. Modules that have not
-        changed have none.
+        The weights, and the share of the squared difference that each module's pair keeps. Unchanged modules are
+        omitted.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     shares: dict[str, float] = {}
-    for module, after in tuned.items():
-        before = base[module].float()
-        difference = after.float() - before
-        if difference.norm() <= _SMALLEST * before.norm() or _rounded(after.float(), before):
+    for module, tuned_weight in tuned.items():
+        base_weight = base[module].float()
+        difference = tuned_weight.float() - base_weight
+        if difference.norm() <= _UNCHANGED * base_weight.norm() or _differs_by_rounding(
+            tuned_weight.float(), base_weight
+        ):
             continue
-        pairs[module], shares[module] = _factored(difference, rank, energy)
+        pairs[module], shares[module] = _factorize(difference, rank, energy)
     return LoRAWeights(pairs, {module: float(down.shape[0]) for module, (down, _) in pairs.items()}), shares
 
 
-def _rounded(after: Tensor, before: Tensor) -> bool:
-    """Whether the two differ by no more than how they were kept: one of them in half precision."""
-    return any(torch.equal(after.to(half), before.to(half)) for half in (torch.float16, torch.bfloat16))
+def _differs_by_rounding(tuned_weight: Tensor, base_weight: Tensor) -> bool:
+    """Whether the two differ only because one of them was stored in half precision."""
+    return any(torch.equal(tuned_weight.to(dtype), base_weight.to(dtype)) for dtype in (torch.float16, torch.bfloat16))
 
 
-def _factored(difference: Tensor, rank: int | None, energy: float | None) -> tuple[tuple[Tensor, Tensor], float]:
+def _factorize(difference: Tensor, rank: int | None, energy: float | None) -> tuple[tuple[Tensor, Tensor], float]:
     matrix = difference.flatten(1)
     if energy is None and rank is not None and 4 * rank < min(matrix.shape):
-        # Halko et al. 2011: a few times the wanted rank is enough, and takes a fraction of the time.
+        # Randomized SVD (Halko et al. 2011): a small multiple of the target rank is sufficient, and much faster.
         left, values, right = torch.svd_lowrank(matrix, q=2 * rank + 8, niter=4)
-        pair, _ = _cut(left, values, right.T, rank, None, difference.shape)
+        pair, _ = _truncate(left, values, right.T, rank, None, difference.shape)
         return pair, float(values[:rank].square().sum() / matrix.square().sum())
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return _cut(left, values, right, rank, energy, difference.shape)
+    return _truncate(left, values, right, rank, energy, difference.shape)
 
 
 def reduce(weights: LoRAWeights, rank: int | None, energy: float | None) -> tuple[LoRAWeights, dict[str, float]]:
-    """The same changes with fewer ranks; arguments and returns as of :func:`extract`."""
+    """Reduce the rank of ``weights``; arguments and return values as in :func:`extract`."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     shares: dict[str, float] = {}
     for module, (down, up) in weights.folded().pairs.items():
-        # Of B A, without ever making it: its singular values are those of a small r x r matrix between two bases.
+        # SVD of B A without computing the product: QR of both factors reduces it to the SVD of an r x r matrix.
         outer, upper = torch.linalg.qr(up.flatten(1))
         inner, lower = torch.linalg.qr(down.flatten(1).T)
         left, values, right = torch.linalg.svd(upper @ lower.T)
         shape = torch.Size((up.shape[0], *down.shape[1:]))
-        pairs[module], shares[module] = _cut(outer @ left, values, right @ inner.T, rank, energy, shape)
+        pairs[module], shares[module] = _truncate(outer @ left, values, right @ inner.T, rank, energy, shape)
     return LoRAWeights(pairs, {module: float(down.shape[0]) for module, (down, _) in pairs.items()}), shares
 
 
-def _cut(
+def _truncate(
     left: Tensor, values: Tensor, right: Tensor, rank: int | None, energy: float | None, shape: torch.Size
 ) -> tuple[tuple[Tensor, Tensor], float]:
-    """A and B, each with the root of the singular values, and the share of their squares that is kept."""
+    """A and B, each scaled by the root of the singular values, and the share of the squared values that is kept."""
     shares = values.square().cumsum(0) / values.square().sum().clamp_min(torch.finfo(values.dtype).tiny)
-    count = len(values) if energy is None else int((shares < energy).sum()) + 1
-    count = max(1, min(count, len(values), rank or len(values)))
-    roots = values[:count].sqrt()
-    up, down = left[:, :count] * roots, roots[:, None] * right[:count]
+    kept_rank = len(values) if energy is None else int((shares < energy).sum()) + 1
+    kept_rank = max(1, min(kept_rank, len(values), rank or len(values)))
+    roots = values[:kept_rank].sqrt()
+    up, down = left[:, :kept_rank] * roots, roots[:, None] * right[:kept_rank]
     if len(shape) == 4:
-        up, down = up[:, :, None, None], down.view(count, *shape[1:])
-    return (down.contiguous(), up.contiguous()), float(shares[count - 1])
+        up, down = up[:, :, None, None], down.view(kept_rank, *shape[1:])
+    return (down.contiguous(), up.contiguous()), float(shares[kept_rank - 1])

@@ -1,4 +1,4 @@
-"""Safetensors files, written whole or not at all; nothing is ever unpickled here."""
+"""Read safetensors files and write them atomically; this module never reads pickles."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from sdtune.errors import UserError
 from sdtune.files import replacing
 
 
-def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values detached, contiguous and in main memory, as safetensors asks."""
+def for_safetensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` detached, contiguous and on the CPU, as safetensors requires."""
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes ``tensors`` and header ``metadata`` to ``path``, making its folder where there is none.
+    """Write ``tensors`` and header ``metadata`` to ``path``; create its folder if missing.
 
     Raises:
-        UserError: ``path`` cannot be written; what stood there before still does.
+        UserError: ``path`` cannot be written; an existing file is unchanged.
     """
     try:
         with replacing(path) as partial:
-            save_file(portable(tensors), partial, dict(metadata))
-    # safetensors wraps the system's own errors (a full disk, no permission) in its own class.
+            save_file(for_safetensors(tensors), partial, dict(metadata))
+    # safetensors raises OS errors (disk full, no permission) as SafetensorError.
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be written ({error})", remedy="name a path in a folder you may write to"
+            f"{path}: cannot be written ({error})", remedy="use a writable folder with free space"
         ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's metadata of ``path``, empty if it has none; no tensor is read.
+    """Header metadata of ``path``, empty if there is none; reads no tensors.
 
     Raises:
         UserError: as :func:`read_safetensors`.
@@ -44,7 +44,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_keys(path: Path) -> set[str]:
-    """The names of the tensors in ``path``; none is read.
+    """Names of the tensors in ``path``; reads no tensors.
 
     Raises:
         UserError: as :func:`read_safetensors`.
@@ -55,17 +55,17 @@ def read_keys(path: Path) -> set[str]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header's metadata (empty if it has none) of ``path``.
+    """Tensors and header metadata (empty if there is none) of ``path``.
 
     Raises:
-        UserError: no file there, or one that is truncated or of another format.
+        UserError: the file is missing, truncated or not in safetensors format.
     """
     return _read(path, tensors=True)
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a .safetensors file is expected")
+        raise UserError(f"{path}: no such file", remedy="use an existing .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys() if tensors else ()
@@ -73,5 +73,5 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({error})",
-            remedy="copy it again if it was cut short, convert it to safetensors if it is a .ckpt, .bin or .pt file",
+            remedy="copy it again if it is truncated, convert it to safetensors if it is a .ckpt, .bin or .pt file",
         ) from error

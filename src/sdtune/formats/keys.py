@@ -1,4 +1,4 @@
-"""Tensor names of a model, compared with those in a file."""
+"""Tensor names of a model: comparison with those in a file, and canonical names."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from sdtune.formats.original.names import modern_vae_key
 
 
 def check_keys(where: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """UserError naming the first few tensors that are missing, surplus or misshaped; ``where`` begins the message."""
-    wrong: list[str] = []
+    """Raise UserError, starting with ``where``, for missing or surplus tensors and for wrong shapes."""
+    problems: list[str] = []
     if missing := wanted.keys() - found.keys():
-        wrong.append(f"lacks {few(missing)}")
+        problems.append(f"lacks {few(missing)}")
     if surplus := found.keys() - wanted.keys():
-        wrong.append(f"holds {few(surplus)}, which the model does not have")
-    odd = {
+        problems.append(f"contains {few(surplus)}, which the model does not have")
+    misshaped = {
         f"{key} {list(found[key])} instead of {list(wanted[key])}"
         for key in wanted.keys() & found.keys()
         if list(found[key]) != list(wanted[key])
     }
-    if odd:
-        wrong.append(f"has {few(odd)}")
-    if wrong:
-        raise UserError(f"{where} {'; '.join(wrong)}; is it the model that its config says?")
+    if misshaped:
+        problems.append(f"has {few(misshaped)}")
+    if problems:
+        raise UserError(f"{where} {'; '.join(problems)}", remedy="use the model that belongs to the config")
 
 
 def canonical_key(component: str, key: str) -> str:
-    """``key`` of ``component`` as files of today have it: the same for every release that may have written it."""
+    """``key`` of ``component`` in current naming, independent of the release that wrote the file."""
     if component == "vae":
         return modern_vae_key(key)
     if component.startswith("text_encoder") and not key.startswith(("text_model.", "text_projection.")):
@@ -37,5 +37,5 @@ def canonical_key(component: str, key: str) -> str:
 
 
 def is_buffer(key: str) -> bool:
-    """Whether ``key`` is what older transformers saved beside the weights: a plain count of positions."""
+    """Whether ``key`` is the buffer of position ids that older transformers saved with the weights."""
     return key.endswith("embeddings.position_ids")

@@ -1,4 +1,4 @@
-"""LoRA files in kohya's format, read by A1111 and ComfyUI: ``lora_unet_<path>.lora_down.weight`` and others."""
+"""LoRA files in kohya format, used by A1111 and ComfyUI: keys such as ``lora_unet_<path>.lora_down.weight``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdtune.errors import UserError
-from sdtune.formats.files import portable, write_safetensors
+from sdtune.formats.files import for_safetensors, write_safetensors
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, few
 from sdtune.formats.original import Family
 from sdtune.formats.original.names import rename_unet_module
@@ -23,7 +23,7 @@ from sdtune.formats.original.names import rename_unet_module
 Architecture = Literal[
     "stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-xl-v1-base"
 ]
-"""ModelSpec's names."""
+"""Architecture names of ModelSpec."""
 
 XL: Architecture = "stable-diffusion-xl-v1-base"
 
@@ -40,17 +40,17 @@ _DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a file tells about itself (Stability-AI/ModelSpec 1.0.1, and kohya's ``ss_`` fields).
+    """Metadata of a LoRA file (Stability-AI/ModelSpec 1.0.1, and kohya's ``ss_`` fields).
 
     Attributes:
-        title: the run's name.
-        resolution: side in pixels of the square that sets the area trained at.
-        prediction_type: what the UNet predicts.
-        steps: optimizer steps trained.
-        seed: the run's.
-        architecture: of the backbone.
-        trigger: the words that call up what was learnt, if there are any.
-        date: of the file.
+        title: name of the run.
+        resolution: training resolution: side in pixels of a square with the area of the training images.
+        prediction_type: prediction type of the UNet.
+        steps: number of optimizer steps.
+        seed: seed of the run.
+        architecture: architecture of the backbone.
+        trigger: trigger words, if any.
+        date: creation date of the file.
     """
 
     title: str
@@ -63,11 +63,11 @@ class ModelSpec:
     date: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def metadata(self) -> dict[str, str]:
-        """The ``modelspec.`` fields of a LoRA file."""
+        """``modelspec.`` fields of a LoRA file."""
         fields = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{self.architecture}/lora",
-            # kohya's choice: the module names of SD 1 and 2 are diffusers', and SDXL's those of the original layout.
+            # As in kohya: SD 1 and 2 use the module names of diffusers, SDXL those of the original layout.
             "implementation": "https://github.com/Stability-AI/generative-models"
             if self.architecture == XL
             else "diffusers",
@@ -82,28 +82,29 @@ class ModelSpec:
 
 
 def architecture(family: Family, velocity: bool) -> Architecture:
-    """ModelSpec's name of a Stable Diffusion of ``family``; ``velocity``: its UNet predicts v."""
-    second: Architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-    found: dict[Family, Architecture] = {"sd1": "stable-diffusion-v1", "sd2": second, "sdxl": XL}
-    return found[family]
+    """ModelSpec architecture of ``family``; ``velocity``: whether the UNet predicts v."""
+    sd2: Architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    architectures: dict[Family, Architecture] = {"sd1": "stable-diffusion-v1", "sd2": sd2, "sdxl": XL}
+    return architectures[family]
 
 
 def name_of(module: str, xl: Mapping[str, Any] | None = None) -> str:
-    """kohya's name of a diffusers module path, canonical and with its component.
+    """kohya name of a canonical diffusers module path with component.
 
-    ``xl`` is SDXL's UNet config: kohya names its modules after the original layout, others' after diffusers'.
+    ``xl`` is the UNet config of SDXL, else None: kohya names the modules of SDXL as in the original layout, and those
+    of SD 1 and 2 as in diffusers.
     """
     component, _, path = module.partition(".")
     if xl is None:
         return _PREFIXES[component] + path.replace(".", "_")
-    own = rename_unet_module(path, xl) if component == "unet" else path
-    return _XL_PREFIXES[component] + own.replace(".", "_")
+    path_in_file = rename_unet_module(path, xl) if component == "unet" else path
+    return _XL_PREFIXES[component] + path_in_file.replace(".", "_")
 
 
 def to_tensors(weights: LoRAWeights, xl: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors by file key, with one alpha for all modules.
+    """Tensors by file key, with one alpha for all modules.
 
-    diffusers loses an attention layer's own alpha when it converts this form: with several alphas it would scale
+    When diffusers converts this format, it loses the alpha of each attention layer: with several alphas it would scale
     such layers by the most frequent one.
     """
     weights = weights.uniform()
@@ -123,17 +124,17 @@ def write(
     unet: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes ``path``; programs list the adapter by this file's name. Own fields win over equal ones in ``metadata``.
+    """Write ``path``; programs list the LoRA by this file name. Generated fields override those in ``metadata``.
 
     Args:
-        unet: the config of the UNet that it is for; only SDXL's is looked at.
-        dtype: of the matrices.
+        unet: UNet config of the backbone; used only for SDXL.
+        dtype: dtype of the matrices.
 
     Raises:
         UserError: ``path`` cannot be written.
     """
     named = to_tensors(weights, unet if spec.architecture == XL else None)
-    tensors = portable({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
+    tensors = for_safetensors({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
     header = {**metadata, **spec.metadata(), **_training_fields(weights, spec)}
     write_safetensors(path, tensors, {**header, **_hashes(tensors, header)})
 
@@ -141,48 +142,51 @@ def write(
 def parse(
     source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str], xl: Mapping[str, Any] | None = None
 ) -> LoRAWeights:
-    """The weights in what was read from ``source``; alpha = r where it is not given, as in kohya.
+    """LoRA weights in ``tensors`` read from ``source``; alpha = r if missing, as in kohya.
 
     Args:
-        source: the file's path, for messages.
-        tensors: by file key.
-        modules: every module path, canonical and with its component, that an adapter may name. The names in the
-            file have lost their dots, so the way back is found by going forth from these.
-        xl: SDXL's UNet config where the backbone is SDXL; then diffusers' names with underscores are known too.
+        source: path of the file, for error messages.
+        tensors: tensors by file key.
+        modules: canonical paths, with component, of the modules that a LoRA may target. kohya's names contain
+            underscores instead of dots, so they are resolved by converting these paths.
+        xl: UNet config of an SDXL backbone, else None; with it, diffusers names with underscores are accepted as well.
 
     Raises:
-        UserError: a tensor that is not plain LoRA, or of none of ``modules``.
+        UserError: a tensor is not that of a plain LoRA, or its module is not in ``modules``.
     """
     paths: dict[str, str] = {}
     for module in modules:
-        for name in _names(module, xl):
-            assert paths.setdefault(name, module) == module, f"{module} and another share a name"
+        for name in _accepted_names(module, xl):
+            assert paths.setdefault(name, module) == module, f"ambiguous kohya name of {module}"
     parts: dict[str, dict[str, Tensor]] = {_DOWN: {}, _UP: {}, _ALPHA: {}}
-    strange: set[str] = set()
+    unsupported: set[str] = set()
     unknown: set[str] = set()
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
         if part not in parts:
-            strange.add(key)
+            unsupported.add(key)
         elif name not in paths:
             unknown.add(name)
         else:
             parts[part][paths[name]] = tensor
-    if strange:
-        raise UserError(f"{source}: {few(strange)}: not read; plain LoRA with {_DOWN}, {_UP} and {_ALPHA} is")
+    if unsupported:
+        raise UserError(
+            f"{source}: unsupported tensors: {few(unsupported)}",
+            remedy=f"use a plain LoRA with {_DOWN}, {_UP} and {_ALPHA}",
+        )
     if unknown:
         raise UserError(
-            f"{source}: {few(unknown)}: no such module in this backbone", remedy="use the adapter's own backbone"
+            f"{source}: unknown target modules: {few(unknown)}", remedy="use the backbone that the LoRA was trained on"
         )
     alphas: dict[str, float] = {}
     for module, alpha in parts[_ALPHA].items():
         if alpha.numel() != 1:
-            raise UserError(f"{source}: {module}: alpha has shape {list(alpha.shape)}; a single number is needed")
+            raise UserError(f"{source}: {module}: alpha must be a single number, got shape {list(alpha.shape)}")
         alphas[module] = float(alpha)
     return assemble_pairs(source, parts[_DOWN], parts[_UP], alphas)
 
 
-def _names(module: str, xl: Mapping[str, Any] | None) -> set[str]:
+def _accepted_names(module: str, xl: Mapping[str, Any] | None) -> set[str]:
     if xl is None:
         return {name_of(module)}
     component, _, path = module.partition(".")
@@ -190,17 +194,17 @@ def _names(module: str, xl: Mapping[str, Any] | None) -> set[str]:
 
 
 def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
-    """kohya's ``ss_`` fields. Its ``conv_dim`` and ``conv_alpha`` speak of kernels larger than 1x1 alone."""
+    """kohya's ``ss_`` fields; ``conv_dim`` and ``conv_alpha`` apply only to kernels larger than 1x1."""
     spatial = {module for module, (down, _) in weights.pairs.items() if down[0].numel() > down.shape[1]}
-    alpha = _one_of({float(alpha) for alpha in weights.uniform().alphas.values()})
+    alpha = _single_value({float(alpha) for alpha in weights.uniform().alphas.values()})
     arguments = {}
     if spatial:
-        arguments = {"conv_dim": _one_of({weights.rank(module) for module in spatial}), "conv_alpha": alpha}
+        arguments = {"conv_dim": _single_value({weights.rank(module) for module in spatial}), "conv_alpha": alpha}
     return {
         "ss_v2": str(spec.architecture.startswith("stable-diffusion-v2")),
-        "ss_base_model_version": _VERSIONS[spec.architecture] + ("_v" if _velocity(spec) else ""),
+        "ss_base_model_version": _VERSIONS[spec.architecture] + ("_v" if _is_v_prediction(spec) else ""),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": _one_of({weights.rank(module) for module in weights.pairs.keys() - spatial or spatial}),
+        "ss_network_dim": _single_value({weights.rank(module) for module in weights.pairs.keys() - spatial or spatial}),
         "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments),
         "ss_output_name": spec.title,
@@ -209,20 +213,21 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
     }
 
 
-def _velocity(spec: ModelSpec) -> bool:
+def _is_v_prediction(spec: ModelSpec) -> bool:
     return spec.prediction_type == "v" and spec.architecture != XL
 
 
-def _one_of(values: set[int] | set[float]) -> str:
-    """The only value, or kohya's word for several."""
+def _single_value(values: set[int] | set[float]) -> str:
+    """The only value as text, or ``Dynamic`` for several values, as in kohya."""
     return str(next(iter(values))) if len(values) == 1 else "Dynamic"
 
 
 def _hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The fields by which A1111 knows a file again though its metadata were edited.
+    """Hashes by which A1111 recognizes a file even after its metadata are edited.
 
-    Both are taken of the file as it would be with the ``ss_`` metadata alone: the SHA-256 of what follows the header,
-    and, by the older rule, the first 8 hex digits of that of the 64 KiB at 1 MiB (nothing, in a smaller file).
+    Both are computed for a file with only the ``ss_`` metadata. ``sshs_model_hash`` is the SHA-256 of everything after
+    the header; ``sshs_legacy_hash`` is the first 8 hex digits of the SHA-256 of the 64 KiB at offset 1 MiB (no bytes in
+    a smaller file).
     Source: kohya-ss/sd-scripts, library/train_util.py, ``precalculate_safetensors_hashes``.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}

@@ -1,4 +1,4 @@
-"""LoRA weights by module path: common form of all file formats."""
+"""LoRA weights by module path: the common representation of all file formats."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def canonical(module: str) -> str:
-    """``module`` with ``text_model.`` after its text encoder, as every file has it.
+    """``module`` with ``text_model.`` after a text encoder component, as in all files.
 
-    transformers >= 5.6 leaves it out of a ``CLIPTextModel``'s own module names.
+    transformers >= 5.6 omits it from the module names of ``CLIPTextModel``.
     """
     component, _, path = module.partition(".")
     if component in _TEXT_ENCODERS and path and not path.startswith(("text_model.", "text_projection")):
@@ -27,12 +27,12 @@ def canonical(module: str) -> str:
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """Low-rank pairs: the weight of a module changes by alpha / r * B A (Hu et al. 2021, section 4.1).
+    """LoRA pairs: the weight of a module changes by alpha / r * B A (Hu et al. 2021, section 4.1).
 
     Attributes:
-        pairs: by full diffusers module path with its component, ``unet....`` or ``text_encoder.text_model....``
-            (see :func:`canonical`): A [r, in] and B [out, r]; of a convolution A [r, in, h, w] and B [out, r, 1, 1].
-        alphas: by the same paths. For rsLoRA (Kalajdzievski 2023), whose scale is alpha / sqrt(r): alpha * sqrt(r).
+        pairs: by full diffusers module path with component, ``unet....`` or ``text_encoder.text_model....`` (see
+            :func:`canonical`): A [r, in] and B [out, r]; for convolutions A [r, in, h, w] and B [out, r, 1, 1].
+        alphas: alpha by the same paths; for rsLoRA (Kalajdzievski 2023, scale alpha / sqrt(r)) alpha * sqrt(r).
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
@@ -42,18 +42,18 @@ class LoRAWeights:
         assert self.pairs.keys() == self.alphas.keys(), "pairs and alphas name different modules"
         for module, (down, up) in self.pairs.items():
             assert module.startswith("unet.") or canonical(module) == module, module
-            assert _fit(down, up), f"{module}: {tuple(down.shape)} and {tuple(up.shape)}"
+            assert _is_pair(down, up), f"{module}: {tuple(down.shape)} and {tuple(up.shape)}"
 
     def rank(self, module: str) -> int:
-        """r of ``module``."""
+        """Rank r of ``module``."""
         return self.pairs[module][0].shape[0]
 
     def folded(self) -> LoRAWeights:
-        """The same changes with alpha = r, hence scale 1, in float32."""
+        """The same weight changes with alpha = r, hence scale 1, in float32."""
         return self._rescaled({module: float(self.rank(module)) for module in self.pairs})
 
     def uniform(self) -> LoRAWeights:
-        """The same changes with one alpha for all modules: as it stands if there is one, else the largest rank."""
+        """The same weight changes with one alpha for all modules: unchanged if uniform, else the largest rank."""
         if len(set(self.alphas.values())) <= 1:
             return self
         largest = float(max(self.rank(module) for module in self.pairs))
@@ -72,23 +72,23 @@ class LoRAWeights:
 def assemble_pairs(
     source: Path, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> LoRAWeights:
-    """The weights read from ``source``: A, B and alpha by canonical module path; alpha = r where it is not given.
+    """LoRA weights read from ``source``: A, B and alpha by canonical module path; alpha = r if missing.
 
     Raises:
-        UserError: the three do not belong together.
+        UserError: a low-rank matrix is missing, shapes do not match, or alpha is not finite.
     """
-    lone = (downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())
-    if lone:
-        raise UserError(f"{source}: {few(lone)}: without both low-rank matrices; each module needs the two")
+    incomplete = (downs.keys() ^ ups.keys()) | (alphas.keys() - downs.keys())
+    if incomplete:
+        raise UserError(f"{source}: {few(incomplete)}: a low-rank matrix is missing; each module needs both, A and B")
     for module, down in downs.items():
         up = ups[module]
-        if not _fit(down, up):
+        if not _is_pair(down, up):
             raise UserError(
-                f"{source}: {few([module])}: shapes {list(down.shape)} and {list(up.shape)} make no low-rank pair; "
-                "[r, in] and [out, r], or [r, in, h, w] and [out, r, 1, 1], would"
+                f"{source}: {few([module])}: shapes {list(down.shape)} and {list(up.shape)} are not a low-rank pair",
+                remedy="expected [r, in] and [out, r], or [r, in, h, w] and [out, r, 1, 1]",
             )
         if not math.isfinite(alphas.get(module, 0.0)):
-            raise UserError(f"{source}: {few([module])}: alpha is {alphas[module]}; a finite number is needed")
+            raise UserError(f"{source}: {few([module])}: alpha must be a finite number, got {alphas[module]}")
     return LoRAWeights(
         {module: (down, ups[module]) for module, down in downs.items()},
         {module: alphas.get(module, float(down.shape[0])) for module, down in downs.items()},
@@ -96,15 +96,15 @@ def assemble_pairs(
 
 
 def few(names: Collection[str]) -> str:
-    """The first three of ``names`` in order, and how many more there are: for error messages.
+    """The first three of the sorted ``names`` and the number of the others, for error messages.
 
-    They come out of strangers' files: line breaks and control characters are escaped.
+    Names can come from untrusted files, so line breaks and control characters are escaped.
     """
     first = ", ".join(repr(name)[1:-1] for name in sorted(names)[:3])
     return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
 
 
-def _fit(down: Tensor, up: Tensor) -> bool:
+def _is_pair(down: Tensor, up: Tensor) -> bool:
     return (
         down.is_floating_point()
         and up.is_floating_point()

@@ -15,92 +15,100 @@ from torch import Tensor
 from sdtune.files import replacing
 from sdtune.formats.keys import canonical_key
 
-_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-_KEPT = (".json", ".txt")
+_COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+_COPIED_SUFFIXES = (".json", ".txt")
 
 STEMS = ("diffusion_pytorch_model", "model")
-"""Of weight files: diffusers' and transformers' own."""
+"""Stems of weight file names: of diffusers and of transformers."""
 
 
 def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: Mapping[str, Sequence[Path]]) -> None:
     """Copy a text-to-image pipeline folder to the new folder ``target``, without the components in ``without``.
 
-    It writes in place: a caller wraps it in :func:`sdtune.files.replacing`.
+    It writes in place; the caller wraps it in :func:`sdtune.files.replacing`.
 
-    The safety checker stays behind, and the index says so: it is no part of what was trained, and a hub id's is not
-    downloaded. So do pickles and further variants of the weights.
+    The safety checker is omitted, also from the index: it was not trained, and that of a hub id is not downloaded.
+    Pickles and other variants of the weights are not copied either.
 
     Args:
-        weights: the files that hold each component's: one, or shards; a variant's lose its mark.
+        source: pipeline folder in the diffusers layout.
+        target: new folder.
+        without: components that are not copied.
+        weights: weight files of each component, one file or shards; the copies have no variant in their names.
     """
     target.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
     for name, value in index.items():
-        if isinstance(value, list) and name not in _PARTS:
+        if isinstance(value, list) and name not in _COMPONENTS:
             index[name] = [None, None]
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for part in _PARTS:
-        if part in without or not (source / part).is_dir():
+    for component in _COMPONENTS:
+        if component in without or not (source / component).is_dir():
             continue
-        (target / part).mkdir(exist_ok=True)
-        for file in sorted((source / part).iterdir()):
-            if file.is_file() and file.suffix in _KEPT and ".safetensors." not in file.name:
-                shutil.copy2(file, target / part / file.name)
-        if part.startswith("tokenizer"):
-            _spell_out(target / part)
-        own = weights.get(part, ())
-        names = {file.name: _plain(file.name) for file in own}
-        for file in own:
-            shutil.copy2(file, target / part / names[file.name])
-        if len(own) > 1:
-            _copy_index(source / part, target / part, names)
+        (target / component).mkdir(exist_ok=True)
+        for file in sorted((source / component).iterdir()):
+            if file.is_file() and file.suffix in _COPIED_SUFFIXES and ".safetensors." not in file.name:
+                shutil.copy2(file, target / component / file.name)
+        if component.startswith("tokenizer"):
+            _write_vocabulary_files(target / component)
+        component_files = weights.get(component, ())
+        names = {file.name: _without_variant(file.name) for file in component_files}
+        for file in component_files:
+            shutil.copy2(file, target / component / names[file.name])
+        if len(component_files) > 1:
+            _copy_index(source / component, target / component, names)
 
 
 def weights_name(component: str) -> str:
-    """What the file of ``component``'s weights is called: transformers' and diffusers' own names."""
+    """File name of the weights of ``component``, as in transformers and diffusers."""
     return f"{STEMS[component.startswith('text_encoder')]}.safetensors"
 
 
-def _spell_out(tokenizer: Path) -> None:
-    """Beside ``tokenizer.json``, which transformers writes alone today, the two files that older clients need."""
-    whole, vocabulary = tokenizer / "tokenizer.json", tokenizer / "vocab.json"
-    if vocabulary.is_file() or not whole.is_file():
+def _write_vocabulary_files(folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt`` for older clients if there is only ``tokenizer.json``."""
+    tokenizer_json, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
+    if vocabulary.is_file() or not tokenizer_json.is_file():
         return
-    model = json.loads(whole.read_text())["model"]
+    model = json.loads(tokenizer_json.read_text())["model"]
     vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
-def _plain(name: str) -> str:
-    """A weight file's ``name`` without the mark of a variant: ``model.fp16-00001-of-00002.safetensors`` has one."""
+def _without_variant(name: str) -> str:
+    """Weight file ``name`` without a variant, such as ``fp16`` in ``model.fp16-00001-of-00002.safetensors``."""
     return re.sub(r"^([^.]+)\.[^.]+?((?:-\d{5}-of-\d{5})?\.safetensors)$", r"\1\2", name)
 
 
 def _copy_index(source: Path, target: Path, names: Mapping[str, str]) -> None:
-    """The index of the shards ``names``, by what they are called now."""
+    """Copy the index of the shards ``names`` (old name -> new name) with the new names."""
     for file in sorted(source.glob("*.safetensors.index*.json")):
-        content: dict[str, Any] = json.loads(file.read_text())
-        if set(content["weight_map"].values()) == set(names):
-            content["weight_map"] = {key: names[shard] for key, shard in content["weight_map"].items()}
+        index: dict[str, Any] = json.loads(file.read_text())
+        if set(index["weight_map"].values()) == set(names):
+            index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
             stem = file.name.partition(".safetensors.index")[0]
-            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2))
+            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
             return
 
 
 def save_component(module: Any, target: Path) -> None:
-    """``config.json`` and safetensors of a diffusers model, replacing what was there only when written whole."""
+    """Save ``config.json`` and safetensors of a diffusers model; an existing folder is replaced atomically."""
     with replacing(target) as partial:
         module.save_pretrained(partial, safe_serialization=True)
 
 
 def save_text_encoder(module: Any, target: Path, instead: Mapping[str, Tensor] | None = None) -> None:
-    """The same of a CLIP text encoder, with ``text_model.`` before every key; ``instead`` of some tensors come others.
+    """Save a CLIP text encoder as :func:`save_component` does, with the prefix ``text_model.`` in all keys.
 
-    transformers >= 5.6 leaves the prefix out of a model that was built from a config; without it older clients would
-    take random weights, silently.
+    transformers >= 5.6 omits the prefix for a model that was built from a config; without it, older clients would
+    silently use random weights.
+
+    Args:
+        module: a CLIP text encoder of transformers.
+        target: folder.
+        instead: tensors that replace those of ``module``.
     """
     with replacing(target) as partial:
         module.save_pretrained(partial, safe_serialization=True)

@@ -13,32 +13,34 @@ from sdtune.formats.lora import LoRAWeights, few
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether a file with tensors of these names holds a LoRA, of either form."""
+    """Whether a file with these tensor names contains a LoRA, in diffusers or kohya format."""
     return any(key.startswith("lora_") or ".lora" in key for key in keys)
 
 
 def read_lora(
     path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None
 ) -> tuple[LoRAWeights, dict[str, str]]:
-    """The weights and the header's metadata of ``path``: a file, or a folder with diffusers' file in it.
+    """LoRA weights and header metadata of ``path``.
 
     Args:
-        path: where.
-        modules: every module path, canonical and with its component, that an adapter may name.
-        xl: SDXL's UNet config where the backbone is SDXL.
+        path: a file, or a folder with a LoRA file of diffusers.
+        modules: canonical paths, with component, of the modules that a LoRA may target.
+        xl: UNet config of an SDXL backbone, else None.
 
     Raises:
-        UserError: no such file, neither form, or modules that are not among ``modules``.
+        UserError: the file is missing, not a LoRA in diffusers or kohya format, or targets modules not in ``modules``.
     """
     file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
     tensors, metadata = read_safetensors(file)
     if any(key.startswith("lora_") for key in tensors):
         return kohya_lora.parse(file, tensors, modules, xl), metadata
     if not is_lora(tensors):
-        raise UserError(f"{file}: not a LoRA; diffusers' pytorch_lora_weights.safetensors or kohya's form is expected")
+        raise UserError(
+            f"{file}: not a LoRA", remedy="use pytorch_lora_weights.safetensors of diffusers, or a file in kohya format"
+        )
     weights = diffusers_lora.parse(file, tensors, metadata)
     if unknown := weights.pairs.keys() - set(modules):
         raise UserError(
-            f"{file}: {few(unknown)}: no such module in this backbone", remedy="use the adapter's own backbone"
+            f"{file}: unknown target modules: {few(unknown)}", remedy="use the backbone that the LoRA was trained on"
         )
     return weights, metadata

@@ -1,1 +1,1 @@
-"""Devices, precision, memory and processes of this machine."""
+"""Devices, precision, memory, threads and processes of the machine."""

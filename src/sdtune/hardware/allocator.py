@@ -1,4 +1,4 @@
-"""Memory allocator: release unused memory, or keep it between steps on a CPU."""
+"""Memory allocator settings: keep freed memory between steps on a CPU, and release it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import gc
 import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Parameter numbers of mallopt, from glibc's malloc.h."""
 
 
 def pin_allocation(device: str) -> None:
-    """From here on, where a ``device`` of that type is a CPU, have glibc's malloc keep what is freed until
-    :func:`release`.
+    """Make glibc's malloc keep freed memory until :func:`release`, if the device type ``device`` is ``cpu``.
 
-    It gives large tensors back at once, and the next step's are new pages, which the system clears one by one: of a
-    step that trains SD 1.5's UNet it was a third. On a GPU torch's own allocator keeps memory likewise.
+    By default malloc returns large tensors to the system immediately. The next step then gets new pages, which the
+    kernel clears one by one; that was a third of the time of a training step of SD 1.5's UNet. On a GPU torch's caching
+    allocator keeps freed memory.
     """
     if device != "cpu":
         return
@@ -27,10 +27,11 @@ def pin_allocation(device: str) -> None:
 
 
 def release() -> None:
-    """Give it back, to the device and, where the C library is glibc, to the system: what comes next would find it
-    short, or count it as its own. Imports no torch where nothing else has.
+    """Return freed memory to the device and, with glibc, to the system.
+
+    Otherwise the next job may run out of memory or count it as its own peak. Does not import torch.
     """
-    gc.collect()  # a trainer and its model refer to each other
+    gc.collect()  # reference cycle between trainer and model
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Wait for the processes that Lightning starts for further devices."""
+"""Wait for the DDP processes that Lightning started."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytorch_lightning as pl
 
 log = logging.getLogger("sdtune")
 
-_PATIENCE = 60.0
-"""Seconds for a process that has nothing left to do but to end."""
+_TIMEOUT = 60.0
+"""Seconds to wait for a process to exit after its work is done."""
 
 
 def wait_for_children(trainer: pl.Trainer) -> None:
-    """Return when no process of the run is left but this one, so that the run's exit is its end."""
+    """Wait until all other processes of the run have exited; kill those that do not exit in time."""
     for rank, child in enumerate(getattr(trainer.strategy.launcher, "procs", ()), start=1):
         try:
-            code = child.wait(_PATIENCE)
+            code = child.wait(_TIMEOUT)
         except subprocess.TimeoutExpired:
             child.kill()
             code = child.wait()

@@ -1,4 +1,4 @@
-"""Choose the device to compute on."""
+"""Choice of the device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def accelerator(wanted: str) -> str:
-    """Lightning's ``accelerator``; ``auto`` is a CUDA GPU if there is one, else the CPU."""
+    """Lightning's ``accelerator``; ``auto`` is a CUDA GPU if available, else the CPU."""
     if wanted == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
     return wanted
 
 
 def device(wanted: str) -> torch.device:
-    """The device to sample on."""
+    """torch device for sampling; ``wanted`` as in :func:`accelerator`."""
     kind = accelerator(wanted)
     return torch.device("cuda" if kind == "gpu" else kind)

@@ -1,4 +1,4 @@
-"""Peak memory of a process."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Have :func:`peak_memory` count from here on."""
+    """Reset the peak that :func:`peak_memory` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
-        # Some containers forbid it; the peak then counts from the start of the process.
+        # Some containers forbid the reset; the peak then counts from the start of the process.
         with suppress(PermissionError):
             _CLEAR_REFS.write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU what its allocator has held, else what was resident; None where the system does not say."""
+    """Peak memory in bytes: allocated by torch on a GPU, else resident; None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if not _STATUS.exists():

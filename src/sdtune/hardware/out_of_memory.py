@@ -1,4 +1,4 @@
-"""Out-of-memory errors: how to recognise them, and what to do about them; imports no torch."""
+"""Detection of out-of-memory errors, and advice for each command; imports no torch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from typing import Final
 
 ADVICE: Final = {
     "training": (
-        "out of memory on the device: give hardware=gpu_12gb,{smaller} or a smaller data.resolution; sdtune plan"
-        " fits=GIB with the same settings says what would do"
+        "out of memory on the device: set hardware=gpu_12gb,{smaller} or a smaller data.resolution; sdtune plan"
+        " fits=GIB with the same settings shows what fits"
     ),
-    "prepare": "out of memory on the device: give a smaller data.resolution, or hardware=cpu",
-    "sample": (
-        "out of memory on the device: draw fewer images at once (sampling.batch_size=1, hardware.vae_tiling=true), or"
-        " choose hardware=cpu"
-    ),
-    "evaluate": "out of memory on the device: choose hardware=cpu, or a machine with more memory",
+    "prepare": "out of memory on the device: set a smaller data.resolution, or hardware=cpu",
+    "sample": ("out of memory on the device: set sampling.batch_size=1 and hardware.vae_tiling=true, or hardware=cpu"),
+    "evaluate": "out of memory on the device: set hardware=cpu, or use a machine with more memory",
     "after training": (
-        "out of memory while the trained model was measured; its artifact is written. sdtune train {resume} goes on"
-        " there, with hardware=cpu on another device"
+        "out of memory during the evaluation after the training; the artifact is written; continue it with:"
+        " sdtune train {resume} (add hardware=cpu to use the CPU)"
     ),
-    "shared": "out of memory on the device with {runs} runs at once: give hydra.launcher.max_concurrent_runs={fewer}",
-    "shared by one": "out of memory on the device with one run at a time: give hardware.gradient_checkpointing=true",
-    "other": "out of memory: end other programs, or choose a machine with more",
+    "shared": "out of memory on the device with {runs} concurrent runs: set hydra.launcher.max_concurrent_runs={fewer}",
+    "shared by one": "out of memory on the device with one run at a time: set hardware.gradient_checkpointing=true",
+    "other": "out of memory: end other programs, or use a machine with more memory",
 }
-"""What to do, by the command or by what it was doing; ``str.format`` fills in the names in braces."""
+"""Message by command or phase; the names in braces are filled in with ``str.format``."""
 
 _WITHOUT_TYPE = (
     "DefaultCPUAllocator",
@@ -32,11 +29,11 @@ _WITHOUT_TYPE = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
 )
-"""In the text of a plain ``RuntimeError``, by which parts of torch and CUDA report a failed allocation."""
+"""Texts by which a plain ``RuntimeError`` of torch or CUDA is recognized as a failed allocation."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocation that failed, on a GPU, on Apple's MPS or on the CPU."""
+    """Whether ``error`` is a failed memory allocation on a GPU, Apple's MPS or the CPU."""
     if isinstance(error, MemoryError):
         return True
     torch = sys.modules.get("torch")

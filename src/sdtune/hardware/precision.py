@@ -1,4 +1,4 @@
-"""Precisions that a device supports in hardware, and autocast."""
+"""Choice of the precision that a device supports in hardware, and autocast."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from sdtune.hardware.devices import accelerator
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""The half type of each of Lightning's mixed precisions."""
+"""16-bit dtype of each mixed precision of Lightning."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """As Lightning's ``precision`` has it; the meta device has none, and the CPU's stands for it (planning.kernels)."""
+    """Autocast of Lightning's ``precision``; the meta device uses that of the CPU (:mod:`sdtune.planning.kernels`)."""
     kind = "cpu" if device.type == "meta" else device.type
     return torch.autocast(kind, HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself; emulated, it is slower than float32."""
+    """Whether the CPU has bfloat16 instructions; emulated bfloat16 is slower than float32."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and any(flag in info.read_text() for flag in (" amx_bf16", " avx512_bf16"))
 
 
 def precision(wanted: str, kind: str) -> str:
-    """Lightning's ``precision``; ``auto`` is bf16-mixed where the device multiplies bfloat16 itself.
+    """Lightning's ``precision``; ``auto`` is bf16-mixed if the device supports bfloat16 in hardware.
 
-    Elsewhere it is 16-mixed on a GPU, with a gradient scaler, and 32-true on a CPU.
+    Otherwise it is 16-mixed (with a gradient scaler) on a GPU and 32-true on a CPU.
     """
     if wanted != "auto":
         return wanted

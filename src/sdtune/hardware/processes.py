@@ -6,11 +6,11 @@ import os
 
 
 def is_global_zero() -> bool:
-    """Whether this process is the first of its run, as torchrun, SLURM and Lightning's own launcher number them.
+    """Whether this process has global rank 0, under torchrun, SLURM or Lightning's launcher.
 
-    torchrun sets ``RANK``. SLURM numbers its tasks over all nodes. Lightning's launcher sets ``LOCAL_RANK`` for each
-    process and leaves ``NODE_RANK`` as the user set it; a run that it starts within one SLURM task inherits that
-    task's ``SLURM_PROCID``, so all three must be 0.
+    torchrun sets ``RANK``. SLURM numbers its tasks over all nodes in ``SLURM_PROCID``. Lightning's launcher sets
+    ``LOCAL_RANK`` for each process and does not change ``NODE_RANK``. Its processes inherit the ``SLURM_PROCID`` of a
+    surrounding SLURM task. So without ``RANK`` all three must be 0.
     """
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
@@ -18,10 +18,10 @@ def is_global_zero() -> bool:
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun (or another user of torch's elastic agent) has started this process."""
+    """Whether torchrun (or another program with torch's elastic agent) started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_launched_again() -> bool:
-    """Whether Lightning has started this process for a further device, with the first one's command line."""
+    """Whether Lightning started this process for another device, with the command line of the first process."""
     return "LOCAL_RANK" in os.environ and not is_torchrun()

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""By which a run is asked to save and stop: Ctrl-C, and what schedulers send."""
+"""Signals that make a run save and stop: Ctrl-C, and SIGTERM of schedulers."""
 
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within it, ``handler`` hears the signals ``numbers``; afterwards whoever heard them before."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Context manager that handles the signals ``numbers`` with ``handler`` and restores the previous handlers."""
+    previous_handlers = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in previous_handlers.items():
+            signal.signal(number, previous)

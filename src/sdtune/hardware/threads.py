@@ -1,4 +1,4 @@
-"""The number of torch's CPU threads; imports torch only to set it."""
+"""Number of torch's CPU threads and of free CPU cores; imports torch only to set the number."""
 
 from __future__ import annotations
 
@@ -13,65 +13,65 @@ from typing import Any
 import psutil
 
 _WINDOW = 0.25
-"""Seconds over which busy cores are counted."""
+"""Seconds over which the CPU usage is measured."""
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def given_threads(hardware: Mapping[str, Any], kept: int | None = None) -> int | None:
-    """The number of threads that is settled before any core is looked at; None where it is to be measured.
+def configured_threads(hardware: Mapping[str, Any], kept: int | None = None) -> int | None:
+    """Configured number of threads; None if it must be measured with :func:`free_cores`.
 
-    That is ``hardware.threads``, else ``kept`` of an earlier start, else ``OMP_NUM_THREADS`` (of OpenMP's form for
-    nested regions the first number).
+    It is ``hardware.threads``, else ``kept`` (the number of an earlier start), else ``OMP_NUM_THREADS`` (its first
+    number, if it is a list for nested parallel regions).
     """
-    asked = hardware.get("threads", "auto")
-    if asked != "auto":
-        return int(asked)
-    named = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return kept or (int(named) if named.isdigit() and int(named) > 0 else None)
+    configured = hardware.get("threads", "auto")
+    if configured != "auto":
+        return int(configured)
+    omp_threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return kept or (int(omp_threads) if omp_threads.isdigit() and int(omp_threads) > 0 else None)
 
 
 def free_cores() -> int:
-    """Cores that this process may use and no other keeps busy now; at least 1.
+    """Number of cores that this process may use and that are idle now; at least 1.
 
-    Those of its affinity, less the busy ones, and of each cgroup's quota, less what the cgroup uses. Small operations
-    on more threads than there are free cores wait until each thread is scheduled, which makes a step several times
-    slower.
+    The minimum of: cores of its affinity minus busy cores; quota of each cgroup minus its current usage. With more
+    threads than free cores, each small operation waits until all threads are scheduled, which makes a step several
+    times slower.
     """
-    quotas, began = _quotas(), time.perf_counter()
-    before = {cgroup: _cpu_seconds(cgroup) for cgroup in quotas}
+    quotas, start = _quotas(), time.perf_counter()
+    usage_before = {cgroup: _cpu_seconds(cgroup) for cgroup in quotas}
     free = [len(affinity()) - busy_cores()]
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     for cgroup, quota in quotas.items():
-        free.append(int(quota) - round((_cpu_seconds(cgroup) - before[cgroup]) / seconds))
+        free.append(int(quota) - round((_cpu_seconds(cgroup) - usage_before[cgroup]) / seconds))
     return max(1, min(free))
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, by its affinity and its cgroups' quotas; at least 1."""
+    """Number of cores that this process may use, by its affinity and the quotas of its cgroups; at least 1."""
     return max(1, int(min([len(affinity()), *_quotas().values()])))
 
 
 def busy_cores() -> int:
-    """How many cores of this process's affinity other processes keep busy, measured while this process waits."""
+    """Number of busy cores in the affinity of this process, measured while this process sleeps."""
     usage = psutil.cpu_percent(_WINDOW, percpu=True)
     return round(sum(float(usage[core]) for core in affinity() if core < len(usage)) / 100)
 
 
 def affinity() -> list[int]:
-    """The cores that this process may be scheduled on, by index."""
+    """Indices of the cores on which this process may be scheduled."""
     return psutil.Process().cpu_affinity() if sys.platform == "linux" else list(range(os.cpu_count() or 1))
 
 
 def _quotas() -> dict[Path, float]:
-    """CPU limits in cores, by cgroup folder: this process's cgroup and its parents, where they have a limit."""
-    found = {cgroup: _quota(cgroup) for cgroup in _cgroups()}
-    return {cgroup: cores for cgroup, cores in found.items() if cores is not None}
+    """CPU limits in cores by cgroup folder, of this process's cgroup and its parents that have a limit."""
+    limits = {cgroup: _quota(cgroup) for cgroup in _cgroups()}
+    return {cgroup: cores for cgroup, cores in limits.items() if cores is not None}
 
 
 def _cgroups() -> Iterator[Path]:
-    """The folders of this process's cgroup and of those above it: of version 2, and of version 1's controller cpu."""
+    """Folders of this process's cgroup and its parents: of cgroup v2, and of the cpu controller of cgroup v1."""
     lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and "cpu" not in controllers.split(","):
@@ -82,17 +82,17 @@ def _cgroups() -> Iterator[Path]:
 
 def _quota(cgroup: Path) -> float | None:
     try:
-        granted, period = (cgroup / "cpu.max").read_text().split()
+        quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            granted, period = ((cgroup / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((cgroup / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return None
-    return None if granted == "max" or int(granted) <= 0 else int(granted) / int(period)
+    return None if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
 
 
 def _cpu_seconds(cgroup: Path) -> float:
-    """CPU time of all processes of ``cgroup`` so far; 0 where it is not counted."""
+    """CPU time of all processes of ``cgroup`` so far; 0 if it is not available."""
     try:
         return int((cgroup / "cpu.stat").read_text().split("usage_usec")[1].split()[0]) / 1e6
     except (OSError, IndexError):
@@ -104,12 +104,12 @@ def _cpu_seconds(cgroup: Path) -> float:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[int]:
-    """Have torch use ``count`` CPU threads, and restore the previous number afterwards; yields ``count``."""
+    """Context manager that sets torch's number of CPU threads to ``count`` and restores the previous one."""
     import torch
 
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield count
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

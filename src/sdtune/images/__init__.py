@@ -1,1 +1,1 @@
-"""Image files in and out."""
+"""Image input and output: decoding, cropping, PNG files, grids."""

@@ -1,4 +1,4 @@
-"""Image files as 8-bit RGB, every conversion defined here; a file that cannot be decoded is an error."""
+"""Decode image files to 8-bit RGB with defined conversions; a file that cannot be decoded is an error."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from sdtune.errors import UserError
 
-CENTRE = (0.5, 0.5)
-"""The offset of a crop at the centre, as :func:`resize_and_crop` takes it."""
+CENTER = (0.5, 0.5)
+"""Offset of a center crop, see :func:`resize_and_crop`."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of image files, to be compared in lower case."""
+"""Supported suffixes of image files, in lower case."""
 
-# A closed list, since Pillow goes by content: a .png that holds PostScript would start Ghostscript.
+# Restrict the formats: Pillow detects them by content, so a .png that contains PostScript would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
-# What Pillow's decoders raise on damaged files; they parse bytes and do not wrap every failure in OSError.
+# Exceptions of Pillow's decoders for damaged files; the decoders do not wrap every failure in OSError.
 _FAILURES = (
     OSError,
     SyntaxError,
@@ -33,7 +33,7 @@ _FAILURES = (
     Image.DecompressionBombWarning,
 )
 
-# Not ImageOps.exif_transpose, which writes the EXIF anew and so fails on good images with an odd tag.
+# Not ImageOps.exif_transpose: it rewrites the EXIF data, which fails for valid images with an unusual tag.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,36 +44,37 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# catch_warnings swaps a list of the whole process: interleaved threads would leave the filter behind for everybody.
-_OPENING = threading.Lock()
+# catch_warnings replaces the filters of the process; concurrent threads could restore them in the wrong order.
+_WARNING_FILTERS_LOCK = threading.Lock()
 
 
 def open_image(path: Path, key: str = "data.path") -> Image.Image:
-    """The first frame of ``path``, fully decoded, upright by its EXIF orientation, mode RGB.
+    """Decode the first frame of ``path`` completely, with its EXIF orientation applied, in mode RGB.
 
-    Transparency is composited on white. 16-bit grey is scaled to 8 bits. CMYK goes by Pillow's plain formula: colour
-    profiles are not applied. ``key`` is the setting that errors name.
+    Transparency is composited on white. 16-bit gray is scaled to 8 bits. CMYK is converted by Pillow's simple formula;
+    color profiles are not applied. ``key`` is the config key in errors.
 
     Raises:
-        UserError: not a readable image, or one too large to be honest (Pillow's decompression bomb limit).
+        UserError: not a readable image, or one that exceeds Pillow's decompression bomb limit.
     """
     with _opened(path, key) as image:
-        image.load()  # decodes every pixel, where verify() passes a truncated JPEG
-        turn = _UPRIGHT.get(_orientation(image))
-        return _rgb(image if turn is None else image.transpose(turn))
+        image.load()  # decodes all pixels; verify() accepts a truncated JPEG
+        method = _UPRIGHT.get(_orientation(image))
+        return _rgb(image if method is None else image.transpose(method))
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of what ``open_image`` returns, from the header alone.
+    """Read the (width, height) in pixels of the image that :func:`open_image` returns from the header alone.
 
-    A PNG may hold its orientation behind the pixels, where this does not look; ``check_images`` finds those.
+    The EXIF orientation of a PNG may follow the pixel data and is then ignored here;
+    :func:`sdtune.data.folder.check_images` detects this.
 
     Raises:
-        UserError: as ``open_image``, as far as the header shows it.
+        UserError: as :func:`open_image`, for errors in the header.
     """
     with _opened(path) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow has turned this size already
+        if image.format == "TIFF":  # Pillow has already applied the orientation to this size
             return width, height
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
@@ -81,18 +82,18 @@ def image_size(path: Path) -> tuple[int, int]:
 def resize_and_crop(
     image: Image.Image,
     size: tuple[int, int],
-    offset: tuple[float, float] = CENTRE,
+    offset: tuple[float, float] = CENTER,
     flip: bool = False,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> npt.NDArray[np.uint8]:
-    """``image`` scaled to cover ``size``, and what stands over cropped away.
+    """Scale ``image`` to cover ``size`` and crop the excess.
 
     Args:
         image: mode RGB.
         size: (width, height) of the result in pixels.
-        offset: (x, y), each in [0, 1]: the share of the room that is cropped on the left and at the top.
+        offset: (x, y), each in [0, 1]: fraction of the excess that is cropped on the left and at the top.
         flip: mirror the crop left to right.
-        resample: the filter.
+        resample: resampling filter.
 
     Returns:
         uint8 [height, width, 3], writable.
@@ -104,7 +105,8 @@ def resize_and_crop(
         box_width, box_height = float(image.width), image.width * height / width
     left = offset[0] * (image.width - box_width)
     top = offset[1] * (image.height - box_height)
-    # One pass over a fractional box: a resize to whole pixels first would bend the aspect and shift the crop.
+    # Resize from a fractional box in one pass: resizing to integer pixels first would distort the aspect ratio and
+    # shift the crop.
     box = (left, top, left + box_width, top + box_height)
     pixels = np.array(image.resize(size, resample, box=box))
     return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
@@ -113,38 +115,38 @@ def resize_and_crop(
 def frame(
     whole: tuple[int, int], size: tuple[int, int], offset: tuple[float, float], flip: bool
 ) -> tuple[float, float, float, float, float, float]:
-    """Where :func:`resize_and_crop` has a crop from: what SDXL is told of it (Podell et al. 2023, section 2.2).
+    """SDXL's size and crop conditioning for :func:`resize_and_crop` (Podell et al. 2023, section 2.2).
 
     Args:
         whole: (width, height) of the image.
-        size, offset, flip: as there.
+        size, offset, flip: as for :func:`resize_and_crop`.
 
     Returns:
-        height and width of the image, top and left of the crop in the scaled image, height and width of the crop.
+        Height and width of the image, top and left of the crop in the scaled image, height and width of the crop.
     """
     width, height = size
     scale = max(width / whole[0], height / whole[1])
-    across, down = whole[0] * scale - width, whole[1] * scale - height
-    left = (1 - offset[0] if flip else offset[0]) * across
-    return whole[1], whole[0], round(offset[1] * down), round(left), height, width
+    excess_x, excess_y = whole[0] * scale - width, whole[1] * scale - height
+    left = (1 - offset[0] if flip else offset[0]) * excess_x
+    return whole[1], whole[0], round(offset[1] * excess_y), round(left), height, width
 
 
 @contextmanager
 def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
-    """The image with its header read; whatever fails in here becomes the one line for the user."""
+    """Context manager that opens an image and reads its header; decoding failures in its body become a UserError."""
     try:
-        with _OPENING, warnings.catch_warnings():
+        with _WARNING_FILTERS_LOCK, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=_FORMATS)
         with image:
             yield image
     except _FAILURES as error:
         reason = _reason(path, error)
-        raise UserError(f"{path} is not a readable image ({reason}): remove it or replace it", key=key) from error
+        raise UserError(f"{path} is not a readable image ({reason})", key=key, remedy="remove or replace it") from error
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # Pillow's own words repeat the path and say no more
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message contains only the path
         return f"no {', '.join(_FORMATS)} data in it" if path.stat().st_size else "the file is empty"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -153,22 +155,22 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        # The base class's method, since the PNG one decodes the pixels to look for EXIF behind them.
+        # Call the base class: PngImageFile.getexif decodes the pixels to find EXIF data after them.
         orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except SyntaxError as error:  # EXIF has the form of a TIFF file, and "not a TIFF file" would mislead
+    except SyntaxError as error:  # Pillow reports "not a TIFF file", since EXIF uses the TIFF structure
         raise UserError("its EXIF data are damaged") from error
     return orientation
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly everything would be white
+    if image.mode.startswith("I"):  # Pillow's conversion clips at 255, so nearly all pixels would be white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError("its grey values leave the 16 bits 0 to 65535")
+            raise UserError("its gray values are outside of 0 to 65535")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise UserError("floating-point pixels have no agreed white")
-    if image.has_transparency_data:  # a plain conversion would show the colours hidden under the transparent parts
+        raise UserError("its floating-point pixels have no defined white value")
+    if image.has_transparency_data:  # a direct conversion would show the hidden colors of transparent pixels
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")

@@ -1,1 +1,1 @@
-"""A trained file put onto a backbone for sampling and taken off again."""
+"""Load trained LoRAs, embeddings and ControlNets onto a backbone for sampling, and unload them."""

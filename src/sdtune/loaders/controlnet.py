@@ -1,4 +1,4 @@
-"""Load ControlNets onto a backbone for sampling, with strengths, and unload them exactly."""
+"""Load ControlNets onto a backbone for sampling, with strengths, and restore the original weights exactly."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import Net
+from sdtune.backbone.controlnet import ControlNetWithStrength
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_controlnet, load_controlnet
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.errors import UserError
 from sdtune.formats import read_safetensors
 from sdtune.images.files import open_image, resize_and_crop
-from sdtune.loaders.artifact import LoadedArtifact, warn_of_another_backbone
+from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
 
 
 @dataclass(frozen=True)
 class ControlImage:
-    """A net's folder and the image that steers it.
+    """A ControlNet and its conditioning image.
 
     Args:
-        path: a ControlNet in the diffusers layout.
-        image: a map, or an image that ``preprocess`` makes one of; its file, or the image itself.
-        strength: factor on the net's residuals.
-        preprocess: how a map is made of the image, as it is in training by default; the image is the map if None.
-        resample: how a map is brought to the wanted size; nearest for segmentation.
+        path: folder of a ControlNet in the diffusers layout, or a single file.
+        image: a control map, or an image from which ``preprocess`` computes one; a file or the image itself.
+        strength: factor on the residuals of the ControlNet.
+        preprocess: edge detector for the map, with the default settings of training; None: ``image`` is the map.
+        resample: interpolation of a map to the size of the image; use nearest for segmentation.
     """
 
     path: str
@@ -46,16 +46,20 @@ class ControlImage:
     resample: Resample = "bilinear"
 
     def read_image(self) -> Image.Image:
-        """Mode RGB; UserError where there is none."""
+        """The image in mode RGB.
+
+        Raises:
+            UserError: the file is missing or is not an image.
+        """
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
         file = Path(self.image).expanduser()
         if not file.is_file():
-            raise UserError(f"{self.image} does not exist", key="control.image", remedy="name an image file")
+            raise UserError(f"{self.image} does not exist", key="control.image", remedy="set it to an image file")
         return open_image(file, "control.image")
 
     def map(self, size: tuple[int, int]) -> np.ndarray:
-        """uint8 [H, W, 3]: the image scaled to cover ``size`` (width, height) and cropped at the centre."""
+        """Control map uint8 [H, W, 3]: the image, scaled to cover ``size`` (width, height) and center-cropped."""
         if self.preprocess is None:
             return fit(self.read_image(), size, resample=self.resample)
         return _computed(self.preprocess).extract(resize_and_crop(self.read_image(), size))
@@ -63,7 +67,7 @@ class ControlImage:
 
 @cache
 def _computed(name: str) -> Computed:
-    from sdtune.data.control.edges import Canny, Scribble  # OpenCV is only loaded where it is used
+    from sdtune.data.control.edges import Canny, Scribble  # imports OpenCV
 
     return Canny() if name == "canny" else Scribble()
 
@@ -71,9 +75,16 @@ def _computed(name: str) -> Computed:
 def read_control_image(
     entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None
 ) -> ControlImage:
-    """What a user wrote as ``key``; ``image`` stands in for an entry that names none."""
+    """Check the entry ``key`` of a config and convert it.
+
+    Args:
+        image: the image of an entry without one.
+
+    Raises:
+        UserError: an unknown or missing key, or a value of the wrong type.
+    """
     merged = {**({} if image is None else {"image": image}), **entry}
-    given: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
+    options: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
     hints = {
         "path": str,
         "image": str | Image.Image,
@@ -81,30 +92,37 @@ def read_control_image(
         "preprocess": Literal["canny", "scribble"] | None,
         "resample": Resample,
     }
-    unknown, missing = sorted(given.keys() - hints.keys()), [k for k in ("path", "image") if k not in given]
+    unknown, missing = sorted(options.keys() - hints.keys()), [k for k in ("path", "image") if k not in options]
     if unknown or missing:
-        odd = f"{unknown[0]} is not known" if unknown else f"{missing[0]} is missing"
-        raise UserError(odd, key=key, remedy="write {path: NET, image: FILE, strength: 1.0, preprocess: canny}")
-    for name, value in given.items():
+        message = f"unknown key {unknown[0]}" if unknown else f"{missing[0]} is missing"
+        raise UserError(message, key=key, remedy="use {path: NET, image: FILE, strength: 1.0, preprocess: canny}")
+    for name, value in options.items():
         check_value(value, hints[name], f"{key}.{name}")
-    return ControlImage(**given)
+    return ControlImage(**options)
 
 
 def check_controlnet(path: str, source: Pretrained, preprocess: str | None = None) -> None:
-    """UserError where there is no ControlNet, or one that does not fit ``source``; loads no weights.
+    """Check that ``path`` is a ControlNet that fits ``source`` and ``preprocess``, without loading weights.
 
-    Also where it has learned from other maps than ``preprocess`` makes; of a map that is given as it is nobody knows.
+    Without ``preprocess`` the kind of the map is unknown and not checked.
+
+    Raises:
+        UserError: there is no ControlNet, it does not fit the UNet, or it was trained with other control maps.
     """
     folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
-    learned = _facts(folder).get("preprocess", preprocess)
-    if preprocess is not None and learned != preprocess:
-        right = f"give preprocess: {learned}" if learned else "give the map itself as image, and leave preprocess out"
-        raise UserError(f"{preprocess}, but {path} has learned from other maps; {right}", key="control.preprocess")
-    warn_of_another_backbone(f"control.path: {path}", _facts(folder).get("backbone", source.hash()), source.hash())
+    trained_with = _facts(folder).get("preprocess", preprocess)
+    if preprocess is not None and trained_with != preprocess:
+        remedy = (
+            f"set preprocess: {trained_with}" if trained_with else "set image to a control map and remove preprocess"
+        )
+        raise UserError(
+            f"{preprocess}, but {path} was trained with other control maps", key="control.preprocess", remedy=remedy
+        )
+    warn_if_other_backbone(f"control.path: {path}", _facts(folder).get("backbone", source.hash()), source.hash())
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What sdtune wrote beside the net; nothing where another program did."""
+    """Content of ``sdtune.json`` next to the ControlNet; empty for a ControlNet of another program."""
     file = folder / "sdtune.json"
     facts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return facts
@@ -112,45 +130,59 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedControlNet(LoadedArtifact):
-    """A net on the backbone's device, and the weights of the UNet that was trained along with it, if one was."""
+    """A ControlNet on the device of the backbone.
+
+    Args:
+        unet: UNet weights that were trained together with the ControlNet; empty if there are none.
+    """
 
     model: ControlNetModel
     unet: dict[str, Tensor]
 
 
 def load_controlnets(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
-    """Read the nets in ``paths``, in float32."""
+    """Read the ControlNets in ``paths`` in float32.
+
+    Raises:
+        UserError: a path is not a ControlNet that fits the backbone.
+    """
     loaded = []
     for path in paths:
         folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
         model = load_controlnet(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
         model = model.to(backbone.device).eval().requires_grad_(False)
         backbone.prepare_for_device(backbone.device, model)
-        own = folder / "unet" / WEIGHTS
-        loaded.append(LoadedControlNet(path, model, read_safetensors(own)[0] if own.is_file() else {}))
+        unet_file = folder / "unet" / WEIGHTS
+        loaded.append(LoadedControlNet(path, model, read_safetensors(unet_file)[0] if unet_file.is_file() else {}))
     return loaded
 
 
 @contextmanager
 def controlnets_applied(
-    backbone: Backbone, nets: Sequence[LoadedControlNet], strengths: Sequence[float]
+    backbone: Backbone, controlnets: Sequence[LoadedControlNet], strengths: Sequence[float]
 ) -> Iterator[None]:
-    """Within it, ``backbone`` samples under ``nets``, and with the UNet that one of them brings."""
-    bringing = [net for net, strength in zip(nets, strengths, strict=True) if net.unet and strength]
-    if len(bringing) > 1:
+    """Context manager that applies ``controlnets`` to ``backbone``, with the UNet weights that one of them contains.
+
+    Raises:
+        UserError: more than one of ``controlnets`` with a strength other than 0 contains UNet weights.
+    """
+    with_unet = [net for net, strength in zip(controlnets, strengths, strict=True) if net.unet and strength]
+    if len(with_unet) > 1:
         raise UserError(
-            f"{bringing[0].path} and {bringing[1].path} each bring a UNet of their own",
+            f"both {with_unet[0].path} and {with_unet[1].path} contain UNet weights",
             key="control",
-            remedy="use one of them",
+            remedy="use only one of them",
         )
-    own = {name: p.data for name, p in backbone.unet.named_parameters()} if bringing else {}
+    original_weights = {name: p.data for name, p in backbone.unet.named_parameters()} if with_unet else {}
     try:
-        for name in own:
+        for name in original_weights:
             weight = backbone.unet.get_parameter(name)
-            weight.data = bringing[0].unet[name].to(weight.device, weight.dtype)
-        backbone.nets = tuple(Net(net.model, strength) for net, strength in zip(nets, strengths, strict=True))
+            weight.data = with_unet[0].unet[name].to(weight.device, weight.dtype)
+        backbone.controlnets = tuple(
+            ControlNetWithStrength(net.model, strength) for net, strength in zip(controlnets, strengths, strict=True)
+        )
         yield
     finally:
-        backbone.nets = ()
-        for name, value in own.items():
+        backbone.controlnets = ()
+        for name, value in original_weights.items():
             backbone.unet.get_parameter(name).data = value

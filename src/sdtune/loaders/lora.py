@@ -1,4 +1,4 @@
-"""Load LoRAs and learned words onto a backbone for sampling, with strengths, and unload them exactly."""
+"""Load LoRAs and embeddings of new tokens onto a backbone for sampling, with strengths, and unload them exactly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
-from sdtune.loaders.artifact import LoadedArtifact, warn_of_another_backbone
+from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A file of a LoRA or of a learned word, or a run's ``artifact`` folder that holds either or both.
+    """A LoRA file, an embedding file, or the ``artifact`` folder of a run, which can contain both.
 
-    ``strength`` is how strongly a LoRA acts, alpha of W' = W + strength * alpha/r * BA; a word has none.
+    Args:
+        strength: factor s of a LoRA in W' = W + s * alpha/r * B A; embeddings ignore it.
     """
 
     path: str
@@ -34,63 +35,72 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class LoadedLoRA(LoadedArtifact):
-    """An adapter's pairs with the module paths of the backbone at hand, and the words in its file."""
+    """LoRA pairs with the module paths of the backbone, and the new tokens in the same file or folder."""
 
     weights: LoRAWeights
-    words: embeddings.Words
+    words: embeddings.TokenVectors
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Sites that a file may name, by the path that clients use."""
+    """Canonical path (as in LoRA files) -> linear or convolution layer that a LoRA can change."""
     return {canonical(f"{component}.{name}"): layer for component, name, layer in layers(backbone)}
 
 
-def check_file(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
-    """UserError where there is no adapter; a warning for one of another backbone; reads headers alone.
+def check_adapter(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
+    """Check that ``path`` is an adapter, and warn if it was trained on another backbone; reads only file headers.
 
-    A LoRA is used on models that were made from its own, and whether it suits one shows in the images. One that does
-    not fit is refused by its shapes.
+    Another backbone is not an error, since LoRAs are used on models derived from the one they were trained on. Shapes
+    that do not fit are rejected by :func:`load_adapters`.
+
+    Raises:
+        UserError: ``path`` does not exist or contains no adapter.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise UserError(f"{path} does not exist", key=key, remedy="name a .safetensors file or a run's artifact folder")
-    if (place / "config.json").is_file():
-        raise UserError(f"{path} holds a ControlNet or another whole model; a ControlNet goes to control=", key=key)
-    files = [place] if place.is_file() else sorted(f for f in place.glob("*.safetensors") if not _passed_over(f))
+    local_path = Path(path).expanduser()
+    if not local_path.exists():
+        raise UserError(
+            f"{path} does not exist", key=key, remedy="use a .safetensors file or the artifact folder of a run"
+        )
+    if (local_path / "config.json").is_file():
+        raise UserError(f"{path} is a ControlNet or a full model", key=key, remedy="use control= for a ControlNet")
+    files = (
+        [local_path]
+        if local_path.is_file()
+        else sorted(f for f in local_path.glob("*.safetensors") if not _is_intermediate(f))
+    )
     if not files:
-        raise UserError(f"{path} holds no .safetensors file", key=key, remedy="name a run's artifact folder")
+        raise UserError(f"{path} contains no .safetensors file", key=key, remedy="use the artifact folder of a run")
     for file in files:
-        warn_of_another_backbone(path, read_metadata(file).get("sdtune_backbone_hash", backbone_hash), backbone_hash)
+        warn_if_other_backbone(path, read_metadata(file).get("sdtune_backbone_hash", backbone_hash), backbone_hash)
 
 
-def _passed_over(file: Path) -> bool:
-    """Whether it is an intermediate word's, which a folder's last ones stand in for."""
+def _is_intermediate(file: Path) -> bool:
+    """Whether ``file`` is an intermediate embedding, which is ignored in a folder."""
     return file.stem.startswith(embeddings.FILE_NAME) and embeddings.intermediate(file.stem)
 
 
 def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[LoadedLoRA]:
-    """Read ``files`` and have ``backbone`` understand the words in them.
+    """Read ``files`` and add their new tokens to ``backbone``.
 
     Raises:
-        UserError: one does not fit this backbone, or brings a word that another brought.
+        UserError: a file does not fit the backbone, or two files contain the same token.
     """
     modules = _modules(backbone)
     xl = dict(backbone.unet.config) if backbone.facts.family == "sdxl" else None
     loaded = [_read(file, modules, xl) for file in files]
-    words: embeddings.Words = {}
+    new_tokens: embeddings.TokenVectors = {}
     widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for adapter in loaded:
         for token, vectors in adapter.words.items():
-            theirs = [rows.shape[1] for rows in vectors]
-            if theirs != widths:
+            vector_widths = [rows.shape[1] for rows in vectors]
+            if vector_widths != widths:
                 raise UserError(
-                    f"{adapter.path}: vectors of {_and(theirs)} numbers; this backbone's have {_and(widths)}"
+                    f"{adapter.path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}"
                 )
-            if token in words:
-                raise UserError(f"{adapter.path}: the word {token!r} comes from another adapter already")
-            words[token] = vectors
-    if words:
-        backbone.add_tokens(words)
+            if token in new_tokens:
+                raise UserError(f"{adapter.path}: token {token!r} is already in another adapter")
+            new_tokens[token] = vectors
+    if new_tokens:
+        backbone.add_tokens(new_tokens)
     return loaded
 
 
@@ -103,26 +113,30 @@ def _read(
     modules: Mapping[str, nn.Linear | nn.Conv2d],
     xl: Mapping[str, Any] | None,
 ) -> LoadedLoRA:
-    place = Path(file.path).expanduser()
+    local_path = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
-    words = embeddings.read_folder(place) if place.is_dir() else embeddings.parse(place, *read_safetensors(place))
-    if (place / FILE_NAME).is_file() or not words:
-        weights, _ = read_lora(place, modules, xl)
+    new_tokens = (
+        embeddings.read_folder(local_path)
+        if local_path.is_dir()
+        else embeddings.parse(local_path, *read_safetensors(local_path))
+    )
+    if (local_path / FILE_NAME).is_file() or not new_tokens:
+        weights, _ = read_lora(local_path, modules, xl)
     for path, (down, up) in weights.pairs.items():
-        site = modules.get(path)
-        if site is None:
-            raise UserError(f"{file.path}: {path} is not a layer of this backbone; it belongs to another one")
-        theirs_shape = (up.shape[0], *down.shape[1:])
-        if theirs_shape != tuple(site.weight.shape) and down.shape[1:].numel() * up.shape[0] != site.weight.numel():
+        layer = modules.get(path)
+        if layer is None:
+            raise UserError(f"{file.path}: this backbone has no layer {path}; the adapter belongs to another backbone")
+        shape = (up.shape[0], *down.shape[1:])
+        if shape != tuple(layer.weight.shape) and down.shape[1:].numel() * up.shape[0] != layer.weight.numel():
             raise UserError(
-                f"{file.path}: {path} is for weights {list(theirs_shape)}, this backbone's are"
-                f" {list(site.weight.shape)}; it belongs to another one"
+                f"{file.path}: {path} is for weights of shape {list(shape)}, but this backbone has"
+                f" {list(layer.weight.shape)}; the adapter belongs to another backbone"
             )
-    return LoadedLoRA(file.path, weights, words)
+    return LoadedLoRA(file.path, weights, new_tokens)
 
 
 def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
-    """scale * B A as a weight of ``shape``, in float32; for convolutions B is 1x1 and A has the kernel."""
+    """Weight change scale * B A in ``shape``, float32. For convolutions A has the kernel size and B is 1x1."""
     product = scale * (up.float().flatten(1) @ down.float().flatten(1))
     return product.reshape(shape)
 
@@ -131,16 +145,20 @@ def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
 def adapters_applied(
     backbone: Backbone, adapters: Sequence[LoadedLoRA], strengths: Sequence[float], *, only_to_draw: bool = False
 ) -> Iterator[None]:
-    """Within it, the backbone's weights hold the adapters at ``strengths``; afterwards they are what they were.
+    """Context manager that merges ``adapters`` into the weights, and restores the original weights exactly.
 
-    Merged rather than kept as branches: sampling then costs what the base costs. Only where images are all that is
-    wanted of it, one LoRA on a UNet that several runs share stays beside the weights, so that they draw together.
+    Merged weights make sampling as fast as with the base model. Exception: with ``only_to_draw``, a single LoRA on a
+    UNet that several runs share is not merged into it, so that the runs can generate images in one batch.
+
+    Args:
+        strengths: one factor per adapter.
+        only_to_draw: whether the weights are used only to generate images.
     """
     modules = _modules(backbone)
-    kept: dict[str, Tensor] = {}
-    beside: dict[str, tuple[Tensor, Tensor, float]] = {}
-    stays = backbone.pair_executor is not None and only_to_draw and len(adapters) == 1
-    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if stays else {}
+    originals: dict[str, Tensor] = {}
+    unmerged: dict[str, tuple[Tensor, Tensor, float]] = {}
+    keep_unmerged = backbone.pair_executor is not None and only_to_draw and len(adapters) == 1
+    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if keep_unmerged else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):
             if strength == 0:
@@ -149,14 +167,14 @@ def adapters_applied(
                 weight = modules[path].weight
                 scale = strength * adapter.weights.alphas[path] / down.shape[0]
                 if path in names:
-                    beside[names[path]] = (down.float(), up.float(), scale)
+                    unmerged[names[path]] = (down.float(), up.float(), scale)
                     continue
-                kept.setdefault(path, weight.data)
+                originals.setdefault(path, weight.data)
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
-        backbone.drawing_pairs = beside if stays else None
+        backbone.sampling_pairs = unmerged if keep_unmerged else None
         yield
     finally:
-        backbone.drawing_pairs = None
-        for path, own in kept.items():
-            modules[path].weight.data = own
+        backbone.sampling_pairs = None
+        for path, original in originals.items():
+            modules[path].weight.data = original

@@ -1,4 +1,4 @@
-"""The five methods, each a LightningModule over one backbone, and their base class."""
+"""The five fine-tuning methods, as LightningModules, and their base class."""
 
 from sdtune.methods.base import Adapter
 from sdtune.methods.controlnet import ControlNet

@@ -1,4 +1,4 @@
-"""``Adapter``, base class of all fine-tuning methods: training step, optimizer setup, checkpoint contents."""
+"""Base class of all fine-tuning methods, ``Adapter``: training step, optimizer setup, checkpoint contents."""
 
 from __future__ import annotations
 
@@ -17,63 +17,75 @@ from sdtune import streams
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Component
+from sdtune.backbone.new_token_vectors import initialize_tokens, token_vectors
 from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
-from sdtune.backbone.words import begin_tokens, word_vectors
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.lightning_compat import attached_trainer
-from sdtune.loaders.lora import check_file
-from sdtune.lr_schedule import Constant, LRSchedule, take_rates
+from sdtune.loaders.lora import check_adapter
+from sdtune.lr_schedule import Constant, LRSchedule, apply_current_rates
 from sdtune.objective import Objective
-from sdtune.torch_compat import set_takes_found_inf
+from sdtune.torch_compat import set_supports_found_inf
 from sdtune.training import random_draws as draws
-from sdtune.training.arguments import Average, MakeOptimizer
+from sdtune.training.arguments import Average, OptimizerFactory
 from sdtune.training.caching import CachedParts, fill_caches
-from sdtune.training.checkpoint_contents import check_same_backbone, complete, only_trained
+from sdtune.training.checkpoint_contents import check_same_backbone, complete, keep_only_trained
 from sdtune.training.cpu_offload import CpuOffload
 from sdtune.training.executor import LocalExecutor, ModelExecutor
 from sdtune.training.gradient_checkpointing import checkpoint_activations
-from sdtune.training.nonfinite_guard import Guard
+from sdtune.training.nonfinite_guard import NonfiniteGuard
 from sdtune.training.param_groups import param_groups
 
-_ABSTRACT = ("inject", "write_artifact")
-"""What a subclass must define before it can be trained; ABC itself looks only after ``__init_subclass__``."""
+_ABSTRACT_METHODS = ("inject", "write_artifact")
+"""Abstract methods of ``Adapter``; ``__abstractmethods__`` of a subclass is not set yet in ``__init_subclass__``."""
 
 
 class Adapter(pl.LightningModule, ABC):
-    """One way to fine-tune, over a frozen backbone.
+    """A fine-tuning method: makes parameters of a frozen backbone trainable, or adds new ones, and trains them.
 
-    A subclass says which parts it opens or inserts (:meth:`inject`) and what it leaves behind
-    (:meth:`write_artifact`), and where it must, how it denoises. It overrides nothing else.
+    A subclass sets ``artifact_kind`` and ``reads_denoiser_only`` and implements :meth:`inject` and
+    :meth:`write_artifact`. It may override the other hooks, from :meth:`write_snapshot` to :meth:`extra_losses`.
+
+    Args:
+        backbone: the pretrained pipeline.
+        objective: the diffusion loss.
+        optimizer: creates the optimizer from parameter groups; AdamW with a learning rate of 1e-4 if None.
+        lr_schedule: learning-rate schedule; constant after 100 warm-up steps if None.
+        new_tokens: words to add to the tokenizer, whose embedding vectors are trained.
+        tokens_lr: learning rate of the new tokens; the optimizer's if None.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        offload: keep the VAE and the text encoders in main memory if their outputs are cached.
+        vae_tiling: decode large images in tiles, to save memory.
+        seed: seed of the initial values and of all random numbers of a step.
     """
 
     artifact_kind: ClassVar[Literal["lora", "words", "controlnet", "model"]]
-    """What kind of artifact it writes, of those that ``sdtune export`` knows."""
+    """Kind of the artifact, as ``sdtune export`` names it."""
 
-    needs_tokens: ClassVar[bool] = False
-    """Whether there is nothing to train without new tokens."""
+    trains_only_new_tokens: ClassVar[bool] = False
+    """True if the method trains only new tokens."""
 
     reads_denoiser_only: ClassVar[bool]
-    """Whether the UNet's weights are neither trained nor copied, so may be read in half precision.
+    """True if the UNet's weights are neither trained nor copied; mixed precision then loads them in half precision.
 
-    Each class that can be trained states it in its own body: a subclass may train more than its base.
+    Each concrete class sets it in its own body and does not inherit it: a subclass may train more than its base class.
     """
 
     uses_class_images: ClassVar[bool] = False
-    """Whether it trains on images of the class, unless ``data.prior_weight`` is 0."""
+    """True if the method trains on class images (prior preservation), unless ``data.prior_weight`` is 0."""
 
     parts: Sequence[Component] = ()
-    """The components that are trained whole."""
+    """Components whose weights are all trained."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT)
+        abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT_METHODS)
         if not abstract and "reads_denoiser_only" not in vars(cls):
             raise TypeError(
-                f"{cls.__qualname__} must state reads_denoiser_only in its own body: True where the UNet's weights are"
+                f"{cls.__qualname__} must set reads_denoiser_only in its own class body: True if the UNet's weights are"
                 " neither trained nor copied"
             )
 
@@ -82,7 +94,7 @@ class Adapter(pl.LightningModule, ABC):
         *,
         backbone: Pretrained | None = None,
         objective: Objective | None = None,
-        optimizer: MakeOptimizer | None = None,
+        optimizer: OptimizerFactory | None = None,
         lr_schedule: LRSchedule | None = None,
         new_tokens: Sequence[NewToken] = (),
         tokens_lr: float | None = None,
@@ -93,11 +105,15 @@ class Adapter(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         check_tokens(new_tokens)
-        if self.needs_tokens and not new_tokens:
-            raise UserError("new_tokens is empty: give 'new_tokens=[{token: \"<my_cat>\", init: cat}]'")
+        if self.trains_only_new_tokens and not new_tokens:
+            raise UserError(
+                "the list is empty, but this method trains only new tokens",
+                key="new_tokens",
+                remedy="set 'new_tokens=[{token: \"<my_cat>\", init: cat}]'",
+            )
         self.source = backbone or Pretrained()
         self.objective = objective or Objective()
-        self.make_optimizer: MakeOptimizer = optimizer or (
+        self.make_optimizer: OptimizerFactory = optimizer or (
             lambda groups: torch.optim.AdamW(groups, lr=1e-4, fused=True)
         )
         self.lr_schedule = lr_schedule or Constant(warmup_steps=100)
@@ -105,134 +121,160 @@ class Adapter(pl.LightningModule, ABC):
         self.gradient_checkpointing, self.offload, self.vae_tiling = gradient_checkpointing, offload, vae_tiling
         self.backbone: Backbone
         self.executor: ModelExecutor = LocalExecutor()
-        """Computes predictions and gradients; a session that shares a backbone sets its own."""
+        """Computes predictions and gradients; replaced when several runs share a backbone."""
         self.step_metrics: dict[str, Tensor] = {}
-        """Metrics of the optimizer step just made, still on the device: losses, gradient norm, finiteness."""
-        self.offloaded, self.guard = CpuOffload(), Guard()
-        self.flushed: dict[str, float] = {}
-        """The last metrics brought over from the device, for the progress bar."""
+        """Metrics of the current optimizer step, as tensors on the device: losses, gradient norm, finiteness."""
+        self.cpu_offload, self.guard = CpuOffload(), NonfiniteGuard()
+        self.displayed_metrics: dict[str, float] = {}
+        """Metrics that were last copied from the device, for the progress bar."""
         self.average: Average | None = None
-        """Set by a callback that keeps an average of the trained weights."""
+        """Average of the trained weights (EMA); set by a callback."""
 
-    # --- what a method says
+    # --- hooks: implemented or overridden by a method
 
     @abstractmethod
     def inject(self) -> None:
-        """Open or insert the trainable parts; everything is frozen before. New tokens are opened beside them."""
+        """Make parameters of the backbone trainable, or add trainable modules.
+
+        All parameters are frozen before the call. The base class adds the new tokens and makes them trainable.
+        """
 
     @abstractmethod
     def write_artifact(self, folder: Path, name: str) -> None:
-        """Write what other programs load, from the weights as they are now; new tokens are written beside it."""
+        """Write the current trained weights in the formats that other programs load, except the new tokens.
+
+        Args:
+            folder: the artifact folder.
+            name: name of the file or subfolder to write, without extension.
+        """
 
     def write_snapshot(self, folder: Path, stem: str) -> None:
-        """Write an intermediate artifact; by default what :meth:`write_artifact` writes, under ``stem``."""
+        """Write an intermediate artifact named ``stem``; by default the same files as :meth:`write_artifact`."""
         self.write_artifact(folder, stem)
 
     def check_data(self, data: ImageDataModule) -> None:
-        """UserError for data that the method cannot be trained on; called before any weights are loaded."""
+        """Raise UserError if the method cannot be trained on ``data``; called before any weights are loaded."""
 
     def artifact_bytes(self) -> int:
-        """Size of what :meth:`artifact` writes, file headers apart; by default the trained parameters in float32."""
+        """Size in bytes of the tensors that :meth:`artifact` writes; by default the trained parameters in float32."""
         return sum(4 * p.numel() for _, p in self.trainable())
 
     def component_rates(self) -> Mapping[str, float | None]:
-        """The learning rates of components that have one of their own; the optimizer's for the others.
+        """Learning rates by component; the optimizer's learning rate for None and for components not listed.
 
-        A component is ``unet``, ``text_encoder`` (all of them), ``vae``, or a module that :meth:`inject` has added.
+        A component is ``unet``, ``text_encoder`` (all text encoders), ``vae``, or a module added by :meth:`inject`.
         """
         return {}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        """The UNet's output [B, C, h, w]; sampling calls it too, so a preview cannot drift from training."""
+        """UNet output [B, C, h, w]; previews call it too, so that they use the same computation as training.
+
+        Args:
+            noisy: noisy latents [B, C, h, w].
+            timesteps: int64 [B].
+            text: text embeddings [B, L, D].
+            batch: additional inputs, such as ``frame`` and ``control``.
+        """
         inputs = self.backbone.unet_inputs(noisy, timesteps, text, frame=batch.get("frame"))
         return self.executor.predict(self.backbone.unet, inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
-        """``batch`` with what the method reads from one beside images and text, of meaningless values.
+        """Add placeholder values for the inputs that the method reads in addition to images and text.
 
-        ``sdtune plan`` counts a training step with it.
+        ``sdtune plan`` measures a training step with this batch.
 
         Args:
-            pixels: [B, 3, H, W], the images.
+            batch: a batch of images and text.
+            pixels: images [B, 3, H, W].
         """
         return batch
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Further terms of the loss, each a scalar."""
+        """Scalar loss terms that are added to the diffusion loss, by metric name."""
         return {}
 
     # --- the model
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The open parameters with their names, in the module's order."""
+        """The trainable parameters with their names, in module order."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it, inject, once; and suit the run's device, which Lightning asks for each time."""
+        """Load the backbone and inject (first call only); cast the weights and prepare them for the device."""
         fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
-        half = HALVES.get(str(self.trainer.precision)) if fitting else None
+        half_dtype = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
-            self.backbone = self.source.load(self.seed, half if self.reads_denoiser_only else None)
-            # Lightning makes the run's device the default here; what is made beside the weights is to lie with them.
+            self.backbone = self.source.load(self.seed, half_dtype if self.reads_denoiser_only else None)
+            # Lightning makes the run's device the default device; create new modules on the backbone's device instead.
             with self.backbone.device:
                 self._build()
         if attached_trainer(self) is not None:
-            # A backbone that other runs share is not this run's to cast. Before moving: the device may lack memory for
-            # float32 weights.
-            if half and self.backbone.pair_executor is None:
+            # Do not cast a backbone that other runs share. Cast before moving: the device may lack memory for float32
+            # weights.
+            if half_dtype and self.backbone.pair_executor is None:
                 self.backbone.cast_frozen(str(self.trainer.precision))
-            # Before DDP wraps the model: it maps gradients to its buckets by the strides that it finds then.
+            # Set the memory layout before DDP wraps the model: DDP builds its gradient buckets from the strides.
             self.prepare_for_device(self.trainer.strategy.root_device)
 
     def prepare_for_device(self, device: torch.device) -> None:
-        """Attention and memory layout for ``device``."""
+        """Set the attention implementation and the memory layout for ``device``."""
         self.backbone.prepare_for_device(
             device, *[model for model in self.children() if hasattr(model, "set_attn_processor")]
         )
 
     def _build(self) -> None:
         if self.new_tokens:
-            begin_tokens(self.backbone, self.new_tokens)
+            initialize_tokens(self.backbone, self.new_tokens)
         self.inject()
-        for vectors in self.backbone.learned:
+        for vectors in self.backbone.new_token_vectors:
             vectors.requires_grad_(True)
-        # diffusers and transformers checkpoint activations in training mode alone.
+        # diffusers and transformers apply gradient checkpointing only in training mode.
         self.backbone.unet.train()
         for encoder in self.backbone.encoders.values():
-            encoder.train(self.open("text_encoder"))
+            encoder.train(self.trains("text_encoder"))
         if self.gradient_checkpointing:
             checkpoint_activations(self)
         if self.vae_tiling:
             self.backbone.decode_in_tiles()
-        opened = self.trainable()
-        assert opened, "inject() opened nothing"
-        self._vae_alone = all(name.startswith("backbone.vae.") for name, _ in opened)
+        trainable = self.trainable()
+        assert trainable, "inject() made no parameter trainable"
+        self._trains_only_vae = all(name.startswith("backbone.vae.") for name, _ in trainable)
 
     def artifact(self, folder: Path, name: str) -> None:
-        """Write everything that other programs load, from the weights as they are now."""
+        """Write the current trained weights and new tokens in the formats that other programs load."""
         self.write_artifact(folder, name)
-        self._write_words(folder, name, "")
+        self._write_new_tokens(folder, name, "")
 
     def snapshot(self, folder: Path, stem: str, mark: str) -> None:
-        """Write an intermediate artifact; ``stem`` names its files, which end in ``mark``."""
+        """Write an intermediate artifact and new tokens.
+
+        Args:
+            folder: the artifact folder.
+            stem: name of the file or subfolder, without extension.
+            mark: suffix for the names of the new tokens' files, such as ``-step00000400``.
+        """
         self.write_snapshot(folder, stem)
-        self._write_words(folder, stem, mark)
+        self._write_new_tokens(folder, stem, mark)
 
-    def _write_words(self, folder: Path, stem: str, mark: str) -> None:
+    def _write_new_tokens(self, folder: Path, stem: str, mark: str) -> None:
         if self.new_tokens:
-            embeddings.write(folder, word_vectors(self.backbone), mark, self.about(folder / stem))
+            embeddings.write(folder, token_vectors(self.backbone), mark, self.artifact_metadata(folder / stem))
 
-    def about(self, artifact: Path) -> dict[str, str]:
-        """Metadata of the files that go onto a backbone; ``artifact`` is what has just been written."""
+    def artifact_metadata(self, artifact: Path) -> dict[str, str]:
+        """Metadata of files that are loaded onto a backbone: the hash of that backbone.
+
+        Args:
+            artifact: path of the artifact that was written just before.
+        """
         return {"sdtune_backbone_hash": self.source.hash()}
 
     def final_weights(self) -> AbstractContextManager[None]:
-        """Within it, the weights are those that a run leaves behind: the average where one is kept."""
-        return self.average.swapped(self) if self.average is not None else nullcontext()
+        """Context manager that swaps in the weights of the final artifact: the average, if there is one."""
+        return self.average.swapped_parameters(self) if self.average is not None else nullcontext()
 
-    def open(self, component: str) -> bool:
-        """Whether any parameter of the backbone's ``component`` is trained; ``text_encoder`` stands for all of them."""
+    def trains(self, component: str) -> bool:
+        """Whether any parameter of ``component`` of the backbone is trained; ``text_encoder``: any text encoder."""
         models = self.backbone.encoders.values() if component == "text_encoder" else [getattr(self.backbone, component)]
         return any(p.requires_grad for model in models for p in model.parameters())
 
@@ -246,7 +288,7 @@ class Adapter(pl.LightningModule, ABC):
             if self.offload:
                 parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
                 parts += self.backbone.encoders.values() if data.text_cache is not None else []
-                self.offloaded = CpuOffload(parts, self.device)
+                self.cpu_offload = CpuOffload(parts, self.device)
 
     def _cached_parts(self) -> CachedParts:
         return CachedParts(
@@ -257,47 +299,56 @@ class Adapter(pl.LightningModule, ABC):
             precision=str(self.trainer.precision),
             encode_text=self.encode_text,
             autocast=self._autocast,
-            frozen_vae=not self.open("vae"),
-            frozen_text=not self.open("text_encoder"),
+            frozen_vae=not self.trains("vae"),
+            frozen_text=not self.trains("text_encoder"),
         )
 
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            take_rates(config.scheduler)
+            apply_current_rates(config.scheduler)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text states; frozen half-precision weights need autocast also outside a training step."""
-        with self._autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.open("text_encoder")):
+        """Text embeddings [B, L, D]; with gradients only if a text encoder is trained."""
+        # Outside of a training step Lightning's autocast is off, but frozen half-precision weights need it.
+        with self._autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("text_encoder")):
             return self.backbone.encode_text(prompts)
 
     def _autocast(self) -> torch.autocast:
-        """The run's autocast, for work outside of a training step."""
+        """Autocast of the run's precision, for code outside of a training step."""
         return autocast(self.device, str(self.trainer.precision) if attached_trainer(self) is not None else "32-true")
 
-    # --- a step
+    # --- training step
 
     def noise(self, shape: Sequence[int], stream: str, step: int, positions: Iterable[int]) -> Tensor:
-        """Standard normal [len(positions), *shape]; ``stream`` names the draw."""
+        """Standard normal noise, float32 [len(positions), *shape].
+
+        Args:
+            stream: name of the random stream, such as ``train/noise``.
+            step: optimizer step.
+            positions: positions of the samples in the run's order.
+        """
         return draws.noise(shape, self.seed, stream, step, positions, self.device)
 
     def _moments(self, batch: Batch) -> Tensor:
-        """The VAE's moments [B, 2C, h, w], encoded once per step and kept in the batch."""
+        """Moments [B, 2C, h, w] of the VAE's posterior, encoded once per batch and stored in it."""
         if "moments" not in batch:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.open("vae")):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("vae")):
                 batch["moments"] = self.backbone.encode_images(batch["pixels"])
         moments: Tensor = batch["moments"]
         return moments
 
     def losses(self, batch: Batch, stream: str = streams.TRAIN) -> Tensor:
-        """The diffusion loss of each sample, float32 [B].
+        """Diffusion loss of each sample, float32 [B].
 
         Args:
-            stream: ``train`` or ``validation``: names the draws; validation has L_simple, so that curves compare.
+            batch: see :data:`sdtune.data.dataset.Batch`.
+            stream: ``train`` or ``validation``, the prefix of the random streams; validation uses the unweighted loss
+                (L_simple), so that curves of different objectives are comparable.
         """
         step, positions, moments = batch["step"], batch["positions"], self._moments(batch)
         objective = self.objective if stream == streams.TRAIN else self.objective.plain()
         shape = (moments.shape[1] // 2, *moments.shape[2:])
-        # The UNet learns latents of a VAE held fixed: through them the loss would shrink the latents to nothing.
+        # detach(): the diffusion loss must not train the VAE; it would shrink the latents towards zero.
         clean = self.backbone.latents(moments.detach(), self.noise(shape, f"{stream}/{streams.VAE}", step, positions))
         noise = self.noise(shape, f"{stream}/{streams.NOISE}", step, positions)
         if objective.offset_noise:
@@ -323,28 +374,29 @@ class Adapter(pl.LightningModule, ABC):
         extra = self.extra_losses(batch)
         terms |= extra
         loss = loss + sum(extra.values())
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        before = {} if first else self.step_metrics
-        share = 1 / self.trainer.accumulate_grad_batches
+        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        previous = {} if is_first else self.step_metrics
+        weight = 1 / self.trainer.accumulate_grad_batches
         metrics = {"loss": loss, **(terms if len(terms) > 1 else {})}
-        summed = {key: before.get(key, 0) + value.detach() * share for key, value in metrics.items()}
-        self.step_metrics = {**before, **summed}
+        averages = {key: previous.get(key, 0) + value.detach() * weight for key, value in metrics.items()}
+        self.step_metrics = {**previous, **averages}
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self.executor.backward(loss, *args, **kwargs)
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """The metrics of the diffusion loss, and what of it is minimised."""
-        if self._vae_alone:
-            self._moments(batch)  # no trained weight stands behind the diffusion loss
+        """Metrics of the diffusion loss and its scalar to minimize: subject loss plus weighted prior loss."""
+        if self._trains_only_vae:
+            # The diffusion loss has no gradient for the VAE, but extra_losses() reads the moments.
+            self._moments(batch)
             return {}, torch.zeros((), device=self.device)
         per_sample = self.losses(batch)
         count = batch.get("instances", len(per_sample))
         terms = {"loss/diffusion": per_sample[:count].mean()}
         if count == len(per_sample):
             return terms, terms["loss/diffusion"]
-        # Ruiz et al. 2022, eq. 2: the prior term is a mean of its own, so that its weight does not hang on B.
+        # Ruiz et al. 2022, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
         terms["loss/prior"] = per_sample[count:].mean()
         return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 
@@ -355,21 +407,23 @@ class Adapter(pl.LightningModule, ABC):
     # --- the optimizer
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """A parameter group with its ``name`` for each component, and new tokens in one of their own."""
-        words = {id(vectors) for vectors in self.backbone.learned}
-        opened = [(name, p) for name, p in self.trainable() if id(p) not in words]
-        groups = param_groups(opened, self.component_rates())
-        if self.backbone.learned:
-            # Decay would draw a word towards the vector that means nothing.
-            own = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
-            groups.append({"name": "tokens", "params": self.backbone.learned, "weight_decay": 0.0, **own})
+        """Optimizer parameter groups: one per component, with its ``name``, and one named ``tokens`` for new tokens."""
+        vector_ids = {id(vectors) for vectors in self.backbone.new_token_vectors}
+        component_parameters = [(name, p) for name, p in self.trainable() if id(p) not in vector_ids]
+        groups = param_groups(component_parameters, self.component_rates())
+        if self.backbone.new_token_vectors:
+            # No weight decay: it would pull the embedding vectors towards zero.
+            lr_override = {} if self.tokens_lr is None else {"lr": self.tokens_lr}
+            groups.append(
+                {"name": "tokens", "params": self.backbone.new_token_vectors, "weight_decay": 0.0, **lr_override}
+            )
         return groups
 
     def configure_optimizers(self) -> Any:
         optimizer: Any = self.make_optimizer(self.optimizer_groups())
         if self.trainer.precision == "16-mixed":
-            # A fused optimizer would take scaled gradients; then their norm could not be clipped before.
-            set_takes_found_inf(optimizer, False)
+            # A fused optimizer would unscale the gradients inside its step; clipping needs them unscaled before.
+            set_supports_found_inf(optimizer, False)
         total = self.trainer.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -380,39 +434,44 @@ class Adapter(pl.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the joint norm, keep it for the log, and have a step that is not finite skipped on the device."""
+        """Clip the global gradient norm, record it as a metric, and skip a non-finite step without a device sync."""
         scaled = self.trainer.precision == "16-mixed"
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         loss = self.step_metrics["loss"]
         self.step_metrics |= self.guard.clip(optimizer, parameters, gradient_clip_val, loss, scaled)
 
-    # --- checkpoints: only what is trained
+    # --- checkpoints: only trained tensors
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        only_trained(checkpoint, [name for name, _ in self.trainable()])
+        keep_only_trained(checkpoint, [name for name, _ in self.trainable()])
         checkpoint["sdtune"] = {"backbone": self.source.hash(), "method": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone or of other tensors, and load without the frozen ones."""
+        """Add the frozen tensors to a checkpoint, which has only the trained ones.
+
+        Raises:
+            UserError: the checkpoint is of another backbone, or has other trained tensors.
+        """
         check_same_backbone(checkpoint["sdtune"]["backbone"], self.source)
         complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())
 
 
 def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
-    """UserError where ``adapter`` cannot be trained on ``data``; loads no weights.
+    """Check that ``adapter`` can be trained on ``data``, without loading any weights.
 
-    Beside :meth:`Adapter.check_data`: components that would stay at random weights, files of another backbone, and new
-    tokens that no prompt holds, which would learn nothing.
+    Raises:
+        UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained; a file with
+            initial embeddings is missing; or a new token is in no prompt and would not be trained.
     """
-    random = [part for part in adapter.source.from_scratch if part not in adapter.parts]
-    if random:
+    untrained = [part for part in adapter.source.from_scratch if part not in adapter.parts]
+    if untrained:
         raise UserError(
-            f"{random[0]} would stay at its random weights; only what method.parts of method=full names can begin from"
-            " scratch",
+            f"{untrained[0]} has random weights and is not trained",
             key="backbone.from_scratch",
+            remedy=f"add {untrained[0]} to method.parts (method=full), or remove it from backbone.from_scratch",
         )
     for token in adapter.new_tokens:
         if token.weights is not None:
-            check_file(token.weights, adapter.source.hash(), "new_tokens")
+            check_adapter(token.weights, adapter.source.hash(), "new_tokens")
     adapter.check_data(data)
     check_mentioned(adapter.new_tokens, data.captions() if adapter.new_tokens else [])

@@ -1,4 +1,4 @@
-"""ControlNet: a trainable copy of the UNet's encoder reads a control map (Zhang et al. 2023)."""
+"""ControlNet: a trainable copy of the UNet's encoder, conditioned on a control map (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ _DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 
 
 class ControlNet(Adapter):
-    """Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models", section 3.
+    """ControlNet (Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models", section 3).
 
     Args:
-        unet: what of the UNet is trained along: nothing, its decoder (the authors' ``sd_locked=False``: for maps and
-            styles that it does not know, at a lower rate), or all of it.
-        unet_lr: the opened UNet's own learning rate; the optimizer's if None.
-        weights: a ControlNet to begin from, a folder in the diffusers layout or a single file, sdtune's or another's; a
-            copy of the UNet's encoder if None.
+        unet: which weights of the UNet are trained too: none (``frozen``), those of its decoder (``decoder``, the
+            authors' ``sd_locked=False``; for control maps and styles that the UNet does not know, with a lower learning
+            rate), or all (``open``).
+        unet_lr: learning rate of the UNet's trained weights; the optimizer's if None.
+        weights: path of a ControlNet with the initial weights, from any program: a folder in the diffusers layout or a
+            single file; a copy of the UNet's encoder if None.
     """
 
     artifact_kind = "controlnet"
@@ -52,19 +53,21 @@ class ControlNet(Adapter):
         super().__init__(**common)
         if unet == "frozen" and unet_lr is not None:
             raise UserError(
-                "the UNet is frozen", key="method.unet_lr", remedy="set method.unet=decoder or open, or leave it out"
+                "the UNet is frozen, so it has no learning rate",
+                key="method.unet_lr",
+                remedy="set method.unet=decoder or method.unet=open, or remove method.unet_lr",
             )
         self.unet, self.unet_lr, self.weights = unet, unet_lr, weights
         self.controlnet: ControlNetModel
         self._maps: dict[str, str | None] = {}
-        """How the maps that it learns from are made, once the data is known; goes into the artifact."""
+        """How the control maps are computed, for the artifact's sdtune.json; set by :meth:`check_data`."""
 
     def check_data(self, data: ImageDataModule) -> None:
         if data.control is None:
             raise UserError(
-                "method=controlnet learns from a map of each image",
+                "method=controlnet needs a control map for each image",
                 key="data.control",
-                remedy="choose one with data/control=canny, scribble, paired, estimated or pocket",
+                remedy="set data/control=canny, scribble, paired, estimated or pocket",
             )
         if self.weights is not None:
             find_controlnet(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
@@ -73,18 +76,18 @@ class ControlNet(Adapter):
     def inject(self) -> None:
         unet = self.backbone.unet
         if self.weights is not None:
-            place, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
-            self.controlnet = load_controlnet(place, "method.weights", unet, widths)
+            path, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
+            self.controlnet = load_controlnet(path, "method.weights", unet, widths)
         else:
-            self._copy()
+            self._copy_unet_encoder()
         assert len(self.controlnet.controlnet_down_blocks) == skips(unet)
         self.controlnet.train()
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))
 
-    def _copy(self) -> None:
-        """The UNet's encoder, and an embedding of maps that is drawn from the run's seed."""
-        with torch.random.fork_rng(devices=[]):  # what this draws is drawn again, from the run's seed
+    def _copy_unet_encoder(self) -> None:
+        """Copy the UNet's encoder and draw the initial weights of the control map's embedding from the run's seed."""
+        with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced below
             self.controlnet = ControlNetModel.from_unet(
                 self.backbone.unet, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
             )
@@ -93,10 +96,10 @@ class ControlNet(Adapter):
             ("conv_in", embedding.conv_in),
             *((f"blocks.{i}", b) for i, b in enumerate(embedding.blocks)),
         ):
-            self._draw(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
+            self._draw_weights(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
 
-    def _draw(self, name: str, layer: nn.Conv2d) -> None:
-        """torch's default: uniform within 1 / sqrt(fan in)."""
+    def _draw_weights(self, name: str, layer: nn.Conv2d) -> None:
+        """Draw weight and bias from torch's default: uniform in +-1 / sqrt(fan in)."""
         bound = layer.weight[0].numel() ** -0.5
         for part in ("weight", "bias"):
             parameter = getattr(layer, part)
@@ -109,7 +112,11 @@ class ControlNet(Adapter):
         return {"unet": self.unet_lr}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        """Under ``batch["control"]``, float32 [B, 3, H, W] in [0, 1]; the UNet alone where there is none."""
+        """UNet output [B, C, h, w] with the ControlNet's residuals, or without them if the batch has no control map.
+
+        Args:
+            batch: ``control``, if present: control maps, float32 [B, 3, H, W] in [0, 1].
+        """
         frame, added = batch.get("frame"), None
         if "control" in batch:
             conditions = self.backbone.conditions(text, noisy, frame)
@@ -122,19 +129,19 @@ class ControlNet(Adapter):
         return {**batch, "control": pixels}
 
     def artifact_bytes(self) -> int:
-        """The net's, and the whole UNet's where any of it is open."""
-        parts = [self.controlnet, *([] if self.unet == "frozen" else [self.backbone.unet])]
-        return sum(4 * p.numel() for part in parts for p in part.parameters())
+        """Size in bytes of the ControlNet in float32, plus the full UNet if any of it is trained."""
+        models = [self.controlnet, *([] if self.unet == "frozen" else [self.backbone.unet])]
+        return sum(4 * p.numel() for model in models for p in model.parameters())
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """diffusers' ControlNet, ``<folder>/<name>``; a UNet that was trained along goes with it, as ``unet/``."""
-        with replacing(folder / name) as place:
-            save_component(self.controlnet, place)
+        """Write a diffusers ControlNet, ``<folder>/<name>``, with a trained UNet in its subfolder ``unet``."""
+        with replacing(folder / name) as target:
+            save_component(self.controlnet, target)
             if self.unet != "frozen":
-                # Frozen parts may be in half precision here, so they are read again.
-                whole = self.source.load(self.seed).unet
-                whole.load_state_dict(
+                # Read the frozen weights again: in memory they may be in half precision.
+                full_unet = self.source.load(self.seed).unet
+                full_unet.load_state_dict(
                     {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
                 )
-                save_component(whole, place / "unet")
-            write_json(place / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})
+                save_component(full_unet, target / "unet")
+            write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})

@@ -1,4 +1,4 @@
-"""DreamBooth: the UNet learns a subject under a rare word, with prior preservation (Ruiz et al. 2023)."""
+"""DreamBooth: full fine-tuning on a subject with prior preservation (Ruiz et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sdtune.training.arguments import Common
 
 
 class DreamBooth(Full):
-    """Full fine-tuning on pairs of a subject's and its class's images (Ruiz et al. 2022, section 3).
+    """Full fine-tuning on pairs of a subject image and a class image (Ruiz et al. 2022, section 3).
 
-    L = L_simple(subject) + lambda L_simple(class); the pairs and lambda are the data's (``data.class_prompt``,
-    ``data.prior_weight``), so that other methods train on them too.
+    L = L_simple(subject) + lambda L_simple(class). The data module makes the pairs and sets lambda
+    (``data.class_prompt``, ``data.prior_weight``), so that other methods can use them too.
 
     Args:
-        parts: the UNet, by choice with the text encoder; the VAE stays as it is.
+        parts: components to train, ``unet`` and ``text_encoder``; the VAE stays frozen.
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
     """
 
@@ -36,14 +36,17 @@ class DreamBooth(Full):
         **common: Unpack[Common],
     ) -> None:
         if "vae" in parts:
-            raise UserError("DreamBooth leaves the VAE as it is; method=full trains it", key="method.parts")
+            raise UserError(
+                "DreamBooth does not train the VAE", key="method.parts", remedy="remove vae, or use method=full"
+            )
         super().__init__(parts=parts, text_encoder_lr=text_encoder_lr, **common)
 
     def check_data(self, data: ImageDataModule) -> None:
-        """Refuses data without class images, unless their weight is 0."""
+        """Raise UserError if the data has no class images, unless ``data.prior_weight`` is 0."""
         if data.prior_weight > 0 and not data.has_prior:
             raise UserError(
-                "data.class_prompt is missing: DreamBooth keeps the class by its images",
-                remedy='give data.class_prompt="a photo of a dog" or data.class_path=DIR, or'
-                " data.prior_weight=0 to train without them",
+                "missing, but DreamBooth needs class images for prior preservation",
+                key="data.class_prompt",
+                remedy='set data.class_prompt="a photo of a dog" or data.class_path=DIR,'
+                " or data.prior_weight=0 to train without them",
             )

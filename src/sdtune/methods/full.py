@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the opened components is trained."""
+"""Full fine-tuning: all weights of the selected components are trained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sdtune import streams
 from sdtune.backbone.families import Component
+from sdtune.backbone.new_token_vectors import without_new_tokens
 from sdtune.backbone.pretrained import Pretrained
-from sdtune.backbone.words import plain_vocabulary
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -21,24 +21,25 @@ from sdtune.formats.keys import canonical_key
 from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
 from sdtune.methods.base import Adapter
 from sdtune.training.arguments import Common
-from sdtune.training.perceptual_loss import Perception
+from sdtune.training.perceptual_loss import PerceptualLoss
 
 
 class Full(Adapter):
-    """UNet, text encoder and VAE, in any combination.
+    """Full fine-tuning of the UNet, the text encoder and the VAE, in any combination.
 
-    UNet and text encoder learn from the diffusion loss (Rombach et al. 2022, section 3.3: the same as in pretraining),
-    on latents of the VAE held fixed within the step. The VAE learns from a reconstruction loss of its own
-    (Kingma & Welling 2014; Rombach et al. 2022, appendix G, without the discriminator): the diffusion loss gives its
-    decoder no gradient, and would have its encoder make latents that are easy to denoise because they say nothing.
+    The UNet and the text encoder are trained with the diffusion loss (Rombach et al. 2022, section 3.3, as in
+    pretraining), with no gradient to the VAE. The VAE is trained with a separate reconstruction loss (Kingma & Welling
+    2014; Rombach et al. 2022, appendix G, without the discriminator): the diffusion loss has no gradient for the
+    decoder, and would train the encoder to make latents that are easy to denoise but contain no information.
 
     Args:
-        parts: what is opened.
+        parts: components to train.
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
-        vae_lr: of the VAE, likewise.
-        kl_weight: of the VAE's KL term, a mean over the latent's numbers, against the L1 term's mean over pixels.
-        perception: the folder of a CLIP whose image encoder adds a perceptual term to the VAE's loss; none if None.
-        perception_weight: of that term.
+        vae_lr: learning rate of the VAE; the optimizer's if None.
+        kl_weight: weight of the VAE's KL term (mean over latent elements), relative to the L1 term (mean over pixels).
+        perception: folder of a CLIP model whose image encoder computes a perceptual term of the VAE loss; no such term
+            if None.
+        perception_weight: weight of the perceptual term.
     """
 
     artifact_kind = "model"
@@ -57,27 +58,33 @@ class Full(Adapter):
     ) -> None:
         super().__init__(**common)
         if not parts:
-            raise UserError("method.parts is empty", remedy="name at least one of unet, text_encoder, vae")
+            raise UserError(
+                "the list is empty", key="method.parts", remedy="set at least one of unet, text_encoder, vae"
+            )
         if perception is not None and "vae" not in parts:
             raise UserError(
-                "only the VAE has a perceptual term", key="method.perception", remedy="add vae to method.parts"
+                "only the VAE loss has a perceptual term, and the VAE is not trained",
+                key="method.perception",
+                remedy="add vae to method.parts",
             )
         if perception is not None and not Path(perception).expanduser().is_dir():
             raise UserError(
-                f"{perception} is not a folder", key="method.perception", remedy="name a local folder with a CLIP model"
+                f"{perception} is not a folder",
+                key="method.perception",
+                remedy="set it to a local folder with a CLIP model",
             )
         self.parts = tuple(parts)
         self.rates = {"text_encoder": text_encoder_lr, "vae": vae_lr}
         self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight
-        self._perception: list[Perception] = []
-        """Held in a list: as a submodule it would be taken for a part of the model."""
+        self._perception: list[PerceptualLoss] = []
+        """In a list, so that it is not registered as a submodule of the model."""
 
     def check_data(self, data: ImageDataModule) -> None:
         if data.held_out and self.parts == ("vae",):
             raise UserError(
-                "the validation loss is the diffusion loss, which says nothing of method.parts=[vae]",
+                "the validation loss is the diffusion loss, which does not measure method.parts=[vae]",
                 key="data.hold_out",
-                remedy="leave it out",
+                remedy="remove data.hold_out",
             )
 
     def inject(self) -> None:
@@ -86,16 +93,16 @@ class Full(Adapter):
                 getattr(self.backbone, part).requires_grad_(True)
                 continue
             for component, encoder in self.backbone.encoders.items():
-                behind = self.backbone.unused(component)
+                unused_prefixes = self.backbone.unused_prefixes(component)
                 for name, parameter in encoder.named_parameters():
-                    # Layers behind the states that are used would get no gradient, on which DDP fails.
-                    parameter.requires_grad_(not name.startswith(behind))
+                    # Layers after the hidden state that is used get no gradient; DDP would fail on them.
+                    parameter.requires_grad_(not name.startswith(unused_prefixes))
 
     def component_rates(self) -> Mapping[str, float | None]:
         return self.rates
 
     def extra_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The VAE's: L1 + ``kl_weight`` KL, and a perceptual term where an encoder is given."""
+        """Terms of the VAE loss: L1, ``kl_weight`` KL and, with ``perception``, the weighted perceptual distance."""
         if "vae" not in self.parts:
             return {}
         moments, pixels = batch["moments"], batch["pixels"]
@@ -105,45 +112,45 @@ class Full(Adapter):
             batch["step"],
             batch["positions"],
         )
-        rebuilt = self.backbone.reconstruct(moments, noise)
+        reconstruction = self.backbone.reconstruct(moments, noise)
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(-30.0, 20.0)
         # KL(N(mean, variance) || N(0, 1)), Kingma & Welling 2014, appendix B.
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        terms = {"loss/vae_l1": (rebuilt - pixels).abs().mean(), "loss/vae_kl": self.kl_weight * kl}
+        terms = {"loss/vae_l1": (reconstruction - pixels).abs().mean(), "loss/vae_kl": self.kl_weight * kl}
         if self.perception_path is not None:
             if not self._perception:
-                self._perception.append(Perception(self.perception_path, self.device))
-            terms["loss/vae_perception"] = self.perception_weight * self._perception[0](rebuilt, pixels)
+                self._perception.append(PerceptualLoss(self.perception_path, self.device))
+            terms["loss/vae_perception"] = self.perception_weight * self._perception[0](reconstruction, pixels)
         return terms
 
     def artifact_bytes(self) -> int:
-        """The whole pipeline's, with its frozen parts as float32 files."""
+        """Size in bytes of the full pipeline in float32, including its frozen components."""
         return sum(4 * p.numel() for p in self.backbone.parameters())
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """A pipeline folder in the diffusers layout, ``<folder>/<name>``; what was frozen is copied from its source."""
-        target = folder / name
+        """Write a pipeline folder in the diffusers layout, ``<folder>/<name>``; frozen components are copied."""
+        pipeline = folder / name
         encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
         models = {part: getattr(self.backbone, part) for part in self.parts if part != "text_encoder"}
         trained = [*models, *encoders]
-        with replacing(target) as place:
-            copy_pipeline(self.source.folder(), place, trained, self.source.weights(trained))
+        with replacing(pipeline) as target:
+            copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained))
             for part, model in models.items():
-                save_component(model, place / part)
-            self._save_encoders(encoders, place)
+                save_component(model, target / part)
+            self._save_encoders(encoders, target)
             if self.backbone.scheduler_config != self.source.config("scheduler"):
-                write_json(place / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
-            write_json(place / "sdtune.json", {"backbone": self.source.hash()})
+                write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
+            write_json(target / "sdtune.json", {"backbone": self.source.hash()})
 
     def _save_encoders(self, encoders: Mapping[str, nn.Module], pipeline: Path) -> None:
-        with plain_vocabulary(self.backbone):
+        with without_new_tokens(self.backbone):
             for name, encoder in encoders.items():
                 frozen = [canonical_key(name, n) for n, p in encoder.named_parameters() if not p.requires_grad]
-                # Frozen layers may be in half precision here, so they are read again.
-                fresh = self.source.tensors(name) if frozen else {}
-                save_text_encoder(encoder, pipeline / name, {key: fresh[key] for key in frozen})
+                # Read the frozen layers again: in memory they may be in half precision.
+                original = self.source.tensors(name) if frozen else {}
+                save_text_encoder(encoder, pipeline / name, {key: original[key] for key in frozen})
 
-    def about(self, artifact: Path) -> dict[str, str]:
-        """Words learned beside what was opened belong to the trained pipeline."""
+    def artifact_metadata(self, artifact: Path) -> dict[str, str]:
+        """Metadata with the hash of the trained pipeline: new tokens trained with it must be loaded onto it."""
         return {"sdtune_backbone_hash": Pretrained(str(artifact)).hash()}

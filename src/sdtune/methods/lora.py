@@ -1,4 +1,4 @@
-"""LoRA: low-rank pairs beside frozen weights (Hu et al. 2021)."""
+"""LoRA: trainable low-rank pairs in parallel to frozen layers (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack, get_args
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -22,12 +22,12 @@ from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
 from sdtune.formats.lora import LoRAWeights, canonical
-from sdtune.loaders.lora import check_file
+from sdtune.loaders.lora import check_adapter
 from sdtune.methods.base import Adapter
 from sdtune.peft_compat import register_layers
 from sdtune.randomness import generator
 from sdtune.training.arguments import Common
-from sdtune.training.lora_layer import Site
+from sdtune.training.lora_layer import FusedLoRALinear
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
 AlphaPolicy = Literal["rank", "constant", "rslora"]
@@ -35,11 +35,11 @@ AlphaPolicy = Literal["rank", "constant", "rslora"]
 
 @dataclass(frozen=True)
 class Block:
-    """What the modules below one part of the model have instead of the run's own.
+    """Rank and alpha of the LoRA pairs below one module, in place of the method's.
 
     Args:
-        rank: of their pairs.
-        alpha: of their pairs; by the policy from ``rank`` if None.
+        rank: rank of these pairs.
+        alpha: alpha of these pairs; if None, the rank with ``alpha_policy=rank``, else ``method.alpha``.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -56,22 +56,22 @@ _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out
 
 
 class LoRA(Adapter):
-    """W' = W + (alpha / rank) B A (Hu et al. 2021, eq. 3), through peft.
+    """LoRA through peft: W' = W + (alpha / rank) B A (Hu et al. 2021, eq. 3).
 
     Args:
-        rank: columns of A and rows of B.
-        alpha: of W' = W + (alpha / rank) B A; given where the policy does not make it follow from the rank.
-        alpha_policy: ``rank``: alpha = rank, so that sweeping the rank does not also sweep the step size;
-            ``constant``: ``alpha`` at every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
+        rank: rows of A and columns of B.
+        alpha: alpha in W' = W + (alpha / rank) B A; required unless ``alpha_policy`` is ``rank``.
+        alpha_policy: ``rank``: alpha = rank, so that a sweep over the rank does not also change the step size;
+            ``constant``: ``alpha`` for every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
             eq. 4).
-        blocks: by the start of a module's path, such as ``unet.mid_block`` or ``text_encoder``, the rank and alpha of
-            what lies below it; the longest that fits counts.
-        targets: what gets pairs. ``convolutions`` are those of the residual blocks, the samplers and the transformers'
-            projections in and out; ``text_encoder`` its attention (its MLP too, with ``feed_forward``).
-        projections: which of an attention's projections.
-        dropout: on the adapter's branch alone.
+        blocks: rank and alpha for all modules below a module path, such as ``unet.mid_block`` or ``text_encoder``; the
+            longest matching path counts.
+        targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
+            ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``).
+        projections: attention projections that get pairs.
+        dropout: dropout probability of the input of the LoRA branch.
         text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
-        weights: a LoRA to begin from, in diffusers' form or kohya's, sdtune's or another's; of the same ranks.
+        weights: file with the initial pairs, in diffusers or kohya format, from any program, with the same ranks.
     """
 
     artifact_kind = "lora"
@@ -94,87 +94,102 @@ class LoRA(Adapter):
         super().__init__(**common)
         if not targets:
             raise UserError(
-                "name at least one of cross_attention, self_attention, feed_forward, ...", key="method.targets"
+                "the list is empty",
+                key="method.targets",
+                remedy=f"set at least one of {', '.join(get_args(Target))}",
             )
         if alpha_policy == "rank" and alpha is not None:
             raise UserError(
-                f"{alpha} is given, but alpha is the rank",
+                f"got {alpha}, but with method.alpha_policy=rank alpha is the rank",
                 key="method.alpha",
-                remedy="add method.alpha_policy=constant",
+                remedy="add method.alpha_policy=constant, or remove method.alpha",
             )
         if alpha_policy != "rank" and alpha is None:
             raise UserError(
-                f"method.alpha is missing: alpha_policy={alpha_policy} needs one", remedy="give method.alpha=16"
+                f"missing, but method.alpha_policy={alpha_policy} needs it",
+                key="method.alpha",
+                remedy="set it, for example method.alpha=16",
             )
         self.rank, self.alpha, self.alpha_policy = rank, alpha, alpha_policy
-        # From a config they come as plain mappings.
+        # A config has plain mappings.
         self.blocks = {k: Block(**b) if isinstance(b, Mapping) else b for k, b in (blocks or {}).items()}
         for key, block in self.blocks.items():
             if alpha_policy == "rank" and block.alpha is not None:
                 raise UserError(
-                    "give method.alpha_policy=constant and method.alpha too", key=f"method.blocks.{key}.alpha"
+                    "with method.alpha_policy=rank alpha is the rank",
+                    key=f"method.blocks.{key}.alpha",
+                    remedy="set method.alpha_policy=constant and method.alpha",
                 )
         self.text_encoder_lr, self.weights_file = text_encoder_lr, weights
         if weights is not None and not Path(weights).expanduser().exists():
-            raise UserError(f"{weights} does not exist", key="method.weights", remedy="name a LoRA's file")
+            raise UserError(f"{weights} does not exist", key="method.weights", remedy="set it to a LoRA file")
         self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
 
     def check_data(self, data: ImageDataModule) -> None:
         if self.weights_file is not None:
-            check_file(self.weights_file, self.source.hash(), "method.weights")
+            check_adapter(self.weights_file, self.source.hash(), "method.weights")
 
     def inject(self) -> None:
-        self._pair("unet", self.backbone.unet, self._unet_sites())
+        self._inject_pairs("unet", self.backbone.unet, self._unet_layers())
         for component, encoder in self.backbone.encoders.items() if "text_encoder" in self.targets else ():
-            self._pair(component, encoder, self._text_sites(component))
-        paths = [canonical(f"{component}.{name}") for component, name, _ in self._paired()] if self.blocks else []
+            self._inject_pairs(component, encoder, self._text_encoder_layers(component))
+        paths = [canonical(f"{component}.{name}") for component, name, _ in self._lora_layers()] if self.blocks else []
         for key in self.blocks:
-            if not any(_below(path, canonical(key)) for path in paths):
+            if not any(_is_below(path, canonical(key)) for path in paths):
                 raise UserError(
-                    f"{key} is the start of no module that gets pairs, such as {paths[0]}", key="method.blocks"
+                    f"no module below {key} gets a LoRA pair",
+                    key="method.blocks",
+                    remedy=f"use the start of a module path such as {paths[0]}",
                 )
         if self.weights_file is not None:
-            self._begin_from(Path(self.weights_file).expanduser())
+            self._load_pairs(Path(self.weights_file).expanduser())
 
-    def _begin_from(self, file: Path) -> None:
-        """Take the pairs in ``file``; what it has none for begins as ever."""
-        xl = dict(self.backbone.unet.config) if self.backbone.facts.family == "sdxl" else None
-        sites = {canonical(f"{component}.{name}"): module for component, name, module in self._paired()}
+    def _load_pairs(self, file: Path) -> None:
+        """Copy the pairs in ``file``; modules that are not in it keep their initial values."""
+        sdxl_unet_config = dict(self.backbone.unet.config) if self.backbone.facts.family == "sdxl" else None
+        modules = {canonical(f"{component}.{name}"): module for component, name, module in self._lora_layers()}
         try:
-            theirs, _ = read_lora(file, sites, xl)
+            loaded, _ = read_lora(file, modules, sdxl_unet_config)
         except UserError as error:
             raise UserError(
-                f"{error}; method.targets and method.projections say what gets pairs", key="method.weights"
+                str(error),
+                key="method.weights",
+                remedy="set method.targets and method.projections to the layers in the file",
             ) from error
-        for path, (down, up) in theirs.pairs.items():
+        for path, (down, up) in loaded.pairs.items():
             rank, alpha = self._rank_and_alpha(path)
-            if theirs.rank(path) != rank:
+            if loaded.rank(path) != rank:
                 raise UserError(
-                    f"{path} has rank {theirs.rank(path)} in {file.name} and {rank} in this run",
+                    f"{path} has rank {loaded.rank(path)} in {file.name} and {rank} in this run",
                     key="method.weights",
-                    remedy=f"give method.rank={theirs.rank(path)}",
+                    remedy=f"set method.rank={loaded.rank(path)}",
                 )
-            # The file's scale goes into B, so that at the run's own the change is the same.
-            own = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
-            scale = theirs.alphas[path] / rank / own
-            parts = {"lora_A": down, "lora_B": up * scale}
-            for part, value in parts.items():
-                weight: Tensor = getattr(sites[path], part)["default"].weight
+            # Multiply B by the ratio of the scales, so that B A with this run's scale equals the file's update.
+            run_scale = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
+            scale = loaded.alphas[path] / rank / run_scale
+            matrices = {"lora_A": down, "lora_B": up * scale}
+            for name, value in matrices.items():
+                weight: Tensor = getattr(modules[path], name)["default"].weight
                 if weight.shape != value.shape:
-                    raise UserError(f"{path} is for another backbone than this one", key="method.weights")
+                    raise UserError(
+                        f"{name} of {path} has shape {[*value.shape]} in {file.name}, this backbone needs"
+                        f" {[*weight.shape]}",
+                        key="method.weights",
+                        remedy="use a LoRA that was trained on this backbone",
+                    )
                 weight.data.copy_(value)
 
-    def _paired(self) -> Iterator[tuple[str, str, nn.Module]]:
-        """Component, name in it, and module of each site."""
+    def _lora_layers(self) -> Iterator[tuple[str, str, nn.Module]]:
+        """Component, name in the component, and module of each layer with a pair."""
         module: Any
         for component, name, module in named_modules(self.backbone):
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 yield component, name, module
 
     def _rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """Of the module at ``path``, canonical and with its component."""
-        fits = [key for key in self.blocks if _below(path, canonical(key))]
-        block = self.blocks[max(fits, key=len)] if fits else Block(self.rank)
+        """Rank and alpha of the module at the canonical ``path``, which starts with its component."""
+        matches = [key for key in self.blocks if _is_below(path, canonical(key))]
+        block = self.blocks[max(matches, key=len)] if matches else Block(self.rank)
         if self.alpha is None:
             return block.rank, float(block.rank)
         return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
@@ -182,83 +197,83 @@ class LoRA(Adapter):
     def component_rates(self) -> Mapping[str, float | None]:
         return {"text_encoder": self.text_encoder_lr}
 
-    def _unet_sites(self) -> list[str]:
-        wanted: list[str] = []
-        attention = [_UNET_PROJECTIONS[p] for p in self.projections]
+    def _unet_layers(self) -> list[str]:
+        names: list[str] = []
+        projections = [_UNET_PROJECTIONS[p] for p in self.projections]
         for component, name, _ in layers(self.backbone):
             if component != "unet" or not name.startswith(BLOCKS):
                 continue
             if ".attn1." in name or ".attn2." in name:
                 kind = "self_attention" if ".attn1." in name else "cross_attention"
-                site = kind in self.targets and name.endswith(tuple(attention))
+                is_target = kind in self.targets and name.endswith(tuple(projections))
             elif ".ff." in name:
-                site = "feed_forward" in self.targets
+                is_target = "feed_forward" in self.targets
             else:
-                site = "convolutions" in self.targets and name.rpartition(".")[2] in _CONVOLUTIONS
-            if site:
-                wanted.append(name)
-        return wanted
+                is_target = "convolutions" in self.targets and name.rpartition(".")[2] in _CONVOLUTIONS
+            if is_target:
+                names.append(name)
+        return names
 
-    def _text_sites(self, component: str) -> list[str]:
-        endings = [_TEXT_PROJECTIONS[p] for p in self.projections]
-        endings += ["fc1", "fc2"] if "feed_forward" in self.targets else []
-        behind = self.backbone.unused(component)
+    def _text_encoder_layers(self, component: str) -> list[str]:
+        suffixes = [_TEXT_PROJECTIONS[p] for p in self.projections]
+        suffixes += ["fc1", "fc2"] if "feed_forward" in self.targets else []
+        unused_prefixes = self.backbone.unused_prefixes(component)
         return [
             n
             for n, m in self.backbone.encoders[component].named_modules()
-            if isinstance(m, nn.Linear) and n.endswith(tuple(endings)) and not n.startswith(behind)
+            if isinstance(m, nn.Linear) and n.endswith(tuple(suffixes)) and not n.startswith(unused_prefixes)
         ]
 
-    def _pair(self, component: str, model: nn.Module, sites: list[str]) -> None:
-        if not sites:
+    def _inject_pairs(self, component: str, model: nn.Module, layer_names: list[str]) -> None:
+        if not layer_names:
             return
-        # peft matches by suffix, and "conv1" is a suffix of no other site; full names match exactly one module each.
-        own = {name: self._rank_and_alpha(canonical(f"{component}.{name}")) for name in sites}
+        # peft also matches target_modules as suffixes; a full name matches exactly one module.
+        settings = {name: self._rank_and_alpha(canonical(f"{component}.{name}")) for name in layer_names}
         config = LoraConfig(
             r=self.rank,
-            target_modules=sites,
-            rank_pattern={name: rank for name, (rank, _) in own.items()},
-            alpha_pattern={name: alpha for name, (_, alpha) in own.items()},
+            target_modules=layer_names,
+            rank_pattern={name: rank for name, (rank, _) in settings.items()},
+            alpha_pattern={name: alpha for name, (_, alpha) in settings.items()},
             lora_dropout=self.dropout,
             use_rslora=self.alpha_policy == "rslora",
         )
-        register_layers(config, {nn.Linear: Site})  # peft's way to layers of one's own
+        register_layers(config, {nn.Linear: FusedLoRALinear})
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             if "lora_" in name and parameter.dtype.itemsize == 2:
-                parameter.data = parameter.data.float()  # peft gives it the layer's own type
+                parameter.data = parameter.data.float()  # peft creates the pair in the layer's dtype
             if "lora_A" in name:
-                # Kaiming-uniform with a = sqrt 5 is uniform within 1 / sqrt(fan in); drawn by name, so that the
-                # initial value of a pair does not depend on which others there are.
+                # Kaiming-uniform with a = sqrt(5), that is uniform in +-1 / sqrt(fan in). The random stream is
+                # named after the parameter, so that its initial value does not depend on which other pairs exist.
                 bound = parameter[0].numel() ** -0.5
                 rng = generator(self.seed, f"{streams.INITIAL_VALUES}/{component}.{name}")
                 drawn = rng.uniform(-bound, bound, tuple(parameter.shape)).astype("float32")
                 parameter.data.copy_(torch.from_numpy(drawn))
 
     def weights(self) -> LoRAWeights:
-        """The pairs as they are now, by diffusers' module path."""
+        """Current values of the pairs and their alphas, by diffusers module path."""
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         alphas: dict[str, float] = {}
-        for component, name, module in self._paired():
+        for component, name, module in self._lora_layers():
             path = canonical(f"{component}.{name}")
             down, up = (getattr(module, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
             pairs[path] = (down, up)
             rank, alpha = self._rank_and_alpha(path)
-            # Files know one scale, alpha / rank.
+            # File formats define the scale as alpha / rank; convert the alpha of rsLoRA.
             alphas[path] = alpha * math.sqrt(rank) if self.alpha_policy == "rslora" else alpha
         return LoRAWeights(pairs, alphas)
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """``<name>.safetensors`` in kohya's form and ``pytorch_lora_weights.safetensors`` in diffusers'."""
+        """Write ``<name>.safetensors`` in kohya format and ``pytorch_lora_weights.safetensors`` in diffusers format."""
         self.write_snapshot(folder, name)
-        write_diffusers(folder / FILE_NAME, self.weights(), self.about(folder / name))
+        write_diffusers(folder / FILE_NAME, self.weights(), self.artifact_metadata(folder / name))
 
     def artifact_bytes(self) -> int:
-        """Of both files."""
+        """Size in bytes of the pairs in both files."""
         return 2 * super().artifact_bytes()
 
     def write_snapshot(self, folder: Path, stem: str) -> None:
-        """``<stem>.safetensors`` in kohya's form."""
+        """Write ``<stem>.safetensors`` in kohya format."""
         data = getattr(self.trainer, "datamodule", None)
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
         spec = kohya_lora.ModelSpec(
@@ -270,9 +285,9 @@ class LoRA(Adapter):
             trigger=getattr(data, "keep", None) or None,
             architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
         )
-        about, unet = self.about(folder / stem), dict(self.backbone.unet.config)
-        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, about, unet)
+        artifact_metadata, unet = self.artifact_metadata(folder / stem), dict(self.backbone.unet.config)
+        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, artifact_metadata, unet)
 
 
-def _below(path: str, start: str) -> bool:
-    return path == start or path.startswith(f"{start}.")
+def _is_below(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(f"{parent}.")

@@ -1,4 +1,4 @@
-"""Textual Inversion: only the embeddings of new words are trained (Gal et al. 2022)."""
+"""Textual Inversion: only the embedding vectors of new tokens are trained (Gal et al. 2022)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from sdtune.methods.base import Adapter
 
 
 class TextualInversion(Adapter):
-    """Only the vectors of ``new_tokens`` are trained (Gal et al. 2022, section 3.2, eq. 2)."""
+    """Textual Inversion of ``new_tokens`` (Gal et al. 2022, section 3.2, eq. 2)."""
 
     artifact_kind = "words"
     reads_denoiser_only = True
 
-    needs_tokens: ClassVar[bool] = True
+    trains_only_new_tokens: ClassVar[bool] = True
 
     def inject(self) -> None:
-        """The new tokens are all that is open."""
+        """Do nothing: the base class makes the new tokens trainable."""
 
     def artifact_bytes(self) -> int:
-        """Of both forms."""
+        """Size in bytes of the embedding vectors in both export formats."""
         return 2 * super().artifact_bytes()
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """The new tokens' files are all that there is."""
+        """Do nothing: the base class writes the new tokens."""

@@ -1,4 +1,4 @@
-"""The diffusion objective as pure functions: noise schedule, prediction type, weighting, loss."""
+"""The diffusion objective: noise schedule, prediction type, loss weighting, loss."""
 
 from sdtune.objective.loss import Objective
 from sdtune.objective.prediction import PredictionType, target

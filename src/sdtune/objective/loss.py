@@ -1,4 +1,4 @@
-"""The diffusion loss, one value per sample; :mod:`sdtune.methods.base` reduces it."""
+"""Diffusion loss, one value per sample; :mod:`sdtune.methods.base` averages it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sdtune.objective.weighting import Uniform, Weighting
 
 
 class Objective:
-    """Weighted mean squared error between a UNet's output and its target (Ho et al. 2020, eq. 14, generalised).
+    """Diffusion loss: weighted mean squared error of the UNet's output (Ho et al. 2020, eq. 14, generalized).
 
     Args:
-        weighting: how much each noise level counts.
-        offset_noise: strength of noise that is one number a channel, added to the noise so that a model learns to move
-            an image's mean brightness (Guttenberg 2023, "Diffusion with offset noise"; there 0.1).
+        weighting: loss weight of each noise level; uniform if None.
+        offset_noise: strength of additional noise with one value per sample and channel, which lets a model learn to
+            change the mean brightness of an image (Guttenberg 2023, "Diffusion with offset noise", uses 0.1).
     """
 
     def __init__(self, weighting: Weighting | None = None, offset_noise: Annotated[float, Ge(0)] = 0.0) -> None:
@@ -26,7 +26,7 @@ class Objective:
         self.offset_noise = offset_noise
 
     def plain(self) -> Objective:
-        """L_simple, whatever is trained: what validation measures, so that runs of several objectives compare."""
+        """Unweighted objective (L_simple) for validation, so that runs with different objectives are comparable."""
         return Objective()
 
     def __call__(
@@ -40,13 +40,19 @@ class Objective:
         timesteps: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Losses [B] in float32 (float64 if the output is), from ``output``, ``clean`` and ``noise`` [B, C, h, w].
+        """Loss of each sample, [B], in the dtype of the target (float32 in training).
 
-        With a ``mask`` [B, 1, h, w] in [0, 1] a sample's loss is the mean over what the mask holds, so that a small
-        object teaches as much as a large one; a mask of nothing gives 0.
+        Args:
+            output: output of the UNet, [B, C, h, w].
+            kind: prediction type of the UNet.
+            clean: latents without noise, [B, C, h, w].
+            noise: the noise that was added, [B, C, h, w].
+            timesteps: int64 [B].
+            mask: [B, 1, h, w] in [0, 1]. The loss of a sample is then the mean over the masked area, so that small and
+                large objects have the same weight; an empty mask gives 0.
         """
-        wanted = target(kind, schedule, clean, noise, timesteps)
-        squares = (output.to(wanted.dtype) - wanted).square()
+        expected = target(kind, schedule, clean, noise, timesteps)
+        squares = (output.to(expected.dtype) - expected).square()
         errors = squares.flatten(1).mean(1)
         if mask is not None:
             weights = mask.to(squares.dtype).expand_as(squares).flatten(1)

@@ -1,4 +1,4 @@
-"""Prediction types: noise (epsilon), velocity, clean sample."""
+"""Prediction types of a UNet: noise (``epsilon``), velocity (``v_prediction``), clean sample (``sample``)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from sdtune.errors import UserError
 from sdtune.objective.schedule import NoiseSchedule
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-"""diffusers' names: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v)."""
+"""Prediction types as diffusers names them: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v)."""
 
 
 def check_prediction_type(prediction_type: str) -> PredictionType:
-    """``prediction_type`` itself; UserError if it is none of the three."""
+    """Return ``prediction_type`` unchanged if it is known.
+
+    Raises:
+        UserError: the prediction type is unknown.
+    """
     if prediction_type not in get_args(PredictionType):
         raise UserError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
     return prediction_type  # type: ignore[return-value]
 
 
 def target(kind: PredictionType, schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a perfect UNet returns: [B, ...].
+    """Target of the UNet's output, [B, ...].
 
-    epsilon: the noise. v: sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, appendix D). sample: x.
+    epsilon: the noise. v: sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, appendix D). sample: x (``clean``).
     """
     if kind == "epsilon":
         return noise

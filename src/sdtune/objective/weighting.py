@@ -1,4 +1,4 @@
-"""Loss weighting by noise level: uniform, Min-SNR."""
+"""Loss weighting by noise level: uniform and Min-SNR."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sdtune.objective.prediction import PredictionType
 
 
 class Weighting(Protocol):
-    """From the SNR [B] and the prediction type to per-sample weights [B]."""
+    """Loss weight as a function of the noise level."""
 
-    def __call__(self, snr: Tensor, kind: PredictionType) -> Tensor: ...
+    def __call__(self, snr: Tensor, kind: PredictionType) -> Tensor:
+        """Loss weight of each sample, [B], for its signal-to-noise ratio ``snr`` [B] and the prediction type."""
 
 
 class Uniform:
-    """Every timestep counts the same: L_simple (Ho et al. 2020, eq. 14)."""
+    """Weight 1 for every timestep: L_simple (Ho et al. 2020, eq. 14)."""
 
     def __call__(self, snr: Tensor, kind: PredictionType) -> Tensor:
         return torch.ones_like(snr)
 
 
 class MinSNR:
-    """min-SNR-gamma (Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4).
+    """Min-SNR-gamma (Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4).
 
-    In terms of x the weight is min(SNR, gamma); each prediction type divides by its own factor: SNR for epsilon,
-    SNR + 1 for v, 1 for the sample.
+    The weight of the error in x is min(SNR, gamma). It is divided by SNR for epsilon, SNR + 1 for v, 1 for sample.
     """
 
     def __init__(self, gamma: Annotated[float, Gt(0)] = 5.0) -> None:

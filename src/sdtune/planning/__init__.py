@@ -1,1 +1,1 @@
-"""What a training will cost, counted on the meta device before anything is loaded."""
+"""Memory and FLOP estimates of a training, counted on the meta device without loading weights."""

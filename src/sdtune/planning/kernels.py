@@ -1,4 +1,4 @@
-"""Autocast and fused attention for the meta device, which has neither."""
+"""Emulation of autocast and fused attention on the meta device, which supports neither."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _FLOAT = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, 
 
 
 class Kernels(TorchFunctionMode):
-    """Casts as autocast to bfloat16 casts (torch's op reference for autocast), and attends without a score matrix.
+    """Mode that emulates autocast to bfloat16 (torch's autocast op reference) and attention without a score matrix.
 
-    The CPU's flag says whether autocast is on, as ``sdtune.backbone.backbone.autocast`` has it.
+    Casts happen only while CPU autocast is enabled (:func:`sdtune.hardware.precision.autocast`).
 
     Args:
-        gpu: norms, softmax and losses are taken in float32, as CUDA's autocast does and the CPU's does not.
+        gpu: compute norms, softmax and losses in float32, like CUDA's autocast and unlike the CPU's.
     """
 
     def __init__(self, gpu: bool) -> None:
         super().__init__()
         self.gpu = gpu
         self._casts: dict[int, Tensor] = {}
-        """Autocast keeps its casts of trained weights until its region ends."""
+        """Cache of cast trainable weights, as in autocast, until the mode ends."""
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._casts.clear()
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,9 +66,12 @@ def _fused(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    **more: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """Saves q, k, v, the output and a logsumexp a row; on the meta device torch itself would choose plain products."""
+    """Efficient attention, which saves q, k, v, the output and one logsumexp per row for backward.
+
+    On the meta device, torch's dispatch would select the unfused implementation.
+    """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
     out: Tensor = efficient_attention(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

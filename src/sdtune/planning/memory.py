@@ -1,4 +1,4 @@
-"""Memory on a device from measured costs, with the switches that save memory."""
+"""Memory on a device, computed from measured costs and memory-saving switches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from sdtune.planning.measure import TrainingCosts
 GIB = 1024**3
 
 ALLOWANCE = GIB // 2
-"""For what is not counted: CUDA's context, the kernels' work space, gaps. A guess, not a measurement."""
+"""Bytes for uncounted memory: CUDA context, kernel workspaces, fragmentation. An estimate, not a measurement."""
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What may be switched on to save memory."""
+    """Memory-saving options."""
 
     checkpointing: bool = False
     eight_bit: bool = False
@@ -28,20 +28,22 @@ SWITCHES = {
     "offloading": Switches(offload=True),
     "all of them": Switches(True, True, True),
 }
-"""In the order in which they are tried."""
+"""In the order of :func:`first_that_fits`."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device.
+    """Memory on a device, in bytes.
 
     Attributes:
-        activations: peak of one forward and backward pass, gradients apart.
-        step: peak of a training step. Gradients come as activations go, so it is less than the sum, unless
-            gradients of a micro-batch before are there already.
-        encoding: peak while images are encoded for the cache.
-        previews: peak while previews are drawn.
-        drawing: peak while images of the class are drawn, before training; 0 where none are.
+        state: optimizer state.
+        average: EMA of the trained weights.
+        activations: peak of one forward and backward pass, without gradients.
+        step: peak of a training step. Backward frees activations while it allocates gradients, so the peak is less
+            than their sum, except if gradients of an earlier micro-batch exist.
+        encoding: peak while encoding images for the cache.
+        previews: peak while generating previews; 0 if disabled.
+        drawing: peak while generating class images, before the training; 0 if there are none.
     """
 
     weights: int
@@ -59,27 +61,27 @@ class Memory:
         return max(self.step, self.encoding, self.previews, self.drawing)
 
     def fits(self, gib: float) -> bool:
-        """Whether a device of ``gib`` GiB holds it."""
+        """Whether the peak and :data:`ALLOWANCE` fit on a device of ``gib`` GiB."""
         return self.peak + ALLOWANCE <= gib * GIB
 
 
 def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices: int) -> Memory:
-    """``accumulation``: micro-batches per step and device."""
+    """Compute the memory on each of ``devices``, with ``accumulation`` micro-batches per step and device."""
     weights = costs.total.bytes
     resident = weights - (costs.idle if switches.offload else 0)
     state = costs.state_8bit if switches.eight_bit else costs.state
     cost = costs.checkpointed if switches.checkpointing else costs.plain
-    # DDP's buckets hold the gradients a second time.
+    # DDP's buckets are a second copy of the gradients.
     buckets = costs.gradients if devices > 1 else 0
-    passing = cost.together if accumulation == 1 else cost.activations + costs.gradients
+    pass_peak = cost.together if accumulation == 1 else cost.activations + costs.gradients
     return Memory(
         weights=resident,
         gradients=costs.gradients,
         state=state,
         average=costs.average,
         activations=cost.activations,
-        # The optimizer's step finds all gradients and no activations.
-        step=resident + state + costs.average + buckets + max(passing, costs.gradients),
+        # During the optimizer's step all gradients and no activations are allocated.
+        step=resident + state + costs.average + buckets + max(pass_peak, costs.gradients),
         encoding=weights + costs.encoding,
         previews=weights + state + costs.average + costs.previews if costs.previews else 0,
         drawing=weights + costs.drawing if costs.drawing else 0,
@@ -87,6 +89,6 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
 
 
 def first_that_fits(costs: TrainingCosts, accumulation: int, devices: int, gib: float) -> str | None:
-    """The first of :data:`SWITCHES` with which a device of ``gib`` GiB suffices."""
-    found = (name for name, switches in SWITCHES.items() if memory(costs, switches, accumulation, devices).fits(gib))
-    return next(found, None)
+    """First of :data:`SWITCHES` with which the training fits on a device of ``gib`` GiB; None if none does."""
+    fitting = (name for name, switches in SWITCHES.items() if memory(costs, switches, accumulation, devices).fits(gib))
+    return next(fitting, None)

@@ -1,4 +1,4 @@
-"""Count memory and FLOPs of a computation, operation by operation, also on the meta device."""
+"""Count the memory and FLOPs of a computation for each operation, also on the meta device."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from sdtune.torch_compat import TorchDispatchMode, operator_of, storage_key, tre
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes that are alive between one operation and the next, and the floating-point operations.
+    """Dispatch mode that counts allocated bytes after each operation, and floating-point operations.
 
-    Each storage counts once, from the operation that makes it until the last tensor on it is gone, as an allocator
-    sees it. So the peak holds what autograd saves, what a block computes again, and what passes by.
+    Each storage counts once, from the operation that creates it until its last tensor is freed, as in an allocator. So
+    the peak includes tensors saved by autograd, recomputed activations and temporary tensors.
 
     Attributes:
-        flop: so far, by torch's own formulas (:mod:`torch.utils.flop_counter`): products and convolutions alone.
-        activations: peak in bytes of everything but what was put aside.
-        together: peak in bytes of that and of what was put aside.
-        live: bytes at present of everything but what was put aside.
+        flop: floating-point operations of matrix products, attention and convolutions so far
+            (:mod:`torch.utils.flop_counter`).
+        activations: peak in bytes, without tensors of :meth:`put_aside`.
+        together: peak in bytes, with tensors of :meth:`put_aside`.
+        live: bytes allocated now, without tensors of :meth:`put_aside`.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        """``known``: tensors that exist already, and are not counted."""
+        """``known``: existing tensors, which are not counted."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.flop = self.activations = self.together = 0
         self._known = {storage_key(tensor) for tensor in known}
@@ -50,17 +51,17 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         size = storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def on_free(_: Any) -> None:
             if self._alive.pop(key, None) is not None:
                 self.live -= size
 
-        self._alive[key] = weakref.ref(storage, gone), size
+        self._alive[key] = weakref.ref(storage, on_free), size
         self.live += size
         self.activations = max(self.activations, self.live)
         self.together = max(self.together, self.live + self._aside)
 
     def put_aside(self, tensor: Tensor) -> None:
-        """From now on ``tensor``, a gradient that stays, is no activation."""
+        """Stop counting ``tensor``, a finished gradient, as an activation."""
         _, size = self._alive.pop(storage_key(tensor))
         self.live -= size
         self._aside += size

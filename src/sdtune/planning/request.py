@@ -1,4 +1,4 @@
-"""A plan request: a method with a trainer on the meta device, and its costs."""
+"""Build a method with a trainer on the meta device and count its costs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 from sdtune.methods.base import Adapter
 from sdtune.planning.measure import TrainingCosts, measure
-from sdtune.training.caching import drawn_at_once
+from sdtune.training.caching import class_image_batch_size
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One method's settings, checked, of which the costs are to be counted.
+    """Checked settings of a method whose costs are counted.
 
     Attributes:
-        make_adapter: gives the method over a backbone on the meta device, not yet built.
-        micro_batch: samples that one process sees at once.
-        pairs: whether each sample is two images, the subject's and one of its class.
-        side: of the square images, in pixels.
+        make_adapter: creates the method on a backbone on the meta device; its model is not yet configured.
+        micro_batch: samples per micro-batch and process.
+        pairs: True if each sample is an instance image and a class image.
+        side: side of the square images, in pixels.
         accumulation: micro-batches per step.
-        precision: Lightning's, decided.
-        gpu: whether a GPU is planned for, or a CPU.
-        gradient_checkpointing: whether activations are computed again in backward.
-        cache_latents, cache_text: whether the data keeps what frozen encoders make.
-        average: whether an average of the weights is kept.
-        previews: images drawn at once; 0 for none.
-        draws_class: whether the model draws images of the class before training.
+        precision: Lightning's precision, not ``auto``.
+        gpu: True to plan for a GPU, False for a CPU.
+        gradient_checkpointing: whether activations are recomputed in backward.
+        cache_latents, cache_text: whether the outputs of frozen encoders are cached.
+        average: whether an EMA of the weights is kept.
+        previews: batch size for generating previews; 0 for none.
+        draws_class: whether class images are generated before the training.
     """
 
     make_adapter: Callable[[], Adapter]
@@ -47,8 +47,8 @@ class PlanRequest:
     draws_class: bool
 
 
-def outlined(request: PlanRequest) -> Adapter:
-    """The method on the meta device, with a trainer attached."""
+def meta_adapter(request: PlanRequest) -> Adapter:
+    """The requested method on the meta device, with an attached trainer."""
     adapter = request.make_adapter()
     with torch.device("meta"):
         adapter.configure_model()
@@ -69,9 +69,9 @@ def outlined(request: PlanRequest) -> Adapter:
 
 
 def count(request: PlanRequest, previews: int | None = None) -> TrainingCosts:
-    """Build the method on the meta device and measure it; ``previews`` are drawn at once, the request's if None."""
+    """Build the method on the meta device and measure it; ``previews`` overrides ``request.previews``."""
     return measure(
-        outlined(request),
+        meta_adapter(request),
         count=request.micro_batch,
         pairs=request.pairs,
         side=request.side,
@@ -80,5 +80,5 @@ def count(request: PlanRequest, previews: int | None = None) -> TrainingCosts:
         cache_text=request.cache_text,
         average=request.average,
         previews=request.previews if previews is None else previews,
-        class_images=drawn_at_once(request.side) if request.draws_class else 0,
+        class_images=class_image_batch_size(request.side) if request.draws_class else 0,
     )

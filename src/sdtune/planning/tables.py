@@ -1,4 +1,4 @@
-"""Costs as plain lines of text."""
+"""Format costs as text tables."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, memory
 
 _NOTE = (
-    "offloading: the VAE and the text encoder leave the device once what they make is cached.",
-    f"Not in the peaks: CUDA's context and the kernels' work space; fits= allows {ALLOWANCE / GIB:g} GiB for them.",
+    "offloading: the VAE and the text encoder are moved to the CPU after their outputs are cached.",
+    f"The peaks exclude the CUDA context and kernel workspaces; fits= adds {ALLOWANCE / GIB:g} GiB for them.",
 )
 
 
 def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None) -> list[str]:
-    """Everything about one method."""
+    """Lines with all costs of one method."""
     rows = [["parameters", "frozen", "trained", "total", "weights"]]
     for part in (*costs.components, costs.total):
         counts = (part.frozen, part.trained, part.frozen + part.trained)
         rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
     lines = [*_aligned(rows), "", f"artifact: {_size(costs.artifact)}"]
     micro_batches = accumulation * devices
-    forward, plain, again = (
+    forward, plain, checkpointed = (
         f"{flop * micro_batches / 1e12:.3f}"
         for flop in (costs.plain.forward, costs.plain.flop, costs.checkpointed.flop)
     )
-    lines.append(f"a step: {plain} TFLOP, {forward} of them forward; {again} with gradient checkpointing")
+    lines.append(f"per step: {plain} TFLOP, forward pass {forward}; {checkpointed} with gradient checkpointing")
     memories = [memory(costs, switches, accumulation, devices) for switches in SWITCHES.values()]
-    unit, word = (GIB, "GiB") if memories[0].peak >= GIB else (1024**2, "MiB")
-    table = [[f"{word} a device", *SWITCHES]]
+    unit, unit_name = (GIB, "GiB") if memories[0].peak >= GIB else (1024**2, "MiB")
+    table = [[f"{unit_name} per device", *SWITCHES]]
     for name, attribute in (
         ("weights", "weights"),
         ("gradients", "gradients"),
         ("optimizer state", "state"),
-        ("average of the weights", "average"),
+        ("EMA of the weights", "average"),
         ("activations", "activations"),
-        ("peak in a step", "step"),
-        ("peak while encoding", "encoding"),
-        ("peak in previews", "previews"),
-        ("peak in class images", "drawing"),
+        ("peak in a training step", "step"),
+        ("peak while encoding images", "encoding"),
+        ("peak while generating previews", "previews"),
+        ("peak while generating class images", "drawing"),
         ("peak", "peak"),
     ):
         if attribute in ("average", "drawing") and not getattr(memories[0], attribute):
-            continue  # few runs have them
+            continue  # omit rows that do not apply
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in memories)])
@@ -50,14 +50,20 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
 
 
 def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:
-    """A line a method."""
-    head = ["method", "trained", "artifact", "TFLOP a step", *(f"peak, {name}" for name in ("plain", "all of them"))]
+    """Lines of a table with one row per method."""
+    head = ["method", "trained", "artifact", "TFLOP per step", *(f"peak, {name}" for name in ("plain", "all of them"))]
     rows = [[*head, *([f"fits {fits:g} GiB"] if fits is not None else [])]]
-    for method, found in costs.items():
-        peaks = [memory(found, SWITCHES[name], accumulation, devices).peak for name in ("plain", "all of them")]
-        flop = found.plain.flop * accumulation * devices
-        row = [method, f"{found.total.trained:,}", _size(found.artifact), f"{flop / 1e12:.3f}", *map(_size, peaks)]
-        rows.append([*row, *([_verdict(found, accumulation, devices, fits)] if fits is not None else [])])
+    for method, method_costs in costs.items():
+        peaks = [memory(method_costs, SWITCHES[name], accumulation, devices).peak for name in ("plain", "all of them")]
+        flop = method_costs.plain.flop * accumulation * devices
+        row = [
+            method,
+            f"{method_costs.total.trained:,}",
+            _size(method_costs.artifact),
+            f"{flop / 1e12:.3f}",
+            *map(_size, peaks),
+        ]
+        rows.append([*row, *([_verdict(method_costs, accumulation, devices, fits)] if fits is not None else [])])
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
 
@@ -65,8 +71,8 @@ def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float)
     name = first_that_fits(costs, accumulation, devices, fits)
     if name is not None:
         return name if name == "plain" else f"with {name}"
-    least = min(memory(costs, switches, accumulation, devices).peak for switches in SWITCHES.values())
-    return f"no: {_size(least + ALLOWANCE)} at the least"
+    smallest = min(memory(costs, switches, accumulation, devices).peak for switches in SWITCHES.values())
+    return f"no: needs at least {_size(smallest + ALLOWANCE)}"
 
 
 def _size(count: int) -> str:
@@ -74,7 +80,7 @@ def _size(count: int) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart: names to the left, metrics to the right."""
+    """Align columns, separated by two spaces: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

@@ -1,4 +1,4 @@
-"""A folder of runs as one page: ranked, compared, with costs and samples."""
+"""HTML report of a folder of runs: ranking, comparison, costs, samples."""
 
 from sdtune.reporting.collect import Run, collect
 from sdtune.reporting.page import write_report

@@ -1,4 +1,4 @@
-"""Plotly figures of a report."""
+"""Plotly charts of the HTML report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from sdtune.reporting.ranking import Setting
 from sdtune.runs.metrics import LOWER_IS_BETTER
 
-COLOURS = ("#1f5fa8", "#d9622b", "#2b8a57", "#8a4fb0", "#b8860b", "#c2385a", "#3a8fa3", "#6b6b6b")
+COLORS = ("#1f5fa8", "#d9622b", "#2b8a57", "#8a4fb0", "#b8860b", "#c2385a", "#3a8fa3", "#6b6b6b")
 _LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "system-ui, sans-serif", "size": 13},
@@ -19,31 +19,34 @@ _LAYOUT: dict[str, Any] = {
     "height": 420,
 }
 _MENU = {"x": 0, "xanchor": "left", "y": 1.18}
-_NAME, _LINE = 0.3, 0.08
-"""Width and height of a point's name, as shares of the chart."""
+_LABEL_WIDTH, _LABEL_HEIGHT = 0.3, 0.08
+"""Width and height of a point's label, as fractions of the chart."""
 
 COSTS = {
-    "seconds": "time of the steps, s",
-    "trainable_parameters": "trained parameters",
-    "artifact_bytes": "artifact, bytes",
+    "seconds": "time of all steps, s",
+    "trainable_parameters": "trainable parameters",
+    "artifact_bytes": "artifact size, bytes",
     "peak_memory_bytes": "peak memory, bytes",
 }
 
 
-def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go.Figure | None:
-    """Any of ``metrics`` over the two settings that vary most; None where fewer do, or most cells are empty."""
-    keys = _axes(found)
+def heat_map(settings: Sequence[Setting], metrics: Sequence[str], first: str) -> go.Figure | None:
+    """Heat map of each of ``metrics`` over the two most varied config keys, starting with the metric ``first``.
+
+    None if fewer than two keys vary or more than half of the cells are empty.
+    """
+    keys = _axes(settings)
     if keys is None:
         return None
     across, down = keys
-    columns, rows = (sorted({s.own[key] for s in found}, key=_sortable) for key in keys)
-    if 2 * len({(s.own[across], s.own[down]) for s in found}) < len(columns) * len(rows):
-        return None  # a search, which asks for a new value each time
+    columns, rows = (sorted({s.own[key] for s in settings}, key=_sortable) for key in keys)
+    if 2 * len({(s.own[across], s.own[down]) for s in settings}) < len(columns) * len(rows):
+        return None  # a random search, where nearly every value is unique
     ordered = [first, *(metric for metric in metrics if metric != first)]
 
     traces = [
         go.Heatmap(
-            z=[[_best_mean(found, metric, {across: column, down: row}) for column in columns] for row in rows],
+            z=[[_best_mean(settings, metric, {across: column, down: row}) for column in columns] for row in rows],
             x=[str(c) for c in columns],
             y=[str(r) for r in rows],
             colorscale="Blues",
@@ -63,29 +66,30 @@ def heat_map(found: Sequence[Setting], metrics: Sequence[str], first: str) -> go
     return figure
 
 
-def _best_mean(found: Sequence[Setting], metric: str, values: Mapping[str, Any]) -> float | None:
-    """The best mean of ``metric`` among the settings that have ``values``; None where there is none."""
-    here = [s.metric(metric) for s in found if all(s.own[key] == value for key, value in values.items())]
-    means = [figure.mean for figure in here if figure is not None]
+def _best_mean(settings: Sequence[Setting], metric: str, values: Mapping[str, Any]) -> float | None:
+    """Best mean of ``metric`` over the settings with ``values``; None if none has the metric."""
+    statistics = [s.metric(metric) for s in settings if all(s.own[key] == value for key, value in values.items())]
+    means = [s.mean for s in statistics if s is not None]
     if not means:
         return None
     return min(means) if metric in LOWER_IS_BETTER else max(means)
 
 
-def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
-    """``metric`` as the colour of points over the two settings that vary most; None where fewer than two do.
+def scatter_plot(settings: Sequence[Setting], metric: str) -> go.Figure | None:
+    """Scatter plot over the two most varied config keys, colored by ``metric``; None for fewer than two keys or points.
 
-    Plotly's parallel coordinates would show more, but need WebGL and code made at run time, which the page forbids.
+    Plotly's parallel coordinates would show more keys, but they need WebGL and code generated at run time, which the
+    page's content security policy forbids.
     """
-    keys = _axes(found)
-    rows = [(setting, figure.mean) for setting in found if (figure := setting.metric(metric)) is not None]
+    keys = _axes(settings)
+    rows = [(setting, value.mean) for setting in settings if (value := setting.metric(metric)) is not None]
     if keys is None or len(rows) < 2:
         return None
-    places = [[setting.own[key] for setting, _ in rows] for key in keys]
+    columns = [[setting.own[key] for setting, _ in rows] for key in keys]
     figure = go.Figure(
         go.Scatter(
-            x=places[0],
-            y=places[1],
+            x=columns[0],
+            y=columns[1],
             mode="markers",
             text=[setting.label for setting, _ in rows],
             marker={
@@ -100,14 +104,14 @@ def plane(found: Sequence[Setting], metric: str) -> go.Figure | None:
         ),
         {**_LAYOUT},
     )
-    for axis, key, values in zip((figure.layout.xaxis, figure.layout.yaxis), keys, places, strict=True):
+    for axis, key, values in zip((figure.layout.xaxis, figure.layout.yaxis), keys, columns, strict=True):
         axis.title.text, axis.type, axis.exponentformat = key, _scale(values), "e"
         axis.categoryorder, axis.categoryarray = "array", sorted(set(values), key=_sortable)
     return figure
 
 
 def _scale(values: Sequence[Any]) -> str:
-    """Logarithmic where numbers span a decade, one step per value where they are few or words."""
+    """Plotly axis type: ``log`` for numbers over a decade or more, ``category`` for strings and up to five values."""
     if len(set(values)) <= 5 or not all(isinstance(value, int | float) for value in values):
         return "category"
     return "log" if min(values) > 0 and max(values) / min(values) >= 10 else "linear"
@@ -117,22 +121,22 @@ def _sortable(value: Any) -> tuple[int, Any]:
     return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
-def _axes(found: Sequence[Setting]) -> tuple[str, str] | None:
-    counts = {key: len({str(s.own[key]) for s in found}) for key in found[0].own}
-    varied = [key for key, count in counts.items() if count > 1 and _plain(found, key)]
+def _axes(settings: Sequence[Setting]) -> tuple[str, str] | None:
+    counts = {key: len({str(s.own[key]) for s in settings}) for key in settings[0].own}
+    varied = [key for key, count in counts.items() if count > 1 and _plain(settings, key)]
     preferred = [key for key in ("optimizer.lr", "method.rank") if key in varied]
     keys = [*preferred, *sorted((k for k in varied if k not in preferred), key=lambda k: -counts[k])]
     return (keys[0], keys[1]) if len(keys) > 1 else None
 
 
-def _plain(found: Sequence[Setting], key: str) -> bool:
-    return all(isinstance(s.own[key], int | float | str) for s in found)
+def _plain(settings: Sequence[Setting], key: str) -> bool:
+    return all(isinstance(s.own[key], int | float | str) for s in settings)
 
 
-def curves(found: Sequence[Setting], column: str, smooth: float) -> go.Figure | None:
-    """``column`` of each run's history over its steps, smoothed exponentially; a setting has one colour."""
+def curves(settings: Sequence[Setting], column: str, smooth: float) -> go.Figure | None:
+    """Line chart of ``column`` over steps: smoothed exponentially, one line per run, one color per setting."""
     figure = go.Figure(layout={**_LAYOUT, "xaxis": {"title": "step"}, "yaxis": {"title": column}})
-    for number, setting in enumerate(found):
+    for number, setting in enumerate(settings):
         for index, run in enumerate(setting.runs):
             points = [(row["step"], row[column]) for row in run.history if column in row]
             if not points:
@@ -144,27 +148,27 @@ def curves(found: Sequence[Setting], column: str, smooth: float) -> go.Figure | 
                 name=setting.label,
                 legendgroup=str(number),
                 showlegend=index == 0,
-                line={"color": COLOURS[number % len(COLOURS)], "dash": _dash(number)},
+                line={"color": COLORS[number % len(COLORS)], "dash": _dash(number)},
             )
     return figure if figure.data else None
 
 
 def _dash(number: int) -> str:
-    return ("solid", "dash", "dot")[number // len(COLOURS) % 3]
+    return ("solid", "dash", "dot")[number // len(COLORS) % 3]
 
 
 def _smoothed(values: Sequence[float], weight: float) -> list[float]:
     out: list[float] = []
-    total = share = 0.0
+    total = total_weight = 0.0
     for value in values:
-        total, share = weight * total + (1 - weight) * value, weight * share + (1 - weight)
-        out.append(total / share)
+        total, total_weight = weight * total + (1 - weight) * value, weight * total_weight + (1 - weight)
+        out.append(total / total_weight)
     return out
 
 
-def cost_and_effect(found: Sequence[Setting], metric: str) -> go.Figure | None:
-    """``metric`` against each of :data:`COSTS`, with the front of settings that none beats in both."""
-    points = {cost: _points(found, cost, metric) for cost in COSTS}
+def cost_and_effect(settings: Sequence[Setting], metric: str) -> go.Figure | None:
+    """Scatter plot of ``metric`` against each of :data:`COSTS`, with the Pareto front."""
+    points = {cost: _points(settings, cost, metric) for cost in COSTS}
     shown = [cost for cost in COSTS if points[cost]]
     if not shown:
         return None
@@ -189,9 +193,9 @@ Point = tuple[Setting, float, float]
 """A setting, its cost, and its metric."""
 
 
-def _points(found: Sequence[Setting], cost: str, metric: str) -> list[Point]:
-    costs = ((setting, _cost(setting, cost), setting.metric(metric)) for setting in found)
-    return [(setting, x, figure.mean) for setting, x, figure in costs if x is not None and figure is not None]
+def _points(settings: Sequence[Setting], cost: str, metric: str) -> list[Point]:
+    costs = ((setting, _cost(setting, cost), setting.metric(metric)) for setting in settings)
+    return [(setting, x, value.mean) for setting, x, value in costs if x is not None and value is not None]
 
 
 def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> tuple[go.Scatter, go.Scatter]:
@@ -199,15 +203,15 @@ def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> t
         x=[x for _, x, _ in points],
         y=[y for _, _, y in points],
         text=[setting.label for setting, _, _ in points],
-        mode="markers+text" if _roomy(points) else "markers",
+        mode="markers+text" if _labels_fit(points) else "markers",
         textposition="top center",
         cliponaxis=False,
-        marker={"size": 11, "color": [COLOURS[i % len(COLOURS)] for i in range(len(points))]},
+        marker={"size": 11, "color": [COLORS[i % len(COLORS)] for i in range(len(points))]},
         hovertemplate="%{text}: %{x:.4g}, %{y:.4g}<extra></extra>",
         visible=visible,
         showlegend=False,
     )
-    front = pareto([(x, y) for _, x, y in points], lower=metric in LOWER_IS_BETTER)
+    front = pareto_front([(x, y) for _, x, y in points], lower=metric in LOWER_IS_BETTER)
     line = go.Scatter(
         x=[x for x, _ in front],
         y=[y for _, y in front],
@@ -220,28 +224,28 @@ def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> t
     return scatter, line
 
 
-def _roomy(points: Sequence[Point]) -> bool:
-    """Whether the points lie far enough apart for their names to be read; else they show under the pointer."""
-    across, up = [math.log(x) for _, x, _ in points], [y for _, _, y in points]
-    wide, high = (max(v) - min(v) or 1.0 for v in (across, up))
-    places = list(zip(across, up, strict=True))
+def _labels_fit(points: Sequence[Point]) -> bool:
+    """Whether the labels of all points fit without overlap; otherwise they are shown on hover only."""
+    log_costs, effects = [math.log(x) for _, x, _ in points], [y for _, _, y in points]
+    width, height = (max(v) - min(v) or 1.0 for v in (log_costs, effects))
+    positions = list(zip(log_costs, effects, strict=True))
     return not any(
-        abs(x - a) < _NAME * wide and abs(y - b) < _LINE * high
-        for i, (x, y) in enumerate(places)
-        for a, b in places[:i]
+        abs(x - a) < _LABEL_WIDTH * width and abs(y - b) < _LABEL_HEIGHT * height
+        for i, (x, y) in enumerate(positions)
+        for a, b in positions[:i]
     )
 
 
 def _cost(setting: Setting, cost: str) -> float | None:
     if cost != "seconds":
-        figure = setting.metric(cost)
-        return figure.mean if figure is not None and figure.mean > 0 else None
+        value = setting.metric(cost)
+        return value.mean if value is not None and value.mean > 0 else None
     step, steps = setting.metric("median_step_seconds"), setting.metric("steps")
     return step.mean * steps.mean if step is not None and steps is not None else None
 
 
-def pareto(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
-    """The points that none other beats in cost (less) and effect (more, or less where ``lower``), by cost."""
+def pareto_front(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
+    """Pareto front of (cost, effect) points, sorted by cost; the effect is better if higher, or if ``lower``, lower."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda p: (p[0], p[1] if lower else -p[1])):
         if not front or (y < front[-1][1] if lower else y > front[-1][1]):

@@ -1,4 +1,4 @@
-"""Read what runs have left in their folders."""
+"""Read the files of finished, failed and unfinished runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtune.errors import UserError
-from sdtune.runs.compare import flat, last_start, own_config_folder
+from sdtune.runs.compare import flat, last_start, saved_config_dir
 
 _DEPTH = 3
-"""So deep below the folder of a report its runs may lie."""
+"""Maximum depth of run folders below the folder of a report."""
 
 
 @dataclass(frozen=True)
 class SampleImage:
-    """One sample that a run has drawn; ``when`` is ``before`` or ``after``."""
+    """Sample image of a run; ``when`` is ``before`` or ``after`` (the training)."""
 
     file: Path
     prompt: str
@@ -32,19 +32,19 @@ class SampleImage:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """Content of a run folder.
 
     Attributes:
-        overrides: of its command line; of its last one, where it was resumed.
-        config_folder: the command line's ``-cd``.
-        state: ``done``, ``failed``, ``pruned``, or ``unfinished`` where it was stopped, killed, or is still running.
+        overrides: overrides of its command line; of the last one if it was resumed.
+        config_folder: the ``--config-dir`` of its command line.
+        state: ``done``, ``failed``, ``pruned``, or ``unfinished`` (stopped, killed or still running).
         error: why it failed.
         config: the composed config, flat: dotted key -> value.
-        metrics: the numbers of ``metrics.json``; empty where it is not complete.
-        reasons: why a metric is null.
-        history: the rows of ``metrics.csv``.
+        metrics: numbers of ``metrics.json``; empty if the run is not complete.
+        reasons: metric -> why it is null.
+        history: rows of ``metrics.csv``.
         images: single samples.
-        sheets: further grids that it has drawn, by name.
+        sheets: image grids of the evaluation, by name.
     """
 
     folder: Path
@@ -61,16 +61,20 @@ class Run:
 
 
 def collect(folder: Path) -> list[Run]:
-    """The run in ``folder``, or the runs below it, in their folders' order; UserError where there is none."""
+    """Read the run in ``folder``, or all runs below it, sorted by folder.
+
+    Raises:
+        UserError: ``folder`` does not exist or has no training run.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", remedy="name that of a run or of a sweep")
+        raise UserError(f"{folder} is not a folder", remedy="use the folder of a run or of a sweep")
     if (folder / ".hydra" / "config.yaml").is_file():
         return [_read(folder)]
     patterns = ["/".join(["*"] * depth) + "/.hydra/config.yaml" for depth in range(1, _DEPTH + 1)]
-    found = sorted({file.parents[1] for pattern in patterns for file in folder.glob(pattern)}, key=_order)
-    runs = [path for path in found if (path / "metrics.csv").exists() or (path / "job.json").exists()]
+    folders = sorted({file.parents[1] for pattern in patterns for file in folder.glob(pattern)}, key=_order)
+    runs = [path for path in folders if (path / "metrics.csv").exists() or (path / "job.json").exists()]
     if not runs:
-        raise UserError(f"{folder} holds no training run", remedy="name the folder of a run or of a sweep")
+        raise UserError(f"no training run in {folder}", remedy="use the folder of a run or of a sweep")
     return [_read(path) for path in runs]
 
 
@@ -79,24 +83,24 @@ def _order(folder: Path) -> tuple[Any, ...]:
 
 
 def _read(folder: Path) -> Run:
-    figures = _json(folder / "metrics.json")
+    metrics = _json(folder / "metrics.json")
     job = _json(folder / "job.json")
-    # A job that failed may have been completed by itself since.
-    state = "done" if figures else str(job.get("state", "unfinished"))
+    # A failed job may have been completed later, as a single run.
+    state = "done" if metrics else str(job.get("state", "unfinished"))
     last = last_start(folder)
-    # Resolved, or what was typed would differ from the same value by an interpolation.
+    # Resolve interpolations, so that equal values compare as equal.
     config = OmegaConf.to_container(OmegaConf.load(last / "config.yaml"), resolve=True)
-    kept = last / "overrides.yaml"
-    overrides = [str(o) for o in OmegaConf.load(kept)] if kept.is_file() else []
+    saved = last / "overrides.yaml"
+    overrides = [str(o) for o in OmegaConf.load(saved)] if saved.is_file() else []
     return Run(
         folder=folder,
         overrides=tuple(o for o in overrides if not o.startswith("resume=")),
-        config_folder=own_config_folder(folder),
+        config_folder=saved_config_dir(folder),
         state=state,
-        error=None if figures else job.get("error"),
+        error=None if metrics else job.get("error"),
         config=flat(config),
-        metrics={k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)},
-        reasons=figures.get("reasons", {}),
+        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)},
+        reasons=metrics.get("reasons", {}),
         history=tuple(_rows(folder / "metrics.csv")),
         images=tuple(_images(folder)),
         sheets={file.stem: file for file in sorted((folder / "evaluation").glob("*.png"))},
@@ -112,19 +116,19 @@ def _rows(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]  # a process that is writing, or was killed at it, leaves a torn line
-    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(whole))]
+    complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete, while a process writes or was killed
+    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(complete))]
 
 
 def _images(folder: Path) -> list[SampleImage]:
-    found = []
+    images = []
     for when in ("before", "after"):
         for file in sorted((folder / "samples" / when).glob("*.png")):
             try:
                 with Image.open(file) as image:
                     image.load()
-                    about = image.info
+                    metadata = image.info
             except OSError:
-                continue  # torn, or of another program: the other images are still worth a report
-            found.append(SampleImage(file, str(about.get("prompt", "")), str(about.get("seed", "")), when))
-    return found
+                continue  # skip an incomplete file; report the other images
+            images.append(SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), when))
+    return images

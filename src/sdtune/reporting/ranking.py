@@ -1,4 +1,4 @@
-"""Rank settings: runs that differ only in their seed are one setting; ties within the noise are named."""
+"""Rank settings (groups of runs that differ only in the seed) by a metric, with a significance test."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from sdtune.runs.metrics import LOWER_IS_BETTER, SHARES
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
 _SEED = "seed"
-_OF_A_RUN_ALONE = (_SEED, "name", "trial", "resume")
+_NOT_PART_OF_SETTING = (_SEED, "name", "trial", "resume")
 
 
 @dataclass(frozen=True)
 class MetricStatistics:
-    """A metric over a setting's seeds; ``spread`` is the standard deviation, None for one seed.
+    """Statistics of a metric over the seeds of a setting.
 
-    ``floor``: the standard deviation that a share of so many images has anyway, 0 for other metrics.
+    Attributes:
+        spread: standard deviation; None for one seed.
+        count: number of seeds.
+        floor: minimum standard deviation of a share of n images (binomial); 0 for other metrics.
     """
 
     mean: float
@@ -29,42 +32,48 @@ class MetricStatistics:
     floor: float = 0.0
 
     def near(self, other: MetricStatistics, comparisons: int) -> bool | None:
-        """Whether the two means may well be one: Welch's t-test (1947) at 5%, shared out over ``comparisons``.
+        """Whether the means do not differ significantly: Welch's t-test (1947) at 5% / ``comparisons`` (Bonferroni).
 
-        None where one of them has a single seed, whose noise nobody knows.
+        None if one of them has a single seed, so that its noise is unknown.
         """
         if self.spread is None or other.spread is None:
             return None
         if self.mean == other.mean:
             return True
-        # Seeds that agree by chance, or at the end of a scale, do not make a metric exact.
-        mine, theirs = max(self.spread, self.floor), max(other.spread, other.floor)
-        if mine == theirs == 0:
+        # Seeds may agree by chance or at the end of the scale; the metric is still not exact.
+        spread, other_spread = max(self.spread, self.floor), max(other.spread, other.floor)
+        if spread == other_spread == 0:
             return False
-        from scipy.stats import ttest_ind_from_stats  # a second of imports
+        from scipy.stats import ttest_ind_from_stats  # the import takes a second
 
-        test = ttest_ind_from_stats(self.mean, mine, self.count, other.mean, theirs, other.count, equal_var=False)
+        test = ttest_ind_from_stats(
+            self.mean, spread, self.count, other.mean, other_spread, other.count, equal_var=False
+        )
         return bool(test.pvalue > 0.05 / comparisons)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone; ``own`` is what sets them apart: of their command lines, or of all."""
+    """Runs that differ only in the seed.
+
+    Attributes:
+        own: config keys and values that distinguish it from the other settings: of the command lines, or of the config.
+    """
 
     own: Mapping[str, Any]
     runs: tuple[Run, ...]
 
     @property
     def label(self) -> str:
-        """Its own settings, or the run's folder where there are none."""
-        own = {key: value for key, value in self.own.items() if value is not None}
-        if list(own) == ["experiment"]:
-            return str(own["experiment"])
-        return ", ".join(f"{key} {_short(value)}" for key, value in own.items()) or self.runs[0].folder.name
+        """Distinguishing keys and values; the run folder's name if there are none."""
+        values = {key: value for key, value in self.own.items() if value is not None}
+        if list(values) == ["experiment"]:
+            return str(values["experiment"])
+        return ", ".join(f"{key} {_short(value)}" for key, value in values.items()) or self.runs[0].folder.name
 
     def metric(self, metric: str) -> MetricStatistics | None:
-        """``metric`` over the runs that have it."""
-        # A seed that was run twice is one replicate.
+        """Statistics of ``metric`` over the runs that have it; None if none has."""
+        # Count a repeated seed once.
         by_seed = {str(run.config.get(_SEED)): run.metrics[metric] for run in self.runs if metric in run.metrics}
         values = list(by_seed.values())
         if not values:
@@ -72,7 +81,7 @@ class Setting:
         mean, images = fmean(values), self.runs[0].config.get("evaluation.images")
         floor = 0.0
         if metric in SHARES and isinstance(images, int):
-            # A binomial share's deviation, by Laplace's rule: not nothing where all or none are right.
+            # Standard deviation of a binomial share, by Laplace's rule: not zero if all or none are right.
             share = (min(max(mean, 0.0), 1.0) * images + 1) / (images + 2)
             floor = (share * (1 - share) / images) ** 0.5
         return MetricStatistics(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
@@ -83,65 +92,67 @@ def _short(value: Any) -> str:
 
 
 def varied(runs: Sequence[Run]) -> list[str]:
-    """The settings in which ``runs`` differ, seeds and names apart, in the config's order."""
+    """Config keys in which ``runs`` differ, except seed and name, in the order of the config."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     values = {key: {json.dumps(run.config.get(key), sort_keys=True, default=str) for run in runs} for key in keys}
-    return [key for key in keys if len(values[key]) > 1 and key not in _OF_A_RUN_ALONE]
+    return [key for key in keys if len(values[key]) > 1 and key not in _NOT_PART_OF_SETTING]
 
 
 def group_by_setting(runs: Sequence[Run]) -> list[Setting]:
-    """``runs``, those together that differ in their seed alone."""
+    """Group ``runs`` that differ only in the seed."""
     keys = varied(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.config.get(key) for key in keys], default=str), []).append(run)
-    # A recipe's name says more than the fifty settings that it changes.
-    typed = _typed([group[0] for group in groups.values()])
-    own = typed or [{key: group[0].config.get(key) for key in keys} for group in groups.values()]
-    return [Setting(mine, tuple(group)) for mine, group in zip(own, groups.values(), strict=True)]
+    # Prefer the command line: a recipe's name is clearer than the many keys that it sets.
+    typed = _distinct_overrides([group[0] for group in groups.values()])
+    distinguishing = typed or [{key: group[0].config.get(key) for key in keys} for group in groups.values()]
+    return [Setting(own, tuple(group)) for own, group in zip(distinguishing, groups.values(), strict=True)]
 
 
-def _typed(runs: Sequence[Run]) -> list[dict[str, Any]] | None:
-    """What each command line has that others have not; None where that does not tell ``runs`` apart."""
+def _distinct_overrides(runs: Sequence[Run]) -> list[dict[str, Any]] | None:
+    """Overrides in which the command lines differ; None if they do not distinguish all ``runs``."""
     lines = [dict(o.lstrip("+~").partition("=")[::2] for o in run.overrides) for run in runs]
     keys = [
         key
         for key in dict.fromkeys(key for line in lines for key in line)
-        if key not in _OF_A_RUN_ALONE and not key.startswith("hydra.") and len({line.get(key) for line in lines}) > 1
+        if key not in _NOT_PART_OF_SETTING
+        and not key.startswith("hydra.")
+        and len({line.get(key) for line in lines}) > 1
     ]
-    found = [{key: run.config.get(key, line.get(key)) for key in keys} for run, line in zip(runs, lines, strict=True)]
-    apart = len({json.dumps(mine, default=str) for mine in found}) == len(runs)
-    return found if keys and apart else None
+    values = [{key: run.config.get(key, line.get(key)) for key in keys} for run, line in zip(runs, lines, strict=True)]
+    distinct = len({json.dumps(value, default=str) for value in values}) == len(runs)
+    return values if keys and distinct else None
 
 
 def metrics(runs: Sequence[Run]) -> list[str]:
-    """All that was measured, in the order in which runs have it."""
+    """Names of all metrics of ``runs``, in the order of their files."""
     return list(dict.fromkeys(key for run in runs for key in run.metrics))
 
 
 def chosen(runs: Sequence[Run]) -> str | None:
-    """The metric to rank by: the one that was optimised, or the first that says most."""
+    """Metric to rank by: ``optimized_metric``, else the first available of a list of preferred metrics."""
     known = metrics(runs)
-    wanted = [run.config.get("optimized_metric") for run in runs]
-    return next((key for key in (*wanted, *_PREFERRED) if key in known), None)
+    optimized = [run.config.get("optimized_metric") for run in runs]
+    return next((key for key in (*optimized, *_PREFERRED) if key in known), None)
 
 
 Place = tuple[Setting, "MetricStatistics", "bool | None"]
-"""A setting, its metric, and whether that lies within the noise of the best; None where nobody knows."""
+"""A setting, its metric, and whether the metric is within the noise of the best one; None if unknown."""
 
 
-def rankings(found: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
-    """A ranking by the metric that :func:`chosen` names; the settings that lack it by their own, and so on."""
+def rankings(settings: Sequence[Setting]) -> list[tuple[str, list[Place]]]:
+    """Rankings of all settings: by the metric of :func:`chosen`, then those without it by their metric, and so on."""
     out: list[tuple[str, list[Place]]] = []
-    left = list(found)
-    while (metric := chosen([run for setting in left for run in setting.runs])) is not None:
-        out.append((metric, ranked(left, metric)))
-        left = [setting for setting in left if setting.metric(metric) is None]
+    remaining = list(settings)
+    while (metric := chosen([run for setting in remaining for run in setting.runs])) is not None:
+        out.append((metric, ranked(remaining, metric)))
+        remaining = [setting for setting in remaining if setting.metric(metric) is None]
     return out
 
 
-def ranked(found: Sequence[Setting], metric: str) -> list[Place]:
-    """The settings that have ``metric``, best first."""
-    rows = [(setting, figure) for setting in found if (figure := setting.metric(metric)) is not None]
+def ranked(settings: Sequence[Setting], metric: str) -> list[Place]:
+    """Rank the settings that have ``metric``, best first."""
+    rows = [(setting, statistics) for setting in settings if (statistics := setting.metric(metric)) is not None]
     rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
-    return [(s, figure, i > 0 and figure.near(rows[0][1], len(rows) - 1)) for i, (s, figure) in enumerate(rows)]
+    return [(s, value, i > 0 and value.near(rows[0][1], len(rows) - 1)) for i, (s, value) in enumerate(rows)]

@@ -1,1 +1,1 @@
-"""What a run leaves on disk and how it is read again; no torch."""
+"""Files of a run folder: names, states, saved configs, metrics; imports no torch."""

@@ -1,4 +1,4 @@
-"""Compare a run's saved config with today's."""
+"""Compare the saved config of a run with its newly composed config."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from sdtune.errors import UserError
 from sdtune.paths import command_line_folder
 
 MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
-"""Starts of the overrides that a resumed run may have of its own."""
+"""Prefixes of the overrides that may change when a run is resumed."""
 
-BEGUN_OTHERWISE = "finish it with the version of sdtune and the recipe that began it, or train anew"
-"""What can be done with a run that this version cannot go on with; those of sdtune 0.1 are of that kind."""
+NOT_RESUMABLE_REMEDY = "use the version of sdtune and the recipe that started it, or start a new run"
+"""Remedy for a run that this version cannot resume, such as a run of sdtune 0.1."""
 
 
 def last_start(run: Path) -> Path:
-    """Hydra's folder of the last time that ``run`` was started or resumed."""
+    """Hydra folder of the last start or resumption of ``run``."""
     resumed = [file.parent for file in (run / ".hydra").glob("resume-*/overrides.yaml")]
     return max(resumed, key=lambda folder: int(folder.name.removeprefix("resume-")), default=run / ".hydra")
 
 
-def own_config_folder(run: Path) -> str | None:
-    """The ``--config-dir`` of the command line that ``run`` began with."""
-    kept = run / ".hydra" / "hydra.yaml"
-    sources = OmegaConf.select(OmegaConf.load(kept), "hydra.runtime.config_sources") if kept.is_file() else None
+def saved_config_dir(run: Path) -> str | None:
+    """The ``--config-dir`` of the command line that started ``run``; None if it had none."""
+    saved = run / ".hydra" / "hydra.yaml"
+    sources = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") if saved.is_file() else None
     return command_line_folder(sources or [])
 
 
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
-    """UserError where ``config``, composed anew for ``run``, says otherwise than the one that ``run`` began with.
+    """Raise UserError if ``config``, newly composed for ``run``, differs from the config with which ``run`` started.
 
-    Recipes and defaults are composed from the files of today, which may have been edited since. A setting that is new
-    in them is passed over; one that is gone is not, because without it the run would be another.
+    Recipes and defaults are composed from their current files, which may have been edited since. New keys are ignored;
+    a removed key is an error, because it would change the run.
     """
-    kept = OmegaConf.load(run / ".hydra" / "config.yaml")
-    before, now = flat(OmegaConf.to_container(kept, resolve=False)), flat(config)
-    free = tuple(f.rstrip("=") for f in MAY_CHANGE)
+    saved = OmegaConf.load(run / ".hydra" / "config.yaml")
+    before, now = flat(OmegaConf.to_container(saved, resolve=False)), flat(config)
+    may_change = tuple(f.rstrip("=") for f in MAY_CHANGE)
     fixed = {
         key: value
         for key, value in before.items()
-        if not key.startswith(free) and key != "resume" and not (isinstance(value, str) and "${" in value)
+        if not key.startswith(may_change) and key != "resume" and not (isinstance(value, str) and "${" in value)
     }
     check_same(fixed, now, run, "run")
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, kind: str) -> None:
-    """UserError where a setting of the ``kind`` (run or sweep) in ``folder`` is gone today, or has another value.
+    """Raise UserError if a config key of the ``kind`` (run or sweep) in ``folder`` was removed or has another value.
 
-    A setting is gone that an older sdtune had. What is new since is passed over.
+    A key may be missing because an older version of sdtune had it. New keys are ignored.
 
     Args:
-        before: the flat config that it began with.
-        now: the one that is composed today.
+        before: the flat config with which it started.
+        now: the flat config composed now.
     """
-    gone = next((key for key in before if key not in now and key != "resume"), None)
-    if gone is not None:
+    removed_key = next((key for key in before if key not in now and key != "resume"), None)
+    if removed_key is not None:
         raise UserError(
-            f"{folder} has the setting {gone}, which there is no more", key="resume", remedy=BEGUN_OTHERWISE
+            f"{folder} has the setting {removed_key}, which no longer exists", key="resume", remedy=NOT_RESUMABLE_REMEDY
         )
     key = first_change(before, now)
     if key is not None:
         raise UserError(
-            f"{key} is {now[key]!r} now and was {before[key]!r} when the {kind} began",
+            f"{key} is {now[key]!r} now and was {before[key]!r} when the {kind} started",
             key="resume",
-            remedy="put the recipe or default that sets it back",
+            remedy="restore the old value in the recipe or default that sets it",
         )
 
 
 def first_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first key of ``before`` that has another value ``now``; what is new since, or gone, is passed over."""
+    """First key of ``before`` with another value ``now``; added and removed keys are ignored."""
     return next((key for key, value in before.items() if key in now and now[key] != value), None)
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf of a nested container."""
+    """Flatten a nested container: dotted key -> leaf value."""
     if not isinstance(node, Mapping):
         return {key: node}
     return {

@@ -1,15 +1,15 @@
-"""Names of the files and folders that a run leaves."""
+"""Names of files in a run folder."""
 
 from __future__ import annotations
 
 CARD, CARD_GRID = "README.md", "samples.png"
-"""The model card and its image, in an artifact's folder."""
+"""Model card and its image, in an artifact folder."""
 
 BEST = "best.ckpt"
-"""The checkpoint of the lowest validation loss."""
+"""Checkpoint with the lowest validation loss."""
 
 THREADS = "threads.json"
-"""Of a run's folder: with how many threads torch computed on the CPU."""
+"""In a run folder: the number of CPU threads of torch."""
 
 READINGS = "readings.json"
-"""In an evaluation's folder: what was read off each image."""
+"""In an evaluation folder: the classifier readings of each image."""

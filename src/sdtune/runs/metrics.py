@@ -1,4 +1,4 @@
-"""A run's metrics: which are better lower, how they are written and displayed."""
+"""Metrics of a run: which are better if lower, how they are written and displayed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ LOWER_IS_BETTER = frozenset(
 SHARES = frozenset(
     {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
 )
-"""Shares of images that are right: one of n images is the least that they can change by."""
+"""Metrics that are shares of n images; their resolution is 1/n."""
 
 OF_TRAINING = (
     *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
     *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
 )
-"""Metrics of ``metrics.json`` that every run has, and no evaluation makes again."""
+"""Metrics of ``metrics.json`` from the training; ``sdtune evaluate`` does not recompute them."""
 
 
 def finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """``metrics``, what is NaN or infinite null with its reason: JSON has neither."""
-    odd = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    reasons = {**metrics.get("reasons", {}), **dict.fromkeys(odd, "not finite")}
-    return {**metrics, **dict.fromkeys(odd), "reasons": reasons} if odd else metrics
+    """Replace NaN and infinity, which JSON lacks, by null and add a reason."""
+    not_finite = [key for key, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    reasons = {**metrics.get("reasons", {}), **dict.fromkeys(not_finite, "not finite")}
+    return {**metrics, **dict.fromkeys(not_finite), "reasons": reasons} if not_finite else metrics
 
 
 def unit(value: float, metric: str, digits: int = 4) -> str:
-    """``value`` in the unit that suits ``metric``; plain numbers to so many significant ``digits``."""
+    """Format ``value`` with the unit of ``metric``; numbers without unit get ``digits`` significant digits."""
     if metric.endswith("_bytes"):
         return f"{value / 1024**2:,.2f} MiB" if value < 10 * 1024**2 else f"{value / 1024**2:,.0f} MiB"
     if metric == "seconds" or metric.startswith("seconds_"):

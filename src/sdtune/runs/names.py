@@ -1,4 +1,4 @@
-"""Label of a sweep's run."""
+"""Label of a run within its sweep."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from omegaconf import OmegaConf
 
 
 def label_and_sweep(run: Path) -> tuple[str, str | None]:
-    """What sets ``run`` apart from its sweep's other jobs, or its folder's name; and the sweep's folder's name."""
-    kept, file = run / ".hydra" / "overrides.yaml", run.parent / "multirun.yaml"
-    if not file.is_file() or not kept.is_file():
+    """Label and sweep name of ``run``.
+
+    The label is the overrides that the sweep varies, or the folder name; the sweep name is None outside of a sweep.
+    """
+    saved, file = run / ".hydra" / "overrides.yaml", run.parent / "multirun.yaml"
+    if not file.is_file() or not saved.is_file():
         return run.name, None
-    master = OmegaConf.load(file)
-    parsed = OverridesParser.create().parse_overrides([str(o) for o in master.hydra.overrides.task])
-    varied = {o.get_key_element() for o in parsed if o.is_sweep_override()} | set(master.hydra.sweeper.params or {})
-    own = [str(o) for o in OmegaConf.load(kept) if str(o).split("=", 1)[0] in varied]
-    return " ".join(own) or run.name, run.parent.name
+    sweep = OmegaConf.load(file)
+    parsed = OverridesParser.create().parse_overrides([str(o) for o in sweep.hydra.overrides.task])
+    varied = {o.get_key_element() for o in parsed if o.is_sweep_override()} | set(sweep.hydra.sweeper.params or {})
+    overrides = [str(o) for o in OmegaConf.load(saved) if str(o).split("=", 1)[0] in varied]
+    return " ".join(overrides) or run.name, run.parent.name

@@ -1,4 +1,4 @@
-"""How a run ended, read from its folder; imports no torch."""
+"""State of a run, read from its folder; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from sdtune.runs.layout import THREADS
 
 STATE = "job.json"
-"""Of a job's folder: its overrides, its ``state`` (done, failed, pruned, or unfinished), and why."""
+"""In a job's folder: its overrides, its ``state`` (done, failed, pruned or unfinished) and the error."""
 
 ERROR_LOG = "error.log"
-"""Of a failed job's folder: the traceback."""
+"""In a failed job's folder: the traceback."""
 
 UNFINISHED = "unfinished"
 
@@ -23,14 +23,14 @@ def finished(folder: Path) -> bool:
 
 
 def ended(folder: Path) -> dict[str, Any]:
-    """What ``folder`` says of its job; a run that was completed by itself since is done."""
+    """Content of ``job.json`` in ``folder``; the state is done if the run was completed later, as a single run."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     if finished(folder):
         state = {key: value for key, value in state.items() if key not in ("error", "traceback")} | {"state": "done"}
     return state
 
 
-def kept_threads(folder: Path) -> int | None:
-    """The number of CPU threads that the training in ``folder`` has used so far; None if it has not begun."""
+def saved_threads(folder: Path) -> int | None:
+    """Number of CPU threads of the training in ``folder``; None if it has not started."""
     file = folder / THREADS
     return int(json.loads(file.read_text())["threads"]) if file.is_file() else None

@@ -1,4 +1,4 @@
-"""A sweep's Optuna study, and a job's trial in it."""
+"""Optuna study of a sweep, and the trials of its jobs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 STUDY = "sweep"
 JOURNAL = "optuna.journal"
-"""Of a sweep's folder."""
+"""File name of the Optuna journal in a sweep folder."""
 
 
 def require_optuna() -> None:
-    """UserError where it is not installed."""
+    """Raise UserError if Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise UserError("sweep=optuna needs Optuna", remedy="pip install 'sdtune[sweeps]'")
+        raise UserError("Optuna is not installed", key="sweep", remedy="pip install 'sdtune[sweeps]'")
 
 
 def storage(sweep: Path) -> JournalStorage:
-    """A log of the study in the sweep's folder, which several processes may write."""
+    """Journal storage of the study in the sweep folder; several processes may write it."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     return JournalStorage(JournalFileBackend(str(sweep / JOURNAL)))
 
 
-def own_trial(sweep: Path, number: int, pruner: optuna.pruners.BasePruner) -> optuna.Trial:
-    """The trial of job ``number``, to report to, judged by ``pruner``."""
+def job_trial(sweep: Path, number: int, pruner: optuna.pruners.BasePruner) -> optuna.Trial:
+    """Trial of job ``number``, to report metrics to; ``pruner`` decides about pruning."""
     import optuna
 
-    place = storage(sweep)
-    study = optuna.load_study(study_name=STUDY, storage=place, pruner=pruner)
+    journal = storage(sweep)
+    study = optuna.load_study(study_name=STUDY, storage=journal, pruner=pruner)
     return optuna.Trial(
-        study, place.get_trial_id_from_study_id_trial_number(place.get_study_id_from_name(STUDY), number)
+        study, journal.get_trial_id_from_study_id_trial_number(journal.get_study_id_from_name(STUDY), number)
     )

@@ -1,4 +1,4 @@
-"""The one sampling loop, prompt files, and :func:`sample`."""
+"""Image generation: the sampling loop, prompt files, and :func:`sample`."""
 
 from sdtune.sampling.api import sample
 from sdtune.sampling.loop import Request, Sampling, generate

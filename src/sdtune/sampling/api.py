@@ -1,4 +1,4 @@
-"""``sdtune.sample()``: draw images in Python, with adapters and control maps."""
+"""``sdtune.sample()``: generate images from Python, with adapters and ControlNets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 from sdtune.backbone import Pretrained
 from sdtune.backbone.families import POCKET_GUIDANCE
 from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
-from sdtune.loaders.lora import AdapterFile, adapters_applied, check_file, load_adapters
+from sdtune.loaders.lora import AdapterFile, adapters_applied, check_adapter, load_adapters
 from sdtune.sampling.loop import Request, Sampling, generate
-from sdtune.sampling.prompts import warn_of_cut_prompts
+from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 
 def sample(
@@ -28,42 +28,45 @@ def sample(
     sampling: Sampling | None = None,
     device: str | None = None,
 ) -> list[Image.Image]:
-    """Images of each prompt with each seed, prompts outermost.
+    """Generate one image for each prompt and seed; all seeds of a prompt are adjacent.
 
     Args:
-        prompt: one or more.
-        adapters: ``{"path": FILE, "strength": 0.8}`` each; a run's ``artifact`` folder is a path too.
+        prompt: one prompt or several.
+        adapters: ``{"path": FILE, "strength": 0.8}`` for each; a path can also be the ``artifact`` folder of a run.
         control: the folder of a ControlNet, or ``{"path": NET, "image": FILE, "strength": 1.0, "preprocess": "canny"}``
             for each of several (:class:`sdtune.loaders.controlnet.ControlImage`); their residuals add up.
-        control_image: an image or its file, for each net that names no image of its own.
-        backbone: pocket if None.
-        seeds: one image per prompt and seed.
-        sampling: steps, guidance, size, solver; the backbone's guidance if None.
-        device: as in torch; an accelerator if there is one.
+        control_image: an image or its file, for each ControlNet without ``"image"``.
+        backbone: None: pocket.
+        seeds: seeds of the initial noise.
+        sampling: steps, guidance, size and sampler; None: defaults with the guidance of ``backbone``.
+        device: torch device; None: ``cuda`` if available, else ``cpu``.
+
+    Returns:
+        RGB images, ``len(prompts) * len(seeds)``.
 
     Raises:
-        UserError: for an adapter or a ControlNet that is missing, damaged, or does not fit the backbone.
+        UserError: an adapter or a ControlNet is missing, damaged, or does not fit the backbone.
     """
     source = backbone or Pretrained(guidance=POCKET_GUIDANCE)
-    wanted = [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
-    for file in wanted:
-        check_file(file.path, source.hash())
+    files = [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
+    for file in files:
+        check_adapter(file.path, source.hash())
     entries = [{"path": control}] if isinstance(control, str | Path) else control
     controls = [read_control_image(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
     settings = sampling or Sampling(guidance=source.guidance)
-    maps = tuple(one.map(settings.size(source.facts.side)) for one in controls)
-    for one in controls:
-        check_controlnet(one.path, source, one.preprocess)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded_backbone = source.load().to(place)
-    loaded_backbone.prepare_for_device(place)
-    loaded = load_adapters(loaded_backbone, wanted)
+    maps = tuple(image.map(settings.size(source.facts.side)) for image in controls)
+    for image in controls:
+        check_controlnet(image.path, source, image.preprocess)
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded_backbone = source.load().to(torch_device)
+    loaded_backbone.prepare_for_device(torch_device)
+    loaded_adapters = load_adapters(loaded_backbone, files)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
-    warn_of_cut_prompts(loaded_backbone, prompts)
-    nets = load_controlnets(loaded_backbone, source, [one.path for one in controls])
+    warn_about_truncated_prompts(loaded_backbone, prompts)
+    controlnets = load_controlnets(loaded_backbone, source, [image.path for image in controls])
     with (
-        controlnets_applied(loaded_backbone, nets, [one.strength for one in controls]),
-        adapters_applied(loaded_backbone, loaded, [file.strength for file in wanted]),
+        controlnets_applied(loaded_backbone, controlnets, [image.strength for image in controls]),
+        adapters_applied(loaded_backbone, loaded_adapters, [file.strength for file in files]),
     ):
         return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]

@@ -1,4 +1,4 @@
-"""The sampling loop of previews, ``sdtune sample`` and the evaluations."""
+"""Denoising loop with classifier-free guidance, used by previews, ``sdtune sample`` and evaluations."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ _SCHEDULERS = {
 }
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
-"""(noisy [B, C, h, w], timestep, text [B, L, D], control maps [B, 3, H, W] one a net) -> the UNet's output."""
+"""(noisy latents [B, C, h, w], timestep, text embeddings [B, L, D], control maps [B, 3, H, W] per ControlNet) -> model
+output [B, C, h, w]."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made.
+    """Sampling settings.
 
     Args:
         steps: denoising steps.
         guidance: classifier-free guidance scale w of Ho & Salimans 2022 in diffusers' convention (1: none).
-        negative_prompt: what guidance leads away from.
-        sampler: the solver; the backbone's own if None.
-        width, height: pixels; the backbone's own side if None.
-        batch_size: images denoised at once.
+        negative_prompt: prompt of the unconditional branch of the guidance.
+        sampler: name of the scheduler; None: that of the backbone.
+        width, height: pixels; None: the native resolution of the backbone.
+        batch_size: images denoised in one batch.
     """
 
     steps: Annotated[int, Ge(1)] = 30
@@ -56,11 +57,11 @@ class Sampling:
     batch_size: Annotated[int, Ge(1)] = 4
 
     def size(self, side: int) -> tuple[int, int]:
-        """(width, height) in pixels with a backbone of ``side``."""
+        """(width, height) in pixels for a backbone with native resolution ``side``."""
         return self.width or side, self.height or side
 
     def check(self, factor: int) -> None:
-        """UserError where a side does not fit a VAE that shrinks by ``factor``."""
+        """Raise UserError if width or height is not a multiple of ``factor``, the downscaling factor of the VAE."""
         for key, side in (("width", self.width), ("height", self.height)):
             if side is not None and side % factor:
                 raise UserError(f"{side} is not a multiple of {factor}, the VAE's factor", key=f"sampling.{key}")
@@ -68,7 +69,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One image wanted; ``maps`` are its control maps, uint8 [H, W, 3] of the image's size, one a net."""
+    """One image to generate.
+
+    Args:
+        maps: one control map per ControlNet, uint8 [H, W, 3] in the size of the image.
+    """
 
     prompt: str
     seed: int
@@ -76,13 +81,19 @@ class Request:
 
 
 def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.SchedulerMixin:
-    """The solver over the backbone's own noise schedule."""
+    """Scheduler ``sampler`` with the noise schedule of the backbone; None: the scheduler of the backbone.
+
+    Raises:
+        UserError: the noise schedule has zero terminal SNR, which ``sampler`` does not support.
+    """
     config = dict(backbone.scheduler_config)
     kind = getattr(diffusers, _SCHEDULERS[sampler] if sampler else config["_class_name"])
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         if sampler is not None:
             raise UserError(
-                f"{sampler} cannot begin at pure noise; ddim, euler and dpmpp_2m can", key="sampling.sampler"
+                f"{sampler} does not support zero terminal SNR, which the backbone has",
+                key="sampling.sampler",
+                remedy="use ddim, euler or dpmpp_2m",
             )
         kind = diffusers.DDIMScheduler
     return kind.from_config(config)
@@ -91,15 +102,19 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
 def predict_with_controlnets(
     backbone: Backbone, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]
 ) -> Tensor:
-    """The backbone's prediction under its ``nets``, with one map for each; plainly without either.
+    """Prediction of the backbone, with the residuals of its ControlNets if it has any and ``maps`` is not empty.
 
     Args:
-        maps: float32 [B, 3, H, W] in [0, 1].
+        maps: one float32 [B, 3, H, W] in [0, 1] for each of ``backbone.nets``.
     """
-    pairs = zip(backbone.nets, maps, strict=True) if backbone.nets and maps else ()
-    # At strength 0 a net is not asked: the base then costs what it costs.
+    pairs = zip(backbone.controlnets, maps, strict=True) if backbone.controlnets and maps else ()
+    # A ControlNet with strength 0 is skipped, so that it costs nothing.
     conditions = backbone.conditions(text, noisy, None)
-    added = [residuals(n.model, noisy, timesteps, conditions, own, n.strength) for n, own in pairs if n.strength]
+    added = [
+        residuals(net.model, noisy, timesteps, conditions, net_map, net.strength)
+        for net, net_map in pairs
+        if net.strength
+    ]
     return backbone.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
 
 
@@ -107,13 +122,19 @@ def predict_with_controlnets(
 def generate(
     backbone: Backbone, requests: Sequence[Request], settings: Sampling, denoise: Denoise | None = None
 ) -> Iterator[np.ndarray]:
-    """Images uint8 [H, W, 3], one a request, in order.
+    """Generate the images of ``requests``, in order.
 
-    An image depends on its own prompt, seed and settings alone, not on its neighbours in the batch: initial latents
-    come from a CPU generator with the request's seed, as in diffusers with one generator an image.
+    An image depends only on its prompt, seed and settings, not on the other images of its batch: the initial latents
+    come from a CPU generator with the seed of the request, as in diffusers with one generator per image.
 
     Args:
-        denoise: the method's own where it has one; the backbone's otherwise.
+        denoise: denoising function of a method; None: :func:`predict_with_controlcontrolnets`.
+
+    Yields:
+        uint8 [H, W, 3].
+
+    Raises:
+        UserError: width or height does not fit the VAE.
     """
     settings.check(backbone.facts.factor)
     denoise = denoise or partial(predict_with_controlnets, backbone)
@@ -130,23 +151,23 @@ def generate(
         text = backbone.encode_text([request.prompt for request in batch])
         guided = settings.guidance != 1
         if guided:
-            empty = backbone.encode_text([settings.negative_prompt])
-            text = torch.cat([empty.expand(len(batch), -1, -1), text])
+            negative = backbone.encode_text([settings.negative_prompt])
+            text = torch.cat([negative.expand(len(batch), -1, -1), text])
         maps = [
-            torch.stack([as_map(pixels) for pixels in each]).to(device)
-            for each in zip(*(request.maps for request in batch), strict=True)
+            torch.stack([as_map(pixels) for pixels in batch_maps]).to(device)
+            for batch_maps in zip(*(request.maps for request in batch), strict=True)
         ]
-        assert all(each.shape[2:] == (height, width) for each in maps)
+        assert all(m.shape[2:] == (height, width) for m in maps)
         maps = [torch.cat([m, m]) for m in maps] if guided else maps
-        extra = {}
+        step_arguments = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
-            extra["generator"] = generators
+            step_arguments["generator"] = generators
         for timestep in scheduler.timesteps:
-            doubled = torch.cat([latents, latents]) if guided else latents
-            output = denoise(scheduler.scale_model_input(doubled, timestep), timestep, text, maps).float()
+            model_input = torch.cat([latents, latents]) if guided else latents
+            output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, text, maps).float()
             if guided:
-                without, with_text = output.chunk(2)
-                output = without + settings.guidance * (with_text - without)
-            latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + settings.guidance * (conditional - unconditional)
+            latents = scheduler.step(output, timestep, latents, **step_arguments).prev_sample
         images = backbone.decode(latents)
         yield from (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

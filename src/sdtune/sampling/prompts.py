@@ -1,4 +1,4 @@
-"""Prompt files in the format of kohya's sample prompts, and a warning for prompts that are cut."""
+"""Prompt files in the format of kohya's sample prompts, and a warning for prompts that are truncated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("sdtune")
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt with what its line says beside it; None where it says nothing."""
+    """A line of a prompt file; None for an option that the line does not set."""
 
     prompt: str
     negative: str | None = None
@@ -26,13 +26,13 @@ class PromptLine:
     steps: int | None = None
 
 
-def warn_of_cut_prompts(backbone: Backbone, prompts: Iterable[str]) -> None:
-    """A warning for each of ``prompts`` that is longer than what ``backbone`` reads."""
+def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> None:
+    """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
     limit = backbone.facts.max_tokens
     for prompt in dict.fromkeys(prompts):
         length = backbone.count_tokens(prompt)
         if length > limit:
-            log.warning("WARNING: the prompt has %d tokens and is cut after %d: %s", length, limit, prompt)
+            log.warning("WARNING: the prompt has %d tokens and is truncated to %d: %s", length, limit, prompt)
 
 
 _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}
@@ -40,9 +40,13 @@ _KINDS = {"negative": str, "width": int, "height": int, "seed": int, "guidance":
 
 
 def read_prompt_file(path: str) -> list[PromptLine]:
-    """One prompt a line; ``--n`` negative, ``--w --h`` pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance.
+    """Read one prompt per line, with the options of kohya's sample prompts.
 
-    Empty lines and lines that begin with ``#`` are passed over. UserError names file and line.
+    ``--n`` negative prompt, ``--w`` width and ``--h`` height in pixels, ``--d`` seed, ``--s`` steps, ``--l`` guidance.
+    Empty lines and lines that begin with ``#`` are ignored.
+
+    Raises:
+        UserError: the file is missing or has no prompt, or a line has an unknown or invalid option.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -53,18 +57,18 @@ def read_prompt_file(path: str) -> list[PromptLine]:
         if not text or text.startswith("#"):
             continue
         prompt, *parts = text.split(" --")
-        found: dict[str, object] = {}
+        options: dict[str, object] = {}
         for part in parts:
             letter, _, value = part.strip().partition(" ")
             key = _OPTIONS.get(letter)
             if key is None:
-                known = ", ".join(f"--{o}" for o in _OPTIONS)
-                raise UserError(f"{path}, line {number}: --{letter} is not known; there are {known}")
+                known = ", ".join(f"--{option}" for option in _OPTIONS)
+                raise UserError(f"{path}, line {number}: unknown option --{letter}; available: {known}")
             try:
-                found[key] = _KINDS[key](value.strip())
+                options[key] = _KINDS[key](value.strip())
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: --{letter} {value!r} is not a number") from error
-        lines.append(PromptLine(prompt.strip(), **found))  # type: ignore[arg-type]
+        lines.append(PromptLine(prompt.strip(), **options))  # type: ignore[arg-type]
     if not lines:
-        raise UserError(f"{path} holds no prompt", key="prompts_file")
+        raise UserError(f"{path} contains no prompt", key="prompts_file")
     return lines

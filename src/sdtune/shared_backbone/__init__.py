@@ -1,1 +1,1 @@
-"""Several runs on one backbone in one process."""
+"""Concurrent training of several runs on one backbone in one process."""

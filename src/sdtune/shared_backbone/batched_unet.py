@@ -1,4 +1,4 @@
-"""One UNet forward for several runs, each with its own LoRA pairs."""
+"""One UNet forward pass for several runs, each with its own LoRA pairs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sdtune.shared_backbone.batched_lora import Present, Stacked
-from sdtune.shared_backbone.padding import Padding, Pair, Stack
+from sdtune.shared_backbone.batched_lora import BatchedLoRALayer, CurrentBatch
+from sdtune.shared_backbone.padding import LoRAPair, PaddedPairs, Padding
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What of the state around a call decides how it is computed."""
+    """Global torch state that determines how a call is computed."""
 
     gradients: bool
     training: bool
@@ -27,7 +27,7 @@ class Mode:
 
     @contextmanager
     def entered(self, kind: str) -> Iterator[None]:
-        """The same state in the thread at hand, on devices of ``kind``."""
+        """Context manager that sets this state in the current thread; ``kind`` is the device type."""
         enabled, dtype = self.autocast
         with (
             default_dtype(self.default),
@@ -39,80 +39,85 @@ class Mode:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default type, which all threads have in common."""
-    before = torch.get_default_dtype()
+    """Context manager that sets torch's default dtype, which is global to all threads."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
-class Joint:
-    """``unet`` without pairs, on which a site opens as soon as a run has a pair there.
+class BatchedUNet:
+    """UNet that computes the forward passes of several runs as one batch.
 
     Args:
-        checkpointing: compute activations again in backward.
-        rank: to which pairs are padded.
-        drops: whether any run that will come has dropout: all are computed as it has to be then, so that the sums of
-            the others stay as they are when it leaves.
+        unet: UNet without LoRA pairs. A layer is wrapped as soon as a run has a pair there.
+        checkpointing: whether to recompute activations in backward.
+        rank: rank to which pairs are padded.
+        drops: whether any run of the sweep has dropout. Then all runs are computed as with dropout, so that their
+            results do not change when the run with dropout ends.
     """
 
     def __init__(self, unet: UNet2DConditionModel, checkpointing: bool, rank: int, drops: bool) -> None:
         self._unet, self._drops = unet, drops
-        self._sites: set[str] = set()
-        self._present, self._padding = Present(), Padding(rank)
+        self._wrapped: set[str] = set()
+        self._present, self._padding = CurrentBatch(), Padding(rank)
         if checkpointing:
-            # Blocks are computed again within backward, when others may be in the batch.
-            now = self._present
-            checkpoint_activations(unet, context_fn=lambda: (nullcontext(), self._again(now.stacks)))
+            # Blocks are recomputed in backward, when the batch may consist of other runs.
+            present = self._present
+            checkpoint_activations(unet, context_fn=lambda: (nullcontext(), self._with_stacks(present.stacks)))
 
     def __call__(
         self,
-        pairs: Sequence[Mapping[str, Pair]],
+        pairs: Sequence[Mapping[str, LoRAPair]],
         inputs: Sequence[Mapping[str, Any]],
         mode: Mode,
         seeds: Sequence[int],
     ) -> Sequence[Tensor]:
-        """What the UNet says to each run's ``inputs`` under its ``pairs``, which are by the name of their site.
+        """UNet output for each run.
 
-        ``seeds`` are of the runs' dropout.
+        Args:
+            pairs: for each run, its LoRA pairs by layer name.
+            inputs: for each run, the arguments of the UNet; equal shapes.
+            mode: torch state of the calls.
+            seeds: for each run, the seed of its dropout.
         """
         if self._unet.training != mode.training:
             self._unet.train(mode.training)
-        for name in {name for own in pairs for name in own} - self._sites:
-            self._open(name)
-        present = {name: [own.get(name) for own in pairs] for name in self._sites}
+        for name in {name for run_pairs in pairs for name in run_pairs} - self._wrapped:
+            self._wrap(name)
+        present = {name: [run_pairs.get(name) for run_pairs in pairs] for name in self._wrapped}
         kind = self._unet.device.type
         with mode.entered(kind):
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._unet.dtype
-            self._present.stacks = {}  # of the last call, before there are this one's beside them
-            # Kept with the pairs: what is computed again in backward finds the model as a later call has left it.
+            self._present.stacks = {}  # frees the pairs of the last call before new ones are allocated
+            # Dropout is stored with the pairs: at recomputation, a later call may have changed the model's mode.
             self._present.stacks = self._padding.stacks(
                 present, dtype, seeds if mode.training and self._drops else None
             )
             out: Tensor = self._unet(**joined(inputs)).sample
         return out.chunk(len(inputs))
 
-    def _open(self, name: str) -> None:
-        parent, _, own = name.rpartition(".")
+    def _wrap(self, name: str) -> None:
+        parent, _, attribute = name.rpartition(".")
         holder = self._unet.get_submodule(parent)
-        layer = getattr(holder, own)
+        layer = getattr(holder, attribute)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
-        setattr(holder, own, Stacked(layer, name, self._present))
-        self._sites.add(name)
+        setattr(holder, attribute, BatchedLoRALayer(layer, name, self._present))
+        self._wrapped.add(name)
 
     @contextmanager
-    def _again(self, stacks: Mapping[str, Stack]) -> Iterator[None]:
-        now, self._present.stacks = self._present.stacks, stacks
+    def _with_stacks(self, stacks: Mapping[str, PaddedPairs]) -> Iterator[None]:
+        current, self._present.stacks = self._present.stacks, stacks
         try:
             yield
         finally:
-            self._present.stacks = now
+            self._present.stacks = current
 
 
 def shape(inputs: Any) -> Any:
-    """What two calls must have in common to be one: the tensors' shapes and types, by place."""
+    """Shapes and dtypes of nested ``inputs``; calls with equal results can be one batch."""
     if isinstance(inputs, Tensor):
         return (tuple(inputs.shape), inputs.dtype)
     if isinstance(inputs, dict):
@@ -122,24 +127,24 @@ def shape(inputs: Any) -> Any:
     return inputs
 
 
-def mapped(change: Any, inputs: Any) -> Any:
-    """``inputs`` with ``change`` made to each tensor."""
+def map_tensors(change: Any, inputs: Any) -> Any:
+    """Apply ``change`` to each tensor of nested ``inputs``."""
     if isinstance(inputs, Tensor):
         return change(inputs)
     if isinstance(inputs, dict):
-        return {key: mapped(change, value) for key, value in inputs.items()}
+        return {key: map_tensors(change, value) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(mapped(change, value) for value in inputs)
+        return type(inputs)(map_tensors(change, value) for value in inputs)
     return inputs
 
 
 def joined(each: Sequence[Any]) -> Any:
-    """The inputs of several calls, one behind the other."""
+    """Concatenate the nested inputs of several calls along the batch dimension."""
     first = each[0]
     if isinstance(first, Tensor):
         return torch.cat(list(each))
     if isinstance(first, dict):
-        return {key: joined([one[key] for one in each]) for key in first}
+        return {key: joined([inputs[key] for inputs in each]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(joined([one[i] for one in each]) for i in range(len(first)))
+        return type(first)(joined([inputs[i] for inputs in each]) for i in range(len(first)))
     return first

@@ -1,4 +1,4 @@
-"""How many runs fit on a device at once, from the costs that ``sdtune plan`` counts."""
+"""How many runs fit on a device at the same time, from the costs that ``sdtune plan`` computes."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ import torch
 from sdtune.hardware.precision import HALVES
 from sdtune.planning.memory import ALLOWANCE
 from sdtune.planning.request import PlanRequest, count
-from sdtune.training.caching import drawn_at_once
+from sdtune.training.caching import class_image_batch_size
 
 _WORKSPACE = 32 * 2**20
-"""Bytes that cuBLAS keeps for a thread, of which each run has its own: torch's default on Hopper, its largest."""
+"""Bytes of the cuBLAS workspace per thread, and so per run: torch's default on Hopper, the largest of its defaults."""
 
 
-def room(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devices: int = 1) -> int:
-    """How many of ``jobs`` runs fit at once, at least 1.
+def runs_that_fit(requests: Sequence[PlanRequest], jobs: int, device: torch.device, devices: int = 1) -> int:
+    """Number of runs that fit on ``device`` at the same time, from 1 to ``jobs``.
 
     Args:
-        requests: what any of the runs may cost, one request for each optimizer.
-        jobs: how many there are.
-        device: where they train.
-        devices: how many devices are in use.
+        requests: largest costs of the runs, one request per optimizer.
+        jobs: number of runs.
+        device: training device.
+        devices: number of devices in use.
     """
-    kept, step, previews, base = _largest_costs(requests, device)
+    permanent, step, previews, base = _largest_costs(requests, device)
     free = free_memory(device, devices) - ALLOWANCE - base
-    fitting: int = min(jobs, free // (kept + step), (free - previews) // max(1, kept))
+    fitting: int = min(jobs, free // (permanent + step), (free - previews) // max(1, permanent))
     return max(1, fitting)
 
 
 def processes_that_fit(requests: Sequence[PlanRequest], most: int, device: torch.device) -> int:
-    """How many processes, at most ``most``, can each have a backbone and one run in the memory of ``device``."""
-    kept, step, previews, base = _largest_costs(requests, device)
-    fitting: int = free_memory(device, 1) // (ALLOWANCE + base + kept + max(step, previews))
+    """Number of processes, from 1 to ``most``, whose backbones and one run each fit into the memory of ``device``."""
+    permanent, step, previews, base = _largest_costs(requests, device)
+    fitting: int = free_memory(device, 1) // (ALLOWANCE + base + permanent + max(step, previews))
     return max(1, min(most, fitting))
 
 
 def _largest_costs(requests: Sequence[PlanRequest], device: torch.device) -> list[int]:
-    """The largest of each of :func:`run_costs` over ``requests``."""
-    return [max(each) for each in zip(*(run_costs(request, device) for request in requests), strict=True)]
+    """Maximum of each value of :func:`run_costs` over ``requests``."""
+    return [max(values) for values in zip(*(run_costs(request, device) for request in requests), strict=True)]
 
 
 def run_costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int, int]:
-    """Bytes: what a run keeps, what its step takes beside it, what images take, and what all runs have in common."""
-    # Images of several runs are drawn in passes of so many, while what all keep stays where it is.
-    costs = count(request, previews=max(request.previews or 1, drawn_at_once(request.side)))
+    """Bytes of a run: permanent memory, additional memory of a step, memory of previews, memory shared by all runs."""
+    # Images of several runs are generated in passes of this size, while the permanent memory of all runs stays in use.
+    costs = count(request, previews=max(request.previews or 1, class_image_batch_size(request.side)))
     cost = costs.checkpointed if request.gradient_checkpointing else costs.plain
-    # Padded, pairs lie beside themselves, and their gradients do.
+    # Padded copies of the pairs, and of their gradients, exist in addition to the originals.
     padded = (2 if request.precision in HALVES else 4) * costs.total.trained
-    kept = costs.state + costs.average + 4 * costs.total.trained + padded
+    permanent = costs.state + costs.average + 4 * costs.total.trained + padded
     step = padded + (cost.together if request.accumulation == 1 else cost.activations + costs.gradients)
     base = costs.total.bytes
     if request.precision in HALVES:
-        # The base stays as it was loaded, for runs that have ended draw on it, beside the half that is trained on.
+        # Finished runs generate images with the float32 weights, which stay in memory next to the half-precision copy.
         base += sum(4 * part.frozen for part in costs.components if part.name != "vae")
     if device.type == "cuda":
-        kept += _WORKSPACE
-    return kept, step, costs.previews, base
+        permanent += _WORKSPACE
+    return permanent, step, costs.previews, base
 
 
 def free_memory(device: torch.device, devices: int) -> int:
-    """Bytes of a device, or its share of those that a CPU's machine has free."""
+    """Free bytes on a GPU, or a 1 / ``devices`` share of the free memory of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available) // devices

@@ -1,4 +1,4 @@
-"""Which jobs of a sweep can share a backbone, from their configs."""
+"""Decide from their configs which jobs of a sweep can share a backbone."""
 
 from __future__ import annotations
 
@@ -11,100 +11,101 @@ from sdtune.config.targets import resolve
 from sdtune.methods import LoRA, TextualInversion
 from sdtune.runs.compare import flat
 
-_OWN = (
+_PER_RUN = (
     *("method", "optimizer", "lr_schedule", "objective", "evaluation", "callbacks", "logger", "checkpoint", "data"),
     *("name", "seed", "trial", "new_tokens", "tokens_lr", "exports", "save_every", "optimized_metric", "default_lr"),
     *("resume", "trust", "paths", "trainer"),
 )
-"""Top-level keys that each run follows by itself, whatever its neighbours do."""
+"""Top-level keys that may differ between runs on one backbone."""
 
-_SAME = (
+_COMMON = (
     *("method._target_", "data.batch_size", "data.resolution", "trainer.max_steps", "trainer.accumulate_grad_batches"),
     *("trainer.benchmark", "trainer.deterministic", "trainer.inference_mode"),
 )
-"""Below those, what makes the samples of two runs fit into one batch, or holds for a whole process."""
+"""Keys below those that must be equal: samples of two runs must fit into one batch, or the setting is per process."""
 
 
 @dataclass
 class Group:
-    """Jobs, by their place in the sweep's list, that go through one backbone; or one that cannot, with the reason."""
+    """Jobs that share a backbone, by index in the sweep; or one job that cannot, with the reason in ``alone``."""
 
     jobs: list[int] = field(default_factory=list)
     alone: str | None = None
 
 
 def groups(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Sort the resolved ``configs`` of a sweep's jobs, in their order."""
-    found: dict[str, Group] = {}
+    """Group the jobs of a sweep by their resolved ``configs``; the order is kept."""
+    groups_by_key: dict[str, Group] = {}
     for number, config in enumerate(configs):
         reason = alone(config)
         key = f"{number}" if reason else json.dumps(_shared(config), sort_keys=True, default=str)
-        found.setdefault(key, Group(alone=reason)).jobs.append(number)
-    return list(found.values())
+        groups_by_key.setdefault(key, Group(alone=reason)).jobs.append(number)
+    return list(groups_by_key.values())
 
 
-def widest(method: Mapping[str, Any]) -> int:
-    """The largest rank that a job's pairs have anywhere, by its ``method`` node; 0 where it names none."""
+def largest_rank(method: Mapping[str, Any]) -> int:
+    """Largest LoRA rank in a ``method`` node, including its ``blocks``; 0 if it has none."""
     return max(int(node.get("rank", 0)) for node in (method, *(method.get("blocks") or {}).values()))
 
 
-def largest(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a job with all that any of ``configs`` has: a site that one opens is padded, and keeps activations,
-    for each. Its optimizer is ``optimizer``.
+def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Config of a job that costs as much as any job of ``configs`` can, with the optimizer ``optimizer``.
+
+    It trains every layer that any job trains: in the shared backbone, that layer stores activations for each run.
     """
     first = configs[0]
     methods = [config["method"] for config in configs]
     method = dict(methods[0])
     if "rank" in method:
-        method |= {"rank": max(map(widest, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
-        method |= {"weights": None, "dropout": max(float(each.get("dropout", 0)) for each in methods)}
+        method |= {"rank": max(map(largest_rank, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
+        method |= {"weights": None, "dropout": max(float(node.get("dropout", 0)) for node in methods)}
         for key in ("targets", "projections"):
-            if named := {one for each in methods for one in each.get(key) or ()}:
-                method[key] = sorted(named)
+            if names := {name for node in methods for name in node.get(key) or ()}:
+                method[key] = sorted(names)
     callbacks = [config["callbacks"] for config in configs]
-    drawn = [each["samples"] for each in callbacks if each.get("samples")]
-    own = {
-        "samples": max(drawn, key=lambda samples: samples["sampling"]["batch_size"], default=None),
-        "ema": next((each["ema"] for each in callbacks if each.get("ema")), None),
+    previews = [node["samples"] for node in callbacks if node.get("samples")]
+    largest_callbacks = {
+        "samples": max(previews, key=lambda samples: samples["sampling"]["batch_size"], default=None),
+        "ema": next((node["ema"] for node in callbacks if node.get("ema")), None),
     }
-    found = {**first, "method": method, "optimizer": optimizer, "callbacks": {**callbacks[0], **own}}
+    result = {**first, "method": method, "optimizer": optimizer, "callbacks": {**callbacks[0], **largest_callbacks}}
     for key in ("new_tokens", "tokens_lr"):
-        if given := [config[key] for config in configs if config.get(key)]:
-            found[key] = given[0]
-    return found
+        if values := [config[key] for config in configs if config.get(key)]:
+            result[key] = values[0]
+    return result
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """A key in which two jobs differ that must have it in common to share; None where there is none."""
-    here, there = _shared(one), _shared(other)
-    return next((key for key in here if here[key] != there.get(key)), None)
+    """First key whose difference keeps two jobs from sharing a backbone; None if they can share."""
+    settings, other_settings = _shared(one), _shared(other)
+    return next((key for key in settings if settings[key] != other_settings.get(key)), None)
 
 
 def alone(config: Mapping[str, Any]) -> str | None:
-    """Why a job can share its backbone with none."""
+    """Reason why a job can share its backbone with no other job; None if it can."""
     method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
     if getattr(method, "artifact_kind", None) not in ("lora", "words"):
-        return f"method: {method.__name__} trains the backbone itself, or a net beside it"
+        return f"method: {method.__name__} trains the backbone or an additional network"
     if method not in (LoRA, TextualInversion):
-        return f"method: {method.__name__} may train more than LoRA's pairs and TextualInversion's words"
+        return f"method: {method.__name__} may train more than LoRA pairs or new tokens"
     if config["backbone"].get("from_scratch"):
-        return "backbone.from_scratch: its weights are drawn from the job's own seed"
+        return "backbone.from_scratch: the job's seed initializes the weights"
     if config["hardware"].get("offload"):
-        return "hardware.offload: it would move what the others need"
+        return "hardware.offload: it would move weights that other jobs need"
     if config["trainer"].get("detect_anomaly"):
-        return "trainer.detect_anomaly: one job's NaN would end them all"
+        return "trainer.detect_anomaly: a NaN in one job would end all jobs"
     if int(config["hardware"].get("num_nodes", 1)) > 1:
-        return "hardware.num_nodes: a group of jobs stays on one machine; give hardware.num_nodes=1"
+        return "hardware.num_nodes: a group of jobs runs on one machine; set hardware.num_nodes=1"
     return None
 
 
 def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What two jobs must have in common, by dotted key."""
-    common = flat({key: value for key, value in config.items() if key not in _OWN})
-    for key in _SAME:
+    """Settings that two jobs must have in common, by dotted key."""
+    common = flat({key: value for key, value in config.items() if key not in _PER_RUN})
+    for key in _COMMON:
         group, _, name = key.partition(".")
         common[key] = config[group].get(name)
     data = config["data"]
-    named = data.get("class_prompt") is not None or data.get("class_path") is not None
-    common["data.class_prompt"] = named and data.get("prior_weight", 1.0) > 0
+    has_class = data.get("class_prompt") is not None or data.get("class_path") is not None
+    common["data.class_prompt"] = has_class and data.get("prior_weight", 1.0) > 0
     return common

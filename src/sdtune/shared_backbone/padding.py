@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from sdtune.torch_compat import foreach_copy_, foreach_mul, foreach_mul_
 
 
-class Pair(NamedTuple):
-    """A run's pair at a site: A [r, in] and B [out, r] (of a convolution [r, in, k, k] and [out, r, 1, 1])."""
+class LoRAPair(NamedTuple):
+    """LoRA pair of a run for one layer: A [r, in], B [out, r]; for a convolution [r, in, k, k] and [out, r, 1, 1]."""
 
     down: Tensor
     up: Tensor
@@ -24,10 +24,10 @@ class Pair(NamedTuple):
     dropout: float
 
 
-class Stack(NamedTuple):
-    """A site's pairs: A [N, R, in] and B [N, R, out], its scale in it; zero where a run has none, or a narrower one.
+class PaddedPairs(NamedTuple):
+    """Padded pairs of a layer: A [N, R, in] and B [N, R, out] times scale; zeros pad missing and smaller pairs.
 
-    ``dropouts``: of each run the share that it drops in this call, which may be none, and its seed; or None for all.
+    ``dropouts``: for each run its dropout probability and seed in this call; None if no run drops inputs.
     """
 
     downs: Tensor
@@ -36,7 +36,7 @@ class Stack(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a site's tensors are laid out: N, R, and of each pair its place, its rank and its scale."""
+    """Layout of a layer's padded tensors: N, R, and for each pair the index of its run, its rank and its scale."""
 
     runs: int
     rank: int
@@ -45,20 +45,20 @@ class Layout(NamedTuple):
 
 @dataclass
 class Buffer:
-    """Where pairs are padded: A and B of each site by turns, and in them the part of each pair; the rest is zero."""
+    """Memory of padded pairs: ``blocks`` are A and B of each layer in turn, ``parts`` views of each pair in them."""
 
     blocks: list[Tensor]
     parts: list[Tensor]
     scales: list[Tensor] | None
-    awaited: bool = False
-    """Whether what lies in it is needed for a backward that is to come."""
+    needed_by_backward: bool = False
+    """Whether a pending backward pass needs the contents."""
 
 
 class Padding:
-    """Pads pairs to a common ``rank``, the largest of all runs that will come: shapes, and with them the order of every
-    sum, stay when a run leaves or comes.
+    """Pads LoRA pairs to a common ``rank``, the largest of all runs of the sweep.
 
-    A step takes the buffer of the last one of its layout, zeros and all, unless that one's backward is still to come.
+    Shapes, and so the summation order, stay the same when a run ends or starts. A step reuses the buffer of the last
+    step if its layout is the same, unless a pending backward pass needs the contents.
     """
 
     def __init__(self, rank: int) -> None:
@@ -67,113 +67,118 @@ class Padding:
         self._buffer: Buffer | None = None
 
     def stacks(
-        self, pairs: Mapping[str, Sequence[Pair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
-    ) -> dict[str, Stack]:
-        """By site, for those at which a run has a pair, in ``dtype``; ``seeds`` where runs drop, None for none."""
+        self, pairs: Mapping[str, Sequence[LoRAPair | None]], dtype: torch.dtype, seeds: Sequence[int] | None
+    ) -> dict[str, PaddedPairs]:
+        """Padded pairs in ``dtype`` by layer name, for layers with a pair.
+
+        ``seeds``: dropout seed of each run; None disables dropout.
+        """
         sites: list[Layout] = []
         flat: list[Tensor] = []
-        found: dict[str, tuple[tuple[float, int], ...] | None] = {}
-        for name, own in pairs.items():
-            present = [(place, pair) for place, pair in enumerate(own) if pair is not None]
+        layer_dropouts: dict[str, tuple[tuple[float, int], ...] | None] = {}
+        for name, run_pairs in pairs.items():
+            present = [(index, pair) for index, pair in enumerate(run_pairs) if pair is not None]
             if not present:
                 continue
             self._rank = max(self._rank, *(len(pair.down) for _, pair in present))
-            sites.append(Layout(len(own), self._rank, tuple((i, len(p.down), p.scale) for i, p in present)))
+            sites.append(Layout(len(run_pairs), self._rank, tuple((i, len(p.down), p.scale) for i, p in present)))
             flat += [part.flatten(1) for _, pair in present for part in (pair.down, pair.up)]
-            found[name] = None
+            layer_dropouts[name] = None
             if seeds is not None:
-                shares = [0.0 if pair is None else pair.dropout for pair in own]
-                # 32 bits, as many as the CPU's generator looks at; Python's own hash is another in each process.
-                own_seeds = [zlib.crc32(f"{seed}/{name}".encode()) for seed in seeds]
-                found[name] = tuple(zip(shares, own_seeds, strict=True))
-        if not found:
+                probabilities = [0.0 if pair is None else pair.dropout for pair in run_pairs]
+                # The CPU generator uses 32 bits of a seed; Python's hash() differs between processes.
+                layer_seeds = [zlib.crc32(f"{seed}/{name}".encode()) for seed in seeds]
+                layer_dropouts[name] = tuple(zip(probabilities, layer_seeds, strict=True))
+        if not layer_dropouts:
             return {}
-        buffer = self._fitting(sites, dtype, flat)
-        buffer.awaited = torch.is_grad_enabled() and any(part.requires_grad for part in flat)
-        tensors = Padded.apply(sites, buffer, *flat)  # type: ignore[no-untyped-call]
+        buffer = self._get_buffer(sites, dtype, flat)
+        buffer.needed_by_backward = torch.is_grad_enabled() and any(part.requires_grad for part in flat)
+        tensors = PadPairs.apply(sites, buffer, *flat)  # type: ignore[no-untyped-call]
         return {
-            name: Stack(downs, ups, dropouts)
-            for (name, dropouts), downs, ups in zip(found.items(), tensors[::2], tensors[1::2], strict=True)
+            name: PaddedPairs(downs, ups, dropouts)
+            for (name, dropouts), downs, ups in zip(layer_dropouts.items(), tensors[::2], tensors[1::2], strict=True)
         }
 
-    def _fitting(self, sites: list[Layout], dtype: torch.dtype, flat: Sequence[Tensor]) -> Buffer:
+    def _get_buffer(self, sites: list[Layout], dtype: torch.dtype, flat: Sequence[Tensor]) -> Buffer:
         firsts = itertools.accumulate((2 * len(site.pairs) for site in sites[:-1]), initial=0)
         widths = [(flat[first].shape[1], flat[first + 1].shape[0]) for first in firsts]
         layout = (sites, widths, dtype, flat[0].device)
-        if self._buffer is None or self._buffer.awaited or self._layout != layout:
-            self._buffer = None  # before there are two
-            self._layout, self._buffer = layout, _buffer(sites, widths, dtype, flat[0])
+        if self._buffer is None or self._buffer.needed_by_backward or self._layout != layout:
+            self._buffer = None  # frees the old buffer before a new one is allocated
+            self._layout, self._buffer = layout, _allocate(sites, widths, dtype, flat[0])
         return self._buffer
 
 
-def _buffer(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: torch.dtype, like: Tensor) -> Buffer:
+def _allocate(sites: Sequence[Layout], widths: Sequence[tuple[int, int]], dtype: torch.dtype, like: Tensor) -> Buffer:
     shapes = [(s.runs, s.rank, width) for s, both in zip(sites, widths, strict=True) for width in both]
     sizes = [n * r * width for n, r, width in shapes]
     flat = torch.zeros(sum(sizes), dtype=dtype, device=like.device)
     blocks = [block.view(shape) for block, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
     rows = [[1.0] * site.runs for site in sites]
     for row, site in zip(rows, sites, strict=True):
-        for place, _, scale in site.pairs:
-            row[place] = scale
-    # All at once: to bring anything to a device is to wait for it.
+        for index, _, scale in site.pairs:
+            row[index] = scale
+    # One transfer for all scales, because each transfer to a device synchronizes.
     scaled = any(value != 1 for row in rows for value in row)
     scales = list(like.new_tensor(rows)[:, :, None, None].unbind()) if scaled else None
-    return Buffer(blocks, _own(sites, blocks), scales)
+    return Buffer(blocks, _part_views(sites, blocks), scales)
 
 
-class Padded(torch.autograd.Function):
-    """All sites by a few operators: a site's own would be dozens, and a UNet has hundreds of sites.
+class PadPairs(torch.autograd.Function):
+    """Autograd function that pads the pairs of all layers with a few multi-tensor operators.
 
-    On a GPU the copies are a kernel a tensor still, since their strides differ.
+    Separate operators would be dozens per layer, for hundreds of layers. On a GPU, the copies still need one kernel per
+    tensor, because the strides differ.
     """
 
     @staticmethod
     def forward(ctx: Any, sites: Sequence[Layout], buffer: Buffer, *parts: Tensor) -> Any:
-        """A and B of each site by turns; ``parts`` are A [r, in] and B [out, r] by turns."""
+        """Return padded A and B of each layer in turn; ``parts`` are A [r, in] and B [out, r] of each pair in turn."""
         foreach_copy_(buffer.parts, parts)
         if buffer.scales is not None:
             foreach_mul_(buffer.blocks[1::2], buffer.scales)
         ctx.sites, ctx.buffer, ctx.dtype = sites, buffer, parts[0].dtype
-        # Views: the blocks themselves would belong to this step's graph, and could not be written again.
+        # Return views: the blocks themselves would join this step's autograd graph and could not be written again.
         return tuple(block.view_as(block) for block in buffer.blocks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.buffer.awaited = False
+        ctx.buffer.needed_by_backward = False
         scales = ctx.buffer.scales
         ups = gradients[1::2] if scales is None else foreach_mul(gradients[1::2], scales)
-        both = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
-        padded = _own(ctx.sites, both)
-        # In the parameters' type and order, for autograd to keep as they are.
-        own = [torch.empty(part.shape, dtype=ctx.dtype, device=part.device) for part in padded]
-        foreach_copy_(own, padded)
-        return None, None, *own
+        blocks = [part.contiguous() for pair in zip(gradients[::2], ups, strict=True) for part in pair]
+        parts = _part_views(ctx.sites, blocks)
+        # Contiguous and in the parameters' dtype, so that autograd stores the gradients without a copy.
+        part_gradients = [torch.empty(part.shape, dtype=ctx.dtype, device=part.device) for part in parts]
+        foreach_copy_(part_gradients, parts)
+        return None, None, *part_gradients
 
 
-def _own(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of contiguous A and B of each site by turns, the part of each pair, B as [out, r]."""
-    found = []
+def _part_views(sites: Sequence[Layout], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of each pair's part in ``tensors``, which are contiguous A and B of each layer in turn; B as [out, r]."""
+    views = []
     for site, downs, ups in zip(sites, tensors[::2], tensors[1::2], strict=True):
-        across, up = downs.shape[2], ups.shape[2]
+        in_features, out_features = downs.shape[2], ups.shape[2]
         down_at, up_at = downs.storage_offset(), ups.storage_offset()
-        for place, rank, _ in site.pairs:
-            first = place * site.rank
-            # By hand: thousands of slices per step are milliseconds.
-            found.append(downs.as_strided((rank, across), (across, 1), down_at + first * across))
-            found.append(ups.as_strided((up, rank), (1, up), up_at + first * up))
-    return found
+        for index, rank, _ in site.pairs:
+            offset = index * site.rank
+            # as_strided instead of slices: thousands of slices per step cost milliseconds.
+            views.append(downs.as_strided((rank, in_features), (in_features, 1), down_at + offset * in_features))
+            views.append(ups.as_strided((out_features, rank), (1, out_features), up_at + offset * out_features))
+    return views
 
 
-class Product(torch.autograd.Function):
-    """x W^T + b + (x A^T) B for N runs whose samples lie behind each other: the base once, the pairs in batches.
+class LoRALinear(torch.autograd.Function):
+    """Autograd function x W^T + b + (x A^T) B for N runs whose samples are concatenated.
 
-    As plain operators each product would be a tensor of its own before it is added, forward and back.
+    The product with W is computed once for all runs, those with A and B as batched products. Separate operators would
+    allocate a tensor for each product before adding it, in forward and in backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups: Tensor) -> Tensor:
-        """[N * M, ..., out] from x [N * M, ..., in], A [N, R, in] and B [N, R, out]; the base is frozen."""
+        """Return [N * M, ..., out] for x [N * M, ..., in], A [N, R, in] and B [N, R, out]; W and b are frozen."""
         count = len(downs)
         x = x.to(downs.dtype)
         out = torch.nn.functional.linear(x, weight, bias)
@@ -187,10 +192,10 @@ class Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, weight, downs, ups = ctx.saved_tensors
-        above = gradient.reshape(len(downs), -1, gradient.shape[-1])
-        below = torch.bmm(above, ups.transpose(1, 2))
-        own = None
+        grad_out = gradient.reshape(len(downs), -1, gradient.shape[-1])
+        grad_low = torch.bmm(grad_out, ups.transpose(1, 2))
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            own = torch.matmul(gradient, weight.to(gradient.dtype))
-            own.view(len(downs), -1, own.shape[-1]).baddbmm_(below, downs)
-        return own, None, None, torch.bmm(below.transpose(1, 2), rows), torch.bmm(low.transpose(1, 2), above)
+            grad_x = torch.matmul(gradient, weight.to(gradient.dtype))
+            grad_x.view(len(downs), -1, grad_x.shape[-1]).baddbmm_(grad_low, downs)
+        return grad_x, None, None, torch.bmm(grad_low.transpose(1, 2), rows), torch.bmm(low.transpose(1, 2), grad_out)

@@ -1,4 +1,4 @@
-"""One backbone in memory for several runs; it answers their forward and backward calls in batches."""
+"""One backbone in memory for several runs; answers their forward and backward calls in batches."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
 from sdtune.hardware.precision import HALVES
 from sdtune.methods.base import Adapter
-from sdtune.shared_backbone.batched_unet import Joint, Mode, mapped, shape
-from sdtune.shared_backbone.padding import Pair
+from sdtune.shared_backbone.batched_unet import BatchedUNet, Mode, map_tensors, shape
+from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.step_coordinator import PendingCall
-from sdtune.training.caching import drawn_at_once
+from sdtune.training.caching import class_image_batch_size
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
 class Forward(PendingCall):
-    """One run's call of its UNet: ``inputs`` all have its samples in their first dimension.
+    """UNet call of one run; the first dimension of each tensor in ``inputs`` is the run's samples.
 
-    ``pairs`` are what a finished run left, on the weights as they were loaded; None for those that the UNet trains.
-    ``seed`` is of its dropout.
+    ``pairs`` are the pairs of a finished run, applied to the weights as loaded; None: the pairs that ``unet`` trains.
+    ``seed`` is the seed of the run's dropout.
     """
 
     unet: UNet2DConditionModel
     inputs: dict[str, Any]
     mode: Mode
-    pairs: Mapping[str, Pair] | None = None
+    pairs: Mapping[str, LoRAPair] | None = None
     seed: int = 0
 
     @property
@@ -52,7 +52,7 @@ class Forward(PendingCall):
 
 @dataclass
 class Back(PendingCall):
-    """One run's loss, whose gradients it waits for."""
+    """Backward call of one run for its loss; ``more`` are further arguments of ``torch.autograd.backward``."""
 
     loss: Tensor
     more: dict[str, Any] = field(default_factory=dict)
@@ -63,18 +63,18 @@ class Back(PendingCall):
 
 
 class Pool:
-    """The weights that runs share, and the UNets that work for all of them.
+    """Weights that several runs share, and the batched UNets that compute for all of them.
 
     Args:
-        device: where they train.
-        precision: Lightning's.
-        size: how many runs at once.
-        rank: the largest that any run has.
+        device: training device.
+        precision: Lightning's ``precision``.
+        size: number of concurrent runs.
+        rank: largest LoRA rank of any run.
         drops: whether any run has dropout.
     """
 
     peak: int | None = None
-    """Peak memory of a joint step in bytes, as :class:`sdtune.callbacks.cost.CostMeter` counts it."""
+    """Peak memory of a joint step in bytes, measured as in :class:`sdtune.callbacks.cost.CostMeter`."""
 
     def __init__(self, device: torch.device, precision: str, size: int, rank: int, drops: bool) -> None:
         self.device, self.precision, self.size, self.rank, self.drops = device, precision, size, rank, drops
@@ -82,73 +82,74 @@ class Pool:
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
         self._stepped = False
-        self._trained: Joint | None = None
-        self._whole: Joint | None = None
+        self._training_unet: BatchedUNet | None = None
+        self._unet_as_loaded: BatchedUNet | None = None
         self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
 
     # --- weights
 
     def copied(self, source: Pretrained) -> Backbone:
-        """A backbone on the weights that all share, which are loaded once; parameters are its own, storage is not."""
+        """Return a backbone with its own parameters on the shared storage; the first call loads the weights."""
         if self._base is None:
             self._base = source.load()
             self._base.prepare_for_device(self.device)
             if self.precision == "64-true":
-                self._base.double()  # as Lightning does with a model that it is given
+                self._base.double()  # as Lightning does with the module that it trains
         base = self._base
-        # The last one: moving them may have been cut short.
+        # Check the last parameter, because an earlier move may have been interrupted.
         if self._moved and list(base.parameters())[-1].device != self.device:
-            # What is loaded from now on draws images, and would bring a copy of its own to the device.
+            # Backbones that are loaded from now on generate images; each would copy the weights to the device.
             for parameter in base.parameters():
-                place = parameter.data_ptr()
-                moved = self._moved.get(place, parameter.data)
+                address = parameter.data_ptr()
+                moved = self._moved.get(address, parameter.data)
                 parameter.data = moved if moved.dtype == parameter.dtype else parameter.data.to(self.device)
-                self._moved.pop(place, None)
+                self._moved.pop(address, None)
                 self._moved[parameter.data_ptr()] = moved
-        return _over(base, lambda parameter: parameter.data)
+        return _copy_on_storage(base, lambda parameter: parameter.data)
 
     def settle(self, adapter: Adapter) -> None:
-        """Put ``adapter`` on the device: what is shared and frozen in one place and type for all runs."""
+        """Move ``adapter`` to the device; the shared frozen weights have one storage and dtype for all runs."""
         assert self._base is not None
         shared = {p.data_ptr() for p in self._base.parameters()}
-        half = HALVES.get(self.precision)
+        half_dtype = HALVES.get(self.precision)
         check_plain_pairs(adapter)
         for name, parameter in adapter.named_parameters():
-            place = parameter.data_ptr()
-            if parameter.requires_grad or place not in shared:
+            address = parameter.data_ptr()
+            if parameter.requires_grad or address not in shared:
                 parameter.data = parameter.data.to(self.device)
             else:
-                if place not in self._moved:
-                    wanted = None if name.startswith("backbone.vae.") else half
-                    self._moved[place] = parameter.data.to(self.device, wanted or parameter.dtype)
-                parameter.data = self._moved[place]
+                if address not in self._moved:
+                    dtype = None if name.startswith("backbone.vae.") else half_dtype
+                    self._moved[address] = parameter.data.to(self.device, dtype or parameter.dtype)
+                parameter.data = self._moved[address]
         for buffer in adapter.buffers():
             buffer.data = buffer.data.to(self.device)
-        adapter.to(self.device)  # moves nothing any more; Lightning learns from it where its module is
+        adapter.to(self.device)  # moves no tensor; sets the device that the LightningModule reports
 
-    # --- one UNet for all
+    # --- batched calls
 
     def use_threads(self, all_of_them: bool) -> None:
-        """On a CPU, have the thread at hand compute with all of torch's threads, or with itself alone.
+        """On a CPU, set the number of torch threads of the current thread to all or to 1.
 
-        OpenMP keeps a team for each thread that ever had one, and where there are more members than cores none waits
-        for the next piece of work awake: a step of eight runs took a third longer.
+        OpenMP keeps a team of threads for each thread that ever used one. With more team members than cores, idle
+        members sleep instead of spinning, which made a step of eight runs a third slower.
         """
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads if all_of_them else 1)
 
     def answer(self, calls: dict[int, PendingCall]) -> Collection[int]:
-        """Answer ``calls``, by number of the run, in as few batches as their shapes allow; the numbers answered.
+        """Answer ``calls`` by run number in as few batches as their shapes allow; return the answered numbers.
 
-        Losses come first: a run that has come later is a half step off, and waits so that all go forward together.
-        Images are drawn and losses validated between steps, while no activations are kept for backward; where that
-        fails, it is an error of those alone who asked for it; where a step does, of all who are in one.
+        Losses are answered first: a run that started later is half a step behind, and waits so that all runs do their
+        forward passes together. Calls without gradients (images, validation losses) are answered between steps, when no
+        activations are stored for backward. An error there fails only the runs of that batch; an error in a step fails
+        all runs of the step.
         """
         self.use_threads(True)
         losses = {number: call for number, call in calls.items() if isinstance(call, Back)}
         steps, others = (
-            {number: q for number, q in calls.items() if isinstance(q, Forward) and q.mode.gradients is wanted}
-            for wanted in (True, False)
+            {n: call for n, call in calls.items() if isinstance(call, Forward) and call.mode.gradients is grad}
+            for grad in (True, False)
         )
         try:
             if losses:
@@ -158,36 +159,36 @@ class Pool:
                 return steps.keys()
         except Exception as error:
             failure = self._failure(error)
-            # The others wait until the memory is free that these hold.
+            # The other calls wait until the failed runs have released their memory.
             for call in (*losses.values(), *steps.values()):
                 call.answer, call.error = None, failure
             return losses.keys() | steps.keys()
-        self._draw(others)
+        self._infer(others)
         return losses.keys() | others.keys()
 
     def _failure(self, error: Exception) -> RunFailed:
-        """What ends the runs that asked; the traceback as text, since its frames hold the memory of a step."""
+        """Exception for the runs of a failed batch; traceback as text, since its frames would keep a step's memory."""
         details = "".join(format_exception(error))
         if not is_out_of_memory(error):
             return RunFailed(f"{type(error).__name__}: {error}", details=details)
-        way = ADVICE["shared by one" if self.size == 1 else "shared"]
-        return RunFailed(way.format(runs=self.size, fewer=self.size // 2), details=details)
+        advice = ADVICE["shared by one" if self.size == 1 else "shared"]
+        return RunFailed(advice.format(runs=self.size, fewer=self.size // 2), details=details)
 
     def _backward(self, losses: Mapping[int, Back]) -> None:
-        each = list(losses.values())
-        torch.autograd.backward([one.loss for one in each], **each[0].more)
+        calls = list(losses.values())
+        torch.autograd.backward([call.loss for call in calls], **calls[0].more)
         self.peak = max(peak_memory(self.device) or 0, self.peak or 0) or None
 
     def _step(self, steps: Mapping[int, Forward]) -> None:
         if not self._stepped:
             self._stepped = True
-            release()  # of what loading has left, and the first previews
+            release()  # frees memory left over from loading and from the first previews
         reset_peak_memory(self.device)
-        for calls in _alike(steps):
+        for calls in _batches(steps):
             self.compute(calls, set(range(self.size)) - steps.keys())
 
-    def _draw(self, others: Mapping[int, Forward]) -> None:
-        for calls in _alike(others):
+    def _infer(self, others: Mapping[int, Forward]) -> None:
+        for calls in _batches(others):
             for part in self.in_parts(calls):
                 try:
                     self.compute(part, set())
@@ -197,76 +198,78 @@ class Pool:
                         call.error = failure
 
     def in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
-        """``calls`` without gradients, so many in a pass that their samples are those of images drawn at once."""
+        """Split ``calls`` without gradients into passes of at most as many samples as one batch of images has."""
         assert self._base is not None
         count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
         side = int(math.sqrt(height * width)) * self._base.facts.factor
-        each = max(1, 2 * drawn_at_once(side) // count)
-        left = list(calls.items())
-        for first in range(0, len(left), each):
-            yield dict(left[first : first + each])
+        per_pass = max(1, 2 * class_image_batch_size(side) // count)
+        remaining = list(calls.items())
+        for first in range(0, len(remaining), per_pass):
+            yield dict(remaining[first : first + per_pass])
 
     def compute(self, calls: dict[int, Forward], idle: set[int]) -> None:
-        """Answer ``calls``, which have one shape, by one forward pass of the UNet.
+        """Answer ``calls``, which have equal shapes, with one forward pass of the UNet.
 
         Args:
-            idle: numbers of runs that do not train at present: they have ended, or draw. Zeros stand for their samples
-                in a training step, so that the sums of those who train stay as they are.
+            idle: numbers of runs that do not train now, because they have ended or generate images. In a training
+                step, zeros replace their samples, so that the results of the training runs do not change.
         """
         first = next(iter(calls.values()))
         numbers = sorted({*calls, *idle}) if first.mode.gradients else sorted(calls)
-        blank = mapped(torch.zeros_like, first.inputs) if len(numbers) > len(calls) else {}
-        said = self._joint(first)(
+        zeros = map_tensors(torch.zeros_like, first.inputs) if len(numbers) > len(calls) else {}
+        predictions = self._joint(first)(
             [self._pairs(calls[number]) if number in calls else {} for number in numbers],
-            [calls[number].inputs if number in calls else blank for number in numbers],
+            [calls[number].inputs if number in calls else zeros for number in numbers],
             first.mode,
             [calls[number].seed if number in calls else 0 for number in numbers],
         )
-        for part, number in zip(said, numbers, strict=True):
+        for prediction, number in zip(predictions, numbers, strict=True):
             if number in calls:
-                calls[number].answer = part
+                calls[number].answer = prediction
 
-    def _joint(self, call: Forward) -> Joint:
-        """The UNet for calls like ``call``."""
+    def _joint(self, call: Forward) -> BatchedUNet:
+        """Batched UNet for ``call``: for training, or for the pairs of finished runs on the weights as loaded."""
         assert self._base is not None
-        own = self._base.unet
+        unet = self._base.unet
         if call.pairs is not None:
-            if self._whole is None:
-                self._whole = Joint(_over(own, lambda parameter: parameter.data), False, self.rank, False)
-            return self._whole
-        if self._trained is None:
-            moved = _over(own, lambda parameter: self._moved[parameter.data_ptr()])
-            self._trained = Joint(moved, call.unet.is_gradient_checkpointing, self.rank, self.drops)
-        return self._trained
+            if self._unet_as_loaded is None:
+                self._unet_as_loaded = BatchedUNet(
+                    _copy_on_storage(unet, lambda parameter: parameter.data), False, self.rank, False
+                )
+            return self._unet_as_loaded
+        if self._training_unet is None:
+            moved = _copy_on_storage(unet, lambda parameter: self._moved[parameter.data_ptr()])
+            self._training_unet = BatchedUNet(moved, call.unet.is_gradient_checkpointing, self.rank, self.drops)
+        return self._training_unet
 
-    def _pairs(self, call: Forward) -> Mapping[str, Pair]:
-        """The pairs of a run as they are now, by the site's name."""
+    def _pairs(self, call: Forward) -> Mapping[str, LoRAPair]:
+        """Current LoRA pairs of a run by layer name."""
         if call.pairs is not None:
             return call.pairs
         if call.unet not in self._layers:
-            named = call.unet.named_modules()
-            self._layers[call.unet] = {n: m for n, m in named if isinstance(m, LoraLayer) and "default" in m.lora_A}
+            modules = call.unet.named_modules()
+            self._layers[call.unet] = {n: m for n, m in modules if isinstance(m, LoraLayer) and "default" in m.lora_A}
         return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
 
 
-def _alike(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:
-    """Those that are one batch."""
-    found: dict[Any, dict[int, Forward]] = {}
+def _batches(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:
+    """Group the calls that can be computed as one batch."""
+    batches: dict[Any, dict[int, Forward]] = {}
     for number, call in calls.items():
-        found.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[number] = call
-    return found.values()
+        batches.setdefault((call.pairs is None, call.mode, shape(call.inputs)), {})[number] = call
+    return batches.values()
 
 
-def _over(model: M, storage: Callable[[Tensor], Tensor]) -> M:
-    """A copy of ``model`` whose parameters are its own and frozen, on the ``storage`` of each; buffers are shared."""
+def _copy_on_storage(model: M, storage: Callable[[Tensor], Tensor]) -> M:
+    """Copy of ``model`` with its own frozen parameters on ``storage(parameter)``; buffers are shared."""
     memo: dict[int, Any] = {id(p): nn.Parameter(storage(p), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
-def _pair(layer: LoraLayer) -> Pair:
+def _pair(layer: LoraLayer) -> LoRAPair:
     dropout = layer.lora_dropout["default"]
-    return Pair(
+    return LoRAPair(
         layer.lora_A["default"].weight,
         layer.lora_B["default"].weight,
         float(layer.scaling["default"]),
@@ -275,15 +278,15 @@ def _pair(layer: LoraLayer) -> Pair:
 
 
 def check_plain_pairs(adapter: Adapter) -> None:
-    """UserError for a LoRA layer of ``adapter`` that is more than W + scale B A: the joint step would ignore that."""
+    """Raise UserError if a LoRA layer of ``adapter`` is more than W + scale B A, which the joint step would ignore."""
     for name, layer in adapter.named_modules():
         if not isinstance(layer, LoraLayer) or "default" not in layer.lora_A:
             continue
-        own: Any = layer
-        plain = isinstance(own.get_base_layer(), nn.Linear | nn.Conv2d) and set(own.lora_A) == {"default"}
-        if not plain or own.lora_variant or own.lora_bias["default"]:
+        lora: Any = layer
+        has_one_pair = isinstance(lora.get_base_layer(), nn.Linear | nn.Conv2d) and set(lora.lora_A) == {"default"}
+        if not has_one_pair or lora.lora_variant or lora.lora_bias["default"]:
             raise UserError(
-                f"{name} is not a plain low-rank pair, which alone can be trained on a backbone with others",
+                f"layer {name} is not a plain LoRA pair; a shared backbone supports only plain pairs",
                 key="hydra/launcher",
-                remedy="give hydra/launcher=basic",
+                remedy="set hydra/launcher=basic",
             )

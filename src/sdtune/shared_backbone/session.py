@@ -1,4 +1,4 @@
-"""A training run that shares its backbone with others: what differs from a run of its own."""
+"""Connects a training run to a shared backbone: model loading, model calls, strategy and callbacks."""
 
 from __future__ import annotations
 
@@ -19,91 +19,99 @@ from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import Mode, default_dtype
-from sdtune.shared_backbone.padding import Pair
+from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.pool import Back, Forward, Pool
 from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 
 
 class SharedBackbone:
-    """A group's backbone, as one of its runs sees it.
+    """Shared backbone of a group of runs, as each run uses it.
 
     Args:
-        count: how many runs move together; metrics of cost are theirs together.
+        pool: the weights and batched UNets.
+        coordinator: coordinator of the runs' threads.
+        count: number of concurrent runs; cost metrics are for these runs together.
     """
 
     def __init__(self, pool: Pool, coordinator: StepCoordinator, count: int) -> None:
         self.pool, self.coordinator, self.count = pool, coordinator, count
         self.executor = SharedExecutor(self)
         self.asked: int | None = None
-        """The signal by which the group was asked to stop."""
-        self._begun: set[int] = set()
+        """The stop signal that the group has received; None before."""
+        self._training: set[int] = set()
         self._checkpoints: dict[int, Checkpoints] = {}
 
     def use(self, adapter: Adapter) -> None:
-        """Have ``adapter`` load its backbone from the weights that are in memory once, and compute with the others."""
-        adapter.source = adapter.source.loaded_by(partial(self._load, adapter.source))
+        """Have ``adapter`` load its backbone from the shared weights and run its model calls in shared batches."""
+        adapter.source = adapter.source.with_loader(partial(self._load, adapter.source))
         adapter.executor = self.executor
 
     def _load(self, source: Pretrained) -> Backbone:
-        # In float32 whatever is asked for: images are drawn with the same weights; settle() halves for training.
+        # Always float32, because images are generated with these weights; settle() casts them for training.
         loaded = self.pool.copied(source)
         loaded.pair_executor = self.executor
-        # Caches are filled and images of the class drawn without a call, for minutes where there are many.
-        leave = self._leaves()
+        # Filling caches and generating class images may take minutes without a call; hooks check for a stop there.
+        hook = self._stop_hook()
         for part in (loaded.unet, loaded.vae.encoder):
-            part.register_forward_pre_hook(leave)
+            part.register_forward_pre_hook(hook)
         return loaded
 
-    def _leaves(self) -> Callable[..., None]:
-        # What is loaded behind the training is there to be measured.
-        measuring = self.coordinator.here in self._begun
-        return lambda *_: self.leave_if_asked(measuring)
+    def _stop_hook(self) -> Callable[..., None]:
+        # A backbone that is loaded after the training has begun is for evaluation.
+        measuring = self.coordinator.here in self._training
+        return lambda *_: self.end_if_stopped(measuring)
 
     def peak_memory(self) -> int | None:
-        """Bytes: the peak of the steps that all take together."""
+        """Peak memory of the joint steps in bytes; None if it is not measured."""
         return self.pool.peak
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """The trainer's arguments that differ from the config's: a run has one device, and moves nothing of it."""
-        return {"devices": 1, "num_nodes": 1, "strategy": OneDevice(self.pool)}
+        """Trainer arguments that replace the config's: one device, and a strategy that does not move shared weights."""
+        return {"devices": 1, "num_nodes": 1, "strategy": SharedWeightsStrategy(self.pool)}
 
     def callbacks(self, own: list[Callback], checkpoints: Checkpoints) -> list[Callback]:
-        """A run's callbacks, of which ``checkpoints`` is one, with what it needs to move with the others."""
+        """Callbacks of a run on the shared backbone; ``own`` are the run's callbacks, including ``checkpoints``."""
         number = self.coordinator.here
         assert number is not None
         self._checkpoints[number] = checkpoints
-        # One bar tells how far all of them are.
-        return [Together(self), *(each for each in own if number == 0 or not isinstance(each, ProgressBar))]
+        # One progress bar is enough, because the runs take their steps together.
+        return [
+            JoinOthers(self),
+            *(callback for callback in own if number == 0 or not isinstance(callback, ProgressBar)),
+        ]
 
     def stop(self, number: int) -> None:
-        """Have every run end its step, save and stop."""
+        """Have every run finish its step, save and stop."""
         self.asked = number
         for checkpoints in list(self._checkpoints.values()):
             checkpoints.ask(number)
 
     def begin(self) -> None:
-        """The run at hand takes a step, and has something to save from here on."""
-        self.leave_if_asked()
+        """Mark the current run as training, so that a stop lets it save; called at the start of each step."""
+        self.end_if_stopped()
         number = self.coordinator.here
         assert number is not None
-        self._begun.add(number)
+        self._training.add(number)
 
-    def leave_if_asked(self, measuring: bool = False) -> None:
-        """End the run at hand where it need not save: it has not begun, or is ``measuring`` what it has left."""
-        if self.asked is not None and (measuring or self.coordinator.here not in self._begun):
+    def end_if_stopped(self, measuring: bool = False) -> None:
+        """End the current run after a stop signal if it has nothing to save.
+
+        That is so before its first step, and when it evaluates its artifact (``measuring``).
+        """
+        if self.asked is not None and (measuring or self.coordinator.here not in self._training):
             raise SystemExit(128 + self.asked)
 
     def left(self, number: int) -> None:
-        """The run ``number`` is over."""
+        """Remove the run ``number``, which has ended."""
         self._checkpoints.pop(number, None)
-        self._begun.discard(number)
+        self._training.discard(number)
 
 
 class SharedExecutor:
-    """Hands a run's forward and backward passes to the step coordinator, which answers those of all runs in batches.
+    """Passes a run's forward and backward calls to the step coordinator, which answers those of all runs in batches.
 
-    A :class:`~sdtune.training.executor.ModelExecutor` for the training, and a
-    :class:`~sdtune.backbone.backbone.PairExecutor` for what is drawn from a finished run.
+    A :class:`~sdtune.training.executor.ModelExecutor` for training, and a
+    :class:`~sdtune.backbone.backbone.PairExecutor` for images of a finished run.
     """
 
     def __init__(self, shared: SharedBackbone) -> None:
@@ -115,13 +123,17 @@ class SharedExecutor:
 
     def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
         device = self._shared.pool.device
-        own = {n: Pair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()}
-        return self._forward(unet, inputs, own)
+        device_pairs = {
+            n: LoRAPair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()
+        }
+        return self._forward(unet, inputs, device_pairs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._ask(Back(loss, kwargs))
+        self._request(Back(loss, kwargs))
 
-    def _forward(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Mapping[str, Pair] | None) -> Tensor:
+    def _forward(
+        self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Mapping[str, LoRAPair] | None
+    ) -> Tensor:
         sample: Tensor = inputs["sample"]
         kind = sample.device.type
         mode = Mode(
@@ -131,19 +143,19 @@ class SharedExecutor:
             torch.get_default_dtype(),
         )
         inputs = {**inputs, "timestep": inputs["timestep"].expand(len(sample))}
-        # The step has seeded the global generator by its place; a neighbour's turn would seed it anew.
-        answer: Tensor = self._ask(Forward(unet, inputs, mode, pairs, torch.initial_seed()))
+        # Read the seed of this step now: other runs seed the global generator before the batch is computed.
+        answer: Tensor = self._request(Forward(unet, inputs, mode, pairs, torch.initial_seed()))
         return answer
 
-    def _ask(self, call: PendingCall) -> Any:
-        self._shared.leave_if_asked(isinstance(call, Forward) and call.pairs is not None)
-        # Lightning's 64-true and 16-true change torch's default type for a step: put aside while others compute.
+    def _request(self, call: PendingCall) -> Any:
+        self._shared.end_if_stopped(isinstance(call, Forward) and call.pairs is not None)
+        # Lightning's 64-true and 16-true set torch's default dtype during a step; reset it while other runs compute.
         with default_dtype(self._default):
             return self._shared.coordinator.ask(call)
 
 
-class OneDevice(SingleDeviceStrategy):
-    """Leaves the weights that are shared where they are, when a run begins and when it ends."""
+class SharedWeightsStrategy(SingleDeviceStrategy):
+    """Single-device strategy that does not move the shared weights when a run starts or ends."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(pool.device)
@@ -155,7 +167,7 @@ class OneDevice(SingleDeviceStrategy):
 
     @property
     def lightning_module(self) -> pl.LightningModule | None:
-        """None while the strategy is torn down: Lightning would move the module to the CPU."""
+        """None during teardown, because Lightning would move the module to the CPU."""
         return None if self._ending else super().lightning_module
 
     def teardown(self) -> None:
@@ -166,8 +178,8 @@ class OneDevice(SingleDeviceStrategy):
             self._ending = False
 
 
-class Together(Callback):
-    """From the first step on, a run moves with the others."""
+class JoinOthers(Callback):
+    """Callback that joins a run to the other runs before its first step."""
 
     priority: ClassVar[int] = -60
 

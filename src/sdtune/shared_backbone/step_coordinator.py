@@ -1,7 +1,7 @@
 """Cooperative threads: each job runs until it requests a batched call; when all have, the calls run as one batch.
 
-A job runs as it would alone until it asks for something that all may do at once; when every job has asked, the
-calls are answered together. Imports no torch.
+Only one thread runs at a time. Calls of a job that has not joined the others yet are answered immediately. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from sdtune.errors import RunFailed
 
 
 class PendingCall:
-    """What a job waits for; a subclass says what it is. Answered by setting ``answer`` or ``error``."""
+    """Base class of calls that a job waits for; to answer a call, set ``answer`` or ``error``."""
 
     answer: Any = None
     error: BaseException | None = None
 
     @property
     def joint(self) -> bool:
-        """Whether it is a step that all take: what keeps it from being answered would keep the next job's as well."""
+        """Whether the call is part of a step of all jobs; if it fails, no new job starts: it would fail as well."""
         return False
 
 
 class JoinCall(PendingCall):
-    """From here on the job waits for the others; what it asked before was answered at once."""
+    """Joins the job to the others: its later calls wait for theirs; earlier calls are answered immediately."""
 
 
 class Participant:
-    """A job that runs together with others, from its start to its end."""
+    """Thread of one job and its pending call."""
 
     def __init__(self, number: int, job: Callable[[], None]) -> None:
         self.number = number
@@ -56,56 +56,56 @@ class Participant:
 
 
 class StepCoordinator:
-    """Runs jobs together, each a :class:`Participant`.
+    """Runs jobs together, each in a :class:`Participant`.
 
     Args:
-        size: how many jobs run together; when one ends, the next takes its number.
-        answer: sets the answers of the calls that it gets, by participant's number, and returns the numbers that it
-            answered; the others wait for the next time, together with calls of the same kind.
+        size: number of concurrent jobs; when one ends, the next job takes its number.
+        answer: sets the answers of the pending calls, which it receives by participant number, and returns the
+            answered numbers. The other calls wait for the next round, to be batched with calls of the same kind.
     """
 
     def __init__(self, size: int, answer: Callable[[dict[int, PendingCall]], Collection[int]]) -> None:
         self.places = range(size)
         self.broken: BaseException | None = None
-        """What kept calls from being answered; where they were asked it is raised, and no further job begins."""
+        """Error of calls that could not be answered; the jobs that wait for them raise it, and no new job starts."""
         self._answer = answer
         self._participants: dict[int, Participant] = {}
         self._back = threading.Semaphore(0)
 
     def ask(self, call: PendingCall) -> Any:
-        """From a job's thread: wait for the answer."""
-        participant = next(s for s in self._participants.values() if s.thread is threading.current_thread())
+        """Wait for the answer of ``call`` and return it; called in a job's thread."""
+        participant = next(p for p in self._participants.values() if p.thread is threading.current_thread())
         participant.call = call
         self._back.release()
         participant.go.acquire()
         if call.error is not None:
-            # A copy: each raise would tie its job's frames, and all that they hold, to the one for all.
+            # Raise a copy: one exception for all would collect the frames of all jobs, and so keep their memory.
             raise copy.copy(call.error)
         return call.answer
 
     @property
     def here(self) -> int | None:
-        """The number of the participant whose thread this is; None in any other thread."""
+        """Number of the participant that runs in the current thread; None in other threads."""
         for number, participant in self._participants.items():
             if participant.thread is threading.current_thread():
                 return number
         return None
 
     def run(self, jobs: Iterator[Callable[[], None]]) -> None:
-        """Run all ``jobs``; what one raises ends the others at their next call, and is raised here."""
+        """Run all ``jobs``; an exception of one job ends the others at their next call and is raised here."""
         failed: BaseException | None = None
         while True:
             for number in self.places:
-                while failed is None and not self._ready(number, jobs):
+                while failed is None and not self._advance(number, jobs):
                     failed = self._participants.pop(number).error
             if failed is not None:
                 self._end(failed)
             if not self._participants:
                 return
-            self._reply({n: s.call for n, s in self._participants.items() if s.call is not None})
+            self._reply({n: p.call for n, p in self._participants.items() if p.call is not None})
 
-    def _ready(self, number: int, jobs: Iterator[Callable[[], None]]) -> bool:
-        """Move the job at ``number`` on to its next call; False where it ends instead."""
+    def _advance(self, number: int, jobs: Iterator[Callable[[], None]]) -> bool:
+        """Run the job ``number`` until its next call; return False if it ends instead."""
         if number not in self._participants:
             job = next(jobs, None) if self.broken is None else None
             if job is None:
@@ -127,7 +127,7 @@ class StepCoordinator:
         try:
             answered = self._answer(calls)
         except Exception as error:
-            # A traceback's frames hold what was asked, and with it the memory of a step; its text does not.
+            # Traceback as text: its frames would keep the calls, and so the memory of a step.
             details = "".join(format_exception(error))
             self.broken = RunFailed(f"{type(error).__name__}: {error}", details=details)
             answered = calls.keys()
@@ -139,7 +139,7 @@ class StepCoordinator:
                 self.broken = call.error
 
     def _end(self, error: BaseException) -> None:
-        """Have every job that still waits raise ``error`` where it does."""
+        """Raise ``error`` in every job that still waits, then here."""
         for participant in self._participants.values():
             while not participant.ended:
                 if participant.call is not None:

@@ -1,1 +1,1 @@
-"""Many runs from one command: launch, stop, resume, prune."""
+"""Sweeps: launch, stop, resume and prune many runs from one command."""

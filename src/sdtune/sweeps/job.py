@@ -1,4 +1,4 @@
-"""A sweep's job: runs once, and writes to its folder how it ended; imports no torch."""
+"""One job of a sweep: runs the command and writes its outcome to the job's folder; imports no torch."""
 
 from __future__ import annotations
 
@@ -22,56 +22,56 @@ from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
 from sdtune.runs.layout import THREADS
 from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
-from sdtune.sweeps.job_process import run_apart
+from sdtune.sweeps.job_process import run_subprocess
 from sdtune.sweeps.joblib_stop import reachable, stopping
 
 
 class Job:
-    """What the launcher calls for each job, in this process or in another: it can be pickled.
+    """Hydra task function for the jobs of a sweep; picklable, so that a launcher can call it in another process.
 
     Args:
-        in_worker: it runs in one of joblib's workers.
+        in_worker: whether the job runs in a joblib worker process.
     """
 
     def __init__(self, command: str, prepare: Prepare, in_worker: bool = False) -> None:
         self.command, self.prepare, self.in_worker = command, prepare, in_worker
 
     def __call__(self, composed: DictConfig) -> float | None:
-        """The metric that ``optimized_metric`` names; None where the job failed, which its folder then says."""
-        whole = HydraConfig.instance().cfg
-        assert whole is not None
+        """Run the job; return the value of ``optimized_metric``, or None if the job failed (its folder records why)."""
+        full_config = HydraConfig.instance().cfg
+        assert full_config is not None
         if not self.in_worker:
-            return self.run(composed, whole)
-        sweep = Path(str(whole.hydra.sweep.dir))
+            return self.run(composed, full_config)
+        sweep = Path(str(full_config.hydra.sweep.dir))
         try:
-            # A stop that comes between the two reaches this process by a signal.
+            # A stop request after the check of ``stopping`` reaches this process as a signal.
             with reachable(sweep):
-                return self.run(composed, whole) if stopping(sweep) is None else None
+                return self.run(composed, full_config) if stopping(sweep) is None else None
         except (SystemExit, KeyboardInterrupt):
             return None
 
     def run(self, composed: DictConfig, whole: DictConfig) -> float | None:
-        """Run the job of ``composed``, and keep how it ended; ``whole`` is its config with Hydra's own part."""
+        """Run the job and write its outcome to its state file; ``whole`` is ``composed`` including Hydra's node."""
         folder = Path(whole.hydra.runtime.output_dir)
         overrides = [str(override) for override in whole.hydra.overrides.task]
         state: dict[str, Any] = {"overrides": overrides, "state": UNFINISHED}
         try:
             if not finished(folder):
-                # What a killed process leaves behind says that it was not at an end.
+                # Written before the run, so that a killed process leaves the state "unfinished".
                 write_json(folder / STATE, state)
                 (folder / ERROR_LOG).unlink(missing_ok=True)
                 self._run(composed, whole, folder)
             state |= {"state": "done", "metric": _metric(composed, folder)}
         except Stopped as stop:
-            # Only what is no Exception passes through Hydra and ends the sweep with the job.
+            # Hydra catches every Exception of a job; SystemExit passes through and ends the sweep.
             raise SystemExit(stop.code) from stop
         except Pruned as end:
             state |= {"state": "pruned", "step": end.step}
             return None
         except Exception as error:
-            # Raised, it would end the sweep; the other jobs run on.
+            # Not raised again, so that the sweep continues with its other jobs.
             state |= {"state": "failed", **_failure(error, folder)}
-            print(f"sdtune: job {folder.name} failed: {state['error']}{_where(error, folder)}", file=sys.stderr)
+            print(f"sdtune: job {folder.name} failed: {state['error']}{_see_traceback(error, folder)}", file=sys.stderr)
             return None
         finally:
             try:
@@ -80,21 +80,27 @@ class Job:
                 release()
         return _metric(composed, folder)
 
-    def _run(self, composed: DictConfig, whole: DictConfig, folder: Path) -> None:
+    def _run(self, composed: DictConfig, full_config: DictConfig, folder: Path) -> None:
         with locked(folder):
-            _keep_config(composed, whole, folder)
-            _go_on(composed, folder)
-            if not self.apart(composed):
+            _save_config(composed, full_config, folder)
+            _resume_or_clear(composed, folder)
+            if not self.needs_subprocess(composed):
                 self.prepare(composed, folder)(composed)
                 return
-        # Lightning would start the other processes with the sweep's own command line, and kill this one with them.
-        own = command_line_folder(whole.hydra.runtime.config_sources)
-        overrides = [str(override) for override in whole.hydra.overrides.task]
-        run_apart(self.command, [] if own is None else ["-cd", own], overrides, folder, bool(composed.get("resume")))
+        # Lightning would start the other ranks with the sweep's command line and kill the sweep's process with them.
+        config_folder = command_line_folder(full_config.hydra.runtime.config_sources)
+        overrides = [str(override) for override in full_config.hydra.overrides.task]
+        run_subprocess(
+            self.command,
+            [] if config_folder is None else ["-cd", config_folder],
+            overrides,
+            folder,
+            bool(composed.get("resume")),
+        )
 
     @staticmethod
-    def apart(config: DictConfig) -> bool:
-        """Whether the job is a process of its own: where it has several devices, or a process group to leave behind."""
+    def needs_subprocess(config: DictConfig) -> bool:
+        """Whether the job runs in a subprocess: with several devices, or with DDP, whose process group remains."""
         from sdtune.config.hardware import process_count
 
         node = OmegaConf.to_container(config.hardware, resolve=True) if "hardware" in config else {}
@@ -104,55 +110,55 @@ class Job:
 
 
 def _failure(error: Exception, folder: Path) -> dict[str, str]:
-    """The line of ``error`` for the job's state; its traceback goes to a file of its own."""
+    """Write the traceback of ``error`` to a file; return the error line and the file name for the job's state."""
     details = error.details if isinstance(error, RunFailed) and error.details else "".join(format_exception(error))
     write_text(folder / ERROR_LOG, details)
-    name = "" if _is_users(error) else f"{type(error).__name__}: "
+    name = "" if _is_user_facing(error) else f"{type(error).__name__}: "
     return {"error": f"{name}{error}", "traceback": ERROR_LOG}
 
 
-def _where(error: Exception, folder: Path) -> str:
-    """Where the traceback of a bug lies; nothing for what the user can mend."""
-    known = _is_users(error) and not (isinstance(error, RunFailed) and error.details)
-    return "" if known else f"; its traceback is in {folder / ERROR_LOG}"
+def _see_traceback(error: Exception, folder: Path) -> str:
+    """Text that names the traceback file of an unexpected error; empty for an error that the user can fix."""
+    has_no_traceback = _is_user_facing(error) and not (isinstance(error, RunFailed) and error.details)
+    return "" if has_no_traceback else f"; its traceback is in {folder / ERROR_LOG}"
 
 
-def _is_users(error: Exception) -> bool:
+def _is_user_facing(error: Exception) -> bool:
     return isinstance(error, UserError | RunFailed)
 
 
 @contextlib.contextmanager
 def as_current(whole: DictConfig) -> Iterator[None]:
-    """Within it, interpolations of Hydra's are those of ``whole``."""
-    before = HydraConfig.instance().cfg
+    """Context manager in which ``${hydra:...}`` interpolations resolve to the values of ``whole``."""
+    previous = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(whole)
     try:
         yield
     finally:
-        HydraConfig.instance().cfg = before
+        HydraConfig.instance().cfg = previous
 
 
-def _keep_config(composed: DictConfig, whole: DictConfig, folder: Path) -> None:
-    """Write what Hydra writes of a job, once: resumed, it would be overwritten by what is composed today."""
-    place = folder / ".hydra"
-    if (place / "config.yaml").is_file():
+def _save_config(composed: DictConfig, full_config: DictConfig, folder: Path) -> None:
+    """Save the config as Hydra does, but only once: a resumed job must keep the config that it began with."""
+    hydra_folder = folder / ".hydra"
+    if (hydra_folder / "config.yaml").is_file():
         container = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(container, dict)
         check_unchanged({str(key): value for key, value in container.items()}, folder)
         return
-    write_yaml(place / "hydra.yaml", OmegaConf.masked_copy(whole, ["hydra"]))
-    write_yaml(place / "overrides.yaml", whole.hydra.overrides.task)
-    write_yaml(place / "config.yaml", composed)  # last: that it is there says that the others are
+    write_yaml(hydra_folder / "hydra.yaml", OmegaConf.masked_copy(full_config, ["hydra"]))
+    write_yaml(hydra_folder / "overrides.yaml", full_config.hydra.overrides.task)
+    write_yaml(hydra_folder / "config.yaml", composed)  # last, so that its presence means that the other files exist
 
 
 def write_yaml(path: Path, config: Any) -> None:
-    """``config`` with its interpolations as they stand, whole or not at all."""
+    """Save ``config`` atomically, with its interpolations unresolved."""
     with replacing(path) as partial:
         OmegaConf.save(config, partial)
 
 
-def _go_on(composed: DictConfig, folder: Path) -> None:
-    """Have ``composed`` resume what an earlier start of the sweep left in ``folder``, or clear it away."""
+def _resume_or_clear(composed: DictConfig, folder: Path) -> None:
+    """Set ``resume`` in ``composed`` if ``folder`` has a checkpoint of an earlier start; otherwise delete its files."""
     if any((folder / "checkpoints").glob("step*.ckpt")):
         with open_dict(composed):
             composed.resume = str(folder)

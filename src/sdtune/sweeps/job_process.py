@@ -1,4 +1,4 @@
-"""A job of several devices in a process of its own."""
+"""Run a job on several devices in a subprocess: start it, forward signals to it, translate its exit code."""
 
 from __future__ import annotations
 
@@ -18,65 +18,67 @@ from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.quoting import override
 
-_ANOTHERS = (
+_LAUNCH_VARIABLES = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
 )
-"""What a start of several processes leaves in the environment; the next one must find its own, and Lightning would take
-SLURM's count of tasks, which is the sweep's, for the job's.
+"""Environment variables of a multi-process launch. They are removed for the subprocess, which must set its own. SLURM's
+variables are removed as well: Lightning would use the sweep's number of tasks for the job.
 """
 
-_HANDED_ON = (*STOP_SIGNALS, signal.SIGHUP)
-_OWN = "sdtune: "
-"""Begins the lines in which a command says how it ended."""
+_FORWARDED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+_REPORT_PREFIX = "sdtune: "
+"""Start of the stderr lines in which a command reports how it ended."""
 
-_KEPT_LINES = 500
-"""Of a process's stderr: the traceback of a failure is at its end."""
+_STORED_LINES = 500
+"""Number of stderr lines that are stored; the traceback of a failure is at the end."""
 
-_PATIENCE = 10.0
-"""Seconds for the last words of a process that has ended."""
+_STDERR_TIMEOUT = 10.0
+"""Seconds to wait for the remaining stderr of a process that has ended."""
 
 
-def run_apart(command: str, options: Sequence[str], overrides: Sequence[str], folder: Path, resume: bool) -> None:
-    """Run the job of ``overrides`` in ``folder``, or resume it there; ``options`` stand before them.
+def run_subprocess(command: str, options: Sequence[str], overrides: Sequence[str], folder: Path, resume: bool) -> None:
+    """Run the job with ``overrides`` in ``folder``, or resume it; ``options`` precede them on the command line.
 
     Raises:
-        Stopped: it was asked to stop, and has saved.
-        Pruned: it fell behind the others of a search.
-        RunFailed: it ended with another code than 0; the message is its own last word.
+        Stopped: a signal stopped the job.
+        Pruned: the search pruned the job.
+        RunFailed: any other exit code than 0; the message is the last line in which the job reports its error.
     """
-    # All others are the run's own, which it repeats.
-    threads = [given for given in overrides if given.startswith("hardware.threads=")]
-    own = [override("resume", folder), *threads] if resume else [*overrides, override("hydra.run.dir", folder)]
-    child = _start([command, *options, *own])
-    asked: list[int] = []
+    # A resumed run reads all other overrides from its folder.
+    threads = [item for item in overrides if item.startswith("hardware.threads=")]
+    job_overrides = (
+        [override("resume", folder), *threads] if resume else [*overrides, override("hydra.run.dir", folder)]
+    )
+    child = _start([command, *options, *job_overrides])
+    sent: list[int] = []
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        # A terminal that goes away asks for the same as a scheduler, and the job knows that.
-        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        # The job saves and stops on SIGTERM, but does not handle the SIGHUP of a closed terminal.
+        sent.append(signal.SIGTERM if number == signal.SIGHUP else number)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, asked[-1])
+            os.killpg(child.pid, sent[-1])
 
-    lines: deque[str] = deque(maxlen=_KEPT_LINES + 1)
-    with handled(_HANDED_ON, hand_on):
-        reader = threading.Thread(target=_repeat, args=(child, lines), daemon=True)
+    lines: deque[str] = deque(maxlen=_STORED_LINES + 1)
+    with handled(_FORWARDED_SIGNALS, forward):
+        reader = threading.Thread(target=_copy_stderr, args=(child, lines), daemon=True)
         reader.start()
         try:
-            # Not the end of its words: the other processes of a job whose first one has died hold them open.
+            # Wait for the process, not for the end of stderr: if rank 0 dies, the other ranks keep the pipe open.
             code = child.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-    reader.join(_PATIENCE)
-    if len(lines) > _KEPT_LINES:
-        lines[0] = "(earlier lines are left out)\n"
-    _raise_for(code, asked, list(lines))
+    reader.join(_STDERR_TIMEOUT)
+    if len(lines) > _STORED_LINES:
+        lines[0] = "(earlier lines are omitted)\n"
+    _raise_for(code, sent, list(lines))
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    """``sdtune`` in a session of its own: a signal reaches it once, from here, however it came."""
+    """Start ``sdtune`` in a new session, so that signals reach it only from this process and only once."""
     environment = {
-        key: value for key, value in os.environ.items() if key not in _ANOTHERS and not key.startswith("SLURM_")
+        key: value for key, value in os.environ.items() if key not in _LAUNCH_VARIABLES and not key.startswith("SLURM_")
     }
     return subprocess.Popen(
         [sys.executable, "-m", "sdtune", *arguments],
@@ -84,38 +86,38 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=terminate_with_parent if sys.platform == "linux" else None,
     )
 
 
-def _raise_for(code: int, asked: Sequence[int], lines: Sequence[str]) -> None:
-    """Raise what a process ended by whose exit code is ``code``; nothing for 0.
+def _raise_for(code: int, sent: Sequence[int], lines: Sequence[str]) -> None:
+    """Raise the exception for the exit code ``code`` of a job; return if it is 0.
 
     Args:
-        asked: the signals that it was sent.
-        lines: the last of its stderr.
+        sent: signals that were sent to the process.
+        lines: last lines of its stderr.
     """
-    words = [line.removeprefix(_OWN).strip() for line in lines if line.startswith(_OWN)]
-    said = words[-1] if words else ""
+    reports = [line.removeprefix(_REPORT_PREFIX).strip() for line in lines if line.startswith(_REPORT_PREFIX)]
+    report = reports[-1] if reports else ""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Stopped(said, code)
-    if asked and code:
-        # It was too early, or too late, for the job to answer with a code of its own.
-        raise Stopped(said or "stopped", 128 + asked[0])
+        raise Stopped(report, code)
+    if sent and code:
+        # The signal arrived before the job handled signals, or after it stopped handling them.
+        raise Stopped(report or "stopped", 128 + sent[0])
     if code == PRUNED:
-        raise Pruned(int(said.rpartition(" ")[2]))
+        raise Pruned(int(report.rpartition(" ")[2]))
     if code:
         text = "".join(lines)
-        details = text if "Traceback (most recent call last)" in text or not said else None
-        raise RunFailed(said or f"its process ended with exit code {code}", details=details)
+        details = text if "Traceback (most recent call last)" in text or not report else None
+        raise RunFailed(report or f"its process ended with exit code {code}", details=details)
 
 
-def end_with_parent() -> None:
-    """In the new process: be asked to stop, and save, when the sweep is killed (prctl's PR_SET_PDEATHSIG)."""
+def terminate_with_parent() -> None:
+    """In a child process: receive SIGTERM, and so save and stop, when the parent dies (prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _repeat(child: subprocess.Popen[str], lines: deque[str]) -> None:
+def _copy_stderr(child: subprocess.Popen[str], lines: deque[str]) -> None:
     assert child.stderr is not None
     for line in child.stderr:
         sys.stderr.write(line)

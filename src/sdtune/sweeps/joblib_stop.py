@@ -1,6 +1,6 @@
-"""Stop signals for jobs in joblib's workers: each job gets a stop once, and saves.
+"""Stop signals for jobs in joblib workers: each job receives one stop signal and saves.
 
-joblib kills its workers where its own process is interrupted, in the middle of a checkpoint too. Imports no torch.
+joblib kills its workers when its main process is interrupted, even while they write a checkpoint. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from types import FrameType, TracebackType
 from sdtune.files import write_text
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 
-STOPPING = "sdtune: stopping; the jobs at hand save first (Ctrl-C again ends them at once)"
+STOPPING = "sdtune: stopping; the running jobs save first (Ctrl-C again ends them immediately)"
 
 _WORKERS = ".workers"
-"""Of a sweep's folder: a file for each process that is in a job and can be told to stop."""
+"""Subfolder of the sweep with one file per process that runs a job and can receive a stop signal."""
 
 _STOPPING = ".stopping"
-"""Of a sweep's folder, while it is being stopped: no further job starts."""
+"""File in the sweep's folder while the sweep is being stopped; no new job starts."""
 
 
 def stopping(sweep: Path) -> int | None:
-    """The exit code of a sweep that is being stopped, else None."""
+    """Exit code of the sweep if it is being stopped, else None."""
     file = sweep / _STOPPING
     return int(file.read_text()) if file.is_file() else None
 
 
-class Relay:
-    """In the sweep's own process, while its workers run: hands the first Ctrl-C or SIGTERM on to the jobs.
+class StopRelay:
+    """Context manager for the main process of a sweep: forwards the first Ctrl-C or SIGTERM to the jobs in the workers.
 
     Attributes:
-        code: the exit code, once it has been asked to stop.
+        code: exit code after a stop signal; None before.
     """
 
     def __init__(self, sweep: Path) -> None:
@@ -44,9 +44,9 @@ class Relay:
         self.code: int | None = None
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> StopRelay:
         (self.sweep / _STOPPING).unlink(missing_ok=True)
-        self._stack.enter_context(handled(STOP_SIGNALS, self._hand_on))
+        self._stack.enter_context(handled(STOP_SIGNALS, self._forward))
         return self
 
     def __exit__(
@@ -59,40 +59,43 @@ class Relay:
         with contextlib.suppress(OSError):
             (self.sweep / _WORKERS).rmdir()
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         if self.code is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.code = 128 + number
-        write_text(self.sweep / _STOPPING, str(self.code))  # whole: a worker may look at any moment
+        write_text(self.sweep / _STOPPING, str(self.code))  # atomic, because a worker may read it at any time
         print(STOPPING, file=sys.stderr)
         ready = {file.name for file in self.sweep.glob(f"{_WORKERS}/*")}
         for process in multiprocessing.active_children():
             if str(process.pid) in ready:
                 with contextlib.suppress(ProcessLookupError):
-                    # A terminal's Ctrl-C has reached it already, and a SIGTERM after it changes nothing.
+                    # After Ctrl-C in a terminal the worker has received SIGINT already and ignores SIGTERM.
                     os.kill(int(str(process.pid)), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def reachable(sweep: Path) -> Iterator[None]:
-    """In a worker, around a job: a signal stops the job, not the worker; joblib takes the others down with one."""
-    came: list[int] = []
+    """Context manager for a job in a joblib worker: a stop signal interrupts the job but does not end the worker.
+
+    If one worker ends, joblib ends all of them.
+    """
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not came:
-            came.append(number)
+        if not received:
+            received.append(number)
             raise KeyboardInterrupt
 
     for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
-    place = sweep / _WORKERS / str(os.getpid())
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.touch()
+    marker = sweep / _WORKERS / str(os.getpid())
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     try:
         yield
     finally:
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # between two jobs there is nothing to stop
-        place.unlink(missing_ok=True)
+            signal.signal(number, signal.SIG_IGN)  # there is nothing to stop between jobs
+        marker.unlink(missing_ok=True)

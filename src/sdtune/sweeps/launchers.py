@@ -1,4 +1,4 @@
-"""Which launcher or sweeper a config names, by its class; imports no torch."""
+"""Identify launcher and sweeper plugins by class, and divide CPU cores among joblib workers; imports no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sdtune.errors import UserError
 
 
 def plugin(node: DictConfig) -> type:
-    """The class that a ``hydra.launcher`` or ``hydra.sweeper`` node names."""
+    """Class of a ``hydra.launcher`` or ``hydra.sweeper`` node; UserError if it cannot be imported."""
     target = str(node._target_)
     try:
-        found: type = get_class(target)
+        plugin_class: type = get_class(target)
     except (HydraException, ImportError, ValueError) as error:
         raise UserError(f"{target} cannot be imported ({error})", key="hydra", remedy="install its package") from error
-    return found
+    return plugin_class
 
 
 def is_joblib(kind: type) -> bool:
-    """Whether ``kind`` is Hydra's launcher of jobs in joblib's worker processes."""
+    """Whether ``kind`` is the launcher of Hydra's joblib plugin."""
     if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None:
         return False
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
@@ -35,7 +35,7 @@ def is_joblib(kind: type) -> bool:
 
 
 def is_slurm(kind: type) -> bool:
-    """Whether ``kind`` is Hydra's launcher of jobs on SLURM."""
+    """Whether ``kind`` is the SLURM launcher of Hydra's submitit plugin."""
     if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         return False
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
@@ -44,37 +44,40 @@ def is_slurm(kind: type) -> bool:
 
 
 @contextmanager
-def shared_out_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int, kept: int | None = None) -> Iterator[bool]:
-    """Divide the free cores among joblib's worker processes; yields False if there are none, and jobs run in this one.
+def divided_cores(n_jobs: int, hardware: Mapping[str, Any], jobs: int, kept: int | None = None) -> Iterator[bool]:
+    """Context manager that divides the free cores among joblib's worker processes; yields whether there are workers.
 
-    With ``n_jobs=-1`` there are as many processes as the free cores have room for, or one where the jobs would share a
-    GPU. Each computes with its part of the cores: with more threads than cores, small operations wait until each thread
-    is scheduled. loky and OpenMP read the numbers from environment variables.
+    Without workers, the jobs run in this process. With ``n_jobs=-1`` the free cores determine the number of processes,
+    which is 1 if the jobs would share a GPU. Each process uses its share of the cores as threads: with more threads
+    than cores, small operations wait until each thread is scheduled. loky and OpenMP read the numbers from environment
+    variables.
 
     Args:
-        n_jobs: of joblib's launcher.
-        hardware: the config group.
-        jobs: how many may run at once.
-        kept: the threads of a job that goes on.
+        n_jobs: ``n_jobs`` of the joblib launcher.
+        hardware: the ``hardware`` config group.
+        jobs: maximum number of concurrent jobs.
+        kept: number of threads of the jobs that are resumed, if any.
     """
     from joblib import effective_n_jobs
 
     from sdtune.hardware.devices import device
-    from sdtune.hardware.threads import free_cores, given_threads
+    from sdtune.hardware.threads import configured_threads, free_cores
 
-    free, threads = free_cores(), given_threads(hardware, kept)
-    own: dict[str, str] = {}
+    free, threads = free_cores(), configured_threads(hardware, kept)
+    environment: dict[str, str] = {}
     if n_jobs != -1:
         count = min(effective_n_jobs(n_jobs), jobs)
     elif device(str(hardware.get("accelerator", "auto"))).type == "cpu":
         count = min(max(1, free // (threads or 1)), jobs)
     else:
-        print("joblib: the jobs share a GPU; hydra.launcher.n_jobs=N runs several at once")
+        print(
+            "joblib: one job at a time because the jobs share a GPU; set hydra.launcher.n_jobs=N to run N concurrently"
+        )
         count = 1
     if n_jobs == -1:
-        own["LOKY_MAX_CPU_COUNT"] = str(count)
+        environment["LOKY_MAX_CPU_COUNT"] = str(count)
     threads = threads or max(1, free // count)
-    own["OMP_NUM_THREADS"] = str(threads)
-    print(f"joblib: jobs at once: {count}; threads of each: {threads}")
-    with env_override(own):
+    environment["OMP_NUM_THREADS"] = str(threads)
+    print(f"joblib: concurrent jobs: {count}; threads per job: {threads}")
+    with env_override(environment):
         yield effective_n_jobs(n_jobs) > 1

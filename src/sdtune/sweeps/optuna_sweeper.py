@@ -1,7 +1,7 @@
-"""Hydra sweeper on Optuna, with pruning and resuming.
+"""Hydra sweeper that searches with Optuna; it supports pruning and resuming.
 
-The published plugin gives its jobs no trial and starts from zero. Optuna is imported when a sweep begins, so that
-Hydra's search for plugins costs nothing.
+Hydra's own Optuna plugin passes no trial to its jobs and always starts from zero. Optuna is imported when a sweep
+starts, not when Hydra discovers its plugins.
 """
 
 from __future__ import annotations
@@ -37,43 +37,48 @@ DIRECTIONS = ("minimize", "maximize")
 
 
 def direction_of(metric: str) -> str:
-    """``minimize`` or ``maximize``, by the name of the metric."""
+    """Optimization direction of ``metric``: ``minimize`` or ``maximize``."""
     return "minimize" if metric in LOWER_IS_BETTER else "maximize"
 
 
 def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
-    """UserError for a search that cannot begin; ``parsed`` are its overrides."""
+    """Raise UserError if the settings of a search are invalid; ``parsed`` are its overrides."""
     require_optuna()
     sweeper = master.hydra.sweeper
     if sweeper.direction not in (None, *DIRECTIONS):
-        raise UserError(f"{sweeper.direction!r}", key="hydra.sweeper.direction", remedy="give minimize or maximize")
+        raise UserError(f"got {sweeper.direction!r}", key="hydra.sweeper.direction", remedy="set minimize or maximize")
     for key in ("n_trials", "at_once"):
         if not isinstance(sweeper[key], int) or sweeper[key] < 1:
-            raise UserError(f"{sweeper[key]!r}", key=f"hydra.sweeper.{key}", remedy="give at least 1")
+            raise UserError(f"got {sweeper[key]!r}", key=f"hydra.sweeper.{key}", remedy="set an integer of at least 1")
     metric = master.get("optimized_metric")
     if not metric:
-        raise UserError("optimized_metric is missing: name the metric of metrics.json that Optuna shall improve")
+        raise UserError(
+            "a search needs a metric", key="optimized_metric", remedy="set the metric of metrics.json to optimize"
+        )
     if metric in LOWER_IS_BETTER and sweeper.direction == "maximize":
-        raise UserError(f"{metric} is the better the lower", key="hydra.sweeper.direction", remedy="leave it out")
+        raise UserError(
+            f"lower values of {metric} are better", key="hydra.sweeper.direction", remedy="remove this override"
+        )
     if not any(override.is_sweep_override() for override in _by_key(parsed).values()):
         raise UserError(
-            "nothing is searched",
+            "the search space is empty",
             key="hydra.sweeper.params",
-            remedy="give such as 'optimizer.lr=tag(log,interval(1e-5,1e-2))'",
+            remedy="add a range, for example 'optimizer.lr=tag(log,interval(1e-5,1e-2))'",
         )
 
 
 class OptunaSweeper(Sweeper):  # type: ignore[misc]
-    """Chooses settings by Optuna's TPE (Bergstra et al. 2011), one trial per job, the study in the sweep's own folder.
+    """Search with Optuna's TPE sampler (Bergstra et al. 2011): one job per trial, study stored in the sweep's folder.
 
     Args:
-        n_trials: how many in all, those of an earlier start included.
-        at_once: jobs that the launcher gets together; more than one only helps with one that runs them side by side.
-        direction: of the metric that ``optimized_metric`` names: ``minimize``, ``maximize``, or by its name if None.
-        seed: of the sampler.
-        startup_trials: so many are drawn at random before the model decides.
-        params: search space in Hydra's words: ``optimizer.lr: tag(log, interval(1e-5, 1e-2))``; the command line's
-            overrides come on top.
+        n_trials: total number of trials, including those of earlier starts of the sweep.
+        at_once: number of trials that are passed to the launcher together; values above 1 help only if the launcher
+            runs jobs concurrently.
+        direction: ``minimize`` or ``maximize``; None: inferred from the name of ``optimized_metric``.
+        seed: seed of the sampler.
+        startup_trials: number of random trials before TPE is used.
+        params: search space in Hydra's override syntax, for example
+            ``optimizer.lr: tag(log, interval(1e-5, 1e-2))``; overrides on the command line take precedence.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run trials until there are ``n_trials`` that have ended."""
+        """Resume unfinished trials, then run new ones until the study has ``n_trials`` trials."""
         import optuna
 
         folder = Path(str(self.config.hydra.sweep.dir))
@@ -112,32 +117,32 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             direction=self.direction or direction_of(str(self.config.optimized_metric)),  # type: ignore[arg-type]
             load_if_exists=True,
         )
-        # Another seed after a stop: the same one would draw again what it drew at the start.
+        # Change the seed when a sweep is resumed: the same seed would suggest the first trials' values again.
         study.sampler = optuna.samplers.TPESampler(
             seed=self.seed + len(study.get_trials(deepcopy=False)), n_startup_trials=self.startup_trials
         )
-        together: list[tuple[int, list[str]]] = []
-        for begun in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if "overrides" not in begun.user_attrs:  # killed before it was a job
-                study.tell(begun.number, state=optuna.trial.TrialState.FAIL)
+        batch: list[tuple[int, list[str]]] = []
+        for running in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            if "overrides" not in running.user_attrs:  # the sweep was killed before the trial became a job
+                study.tell(running.number, state=optuna.trial.TrialState.FAIL)
                 continue
-            # A launcher counts its jobs on from the first one's number.
-            if together and (len(together) == self.at_once or begun.number != together[-1][0] + 1):
-                self._launch(study, folder, together)
-                together = []
-            together.append((begun.number, list(begun.user_attrs["overrides"])))
-        if together:
-            self._launch(study, folder, together)
-        while (left := self.n_trials - len(_jobs(study))) > 0:
-            asked = [study.ask() for _ in range(min(left, self.at_once))]
-            jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in asked]
-            for trial, (_, overrides) in zip(asked, jobs, strict=True):
+            # A launcher numbers jobs consecutively, starting from the number of the first one.
+            if batch and (len(batch) == self.at_once or running.number != batch[-1][0] + 1):
+                self._launch(study, folder, batch)
+                batch = []
+            batch.append((running.number, list(running.user_attrs["overrides"])))
+        if batch:
+            self._launch(study, folder, batch)
+        while (remaining := self.n_trials - len(_trials_with_jobs(study))) > 0:
+            new_trials = [study.ask() for _ in range(min(remaining, self.at_once))]
+            jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in new_trials]
+            for trial, (_, overrides) in zip(new_trials, jobs, strict=True):
                 trial.set_user_attr("overrides", overrides)
             self._launch(study, folder, jobs)
-        self._say(study)
+        self._log_summary(study)
 
     def _space(self, arguments: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
-        """What is searched, and what is the same for all jobs."""
+        """Split the overrides into the search space and those that all jobs share."""
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         parsed = parser.parse_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
         by_key = _by_key(parsed)
@@ -149,45 +154,45 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         try:
             self.launcher.launch([overrides for _, overrides in jobs], initial_job_idx=jobs[0][0])
         except (SystemExit, RunFailed):
-            # What says that it failed may be of a start before, or have had too little room; it is tried once more.
-            self._tell(study, folder, jobs, goes_on=(UNFINISHED, "failed"))
+            # A recorded failure may be from an earlier start or from a lack of memory; the trial runs again on resume.
+            self._report_outcomes(study, folder, jobs, resumable=(UNFINISHED, "failed"))
             raise
         stopped = stopping(folder)
-        self._tell(study, folder, jobs, goes_on=() if stopped is None else (UNFINISHED,))
+        self._report_outcomes(study, folder, jobs, resumable=() if stopped is None else (UNFINISHED,))
         if stopped is not None:
             raise SystemExit(stopped)
 
-    def _tell(
-        self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]], goes_on: tuple[str, ...]
+    def _report_outcomes(
+        self, study: optuna.Study, folder: Path, jobs: Sequence[tuple[int, list[str]]], resumable: tuple[str, ...]
     ) -> None:
-        """Tell the study how trials ended, but for those that go on when the sweep does."""
+        """Report the outcomes of ``jobs`` to the study, except states in ``resumable``: those jobs run again."""
         from optuna.trial import TrialState
 
         for number, _ in jobs:
-            # The job's own folder says how it ended: it may have run in another process.
+            # Read the outcome from the job's folder, because the job may have run in another process.
             file = folder / str(number) / STATE
-            if goes_on and not file.is_file():
+            if resumable and not file.is_file():
                 continue
             state = json.loads(file.read_text())
-            if state["state"] in goes_on:
+            if state["state"] in resumable:
                 continue
-            ended = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
+            outcome = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
             value = state.get("metric")
-            if ended is TrialState.COMPLETE and value is None:
-                self._refuse_unknown(folder / str(number))
-                log.info("job %d: %s is null, which counts as a failure", number, self.config.optimized_metric)
-                ended = TrialState.FAIL
-            study.tell(number, value if ended is TrialState.COMPLETE else None, ended)
+            if outcome is TrialState.COMPLETE and value is None:
+                self._check_metric(folder / str(number))
+                log.info("job %d: %s is null; the trial counts as failed", number, self.config.optimized_metric)
+                outcome = TrialState.FAIL
+            study.tell(number, value if outcome is TrialState.COMPLETE else None, outcome)
 
-    def _refuse_unknown(self, run: Path) -> None:
-        """A metric that the run does not even have null is misspelt, and no later trial will have it."""
-        found = json.loads((run / "metrics.json").read_text())
-        wanted = str(self.config.optimized_metric)
-        if wanted not in found:
-            known = [key for key, value in found.items() if isinstance(value, int | float)]
-            raise UserError(f"{wanted}: there is no such metric; {run} has {', '.join(known)}", key="optimized_metric")
+    def _check_metric(self, run: Path) -> None:
+        """Raise UserError if the run lacks the metric, even as null: it is misspelled, so no trial will have it."""
+        metrics = json.loads((run / "metrics.json").read_text())
+        metric = str(self.config.optimized_metric)
+        if metric not in metrics:
+            known = [key for key, value in metrics.items() if isinstance(value, int | float)]
+            raise UserError(f"unknown metric {metric}; metrics of {run}: {', '.join(known)}", key="optimized_metric")
 
-    def _say(self, study: optuna.Study) -> None:
+    def _log_summary(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState
 
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -195,21 +200,21 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         log.info("optuna: %d trials complete, %d pruned", len(done), len(pruned))
         if done:
             best = study.best_trial
-            chosen = " ".join(f"{key}={value}" for key, value in best.params.items())
-            log.info("best: job %d, %s %.6g: %s", best.number, self.config.optimized_metric, best.value, chosen)
+            params = " ".join(f"{key}={value}" for key, value in best.params.items())
+            log.info("best: job %d, %s %.6g: %s", best.number, self.config.optimized_metric, best.value, params)
 
 
-def _jobs(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _trials_with_jobs(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if "overrides" in trial.user_attrs]
 
 
 def _by_key(parsed: Sequence[Override]) -> dict[str, Override]:
-    """The last override of each key, which counts."""
+    """The last override of each key, which takes precedence."""
     return {override.get_key_element(): override for override in parsed}
 
 
 def example(parsed: Sequence[Override]) -> list[str]:
-    """Overrides of a job that the search could ask for: the first of every choice, the lower end of every interval."""
+    """Overrides of one possible job of the search: first value of each choice, lower bound of each interval."""
     return [f"{key}={_first(override)}" for key, override in _by_key(parsed).items()]
 
 
@@ -227,10 +232,10 @@ def _suggest(trial: optuna.Trial, space: dict[str, Override]) -> list[str]:
 
 
 def suggest_value(trial: optuna.Trial, key: str, override: Override) -> Any:
-    """What ``trial`` tries for ``key`` within the sweep ``override``."""
+    """Have ``trial`` suggest a value of ``key`` from the sweep in ``override``."""
     value = override.value()
     if isinstance(value, ChoiceSweep):
-        return trial.suggest_categorical(key, [str(one) for one in override.sweep_string_iterator()])
+        return trial.suggest_categorical(key, [str(choice) for choice in override.sweep_string_iterator()])
     assert isinstance(value, IntervalSweep | RangeSweep)
     log_scale = "log" in value.tags
     if isinstance(value, RangeSweep):

@@ -1,6 +1,6 @@
-"""Hydra launcher that runs jobs of a sweep together on one backbone.
+"""Hydra launcher that runs compatible jobs of a sweep concurrently on one backbone.
 
-torch is imported when jobs are launched, so that Hydra's search for plugins costs nothing.
+torch is imported when jobs are launched, not when Hydra discovers its plugins.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
-    """Runs jobs that may share a backbone at once, in one process, and the others one after another.
+    """Run jobs that can share a backbone concurrently in one process, and the other jobs one after another.
 
     Args:
-        max_concurrent_runs: how many at once in each process; ``auto``: as many as the device's memory holds by the
-            count of ``sdtune plan``.
-        processes: over how many processes the jobs are shared out on a CPU, each with a backbone of its own; ``auto``:
-            one for each free core, where the memory holds them. On GPUs it is one for each GPU.
+        max_concurrent_runs: maximum number of concurrent runs per process; ``auto``: as many as fit into the device's
+            memory according to ``sdtune plan``.
+        processes: number of processes on a CPU, each with its own copy of the backbone; ``auto``: as many as the free
+            cores and the memory allow. On GPUs, each GPU has one process.
     """
 
     shares_backbone: ClassVar[bool] = True
-    """Whether jobs that may share a backbone do, and are checked as such."""
+    """Whether compatible jobs share a backbone; the command validates them accordingly."""
 
     def __init__(
         self, max_concurrent_runs: int | Literal["auto"] = "auto", processes: int | Literal["auto"] = "auto"
@@ -45,11 +45,11 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         self.task: Job
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        assert isinstance(task_function, Job), "sdtune's sweeps run sdtune's jobs"
+        assert isinstance(task_function, Job), "task_function must be an sdtune Job"
         self.config, self.context, self.task = config, hydra_context, task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run them all; each job's folder says how it ended."""
+        """Run all jobs; each job's folder records its outcome."""
         setup_globals()
         quiet()
         from sdtune.config.settings import plain
@@ -57,53 +57,56 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
 
         quiet_libraries()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        wholes = [self._whole(list(each), initial_job_idx + i) for i, each in enumerate(job_overrides)]
-        returns = [JobReturn(overrides=list(each), status=JobStatus.COMPLETED) for each in job_overrides]
-        left = [i for i, whole in enumerate(wholes) if not finished(Path(whole.hydra.runtime.output_dir))]
+        full_configs = [
+            self._full_config(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)
+        ]
+        returns = [JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
+        unfinished = [i for i, config in enumerate(full_configs) if not finished(Path(config.hydra.runtime.output_dir))]
         configs = []
-        for number in left:
-            with as_current(wholes[number]):
-                configs.append(plain(wholes[number]))
+        for number in unfinished:
+            with as_current(full_configs[number]):
+                configs.append(plain(full_configs[number]))
         failed: list[str] = []
-        found = groups(configs)
-        for group in found:
-            numbers = [left[place] for place in group.jobs]
-            called = _called([initial_job_idx + number for number in numbers])
-            if len(numbers) == 1 and len(left) > 1:
-                print(f"{called} by itself: {_why_alone(group, found, configs)}")
+        all_groups = groups(configs)
+        for group in all_groups:
+            numbers = [unfinished[index] for index in group.jobs]
+            name = _job_names([initial_job_idx + number for number in numbers])
+            if len(numbers) == 1 and len(unfinished) > 1:
+                print(f"{name} runs alone: {_why_alone(group, all_groups, configs)}")
             if self._is_shared(group, configs):
-                failed += self._share([wholes[n] for n in numbers], called)
+                failed += self._share([full_configs[n] for n in numbers], name)
                 continue
-            returns[numbers[0]] = self._by_itself(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
+            returns[numbers[0]] = self._run_alone(list(job_overrides[numbers[0]]), initial_job_idx + numbers[0])
         if failed:
             raise RunFailed(failed[0])
-        for number in set(range(len(wholes))) - set(left):
-            # Its state file may be another's: the run was completed by itself.
-            returns[number] = self._by_itself(list(job_overrides[number]), initial_job_idx + number)
+        for number in set(range(len(full_configs))) - set(unfinished):
+            # The run may have been completed outside the sweep; running the job again updates its state file.
+            returns[number] = self._run_alone(list(job_overrides[number]), initial_job_idx + number)
         return returns
 
     @staticmethod
     def _is_shared(group: Group, configs: Sequence[dict[str, Any]]) -> bool:
-        """Whether ``group`` goes through the shared backbone: one job has the device that it would have had among
-        others, and not all of them.
+        """Whether ``group`` uses the shared backbone; a single job does if there are several devices.
+
+        It then uses one device, as it would in a larger group.
         """
         from sdtune.config.hardware import process_count
 
-        several = process_count(configs[group.jobs[0]]["hardware"]) > 1
-        return len(group.jobs) > 1 or (group.alone is None and several)
+        has_several_devices = process_count(configs[group.jobs[0]]["hardware"]) > 1
+        return len(group.jobs) > 1 or (group.alone is None and has_several_devices)
 
-    def _share(self, wholes: list[DictConfig], called: str) -> list[str]:
-        """Run ``wholes`` on one backbone; why they failed, if they did: other groups are none the worse."""
+    def _share(self, full_configs: list[DictConfig], name: str) -> list[str]:
+        """Run the jobs of ``full_configs`` on one backbone; return error messages, so that other groups continue."""
         from sdtune.hardware.allocator import release
         from sdtune.sweeps.shared_group import JobGroup, run_group
 
         try:
-            group = JobGroup(wholes, self.task.command, self.context.callbacks, self.max_concurrent_runs, called)
+            group = JobGroup(full_configs, self.task.command, self.context.callbacks, self.max_concurrent_runs, name)
             run_group(group, self.processes)
         except RunFailed as error:
             return [str(error)]
         finally:
-            release()  # for the next one's count of what is free
+            release()  # frees memory before the next group estimates how many runs fit
         return []
 
     def _sweep_config(self, overrides: list[str], number: int) -> DictConfig:
@@ -112,8 +115,8 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             config.hydra.job.id = config.hydra.job.num = number
         return config
 
-    def _whole(self, overrides: list[str], number: int) -> DictConfig:
-        """The job's config with Hydra's own part, its folder settled, as Hydra's ``run_job`` has it."""
+    def _full_config(self, overrides: list[str], number: int) -> DictConfig:
+        """Job config including Hydra's node, with the output folder set as in Hydra's ``run_job``."""
         config = self._sweep_config(overrides, number)
         with as_current(config):
             folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
@@ -121,7 +124,7 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
             config.hydra.runtime.output_dir = str(folder.absolute())
         return config
 
-    def _by_itself(self, overrides: list[str], number: int) -> JobReturn:
+    def _run_alone(self, overrides: list[str], number: int) -> JobReturn:
         done = run_job(
             hydra_context=self.context,
             task_function=self.task,
@@ -133,18 +136,18 @@ class SharedBackboneLauncher(Launcher):  # type: ignore[misc]
         return done
 
 
-def _called(numbers: Sequence[int]) -> str:
+def _job_names(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
         return f"job {numbers[0]}"
-    run = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"jobs {numbers[0]}-{numbers[-1]}" if run else f"jobs {', '.join(map(str, numbers))}"
+    consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"jobs {numbers[0]}-{numbers[-1]}" if consecutive else f"jobs {', '.join(map(str, numbers))}"
 
 
-def _why_alone(group: Group, found: Sequence[Group], configs: Sequence[dict[str, Any]]) -> str:
-    """Why the only job of ``group`` shares its backbone with none of the others."""
+def _why_alone(group: Group, all_groups: Sequence[Group], configs: Sequence[dict[str, Any]]) -> str:
+    """Reason why the only job of ``group`` shares its backbone with no other job."""
     from sdtune.shared_backbone.compatibility import difference
 
-    largest = max(found, key=lambda each: len(each.jobs))
-    other = next(each for each in (largest, *found) if each is not group)
+    largest_config = max(all_groups, key=lambda candidate: len(candidate.jobs))
+    other = next(candidate for candidate in (largest_config, *all_groups) if candidate is not group)
     key = difference(configs[group.jobs[0]], configs[other.jobs[0]])
-    return group.alone or f"{key} is another than the others'"
+    return group.alone or f"{key} differs from the other jobs"

@@ -1,4 +1,4 @@
-"""Constructor arguments that all methods share."""
+"""Constructor arguments shared by all methods."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from sdtune.objective import Objective
 
 
 class Average(Protocol):
-    """An average of the trained weights, which can stand in for them."""
+    """Average of the trained weights, such as an EMA."""
 
-    def swapped(self, module: nn.Module) -> AbstractContextManager[None]: ...
+    def swapped_parameters(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Context manager that temporarily replaces the trained weights of ``module`` by the average."""
 
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Creates an optimizer from parameter groups."""
 
 
 class Common(TypedDict, total=False):
-    """What every method is given beside its own settings."""
+    """Keyword arguments of :class:`sdtune.methods.base.Adapter`, which documents them."""
 
     backbone: Pretrained
     objective: Objective
-    optimizer: MakeOptimizer
+    optimizer: OptimizerFactory
     lr_schedule: LRSchedule
     new_tokens: Sequence[NewToken]
     tokens_lr: float | None

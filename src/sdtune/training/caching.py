@@ -1,4 +1,4 @@
-"""Fill the caches of latents and text states, and draw class images, before training."""
+"""Fill the latent and text caches and generate class images before training."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.datamodule import Encoders, ImageDataModule, at_once
+from sdtune.data.datamodule import Encoders, ImageDataModule, batch_size_for_pixels
 from sdtune.hardware.precision import HALVES
 from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, generate
 
 
-def drawn_at_once(side: int) -> int:
-    """How many class images of ``side`` x ``side`` pixels are drawn at once: four of 512, at most 64."""
-    return at_once(4 * 512 * 512, side, side)
+def class_image_batch_size(side: int) -> int:
+    """Batch size for generating class images of ``side`` x ``side`` pixels: 4 at 512 x 512, clamped to 1..64."""
+    return batch_size_for_pixels(4 * 512 * 512, side, side)
 
 
 @dataclass(frozen=True)
 class CachedParts:
-    """The parts of a run that its caches are filled with.
+    """Models and settings of a run that its caches are filled with.
 
     Args:
-        source, seed, device, precision: the run's own.
-        encode_text: prompts to text states, with the run's gradients and autocast.
-        autocast: the run's.
-        frozen_vae, frozen_text: whether nothing of the VAE, of the text encoders is trained.
+        backbone: the loaded backbone; only its VAE is used.
+        source: the pipeline that the backbone was loaded from, to load it again.
+        seed: seed of the run.
+        device: device of the run.
+        precision: Lightning's precision of the run, such as ``bf16-mixed``.
+        encode_text: converts prompts to text embeddings [B, L, D] under the run's autocast.
+        autocast: creates the run's autocast context.
+        frozen_vae: whether no parameter of the VAE is trained.
+        frozen_text: whether no parameter of the text encoders is trained.
     """
 
     backbone: Backbone
@@ -48,23 +53,23 @@ class CachedParts:
 
 
 def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
-    """Have ``data`` draw its class images and fill its caches, each process of ``trainer`` a share of them."""
+    """Generate the class images of ``data`` and fill its caches; the processes of ``trainer`` share the work."""
     assert data.resolution is not None
-    whole = encoders(parts, data.resolution)
-    own = replace(whole, rank=trainer.global_rank, processes=trainer.world_size)
-    for fill in (data.draw_class, data.prepare):
-        fill(own)
+    all_encoders = encoders(parts, data.resolution)
+    rank_encoders = replace(all_encoders, rank=trainer.global_rank, processes=trainer.world_size)
+    for fill in (data.generate_class_images, data.prepare):
+        fill(rank_encoders)
         trainer.strategy.barrier("caches")
         if trainer.num_nodes > 1:
-            # Nodes that share no cache folder lack the others' entries; where they do, nothing is missing.
-            fill(whole)
+            # Without a shared cache folder each node lacks the entries of the other nodes; compute them here.
+            fill(all_encoders)
 
 
 def encoders(parts: CachedParts, side: int) -> Encoders:
-    """The encoders that data may cache, None where a part is trained, and the model before training.
+    """Encoders whose outputs may be cached (None for a trained component), and the generator of class images.
 
     Args:
-        side: of a class image, in pixels.
+        side: width and height of a class image in pixels.
     """
     backbone, source, precision = parts.backbone, parts.source, parts.precision
 
@@ -74,24 +79,24 @@ def encoders(parts: CachedParts, side: int) -> Encoders:
     def encode_text(prompts: Sequence[str]) -> Tensor:
         return parts.encode_text(prompts).float()
 
-    def draw(wanted: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
-        # Not the weights at hand: a resumed run's are not those before training any more.
-        fresh = source.load(parts.seed, HALVES.get(precision))
-        fresh.cast_frozen(precision)
-        fresh.to(parts.device).prepare_for_device(parts.device)
-        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=drawn_at_once(side))
+    def generate_class_images(prompts_and_seeds: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
+        # Load the backbone again: the weights of a resumed run are already trained.
+        untrained = source.load(parts.seed, HALVES.get(precision))
+        untrained.cast_frozen(precision)
+        untrained.to(parts.device).prepare_for_device(parts.device)
+        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=class_image_batch_size(side))
         with parts.autocast():
-            yield from generate(fresh, [Request(prompt, seed) for prompt, seed in wanted], settings)
+            yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
 
-    drawn_by = hashlib.sha256(f"{source.drawing_key()}/{precision}/{source.guidance}/{side}".encode())
+    generator_key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}".encode())
     return Encoders(
         images=encode_images if parts.frozen_vae else None,
-        images_hash=source.encoder_key("vae", "32-true") if parts.frozen_vae else "",
+        images_hash=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
         text=encode_text if parts.frozen_text else None,
-        # The text encoder's precision follows the run's, so states of one are not those of another.
-        text_hash=source.encoder_key("text_encoder", precision) if parts.frozen_text else "",
-        draw=draw,
-        draw_hash=drawn_by.hexdigest()[:32],
+        # The text encoder uses the run's precision, so embeddings of different precisions differ.
+        text_hash=source.encoder_cache_key("text_encoder", precision) if parts.frozen_text else "",
+        draw=generate_class_images,
+        model_hash=generator_key.hexdigest()[:32],
         cache=cache_folder(),
         device=parts.device,
     )

@@ -11,27 +11,43 @@ from sdtune.backbone import Pretrained
 from sdtune.errors import UserError
 
 
-def only_trained(checkpoint: dict[str, Any], names: Sequence[str]) -> None:
-    """Leave the tensors called ``names`` alone in ``checkpoint``."""
+def keep_only_trained(checkpoint: dict[str, Any], names: Sequence[str]) -> None:
+    """Reduce the state dict of ``checkpoint`` to the tensors in ``names``."""
     checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
 
 
-def check_same_backbone(theirs: str, source: Pretrained) -> None:
-    """UserError for a checkpoint of other weights than ``source``'s; ``theirs`` is the hash that it holds."""
-    if theirs != source.hash():
+def check_same_backbone(checkpoint_hash: str, source: Pretrained) -> None:
+    """Check that a checkpoint was trained on ``source``.
+
+    Args:
+        checkpoint_hash: hash of the backbone in the checkpoint.
+
+    Raises:
+        UserError: the hash of ``source`` is different.
+    """
+    if checkpoint_hash != source.hash():
         raise UserError(
-            f"the checkpoint was trained on another backbone ({theirs[:12]}) than {source.path} ({source.hash()[:12]})",
+            f"the checkpoint was trained on another backbone ({checkpoint_hash[:12]}) than {source.path}"
+            f" ({source.hash()[:12]})",
             key="resume",
-            remedy="name the one that it was trained on",
+            remedy="use the backbone that the checkpoint was trained on",
         )
 
 
 def complete(checkpoint: dict[str, Any], names: Sequence[str], model: Mapping[str, Tensor]) -> None:
-    """Put the frozen tensors of ``model`` beside the checkpoint's; UserError where it holds others than ``names``.
+    """Add the frozen tensors of ``model`` to the state dict of ``checkpoint``, for a strict load.
 
-    A strict load wants every tensor, and the names have just been compared.
+    Args:
+        names: names of the trained tensors.
+        model: state dict of the model.
+
+    Raises:
+        UserError: the checkpoint has other tensors than ``names``.
     """
-    odd = sorted(set(names) ^ set(checkpoint["state_dict"]))
-    if odd:
-        raise UserError(f"{len(odd)} trained tensors do not match the checkpoint's, first {odd[0]}", key="resume")
+    mismatches = sorted(set(names) ^ set(checkpoint["state_dict"]))
+    if mismatches:
+        raise UserError(
+            f"{len(mismatches)} trained tensors do not match those of the checkpoint, the first is {mismatches[0]}",
+            key="resume",
+        )
     checkpoint["state_dict"] = {**model, **checkpoint["state_dict"]}

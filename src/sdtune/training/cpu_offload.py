@@ -1,4 +1,4 @@
-"""CPU offload of model parts whose outputs are cached."""
+"""CPU offload of models whose outputs are cached."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 
 
 class CpuOffload:
-    """Keeps ``parts`` in main memory, from when it is made."""
+    """Moves ``parts`` to main memory and keeps them there, except inside :meth:`back`."""
 
     def __init__(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> None:
         self.parts, self.device = parts, device
-        self._leave()
+        self._offload()
 
-    def _leave(self) -> None:
+    def _offload(self) -> None:
         for part in self.parts:
             part.to("cpu")
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Within it, they are on the device."""
+        """Context manager that moves the parts to the device and back to main memory."""
         try:
             for part in self.parts:
                 part.to(self.device)
             yield
         finally:
-            self._leave()
+            self._offload()

@@ -1,4 +1,4 @@
-"""Model executors: where an adapter's predictions and gradients are computed."""
+"""Model executors: compute the UNet's predictions and gradients for a method."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class ModelExecutor(Protocol):
-    """Computes the forward and backward passes of one run's denoiser."""
+    """Computes the forward and backward passes of the UNet for one run."""
 
     def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
-        """The output of ``unet``, [B, C, h, w].
+        """Output of ``unet``, [B, C, h, w].
 
         Args:
-            inputs: its arguments, from :meth:`sdtune.backbone.backbone.Backbone.unet_inputs`.
+            inputs: arguments of ``unet``, from :meth:`sdtune.backbone.backbone.Backbone.unet_inputs`.
         """
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add the gradients of ``loss`` to the trained parameters; arguments as of ``Tensor.backward``."""
+        """Add the gradients of ``loss`` to the trainable parameters; the arguments are those of ``Tensor.backward``."""
 
 
 class LocalExecutor:
-    """Computes at once, on the run's own UNet."""
+    """Calls the UNet and ``Tensor.backward`` directly, without sharing."""
 
     def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
         output: Tensor = unet(**inputs).sample

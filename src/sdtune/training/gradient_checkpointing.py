@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations are recomputed in backward (Chen et al. 2016)."""
+"""Gradient checkpointing: recompute activations in the backward pass (Chen et al. 2016)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_activations(model: nn.Module, **more: Any) -> None:
-    """Switch it on in each part of ``model`` that knows it, diffusers' and transformers' alike.
+    """Enable gradient checkpointing in all diffusers and transformers submodules of ``model`` that support it.
 
-    Non-reentrant: the other kind gives no gradient to a text encoder's low-rank pairs, whose inputs need none.
+    Uses the non-reentrant variant: the reentrant one gives no gradient to LoRA pairs of a text encoder, because the
+    inputs of its layers do not require gradients.
 
     Args:
-        more: further arguments of ``torch.utils.checkpoint.checkpoint``.
+        more: additional arguments of ``torch.utils.checkpoint.checkpoint``.
     """
     settings: dict[str, Any] = {"use_reentrant": False, **more}
 
@@ -28,5 +29,6 @@ def checkpoint_activations(model: nn.Module, **more: Any) -> None:
             module.enable_gradient_checkpointing(run)
         elif hasattr(module, "gradient_checkpointing_enable"):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all versions that we take
+                # Its replacement is missing in the oldest supported versions of transformers.
+                warnings.simplefilter("ignore", FutureWarning)
                 module.gradient_checkpointing_enable(settings)

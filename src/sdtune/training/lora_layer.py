@@ -1,4 +1,4 @@
-"""peft's LoRA linear layer with a faster path for one active pair."""
+"""LoRA linear layer for peft with a faster forward pass for a single adapter."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Site(Linear):  # type: ignore[misc]
-    """W x + scale B (A x), the last product and the sum in one kernel (Hu et al. 2021, eq. 3).
+class FusedLoRALinear(Linear):  # type: ignore[misc]
+    """LoRA linear layer: W x + scale B (A x), with the last product and the sum in one kernel (Hu et al. 2021, eq. 3).
 
-    peft's own forward, which everything else goes to, multiplies and adds apart and turns its input to the pair's
-    type: under autocast that is a copy to float32 that autocast turns back.
+    All other cases (several adapters, merged weights, DoRA) use peft's forward. It multiplies and adds in separate
+    kernels, and casts its input to the pair's dtype: under autocast a copy to float32, which autocast casts back.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., out] from [..., in]."""
+        """Output [..., out] for ``x`` [..., in]."""
         down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
-        alone = self.active_adapters == ["default"] and not (self.disable_adapters or self.merged or args or kwargs)
-        # DoRA and its like compute otherwise, and a bias is added.
-        alone = alone and not self.lora_variant and not self.lora_bias["default"]
-        # Without autocast a base in half precision stays in it; hardware.precision.autocast uses the CPU's for meta.
-        cast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
-        if not alone or not (cast or x.dtype == down.dtype):
+        is_plain = self.active_adapters == ["default"] and not (self.disable_adapters or self.merged or args or kwargs)
+        # DoRA and other variants use other formulas, and lora_bias adds a term.
+        is_plain = is_plain and not self.lora_variant and not self.lora_bias["default"]
+        # Without autocast the input and the pair must have one dtype. The meta device uses the autocast of the CPU, see
+        # hardware.precision.autocast.
+        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        if not is_plain or not (autocast or x.dtype == down.dtype):
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
         base = self.base_layer(x)
         dropout = self.lora_dropout["default"]
         low = F.linear(x if isinstance(dropout, nn.Identity) else dropout(x), down)
         scale = float(self.scaling["default"])
-        both = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
-        return both.view_as(base).to(base.dtype)
+        total = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale)
+        return total.view_as(base).to(base.dtype)

@@ -1,4 +1,4 @@
-"""Skip steps that are not finite without waiting for the device; gradient clipping."""
+"""Gradient clipping, and skipping of non-finite steps without a device synchronization."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sdtune.torch_compat import foreach_mul_, takes_found_inf
+from sdtune.torch_compat import foreach_mul_, supports_found_inf
 
-OVERFLOWS = 40
-"""So many steps in a row a gradient scaler may pass over: halved as often, any scale that it begins at is below 1."""
+MAX_CONSECUTIVE_OVERFLOWS = 40
+"""Consecutive overflows after which a gradient scaler has failed: 40 halvings take any usual scale below 1."""
 
 
-class Guard:
-    """Clips gradients and keeps steps that are not finite from the weights; its metrics stay on the device."""
+class NonfiniteGuard:
+    """Clips gradients and prevents non-finite optimizer steps; its metrics stay on the device."""
 
     def __init__(self) -> None:
         self._overflows: Tensor | None = None
@@ -27,29 +27,40 @@ class Guard:
         loss: Tensor,
         scaled: bool,
     ) -> dict[str, Tensor]:
-        """Clip the gradients' joint norm to ``limit``, guard the step, and give the metrics.
+        """Clip the global gradient norm, and have the optimizer skip the step if the norm is not finite.
 
         Args:
-            scaled: whether a gradient scaler (Micikevicius et al. 2018) looks after the step. It passes over gradients
-                that overflow, as they do while it finds its scale; a loss that is not finite is then a failure, and
-                gradients that no scale makes finite.
+            limit: maximum of the global gradient norm; no clipping if None.
+            loss: loss of the step, a scalar.
+            scaled: whether a gradient scaler (Micikevicius et al. 2018) is active. It skips steps whose gradients
+                overflow, which is normal until it has found its scale. Then only a non-finite loss or
+                :data:`MAX_CONSECUTIVE_OVERFLOWS` consecutive overflows are a failure.
+
+        Returns:
+            Scalar tensors: ``grad_norm``, and ``finite``, False if the run must fail.
         """
         norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf")).detach()
         if not scaled:
             return {"grad_norm": norm, "finite": skip_if_not_finite(optimizer, parameters, norm)}
-        before = torch.zeros_like(norm) if self._overflows is None else self._overflows
-        self._overflows = torch.where(torch.isfinite(norm), 0.0, before + 1)
-        return {"grad_norm": norm, "finite": torch.isfinite(loss) & (self._overflows < OVERFLOWS)}
+        previous = torch.zeros_like(norm) if self._overflows is None else self._overflows
+        self._overflows = torch.where(torch.isfinite(norm), 0.0, previous + 1)
+        return {"grad_norm": norm, "finite": torch.isfinite(loss) & (self._overflows < MAX_CONSECUTIVE_OVERFLOWS)}
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: Tensor) -> Tensor:
-    """Have ``optimizer`` pass over this step if the gradients' ``norm`` is not finite; returns the flag, on the device.
+    """Have ``optimizer`` skip this step if the gradient norm is not finite.
 
-    torch's fused optimizers take a ``found_inf`` flag and leave weights and state untouched, to the bit. Others get
-    zero gradients in that step; with momentum they still move a little, but never to a value that is not finite.
+    Fused torch optimizers accept a ``found_inf`` flag and leave weights and state unchanged, bit for bit. Other
+    optimizers get zero gradients in that step: momentum can still change the weights, but never to a non-finite value.
+
+    Args:
+        norm: global norm of the gradients, scalar.
+
+    Returns:
+        Whether ``norm`` is finite, as a bool tensor on the device.
     """
     finite = torch.isfinite(norm)
-    if takes_found_inf(optimizer):
+    if supports_found_inf(optimizer):
         optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         return finite

@@ -1,4 +1,4 @@
-"""Optimizer parameter groups, one for each component of the model."""
+"""Optimizer parameter groups, one per component of the model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import nn
 def param_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], rates: Mapping[str, float | None]
 ) -> list[dict[str, Any]]:
-    """``named_parameters`` grouped by the component of the backbone that they belong to.
+    """Optimizer parameter groups: ``named_parameters`` grouped by component, each group with its ``name``.
 
     Args:
-        rates: the learning rate of a component that has one of its own; ``text_encoder`` goes for all of them.
+        rates: learning rates by component; ``text_encoder`` applies to all text encoders. Components with None, or
+            without an entry, use the optimizer's learning rate.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         component = name.removeprefix("backbone.").split(".")[0]
         rate = rates.get(component.removesuffix("_2"))
-        own = {} if rate is None else {"lr": rate}
-        groups.setdefault(component, {"name": component, "params": [], **own})["params"].append(parameter)
+        lr_override = {} if rate is None else {"lr": rate}
+        groups.setdefault(component, {"name": component, "params": [], **lr_override})["params"].append(parameter)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""Perceptual loss with a frozen image encoder that the user names."""
+"""Perceptual loss with a frozen CLIP image encoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch.nn import functional as F
 from sdtune.formats.clip_pixels import pixel_statistics
 
 
-class Perception:
-    """Mean squared distance between unit features of two images, over all layers of a CLIP's image encoder.
+class PerceptualLoss:
+    """Perceptual distance: mean squared distance of normalized features over all layers of a CLIP image encoder.
 
-    The form of LPIPS (Zhang et al. 2018, eq. 1) with every channel's weight 1: there are no weights calibrated by
-    people for this encoder.
+    This is LPIPS (Zhang et al. 2018, eq. 1) with all channel weights 1: no weights calibrated on human judgments exist
+    for this encoder.
+
+    Args:
+        path: folder of a CLIP model in the transformers layout.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -35,10 +38,13 @@ class Perception:
         return tuple(F.normalize(state, dim=-1) for state in out.hidden_states)
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """A scalar from two float32 [B, 3, H, W] in [-1, 1]."""
+        """Perceptual loss, a scalar, of ``images`` and ``truth``, float32 [B, 3, H, W] in [-1, 1].
+
+        Gradients flow to ``images`` only.
+        """
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
-                wanted = self._features(truth)
-            found = self._features(images)
-            distances = [(a - b).square().sum(-1).mean() for a, b in zip(found, wanted, strict=True)]
+                target_features = self._features(truth)
+            features = self._features(images)
+            distances = [(a - b).square().sum(-1).mean() for a, b in zip(features, target_features, strict=True)]
             return torch.stack(distances).mean()

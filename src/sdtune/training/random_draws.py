@@ -1,4 +1,4 @@
-"""Random timesteps, noise and dropout of a step, keyed by (seed, stream, step, position)."""
+"""Deterministic noise, timesteps and dropout seeds, keyed by (seed, stream, step, position)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sdtune.randomness import generator
 def noise(
     shape: Sequence[int], seed: int, stream: str, step: int, positions: Iterable[int], device: torch.device
 ) -> Tensor:
-    """Standard normal [len(positions), *shape], float32."""
-    # Validation looks at the same noise in every run, so that curves compare across seeds too.
-    own = seed if stream.startswith(f"{streams.TRAIN}/") else 0
-    rows = [generator(own, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
+    """Standard normal noise, float32 [len(positions), *shape]."""
+    # Same validation noise for every seed, so that curves are comparable across seeds.
+    stream_seed = seed if stream.startswith(f"{streams.TRAIN}/") else 0
+    rows = [generator(stream_seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
     drawn = torch.from_numpy(np.stack(rows))
-    # Only a copy from pinned memory does not wait.
+    # Host-to-device copies are asynchronous only from pinned memory.
     drawn = drawn.pin_memory() if device.type == "cuda" else drawn
     return drawn.to(device, non_blocking=True)
 
 
 def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [len(positions)] in [0, count): at random in training, a fixed ladder in validation."""
+    """Timesteps, int64 [len(positions)] in [0, count): uniformly random, or evenly spaced for validation."""
     if stream == streams.VALIDATION:
         drawn = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
     else:
@@ -36,9 +36,9 @@ def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:
-    """Seed the global generators, which dropout inside a model uses, by place: a resumed run is exact."""
-    number = int(generator(seed, f"{streams.DROPOUT}/{rank}", step, batch_idx).integers(2**31))
-    # torch.manual_seed takes milliseconds: it looks up its caller's whole stack for devices that there are not.
-    torch.default_generator.manual_seed(number)
+    """Seed torch's global generators, which dropout layers use, so that a resumed run is bit-identical."""
+    dropout_seed = int(generator(seed, f"{streams.DROPOUT}/{rank}", step, batch_idx).integers(2**31))
+    # torch.manual_seed costs milliseconds per call (it inspects the call stack); set the generators directly.
+    torch.default_generator.manual_seed(dropout_seed)
     if device.type not in ("cpu", "meta"):
-        torch.get_device_module(device).manual_seed(number)
+        torch.get_device_module(device).manual_seed(dropout_seed)

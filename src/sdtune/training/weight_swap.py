@@ -1,4 +1,4 @@
-"""Swap a model's parameters for other values, temporarily."""
+"""Temporarily replace parameters of a model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, ``module``'s parameters named in ``values`` hold those; afterwards their own, to the bit."""
-    own = {name: p.data for name, p in module.named_parameters() if name in values}
+def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context manager that sets the parameters in ``values`` and restores the original ones, bit for bit, on exit."""
+    original = {name: p.data for name, p in module.named_parameters() if name in values}
     try:
         for name, p in module.named_parameters():
-            if name in own:
+            if name in original:
                 p.data = values[name].to(p.device, p.dtype)
         yield
     finally:
         for name, p in module.named_parameters():
-            if name in own:
-                p.data = own[name]
+            if name in original:
+                p.data = original[name]

@@ -1,4 +1,4 @@
-"""Control maps: at the very crop, size and flip of their images, from wherever they come."""
+"""Control maps have the crop, size and flip of their images, for every source of maps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def paired(folder: Path, scale: int = 1, **settings: Any) -> Paired:
-    """Maps that are the images themselves, so that a map must equal its image."""
+    """Source whose maps are copies of the images, so that a map must equal its image."""
     target = folder.parent / "maps"
     target.mkdir(exist_ok=True)
     for file in folder.glob("*.png"):
@@ -48,7 +48,7 @@ def paired(folder: Path, scale: int = 1, **settings: Any) -> Paired:
 
 
 @pytest.mark.parametrize("control", COMPUTED, ids=lambda c: type(c).__name__)
-def test_a_flip_mirrors_the_map_to_the_pixel(folder: Path, control: Control) -> None:
+def test_map_of_flipped_image_is_the_exact_mirror_image(folder: Path, control: Control) -> None:
     for sample in samples(folder):
         plain, flipped = (control.map(sample, (48, 64), (0.3, 0.5), flip) for flip in (False, True))
         assert plain.shape == (64, 48, 3)
@@ -58,43 +58,44 @@ def test_a_flip_mirrors_the_map_to_the_pixel(folder: Path, control: Control) -> 
         assert not np.array_equal(flipped, plain)
 
 
-def test_a_computed_map_is_that_of_the_crop(folder: Path) -> None:
+def test_computed_map_is_the_map_of_the_cropped_image(folder: Path) -> None:
     sample = samples(folder)[1]
     for offset in ((0.0, 0.5), (0.9, 0.5)):
         crop = sample.pixels((32, 64), offset, False)
         assert np.array_equal(Canny().map(sample, (32, 64), offset), Canny().extract(crop))
 
 
-def test_edges_lie_on_the_rectangles_rim_alone() -> None:
+def test_edges_are_only_on_the_border_of_a_rectangle() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[8:24, 10:20] = 255
     edges = Canny().extract(pixels)[..., 0] > 0
-    rim = np.zeros((32, 32), bool)
-    rim[7:25, 9:21] = True
-    rim[9:23, 11:19] = False
+    border = np.zeros((32, 32), bool)
+    border[7:25, 9:21] = True
+    border[9:23, 11:19] = False
     assert edges.any()
-    assert not (edges & ~rim).any()
+    assert not (edges & ~border).any()
     thick = Scribble().extract(pixels)[..., 0] > 0
     assert thick.sum() > 2 * edges.sum()
     assert not Canny(900, 1500).extract(drawing(0))[..., 0].all()
 
 
-def test_colours_of_one_brightness_have_an_edge_too() -> None:
+def test_colors_of_equal_brightness_have_an_edge() -> None:
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:, :8, 0], pixels[:, 8:, 2] = 200, 200
     assert Canny().extract(pixels).any()
 
 
-def test_thresholds_in_the_wrong_order_are_refused() -> None:
+def test_thresholds_in_wrong_order_are_refused() -> None:
     for kind in (Canny, Scribble):
-        with pytest.raises(UserError, match=r"^data\.control\.low: 300 is above data\.control\.high \(200\)"):
+        message = r"^data\.control\.low: 300 is above data\.control\.high \(200\); set at most 200$"
+        with pytest.raises(UserError, match=message):
             kind(low=300, high=200)
 
 
 @pytest.mark.parametrize("settings", [{"random_crop": True}, {"flip": True}, {"flip": True, "random_crop": True}])
-def test_batches_hold_the_map_of_their_very_pixels(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_maps_in_batches_match_the_pixels(tmp_path: Path, settings: dict[str, Any]) -> None:
     (tmp_path / "images").mkdir()
-    for i in range(3):  # slopes, on which all filters agree; every crop of each is another
+    for i in range(3):  # gradients: all resampling filters agree on them, and all of their crops differ
         x, y = np.meshgrid(np.arange(96), np.arange(64))
         pixels = np.stack([x * 2 + 20 * i, y * 3, 250 - x * 2], -1).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
@@ -103,25 +104,26 @@ def test_batches_hold_the_map_of_their_very_pixels(tmp_path: Path, settings: dic
         assert batch["control"].dtype == torch.float32
         assert batch["control"].min() >= 0
         assert batch["control"].max() <= 1
-        torch.testing.assert_close(batch["control"] * 2 - 1, batch["pixels"], rtol=0, atol=0.02)  # of 1.5 crop to crop
+        # Different crops differ by 1.5.
+        torch.testing.assert_close(batch["control"] * 2 - 1, batch["pixels"], rtol=0, atol=0.02)
 
 
-def test_maps_go_with_cached_latents_and_with_workers(folder: Path, tmp_path: Path) -> None:
+def test_maps_work_with_cached_latents_and_workers(folder: Path, tmp_path: Path) -> None:
     plain = opened(folder, control=Canny(), flip=True)
     cached = opened(folder, control=Canny(), flip=True, cache_latents=True, workers=1)
     cached.prepare(encoders(tmp_path / "cache"))
     for one, other in zip(batches(plain), batches(cached), strict=True):
         assert "moments" in other
         assert torch.equal(one["control"], other["control"])
-        for pixels, own in zip(one["pixels"], one["control"], strict=True):
+        for pixels, control in zip(one["pixels"], one["control"], strict=True):
             flipped = [Canny().map(s, (64, 64), flip=True) for s in plain.train]
-            straight = [Canny().map(s, (64, 64)) for s in plain.train]
-            found = [m for m in (*flipped, *straight) if np.array_equal(m, (own * 255).permute(1, 2, 0).byte().numpy())]
-            assert len(found) == 1
-            assert pixels.shape == own.shape
+            unflipped = [Canny().map(s, (64, 64)) for s in plain.train]
+            map_pixels = (control * 255).permute(1, 2, 0).byte().numpy()
+            assert len([m for m in (*flipped, *unflipped) if np.array_equal(m, map_pixels)]) == 1
+            assert pixels.shape == control.shape
 
 
-def test_without_control_nothing_changes(folder: Path) -> None:
+def test_control_maps_do_not_change_the_other_inputs(folder: Path) -> None:
     assert all("control" not in batch for batch in batches(opened(folder)))
     one, other = batches(opened(folder)), batches(opened(folder, control=Canny()))
     for batch in other:
@@ -129,25 +131,25 @@ def test_without_control_nothing_changes(folder: Path) -> None:
     assert equal(one, other)
 
 
-# --- pairs
+# --- paired maps
 
 
-def test_a_map_of_another_scale_is_brought_to_the_crop(folder: Path) -> None:
+def test_larger_map_is_scaled_to_the_crop(folder: Path) -> None:
     sample = samples(folder)[0]
-    big, same = paired(folder, 3, resample="nearest"), samples(folder)
-    big.open(same)
+    enlarged = paired(folder, 3, resample="nearest")
+    enlarged.open(samples(folder))
     image = sample.pixels((64, 64), (0.5, 0.5), False)
-    assert np.array_equal(big.map(sample, (64, 64)), image)
+    assert np.array_equal(enlarged.map(sample, (64, 64)), image)
 
 
-def test_nearest_blends_no_classes(folder: Path) -> None:
+def test_nearest_resampling_does_not_blend_classes(folder: Path) -> None:
     sample = samples(folder)[0]
-    colours = {tuple(c) for c in drawing(0, 64, 64).reshape(-1, 3).tolist()}
+    colors = {tuple(c) for c in drawing(0, 64, 64).reshape(-1, 3).tolist()}
     for resample in ("nearest", "bilinear"):
         control = paired(folder, 3, resample=resample)
         control.open([sample])
-        shown = {tuple(c) for c in control.map(sample, (40, 40)).reshape(-1, 3).tolist()}
-        assert (shown <= colours) == (resample == "nearest")
+        map_colors = {tuple(c) for c in control.map(sample, (40, 40)).reshape(-1, 3).tolist()}
+        assert (map_colors <= colors) == (resample == "nearest")
 
 
 def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
@@ -156,9 +158,9 @@ def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
     for i, name in enumerate(("a/x.png", "b/x.webp", "y.png")):
         noise(tmp_path / "maps" / name, 64, 64, seed=10 + i)
     control = Paired(str(tmp_path / "maps"))
-    found = samples(tmp_path / "images")
-    control.open(found)
-    maps = [control.map(s, (64, 64)).tobytes() for s in found]
+    images = samples(tmp_path / "images")
+    control.open(images)
+    maps = [control.map(s, (64, 64)).tobytes() for s in images]
     assert len(set(maps)) == 3
     assert maps[2] == np.asarray(Image.open(tmp_path / "maps" / "y.png").convert("RGB")).tobytes()
 
@@ -166,11 +168,11 @@ def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
 def test_one_map_for_two_images_is_refused(tmp_path: Path) -> None:
     for i, name in enumerate(("images/a/x.png", "images/b/x.png", "maps/x.png")):
         noise(tmp_path / name, 64, 64, seed=i)
-    with pytest.raises(UserError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png: put maps into"):
+    with pytest.raises(UserError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png; put the maps into"):
         Paired(str(tmp_path / "maps")).open(samples(tmp_path / "images"))
 
 
-def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_invalid_maps_are_refused_with_their_file_name(folder: Path, tmp_path: Path) -> None:
     def refused(match: str, control: Paired | None = None) -> None:
         with pytest.raises(UserError, match=match):
             opened(folder, control=control or Paired(str(maps)))
@@ -180,38 +182,38 @@ def test_maps_that_do_not_fit_are_refused_by_name(folder: Path, tmp_path: Path) 
     paired(folder)
     opened(folder, control=Paired(str(maps)))
     (maps / "2.png").rename(maps / "two.png")
-    refused(r"^data\.control\.path: no map for .*/2\.png: put 2\.png into .*/maps$")
+    refused(r"^data\.control\.path: no map for .*/2\.png; add 2\.png to .*/maps$")
     Image.new("RGB", (64, 48)).save(maps / "2.png")
-    refused(r"^data\.control\.path: .*/maps/2\.png is 64x48 pixels and its image 64x64")
+    refused(r"^data\.control\.path: .*/maps/2\.png is 64x48 pixels but its image is 64x64")
     (maps / "2.png").write_bytes((maps / "1.png").read_bytes()[:80])
     refused(r"^data\.control\.path: .*/maps/2\.png is not a readable image")
     Image.new("RGB", (64, 64)).save(maps / "2.png")
     Image.new("RGB", (64, 64)).save(maps / "2.webp")
-    refused(r"^data\.control\.path: .*/2\.webp and 2\.png have one name")
+    refused(r"^data\.control\.path: .*/2\.webp and 2\.png have the same name")
 
 
-def test_an_edited_map_is_other_data(folder: Path) -> None:
+def test_edited_map_changes_the_fingerprint(folder: Path) -> None:
     def fingerprint(control: Control | None) -> str:
         return opened(folder, control=control).fingerprint
 
-    before = fingerprint(paired(folder))
-    assert fingerprint(paired(folder)) == before
+    original = fingerprint(paired(folder))
+    assert fingerprint(paired(folder)) == original
     Image.new("RGB", (64, 64)).save(folder.parent / "maps" / "0.png")
-    assert fingerprint(Paired(str(folder.parent / "maps"))) != before
-    assert fingerprint(None) == fingerprint(Canny())  # settings are compared by the run's config
+    assert fingerprint(Paired(str(folder.parent / "maps"))) != original
+    assert fingerprint(None) == fingerprint(Canny())  # the run's config covers the settings
 
 
 # --- previews
 
 
-def test_a_preview_has_the_map_of_the_image_whose_caption_it_draws(folder: Path) -> None:
+def test_preview_has_the_map_of_the_image_with_its_caption(folder: Path) -> None:
     data = opened(folder, control=Canny(), hold_out=2)
-    shown = preview_prompts(data, None, 4, (32, 32))
-    assert [one.prompt for one in shown] == [s.caption for s in data.held_out]
-    for one, sample in zip(shown, data.held_out, strict=True):
-        assert np.array_equal(one.maps[0], Canny().map(sample, (32, 32)))
-    named = preview_prompts(data, ["a", "b", "c"], 4, (32, 32))
-    assert [one.prompt for one in named] == ["a", "b", "c"]
-    assert np.array_equal(named[2].maps[0], shown[0].maps[0])
-    plain = preview_prompts(opened(folder), None, 2, (32, 32))
-    assert [(one.prompt, one.maps) for one in plain] == [("picture number 0", ()), ("picture number 1", ())]
+    default = preview_prompts(data, None, 4, (32, 32))
+    assert [preview.prompt for preview in default] == [s.caption for s in data.held_out]
+    for preview, sample in zip(default, data.held_out, strict=True):
+        assert np.array_equal(preview.maps[0], Canny().map(sample, (32, 32)))
+    custom = preview_prompts(data, ["a", "b", "c"], 4, (32, 32))
+    assert [preview.prompt for preview in custom] == ["a", "b", "c"]
+    assert np.array_equal(custom[2].maps[0], default[0].maps[0])
+    without_maps = preview_prompts(opened(folder), None, 2, (32, 32))
+    assert [(one.prompt, one.maps) for one in without_maps] == [("picture number 0", ()), ("picture number 1", ())]

@@ -1,4 +1,4 @@
-"""Control maps by a model: made once an image, kept by content, cut as the image is."""
+"""Control maps from a model: estimated once per image, cached by content, cropped like the image."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("task", ["depth", "segmentation"])
-def test_maps_are_estimated_once_and_cut_with_their_image(
+def test_maps_are_estimated_once_and_cropped_with_their_image(
     task: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = folder_data(save_drawings(tmp_path / "images", 3, 96, 64), control=Estimated(str(models[task]), task))
     data.open(64, 4)
     data.control.prepare(data.train)
-    whole = [data.control.map(s, (96, 64)) for s in data.train]
-    assert len({m.tobytes() for m in whole}) > 1
-    for sample, full in zip(data.train, whole, strict=True):
+    full_maps = [data.control.map(s, (96, 64)) for s in data.train]
+    assert len({m.tobytes() for m in full_maps}) > 1
+    for sample, full in zip(data.train, full_maps, strict=True):
         assert full.shape == (64, 96, 3)
         assert np.array_equal(data.control.map(sample, (64, 64), (0.0, 0.5)), full[:, :64])
         assert np.array_equal(data.control.map(sample, (96, 64), flip=True), full[:, ::-1])
@@ -62,28 +62,28 @@ def test_maps_are_estimated_once_and_cut_with_their_image(
         raise AssertionError("estimated again")
 
     monkeypatch.setattr(estimated, "Estimator", fail)
-    again = Estimated(str(models[task]), task)
-    again.prepare(data.train)
-    assert np.array_equal(again.map(data.train[0], (96, 64)), whole[0])
+    cached = Estimated(str(models[task]), task)
+    cached.prepare(data.train)
+    assert np.array_equal(cached.map(data.train[0], (96, 64)), full_maps[0])
     monkeypatch.undo()
-    drawn = data.train[0].pixels((96, 64), (0.5, 0.5), False)
-    fresh = Estimated(str(models[task]), task)
-    assert fresh.task == task
-    assert np.array_equal(fresh.again([drawn], torch.device("cpu"))[0], whole[0])
+    pixels = data.train[0].pixels((96, 64), (0.5, 0.5), False)
+    uncached = Estimated(str(models[task]), task)
+    assert uncached.task == task
+    assert np.array_equal(uncached.extract_maps([pixels], torch.device("cpu"))[0], full_maps[0])
 
 
-def test_colours_are_those_of_pascal_voc() -> None:
-    wanted = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert [tuple(c) for c in colours(np.arange(5)[None])[0].tolist()] == wanted
+def test_class_colors_are_those_of_pascal_voc() -> None:
+    expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    assert [tuple(c) for c in colours(np.arange(5)[None])[0].tolist()] == expected
     assert tuple(colours(np.array([[9]]))[0, 0].tolist()) == (192, 0, 0)
 
 
-def test_models_that_are_none_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.control\.model: /nowhere is not a folder"):
         Estimated("/nowhere").open([])
-    Estimated("somebody/model").open([])  # a hub id is asked for when training begins
+    Estimated("somebody/model").open([])  # a model with a hub id is downloaded when training starts
     (tmp_path / "empty").mkdir()
     data = folder_data(save_drawings(tmp_path / "images", 1))
     data.open(32, 4)
-    with pytest.raises(UserError, match=r"^data\.control\.model: .*/empty holds no model for depth"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .*/empty contains no model for depth"):
         Estimated(str(tmp_path / "empty")).prepare(data.train)

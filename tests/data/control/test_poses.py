@@ -1,4 +1,4 @@
-"""Poses by a model: skeletons in OpenPose's colours, people found by a detector, left and right under a mirror."""
+"""Poses from a model: skeletons in OpenPose's colors, people found by a detector, left and right in mirrored images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from drawings import save_drawings
 from running import folder_data
 from sdtune.data.control import poses
 from sdtune.data.control.estimated import Estimated
-from sdtune.data.control.poses import PoseEstimator, other_side, skeletons
+from sdtune.data.control.poses import PoseEstimator, skeletons, swap_sides
 from sdtune.errors import UserError
 
 
 def person() -> np.ndarray:
-    """Facing the viewer, 512 pixels tall: its right is on the image's left. Its left ankle is not seen."""
+    """Keypoints of a person who faces the viewer, in a 512 pixel image; the left ankle has a low score."""
     points = {
         "nose": (256, 60),
         "left_eye": (270, 50),
@@ -52,7 +52,7 @@ def person() -> np.ndarray:
     return out
 
 
-def test_points_and_limbs_have_openposes_colours() -> None:
+def test_points_and_limbs_have_the_colors_of_openpose() -> None:
     image = skeletons([person()], (512, 512))
     joints = {
         (60, 256): (255, 0, 0),  # nose
@@ -62,30 +62,30 @@ def test_points_and_limbs_have_openposes_colours() -> None:
         (390, 222): (0, 255, 255),  # right knee
         (55, 290): (255, 0, 85),  # left ear
     }
-    for (y, x), colour in joints.items():
-        assert tuple(image[y, x].tolist()) == pytest.approx(colour, abs=1), (y, x)
+    for (y, x), color in joints.items():
+        assert tuple(image[y, x].tolist()) == pytest.approx(color, abs=1), (y, x)
     assert tuple(image[130, 224].tolist()) == (153, 0, 0)  # neck to right shoulder, at 0.6
     assert tuple(image[340, 222].tolist()) == (0, 153, 51)  # right hip to knee
     assert image[100, 256].any()  # neck to nose
-    assert not image[435, 290].any(), "the left ankle is not seen, so no limb leads there"
+    assert not image[435, 290].any(), "no limb may lead to the left ankle, whose score is too low"
     assert image[435, 222].any()
     assert not image[0].any()
 
 
-def test_a_mirrored_person_has_its_sides_changed_over() -> None:
+def test_mirrored_person_has_left_and_right_swapped() -> None:
     mirrored = person()
     mirrored[:, 0] = 511 - mirrored[:, 0]
-    true = skeletons([other_side(mirrored)], (512, 512))
-    made = skeletons([other_side(person())], (512, 512))[:, ::-1]
-    # A pixel more or less by rounding; the colours of arms are apart by more.
-    assert (np.abs(true.astype(int) - made).max(axis=2) > 60).mean() < 0.002
-    wrong = skeletons([person()], (512, 512))[:, ::-1]
-    assert (np.abs(true.astype(int) - wrong).max(axis=2) > 60).mean() > 0.005
+    expected = skeletons([swap_sides(mirrored)], (512, 512)).astype(int)
+    swapped = skeletons([swap_sides(person())], (512, 512))[:, ::-1]
+    # Rounding shifts single pixels; swapped arm colors affect more pixels.
+    assert (np.abs(expected - swapped).max(axis=2) > 60).mean() < 0.002
+    unswapped = skeletons([person()], (512, 512))[:, ::-1]
+    assert (np.abs(expected - unswapped).max(axis=2) > 60).mean() > 0.005
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models with random weights; ``several`` is a ViTPose++, with a head a dataset."""
+    """Tiny models with random weights; ``several`` is a ViTPose++, with one head per training data set."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
@@ -109,19 +109,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_maps_are_estimated_once_and_mirrored_with_their_image(
     model: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poses, "SEEN", 0.0)  # a random model is sure of nothing
+    monkeypatch.setattr(poses, "SEEN", 0.0)  # the scores of a random model are low
     control = Estimated(str(models[model]), "pose")
     data = folder_data(save_drawings(tmp_path / "images", 2, 96, 64), control=control)
     data.open(64, 4)
     control.prepare(data.train)
     sample = data.train[0]
-    whole = control.map(sample, (96, 64))
-    assert whole.shape == (64, 96, 3)
-    assert whole.any()
-    assert np.array_equal(control.map(sample, (64, 64), (0.0, 0.5)), whole[:, :64])
+    full_map = control.map(sample, (96, 64))
+    assert full_map.shape == (64, 96, 3)
+    assert full_map.any()
+    assert np.array_equal(control.map(sample, (64, 64), (0.0, 0.5)), full_map[:, :64])
     mirrored = control.map(sample, (96, 64), flip=True)
     assert mirrored.any()
-    assert not np.array_equal(mirrored, whole[:, ::-1]), "left and right have not changed over"
+    assert not np.array_equal(mirrored, full_map[:, ::-1]), "left and right have not been swapped"
 
 
 def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
     monkeypatch.setattr(estimator.finder, "post_process_object_detection", detect)
     people = estimator.people(Image.fromarray(image))
     assert [p.shape for p in people] == [(17, 3), (17, 3)]
-    # ViTPose looks at more than the box, at the aspect of its input; its points lie therein.
+    # ViTPose crops the image to the box, extended to the aspect ratio of its input; its points are in this crop.
     for points, (left, right) in zip(people, ((10, 30), (40, 90)), strict=True):
         assert (points[:, 0] > left - 45).all()
         assert (points[:, 0] < right + 45).all()
@@ -145,20 +145,20 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
         "post_process_object_detection",
         lambda *_, **__: [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}],
     )
-    assert not estimator(image)[0].any(), "nobody is there"
+    assert not estimator(image)[0].any(), "the map must be black without people"
 
 
-def test_what_finds_no_people_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_unsuitable_pose_model_or_detector_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match=r"^data\.control\.model: .* finds 21 keypoints; COCO's 17 are needed"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .* has 21 keypoints; set a model with COCO's 17"):
         PoseEstimator(models["hands"], None, cpu)
-    with pytest.raises(UserError, match=r"^data\.control\.model: .*/detector holds no model for poses"):
+    with pytest.raises(UserError, match=r"^data\.control\.model: .*/detector contains no model for poses"):
         PoseEstimator(models["detector"], None, cpu)
     with pytest.raises(UserError, match=r"^data\.control\.detector: .*/cats has no label 'person'"):
         PoseEstimator(models["one"], models["cats"], cpu)
-    with pytest.raises(UserError, match=r"^data\.control\.detector: .*/one holds no model for object detection"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: .*/one contains no model for object detection"):
         PoseEstimator(models["one"], models["one"], cpu)
-    with pytest.raises(UserError, match=r"^data\.control\.detector: depth needs none"):
+    with pytest.raises(UserError, match=r"^data\.control\.detector: task=depth uses no detector"):
         Estimated("somebody/model", "depth", "somebody/detector")
     with pytest.raises(UserError, match=r"^data\.control\.detector: /nowhere is not a folder"):
         Estimated(str(models["one"]), "pose", "/nowhere").open([])

@@ -1,4 +1,4 @@
-"""The metrics of pocket's evaluations, on images of which everything is known."""
+"""Metrics of pocket's evaluations, on rendered images with known content."""
 
 from __future__ import annotations
 
@@ -42,104 +42,108 @@ def background_of(prompt: str) -> str:
 
 
 @contextmanager
-def nothing(*_: Any) -> Iterator[Any]:
+def untrained(*_: Any) -> Iterator[Any]:
     yield SimpleNamespace(vae=AutoencoderKL.from_pretrained(path(), subfolder="vae", local_files_only=True).eval())
 
 
-def test_diversity_is_the_mean_distance_of_any_two() -> None:
-    rows = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    pairs = [1 - float(rows[i] @ rows[j]) for i in range(5) for j in range(5) if i < j]
-    found = distances(rows)
-    assert sum(found) / len(found) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
-    assert distances(rows[:1].expand(4, -1)) == pytest.approx([0] * 4, abs=1e-6)
+def test_diversity_is_the_mean_distance_over_all_pairs() -> None:
+    embeddings = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pairs = [1 - float(embeddings[i] @ embeddings[j]) for i in range(5) for j in range(5) if i < j]
+    means = distances(embeddings)
+    assert sum(means) / len(means) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    assert distances(embeddings[:1].expand(4, -1)) == pytest.approx([0] * 4, abs=1e-6)
 
 
-def test_subject_and_prior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of four images show the subject; a quarter of the class's do, and the others are all one image."""
+def test_subject_and_class_metrics_of_rendered_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of four subject images and one of four class images show the subject; other class images are identical."""
     data = Subject()
     data.open(64, 4)
-    requests_seen: list[list[Request]] = []
+    received_requests: list[list[Request]] = []
 
-    def trained_draws(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
-        requests_seen.append(list(requests))
-        made = []
+    def trained_images(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
+        received_requests.append(list(requests))
+        images = []
         for i, request in enumerate(requests):
             subject = (i % 4 != 0) if "sks" in request.prompt else i % 4 == 0
-            made.append(image("parrot" if subject else "duck", background_of(request.prompt), i if subject else 0))
-        return made
+            images.append(image("parrot" if subject else "duck", background_of(request.prompt), i if subject else 0))
+        return images
 
-    def base_draws(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
+    def base_images(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
         birds = ["songbird", "penguin", "owl", "duck", "flamingo"]
         return [image(birds[i % 5], background_of(r.prompt), i) for i, r in enumerate(requests)]
 
-    monkeypatch.setattr(evaluation, "draw_images", trained_draws)
-    monkeypatch.setattr(evaluation, "draw_base", base_draws)
-    monkeypatch.setattr(evaluation, "trained", nothing)
+    monkeypatch.setattr(evaluation, "generate_images", trained_images)
+    monkeypatch.setattr(evaluation, "generate_base_images", base_images)
+    monkeypatch.setattr(evaluation, "trained", untrained)
     monkeypatch.setattr(SubjectMetrics, "ceiling", lambda *_: 1.0)
-    figures = SubjectMetrics(images=40, class_images=48).run(
+    metrics = SubjectMetrics(images=40, class_images=48).run(
         Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation"
     )
-    assert figures["subject_accuracy"] == pytest.approx(0.75, abs=0.03)
-    assert figures["base_subject_accuracy"] == 0
-    assert figures["subject_gain"] == figures["subject_accuracy"]
-    assert figures["background_accuracy"] == 1
-    assert figures["prior_leak"] == pytest.approx(0.25, abs=0.03)
-    assert figures["base_prior_leak"] == 0
-    assert 0 < figures["class_diversity"] < 0.95
-    [requests] = requests_seen
+    assert metrics["subject_accuracy"] == pytest.approx(0.75, abs=0.03)
+    assert metrics["base_subject_accuracy"] == 0
+    assert metrics["subject_gain"] == metrics["subject_accuracy"]
+    assert metrics["background_accuracy"] == 1
+    assert metrics["prior_leak"] == pytest.approx(0.25, abs=0.03)
+    assert metrics["base_prior_leak"] == 0
+    assert 0 < metrics["class_diversity"] < 0.95
+    [requests] = received_requests
     unseen = set(BACKGROUNDS) - set(data.backgrounds())
     assert {background_of(r.prompt) for r in requests[:40]} == unseen
     assert not any("sks" in r.prompt for r in requests[40:])
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
         "base_images.png", "trained_images.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
-    without = SubjectMetrics(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
-    assert without["prior_leak"] is without["prior_drift"] is without["class_diversity"] is None
-    assert "evaluation.class_images=210" in without["reasons"]["prior_drift"]
+    without_class = SubjectMetrics(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
+    assert without_class["prior_leak"] is without_class["prior_drift"] is without_class["class_diversity"] is None
+    assert "evaluation.class_images=210" in without_class["reasons"]["prior_drift"]
     with pytest.raises(UserError, match="class_diversity needs a CLIP"):
         SubjectMetrics(class_images=1, clip=None)
 
 
-def test_style_is_read_on_objects_that_were_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_style_accuracy_is_measured_on_objects_that_training_did_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = Style(objects=20, images=60)
     data.open(64, 4)
     shown = {sample.scene.thing for sample in data.train}
     assert shown == {thing.name for thing in drawn()[:20]}
     assert {sample.scene.style for sample in data.train} == {"noto"}
     assert all(sample.caption.endswith(", in sks style") for sample in data.train)
-    figures = StyleMetrics(objects=24, seeds=2)
-    scenes, again = figures.scenes(data, False), figures.scenes(data, True)
-    assert len(scenes) == len(again) == 48
-    assert {scene.thing for scene in again} == shown
+    evaluation = StyleMetrics(objects=24, seeds=2)
+    scenes, shown_scenes = evaluation.scenes(data, False), evaluation.scenes(data, True)
+    assert len(scenes) == len(shown_scenes) == 48
+    assert {scene.thing for scene in shown_scenes} == shown
     assert len({scene.thing for scene in scenes}) == 24
     assert not shown & {scene.thing for scene in scenes}
 
-    def draws(kind: str, asked: list[Any]) -> Any:
-        return lambda *_: [image(s.thing, s.background, i, kind) for i, s in enumerate(asked)]
+    def renders(kind: str, scenes: list[Any]) -> Any:
+        return lambda *_: [image(s.thing, s.background, i, kind) for i, s in enumerate(scenes)]
 
-    # What was not shown comes out well, what was shown does not: the two are told apart.
-    monkeypatch.setattr(style, "draw_images", lambda *_: draws("noto", scenes)() + draws("fluent", again)())
-    monkeypatch.setattr(style, "draw_base", draws("fluent", scenes))
-    monkeypatch.setattr(style, "trained", nothing)
+    # Only the unseen objects are in the style, so that swapped groups are noticed.
+    monkeypatch.setattr(
+        style, "generate_images", lambda *_: renders("noto", scenes)() + renders("fluent", shown_scenes)()
+    )
+    monkeypatch.setattr(style, "generate_base_images", renders("fluent", scenes))
+    monkeypatch.setattr(style, "trained", untrained)
     monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))
     monkeypatch.setattr(style, "reconstruction_psnr", lambda vae, renders: [30.0] * len(renders))
-    found = figures.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
-    assert found["style_accuracy"] > 0.95
-    assert found["base_style_accuracy"] < 0.05
-    assert found["shown_style_accuracy"] < 0.05
-    assert found["object_accuracy"] > 0.95
-    assert found["background_accuracy"] == 1
+    metrics = evaluation.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
+    assert metrics["style_accuracy"] > 0.95
+    assert metrics["base_style_accuracy"] < 0.05
+    assert metrics["shown_style_accuracy"] < 0.05
+    assert metrics["object_accuracy"] > 0.95
+    assert metrics["background_accuracy"] == 1
 
 
-def test_style_figures_refuse_what_they_cannot_measure() -> None:
+def test_style_metrics_refuse_unsuitable_data() -> None:
     facts = Pretrained().facts
     data = Style(objects=90)
     data.open(64, 4)
-    with pytest.raises(UserError, match=r"^evaluation.objects: 26, but data.objects=90 leaves \d+"):
+    with pytest.raises(UserError, match=r"^evaluation.objects: max \d+ with data.objects=90, got 26"):
         StyleMetrics().check(data, facts)
     other = Subject()
     other.open(64, 4)
     with pytest.raises(UserError, match="data=pocket_style"):
         StyleMetrics().check(other, facts)
-    with pytest.raises(UserError, match="^data.objects: the style has"):
+    with pytest.raises(UserError, match=r"^data.objects: max \d+, got 1000"):
         Style(objects=1000)

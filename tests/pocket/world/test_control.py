@@ -1,4 +1,4 @@
-"""Pocket's maps say what the scene says, and the evaluation finds it again in true images alone."""
+"""Pocket's control maps match their scenes; the control evaluation scores only true images high."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def inside(scene: Scene) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_map_goes_with_crop_and_flip_of_its_image(kind: str) -> None:
+def test_map_is_cropped_and_flipped_like_its_image(kind: str) -> None:
     control = PocketControl(kind)
     sample = SceneSample(SCENES[0], "")
-    whole = control.map(sample, (SIDE, SIDE))
-    assert whole.shape == (SIDE, SIDE, 3)
-    assert whole.dtype == np.uint8
-    assert np.array_equal(control.map(sample, (SIDE, SIDE), flip=True), whole[:, ::-1])
-    assert np.array_equal(control.map(sample, (48, SIDE), (0.25, 0.5)), whole[:, 4:52])
+    full_map = control.map(sample, (SIDE, SIDE))
+    assert full_map.shape == (SIDE, SIDE, 3)
+    assert full_map.dtype == np.uint8
+    assert np.array_equal(control.map(sample, (SIDE, SIDE), flip=True), full_map[:, ::-1])
+    assert np.array_equal(control.map(sample, (48, SIDE), (0.25, 0.5)), full_map[:, 4:52])
     assert np.array_equal(sample.pixels((48, SIDE), (0.25, 0.5), False), np.asarray(draw_scene(SCENES[0]))[:, 4:52])
     if kind != "depth":
         double = control.map(sample, (2 * SIDE, 2 * SIDE))
-        assert np.array_equal(double[::2, ::2], whole)
+        assert np.array_equal(double[::2, ::2], full_map)
 
 
-def test_classes_have_colours_of_their_own() -> None:
+def test_classes_and_backgrounds_have_distinct_colors() -> None:
     objects = {object_colour(thing.word) for thing in THINGS}
     backgrounds = {background_colour(background) for background in BACKGROUNDS}
     assert len(objects) == len({thing.word for thing in THINGS})
@@ -69,14 +69,14 @@ def test_classes_have_colours_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES[:8], ids=str)
-def test_a_segmentation_is_the_mask_in_the_colours_of_its_classes(scene: Scene) -> None:
-    drawn = segmentation(scene)
-    assert (drawn[inside(scene)] == object_colour(BY_NAME[scene.thing].word)).all()
-    assert (drawn[~inside(scene)] == background_colour(scene.background)).all()
+def test_segmentation_map_is_the_mask_in_class_colors(scene: Scene) -> None:
+    segmentation_map = segmentation(scene)
+    assert (segmentation_map[inside(scene)] == object_colour(BY_NAME[scene.thing].word)).all()
+    assert (segmentation_map[~inside(scene)] == background_colour(scene.background)).all()
 
 
 @pytest.mark.parametrize("scene", SCENES[:8], ids=str)
-def test_a_depth_is_far_outside_and_nearest_deep_inside(scene: Scene) -> None:
+def test_depth_map_is_far_outside_and_nearest_at_the_core(scene: Scene) -> None:
     values = depth(scene)[..., 0]
     assert not values[~inside(scene)].any()
     assert values[inside(scene)].min() >= 110
@@ -87,65 +87,65 @@ def test_a_depth_is_far_outside_and_nearest_deep_inside(scene: Scene) -> None:
         assert values[core].mean() > values[inside(scene) & ~core].mean()
 
 
-def test_the_bigger_is_the_nearer() -> None:
+def test_bigger_object_is_nearer_in_the_depth_map() -> None:
     scene = replace(SCENES[0], centre=(32.0, 32.0))
     nearest = [int(depth(replace(scene, side=side)).max()) for side in (26, 34, 42, 48)]
     assert nearest == sorted(set(nearest))
 
 
-def test_a_pose_turns_and_mirrors_with_its_object() -> None:
+def test_pose_rotates_and_mirrors_with_its_object() -> None:
     upright = Scene("fox", "blue", "big", "in the middle", side=40, centre=(32.0, 32.0))
     points = keypoints(upright)
     assert points[0, -1] == pytest.approx((32, 12))
     assert points[1, 0] == pytest.approx((52, 32))
     assert keypoints(replace(upright, mirror=True))[1, 0] == pytest.approx((12, 32))
-    # Counterclockwise: what was up leans to the left, what was right rises.
-    turned = keypoints(replace(upright, angle=10.0))
-    assert turned[0, -1][0] < 32
-    assert turned[1, 0][1] < 32
+    # Counterclockwise: the top moves left, and the right side moves up.
+    rotated = keypoints(replace(upright, angle=10.0))
+    assert rotated[0, -1][0] < 32
+    assert rotated[1, 0][1] < 32
     red = (pose(upright) == (255, 0, 0)).all(-1)
     assert np.nonzero(red)[1].min() > 32
     assert np.array_equal(np.nonzero((pose(replace(upright, mirror=True)) == (255, 0, 0)).all(-1))[1] < 32, red[red])
 
 
-def test_a_turned_drawing_lies_where_its_pose_says() -> None:
-    """Against the drawing itself: a bottle-shaped thing's long axis turns as the limbs do."""
+def test_render_rotates_by_the_same_angle_as_its_pose() -> None:
+    """The main axis of an elongated object's mask rotates by the same angle as the limbs."""
     scene = Scene("carrot", "blue", "big", "in the middle", side=46, centre=(32.0, 32.0))
 
-    def axis(one: Scene) -> float:
-        rows, columns = np.nonzero(inside(one))
+    def mask_angle(scene: Scene) -> float:
+        rows, columns = np.nonzero(inside(scene))
         covariance = np.cov(columns, rows)
         return float(np.rad2deg(0.5 * np.arctan2(2 * covariance[0, 1], covariance[0, 0] - covariance[1, 1])))
 
-    def limb(one: Scene) -> float:
-        x, y = keypoints(one)[1, 0]
+    def limb_angle(scene: Scene) -> float:
+        x, y = keypoints(scene)[1, 0]
         return float(np.rad2deg(np.arctan2(y - 32, x - 32)))
 
     for angle in (-10.0, 10.0):
-        turned = replace(scene, angle=angle)
-        assert axis(turned) - axis(scene) == pytest.approx(limb(turned) - limb(scene), abs=2)
+        rotated = replace(scene, angle=angle)
+        assert mask_angle(rotated) - mask_angle(scene) == pytest.approx(limb_angle(rotated) - limb_angle(scene), abs=2)
 
 
-def test_images_of_ones_own_are_refused(images: Path) -> None:
-    with pytest.raises(UserError, match=r"^data\.control: pocket's maps are of its own world"):
+def test_images_from_a_folder_are_refused(images: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.control: pocket's control maps need data of pocket's world"):
         Folder(path=str(images), control=PocketControl()).open(32, 4)
 
 
-# --- the evaluation
+# --- evaluation
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=name)
-def test_true_images_agree_with_their_own_map_and_not_with_anothers(control: Control) -> None:
+def test_true_images_agree_with_their_map_and_not_with_other_maps(control: Control) -> None:
     images = [np.asarray(draw_scene(scene)) for scene in SCENES]
     truth = [expected_area(SceneSample(scene, ""), control) for scene in SCENES]
-    own, others = (float(np.mean(scores(images, t, control))) for t in (truth, truth[1:] + truth[:1]))
-    assert own > 0.9
-    assert others < 0.5
+    matching, shuffled = (float(np.mean(scores(images, t, control))) for t in (truth, truth[1:] + truth[:1]))
+    assert matching > 0.9
+    assert shuffled < 0.5
     blank = np.full((SIDE, SIDE, 3), 90, np.uint8)
     assert not found(blank, control).any()
 
 
-def test_agreements_by_hand() -> None:
+def test_line_f1_iou_and_box_of_hand_made_masks() -> None:
     one, other, nothing = (np.zeros((16, 16), bool) for _ in range(3))
     one[4, 2:12], other[6, 2:12] = True, True
     assert line_f1(one, other, NEAR) == 1  # two pixels apart
@@ -162,45 +162,47 @@ def test_agreements_by_hand() -> None:
     assert iou(box(area), area) > 0.85
 
 
-def few(**settings: object) -> ControlMetrics:
+def small_evaluation(**settings: object) -> ControlMetrics:
     return ControlMetrics(images=3, sampling=Sampling(steps=1, guidance=1.0), **settings)
 
 
-def data(control: Control | None) -> World:
+def opened_world(control: Control | None) -> World:
     world = World(images=3, control=control)
     world.open(SIDE, 4)
     return world
 
 
-def test_the_figures_are_those_of_base_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_metrics_include_base_and_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_evaluation, "trained", lambda source, artifact, name, device: base(source, device))
-    figures = few().run(Pretrained(), data(PocketControl("pose")), tmp_path, "net", torch.device("cpu"), tmp_path)
+    metrics = small_evaluation().run(
+        Pretrained(), opened_world(PocketControl("pose")), tmp_path, "net", torch.device("cpu"), tmp_path
+    )
     keys = ["control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy"]
-    assert set(figures) == {*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"}
-    assert all(0 <= value <= 1 for value in figures.values())
-    assert all(figures[key] == figures[f"base_{key}"] for key in keys)
-    assert figures["ceiling_control_agreement"] > 0.8
+    assert set(metrics) == {*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"}
+    assert all(0 <= value <= 1 for value in metrics.values())
+    assert all(metrics[key] == metrics[f"base_{key}"] for key in keys)
+    assert metrics["ceiling_control_agreement"] > 0.8
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["base_images.png", "trained_images.png"]
 
 
-def test_a_control_that_has_no_map_of_those_scenes_gives_null_and_says_why(tmp_path: Path) -> None:
-    world = data(None)
+def test_metrics_of_a_control_without_maps_of_scenes_are_null_with_a_reason(tmp_path: Path) -> None:
+    world = opened_world(None)
     world.control = Paired(str(tmp_path))
-    figures = few().run(Pretrained(), world, tmp_path, "net", torch.device("cpu"), tmp_path)
-    reasons = figures.pop("reasons")
-    assert set(figures.values()) == {None}
-    assert set(reasons) == set(figures)
-    assert "Paired has no map" in reasons["control_agreement"]
+    metrics = small_evaluation().run(Pretrained(), world, tmp_path, "net", torch.device("cpu"), tmp_path)
+    reasons = metrics.pop("reasons")
+    assert set(metrics.values()) == {None}
+    assert set(reasons) == set(metrics)
+    assert "Paired cannot compute maps" in reasons["control_agreement"]
 
 
-def test_other_data_is_refused(images: Path) -> None:
+def test_control_metrics_refuse_unsuitable_data(images: Path) -> None:
     facts = Facts(SIDE, 4, 4, "epsilon", 32)
-    few().check(data(Canny()), facts)
-    with pytest.raises(UserError, match=r"^evaluation: pocket_control compares images with control maps"):
-        few().check(data(None), facts)
-    own = Folder(path=str(images), control=Canny())
-    own.open(32, 4)
+    small_evaluation().check(opened_world(Canny()), facts)
+    with pytest.raises(UserError, match=r"^evaluation: pocket_control needs control maps"):
+        small_evaluation().check(opened_world(None), facts)
+    folder_data = Folder(path=str(images), control=Canny())
+    folder_data.open(32, 4)
     with pytest.raises(UserError, match=r"evaluation=clip"):
-        few().check(own, facts)
+        small_evaluation().check(folder_data, facts)
     with pytest.raises(UserError, match="64x64"):
-        few().check(data(Canny()), Facts(512, 8, 4, "epsilon", 77))
+        small_evaluation().check(opened_world(Canny()), Facts(512, 8, 4, "epsilon", 77))

@@ -1,4 +1,4 @@
-"""The image world is what it says: pure drawings, true masks, combinations and subjects that training never sees."""
+"""Scenes of pocket's world: deterministic renders, true masks, held-out combinations and subjects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdtune.randomness import generator
 
 
 def _scenes() -> list[Scene]:
-    """Every background, size and place, with things, styles and poses in turn."""
+    """Scenes with every background, size and place, and with objects, styles and poses in turn."""
     rng = generator(7, "test/world")
     words = [(colour, size, where) for colour in BACKGROUNDS for size in SIZES for where in PLACES]
     return [
@@ -35,11 +35,11 @@ def _scenes() -> list[Scene]:
 
 
 def known_members(word: str) -> list[Thing]:
-    """The things called ``word`` that pocket was trained on."""
+    """Training objects with the class word ``word``."""
     return [thing for thing in TRAINED if thing.word == word]
 
 
-def test_the_world_is_large_enough() -> None:
+def test_world_has_enough_objects_classes_and_backgrounds() -> None:
     assert len({thing.name for thing in THINGS}) == len(THINGS)
     assert len(TRAINED) >= 96
     assert sum(len(known_members(word)) >= 4 for word in {thing.word for thing in THINGS}) >= 10
@@ -48,7 +48,7 @@ def test_the_world_is_large_enough() -> None:
     assert list(SIZES) == ["big", "small"]
 
 
-def test_a_held_out_subject_is_an_unseen_member_of_a_known_class() -> None:
+def test_held_out_subject_is_an_unseen_object_of_a_known_class() -> None:
     for thing in HELD_OUT:
         known = known_members(thing.word)
         assert len(known) >= 4, thing
@@ -56,17 +56,17 @@ def test_a_held_out_subject_is_an_unseen_member_of_a_known_class() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_thing_has_its_own_drawing_in_every_style(style: str) -> None:
+def test_every_object_has_a_distinct_drawing_in_every_style(style: str) -> None:
     drawings = [art(thing, style) for thing in THINGS]
     assert all(drawing.mode == "RGBA" and drawing.size == (96, 96) for drawing in drawings)
     assert len({drawing.tobytes() for drawing in drawings}) == len(THINGS)
 
 
-def test_the_styles_differ() -> None:
+def test_drawings_differ_between_styles() -> None:
     assert all(art(thing, "fluent").tobytes() != art(thing, "noto").tobytes() for thing in THINGS)
 
 
-def test_drawing_is_a_pure_function_of_the_scene() -> None:
+def test_render_is_a_pure_function_of_the_scene() -> None:
     for scene in _scenes()[::7]:
         first = draw_scene(scene)
         assert first.size == (SIDE, SIDE)
@@ -74,22 +74,22 @@ def test_drawing_is_a_pure_function_of_the_scene() -> None:
         assert draw_scene(replace(scene)).tobytes() == first.tobytes()
 
 
-def test_the_mask_covers_the_object_and_nothing_else() -> None:
+def test_mask_covers_exactly_the_object() -> None:
     for scene in _scenes():
         image = np.asarray(draw_scene(scene)).astype(int)
         covered = np.asarray(mask(scene)) == 255
         assert covered.mean() > 0.03
-        # Outside the mask a pixel is the background, or an edge that is at least half background.
-        elsewhere = np.asarray(
+        # Outside the mask, a pixel is background or an edge pixel that is at least about half background.
+        other_background = np.asarray(
             draw_scene(replace(scene, background="black" if scene.background == "white" else "white"))
         )
-        change = np.abs(image - elsewhere).sum(-1)
+        change = np.abs(image - other_background).sum(-1)
         change = change / change.max()
         assert (change[~covered] > 0.45).all()
         assert (change[covered] < 0.55).all()
 
 
-def test_the_object_is_where_and_as_large_as_the_words_say() -> None:
+def test_object_has_the_size_and_place_of_its_scene() -> None:
     for scene in _scenes():
         ys, xs = np.nonzero(np.asarray(mask(scene)))
         extent = max(np.ptp(xs), np.ptp(ys)) + 1
@@ -99,7 +99,7 @@ def test_the_object_is_where_and_as_large_as_the_words_say() -> None:
         assert x * dx + y * dy > 0 or (dx, dy) == (0.0, 0.0)
 
 
-def test_training_never_draws_a_held_out_combination_or_thing_or_style() -> None:
+def test_training_scenes_have_no_held_out_combination_object_or_style() -> None:
     trained = {thing.name for thing in TRAINED}
     for index in range(4_000):
         scene = training_scene(0, index)
@@ -113,7 +113,7 @@ def test_training_scenes_are_a_function_of_seed_and_index() -> None:
     assert training_scene(0, 5) not in (training_scene(0, 6), training_scene(1, 5))
 
 
-def test_held_out_scenes_show_every_held_out_combination_before_they_repeat_one() -> None:
+def test_held_out_scenes_use_every_combination_before_repeating_one() -> None:
     combinations = {
         (thing.name, colour, size)
         for thing in TRAINED
@@ -141,23 +141,23 @@ def test_held_out_scenes_are_a_function_of_the_seed() -> None:
         ("poodle", "red", "big", "sks dog", "a big sks dog on a red background, on the left"),
     ],
 )
-def test_full_captions(thing: str, colour: str, size: str, noun: str | None, caption: str) -> None:
+def test_full_caption_has_the_expected_text(thing: str, colour: str, size: str, noun: str | None, caption: str) -> None:
     assert full_caption(Scene(thing, colour, size, "on the left"), noun) == caption
 
 
-def test_training_captions_name_the_member_or_the_class_and_never_a_wrong_detail() -> None:
+def test_training_captions_name_object_or_class_and_no_wrong_detail() -> None:
     scene = Scene("taxi", "teal", "small", "at the top")
     rng = generator(0, "test/captions")
     captions = [training_caption(scene, rng) for _ in range(300)]
     for word in ("taxi", "car", "teal", "small", "at the top", "a photo of"):
-        share = sum(word in caption for caption in captions) / len(captions)
-        assert 0.1 < share < 1, word
+        fraction = sum(word in caption for caption in captions) / len(captions)
+        assert 0.1 < fraction < 1, word
     assert all("taxi" in caption or "car" in caption for caption in captions)
-    wrong = {"big", *BACKGROUNDS} - {"teal"}
-    assert not any(wrong & set(caption.split()) for caption in captions)
+    wrong_words = {"big", *BACKGROUNDS} - {"teal"}
+    assert not any(wrong_words & set(caption.split()) for caption in captions)
 
 
-def test_the_background_is_read_exactly_from_every_render() -> None:
+def test_background_is_classified_exactly_for_every_render() -> None:
     scenes = _scenes()
     images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     assert {(scene.background, scene.size) for scene in scenes} == {(c, s) for c in BACKGROUNDS for s in SIZES}

@@ -1,1 +1,1 @@
-"""Control maps: read, computed from edges, or estimated by a model."""
+"""Control maps for ControlNet: read from files, computed from edges, or estimated by a model."""

@@ -1,4 +1,4 @@
-"""Control maps, aligned with each image's crop, size and flip: base classes, and maps read from a folder."""
+"""Control maps that match the crop, size and flip of their images: base classes, and maps read from a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdtune.errors import UserError
-from sdtune.images.files import CENTRE, SUFFIXES, open_image, resize_and_crop
+from sdtune.images.files import CENTER, SUFFIXES, open_image, resize_and_crop
 
 if TYPE_CHECKING:
     from sdtune.data.samples import Sample
@@ -29,10 +29,14 @@ _ASPECT_TOLERANCE = 0.01
 
 
 class Control(ABC):
-    """Where the control map of an image comes from."""
+    """Source of the control maps of a data set."""
 
     def open(self, samples: Sequence[Sample]) -> None:  # noqa: B027
-        """UserError where one of ``samples`` has no usable map; loads no weights."""
+        """Check that each of ``samples`` has a usable map, without loading weights.
+
+        Raises:
+            UserError: a map is missing or unusable.
+        """
 
     def prepare(  # noqa: B027
         self,
@@ -41,49 +45,49 @@ class Control(ABC):
         processes: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        """Make what needs a model, on ``device`` (the CPU if None), before training."""
+        """Compute the maps that need a model, before training, on ``device`` (None: the CPU)."""
 
     def content(self, sample: Sample) -> str:
-        """A name for what a map hangs on beside its image and the settings."""
+        """Identifier of map content that does not follow from the image and the settings; empty if there is none."""
         return ""
 
     @abstractmethod
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
-        """uint8 [H, W, 3], the same crop as :meth:`sdtune.data.samples.Sample.pixels` makes, not mirrored."""
+        """Control map with the crop of :meth:`sdtune.data.samples.Sample.pixels`, not mirrored: uint8 [H, W, 3]."""
 
     def map(
-        self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTRE, flip: bool = False
+        self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTER, flip: bool = False
     ) -> np.ndarray:
-        """uint8 [H, W, 3] for ``sample.pixels(size, offset, flip)``."""
+        """Control map that matches ``sample.pixels(size, offset, flip)``: uint8 [H, W, 3]."""
         pixels = self.crop(sample, size, offset)
-        # Mirrored last: an edge detector does not give the mirror image for a mirrored image, to the pixel.
+        # Mirror the finished map: edges detected in a mirrored image differ by single pixels.
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
 class FromImage(Control):
-    """A map that is made of its image, and so of any other, such as one that was drawn under it."""
+    """Source that computes control maps from pixels; it also works for images outside of the data set."""
 
     task: Task
-    """What a map shows."""
+    """Content of the maps."""
 
     @abstractmethod
-    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        """The maps of ``images`` (all uint8 [H, W, 3]) that are no samples of the data."""
+    def extract_maps(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        """Compute the maps of images that are not samples, such as generated images; all are uint8 [H, W, 3]."""
 
 
 class Computed(FromImage):
-    """A map that the image's pixels alone decide."""
+    """Source that computes control maps from the image's pixels without a model."""
 
     name: ClassVar[str]
-    """What ``sdtune sample`` calls it: ``preprocess``."""
+    """Value of ``preprocess`` in ``sdtune sample`` that selects this class."""
 
     task = "edges"
 
     @abstractmethod
     def extract(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] from an image, uint8 [H, W, 3]."""
+        """Compute the map of an image; both are uint8 [H, W, 3]."""
 
-    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+    def extract_maps(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
         return [self.extract(image) for image in images]
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
@@ -91,14 +95,14 @@ class Computed(FromImage):
 
 
 class Paired(Control):
-    """A folder of maps with the images' own file names: segmentation, depth, pose, or any other kind.
+    """Control maps from a folder of files named like the images: segmentation, depth, pose, or any other kind.
 
-    The map of ``a/b.jpg`` is ``b.png`` (or another image's suffix) in the folder, or ``a/b.png`` where it has the
-    images' sub-folders.
+    The map of ``a/b.jpg`` is ``b.png`` (or another image suffix) in the folder, or ``a/b.png`` if the folder has the
+    sub-folders of the images.
 
     Args:
-        path: the folder.
-        resample: how a map is brought to its image's size; ``nearest`` for segmentation, so that classes do not
+        path: folder of the maps.
+        resample: filter that scales a map to its image's size; ``nearest`` for segmentation, so that classes do not
             blend.
     """
 
@@ -111,40 +115,47 @@ class Paired(Control):
             raise UserError(
                 f"{self.path} is not a folder",
                 key="data.control.path",
-                remedy="name the folder of the maps, with the images' own file names",
+                remedy="set a folder of maps that are named like the images",
             )
-        found: dict[tuple[str, ...], Path] = {}
+        files: dict[tuple[str, ...], Path] = {}
         for file in sorted(f for f in self.path.rglob("*") if f.suffix.lower() in SUFFIXES):
             name = file.relative_to(self.path).with_suffix("").parts
-            if name in found:
-                raise UserError(f"{file} and {found[name].name} have one name: remove one", key="data.control.path")
-            found[name] = file
-        owners: dict[Path, Path] = {}
+            if name in files:
+                raise UserError(
+                    f"{file} and {files[name].name} have the same name without suffix",
+                    key="data.control.path",
+                    remedy="remove one",
+                )
+            files[name] = file
+        image_of_map: dict[Path, Path] = {}
         for sample in samples:
             image = _path(sample)
             parts = image.with_suffix("").parts
-            own = next((found[parts[i:]] for i in range(1, len(parts)) if parts[i:] in found), None)
-            if own is None:
-                raise UserError(f"no map for {image}: put {image.stem}.png into {self.path}", key="data.control.path")
-            other = owners.setdefault(own, image)
-            if other != image:
+            map_file = next((files[parts[i:]] for i in range(1, len(parts)) if parts[i:] in files), None)
+            if map_file is None:
                 raise UserError(
-                    f"{own} is the map of {other} and of {image}: put maps into folders named as the images' are",
-                    key="data.control.path",
+                    f"no map for {image}", key="data.control.path", remedy=f"add {image.stem}.png to {self.path}"
                 )
-            self._maps[image] = own
+            first_image = image_of_map.setdefault(map_file, image)
+            if first_image != image:
+                raise UserError(
+                    f"{map_file} is the map of {first_image} and of {image}",
+                    key="data.control.path",
+                    remedy="put the maps into sub-folders named like those of the images",
+                )
+            self._maps[image] = map_file
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             for _ in pool.map(self._check, samples):
                 pass
 
     def _check(self, sample: Sample) -> None:
         (width, height), file = sample.size, self._maps[_path(sample)]
-        own = self._read(file).size
-        if abs(own[0] * height / (own[1] * width) - 1) > _ASPECT_TOLERANCE:
+        map_size = self._read(file).size
+        if abs(map_size[0] * height / (map_size[1] * width) - 1) > _ASPECT_TOLERANCE:
             raise UserError(
-                f"{file} is {own[0]}x{own[1]} pixels and its image {width}x{height}; a map shows all"
-                " of its image, so make it again with the same aspect",
+                f"{file} is {map_size[0]}x{map_size[1]} pixels but its image is {width}x{height}",
                 key="data.control.path",
+                remedy="make a map of the full image, with the same aspect ratio",
             )
 
     def _read(self, file: Path) -> Image.Image:
@@ -161,18 +172,20 @@ def _path(sample: Sample) -> Path:
     path = getattr(sample, "path", None)
     if not isinstance(path, Path):
         raise UserError(
-            "paired maps go by the names of image files (data=folder); this data has none", key="data.control"
+            "paired maps are found by image file name, but this data has no image files",
+            key="data.control",
+            remedy="use data=folder or another data/control",
         )
     return path.absolute()
 
 
 def fit(
-    image: Image.Image, size: tuple[int, int], offset: tuple[float, float] = CENTRE, resample: Resample = "bilinear"
+    image: Image.Image, size: tuple[int, int], offset: tuple[float, float] = CENTER, resample: Resample = "bilinear"
 ) -> np.ndarray:
-    """A map uint8 [H, W, 3] scaled to cover ``size`` (width, height) and cropped, as images are."""
+    """Scale a map to cover ``size`` (width, height) and crop it like an image; returns uint8 [H, W, 3]."""
     return resize_and_crop(image, size, offset, resample=Image.Resampling[resample.upper()])
 
 
 def as_map(pixels: np.ndarray) -> Tensor:
-    """float32 [3, H, W] in [0, 1] from uint8 [H, W, 3]."""
+    """Convert uint8 [H, W, 3] to float32 [3, H, W] in [0, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""Control maps from edges with OpenCV: canny, scribble."""
+"""Control maps from edge detection with OpenCV: Canny edges, scribbles."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Threshold = Annotated[float, Interval(ge=0, le=2000)]
 
 
 class Canny(Computed):
-    """Edges one pixel wide, white on black (Canny 1986).
+    """Canny edges, one pixel wide, white on black (Canny 1986).
 
     Args:
-        low, high: thresholds of the gradient's L1 norm under a 3x3 Sobel filter; a line begins above ``high`` and goes
-            on above ``low``. 100 and 200 are what published ControlNets were trained around.
+        low, high: thresholds of the gradient's L1 norm under a 3x3 Sobel filter; a line starts above ``high`` and
+            continues above ``low``. Published ControlNets were trained with values around 100 and 200.
     """
 
     name = "canny"
@@ -29,21 +29,21 @@ class Canny(Computed):
             raise UserError(
                 f"{low:g} is above data.control.high ({high:g})",
                 key="data.control.low",
-                remedy="give the smaller first",
+                remedy=f"set at most {high:g}",
             )
         self.low, self.high = low, high
 
     def extract(self, pixels: np.ndarray) -> np.ndarray:
-        return _grey(cv2.Canny(np.ascontiguousarray(pixels), self.low, self.high))
+        return _three_channels(cv2.Canny(np.ascontiguousarray(pixels), self.low, self.high))
 
 
 class Scribble(Computed):
-    """Thick lines along the strong edges alone, white on black, as if drawn by hand.
+    """Thick lines along strong edges, white on black, similar to a hand-drawn scribble.
 
     Args:
-        blur: standard deviation in pixels of the Gaussian that takes small detail away first.
-        low, high: as for :class:`Canny`, of the blurred image.
-        width: of the lines, in pixels.
+        blur: standard deviation in pixels of the Gaussian blur that removes small details first.
+        low, high: as for :class:`Canny`, for the blurred image.
+        width: line width in pixels.
     """
 
     name = "scribble"
@@ -59,15 +59,15 @@ class Scribble(Computed):
             raise UserError(
                 f"{low:g} is above data.control.high ({high:g})",
                 key="data.control.low",
-                remedy="give the smaller first",
+                remedy=f"set at most {high:g}",
             )
         self.blur, self.low, self.high, self.width = blur, low, high, width
 
     def extract(self, pixels: np.ndarray) -> np.ndarray:
         edges = cv2.Canny(cv2.GaussianBlur(pixels, (0, 0), self.blur), self.low, self.high)
-        pen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (self.width, self.width))
-        return _grey(cv2.dilate(edges, pen))
+        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (self.width, self.width))
+        return _three_channels(cv2.dilate(edges, kernel))
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
+def _three_channels(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""Control maps estimated by a model that the user names: depth, segmentation, pose."""
+"""Control maps estimated by a transformers model that the user chooses: depth, segmentation, pose."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
-from sdtune.images.files import CENTRE
+from sdtune.images.files import CENTER
 from sdtune.images.grids import save_png
 from sdtune.paths import cache_folder, is_hub_id
 from sdtune.progress import bar
 
-_LONGEST = 1024  # pixels of the longer side of what is estimated and kept
+_MAX_SIDE = 1024  # longer side of the estimated and cached maps, in pixels
 
 
 class Estimated(FromImage):
-    """Depth, segmentation or pose by a transformers model, once an image, kept on disk by the image's content.
+    """Depth, segmentation or pose maps from a transformers model, computed once per image and cached by its content.
 
-    Depth is shown from black to white between an image's own least and greatest value, as the model has it: models of
-    relative depth (MiDaS, DPT, Depth Anything) give near things the greater ones. A segmentation's classes have the
-    colours of PASCAL VOC (Everingham et al. 2010), whatever their number. Poses are OpenPose's skeletons
-    (:mod:`sdtune.data.control.poses`); where an image is mirrored, left and right change over too.
+    Depth is scaled from black to white between the minimum and maximum of an image, without inverting it: models of
+    relative depth (MiDaS, DPT, Depth Anything) output larger values for nearer points. Segmentation classes have the
+    colors of PASCAL VOC (Everingham et al. 2010), for any number of classes. Poses are OpenPose skeletons
+    (:mod:`sdtune.data.control.poses`); for a mirrored image, left and right are swapped too.
 
     Args:
-        model: a local folder, or a hub id, which is downloaded when training begins, because you asked for it.
-        task: what the model estimates; for poses a ViTPose.
-        detector: for poses, likewise: an object detection model that finds people; without one, each image is taken
-            for one person's.
+        model: a local folder, or a hub id, which is downloaded before training starts.
+        task: content of the maps; ``pose`` needs a ViTPose model.
+        detector: for ``pose``, the folder or hub id of an object detection model that finds people; None: each image
+            shows one person.
     """
 
     task: Literal["depth", "segmentation", "pose"]
@@ -47,17 +47,17 @@ class Estimated(FromImage):
     ) -> None:
         if detector is not None and task != "pose":
             raise UserError(
-                f"{task} needs none",
+                f"task={task} uses no detector",
                 key="data.control.detector",
-                remedy="leave it out, or choose data.control.task=pose",
+                remedy="remove it, or set data.control.task=pose",
             )
         self.model, self.task, self.detector = model, task, detector
         self._sources: list[Path]
-        self._kept: Path | None = None
+        self._map_folder: Path | None = None
 
     @property
     def _models(self) -> dict[str, str]:
-        """By the key that names each."""
+        """Model names by config key."""
         return {"model": self.model, **({} if self.detector is None else {"detector": self.detector})}
 
     def open(self, samples: Sequence[Sample]) -> None:
@@ -66,7 +66,7 @@ class Estimated(FromImage):
                 raise UserError(
                     f"{name} is not a folder",
                     key=f"data.control.{key}",
-                    remedy="name a local folder with a transformers model, or a hub id",
+                    remedy="set a local folder with a transformers model, or a hub id",
                 )
 
     def prepare(
@@ -76,43 +76,43 @@ class Estimated(FromImage):
         processes: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        self._find()
-        wanted = {s.content(): s for s in samples}
-        # Shared out first: another process may write one of its own while this one looks.
-        shared = [wanted[content] for content in share(wanted, rank, processes)]
-        mine = [sample for sample in shared if not all(file.exists() for file in self._files(sample))]
-        if not mine:
+        self._locate_models()
+        sample_by_content = {s.content(): s for s in samples}
+        # Divide the work before checking which files exist: the result changes while other processes write files.
+        rank_samples = [sample_by_content[content] for content in share(sample_by_content, rank, processes)]
+        missing = [sample for sample in rank_samples if not all(file.exists() for file in self._files(sample))]
+        if not missing:
             return
         estimate = self._estimator(device or torch.device("cpu"))
-        with bar(f"Estimating {self.task}", len(mine)) as progress:
-            for sample in mine:
-                pixels = sample.pixels(_whole(sample.size), CENTRE, False)
+        with bar(f"Estimating {self.task}", len(missing)) as progress:
+            for sample in missing:
+                pixels = sample.pixels(_estimation_size(sample.size), CENTER, False)
                 for image, file in zip(estimate(pixels), self._files(sample), strict=True):
                     save_png(image, file, sync=False)
                 progress(1)
 
-    def again(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
-        self._find()
+    def extract_maps(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
+        self._locate_models()
         estimate = self._estimator(device)
         return [estimate(image)[0] for image in images]
 
-    def _find(self) -> None:
-        """The folders of the models, and where their maps are kept; a hub id is asked for here."""
-        if self._kept is None:
+    def _locate_models(self) -> None:
+        """Set the folders of the models and of their cached maps; download models that have a hub id."""
+        if self._map_folder is None:
             self._sources = [_folder(key, name) for key, name in self._models.items()]
-            self._kept = cache_folder() / "control" / f"{self.task}-{'-'.join(map(_hash, self._sources))}"
+            self._map_folder = cache_folder() / "control" / f"{self.task}-{'-'.join(map(_hash, self._sources))}"
 
     def _estimator(self, device: torch.device) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-        """An image's map, first of what it gives."""
+        """Load the model; the first output of the returned callable is the map of its image."""
         if self.task == "pose":
             return PoseEstimator(self._sources[0], self._sources[1] if self.detector else None, device)
         return Estimator(self._sources[0], self.task, device)
 
     def _files(self, sample: Sample) -> list[Path]:
-        """The map's, and a pose's with left and right changed over."""
-        assert self._kept is not None, "prepare() comes first"
-        ends = ("", "-other-side") if self.task == "pose" else ("",)
-        return [self._kept / f"{sample.content()}{end}.png" for end in ends]
+        """Cache files of a sample: the map and, for poses, the map with left and right swapped."""
+        assert self._map_folder is not None, "call prepare() first"
+        endings = ("", "-other-side") if self.task == "pose" else ("",)
+        return [self._map_folder / f"{sample.content()}{ending}.png" for ending in endings]
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self._crop(self._files(sample)[0], size, offset)
@@ -122,7 +122,7 @@ class Estimated(FromImage):
             return fit(image, size, offset, "nearest" if self.task == "segmentation" else "bilinear")
 
     def map(
-        self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTRE, flip: bool = False
+        self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTER, flip: bool = False
     ) -> np.ndarray:
         if not flip:
             return self.crop(sample, size, offset)
@@ -141,18 +141,18 @@ def _folder(key: str, name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{name} is neither a local folder nor to be had from the hub ({reason})", key=f"data.control.{key}"
+            f"{name} is not a local folder and cannot be downloaded from the hub ({reason})", key=f"data.control.{key}"
         ) from error
 
 
-def _whole(size: tuple[int, int]) -> tuple[int, int]:
-    """``size`` without enlarging it, its longer side at most :data:`_LONGEST`."""
-    scale = min(1.0, _LONGEST / max(size))
+def _estimation_size(size: tuple[int, int]) -> tuple[int, int]:
+    """``size``, scaled down if its longer side exceeds :data:`_MAX_SIDE`."""
+    scale = min(1.0, _MAX_SIDE / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _hash(folder: Path) -> str:
-    """Of everything in ``folder`` that an estimate depends on."""
+    """Hash of the configs and weights in ``folder``."""
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")):
         with file.open("rb") as handle:

@@ -1,4 +1,4 @@
-"""The original single-file layout of Stable Diffusion (CompVis, Stability AI), which ComfyUI and A1111 read."""
+"""Original single-file layout of Stable Diffusion (CompVis, Stability AI), as used by ComfyUI and A1111."""
 
 from sdtune.formats.original.checkpoint import Family, Models, detect, join, split
 

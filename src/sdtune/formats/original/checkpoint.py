@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion as one dict of tensors, split into the models of a diffusers pipeline, and joined again."""
+"""Split a single-file Stable Diffusion checkpoint into the models of a diffusers pipeline, and join them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdtune.formats.original import clip, names
 
 Family = Literal["sd1", "sd2", "sdxl"]
 Components = dict[str, dict[str, Tensor]]
-"""Tensors by diffusers' and transformers' names (``text_model.`` before a text encoder's), by component."""
+"""Tensors of each component by diffusers or transformers name (text encoders: with ``text_model.`` prefix)."""
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT: dict[str, dict[str, str]] = {
@@ -25,11 +25,11 @@ TEXT: dict[str, dict[str, str]] = {
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
-"""Prefixes of the text encoders' tensors; those that end in ``model.`` have OpenCLIP's names."""
+"""Key prefixes of the text encoders; a prefix that ends in ``model.`` means OpenCLIP names."""
 
 _REFINER = "conditioner.embedders.0.model."
-_PASSED_OVER = ("model_ema.", "first_stage_model.loss.", "denoiser.", "embedding_manager.")
-_TABLES = (
+_IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "denoiser.", "embedding_manager.")
+_BUFFERS_AND_MARKERS = (
     "betas",
     "alphas_",
     "sqrt_",
@@ -47,7 +47,7 @@ _TABLES = (
 
 @dataclass(frozen=True)
 class Models:
-    """The configs by which names are found: diffusers' of UNet and VAE, transformers' of the text encoders."""
+    """Family and configs that determine the names: diffusers (UNet, VAE) and transformers (text encoders) configs."""
 
     family: Family
     unet: Mapping[str, Any]
@@ -62,127 +62,140 @@ class Models:
 
 
 def detect(shapes: Mapping[str, Collection[int]]) -> Family:
-    """Which Stable Diffusion a file is, from its tensors' names and shapes.
+    """Detect the family of a checkpoint from its tensor names and shapes.
 
     Raises:
-        UserError: it is none, or one that cannot be trained here; the message says what it is.
+        UserError: it is not a Stable Diffusion checkpoint that sdtune can train; the message states what it is.
     """
     first = list(shapes.get(f"{UNET}input_blocks.0.0.weight", ()))
     if not first:
-        raise UserError(_what_else(shapes))
+        raise UserError(_describe_other_file(shapes))
     if any(key.startswith(_REFINER) for key in shapes):
-        raise UserError("is SDXL's refiner; the base model is what can be fine-tuned")
+        raise UserError("is the SDXL refiner", remedy="use the SDXL base model")
     if first[1] != 4:
-        kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}.get(first[1], "another")
-        raise UserError(f"takes {first[1]} channels ({kind}); a text-to-image model takes 4")
+        kind = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}.get(first[1], "unknown")
+        raise UserError(
+            f"has {first[1]} input channels ({kind})", remedy="use a text-to-image model with 4 input channels"
+        )
     for family in ("sdxl", "sd2", "sd1"):
         prefix = list(TEXT[family].values())[-1]
         if any(key.startswith(prefix) for key in shapes):
             return family
-    raise UserError("holds a UNet without its text encoder; a whole checkpoint is needed")
+    raise UserError("contains a UNet without its text encoder", remedy="use a full checkpoint")
 
 
-def _what_else(shapes: Iterable[str]) -> str:
+def _describe_other_file(shapes: Iterable[str]) -> str:
     keys = list(shapes)
     if any("lora_" in key or "lora." in key for key in keys):
-        return "holds a LoRA, no Stable Diffusion; name the base model here and the LoRA in adapters="
+        return "is a LoRA, not a Stable Diffusion checkpoint; set the base model here and the LoRA in adapters="
     if any(key.startswith(("encoder.", "decoder.")) for key in keys):
-        return "holds a VAE alone; name a whole Stable Diffusion here, and the VAE as backbone.vae="
+        return "contains only a VAE; set a full Stable Diffusion checkpoint here and the VAE in backbone.vae="
     if any(key.startswith(("control_model.", "controlnet_")) for key in keys):
-        return "holds a ControlNet, no Stable Diffusion; name the base model here"
+        return "is a ControlNet, not a Stable Diffusion checkpoint; set the base model here"
     if any(key.startswith(("down_blocks.", "conv_in.")) for key in keys):
-        return "holds a diffusers UNet alone; name the whole pipeline folder"
-    return "holds no Stable Diffusion 1.x, 2.x or XL in the original layout (no model.diffusion_model. tensors)"
+        return "contains only a diffusers UNet; use the full pipeline folder"
+    return (
+        "is not a Stable Diffusion 1.x, 2.x or XL checkpoint in the original layout (no model.diffusion_model. tensors)"
+    )
 
 
 def split(tensors: Mapping[str, Tensor], models: Models, wanted: Mapping[str, Collection[str]]) -> Components:
-    """``tensors`` of a single file by component and name; what training does not need is left out.
+    """Split the ``tensors`` of a single file into components and rename them; omit tensors that training does not need.
+
+    Unexpected tensors keep their original names, so that the caller can report them as surplus. They are those with a
+    component's prefix that ``wanted`` does not contain, and all others that are not known to occur in such files.
 
     Args:
-        tensors: by the original names.
-        models: what the file is.
-        wanted: the names that each component is to have, by component. A tensor of the models' prefixes that none of
-            them asks for is kept under its original name, so that the caller sees it as surplus; so is any other that
-            is not known to stand in such files.
+        tensors: tensors by original name.
+        models: family and configs of the file.
+        wanted: expected tensor names of each component.
     """
-    found: Components = {}
-    rest = {key for key in tensors if not _known_extra(key)}
+    components: Components = {}
+    remaining = {key for key in tensors if not _is_ignored(key)}
     table = names.unet_names(wanted["unet"], models.unet)
-    found["unet"] = {ours: tensors[UNET + theirs] for ours, theirs in table.items() if UNET + theirs in rest}
-    rest -= {UNET + theirs for theirs in table.values()}
-    own = {key.removeprefix(VAE): tensors[key] for key in rest if key.startswith(VAE)}
-    found["vae"] = split_vae(own, models.vae, wanted["vae"])
-    rest -= {VAE + key for key in own}
+    components["unet"] = {
+        name: tensors[UNET + original] for name, original in table.items() if UNET + original in remaining
+    }
+    remaining -= {UNET + original for original in table.values()}
+    prefixed = {key.removeprefix(VAE): tensors[key] for key in remaining if key.startswith(VAE)}
+    components["vae"] = split_vae(prefixed, models.vae, wanted["vae"])
+    remaining -= {VAE + key for key in prefixed}
     for component, prefix in TEXT[models.family].items():
-        own = {key.removeprefix(prefix): tensors[key] for key in rest if key.startswith(prefix)}
+        prefixed = {key.removeprefix(prefix): tensors[key] for key in remaining if key.startswith(prefix)}
         if prefix.endswith(".model."):
             layers = int(models.text(component)["num_hidden_layers"])
             projected = component == "text_encoder_2"
-            found[component] = clip.from_open_clip(own, layers, projected)
-            used = clip.expected(layers, projected) | {key for key in own if _beyond(key, layers)} | set(clip.UNUSED)
-            used |= {"text_projection"}
+            components[component] = clip.from_open_clip(prefixed, layers, projected)
+            consumed = (
+                clip.expected(layers, projected)
+                | {key for key in prefixed if _is_skipped_layer(key, layers)}
+                | set(clip.UNUSED)
+            )
+            consumed |= {"text_projection"}
         else:
-            found[component] = {_with_text_model(key): t for key, t in own.items() if not key.endswith("position_ids")}
-            used = set(own)
-        rest -= {prefix + key for key in used}
+            components[component] = {
+                _with_text_model(key): t for key, t in prefixed.items() if not key.endswith("position_ids")
+            }
+            consumed = set(prefixed)
+        remaining -= {prefix + key for key in consumed}
     for component, prefix in TEXT[models.family].items():
-        found[component] |= {key: tensors[key] for key in rest if key.startswith(prefix)}
-        rest = {key for key in rest if not key.startswith(prefix)}
-    found["unet"] |= {key: tensors[key] for key in rest}
-    return found
+        components[component] |= {key: tensors[key] for key in remaining if key.startswith(prefix)}
+        remaining = {key for key in remaining if not key.startswith(prefix)}
+    components["unet"] |= {key: tensors[key] for key in remaining}
+    return components
 
 
 def split_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any], wanted: Collection[str]) -> dict[str, Tensor]:
-    """A VAE's ``tensors`` by diffusers' names, from the original layout's or diffusers' own; others keep theirs."""
-    theirs_to_ours = {theirs: ours for ours, theirs in names.vae_names(wanted, config).items()}
-    found: dict[str, Tensor] = {}
+    """Rename the ``tensors`` of a VAE from original or diffusers names to diffusers names; keep unknown names."""
+    diffusers_names = {original: name for name, original in names.vae_names(wanted, config).items()}
+    vae: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        ours = names.modern_vae_key(theirs_to_ours.get(key, key))
+        name = names.modern_vae_key(diffusers_names.get(key, key))
         if not key.startswith("loss."):
-            found[ours] = tensor.flatten(1) if names.is_vae_projection(ours) and tensor.dim() == 4 else tensor
-    return found
+            vae[name] = tensor.flatten(1) if names.is_vae_projection(name) and tensor.dim() == 4 else tensor
+    return vae
 
 
 def join(
     components: Components, models: Models, v_prediction: bool = False, zero_snr: bool = False
 ) -> dict[str, Tensor]:
-    """One dict of tensors by the original names, as the authors' files have it.
+    """Join all models to one dict of tensors by original name, as in the authors' files.
 
     Args:
-        components: every tensor of every model.
-        models: what they are.
-        v_prediction: of SD 1.x and SDXL, mark it with ``v_pred``: ComfyUI looks for it in SDXL files; it tells SD 2.x
-            files from their weights, and takes SD 1.x for epsilon.
-        zero_snr: mark a schedule of zero terminal SNR with ``ztsnr``.
+        components: all tensors of all models.
+        models: family and configs.
+        v_prediction: add the marker ``v_pred`` to SD 1.x and SDXL. ComfyUI reads it from SDXL files; it detects the
+            prediction type of SD 2.x from the weights, and assumes epsilon for SD 1.x.
+        zero_snr: add the marker ``ztsnr`` for zero terminal SNR to SD 1.x and SDXL.
     """
-    made: dict[str, Tensor] = {}
-    for key, theirs in names.unet_names(components["unet"], models.unet).items():
-        made[UNET + theirs] = components["unet"][key]
-    for key, theirs in names.vae_names(components["vae"], models.vae).items():
+    joined: dict[str, Tensor] = {}
+    for key, original in names.unet_names(components["unet"], models.unet).items():
+        joined[UNET + original] = components["unet"][key]
+    for key, original in names.vae_names(components["vae"], models.vae).items():
         tensor = components["vae"][key]
-        made[VAE + theirs] = tensor[:, :, None, None] if names.is_vae_projection(key) else tensor
+        joined[VAE + original] = tensor[:, :, None, None] if names.is_vae_projection(key) else tensor
     for component, prefix in TEXT[models.family].items():
-        config, own = models.text(component), components[component]
+        config, encoder = models.text(component), components[component]
         layers, length = int(config["num_hidden_layers"]), int(config["max_position_embeddings"])
         if not prefix.endswith(".model."):
-            made |= {prefix + key: tensor for key, tensor in own.items()}
-            # The authors' transformers saved this buffer, and strict loaders look for it.
-            made[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(length)[None]
+            joined |= {prefix + key: tensor for key, tensor in encoder.items()}
+            # Older transformers saved this buffer, and strict loaders require it.
+            joined[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(length)[None]
             continue
-        renamed = clip.to_open_clip(own, layers)
+        renamed = clip.to_open_clip(encoder, layers)
         if models.family == "sd2":
             renamed |= _unused_sd2(renamed, layers)
         else:
-            renamed["logit_scale"] = torch.tensor(4.6055)  # of CLIP's training: ln 100, where it is clipped
-        made |= {prefix + key: tensor for key, tensor in renamed.items()}
+            renamed["logit_scale"] = torch.tensor(4.6055)  # CLIP's value after training: ln 100, where it is clipped
+        joined |= {prefix + key: tensor for key, tensor in renamed.items()}
     marks = (("v_pred", v_prediction), ("ztsnr", zero_snr)) if models.family != "sd2" else ()
-    return made | {mark: torch.tensor([]) for mark, on in marks if on}
+    return joined | {mark: torch.tensor([]) for mark, on in marks if on}
 
 
 def _unused_sd2(renamed: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """What OpenCLIP's loaders look for and SD 2.x never uses: its last layer, projection and scale.
+    """Placeholders for tensors that OpenCLIP loaders require and SD 2.x never uses: last layer, projection, scale.
 
-    A pipeline folder does not have them, so they are stand-ins, as kohya's tools write them too.
+    A pipeline folder does not contain these tensors. kohya's tools write placeholders as well.
     """
     last, width = f"transformer.resblocks.{layers - 1}.", renamed["ln_final.weight"].shape[0]
     copies = {
@@ -194,11 +207,11 @@ def _unused_sd2(renamed: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]
     return {**copies, "text_projection": torch.ones(width, width, dtype=dtype), "logit_scale": torch.tensor(1.0)}
 
 
-def _known_extra(key: str) -> bool:
-    return key.startswith((*_PASSED_OVER, *_TABLES)) or key.endswith("position_ids")
+def _is_ignored(key: str) -> bool:
+    return key.startswith((*_IGNORED_PREFIXES, *_BUFFERS_AND_MARKERS)) or key.endswith("position_ids")
 
 
-def _beyond(key: str, layers: int) -> bool:
+def _is_skipped_layer(key: str, layers: int) -> bool:
     parts = key.split(".")
     return key.startswith("transformer.resblocks.") and parts[2].isdigit() and int(parts[2]) >= layers
 

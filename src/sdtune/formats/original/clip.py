@@ -1,6 +1,6 @@
-"""CLIP's text encoder under OpenCLIP's names, as SD 2.x and SDXL's second encoder have it, and back.
+"""Convert CLIP text encoders between OpenCLIP names (SD 2.x, second text encoder of SDXL) and transformers names.
 
-OpenCLIP keeps query, key and value as one tensor, and its projection transposed (mlfoundations/open_clip,
+OpenCLIP stores query, key and value as one tensor, and the projection transposed (mlfoundations/open_clip,
 ``src/open_clip/transformer.py``).
 """
 
@@ -26,55 +26,55 @@ _LAYER = {
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 UNUSED = ("logit_scale", "attn_mask")
-"""Of the contrastive training: in the files, not in the text encoder that conditions a UNet."""
+"""Tensors of the contrastive training, which are in the files but not used by Stable Diffusion."""
 
 
 def from_open_clip(tensors: Mapping[str, Tensor], layers: int, projected: bool) -> dict[str, Tensor]:
-    """transformers' tensors, ``text_model.`` before each, of OpenCLIP's; those beyond ``layers`` left out.
+    """Convert OpenCLIP tensors to transformers names (prefix ``text_model.``), without layers beyond ``layers``.
 
     Args:
-        tensors: by OpenCLIP's names, without a prefix.
-        layers: of the wanted encoder: SD 2.x conditions on the penultimate states, and leaves the last layer out.
-        projected: whether the wanted encoder has the projection.
+        tensors: tensors by OpenCLIP name, without a prefix.
+        layers: number of layers of the result: SD 2.x uses the penultimate hidden states and omits the last layer.
+        projected: whether the result includes the projection.
     """
-    found: dict[str, Tensor] = {}
-    for ours, theirs in _pairs(layers):
+    converted: dict[str, Tensor] = {}
+    for name, original in _pairs(layers):
         for suffix in ("weight", "bias"):
-            if f"{theirs}.{suffix}" in tensors:
-                found[f"{ours}.{suffix}"] = tensors[f"{theirs}.{suffix}"]
-    for ours, theirs in _ENDS.items():
-        if theirs in tensors:
-            found[f"text_model.{ours}"] = tensors[theirs]
+            if f"{original}.{suffix}" in tensors:
+                converted[f"{name}.{suffix}"] = tensors[f"{original}.{suffix}"]
+    for name, original in _ENDS.items():
+        if original in tensors:
+            converted[f"text_model.{name}"] = tensors[original]
     for layer in range(layers):
         for suffix in ("weight", "bias"):
             joined = tensors.get(f"transformer.resblocks.{layer}.attn.in_proj_{suffix}")
             for name, part in zip(_PROJECTIONS, joined.chunk(3) if joined is not None else (), strict=False):
-                # A copy: the file must not hold one tensor three times over.
-                found[f"text_model.encoder.layers.{layer}.self_attn.{name}.{suffix}"] = part.clone()
+                # Copy: the three parts must not share the storage of the joined tensor.
+                converted[f"text_model.encoder.layers.{layer}.self_attn.{name}.{suffix}"] = part.clone()
     if projected and "text_projection" in tensors:
-        found["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    return found
+        converted["text_projection.weight"] = tensors["text_projection"].T.contiguous()
+    return converted
 
 
 def to_open_clip(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The other way; ``tensors`` are transformers', with ``text_model.`` before each but the projection."""
-    found = {theirs: tensors[f"text_model.{ours}"] for ours, theirs in _ENDS.items()}
-    for ours, theirs in _pairs(layers):
-        found |= {f"{theirs}.{suffix}": tensors[f"{ours}.{suffix}"] for suffix in ("weight", "bias")}
+    """Convert transformers tensors (prefix ``text_model.``, except the projection) to OpenCLIP names."""
+    converted = {original: tensors[f"text_model.{name}"] for name, original in _ENDS.items()}
+    for name, original in _pairs(layers):
+        converted |= {f"{original}.{suffix}": tensors[f"{name}.{suffix}"] for suffix in ("weight", "bias")}
     for layer in range(layers):
         attention = f"text_model.encoder.layers.{layer}.self_attn"
         for suffix in ("weight", "bias"):
             parts = [tensors[f"{attention}.{name}.{suffix}"] for name in _PROJECTIONS]
-            found[f"transformer.resblocks.{layer}.attn.in_proj_{suffix}"] = torch.cat(parts)
+            converted[f"transformer.resblocks.{layer}.attn.in_proj_{suffix}"] = torch.cat(parts)
     if "text_projection.weight" in tensors:
-        found["text_projection"] = tensors["text_projection.weight"].T.contiguous()
-    return found
+        converted["text_projection"] = tensors["text_projection.weight"].T.contiguous()
+    return converted
 
 
 def expected(layers: int, projected: bool) -> set[str]:
-    """The names, OpenCLIP's, from which an encoder of ``layers`` is made."""
+    """OpenCLIP tensor names that a text encoder with ``layers`` layers uses."""
     names = set(_ENDS.values()) | {
-        f"{theirs}.{suffix}" for _, theirs in _pairs(layers) for suffix in ("weight", "bias")
+        f"{original}.{suffix}" for _, original in _pairs(layers) for suffix in ("weight", "bias")
     }
     names |= {
         f"transformer.resblocks.{i}.attn.in_proj_{suffix}" for i in range(layers) for suffix in ("weight", "bias")
@@ -84,5 +84,5 @@ def expected(layers: int, projected: bool) -> set[str]:
 
 def _pairs(layers: int) -> Iterator[tuple[str, str]]:
     for layer in range(layers):
-        for ours, theirs in _LAYER.items():
-            yield f"text_model.encoder.layers.{layer}.{ours}", f"transformer.resblocks.{layer}.{theirs}"
+        for name, original in _LAYER.items():
+            yield f"text_model.encoder.layers.{layer}.{name}", f"transformer.resblocks.{layer}.{original}"

@@ -1,4 +1,4 @@
-"""diffusers' names of a UNet's and a VAE's tensors, and those of the original layout, both ways by one table.
+"""Map tensor names of UNet, VAE and ControlNet from diffusers to the original layout.
 
 Source of the original names: CompVis/stable-diffusion, ``ldm/modules/diffusionmodules/openaimodel.py`` (UNetModel) and
 ``model.py`` (Encoder, Decoder); Stability-AI/generative-models has the same.
@@ -35,41 +35,41 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def unet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The original name of each of ``keys``, diffusers' of a UNet of ``config``."""
+    """Original name of each of ``keys``, the diffusers tensor names of a UNet with ``config``."""
     blocks = _unet_blocks(config)
-    return {key: _renamed(key, blocks, _UNET_RESNET) for key in keys}
+    return {key: _rename(key, blocks, _UNET_RESNET) for key in keys}
 
 
 def rename_unet_module(path: str, config: Mapping[str, Any]) -> str:
-    """The original path of the UNet's module ``path``."""
-    return _renamed(f"{path}.weight", _unet_blocks(config), _UNET_RESNET).removesuffix(".weight")
+    """Original path of the diffusers UNet module ``path``."""
+    return _rename(f"{path}.weight", _unet_blocks(config), _UNET_RESNET).removesuffix(".weight")
 
 
 def vae_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The original name of each of ``keys``, diffusers' of an AutoencoderKL of ``config``."""
+    """Original name of each of ``keys``, the diffusers tensor names of an AutoencoderKL with ``config``."""
     blocks, inner = _vae_blocks(config), {"conv_shortcut": "nin_shortcut", **_VAE_ATTENTION}
-    return {key: _renamed(key, blocks, inner) for key in keys}
+    return {key: _rename(key, blocks, inner) for key in keys}
 
 
 def is_vae_projection(key: str) -> bool:
-    """Whether diffusers' ``key`` is a weight of the VAE's attention: linear there, a 1x1 convolution originally."""
+    """Whether the diffusers ``key`` is a VAE attention weight: linear in diffusers, a 1x1 convolution originally."""
     return re.search(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", key) is not None
 
 
 def modern_vae_key(key: str) -> str:
-    """``key`` with the names that a VAE's attention has since diffusers 0.17; older files hold older ones."""
+    """``key`` with the VAE attention names used since diffusers 0.17; older files contain older names."""
     return re.sub(
         r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.",
-        lambda found: f"{found[1]}.{_OLD_VAE_ATTENTION[found[2]]}.",
+        lambda match: f"{match[1]}.{_OLD_VAE_ATTENTION[match[2]]}.",
         key,
     )
 
 
-def _renamed(key: str, blocks: Mapping[str, str], inner: Mapping[str, str]) -> str:
+def _rename(key: str, blocks: Mapping[str, str], inner: Mapping[str, str]) -> str:
     block = next(start for start in blocks if key.startswith(f"{start}."))
     rest = key[len(block) + 1 :]
     part = next((name for name in inner if rest.startswith(f"{name}.")), None)
-    # Transformers inside of a block are named alike in both layouts.
+    # Modules of transformer blocks have the same names in both layouts.
     if part is not None and not rest.startswith("transformer_blocks."):
         rest = f"{inner[part]}{rest[len(part) :]}"
     return f"{blocks[block]}.{rest}"
@@ -78,26 +78,26 @@ def _renamed(key: str, blocks: Mapping[str, str], inner: Mapping[str, str]) -> s
 def _unet_blocks(config: Mapping[str, Any]) -> dict[str, str]:
     blocks = dict(_UNET_ENDS)
     downs, ups, layers = config["down_block_types"], config["up_block_types"], config["layers_per_block"]
-    number = 1
+    index = 1
     for i, kind in enumerate(downs):
         for j in range(layers):
-            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
+            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{index}.0"
             if "CrossAttn" in kind:
-                blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
-            number += 1
+                blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{index}.1"
+            index += 1
         if i < len(downs) - 1:
-            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
-    number = 0
+            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+            index += 1
+    index = 0
     for i, kind in enumerate(ups):
         for j in range(layers + 1):
-            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
+            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{index}.0"
             if "CrossAttn" in kind:
-                blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
+                blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{index}.1"
             if i < len(ups) - 1 and j == layers:
-                place = 2 if "CrossAttn" in kind else 1
-                blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{place}.conv"
-            number += 1
+                upsampler = 2 if "CrossAttn" in kind else 1
+                blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{index}.{upsampler}.conv"
+            index += 1
     return blocks
 
 
@@ -120,12 +120,16 @@ def _vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def controlnet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The original name of each of ``keys``, diffusers' of a ControlNet of ``config``.
+    """Original name of each of ``keys``, the diffusers tensor names of a ControlNet with ``config``.
 
-    Source: lllyasviel/ControlNet, ``cldm/cldm.py``: the map's embedding is one list of convolutions and activations.
+    Source: lllyasviel/ControlNet, ``cldm/cldm.py``: the map embedding is one list of convolutions and activations.
     """
     layers = 2 * (len(config["conditioning_embedding_out_channels"]) - 1)
-    blocks = {start: to for start, to in _unet_blocks({**config, "up_block_types": ()}).items() if "out." not in to}
+    blocks = {
+        name: original
+        for name, original in _unet_blocks({**config, "up_block_types": ()}).items()
+        if "out." not in original
+    }
     embedding = "controlnet_cond_embedding"
     blocks |= {f"{embedding}.conv_in": "input_hint_block.0"}
     blocks |= {f"{embedding}.blocks.{i}": f"input_hint_block.{2 * (i + 1)}" for i in range(layers)}
@@ -134,4 +138,4 @@ def controlnet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str
     skips += len([name for name in blocks if name.endswith("downsamplers.0.conv")]) + 1
     blocks |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(skips)}
     blocks |= {"controlnet_mid_block": "middle_block_out.0"}
-    return {key: _renamed(key, blocks, _UNET_RESNET) for key in keys}
+    return {key: _rename(key, blocks, _UNET_RESNET) for key in keys}

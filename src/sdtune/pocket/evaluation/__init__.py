@@ -1,1 +1,1 @@
-"""Measurements with ground truth: what an image of pocket's world shows is read, not guessed."""
+"""Evaluation on pocket's world, where the ground truth of every image is known."""

@@ -1,8 +1,8 @@
-"""The measuring classifier: what an image of the world shows.
+"""Classifier of object, size, style and background in images of pocket's world.
 
-A small residual CNN names the object, its size and its style; the background is read exactly from the border. It only
-measures: it never trains another network, and never chooses a checkpoint, a setting or an image. How it is trained:
-:mod:`sdtune.pocket.pretraining.classifier`.
+A small residual CNN predicts the object, its size and its style; the background color is computed from the border. It
+is used only to measure: never to train another network, or to select a checkpoint, a setting or an image. It is trained
+by :mod:`sdtune.pocket.pretraining.classifier`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from sdtune.pocket.world.scenes import SIDE, compose_scene, draw_scene
 from sdtune.randomness import generator
 
 NOTHING = "nothing"
-"""The object's name where none is recognisable."""
+"""Object label of images without a recognizable object."""
 
 OBJECTS = (*(thing.name for thing in THINGS), NOTHING)
-"""Names of the first head's outputs."""
+"""Output labels of the object head."""
 
 _WIDTHS = (32, 64, 128, 128)
 _BORDER = 2
 _CHUNK = 64
 
 
-class Readings(NamedTuple):
-    """What N images show; each probability (float32 [N]) is that of the name given."""
+class Predictions(NamedTuple):
+    """Predicted labels of N images, and the probability (float32 [N]) of each predicted label."""
 
     object: list[str]
     size: list[str]
@@ -50,7 +50,7 @@ class Readings(NamedTuple):
 
 
 class _Block(nn.Module):
-    """A residual block (He et al. 2016, "Deep residual learning for image recognition", figure 2)."""
+    """Residual block (He et al. 2016, "Deep residual learning for image recognition", figure 2)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images to the logits of three heads; ``objects``, ``sizes`` and ``styles`` name their outputs."""
+    """Residual CNN with three heads; ``objects``, ``sizes`` and ``styles`` are the output labels of each head."""
 
     def __init__(
         self,
@@ -78,23 +78,23 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.names = (objects, sizes, styles)
-        first = _WIDTHS[0]
-        blocks = [_Block(first, first, 1), *(_Block(a, b, 2) for a, b in pairwise(_WIDTHS))]
-        stem = (nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        stem_width = _WIDTHS[0]
+        blocks = [_Block(stem_width, stem_width, 1), *(_Block(a, b, 2) for a, b in pairwise(_WIDTHS))]
+        stem = (nn.Conv2d(3, stem_width, 3, 2, 1, bias=False), nn.BatchNorm2d(stem_width), nn.ReLU())
         self.trunk = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.heads = nn.ModuleList(nn.Linear(_WIDTHS[-1], len(names)) for names in self.names)
+        self.heads = nn.ModuleList(nn.Linear(_WIDTHS[-1], len(labels)) for labels in self.names)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits [N, names] of object, size and style for ``images``: uint8 [N, 64, 64, 3]."""
+        """Logits [N, labels] of object, size and style for ``images`` (uint8 [N, 64, 64, 3])."""
         features = self.trunk(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
         return tuple(head(features) for head in self.heads)
 
     @torch.no_grad()
-    def read(self, images: np.ndarray) -> Readings:
-        """What ``images`` (uint8 [N, 64, 64, 3]) show, in fp32; leaves the classifier in evaluation mode.
+    def read(self, images: np.ndarray) -> Predictions:
+        """Predict the labels of ``images`` (uint8 [N, 64, 64, 3]) in float32; switches to evaluation mode.
 
         Raises:
-            UserError: another shape or type, or no image.
+            UserError: wrong shape or dtype, or no image.
         """
         _check(images)
         self.eval()
@@ -104,30 +104,32 @@ class Classifier(nn.Module):
                 self(torch.from_numpy(np.array(images[k : k + _CHUNK])).to(device))
                 for k in range(0, len(images), _CHUNK)
             ]
-        names: list[list[str]] = []
+        predictions: list[list[str]] = []
         probabilities: list[np.ndarray] = []
-        for head, words in zip(zip(*chunks, strict=True), self.names, strict=True):
-            best = torch.cat(head).softmax(1).max(1)
-            names.append([words[k] for k in best.indices.tolist()])
+        for logits, labels in zip(zip(*chunks, strict=True), self.names, strict=True):
+            best = torch.cat(logits).softmax(1).max(1)
+            predictions.append([labels[k] for k in best.indices.tolist()])
             probabilities.append(best.values.cpu().numpy())
-        return Readings(names[0], names[1], names[2], *probabilities)
+        return Predictions(predictions[0], predictions[1], predictions[2], *probabilities)
 
 
 def _check(images: np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3) or not len(images):
-        raise UserError(f"{images.dtype} {list(images.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3], N >= 1", key="images")
+        raise UserError(
+            f"expected uint8 [N, {SIDE}, {SIDE}, 3] with N >= 1, got {images.dtype} {list(images.shape)}", key="images"
+        )
 
 
 def background(images: np.ndarray) -> list[str]:
-    """The background's colour word: nearest in RGB to the median colour of the two outermost pixels on each side.
+    """Background color names: the nearest in RGB to the median color of the two outermost pixels on each side.
 
-    An object may reach the border on one side, but never covers half of it, so on true renders this is exact.
+    Exact on true renders: an object can reach the border on one side but never covers half of it.
 
     Args:
         images: uint8 [N, 64, 64, 3].
 
     Raises:
-        UserError: another shape or type, or no image.
+        UserError: wrong shape or dtype, or no image.
     """
     colours = border_colours(images)
     distances = np.linalg.norm(colours[:, None] - np.array(list(BACKGROUNDS.values())), axis=-1)
@@ -135,7 +137,7 @@ def background(images: np.ndarray) -> list[str]:
 
 
 def border_colours(images: np.ndarray) -> np.ndarray:
-    """Median colour of the two outermost pixels on each side: float [N, 3] from uint8 [N, 64, 64, 3]."""
+    """Median color of the two outermost pixels on each side: float [N, 3] from uint8 [N, 64, 64, 3]."""
     _check(images)
     border = np.ones((SIDE, SIDE), dtype=bool)
     border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
@@ -145,7 +147,7 @@ def border_colours(images: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """``images`` (uint8 [N, 64, 64, 3]) through the VAE and back, by the mean latents, rounded to 8 bits."""
+    """Encode and decode ``images`` (uint8 [N, 64, 64, 3]) with the VAE, using the latents' mean; rounded to 8 bits."""
     out = np.empty(images.shape, dtype=np.uint8)
     for k in range(0, len(images), _CHUNK):
         pixels = torch.from_numpy(np.array(images[k : k + _CHUNK])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -156,29 +158,30 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 
 
 def load_classifier(folder: Path | None = None) -> Classifier:
-    """The shipped classifier, or the one that :func:`save` wrote to ``folder``: fp32, on the CPU, ready to read.
+    """Load the shipped classifier, or the one in ``folder``: float32, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: one of its two files is missing.
+        UserError: ``config.json`` or ``classifier.safetensors`` is missing.
     """
     root: Traversable = folder or files("sdtune.pocket") / "models" / "classifier"
     config, weights = root / "config.json", root / "classifier.safetensors"
     for file in (config, weights):
         if not file.is_file():
             raise UserError(
-                f"{file}: no such file; `python -m sdtune.pocket.pretraining.classifier FOLDER` trains a classifier"
+                f"{file} is missing",
+                remedy="train a classifier with: python -m sdtune.pocket.pretraining.classifier FOLDER",
             )
-    classifier = Classifier(**{key: tuple(names) for key, names in json.loads(config.read_text()).items()})
+    classifier = Classifier(**{key: tuple(labels) for key, labels in json.loads(config.read_text()).items()})
     classifier.load_state_dict(tensors_from_bytes(weights.read_bytes()))
     return classifier.eval()
 
 
 def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str, float]:
-    """How often the classifier names a held-out subject rightly: the most that any generated image can score.
+    """Accuracy of the classifier on held-out subjects: the upper limit for generated images.
 
     Returns:
-        ``classifier_accuracy`` on fresh true renders, over all backgrounds, sizes and places, and
-        ``classifier_accuracy_vae`` on the reconstructions of the big ones, since the VAE smears small faces.
+        ``classifier_accuracy`` on new true renders, over all backgrounds, sizes and places;
+        ``classifier_accuracy_vae`` on VAE reconstructions of the big objects only, because the VAE blurs small faces.
     """
     rng = generator(seed, streams.CLASSIFIER_CEILINGS)
     scenes = [
@@ -191,8 +194,8 @@ def ceilings(classifier: Classifier, vae: AutoencoderKL, seed: int) -> dict[str,
     images = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     names = np.array([scene.thing for scene in scenes])
     big = np.array([scene.size == "big" for scene in scenes])
-    rebuilt = classifier.read(reconstruct(vae, images[big]))
+    reconstructed = classifier.read(reconstruct(vae, images[big]))
     return {
         "classifier_accuracy": float(np.mean(np.array(classifier.read(images).object) == names)),
-        "classifier_accuracy_vae": float(np.mean(np.array(rebuilt.object) == names[big])),
+        "classifier_accuracy_vae": float(np.mean(np.array(reconstructed.object) == names[big])),
     }

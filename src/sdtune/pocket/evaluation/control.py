@@ -1,6 +1,6 @@
-"""Does an image of the world follow its control map, and still its prompt?
+"""Evaluation of ControlNets on pocket's world: agreement with the control map and with the prompt.
 
-These metrics are of pocket's world and cannot be compared with published ones.
+The metrics are specific to pocket's world and not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
-from sdtune.evaluation.draw import draw_base, draw_images, trained
+from sdtune.evaluation.draw import generate_base_images, generate_images, trained
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.evaluation.subject import shares
@@ -30,28 +30,30 @@ from sdtune.pocket.world.scenes import SIDE, draw_scene, held_out_scenes, mask
 from sdtune.sampling.loop import Request, Sampling
 
 NEAR = 2
-"""Pixels within which two edges count as the same."""
+"""Distance in pixels up to which edge pixels match."""
 
-APART = 40  # where the true masks are found best in true renders
-"""Distance in RGB from the background's colour beyond which a pixel counts as the object's."""
+APART = 40  # recovers the true masks best from true renders
+"""RGB distance from the background color above which a pixel belongs to the object."""
 
-_SHOWN = 8  # a row of a grid
+_GRID_COLUMNS = 8
 
 
 class ControlMetrics:
-    """On scenes of combinations that training never draws, each from its caption and its own map.
+    """Metrics of a ControlNet on held-out scenes, each generated from its caption and its control map.
 
-    All are from 0 to 1. ``control_agreement`` compares the map with what is found in the image: for edges the F1 of
-    precision and recall within two pixels; for segmentation and depth the IoU of the object's area, found by its
-    distance from the border's colour; for pose the IoU of the boxes with the areas' centre and spread.
-    ``control_agreement_shuffled`` compares the same images with another scene's map, ``ceiling_control_agreement``
-    the true renders with their own. ``background_accuracy`` and ``object_accuracy`` are as in pocket's quality. All
-    for the base too (``base_``), which sees the prompt alone.
+    The scenes have combinations of object, background and size that training never shows. All metrics are in [0, 1].
+    ``control_agreement`` compares the map with the same kind of map extracted from the image. Edges: F1 score of the
+    edge pixels, matched within two pixels. Segmentation and depth: IoU of the object's area, which is found by its
+    distance from the border color. Pose: IoU of the boxes with the center and spread of those areas.
+    ``control_agreement_shuffled`` compares the same images with the map of another scene,
+    ``ceiling_control_agreement`` compares true renders with their own map. ``background_accuracy`` and
+    ``object_accuracy``: fraction of images with the background and the object of the caption. ``base_...``: the same
+    for the base model, which receives only the prompt.
 
     Args:
-        images: how many are drawn.
-        seed: of the scenes and of the first image; the others follow.
-        sampling: how.
+        images: number of images.
+        seed: seed of the scenes and of the first image; each next image adds 1.
+        sampling: sampling settings.
     """
 
     def __init__(
@@ -63,52 +65,60 @@ class ControlMetrics:
         self.count, self.seed, self.sampling = images, seed, sampling or Sampling()
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """UserError before any weights are loaded."""
+        """Raise UserError if the settings cannot be evaluated, before any weights are loaded."""
         if data.control is None:
             raise UserError(
-                "pocket_control compares images with control maps", key="evaluation", remedy="choose data/control=canny"
+                "pocket_control needs control maps",
+                key="evaluation",
+                remedy="set data/control, for example data/control=canny",
             )
         if not all(isinstance(sample, SceneSample) for sample in data.train):
             raise UserError(
-                "pocket_control measures on pocket's world (data=pocket_world); for one's own images"
-                " choose evaluation=clip",
+                "pocket_control needs data=pocket_world",
                 key="evaluation",
+                remedy="use evaluation=clip for other images",
             )
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise UserError(f"pocket_control reads {SIDE}x{SIDE} images, others are asked for", key="evaluation")
+            raise UserError(
+                f"pocket_control needs {SIDE}x{SIDE} images, but another size is configured",
+                key="evaluation",
+                remedy="use backbone=pocket without evaluation.sampling.width and height",
+            )
         self.sampling.check(facts.factor)
 
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The metrics; grids of what was measured go to ``folder``."""
+        """Compute the metrics; writes grids of the measured images to ``folder``."""
         control = data.control
         if not isinstance(control, Computed | PocketControl):
             keys = ("control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy")
-            both = [*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"]
-            reason = f"{type(control).__name__} has no map of the scenes that are measured on"
-            return {**dict.fromkeys(both), "reasons": dict.fromkeys(both, reason)}
+            all_keys = [*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"]
+            reason = f"{type(control).__name__} cannot compute maps of the evaluation scenes"
+            return {**dict.fromkeys(all_keys), "reasons": dict.fromkeys(all_keys, reason)}
         samples = [SceneSample(scene, full_caption(scene)) for scene in held_out_scenes(self.seed, self.count)]
         maps = [control.map(sample, (SIDE, SIDE)) for sample in samples]
         truth = [expected_area(sample, control) for sample in samples]
         requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
         reader = classifier.load_classifier()
         readings: dict[str, list[float]] = {}
-        # The base reads no map, so it draws the same for all of them.
-        drawn = {"base_": draw_base(source, [replace(r, maps=()) for r in requests], self.sampling, device)}
+        # Without control maps, the base model's cached images serve all runs.
+        generated = {
+            "base_": generate_base_images(source, [replace(r, maps=()) for r in requests], self.sampling, device)
+        }
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw_images(backbone, requests, self.sampling)
-        for prefix, images in drawn.items():
+            generated[""] = generate_images(backbone, requests, self.sampling)
+        for prefix, images in generated.items():
             readings[f"{prefix}control_agreement"] = scores(images, truth, control)
             readings[f"{prefix}control_agreement_shuffled"] = scores(images, truth[1:] + truth[:1], control)
             stack = np.stack(images)
             backgrounds, things = [s.scene.background for s in samples], [s.scene.thing for s in samples]
-            readings[f"{prefix}background_accuracy"] = _equal(classifier.background(stack), backgrounds)
-            readings[f"{prefix}object_accuracy"] = _equal(reader.read(stack).object, things)
+            readings[f"{prefix}background_accuracy"] = _matches(classifier.background(stack), backgrounds)
+            readings[f"{prefix}object_accuracy"] = _matches(reader.read(stack).object, things)
             rows = [
                 row
-                for i in range(0, min(len(images), 4 * _SHOWN), _SHOWN)
-                for row in (maps[i : i + _SHOWN], images[i : i + _SHOWN])
+                for i in range(0, min(len(images), 4 * _GRID_COLUMNS), _GRID_COLUMNS)
+                for row in (maps[i : i + _GRID_COLUMNS], images[i : i + _GRID_COLUMNS])
             ]
             save_png(grid(rows, ["control", "image"] * (len(rows) // 2)), folder / f"{prefix or 'trained_'}images.png")
         renders = [np.asarray(draw_scene(sample.scene)) for sample in samples]
@@ -117,22 +127,22 @@ class ControlMetrics:
 
 
 Measured = Computed | PocketControl
-"""Controls whose maps can be found again in an image."""
+"""Controls whose maps can be extracted from a generated image."""
 
 
-def _equal(said: Sequence[str], truth: Sequence[str]) -> list[float]:
-    return [float(a == b) for a, b in zip(said, truth, strict=True)]
+def _matches(predicted: Sequence[str], truth: Sequence[str]) -> list[float]:
+    return [float(a == b) for a, b in zip(predicted, truth, strict=True)]
 
 
 def scores(images: Sequence[np.ndarray], truth: Sequence[np.ndarray], control: Measured) -> list[float]:
-    """Agreement in [0, 1] of each of ``images`` (uint8 [64, 64, 3]) with what ``truth`` (bool [64, 64]) has."""
-    lines = isinstance(control, Computed)
-    pairs = [(found(image, control), own) for image, own in zip(images, truth, strict=True)]
-    return [line_f1(shown, own, NEAR) if lines else iou(shown, own) for shown, own in pairs]
+    """Agreement in [0, 1] of each of ``images`` (uint8 [64, 64, 3]) with its true area or edges (bool [64, 64])."""
+    has_edges = isinstance(control, Computed)
+    pairs = [(found(image, control), expected) for image, expected in zip(images, truth, strict=True)]
+    return [line_f1(actual, expected, NEAR) if has_edges else iou(actual, expected) for actual, expected in pairs]
 
 
 def expected_area(sample: SceneSample, control: Measured) -> np.ndarray:
-    """What an image of ``sample``'s map should show, bool [64, 64]: edges, the object's area or its box."""
+    """Ground truth for an image of ``sample``, bool [64, 64]: edges, the object's area or its box."""
     if isinstance(control, Computed):
         edges: np.ndarray = control.map(sample, (SIDE, SIDE))[..., 0] > 0
         return edges
@@ -141,7 +151,7 @@ def expected_area(sample: SceneSample, control: Measured) -> np.ndarray:
 
 
 def found(image: np.ndarray, control: Measured) -> np.ndarray:
-    """The same as in :func:`expected_area`, as an image (uint8 [64, 64, 3]) shows it."""
+    """Counterpart of :func:`expected_area`, extracted from an image (uint8 [64, 64, 3])."""
     if isinstance(control, Computed):
         edges: np.ndarray = control.extract(image)[..., 0] > 0
         return edges
@@ -150,15 +160,17 @@ def found(image: np.ndarray, control: Measured) -> np.ndarray:
 
 
 def object_area(image: np.ndarray) -> np.ndarray:
-    """bool [64, 64]: what differs from the border's median colour by more than :data:`APART`."""
+    """Object mask, bool [64, 64]: pixels that differ from the border's median color by more than :data:`APART`."""
     distance = np.linalg.norm(image.astype(float) - classifier.border_colours(image[None])[0], axis=-1)
     area: np.ndarray = distance > APART
     return area
 
 
 def box(area: np.ndarray) -> np.ndarray:
-    """The upright box with the centre and spread of ``area``, filled: a stray pixel does not move it as it would a
-    bounding box. A box of side w has the variance w^2 / 12."""
+    """Filled axis-aligned box with the center and spread of ``area``; stray pixels move it less than a bounding box.
+
+    A box of side w has the variance w^2 / 12.
+    """
     out = np.zeros_like(area)
     if area.any():
         rows, columns = np.nonzero(area)

@@ -1,4 +1,4 @@
-"""PSNR of a reconstruction."""
+"""Peak signal-to-noise ratio (PSNR) of reconstructed images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def psnr(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each image, peak 255: float64 [N] from two uint8 [N, H, W, C].
+    """PSNR in dB of each image, with a peak of 255: float64 [N] from two uint8 [N, H, W, C].
 
-    10 log10(255^2 / MSE); infinite where an image equals its truth.
+    10 log10(255^2 / MSE); infinite if an image equals its ground truth.
     """
     mse = np.square(images.astype(np.float64) - truth).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):

@@ -1,6 +1,6 @@
-"""Is an image in the style that pocket has never seen, and still of its object?
+"""Evaluation of a style trained on pocket's world: style and object accuracy.
 
-These metrics are of pocket's world and cannot be compared with published ones.
+The metrics are specific to pocket's world and not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
-from sdtune.evaluation.draw import draw_base, draw_images, trained
+from sdtune.evaluation.draw import generate_base_images, generate_images, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
@@ -32,26 +32,26 @@ from sdtune.sampling.loop import Request, Sampling
 log = logging.getLogger("sdtune")
 
 _ROWS, _COLUMNS = 6, 13
-"""Images of a grid at most."""
+"""Maximum number of rows and columns of an image grid."""
 
 
 class StyleMetrics:
-    """Is the image in the style, and still of the object that was asked for, where the object was not shown?
+    """Style, object and background accuracy on objects that training did not show in the style.
 
-    ``style_accuracy``: share of images that the measuring classifier reads as the style; ``object_accuracy`` and
-    ``background_accuracy``: share of which the object, the background is the prompt's. Big objects that training never
-    showed in the style; for the base too (``base_``). ``shown_style_accuracy`` and ``shown_object_accuracy`` are the
-    same on objects that it did show: what was learned, apart from how far it carries. ``vae_psnr_db``: how well the
-    VAE rebuilds true renders of the unseen ones.
+    ``style_accuracy``: fraction of images that the classifier reads as the style. ``object_accuracy`` and
+    ``background_accuracy``: fraction of images with the object and the background of the prompt. All objects are big.
+    ``base_...``: the same for the base model. ``shown_...``: the same on objects that training showed; the difference
+    tells how well the style generalizes. ``vae_psnr_db``: PSNR of the VAE's reconstruction of true renders of the
+    objects that training did not show.
 
-    The classifier knows one drawing of each object in each style, and a drawing of a style's own is more than its
-    strokes: views and shapes differ as well, which nobody can guess of an object that was not shown.
+    The classifier knows one drawing of each object in each style. A style's drawing of an object also differs in view
+    and shape, which a model cannot infer for an object that training did not show.
 
     Args:
-        objects: how many of those that were not shown.
-        seeds: images of each.
-        seed: of the first image; the others follow.
-        sampling: how.
+        objects: number of objects that training did not show.
+        seeds: images per object.
+        seed: seed of the first image; each next image adds 1.
+        sampling: sampling settings.
     """
 
     def __init__(
@@ -65,22 +65,28 @@ class StyleMetrics:
         self.sampling = sampling or Sampling()
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """UserError before any weights are loaded."""
+        """Raise UserError if the settings cannot be evaluated, before any weights are loaded."""
         if not isinstance(data, Style):
             raise UserError(
-                "pocket_style measures a style of pocket's world (data=pocket_style); for one's own"
-                " images choose evaluation=clip",
+                "pocket_style needs data=pocket_style",
                 key="evaluation",
+                remedy="use evaluation=clip for other images",
             )
         left = len(drawn()) - data.objects
         if self.objects > left:
-            raise UserError(f"{self.objects}, but data.objects={data.objects} leaves {left}", key="evaluation.objects")
+            raise UserError(
+                f"max {left} with data.objects={data.objects}, got {self.objects}", key="evaluation.objects"
+            )
         if self.sampling.size(facts.side) != (SIDE, SIDE):
-            raise UserError(f"pocket_style reads {SIDE}x{SIDE} images, others are asked for", key="evaluation")
+            raise UserError(
+                f"pocket_style needs {SIDE}x{SIDE} images, but another size is configured",
+                key="evaluation",
+                remedy="use backbone=pocket without evaluation.sampling.width and height",
+            )
         self.sampling.check(facts.factor)
 
     def scenes(self, data: Style, shown: bool) -> list[Scene]:
-        """Of objects that training shows, or of the next ones; as many of both."""
+        """Scenes of the objects that training showed (``shown``) or did not show; the same number of both."""
         things = drawn()[: data.objects] if shown else drawn()[data.objects : data.objects + self.objects]
         colours, rng = list(BACKGROUNDS), generator(self.seed, streams.EVALUATION_STYLE)
         rounds = [divmod(number, len(things)) for number in range(self.objects * self.seeds)]
@@ -90,40 +96,40 @@ class StyleMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The metrics; grids of what was measured go to ``folder``."""
+        """Compute the metrics; writes grids of the measured images to ``folder``."""
         assert isinstance(data, Style)
-        scenes, shown = self.scenes(data, False), self.scenes(data, True)
-        requests, more = (
-            [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown)
+        scenes, shown_scenes = self.scenes(data, False), self.scenes(data, True)
+        requests, shown_requests = (
+            [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown_scenes)
         )
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
-        images = {"base_": draw_base(source, requests, self.sampling, device)}
-        single: dict[str, list[float]] = {}
+        images = {"base_": generate_base_images(source, requests, self.sampling, device)}
+        per_image: dict[str, list[float]] = {}
         with trained(source, artifact, name, device) as backbone:
-            both = draw_images(backbone, [*requests, *more], self.sampling)
-            single["vae_psnr_db"] = reconstruction_psnr(backbone.vae, renders)
-        single["base_vae_psnr_db"] = reconstruction_psnr(source.load().vae, renders)
+            generated = generate_images(backbone, [*requests, *shown_requests], self.sampling)
+            per_image["vae_psnr_db"] = reconstruction_psnr(backbone.vae, renders)
+        per_image["base_vae_psnr_db"] = reconstruction_psnr(source.load().vae, renders)
         reader = classifier.load_classifier()
-        images |= {"": both[: len(scenes)], "shown_": both[len(scenes) :]}
-        for prefix, found in images.items():
-            asked = shown if prefix == "shown_" else scenes
-            stack = np.stack(found)
+        images |= {"": generated[: len(scenes)], "shown_": generated[len(scenes) :]}
+        for prefix, group in images.items():
+            expected = shown_scenes if prefix == "shown_" else scenes
+            stack = np.stack(group)
             readings = reader.read(stack)
-            single[f"{prefix}style_accuracy"] = [said == STYLE for said in readings.style]
-            said = zip(readings.object, classifier.background(stack), asked, strict=True)
-            right = [(thing == scene.thing, colour == scene.background) for thing, colour, scene in said]
-            single[f"{prefix}object_accuracy"] = [thing for thing, _ in right]
-            single[f"{prefix}background_accuracy"] = [colour for _, colour in right]
-            objects = len({scene.thing for scene in asked})
+            per_image[f"{prefix}style_accuracy"] = [label == STYLE for label in readings.style]
+            triples = zip(readings.object, classifier.background(stack), expected, strict=True)
+            correct = [(thing == scene.thing, colour == scene.background) for thing, colour, scene in triples]
+            per_image[f"{prefix}object_accuracy"] = [thing for thing, _ in correct]
+            per_image[f"{prefix}background_accuracy"] = [colour for _, colour in correct]
+            objects = len({scene.thing for scene in expected})
             columns = min(objects, _COLUMNS)
-            rows = [found[i : i + columns] for i in range(0, len(found), objects)][:_ROWS]
-            log.info("%simages.png: %d of %d images", prefix or "trained_", sum(map(len, rows)), len(found))
-            labels = [scene.thing for scene in asked[:columns]]
+            rows = [group[i : i + columns] for i in range(0, len(group), objects)][:_ROWS]
+            log.info("%simages.png: shows %d of %d images", prefix or "trained_", sum(map(len, rows)), len(group))
+            labels = [scene.thing for scene in expected[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}images.png")
         strength_grid(source, artifact, requests, self.sampling, device, folder)
-        return dict(shares(single, folder))
+        return dict(shares(per_image, folder))
 
 
 def reconstruction_psnr(vae: Any, renders: np.ndarray) -> list[float]:
-    """dB of what ``vae`` makes of each of ``renders``."""
+    """PSNR in dB of the VAE's reconstruction of each of ``renders``."""
     return [float(value) for value in psnr(classifier.reconstruct(vae.cpu(), renders), renders)]

@@ -1,6 +1,6 @@
-"""The evaluation that the image world allows: what an image shows is read, not guessed.
+"""Evaluation of a subject trained on pocket's world: subject accuracy, background accuracy, class preservation.
 
-These metrics are of pocket's world and cannot be compared with published ones.
+The metrics are specific to pocket's world and not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.evaluation.clip import Clip, check_clip, clip_image, clip_text
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import draw_base, draw_images, references, trained
+from sdtune.evaluation.draw import generate_base_images, generate_images, references, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.evaluation.subject_metrics import ClipMetrics
 from sdtune.files import write_json
@@ -39,34 +39,34 @@ log = logging.getLogger("sdtune")
 
 
 def shares(readings: Mapping[str, Sequence[float]], folder: Path) -> dict[str, float]:
-    """The mean of each metric; the readings of the single images are kept in ``folder``, for intervals."""
+    """Mean of each metric; writes the per-image values to ``folder``, for confidence intervals."""
     write_json(folder / READINGS, readings)
     return {key: sum(values) / len(values) for key, values in readings.items()}
 
 
 class SubjectMetrics:
-    """Is the subject there, on the background that was asked for, and is its class still the class?
+    """Subject accuracy, background accuracy and preservation of the subject's class.
 
-    All are shares from 0 to 1 where nothing else is said. ``subject_accuracy``: share of images that the measuring
-    classifier reads as the subject; ``background_accuracy``: share whose border has the colour of the prompt. Both on
-    backgrounds absent from the training images, big objects, for the base too (``base_``).
-    ``ceiling_subject_accuracy`` is the classifier's on true renders of the subject that went through the VAE;
-    ``subject_gain`` = (value - base) / (ceiling - base): 0 is the base, 1 the ceiling; it can be negative, and a
-    little above 1.
+    All metrics are fractions in [0, 1] unless stated otherwise. ``subject_accuracy``: images that the classifier reads
+    as the subject. ``background_accuracy``: images whose border has the background color of the prompt. Both use big
+    objects on backgrounds absent from the training images. ``base_...``: the same for the base model.
+    ``ceiling_subject_accuracy``: accuracy of the classifier on VAE reconstructions of true renders of the subject.
+    ``subject_gain`` = (value - base) / (ceiling - base): 0 is the base, 1 the ceiling; it can be negative or slightly
+    above 1.
 
-    Prompted with the class word alone, on every background: ``prior_leak``, the share of images read as the
-    subject; ``class_diversity``, the mean distance between the images by CLIP, as a ratio to the base's (0 where
-    all are one, 1 as the base); ``prior_drift``, how far they are from the base's
+    With prompts that name only the class, on every background: ``prior_leak``, images read as the subject;
+    ``class_diversity``, mean CLIP distance between the images divided by that of the base (0: all images identical,
+    1: as diverse as the base); ``prior_drift``, distance from the images of the base
     (:func:`sdtune.evaluation.distances.prior_drift`). ``diversity`` and ``memorisation`` are those of
-    :class:`sdtune.evaluation.ClipMetrics`, on the subject's images; images that are not of pocket's world are
-    measured by that one instead.
+    :class:`sdtune.evaluation.ClipMetrics`, on the subject's images. Data other than a subject of pocket's world is
+    evaluated by that class instead.
 
     Args:
-        images: how many are drawn of the subject.
-        class_images: how many of the class; 0 leaves its metrics out.
-        seed: of the first image; the others follow.
+        images: number of subject images.
+        class_images: number of class images; 0 omits the class metrics.
+        seed: seed of the first image; each next image adds 1.
         clip: as in :class:`sdtune.evaluation.ClipMetrics`.
-        sampling: how.
+        sampling: sampling settings.
     """
 
     def __init__(
@@ -81,31 +81,35 @@ class SubjectMetrics:
         self.sampling = sampling or Sampling()
         if class_images and clip is None:
             raise UserError(
-                "class_diversity needs a CLIP", key="evaluation.class_images", remedy="give evaluation.clip=pocket too"
+                "class_diversity needs a CLIP model",
+                key="evaluation.class_images",
+                remedy="set evaluation.clip=pocket",
             )
 
     names: tuple[str, ...] = (
         *("subject_gain", "subject_accuracy", "background_accuracy", "ceiling_subject_accuracy", "prior_leak"),
         *("prior_drift", "class_diversity", "class_distance", "diversity", "memorisation", "clip_image", "clip_text"),
     )
-    """Of its metrics."""
+    """Names of the metrics."""
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
-        """UserError before any weights are loaded."""
+        """Raise UserError if the settings cannot be evaluated, before any weights are loaded."""
         if not isinstance(data, Subject):
-            self._of_any_images().check(data, facts)
+            self._clip_metrics().check(data, facts)
             self.names = ClipMetrics.names
             return
         if facts.side != SIDE:
             raise UserError(
-                f"pocket_subject reads {SIDE}x{SIDE} images, the backbone makes {facts.side}", key="evaluation"
+                f"pocket_subject needs {SIDE}x{SIDE} images, the backbone generates {facts.side}x{facts.side}",
+                key="evaluation",
+                remedy="use backbone=pocket or evaluation=clip",
             )
         self.sampling.check(facts.factor)
         if self.clip is not None:
             check_clip(self.clip)
 
-    def _of_any_images(self) -> ClipMetrics:
-        # As many as the world's small images are drawn at once would be too many of Stable Diffusion's.
+    def _clip_metrics(self) -> ClipMetrics:
+        # The defaults suit 64x64 images; use fewer images and a smaller batch for Stable Diffusion.
         sampling = replace(self.sampling, batch_size=min(self.sampling.batch_size, 8))
         count = max(2, min(self.count, 32))
         return ClipMetrics(images=count, seed=self.seed, clip=self.clip, sampling=sampling)
@@ -113,25 +117,26 @@ class SubjectMetrics:
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
     ) -> dict[str, Any]:
-        """The metrics; grids of what was measured go to ``folder``."""
+        """Compute the metrics; writes grids of the measured images to ``folder``."""
         if not isinstance(data, Subject):
-            log.info("evaluation: these images are not of pocket's world; they are measured as by evaluation=clip")
-            return self._of_any_images().run(source, data, artifact, name, device, folder)
+            log.info("evaluation: the data is not a subject of pocket's world; using the metrics of evaluation=clip")
+            return self._clip_metrics().run(source, data, artifact, name, device, folder)
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
-        wanted = [unseen[i % len(unseen)] for i in range(self.count)]
-        requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(wanted)]
-        others = self._of_class(data)
+        backgrounds = [unseen[i % len(unseen)] for i in range(self.count)]
+        requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(backgrounds)]
+        class_requests = self._class_requests(data)
         reader = classifier.load_classifier()
-        drawn = {"base_": draw_base(source, [*requests, *others], self.sampling, device)}
+        generated = {"base_": generate_base_images(source, [*requests, *class_requests], self.sampling, device)}
         with trained(source, artifact, name, device) as backbone:
-            drawn[""] = draw_images(backbone, [*requests, *others], self.sampling)
+            generated[""] = generate_images(backbone, [*requests, *class_requests], self.sampling)
             ceiling = self.ceiling(backbone, reader, data.subject, unseen)
-        clip = Clip(self.clip, device) if self.clip else None  # runs that share a backbone all wait for the drawing
+        # Load CLIP after sampling: runs that share a backbone wait for each other's sampling.
+        clip = Clip(self.clip, device) if self.clip else None
         metrics: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
-        for prefix, both in drawn.items():
-            images, classes = both[: self.count], both[self.count :]
-            subject = self._read_subject(images, wanted, reader, data)
+        for prefix, all_images in generated.items():
+            images, class_images = all_images[: self.count], all_images[self.count :]
+            subject = self._read_subject(images, backgrounds, reader, data)
             if clip is not None:
                 metrics |= {
                     f"{prefix}clip_image": clip_image(clip, images, references(data)),
@@ -141,36 +146,36 @@ class SubjectMetrics:
                 subject["diversity"] = distances(embedded)
                 subject["memorisation"] = nearest(embedded, clip.images(references(data)))
             _save_rows(images, unseen, 8, folder / f"{prefix or 'trained_'}images.png")
-            if classes and clip is not None:
-                subject["prior_leak"] = (np.array(reader.read(np.stack(classes)).object) == data.subject).tolist()
-                subject["class_distance"] = distances(clip.images(classes))
-                _save_rows(classes, list(BACKGROUNDS), 6, folder / f"{prefix or 'trained_'}class.png")
+            if class_images and clip is not None:
+                subject["prior_leak"] = (np.array(reader.read(np.stack(class_images)).object) == data.subject).tolist()
+                subject["class_distance"] = distances(clip.images(class_images))
+                _save_rows(class_images, list(BACKGROUNDS), 6, folder / f"{prefix or 'trained_'}class.png")
             readings |= {f"{prefix}{key}": values for key, values in subject.items()}
         strength_grid(source, artifact, requests, self.sampling, device, folder)
         metrics |= shares(readings, folder)
-        if others and clip is not None:
-            metrics["prior_drift"] = prior_drift(*(clip.images(drawn[key][self.count :]) for key in ("", "base_")))
+        if class_requests and clip is not None:
+            metrics["prior_drift"] = prior_drift(*(clip.images(generated[key][self.count :]) for key in ("", "base_")))
             metrics["class_diversity"] = metrics["class_distance"] / metrics["base_class_distance"]
-        return _with_gain(metrics, ceiling, bool(others))
+        return _with_gain(metrics, ceiling, bool(class_requests))
 
-    def _of_class(self, data: Subject) -> list[Request]:
-        """Images of the class alone, on every background by turns."""
+    def _class_requests(self, data: Subject) -> list[Request]:
+        """Requests for images of the class, on all backgrounds in turn."""
         colours = list(BACKGROUNDS)
-        plain = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
-        return [Request(text, self.seed + self.count + i) for i, text in enumerate(plain)]
+        prompts = [data.class_text(colours[i % len(colours)], "big") for i in range(self.class_count)]
+        return [Request(text, self.seed + self.count + i) for i, text in enumerate(prompts)]
 
     @staticmethod
     def _read_subject(
         images: Sequence[np.ndarray], backgrounds: Sequence[str], reader: Any, data: Subject
     ) -> dict[str, list[float]]:
-        """Whether each image shows the subject, and the background that was asked for."""
+        """Whether each image shows the subject, and whether it shows the requested background."""
         stack = np.stack(images)
-        read = np.array(reader.read(stack).object)
-        right = np.array(classifier.background(stack)) == np.array(backgrounds)
-        return {"subject_accuracy": (read == data.subject).tolist(), "background_accuracy": right.tolist()}
+        objects = np.array(reader.read(stack).object)
+        correct = np.array(classifier.background(stack)) == np.array(backgrounds)
+        return {"subject_accuracy": (objects == data.subject).tolist(), "background_accuracy": correct.tolist()}
 
     def ceiling(self, backbone: Backbone, reader: Any, subject: str, backgrounds: list[str]) -> float:
-        """The share of true drawings of ``subject`` that ``reader`` knows after a pass through the VAE."""
+        """Fraction of true renders of ``subject`` that ``reader`` recognizes after VAE encoding and decoding."""
         rng = generator(self.seed, streams.EVALUATION_CEILING)
         places = list(PLACES)
         scenes = [
@@ -180,29 +185,29 @@ class SubjectMetrics:
         pixels = torch.from_numpy(np.stack([np.asarray(draw_scene(s)) for s in scenes])).permute(0, 3, 1, 2)
         correct = 0
         with torch.no_grad():
-            for part in torch.split(pixels, 32):
-                moments = backbone.encode_images(part.to(backbone.device).float() / 127.5 - 1)
+            for batch in torch.split(pixels, 32):
+                moments = backbone.encode_images(batch.to(backbone.device).float() / 127.5 - 1)
                 means = moments.chunk(2, dim=1)[0]
-                shown = backbone.decode(backbone.latents(moments, torch.zeros_like(means)))
-                stack = (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                decoded = backbone.decode(backbone.latents(moments, torch.zeros_like(means)))
+                stack = (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 correct += sum(name == subject for name in reader.read(stack).object)
         return correct / self.count
 
 
-def _save_rows(images: Sequence[np.ndarray], columns: Sequence[str], most: int, path: Path) -> None:
-    """A grid of ``images``, a column for each of ``columns``, at most ``most`` rows."""
+def _save_rows(images: Sequence[np.ndarray], columns: Sequence[str], max_rows: int, path: Path) -> None:
+    """Save a grid of ``images`` with labeled ``columns`` and at most ``max_rows`` rows."""
     width = len(columns)
-    rows = [images[i : i + width] for i in range(0, min(len(images), most * width), width)]
+    rows = [images[i : i + width] for i in range(0, min(len(images), max_rows * width), width)]
     save_png(grid(rows, column_labels=columns), path)
 
 
 def _with_gain(metrics: dict[str, Any], ceiling: float, has_class: bool) -> dict[str, Any]:
-    """``metrics`` with the share of the possible gain that was made, and reasons for those that are null."""
+    """``metrics`` with ``subject_gain``, and with reasons for null values."""
     room = ceiling - metrics["base_subject_accuracy"]
     gain = metrics["subject_accuracy"] - metrics["base_subject_accuracy"]
     metrics = {**metrics, "subject_gain": gain / room if room > 0 else None}
-    reasons = {} if room > 0 else {"subject_gain": "the base is at the ceiling already"}
+    reasons = {} if room > 0 else {"subject_gain": "the base is already at the ceiling"}
     if not has_class:
-        why = "no images of the class alone are drawn: evaluation.class_images=210"
-        reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), why)
+        reason = "no class images are generated; set evaluation.class_images=210"
+        reasons |= dict.fromkeys(("prior_leak", "prior_drift", "class_diversity"), reason)
     return {**dict.fromkeys(reasons), **metrics, **({"reasons": reasons} if reasons else {})}

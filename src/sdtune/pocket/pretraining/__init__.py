@@ -1,1 +1,1 @@
-"""How pocket was trained."""
+"""Pretraining of pocket's VAE, tokenizer, CLIP and classifier, and assembly of its pipeline."""

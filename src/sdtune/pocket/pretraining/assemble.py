@@ -1,7 +1,8 @@
-"""Puts pocket's parts together: ``python -m sdtune.pocket.pretraining.assemble FOLDER [--unet DIR] [--ship]``.
+"""Assemble pocket's pipeline: ``python -m sdtune.pocket.pretraining.assemble FOLDER [--unet DIR] [--ship]``.
 
-Without ``--unet``: ``FOLDER/pipeline``, whose UNet has only its config, which is what the UNet's training starts from.
-With it: the same with that UNet's weights. ``--ship`` writes the package's own models, UNet and CLIP in half precision.
+Without ``--unet``, writes ``FOLDER/pipeline`` with a UNet config but no UNet weights; UNet training starts from it.
+With ``--unet``, adds the weights of that UNet. ``--ship`` writes the models of the package instead, with UNet and CLIP
+in half precision.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def _text_encoder(clip: Path, target: Path) -> None:
     encoder.load_state_dict(
         {k.removeprefix("text_model."): v for k, v in model.state_dict().items() if k.startswith("text_model.")}
     )
-    # In float32 also where it is shipped: transformers keeps a stored half precision, and the pipeline would mix two.
+    # Always store float32: transformers loads half precision unchanged, and the pipeline would then mix two dtypes.
     save_text_encoder(encoder, target)
 
 
-def _half(file: Path) -> None:
+def _convert_to_half(file: Path) -> None:
     half = {k: v.half() for k, v in load_file(file).items()}
     with replacing(file) as partial:
         save_file(half, partial, {"format": "pt"})
@@ -76,7 +77,7 @@ _INDEX: dict[str, Any] = {
 
 
 def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) -> None:
-    """Write the pipeline folder ``final`` from the trained parts in ``folder``, whole or not at all."""
+    """Atomically write the pipeline folder ``final`` from the trained parts in ``folder``."""
     with replacing(final) as target:
         target.mkdir()
         shutil.copytree(folder / "tokenizer", target / "tokenizer")
@@ -97,21 +98,21 @@ def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) 
         else:
             UNet2DConditionModel.from_pretrained(unet).save_pretrained(target / "unet")
         if ship:
-            _half(target / "unet" / weights_name("unet"))
+            _convert_to_half(target / "unet" / weights_name("unet"))
         for config in target.glob("*/config.json"):
             content = json.loads(config.read_text())
-            content.pop("_name_or_path", None)  # where it lay on the machine that trained it
+            content.pop("_name_or_path", None)  # a local path of the training machine
             write_json(config, content)
         write_json(target / "model_index.json", _INDEX)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sdtune.pocket.pretraining.assemble", description="Put pocket together."
+        prog="python -m sdtune.pocket.pretraining.assemble", description="Assemble pocket's pipeline."
     )
-    parser.add_argument("folder", type=Path, help="where tokenizer, clip and vae lie")
+    parser.add_argument("folder", type=Path, help="folder that contains tokenizer, clip and vae")
     parser.add_argument("--unet", type=Path, help="folder of the trained UNet")
-    parser.add_argument("--ship", action="store_true", help="write the package's models")
+    parser.add_argument("--ship", action="store_true", help="write the models of the package")
     arguments = parser.parse_args()
     target = path() if arguments.ship else arguments.folder / "pipeline"
     assemble_pipeline(arguments.folder, target, arguments.unet, arguments.ship)
@@ -122,7 +123,7 @@ def main() -> None:
         with replacing(clip_path().parent / "classifier") as classifier:
             shutil.copytree(arguments.folder / "classifier", classifier)
     size = sum(f.stat().st_size for f in target.parent.rglob("*") if f.is_file())
-    print(f"{target}: {size / 1e6:.1f} MB with what lies beside it")
+    print(f"wrote {target}; size of its parent folder: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The measuring classifier's training: ``python -m sdtune.pocket.pretraining.classifier FOLDER [STEPS]``.
+"""Training of the evaluation classifier: ``python -m sdtune.pocket.pretraining.classifier FOLDER [STEPS]``.
 
-It learns from true renders of all things, the held-out subjects too, in both styles and in every combination. A quarter
-of them went through FOLDER's VAE and keep their labels, so that the ceiling on reconstructions is a fair one. A mild
-blur keeps the labels as well. A strong blur, and an even mix of two things, are the extra class :data:`NOTHING`, so
-that a smear is not counted as the object that it resembles most; they say nothing about size and style.
+The training images are true renders of all objects, including the held-out subjects, in both styles and in every
+combination. A quarter of them are VAE reconstructions with unchanged labels, so that the accuracy on reconstructions is
+a fair ceiling. Mildly blurred images also keep their labels. Strongly blurred images and mixes of two objects get the
+extra label :data:`NOTHING`, so that a blurred image is not counted as the most similar object; they have no size and
+style label.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ STEPS = 1_500
 BATCH = 128
 
 _ROUND_TRIP_EVERY = 4
-_STRONG_BLUR, _MIX, _MILD_BLUR = 0.1, 0.1, 0.2  # shares of a batch
-# Gaussian sigmas as shares of the object's box: mild leaves details, strong at most four blobs across, at the far end
-# an empty background. Between the two nobody could say, so nothing is drawn there.
+_STRONG_BLUR, _MIX, _MILD_BLUR = 0.1, 0.1, 0.2  # fractions of a batch
+# Ranges of the Gaussian sigma, as fractions of the object's box. A mild blur preserves details; a strong blur leaves at
+# most four blobs across, or an empty background. The gap between them is ambiguous and is not sampled.
 _MILD_SIGMA = (0.0, 0.025)
 _STRONG_SIGMA = (0.1, 0.5)
 _UNKNOWN = -100  # cross_entropy's ignore_index
 
 
 def pool_scene(index: int) -> Scene:
-    """Scene ``index`` of the classifier's training images: any thing in any combination and style."""
+    """Scene ``index`` of the classifier's training images: any object in any combination and style."""
     rng = generator(SEED, streams.CLASSIFIER_SCENE, index)
     thing, colour, size, where, style = (
         options[int(rng.integers(len(options)))]
@@ -54,9 +55,9 @@ def pool_scene(index: int) -> Scene:
 
 
 def pool_images(folder: Path, vae: AutoencoderKL, count: int) -> np.ndarray:
-    """Images of the scenes 0..count-1, every fourth through ``vae``: uint8 [count, 64, 64, 3], memory-mapped.
+    """Images of scenes 0..count-1, every fourth reconstructed by ``vae``: uint8 [count, 64, 64, 3], memory-mapped.
 
-    The file in ``folder`` is named by the VAE's weights, so that another VAE gets another pool.
+    The file name in ``folder`` contains a hash of the VAE's weights, so each VAE has its own pool.
     """
     weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vae.state_dict().values()))
     path = folder / f"pool-{SEED}-{count}-{weights.hexdigest()[:12]}.npy"
@@ -74,14 +75,14 @@ def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 class PoolBatches:
-    """Images of the pool, some spoilt, with the truth: ``images`` and ``truth`` (object, size, style) [B, 3]."""
+    """Batches of pool images, some degraded: ``images`` and labels ``truth`` [B, 3] (object, size, style)."""
 
     def __init__(self, pool: np.ndarray) -> None:
         self.pool = pool
         scenes = [pool_scene(index) for index in range(len(pool))]
-        words = (OBJECTS, tuple(SIZES), STYLES)
+        labels = (OBJECTS, tuple(SIZES), STYLES)
         self.truth = np.array(
-            [[w.index(x) for w, x in zip(words, (s.thing, s.size, s.style), strict=True)] for s in scenes]
+            [[names.index(x) for names, x in zip(labels, (s.thing, s.size, s.style), strict=True)] for s in scenes]
         )
         self.backgrounds = np.array([list(BACKGROUNDS).index(scene.background) for scene in scenes])
         self.sides = np.array([scene.side for scene in scenes])
@@ -91,22 +92,23 @@ class PoolBatches:
         indices = rng.integers(len(self.pool), size=BATCH)
         images, truth = self.pool[indices], self.truth[indices]
         for k, index in enumerate(indices):
-            fate = rng.random()
-            if fate < _STRONG_BLUR + _MIX:
-                strong = fate < _STRONG_BLUR
-                images[k] = self._smear(int(index), _STRONG_SIGMA, rng) if strong else self.mix(int(index), rng)
+            choice = rng.random()
+            if choice < _STRONG_BLUR + _MIX:
+                strong = choice < _STRONG_BLUR
+                images[k] = self._blur(int(index), _STRONG_SIGMA, rng) if strong else self.mix(int(index), rng)
                 truth[k] = (OBJECTS.index(NOTHING), _UNKNOWN, _UNKNOWN)
-            elif fate < _STRONG_BLUR + _MIX + _MILD_BLUR:
-                images[k] = self._smear(int(index), _MILD_SIGMA, rng)
+            elif choice < _STRONG_BLUR + _MIX + _MILD_BLUR:
+                images[k] = self._blur(int(index), _MILD_SIGMA, rng)
         return {"images": torch.from_numpy(images), "truth": torch.from_numpy(truth)}
 
-    def _smear(self, index: int, sigma: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    def _blur(self, index: int, sigma: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
         return _blurred(self.pool[index], float(rng.uniform(*sigma)) * int(self.sides[index]))
 
     def mix(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        """Image ``index`` mixed with one of another object, uint8 [H, W, 3].
+        """Image ``index`` blended with an image of another object, uint8 [H, W, 3].
 
-        Both have one background: a mix of two would be known by a colour that no true image has, not by its object.
+        Both have the same background. A blend of two backgrounds would have a color that no true image has, and the
+        classifier would learn that color instead of the blended objects.
         """
         others = (self.backgrounds == self.backgrounds[index]) & (self.truth[:, 0] != self.truth[index, 0])
         other = self.pool[rng.choice(np.flatnonzero(others))]
@@ -133,7 +135,7 @@ class ClassifierTraining(Pretraining):
 
 
 def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IMAGES) -> Classifier:
-    """Train on ``images`` images for ``steps`` steps; pool and checkpoint stay in ``folder``, to go on from."""
+    """Train on ``images`` images for ``steps`` steps; the pool and the checkpoint in ``folder`` allow resuming."""
     batches = PoolBatches(pool_images(folder, vae, images))
     torch.manual_seed(SEED)
     module = ClassifierTraining(steps)
@@ -142,7 +144,7 @@ def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IM
 
 
 def save(classifier: Classifier, folder: Path) -> None:
-    """Write ``classifier.safetensors`` (fp16) and ``config.json`` (the names of each head's outputs)."""
+    """Write ``classifier.safetensors`` (float16) and ``config.json`` (the output labels of each head)."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}
     objects, sizes, styles = classifier.names
     with replacing(folder) as target:
@@ -155,7 +157,7 @@ def main() -> None:
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
     vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).eval()
     save(train(folder / "classifier-training", vae, steps), folder / "classifier")
-    # Of what was written, so that the rounding to fp16 is measured too.
+    # Measure the saved classifier, so that the accuracy includes the rounding to float16.
     print(ceilings(load_classifier(folder / "classifier"), vae, SEED))
 
 

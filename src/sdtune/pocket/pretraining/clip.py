@@ -1,7 +1,7 @@
-"""Pocket's CLIP, trained on the image world: ``python -m sdtune.pocket.pretraining.clip FOLDER [STEPS]``.
+"""Training of pocket's CLIP on its image world: ``python -m sdtune.pocket.pretraining.clip FOLDER [STEPS]``.
 
-Radford et al. 2021, "Learning transferable visual models from natural language supervision": the symmetric contrastive
-loss over a batch of images and captions. Its text tower becomes the backbone's text encoder.
+Symmetric contrastive loss over a batch of images and captions (Radford et al. 2021, "Learning transferable visual
+models from natural language supervision"). The text model becomes the backbone's text encoder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 192
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The untrained CLIP: text width 192, as the UNet's cross-attention expects it."""
+    """Untrained CLIP model; its text width of 192 matches the UNet's cross-attention."""
     layers = {"num_hidden_layers": 4, "num_attention_heads": 6, "hidden_size": 192, "intermediate_size": 512}
     return CLIPModel(
         CLIPConfig(
@@ -43,14 +43,14 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
                 "projection_dim": 128,
             },
             vision_config={**layers, "image_size": SIDE, "patch_size": 8, "projection_dim": 128},
-            attn_implementation="eager",  # the backward of fused attention is slow on a CPU at short sequences
+            attn_implementation="eager",  # the backward pass of fused attention is slow on a CPU for short sequences
             projection_dim=128,
         )
     )
 
 
 class CaptionBatches:
-    """Images with their captions."""
+    """Batches of images with tokenized captions."""
 
     def __init__(self, images: np.ndarray, tokenizer: CLIPTokenizer) -> None:
         self.images, self.tokenizer = images, tokenizer

@@ -1,4 +1,4 @@
-"""Training loop of pocket's VAE, CLIP and classifier."""
+"""Training loop for pocket's VAE, CLIP and classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Batches(Protocol):
-    """What one optimizer step sees: a pure function of the step, so that a resumed training repeats nothing."""
+    """Batch of each optimizer step, as a pure function of the step, so that a resumed training repeats no batch."""
 
     def __call__(self, step: int) -> dict[str, Any]: ...
 
@@ -30,7 +30,7 @@ class _Steps(Dataset[dict[str, Any]]):
 
 
 class Pretraining(pl.LightningModule):
-    """AdamW with a linear warm-up and a cosine decay to zero; subclasses give ``training_step``."""
+    """LightningModule with AdamW, linear warm-up and cosine decay to zero; subclasses define ``training_step``."""
 
     def __init__(self, lr: float, steps: int, weight_decay: float = 0.01) -> None:
         super().__init__()
@@ -38,17 +38,17 @@ class Pretraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98))
-        warm = max(1, self.steps // 50)
+        warmup_steps = max(1, self.steps // 50)
 
-        def rate(step: int) -> float:
-            return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        def lr_factor(step: int) -> float:
+            return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class _Report(Callback):
-    """One line of losses every 100 steps, also in a file beside the checkpoint."""
+class _LossLog(Callback):
+    """Callback that prints the losses every 100 steps and appends them to a log file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class _Report(Callback):
 
 
 def pretrain(module: Pretraining, batches: Batches, folder: Path, workers: int = 1) -> None:
-    """Train ``module`` for its steps, going on from ``folder``'s last checkpoint where there is one."""
+    """Train ``module`` for its number of steps; resumes from ``last.ckpt`` in ``folder`` if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
     start = 0
@@ -74,14 +74,14 @@ def pretrain(module: Pretraining, batches: Batches, folder: Path, workers: int =
     if start >= module.steps:
         module.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["state_dict"])
         return
-    keep = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=250)
+    checkpoint = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=250)
     trainer = pl.Trainer(
         max_steps=module.steps,
         accelerator="cpu",
         precision="bf16-mixed",
         gradient_clip_val=1.0,
         logger=False,
-        callbacks=[keep, _Report(folder / "training.log")],
+        callbacks=[checkpoint, _LossLog(folder / "training.log")],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

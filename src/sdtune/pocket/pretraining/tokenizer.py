@@ -1,4 +1,4 @@
-"""Pocket's tokenizer: CLIP's byte-level BPE (Radford et al. 2021, section 2.4), merges learned from captions."""
+"""Training of pocket's tokenizer: CLIP's byte-level BPE (Radford et al. 2021, section 2.4), learned from captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdtune.pocket.world.arrays import caption
 from sdtune.pocket.world.objects import HELD_OUT, THINGS
 
 MAX_LENGTH = 32
-"""Tokens of a prompt with its start and end; the longest caption of the world has 22."""
+"""Maximum number of tokens, with start and end token; the longest caption of pocket's world has 22."""
 
 _MERGES = 700
 _CAPTIONS = 20_000
@@ -22,7 +22,7 @@ _SPECIALS = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def train(folder: Path, seed: int) -> CLIPTokenizer:
-    """Learn the merges; write the tokenizer as vocab.json and merges.txt (older clients) and as tokenizer.json."""
+    """Learn the merges and save the tokenizer as tokenizer.json, and as vocab.json and merges.txt for older clients."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -32,7 +32,7 @@ def train(folder: Path, seed: int) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # The held-out members' names are words like any other, so they are spelt from the same pieces.
+    # Include the names of held-out objects, so that they are tokenized like all other words.
     names = [thing.name for thing in (*THINGS, *HELD_OUT)]
     corpus = [caption(seed, index) for index in range(_CAPTIONS)] + names * 50
     size = 2 * len(alphabet) + _MERGES
@@ -43,8 +43,8 @@ def train(folder: Path, seed: int) -> CLIPTokenizer:
         ),
     )
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, specials. The end token is the highest id, which older
-    # text encoders take as the place to pool.
+    # CLIP's order: bytes, bytes that end a word, merges, special tokens. The end token must have the highest id,
+    # because older text encoders pool at the position of the highest id.
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
     tokens += [left + right for left, right in merges if left + right not in set(tokens)] + _SPECIALS
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

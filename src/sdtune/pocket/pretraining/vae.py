@@ -1,7 +1,7 @@
-"""Pocket's AutoencoderKL, trained on the image world: ``python -m sdtune.pocket.pretraining.vae FOLDER [STEPS]``.
+"""Training of pocket's AutoencoderKL on its image world: ``python -m sdtune.pocket.pretraining.vae FOLDER [STEPS]``.
 
-Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", without the adversarial and the
-perceptual term: on flat drawings L1 + MSE + a small KL term suffices, and no other network is needed.
+Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", without the adversarial and
+perceptual losses: for flat drawings, L1 + MSE + a small KL term is enough, and no other network is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KL_WEIGHT = 1e-4
 
 
 def build_vae() -> AutoencoderKL:
-    """The untrained VAE: 64x64x3 to 16x16x4."""
+    """Untrained VAE: 64x64x3 images to 16x16x4 latents."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -45,9 +45,9 @@ def build_vae() -> AutoencoderKL:
 
 
 class CropBatches:
-    """Random crops; half of them with their colour channels permuted, so that the VAE serves colours it has not met.
+    """Batches of random crops; half of them have permuted color channels, so that the VAE generalizes to new colors.
 
-    The last eighth of the steps sees whole images, fewer at a time.
+    The last eighth of the steps uses full images in smaller batches.
     """
 
     def __init__(self, images: np.ndarray, steps: int) -> None:
@@ -55,8 +55,8 @@ class CropBatches:
 
     def __call__(self, step: int) -> dict[str, Any]:
         rng = generator(SEED, streams.VAE_BATCH, step)
-        whole = step >= self.steps - self.steps // 8
-        count, side = (BATCH // 4, SIDE) if whole else (BATCH, CROP)
+        full_images = step >= self.steps - self.steps // 8
+        count, side = (BATCH // 4, SIDE) if full_images else (BATCH, CROP)
         crops = np.empty((count, side, side, 3), dtype=np.uint8)
         for k, index in enumerate(rng.integers(len(self.images), size=count)):
             x, y = rng.integers(0, SIDE - side + 1, size=2)
@@ -82,7 +82,7 @@ class VAETraining(Pretraining):
 
 @torch.no_grad()
 def scaling_factor(vae: AutoencoderKL, images: np.ndarray) -> float:
-    """1 / standard deviation of the latents (Rombach et al. 2022, section G), over ``images`` (uint8)."""
+    """1 / standard deviation of the latents of ``images`` (uint8 [N, H, W, 3]); Rombach et al. 2022, section G."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return float(1 / vae.encode(pixels).latent_dist.sample().std())
 

@@ -1,1 +1,1 @@
-"""The image world that pocket was trained on."""
+"""Synthetic images, captions, control maps and datasets that pocket was trained on."""

@@ -1,4 +1,4 @@
-"""The training images of the world as arrays on disk, drawn once."""
+"""Training images of pocket's world, rendered once and stored as an array on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdtune.randomness import generator
 
 
 def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
-    """Images 0..count-1 of the training world: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
+    """Training images 0..count-1: uint8 [count, 64, 64, 3], memory-mapped from ``folder``."""
     path = folder / f"images-{seed}-{count}.npy"
     if not path.exists():
         with replacing(path, sync=False) as partial, partial.open("wb") as handle:
@@ -27,5 +27,5 @@ def training_images(folder: Path, seed: int, count: int) -> np.ndarray:
 
 
 def caption(seed: int, index: int) -> str:
-    """The caption of training image ``index``."""
+    """Caption of training image ``index``."""
     return training_caption(training_scene(seed, index), generator(seed, streams.WORLD_CAPTION, index))

@@ -1,4 +1,4 @@
-"""Captions of the image world, generated from scenes."""
+"""Captions of pocket's images, generated from scenes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def article(phrase: str) -> str:
-    """``a`` or ``an`` before ``phrase``, and nothing before a plural."""
+    """``phrase`` with ``a`` or ``an``; plurals are unchanged."""
     if phrase.split()[-1] in ("cherries", "grapes"):
         return phrase
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def full_caption(scene: Scene, noun: str | None = None) -> str:
-    """Everything said once: "a big fox on a blue background, on the left"; ``noun`` replaces the thing's name."""
-    what = article(f"{scene.size} {noun or scene.thing}")
-    return f"{what} on {article(scene.background)} background, {scene.place}"
+    """Full caption, such as "a big fox on a blue background, on the left"; ``noun`` replaces the object's name."""
+    subject = article(f"{scene.size} {noun or scene.thing}")
+    return f"{subject} on {article(scene.background)} background, {scene.place}"
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as people write them: by member or by class, sometimes with details left out.
+    """Randomly varied caption: names the object or its class, and sometimes omits details.
 
-    A random word now and then stands before the noun, so that a rare token such as "sks" does not break the sentence.
+    A small fraction has a random word before the noun, so that the model tolerates a rare token such as "sks" there.
     """
     noun = scene.thing if rng.random() < 0.7 else BY_NAME[scene.thing].word
     if rng.random() < 0.06:
-        rare = "".join(_LETTERS[int(i)] for i in rng.integers(26, size=int(rng.integers(3, 6))))
-        noun = f"{rare} {noun}"
-    what = article(f"{scene.size} {noun}" if rng.random() < 0.85 else noun)
-    caption = OPENINGS[int(rng.integers(len(OPENINGS)))] + what
+        random_word = "".join(_LETTERS[int(i)] for i in rng.integers(26, size=int(rng.integers(3, 6))))
+        noun = f"{random_word} {noun}"
+    subject = article(f"{scene.size} {noun}" if rng.random() < 0.85 else noun)
+    caption = OPENINGS[int(rng.integers(len(OPENINGS)))] + subject
     if rng.random() < 0.9:
         caption += f" on {article(scene.background)} background"
     if rng.random() < 0.7:

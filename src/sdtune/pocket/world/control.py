@@ -1,4 +1,4 @@
-"""Control maps of the image world, exact, generated from scenes."""
+"""Exact control maps of pocket's images, generated from scenes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sdtune.pocket.world.scenes import SIDE, Scene, mask
 Kind = Literal["segmentation", "depth", "pose"]
 
 _WORDS = sorted({thing.word for thing in THINGS})
-_SMALLEST, _BIGGEST = 26, 48  # sides of an object's box, jitter included
+_SMALLEST, _BIGGEST = 26, 48  # side of an object's box in pixels, including jitter
 _NEAR, _RANGE, _RELIEF = 110, 90, 55
-# Limbs of the skeleton, as shares of half the box's side to the right and down, and their colours.
+# Direction of each limb (right, down) in units of half the box's side, and its RGB color.
 _LIMBS = {(0, -1): (0, 255, 0), (0, 1): (0, 0, 255), (1, 0): (255, 0, 0), (-1, 0): (255, 255, 0)}
 _JOINT = (255, 255, 255)
 
 
 class PocketControl(Control):
-    """Maps of scenes of pocket's world, on their 64x64 pixels.
+    """Control maps of scenes of pocket's world, 64x64 pixels.
 
     ``segmentation``: :func:`segmentation`; ``depth``: :func:`depth`; ``pose``: :func:`pose`.
     """
@@ -37,12 +37,12 @@ class PocketControl(Control):
         self.kind = kind
 
     def open(self, samples: Sequence[Sample]) -> None:
-        odd = next((s for s in samples if not isinstance(s, SceneSample)), None)
-        if odd is not None:
+        other_sample = next((s for s in samples if not isinstance(s, SceneSample)), None)
+        if other_sample is not None:
             raise UserError(
-                "pocket's maps are of its own world (data=pocket_world); for one's own images choose"
-                " data/control=canny, scribble, paired or estimated",
+                "pocket's control maps need data of pocket's world, such as data=pocket_world",
                 key="data.control",
+                remedy="set data/control=canny, scribble, paired or estimated for other images",
             )
 
     def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
@@ -52,25 +52,25 @@ class PocketControl(Control):
 
 
 def draw_map(scene: Scene, kind: Kind) -> np.ndarray:
-    """uint8 [64, 64, 3]."""
+    """Control map of ``scene``, uint8 [64, 64, 3]."""
     return {"segmentation": segmentation, "depth": depth, "pose": pose}[kind](scene)
 
 
 def object_colour(word: str) -> tuple[int, int, int]:
-    """The class's colour: hues around the circle, two saturations, full brightness."""
-    place = _WORDS.index(word)
-    red, green, blue = colorsys.hsv_to_rgb(place / len(_WORDS), 1.0 if place % 2 else 0.55, 1.0)
+    """RGB color of a class: evenly spaced hues, two alternating saturations, full brightness."""
+    index = _WORDS.index(word)
+    red, green, blue = colorsys.hsv_to_rgb(index / len(_WORDS), 1.0 if index % 2 else 0.55, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def background_colour(name: str) -> tuple[int, int, int]:
-    """The background's own colour at half its brightness, so that none is an object's."""
+    """RGB color of a background at half brightness, which no object class has."""
     red, green, blue = BACKGROUNDS[name]
     return red // 2, green // 2, blue // 2
 
 
 def segmentation(scene: Scene) -> np.ndarray:
-    """The object's mask in its class word's colour, on the background's: uint8 [64, 64, 3]."""
+    """Segmentation map, uint8 [64, 64, 3]: the object in its class color on the background's color."""
     inside = np.asarray(mask(scene)) > 0
     colours = np.array([background_colour(scene.background), object_colour(BY_NAME[scene.thing].word)], dtype=np.uint8)
     out: np.ndarray = colours[inside.astype(int)]
@@ -78,27 +78,27 @@ def segmentation(scene: Scene) -> np.ndarray:
 
 
 def depth(scene: Scene) -> np.ndarray:
-    """Nearness in grey, uint8 [64, 64, 3]: the background is 0, as far as can be.
+    """Depth map, uint8 [64, 64, 3]: gray level by nearness; the background is 0, the farthest.
 
-    An object's rim lies the nearer the bigger it is, 110 to 200; from there it bulges towards the viewer as a
-    hemisphere would, by up to 55, with the distance to the rim as a share of its greatest.
+    The object's outline has a level from 110 (smallest) to 200 (largest object). Inside, the level rises by up to 55
+    like a hemisphere, as a function of the distance to the outline relative to its maximum.
     """
     inside = (np.asarray(mask(scene)) > 0).astype(np.uint8)
     distance = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    share = distance / max(float(distance.max()), 1.0)
+    relative_distance = distance / max(float(distance.max()), 1.0)
     size = np.clip((scene.side - _SMALLEST) / (_BIGGEST - _SMALLEST), 0, 1)
-    near = _NEAR + _RANGE * size + _RELIEF * np.sqrt(1 - (1 - share) ** 2)
+    near = _NEAR + _RANGE * size + _RELIEF * np.sqrt(1 - (1 - relative_distance) ** 2)
     return np.repeat((near * inside).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
 def keypoints(scene: Scene) -> dict[tuple[int, int], tuple[float, float]]:
-    """Middles of the object's box's sides in pixels (x, y), by (right, down) as the object itself has them.
+    """Midpoints of the sides of the object's box in pixels (x, y), keyed by direction (right, down) in the drawing.
 
-    ``(0, -1)`` is up, turned with the object; ``(1, 0)`` the drawing's right side, which a mirrored object has on the
-    left.
+    ``(0, -1)`` is the top, rotated with the object; ``(1, 0)`` is the drawing's right side, which is on the left if the
+    object is mirrored.
     """
-    turn, half = np.deg2rad(scene.angle), scene.side / 2
-    cos, sin = float(np.cos(turn)), float(np.sin(turn))
+    angle, half = np.deg2rad(scene.angle), scene.side / 2
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
     points = {}
     for right, down in _LIMBS:
         x, y = half * (-right if scene.mirror else right), half * down
@@ -107,10 +107,10 @@ def keypoints(scene: Scene) -> dict[tuple[int, int], tuple[float, float]]:
 
 
 def pose(scene: Scene) -> np.ndarray:
-    """A skeleton on black, uint8 [64, 64, 3]: limbs from the object's centre to the middles of its box's sides.
+    """Pose map, uint8 [64, 64, 3]: lines on black from the object's center to the midpoints of its box's sides.
 
-    Up is green, down blue, the drawing's right red and its left yellow; so centre, size, angle and mirroring can be
-    read from it, and nothing of the shape.
+    Up is green, down is blue, the drawing's right is red and its left is yellow. The map shows center, size, angle and
+    mirroring, but not the shape.
     """
     image = Image.new("RGB", (SIDE, SIDE))
     pen = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""Data drawn from the image world: pocket's own training images, and a subject that it has never seen."""
+"""Datasets of pocket's world: its training images, and a held-out subject."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _art_hash() -> str:
 
 
 class SceneSample:
-    """A scene with a caption, drawn when it is looked at."""
+    """Sample of a scene with a caption; the image is rendered on access."""
 
     def __init__(self, scene: Scene, caption: str) -> None:
         self.scene, self.caption = scene, caption
@@ -44,7 +44,7 @@ class SceneSample:
         return str(self.scene)
 
     def content(self) -> str:
-        """A drawing is a function of its scene and of the art, so those name its content."""
+        """Hash of the scene and of the art, which determine the image."""
         return hashlib.sha256(f"{self.scene}/{_art_hash()}".encode()).hexdigest()
 
     def image(self) -> Image.Image:
@@ -54,7 +54,7 @@ class SceneSample:
         return resize_and_crop(self.image(), size, offset, flip)
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """The object alone counts."""
+        """Loss mask, uint8 [H, W]: the object's mask."""
         return resize_and_crop(mask(self.scene).convert("RGB"), size, offset, flip)[..., 0]
 
 
@@ -64,12 +64,12 @@ def _prompt(noun: str, background: str, size: str | None) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class World(ImageDataModule):
-    """The world that pocket was trained on.
+    """Training images of pocket.
 
     Args:
-        images: how many different ones.
-        world_seed: which ones.
-        validation_images: further ones for the validation loss.
+        images: number of training images.
+        world_seed: seed of the scenes and captions.
+        validation_images: number of additional images for the validation loss.
     """
 
     images: Annotated[int, Ge(1)] = 40_000
@@ -86,14 +86,14 @@ class World(ImageDataModule):
 
 @dataclass(kw_only=True, eq=False)
 class Subject(ImageDataModule):
-    """A few images of one held-out member of a known class, each on a background of its own.
+    """A few images of a held-out object of a known class, each on a different background.
 
     Args:
-        subject: the held-out thing.
-        images: how many, on as many backgrounds.
-        token: the rare word that is to mean the subject.
-        with_class: whether prompts name the class after it ("sks bird"); a learned word stands alone.
-        validation_images: further ones for the validation loss, on backgrounds that the others do not have.
+        subject: name of the held-out object.
+        images: number of training images, each on a different background.
+        token: trigger word of the subject.
+        with_class: whether prompts name the class after the trigger word ("sks bird"); false for a learned new token.
+        validation_images: number of additional images for the validation loss, on other backgrounds.
     """
 
     subject: str = "parrot"
@@ -109,39 +109,41 @@ class Subject(ImageDataModule):
         held_out = [thing.name for thing in HELD_OUT]
         if self.subject not in held_out:
             raise UserError(
-                f"{self.subject!r} is not a held-out subject; there are {', '.join(held_out)}", key="data.subject"
+                f"unknown held-out subject {self.subject!r}",
+                key="data.subject",
+                remedy=f"use one of {', '.join(held_out)}",
             )
         if self.images > len(BACKGROUNDS) - 2:
             raise UserError(
-                f"{self.images} leaves too few unseen backgrounds", key="data.images", remedy="give at most 10"
+                f"{self.images} images leave too few unseen backgrounds", key="data.images", remedy="set at most 10"
             )
         self.name = self.subject.replace(" ", "_")
 
     @property
     def noun(self) -> str:
-        """What a prompt calls the subject: "sks bird"."""
+        """Noun phrase for the subject in prompts, such as "sks bird"."""
         return f"{self.token} {BY_NAME[self.subject].word}" if self.with_class else self.token
 
     @property
     def class_word(self) -> str:
-        """What the subject is a member of."""
+        """Class word of the subject, such as "bird"."""
         return BY_NAME[self.subject].word
 
     def backgrounds(self) -> list[str]:
-        """The backgrounds of the images, in order; every other one is absent from them."""
+        """Backgrounds of the training images, in order; the images show no other background."""
         order = generator(0, f"{streams.SUBJECT}/{self.subject}").permutation(len(BACKGROUNDS))
         return [list(BACKGROUNDS)[int(i)] for i in order[: self.images]]
 
     def prompt(self, background: str, size: str | None = None) -> str:
-        """A prompt for the subject on a background."""
+        """Prompt for the subject on a background."""
         return _prompt(self.noun, background, size)
 
     def class_text(self, background: str, size: str | None = None) -> str:
-        """A prompt for the class on a background."""
+        """Prompt for the class on a background."""
         return _prompt(self.class_word, background, size)
 
     def scenes(self) -> list[Scene]:
-        """What the images show: both sizes, all places."""
+        """Scenes of the training images; sizes and places alternate."""
         return self._scenes(self.backgrounds(), streams.SUBJECT_SCENE)
 
     def _scenes(self, backgrounds: Sequence[str], stream: str) -> list[Scene]:

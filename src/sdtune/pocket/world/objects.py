@@ -1,7 +1,7 @@
-"""What the image world is made of: objects, backgrounds, sizes and places, as plain data.
+"""Objects, backgrounds, sizes, places and styles of pocket's world, as plain data.
 
-An object is a drawing with a name of its own ("poodle") and a class word ("dog"). A held-out subject is an unseen
-member of a known class: pocket has met the word and other members of the class, but never this drawing.
+An object is a drawing with a name ("poodle") and a class word ("dog"). A held-out subject belongs to a known class:
+pocket was trained on the class word and on other objects of the class, but not on this drawing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STYLES = ("fluent", "noto")
-"""Fluent 3D emoji teach pocket; Noto Color Emoji draws the same objects in a style that pocket never sees."""
+"""Fluent 3D emoji are pocket's training style; Noto Color Emoji show the same objects in a style new to pocket."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),
@@ -27,7 +27,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES: dict[str, int] = {"big": 46, "small": 28}
-"""Side of the object's box in pixels of a 64x64 image, before a jitter of two pixels."""
+"""Side of the object's box in pixels of a 64x64 image, before jitter of up to two pixels."""
 
 PLACES: dict[str, tuple[float, float]] = {
     "on the left": (-0.7, 0.0),
@@ -36,12 +36,12 @@ PLACES: dict[str, tuple[float, float]] = {
     "at the bottom": (0.0, 0.7),
     "in the middle": (0.0, 0.0),
 }
-"""Offset of the object's centre, as a share of the room left between its box and the image's edge."""
+"""Offset of the object's center, as a fraction of the free space between its box and the image's edge."""
 
 
 @dataclass(frozen=True)
 class Recolour:
-    """A member made from another drawing: hue turned by ``hue`` (of a turn), saturation times ``saturation``."""
+    """Color change of a drawing: ``hue`` is added (1.0 is a full turn), saturation is multiplied by ``saturation``."""
 
     hue: float = 0.0
     saturation: float = 1.0
@@ -49,7 +49,7 @@ class Recolour:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing: its ``name``, its class ``word``, the emoji's ``code`` points, and whether pocket trains on it."""
+    """Object: its name, its class word, its emoji's code points, and whether it is held out from training."""
 
     name: str
     word: str
@@ -59,7 +59,7 @@ class Thing:
 
     @property
     def art(self) -> str:
-        """File stem of the drawing in the art pack."""
+        """File name of the drawing in the art folder, without suffix."""
         return self.code
 
 

@@ -1,7 +1,7 @@
-"""The image world: one known object on a plain background, drawn from art, with everything about it known.
+"""Scenes of pocket's world: one object on a plain background, rendered from emoji art, with full ground truth.
 
-A :class:`Scene` says exactly what an image shows, so a caption, a mask and the truth for an evaluation all come from
-the same record. Drawing is a pure function of the scene.
+A :class:`Scene` describes an image completely: its caption, its mask and the ground truth for evaluations are derived
+from it. Rendering is a pure function of the scene.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, PLACES, SIZES, STY
 from sdtune.randomness import generator
 
 SIDE = 64
-"""Pixels of an image's side."""
+"""Width and height of an image in pixels."""
 
 MAX_ANGLE = 10.0
 _JITTER_SIZE = 2
@@ -30,11 +30,11 @@ _MARGIN = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows.
+    """Complete description of one image.
 
     ``thing``, ``background``, ``size``, ``place`` and ``style`` are keys of the tables in
-    :mod:`sdtune.pocket.world.objects`; ``side`` is the object's box in pixels, ``centre`` its middle in pixels (x, y),
-    ``angle`` degrees counterclockwise.
+    :mod:`sdtune.pocket.world.objects`. ``side`` is the side of the object's box in pixels, ``centre`` its center in
+    pixels (x, y), ``angle`` its rotation in degrees counterclockwise.
     """
 
     thing: str
@@ -50,7 +50,7 @@ class Scene:
 
 @cache
 def art(thing: Thing, style: str) -> Image.Image:
-    """The drawing of ``thing`` (RGBA, 96x96), recoloured where the thing is a recoloured member."""
+    """Drawing of ``thing`` (RGBA, 96x96), with its color change applied."""
     with as_file(files("sdtune.pocket") / "art" / style / f"{thing.art}.webp") as path:
         image = Image.open(path).convert("RGBA")
     if thing.recolour is None:
@@ -64,19 +64,19 @@ def art(thing: Thing, style: str) -> Image.Image:
     return Image.fromarray((out * 255).round().astype(np.uint8), "RGBA")
 
 
-def _placed(scene: Scene) -> Image.Image:
-    """The object alone (RGBA, 64x64), transparent where the background shows."""
+def _render_object(scene: Scene) -> Image.Image:
+    """Object without background (RGBA, 64x64), transparent outside the object."""
     drawing = art(BY_NAME[scene.thing], scene.style)
     if scene.mirror:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # One affine map from image to drawing (rotation, scale, place) instead of rotate + resize: one interpolation.
-    # The drawing is first reduced to about the target's size, since bilinear sampling of a larger one would alias.
+    # Rotate and translate in one affine transform, so that pixels are interpolated only once. Resize the drawing to the
+    # target size first, because sampling a larger drawing would cause aliasing.
     drawing = drawing.resize((scene.side, scene.side), Image.Resampling.LANCZOS)
-    # A transparent margin, so that art that touches its box is blended at the edge instead of cut in steps.
+    # The transparent margin anti-aliases the edges of art that touches its box.
     canvas = Image.new("RGBA", (scene.side + 2 * _MARGIN, scene.side + 2 * _MARGIN))
     canvas.paste(drawing, (_MARGIN, _MARGIN))
-    turn = np.deg2rad(scene.angle)
-    cos, sin = float(np.cos(turn)), float(np.sin(turn))
+    angle = np.deg2rad(scene.angle)
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
     cx, cy = scene.centre
     half = canvas.width / 2
     matrix = (cos, -sin, half - cos * cx + sin * cy, sin, cos, half - sin * cx - cos * cy)
@@ -84,24 +84,24 @@ def _placed(scene: Scene) -> Image.Image:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """The image of ``scene``: RGB, 64x64."""
+    """Image of ``scene``: RGB, 64x64."""
     image = Image.new("RGBA", (SIDE, SIDE), (*BACKGROUNDS[scene.background], 255))
-    image.alpha_composite(_placed(scene))
+    image.alpha_composite(_render_object(scene))
     return image.convert("RGB")
 
 
 def mask(scene: Scene) -> Image.Image:
-    """The object's true mask: mode L, 64x64, 255 where the object covers the background."""
-    return _placed(scene).getchannel("A").point(lambda a: 255 if a >= 128 else 0)
+    """True mask of the object: mode L, 64x64, 255 inside the object."""
+    return _render_object(scene).getchannel("A").point(lambda a: 255 if a >= 128 else 0)
 
 
 def held_out_combination(thing: str, background: str, size: str) -> bool:
-    """Whether this combination is never drawn in training; a fifth of all, chosen by a hash so that it never moves."""
+    """Whether training never shows this combination: a fifth of all combinations, selected by a stable hash."""
     return hashlib.sha256(f"{thing}/{background}/{size}".encode()).digest()[0] < 51
 
 
 def place(scene_size: str, where: str, rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
-    """A box side and a centre in pixels for a size word and a place word, with the world's jitter."""
+    """Side and center of the object's box in pixels, with random jitter, for a size word and a place word."""
     side = SIZES[scene_size] + int(rng.integers(-_JITTER_SIZE, _JITTER_SIZE + 1))
     room = (SIDE - side) / 2
     dx, dy = PLACES[where]
@@ -113,7 +113,7 @@ def place(scene_size: str, where: str, rng: np.random.Generator) -> tuple[int, t
 def compose_scene(
     thing: str, background: str, size: str, where: str, rng: np.random.Generator, style: str = "fluent"
 ) -> Scene:
-    """A scene with the given words and a random pose."""
+    """Scene with the given words and a random box, angle and mirroring."""
     assert style in STYLES
     assert background in BACKGROUNDS
     assert where in PLACES
@@ -123,7 +123,7 @@ def compose_scene(
 
 
 def training_scene(seed: int, index: int) -> Scene:
-    """Image ``index`` of the training world: a trained thing in a combination that the evaluation does not use."""
+    """Training scene ``index``: a trained object in a combination that is not held out."""
     rng = generator(seed, streams.WORLD_SCENE, index)
     while True:
         thing = TRAINED[int(rng.integers(len(TRAINED)))].name
@@ -135,7 +135,7 @@ def training_scene(seed: int, index: int) -> Scene:
 
 
 def held_out_scenes(seed: int, count: int) -> list[Scene]:
-    """``count`` scenes of trained things in combinations that training never draws, without repeating one early."""
+    """``count`` scenes of trained objects in held-out combinations; repeats one only after all others were used."""
     combinations = [
         (thing.name, background, size)
         for thing in TRAINED

@@ -1,4 +1,4 @@
-"""A style that pocket has never seen: the objects as Noto Color Emoji draws them."""
+"""Dataset of a style that is new to pocket: Noto Color Emoji."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ STYLE = "noto"
 
 
 def drawn() -> list[Thing]:
-    """The objects that the style has drawings of its own for, in a fixed random order."""
-    own = [thing for thing in TRAINED if thing.recolour is None]
-    return [own[int(i)] for i in generator(0, streams.STYLE_OBJECTS).permutation(len(own))]
+    """Objects with their own drawing in the style (without recolored ones), in a fixed random order."""
+    things = [thing for thing in TRAINED if thing.recolour is None]
+    return [things[int(i)] for i in generator(0, streams.STYLE_OBJECTS).permutation(len(things))]
 
 
 @dataclass(kw_only=True, eq=False)
 class Style(ImageDataModule):
-    """Images of some objects in the style, captioned as pocket's own with the style's word behind.
+    """Images of some objects in the style, with pocket's captions followed by the style's trigger word.
 
     Args:
-        objects: of how many things; the others serve the evaluation.
-        images: how many, objects, backgrounds, sizes and places by turns and at random.
-        token: what captions call the style: "in sks style".
+        objects: number of objects; the others are used for the evaluation.
+        images: number of images; they cycle through the objects, with random backgrounds, sizes and places.
+        token: trigger word of the style, as in "in sks style".
     """
 
     objects: Annotated[int, Ge(1)] = 20
@@ -47,11 +47,12 @@ class Style(ImageDataModule):
         super().__post_init__()
         if len(drawn()) - self.objects < 1:
             raise UserError(
-                f"the style has {len(drawn())} objects, and some must be left to measure on", key="data.objects"
+                f"max {len(drawn()) - 1}, got {self.objects}; the evaluation needs at least one other object",
+                key="data.objects",
             )
 
     def caption(self, scene: Scene) -> str:
-        """What a prompt calls ``scene`` in the style."""
+        """Caption of ``scene`` with the style's trigger word."""
         return f"{full_caption(scene)}, in {self.token} style"
 
     def _scene(self, number: int) -> Scene:

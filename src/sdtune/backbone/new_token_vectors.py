@@ -1,4 +1,4 @@
-"""New words of a backbone: begin them, read their vectors, and take them out for a while."""
+"""New tokens of a backbone: initialize them, read their embedding vectors, and temporarily remove them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, initial
 
 
-def begin_tokens(backbone: Backbone, tokens: Sequence[NewToken]) -> None:
-    """Add ``tokens`` to ``backbone`` at their initial values."""
+def initialize_tokens(backbone: Backbone, tokens: Sequence[NewToken]) -> None:
+    """Add ``tokens`` to ``backbone`` with their initial embedding vectors."""
     tables = [encoder.get_input_embeddings() for encoder in backbone.encoders.values()]
-    backbone.add_tokens({t.token: initial(backbone.tokenizers, tables, t) for t in tokens})
+    backbone.add_tokens({token.token: initial(backbone.tokenizers, tables, token) for token in tokens})
 
 
-def word_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
-    """The vectors [N, D] of each new word, one of each text encoder, as they are now."""
+def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
+    """Current embedding vectors [N, D] of each new token, one tensor per text encoder."""
     if backbone.words is None:
         return {}
     words = backbone.words
-    return {token: tuple(rows[list(words.rows(token))] for rows in backbone.learned) for token in words.widths}
+    return {
+        token: tuple(rows[list(words.rows(token))] for rows in backbone.new_token_vectors) for token in words.widths
+    }
 
 
 @contextmanager
-def plain_vocabulary(backbone: Backbone) -> Iterator[None]:
-    """Within it, the text encoders are as others know them: without the new words."""
+def without_new_tokens(backbone: Backbone) -> Iterator[None]:
+    """Context manager that gives the text encoders their original embedding tables, without the new tokens."""
     tables = {name: encoder.get_input_embeddings() for name, encoder in backbone.encoders.items()}
     for name, table in tables.items():
         if isinstance(table, ExtendedEmbedding):

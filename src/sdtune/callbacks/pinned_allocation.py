@@ -1,4 +1,4 @@
-"""Has the C library keep freed memory between the steps of a training on a CPU."""
+"""Make the C allocator keep freed memory between training steps on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.hardware.allocator import pin_allocation
 
 
-class KeptMemory(Callback):
-    """Only a ``TrainRun`` adds it: it changes the allocator of the whole process, which a library must not do."""
+class PinnedAllocation(Callback):
+    """Make the C allocator keep freed memory during the training.
+
+    Only ``TrainRun`` adds this callback: it configures the allocator of the process, which a library must not do.
+    """
 
     priority: ClassVar[int] = 200
 

@@ -1,0 +1,248 @@
+"""Write docs/settings.md, the reference of all settings, from the YAML files and the docstrings.
+
+    python docs/settings_reference.py            # write the page
+    python docs/settings_reference.py --check    # exit with 1 if the page is out of date
+
+A setting's description is the ``Args`` entry of the class that its group configures; if there is none, the comment
+next to it in the YAML file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sdtune.config.targets import resolve
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+PAGE = ROOT / "docs" / "settings.md"
+TRUST = ("sdtune", "torch", "pytorch_lightning")
+
+GROUPS = {
+    "method": "Method",
+    "backbone": "Backbone",
+    "data": "Data",
+    "data/control": "Control maps",
+    "objective": "Objective",
+    "optimizer": "Optimizer",
+    "lr_schedule": "Learning-rate schedule",
+    "trainer": "Trainer",
+    "hardware": "Hardware",
+    "checkpoint": "Checkpoints",
+    "callbacks": "Callbacks",
+    "evaluation": "Evaluation",
+    "logger": "Logger",
+    "hydra/launcher": "Launcher of a sweep",
+    "hydra/sweeper": "Sweeper",
+    "debug": "Debugging",
+}
+FIRST = ("auto", "base", "default", "simple", "adamw", "constant", "pocket", "sd15")
+"""Options that are shown first; the tables of the others leave out what is the same."""
+
+COMMANDS = {
+    "train": "every run",
+    "sample": "`sdtune sample`",
+    "plan": "`sdtune plan`",
+    "export": "`sdtune export`",
+    "evaluate": "`sdtune evaluate`",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: dotted key, default as written in YAML, type, description."""
+
+    key: str
+    default: str
+    kind: str
+    text: str
+
+
+def page() -> str:
+    """The page as Markdown."""
+    parts = [
+        "# All settings",
+        "```bash\nsdtune train method.rank=16 optimizer.lr=1e-4 trainer.max_steps=400\n```",
+        "Every setting is a Hydra override `key=value`; a group is chosen by `group=option`. `sdtune train --cfg job` "
+        "prints the composed settings. `make settings` generates this page from the YAML files in `conf/` and from the "
+        "docstrings.",
+    ]
+    for command, name in COMMANDS.items():
+        parts += [f"## Settings of {name}", _head(CONF / f"{command}.yaml"), _table(list(_rows(f"{command}.yaml", "")))]
+    known: dict[str, Row] = {}
+    for group, title in GROUPS.items():
+        parts += [f"## {title}: `{group}=`", *_group(group, known)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _group(group: str, known: dict[str, Row]) -> Iterator[str]:
+    """The section of a group; ``known`` has the rows of earlier groups, and gets those of this one."""
+    options = sorted((path.stem for path in (CONF / group).glob("*.yaml")), key=lambda o: (o not in FIRST, o))
+    yield "\n".join(
+        ["| option | |", "|---|---|", *(f"| `{o}` | {_cell(_head(CONF / group / f'{o}.yaml'))} |" for o in options)]
+    )
+    shown: dict[str, Row] = {}
+    for option in options:
+        rows = [_completed(row, known) for row in _rows(f"{group}/{option}.yaml", _prefix(group, option))]
+        different = [row for row in rows if shown.get(row.key) != row]
+        shown |= {row.key: row for row in rows if row.key not in shown}
+        known |= {row.key: row for row in rows if row.key not in known}
+        if different and len(options) > 1:
+            yield f"**`{group}={option}`**" + (" (the other settings are as above)" if different != rows else "")
+        yield _table(different)
+
+
+def _completed(row: Row, known: dict[str, Row]) -> Row:
+    """``row`` with the type and description of an earlier row of the same key, if it has none."""
+    earlier = known.get(row.key, row)
+    return Row(row.key, row.default, row.kind or earlier.kind, row.text or earlier.text)
+
+
+def _prefix(group: str, option: str) -> str:
+    text = (CONF / group / f"{option}.yaml").read_text()
+    package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
+    name = package[1] if package else group.replace("/", ".")
+    return "" if name == "_global_" else f"{name}."
+
+
+def _head(path: Path) -> str:
+    """The comment at the top of a YAML file."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def _rows(name: str, prefix: str) -> Iterator[Row]:
+    text = (CONF / name).read_text()
+    node = yaml.compose(text)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    target = next((v.value for k, v in node.value if k.value == "_target_"), None) or _sibling_target(name)
+    yield from _walk(node, prefix, target, text.splitlines())
+
+
+def _sibling_target(name: str) -> str | None:
+    """The class of the first option that builds on ``name``, for a file of shared settings such as data/base."""
+    own = Path(name)
+    for path in sorted((CONF / own.parent).glob("*.yaml")):
+        config = yaml.safe_load(path.read_text()) or {}
+        if own.parent.name and own.stem in config.get("defaults", []) and "_target_" in config:
+            return str(config["_target_"])
+    return None
+
+
+def _walk(node: yaml.MappingNode, prefix: str, target: str | None, lines: list[str]) -> Iterator[Row]:
+    texts, hints = _documented(target)
+    for key_node, value in node.value:
+        key = str(key_node.value)
+        if key in ("_target_", "_partial_", "defaults") or (prefix == "" and key == "hydra"):
+            continue
+        inner = isinstance(value, yaml.MappingNode) and not value.flow_style and value.value
+        if inner:
+            nested = next((v.value for k, v in value.value if k.value == "_target_"), None)
+            yield from _walk(value, f"{prefix}{key}.", nested, lines)
+            continue
+        line = lines[value.end_mark.line]
+        default = line[value.start_mark.column : value.end_mark.column]
+        text = texts.get(key) or line[value.end_mark.column :].strip().lstrip("# ") or _above(lines, key_node)
+        yield Row(f"{prefix}{key}", default, _kind(hints.get(key)), text)
+
+
+def _above(lines: list[str], node: yaml.Node) -> str:
+    """The comment in the lines directly above a key, unless it is the comment at the top of the file."""
+    first = node.start_mark.line
+    while first > 0 and lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    return " ".join(line.strip().lstrip("# ") for line in lines[first : node.start_mark.line]) if first > 0 else ""
+
+
+def _documented(target: str | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """The ``Args`` entries and the type hints of a class of sdtune and of its bases."""
+    if target is None or not target.startswith("sdtune."):
+        return {}, {}
+    cls = resolve(target, "_target_", TRUST)
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith("sdtune"):
+            texts |= _arguments(inspect.cleandoc(base.__doc__ or ""))
+    return texts, get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__, include_extras=True)
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    match = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
+    entries = re.findall(r"^    (\w+(?:, \w+)*): ((?:.*)(?:\n        .*)*)", match[1], re.MULTILINE) if match else []
+    return {
+        name: re.sub(r"\s+", " ", text).replace("``", "`") for names, text in entries for name in names.split(", ")
+    }
+
+
+def _kind(hint: Any) -> str:
+    if hint is None:
+        return ""
+    if hint is type(None):
+        return "null"
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _kind(args[0]) + "".join(_bound(limit) for limit in args[1:])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_kind(arg) for arg in args))
+    if origin is typing.Literal:
+        return " or ".join(f"`{arg}`" for arg in args)
+    if origin is not None and issubclass(origin, typing.Sequence | tuple | list):  # type: ignore[arg-type]
+        return "list of " + _kind(args[0]) if args else "list"
+    if origin is not None and issubclass(origin, typing.Mapping):
+        return "mapping"
+    return {"str": "text", "bool": "true or false"}.get(getattr(hint, "__name__", ""), getattr(hint, "__name__", ""))
+
+
+def _bound(limit: Any) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [
+        f" {sign} {getattr(limit, name)}" for name, sign in signs.items() if getattr(limit, name, None) is not None
+    ]
+    return ",".join(found)
+
+
+def _table(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    lines = ["| key | default | type | |", "|---|---|---|---|"]
+    lines += [f"| `{r.key}` | {_code(r.default)} | {_cell(r.kind)} | {_cell(r.text)} |" for r in rows]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def _cell(text: str) -> str:
+    plain = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("|", "\\|")
+    plain = re.sub(r"\bNone\b", "null", plain.removesuffix("."))
+    return re.sub(r"<(?=[\w-])", "&lt;", plain)
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return int(not PAGE.exists() or PAGE.read_text() != text)
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""The documentation agrees with the code: commands compose, links lead somewhere, examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from markdown_it import MarkdownIt
+from omegaconf import OmegaConf
+
+from sdtune.backbone import Pretrained
+from sdtune.cli.main import COMMANDS
+from sdtune.config.compose import compose, search_path, without_hydra
+from sdtune.config.model import check_model
+from sdtune.config.schema import check_node
+from sdtune.config.trainer import check_trainer
+from sdtune.data import Folder
+from sdtune.methods import DreamBooth
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").glob("**/README.md")])
+NOTHING = "CHANGELOG.md"  # names what is gone
+
+
+@dataclass(frozen=True)
+class Example:
+    """A command of a page: ``sdtune NAME ARGUMENTS``."""
+
+    page: str
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}: sdtune {self.name} {' '.join(self.arguments)}"
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def examples_in(text: str, page: str) -> Iterator[Example]:
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(re.sub(r"\$\(.*?\)", "DIR", line), posix=True, punctuation_chars=";&|<>")
+        lexer.whitespace_split, lexer.commenters = True, "#"
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word and set(word) <= set(";&|<>"):
+                if "sdtune" in words[:-1] and words[words.index("sdtune") + 1] in COMMANDS:
+                    name, *arguments = words[words.index("sdtune") + 1 :]
+                    yield Example(page, name, tuple(arguments))
+                words = []
+            else:
+                words.append(word)
+
+
+def all_examples() -> list[Example]:
+    pages = [page for page in PAGES if page.name != NOTHING]
+    return [
+        example
+        for page in pages
+        for block in code_blocks(page, "bash")
+        for example in examples_in(block, str(page.relative_to(ROOT)))
+    ]
+
+
+def write_yaml_blocks(page: Path, folder: Path) -> None:
+    """Write each YAML block that begins with a comment with its path, such as ``# conf/method/mine.yaml``."""
+    for block in code_blocks(page, "yaml"):
+        if match := re.match(r"(?:# @package.*\n)?# (conf/\S+)\n", block):
+            path = folder / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block)
+
+
+def first_values(overrides: list[str]) -> list[str]:
+    """The overrides of the first job of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return [f"{o.get_key_element()}={first_value(o)}" if o.is_sweep_override() else str(o.input_line) for o in parsed]
+
+
+def first_value(override: Override) -> str:
+    value = override.value()
+    return str(value.start) if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """The checks of ``sdtune NAME`` that look at the config alone, and neither at files nor at the machine."""
+    if name in ("train", "prepare"):
+        check_model(config, tuple(config["trust"]))
+        check_node(config["data"], "data", (), ("seed",))
+        check_node(config["evaluation"], "evaluation")
+        for key, node in config["callbacks"].items():
+            check_node(node, f"callbacks.{key}", (), ("folder", "record", "run", "trial"))
+        config["hardware"] |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+        check_trainer(config, ())
+    if "sampling" in config:
+        check_node(config["sampling"], "sampling")
+
+
+EXAMPLES = all_examples()
+
+
+def test_pages_have_examples_of_every_command() -> None:
+    assert {example.name for example in EXAMPLES} == set(COMMANDS)
+    assert len(EXAMPLES) > 60
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
+    arguments = list(example.arguments)
+    if example.name == "report":
+        assert len(arguments) == 1
+        return
+    config_dir = None
+    if "-cd" in arguments:
+        write_yaml_blocks(ROOT / example.page, tmp_path)
+        position = arguments.index("-cd")
+        config_dir = str(tmp_path / arguments[position + 1])
+        del arguments[position : position + 2]
+    flags = [word for word in arguments if word in ("-m", "--help")]
+    overrides = [word for word in arguments if word not in (*flags, "--cfg", "job")]
+    is_resumed = any(word.startswith("resume=") for word in overrides)
+    if is_resumed and any(word.startswith("hydra.launcher.") for word in overrides):
+        overrides.append("hydra/launcher=shared_backbone")  # a setting of the resumed sweep
+    config = compose(example.name, search_path(config_dir), first_values(overrides) if "-m" in flags else overrides)
+    if not is_resumed and "trust=[my_package]" not in overrides:
+        container: Any = OmegaConf.to_container(without_hydra(config), resolve=True)
+        check_config(container, example.name)
+
+
+def test_misspelled_command_of_a_page_is_found() -> None:
+    [example] = examples_in("FOO=1 sdtune train method.rnk=4 \\\n  'data.prompt=\"a, b\"' && ls  # text", "page")
+    assert example == Example("page", "train", ("method.rnk=4", 'data.prompt="a, b"'))
+    with pytest.raises(Exception, match="rnk"):
+        compose("train", search_path(None), list(example.arguments))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page: Path) -> list[str]:
+    tokens = [
+        child
+        for token in MarkdownIt("commonmark").enable("table").parse(page.read_text())
+        for child in token.children or ()
+    ]
+    return [str(t.attrGet("href") or t.attrGet("src")) for t in tokens if t.type in ("link_open", "image")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_internal_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in links(page):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+def test_every_page_is_in_the_index_and_begins_with_a_command() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+        body = page.read_text().split("\n", 1)[1].lstrip()
+        assert body.startswith(("```bash", "```python")), page.name
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_page_is_up_to_date() -> None:
+    """make settings writes it."""
+    reference = script("settings_reference")
+    assert reference.PAGE.read_text() == reference.page()
+
+
+def test_settings_page_describes_every_setting() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 150
+    empty = [key for key, _, _, description in rows if not description.strip()]
+    assert not empty
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_python_example_runs(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny backbone and for two steps."""
+    monkeypatch.chdir(tmp_path)
+    code = code_blocks(ROOT / "docs" / "python.md", "python")[0]
+    for old, new in (
+        ('Pretrained("pocket")', f'Pretrained("{tiny}")'),
+        ('path="DIR"', f'path="{images}"'),
+        ("max_steps=400", "max_steps=2"),
+        ("sdtune.sample(", f'sdtune.sample(backbone=Pretrained("{tiny}"), prompt='),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    exec(compile(code, "python.md", "exec"), {})
+    assert {p.name for p in tmp_path.iterdir()} >= {"otter", "otter.png"}
+
+
+def test_example_method_trains_what_it_says(tiny: Path, images: Path, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": "my_package"}
+    exec(compile(code_blocks(ROOT / "docs" / "new-method.md", "python")[0], "new-method.md", "exec"), names)
+    model = names["CrossAttention"](backbone=Pretrained(str(tiny)), optimizer=lambda g: torch.optim.SGD(g, lr=1.0))
+    assert isinstance(model, DreamBooth)
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=False)
+    trainer.fit(model, datamodule=Folder(path=str(images), batch_size=1, prior_weight=0, prompt="a photo of sks otter"))
+    trained = {name.rsplit(".", 2)[-2] for name, _ in model.trainable()}
+    assert trained == {"to_k", "to_v"}
+    model.artifact(tmp_path, "otter")
+    assert (tmp_path / "otter" / "model_index.json").is_file()
