@@ -103,7 +103,7 @@ def cycles(graph: Graph) -> list[frozenset[str]]:
     """Strongly connected components with more than one node."""
 
     @cache
-    def reachable(start: str) -> frozenset[str]:
+    def stoppable(start: str) -> frozenset[str]:
         seen: set[str] = set()
         pending = [start]
         while pending:
@@ -112,7 +112,7 @@ def cycles(graph: Graph) -> list[frozenset[str]]:
                 pending.append(node)
         return frozenset(seen)
 
-    components = {frozenset(b for b in reachable(a) if a in reachable(b)) for a in graph if a in reachable(a)}
+    components = {frozenset(b for b in stoppable(a) if a in stoppable(b)) for a in graph if a in stoppable(a)}
     return sorted(components, key=sorted)
 
 

@@ -45,6 +45,7 @@ GROUPS = {
     "logger": "Logger",
     "hydra/launcher": "Launcher of a sweep",
     "hydra/sweeper": "Sweeper",
+    "sweep": "Sweep files",
     "debug": "Debugging",
 }
 FIRST = ("auto", "base", "default", "simple", "adamw", "constant", "pocket", "sd15")
@@ -75,8 +76,9 @@ def page() -> str:
         "# All settings",
         "```bash\nsdtune train method.rank=16 optimizer.lr=1e-4 trainer.max_steps=400\n```",
         "Every setting is a Hydra override `key=value`; a group is chosen by `group=option`. `sdtune train --cfg job` "
-        "prints the composed settings. `make settings` generates this page from the YAML files in `conf/` and from the "
-        "docstrings.",
+        "prints the composed settings, `sdtune train --cfg job -p GROUP` those of a group. `make settings` generates "
+        "this page from the YAML files in `conf/` and from the docstrings.",
+        "The output folders are `paths.outputs`, `hydra.run.dir` and, for sweeps, `hydra.sweep.dir`.",
     ]
     for command, name in COMMANDS.items():
         parts += [f"## Settings of {name}", _head(CONF / f"{command}.yaml"), _table(list(_rows(f"{command}.yaml", "")))]
@@ -99,7 +101,9 @@ def _group(group: str, known: dict[str, Row]) -> Iterator[str]:
         shown |= {row.key: row for row in rows if row.key not in shown}
         known |= {row.key: row for row in rows if row.key not in known}
         if different and len(options) > 1:
-            yield f"**`{group}={option}`**" + (" (the other settings are as above)" if different != rows else "")
+            yield f"**`{group}={option}`**" + (
+                " (only the differences from the options above)" if different != rows else ""
+            )
         yield _table(different)
 
 
@@ -186,9 +190,7 @@ def _documented(target: str | None) -> tuple[dict[str, str], dict[str, Any]]:
 def _arguments(doc: str) -> dict[str, str]:
     match = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
     entries = re.findall(r"^    (\w+(?:, \w+)*): ((?:.*)(?:\n        .*)*)", match[1], re.MULTILINE) if match else []
-    return {
-        name: re.sub(r"\s+", " ", text).replace("``", "`") for names, text in entries for name in names.split(", ")
-    }
+    return {name: re.sub(r"\s+", " ", text).replace("``", "`") for names, text in entries for name in names.split(", ")}
 
 
 def _kind(hint: Any) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtune.data import Encoders, Folder, ImageDataModule
+from sdtune.data import CacheInputs, Folder, ImageDataModule
 
 
 def encode(images: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def text(prompts: list[str]) -> Tensor:
     return torch.stack([torch.full((3, 2), float(sum(map(ord, prompt)))) for prompt in prompts])
 
 
-def encoders(cache: Path, images: Any = encode, images_hash: str = "vae", words: Any = text) -> Encoders:
-    return Encoders(images=images, images_hash=images_hash, text=words, text_hash="text", cache=cache)
+def encoders(cache: Path, images: Any = encode, images_hash: str = "vae", words: Any = text) -> CacheInputs:
+    return CacheInputs(images=images, images_hash=images_hash, text=words, text_hash="text", cache=cache)
 
 
 def noise(path: Path, width: int, height: int, seed: int = 0, caption: str | None = None) -> Path:

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
 from sdtune.cli.main import COMMANDS
+from sdtune.config import hardware
 from sdtune.config.compose import compose, search_path, without_hydra
 from sdtune.config.model import check_model
 from sdtune.config.schema import check_node
@@ -103,6 +104,9 @@ def check_config(config: dict[str, Any], name: str) -> None:
         check_node(config["evaluation"], "evaluation")
         for key, node in config["callbacks"].items():
             check_node(node, f"callbacks.{key}", (), ("folder", "record", "run", "trial"))
+        hardware.micro_batch(
+            config["hardware"], config["data"]["batch_size"], config["trainer"]["accumulate_grad_batches"]
+        )
         config["hardware"] |= {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
         check_trainer(config, ())
     if "sampling" in config:

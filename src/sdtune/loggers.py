@@ -60,7 +60,8 @@ class Wandb(LoggerSettings):
     resumed run continues the same W&B run; its id is stored in the run folder. The job type is the method.
 
     Args:
-        name, group: of the W&B run; null: the label and the sweep.
+        name: name of the W&B run; null: the overrides in which it differs from the other jobs of its sweep.
+        group: group of the W&B run; null: the name of the sweep's folder.
         offline: write to disk only, for ``wandb sync``; needs no account.
         log_artifact: upload the run's artifact as a version of a W&B artifact, named like the artifact's file.
     """

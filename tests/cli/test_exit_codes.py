@@ -32,7 +32,11 @@ SHOWN: dict[str, tuple[BaseException, int, str]] = {
     ),
     "connection": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), 1, "Connection refused\n"),
     "MPS memory": (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), 1, "out of memory"),
-    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped; sdtune train resume=RUN"),
+    "Ctrl-C": (
+        KeyboardInterrupt(),
+        130,
+        "stopped; if there is a checkpoint, continue it with: sdtune train resume=RUN",
+    ),
 }
 BUGS: dict[str, Exception] = {
     "value": ValueError("zip() argument 2 is shorter than argument 1"),

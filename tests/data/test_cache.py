@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdtune.data.cache import MEMORY_CACHE_BYTES, TensorCache, share
+from sdtune.data.cache import MEMORY_CACHE_BYTES, TensorCache, keys_of_rank
 from sdtune.errors import UserError
 
 
@@ -90,7 +90,7 @@ def test_encoder_with_too_few_outputs_raises(tmp_path: Path) -> None:
 
 def test_shares_of_the_processes_partition_the_keys() -> None:
     keys = [f"k{i}" for i in range(7)]
-    shares = [share(keys, rank, 3) for rank in range(3)]
+    shares = [keys_of_rank(keys, rank, 3) for rank in range(3)]
     assert sorted(key for rank_keys in shares for key in rank_keys) == keys
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -310,7 +310,7 @@ def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog
     facts = json.loads((folder / "sdtune.json").read_text())
     for preprocess, remedy in (("scribble", "set preprocess: scribble"), (None, "set image to a control map")):
         (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": preprocess}))
-        with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other maps; {remedy}"):
+        with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other control maps; {remedy}"):
             controlnets.check_controlnet(str(folder), source, "canny")
         controlnets.check_controlnet(str(folder), source, preprocess)
     (folder / "sdtune.json").unlink()

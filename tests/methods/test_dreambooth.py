@@ -16,7 +16,7 @@ from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_token_vectors import token_vectors
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.data.prior import PLACE, class_images, generate_missing, partner
+from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index, class_images, generate_missing
 from sdtune.errors import UserError
 from sdtune.evaluation.draw import trained
 from sdtune.methods import DreamBooth, LoRA
@@ -57,7 +57,7 @@ def test_every_micro_batch_has_pairs_of_subject_and_class_images(tiny: Path, ima
         assert batch["moments"].shape[0] == batch["text"].shape[0] == len(batch["prompts"]) == 4
         assert batch["prompts"][2:] == ["a dog", "a dog"]
         assert all(prompt.startswith("picture number") for prompt in batch["prompts"][:2])
-        assert batch["positions"][2:] == [p + PLACE for p in batch["positions"][:2]]
+        assert batch["positions"][2:] == [p + CLASS_POSITION_OFFSET for p in batch["positions"][:2]]
     for row in recorded.metrics[1::2]:
         assert row["loss"] == pytest.approx(row["loss/diffusion"] + 0.5 * row["loss/prior"], rel=1e-5)
         assert row["loss/prior"] != row["loss/diffusion"]
@@ -115,7 +115,7 @@ def test_several_class_prompts_with_a_class_folder_are_refused(images: Path) -> 
 
 
 def test_each_class_image_is_used_once_per_epoch() -> None:
-    order = [partner(0, 5, number) for number in range(15)]
+    order = [class_image_index(0, 5, number) for number in range(15)]
     for epoch in range(3):
         assert sorted(order[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
     assert order[:5] != order[5:10] or order[5:10] != order[10:]

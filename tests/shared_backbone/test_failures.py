@@ -100,9 +100,9 @@ def test_job_that_waits_for_images_survives_a_failed_step() -> None:
 
     def job(name: str, call: PendingCall) -> Callable[[], None]:
         def run() -> None:
-            coordinator.ask(JoinCall())
+            coordinator.request(JoinCall())
             try:
-                coordinator.ask(call)
+                coordinator.request(call)
             except RunFailed:
                 ended.append(f"{name} failed")
             else:
@@ -114,7 +114,7 @@ def test_job_that_waits_for_images_survives_a_failed_step() -> None:
     # The call for images waits until the job of the step has ended and the memory of its activations is free.
     assert ended == ["step failed", "images answered"]
     assert answered == [1]
-    assert "max_concurrent_runs=1" in str(coordinator.broken)
+    assert "max_concurrent_runs=1" in str(coordinator.error)
 
 
 def test_unwritable_folder_fails_only_its_job(

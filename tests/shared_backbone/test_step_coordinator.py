@@ -35,9 +35,9 @@ def run(size: int, jobs: list[Callable[[StepCoordinator], None]]) -> list[dict[i
 def calling_job(*values: int, joins: bool = True) -> Callable[[StepCoordinator], None]:
     def job(coordinator: StepCoordinator) -> None:
         if joins:
-            coordinator.ask(JoinCall())
+            coordinator.request(JoinCall())
         for value in values:
-            assert coordinator.ask(Number(value)) == value + 100
+            assert coordinator.request(Number(value)) == value + 100
 
     return job
 
@@ -84,8 +84,8 @@ def test_failed_answer_is_raised_in_the_waiting_jobs_and_no_new_job_starts() -> 
     def job(number: int) -> None:
         started.append(number)
         try:
-            coordinator.ask(JoinCall())
-            coordinator.ask(Number(number))
+            coordinator.request(JoinCall())
+            coordinator.request(Number(number))
         except RunFailed as error:
             ended.append(str(error))
 
@@ -93,16 +93,16 @@ def test_failed_answer_is_raised_in_the_waiting_jobs_and_no_new_job_starts() -> 
     coordinator.run(lambda number=number: job(number) for number in range(4))
     assert started == [0, 1]
     assert ended == ["RuntimeError: no room", "RuntimeError: no room"]
-    assert isinstance(coordinator.broken, RunFailed)
-    assert "in answer" in str(coordinator.broken.details), "the traceback is stored"
+    assert isinstance(coordinator.error, RunFailed)
+    assert "in answer" in str(coordinator.error.details), "the traceback is stored"
 
 
 def test_exception_of_a_job_ends_the_waiting_jobs() -> None:
     ended: list[str] = []
 
     def fails(coordinator: StepCoordinator) -> None:
-        coordinator.ask(JoinCall())
-        coordinator.ask(Number(1))
+        coordinator.request(JoinCall())
+        coordinator.request(Number(1))
         raise RuntimeError("over")
 
     def waits(coordinator: StepCoordinator) -> None:

@@ -15,7 +15,7 @@ from sdtune.backbone.controlnet import ControlNetWithStrength, Residuals, cast_c
 from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewTokens
-from sdtune.backbone.text import hidden, tokenize_windows, unused_prefixes
+from sdtune.backbone.text import encoder_states, tokenize_windows, unused_prefixes
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
 from sdtune.objective.schedule import NoiseSchedule
@@ -33,7 +33,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
 
 
 class PairExecutor(Protocol):
-    """Runs a UNet that several runs share, with the LoRA pairs of one run as branches next to its weights."""
+    """Computes predictions of a UNet that several runs share, with the LoRA pairs of one run, which are not merged."""
 
     def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
         """Output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with LoRA ``pairs`` applied."""
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.prediction_type = check_prediction_type(facts.prediction_type)
-        self.words: NewTokens | None = None
+        self.new_tokens: NewTokens | None = None
         """New tokens that prompts may contain; None if there are none."""
         self.decodes_in_tiles = False
         """Whether large images are decoded in tiles; see :meth:`decode_in_tiles`."""
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
         self.pair_executor: PairExecutor | None = None
         """Set if other runs share the UNet's weights; if None, LoRA pairs are merged into the weights for sampling."""
         self.sampling_pairs: Pairs | None = None
-        """LoRA pairs for sampling on shared weights, empty at strength 0; None if the UNet's own weights are used: see
+        """LoRA pairs for sampling if the UNet's weights are shared (empty: no LoRA), else None. Set by
         :func:`sdtune.loaders.lora.adapters_applied`.
         """
 
@@ -108,9 +108,11 @@ class Backbone(nn.Module):
     def prepare_for_device(self, device: torch.device, *others: Any) -> None:
         """Select the attention and convolution implementations for ``device``.
 
-        Attention is fused (``sdpa``), except on a CPU with small latents: there the backward of unfused attention is
-        faster, but at long sequences it would need too much memory. Attention processors injected by a method are kept.
-        On a CPU, the UNet and ``others`` also use ``channels_last`` and :func:`use_matmul_convolutions`.
+        Attention is fused (``sdpa``). On a CPU with at most 1024 latent positions it is unfused, because its backward
+        is faster there; with more positions, unfused attention would need too much memory. Attention processors
+        injected
+        by a method are kept. On a CPU, the UNet and ``others`` also use ``channels_last`` and
+        :func:`use_matmul_convolutions`.
 
         Args:
             others: additional models with attention processors like the UNet's.
@@ -191,12 +193,12 @@ class Backbone(nn.Module):
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
         """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder); only once per backbone."""
-        assert self.words is None, "new tokens can be added only once"
-        self.words = NewTokens(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
+        assert self.new_tokens is None, "new tokens can be added only once"
+        self.new_tokens = NewTokens(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
         for index, encoder in enumerate(self.encoders.values()):
             table = encoder.get_input_embeddings()
             rows = torch.cat([encoder_rows[index] for encoder_rows in vectors.values()]).to(table.weight)
-            encoder.set_input_embeddings(ExtendedEmbedding(table, rows, self.words.first))
+            encoder.set_input_embeddings(ExtendedEmbedding(table, rows, self.new_tokens.first_id))
 
     @property
     def new_token_vectors(self) -> list[nn.Parameter]:
@@ -205,7 +207,7 @@ class Backbone(nn.Module):
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
     def _expanded(self, prompts: Sequence[str]) -> list[str]:
-        return [self.words.expanded(p) for p in prompts] if self.words is not None else list(prompts)
+        return [self.new_tokens.expand(p) for p in prompts] if self.new_tokens is not None else list(prompts)
 
     def count_tokens(self, prompt: str) -> int:
         """Number of tokens of ``prompt`` with start and end token, untruncated; the limit is ``facts.max_tokens``."""
@@ -221,7 +223,7 @@ class Backbone(nn.Module):
         """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""
         ids = self.tokenize(prompts).to(self.text_encoder.device)
         out = self.text_encoder(ids.view(len(ids) * self.facts.windows, -1), output_hidden_states=self.clip_skip > 0)
-        states = hidden(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
+        states = encoder_states(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
         return states.reshape(*ids.shape, -1)
 
     # --- denoising

@@ -63,6 +63,6 @@ def residuals(
     return Residuals(tuple(skips), middle)
 
 
-def skips(unet: UNet2DConditionModel) -> int:
+def skip_connection_count(unet: UNet2DConditionModel) -> int:
     """Number of skip connections of ``unet``; diffusers silently ignores surplus or missing residuals."""
     return 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in unet.down_blocks)

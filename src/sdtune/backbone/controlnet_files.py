@@ -119,7 +119,8 @@ def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: S
 def embedding_widths(factor: int) -> tuple[int, ...]:
     """Channels of the control map embedding for a VAE with downscaling ``factor``; each step halves the sides.
 
-    The original four values for a factor of 8; for other factors the list is cut, or its last value is repeated.
+    For a factor of 8 these are the four values of the original code; for other factors the list is shortened, or its
+    last value is repeated.
     """
     halvings = factor.bit_length() - 1
     assert factor == 2**halvings

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 _PIXELS = 256
 _WEIGHTS = 640 * 1280
 """A matrix product is used for at most ``_PIXELS`` output pixels per batch and at least ``_WEIGHTS`` weights per kernel
-position. Measured on two cores with AMX, frozen weights, forward and backward: within these limits a product is faster
-in float32 and bfloat16, beyond them it is not."""
+position. Measured on two cores with AMX, frozen weights, forward and backward: within these limits a matrix product is
+faster in float32 and bfloat16; outside of them the convolution is faster."""
 
 
 class MatmulConv2d(nn.Conv2d):

@@ -14,8 +14,8 @@ from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
 
 
-def load_backbone(source: PipelineSource, seed: int, unet: torch.dtype | None = None) -> Backbone:
-    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet`` if given)."""
+def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | None = None) -> Backbone:
+    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet_dtype`` if given)."""
     folder = source.folder()
 
     def component(name: str) -> Any:
@@ -25,7 +25,7 @@ def load_backbone(source: PipelineSource, seed: int, unet: torch.dtype | None = 
                 return from_config(name, folder)
         return KINDS[name].from_pretrained(
             folder / name,
-            torch_dtype=unet if unet is not None and name == "unet" else torch.float32,
+            torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
             variant=source.weights_variant(name),
             use_safetensors=True,
             local_files_only=True,

@@ -16,7 +16,7 @@ from sdtune.files import replacing
 from sdtune.paths import cache_folder, is_hub_id
 
 
-def local(path: str, key: str) -> Path | None:
+def find_local(path: str, key: str) -> Path | None:
     """Local folder or file at ``path``; None if ``path`` can only be a hub id.
 
     Raises:
@@ -34,7 +34,9 @@ def local(path: str, key: str) -> Path | None:
     return None
 
 
-def snapshot(path: str, revision: str | None, patterns: list[str], complete: Callable[[Path], bool], key: str) -> Path:
+def hub_folder(
+    path: str, revision: str | None, patterns: list[str], complete: Callable[[Path], bool], key: str
+) -> Path:
     """Local snapshot folder of the hub id ``path``: from the hub cache if ``complete``, else downloaded.
 
     Raises:
@@ -73,7 +75,7 @@ def read_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def configured(folder: Path) -> bool:
+def has_all_configs(folder: Path) -> bool:
     """Whether the pipeline ``folder`` has an index and the configs of all models listed in it."""
     if not (folder / "model_index.json").is_file():
         return False
@@ -82,7 +84,7 @@ def configured(folder: Path) -> bool:
     return all((folder / name / "config.json").is_file() for name in models)
 
 
-def there(folder: Path, component: str, variant: str | None) -> bool:
+def has_weight_files(folder: Path, component: str, variant: str | None) -> bool:
     """Whether all weight files of ``component`` exist in ``folder``."""
     try:
         return all(file.is_file() for file in weight_files(folder, component, variant))

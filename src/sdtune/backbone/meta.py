@@ -24,7 +24,7 @@ class MetaPretrained(Pretrained):
     def _folder(self) -> Path:
         return self._configs
 
-    def load(self, seed: int = 0, unet: torch.dtype | None = None) -> Backbone:
+    def load(self, seed: int = 0, unet_dtype: torch.dtype | None = None) -> Backbone:
         folder = self.folder()
         with torch.device("meta"):
             models: dict[str, Any] = {name: from_config(name, folder) for name in self.components}

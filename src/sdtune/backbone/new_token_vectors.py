@@ -8,22 +8,23 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, initial
+from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, initial_vectors
 
 
 def initialize_tokens(backbone: Backbone, tokens: Sequence[NewToken]) -> None:
     """Add ``tokens`` to ``backbone`` with their initial embedding vectors."""
     tables = [encoder.get_input_embeddings() for encoder in backbone.encoders.values()]
-    backbone.add_tokens({token.token: initial(backbone.tokenizers, tables, token) for token in tokens})
+    backbone.add_tokens({token.token: initial_vectors(backbone.tokenizers, tables, token) for token in tokens})
 
 
 def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
     """Current embedding vectors [N, D] of each new token, one tensor per text encoder."""
-    if backbone.words is None:
+    if backbone.new_tokens is None:
         return {}
-    words = backbone.words
+    words = backbone.new_tokens
     return {
-        token: tuple(rows[list(words.rows(token))] for rows in backbone.new_token_vectors) for token in words.widths
+        token: tuple(rows[list(words.rows(token))] for rows in backbone.new_token_vectors)
+        for token in words.vector_counts
     }
 
 

@@ -20,7 +20,7 @@ from transformers import AddedToken, CLIPTokenizer
 
 from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_safetensors
-from sdtune.formats.embeddings import intermediate, word
+from sdtune.formats.embeddings import file_stem, is_snapshot
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class NewToken:
     """A token to add to the tokenizers and to learn.
 
     Args:
-        token: the token in prompts, such as ``<my_cat>``. It must be lower case: CLIP's tokenizer lowercases prompts,
-            and of an upper-case token with several vectors only the first would be used.
+        token: the token in prompts, such as ``<my_cat>``. It must be lower case, because CLIP's tokenizer
+            lowercases prompts: with an upper-case token of several vectors, only the first vector would be used.
         init: a word or a description; each vector is initialized with the mean embedding of its tokens.
         vectors: number of embedding vectors of the token.
         weights: embedding file to initialize from instead of ``init``, in diffusers or A1111 format, with the same
@@ -55,7 +55,7 @@ class ExtendedEmbedding(nn.Module):
 
     def __init__(self, table: nn.Embedding, vectors: Tensor, first: int) -> None:
         super().__init__()
-        self.table, self.first = table, first
+        self.table, self.first_id = table, first
         self.vectors = nn.Parameter(vectors, requires_grad=False)
 
     @property
@@ -66,8 +66,8 @@ class ExtendedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [B, L, D] of ``ids`` [B, L]; all new rows are in the autograd graph, even unused ones."""
         known = self.table(ids.clamp(max=self.table.num_embeddings - 1))
-        new = F.embedding((ids - self.first).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
-        return torch.where((ids >= self.first).unsqueeze(-1), new, known)
+        new = F.embedding((ids - self.first_id).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
+        return torch.where((ids >= self.first_id).unsqueeze(-1), new, known)
 
 
 class NewTokens:
@@ -81,12 +81,12 @@ class NewTokens:
         UserError: a new token is already in the vocabulary.
     """
 
-    def __init__(self, tokenizers: Sequence[CLIPTokenizer], widths: dict[str, int]) -> None:
-        self.widths = widths
-        self.first = len(tokenizers[0])
-        assert all(len(tokenizer) == self.first for tokenizer in tokenizers)
+    def __init__(self, tokenizers: Sequence[CLIPTokenizer], vector_counts: dict[str, int]) -> None:
+        self.vector_counts = vector_counts
+        self.first_id = len(tokenizers[0])
+        assert all(len(tokenizer) == self.first_id for tokenizer in tokenizers)
         known = tokenizers[0].get_vocab()
-        vector_tokens = [_vector_token(token, i) for token, width in widths.items() for i in range(width)]
+        vector_tokens = [_vector_token(token, i) for token, width in vector_counts.items() for i in range(width)]
         if taken := next((name for name in vector_tokens if name in known), None):
             raise UserError(
                 f"{taken!r} is already in the tokenizer's vocabulary", key="new_tokens", remedy="use another token"
@@ -97,12 +97,12 @@ class NewTokens:
 
     def rows(self, token: str) -> range:
         """Rows of ``token`` among all new embedding vectors."""
-        start = sum(width for name, width in list(self.widths.items())[: list(self.widths).index(token)])
-        return range(start, start + self.widths[token])
+        start = sum(width for name, width in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
+        return range(start, start + self.vector_counts[token])
 
-    def expanded(self, prompt: str) -> str:
+    def expand(self, prompt: str) -> str:
         """``prompt`` with each multi-vector token replaced by ``<a> <a>_1 <a>_2``, as in diffusers."""
-        for token, width in self.widths.items():
+        for token, width in self.vector_counts.items():
             if width > 1:
                 replacement = " ".join(_vector_token(token, i) for i in range(width)).replace("\\", r"\\")
                 prompt = _word_pattern(token).sub(replacement, prompt)
@@ -118,7 +118,9 @@ def _vector_token(token: str, index: int) -> str:
     return token if index == 0 else f"{token}_{index}"
 
 
-def initial(tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding], token: NewToken) -> tuple[Tensor, ...]:
+def initial_vectors(
+    tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding], token: NewToken
+) -> tuple[Tensor, ...]:
     """Initial vectors of ``token``, [vectors, D] for each text encoder.
 
     Raises:
@@ -179,9 +181,9 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
             key="new_tokens",
             remedy="list each token once (the second vector of <a> is <a>_1)",
         )
-    files = [word(token.token) for token in tokens]
+    files = [file_stem(token.token) for token in tokens]
     for token, file in zip(tokens, files, strict=True):
-        if files.count(file) > 1 or intermediate(file):
+        if files.count(file) > 1 or is_snapshot(file):
             raise UserError(
                 f"{token.token!r} would be saved as {file}.safetensors, the file of another token or a snapshot",
                 key="new_tokens",

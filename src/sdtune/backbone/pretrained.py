@@ -27,7 +27,7 @@ class Pretrained(PipelineSource):
         return source
 
     def trained(self, folder: Path) -> Pretrained:
-        """Source for the pipeline ``folder`` trained from this one, with the settings that its files do not contain."""
+        """Source for the pipeline ``folder`` trained from this backbone, with settings that its files lack."""
         inherited = (
             "guidance",
             "clip",
@@ -39,8 +39,8 @@ class Pretrained(PipelineSource):
         )
         return Pretrained(str(folder), config=self.config_folder, **{name: getattr(self, name) for name in inherited})
 
-    def load(self, seed: int = 0, unet: dtype | None = None) -> Backbone:
-        """Load the backbone on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet`` if given)."""
+    def load(self, seed: int = 0, unet_dtype: dtype | None = None) -> Backbone:
+        """Load the backbone on the CPU: frozen, in eval mode, in float32 (the UNet in ``unet_dtype`` if given)."""
         from sdtune.backbone.loading import load_backbone
 
-        return load_backbone(self, seed, unet) if self._loader is None else self._loader()
+        return load_backbone(self, seed, unet_dtype) if self._loader is None else self._loader()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.text import hidden, unused_prefixes
+from sdtune.backbone.text import encoder_states, unused_prefixes
 
 _SKIPPED = 1  # both encoders output their penultimate hidden states, without the final norm
 
@@ -58,7 +58,7 @@ class SDXLBackbone(Backbone):
             ids = self.tokenize(prompts, tokenizer).to(encoder.device)
             windows = ids.view(len(ids) * self.facts.windows, -1)
             out = encoder(windows, output_hidden_states=True)
-            states.append(hidden(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
+            states.append(encoder_states(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
             if encoder is self.text_encoder_2:
                 # Pool at the end token of the first window. With `eos_token_id: 2` in the config, transformers would
                 # pool at the largest id, which is a new token if the prompt contains one.

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from sdtune.backbone.families import FAMILIES, GUIDANCE, Component, Facts, family_by
-from sdtune.backbone.locate import MODELS, configured, local, read_config, snapshot, there, with_vae
+from sdtune.backbone.locate import (
+    MODELS,
+    find_local,
+    has_all_configs,
+    has_weight_files,
+    hub_folder,
+    read_config,
+    with_vae,
+)
 from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight_files, weights_hash
 from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
@@ -42,7 +50,8 @@ class PipelineSource:
         prediction_type: prediction type of the UNet; if None, that of the scheduler config.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
         family: required model family; any if None.
-        variant: variant of the weight files of a folder or hub id, such as ``fp16``; if None, files without a variant.
+        variant: variant of the weight files of a folder or hub id, such as ``fp16``; if None, files without a
+            variant, or the only variant if there are no others.
         config: pipeline folder with the configs of a single file's models; if None, the configs of its family that are
             included in sdtune.
         vae: VAE to use instead of the pipeline's: a folder in the diffusers layout, a single file, or a hub id.
@@ -82,7 +91,7 @@ class PipelineSource:
         """Pipeline folder with the configs, and with the weights if ``weights``."""
         if self.path == "pocket":
             return pocket_pipeline()
-        local_path = local(self.path, "backbone.path")
+        local_path = find_local(self.path, "backbone.path")
         if local_path is None:
             return self._hub_folder() if weights else self._hub_configs
         if local_path.is_dir():
@@ -102,7 +111,7 @@ class PipelineSource:
     @cached_property
     def _hub_configs(self) -> Path:
         """Local snapshot folder with the configs and tokenizers of a hub repository."""
-        return snapshot(self.path, self.revision, _JSON, configured, "backbone.path")
+        return hub_folder(self.path, self.revision, _JSON, has_all_configs, "backbone.path")
 
     @property
     def commit(self) -> str | None:
@@ -119,17 +128,17 @@ class PipelineSource:
 
         def complete(folder: Path) -> bool:
             required = (name for name in self._pretrained_components if not (name == "vae" and self.vae))
-            return configured(folder) and all(there(folder, name, self.variant) for name in required)
+            return has_all_configs(folder) and all(has_weight_files(folder, name, self.variant) for name in required)
 
-        return snapshot(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
+        return hub_folder(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
 
     def _with_vae(self, pipeline: Path) -> Path:
         if self.vae is None:
             return pipeline
-        vae = local(self.vae, "backbone.vae")
+        vae = find_local(self.vae, "backbone.vae")
         if vae is None:
             names = ["config.json", weights_name("vae")]
-            vae = snapshot(
+            vae = hub_folder(
                 self.vae, None, names, lambda folder: all((folder / n).is_file() for n in names), "backbone.vae"
             )
         if vae.is_file():

@@ -33,7 +33,7 @@ def tokenize_windows(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: i
     return torch.tensor(rows, dtype=torch.long)
 
 
-def hidden(encoder: Any, out: Any, skip: int, norm: bool = True) -> Tensor:
+def encoder_states(encoder: Any, out: Any, skip: int, norm: bool = True) -> Tensor:
     """Hidden states [B, L, D] without the last ``skip`` layers, after the final norm if ``norm``.
 
     ``skip`` is counted as ``clip_skip`` in diffusers. SD 1.x and 2.x apply the final norm to them, SDXL does not.
@@ -43,7 +43,7 @@ def hidden(encoder: Any, out: Any, skip: int, norm: bool = True) -> Tensor:
 
 
 def unused_prefixes(encoder: Any, skip: int, norm: bool = True) -> tuple[str, ...]:
-    """Name prefixes of the parameters that :func:`hidden` does not depend on."""
+    """Name prefixes of the parameters that :func:`encoder_states` does not depend on."""
     transformer = _text_transformer(encoder)
     prefix = "" if transformer is encoder else "text_model."
     layers = len(transformer.encoder.layers)

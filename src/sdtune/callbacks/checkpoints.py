@@ -78,7 +78,7 @@ class Checkpoints(Callback):
 
     # --- stop requests
 
-    def ask(self, number: int) -> None:
+    def request_stop(self, number: int) -> None:
         """Request a stop by signal ``number``: the run completes the step, saves and ends."""
         self.stopped_by = signal.Signals(number)
 
@@ -87,7 +87,7 @@ class Checkpoints(Callback):
             self._exit_immediately("before the first step; caches are kept; repeat the command to continue", number)
         if self.stopped_by is not None and number == signal.SIGINT:
             self._exit_immediately(f"immediately; {RESUME_ADVICE}", number)
-        self.ask(number)
+        self.request_stop(number)
 
     @staticmethod
     def _exit_immediately(how: str, number: int) -> NoReturn:

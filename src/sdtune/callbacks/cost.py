@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data import ImageDataModule
 from sdtune.files import is_partial
-from sdtune.formats.embeddings import intermediate
+from sdtune.formats.embeddings import is_snapshot
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.methods.base import Adapter
@@ -96,7 +96,7 @@ class CostMeter(Callback):
                 f.stat().st_size
                 for f in artifact.rglob("*")
                 if f.is_file()
-                and not intermediate(f.stem)
+                and not is_snapshot(f.stem)
                 and not any(map(is_partial, (f, *f.relative_to(artifact).parents)))
                 and not (f.parent == artifact and f.name in (CARD, CARD_GRID))
             ),

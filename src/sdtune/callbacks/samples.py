@@ -62,7 +62,7 @@ class Samples(Callback):
         def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
-        with module.final_weights(), module.cpu_offload.back(), trainer.precision_plugin.forward_context():
+        with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
             images = list(generate(module.backbone, requests, self.sampling, denoise))
         for m, training in training_modes.items():
             m.training = training

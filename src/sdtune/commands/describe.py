@@ -10,11 +10,11 @@ from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
-from sdtune.formats.embeddings import intermediate
+from sdtune.formats.embeddings import is_snapshot
 from sdtune.quoting import in_quotes, override, shell_word
 
 
-def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
+def closing_lines(folder: Path, name: str, source: Pretrained, data: ImageDataModule) -> list[str]:
     """Lines that name the files of the run in ``folder`` and a command that samples with them.
 
     Args:
@@ -30,7 +30,7 @@ def after(folder: Path, name: str, source: Pretrained, data: ImageDataModule) ->
     base = backbone_overrides(source)
     lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))
-    embeddings = [file for file in embeddings if not intermediate(file.stem)]
+    embeddings = [file for file in embeddings if not is_snapshot(file.stem)]
     lines += [f"embedding for ComfyUI and A1111: {file}" for file in embeddings]
     if lora.exists():
         lines.append(f"LoRA for ComfyUI, A1111 and kohya's tools: {lora}")

@@ -28,7 +28,7 @@ from sdtune.callbacks.order import by_priority
 from sdtune.callbacks.pinned_allocation import PinnedAllocation
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples
-from sdtune.commands.describe import after
+from sdtune.commands.describe import closing_lines
 from sdtune.config.build import build
 from sdtune.config.settings import Settings
 from sdtune.data import ImageDataModule
@@ -177,7 +177,7 @@ class TrainRun:
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
         _write_exports(self)
-        for line in after(self.folder, self.name, self.source, self.data):
+        for line in closing_lines(self.folder, self.name, self.source, self.data):
             log.info(line)
 
     @contextmanager
@@ -310,7 +310,7 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
         "family": source.facts.family,
         "backbone": backbone,
         "hash": source.hash(),
-        "trigger": data.keep,
+        "trigger": data.dropped_caption,
         "images": len(data.train),
         "captions": data.captions(),
         "side": data.resolution,

@@ -1,8 +1,8 @@
 """Captioned images for training: buckets, caches, deterministic order; imports no model code, prompts stay strings."""
 
-from sdtune.data.datamodule import Encoders, ImageDataModule
+from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.data.samples import Sample
 from sdtune.data.sources import Folder
 
-__all__ = ["Batch", "Encoders", "Folder", "ImageDataModule", "Sample"]
+__all__ = ["Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample"]

@@ -18,7 +18,8 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     """Bucket sizes for a resolution, sorted by width.
 
     Sides are multiples of ``step``, the aspect ratio is between 1:2 and 2:1, and the area is at most ``resolution``
-    squared. No side can grow by ``step`` within these limits. The largest square that fits is always included.
+    squared. Sizes in which a side could be longer by ``step`` within these limits are omitted. The largest square
+    that fits is always included.
 
     Raises:
         UserError: ``resolution`` is below ``step``.

@@ -94,6 +94,6 @@ def _read(path: Path) -> Tensor:
     return load_file(path)["value"]
 
 
-def share(keys: Iterable[str], rank: int, processes: int) -> list[str]:
+def keys_of_rank(keys: Iterable[str], rank: int, processes: int) -> list[str]:
     """Keys that process ``rank`` of ``processes`` fills."""
     return list(keys)[rank::processes]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.buckets import assign
-from sdtune.data.cache import TensorCache, share
+from sdtune.data.cache import TensorCache, keys_of_rank
 from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, init_worker
 from sdtune.data.order import FixedBatches, MicroBatches, Order
@@ -37,7 +37,7 @@ def batch_size_for_pixels(pixels: int, width: int, height: int) -> int:
 def vae_batch_size(width: int, height: int, kind: str) -> int:
     """Batch size of the VAE's encoder for images of this size, on a device of type ``kind``.
 
-    On a CPU the budget is one image of 256x256: each image takes a quarter longer in a batch of four. Other devices
+    On a CPU the budget is one image of 256x256, because in a batch of four each image takes 25% longer. Other devices
     encode four images of 512x512 at a time, which keeps activations within about 8 GB.
     """
     return batch_size_for_pixels(256 * 256 if kind == "cpu" else 4 * 512 * 512, width, height)
@@ -48,8 +48,8 @@ VALIDATION_TIMESTEPS = 8
 
 
 @dataclass(frozen=True)
-class Encoders:
-    """Frozen encoders for the caches; ``images`` is None if the VAE is trained, ``text`` if the text encoder is."""
+class CacheInputs:
+    """Encoders that fill the caches; ``images`` is None if the VAE is trained, ``text`` if the text encoder is."""
 
     images: Callable[[Tensor], Tensor] | None
     images_hash: str
@@ -115,7 +115,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     _held_out: Sequence[Sample] = field(default=(), init=False)
     latent_cache: TensorCache | None = field(default=None, init=False)
     text_cache: TensorCache | None = field(default=None, init=False)
-    texts: Sequence[str] = field(default=(), init=False)
+    prompt_templates: Sequence[str] = field(default=(), init=False)
     _resumed_fingerprint: str = field(default="", init=False)
     class_samples: Sequence[Sample] = field(default=(), init=False)
 
@@ -137,7 +137,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 key="data.class_prompt",
                 remedy="set one prompt",
             )
-        self.texts = templates(self.templates)
+        self.prompt_templates = templates(self.templates)
         self._configured_resolution = self.resolution
 
     # --- defined by subclasses
@@ -145,8 +145,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     name: str = field(default="images", init=False)
     """Default base name of a run's output files."""
 
-    keep: str = field(default="", init=False)
-    """Text that remains when a caption is dropped: the trigger word."""
+    dropped_caption: str = field(default="", init=False)
+    """Prompt that replaces a dropped caption: the trigger word, or an empty text."""
 
     @abstractmethod
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
@@ -161,7 +161,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         raise UserError(
             f"not supported by {type(self).__name__} data, whose class images are generated",
             key="data.class_path",
-            remedy=f"remove {path}",
+            remedy="remove data.class_path",
         )
 
     # --- samples, buckets and prompts
@@ -234,16 +234,16 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def training_prompts(self) -> list[str]:
         """All prompts of the training images, without duplicates."""
-        return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.texts))
+        return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.prompt_templates))
 
     def captions(self) -> list[str]:
         """All prompts of training and validation, without duplicates, including those of dropped captions."""
         prompts = dict.fromkeys(self.training_prompts())
-        prompts |= dict.fromkeys(self.texts[0].replace("{}", s.caption) for s in self.held_out)
+        prompts |= dict.fromkeys(self.prompt_templates[0].replace("{}", s.caption) for s in self.held_out)
         prompts |= dict.fromkeys(s.caption for s in self.class_samples)
         if self.caption_dropout:
             # Captions of class images have no trigger word, so a dropped one is empty.
-            prompts |= dict.fromkeys([self.keep, *([""] if self.has_prior else [])])
+            prompts |= dict.fromkeys([self.dropped_caption, *([""] if self.has_prior else [])])
         return list(prompts)
 
     # --- checkpoints
@@ -271,7 +271,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     # --- caches
 
-    def generate_class_images(self, encoders: Encoders) -> None:
+    def generate_class_images(self, encoders: CacheInputs) -> None:
         """Generate this process's share of the missing class images."""
         if not self.has_prior or self.class_path is not None:
             return
@@ -283,7 +283,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             generate_missing(images, encoders.draw, encoders.rank, encoders.processes)
         self.class_samples = images
 
-    def prepare(self, encoders: Encoders) -> None:
+    def prepare(self, encoders: CacheInputs) -> None:
         """Fill the caches that the settings and ``encoders`` allow; other inputs are encoded in each step.
 
         Raises:
@@ -305,11 +305,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.cache_text and encoders.text is not None:
             self.text_cache = TensorCache(encoders.cache / "text" / encoders.text_hash)
             prompts = {text_key(prompt): prompt for prompt in self.captions()}
-            rank_prompts = {key: prompts[key] for key in share(prompts, encoders.rank, encoders.processes)}
+            rank_prompts = {key: prompts[key] for key in keys_of_rank(prompts, encoders.rank, encoders.processes)}
             with bar("Encoding captions", sum(key not in self.text_cache for key in rank_prompts)) as progress:
                 self.text_cache.fill(rank_prompts, encoders.text, batch_size=64, progress=progress)
 
-    def _fill_latents(self, cache: TensorCache, encoders: Encoders) -> None:
+    def _fill_latents(self, cache: TensorCache, encoders: CacheInputs) -> None:
         assert encoders.images is not None
         encode_images = encoders.images
         flips = (False, True) if self.flip else (False,)
@@ -319,7 +319,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         views = {latent_key(s, size, flip): View(s, size, flip) for s, size in sizes for flip in flips}
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
-            rank_views = {key: views[key] for key in share(keys, encoders.rank, encoders.processes)}
+            rank_views = {key: views[key] for key in keys_of_rank(keys, encoders.rank, encoders.processes)}
             with bar(f"Encoding images at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
                 cache.fill(
                     rank_views,
@@ -361,8 +361,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             resolution=self.resolution,
             bucket_step=self.bucket_step,
             factor=self.factor,
-            texts=self.texts,
-            keep=self.keep,
+            prompt_templates=self.prompt_templates,
+            dropped_caption=self.dropped_caption,
             caption_dropout=self.caption_dropout,
             flip=self.flip,
             random_crop=self.random_crop,

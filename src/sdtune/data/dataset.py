@@ -18,7 +18,7 @@ from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache
 from sdtune.data.control.base import Control, as_map
 from sdtune.data.order import ScheduledSample
-from sdtune.data.prior import PLACE, partner
+from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index
 from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.images.files import CENTER, frame
@@ -35,8 +35,8 @@ Batch = dict[str, Any]
 * ``mask``: float32 [B, 1, h, w] in [0, 1], if the loss is masked;
 * ``control``: float32 [B, 3, H, W] in [0, 1], if the data has control maps.
 
-With class images, B is twice the number of pairs: the first ``instances``: int rows are subject images, and
-``prior_weight``: float is the loss weight of the other rows.
+With class images, B is twice the number of pairs, and there are two more keys: ``instances``: int, the number of
+subject images, which are the first rows; ``prior_weight``: float, the loss weight of the other rows (class images).
 """
 
 Row = dict[str, Any]
@@ -61,8 +61,8 @@ class RowSettings:
     resolution: int
     bucket_step: int
     factor: int
-    texts: Sequence[str]
-    keep: str
+    prompt_templates: Sequence[str]
+    dropped_caption: str
     caption_dropout: float
     flip: bool
     random_crop: bool
@@ -92,18 +92,18 @@ class ImageDataset(Dataset[list[Row]]):
         rows = [self._row(sample, size, index.step, index.position)]
         if self.training and data.class_samples:
             pair = index.step * data.batch_size + index.position
-            class_sample = data.class_samples[partner(data.seed, len(data.class_samples), pair)]
-            rows.append(self._row(class_sample, size, index.step, index.position + PLACE))
+            class_sample = data.class_samples[class_image_index(data.seed, len(data.class_samples), pair)]
+            rows.append(self._row(class_sample, size, index.step, index.position + CLASS_POSITION_OFFSET))
         return rows
 
     def _row(self, sample: Sample, size: tuple[int, int], step: int, position: int) -> Row:
-        data, subject = self.settings, position < PLACE
-        texts = data.texts if subject else ("{}",)
-        prompt, flip, offset = texts[0].replace("{}", sample.caption), False, CENTER
+        data, subject = self.settings, position < CLASS_POSITION_OFFSET
+        prompt_templates = data.prompt_templates if subject else ("{}",)
+        prompt, flip, offset = prompt_templates[0].replace("{}", sample.caption), False, CENTER
         if self.training:
             dropped, flipped, x, y, text = generator(data.seed, streams.ROW, step, position).random(5)
-            prompt = texts[int(text * len(texts))].replace("{}", sample.caption)
-            prompt = (data.keep if subject else "") if dropped < data.caption_dropout else prompt
+            prompt = prompt_templates[int(text * len(prompt_templates))].replace("{}", sample.caption)
+            prompt = (data.dropped_caption if subject else "") if dropped < data.caption_dropout else prompt
             flip = bool(data.flip and flipped < 0.5)
             offset = (float(x), float(y)) if data.random_crop else offset
         row: Row = {"prompt": prompt, "step": step, "position": position}

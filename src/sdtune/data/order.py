@@ -70,8 +70,8 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
 class MicroBatches(Sampler[list[ScheduledSample]]):
     """Batch sampler of one process for a complete run.
 
-    ``len`` counts the complete run, also after a resume, and iteration starts at step ``start()``: Lightning replays
-    data if the length shrinks.
+    ``len`` is the number of micro-batches of the complete run, also in a resumed run, where iteration starts at step
+    ``start()``. With a smaller length, Lightning would repeat batches.
 
     Args:
         order: the global batches.

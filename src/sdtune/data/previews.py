@@ -31,5 +31,5 @@ def preview_prompts(
     samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]
-    texts = prompts or [sample.caption for sample in samples]
-    return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(texts)]
+    prompt_templates = prompts or [sample.caption for sample in samples]
+    return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(prompt_templates)]

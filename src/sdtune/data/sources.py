@@ -87,20 +87,21 @@ class Folder(ImageDataModule):
     hold_out: Annotated[int, Ge(2)] | None = None
     validation_path: str | None = None
 
-    keep: str = field(default="", init=False)
+    dropped_caption: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.name = Path(self.path).expanduser().resolve().name
-        self.keep = self.trigger or ""
+        self.dropped_caption = self.trigger or ""
         if self.hold_out and self.validation_path:
             raise UserError(
                 "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"
             )
 
     def _images(self, path: str) -> list[CaptionedImage]:
-        remedy = {"ask": 'set data.prompt to the new token alone, such as data.prompt="<my_cat>", for data.templates'}
-        images = read_image_folder(path, self.prompt, self.trigger, **(remedy if self.templates else {}))
+        remedy = 'set data.prompt to the new token, as in data.prompt="<my_cat>"; data.templates adds the other words'
+        arguments = {"ask": remedy} if self.templates else {}
+        images = read_image_folder(path, self.prompt, self.trigger, **arguments)
         check_images(images)
         return list(images)
 

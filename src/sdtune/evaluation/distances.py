@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def distances(embeddings: Tensor) -> list[float]:
     """Mean cosine distance, in [0, 2], of each of ``embeddings`` [N, D] (unit length, N >= 2) to the others.
 
-    The mean of the result is the diversity: 0 if all images are identical. Ruiz et al. 2022 (section 4.1, DIV) compute
+    The mean of the result is the diversity: 0 if all images are identical. Ruiz et al. 2023 (section 4.1, DIV) compute
     it with LPIPS instead.
     """
     count = len(embeddings)

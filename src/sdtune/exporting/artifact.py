@@ -62,13 +62,13 @@ def find_artifact(path: Path, key: str) -> Artifact:
             "lora", path / (f"{kohya[0]}.safetensors" if kohya else FILE_NAME), (kohya or ["lora"])[0], words
         )
     if words:
-        return Artifact("words", path, embeddings.word(next(iter(words))), words)
+        return Artifact("words", path, embeddings.file_stem(next(iter(words))), words)
     raise UserError(f"no LoRA, embedding, ControlNet or model in {path}", key=key, remedy="use a run's artifact folder")
 
 
 def _is_other(stem: str) -> bool:
     """Whether the file ``stem`` is a snapshot or an embedding, not a LoRA."""
-    return embeddings.intermediate(stem) or stem.startswith(embeddings.FILE_NAME)
+    return embeddings.is_snapshot(stem) or stem.startswith(embeddings.FILE_NAME)
 
 
 def _is_controlnet_folder(folder: Path) -> bool:

@@ -25,12 +25,12 @@ _VECTORS = "emb_params"
 _SDXL_KEYS = ("clip_l", "clip_g")
 
 
-def word(token: str) -> str:
+def file_stem(token: str) -> str:
     """File name of ``token``, which A1111 and ComfyUI use as the trigger word: ``my_cat`` for ``<my_cat>``."""
     return re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
 
 
-def intermediate(stem: str) -> bool:
+def is_snapshot(stem: str) -> bool:
     """Whether a file with this stem is a snapshot (of a step or of the best step), not a final artifact."""
     return re.search(r"-step\d{8}$|-best$", stem) is not None
 
@@ -38,7 +38,7 @@ def intermediate(stem: str) -> bool:
 def write(
     folder: Path,
     vectors: Mapping[str, Sequence[Tensor]],
-    mark: str,
+    suffix: str,
     metadata: Mapping[str, str],
     forms: Sequence[str] = ("diffusers", "kohya"),
     dtype: torch.dtype = torch.float32,
@@ -57,7 +57,7 @@ def write(
     """
     written: list[Path] = []
     for token, rows in vectors.items():
-        token_suffix = f"_{word(token)}" if len(vectors) > 1 else ""
+        token_suffix = f"_{file_stem(token)}" if len(vectors) > 1 else ""
         header = {**metadata, "sdtune_token": token}
         diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
@@ -65,8 +65,8 @@ def write(
             else ({name: encoder_rows.to(dtype) for name, encoder_rows in zip(_SDXL_KEYS, rows, strict=True)},) * 2
         )
         files = {
-            "diffusers": (folder / f"{FILE_NAME}{token_suffix}{mark}.safetensors", diffusers_tensors),
-            "kohya": (folder / FOLDER / f"{word(token)}{mark}.safetensors", kohya_tensors),
+            "diffusers": (folder / f"{FILE_NAME}{token_suffix}{suffix}.safetensors", diffusers_tensors),
+            "kohya": (folder / FOLDER / f"{file_stem(token)}{suffix}.safetensors", kohya_tensors),
         }
         for export_format in forms:
             write_safetensors(*files[export_format], header)
@@ -98,7 +98,7 @@ def read_folder(folder: Path) -> TokenVectors:
     """Embedding vectors by token, from diffusers' files in ``folder`` without snapshots."""
     words: TokenVectors = {}
     for file in sorted(folder.glob(f"{FILE_NAME}*.safetensors")):
-        if not intermediate(file.stem):
+        if not is_snapshot(file.stem):
             tensors, metadata = read_safetensors(file)
             words |= parse(file, tensors, metadata)
     return words

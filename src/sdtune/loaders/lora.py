@@ -75,7 +75,7 @@ def check_adapter(path: str, backbone_hash: str, key: str = "adapters.path") -> 
 
 def _is_intermediate(file: Path) -> bool:
     """Whether ``file`` is an intermediate embedding, which is ignored in a folder."""
-    return file.stem.startswith(embeddings.FILE_NAME) and embeddings.intermediate(file.stem)
+    return file.stem.startswith(embeddings.FILE_NAME) and embeddings.is_snapshot(file.stem)
 
 
 def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[LoadedLoRA]:

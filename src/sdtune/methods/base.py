@@ -47,7 +47,7 @@ class Adapter(pl.LightningModule, ABC):
     """A fine-tuning method: makes parameters of a frozen backbone trainable, or adds new ones, and trains them.
 
     A subclass sets ``artifact_kind`` and ``reads_denoiser_only`` and implements :meth:`inject` and
-    :meth:`write_artifact`. It may override the other hooks, from :meth:`write_snapshot` to :meth:`extra_losses`.
+    :meth:`write_artifact`. It may override the other methods in the section "hooks".
 
     Args:
         backbone: the pretrained pipeline.
@@ -63,13 +63,13 @@ class Adapter(pl.LightningModule, ABC):
     """
 
     artifact_kind: ClassVar[Literal["lora", "words", "controlnet", "model"]]
-    """Kind of the artifact, as ``sdtune export`` names it."""
+    """Kind of the artifact: a LoRA, embeddings of new tokens (``words``), a ControlNet, or a full model."""
 
     trains_only_new_tokens: ClassVar[bool] = False
     """True if the method trains only new tokens."""
 
     reads_denoiser_only: ClassVar[bool]
-    """True if the UNet's weights are neither trained nor copied; mixed precision then loads them in half precision.
+    """Whether the method leaves the UNet's weights unchanged and does not copy them; they may then be loaded in bf16.
 
     Each concrete class sets it in its own body and does not inherit it: a subclass may train more than its base class.
     """
@@ -201,7 +201,7 @@ class Adapter(pl.LightningModule, ABC):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def configure_model(self) -> None:
-        """Load the backbone and inject (first call only); cast the weights and prepare them for the device."""
+        """Load the backbone and call :meth:`inject` once; cast the weights and prepare them for the device."""
         fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
         half_dtype = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
@@ -246,7 +246,7 @@ class Adapter(pl.LightningModule, ABC):
         self.write_artifact(folder, name)
         self._write_new_tokens(folder, name, "")
 
-    def snapshot(self, folder: Path, stem: str, mark: str) -> None:
+    def snapshot(self, folder: Path, stem: str, suffix: str) -> None:
         """Write an intermediate artifact and new tokens.
 
         Args:
@@ -255,14 +255,14 @@ class Adapter(pl.LightningModule, ABC):
             mark: suffix for the names of the new tokens' files, such as ``-step00000400``.
         """
         self.write_snapshot(folder, stem)
-        self._write_new_tokens(folder, stem, mark)
+        self._write_new_tokens(folder, stem, suffix)
 
-    def _write_new_tokens(self, folder: Path, stem: str, mark: str) -> None:
+    def _write_new_tokens(self, folder: Path, stem: str, suffix: str) -> None:
         if self.new_tokens:
-            embeddings.write(folder, token_vectors(self.backbone), mark, self.artifact_metadata(folder / stem))
+            embeddings.write(folder, token_vectors(self.backbone), suffix, self.artifact_metadata(folder / stem))
 
     def artifact_metadata(self, artifact: Path) -> dict[str, str]:
-        """Metadata of files that are loaded onto a backbone: the hash of that backbone.
+        """Metadata for the artifact's files: the hash of the backbone that they must be loaded onto.
 
         Args:
             artifact: path of the artifact that was written just before.
@@ -386,7 +386,7 @@ class Adapter(pl.LightningModule, ABC):
         self.executor.backward(loss, *args, **kwargs)
 
     def _diffusion_terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Metrics of the diffusion loss and its scalar to minimize: subject loss plus weighted prior loss."""
+        """Metrics of the diffusion loss, and the scalar to minimize: subject loss plus weighted prior loss."""
         if self._trains_only_vae:
             # The diffusion loss has no gradient for the VAE, but extra_losses() reads the moments.
             self._moments(batch)
@@ -396,7 +396,7 @@ class Adapter(pl.LightningModule, ABC):
         terms = {"loss/diffusion": per_sample[:count].mean()}
         if count == len(per_sample):
             return terms, terms["loss/diffusion"]
-        # Ruiz et al. 2022, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
+        # Ruiz et al. 2023, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
         terms["loss/prior"] = per_sample[count:].mean()
         return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 

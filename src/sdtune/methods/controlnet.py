@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 
 from sdtune import streams
-from sdtune.backbone.controlnet import residuals, skips
+from sdtune.backbone.controlnet import residuals, skip_connection_count
 from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
@@ -80,7 +80,7 @@ class ControlNet(Adapter):
             self.controlnet = load_controlnet(path, "method.weights", unet, widths)
         else:
             self._copy_unet_encoder()
-        assert len(self.controlnet.controlnet_down_blocks) == skips(unet)
+        assert len(self.controlnet.controlnet_down_blocks) == skip_connection_count(unet)
         self.controlnet.train()
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))

@@ -15,7 +15,7 @@ from sdtune.training.arguments import Common
 
 
 class DreamBooth(Full):
-    """Full fine-tuning on pairs of a subject image and a class image (Ruiz et al. 2022, section 3).
+    """Full fine-tuning on pairs of a subject image and a class image (Ruiz et al. 2023, section 3).
 
     L = L_simple(subject) + lambda L_simple(class). The data module makes the pairs and sets lambda
     (``data.class_prompt``, ``data.prior_weight``), so that other methods can use them too.

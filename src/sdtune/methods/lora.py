@@ -64,8 +64,8 @@ class LoRA(Adapter):
         alpha_policy: ``rank``: alpha = rank, so that a sweep over the rank does not also change the step size;
             ``constant``: ``alpha`` for every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
             eq. 4).
-        blocks: rank and alpha for all modules below a module path, such as ``unet.mid_block`` or ``text_encoder``; the
-            longest matching path counts.
+        blocks: rank and alpha for all modules below a module path, such as ``unet.mid_block`` or ``text_encoder``; if
+            several paths match, the longest is used.
         targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
             ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``).
         projections: attention projections that get pairs.

@@ -105,7 +105,7 @@ def predict_with_controlnets(
     """Prediction of the backbone, with the residuals of its ControlNets if it has any and ``maps`` is not empty.
 
     Args:
-        maps: one float32 [B, 3, H, W] in [0, 1] for each of ``backbone.nets``.
+        maps: one float32 [B, 3, H, W] in [0, 1] for each of ``backbone.controlnets``.
     """
     pairs = zip(backbone.controlnets, maps, strict=True) if backbone.controlnets and maps else ()
     # A ControlNet with strength 0 is skipped, so that it costs nothing.

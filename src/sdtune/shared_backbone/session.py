@@ -36,7 +36,7 @@ class SharedBackbone:
     def __init__(self, pool: Pool, coordinator: StepCoordinator, count: int) -> None:
         self.pool, self.coordinator, self.count = pool, coordinator, count
         self.executor = SharedExecutor(self)
-        self.asked: int | None = None
+        self.stop_signal: int | None = None
         """The stop signal that the group has received; None before."""
         self._training: set[int] = set()
         self._checkpoints: dict[int, Checkpoints] = {}
@@ -58,7 +58,7 @@ class SharedBackbone:
 
     def _stop_hook(self) -> Callable[..., None]:
         # A backbone that is loaded after the training has begun is for evaluation.
-        measuring = self.coordinator.here in self._training
+        measuring = self.coordinator.current_number in self._training
         return lambda *_: self.end_if_stopped(measuring)
 
     def peak_memory(self) -> int | None:
@@ -71,7 +71,7 @@ class SharedBackbone:
 
     def callbacks(self, own: list[Callback], checkpoints: Checkpoints) -> list[Callback]:
         """Callbacks of a run on the shared backbone; ``own`` are the run's callbacks, including ``checkpoints``."""
-        number = self.coordinator.here
+        number = self.coordinator.current_number
         assert number is not None
         self._checkpoints[number] = checkpoints
         # One progress bar is enough, because the runs take their steps together.
@@ -82,14 +82,14 @@ class SharedBackbone:
 
     def stop(self, number: int) -> None:
         """Have every run finish its step, save and stop."""
-        self.asked = number
+        self.stop_signal = number
         for checkpoints in list(self._checkpoints.values()):
-            checkpoints.ask(number)
+            checkpoints.request_stop(number)
 
-    def begin(self) -> None:
+    def mark_training(self) -> None:
         """Mark the current run as training, so that a stop lets it save; called at the start of each step."""
         self.end_if_stopped()
-        number = self.coordinator.here
+        number = self.coordinator.current_number
         assert number is not None
         self._training.add(number)
 
@@ -98,10 +98,10 @@ class SharedBackbone:
 
         That is so before its first step, and when it evaluates its artifact (``measuring``).
         """
-        if self.asked is not None and (measuring or self.coordinator.here not in self._training):
-            raise SystemExit(128 + self.asked)
+        if self.stop_signal is not None and (measuring or self.coordinator.current_number not in self._training):
+            raise SystemExit(128 + self.stop_signal)
 
-    def left(self, number: int) -> None:
+    def remove(self, number: int) -> None:
         """Remove the run ``number``, which has ended."""
         self._checkpoints.pop(number, None)
         self._training.discard(number)
@@ -151,7 +151,7 @@ class SharedExecutor:
         self._shared.end_if_stopped(isinstance(call, Forward) and call.pairs is not None)
         # Lightning's 64-true and 16-true set torch's default dtype during a step; reset it while other runs compute.
         with default_dtype(self._default):
-            return self._shared.coordinator.ask(call)
+            return self._shared.coordinator.request(call)
 
 
 class SharedWeightsStrategy(SingleDeviceStrategy):
@@ -187,9 +187,9 @@ class JoinOthers(Callback):
         self._shared = shared
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._shared.coordinator.ask(JoinCall())
+        self._shared.coordinator.request(JoinCall())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._shared.begin()
+        self._shared.mark_training()

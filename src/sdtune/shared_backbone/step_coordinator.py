@@ -65,14 +65,14 @@ class StepCoordinator:
     """
 
     def __init__(self, size: int, answer: Callable[[dict[int, PendingCall]], Collection[int]]) -> None:
-        self.places = range(size)
-        self.broken: BaseException | None = None
+        self.numbers = range(size)
+        self.error: BaseException | None = None
         """Error of calls that could not be answered; the jobs that wait for them raise it, and no new job starts."""
         self._answer = answer
         self._participants: dict[int, Participant] = {}
         self._back = threading.Semaphore(0)
 
-    def ask(self, call: PendingCall) -> Any:
+    def request(self, call: PendingCall) -> Any:
         """Wait for the answer of ``call`` and return it; called in a job's thread."""
         participant = next(p for p in self._participants.values() if p.thread is threading.current_thread())
         participant.call = call
@@ -84,7 +84,7 @@ class StepCoordinator:
         return call.answer
 
     @property
-    def here(self) -> int | None:
+    def current_number(self) -> int | None:
         """Number of the participant that runs in the current thread; None in other threads."""
         for number, participant in self._participants.items():
             if participant.thread is threading.current_thread():
@@ -95,7 +95,7 @@ class StepCoordinator:
         """Run all ``jobs``; an exception of one job ends the others at their next call and is raised here."""
         failed: BaseException | None = None
         while True:
-            for number in self.places:
+            for number in self.numbers:
                 while failed is None and not self._advance(number, jobs):
                     failed = self._participants.pop(number).error
             if failed is not None:
@@ -107,7 +107,7 @@ class StepCoordinator:
     def _advance(self, number: int, jobs: Iterator[Callable[[], None]]) -> bool:
         """Run the job ``number`` until its next call; return False if it ends instead."""
         if number not in self._participants:
-            job = next(jobs, None) if self.broken is None else None
+            job = next(jobs, None) if self.error is None else None
             if job is None:
                 return True
             self._participants[number] = Participant(number, job)
@@ -129,14 +129,14 @@ class StepCoordinator:
         except Exception as error:
             # Traceback as text: its frames would keep the calls, and so the memory of a step.
             details = "".join(format_exception(error))
-            self.broken = RunFailed(f"{type(error).__name__}: {error}", details=details)
+            self.error = RunFailed(f"{type(error).__name__}: {error}", details=details)
             answered = calls.keys()
             for call in calls.values():
-                call.error = self.broken
+                call.error = self.error
         for number in answered:
             call, self._participants[number].call = calls[number], None
             if call.joint and call.error is not None:
-                self.broken = call.error
+                self.error = call.error
 
     def _end(self, error: BaseException) -> None:
         """Raise ``error`` in every job that still waits, then here."""

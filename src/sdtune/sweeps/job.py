@@ -23,7 +23,7 @@ from sdtune.runs.compare import check_unchanged
 from sdtune.runs.layout import THREADS
 from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
 from sdtune.sweeps.job_process import run_subprocess
-from sdtune.sweeps.joblib_stop import reachable, stopping
+from sdtune.sweeps.joblib_stop import stop_code, stoppable
 
 
 class Job:
@@ -44,9 +44,9 @@ class Job:
             return self.run(composed, full_config)
         sweep = Path(str(full_config.hydra.sweep.dir))
         try:
-            # A stop request after the check of ``stopping`` reaches this process as a signal.
-            with reachable(sweep):
-                return self.run(composed, full_config) if stopping(sweep) is None else None
+            # A stop request after the check of ``stop_code`` reaches this process as a signal.
+            with stoppable(sweep):
+                return self.run(composed, full_config) if stop_code(sweep) is None else None
         except (SystemExit, KeyboardInterrupt):
             return None
 

@@ -26,7 +26,7 @@ _STOPPING = ".stopping"
 """File in the sweep's folder while the sweep is being stopped; no new job starts."""
 
 
-def stopping(sweep: Path) -> int | None:
+def stop_code(sweep: Path) -> int | None:
     """Exit code of the sweep if it is being stopped, else None."""
     file = sweep / _STOPPING
     return int(file.read_text()) if file.is_file() else None
@@ -76,7 +76,7 @@ class StopRelay:
 
 
 @contextlib.contextmanager
-def reachable(sweep: Path) -> Iterator[None]:
+def stoppable(sweep: Path) -> Iterator[None]:
     """Context manager for a job in a joblib worker: a stop signal interrupts the job but does not end the worker.
 
     If one worker ends, joblib ends all of them.

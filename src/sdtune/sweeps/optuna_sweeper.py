@@ -26,7 +26,7 @@ from sdtune.runs.metrics import LOWER_IS_BETTER
 from sdtune.runs.state import STATE, UNFINISHED
 from sdtune.runs.trials import STUDY, require_optuna, storage
 from sdtune.sweeps.job import write_yaml
-from sdtune.sweeps.joblib_stop import stopping
+from sdtune.sweeps.joblib_stop import stop_code
 
 if TYPE_CHECKING:
     import optuna
@@ -157,7 +157,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             # A recorded failure may be from an earlier start or from a lack of memory; the trial runs again on resume.
             self._report_outcomes(study, folder, jobs, resumable=(UNFINISHED, "failed"))
             raise
-        stopped = stopping(folder)
+        stopped = stop_code(folder)
         self._report_outcomes(study, folder, jobs, resumable=() if stopped is None else (UNFINISHED,))
         if stopped is not None:
             raise SystemExit(stopped)

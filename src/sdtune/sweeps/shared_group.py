@@ -197,10 +197,10 @@ def _run_jobs(group: JobGroup, device: torch.device, devices: int) -> None:
             shared.coordinator.run(_until_stopped(jobs, shared))
     finally:
         shared.pool.use_threads(True)
-    if shared.asked is not None:
-        raise SystemExit(128 + shared.asked)
-    if shared.coordinator.broken is not None:
-        raise shared.coordinator.broken
+    if shared.stop_signal is not None:
+        raise SystemExit(128 + shared.stop_signal)
+    if shared.coordinator.error is not None:
+        raise shared.coordinator.error
     if failures:
         raise failures[0]
 
@@ -230,14 +230,14 @@ class _JobThread:
         self.config, self.group, self.shared, self.failures = config, group, shared, failures
 
     def __call__(self) -> None:
-        number = self.shared.coordinator.here
+        number = self.shared.coordinator.current_number
         assert number is not None
         self.shared.pool.use_threads(False)
         try:
             with _job_logging(self.config, self.group.shown and number == 0):
                 self._run()
         except SystemExit:
-            if self.shared.asked is None:
+            if self.shared.stop_signal is None:
                 raise
             # The run has saved. The other runs received the stop too and end when they have saved.
         except OSError as error:
@@ -245,7 +245,7 @@ class _JobThread:
             self.failures.append(RunFailed(f"job {Path(self.config.hydra.runtime.output_dir).name}: {error}"))
             print(f"sdtune: {self.failures[-1]}", file=sys.stderr)
         finally:
-            self.shared.left(number)
+            self.shared.remove(number)
 
     def _run(self) -> None:
         # HydraConfig is global to all threads; a run reads it before it first waits for the other runs.
@@ -277,7 +277,7 @@ def plan_requests(full_configs: Sequence[DictConfig]) -> list[PlanRequest]:
 
 def _until_stopped(jobs: Iterator[Callable[[], None]], shared: SharedBackbone) -> Iterator[Callable[[], None]]:
     for job in jobs:
-        if shared.asked is not None:
+        if shared.stop_signal is not None:
             return
         yield job
 
@@ -317,7 +317,7 @@ def _stop_on_signals(shared: SharedBackbone) -> Iterator[None]:
     """Context manager in which Ctrl-C and SIGTERM make every run save and stop; a second Ctrl-C ends immediately."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if shared.asked is not None and number == signal.SIGINT:
+        if shared.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         print(STOPPING, file=sys.stderr)
         shared.stop(number)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.datamodule import Encoders, ImageDataModule, batch_size_for_pixels
+from sdtune.data.datamodule import CacheInputs, ImageDataModule, batch_size_for_pixels
 from sdtune.hardware.precision import HALVES
 from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, generate
@@ -65,7 +65,7 @@ def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) 
             fill(all_encoders)
 
 
-def encoders(parts: CachedParts, side: int) -> Encoders:
+def encoders(parts: CachedParts, side: int) -> CacheInputs:
     """Encoders whose outputs may be cached (None for a trained component), and the generator of class images.
 
     Args:
@@ -89,7 +89,7 @@ def encoders(parts: CachedParts, side: int) -> Encoders:
             yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
 
     generator_key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}".encode())
-    return Encoders(
+    return CacheInputs(
         images=encode_images if parts.frozen_vae else None,
         images_hash=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
         text=encode_text if parts.frozen_text else None,

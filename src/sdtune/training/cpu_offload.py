@@ -21,7 +21,7 @@ class CpuOffload:
             part.to("cpu")
 
     @contextmanager
-    def back(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """Context manager that moves the parts to the device and back to main memory."""
         try:
             for part in self.parts:

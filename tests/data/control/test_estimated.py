@@ -20,7 +20,7 @@ from drawings import save_drawings
 from running import folder_data
 from sdtune.data.control import estimated
 from sdtune.data.control.estimated import Estimated
-from sdtune.data.control.estimators import colours
+from sdtune.data.control.estimators import class_colors
 from sdtune.errors import UserError
 
 SIZES = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
@@ -55,7 +55,7 @@ def test_maps_are_estimated_once_and_cropped_with_their_image(
         if task == "depth":
             assert (full.min(), full.max()) == (0, 255)
         else:
-            allowed = {tuple(c) for c in colours(np.arange(5)[None])[0].tolist()}
+            allowed = {tuple(c) for c in class_colors(np.arange(5)[None])[0].tolist()}
             assert {tuple(c) for c in full.reshape(-1, 3).tolist()} <= allowed
 
     def fail(*_: object) -> None:
@@ -74,8 +74,8 @@ def test_maps_are_estimated_once_and_cropped_with_their_image(
 
 def test_class_colors_are_those_of_pascal_voc() -> None:
     expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert [tuple(c) for c in colours(np.arange(5)[None])[0].tolist()] == expected
-    assert tuple(colours(np.array([[9]]))[0, 0].tolist()) == (192, 0, 0)
+    assert [tuple(c) for c in class_colors(np.arange(5)[None])[0].tolist()] == expected
+    assert tuple(class_colors(np.array([[9]]))[0, 0].tolist()) == (192, 0, 0)
 
 
 def test_folder_without_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Control(ABC):
         """Compute the maps that need a model, before training, on ``device`` (None: the CPU)."""
 
     def content(self, sample: Sample) -> str:
-        """Identifier of map content that does not follow from the image and the settings; empty if there is none."""
+        """Hash of the map if it is read from a file; empty if the map is computed from the image and the settings."""
         return ""
 
     @abstractmethod

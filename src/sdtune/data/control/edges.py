@@ -18,8 +18,9 @@ class Canny(Computed):
     """Canny edges, one pixel wide, white on black (Canny 1986).
 
     Args:
-        low, high: thresholds of the gradient's L1 norm under a 3x3 Sobel filter; a line starts above ``high`` and
-            continues above ``low``. Published ControlNets were trained with values around 100 and 200.
+        low, high: thresholds of the L1 norm of the 3x3 Sobel gradient: pixels above ``high`` are edges, and so are
+            pixels above ``low`` that are connected to them. Published ControlNets were trained with values around 100
+            and 200.
     """
 
     name = "canny"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdtune.data.cache import share
+from sdtune.data.cache import keys_of_rank
 from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
@@ -79,7 +79,7 @@ class Estimated(FromImage):
         self._locate_models()
         sample_by_content = {s.content(): s for s in samples}
         # Divide the work before checking which files exist: the result changes while other processes write files.
-        rank_samples = [sample_by_content[content] for content in share(sample_by_content, rank, processes)]
+        rank_samples = [sample_by_content[content] for content in keys_of_rank(sample_by_content, rank, processes)]
         missing = [sample for sample in rank_samples if not all(file.exists() for file in self._files(sample))]
         if not missing:
             return

@@ -58,13 +58,13 @@ class Estimator:
         values = outputs.predicted_depth[:, None] if self.task == "depth" else outputs.logits
         values = F.interpolate(values.float(), size=pixels.shape[:2], mode="bilinear")[0]
         if self.task == "segmentation":
-            return (colours(values.argmax(0).cpu().numpy()),)
+            return (class_colors(values.argmax(0).cpu().numpy()),)
         low, high = values.min(), values.max()
         gray = ((values - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
         return (gray.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy(),)
 
 
-def colours(classes: np.ndarray) -> np.ndarray:
+def class_colors(classes: np.ndarray) -> np.ndarray:
     """Colors of class ids [H, W] in the palette of PASCAL VOC: uint8 [H, W, 3].
 
     Each group of three bits of an id, lowest first, sets one bit of red, green and blue, highest first.

@@ -14,10 +14,10 @@ from PIL import Image
 from sdtune.data.control.estimators import load_estimator
 from sdtune.errors import UserError
 
-SEEN = 0.3
+MIN_KEYPOINT_SCORE = 0.3
 """Minimum score of a keypoint to be drawn."""
 
-PERSON = 0.5
+MIN_PERSON_SCORE = 0.5
 """Minimum score of a detected person."""
 
 _NECK = -1
@@ -66,7 +66,7 @@ def _point(person: np.ndarray, index: int) -> tuple[float, float] | None:
         (x, y), score = shoulders[:, :2].mean(axis=0), shoulders[:, 2].min()
     else:
         x, y, score = person[index]
-    return (float(x), float(y)) if score >= SEEN else None
+    return (float(x), float(y)) if score >= MIN_KEYPOINT_SCORE else None
 
 
 def _draw_limb(image: np.ndarray, ends: np.ndarray, half: int, color: tuple[int, int, int]) -> None:
@@ -134,7 +134,7 @@ class PoseEstimator:
             return [[0.0, 0.0, float(image.width), float(image.height)]]
         outputs = self.detector(**self.finder(images=image, return_tensors="pt").to(self.device))
         [detections] = self.finder.post_process_object_detection(
-            outputs, threshold=PERSON, target_sizes=[(image.height, image.width)]
+            outputs, threshold=MIN_PERSON_SCORE, target_sizes=[(image.height, image.width)]
         )
         names = self.detector.config.id2label
         corners = [
