@@ -17,6 +17,8 @@ include_patterns = [
 ]
 html_theme = "furo"
 html_title = "sdtune"
+html_show_copyright = False
+smartquotes = False  # options such as --n stay as they are
 
 # Anchors as on GitHub, so that a link to a heading works in both places.
 myst_heading_anchors = 3

@@ -137,6 +137,8 @@ def _rows(name: str, prefix: str) -> Iterator[Row]:
     if not isinstance(node, yaml.MappingNode):
         return
     target = next((v.value for k, v in node.value if k.value == "_target_"), None) or _sibling_target(name)
+    if name == "train.yaml":
+        target = "sdtune.config.settings.Settings"
     yield from _walk(node, prefix, target, text.splitlines())
 
 
@@ -223,8 +225,11 @@ def _bound(limit: Any) -> str:
 def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
-    lines = ["| key | default | type | |", "|---|---|---|---|"]
-    lines += [f"| `{r.key}` | {_code(r.default)} | {_cell(r.kind)} | {_cell(r.text)} |" for r in rows]
+    typed = any(row.kind for row in rows)
+    lines = ["| key | default | type | |", "|---|---|---|---|"] if typed else ["| key | default | |", "|---|---|---|"]
+    for row in rows:
+        kind = [_cell(row.kind)] if typed else []
+        lines.append("| " + " | ".join([f"`{row.key}`", _code(row.default), *kind, _cell(row.text)]) + " |")
     return "\n".join(lines)
 
 
@@ -235,6 +240,8 @@ def _code(text: str) -> str:
 def _cell(text: str) -> str:
     plain = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("|", "\\|")
     plain = re.sub(r"\bNone\b", "null", plain.removesuffix("."))
+    # Outside of code, an underscore or an asterisk would be Markdown.
+    plain = "`".join(part if i % 2 else re.sub(r"([_*])", r"\\\1", part) for i, part in enumerate(plain.split("`")))
     return re.sub(r"<(?=[\w-])", "&lt;", plain)
 
 

@@ -204,10 +204,9 @@ def test_settings_page_is_up_to_date() -> None:
 
 def test_settings_page_describes_every_setting() -> None:
     text = (ROOT / "docs" / "settings.md").read_text()
-    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", text, re.MULTILINE)
     assert len(rows) > 150
-    empty = [key for key, _, _, description in rows if not description.strip()]
-    assert not empty
+    assert [key for key, description in rows if not description.strip()] == []
 
 
 def test_readme_is_short() -> None:

@@ -39,7 +39,6 @@ class MetricsRecorder(Callback):
         self.columns: list[str] = []
         self.step_seconds: list[float] = []
         self._earlier_step_seconds: list[float] = []
-        self.samples = 0
         self.validation: dict[int, float] = {}
         self._last_flush = (0, 0.0)
         self._prompts: list[str] = []

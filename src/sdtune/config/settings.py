@@ -30,7 +30,8 @@ class Settings:
         resume: folder of the run to continue.
         trust: additional packages that ``_target_`` may name.
         optimized_metric: metric that ``train`` returns to a sweeper.
-        new_tokens: new tokens to learn in addition to the weights that the method trains.
+        new_tokens: new tokens to learn in addition to the weights that the method trains, such as
+            ``[{token: "<my_cat>", init: cat, vectors: 4}]``.
         tokens_lr: learning rate of their embedding vectors; None: ``optimizer.lr``.
         trial: number of the job's Optuna trial; set by the sweeper.
     """

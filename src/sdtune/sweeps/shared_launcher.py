@@ -147,7 +147,7 @@ def _why_alone(group: Group, all_groups: Sequence[Group], configs: Sequence[dict
     """Reason why the only job of ``group`` shares its backbone with no other job."""
     from sdtune.shared_backbone.compatibility import difference
 
-    largest_config = max(all_groups, key=lambda candidate: len(candidate.jobs))
-    other = next(candidate for candidate in (largest_config, *all_groups) if candidate is not group)
+    largest_group = max(all_groups, key=lambda candidate: len(candidate.jobs))
+    other = next(candidate for candidate in (largest_group, *all_groups) if candidate is not group)
     key = difference(configs[group.jobs[0]], configs[other.jobs[0]])
     return group.alone or f"{key} differs from the other jobs"
