@@ -109,9 +109,8 @@ class Backbone(nn.Module):
         """Select the attention and convolution implementations for ``device``.
 
         Attention is fused (``sdpa``). On a CPU with at most 1024 latent positions it is unfused, because its backward
-        is faster there; with more positions, unfused attention would need too much memory. Attention processors
-        injected
-        by a method are kept. On a CPU, the UNet and ``others`` also use ``channels_last`` and
+        is faster there; with more positions, unfused attention would need too much memory. Attention processors that a
+        method has set are kept. On a CPU, the UNet and ``others`` also use ``channels_last`` and
         :func:`use_matmul_convolutions`.
 
         Args:

@@ -75,7 +75,7 @@ class NewTokens:
 
     Args:
         tokenizers: tokenizers to extend in place; they may differ only in their padding token.
-        widths: number of vectors of each new token.
+        vector_counts: number of vectors of each new token.
 
     Raises:
         UserError: a new token is already in the vocabulary.

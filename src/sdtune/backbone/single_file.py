@@ -31,7 +31,7 @@ log = logging.getLogger("sdtune")
 CONFIGS = Path(__file__).parent / "configs"
 INCLUDED_CONFIGS: dict[Family, str] = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _PADS = {"tokenizer": {"sd1": END, "sd2": "!", "sdxl": END}, "tokenizer_2": {"sdxl": "!"}}
-_LAYOUT = 1  # version of the unpacked folder layout; increase it to invalidate cached folders
+_LAYOUT = 1  # version of the converted folders' layout; increase it to invalidate cached folders
 
 
 def included_configs(kind: str) -> Path | None:

@@ -18,7 +18,7 @@ def bucket_sizes(resolution: int, step: int) -> list[Size]:
     """Bucket sizes for a resolution, sorted by width.
 
     Sides are multiples of ``step``, the aspect ratio is between 1:2 and 2:1, and the area is at most ``resolution``
-    squared. Sizes in which a side could be longer by ``step`` within these limits are omitted. The largest square
+    squared. A size is omitted if a larger one (by ``step`` in one side) is within these limits. The largest square
     that fits is always included.
 
     Raises:

@@ -37,8 +37,8 @@ def batch_size_for_pixels(pixels: int, width: int, height: int) -> int:
 def vae_batch_size(width: int, height: int, kind: str) -> int:
     """Batch size of the VAE's encoder for images of this size, on a device of type ``kind``.
 
-    On a CPU the budget is one image of 256x256, because in a batch of four each image takes 25% longer. Other devices
-    encode four images of 512x512 at a time, which keeps activations within about 8 GB.
+    On a CPU a batch has at most as many pixels as one image of 256x256: in a batch of four of them, each image takes
+    25% longer. On other devices it has at most as many as four images of 512x512: activations need about 8 GB.
     """
     return batch_size_for_pixels(256 * 256 if kind == "cpu" else 4 * 512 * 512, width, height)
 
@@ -77,7 +77,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         cache_latents: encode each image once if the VAE is frozen; the moments are stored, not samples of them.
         cache_text: encode each caption once if the text encoder is frozen.
         workers: processes that load images.
-        limit: number of images to train on, the first ones; None: all.
+        limit: train on the first ``limit`` images only; None: all.
         templates: prompt templates for the captions, chosen at random for each sample: ``object`` or ``style`` (those
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
         masked: weight the loss by each image's mask.

@@ -50,8 +50,8 @@ class RowSettings:
         batch_size: samples per optimizer step, over all processes and micro-batches.
         resolution, bucket_step: resolution of the buckets and step between their sides, in pixels.
         factor: downsampling factor of the VAE.
-        texts: prompt templates with ``{}`` for the caption.
-        keep: text that remains when a caption is dropped.
+        prompt_templates: prompt templates with ``{}`` for the caption.
+        dropped_caption: prompt that replaces a dropped caption.
         class_samples: class images; empty without prior preservation.
         latent_cache, text_cache: caches of the encoder outputs; None: they are computed in the step.
     """
@@ -149,7 +149,7 @@ def init_worker(worker: int) -> None:
     """Initialize a loader process: ignore the signals that stop a run, and turn off OpenCV's threads.
 
     Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the training process handles them, by saving a
-    checkpoint. OpenCV's threads do not survive the fork, and a map takes only about a millisecond.
+    checkpoint. A forked process has no copy of OpenCV's threads, and without them a map takes only about a millisecond.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

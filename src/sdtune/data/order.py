@@ -1,4 +1,4 @@
-"""Deterministic data order, a function of (seed, epoch), and each process's share of it.
+"""Deterministic data order, a function of seed and step, and each process's share of it.
 
 A run that is resumed at step s, or split over more processes, must train on the same samples in the same global
 batches. Therefore nothing here has state: a batch is computed from its step alone.

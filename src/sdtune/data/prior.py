@@ -39,7 +39,7 @@ class ClassImage:
         return str(self.path)
 
     def content(self) -> str:
-        """Hash of the path, which identifies the content: its folders are named by the model and the prompt."""
+        """Hash of the path, which identifies the content: its folders are named after hashes of model and prompt."""
         return hashlib.sha256("/".join(self.path.parts[-3:]).encode()).hexdigest()
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:

@@ -69,7 +69,7 @@ class Adapter(pl.LightningModule, ABC):
     """True if the method trains only new tokens."""
 
     reads_denoiser_only: ClassVar[bool]
-    """Whether the method leaves the UNet's weights unchanged and does not copy them; they may then be loaded in bf16.
+    """Whether the method neither trains nor copies the UNet's weights, so that they may be loaded in half precision.
 
     Each concrete class sets it in its own body and does not inherit it: a subclass may train more than its base class.
     """
@@ -252,7 +252,7 @@ class Adapter(pl.LightningModule, ABC):
         Args:
             folder: the artifact folder.
             stem: name of the file or subfolder, without extension.
-            mark: suffix for the names of the new tokens' files, such as ``-step00000400``.
+            suffix: suffix for the names of the new tokens' files, such as ``-step00000400``.
         """
         self.write_snapshot(folder, stem)
         self._write_new_tokens(folder, stem, suffix)
@@ -325,7 +325,7 @@ class Adapter(pl.LightningModule, ABC):
         Args:
             stream: name of the random stream, such as ``train/noise``.
             step: optimizer step.
-            positions: positions of the samples in the run's order.
+            positions: position of each sample in the batch of its step (:class:`sdtune.data.order.ScheduledSample`).
         """
         return draws.noise(shape, self.seed, stream, step, positions, self.device)
 

@@ -282,7 +282,7 @@ class LoRA(Adapter):
             prediction_type=prediction,
             steps=self.trainer.global_step,
             seed=self.seed,
-            trigger=getattr(data, "keep", None) or None,
+            trigger=getattr(data, "dropped_caption", None) or None,
             architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
         )
         artifact_metadata, unet = self.artifact_metadata(folder / stem), dict(self.backbone.unet.config)

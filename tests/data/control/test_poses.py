@@ -109,7 +109,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_maps_are_estimated_once_and_mirrored_with_their_image(
     model: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poses, "SEEN", 0.0)  # the scores of a random model are low
+    monkeypatch.setattr(poses, "MIN_KEYPOINT_SCORE", 0.0)  # the scores of a random model are low
     control = Estimated(str(models[model]), "pose")
     data = folder_data(save_drawings(tmp_path / "images", 2, 96, 64), control=control)
     data.open(64, 4)
