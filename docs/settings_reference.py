@@ -82,7 +82,7 @@ def page() -> str:
     ]
     for command, name in COMMANDS.items():
         parts += [f"## Settings of {name}", _head(CONF / f"{command}.yaml"), _table(list(_rows(f"{command}.yaml", "")))]
-    known: dict[str, Row] = {}
+    known = {row.key: row for row in _rows("train.yaml", "")}
     for group, title in GROUPS.items():
         parts += [f"## {title}: `{group}=`", *_group(group, known)]
     return "\n\n".join(part for part in parts if part) + "\n"

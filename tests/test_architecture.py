@@ -407,7 +407,7 @@ sys.exit(code)
         (["sample", "--cfg", "job"], 0, "guidance"),
         (["plan", "--cfg", "job"], 0, "fits: null"),
         (["plan", "--help"], 0, "method"),
-        (["train", "method.rnak=4"], 2, "did you mean rank?"),
+        (["train", "method.rnak=4"], 2, "did you mean method.rank?"),
         (["train", "method=lroa"], 2, "did you mean lora?"),
         (["trian"], 2, "unknown command"),
         (["report", "--help"], 0, "usage"),

@@ -21,7 +21,7 @@ PUBLIC = {
     "sdtune": {"pocket", "sample"},
     "sdtune.backbone": {"Component", "Facts", "Pretrained"},
     "sdtune.callbacks": {"EMA", "Checkpoints", "EarlyStopping", "Pruning", "Samples"},
-    "sdtune.data": {"Batch", "Encoders", "Folder", "ImageDataModule", "Sample"},
+    "sdtune.data": {"Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample"},
     "sdtune.methods": {"Adapter", "ControlNet", "DreamBooth", "Full", "LoRA", "TextualInversion"},
     "sdtune.objective": {
         "MinSNR",

@@ -64,7 +64,7 @@ def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> N
         before = backbone.encode_text(["a dog", "a cat"])
         initialize_tokens(backbone, [NewToken("<dog>", "dog", 2)])
         rows = [backbone.tokenize(["a <dog>"], tokenizer) for tokenizer in backbone.tokenizers]
-        assert all(row.max() == backbone.new_tokens.first + 1 for row in rows)
+        assert all(row.max() == backbone.new_tokens.first_id + 1 for row in rows)
         after = backbone.encode_text(["a dog", "a <dog> cat"])
     assert torch.equal(after[0], before[0])
     ids = rows[1][0].tolist()
@@ -76,7 +76,7 @@ def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> N
     )
     pooled = backbone.text_encoder_2.text_projection(out.last_hidden_state[0, end])
     torch.testing.assert_close(after[1, -1, :24], pooled)
-    assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.new_tokens.first)
+    assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.new_tokens.first_id)
 
 
 def test_long_prompt_has_the_pooled_embedding_of_its_first_window(base: Path, backbone: Backbone) -> None:

@@ -34,7 +34,7 @@ def test_help_config_and_misspelled_key_need_little_cpu_time(arguments: tuple[st
     assert best < 1.5
     refused = "methd.rank=4" in arguments
     assert done.returncode == (2 if refused else 0)
-    output = "methd.rank: unknown setting; did you mean method?" if refused else "method"
+    output = "methd.rank: unknown setting; did you mean method.rank?" if refused else "method"
     assert output in done.stdout + done.stderr
 
 

@@ -114,7 +114,10 @@ def line(tmp_path: Path, tiny: Path, capfd: pytest.CaptureFixture[str], monkeypa
 # --- settings
 
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "misspelt key": (["method.rnak=4"], ("method.rnak", "did you mean rank?")),
+    "misspelt key": (["method.rnak=4"], ("method.rnak", "did you mean method.rank?")),
+    "unquoted text": (["data.prompt=a", "photo"], ("data.prompt", "split the text at its spaces", "a photo")),
+    "option of kohya": (["--network_dim", "8"], ("--network_dim", "use method.rank=VALUE")),
+    "setting of kohya": (["learning_rate=1e-4"], ("learning_rate", "is optimizer.lr here")),
     "misspelt top key": (["sede=4"], ("sede", "did you mean seed?")),
     "misspelt group": (["metod=lora"], ("metod",)),
     "misspelt choice": (["method=lroa"], ("method=lroa", "did you mean lora?")),

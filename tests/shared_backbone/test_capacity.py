@@ -41,15 +41,16 @@ def test_costs_include_the_most_expensive_setting_of_every_job() -> None:
 
 def test_as_many_runs_fit_as_the_free_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [planned(f"method.rank={rank}") for rank in (4, 16)] * 10
-    permanent, step, previews, base = costs(*jobs)
+    all_requests, few_requests = requests(jobs), requests(jobs[:5])
+    permanent, step, previews, base = capacity.run_costs(all_requests[0], CPU)
     assert 12 * (permanent + step) > previews + 12 * permanent
     monkeypatch.setattr(
         capacity, "free_memory", lambda device, devices: capacity.ALLOWANCE + base + 12 * (permanent + step)
     )
-    assert capacity.runs_that_fit(requests(jobs), 20, CPU) == 12
-    assert capacity.runs_that_fit(requests(jobs[:5]), 5, CPU) == 5
+    assert capacity.runs_that_fit(all_requests, 20, CPU) == 12
+    assert capacity.runs_that_fit(few_requests, 5, CPU) == 5
     monkeypatch.setattr(capacity, "free_memory", lambda device, devices: base)
-    assert capacity.runs_that_fit(requests(jobs), 20, CPU) == 1
+    assert capacity.runs_that_fit(all_requests, 20, CPU) == 1
 
 
 def test_each_optimizer_has_one_plan_request() -> None:

@@ -75,7 +75,7 @@ def test_trial_that_does_not_learn_is_pruned(
     common = [*common, "method.rank=2", "optimizer.lr=choice(1e-2, 1e-2)"]
     study = optuna.load_study(study_name=STUDY, storage=storage(sweep))
     assert {t.state.name for t in study.trials} == {"COMPLETE"}
-    trial = study.request()  # a third trial, added manually, that does not learn
+    trial = study.ask()  # a third trial, added manually, that does not learn
     overrides = [o for o in study.trials[0].user_attrs["overrides"] if not o.startswith(("optimizer.lr", "trial="))]
     trial.set_user_attr("overrides", [*overrides, "optimizer.lr=1e-12", "trial=2"])
     assert train("-m", f"resume={sweep}") == 0
@@ -176,7 +176,7 @@ def test_misspelled_metric_is_refused_before_the_first_job(
 def test_extended_search_skips_a_trial_without_a_job(settings: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     assert train(*settings, "callbacks.pruning=null", "trainer.max_steps=2", "hydra.sweeper.n_trials=2") == 0
-    optuna.load_study(study_name=STUDY, storage=storage(sweep)).request()  # as if killed before the trial became a job
+    optuna.load_study(study_name=STUDY, storage=storage(sweep)).ask()  # as if killed before the trial became a job
     (sweep / "1" / "job.json").unlink()  # as if killed between the last file of the run and that of the job
     assert train("-m", f"resume={sweep}", "hydra.sweeper.n_trials=3") == 0
     study_trials = trials(sweep)
@@ -195,7 +195,7 @@ def test_pruning_minimizes_the_loss_for_either_search_direction(
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=1, max_steps=9, world_size=1, sanity_checking=False)
 
     def report(value: float) -> None:
-        number = study.request().number
+        number = study.ask().number
         callback = pruning.Pruning(tmp_path / str(number), recorder, number, after=2)
         callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
         recorder.validation = {1: value}
@@ -218,7 +218,7 @@ def test_asha_keeps_the_best_third_of_the_trials(tmp_path: Path, monkeypatch: py
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=2, max_steps=9, world_size=1, sanity_checking=False)
     pruned = []
     for value in (0.5, 0.6, 0.7, 0.4):
-        number = study.request().number
+        number = study.ask().number
         callback = pruning.Pruning(tmp_path / str(number), recorder, number, pruner="asha", after=2)
         callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
         recorder.validation = {2: value}
@@ -234,7 +234,7 @@ def test_range_excludes_its_stop_as_in_hydra(settings: list[str]) -> None:
     [integers, floats] = parser.parse_overrides(["method.rank=range(1,4)", "optimizer.lr=range(0.0,1.0,0.25)"])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     sampled = [
-        {str(suggest_value(trial, key, o)) for trial in (study.request() for _ in range(60))}
+        {str(suggest_value(trial, key, o)) for trial in (study.ask() for _ in range(60))}
         for key, o in (("rank", integers), ("lr", floats))
     ]
     assert sampled == [{"1", "2", "3"}, {"0.0", "0.25", "0.5", "0.75"}]

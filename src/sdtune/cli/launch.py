@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sdtune.cli.exit_codes import exit_codes, refuse
-from sdtune.cli.messages import composition_error
+from sdtune.cli.messages import composition_error, option_error
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
 from sdtune.config.hydra_compat import get_args_parser, initialized, print_info
 from sdtune.errors import UserError
@@ -90,7 +90,10 @@ def launch(
     """
     with exit_codes(command, partial(composition_error, typed=argv)):
         parser = get_args_parser()
-        args = parser.parse_args(rewrite(_with_quoted_folder(argv)))
+        args, extra = parser.parse_known_args(rewrite(_with_quoted_folder(argv)))
+        if unknown := next((word for word in extra if word.startswith("-")), None):
+            refuse(option_error(unknown))
+        args.overrides += extra
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         _check_secrets(args.overrides)

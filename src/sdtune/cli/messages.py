@@ -14,7 +14,43 @@ from sdtune.config.hydra_compat import full_key
 from sdtune.config.overrides import resumed_folder
 from sdtune.quoting import shell_override
 from sdtune.runs.compare import NOT_RESUMABLE_REMEDY
-from sdtune.suggest import suggestion
+from sdtune.suggest import nearest, suggestion
+
+KOHYA = {
+    "network_dim": "method.rank",
+    "network_alpha": "method.alpha",
+    "network_dropout": "method.dropout",
+    "network_weights": "method.weights",
+    "learning_rate": "optimizer.lr",
+    "unet_lr": "optimizer.lr",
+    "text_encoder_lr": "method.text_encoder_lr",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "lr_schedule.warmup_steps",
+    "max_train_steps": "trainer.max_steps",
+    "train_batch_size": "data.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "gradient_checkpointing": "hardware.gradient_checkpointing",
+    "mixed_precision": "hardware.precision",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "optimizer_type": "optimizer",
+    "train_data_dir": "data.path",
+    "reg_data_dir": "data.class_path",
+    "prior_loss_weight": "data.prior_weight",
+    "pretrained_model_name_or_path": "backbone.path",
+    "vae": "backbone.vae",
+    "clip_skip": "backbone.clip_skip",
+    "output_dir": "hydra.run.dir",
+    "output_name": "name",
+    "save_every_n_steps": "save_every",
+    "min_snr_gamma": "objective=min_snr",
+    "noise_offset": "objective.offset_noise",
+    "flip_aug": "data.flip",
+    "random_crop": "data.random_crop",
+    "caption_dropout_rate": "data.caption_dropout",
+    "sample_every_n_steps": "callbacks.samples.every_steps",
+    "sample_prompts": "callbacks.samples.prompts",
+}
+"""Settings of sdtune by the name of kohya's option."""
 
 _FOLDER_SETTINGS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
 
@@ -37,10 +73,33 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
             return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
+            if not value and (split := _split_text(key, typed)):
+                return split
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
             return f"{key}: cannot parse {value}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines[:2])
+
+
+def _split_text(word: str, typed: Sequence[str]) -> str | None:
+    """Message for a ``word`` without ``=`` that is part of an unquoted text; None if it follows no override."""
+    if word not in typed or "=" in word:
+        return None
+    end = list(typed).index(word)
+    start = next((i for i in range(end, -1, -1) if "=" in typed[i]), None)
+    if start is None:
+        return None
+    rest = [other for other in typed[start + 1 :] if "=" not in other and not other.startswith("-")]
+    key, _, value = typed[start].partition("=")
+    quoted = shell_override(key, " ".join([value, *rest]))
+    return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
+
+
+def option_error(option: str) -> str:
+    """Message for an unknown command-line option such as ``--network_dim=8``."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    example = KOHYA.get(name, name if option.startswith("--") else "method.rank")
+    return f"{option.partition('=')[0]}: unknown option; settings have the form KEY=VALUE, use {example}=VALUE"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -55,6 +114,8 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     full = next((key for key in keys if key.startswith(f"{known}.")), known)
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
+    if full in KOHYA:
+        return f"{full}: unknown setting; this option of kohya is {KOHYA[full]} here"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
 
 
@@ -65,4 +126,8 @@ def _suggested_key(full: str, node: Any) -> str:
     known, parts = [str(key) for key in node], full.split(".")
     parent_key = full_key(node)
     depth = len(parent_key.split(".")) if parent_key else 0
-    return suggestion(parts[min(depth, len(parts) - 1)], known)
+    depth = min(depth, len(parts) - 1)
+    match = nearest(parts[depth], known)
+    if match is None:
+        return suggestion(parts[depth], known)
+    return f"; did you mean {'.'.join([*parts[:depth], match, *parts[depth + 1 :]])}?"

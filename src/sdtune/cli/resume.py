@@ -47,7 +47,7 @@ def rewrite(argv: list[str]) -> list[str]:
             raise UserError(
                 f"{text} is not allowed in a resumed run",
                 key="resume",
-                remedy="change only hardware, logger, callbacks and trainer.max_steps",
+                remedy="change only trainer.max_steps, hardware, logger, and settings of callbacks",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():

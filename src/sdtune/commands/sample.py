@@ -210,4 +210,5 @@ def _write(
             sheet = grid(grid_rows, column_labels=prompt_labels if len(grid_rows) == 1 else ())
         save_png(sheet, folder / "grid.png")
         log.info("grid: %s", folder / "grid.png")
-    log.info("%d images: %s", len(requests) * len(factors), folder)
+    count = len(requests) * len(factors)
+    log.info("%d image%s: %s", count, "" if count == 1 else "s", folder)

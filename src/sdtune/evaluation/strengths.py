@@ -44,5 +44,6 @@ def strength_grid(
                 rows.append(generate_images(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")
-    if len(requests) > _COLUMNS:
-        log.info("strengths.png: shows the first %d of %d prompts", _COLUMNS, len(requests))
+    prompts = {request.prompt for request in requests}
+    if hidden := len(prompts - {request.prompt for request in shown}):
+        log.info("strengths.png: does not show %d of %d prompts", hidden, len(prompts))

@@ -78,7 +78,10 @@ def write_card(
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
     numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
     lines += ["## Metrics", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {key} | {value:.4g} |" for key, value in list(numbers.items())[:_MAX_METRICS]]
+    lines += [
+        f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
+        for key, value in list(numbers.items())[:_MAX_METRICS]
+    ]
     more = len(numbers) - _MAX_METRICS
     omitted = f"{more} more metrics are in the run's `metrics.json`. " if more > 0 else ""
     lines += ["", f"{omitted}Definitions of the metrics: `docs/evaluation.md` of sdtune.", ""]
