@@ -14,7 +14,7 @@ from sdtune.config.hydra_compat import full_key
 from sdtune.config.overrides import resumed_folder
 from sdtune.quoting import shell_override
 from sdtune.runs.compare import NOT_RESUMABLE_REMEDY
-from sdtune.suggest import nearest, suggestion
+from sdtune.suggest import closest_match, suggestion
 
 KOHYA = {
     "network_dim": "method.rank",
@@ -127,7 +127,7 @@ def _suggested_key(full: str, node: Any) -> str:
     parent_key = full_key(node)
     depth = len(parent_key.split(".")) if parent_key else 0
     depth = min(depth, len(parts) - 1)
-    match = nearest(parts[depth], known)
+    match = closest_match(parts[depth], known)
     if match is None:
         return suggestion(parts[depth], known)
     return f"; did you mean {'.'.join([*parts[:depth], match, *parts[depth + 1 :]])}?"
