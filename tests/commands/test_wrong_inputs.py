@@ -307,7 +307,8 @@ def test_resuming_a_run_with_a_removed_setting_is_refused(line: CommandLine, ima
     overrides = line.run / ".hydra" / "overrides.yaml"
     current_overrides = overrides.read_text()
     overrides.write_text(current_overrides + "- data.class_pictures=4\n")
-    line.refuses("train", f"resume={line.run}", words=("data.class_pictures", "mean data.class_images?", "resume=", *remedy))
+    words = ("data.class_pictures", "mean data.class_images?", "resume=", *remedy)
+    line.refuses("train", f"resume={line.run}", words=words)
 
     overrides.write_text(current_overrides)
     (line.run / "checkpoints").mkdir()
