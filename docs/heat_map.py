@@ -33,7 +33,8 @@ def main() -> None:
     runs = [run for run in collect(folder) if run.metrics]
     figure = heat_map(group_by_setting(runs), metrics(runs), METRIC)
     assert figure is not None, "a grid over two settings has a heat map"
-    figure.update_layout(updatemenus=[], title=f"{METRIC} on pocket, one seed")
+    figure.layout.updatemenus = ()
+    figure.update_layout(title=f"{METRIC} on pocket, one seed")
     figure.write_image(image, width=720, height=420, scale=2)
     print(image)
 
