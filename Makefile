@@ -94,7 +94,7 @@ docs: .venv/.docs ## build the documentation site into docs/_build; warnings are
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build
 	@echo "docs/_build/docs/index.html"
 
-docs-images: .venv/.docs ## train a sweep on pocket and draw docs/images/rank_lr.png (half an hour on two cores; needs Chrome or Chromium)
+docs-images: .venv/.docs .venv/.dev ## train a sweep on pocket and draw docs/images/rank_lr.png (half an hour on two cores; needs Chrome or Chromium)
 	$(BIN)/python docs/heat_map.py outputs/docs/rank_lr docs/images/rank_lr.png
 
 graph: ## write the current package graph to ARCHITECTURE.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -42,15 +43,17 @@ KOHYA = {
     "output_dir": "hydra.run.dir",
     "output_name": "name",
     "save_every_n_steps": "save_every",
-    "min_snr_gamma": "objective=min_snr",
+    "min_snr_gamma": "objective.weighting.gamma",
     "noise_offset": "objective.offset_noise",
     "flip_aug": "data.flip",
     "random_crop": "data.random_crop",
     "caption_dropout_rate": "data.caption_dropout",
     "sample_every_n_steps": "callbacks.samples.every_steps",
-    "sample_prompts": "callbacks.samples.prompts",
 }
 """Settings of sdtune by the name of kohya's option."""
+
+_TEXTS = ("prompt", "name", "trigger", "path")
+"""Ends of the keys whose values may contain spaces."""
 
 _FOLDER_SETTINGS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
 
@@ -75,6 +78,8 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
             key, _, value = str(cause.override).partition("=")
             if not value and (split := _split_text(key, typed)):
                 return split
+            if "=" not in str(cause.override):
+                return f"{key}: the value is missing; write {key}=VALUE"
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
             return f"{key}: cannot parse {value}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -87,9 +92,9 @@ def _split_text(word: str, typed: Sequence[str]) -> str | None:
         return None
     end = list(typed).index(word)
     start = next((i for i in range(end, -1, -1) if "=" in typed[i]), None)
-    if start is None:
+    if start is None or not typed[start].split("=")[0].endswith(_TEXTS):
         return None
-    rest = [other for other in typed[start + 1 :] if "=" not in other and not other.startswith("-")]
+    rest = takewhile(lambda other: "=" not in other and not other.startswith("-"), typed[start + 1 :])
     key, _, value = typed[start].partition("=")
     quoted = shell_override(key, " ".join([value, *rest]))
     return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
@@ -98,8 +103,8 @@ def _split_text(word: str, typed: Sequence[str]) -> str | None:
 def option_error(option: str) -> str:
     """Message for an unknown command-line option such as ``--network_dim=8``."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    example = KOHYA.get(name, name if option.startswith("--") else "method.rank")
-    return f"{option.partition('=')[0]}: unknown option; settings have the form KEY=VALUE, use {example}=VALUE"
+    setting = f", use {KOHYA[name]}=VALUE" if name in KOHYA else ", without dashes"
+    return f"{option.partition('=')[0]}: unknown option; settings have the form KEY=VALUE{setting}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

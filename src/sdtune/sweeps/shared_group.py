@@ -265,7 +265,7 @@ class _JobThread:
 
 def plan_requests(full_configs: Sequence[DictConfig]) -> list[PlanRequest]:
     """Plan requests with the largest costs that any of the jobs can have, one request per optimizer."""
-    jobs = [checked_plan(whole, shared=True) for whole in full_configs]
+    jobs = [checked_plan(full_config, shared=True) for full_config in full_configs]
     configs = [job.config for job in jobs]
     optimizers = {str(config["optimizer"]["_target_"]): config["optimizer"] for config in configs}
     caches = {key: all(job.data[key] for job in jobs) for key in ("cache_latents", "cache_text")}
