@@ -1,7 +1,6 @@
 """Write docs/settings.md, the reference of all settings, from the YAML files and the docstrings.
 
-    python docs/settings_reference.py            # write the page
-    python docs/settings_reference.py --check    # exit with 1 if the page is out of date
+    python docs/settings_reference.py
 
 A setting's description is the ``Args`` entry of the class that its group configures; if there is none, the comment
 next to it in the YAML file.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -245,13 +243,5 @@ def _cell(text: str) -> str:
     return re.sub(r"<(?=[\w-])", "&lt;", plain)
 
 
-def main() -> int:
-    text = page()
-    if "--check" in sys.argv[1:]:
-        return int(not PAGE.exists() or PAGE.read_text() != text)
-    PAGE.write_text(text)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    PAGE.write_text(page())

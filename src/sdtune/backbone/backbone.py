@@ -33,7 +33,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
 
 
 class PairExecutor(Protocol):
-    """Computes predictions of a UNet that several runs share, with the LoRA pairs of one run, which are not merged."""
+    """Predicts with a UNet that several runs share, and with the unmerged LoRA pairs of one run."""
 
     def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
         """Output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with LoRA ``pairs`` applied."""
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
         return (sample - shift) * scale
 
     def decode_in_tiles(self, side: int = TILE) -> None:
-        """Decode images larger than ``side`` pixels in blended tiles from now on, to limit memory.
+        """Turn on tiled decoding for images larger than ``side`` pixels, to limit memory.
 
         Colors may differ slightly from untiled decoding, because the VAE normalizes each tile separately.
         """

@@ -21,7 +21,7 @@ faster in float32 and bfloat16; outside of them the convolution is faster."""
 
 
 class MatmulConv2d(nn.Conv2d):
-    """Conv2d that runs as im2col and one matrix product on a CPU if the output has few pixels.
+    """Conv2d that uses im2col and one matrix product on a CPU for outputs with few pixels.
 
     Weights in ``channels_last`` memory format are used without a copy.
     """

@@ -20,7 +20,7 @@ def named_modules(backbone: Backbone) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def layers(backbone: Backbone) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
-    """Yield component, name within the component and layer for all linear and convolution layers."""
+    """Yield (component, name in the component, layer) for each linear and convolution layer."""
     for component, name, module in named_modules(backbone):
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield component, name, module

@@ -76,10 +76,8 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
             return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
-            if not value and (split := _split_text(key, typed)):
-                return split
             if "=" not in str(cause.override):
-                return f"{key}: the value is missing; write {key}=VALUE"
+                return _split_text(key, typed) or f"{key}: the value is missing; write {key}=VALUE"
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
             return f"{key}: cannot parse {value}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -88,7 +86,7 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
 
 def _split_text(word: str, typed: Sequence[str]) -> str | None:
     """Message for a ``word`` without ``=`` that is part of an unquoted text; None if it follows no override."""
-    if word not in typed or "=" in word:
+    if word not in typed:
         return None
     end = list(typed).index(word)
     start = next((i for i in range(end, -1, -1) if "=" in typed[i]), None)

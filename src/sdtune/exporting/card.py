@@ -76,18 +76,22 @@ def write_card(
     lines += [f"| use | {_USAGE[artifact.kind].format(name=artifact.name)} |"]
     lines += ["| license | **to be named by the author**; the license of the base model applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
+    target = folder / CARD
+    write_text(target, "\n".join([*lines, *_metric_lines(metrics)]))
+    return target
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The section of the card with the first :data:`_MAX_METRICS` numbers of ``metrics``."""
     numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
-    lines += ["## Metrics", "", "| metric | value |", "|---|---|"]
+    lines = ["## Metrics", "", "| metric | value |", "|---|---|"]
     lines += [
         f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
         for key, value in list(numbers.items())[:_MAX_METRICS]
     ]
     more = len(numbers) - _MAX_METRICS
     omitted = f"{more} more metrics are in the run's `metrics.json`. " if more > 0 else ""
-    lines += ["", f"{omitted}Definitions of the metrics: `docs/evaluation.md` of sdtune.", ""]
-    target = folder / CARD
-    write_text(target, "\n".join(lines))
-    return target
+    return [*lines, "", f"{omitted}Definitions of the metrics: `docs/evaluation.md` of sdtune.", ""]
 
 
 def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, what: str, whole: bool) -> None:

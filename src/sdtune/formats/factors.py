@@ -19,7 +19,7 @@ _UNCHANGED = 1e-6
 def extract(
     tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], rank: int | None, energy: float | None
 ) -> tuple[LoRAWeights, dict[str, float]]:
-    """Extract a LoRA that approximates ``tuned`` - ``base``, with alpha = r.
+    """Extract a LoRA that approximates ``tuned - base``; alpha equals the rank.
 
     Args:
         tuned, base: weights by canonical module path with component: [out, in], or [out, in, h, w].

@@ -53,7 +53,7 @@ class LoRAWeights:
         return self._rescaled({module: float(self.rank(module)) for module in self.pairs})
 
     def uniform(self) -> LoRAWeights:
-        """The same weight changes with one alpha for all modules: unchanged if uniform, else the largest rank."""
+        """The same weight updates with one alpha for all modules: the common alpha, else the largest rank."""
         if len(set(self.alphas.values())) <= 1:
             return self
         largest = float(max(self.rank(module) for module in self.pairs))

@@ -134,7 +134,7 @@ class ControlNet(Adapter):
         return sum(4 * p.numel() for model in models for p in model.parameters())
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """Write a diffusers ControlNet, ``<folder>/<name>``, with a trained UNet in its subfolder ``unet``."""
+        """Write the diffusers folder ``<folder>/<name>``; a trained UNet is saved in its subfolder ``unet``."""
         with replacing(folder / name) as target:
             save_component(self.controlnet, target)
             if self.unet != "frozen":

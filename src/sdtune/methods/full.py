@@ -95,7 +95,7 @@ class Full(Adapter):
             for component, encoder in self.backbone.encoders.items():
                 unused_prefixes = self.backbone.unused_prefixes(component)
                 for name, parameter in encoder.named_parameters():
-                    # Layers after the hidden state that is used get no gradient; DDP would fail on them.
+                    # These layers do not affect the text embeddings, so they get no gradient, and DDP would fail.
                     parameter.requires_grad_(not name.startswith(unused_prefixes))
 
     def component_rates(self) -> Mapping[str, float | None]:

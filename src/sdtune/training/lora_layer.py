@@ -23,8 +23,8 @@ class FusedLoRALinear(Linear):  # type: ignore[misc]
         is_plain = self.active_adapters == ["default"] and not (self.disable_adapters or self.merged or args or kwargs)
         # DoRA and other variants use other formulas, and lora_bias adds a term.
         is_plain = is_plain and not self.lora_variant and not self.lora_bias["default"]
-        # Without autocast the input and the pair must have one dtype. The meta device uses the autocast of the CPU, see
-        # hardware.precision.autocast.
+        # Without autocast, input and LoRA matrices need the same dtype. The meta device uses the autocast of the CPU:
+        # see hardware.precision.autocast.
         autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
         if not is_plain or not (autocast or x.dtype == down.dtype):
             out: Tensor = super().forward(x, *args, **kwargs)
