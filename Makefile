@@ -130,5 +130,5 @@ pocket-quality: .venv/.installed ## evaluate the included pocket on 512 held-out
 	$(BIN)/python -m experiments.pocket.quality --seed $(SEED) \
 	  --out $(if $(filter 0,$(SEED)),experiments/pocket,outputs/pocket-quality-$(SEED))
 
-clean: ## remove the environment and caches, but not the outputs
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build
+clean: ## remove the environment, caches and the built documentation, but not the outputs
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist build docs/_build

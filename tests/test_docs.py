@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
 from sdtune.cli.main import COMMANDS
+from sdtune.cli.messages import KOHYA
 from sdtune.config import hardware
 from sdtune.config.compose import compose, search_path, without_hydra
 from sdtune.config.model import check_model
@@ -47,6 +48,14 @@ class Example:
         return f"{self.page}: sdtune {self.name} {' '.join(self.arguments)}"
 
 
+GROUPS = {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").glob("**/") if path != ROOT / "conf"} - {
+    "callbacks"
+}
+EVERY_SETTING = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
+OF_PLUGINS = ("submitit_local", "joblib")
+"""Choices of hydra/launcher that the plugins of other packages add."""
+
+
 def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
@@ -66,14 +75,58 @@ def examples_in(text: str, page: str) -> Iterator[Example]:
                 words.append(word)
 
 
+def inline_code(page: Path) -> list[str]:
+    """The code in the text and the tables of a page."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    return [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+
+
 def all_examples() -> list[Example]:
+    """The commands in code blocks and in the text, without those that stand for several, such as ``sd15_...``."""
     pages = [page for page in PAGES if page.name != NOTHING]
     return [
         example
         for page in pages
-        for block in code_blocks(page, "bash")
+        for block in [*code_blocks(page, "bash"), *inline_code(page)]
         for example in examples_in(block, str(page.relative_to(ROOT)))
+        if not any(word.endswith("...") or word == "experiment=NAME" for word in example.arguments)
     ]
+
+
+NO_SETTINGS = (".py", ".json", ".yaml", ".fit")
+"""Ends of the names of files and methods, which look like those of settings."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A setting (``data.path``) or a choice (``optimizer=adamw8bit``) that the text of a page names."""
+
+    page: str
+    key: str
+    value: str
+
+
+def settings_and_choices(text: str, page: str) -> Iterator[Named]:
+    for word in text.split():
+        match = re.match(r"['\"]?[+~]{0,2}([a-z]\w*(?:[./][a-z]\w*)*)(?:=(.*?))?['\"]?$", word)
+        if match is None or Path(match[1]).suffix in NO_SETTINGS:
+            continue
+        key, value = match[1], match[2] or ""
+        if (key in GROUPS and value) or ("." in key and key.split(".")[0] in GROUPS | {"callbacks"}):
+            yield Named(page, key, value)
+
+
+def exists(named: Named) -> bool:
+    if named.key in GROUPS:
+        choices = re.split(r"[,|]", named.value)
+        files = [ROOT / "conf" / named.key / f"{choice}.yaml" for choice in choices]
+        return all(
+            file.is_file() or choice.isupper() or "..." in choice or choice in OF_PLUGINS
+            for choice, file in zip(choices, files, strict=True)
+        )
+    return named.key.startswith(("hydra.", "paths.")) or any(
+        f"{key}.".startswith(f"{named.key}.") for key in EVERY_SETTING
+    )
 
 
 def write_yaml_blocks(page: Path, folder: Path) -> None:
@@ -114,6 +167,13 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 
 EXAMPLES = all_examples()
+NAMED = [
+    named
+    for page in PAGES
+    if page.name != NOTHING
+    for text in inline_code(page)
+    for named in settings_and_choices(text, str(page.relative_to(ROOT)))
+]
 
 
 def test_pages_have_examples_of_every_command() -> None:
@@ -125,7 +185,7 @@ def test_pages_have_examples_of_every_command() -> None:
 def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
     arguments = list(example.arguments)
     if example.name == "report":
-        assert len(arguments) == 1
+        assert len(arguments) <= 1
         return
     config_dir = None
     if "-cd" in arguments:
@@ -134,7 +194,7 @@ def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
         config_dir = str(tmp_path / arguments[position + 1])
         del arguments[position : position + 2]
     flags = [word for word in arguments if word in ("-m", "--help")]
-    overrides = [word for word in arguments if word not in (*flags, "--cfg", "job")]
+    overrides = [word for word in arguments if word not in (*flags, "--cfg", "job", "-p", "GROUP")]
     is_resumed = any(word.startswith("resume=") for word in overrides)
     if is_resumed and any(word.startswith("hydra.launcher.") for word in overrides):
         overrides.append("hydra/launcher=shared_backbone")  # a setting of the resumed sweep
@@ -142,6 +202,30 @@ def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
     if not is_resumed and "trust=[my_package]" not in overrides:
         container: Any = OmegaConf.to_container(without_hydra(config), resolve=True)
         check_config(container, example.name)
+
+
+def test_pages_name_settings() -> None:
+    assert len(NAMED) > 400
+    page = "`data.pth=DIR`, `optimizer=adamw8bits`, `hardware.precision`, `method=lora|full`, `artifact.json`"
+    named = [named for text in re.findall("`(.*?)`", page) for named in settings_and_choices(text, "page")]
+    assert [n.key for n in named if not exists(n)] == ["data.pth", "optimizer"]
+    assert [n.key for n in named if exists(n)] == ["hardware.precision", "method"]
+
+
+def test_named_settings_and_choices_exist() -> None:
+    assert [named for named in NAMED if not exists(named)] == []
+
+
+def make_targets(text: str) -> set[str]:
+    """The targets in the make commands of a page; variables such as JOBS=2 are left out."""
+    commands = re.findall(r"(?:^|`)make ((?:[\w-]+ ?)+)", text, re.MULTILINE)
+    return {word for command in commands for word in command.split() if word.islower()}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != NOTHING], ids=lambda page: str(page.relative_to(ROOT)))
+def test_make_targets_of_a_page_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert make_targets(page.read_text()) - targets == set()
 
 
 def test_misspelled_command_of_a_page_is_found() -> None:
@@ -183,7 +267,8 @@ def test_every_page_is_in_the_index_and_begins_with_a_command() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"({page.name})" in index, page.name
         body = page.read_text().split("\n", 1)[1].lstrip()
-        assert body.startswith(("```bash", "```python")), page.name
+        first = r"```bash\n(\w+=\S+ )*(sdtune|make|ls|cp) " if page.name != "python.md" else "```python"
+        assert re.match(first, body), page.name
 
 
 def script(name: str) -> ModuleType:
@@ -194,6 +279,21 @@ def script(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def test_table_for_users_of_kohya_is_that_of_the_messages() -> None:
+    text = (ROOT / "docs" / "from-kohya.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| `(.+)` \|$", text, re.MULTILINE)) == KOHYA
+
+
+@pytest.mark.parametrize("equivalent", sorted(set(KOHYA.values())))
+def test_settings_of_the_table_exist(equivalent: str) -> None:
+    *overrides, last = equivalent.split()
+    overrides += [last] if "=" in last else []
+    config = compose("train", search_path(None), ["experiment=sd15_lora", *overrides])
+    key, node = last.split("=")[0], without_hydra(config)
+    group, _, name = key.rpartition(".")
+    assert key == "hydra.run.dir" or name in list(OmegaConf.select(node, group) if group else node)
 
 
 def test_settings_page_is_up_to_date() -> None:

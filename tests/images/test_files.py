@@ -234,7 +234,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_damaged_exif_data_is_refused(tmp_path: Path) -> None:
     noise(6, 4).save(tmp_path / "image.png", exif=b"Exif\x00\x00MM\x00\x0c" + bytes(8))
     for read in (open_image, image_size):
-        with pytest.raises(UserError, match=r"image\.png is not a readable image \(its EXIF data are damaged\)"):
+        with pytest.raises(UserError, match=r"image\.png is not a readable image \(its EXIF data are damaged; save"):
             read(tmp_path / "image.png")
 
 

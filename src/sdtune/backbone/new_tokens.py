@@ -165,7 +165,11 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
                 remedy="set init: cat or weights: FILE",
             )
         if token.weights is not None and not Path(token.weights).expanduser().is_file():
-            raise UserError(f"weights of {token.token!r}: {token.weights} does not exist", key="new_tokens")
+            raise UserError(
+                f"weights of {token.token!r}: {token.weights} does not exist",
+                key="new_tokens",
+                remedy="name an embedding file",
+            )
         normalized = re.sub(r"\s+", "_", token.token.strip().lower())
         if token.token != normalized or not normalized:
             raise UserError(

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from argparse import Namespace
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from sdtune.cli.exit_codes import exit_codes, refuse
 from sdtune.cli.messages import composition_error, option_error
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
-from sdtune.config.hydra_compat import get_args_parser, initialized, print_info
+from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info
 from sdtune.errors import UserError
 from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun
@@ -90,10 +90,8 @@ def launch(
     """
     with exit_codes(command, partial(composition_error, typed=argv)):
         parser = get_args_parser()
-        args, extra = parser.parse_known_args(rewrite(_with_quoted_folder(argv)))
-        if unknown := next((word for word in extra if word.startswith("-")), None):
-            refuse(option_error(unknown))
-        args.overrides += extra
+        _check_option_names(argv, option_names(parser))
+        args = _parse(parser, rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         _check_secrets(args.overrides)
@@ -131,6 +129,24 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
         return argv
     folder = argv[index].removeprefix(prefix).removesuffix('"')
     return [*argv[:index], override("hydra.run.dir", folder), *argv[index + 1 :]]
+
+
+def _check_option_names(argv: list[str], known: list[str]) -> None:
+    """Refuse options that Hydra does not have; argparse would take some for others, such as -rank=8 for -r."""
+    for word in argv:
+        name = re.split(r"[=\s]", word)[0]
+        if name.startswith("-") and name not in known:
+            refuse(option_error(name, known))
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    parser.exit_on_error = False  # argparse would print usage lines
+    try:
+        args, extra = parser.parse_known_args(argv)
+    except ArgumentError as error:
+        refuse(str(error))
+    args.overrides += extra  # overrides that follow an option
+    return args
 
 
 def _check_secrets(overrides: list[str]) -> None:

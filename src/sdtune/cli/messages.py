@@ -19,7 +19,7 @@ from sdtune.suggest import closest_match, suggestion
 
 KOHYA = {
     "network_dim": "method.rank",
-    "network_alpha": "method.alpha",
+    "network_alpha": "method.alpha_policy=constant method.alpha",
     "network_dropout": "method.dropout",
     "network_weights": "method.weights",
     "learning_rate": "optimizer.lr",
@@ -34,7 +34,7 @@ KOHYA = {
     "mixed_precision": "hardware.precision",
     "max_grad_norm": "trainer.gradient_clip_val",
     "optimizer_type": "optimizer",
-    "train_data_dir": "data.path",
+    "train_data_dir": "data=folder data.path",
     "reg_data_dir": "data.class_path",
     "prior_loss_weight": "data.prior_weight",
     "pretrained_model_name_or_path": "backbone.path",
@@ -43,14 +43,21 @@ KOHYA = {
     "output_dir": "hydra.run.dir",
     "output_name": "name",
     "save_every_n_steps": "save_every",
-    "min_snr_gamma": "objective.weighting.gamma",
+    "min_snr_gamma": "objective=min_snr objective.weighting.gamma",
     "noise_offset": "objective.offset_noise",
     "flip_aug": "data.flip",
     "random_crop": "data.random_crop",
     "caption_dropout_rate": "data.caption_dropout",
     "sample_every_n_steps": "callbacks.samples.every_steps",
+    "resolution": "data.resolution",
+    "max_token_length": "backbone.max_tokens",
+    "v_parameterization": "backbone.prediction_type=v_prediction",
+    "zero_terminal_snr": "backbone.zero_terminal_snr=true",
+    "masked_loss": "data.masked=true",
+    "cache_latents": "data.cache_latents",
+    "cache_text_encoder_outputs": "data.cache_text",
 }
-"""Settings of sdtune by the name of kohya's option."""
+"""What kohya's options are in sdtune: a setting, or the overrides that have the same effect."""
 
 _TEXTS = ("prompt", "name", "trigger", "path")
 """Ends of the keys whose values may contain spaces."""
@@ -86,23 +93,31 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
 
 def _split_text(word: str, typed: Sequence[str]) -> str | None:
     """Message for a ``word`` without ``=`` that is part of an unquoted text; None if it follows no override."""
-    if word not in typed:
-        return None
-    end = list(typed).index(word)
-    start = next((i for i in range(end, -1, -1) if "=" in typed[i]), None)
-    if start is None or not typed[start].split("=")[0].endswith(_TEXTS):
-        return None
-    rest = takewhile(lambda other: "=" not in other and not other.startswith("-"), typed[start + 1 :])
-    key, _, value = typed[start].partition("=")
-    quoted = shell_override(key, " ".join([value, *rest]))
-    return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
+    for start, text in enumerate(typed):
+        key, equals, value = text.partition("=")
+        if not equals or key.startswith("-") or not key.endswith(_TEXTS):
+            continue
+        rest = list(takewhile(lambda other: "=" not in other and not other.startswith("-"), typed[start + 1 :]))
+        if word in rest:
+            quoted = shell_override(key, " ".join([value, *rest]))
+            return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
+    return None
 
 
-def option_error(option: str) -> str:
-    """Message for an unknown command-line option such as ``--network_dim=8``."""
-    name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    setting = f", use {KOHYA[name]}=VALUE" if name in KOHYA else ", without dashes"
-    return f"{option.partition('=')[0]}: unknown option; settings have the form KEY=VALUE{setting}"
+def option_error(option: str, known: Sequence[str]) -> str:
+    """Message for an unknown command-line option such as ``--network_dim``; ``known`` are Hydra's options."""
+    name = option.lstrip("-").replace("-", "_")
+    if name in KOHYA:
+        return f"{option}: unknown option; settings have the form KEY=VALUE, use {_overrides_for(name)}"
+    match = closest_match(option, known)
+    if match is not None:
+        return f"{option}: unknown option; did you mean {match}?"
+    return f"{option}: unknown option; settings have the form KEY=VALUE, without dashes"
+
+
+def _overrides_for(kohya_option: str) -> str:
+    overrides = KOHYA[kohya_option]
+    return overrides if "=" in overrides.split()[-1] else f"{overrides}=VALUE"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -118,7 +133,7 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
     if full in KOHYA:
-        return f"{full}: unknown setting; this option of kohya is {KOHYA[full]} here"
+        return f"{full}: unknown setting; for this option of kohya use {_overrides_for(full)}"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
 
 

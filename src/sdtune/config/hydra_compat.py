@@ -13,6 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.override_parser.types import Override
 
@@ -24,6 +26,7 @@ __all__ = [
     "get_args_parser",
     "grid_of_jobs",
     "initialized",
+    "option_names",
     "print_info",
 ]
 
@@ -56,6 +59,11 @@ def grid_of_jobs(sweeper: type, overrides: list[Override]) -> list[list[str]] | 
 def full_key(node: DictConfig) -> str:
     """Dotted key of ``node`` in its config; empty for the top-level config."""
     return str(node._get_full_key(None) or "")
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Names of all options of ``parser``, such as ``--multirun`` and ``-m``."""
+    return [name for action in parser._actions for name in action.option_strings]
 
 
 def print_info(arguments: Any, parser: Any, folder: str, config_name: str) -> None:

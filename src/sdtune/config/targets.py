@@ -70,7 +70,11 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
     if not (inspect.isclass(resolved) or inspect.isfunction(resolved)):
         raise UserError(f"{target} is neither a class nor a function", key=f"{key}._target_")
     if not _allowed(resolved.__module__, trust):
-        raise UserError(f"{target} is defined in {resolved.__module__}, which is not allowed", key=f"{key}._target_")
+        raise UserError(
+            f"{target} is defined in {resolved.__module__}, which is not allowed",
+            key=f"{key}._target_",
+            remedy=f"add trust=[{resolved.__module__.split('.')[0]}] if you trust it",
+        )
     if inspect.isfunction(resolved) and not _trusted(resolved.__module__, trust):
         # A config may build objects, but not call any function of sdtune or of a library.
         raise UserError(f"{target} is a function, not a class", key=f"{key}._target_")

@@ -21,7 +21,9 @@ def check_named_model(key: str, name: str, called: str, types: Collection[str]) 
     try:
         model_type = json.loads(file.read_text()).get("model_type")
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error})", key=f"evaluation.{key}") from error
+        raise UserError(
+            f"{file} is not valid JSON ({error})", key=f"evaluation.{key}", remedy="save the model again"
+        ) from error
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{name} has no .safetensors weights", key=f"evaluation.{key}", remedy="save the model as safetensors"

@@ -49,6 +49,8 @@ FORMATS: dict[Kind, tuple[Format, ...]] = {
 }
 """Export formats of each kind of artifact."""
 
+_SET_BASE_MODEL = "set backbone.path to the model that its training started from"
+
 
 @dataclass(frozen=True)
 class Export:
@@ -217,13 +219,17 @@ class Export:
         backbone, changed = source.load(), tuned.load()
         if backbone.facts.family != changed.facts.family:
             raise UserError(
-                f"{artifact.path} was not trained from {source.path}: their model families differ", key="backbone.path"
+                f"{artifact.path} was not trained from {source.path}: their model families differ",
+                key="backbone.path",
+                remedy=_SET_BASE_MODEL,
             )
         before, after = _weights(backbone), _weights(changed)
         mismatch = next((m for m, weight in after.items() if m not in before or before[m].shape != weight.shape), None)
         if mismatch is not None:
             raise UserError(
-                f"{artifact.path} was not trained from {source.path}: {mismatch} differs", key="backbone.path"
+                f"{artifact.path} was not trained from {source.path}: {mismatch} differs",
+                key="backbone.path",
+                remedy=_SET_BASE_MODEL,
             )
         weights, shares = factors.extract(after, before, self.rank, self.energy)
         if not weights.pairs:
@@ -231,6 +237,7 @@ class Export:
                 f"nothing to extract: in all layers that a LoRA can change, {artifact.path} has the weights"
                 f" of {source.path}",
                 key="artifact",
+                remedy=_SET_BASE_MODEL,
             )
         _log_energy(weights, shares)
         _log_unrepresented_change(backbone, changed, set(after))

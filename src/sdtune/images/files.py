@@ -158,7 +158,7 @@ def _orientation(image: Image.Image) -> int:
         # Call the base class: PngImageFile.getexif decodes the pixels to find EXIF data after them.
         orientation: int = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except SyntaxError as error:  # Pillow reports "not a TIFF file", since EXIF uses the TIFF structure
-        raise UserError("its EXIF data are damaged") from error
+        raise UserError("its EXIF data are damaged; save it without EXIF") from error
     return orientation
 
 
@@ -166,10 +166,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's conversion clips at 255, so nearly all pixels would be white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError("its gray values are outside of 0 to 65535")
+            raise UserError("its gray values are outside of 0 to 65535; scale them")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise UserError("its floating-point pixels have no defined white value")
+        raise UserError("its floating-point pixels have no defined white value; save it with 8 or 16 bits")
     if image.has_transparency_data:  # a direct conversion would show the hidden colors of transparent pixels
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

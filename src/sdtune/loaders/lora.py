@@ -94,10 +94,13 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
             vector_widths = [rows.shape[1] for rows in vectors]
             if vector_widths != widths:
                 raise UserError(
-                    f"{adapter.path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}"
+                    f"{adapter.path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}",
+                    remedy="use the backbone that the file was trained with",
                 )
             if token in new_tokens:
-                raise UserError(f"{adapter.path}: token {token!r} is already in another adapter")
+                raise UserError(
+                    f"{adapter.path}: token {token!r} is already in another adapter", remedy="remove one of the two"
+                )
             new_tokens[token] = vectors
     if new_tokens:
         backbone.add_tokens(new_tokens)

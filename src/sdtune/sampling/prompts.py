@@ -70,5 +70,5 @@ def read_prompt_file(path: str) -> list[PromptLine]:
                 raise UserError(f"{path}, line {number}: --{letter} {value!r} is not a number") from error
         lines.append(PromptLine(prompt.strip(), **options))  # type: ignore[arg-type]
     if not lines:
-        raise UserError(f"{path} contains no prompt", key="prompts_file")
+        raise UserError(f"{path} contains no prompt", key="prompts_file", remedy="write one prompt per line")
     return lines

@@ -13,6 +13,8 @@ from PIL import Image
 
 from sdtune.errors import UserError
 
+_REMEDY = "name a folder with a {} model of transformers, saved as safetensors"
+
 
 def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
     """Load the image processor and the model of class ``kind`` from ``folder``, in eval mode.
@@ -30,12 +32,17 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
         )
     except (OSError, ValueError) as error:
         reason = shorten(str(error), 200, placeholder=" ...")
-        raise UserError(f"{folder} contains no model for {task} ({reason})", key=f"data.control.{key}") from error
+        raise UserError(
+            f"{folder} contains no model for {task} ({reason})",
+            key=f"data.control.{key}",
+            remedy=_REMEDY.format(task),
+        ) from error
     if loading_info["missing_keys"]:
         missing = sorted(loading_info["missing_keys"])
         raise UserError(
             f"{folder} contains no model for {task} ({len(missing)} weights are missing, the first is {missing[0]})",
             key=f"data.control.{key}",
+            remedy=_REMEDY.format(task),
         )
     return processor, model.eval().to(device)
 
