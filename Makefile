@@ -91,7 +91,7 @@ settings: .venv/.dev ## write docs/settings.md from the YAML files and the docst
 	@touch $@
 
 docs: .venv/.docs ## build the documentation site into docs/_build; warnings are errors
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q -b html -c docs . docs/_build
 	@echo "docs/_build/docs/index.html"
 
 docs-images: .venv/.docs .venv/.dev ## train a sweep on pocket and draw docs/images/rank_lr.png (half an hour on two cores; needs Chrome or Chromium)

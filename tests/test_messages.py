@@ -14,6 +14,7 @@ import pytest
 from sdtune.errors import STOPPED
 
 SOURCE = Path(__file__).parents[1] / "src"
+CODE = sorted(SOURCE.glob("**/*.py"))
 LONGEST = 220
 """Characters of a message's literal text; paths and values come on top."""
 
@@ -24,19 +25,26 @@ OLD_WORDS = (
     "is to be", "none but", "for good", "whole",
 )  # fmt: skip
 
-COMPLETED_BY_CALLER = ("sdtune/formats/original/checkpoint.py", "sdtune/images/files.py")
-"""Modules whose callers put the name of the file before the text."""
+COMPLETED_BY_CALLER = re.compile(r"(is|has|contains|states|its) ")
+"""How a text begins that its caller puts behind the name of a file, in the modules of :data:`FILE_READERS`."""
 
-FORWARDED = re.compile(r"[\W_]*(exports\[\{\}\])?[\W_]*")
+FILE_READERS = ("sdtune/formats/original/checkpoint.py", "sdtune/images/files.py")
+
+FORWARDED = re.compile(r"[\W_]*(exports\[\{\}\])?[\W_]*(and \{\} more errors; )?(no job was started)?")
 """The text of another exception, at most with its place before it."""
 
+ACTIONS = (
+    "add|available|build|check|choose|continue|convert|copy|correct|delete|did you mean|download|expected|install|keep"
+    "|list|lower|make|move|name|need|pass|put|quote|reduce|remove|rename|restore|run|save|see|select|set|start|supported|train"
+    "|try|use|write|lists the"
+)
 STATES_WHAT_IS_RIGHT = re.compile(
-    r"; |\bmust\b|\bneeds?\b|\brequire|\bonly\b|\bexpected\b|\bdid you mean\b|\buse\b|\bmax \{\}"
-    r"|\bis not (one of|a multiple of|a \w+)|\bneither \w|, not an? |\bcontains no |\bis not a writable folder"
+    rf"; .*\b({ACTIONS})\b|\bmust\b|\bneeds? \S|\brequire|\bexpected\b|\bmax \{{\}}|\bat (least|most)\b"
+    r"|\bis not (one of|a multiple of|an? \w+)|, not an? |\bis neither \w+ .*nor"
 )
 """What a message without ``remedy=`` says: the allowed values, the expected kind of thing, or what to do."""
 
-PLACE = re.compile(r"\{\}|^-{1,2}\w[\w-]*\b|\b\w+(\.\w+)+\b|\b\w+(/\w+)*=|^\w+: ")
+PLACE = re.compile(r"^\{\}|\{\}: | \{\}|^-{1,2}\w[\w-]*\b|\b[a-z_]+(\.[a-z_]+)+\b|\b\w+(/\w+)*=|^[a-z_]+: ")
 """A value or file, an option, a dotted key, an override, or a key with a colon at the beginning."""
 
 
@@ -92,7 +100,7 @@ class Texts:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="format")) if name in self._constants:
                 return self.of(self._constants[name], scope)
             case ast.Call(func=ast.Name(id="suggestion" | "_suggested_key")):
-                return ["; did you mean {}?"]
+                return ["; did you mean {}?", "; available: {}"]
             case ast.Call(func=ast.Name(id=name)) if name in self._functions:
                 return self.returned_by(name)
             case _:
@@ -137,7 +145,8 @@ def messages_of(module: ast.Module, name: str, package: Texts | None = None) -> 
     """The messages of a module; without ``package``, names are looked up in the module alone."""
     texts = package or Texts(functions_of(module), module_constants(module))
     scopes: dict[ast.AST, dict[str, ast.expr]] = {}
-    for function in functions_of(module).values():  # an inner function comes after the outer one and replaces it
+    functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
+    for function in functions:  # an inner function comes after the outer one and replaces it
         scopes |= dict.fromkeys(ast.walk(function), local_values(function))
     for node in ast.walk(module):
         match node:
@@ -149,7 +158,7 @@ def messages_of(module: ast.Module, name: str, package: Texts | None = None) -> 
 
 
 def parsed_package() -> dict[str, ast.Module]:
-    return {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in sorted(SOURCE.glob("**/*.py"))}
+    return {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in CODE}
 
 
 def all_messages() -> list[Message]:
@@ -177,7 +186,8 @@ def faults(message: Message) -> list[str]:
         found.append("ends with a period")
     if message.text == STOPPED:  # the line of Ctrl-C, which is not about an input
         return found
-    what, is_completed = message.text.split("; ")[0], message.place.split(":")[0] in COMPLETED_BY_CALLER
+    what = message.text.split("; ")[0]
+    is_completed = message.place.split(":")[0] in FILE_READERS and COMPLETED_BY_CALLER.match(what) is not None
     if not message.key and not is_completed and not PLACE.search(what):
         found.append("names no key, file, option or value")
     if not message.remedy and not STATES_WHAT_IS_RIGHT.search(message.text):
@@ -186,7 +196,8 @@ def faults(message: Message) -> list[str]:
 
 
 def test_all_messages_are_collected() -> None:
-    assert len(MESSAGES) > 280
+    calls = sum(len(re.findall(r"(?<!class )(?<!def )\b(?:UserError|refuse)\((?=[^)])", p.read_text())) for p in CODE)
+    assert len({message.place for message in all_messages() if message.place[-1].isdigit()}) == calls
     source = """
 MAX = "max 3"
 def check(x):
@@ -203,7 +214,7 @@ def describe() -> str:
 
 def test_texts_of_the_command_line_are_collected() -> None:
     texts = {message.text for message in MESSAGES if message.place.startswith("sdtune/cli/")}
-    assert "{}: unknown option; settings have the form KEY=VALUE, without dashes" in texts
+    assert "{}: unknown option; write settings as KEY=VALUE, without dashes" in texts
     assert "{}: the value is missing; write {}=VALUE" in texts
     assert "{}: unknown setting; did you mean {}?" in texts
 
@@ -218,6 +229,11 @@ def test_message_has_the_form(message: Message) -> None:
     [
         (Message("f.py:1", "the value is invalid", remedy="use one of {}"), "names no key, file, option or value"),
         (Message("f.py:1", "no images", key="data.path"), "does not say what would be right"),
+        (Message("f.py:1", "contains no images", key="data.path"), "does not say what would be right"),
+        (Message("f.py:1", "the folder is in use", key="data.path"), "does not say what would be right"),
+        (Message("f.py:1", "only 3 images", key="data.path"), "does not say what would be right"),
+        (Message("f.py:1", "unreadable; nothing was done", key="data.path"), "does not say what would be right"),
+        (Message("f.py:1", "the version 1.5 is too old", remedy="update it"), "names no key, file, option or value"),
         (Message("f.py:1", "{} failed", remedy="try again."), "ends with a period"),
         (Message("f.py:1", "x" * 200, "data.path", "set data.path=DIR"), "longer than 220 characters"),
     ],

@@ -5,15 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+_MOST_NAMES = 12
+"""Number of names in a message; the names of all recipes would fill the screen."""
 
-def closest_match(name: str, known: Collection[str]) -> str | None:
-    """The most similar name of ``known``; None if none is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+
+def closest_match(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The most similar name of ``known``; None if no similarity (0 to 1) is at least ``cutoff``."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """``"; did you mean ...?"``, or the list of the known names if none is similar."""
+    """``"; did you mean ...?"``, or the first known names if none is similar."""
     match = closest_match(name, known)
     if match is not None:
         return f"; did you mean {match}?"
-    return f"; available: {', '.join(sorted(known))}" if known else ""
+    names = sorted(known)
+    if not names:
+        return ""
+    return f"; available: {', '.join([*names[:_MOST_NAMES], *(['...'] if len(names) > _MOST_NAMES else [])])}"

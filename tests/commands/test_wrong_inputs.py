@@ -125,9 +125,18 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "option of kohya without a value": (["--v_parameterization"], ("use backbone.prediction_type=v_prediction",)),
     "option of kohya in a resumed run": (["resume=nowhere", "--network_dim", "8"], ("--network_dim: ",)),
+    "two options that are similar to short ones": (
+        ["-rank=8", "--lr=1e-4"],
+        ("-rank: unknown option; write settings",),
+    ),
+    "a dash in a text": (["data.prompt=a", "cat", "-", "oil"], ("data.prompt: the shell has split", "a cat - oil")),
+    "group of a value": (["method.rank.foo=1"], ("method.rank.foo: unknown setting; set method.rank, which",)),
     "misspelt option": (["--multrun"], ("--multrun: ", "did you mean --multirun?")),
     "two dashes": (["--", "method.rank=4"], ("--: ", "without dashes")),
-    "value of an option": (["--cfg", "all_of_it"], ("--cfg", "invalid choice", "job")),
+    "value of an option": (
+        ["--cfg", "all_of_it"],
+        ("--cfg", "invalid choice", "job", "sdtune train --help lists the options"),
+    ),
     "unquoted text after an option": (
         ["-cd", ".", "data.prompt=a", "cat"],
         ("data.prompt: the shell has split", "a cat"),

@@ -55,7 +55,11 @@ def hub_folder(
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is neither a local folder nor available from the hub ({reason})", key=key) from error
+        raise UserError(
+            f"{path} is neither a local folder nor available from the hub ({reason})",
+            key=key,
+            remedy="use a folder, a file or a hub id",
+        ) from error
 
 
 MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")

@@ -71,7 +71,7 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool) -> P
             raise UserError(
                 f"{source} is for {FAMILIES[family_of(source)][0]}, but {file} is {FAMILIES[family][0]}",
                 key="backbone.config",
-                remedy="name the configs of the same family, or null for the included ones",
+                remedy=f"set it to a folder of {FAMILIES[family][0]} configs, or to null for the included configs",
             )
         log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, FAMILIES[family][0])
         _write(target, source, tensors, family, f"backbone.path: {file}")

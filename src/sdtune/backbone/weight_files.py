@@ -87,6 +87,7 @@ def weight_files(folder: Path, component: str, variant: str | None = None) -> li
     raise UserError(
         f"{subfolder} contains no diffusion_pytorch_model{suffix}.safetensors or model{suffix}.safetensors{reason}",
         key="backbone.path",
+        remedy="copy or download the weights as safetensors",
     )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from sdtune.cli.exit_codes import exit_codes, refuse
-from sdtune.cli.messages import composition_error, option_error
+from sdtune.cli.messages import composition_error, is_option, option_error
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
 from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info
 from sdtune.errors import UserError
@@ -88,10 +88,10 @@ def launch(
         rewrite: transforms the arguments before Hydra parses them.
         writes: whether the command writes a folder; if not, it does not run as a Hydra job.
     """
-    with exit_codes(command, partial(composition_error, typed=argv)):
+    with exit_codes(command, partial(composition_error, command=command, typed=argv)):
         parser = get_args_parser()
-        _check_option_names(argv, option_names(parser))
-        args = _parse(parser, rewrite(_with_quoted_folder(argv)))
+        _check_option_names(command, argv, option_names(parser))
+        args = _parse(command, parser, rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         _check_secrets(args.overrides)
@@ -131,20 +131,20 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
     return [*argv[:index], override("hydra.run.dir", folder), *argv[index + 1 :]]
 
 
-def _check_option_names(argv: list[str], known: list[str]) -> None:
-    """Refuse options that Hydra does not have; argparse would take some for others, such as -rank=8 for -r."""
-    for word in argv:
+def _check_option_names(command: str, argv: list[str], known: list[str]) -> None:
+    """Refuse options that Hydra does not have. argparse would read ``-rank=8`` as ``-r`` with the value ``ank=8``."""
+    for word in filter(is_option, argv):
         name = re.split(r"[=\s]", word)[0]
-        if name.startswith("-") and name not in known:
-            refuse(option_error(name, known))
+        if name not in known:
+            refuse(option_error(name, command, known))
 
 
-def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+def _parse(command: str, parser: ArgumentParser, argv: list[str]) -> Namespace:
     parser.exit_on_error = False  # argparse would print usage lines
     try:
         args, extra = parser.parse_known_args(argv)
     except ArgumentError as error:
-        refuse(str(error))
+        refuse(f"{error.argument_name}: {error.message}; sdtune {command} --help lists the options")
     args.overrides += extra  # overrides that follow an option
     return args
 
@@ -183,7 +183,11 @@ def _check_folder(folder: Path, overrides: list[str]) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot create {folder}: {parent} is not a writable folder", key="hydra.run.dir")
+        raise UserError(
+            f"cannot create {folder}: {parent} is not a writable folder",
+            key="hydra.run.dir",
+            remedy="set hydra.run.dir=DIR",
+        )
 
 
 def _run_job(

@@ -18,46 +18,49 @@ from sdtune.runs.compare import NOT_RESUMABLE_REMEDY
 from sdtune.suggest import closest_match, suggestion
 
 KOHYA = {
-    "network_dim": "method.rank",
-    "network_alpha": "method.alpha_policy=constant method.alpha",
-    "network_dropout": "method.dropout",
-    "network_weights": "method.weights",
-    "learning_rate": "optimizer.lr",
-    "unet_lr": "optimizer.lr",
-    "text_encoder_lr": "method.text_encoder_lr",
-    "lr_scheduler": "lr_schedule",
-    "lr_warmup_steps": "lr_schedule.warmup_steps",
-    "max_train_steps": "trainer.max_steps",
-    "train_batch_size": "data.batch_size",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "gradient_checkpointing": "hardware.gradient_checkpointing",
-    "mixed_precision": "hardware.precision",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "optimizer_type": "optimizer",
-    "train_data_dir": "data=folder data.path",
-    "reg_data_dir": "data.class_path",
-    "prior_loss_weight": "data.prior_weight",
-    "pretrained_model_name_or_path": "backbone.path",
-    "vae": "backbone.vae",
-    "clip_skip": "backbone.clip_skip",
-    "output_dir": "hydra.run.dir",
-    "output_name": "name",
-    "save_every_n_steps": "save_every",
-    "min_snr_gamma": "objective=min_snr objective.weighting.gamma",
-    "noise_offset": "objective.offset_noise",
-    "flip_aug": "data.flip",
-    "random_crop": "data.random_crop",
-    "caption_dropout_rate": "data.caption_dropout",
-    "sample_every_n_steps": "callbacks.samples.every_steps",
-    "resolution": "data.resolution",
-    "max_token_length": "backbone.max_tokens",
+    "network_dim": "method.rank=VALUE",
+    "network_alpha": "method.alpha_policy=constant method.alpha=VALUE",
+    "network_dropout": "method.dropout=VALUE",
+    "network_weights": "method.weights=VALUE",
+    "learning_rate": "optimizer.lr=VALUE",
+    "unet_lr": "optimizer.lr=VALUE",
+    "text_encoder_lr": "method.text_encoder_lr=VALUE",
+    "lr_scheduler": "lr_schedule=VALUE",
+    "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
+    "max_train_steps": "trainer.max_steps=VALUE",
+    "train_batch_size": "data.batch_size=VALUE",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches=VALUE",
+    "gradient_checkpointing": "hardware.gradient_checkpointing=true",
+    "mixed_precision": "hardware.precision=VALUE",
+    "max_grad_norm": "trainer.gradient_clip_val=VALUE",
+    "optimizer_type": "optimizer=VALUE",
+    "train_data_dir": "data=folder data.path=VALUE",
+    "reg_data_dir": "data.class_path=VALUE",
+    "prior_loss_weight": "data.prior_weight=VALUE",
+    "pretrained_model_name_or_path": "backbone.path=VALUE",
+    "vae": "backbone.vae=VALUE",
+    "clip_skip": "backbone.clip_skip=VALUE",
+    "output_dir": "hydra.run.dir=VALUE",
+    "output_name": "name=VALUE",
+    "save_every_n_steps": "save_every=VALUE",
+    "min_snr_gamma": "objective=min_snr objective.weighting.gamma=VALUE",
+    "noise_offset": "objective.offset_noise=VALUE",
+    "flip_aug": "data.flip=true",
+    "random_crop": "data.random_crop=true data.cache_latents=false",
+    "caption_dropout_rate": "data.caption_dropout=VALUE",
+    "sample_every_n_steps": "callbacks.samples.every_steps=VALUE",
+    "resolution": "data.resolution=VALUE",
+    "max_token_length": "backbone.max_tokens=VALUE",
     "v_parameterization": "backbone.prediction_type=v_prediction",
     "zero_terminal_snr": "backbone.zero_terminal_snr=true",
     "masked_loss": "data.masked=true",
-    "cache_latents": "data.cache_latents",
-    "cache_text_encoder_outputs": "data.cache_text",
+    "cache_latents": "data.cache_latents=true",
+    "cache_text_encoder_outputs": "data.cache_text=true",
 }
-"""What kohya's options are in sdtune: a setting, or the overrides that have the same effect."""
+"""The overrides that replace an option of kohya's training scripts; VALUE stands for its value."""
+
+_TRAINING = ("train", "prepare", "plan")
+"""Commands with the settings of a training."""
 
 _TEXTS = ("prompt", "name", "trigger", "path")
 """Ends of the keys whose values may contain spaces."""
@@ -65,19 +68,19 @@ _TEXTS = ("prompt", "name", "trigger", "path")
 _FOLDER_SETTINGS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
 
 
-def composition_error(error: Exception, typed: Sequence[str]) -> str:
-    """One-line message for an error in the user's arguments ``typed`` or in the overrides of a resumed run."""
-    line = _one_line(error, typed)
+def composition_error(error: Exception, command: str, typed: Sequence[str]) -> str:
+    """One-line message for an error in the arguments ``typed`` of ``command``, or in the overrides of a resumed run."""
+    line = _one_line(error, command, typed)
     resumed, key = resumed_folder(typed), re.split("[:=]", line)[0]
     if resumed is None or any(word.lstrip("+~").startswith(key) for word in typed):
         return line
     return f"{line}; {shell_override('resume', resumed)} repeats this override; {NOT_RESUMABLE_REMEDY}"
 
 
-def _one_line(error: Exception, typed: Sequence[str]) -> str:
+def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
     for cause in _causes(error):
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-            return _unknown_setting(cause, typed)
+            return _unknown_setting(cause, typed, command)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
             return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
@@ -88,7 +91,7 @@ def _one_line(error: Exception, typed: Sequence[str]) -> str:
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
             return f"{key}: cannot parse {value}; {remedy}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:2])
+    return f"{'; '.join(lines[:2])}; check the overrides ({' '.join(typed)})"
 
 
 def _split_text(word: str, typed: Sequence[str]) -> str | None:
@@ -97,27 +100,28 @@ def _split_text(word: str, typed: Sequence[str]) -> str | None:
         key, equals, value = text.partition("=")
         if not equals or key.startswith("-") or not key.endswith(_TEXTS):
             continue
-        rest = list(takewhile(lambda other: "=" not in other and not other.startswith("-"), typed[start + 1 :]))
+        rest = list(takewhile(lambda other: "=" not in other and not is_option(other), typed[start + 1 :]))
         if word in rest:
             quoted = shell_override(key, " ".join([value, *rest]))
             return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
     return None
 
 
-def option_error(option: str, known: Sequence[str]) -> str:
-    """Message for an unknown command-line option such as ``--network_dim``; ``known`` are Hydra's options."""
+def is_option(word: str) -> bool:
+    """Whether an argument is an option; a single dash is a part of a text that the shell has split."""
+    return word.startswith("-") and word != "-"
+
+
+def option_error(option: str, command: str, known: Sequence[str]) -> str:
+    """Message for an unknown option of ``command`` such as ``--network_dim``; ``known`` are Hydra's options."""
     name = option.lstrip("-").replace("-", "_")
-    if name in KOHYA:
-        return f"{option}: unknown option; settings have the form KEY=VALUE, use {_overrides_for(name)}"
-    match = closest_match(option, known)
+    if name in KOHYA and command in _TRAINING:
+        return f"{option}: unknown option; use {KOHYA[name]}, without dashes"
+    # Of the short names, even the most similar one usually means something else.
+    match = closest_match(option, [name for name in known if name.startswith("--")], cutoff=0.8)
     if match is not None:
         return f"{option}: unknown option; did you mean {match}?"
-    return f"{option}: unknown option; settings have the form KEY=VALUE, without dashes"
-
-
-def _overrides_for(kohya_option: str) -> str:
-    overrides = KOHYA[kohya_option]
-    return overrides if "=" in overrides.split()[-1] else f"{overrides}=VALUE"
+    return f"{option}: unknown option; write settings as KEY=VALUE, without dashes"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -126,21 +130,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequence[str]) -> str:
+def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequence[str], command: str) -> str:
     known = str(error.full_key)  # ends at the first part that is unknown
     keys = (word.split("=", 1)[0].lstrip("+~") for word in typed)
     full = next((key for key in keys if key.startswith(f"{known}.")), known)
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
-    if full in KOHYA:
-        return f"{full}: unknown setting; for this option of kohya use {_overrides_for(full)}"
+    if full in KOHYA and command in _TRAINING:
+        return f"{full}: unknown setting; for this option of kohya use {KOHYA[full]}"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
 
 
 def _suggested_key(full: str, node: Any) -> str:
     """Suggestion for the first unknown part of ``full`` among the keys of ``node``."""
-    if not isinstance(node, DictConfig):
-        return ""
+    if not isinstance(node, DictConfig) or not node:  # OmegaConf gives an empty node for the value of a setting
+        return f"; set {full.rpartition('.')[0]}, which contains no other settings"
     known, parts = [str(key) for key in node], full.split(".")
     parent_key = full_key(node)
     depth = len(parent_key.split(".")) if parent_key else 0

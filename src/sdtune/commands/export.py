@@ -109,5 +109,7 @@ def _push(folder: Path, repository: str) -> None:
     # huggingface_hub raises errors of its HTTP library, which is requests or httpx, depending on the release.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{repository}: {reason}; the exported files are in {folder}", key="push_to") from error
+        raise UserError(
+            f"{repository}: {reason}", key="push_to", remedy=f"upload the exported files in {folder} yourself"
+        ) from error
     log.info("pushed (new repositories are private): %s", json.dumps(str(commit)).strip('"'))

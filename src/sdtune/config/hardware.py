@@ -69,7 +69,7 @@ def check_indices(node: Mapping[str, Any]) -> None:
         missing = [index for index in indices(node) if index not in range(gpu_count)]
         if missing:
             raise UserError(
-                f"no GPU with index {missing[0]}; this machine has {gpu_count}, counted from 0", key="hardware.devices"
+                f"no GPU with index {missing[0]}", key="hardware.devices", remedy=f"use an index below {gpu_count}"
             )
 
 

@@ -166,7 +166,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow's conversion clips at 255, so nearly all pixels would be white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError("its gray values are outside of 0 to 65535; scale them")
+            raise UserError("its gray values are outside of 0 to 65535; save it with 8 or 16 bits")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UserError("its floating-point pixels have no defined white value; save it with 8 or 16 bits")

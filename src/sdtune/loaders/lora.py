@@ -46,6 +46,9 @@ def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
     return {canonical(f"{component}.{name}"): layer for component, name, layer in layers(backbone)}
 
 
+_OTHER_BACKBONE = "use the backbone that the adapter was trained with"
+
+
 def check_adapter(path: str, backbone_hash: str, key: str = "adapters.path") -> None:
     """Check that ``path`` is an adapter, and warn if it was trained on another backbone; reads only file headers.
 
@@ -128,12 +131,13 @@ def _read(
     for path, (down, up) in weights.pairs.items():
         layer = modules.get(path)
         if layer is None:
-            raise UserError(f"{file.path}: this backbone has no layer {path}; the adapter belongs to another backbone")
+            raise UserError(f"{file.path}: this backbone has no layer {path}", remedy=_OTHER_BACKBONE)
         shape = (up.shape[0], *down.shape[1:])
         if shape != tuple(layer.weight.shape) and down.shape[1:].numel() * up.shape[0] != layer.weight.numel():
             raise UserError(
                 f"{file.path}: {path} is for weights of shape {list(shape)}, but this backbone has"
-                f" {list(layer.weight.shape)}; the adapter belongs to another backbone"
+                f" {list(layer.weight.shape)}",
+                remedy=_OTHER_BACKBONE,
             )
     return LoadedLoRA(file.path, weights, new_tokens)
 

@@ -20,7 +20,9 @@ def check_prediction_type(prediction_type: str) -> PredictionType:
         UserError: the prediction type is unknown.
     """
     if prediction_type not in get_args(PredictionType):
-        raise UserError(f"prediction_type {prediction_type!r} is not one of {', '.join(get_args(PredictionType))}")
+        raise UserError(
+            f"{prediction_type!r} is not one of {', '.join(get_args(PredictionType))}", key="backbone.prediction_type"
+        )
     return prediction_type  # type: ignore[return-value]
 
 

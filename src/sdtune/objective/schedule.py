@@ -34,7 +34,8 @@ def betas(config: Mapping[str, Any]) -> Tensor:
         edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         return torch.from_numpy(np.minimum(1 - edges[1:] / edges[:-1], 0.999))
     raise UserError(
-        f"scheduler config of the backbone: unknown beta_schedule {kind!r}",
+        f"unknown beta_schedule {kind!r} in the scheduler config",
+        key="backbone.path",
         remedy="supported: linear, scaled_linear, squaredcos_cap_v2",
     )
 

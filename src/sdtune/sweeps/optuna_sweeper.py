@@ -190,7 +190,9 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         metric = str(self.config.optimized_metric)
         if metric not in metrics:
             known = [key for key, value in metrics.items() if isinstance(value, int | float)]
-            raise UserError(f"unknown metric {metric}; metrics of {run}: {', '.join(known)}", key="optimized_metric")
+            raise UserError(
+                f"unknown metric {metric}, {run} has others", key="optimized_metric", remedy=f"use {' or '.join(known)}"
+            )
 
     def _log_summary(self, study: optuna.Study) -> None:
         from optuna.trial import TrialState

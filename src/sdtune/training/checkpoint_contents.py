@@ -49,6 +49,6 @@ def complete(checkpoint: dict[str, Any], names: Sequence[str], model: Mapping[st
         raise UserError(
             f"{len(mismatches)} trained tensors do not match those of the checkpoint, the first is {mismatches[0]}",
             key="resume",
-            remedy="resume with the settings of the run",
+            remedy="use the version of sdtune that started the run, or start a new run",
         )
     checkpoint["state_dict"] = {**model, **checkpoint["state_dict"]}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdtune.errors import UserError
 
-_REMEDY = "name a folder with a {} model of transformers, saved as safetensors"
+_REMEDY = "set it to a folder with a transformers model for {}, saved as safetensors"
 
 
 def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        reason = shorten(str(error), 200, placeholder=" ...")
+        reason = shorten(str(error), 60, placeholder=" ...")
         raise UserError(
             f"{folder} contains no model for {task} ({reason})",
             key=f"data.control.{key}",
