@@ -39,6 +39,7 @@ LIBRARIES = {
         "pocket.pretraining",
         "shared_backbone",
         "training.caching",
+        "training.collective",
     },
     "lightning_fabric": {"callbacks.checkpoints", "lightning_compat"},
     "diffusers": {

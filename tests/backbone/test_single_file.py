@@ -112,6 +112,37 @@ def test_markers_in_the_file_set_the_prediction_type(folder: Path, single: Path,
     assert source.scheduler()["rescale_betas_zero_snr"] is True
 
 
+@pytest.mark.parametrize("name", ["v", "epsilon"])
+def test_model_spec_sets_the_prediction_type(folder: Path, single: Path, name: str) -> None:
+    save_file(load_file(single), single, {"modelspec.prediction_type": name})
+    settings = {"path": str(single), "config": str(folder)}
+    stated = {"v": "v_prediction", "epsilon": "epsilon"}[name]
+    source = Pretrained(**settings)
+    assert source.facts.prediction_type == stated
+    assert source.scheduler().keys() == Pretrained(str(folder)).scheduler().keys()
+    assert Pretrained(**settings, prediction_type=stated).facts.prediction_type == stated
+    other = {"v": "epsilon", "epsilon": "v_prediction"}[name]
+    with pytest.raises(UserError, match=rf"^backbone\.prediction_type: got {other}, but .* states {stated}; remove it"):
+        _ = Pretrained(**settings, prediction_type=other).facts
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        (("edm_vpred.sigma_max",), {}, r"is an EDM model \(it has edm_vpred\.sigma_max\)"),
+        (("edm_mean", "edm_std"), {}, r"is an EDM model \(it has edm_mean\)"),
+        ((), {"modelspec.prediction_type": "flow"}, r"states modelspec\.prediction_type flow; sdtune trains"),
+        (("v_pred",), {"modelspec.prediction_type": "epsilon"}, r"states v-prediction \(tensor v_pred\) and epsilon"),
+    ],
+)
+def test_file_with_other_or_contradictory_noise_is_refused(
+    folder: Path, single: Path, tensors: tuple[str, ...], metadata: dict[str, str], message: str
+) -> None:
+    save_file({**load_file(single), **{name: torch.ones(1) for name in tensors}}, single, metadata)
+    with pytest.raises(UserError, match=rf"^backbone\.path: .*model\.safetensors {message}"):
+        _ = Pretrained(str(single), config=str(folder)).facts
+
+
 def test_family_must_match_the_config(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file(original_tensors(folders["sdxl"]), tmp_path / "xl.safetensors")
     for path in (folders["sdxl"], tmp_path / "xl.safetensors"):

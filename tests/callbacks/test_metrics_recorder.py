@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 
 from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
-from sdtune.callbacks.metrics_recorder import MetricsRecorder
+from sdtune.callbacks.metrics_recorder import MetricsRecorder, suspect_captions
 from sdtune.lr_schedule import Cosine
 from sdtune.methods import LoRA
 
@@ -86,3 +86,17 @@ def test_step_time_excludes_validation(tiny: Path, images: Path, tmp_path: Path)
     assert sorted(record.validation) == [3, 6, 9]
     assert len(record.step_seconds) == 6
     assert all(0 < seconds < 0.9 for seconds in record.step_seconds)
+
+
+@pytest.mark.parametrize(
+    ("of_processes", "captions"),
+    [
+        ([(True, ["a"]), (False, ["b", "c"])], ["b", "c"]),
+        ([(True, ["a"]), (True, ["b"])], ["a", "b"]),
+        ([(False, ["a"]), (False, ["a"])], ["a"]),
+    ],
+)
+def test_captions_after_a_nan_are_those_of_the_process_where_it_was(
+    of_processes: list[tuple[bool, list[str]]], captions: list[str]
+) -> None:
+    assert suspect_captions(of_processes) == captions

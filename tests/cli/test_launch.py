@@ -81,12 +81,24 @@ def test_out_of_memory_on_the_device_is_one_line(
     assert stderr.count("\n") == 1
 
 
-def test_torchrun_without_run_folder_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("environment", "overrides"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, []),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, []),
+        ({"NODE_RANK": "1"}, []),
+        ({}, ["hardware.num_nodes=2"]),
+    ],
+)
+def test_several_processes_without_run_folder_are_refused(
+    environment: dict[str, str],
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for key, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as stop:
-        launch("train", [], lambda *_: pytest.fail("prepared"))
+        launch("train", overrides, lambda *_: pytest.fail("prepared"))
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir: required under torchrun")
+    assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir: required for several processes")

@@ -324,12 +324,12 @@ def test_edited_masks_and_held_out_images_change_the_fingerprint(folder: Path) -
 
     for image in sorted(folder.rglob("*.png")):
         Image.new("L", Image.open(image).size, 255).save(image.with_suffix(".mask.png"))
-    plain, masked, held = fingerprint(), fingerprint(masked=True), fingerprint(hold_out=2)
-    assert (fingerprint(masked=True), fingerprint(hold_out=2)) == (masked, held)
+    plain, masked, held = fingerprint(), fingerprint(mask="file"), fingerprint(hold_out=2)
+    assert (fingerprint(mask="file"), fingerprint(hold_out=2)) == (masked, held)
     mask = sorted(folder.rglob("*.mask.png"))[0]
     Image.new("L", Image.open(mask).size, 0).save(mask)
     assert fingerprint() == plain
-    assert fingerprint(masked=True) != masked
+    assert fingerprint(mask="file") != masked
     data = opened(folder, hold_out=2)
     path = data.held_out[0].path
     Image.new("RGB", Image.open(path).size).save(path)

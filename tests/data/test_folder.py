@@ -26,7 +26,7 @@ def save_image(path: Path, width: int = 8, height: int = 6) -> Path:
 
 
 def captions(folder: Path, prompt: str | None = None, trigger: str | None = None) -> dict[str, str]:
-    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_image_folder(folder, prompt, trigger)}
+    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_image_folder(folder, prompt, trigger).images}
 
 
 def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
@@ -39,9 +39,9 @@ def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") ->
 
 def test_image_with_prompt_is_read(tmp_path: Path) -> None:
     path = save_image(tmp_path / "a.png", 30, 20)
-    assert read_image_folder(tmp_path, "a dog") == (CaptionedImage(path, "a dog", (30, 20), 1),)
+    assert read_image_folder(tmp_path, "a dog").images == (CaptionedImage(path, "a dog", (30, 20), 1),)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        read_image_folder(tmp_path, "a dog")[0].repeats = 2  # type: ignore[misc]
+        read_image_folder(tmp_path, "a dog").images[0].repeats = 2  # type: ignore[misc]
 
 
 def test_images_are_sorted_by_path(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_hidden_files_and_macos_archive_folders_are_skipped(tmp_path: Path) -> N
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = save_image(tmp_path / "dogs/a.png")
-    assert read_image_folder("~/dogs", "p")[0].path == path
+    assert read_image_folder("~/dogs", "p").images[0].path == path
 
 
 def test_captions_are_read_from_sidecar_files(tmp_path: Path) -> None:
@@ -127,7 +127,9 @@ def test_repeats_and_captions_are_read_from_kohya_folder_names(tmp_path: Path) -
     names = ["10_sks dog/a.png", "2_a_b/b.png", "3_/c.png", "plain/d.png", "plain/4_cat/e.png", "10_sks dog/more/f.png"]
     for name in names:
         save_image(tmp_path / name)
-    images = {p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p")}
+    images = {
+        p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p").images
+    }
     assert images == {
         "10_sks dog/a.png": (10, "sks dog"),
         "2_a_b/b.png": (2, "a_b"),
@@ -140,7 +142,7 @@ def test_repeats_and_captions_are_read_from_kohya_folder_names(tmp_path: Path) -
 
 def test_name_of_the_root_folder_is_ignored(tmp_path: Path) -> None:
     save_image(tmp_path / "10_sks dog/a.png")
-    (image,) = read_image_folder(tmp_path / "10_sks dog", "p")
+    (image,) = read_image_folder(tmp_path / "10_sks dog", "p").images
     assert (image.repeats, image.caption) == (1, "p")
 
 
@@ -164,7 +166,7 @@ def test_sidecar_precedes_metadata_then_folder_name_then_prompt(tmp_path: Path) 
         "5_words/d.png": "words",
         "e.png": "prompt",
     }
-    assert {image.repeats for image in read_image_folder(tmp_path, "prompt")} == {1, 5}
+    assert {image.repeats for image in read_image_folder(tmp_path, "prompt").images} == {1, 5}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_check_decodes_every_image_in_threads(tmp_path: Path, monkeypatch: pytes
             return image.convert("RGB")
 
     monkeypatch.setattr(module, "open_image", spy)
-    check_images(read_image_folder(tmp_path, "p"))
+    check_images(read_image_folder(tmp_path, "p").images)
     assert sorted(decoded) == [f"{index}.png" for index in range(9)]
     assert threading.main_thread() not in threads
     assert len(threads) <= 4
@@ -330,7 +332,7 @@ def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
         path = save_image(tmp_path / f"{name}.jpg", 64, 64)
         if name in "ce":
             path.write_bytes(path.read_bytes()[:-500])
-    images = read_image_folder(tmp_path, "p")  # the headers are complete
+    images = read_image_folder(tmp_path, "p").images  # the headers are complete
     for _ in range(5):
         with pytest.raises(UserError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*; remove or"):
             check_images(images)
@@ -347,4 +349,4 @@ def test_check_refuses_exif_orientation_after_the_pixel_data(tmp_path: Path) -> 
     path.write_bytes(data[:end] + chunk + data[end:])
     message = r"\Adata\.path: .*late\.png is 6x8 pixels, but its header states 8x6 .*; save this image again"
     with pytest.raises(UserError, match=message):
-        check_images(read_image_folder(tmp_path, "p"))
+        check_images(read_image_folder(tmp_path, "p").images)

@@ -45,7 +45,7 @@ def diffusers_tensors(prefix=f"unet.{Q}", down=DOWN, up=UP):
         ({"conv_in.weight": DOWN}, "not a LoRA"),
         (kohya_tensors(**{f"{KOHYA}.dora_scale": UP}), f"unsupported tensors: {KOHYA}.dora_scale"),
         (kohya_tensors(**{f"{KOHYA}.alpha": torch.ones(2)}), "alpha must be a single number, got shape [2]"),
-        (kohya_tensors(**{f"{KOHYA}.alpha": torch.tensor(float("nan"))}), "alpha must be a finite number, got nan"),
+        (kohya_tensors(**{f"{KOHYA}.alpha": torch.tensor(float("nan"))}), f"NaN or infinite values in {KOHYA}.alpha"),
         (kohya_tensors(**{"lora_unet_conv_in.alpha": torch.tensor(1.0)}), "unet.conv_in: a low-rank matrix is missing"),
         ({f"{KOHYA}.lora_up.weight": UP}, "a low-rank matrix is missing"),
         (kohya_tensors(up=torch.ones(5, 3)), "shapes [2, 6] and [5, 3]"),

@@ -182,7 +182,7 @@ CASES: dict[str, list[Command]] = {
         _train(
             "method=lora",
             "method.dropout=0.1",
-            "data.masked=true",
+            "data.mask=file",
             "data.flip=true",
             "data.random_crop=true",
             "data.cache_latents=false",

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from sdtune.errors import UserError
-from sdtune.images.files import SUFFIXES, image_size, open_image, resize_and_crop
+from sdtune.images.files import SUFFIXES, image_size, open_alpha, open_image, open_mask, resize_and_crop
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -44,7 +44,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix not in (".heic", ".heif", ".jfif")])
 def test_every_supported_suffix_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image{suffix}"
     quadrants(48, 32).save(path)
@@ -199,7 +199,7 @@ def test_first_frame_of_an_animation_is_read(tmp_path: Path, suffix: str) -> Non
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"not an image\n" * 50, "no PNG, JPEG, WEBP, BMP, TIFF, GIF data in it"),
+        (b"not an image\n" * 50, "no PNG, JPEG, WEBP, AVIF, BMP, TIFF, GIF data in it"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "no PNG, JPEG"),  # would run Ghostscript
         (b"\x89PNG\r\n\x1a\n", "no PNG, JPEG"),
     ],
@@ -238,13 +238,88 @@ def test_damaged_exif_data_is_refused(tmp_path: Path) -> None:
             read(tmp_path / "image.png")
 
 
-@pytest.mark.parametrize("limit", [99, 49])  # above the limit Pillow warns, above twice the limit it raises
-def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    noise(10, 10).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+def test_large_photograph_is_read_and_a_decompression_bomb_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Pillow warns above its limit and raises above twice the limit."""
+    noise(10, 10).save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    assert open_image(tmp_path / "image.png").size == image_size(tmp_path / "image.png") == (10, 10)
+    assert not recwarn
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 49)
     for read in (open_image, image_size):
-        with pytest.raises(UserError, match=r"^data\.path: .*bomb\.png is not .*decompression bomb"):
-            read(tmp_path / "bomb.png")
+        with pytest.raises(UserError, match=r"^data\.path: .*image\.png is not .*decompression bomb"):
+            read(tmp_path / "image.png")
+
+
+def test_png_with_large_metadata_is_read(tmp_path: Path) -> None:
+    """Pillow refuses compressed chunks above 1 MiB by default, but reads the same profile in a JPEG."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", "x" * 1_500_000, zip=True)
+    noise(8, 6).save(tmp_path / "image.png", pnginfo=info, icc_profile=bytes(1_500_000))
+    assert open_image(tmp_path / "image.png").size == (8, 6)
+
+
+def test_jpeg_with_the_suffix_jfif_is_read(tmp_path: Path) -> None:
+    noise(8, 6).save(tmp_path / "image.jfif", format="JPEG")
+    assert open_image(tmp_path / "image.jfif").size == (8, 6)
+
+
+def test_heic_image_of_a_phone_is_read(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), RED)).save(tmp_path / "image.heic")
+    image = open_image(tmp_path / "image.heic")
+    assert image.size == image_size(tmp_path / "image.heic") == (64, 48)
+    assert np.abs(np.asarray(image, int) - RED).max() <= 8
+
+
+def disc(color: tuple[int, ...], background: tuple[int, ...], mode: str) -> Image.Image:
+    """A square of 32x32 pixels in the middle of 64x64 pixels."""
+    image = Image.new(mode, (64, 64), background)
+    image.paste(color, (16, 16, 48, 48))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "share"),
+    [
+        (disc((255,), (0,), "L"), 0.25),
+        (disc((255, 255, 255, 255), (0, 0, 0, 0), "RGBA"), 0.25),
+        (disc((255, 255, 255, 255), (255, 255, 255, 0), "RGBA"), 0.25),
+        (disc((0, 0, 0, 255), (255, 255, 255, 255), "RGBA"), 0.75),
+        (disc((255, 255, 255, 51), (0, 0, 0, 0), "RGBA"), 0.05),
+        (disc((90, 20, 20, 255), (0, 0, 0, 0), "RGBA"), 0.25),
+        (disc((200, 255), (0, 0), "LA"), 0.25 * 200 / 255),
+        (disc((0, 0, 0, 0), (0, 0, 0, 0), "RGBA"), 0.0),
+    ],
+    ids=[
+        "on black",
+        "on a transparent layer",
+        "on transparent white",
+        "opaque",
+        "half transparent",
+        "cut out",
+        "LA",
+        "empty",
+    ],
+)
+def test_transparent_areas_of_a_mask_do_not_count(tmp_path: Path, image: Image.Image, share: float) -> None:
+    image.save(tmp_path / "0.mask.png")
+    assert np.asarray(open_mask(tmp_path / "0.mask.png", "data.mask")).mean() / 255 == pytest.approx(share, abs=1e-3)
+
+
+def test_alpha_channel_is_read_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.new("RGBA", (6, 4), (0, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    image.save(tmp_path / "image.png", exif=exif)
+    alpha = open_alpha(tmp_path / "image.png")
+    assert alpha is not None
+    assert alpha.size == (4, 6)
+    assert alpha.getpixel((3, 0)) == 0
+    noise(6, 4).save(tmp_path / "opaque.png")
+    assert open_alpha(tmp_path / "opaque.png") is None
 
 
 def test_warning_filters_are_restored_after_concurrent_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,8 @@ def test_untrained_method_predicts_exactly_like_the_backbone(case: Case, folder:
     with torch.no_grad():
         output = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
         expected = base.predict(noisy, timesteps, base.encode_text(prompts))
-    assert torch.equal(output, expected)
+    # Not torch.equal: the two copies of the weights may be aligned differently, which changes the last bit in MKL.
+    assert float((output - expected).abs().max()) <= 1e-6
 
 
 @every_method

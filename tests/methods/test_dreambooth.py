@@ -151,7 +151,7 @@ def test_masks_apply_only_to_subject_images(tiny: Path, images: Path, cache: Pat
         mask[:, :20] = 255
         Image.fromarray(mask).save(path.with_suffix(".mask.png"))
     recorded = RecordBatches()
-    data = folder_data(images, masked=True, class_prompt="a dog", class_images=2)
+    data = folder_data(images, mask="file", class_prompt="a dog", class_images=2)
     fit(DreamBooth(backbone=Pretrained(str(tiny)), optimizer=adamw(1e-4)), data, 1, [recorded])
     mask = recorded.batches[0]["mask"]
     assert mask.shape == (4, 1, 8, 8)

@@ -21,6 +21,7 @@ from sdtune.callbacks.data_summary import caption_summary
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
+from sdtune.methods.base import check_trainable
 from sdtune.sampling.loop import Sampling
 
 CAT, DOG = NewToken("<my_cat>", "cat", vectors=2), NewToken("<my_dog>", "a big dog")
@@ -75,11 +76,11 @@ def test_prompt_is_expanded_to_all_vectors_of_a_token(tiny: Path) -> None:
     model = TextualInversion(backbone=Pretrained(str(tiny)), new_tokens=[CAT, DOG])
     model.configure_model()
     backbone = model.backbone
-    first = len(backbone.tokenizer) - 3
+    first = len(backbone.tokenizer)
     ids = backbone.tokenize(["A <My_Cat>, a <my_dog>.", "<my_cat>s x<my_cat> <my_dog>_1"])
     assert [i for i in ids[0].tolist() if i >= first] == [first, first + 1, first + 2]
     assert not (ids[1] >= first).any(), "a part of another word is not the token"
-    assert backbone.count_tokens("<my_cat>") == 4
+    assert len(backbone.token_ids("<my_cat>")) == 2
 
 
 def test_invalid_tokens_are_refused(tiny: Path) -> None:
@@ -95,9 +96,59 @@ def test_invalid_tokens_are_refused(tiny: Path) -> None:
             TextualInversion(backbone=source, new_tokens=tokens)
     with pytest.raises(UserError, match="^new_tokens: the list is empty"):
         TextualInversion(backbone=source)
-    model = TextualInversion(backbone=source, new_tokens=[NewToken("a", "cat")])
-    with pytest.raises(UserError, match="'a' is already in the tokenizer's vocabulary"):
-        model.configure_model()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "vectors"),
+    [
+        ("a sks", [0, 1]),
+        ("a sks-dog", [2, 3]),
+        ("a sks-style, a sks_dog", []),
+        ("a pre-sks", []),
+        ("SKS-Dog and SKS", [2, 3, 0, 1]),
+        ("sks, (sks) sks's", [0, 1, 0, 1, 0, 1]),
+        ("<cat>.", [4, 5]),
+        ("<cat>-big <cat>s", []),
+        ("<cat><cat>", [4, 5, 4, 5]),
+        ("sks_1 <cat>_1", []),
+        ("cafe\N{COMBINING ACUTE ACCENT}", [6, 7]),
+    ],
+)
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_either_all_vectors_of_a_token_are_in_a_prompt_or_none(
+    tiny: Path, prompt: str, vectors: list[int], is_reversed: bool
+) -> None:
+    names = ["sks", "sks-dog", "<cat>", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
+    backbone = Pretrained(str(tiny)).load()
+    ordered = names[::-1] if is_reversed else names
+    initialize_tokens(backbone, [NewToken(name, "cat", vectors=2) for name in ordered])
+    assert backbone.new_tokens is not None
+    first = len(backbone.tokenizer)
+    numbers = {
+        first + row: 2 * names.index(name) + i for name in names for i, row in enumerate(backbone.new_tokens.rows(name))
+    }
+    [ids] = backbone.tokenize([prompt]).tolist()
+    assert [numbers[i] for i in ids if i >= first] == vectors
+
+
+@pytest.mark.parametrize("token", ["bird", "a"])
+def test_word_of_the_vocabulary_is_replaced_only_on_purpose(token: str, images: Path) -> None:
+    """On pocket; "bird" is in its vocabulary only with its end-of-word mark."""
+    source = Pretrained("pocket")
+    data = folder_data(images, templates=[f"a photo of {token}, {{}}"])
+    data.open(source.facts.side, source.facts.factor)
+    model = TextualInversion(backbone=source, new_tokens=[NewToken(token, "cat")])
+    with pytest.raises(
+        UserError, match=f"^new_tokens: '{token}' is a word of the tokenizer's vocabulary.*use <{token}>"
+    ):
+        check_trainable(model, data)
+    check_trainable(TextualInversion(backbone=source, new_tokens=[NewToken(token, "cat", overwrite=True)]), data)
+
+
+def test_new_token_replaces_a_word_of_the_vocabulary(tiny: Path) -> None:
+    backbone = Pretrained(str(tiny)).load()
+    initialize_tokens(backbone, [NewToken("a", "cat", overwrite=True)])
+    assert backbone.tokenize(["a cat"])[0, 1] == len(backbone.tokenizer)
 
 
 def test_plain_diffusers_generates_the_same_image(tiny: Path, images: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.errors import UserError
-from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, can_sample, generate
 
 REQUESTS = [Request("a red fox", 3), Request("two blue foxes", 4), Request("a red fox", 5)]
 
@@ -110,6 +111,21 @@ def test_image_does_not_depend_on_its_batch(backbone: Backbone) -> None:
         alone = list(generate(backbone, REQUESTS, Sampling(steps=3, sampler=sampler, batch_size=1)))
         for batched, single in zip(together, alone, strict=True):
             assert np.abs(batched.astype(int) - single).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["FooScheduler", "DPMSolverSDEScheduler", "KarrasVeScheduler", "UNet2DModel"])
+def test_scheduler_that_cannot_sample_needs_a_sampler(backbone: Backbone, scheduler: str) -> None:
+    """DPMSolverSDEScheduler needs torchsde, which is not installed."""
+    facts = replace(backbone.facts, scheduler=scheduler)
+    message = rf"^sampling\.sampler: the scheduler of the backbone is {scheduler}.*; set sampling\.sampler=ddim"
+    with pytest.raises(UserError, match=message):
+        Sampling().check(facts)
+    Sampling(sampler="ddim").check(facts)
+
+
+def test_every_sampler_and_usual_scheduler_can_sample() -> None:
+    for name in ("DDPMScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler", "PNDMScheduler"):
+        assert can_sample(name)
 
 
 def test_width_that_is_not_a_multiple_of_the_vae_factor_is_refused(backbone: Backbone) -> None:

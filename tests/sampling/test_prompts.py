@@ -7,12 +7,28 @@ from pathlib import Path
 import pytest
 
 from sdtune.backbone import Pretrained
+from sdtune.backbone.new_token_vectors import initialize_tokens
+from sdtune.backbone.new_tokens import NewToken, check_vector_counts
+from sdtune.errors import UserError
 from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 
-def test_truncated_prompt_is_logged_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
-    long = " ".join(["a"] * 76)  # 78 tokens with the start and end tokens; the limit is 77
-    warn_about_truncated_prompts(Pretrained(str(tiny)).load(), ["a fox", long, long, long[2:]])
+def test_end_of_a_long_prompt_is_warned_about_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    end = "a a a a"
+    long = f"{' '.join(['a'] * 75)} {end}"  # 75 tokens fit between the start and end tokens
+    backbone = Pretrained(str(tiny)).load()
+    initialize_tokens(backbone, [NewToken("<my_cat>", "cat", vectors=2)])
+    warn_about_truncated_prompts(backbone, ["a fox", long, long, " ".join(["a"] * 75), f"{long} <my_cat>"])
     assert [record.getMessage() for record in caplog.records if record.name == "sdtune"] == [
-        f"WARNING: the prompt has 78 tokens and is truncated to 77: {long}"
+        "WARNING: a prompt has 81 tokens, the limit is 77; its end is not used: 'a a a a'",
+        "WARNING: a prompt has 83 tokens, the limit is 77; its end is not used: 'a a a a'",
     ]
+
+
+@pytest.mark.parametrize("vectors", [75, 76])
+def test_new_token_must_fit_into_a_prompt(vectors: int) -> None:
+    if vectors == 75:
+        check_vector_counts({"<a>": vectors}, 77, "new_tokens")
+        return
+    with pytest.raises(UserError, match="^new_tokens: '<a>' has 76 vectors, but a prompt has room for 75; use fewer"):
+        check_vector_counts({"<a>": vectors}, 77, "new_tokens")

@@ -15,7 +15,7 @@ from sdtune.backbone.controlnet import ControlNetWithStrength, Residuals, cast_c
 from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewTokens
-from sdtune.backbone.text import encoder_states, tokenize_windows, unused_prefixes
+from sdtune.backbone.text import encoder_states, in_windows, unused_prefixes
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
 from sdtune.objective.schedule import NoiseSchedule
@@ -193,11 +193,13 @@ class Backbone(nn.Module):
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
         """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder); only once per backbone."""
         assert self.new_tokens is None, "new tokens can be added only once"
-        self.new_tokens = NewTokens(self.tokenizers, {token: len(rows[0]) for token, rows in vectors.items()})
+        first_id = len(self.tokenizer)
+        assert all(len(tokenizer) == first_id for tokenizer in self.tokenizers)
+        self.new_tokens = NewTokens(first_id, {token: len(rows[0]) for token, rows in vectors.items()})
         for index, encoder in enumerate(self.encoders.values()):
             table = encoder.get_input_embeddings()
             rows = torch.cat([encoder_rows[index] for encoder_rows in vectors.values()]).to(table.weight)
-            encoder.set_input_embeddings(ExtendedEmbedding(table, rows, self.new_tokens.first_id))
+            encoder.set_input_embeddings(ExtendedEmbedding(table, rows, first_id))
 
     @property
     def new_token_vectors(self) -> list[nn.Parameter]:
@@ -205,18 +207,21 @@ class Backbone(nn.Module):
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
-    def _expanded(self, prompts: Sequence[str]) -> list[str]:
-        return [self.new_tokens.expand(p) for p in prompts] if self.new_tokens is not None else list(prompts)
+    def _token_ids(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, untruncated and without start and end token."""
+        if self.new_tokens is not None:
+            return [self.new_tokens.ids(tokenizer, prompt) for prompt in prompts]
+        ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False).input_ids
+        return ids
 
-    def count_tokens(self, prompt: str) -> int:
-        """Number of tokens of ``prompt`` with start and end token, untruncated; the limit is ``facts.max_tokens``."""
-        return len(self.tokenizer(self._expanded([prompt])[0]).input_ids)
+    def token_ids(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt``, untruncated and without start and end token."""
+        return self._token_ids(self.tokenizer, [prompt])[0]
 
     def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
         """Token ids, int64 [B, L], padded and truncated to one or more windows of the text encoder's length."""
-        return tokenize_windows(
-            tokenizer or self.tokenizer, self._expanded(prompts), self._token_count, self.facts.windows
-        )
+        tokenizer = tokenizer or self.tokenizer
+        return in_windows(tokenizer, self._token_ids(tokenizer, prompts), self._token_count, self.facts.windows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""

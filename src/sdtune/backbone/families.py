@@ -21,6 +21,7 @@ class Facts:
         factor: downscaling factor of the VAE: pixels per latent cell in each direction.
         max_tokens: maximum number of tokens of a prompt, including the start and end token.
         windows: maximum prompt length as a multiple of the text encoder's length.
+        scheduler: diffusers class of the scheduler config; empty if unknown.
     """
 
     side: int
@@ -30,6 +31,12 @@ class Facts:
     max_tokens: int
     family: Family = "sd1"
     windows: int = 1
+    scheduler: str = ""
+
+
+STATED_PREDICTION = "_prediction_type_of_file"
+"""Key in the scheduler config of a converted single file that states its own prediction type; diffusers ignores keys
+that begin with an underscore."""
 
 
 FAMILIES: dict[Family, tuple[str, str]] = {

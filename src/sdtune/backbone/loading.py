@@ -12,10 +12,15 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.models import KINDS, from_config
 from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
+from sdtune.formats.files import check_finite
 
 
 def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | None = None) -> Backbone:
-    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet_dtype`` if given)."""
+    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet_dtype`` if given).
+
+    Raises:
+        UserError: a weight is NaN or infinite, in the file or in ``unet_dtype``.
+    """
     folder = source.folder()
 
     def component(name: str) -> Any:
@@ -23,13 +28,15 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return from_config(name, folder)
-        return KINDS[name].from_pretrained(
+        model = KINDS[name].from_pretrained(
             folder / name,
             torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
             variant=source.weights_variant(name),
             use_safetensors=True,
             local_files_only=True,
         )
+        check_finite(dict(model.named_parameters()), f"backbone.path: {folder / name}")
+        return model
 
     # Load on the CPU: the default device may be a GPU with too little memory for float32 weights.
     with torch.device("cpu"):

@@ -6,7 +6,8 @@ Gal et al. 2022, "An image is worth one word: personalizing text-to-image genera
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
-from transformers import AddedToken, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_safetensors
@@ -28,12 +29,13 @@ class NewToken:
     """A token to add to the tokenizers and to learn.
 
     Args:
-        token: the token in prompts, such as ``<my_cat>``. It must be lower case, because CLIP's tokenizer
-            lowercases prompts: with an upper-case token of several vectors, only the first vector would be used.
+        token: the token in prompts, such as ``<my_cat>``, in lower case, as in CLIP's vocabulary; prompts may write it
+            in upper case.
         init: a word or a description; each vector is initialized with the mean embedding of its tokens.
         vectors: number of embedding vectors of the token.
         weights: embedding file to initialize from instead of ``init``, in diffusers or A1111 format, with the same
             number of vectors.
+        overwrite: use ``token`` although the vocabulary has this word; prompts then mean the new token by it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -42,6 +44,7 @@ class NewToken:
     init: Annotated[str, StringConstraints(min_length=1)] | None = None
     vectors: Annotated[int, Ge(1)] = 1
     weights: str | None = None
+    overwrite: bool = False
 
 
 class ExtendedEmbedding(nn.Module):
@@ -71,47 +74,48 @@ class ExtendedEmbedding(nn.Module):
 
 
 class NewTokens:
-    """The new tokens of a backbone, added to its tokenizers.
+    """The new tokens of a backbone: where they occur in prompts, and their ids.
+
+    The tokenizers stay unchanged: if they knew the new tokens, they would find them by rules of their own, for example
+    ``sks`` in ``sks-style``, and a token of several vectors could be found in part.
 
     Args:
-        tokenizers: tokenizers to extend in place; they may differ only in their padding token.
+        first_id: id of the first vector; the length of the tokenizers' vocabulary.
         vector_counts: number of vectors of each new token.
-
-    Raises:
-        UserError: a new token is already in the vocabulary.
     """
 
-    def __init__(self, tokenizers: Sequence[CLIPTokenizer], vector_counts: dict[str, int]) -> None:
-        self.vector_counts = vector_counts
-        self.first_id = len(tokenizers[0])
-        assert all(len(tokenizer) == self.first_id for tokenizer in tokenizers)
-        known = tokenizers[0].get_vocab()
-        vector_tokens = [_vector_token(token, i) for token, width in vector_counts.items() for i in range(width)]
-        if taken := next((name for name in vector_tokens if name in known), None):
-            raise UserError(
-                f"{taken!r} is already in the tokenizer's vocabulary", key="new_tokens", remedy="use another token"
-            )
-        # single_word: otherwise a token "cat" would match inside "catalog".
-        for tokenizer in tokenizers:
-            tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=True) for name in vector_tokens])
+    def __init__(self, first_id: int, vector_counts: dict[str, int]) -> None:
+        self.first_id, self.vector_counts = first_id, vector_counts
 
     def rows(self, token: str) -> range:
         """Rows of ``token`` among all new embedding vectors."""
         start = sum(width for name, width in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
         return range(start, start + self.vector_counts[token])
 
-    def expand(self, prompt: str) -> str:
-        """``prompt`` with each multi-vector token replaced by ``<a> <a>_1 <a>_2``, as in diffusers."""
-        for token, width in self.vector_counts.items():
-            if width > 1:
-                replacement = " ".join(_vector_token(token, i) for i in range(width)).replace("\\", r"\\")
-                prompt = _word_pattern(token).sub(replacement, prompt)
-        return prompt
+    def ids(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` without start and end token; each new token becomes the ids of all its vectors."""
+        ids: list[int] = []
+        for text, token in split_at_tokens(list(self.vector_counts), prompt):
+            ids += tokenizer(text, add_special_tokens=False).input_ids if text else []
+            ids += [self.first_id + row for row in self.rows(token)] if token is not None else []
+        return ids
 
 
-def _word_pattern(token: str) -> re.Pattern[str]:
-    """Pattern that matches ``token`` as a separate word, ignoring case."""
-    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", re.IGNORECASE)
+def split_at_tokens(tokens: Collection[str], prompt: str) -> list[tuple[str, str | None]]:
+    """Split ``prompt`` into pairs of a text and the new token that follows it (None at the end of the prompt).
+
+    Upper and lower case are equal. A letter, a digit, ``_`` or a hyphen next to a token makes it a part of another
+    word: ``sks`` does not occur in ``sks-style``. The longest token that fits is taken.
+    """
+    by_length = sorted(tokens, key=len, reverse=True)
+    alternatives = "|".join(f"({re.escape(token)})" for token in by_length)
+    pattern, pairs, end = re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE), [], 0
+    prompt = unicodedata.normalize("NFC", prompt)  # as CLIP's tokenizer does
+    for match in pattern.finditer(prompt) if by_length else ():
+        assert match.lastindex is not None
+        pairs.append((prompt[end : match.start()], by_length[match.lastindex - 1]))
+        end = match.end()
+    return [*pairs, (prompt[end:], None)]
 
 
 def _vector_token(token: str, index: int) -> str:
@@ -170,10 +174,10 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
                 key="new_tokens",
                 remedy="name an embedding file",
             )
-        normalized = re.sub(r"\s+", "_", token.token.strip().lower())
+        normalized = re.sub(r"\s+", "_", unicodedata.normalize("NFC", token.token).strip().lower())
         if token.token != normalized or not normalized:
             raise UserError(
-                f"{token.token!r} is not a single lower-case word; CLIP's tokenizer lowercases prompts",
+                f"{token.token!r} is not a single lower-case word",
                 key="new_tokens",
                 remedy=f"use {normalized or '<my_cat>'!r}",
             )
@@ -195,13 +199,44 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
             )
 
 
+def check_vocabulary(tokens: Sequence[NewToken], tokenizer: CLIPTokenizer) -> None:
+    """Raise UserError for a token that the vocabulary has already, unless it has ``overwrite``.
+
+    The vocabulary has two forms of a word: at the end of a word (``parrot</w>``), and at the beginning of a longer one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if not token.overwrite and (token.token in vocabulary or f"{token.token}</w>" in vocabulary):
+            raise UserError(
+                f"{token.token!r} is a word of the tokenizer's vocabulary, which would lose its meaning",
+                key="new_tokens",
+                remedy=f"use <{token.token}>, or add overwrite: true to replace it",
+            )
+
+
+def check_vector_counts(vector_counts: Mapping[str, int], max_tokens: int, key: str) -> None:
+    """Raise UserError for a new token with more vectors than a prompt of ``max_tokens`` with start and end token has.
+
+    Args:
+        key: config key for the error.
+    """
+    for token, count in vector_counts.items():
+        if count > max_tokens - 2:
+            raise UserError(
+                f"{token!r} has {count} vectors, but a prompt has room for {max_tokens - 2}",
+                key=key,
+                remedy="use fewer vectors, or a larger backbone.max_tokens",
+            )
+
+
 def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
     """Raise UserError for a token that occurs in none of ``prompts`` and would therefore not be trained."""
-    for token in tokens:
-        pattern = _word_pattern(token.token)
-        if not any(pattern.search(prompt) for prompt in prompts):
+    names = [token.token for token in tokens]
+    mentioned = {name for prompt in prompts for _, name in split_at_tokens(names, prompt)}
+    for name in names:
+        if name not in mentioned:
             raise UserError(
-                f"{token.token} occurs in no caption (first caption: {prompts[0]!r})",
+                f"{name} occurs in no caption (first caption: {prompts[0]!r})",
                 key="new_tokens",
-                remedy=f'add it to the captions, or set data.prompt="{token.token}" (with or without data.templates)',
+                remedy=f'add it to the captions, or set data.prompt="{name}" (with or without data.templates)',
             )

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from sdtune.backbone.families import FAMILIES, family_by
+from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, family_by
 from sdtune.backbone.models import model_shapes
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.errors import UserError
@@ -22,7 +22,7 @@ from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import write_safetensors
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original import Family, Models, detect, split
-from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae
+from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae, stated_prediction
 from sdtune.formats.pipeline import weights_name
 from sdtune.paths import cache_folder
 
@@ -31,7 +31,7 @@ log = logging.getLogger("sdtune")
 CONFIGS = Path(__file__).parent / "configs"
 INCLUDED_CONFIGS: dict[Family, str] = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 _PADS = {"tokenizer": {"sd1": END, "sd2": "!", "sdxl": END}, "tokenizer_2": {"sdxl": "!"}}
-_LAYOUT = 1  # version of the converted folders' layout; increase it to invalidate cached folders
+_LAYOUT = 2  # version of the converted folders' layout; increase it to invalidate cached folders
 
 
 def included_configs(kind: str) -> Path | None:
@@ -61,9 +61,10 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool) -> P
     with FileLock(_lock_file(target)):
         if (target / "model_index.json").is_file():
             return target
-        tensors, _ = read_checkpoint(file, allow_pickle, "backbone.path")
+        tensors, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
         try:
             family = detect({key: list(tensor.shape) for key, tensor in tensors.items()})
+            prediction = stated_prediction(tensors, metadata)
         except UserError as error:
             raise UserError(f"{file} {error}", key="backbone.path") from error
         source = config or CONFIGS / INCLUDED_CONFIGS[family]
@@ -74,7 +75,7 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool) -> P
                 remedy=f"set it to a folder of {FAMILIES[family][0]} configs, or to null for the included configs",
             )
         log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, FAMILIES[family][0])
-        _write(target, source, tensors, family, f"backbone.path: {file}")
+        _write(target, source, tensors, family, f"backbone.path: {file}", prediction)
     return target
 
 
@@ -124,7 +125,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Family, where: str) -> None:
+def _write(
+    target: Path, source: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
+) -> None:
     components = ["unet", "vae", *TEXT[family]]
     configs = {name: json.loads((source / name / "config.json").read_text()) for name in components}
     expected = {name: model_shapes(name, source) for name in components}
@@ -152,15 +155,15 @@ def _write(target: Path, source: Path, tensors: dict[str, Tensor], family: Famil
                 shutil.copytree(source / name, partial / name)
             else:
                 write_tokenizer(partial / name, pads[family])
-        write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(source, tensors))
+        write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(source, tensors, prediction))
         write_json(partial / "model_index.json", index)
 
 
-def _scheduler(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Scheduler config of ``source``, updated from ComfyUI's markers ``v_pred`` and ``ztsnr`` in the file."""
+def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
+    """Scheduler config of ``source``, updated from what the file states."""
     settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text())
-    if "v_pred" in tensors:
-        settings["prediction_type"] = "v_prediction"
+    if prediction is not None:
+        settings |= {"prediction_type": prediction, STATED_PREDICTION: prediction}
     if "ztsnr" in tensors:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return settings

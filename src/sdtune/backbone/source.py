@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from sdtune.backbone.families import FAMILIES, GUIDANCE, Component, Facts, family_by
+from sdtune.backbone.families import FAMILIES, GUIDANCE, STATED_PREDICTION, Component, Facts, family_by
 from sdtune.backbone.locate import (
     MODELS,
     find_local,
@@ -28,7 +28,7 @@ from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
 from sdtune.formats.pipeline import STEMS, weights_name
 from sdtune.objective.prediction import PredictionType
-from sdtune.objective.schedule import NoiseSchedule
+from sdtune.objective.schedule import NoiseSchedule, check_noise_process
 from sdtune.paths import pocket_pipeline
 
 if TYPE_CHECKING:
@@ -186,11 +186,19 @@ class PipelineSource:
 
     def scheduler(self) -> dict[str, Any]:
         """Scheduler config, updated with ``prediction_type`` and ``zero_terminal_snr``."""
+        config = self.config("scheduler")
+        stated = config.get(STATED_PREDICTION)
+        if stated is not None and self.prediction_type not in (None, stated):
+            raise UserError(
+                f"got {self.prediction_type}, but {self.path} states {stated}",
+                key="backbone.prediction_type",
+                remedy=f"remove it, or set {stated}",
+            )
         overrides: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
         if self.zero_terminal_snr:
             # Sampling must start at the last step, which is pure noise (Lin et al. 2024, section 3.3).
             overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return {**self.config("scheduler"), **overrides}
+        return {**{key: value for key, value in config.items() if key != STATED_PREDICTION}, **overrides}
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -230,7 +238,14 @@ class PipelineSource:
                 remedy=f"use a text-to-image model with {channels} input channels",
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        check_noise_process(scheduler)
         NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
+        if vae.get("latents_mean") or vae.get("latents_std"):
+            raise UserError(
+                f"the VAE of {self.path} normalizes its latents with latents_mean and latents_std",
+                key="backbone.path",
+                remedy="use a model whose VAE has only a scaling_factor",
+            )
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
         layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
         if self.clip_skip >= layers:
@@ -248,6 +263,7 @@ class PipelineSource:
             max_tokens=windows * (length - 2) + 2,
             family=self._family(unet),
             windows=windows,
+            scheduler=str(scheduler.get("_class_name")),
         )
 
     def _family(self, unet: dict[str, Any]) -> Family:
@@ -290,6 +306,10 @@ class PipelineSource:
     def tokenizers(self) -> tuple[str, ...]:
         """Folder names of the tokenizers."""
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
+    def tokenizer_folder(self) -> Path:
+        """Folder of the first text encoder's tokenizer; all have the same vocabulary. Reads no weights."""
+        return self._configs / self.tokenizers[0]
 
     def hash(self) -> str:
         """SHA-256 of the weights that are read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""

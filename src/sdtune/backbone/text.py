@@ -1,4 +1,4 @@
-"""Tokenize prompts in windows, and select the hidden states of a text encoder that condition the UNet."""
+"""Arrange token ids in windows, and select the hidden states of a text encoder that condition the UNet."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 
-def tokenize_windows(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int, windows: int) -> Tensor:
+def in_windows(tokenizer: CLIPTokenizer, prompts: Sequence[Sequence[int]], length: int, windows: int) -> Tensor:
     """Token ids, int64 [B, ``length``], in ``windows`` windows of equal length, each with a start and end token.
 
     Longer prompts are truncated. A1111 and ComfyUI read long prompts in the same way; kohya's trainer drops the start
     and end tokens between windows.
+
+    Args:
+        tokenizer: for the ids of the start, end and padding tokens.
+        prompts: token ids of each prompt, without start and end token.
     """
-    if windows == 1:
-        ids: Tensor = tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        return ids
     window = length // windows
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = []
-    for tokens in tokenizer(list(prompts), add_special_tokens=False).input_ids:
+    for tokens in prompts:
         row: list[int] = []
         for first in range(0, windows * (window - 2), window - 2):
             part = [start, *tokens[first : first + window - 2], end]

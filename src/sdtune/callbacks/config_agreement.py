@@ -1,4 +1,4 @@
-"""Check that all processes of a run have the same config."""
+"""Check that all processes of a run have the same config and the same data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.errors import UserError
+from sdtune.training.collective import gathered
 
 log = logging.getLogger("sdtune")
 
 
 class ConfigAgreement(Callback):
-    """Compare a hash of the composed ``config`` across the processes, before any weights are loaded.
+    """Compare hashes of the composed ``config`` and of the data across the processes, before any weights are loaded.
 
     Without this check, a launcher that repeats the command line of a sweep could start a different job as the second
-    process, without any error.
+    process, and a machine whose copy of the images lacks one would train on others, without any error.
     """
 
     priority: ClassVar[int] = -50
@@ -34,10 +35,17 @@ class ConfigAgreement(Callback):
             return
         log.info("process %d of %d: config %s, optimizer.lr %s",
                  trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
-        first_digest = trainer.strategy.broadcast(self.digest)
-        if first_digest != self.digest:
-            raise UserError(
-                f"process {trainer.global_rank} was started with a different config ({self.digest}) than"
-                f" process 0 ({first_digest})",
-                remedy="start every process with the same overrides",
-            )
+        data: str = trainer.datamodule.fingerprint[:16]  # type: ignore[attr-defined]
+        # Every process raises: one that went on would wait for the others in its next collective operation.
+        for what, digest, remedy in (
+            ("config", self.digest, "start every process with the same overrides"),
+            ("images, captions or masks", data, "copy the same files to every machine"),
+        ):
+            digests = gathered(trainer, digest)
+            other = next((rank for rank, value in enumerate(digests) if value != digests[0]), None)
+            if other is not None:
+                raise UserError(
+                    f"process {other} was started with a different {what} ({digests[other]}) than process 0"
+                    f" ({digests[0]})",
+                    remedy=remedy,
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import ClassVar
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.methods.base import Adapter
+from sdtune.sampling.prompts import count_tokens
 
 log = logging.getLogger("sdtune")
 
@@ -46,6 +48,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
         f"data: {images} images, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
         f"order: {epoch} step(s) per epoch at batch size {data.batch_size};"
         f" {steps} steps are {steps / epoch:.1f} epochs",
+        *data.notices,
     ]
     for (w, h), entries in buckets.items():
         if len(entries) < data.batch_size and len(buckets) > 1:
@@ -60,8 +63,8 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
 def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
     """Lines with the number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
     captions = data.captions()
-    longest = max(captions, key=backbone.count_tokens)
-    length, limit = backbone.count_tokens(longest), backbone.facts.max_tokens
+    longest = max(captions, key=partial(count_tokens, backbone))
+    length, limit = count_tokens(backbone, longest), backbone.facts.max_tokens
     lines = [f"captions: {len(captions)} distinct; the longest has {length} tokens, the limit is {limit}"]
     if length > limit:
         lines.append(f"WARNING: captions longer than {limit} tokens are truncated; the longest is {longest!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sdtune.files import write_text
 from sdtune.methods.base import Adapter
+from sdtune.training.collective import gathered
 
 
 class NotFinite(Exception):
@@ -96,17 +98,19 @@ class MetricsRecorder(Callback):
             return
         keys = list(self.pending[0][1])
         table = torch.stack([torch.stack([f[k].float() for k in keys]) for _, f, _, _ in self.pending])
+        local_losses = table[:, keys.index("loss")].tolist()
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="mean")
         rows: list[dict[str, float]] = []
-        for (step, _, rates, prompts), values in zip(self.pending, table.tolist(), strict=True):
+        for (step, _, rates, prompts), values, loss in zip(self.pending, table.tolist(), local_losses, strict=True):
             row = dict(zip(keys, values, strict=True))
             if row.pop("finite") < 1 or row["loss"] != row["loss"]:
                 self._append(rows, trainer)
                 self.pending = []
+                captions = suspect_captions(gathered(trainer, (math.isfinite(loss), sorted(set(prompts)))))
                 raise NotFinite(
                     f"step {step}: the loss or its gradient is not finite (captions of its samples:"
-                    f" {_shortened(sorted(set(prompts)))}); lower optimizer.lr or check those images"
+                    f" {_shortened(captions)}); lower optimizer.lr or check those images"
                 )
             rows.append({"step": step, **row, **rates})
         self.pending = []
@@ -199,6 +203,16 @@ class MetricsRecorder(Callback):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+
+
+def suspect_captions(of_processes: Sequence[tuple[bool, list[str]]]) -> list[str]:
+    """Captions of the processes whose own loss is not finite; of all processes if only a gradient is not finite.
+
+    Args:
+        of_processes: for each process, whether its loss is finite, and its captions.
+    """
+    failed = [captions for is_finite, captions in of_processes if not is_finite]
+    return sorted({caption for captions in failed or [c for _, c in of_processes] for caption in captions})
 
 
 def _shortened(prompts: list[str], count: int = 4) -> str:

@@ -20,6 +20,7 @@ from sdtune.data.previews import PreviewPrompt, preview_prompts
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
 from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 log = logging.getLogger("sdtune")
 
@@ -103,6 +104,9 @@ class Samples(Callback):
     def _set_prompts(self, trainer: pl.Trainer, module: Adapter) -> None:
         size = self.sampling.size(module.backbone.facts.side)
         self.wanted = preview_prompts(trainer.datamodule, self.prompts, 4, size)  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            texts = [*(preview.prompt for preview in self.wanted), self.sampling.negative_prompt]
+            warn_about_truncated_prompts(module.backbone, texts)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdtune.cli.exit_codes import exit_codes, refuse
 from sdtune.cli.messages import composition_error, is_option, option_error
@@ -26,7 +26,7 @@ from sdtune.config.compose import Prepare, compose, run_folder, search_path
 from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info
 from sdtune.errors import UserError
 from sdtune.files import locked
-from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun
+from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun, launched_processes
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.paths import config_folder
 from sdtune.quoting import override
@@ -109,7 +109,7 @@ def launch(
         config = compose(command, search, args.overrides)
         folder = run_folder(config)
         if writes:
-            _check_folder(folder, args.overrides)
+            _check_folder(folder, args.overrides, config)
         work = prepare(config, folder)
     with exit_codes(command):
         if writes:
@@ -172,12 +172,15 @@ def _check_options(command: str, args: Namespace, writes: bool) -> None:
         refuse("--multirun: torchrun would run the full sweep in every process; use hardware.devices=N instead")
 
 
-def _check_folder(folder: Path, overrides: list[str]) -> None:
-    several = is_torchrun() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+def _check_folder(folder: Path, overrides: list[str], config: DictConfig) -> None:
+    nodes = OmegaConf.select(config, "hardware.num_nodes", default=1)
+    several = launched_processes() > 1 or "NODE_RANK" in os.environ or nodes != 1
     if several and not any(text.startswith("hydra.run.dir=") for text in overrides):
         # Each process composes its own config, and the time in the default folder name may differ.
         raise UserError(
-            "required under torchrun, for all processes", key="hydra.run.dir", remedy="set hydra.run.dir=DIR"
+            "required for several processes, the same for all",
+            key="hydra.run.dir",
+            remedy="set hydra.run.dir=DIR",
         )
     parent = folder.absolute()
     while not parent.exists():

@@ -53,7 +53,8 @@ KOHYA = {
     "max_token_length": "backbone.max_tokens=VALUE",
     "v_parameterization": "backbone.prediction_type=v_prediction",
     "zero_terminal_snr": "backbone.zero_terminal_snr=true",
-    "masked_loss": "data.masked=true",
+    "masked_loss": "data.mask=file",
+    "alpha_mask": "data.mask=alpha",
     "cache_latents": "data.cache_latents=true",
     "cache_text_encoder_outputs": "data.cache_text=true",
 }

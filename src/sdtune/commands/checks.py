@@ -18,7 +18,7 @@ from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.model import check_model
 from sdtune.config.schema import check_node, check_value
-from sdtune.config.settings import Settings, read_settings
+from sdtune.config.settings import Settings, check_name, read_settings
 from sdtune.config.targets import resolve
 from sdtune.config.trainer import check_trainer, trainer_arguments
 from sdtune.data import ImageDataModule
@@ -102,6 +102,7 @@ def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
     micro_batch = hardware.micro_batch(config["hardware"], data.batch_size, accumulation)
     # Constructors of methods reject combinations of settings that do not fit.
     adapter = _adapter(config, settings, source)
+    check_name(settings.name or data.name)
     check_trainable(adapter, data)
     exports = _exports(config, adapter.artifact_kind)
     evaluation = build(config["evaluation"], trust) if config["evaluation"] else None
@@ -120,7 +121,7 @@ def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
         exports=exports,
         record=record,
         checkpoints=build(config["checkpoint"], trust, checkpoint_arguments),
-        callbacks=_callbacks(config, settings, folder, data, record),
+        callbacks=_callbacks(config, settings, folder, data, source.facts, record),
         trainer=trainer_arguments(config),
         micro_batch=micro_batch,
     )
@@ -164,7 +165,12 @@ def _loggers(config: dict[str, Any], trust: tuple[str, ...]) -> list[LoggerSetti
 
 
 def _callbacks(
-    config: dict[str, Any], settings: Settings, folder: Path, data: ImageDataModule, record: MetricsRecorder
+    config: dict[str, Any],
+    settings: Settings,
+    folder: Path,
+    data: ImageDataModule,
+    facts: Facts,
+    record: MetricsRecorder,
 ) -> list[Callback]:
     """The configured callbacks, in the order of the config."""
     arguments = {"folder": folder / "samples", "record": record, "run": folder, "trial": settings.trial}
@@ -175,6 +181,8 @@ def _callbacks(
         callbacks.append(build(node, settings.trust, arguments))
         if getattr(callbacks[-1], "needs_validation_set", False) and not data.held_out:
             raise UserError(NOTHING_HELD_OUT, key=f"callbacks.{key}")
+        if isinstance(callbacks[-1], Samples):
+            callbacks[-1].sampling.check(facts, f"callbacks.{key}.sampling")
     if settings.save_every:
         samples = next((c for c in callbacks if isinstance(c, Samples)), None)
         callbacks.append(Snapshots(folder, settings.name or data.name, settings.save_every, samples))

@@ -69,7 +69,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         control.read_image()
         controlnets.check_controlnet(control.path, source, control.preprocess)
     for _, settings in _requests(container):
-        settings.check(source.facts.factor)
+        settings.check(source.facts)
 
     def start(composed: DictConfig) -> None:
         with choose_threads(container["hardware"]):
@@ -123,7 +123,8 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     controls = _controls(config)
     nets = controlnets.load_controlnets(backbone, source, [control.path for control in controls])
     requests = _requests(config)
-    warn_about_truncated_prompts(backbone, [request.prompt for request, _ in requests])
+    texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
+    warn_about_truncated_prompts(backbone, texts)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(control.map(size) for control in controls) for size in sizes}
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from sdtune.errors import UserError
 from sdtune.hardware.devices import ACCELERATORS, accelerator
 from sdtune.hardware.precision import PRECISIONS
+from sdtune.hardware.processes import is_launched_again, is_under_slurm, launched_processes
 
 SWITCHES = ("gradient_checkpointing", "offload", "vae_tiling")
 """Keys of a ``hardware`` node that the method uses, not Lightning's Trainer."""
 
 NON_LIGHTNING_KEYS = (*SWITCHES, "threads")
 """All keys of a ``hardware`` node that Lightning's Trainer does not accept."""
+
+
+STRATEGIES = ("auto", "ddp")
 
 
 def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
@@ -33,6 +38,10 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
             key="hardware.accelerator",
             remedy="install a CUDA build of torch or set hardware=cpu",
         )
+    strategy = str(node.get("strategy", "auto"))
+    if strategy not in STRATEGIES:
+        # Others of Lightning's strategies shard the weights, or train a model per process without sharing gradients.
+        raise UserError(f"{strategy!r} is not one of {', '.join(STRATEGIES)}", key="hardware.strategy")
     precision = str(node.get("precision", "auto"))
     if precision not in PRECISIONS:
         raise UserError(f"{precision!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
@@ -56,6 +65,36 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         value = node.get(key, 1)
         if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
             raise UserError(f"{value!r} is not valid", key=f"hardware.{key}", remedy="set at least 1")
+
+
+def check_launcher(node: Mapping[str, Any]) -> None:
+    """Check that a launcher has started as many processes as a ``hardware`` node has.
+
+    Otherwise Lightning raises an error after the data has been read, or each process trains alone.
+
+    Raises:
+        UserError: the numbers differ, or SLURM does not state the number of tasks per node.
+    """
+    if is_launched_again():
+        return
+    expected, nodes = process_count(node), int(node.get("num_nodes", 1))
+    started = launched_processes()
+    if not is_under_slurm():
+        if started != expected and "WORLD_SIZE" in os.environ:
+            raise UserError(
+                f"{expected} process(es) in the settings, but the launcher has started {started} (WORLD_SIZE)",
+                key="hardware.devices",
+                remedy="set hardware.devices (per node) and hardware.num_nodes to match, or unset WORLD_SIZE",
+            )
+        return
+    tasks_per_node, slurm_nodes = os.environ.get("SLURM_NTASKS_PER_NODE"), os.environ.get("SLURM_NNODES", "1")
+    per_node = started if tasks_per_node is None and slurm_nodes == "1" else tasks_per_node
+    if started != expected or str(per_node) != str(expected // nodes) or (tasks_per_node is None and started > 1):
+        raise UserError(
+            f"{expected} process(es) in the settings, but SLURM has {started} task(s) on {slurm_nodes} node(s)",
+            key="hardware.devices",
+            remedy="start with srun --ntasks-per-node=DEVICES, or unset SLURM_NTASKS to train alone",
+        )
 
 
 def check_indices(node: Mapping[str, Any]) -> None:

@@ -88,6 +88,28 @@ def read_saved_config(run: Path) -> dict[str, Any]:
     return plain(saved)
 
 
+def check_name(name: str) -> None:
+    """Check the base name of the artifact files: the setting ``name``, or the name of the data's folder.
+
+    Raises:
+        UserError: the name is reserved, is not UTF-8, or is too long for a file name.
+    """
+    remedy = "set name=NAME"
+    if name == _RESERVED_NAME:
+        raise UserError(f"{name} is the file name of the diffusers format", key="name", remedy=remedy)
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name!r} is not UTF-8", key="name", remedy=remedy) from error
+    if length > _MAX_NAME_BYTES:
+        raise UserError(f"{name[:20]}... is {length} bytes long, max {_MAX_NAME_BYTES}", key="name", remedy=remedy)
+
+
+_RESERVED_NAME = "pytorch_lora_weights"
+_MAX_NAME_BYTES = 200
+"""File systems allow 255 bytes for a file name; suffixes of snapshots and formats are put after the name."""
+
+
 def read_settings(config: dict[str, Any]) -> Settings:
     """Check the top-level settings and return them.
 
@@ -98,9 +120,5 @@ def read_settings(config: dict[str, Any]) -> Settings:
     values = {key: config[key] for key in hints if config.get(key) is not None}
     for key, value in values.items():
         check_value(value, hints[key], key)
-    if values.get("name") == "pytorch_lora_weights":
-        raise UserError(
-            "pytorch_lora_weights is the file name of the diffusers format", key="name", remedy="set another name"
-        )
     tokens = tuple(NewToken(**token) for token in values.get("new_tokens", ()))
     return Settings(**{**values, "trust": tuple(values.get("trust", ())), "new_tokens": tokens})

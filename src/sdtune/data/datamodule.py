@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -47,6 +47,10 @@ VALIDATION_TIMESTEPS = 8
 """Number of timesteps at which the validation loss of each held-out image is computed."""
 
 
+MaskSource = Literal["file", "alpha"]
+"""Where the loss mask of an image comes from: a mask file, or the image's transparency."""
+
+
 @dataclass(frozen=True)
 class CacheInputs:
     """Encoders that fill the caches; ``images`` is None if the VAE is trained, ``text`` if the text encoder is."""
@@ -80,7 +84,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         limit: train on the first ``limit`` images only; None: all.
         templates: prompt templates for the captions, chosen at random for each sample: ``object`` or ``style`` (those
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
-        masked: weight the loss by each image's mask.
+        mask: weight the loss by a mask of each image: ``file`` reads ``image.mask.png`` next to ``image.jpg`` (white
+            counts), ``alpha`` takes the image's transparency (opaque counts). Null: all pixels count.
         class_prompt: prompt for the class of the subject ("a photo of a dog"), or several that are used in turn. It
             turns on prior preservation: each sample is then a pair of a subject image and a class image.
         class_path: folder of class images; None: the model generates them before training.
@@ -100,7 +105,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     workers: Annotated[int, Ge(0)] = 0
     limit: Annotated[int, Ge(1)] | None = None
     templates: TemplateSet | Sequence[str] | None = None
-    masked: bool = False
+    mask: MaskSource | None = None
     class_prompt: str | Annotated[list[str], MinLen(1)] | None = None
     class_path: str | None = None
     class_images: Annotated[int, Ge(1)] = 200
@@ -118,6 +123,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     prompt_templates: Sequence[str] = field(default=(), init=False)
     _resumed_fingerprint: str = field(default="", init=False)
     class_samples: Sequence[Sample] = field(default=(), init=False)
+    notices: list[str] = field(default_factory=list, init=False)
+    """Lines for the data summary about files and folders that are not used or look wrong."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -175,6 +182,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         self._opened_for, self.factor = (side, factor), factor
         if self.resolution % factor:
             raise UserError(f"{self.resolution} is not a multiple of {factor}, the VAE's factor", key="data.resolution")
+        self.notices = []
         train, self._held_out = self.read()
         self._train = train[: self.limit]
         if self.control is not None:
@@ -182,11 +190,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
         if self.has_prior:
-            shared_caption = next((s.caption for s in self._train if s.caption in self.class_prompts), None)
-            if shared_caption is not None:
+            self._check_class_captions()
+
+    def _check_class_captions(self) -> None:
+        captions = {sample.caption for sample in self._train}
+        class_captions = dict.fromkeys(self.class_prompts, "")
+        class_captions |= {sample.caption: f", the caption of {sample}," for sample in self.class_samples}
+        for caption, place in class_captions.items():
+            if caption in captions:
                 raise UserError(
-                    f"{shared_caption!r} is also a caption of the subject",
-                    key="data.class_prompt",
+                    f"{caption!r}{place} is also a caption of the subject",
+                    key="data.class_prompt" if self.class_path is None else "data.class_path",
                     remedy="add a rare word to the subject's captions",
                 )
 
@@ -256,7 +270,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
             if self.control is not None:
                 digest.update(self.control.content(sample).encode())
-            if self.masked:
+            if self.mask is not None:
                 digest.update(cast(Masked, sample).mask(self.bucket(sample), CENTER, False).tobytes())
         if self.class_path is not None:
             for sample in self.class_samples:
@@ -366,7 +380,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             caption_dropout=self.caption_dropout,
             flip=self.flip,
             random_crop=self.random_crop,
-            masked=self.masked,
+            masked=self.mask is not None,
             control=self.control,
             class_samples=self.class_samples,
             latent_cache=self.latent_cache,

@@ -7,20 +7,33 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdtune.data.listing import list_files, named
 from sdtune.errors import UserError
-from sdtune.images.files import SUFFIXES, image_size, open_image
+from sdtune.images.files import SUFFIXES, image_size, open_alpha, open_image
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
 
 MASK = ".mask.png"
 """Suffix of mask files: ``fox.mask.png`` is the mask of ``fox.jpg``."""
+
+CAPTIONS = (".txt", ".caption")
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+UNREAD_IMAGES = {
+    ".heic": "install pillow-heif (extra: heic), or convert them",
+    ".heif": "install pillow-heif (extra: heic), or convert them",
+    ".jxl": "convert them to .png or .webp",
+    ".jp2": "convert them to .png or .webp",
+    ".psd": "convert them to .png",
+}
+"""What to do with images of formats that are not read, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +52,22 @@ class CaptionedImage:
 _ASK = 'set data.prompt="a photo of ...", or add a .txt file next to each image'
 
 
+@dataclass(frozen=True)
+class ImageFolder:
+    """What :func:`read_image_folder` has read: the images, and lines for the data summary about what is not used."""
+
+    images: tuple[CaptionedImage, ...]
+    notices: tuple[str, ...]
+
+
 def read_image_folder(
-    path: str | Path, prompt: str | None = None, trigger: str | None = None, key: str = "data.path", ask: str = _ASK
-) -> tuple[CaptionedImage, ...]:
+    path: str | Path,
+    prompt: str | None = None,
+    trigger: str | None = None,
+    key: str = "data.path",
+    ask: str = _ASK,
+    other_roles: Mapping[Path, str] | None = None,
+) -> ImageFolder:
     """Read the images in and below ``path``, sorted by path, each with its caption.
 
     An image's caption is the first of these that exists:
@@ -53,24 +79,26 @@ def read_image_folder(
     4. ``prompt``.
 
     Line breaks in 1 and 2 become spaces. ``trigger`` is put before captions that do not start with it. The number in
-    kohya's form is the image's repeats; in other folders it is 1. Links are followed; hidden files, ``__MACOSX`` and
-    masks are skipped. Only headers are read; :func:`check_images` decodes the images.
+    kohya's form is the image's repeats; in other folders it is 1. Masks are not images;
+    :func:`sdtune.data.listing.list_files` states which files and folders are read. Only headers are read;
+    :func:`check_images` decodes the images.
 
     Args:
         key: config key of the folder, for errors.
         ask: remedy for images without a caption.
+        other_roles: config key by resolved path of folders that are used for something else.
 
     Raises:
         UserError: no images; an image without a caption, with two captions of the same kind, or with an unreadable
-            header; invalid metadata; text that is not UTF-8; repeats below 1.
+            header; invalid metadata; text that is not UTF-8; repeats below 1; a folder that cannot be read.
     """
     folder = Path(path).expanduser().absolute()
-    # Sort by parts: the comparison of paths differs between Python versions, and the order must be reproducible.
-    files = sorted(_files(folder), key=lambda file: file.parts) if folder.is_dir() else []
+    listing = list_files(folder, key, other_roles or {})
+    files = listing.files
     images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
     if not images:
         raise UserError(
-            f"no images found in {folder}: {_contents(folder, files)}",
+            f"no images found in {folder}: {_contents(folder, files, listing.lines(folder))}",
             key=key,
             remedy=f"set a folder with {', '.join(SUFFIXES)} files",
         )
@@ -87,24 +115,47 @@ def read_image_folder(
             key=key,
             remedy=ask,
         )
-    return tuple(
-        CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), repeats_and_words[image][0])
-        for image in images
+    return ImageFolder(
+        tuple(
+            CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), repeats)
+            for image, (repeats, _) in repeats_and_words.items()
+        ),
+        (*listing.lines(folder), *_unused(files, images, folder)),
     )
 
 
-def check_images(images: Iterable[CaptionedImage]) -> None:
+def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list[str]:
+    """Lines about the files that are neither images, masks, captions of an image nor caption tables."""
+    stems = {image.with_suffix("") for image in images}
+    unused = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name not in TABLES]
+    orphans = [f for f in unused if f.suffix.lower() in CAPTIONS and f.with_suffix("") not in stems]
+    other = [f for f in unused if f.suffix.lower() not in CAPTIONS]
+    lines = [f"WARNING: captions without an image of the same name: {named(orphans, folder)}"] if orphans else []
+    by_suffix: dict[str, list[Path]] = {}
+    for file in other:
+        by_suffix.setdefault(file.suffix.lower() or "files without a suffix", []).append(file)
+    for suffix, group in sorted(by_suffix.items()):
+        hint = UNREAD_IMAGES.get(suffix)
+        lines.append(
+            f"{'WARNING: ' if hint else ''}not read: {suffix}: {named(group, folder)}{f'; {hint}' if hint else ''}"
+        )
+    return lines
+
+
+def check_images(images: Iterable[CaptionedImage]) -> list[str]:
     """Decode every image once, so that damaged images are found before training.
+
+    Returns:
+        A warning for each image that is transparent everywhere, and therefore trained as plain white.
 
     Raises:
         UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        for _ in pool.map(_check, images):
-            pass
+        return [warning for warning in pool.map(_check, images) if warning is not None]
 
 
-def _check(image: CaptionedImage) -> None:
+def _check(image: CaptionedImage) -> str | None:
     size = open_image(image.path).size
     if size != image.size:
         raise UserError(
@@ -113,29 +164,14 @@ def _check(image: CaptionedImage) -> None:
             key="data.path",
             remedy="save this image again",
         )
+    alpha = open_alpha(image.path)
+    is_empty = alpha is not None and alpha.getextrema()[1] == 0
+    return f"WARNING: {image.path} is transparent everywhere; it is trained as a white image" if is_empty else None
 
 
-def _files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield every file below ``folder``, except hidden files and the ``__MACOSX`` folders of macOS archives."""
-    resolved = folder.resolve()
-    if resolved in parents:
-        raise UserError(f"{folder} links to one of its parent folders", key="data.path", remedy="remove this link")
-    try:
-        entries = list(folder.iterdir())
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be read ({error.strerror})", key="data.path", remedy="make it readable"
-        ) from error
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        if entry.is_dir():
-            yield from _files(entry, (*parents, resolved))
-        else:
-            yield entry
-
-
-def _contents(folder: Path, files: Sequence[Path]) -> str:
+def _contents(folder: Path, files: Sequence[Path], left_out: Sequence[str]) -> str:
+    if left_out:
+        return "; ".join(left_out)
     if files:
         counts = Counter(file.suffix.lower() or "without a suffix" for file in files)
         return "it contains " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
@@ -160,7 +196,7 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
 def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     sidecars: dict[Path, list[Path]] = {}
     for file in files:
-        if file.suffix.lower() in (".txt", ".caption"):
+        if file.suffix.lower() in CAPTIONS:
             sidecars.setdefault(file.with_suffix(""), []).append(file)
     captions = {}
     for image in images:
@@ -179,7 +215,7 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
 def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     known = set(images)
     captions: dict[Path, str] = {}
-    tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
+    tables = [file for file in files if file.name in TABLES]
     for table in tables:
         if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
             raise UserError(
@@ -251,7 +287,7 @@ def _one_line(text: str) -> str:
 
 
 def _with_trigger(caption: str, trigger: str | None) -> str:
-    # Match complete words: "sksy dog" does not start with the trigger "sks".
-    if not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", caption):
+    # Match complete words: "sksy dog" and "sks-style" do not start with the trigger "sks".
+    if not trigger or re.match(rf"{re.escape(trigger)}(?![\w-])", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger

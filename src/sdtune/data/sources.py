@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge
+from PIL import Image
 
-from sdtune.data.datamodule import ImageDataModule
+from sdtune.data.control.base import Paired
+from sdtune.data.datamodule import ImageDataModule, MaskSource
 from sdtune.data.folder import MASK, CaptionedImage, check_images, read_image_folder
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
-from sdtune.images.files import open_image, resize_and_crop
+from sdtune.images.files import open_alpha, open_image, open_mask, resize_and_crop
 
 
 class FileSample:
     """Sample that is read from an image file."""
 
-    def __init__(self, image: CaptionedImage, repeats: int) -> None:
+    def __init__(self, image: CaptionedImage, repeats: int, mask: MaskSource | None = None) -> None:
+        self.mask_source = mask
         self.path, self.caption, self.size = image.path, image.caption, image.size
         self.repeats = image.repeats * repeats
 
@@ -45,26 +48,35 @@ class FileSample:
         return self.path.with_name(f"{self.path.stem}{MASK}")
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(open_image(self.mask_path), size, offset, flip)[..., 0]
+        return resize_and_crop(self._mask_image().convert("RGB"), size, offset, flip)[..., 0]
 
-    def check_mask(self) -> None:
-        """Check that there is a mask of the image's size.
+    def _mask_image(self) -> Image.Image:
+        if self.mask_source == "file":
+            return open_mask(self.mask_path, "data.mask")
+        return open_alpha(self.path) or Image.new("L", self.size, 255)
+
+    def check_mask(self) -> str | None:
+        """Check that there is a mask of the image's size; returns a warning if it is black everywhere.
 
         Raises:
             UserError: the mask is missing or has another size.
         """
+        if self.mask_source == "alpha":
+            return None  # wholly transparent images have been reported
         if not self.mask_path.is_file():
             raise UserError(
                 f"{self.mask_path} is missing",
-                key="data.masked",
+                key="data.mask",
                 remedy=f"add a mask of {self.path.name}, white where the loss counts",
             )
-        if (size := open_image(self.mask_path).size) != self.size:
+        mask = self._mask_image()
+        if (size := mask.size) != self.size:
             raise UserError(
                 f"{self.mask_path} is {size[0]}x{size[1]} pixels but its image is {self.size[0]}x{self.size[1]}",
-                key="data.masked",
+                key="data.mask",
                 remedy="save the mask at the size of the image",
             )
+        return f"WARNING: {self.mask_path} is black, so its image trains nothing" if mask.getextrema()[1] == 0 else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,25 +110,39 @@ class Folder(ImageDataModule):
                 "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"
             )
 
-    def _images(self, path: str) -> list[CaptionedImage]:
+    def _roles(self, key: str) -> dict[Path, str]:
+        """Config key by resolved path of the folders that are used for something else than ``key``."""
+        control_path = self.control.path if isinstance(self.control, Paired) else None
+        paths = {
+            "data.path": self.path,
+            "data.class_path": self.class_path,
+            "data.validation_path": self.validation_path,
+            "data.control.path": control_path,
+        }
+        return {Path(path).expanduser().resolve(): role for role, path in paths.items() if path and role != key}
+
+    def _images(self, path: str, key: str) -> list[CaptionedImage]:
         remedy = 'set data.prompt to the new token, as in data.prompt="<my_cat>"; data.templates adds the other words'
-        arguments = {"ask": remedy} if self.templates else {}
-        images = read_image_folder(path, self.prompt, self.trigger, **arguments)
-        check_images(images)
-        return list(images)
+        arguments: dict[str, Any] = {"ask": remedy} if self.templates else {}
+        folder = read_image_folder(path, self.prompt, self.trigger, key, other_roles=self._roles(key), **arguments)
+        self.notices += [*folder.notices, *check_images(folder.images)]
+        return list(folder.images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
         assert isinstance(self.class_prompt, str | None)
-        remedy = 'set data.class_prompt="a photo of a dog", or add a .txt file next to each image'
-        images = read_image_folder(path, self.class_prompt, key="data.class_path", ask=remedy)
-        check_images(images)
-        return [FileSample(p, 1) for p in images]
+        key, remedy = (
+            "data.class_path",
+            'set data.class_prompt="a photo of a dog", or add a .txt file next to each image',
+        )
+        folder = read_image_folder(path, self.class_prompt, None, key, remedy, self._roles(key))
+        self.notices += [*folder.notices, *check_images(folder.images)]
+        return [FileSample(image, 1) for image in folder.images]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        images = self._images(self.path)
+        images = self._images(self.path, "data.path")
         validation_images = images[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
         if self.validation_path:
-            validation_images = self._images(self.validation_path)
+            validation_images = self._images(self.validation_path, "data.validation_path")
         elif self.hold_out and not validation_images:
             raise UserError(
                 f"{self.path} has {len(images)} images, too few to hold out one in {self.hold_out}",
@@ -124,9 +150,8 @@ class Folder(ImageDataModule):
                 remedy="set a smaller number or add images",
             )
         validation_paths = {image.path for image in validation_images}
-        train = [FileSample(image, self.repeats) for image in images if image.path not in validation_paths]
-        held_out = [FileSample(image, 1) for image in validation_images]
-        if self.masked:
-            for sample in (*train, *held_out):
-                sample.check_mask()
+        train = [FileSample(image, self.repeats, self.mask) for image in images if image.path not in validation_paths]
+        held_out = [FileSample(image, 1, self.mask) for image in validation_images]
+        if self.mask is not None:
+            self.notices += [warning for sample in (*train, *held_out) if (warning := sample.check_mask())]
         return train, held_out

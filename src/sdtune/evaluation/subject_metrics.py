@@ -66,7 +66,7 @@ class ClipMetrics:
 
     def check(self, data: ImageDataModule, facts: Facts) -> None:
         """Raise UserError if the settings cannot be evaluated, before any weights are loaded."""
-        self.sampling.check(facts.factor)
+        self.sampling.check(facts, "evaluation.sampling")
         if self.clip is not None:
             clip_model.check_clip(self.clip)
         if self.dino is not None:

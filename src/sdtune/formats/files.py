@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,9 +59,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata (empty if there is none) of ``path``.
 
     Raises:
-        UserError: the file is missing, truncated or not in safetensors format.
+        UserError: the file is missing, truncated or not in safetensors format, or a tensor has NaN or infinite values.
     """
-    return _read(path, tensors=True)
+    tensors, metadata = _read(path, tensors=True)
+    check_finite(tensors, str(path))
+    return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError if a value in ``tensors`` is NaN or infinite: everything computed with it would be NaN too."""
+    for name, tensor in tensors.items():
+        # Functions for 8-bit floating point are missing in torch.
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not torch.isfinite(values).all():
+            raise UserError(
+                f"{where}: NaN or infinite values in {name} ({str(tensor.dtype).removeprefix('torch.')})",
+                remedy="use another file: what was saved here is damaged",
+            )
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,6 +22,20 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_under_slurm() -> bool:
+    """Whether Lightning takes this process for a task of SLURM: not in an interactive shell, not under torchrun."""
+    is_interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in os.environ and not is_interactive and not is_torchrun()
+
+
+def launched_processes() -> int:
+    """Number of processes that a launcher has started, by its environment variables; 1 if there is none."""
+    counts = [os.environ.get("WORLD_SIZE", "1")]
+    if is_under_slurm():
+        counts.append(os.environ["SLURM_NTASKS"])
+    return max(int(count) if count.isdecimal() else 1 for count in counts)
+
+
 def is_launched_again() -> bool:
     """Whether Lightning started this process for another device, with the command line of the first process."""
     return "LOCAL_RANK" in os.environ and not is_torchrun()

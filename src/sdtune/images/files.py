@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,18 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from sdtune.errors import UserError
 
 CENTER = (0.5, 0.5)
 """Offset of a center crop, see :func:`resize_and_crop`."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Supported suffixes of image files, in lower case."""
+_HEIC = (".heic", ".heif") if importlib.util.find_spec("pillow_heif") else ()
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", *_HEIC)
+"""Supported suffixes of image files, in lower case; HEIC needs pillow-heif."""
 
 # Restrict the formats: Pillow detects them by content, so a .png that contains PostScript would start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+
+# Pillow's default of 1 MiB refuses PNG files with large color profiles or XMP metadata. The limit of their total,
+# MAX_TEXT_MEMORY, stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Exceptions of Pillow's decoders for damaged files; the decoders do not wrap every failure in OSError.
 _FAILURES = (
@@ -30,7 +37,6 @@ _FAILURES = (
     ValueError,
     TypeError,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 # Not ImageOps.exif_transpose: it rewrites the EXIF data, which fails for valid images with an unusual tag.
@@ -55,12 +61,57 @@ def open_image(path: Path, key: str = "data.path") -> Image.Image:
     color profiles are not applied. ``key`` is the config key in errors.
 
     Raises:
-        UserError: not a readable image, or one that exceeds Pillow's decompression bomb limit.
+        UserError: not a readable image, or one of more than 179 megapixels (Pillow's limit).
     """
     with _opened(path, key) as image:
-        image.load()  # decodes all pixels; verify() accepts a truncated JPEG
-        method = _UPRIGHT.get(_orientation(image))
-        return _rgb(image if method is None else image.transpose(method))
+        return _rgb(_decoded(image))
+
+
+def open_alpha(path: Path, key: str = "data.path") -> Image.Image | None:
+    """Alpha channel of the image that :func:`open_image` returns, mode L; None if the file has no transparency.
+
+    Raises:
+        UserError: as :func:`open_image`.
+    """
+    with _opened(path, key) as image:
+        return _decoded(image).convert("RGBA").getchannel("A") if _has_alpha(image) else None
+
+
+def open_mask(path: Path, key: str) -> Image.Image:
+    """Decode a mask to mode L, 255 where it is set.
+
+    Without transparency, the mask is the first color channel. With transparency, it depends on how the file was made:
+    a mask that is painted in gray on a transparent layer is composited on black, and of a subject that is cut out in
+    its own colors, the alpha channel is the mask.
+
+    Raises:
+        UserError: as :func:`open_image`.
+    """
+    with _opened(path, key) as image:
+        decoded = _decoded(image)
+        if not _has_alpha(decoded):
+            return _rgb(decoded).getchannel("R")
+        pixels = np.asarray(decoded.convert("RGBA")).astype(np.uint16)
+    colors, alpha = pixels[..., :3], pixels[..., 3]
+    visible = colors[alpha > 0]
+    is_gray = not len(visible) or int((visible.max(1) - visible.min(1)).max()) <= _GRAY_TOLERANCE
+    return Image.fromarray((colors[..., 0] * alpha // 255 if is_gray else alpha).astype(np.uint8))
+
+
+_GRAY_TOLERANCE = 8
+"""Largest difference between the color channels of a pixel that counts as gray, of 255."""
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    # Pillow cannot convert 16-bit and floating-point gray with a transparent value to RGBA.
+    return image.has_transparency_data and image.mode not in ("F", "I", "I;16", "I;16B", "I;16L")
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """All pixels of ``image``, with its EXIF orientation applied."""
+    image.load()  # verify() accepts a truncated JPEG
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -134,10 +185,17 @@ def frame(
 @contextmanager
 def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
     """Context manager that opens an image and reads its header; decoding failures in its body become a UserError."""
+    formats: tuple[str, ...] = _FORMATS
+    if path.suffix.lower() in _HEIC:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        formats = ("HEIF",)
     try:
         with _WARNING_FILTERS_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=_FORMATS)
+            # Pillow warns above 89 megapixels, which photographs can have, and raises above 179.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=formats)
         with image:
             yield image
     except _FAILURES as error:

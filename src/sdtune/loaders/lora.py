@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.layers import layers
+from sdtune.backbone.new_tokens import check_vector_counts
 from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -104,6 +105,7 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
                 raise UserError(
                     f"{adapter.path}: token {token!r} is already in another adapter", remedy="remove one of the two"
                 )
+            check_vector_counts({token: len(vectors[0])}, backbone.facts.max_tokens, f"adapters ({adapter.path})")
             new_tokens[token] = vectors
     if new_tokens:
         backbone.add_tokens(new_tokens)

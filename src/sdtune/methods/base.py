@@ -17,8 +17,15 @@ from sdtune import streams
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Component
+from sdtune.backbone.loading import read_tokenizer
 from sdtune.backbone.new_token_vectors import initialize_tokens, token_vectors
-from sdtune.backbone.new_tokens import NewToken, check_mentioned, check_tokens
+from sdtune.backbone.new_tokens import (
+    NewToken,
+    check_mentioned,
+    check_tokens,
+    check_vector_counts,
+    check_vocabulary,
+)
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -474,4 +481,8 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
         if token.weights is not None:
             check_adapter(token.weights, adapter.source.hash(), "new_tokens")
     adapter.check_data(data)
-    check_mentioned(adapter.new_tokens, data.captions() if adapter.new_tokens else [])
+    if adapter.new_tokens:
+        counts = {token.token: token.vectors for token in adapter.new_tokens}
+        check_vector_counts(counts, adapter.source.facts.max_tokens, "new_tokens")
+        check_vocabulary(adapter.new_tokens, read_tokenizer(adapter.source.tokenizer_folder()))
+        check_mentioned(adapter.new_tokens, data.captions())

@@ -63,7 +63,7 @@ def sample(
     loaded_adapters = load_adapters(loaded_backbone, files)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
-    warn_about_truncated_prompts(loaded_backbone, prompts)
+    warn_about_truncated_prompts(loaded_backbone, [*prompts, settings.negative_prompt])
     controlnets = load_controlnets(loaded_backbone, source, [image.path for image in controls])
     with (
         controlnets_applied(loaded_backbone, controlnets, [image.strength for image in controls]),

@@ -12,11 +12,12 @@ import diffusers
 import numpy as np
 import torch
 from annotated_types import Ge, Gt
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import Residuals, residuals
-from sdtune.backbone.families import GUIDANCE
+from sdtune.backbone.families import GUIDANCE, Facts
 from sdtune.data.control.base import as_map
 from sdtune.errors import UserError
 
@@ -60,11 +61,25 @@ class Sampling:
         """(width, height) in pixels for a backbone with native resolution ``side``."""
         return self.width or side, self.height or side
 
-    def check(self, factor: int) -> None:
-        """Raise UserError if width or height is not a multiple of ``factor``, the downscaling factor of the VAE."""
-        for key, side in (("width", self.width), ("height", self.height)):
-            if side is not None and side % factor:
-                raise UserError(f"{side} is not a multiple of {factor}, the VAE's factor", key=f"sampling.{key}")
+    def check(self, facts: Facts, key: str = "sampling") -> None:
+        """Check the settings for a backbone with ``facts``, before its weights are read.
+
+        Args:
+            key: config key of these settings.
+
+        Raises:
+            UserError: width or height is not a multiple of the VAE's factor, or no sampler is set and that of the
+                backbone cannot be used.
+        """
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and side % facts.factor:
+                raise UserError(f"{side} is not a multiple of {facts.factor}, the VAE's factor", key=f"{key}.{name}")
+        if self.sampler is None and facts.scheduler and not can_sample(facts.scheduler):
+            raise UserError(
+                f"the scheduler of the backbone is {facts.scheduler}, which cannot be used here",
+                key=f"{key}.sampler",
+                remedy=f"set {key}.sampler=ddim",
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,18 @@ class Request:
     prompt: str
     seed: int
     maps: tuple[np.ndarray, ...] = field(default=(), compare=False)
+
+
+_OTHER_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler")
+"""Schedulers with the interface of KarrasDiffusionSchedulers that diffusers does not list there."""
+
+
+def can_sample(scheduler: str) -> bool:
+    """Whether the denoising loop can use the diffusers class ``scheduler``; false if it needs a missing library."""
+    is_known = scheduler in _OTHER_SCHEDULERS or scheduler in KarrasDiffusionSchedulers.__members__
+    kind = getattr(diffusers, scheduler, None)
+    # A class that needs a missing library is a placeholder, which is no scheduler.
+    return is_known and isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
 
 
 def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.SchedulerMixin:
@@ -128,7 +155,7 @@ def generate(
     come from a CPU generator with the seed of the request, as in diffusers with one generator per image.
 
     Args:
-        denoise: denoising function of a method; None: :func:`predict_with_controlcontrolnets`.
+        denoise: denoising function of a method; None: :func:`predict_with_controlnets`.
 
     Yields:
         uint8 [H, W, 3].
@@ -136,7 +163,7 @@ def generate(
     Raises:
         UserError: width or height does not fit the VAE.
     """
-    settings.check(backbone.facts.factor)
+    settings.check(backbone.facts)
     denoise = denoise or partial(predict_with_controlnets, backbone)
     device, facts = backbone.device, backbone.facts
     width, height = settings.size(facts.side)

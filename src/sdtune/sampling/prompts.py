@@ -30,9 +30,25 @@ def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> 
     """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
     limit = backbone.facts.max_tokens
     for prompt in dict.fromkeys(prompts):
-        length = backbone.count_tokens(prompt)
+        length = count_tokens(backbone, prompt)
         if length > limit:
-            log.warning("WARNING: the prompt has %d tokens and is truncated to %d: %s", length, limit, prompt)
+            log.warning(
+                "WARNING: a prompt has %d tokens, the limit is %d; its end is not used: %r",
+                length,
+                limit,
+                _truncated_end(backbone, prompt),
+            )
+
+
+def count_tokens(backbone: Backbone, prompt: str) -> int:
+    """Number of tokens of ``prompt`` with start and end token, untruncated; the limit is ``facts.max_tokens``."""
+    return len(backbone.token_ids(prompt)) + 2
+
+
+def _truncated_end(backbone: Backbone, prompt: str) -> str:
+    """The part of ``prompt`` that exceeds the limit, as the tokenizer writes it; new tokens are left out."""
+    ids = backbone.token_ids(prompt)[backbone.facts.max_tokens - 2 :]
+    return str(backbone.tokenizer.decode([i for i in ids if i < len(backbone.tokenizer)])).strip()
 
 
 _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}

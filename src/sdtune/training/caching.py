@@ -17,7 +17,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.data.datamodule import CacheInputs, ImageDataModule, batch_size_for_pixels
 from sdtune.hardware.precision import HALVES
 from sdtune.paths import cache_folder
-from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, can_sample, generate
 
 
 def class_image_batch_size(side: int) -> int:
@@ -84,7 +84,13 @@ def encoders(parts: CachedParts, side: int) -> CacheInputs:
         untrained = source.load(parts.seed, HALVES.get(precision))
         untrained.cast_frozen(precision)
         untrained.to(parts.device).prepare_for_device(parts.device)
-        settings = Sampling(guidance=source.guidance, width=side, height=side, batch_size=class_image_batch_size(side))
+        settings = Sampling(
+            guidance=source.guidance,
+            sampler=None if can_sample(source.facts.scheduler) else "ddim",
+            width=side,
+            height=side,
+            batch_size=class_image_batch_size(side),
+        )
         with parts.autocast():
             yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
 

@@ -84,6 +84,40 @@ def detect(shapes: Mapping[str, Collection[int]]) -> Family:
     raise UserError("contains a UNet without its text encoder", remedy="use a full checkpoint")
 
 
+_PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
+"""Prediction types by their names in ModelSpec."""
+
+
+def stated_prediction(tensors: Collection[str], metadata: Mapping[str, str]) -> str | None:
+    """Prediction type that a checkpoint states: by ComfyUI's marker ``v_pred`` or ModelSpec's metadata; None if none.
+
+    Args:
+        tensors: tensor names.
+        metadata: header of the file; https://github.com/Stability-AI/ModelSpec.
+
+    Raises:
+        UserError: it is an EDM model, or marker and metadata differ; the message continues the file's name.
+    """
+    edm = next((key for key in ("edm_mean", "edm_std", "edm_vpred.sigma_max") if key in tensors), None)
+    if edm is not None:
+        raise UserError(
+            f"is an EDM model (it has {edm}), whose noise sdtune does not train with",
+            remedy="use a model with a DDPM noise schedule",
+        )
+    name = metadata.get("modelspec.prediction_type")
+    if name is not None and name not in _PREDICTIONS:
+        raise UserError(
+            f"states modelspec.prediction_type {name}", remedy=f"sdtune trains models with {' or '.join(_PREDICTIONS)}"
+        )
+    stated = _PREDICTIONS.get(name or "")
+    if "v_pred" in tensors and stated == "epsilon":
+        raise UserError(
+            "states v-prediction (tensor v_pred) and epsilon (modelspec.prediction_type)",
+            remedy="remove one of the two",
+        )
+    return "v_prediction" if "v_pred" in tensors else stated
+
+
 def _describe_other_file(shapes: Iterable[str]) -> str:
     keys = list(shapes)
     if any("lora_" in key or "lora." in key for key in keys):

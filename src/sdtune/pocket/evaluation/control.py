@@ -84,7 +84,7 @@ class ControlMetrics:
                 key="evaluation",
                 remedy="use backbone=pocket without evaluation.sampling.width and height",
             )
-        self.sampling.check(facts.factor)
+        self.sampling.check(facts, "evaluation.sampling")
 
     def run(
         self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path

@@ -83,7 +83,7 @@ class StyleMetrics:
                 key="evaluation",
                 remedy="use backbone=pocket without evaluation.sampling.width and height",
             )
-        self.sampling.check(facts.factor)
+        self.sampling.check(facts, "evaluation.sampling")
 
     def scenes(self, data: Style, shown: bool) -> list[Scene]:
         """Scenes of the objects that training showed (``shown``) or did not show; the same number of both."""

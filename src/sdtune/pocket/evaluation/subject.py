@@ -104,7 +104,7 @@ class SubjectMetrics:
                 key="evaluation",
                 remedy="use backbone=pocket or evaluation=clip",
             )
-        self.sampling.check(facts.factor)
+        self.sampling.check(facts, "evaluation.sampling")
         if self.clip is not None:
             check_clip(self.clip)
 

@@ -1,0 +1,99 @@
+"""List the files below an image folder, without folders that contain something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdtune.errors import UserError
+
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that macOS, Synology's and Windows' file systems create; their images are thumbnails or deleted files."""
+
+_RUN_MARKS = (".hydra", "multirun.yaml")
+"""Names in the folders that sdtune's commands write."""
+
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files below a folder.
+
+    Args:
+        files: sorted by path.
+        left_out: folders that were not read, and why.
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+
+    def lines(self, root: Path) -> list[str]:
+        """One line for each reason to leave out folders, for the data summary."""
+        reasons: dict[str, list[Path]] = {}
+        for folder, reason in self.left_out:
+            reasons.setdefault(reason, []).append(folder)
+        return [f"not read: {named(folders, root)}: {reason}" for reason, folders in reasons.items()]
+
+
+def list_files(folder: Path, key: str, other_roles: Mapping[Path, str]) -> Listing:
+    """List the files in and below ``folder``; hidden files and system folders are skipped, links are followed.
+
+    Args:
+        folder: absolute path; an empty listing if it is not a folder.
+        key: config key of the folder, for errors.
+        other_roles: config key by resolved path of the folders that are used for something else; they are left out.
+
+    Raises:
+        UserError: ``folder`` also has another role, a folder cannot be read, or a link leads to a parent folder.
+    """
+    role = other_roles.get(folder.resolve())
+    if role is not None:
+        raise UserError(f"{folder} is also {role}", key=key, remedy="use a folder of its own for each")
+    left_out: list[tuple[Path, str]] = []
+    files = list(_walk(folder, key, other_roles, (), left_out)) if folder.is_dir() else []
+    # Sort by parts: the comparison of paths differs between Python versions, and the order must be reproducible.
+    return Listing(tuple(sorted(files, key=lambda file: file.parts)), tuple(left_out))
+
+
+def _walk(
+    folder: Path,
+    key: str,
+    other_roles: Mapping[Path, str],
+    parents: tuple[Path, ...],
+    left_out: list[tuple[Path, str]],
+) -> Iterator[Path]:
+    resolved = folder.resolve()
+    if resolved in parents:
+        raise UserError(f"{folder} links to one of its parent folders", key=key, remedy="remove this link")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})", key=key, remedy="make it readable") from error
+    if reason := _reason(resolved, entries, other_roles) if parents else None:
+        left_out.append((folder, reason))
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif entry.name in _SYSTEM_FOLDERS:
+            left_out.append((entry, "made by the operating system"))
+        else:
+            yield from _walk(entry, key, other_roles, (*parents, resolved), left_out)
+
+
+def _reason(resolved: Path, entries: Sequence[Path], other_roles: Mapping[Path, str]) -> str | None:
+    """Why a folder is left out; None if it is read."""
+    if any(entry.name in _RUN_MARKS for entry in entries):
+        return "written by sdtune"
+    role = other_roles.get(resolved)
+    return None if role is None else f"{role} is there"
+
+
+def named(paths: Sequence[Path], root: Path) -> str:
+    """Count and first names of ``paths`` relative to ``root``, such as ``5 (a.png, b.png, c.png, ...)``."""
+    names = [str(path.relative_to(root)) for path in paths[:_SHOWN_NAMES]]
+    return f"{len(paths)} ({', '.join([*names, *(['...'] if len(paths) > _SHOWN_NAMES else [])])})"
