@@ -112,7 +112,7 @@ def _completed(row: Row, known: dict[str, Row]) -> Row:
 
 
 def _prefix(group: str, option: str) -> str:
-    text = (CONF / group / f"{option}.yaml").read_text()
+    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
     package = re.search(r"^# @package (\S+)", text, re.MULTILINE)
     name = package[1] if package else group.replace("/", ".")
     return "" if name == "_global_" else f"{name}."
@@ -121,7 +121,7 @@ def _prefix(group: str, option: str) -> str:
 def _head(path: Path) -> str:
     """The comment at the top of a YAML file."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
@@ -130,7 +130,7 @@ def _head(path: Path) -> str:
 
 
 def _rows(name: str, prefix: str) -> Iterator[Row]:
-    text = (CONF / name).read_text()
+    text = (CONF / name).read_text(encoding="utf-8")
     node = yaml.compose(text)
     if not isinstance(node, yaml.MappingNode):
         return
@@ -144,7 +144,7 @@ def _sibling_target(name: str) -> str | None:
     """The class of the first option that builds on ``name``, for a file of shared settings such as data/base."""
     own = Path(name)
     for path in sorted((CONF / own.parent).glob("*.yaml")):
-        config = yaml.safe_load(path.read_text()) or {}
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if own.parent.name and own.stem in config.get("defaults", []) and "_target_" in config:
             return str(config["_target_"])
     return None
@@ -244,4 +244,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

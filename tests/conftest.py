@@ -37,5 +37,5 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     for i in range(5):
         Image.new("RGB", (40, 36), (40 * i, 255 - 40 * i, 90)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture number {i}")
+        (folder / f"{i}.txt").write_text(f"picture number {i}", encoding="utf-8")
     return folder

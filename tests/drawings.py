@@ -22,5 +22,5 @@ def save_drawings(folder: Path, count: int = 5, width: int = 40, height: int = 3
     folder.mkdir(parents=True)
     for i in range(count):
         Image.fromarray(drawing(i, width, height)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture number {i}")
+        (folder / f"{i}.txt").write_text(f"picture number {i}", encoding="utf-8")
     return folder

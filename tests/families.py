@@ -116,8 +116,8 @@ def _tokenizer(pad: str) -> CLIPTokenizer:
 
 
 def _write_vocabulary(folder: Path) -> None:
-    (folder / "vocab.json").write_text(json.dumps(_tokens()))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "vocab.json").write_text(json.dumps(_tokens()), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
 def _encoder(width: int, activation: str, projected: bool = False) -> Any:

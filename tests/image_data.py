@@ -33,7 +33,7 @@ def noise(path: Path, width: int, height: int, seed: int = 0, caption: str | Non
     pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR).save(path)
     if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
 
 

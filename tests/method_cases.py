@@ -42,7 +42,7 @@ class Case:
 
     @property
     def kind(self) -> Any:
-        node = yaml.safe_load((config_folder() / "method" / f"{self.name}.yaml").read_text())
+        node = yaml.safe_load((config_folder() / "method" / f"{self.name}.yaml").read_text(encoding="utf-8"))
         return resolve(node["_target_"], "method")
 
     def model(self, folder: Path, lr: float = 1e-2, **more: Any) -> Any:

@@ -36,7 +36,7 @@ _RESNET = [
 def original_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors that the conversion script writes for the pipeline in ``folder``."""
     sdxl = (folder / "text_encoder_2").is_dir()
-    levels = len(json.loads((folder / "unet/config.json").read_text())["block_out_channels"])
+    levels = len(json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))["block_out_channels"])
     out = {f"model.diffusion_model.{k}": v for k, v in unet_names(_load(folder / "unet"), levels).items()}
     out |= {f"first_stage_model.{k}": v for k, v in vae_names(_load(folder / "vae")).items()}
     first = _load(folder / "text_encoder")
@@ -45,7 +45,7 @@ def original_tensors(folder: Path) -> dict[str, Tensor]:
         second = open_clip_names(_load(folder / "text_encoder_2"))
         out |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
         out["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
-    elif json.loads((folder / "unet/config.json").read_text()).get("use_linear_projection"):
+    elif json.loads((folder / "unet/config.json").read_text(encoding="utf-8")).get("use_linear_projection"):
         converted = open_clip_names(first)
         layers = 1 + max(int(k.split(".")[2]) for k in converted if k.startswith("transformer.resblocks."))
         for key, value in list(converted.items()):

@@ -109,7 +109,7 @@ class Threads(Callback):
         self.place = Path(place)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        (self.place / f"{trainer.global_rank}.threads").write_text(str(torch.get_num_threads()))
+        (self.place / f"{trainer.global_rank}.threads").write_text(str(torch.get_num_threads()), encoding="utf-8")
 
 
 class Rates(Callback):
@@ -208,8 +208,8 @@ def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, log: P
     """
     file = run / "metrics.csv"
     deadline = time.monotonic() + 280
-    while not (file.exists() and f"\n{step}," in file.read_text()):
-        assert process.poll() is None, log.read_text()
+    while not (file.exists() and f"\n{step}," in file.read_text(encoding="utf-8")):
+        assert process.poll() is None, log.read_text(encoding="utf-8")
         assert time.monotonic() < deadline, f"step {step} not reached in 280 s"
         time.sleep(0.002)
 

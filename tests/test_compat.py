@@ -115,7 +115,7 @@ def test_basic_sweeper_creates_one_job_per_combination() -> None:
 
 
 def test_hydra_composes_a_config_from_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "any.yaml").write_text("a: 1\n")
+    (tmp_path / "any.yaml").write_text("a: 1\n", encoding="utf-8")
     search = hydra_compat.create_config_search_path(str(tmp_path))
     try:
         hydra = hydra_compat.Hydra.create_main_hydra2(task_name="any", config_search_path=search)
@@ -137,7 +137,7 @@ def test_hydra_parser_separates_options_from_overrides() -> None:
 
 
 def test_hydra_prints_the_config_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "any.yaml").write_text("a: 1\n")
+    (tmp_path / "any.yaml").write_text("a: 1\n", encoding="utf-8")
     parser = hydra_compat.get_args_parser()
     hydra_compat.print_info(parser.parse_args(["--cfg", "job"]), parser, str(tmp_path), "any")
     assert capsys.readouterr().out.strip() == "a: 1"

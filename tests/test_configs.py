@@ -111,7 +111,7 @@ def test_every_option_composes_and_fits_its_target(group: str, option: str, monk
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONF)))
 def test_every_target_is_allowed(path: Path) -> None:
-    for target in targets(yaml.safe_load(path.read_text())):
+    for target in targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
         # Hydra's targets, which Hydra resolves itself.
         resolve(target, path.name, ["hydra_plugins", "sdtune"] if "hydra" in path.parts else ())
 
@@ -127,7 +127,7 @@ def test_every_option_of_the_hydra_group_is_used(option: str) -> None:
     if option == "launcher/shared_backbone":
         assert composed("train", "hydra/launcher=shared_backbone").hydra.launcher.max_concurrent_runs == "auto"
         return
-    entries = {c: yaml.safe_load((CONF / f"{c}.yaml").read_text())["defaults"] for c in COMMANDS}
+    entries = {c: yaml.safe_load((CONF / f"{c}.yaml").read_text(encoding="utf-8"))["defaults"] for c in COMMANDS}
     users = [c for c in COMMANDS if {"hydra": option} in entries[c] or {"override hydra": option} in entries[c]]
     assert users
     for command in users:
@@ -163,7 +163,11 @@ def test_default_config_is_lora_on_pocket(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_recipe_starts_with_the_command_that_runs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [line for line in (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines() if line.strip()]
+    lines = [
+        line
+        for line in (ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     assert lines[0] == "# @package _global_"
     words = shlex.split(lines[1].removeprefix("#"))
     assert words[:3] == ["sdtune", "train", f"experiment={name}"]
@@ -175,7 +179,7 @@ def test_recipe_starts_with_the_command_that_runs_it(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_sampling_recipe_starts_with_its_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = (ROOT / "experiments" / f"{name}.yaml").read_text().splitlines()
+    lines = (ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["# @package _global_", f"# sdtune sample experiment={name}"]
     config = composed("sample", f"experiment={name}")
     assert missing(config) == set()
@@ -198,7 +202,7 @@ def methods() -> list[str]:
     """Modules of sdtune.methods that define a method class."""
     modules = []
     for path in sorted((ROOT / "src/sdtune/methods").glob("*.py")):
-        classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+        classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         bases = {base.id for c in classes for base in c.bases if isinstance(base, ast.Name)}
         bases -= {"Protocol", "TypedDict"}
         if path.stem != "base" and bases:
@@ -212,7 +216,7 @@ def test_methods_and_their_yaml_files_correspond() -> None:
 
 @pytest.mark.parametrize("name", options("method"))
 def test_names_of_yaml_module_and_class_agree(name: str) -> None:
-    target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["_target_"]
+    target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text(encoding="utf-8"))["_target_"]
     method_class = resolve(target, "method")
     assert target in (f"sdtune.methods.{method_class.__name__}", f"{method_class.__module__}.{method_class.__name__}")
     assert method_class.__module__ == f"sdtune.methods.{name}"
@@ -225,7 +229,7 @@ def test_names_of_yaml_module_and_class_agree(name: str) -> None:
 )
 def test_every_option_has_a_comment_or_a_target(group: str) -> None:
     for option in options(group):
-        text = (CONF / group / f"{option}.yaml").read_text()
+        text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
         assert text.startswith("#") or "_target_" in text
 
 

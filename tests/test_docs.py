@@ -52,14 +52,16 @@ GROUPS = {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").glob(
     "callbacks",
     "paths",
 } | {"experiment"}
-EVERY_SETTING = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
+EVERY_SETTING = re.findall(
+    r"^\| `([\w.]+)` \|", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), re.MULTILINE
+)
 OUTSIDE_OF_THE_PAGE = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose", "hydra.launcher.n_jobs")
 OF_PLUGINS = ("submitit_local", "joblib")
 """Choices of hydra/launcher that the plugins of other packages add."""
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def examples_in(text: str, page: str) -> Iterator[Example]:
@@ -79,7 +81,7 @@ def examples_in(text: str, page: str) -> Iterator[Example]:
 
 def inline_code(page: Path) -> list[str]:
     """The code in the text and the tables of a page."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
     return [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
 
 
@@ -149,7 +151,7 @@ def write_yaml_blocks(page: Path, folder: Path) -> None:
         if match := re.match(r"(?:# @package.*\n)?# (conf/\S+)\n", block):
             path = folder / match[1]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block)
+            path.write_text(block, encoding="utf-8")
 
 
 def first_values(overrides: list[str]) -> list[str]:
@@ -260,7 +262,7 @@ def test_misspelled_target_is_found() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != NOTHING], ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_of_a_page_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {
         target for code in [*code_blocks(page, "bash"), *inline_code(page)] for target in make_targets(code)
     } <= targets
@@ -275,7 +277,7 @@ def test_misspelled_command_of_a_page_is_found() -> None:
 
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -283,7 +285,7 @@ def anchors(page: Path) -> set[str]:
 def links(page: Path) -> list[str]:
     tokens = [
         child
-        for token in MarkdownIt("commonmark").enable("table").parse(page.read_text())
+        for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
         for child in token.children or ()
     ]
     return [str(t.attrGet("href") or t.attrGet("src")) for t in tokens if t.type in ("link_open", "image")]
@@ -301,10 +303,10 @@ def test_internal_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index_and_begins_with_a_command() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"({page.name})" in index, page.name
-        body = page.read_text().split("\n", 1)[1].lstrip()
+        body = page.read_text(encoding="utf-8").split("\n", 1)[1].lstrip()
         first = r"```bash\n(\w+=\S+ )*(sdtune|make|ls|cp) " if page.name != "python.md" else "```python"
         assert re.match(first, body), page.name
 
@@ -320,7 +322,7 @@ def script(name: str) -> ModuleType:
 
 
 def test_table_for_users_of_kohya_is_that_of_the_messages() -> None:
-    text = (ROOT / "docs" / "from-kohya.md").read_text()
+    text = (ROOT / "docs" / "from-kohya.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     assert [(name.strip("| `"), value.strip("| `")) for name, value in rows] == list(KOHYA.items())
 
@@ -340,18 +342,18 @@ def test_overrides_of_the_table_can_be_used(overrides: str) -> None:
 def test_settings_page_is_up_to_date() -> None:
     """make settings writes it."""
     reference = script("settings_reference")
-    assert reference.PAGE.read_text() == reference.page()
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
 
 
 def test_settings_page_describes_every_setting() -> None:
-    text = (ROOT / "docs" / "settings.md").read_text()
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", text, re.MULTILINE)
     assert len(rows) > 150
     assert [key for key, description in rows if not description.strip()] == []
 
 
 def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 def test_python_example_runs(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

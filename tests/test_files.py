@@ -34,31 +34,31 @@ def names(folder: Path) -> list[str]:
 def test_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     file = tmp_path / "new" / "a.txt"
     with replacing(file) as partial:
-        partial.write_text("new")
+        partial.write_text("new", encoding="utf-8")
         assert not file.exists()
         assert partial.parent == file.parent
-    assert file.read_text() == "new"
+    assert file.read_text(encoding="utf-8") == "new"
     assert names(file.parent) == ["a.txt"]
 
 
 @pytest.mark.parametrize("sync", [True, False])
 def test_failed_write_keeps_the_old_file_or_folder(sync: bool, tmp_path: Path) -> None:
     file, folder = tmp_path / "a.txt", tmp_path / "folder"
-    file.write_text("old")
+    file.write_text("old", encoding="utf-8")
     folder.mkdir()
-    (folder / "b").write_text("old")
+    (folder / "b").write_text("old", encoding="utf-8")
 
     def write_half(path: Path) -> None:
         with replacing(path, sync=sync) as partial:
             if path is folder:
                 partial.mkdir()
-            (partial / "b" if path is folder else partial).write_text("half")
+            (partial / "b" if path is folder else partial).write_text("half", encoding="utf-8")
             raise RuntimeError
 
     for path in (file, folder):
         with pytest.raises(RuntimeError):
             write_half(path)
-    assert (file.read_text(), (folder / "b").read_text()) == ("old", "old")
+    assert (file.read_text(encoding="utf-8"), (folder / "b").read_text(encoding="utf-8")) == ("old", "old")
     assert names(tmp_path) == ["a.txt", "folder"]
 
 
@@ -138,7 +138,7 @@ def test_threads_can_write_the_same_file(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))  # raises the exceptions of the threads
-    content = json.loads((tmp_path / "a.json").read_text())
+    content = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert content in [[number] * 1000 for number in range(4)]
     assert names(tmp_path) == ["a.json"]
 
@@ -147,7 +147,7 @@ def test_value_that_json_cannot_represent_is_refused_and_the_file_unchanged(tmp_
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": 1}
 
 
 def test_all_files_and_folders_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_partial_file_that_cannot_be_removed_does_not_prevent_a_write(
 
     monkeypatch.setattr(Path, "lstat", refused)
     write_json(tmp_path / "a", 1)
-    assert (tmp_path / "a").read_text() == "1\n"
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "1\n"
 
 
 def test_symlink_to_a_folder_is_kept_and_its_target_replaced(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_logger_that_fails_to_close_hides_no_other_error_and_no_other_logger(
     assert "sdtune: step 2: the loss or its gradient is not finite" in output.err
     assert "CSVLogger: ConnectionError: no service to tell True" in output.out + output.err
     [kept] = (tmp_path / "run" / "own").glob("*/metrics.csv")
-    assert kept.read_text().count("\n") > 1, "the other logger was closed and has written its file"
+    assert kept.read_text(encoding="utf-8").count("\n") > 1, "the other logger was closed and has written its file"
 
 
 class Interrupted(LoggerSettings):

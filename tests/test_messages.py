@@ -158,7 +158,7 @@ def messages_of(module: ast.Module, name: str, package: Texts | None = None) -> 
 
 
 def parsed_package() -> dict[str, ast.Module]:
-    return {str(path.relative_to(SOURCE)): ast.parse(path.read_text()) for path in CODE}
+    return {str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8")) for path in CODE}
 
 
 def all_messages() -> list[Message]:
@@ -196,7 +196,10 @@ def faults(message: Message) -> list[str]:
 
 
 def test_all_messages_are_collected() -> None:
-    calls = sum(len(re.findall(r"(?<!class )(?<!def )\b(?:UserError|refuse)\((?=[^)])", p.read_text())) for p in CODE)
+    calls = sum(
+        len(re.findall(r"(?<!class )(?<!def )\b(?:UserError|refuse)\((?=[^)])", p.read_text(encoding="utf-8")))
+        for p in CODE
+    )
     assert len({message.place for message in all_messages() if message.place[-1].isdigit()}) == calls
     source = """
 MAX = "max 3"

@@ -64,9 +64,9 @@ def test_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert (tmp_path / "smoke" / "metrics.json").exists()
 
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(RECIPE)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(RECIPE, encoding="utf-8")
     run(sdtune, "train", "-cd", "conf", "experiment=mine", "hydra.run.dir=mine")
-    rows = (tmp_path / "mine" / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "mine" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 4
     assert "lora_subject" in run(sdtune, "train", "--help")
     assert "859,520,964" in run(sdtune, "plan", "method=full", "backbone=sd15", "callbacks.samples=null")

@@ -35,7 +35,7 @@ def main() -> None:
         trainer = fit(model, data, 4, [recorder], strategy="ddp", devices=2, use_distributed_sampler=False)
         losses_by_case[name] = recorder.losses
         if trainer.is_global_zero:
-            Path(out).write_text(json.dumps(losses_by_case))
+            Path(out).write_text(json.dumps(losses_by_case), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

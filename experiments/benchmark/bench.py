@@ -57,8 +57,10 @@ def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)  # remaining data loader workers
     if not out.is_file():
-        raise RuntimeError(f"{' '.join(argv)} wrote no metrics; end of its output: {log.read_text()[-2000:].strip()}")
-    metrics: dict[str, Any] = json.loads(out.read_text())
+        raise RuntimeError(
+            f"{' '.join(argv)} wrote no metrics; end of its output: {log.read_text(encoding='utf-8')[-2000:].strip()}"
+        )
+    metrics: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return metrics
 
 
@@ -152,7 +154,7 @@ def rate(dtype: torch.dtype, side: int = 2048, times: int = 8) -> float:
 
 def machine() -> dict[str, Any]:
     """Processor, number of cores and library versions of this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     return {
@@ -181,7 +183,7 @@ def main() -> None:
             raise SystemExit(f"groups: no group name starts with {prefix}; available: {', '.join(names)}")
     folder.mkdir(parents=True, exist_ok=True)
     target = HERE / "results.json"
-    results: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    results: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
 
     def is_missing(name: str) -> bool:
         return name not in results and (not arguments.groups or name.startswith(tuple(arguments.groups)))

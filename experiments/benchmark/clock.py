@@ -42,7 +42,9 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def peak_memory() -> int:
     """Peak resident memory of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -77,7 +79,7 @@ def watched(steps: int, out: Path, count: bool) -> Callable[..., None]:
 
 def leave(out: Path, found: dict[str, Any]) -> None:
     """Write the metrics and exit the process immediately."""
-    out.write_text(json.dumps(found))
+    out.write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)
 

@@ -41,7 +41,7 @@ def images(folder: Path, side: int, count: int = 8) -> Path:
         for sub in ("captioned", "bare", "listed", "paired"):
             image.save(folder / sub / f"{number}.png")
         image.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
-        (folder / "captioned" / f"{number}.txt").write_text(CAPTION)
+        (folder / "captioned" / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
         rows.append({"file_name": f"{number}.png", "text": CAPTION})
     _write_metadata(folder / "listed", rows)
     _write_metadata(
@@ -51,7 +51,7 @@ def images(folder: Path, side: int, count: int = 8) -> Path:
 
 
 def _write_metadata(folder: Path, rows: Sequence[dict[str, str]]) -> None:
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def ours(method: str, shape: Shape, data: Path, run: Path, precision: str, *more: str) -> Command:

@@ -39,7 +39,9 @@ def sweeps(batch: int, precision: str, folder: Path) -> dict[str, Any]:
             for stale in (sweep_folder / way, sweep_folder / "cache"):
                 shutil.rmtree(stale, ignore_errors=True)
             wall = _run(way, batch, precision, sweep_folder)
-            metrics = [json.loads(file.read_text()) for file in (sweep_folder / way).glob("*/metrics.json")]
+            metrics = [
+                json.loads(file.read_text(encoding="utf-8")) for file in (sweep_folder / way).glob("*/metrics.json")
+            ]
             if len(metrics) != 8:
                 raise RuntimeError(f"{way}: {len(metrics)} of 8 jobs are complete; see {sweep_folder / way}")
             if way == "shared backbone" and {figures["shared_with"] for figures in metrics} != {8}:

@@ -27,7 +27,7 @@ def measured(runs: Sequence[Run]) -> dict[str, Value]:
         metrics[key] = Value(fmean(values), spread=stdev(values) if len(values) > 1 else None)
     seconds = [run.metrics["median_step_seconds"] * run.metrics["steps"] for run in runs]
     metrics["seconds"] = Value(fmean(seconds), spread=stdev(seconds) if len(seconds) > 1 else None)
-    per_run = [json.loads((run.folder / "evaluation" / READINGS).read_text()) for run in runs]
+    per_run = [json.loads((run.folder / "evaluation" / READINGS).read_text(encoding="utf-8")) for run in runs]
     readings = {key: np.array([values[key] for values in per_run], dtype=float) for key in per_run[0]}
     for key, (mean, low, high) in intervals(readings, runs[0].metrics.get("ceiling_subject_accuracy")).items():
         metrics[key] = Value(mean, interval=(low, high))

@@ -70,7 +70,9 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], met
 
 def overview(folder: Path) -> list[str]:
     """Lines of the tables of all measured recipes, from the ``metrics.json`` files below ``folder``."""
-    contents = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/metrics.json"))}
+    contents = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/metrics.json"))
+    }
     metrics = {name: content["figures"] for name, content in contents.items()}
     lines: list[str] = []
     for figures in _OVERVIEW.values():
@@ -110,8 +112,8 @@ def _run(name: str, seed: int, folder: Path, threads: int | None) -> None:
 
 
 def _write(name: str, seeds: Sequence[int], folders: Sequence[Path], target: Path) -> None:
-    runs = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    per_run = [json.loads((folder / "evaluation" / READINGS).read_text()) for folder in folders]
+    runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
+    per_run = [json.loads((folder / "evaluation" / READINGS).read_text(encoding="utf-8")) for folder in folders]
     readings = {key: np.array([values[key] for values in per_run], dtype=float) for key in per_run[0]}
     metrics = intervals(readings, runs[0].get("ceiling_subject_accuracy"))
     target.mkdir(parents=True, exist_ok=True)

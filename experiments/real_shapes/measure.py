@@ -56,7 +56,7 @@ def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.
         model = from_config(name, configs)
         model.to(text if name.startswith("text_encoder") else torch.float16).save_pretrained(folder / name)
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    index = json.loads((configs / "model_index.json").read_text())
+    index = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))
     for name in ("tokenizer", "tokenizer_2") if (configs / "text_encoder_2").is_dir() else ("tokenizer",):
         write_tokenizer(folder / name, "!" if name == "tokenizer_2" else END)
         index[name] = ["transformers", "CLIPTokenizer"]
@@ -71,7 +71,7 @@ def images(folder: Path, size: tuple[int, int]) -> Path:
         Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT))).save(
             folder / f"{number}.png"
         )
-        (folder / f"{number}.txt").write_text("a cat")
+        (folder / f"{number}.txt").write_text("a cat", encoding="utf-8")
     return folder
 
 
@@ -90,7 +90,7 @@ def trained(run: Path, method: str, settings: list[str]) -> dict[str, Any]:
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "sdtune", "train", f"method={method}", *settings, f"hydra.run.dir={run}"]
     subprocess.run(command, check=True)
-    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     with (run / "metrics.csv").open(newline="") as handle:
         (row,) = csv.DictReader(handle)
     shutil.rmtree(run)

@@ -35,7 +35,7 @@ LESS = (
 
 def words(recipe: Path, backbone: Path, shown: Path) -> list[str]:
     """Arguments of ``sdtune train`` in the recipe's command, with existing paths."""
-    arguments = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    arguments = shlex.split(recipe.read_text(encoding="utf-8").splitlines()[1])[3:]
     paths = {"backbone.path=FOLDER": f"backbone.path={backbone}", "data.path=DIR": f"data.path={shown}"}
     class_images = ["data.class_images=1"] if "dreambooth" in recipe.stem else []
     return [*(paths.get(argument, argument) for argument in arguments), *LESS, *class_images]
@@ -55,7 +55,7 @@ def two_steps(recipe: Path, folder: Path, shown: Path) -> dict[str, Any]:
     start = time.monotonic()
     subprocess.run([*command, f"hydra.run.dir={run}"], check=True)
     seconds = time.monotonic() - start
-    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     with (run / "metrics.csv").open(newline="") as handle:
         losses = [float(row["loss"]) for row in csv.DictReader(handle)]
     artifact_files = sorted(file.name for file in (run / "artifact").rglob("*.safetensors"))
@@ -81,7 +81,7 @@ def main() -> None:
     for caption in bare.glob("*.txt"):
         caption.unlink()  # data.prompt has the new token and is used only for images without a caption
     target = HERE / "recipes.json"
-    results: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    results: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     for recipe in RECIPES:
         if not arguments.recipes or recipe.stem in arguments.recipes:
             results[recipe.stem] = two_steps(

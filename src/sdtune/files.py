@@ -125,7 +125,7 @@ def _apply_umask(partial: Path, path: Path) -> None:
     """Set the permissions that new files and folders get; safetensors creates files that only their owner can read."""
     probe = _temporary(path, _PARTIAL)
     try:
-        with open(probe, "x"):  # noqa: PTH123
+        with open(probe, "x", encoding="utf-8"):  # noqa: PTH123
             mode = stat.S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink(missing_ok=True)

@@ -125,11 +125,11 @@ def wandb_run_id(run: Path) -> str | None:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"id.{secrets.token_hex(4)}")
-        temporary.write_text(secrets.token_hex(4))
+        temporary.write_text(secrets.token_hex(4), encoding="utf-8")
         with contextlib.suppress(FileExistsError):
             file.hardlink_to(temporary)  # only the first process sets the id
         temporary.unlink()
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 
 
 def update_json(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
 DDIM = "DDIMScheduler"

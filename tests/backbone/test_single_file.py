@@ -332,7 +332,7 @@ def test_included_vocabulary_equals_that_of_clip(tmp_path: Path) -> None:
     # The ids of OpenAI's tokenizer.
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (len(tokenizer), tokenizer.pad_token_id) == (49408, 0)
-    assert json.loads((tmp_path / "tokenizer/vocab.json").read_text())["<|endoftext|>"] == 49407
+    assert json.loads((tmp_path / "tokenizer/vocab.json").read_text(encoding="utf-8"))["<|endoftext|>"] == 49407
 
 
 @pytest.mark.parametrize("shard", [None, "20KB"])
@@ -381,13 +381,13 @@ def test_edited_config_is_used(folders: dict[Family, Path], single: Path, folder
     scheduler = tmp_path / "configs/scheduler/scheduler_config.json"
     first = Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type
     other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[first]
-    scheduler.write_text(scheduler.read_text().replace(first, other))
+    scheduler.write_text(scheduler.read_text(encoding="utf-8").replace(first, other), encoding="utf-8")
     assert Pretrained(str(single), config=str(tmp_path / "configs")).facts.prediction_type == other
 
 
 def test_unreadable_config_and_invalid_clip_skip_are_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["sd1"], tmp_path / "copy")
-    (tmp_path / "copy/unet/config.json").write_text("{")
+    (tmp_path / "copy/unet/config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"^backbone\.path: .*unet/config\.json cannot be read"):
         _ = Pretrained(str(tmp_path / "copy")).facts
     with pytest.raises(UserError, match=r"^backbone\.clip_skip: cannot skip 3 of 3 layers; set at most 2"):

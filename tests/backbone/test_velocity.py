@@ -25,7 +25,7 @@ def test_v_prediction_artifact_with_zero_terminal_snr_samples_as_in_diffusers(
     model = Full(backbone=source, optimizer=adamw(1e-3))
     fit(model, folder_data(images), 2)
     model.artifact(tmp_path, "mine")
-    scheduler_config = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text())
+    scheduler_config = json.loads((tmp_path / "mine/scheduler/scheduler_config.json").read_text(encoding="utf-8"))
     assert scheduler_config["prediction_type"] == "v_prediction"
     assert scheduler_config["rescale_betas_zero_snr"] is True
     assert scheduler_config["timestep_spacing"] == "trailing"

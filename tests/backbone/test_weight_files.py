@@ -55,7 +55,7 @@ def shard(folder: Path) -> None:
             {k: v for i, (k, v) in enumerate(sorted(weights.items())) if i % 2 == shard_number}, folder / "unet" / name
         )
     index = {"metadata": {"total_size": 0}, "weight_map": {k: names[i % 2] for i, k in enumerate(sorted(weights))}}
-    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def reorder(folder: Path) -> None:
@@ -75,7 +75,7 @@ SAME: dict[str, Callable[[Path], object]] = {
     "shards": shard,
     "order": reorder,
     "metadata": lambda f: save_file(load_file(unet(f)), unet(f), {"note": "another", "format": "pt"}),
-    "additional files": lambda f: (f / "unet/config.json").write_text("{}"),
+    "additional files": lambda f: (f / "unet/config.json").write_text("{}", encoding="utf-8"),
     "time": lambda f: os.utime(unet(f), (1, 1)),
 }
 

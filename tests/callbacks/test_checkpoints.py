@@ -83,9 +83,11 @@ def test_resuming_a_complete_run_without_metrics_json_writes_it(tiny: Path, imag
     run = tmp_path / "run"
     overrides = ["data.hold_out=5", "trainer.val_check_interval=3", "trainer.max_steps=3"]
     assert train(*arguments(tiny, images, run, *overrides)) == 0
-    table = (run / "metrics.csv").read_text()
+    table = (run / "metrics.csv").read_text(encoding="utf-8")
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
-    assert (run / "metrics.csv").read_text() == table
-    assert json.loads((run / "metrics.json").read_text())["validation_loss"] == float(rows(run)[-1]["validation_loss"])
+    assert (run / "metrics.csv").read_text(encoding="utf-8") == table
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["validation_loss"] == float(
+        rows(run)[-1]["validation_loss"]
+    )
     assert train(f"resume={run}") == 2  # the run is complete now

@@ -17,7 +17,7 @@ def test_summary_names_images_order_and_longest_caption(
     tiny: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="sdtune")
-    (images / "0.txt").write_text("a " * 100)
+    (images / "0.txt").write_text("a " * 100, encoding="utf-8")
     source = Pretrained(str(tiny))
     data = folder_data(images, hold_out=5)
     data.open(source.facts.side, source.facts.factor)  # as the checks of a command do

@@ -48,13 +48,15 @@ def test_each_step_has_one_row_with_its_learning_rate(tiny: Path, images: Path, 
 def test_resumed_run_removes_the_rows_that_it_writes_again(tmp_path: Path) -> None:
     record = MetricsRecorder(tmp_path)
     text = "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n3,0.3,\n3,,0.35\n"
-    (tmp_path / "metrics.csv").write_text(text)
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
 
     class Trainer:
         is_global_zero = True
 
     record.truncate(2, Trainer())  # type: ignore[arg-type]
-    assert (tmp_path / "metrics.csv").read_text() == "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n"
+    assert (tmp_path / "metrics.csv").read_text(
+        encoding="utf-8"
+    ) == "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n"
     assert record.validation == {2: 0.45}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 

@@ -145,10 +145,10 @@ def test_bug_in_a_job_of_a_sweep_writes_its_traceback_to_the_job_folder(
     assert "Traceback" not in done.stderr
     for job in "01":
         folder = tmp_path / "sweep" / job
-        state: dict[str, Any] = json.loads((folder / "job.json").read_text())
+        state: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         assert state["error"] == "ValueError: zip() argument 2 is longer than argument 1"
         assert state["traceback"] == "error.log"
-        assert "in fit" in (folder / "error.log").read_text()
+        assert "in fit" in (folder / "error.log").read_text(encoding="utf-8")
         assert f"its traceback is in {folder}/error.log" in done.stderr
 
 

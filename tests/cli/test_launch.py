@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from sdtune.cli.launch import launch, lazy_command
 from sdtune.config.targets import resolve
+from sdtune.errors import UserError
 
 
 def _library_error() -> None:
@@ -55,7 +56,9 @@ def test_library_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_garbage_collector_skips_imported_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "newly_imported.py").write_text("import gc\nseen = gc.isenabled()\nprepare = lambda *_: seen\n")
+    (tmp_path / "newly_imported.py").write_text(
+        "import gc\nseen = gc.isenabled()\nprepare = lambda *_: seen\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     frozen_before = gc.get_freeze_count()
     try:
@@ -102,3 +105,33 @@ def test_several_processes_without_run_folder_are_refused(
         launch("train", overrides, lambda *_: pytest.fail("prepared"))
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("sdtune: hydra.run.dir: required for several processes")
+
+
+def test_default_folder_of_the_same_second_takes_the_next_free_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tasks of a scheduler's array."""
+    folders: list[Path] = []
+
+    def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], None]:
+        assert folder.is_dir(), "another process can no longer take it"
+        folders.append(folder)
+        return lambda composed: None
+
+    monkeypatch.setattr("sdtune.cli.launch.run_folder", lambda config: tmp_path / "lora" / "2026-01-31_12-00-00")
+    for _ in range(3):
+        launch("train", [], prepare)
+    assert [folder.name for folder in folders] == [f"2026-01-31_12-00-00{end}" for end in ("", "-2", "-3")]
+    assert all((folder / ".hydra" / "overrides.yaml").is_file() for folder in folders)
+
+
+def test_default_folder_of_an_invalid_run_is_removed_with_its_new_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], None]:
+        raise UserError("invalid", key="seed")
+
+    monkeypatch.setattr("sdtune.cli.launch.run_folder", lambda config: tmp_path / "outputs" / "lora" / "now")
+    with pytest.raises(SystemExit):
+        launch("train", [], prepare)
+    assert list(tmp_path.iterdir()) == []

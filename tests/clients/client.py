@@ -138,7 +138,7 @@ KINDS = {"LoRA": lora, "word": word, "ControlNet": controlnet}
 
 
 def main() -> None:
-    case = next(c for c in json.loads(Path(sys.argv[1]).read_text()) if c["name"] == sys.argv[2])
+    case = next(c for c in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")) if c["name"] == sys.argv[2])
     differences = KINDS.get(case["kind"], model)(case, np.load(case["image"]))
     print(json.dumps(differences))
 

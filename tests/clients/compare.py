@@ -52,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, str(HERE / "make.py"), folder)
         cases_file = Path(folder) / "cases.json"
-        cases = [case for case in json.loads(cases_file.read_text()) if arguments.only in case["name"]]
+        cases = [case for case in json.loads(cases_file.read_text(encoding="utf-8")) if arguments.only in case["name"]]
         rows, failed = [], 0
         for case in cases:
             cells = []
@@ -71,14 +71,14 @@ def main() -> int:
     lines = [f"| family | artifact | form | {' | '.join(titles)} |", "|" + "---|" * (3 + len(titles))]
     lines_by_case = {row[:3]: f"| {' | '.join(row)} |" for row in rows}
     page = HERE.parents[1] / "docs" / "clients.md"
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if arguments.only and lines[0] in text:
         old_lines = text.partition(lines[1])[2].partition("<!--")[0].strip().splitlines()
         lines_by_case = {tuple(line.strip("| ").split(" | ")[:3]): line for line in old_lines} | lines_by_case
     lines += lines_by_case.values()
     start, end = "<!-- table -->", "<!-- end -->"
     before, _, rest = text.partition(start)
-    page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}")
+    page.write_text(f"{before}{start}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}", encoding="utf-8")
     print(f"{len(rows)} artifacts in {len(pythons)} clients, {failed} failures: {page}")
     return 1 if failed else 0
 

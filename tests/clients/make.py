@@ -147,7 +147,7 @@ def main() -> None:
     for family in FAMILIES:
         (target / family).mkdir(parents=True)
         all_cases += list(cases(family, target / family))
-    (target / "cases.json").write_text(json.dumps(all_cases, indent=2))
+    (target / "cases.json").write_text(json.dumps(all_cases, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

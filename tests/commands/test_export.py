@@ -242,7 +242,7 @@ def test_run_is_exported_with_its_model_card(
     assert {
         v.shape[0] for k, v in load_file(run / "export/kohya/fox.safetensors").items() if k.endswith("lora_down.weight")
     } == {2}
-    card = (run / "artifact/README.md").read_text()
+    card = (run / "artifact/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     assert "`sks`" in card
     assert Pretrained(str(tiny)).hash()[:16] in card
@@ -252,13 +252,15 @@ def test_run_is_exported_with_its_model_card(
     assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 0
     assert Pretrained(str(out / "fox-merged")).facts.side == 32
     assert "A full Stable Diffusion model in a pipeline folder, fp16: a LoRA merged into its base model" in (
-        exported_card := (out / "README.md").read_text()
+        exported_card := (out / "README.md").read_text(encoding="utf-8")
     )
     assert "# fox-merged\n" in exported_card
     assert "- lora\n" in card
     assert "- lora\n" not in exported_card
     assert card[card.index("## Settings") :] == exported_card[exported_card.index("## Settings") :]
-    assert "The LoRA in kohya format, fp16, reduced to rank 2." in (run / "export/kohya/README.md").read_text()
+    assert "The LoRA in kohya format, fp16, reduced to rank 2." in (run / "export/kohya/README.md").read_text(
+        encoding="utf-8"
+    )
     assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 2
     assert f"hydra.run.dir: {out} already contains an export" in capsys.readouterr().err
     assert export(f"run={run}", "format=single_file", "strength=0.5", f"hydra.run.dir={tmp_path}/half") == 0
@@ -336,7 +338,9 @@ def test_export_is_pushed_with_the_token_of_the_environment(
     assert calls[:2] == ["hf_secret", ("me/it", {"exist_ok": True, "private": True})]
     assert calls[2]["repo_id"] == "me/it"
     assert ".hydra/*" in calls[2]["ignore_patterns"]
-    texts = [file.read_text() for file in (tmp_path / "out").rglob("*") if file.suffix in (".log", ".yaml")]
+    texts = [
+        file.read_text(encoding="utf-8") for file in (tmp_path / "out").rglob("*") if file.suffix in (".log", ".yaml")
+    ]
     assert not any("hf_secret" in text for text in texts)
     assert json.dumps("done").strip('"') in capsys.readouterr().out
 
@@ -413,10 +417,10 @@ def test_tokenizer_files_for_older_programs_are_exported(base: Path, tmp_path: P
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "copy/tokenizer" / name).unlink()
     folder = written(Export("pipeline"), tmp_path / "copy", tmp_path / "copy", tmp_path / "out")
-    assert json.loads((folder / "tokenizer/vocab.json").read_text()) == json.loads(
-        (base / "tokenizer/vocab.json").read_text()
+    assert json.loads((folder / "tokenizer/vocab.json").read_text(encoding="utf-8")) == json.loads(
+        (base / "tokenizer/vocab.json").read_text(encoding="utf-8")
     )
-    assert (folder / "tokenizer/merges.txt").read_text().startswith("#version")
+    assert (folder / "tokenizer/merges.txt").read_text(encoding="utf-8").startswith("#version")
 
 
 def test_export_keeps_the_backbone_hash_of_a_lora(build: dict[Family, Path], tmp_path: Path) -> None:
@@ -460,6 +464,6 @@ def test_failed_export_does_not_fail_the_run(
     command = arguments(tiny, images, run, "trainer.max_steps=1", "exports=[{format: single_file}]")
     assert train(*command) == 0
     assert (run / "metrics.json").is_file()
-    assert "exports: single_file: no room" in (run / "train.log").read_text()
+    assert "exports: single_file: no room" in (run / "train.log").read_text(encoding="utf-8")
     duplicate = "exports=[{format: kohya}, {format: kohya, rank: 2}]"
     assert train(*arguments(tiny, images, tmp_path / "twice", duplicate)) == 2

@@ -18,7 +18,7 @@ def test_lora_subject_recipe_writes_all_metrics(tmp_path: Path) -> None:
     ]
     command = ["experiment=lora_subject", f"hydra.run.dir={run}", "evaluation.class_images=4", *short]
     assert train(*command, "callbacks.samples.seeds=[0]", "callbacks.samples.sampling.steps=2") == 0
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     before_and_after = ("subject_accuracy", "background_accuracy", "clip_image", "clip_text", "prior_leak")
     for key in (
         *before_and_after,
@@ -36,10 +36,10 @@ def test_lora_subject_recipe_writes_all_metrics(tmp_path: Path) -> None:
     assert 100_000_000 < metrics["peak_memory_bytes"] < 10_000_000_000
     assert metrics["images_per_second"] == 8 / metrics["median_step_seconds"]
     assert {"before_after.png", "step00000000.png", "step00000002.png"} <= {p.name for p in (run / "samples").iterdir()}
-    readings = json.loads((run / "evaluation" / "readings.json").read_text())
+    readings = json.loads((run / "evaluation" / "readings.json").read_text(encoding="utf-8"))
     assert len(readings["subject_accuracy"]) == len(readings["base_prior_leak"]) == 4
 
     # sdtune evaluate measures the same metrics from the artifact.
     assert evaluate(f"run={run}", f"hydra.run.dir={tmp_path}/remeasured") == 0
-    remeasured = json.loads((tmp_path / "remeasured" / "evaluation.json").read_text())
+    remeasured = json.loads((tmp_path / "remeasured" / "evaluation.json").read_text(encoding="utf-8"))
     assert remeasured == metrics

@@ -185,8 +185,8 @@ def test_costs_grow_with_the_unet_config(tiny: Path, tmp_path: Path) -> None:
     wider = tmp_path / "wider"
     shutil.copytree(tiny, wider, ignore=shutil.ignore_patterns("*.safetensors"))
     file = wider / "unet" / "config.json"
-    config = {**json.loads(file.read_text()), "block_out_channels": [24, 48]}
-    file.write_text(json.dumps(config))
+    config = {**json.loads(file.read_text(encoding="utf-8")), "block_out_channels": [24, 48]}
+    file.write_text(json.dumps(config), encoding="utf-8")
     before, after = (training_costs("method=full", "backbone=sd15", f"backbone.path={path}") for path in (tiny, wider))
     unet = UNet2DConditionModel.from_config(config)
     assert parts(after)["unet"] == sum(p.numel() for p in unet.parameters()) > parts(before)["unet"]
@@ -329,7 +329,7 @@ def test_all_methods_are_a_table_including_user_methods(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "conf" / "method").mkdir(parents=True)
-    (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [lora]\nrank: 3\n")
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("defaults: [lora]\nrank: 3\n", encoding="utf-8")
     settings = "backbone=sd15", f"backbone.path={tiny}", "-cd", str(tmp_path / "conf")
     assert plan("methods=all", "data=folder", *settings) == 0  # data.path is missing, because plan does not need it
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[3:] if line[:1].strip()}

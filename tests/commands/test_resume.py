@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ EVERY = 5
 
 def assert_equal_runs(run: Path, reference: Path) -> None:
     """Compare the metrics of each step, the tensors of the artifact, and the final metrics."""
-    assert (run / "metrics.csv").read_text() == (reference / "metrics.csv").read_text()
+    assert (run / "metrics.csv").read_text(encoding="utf-8") == (reference / "metrics.csv").read_text(encoding="utf-8")
     for file in ("mine.safetensors", "pytorch_lora_weights.safetensors"):
         tensors, reference_tensors = load_file(run / "artifact" / file), load_file(reference / "artifact" / file)
         assert tensors.keys() == reference_tensors.keys()
         assert all(torch.equal(value, reference_tensors[key]) for key, value in tensors.items())
         assert any(value.any() for key, value in tensors.items() if "lora_up" in key or "lora_B" in key)
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (run, reference)]
+    metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in (run, reference)]
     assert metrics[0]["steps"] == metrics[1]["steps"]
     assert metrics[0]["validation_loss"] == metrics[1]["validation_loss"]
 
@@ -75,7 +76,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(
     resumed_at = int(message.split()[3])
     assert 0 < resumed_at <= killed_at
     assert killed_at - resumed_at <= EVERY
-    assert message in (run / "train.log").read_text()
+    assert message in (run / "train.log").read_text(encoding="utf-8")
     assert_equal_runs(run, reference)
 
 
@@ -94,7 +95,7 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(
     assert process.wait(timeout=200) == code
     stopped_at = int(rows(run)[-1]["step"])
     assert 3 <= stopped_at < 40
-    last = log.read_text().splitlines()[-1]
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
     assert last == (
         f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved;"
         f" continue it with: sdtune train resume={run}"
@@ -117,7 +118,7 @@ def test_finished_run_can_be_extended(
     common += ["trainer.val_check_interval=2"]
     run, reference = tmp_path / "run", tmp_path / "reference"
     assert train(*arguments(tiny, images, run, *common, "trainer.max_steps=4")) == 0
-    assert json.loads((run / "metrics.json").read_text())["steps"] == 4
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 4
     assert train(f"resume={run}") == 2
     assert "is complete at step 4; set a larger trainer.max_steps" in capsys.readouterr().err
     assert train(f"resume={run}", "optimizer.lr=1e-2") == 2
@@ -136,7 +137,7 @@ def test_second_resume_keeps_the_max_steps_of_the_first(tiny: Path, images: Path
     (run / "metrics.json").unlink()  # as if the run was stopped before it wrote its metrics
     assert train(f"resume={run}") == 0
     assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4"]
-    assert json.loads((run / "metrics.json").read_text())["steps"] == 4
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 4
     assert train(f"resume={run}", "trainer.max_steps=3") == 2
     assert len(rows(run)) == 4
 
@@ -147,21 +148,21 @@ def test_resume_with_a_changed_recipe_or_caption_is_refused(
     recipes = tmp_path / "conf" / "experiment"
     recipes.mkdir(parents=True)
     recipe = "# @package _global_\noptimizer:\n  lr: {}\n"
-    (recipes / "mine.yaml").write_text(recipe.format(1e-3))
+    (recipes / "mine.yaml").write_text(recipe.format(1e-3), encoding="utf-8")
     run = tmp_path / "run"
     common = ["-cd", str(recipes.parent), "experiment=mine", "trainer.max_steps=2"]
     assert train(*common, *arguments(tiny, images, run)) == 0
 
     resume = [f"resume={run}", "trainer.max_steps=4"]
-    (recipes / "mine.yaml").write_text(recipe.format(2e-3))
+    (recipes / "mine.yaml").write_text(recipe.format(2e-3), encoding="utf-8")
     assert train(*resume) == 2
     assert "optimizer.lr is 0.002 now and was 0.001" in capsys.readouterr().err
-    (recipes / "mine.yaml").write_text(recipe.format(1e-3))
-    (images / "0.txt").write_text("another caption")
+    (recipes / "mine.yaml").write_text(recipe.format(1e-3), encoding="utf-8")
+    (images / "0.txt").write_text("another caption", encoding="utf-8")
     assert train(*resume) == 2
     assert "captions or repeats have changed" in capsys.readouterr().err
     assert len(rows(run)) == 2
-    (images / "0.txt").write_text("picture number 0")
+    (images / "0.txt").write_text("picture number 0", encoding="utf-8")
     assert train(*resume) == 0
     assert len(rows(run)) == 4
 
@@ -171,7 +172,7 @@ def test_run_killed_at_its_last_step_is_resumed_to_all_outputs(tiny: Path, image
     run_arguments = [a for a in arguments(tiny, images, run, "trainer.max_steps=3") if a != "callbacks.samples=null"]
     run_arguments += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
     assert train(*run_arguments) == 0
-    before = json.loads((run / "metrics.json").read_text())
+    before = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     previews = {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")}
     # As if the run was killed immediately after the checkpoint of the last step.
     shutil.rmtree(run / "samples" / "after")
@@ -180,6 +181,98 @@ def test_run_killed_at_its_last_step_is_resumed_to_all_outputs(tiny: Path, image
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
     assert {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")} == previews
-    after = json.loads((run / "metrics.json").read_text())
+    after = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     costs = ("median_step_seconds", "images_per_second", "peak_memory_bytes", "trainable_parameters")
     assert {key: after[key] for key in costs} == {key: before[key] for key in costs}
+
+
+@pytest.fixture
+def finished(tiny: Path, images: Path, tmp_path: Path) -> Path:
+    """Folder of a run of four steps with checkpoints at the steps 2 and 4."""
+    overrides = ["name=mine", "trainer.max_steps=4", "checkpoint.every_steps=2", "optimizer.lr=1e-3"]
+    assert train(*arguments(tiny, images, tmp_path / "reference", *overrides)) == 0
+    return tmp_path / "reference"
+
+
+def killed_copy(run: Path, folder: Path, steps: int) -> Path:
+    """Copy of ``run`` as if it had been killed after ``steps`` steps (0, 2 or 4), without its outputs."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "artifact")
+    (folder / "metrics.json").unlink()
+    for checkpoint in (folder / "checkpoints").glob("step*.ckpt"):
+        if int(checkpoint.stem.removeprefix("step")) > steps:
+            checkpoint.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("has_metrics", [False, True])
+def test_run_killed_before_its_first_checkpoint_starts_from_its_beginning(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], has_metrics: bool
+) -> None:
+    run = killed_copy(finished, tmp_path / "run", steps=0)
+    if not has_metrics:
+        (run / "metrics.csv").unlink()
+        shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    assert train(f"resume={run}") == 0
+    assert "there is no checkpoint yet; starting from the beginning" in capsys.readouterr().out
+    assert_equal_runs(run, finished)
+
+
+@pytest.mark.parametrize("size", [0, 1000, None])
+def test_checkpoint_before_a_damaged_one_is_used(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int | None
+) -> None:
+    run = killed_copy(finished, tmp_path / "run", steps=4)
+    newest = run / "checkpoints" / "step00000004.ckpt"
+    content = bytearray(newest.read_bytes())
+    if size is None:
+        with zipfile.ZipFile(newest) as archive:
+            [largest] = sorted(archive.infolist(), key=lambda entry: entry.file_size)[-1:]
+        content[largest.header_offset + largest.file_size] ^= 1  # a single bit of a tensor
+    newest.write_bytes(content[:size])
+    capsys.readouterr()
+    assert train(f"resume={run}") == 0
+    output = capsys.readouterr().out
+    assert f"WARNING: {newest} is damaged; continuing from the checkpoint before it" in output
+    assert "resuming at step 2 from" in output
+    assert_equal_runs(run, finished)
+
+
+def test_run_with_only_damaged_checkpoints_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = killed_copy(finished, tmp_path / "run", steps=4)
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    capsys.readouterr()
+    assert train(f"resume={run}") == 2
+    assert "sdtune: resume: all checkpoints are damaged, the newest is" in capsys.readouterr().err
+
+
+def test_the_same_command_starts_continues_and_ends(
+    finished: Path, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    overrides = ["name=mine", "trainer.max_steps=4", "checkpoint.every_steps=2", "optimizer.lr=1e-3"]
+    command = [*arguments(tiny, images, run, *overrides), "resume=auto"]
+    assert train(*command) == 0
+    assert_equal_runs(run, finished)
+    for steps, line in ((0, None), (2, "resuming at step 2 from")):
+        killed = killed_copy(run, tmp_path / "killed", steps)
+        shutil.rmtree(run)
+        shutil.move(killed, run)
+        capsys.readouterr()
+        assert train(*command) == 0
+        output = capsys.readouterr().out
+        assert line is None or line in output
+        assert_equal_runs(run, finished)
+    assert train(*command) == 0
+    assert capsys.readouterr().out.endswith(f"sdtune: {run} is complete\n")
+    assert train(*command, "optimizer.lr=1e-4") == 2
+    assert "optimizer.lr=1e-4 is not allowed in a resumed run" in capsys.readouterr().err
+    assert train(*command, "trainer.max_steps=5") == 0
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 5
+    without_folder = [text for text in command if not text.startswith("hydra.run.dir=")]
+    assert train(*without_folder) == 2
+    assert "sdtune: hydra.run.dir: required with resume=auto; set hydra.run.dir=DIR" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_prompt_file_accepts_the_options_of_kohya(tiny: Path, tmp_path: Path) ->
         "three foxes --w 48 --h 24 --s 3 --l 5.5 --n grey, blurred --d 10",
         "a fox --d 7",
     ]
-    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     run = tmp_path / "run"
     assert sample(*command(tiny, run, f"prompts_file={tmp_path / 'prompts.txt'}")) == 0
     files = images(run)

@@ -69,7 +69,7 @@ def test_several_controlnets_work_with_adapters_and_with_image_sizes_per_prompt(
 ) -> None:
     first, second = f"{{path:{net},image:{image}}}", f"{{path:{net},image:{image},preprocess:scribble,strength:0.5}}"
     lora = f"adapters=[{{path:{adapter}}}]"
-    (tmp_path / "prompts.txt").write_text("a fox --d 3\na fox --d 3 --w 48 --h 24\n")
+    (tmp_path / "prompts.txt").write_text("a fox --d 3\na fox --d 3 --w 48 --h 24\n", encoding="utf-8")
     results = []
     for i, more in enumerate(
         ([lora], [f"control=[{first}]"], [f"control=[{first},{second}]"], [f"control=[{first},{second}]", lora])

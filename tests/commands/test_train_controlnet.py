@@ -40,7 +40,7 @@ def test_run_writes_previews_metrics_and_a_controlnet_that_samples(
     argv = [a for a in command(tiny, drawings, run) if a not in ("callbacks.samples=null", "evaluation=none")]
     short = ["trainer.max_steps=3", "save_every=2", "callbacks.samples.sampling.steps=2", "data.hold_out=2"]
     assert train(*argv, *short, "evaluation.sampling.steps=2", "evaluation.images=2", "backbone.clip=pocket") == 0
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["clip_text"] != metrics["base_clip_text"]
     assert metrics["trainable_parameters"] > 0
 
@@ -58,7 +58,7 @@ def test_run_writes_previews_metrics_and_a_controlnet_that_samples(
 
     artifact_files = sorted(p.name for p in (run / "artifact").iterdir())
     assert artifact_files == ["README.md", "edges", "edges-best", "edges-step00000002", "samples.png"]
-    assert json.loads((run / "artifact" / "edges" / "sdtune.json").read_text())["preprocess"] == "canny"
+    assert json.loads((run / "artifact" / "edges" / "sdtune.json").read_text(encoding="utf-8"))["preprocess"] == "canny"
     stdout = capsys.readouterr().out
     assert f"ControlNet for diffusers: {run / 'artifact' / 'edges'}" in stdout
     assert "image: FILE, preprocess: canny}]" in stdout

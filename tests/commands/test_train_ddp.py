@@ -41,7 +41,7 @@ def test_two_processes_compute_the_same_as_one(tiny: Path, images: Path, tmp_pat
     two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
     process = start(log, *_on_two_processes(arguments(tiny, images, two, *common)))
     assert train(*arguments(tiny, images, one, *common)) == 0
-    assert process.wait(timeout=280) == 0, log.read_text()
+    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")
     assert not _processes_with(str(two))
 
     rows_of_two, rows_of_one = rows(two), rows(one)
@@ -62,7 +62,7 @@ def test_two_processes_compute_the_same_as_one(tiny: Path, images: Path, tmp_pat
     for key, value in ddp_weights.items():
         difference = torch.linalg.norm((value - weights[key]).float())
         assert difference <= 1e-3 * torch.linalg.norm(weights[key].float()) + 1e-7
-    assert log.read_text().count("captions: ") == 1
+    assert log.read_text(encoding="utf-8").count("captions: ") == 1
 
 
 def test_both_processes_use_hardware_threads_and_write_to_a_folder_with_special_characters(
@@ -83,7 +83,7 @@ def test_both_processes_use_hardware_threads_and_write_to_a_folder_with_special_
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [(tmp_path / f"{rank}.threads").read_text() for rank in (0, 1)] == ["3", "3"]
+    assert [(tmp_path / f"{rank}.threads").read_text(encoding="utf-8") for rank in (0, 1)] == ["3", "3"]
     assert len(rows(run)) == 1
     assert {path.name for path in tmp_path.iterdir()} == {run.name, images.name, "0.threads", "1.threads"}
 
@@ -95,9 +95,11 @@ def test_two_processes_stop_and_save_at_sigterm(tiny: Path, images: Path, tmp_pa
     process = start(log, *_on_two_processes(arguments(tiny, images, run, *common)))
     wait_for_step(process, run, 3, log)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=200) == 143, log.read_text()
+    assert process.wait(timeout=200) == 143, log.read_text(encoding="utf-8")
     assert not _processes_with(str(run))
-    assert log.read_text().splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
+    assert (
+        log.read_text(encoding="utf-8").splitlines()[-1].startswith(f"sdtune: stopped at step {rows(run)[-1]['step']};")
+    )
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step{int(rows(run)[-1]['step']):08d}.ckpt"]
     assert (run / "artifact" / "mine.safetensors").exists()
 

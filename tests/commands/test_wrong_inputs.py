@@ -224,20 +224,29 @@ def add_one_pixel_image(folder: Path) -> None:
 
 IMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], ("data.path", "images", "it is empty")),
-    "file instead of a folder": (lambda f: (shutil.rmtree(f), f.write_text("")), ("data.path", "it is a file")),
+    "file instead of a folder": (
+        lambda f: (shutil.rmtree(f), f.write_text("", encoding="utf-8")),
+        ("data.path", "it is a file"),
+    ),
     "no images": (lambda f: [p.unlink() for p in f.glob("*.png")], ("data.path", "5 .txt")),
     "truncated JPEG": (add_truncated_jpeg, ("data.path", "5.jpg", "truncated")),
     "1-pixel image": (add_one_pixel_image, ("data.path", "5.png", "1x1")),
-    "text named .png": (lambda f: (f / "5.png").write_text("hello"), ("data.path", "5.png", "not a readable image")),
+    "text named .png": (
+        lambda f: (f / "5.png").write_text("hello", encoding="utf-8"),
+        ("data.path", "5.png", "not a readable image"),
+    ),
     "empty .png": (lambda f: (f / "5.png").write_bytes(b""), ("data.path", "5.png", "the file is empty")),
     "no captions": (
         lambda f: [p.unlink() for p in f.glob("*.txt")],
         ("data.path", "5 of 5 images have no caption", 'data.prompt="a photo of ..."'),
     ),
     "caption of another encoding": (lambda f: (f / "0.txt").write_bytes(b"\xff\xfea"), ("data.path", "0.txt", "UTF-8")),
-    "two captions": (lambda f: (f / "0.caption").write_text("a"), ("data.path", "0.png", "two captions")),
+    "two captions": (
+        lambda f: (f / "0.caption").write_text("a", encoding="utf-8"),
+        ("data.path", "0.png", "two captions"),
+    ),
     "metadata of a missing image": (
-        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a"}\n'),
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "a"}\n', encoding="utf-8"),
         ("data.path", "metadata.jsonl, line 1", "9.png"),
     ),
 }
@@ -263,7 +272,7 @@ def test_invalid_class_images_are_reported_by_their_key(line: CommandLine, image
 
 def test_class_prompt_that_is_also_a_caption_is_refused(line: CommandLine, images: Path) -> None:
     for caption in images.glob("*.txt"):
-        caption.write_text("a photo of a dog")
+        caption.write_text("a photo of a dog", encoding="utf-8")
     overrides = ["method=dreambooth", 'data.class_prompt="a photo of a dog"']
     line.train(images, *overrides, words=("data.class_prompt: 'a photo of a dog' is also a caption of the subject",))
 
@@ -279,15 +288,15 @@ def test_templates_require_a_prompt_with_only_the_token(line: CommandLine, image
 
 
 def test_run_folder_that_cannot_be_created_is_refused(line: CommandLine, images: Path) -> None:
-    (line.folder / "file").write_text("")
+    (line.folder / "file").write_text("", encoding="utf-8")
     run = line.folder / "file" / "run"
     line.train(images, f"hydra.run.dir={run}", words=("hydra.run.dir", str(run), "is not a writable folder"))
 
 
 def test_folder_that_contains_a_run_is_refused(line: CommandLine, images: Path) -> None:
     line.run.mkdir()
-    (line.run / "metrics.csv").write_text("step\n1\n")
-    line.train(images, words=("hydra.run.dir", str(line.run), "ended before its first checkpoint; remove the folder"))
+    (line.run / "metrics.csv").write_text("step\n1\n", encoding="utf-8")
+    line.train(images, words=("hydra.run.dir", str(line.run), "already contains a run", "resume="))
     (line.run / "checkpoints").mkdir()
     (line.run / "checkpoints" / "step00000001.ckpt").touch()
     line.train(images, words=("hydra.run.dir", str(line.run), "already contains a run", "resume="))
@@ -302,8 +311,8 @@ def test_existing_empty_folder_is_not_removed(line: CommandLine, images: Path) -
 def write_run_config(line: CommandLine, images: Path) -> None:
     (line.run / ".hydra").mkdir(parents=True)
     overrides = "".join(f"- {override}\n" for override in line.training(images)[1:-1])
-    (line.run / ".hydra" / "overrides.yaml").write_text(overrides)
-    (line.run / ".hydra" / "hydra.yaml").write_text("hydra:\n  runtime:\n    config_sources: []\n")
+    (line.run / ".hydra" / "overrides.yaml").write_text(overrides, encoding="utf-8")
+    (line.run / ".hydra" / "hydra.yaml").write_text("hydra:\n  runtime:\n    config_sources: []\n", encoding="utf-8")
 
 
 def test_resuming_a_folder_without_a_run_is_refused(line: CommandLine) -> None:
@@ -329,17 +338,17 @@ def test_resuming_a_run_with_a_removed_setting_is_refused(line: CommandLine, ima
     remedy = ("use the version of sdtune and the recipe that started it",)
     write_run_config(line, images)
     overrides = line.run / ".hydra" / "overrides.yaml"
-    current_overrides = overrides.read_text()
-    overrides.write_text(current_overrides + "- data.class_pictures=4\n")
+    current_overrides = overrides.read_text(encoding="utf-8")
+    overrides.write_text(current_overrides + "- data.class_pictures=4\n", encoding="utf-8")
     words = ("data.class_pictures", "mean data.class_images?", "resume=", *remedy)
     line.refuses("train", f"resume={line.run}", words=words)
 
-    overrides.write_text(current_overrides)
+    overrides.write_text(current_overrides, encoding="utf-8")
     (line.run / "checkpoints").mkdir()
     (line.run / "checkpoints" / "step2.ckpt").touch()
     config = compose("train", search_path(None), line.training(images)[1:-1])
     OmegaConf.update(config, "data.class_pictures", 200, force_add=True)
-    (line.run / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    (line.run / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
     line.refuses("train", f"resume={line.run}", words=("resume", str(line.run), "data.class_pictures", *remedy))
 
 
@@ -368,7 +377,7 @@ def test_adapter_for_other_layers_is_refused(line: CommandLine) -> None:
 
 
 def test_adapter_that_is_not_a_safetensors_file_is_refused(line: CommandLine) -> None:
-    (line.folder / "bad.safetensors").write_text("hello")
+    (line.folder / "bad.safetensors").write_text("hello", encoding="utf-8")
     line.refuses(
         *line.sampling(),
         "prompt=a dog",
@@ -409,7 +418,7 @@ SAMPLING: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", SAMPLING)
 def test_invalid_sampling_setting_is_refused(line: CommandLine, case: str) -> None:
-    (line.folder / "prompts.txt").write_text("a dog --s 2\na cat --q 3\n")
+    (line.folder / "prompts.txt").write_text("a dog --s 2\na cat --q 3\n", encoding="utf-8")
     overrides, words = SAMPLING[case]
     line.refuses(*line.sampling(), *overrides, words=words)
 

@@ -129,9 +129,10 @@ def test_refused_target_is_found_at_any_depth() -> None:
 
 def test_module_of_the_user_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mypkg").mkdir()
-    (tmp_path / "mypkg/__init__.py").write_text("imported = True\n")
+    (tmp_path / "mypkg/__init__.py").write_text("imported = True\n", encoding="utf-8")
     (tmp_path / "mypkg/mine.py").write_text(
-        "import os\n\nclass Mine:\n    def __init__(self, size: int) -> None:\n        self.size = size\n"
+        "import os\n\nclass Mine:\n    def __init__(self, size: int) -> None:\n        self.size = size\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"^method\._target_: mypkg\.mine\.Mine is not allowed; add trust=\[mypkg\]"):
@@ -145,7 +146,7 @@ def test_module_of_the_user_needs_trust(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_missing_dependency_of_a_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "needy.py").write_text("import no_such_package\n\nclass Thing: ...\n")
+    (tmp_path / "needy.py").write_text("import no_such_package\n\nclass Thing: ...\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"needs the package no_such_package; install it with pip"):
         resolve("needy.Thing", "k", ["needy"])

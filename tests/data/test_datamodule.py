@@ -82,7 +82,7 @@ def test_repeats_of_kohya_folders_and_of_the_setting_multiply(tmp_path: Path) ->
 
 
 def test_captions_contain_every_prompt_once(folder: Path) -> None:
-    (folder / "5.txt").write_text("dog 0")
+    (folder / "5.txt").write_text("dog 0", encoding="utf-8")
     assert sorted(opened(folder).captions()) == [f"dog {i}" for i in range(5)]
     assert opened(folder, caption_dropout=0.5).captions()[-1] == ""
     assert opened(folder, caption_dropout=0.5, trigger="sks").captions()[-1] == "sks"

@@ -68,11 +68,11 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_captions_are_read_from_sidecar_files(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg", "c.x.png", "d.png", "e.png"):
         save_image(tmp_path / name)
-    (tmp_path / "a.txt").write_text("  a dog,\n  on\tgrass \r\n")
+    (tmp_path / "a.txt").write_text("  a dog,\n  on\tgrass \r\n", encoding="utf-8")
     (tmp_path / "b.caption").write_text("ein Hündchen", encoding="utf-8")
     (tmp_path / "c.x.TXT").write_bytes(b"\xef\xbb\xbfwith a mark")
-    (tmp_path / "d.txt").write_text("")
-    (tmp_path / "README.txt").write_text("not a caption")
+    (tmp_path / "d.txt").write_text("", encoding="utf-8")
+    (tmp_path / "README.txt").write_text("not a caption", encoding="utf-8")
     assert captions(tmp_path, "the prompt") == {
         "a.png": "a dog, on grass",
         "b.jpg": "ein Hündchen",
@@ -84,7 +84,7 @@ def test_captions_are_read_from_sidecar_files(tmp_path: Path) -> None:
 
 def test_empty_caption_is_accepted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
     assert captions(tmp_path) == {"a.png": ""}
     (tmp_path / "a.txt").unlink()
     assert captions(tmp_path, prompt="") == {"a.png": ""}
@@ -119,7 +119,7 @@ def test_captions_are_read_from_metadata_csv(tmp_path: Path, column: str) -> Non
 def test_metadata_of_a_sub_folder_is_relative_to_the_sub_folder(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "sub/a.png")
-    (tmp_path / "sub/metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    (tmp_path / "sub/metadata.csv").write_text("file_name,text\na.png,a cat\n", encoding="utf-8")
     assert captions(tmp_path, "p") == {"a.png": "p", "sub/a.png": "a cat"}
 
 
@@ -156,9 +156,9 @@ def test_sidecar_precedes_metadata_then_folder_name_then_prompt(tmp_path: Path) 
     for name in "abcd":
         save_image(tmp_path / f"5_words/{name}.png")
     save_image(tmp_path / "e.png")
-    (tmp_path / "5_words/a.txt").write_text("sidecar")
+    (tmp_path / "5_words/a.txt").write_text("sidecar", encoding="utf-8")
     rows = [{"file_name": f"5_words/{name}.png", "text": "metadata"} for name in "ab"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     assert captions(tmp_path, "prompt") == {
         "5_words/a.png": "sidecar",
         "5_words/b.png": "metadata",
@@ -187,7 +187,7 @@ def test_sidecar_precedes_metadata_then_folder_name_then_prompt(tmp_path: Path) 
 )
 def test_trigger_is_put_before_captions_that_lack_it(tmp_path: Path, caption: str, trigger: str, expected: str) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text(caption)
+    (tmp_path / "a.txt").write_text(caption, encoding="utf-8")
     save_image(tmp_path / "b.png")
     assert captions(tmp_path, caption, trigger) == {"a.png": expected, "b.png": expected}
 
@@ -195,7 +195,7 @@ def test_trigger_is_put_before_captions_that_lack_it(tmp_path: Path, caption: st
 def test_image_without_caption_is_refused(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         save_image(tmp_path / name)
-    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8")
     refused(tmp_path, "2 of 3 images have no caption", tmp_path / "b.png", 'data.prompt="a photo of ..."', prompt=None)
 
 
@@ -223,16 +223,16 @@ def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
 def test_metadata_of_unknown_image_is_refused(tmp_path: Path, name: str) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "notes.md").touch()
-    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": name, "text": "x"}))
+    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps({"file_name": name, "text": "x"}), encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.jsonl, line 2: unknown image", name, "correct or remove this row")
     (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{name},x\n")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,x\n{name},x\n", encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.csv, line 3: unknown image", name, "correct or remove this row")
 
 
 def test_two_metadata_rows_for_one_image_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\na.png,y\n", encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.csv, line 3: duplicate row for a.png; remove one")
 
 
@@ -250,23 +250,23 @@ def test_two_metadata_rows_for_one_image_are_refused(tmp_path: Path) -> None:
 )
 def test_malformed_metadata_row_is_refused(tmp_path: Path, row: object) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.jsonl, line 1: a row needs a file_name and either a text or a caption")
 
 
 @pytest.mark.parametrize("text", ["file_name,label\na.png,x\n", "a.png,x\na.png,y\n", "file_name,text\na.png\n"])
 def test_csv_without_required_columns_is_refused(tmp_path: Path, text: str) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text(text)
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.csv, line 2: a row needs a file_name and either a text or a caption")
 
 
 def test_metadata_with_invalid_syntax_is_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n', encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.jsonl, line 2: not JSON (Expecting value)", "correct this row")
     (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"never closed\n')
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"never closed\n', encoding="utf-8")
     refused(tmp_path, tmp_path / "metadata.csv, after line 1: unexpected end of data; correct this row")
 
 
@@ -305,7 +305,7 @@ def test_linked_folder_is_read_and_a_loop_is_refused(tmp_path: Path) -> None:
 
 def test_text_file_with_png_suffix_is_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("text")
+    (tmp_path / "b.png").write_text("text", encoding="utf-8")
     refused(tmp_path, tmp_path / "b.png", "is not a readable image", "remove or replace it")
 
 

@@ -18,7 +18,7 @@ def save(path: Path, caption: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), "red").save(path)
     if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
 
 
@@ -112,7 +112,7 @@ def test_files_that_are_not_used_are_counted_and_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png", "a cat")
     for name in ("b.jxl", "c.npz", "d.NPZ", "e.npz", "f.npz", "a.png.txt", "B.caption", "notes", "metadata.csv"):
         (tmp_path / name).touch()
-    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n", encoding="utf-8")
     assert opened(tmp_path).notices == [
         "WARNING: captions without an image of the same name: 2 (B.caption, a.png.txt)",
         "WARNING: not read: .jxl: 1 (b.jxl); convert them to .png or .webp",

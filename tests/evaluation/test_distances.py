@@ -91,7 +91,7 @@ def test_invalid_clip_or_dino_folders_are_refused_before_training(
     dino_folder: Path, images: Path, tmp_path: Path
 ) -> None:
     data, facts = folder_data(images), Facts(32, 4, 4, "epsilon", 77)
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}', encoding="utf-8")
     for arguments, message in (
         ({"dino": "/nowhere"}, r"dino: /nowhere is not a folder; name a local folder with a DINO"),
         ({"dino": "pocket"}, "dino: pocket is not a folder; name a local folder"),

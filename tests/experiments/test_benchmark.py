@@ -40,7 +40,7 @@ def test_clock_records_the_steps_of_a_training(watch: str, tiny: Path, images: P
     start = time.monotonic()
     environment = os.environ | {"BENCH_BEGAN": repr(start)}
     assert subprocess.run(command, env=environment, timeout=240, check=False).returncode == 0
-    metrics = json.loads(out.read_text())
+    metrics = json.loads(out.read_text(encoding="utf-8"))
     if watch == "count":
         assert metrics["operators"] > 1000
         assert metrics["flop"] > 1e6

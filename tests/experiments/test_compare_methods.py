@@ -57,17 +57,17 @@ def readings(method: str) -> dict[str, list[float]]:
 
 def write_run(folder: Path, method: str, seed: int) -> None:
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmethod: {{name: {method}}}\n")
+    (folder / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmethod: {{name: {method}}}\n", encoding="utf-8")
     overrides = [f"seed={seed}", f"experiment=compare_methods/{method}", "sweep=compare_methods"]
-    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides))
-    (folder / "metrics.csv").write_text("step,loss\n1,0.5\n")
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {o}\n" for o in overrides), encoding="utf-8")
+    (folder / "metrics.csv").write_text("step,loss\n1,0.5\n", encoding="utf-8")
     metrics: dict[str, Any] = {key: sum(v) / len(v) for key, v in readings(method).items()}
     metrics |= {"trainable_parameters": SIZES[method], "artifact_bytes": 4 * SIZES[method], "steps": 100}
     metrics |= {"peak_memory_bytes": 2**30 + SIZES[method], "median_step_seconds": 0.5 + 0.1 * seed}
     metrics |= {"prior_drift": LEAKS.get(method, 0), "ceiling_subject_accuracy": 1.0, "validation_loss": None}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "readings.json").write_text(json.dumps(readings(method)))
+    (folder / "evaluation" / "readings.json").write_text(json.dumps(readings(method)), encoding="utf-8")
     for when in ("before", "after"):
         for i in range(2):
             image = np.full((8, 8, 3), 100 * i, np.uint8)
@@ -133,15 +133,15 @@ def test_compare_replaces_only_the_section_between_the_marks(
 ) -> None:
     into = tmp_path / "page"
     into.mkdir()
-    (into / "README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    (into / "README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n", encoding="utf-8")
     monkeypatch.setattr(measured_module, "planned", lambda method: PLAN)
     monkeypatch.setattr(sys, "argv", ["comparison", str(sweep), "--into", str(into)])
     command.main()
-    written = (into / "README.md").read_text()
+    written = (into / "README.md").read_text(encoding="utf-8")
     assert written.startswith("before\n<!-- measured -->\n")
     assert written.endswith("<!-- /measured -->\nafter\n")
     assert "\nold\n" not in written
-    results = json.loads((into / "results.json").read_text())
+    results = json.loads((into / "results.json").read_text(encoding="utf-8"))
     assert results["measured"]["full"]["prior_leak"]["mean"] == pytest.approx(0.9)
     assert set(results["planned_sd15"]) == set(METHODS)
     assert (into / "subject.png").is_file()
@@ -155,7 +155,7 @@ def test_unfinished_run_is_refused(sweep: Path) -> None:
 
 
 def test_run_of_another_sweep_is_refused(sweep: Path) -> None:
-    (sweep / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=lora_subject\n")
+    (sweep / "0" / ".hydra" / "overrides.yaml").write_text("- experiment=lora_subject\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"sweep/0 is not a run of sweep=compare_methods"):
         command.gathered(sweep)
 

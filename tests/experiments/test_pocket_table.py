@@ -48,18 +48,22 @@ def test_finished_runs_are_written_to_the_pages_without_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/README.md").write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    (tmp_path / "experiments/README.md").write_text(
+        "before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n", encoding="utf-8"
+    )
     for seed in (0, 1):
         run = tmp_path / "outputs/results/some" / f"seed-{seed}"
         (run / "evaluation").mkdir(parents=True)
         (run / "samples").mkdir()
         (run / "samples" / "before_after.png").write_bytes(b"png")
         (run / "metrics.json").write_text(
-            json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567, "zero": 0.0})
+            json.dumps({"steps": 3, "clip_text": 0.5 + seed, "artifact_bytes": 1234567, "zero": 0.0}), encoding="utf-8"
         )
-        (run / "evaluation" / table.READINGS).write_text(json.dumps(READINGS | {"object_accuracy": [1.0, seed == 0]}))
+        (run / "evaluation" / table.READINGS).write_text(
+            json.dumps(READINGS | {"object_accuracy": [1.0, seed == 0]}), encoding="utf-8"
+        )
         (run / ".hydra").mkdir()
-        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\n")
+        (run / ".hydra" / "config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
 
     def fake_run(command: list[str], **_: Any) -> Any:
         assert command[-2:] == ["--cfg", "job"], "a finished run was repeated"
@@ -68,19 +72,19 @@ def test_finished_runs_are_written_to_the_pages_without_training(
     monkeypatch.setattr(table.subprocess, "run", fake_run)
     monkeypatch.setattr(sys, "argv", ["table", "some", "--seeds", "0", "1"])
     table.main()
-    page = (tmp_path / "experiments/some/README.md").read_text()
+    page = (tmp_path / "experiments/some/README.md").read_text(encoding="utf-8")
     assert "| object_accuracy | 0.750 |" in page
     assert "| clip_text | 0.500 | 1.500 |" in page
     assert "| artifact_bytes | 1,234,567 | 1,234,567 |" in page
     assert "| zero | 0.000 | 0.000 |" in page
-    results = json.loads((tmp_path / "experiments/some/metrics.json").read_text())
+    results = json.loads((tmp_path / "experiments/some/metrics.json").read_text(encoding="utf-8"))
     assert results["seeds"]["1"]["clip_text"] == 1.5
     assert results["figures"]["control_less_shuffled"] == [0.5, 0.5, 0.5]
-    overview_page = (tmp_path / "experiments/README.md").read_text()
+    overview_page = (tmp_path / "experiments/README.md").read_text(encoding="utf-8")
     assert overview_page.startswith("before\n")
     assert overview_page.endswith("after\n")
     assert "old" not in overview_page
     assert "| [some](some/README.md) | 2 | 0.750 (0.500 to 1.000) | 0.500 (0.500 to 0.500) | 0.750 (" in overview_page
-    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 2\n")
+    (tmp_path / "outputs/results/some/seed-1/.hydra/config.yaml").write_text("seed: 2\n", encoding="utf-8")
     with pytest.raises(UserError, match="seed-1 was run with another version of some .seed was 2, is now 1."):
         table.main()

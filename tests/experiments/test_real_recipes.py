@@ -36,7 +36,7 @@ SMALL = (
 
 def recipe_arguments(recipe: Path, tiny: Path, images: Path) -> list[str]:
     """Arguments of ``sdtune train`` in the recipe's command, with existing folders."""
-    arguments = shlex.split(recipe.read_text().splitlines()[1])[3:]
+    arguments = shlex.split(recipe.read_text(encoding="utf-8").splitlines()[1])[3:]
     assert arguments[0] == f"experiment={recipe.stem}"
     paths = {"backbone.path=FOLDER": f"backbone.path={tiny}", "data.path=DIR": f"data.path={images}"}
     return [paths.get(argument, argument) for argument in arguments]
@@ -53,7 +53,7 @@ def test_sd15_recipe_trains_two_steps_on_a_tiny_backbone(
     run = tmp_path / "run"
     assert train(*arguments, *overrides, f"hydra.run.dir={run}") == 0
     assert len(rows(run)) == 2
-    assert json.loads((run / "metrics.json").read_text())["steps"] == 2
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 2
     assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
     assert (run / "samples" / "before_after.png").is_file()
 
@@ -62,7 +62,11 @@ def test_sd15_recipe_trains_two_steps_on_a_tiny_backbone(
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_two_steps_at_true_shapes_on_the_meta_device(recipe: Path) -> None:
     """Forward, backward and optimizer step, with the micro-batches and the batch size of the recipe."""
-    overrides = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word.startswith("experiment=")]
+    overrides = [
+        word
+        for word in shlex.split(recipe.read_text(encoding="utf-8").splitlines()[1])[3:]
+        if word.startswith("experiment=")
+    ]
     job = checked_plan(compose("plan", search_path(None), [*overrides, "hardware=gpu"]))
     request = plan_request(job)
     adapter = meta_adapter(request)
@@ -96,7 +100,11 @@ def test_recipe_runs_two_steps_at_true_shapes_on_the_meta_device(recipe: Path) -
     [pytest.param(r, marks=[] if r.stem == "sd15_lora" else [pytest.mark.slow], id=r.stem) for r in RECIPES],
 )
 def test_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [word for word in shlex.split(recipe.read_text().splitlines()[1])[3:] if word != "backbone.path=FOLDER"]
+    arguments = [
+        word
+        for word in shlex.split(recipe.read_text(encoding="utf-8").splitlines()[1])[3:]
+        if word != "backbone.path=FOLDER"
+    ]
     assert plan(*arguments) == 0
     side = 1024 if recipe.stem.startswith("sdxl") else 512
     assert f": {side}x{side} pixels, batch " in capsys.readouterr().out.splitlines()[0]

@@ -20,7 +20,7 @@ COUNTS = {"sd15": 1131, "sd21": 1214, "sdxl": 2515}
 def config_and_tensors(kind):
     folder = CONFIGS / kind
     names = [n for n in ("unet", "vae", "text_encoder", "text_encoder_2") if (folder / n).is_dir()]
-    configs = {name: json.loads((folder / name / "config.json").read_text()) for name in names}
+    configs = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
     family = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}[kind]
     with torch.device("meta"):
         loaded = {name: from_config(name, folder) for name in names}

@@ -185,7 +185,7 @@ def test_failed_write_leaves_no_partial_file(tmp_path):
     with pytest.raises(TypeError):
         write_safetensors(tmp_path / "it", {"a": DOWN}, {"number": 1})  # type: ignore[dict-item]
     (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("in the way of a folder")
+    (tmp_path / "file").write_text("in the way of a folder", encoding="utf-8")
     with pytest.raises(UserError, match="folder: cannot be written"):
         write_safetensors(tmp_path / "folder", {"a": DOWN}, {})
     with pytest.raises(UserError, match="cannot be written"):

@@ -60,7 +60,10 @@ def machine() -> str:
     model = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in info.read_text().split("\n\n")[0].splitlines())
+        fields = dict(
+            re.split(r"\s*:\s*", line, maxsplit=1)
+            for line in info.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        )
         # On rented machines, several processors have the same model name.
         model = f"{fields.get('model name')} {fields.get('cpu family')}/{fields.get('model')}/{fields.get('stepping')}"
         flags = " ".join(
@@ -85,7 +88,7 @@ def make_inputs(folder: Path) -> None:
         pixels[disc] = (250, 120, 30 * number)
         Image.fromarray(pixels).save(images / f"{number}.png")
         Image.fromarray((255 * disc).astype(np.uint8)).save(images / f"{number}.mask.png")
-        (images / f"{number}.txt").write_text(f"a photo of sks <otter> otter, number {number}")
+        (images / f"{number}.txt").write_text(f"a photo of sks <otter> otter, number {number}", encoding="utf-8")
     Image.fromarray(pixels[20:84, 40:104]).save(folder / "map.png")
 
 
@@ -147,13 +150,13 @@ def of_pixels(file: Path) -> str:
 
 
 def of_metrics(file: Path) -> str:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     compared = {key: value for key, value in content.items() if not any(part in key for part in _IGNORED_PARTS)}
     return sha(json.dumps(compared, sort_keys=True))
 
 
 def of_rows(file: Path) -> str:
-    with file.open(newline="") as handle:
+    with file.open(newline="", encoding="utf-8") as handle:
         rows = list(csv.reader(handle))
     assert len(rows) > 1, file
     return sha(json.dumps(rows))
@@ -224,8 +227,8 @@ def of_printed(sdtune: Sdtune, line: list[str], work: Path) -> str:
     work.mkdir(parents=True, exist_ok=True)
     saved = work / "stdout"
     if not saved.exists():
-        saved.write_text(sdtune(line, work))
-    return saved.read_text()
+        saved.write_text(sdtune(line, work), encoding="utf-8")
+    return saved.read_text(encoding="utf-8")
 
 
 def recipes() -> dict[str, list[str]]:
@@ -270,7 +273,7 @@ def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
 
 def records() -> dict[str, dict[str, str]]:
     """Key of the machine -> name -> sha256."""
-    content: dict[str, dict[str, str]] = json.loads(RECORDS.read_text()) if RECORDS.is_file() else {}
+    content: dict[str, dict[str, str]] = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.is_file() else {}
     return content
 
 
@@ -302,7 +305,9 @@ def main() -> None:
         now = everything(Sdtune(arguments.sdtune.absolute(), arguments.base), work, arguments.only)
     if arguments.action == "record":
         others = all_records.get(machine(), {}) if arguments.only else {}
-        RECORDS.write_text(json.dumps({**all_records, machine(): {**others, **now}}, indent=1, sort_keys=True) + "\n")
+        RECORDS.write_text(
+            json.dumps({**all_records, machine(): {**others, **now}}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
         print(f"{len(now)} hashes recorded for {machine()}")
         return
     before = all_records[machine()]

@@ -28,7 +28,7 @@ def test_missing_new_and_changed_results_are_listed() -> None:
 def test_hash_of_metrics_depends_on_losses_and_not_on_times(tmp_path: Path) -> None:
     def hashed(**metrics: float) -> str:
         file = tmp_path / "metrics.json"
-        file.write_text(json.dumps(metrics))
+        file.write_text(json.dumps(metrics), encoding="utf-8")
         return golden.of_metrics(file)
 
     assert hashed(loss=1.0, train_seconds=2.0) == hashed(loss=1.0, train_seconds=3.0)

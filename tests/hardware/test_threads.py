@@ -57,11 +57,11 @@ def test_usage_of_the_cgroup_is_not_free(version: int, tmp_path: Path, monkeypat
     )
     monkeypatch.setattr(threads, "affinity", lambda: list(range(64)))
     monkeypatch.setattr(threads, "_quotas", lambda: {tmp_path: 2.0})
-    file.write_text(text.format(5_000_000))
+    file.write_text(text.format(5_000_000), encoding="utf-8")
 
     def busy() -> int:
         time.sleep(0.25)
-        file.write_text(text.format(5_250_000))
+        file.write_text(text.format(5_250_000), encoding="utf-8")
         return 20
 
     monkeypatch.setattr(threads, "busy_cores", busy)
@@ -98,7 +98,8 @@ def test_usable_cores_are_limited_by_affinity_and_quotas(
     cores = len(threads.psutil.Process().cpu_affinity())
     own_cgroup = tmp_path / "own"
     own_cgroup.write_text(
-        "0::/slice/run.scope\n" if version == 2 else "3:memory:/other\n1:cpuacct,cpu:/slice/run.scope\n"
+        "0::/slice/run.scope\n" if version == 2 else "3:memory:/other\n1:cpuacct,cpu:/slice/run.scope\n",
+        encoding="utf-8",
     )
     monkeypatch.setattr(threads, "OWN_CGROUP", own_cgroup)
     monkeypatch.setattr(threads, "CGROUP", tmp_path)
@@ -107,10 +108,10 @@ def test_usable_cores_are_limited_by_affinity_and_quotas(
     folder.mkdir(parents=True, exist_ok=True)
     for quota, expected in (("max", cores), ("150000", 1), ("50000", 1), ("6400000", cores)):
         if version == 2:
-            (folder / "cpu.max").write_text(f"{quota} 100000\n")
+            (folder / "cpu.max").write_text(f"{quota} 100000\n", encoding="utf-8")
         else:
-            (folder / "cpu.cfs_quota_us").write_text(quota.replace("max", "-1"))
-            (folder / "cpu.cfs_period_us").write_text("100000")
+            (folder / "cpu.cfs_quota_us").write_text(quota.replace("max", "-1"), encoding="utf-8")
+            (folder / "cpu.cfs_period_us").write_text("100000", encoding="utf-8")
         assert threads.usable_cores() == expected
 
 

@@ -45,7 +45,7 @@ def images(tmp_path: Path) -> Path:
         pixels = np.full((144, 160, 3), 30 * i, dtype=np.uint8)
         pixels[24 + 4 * i : 96, 32 : 80 + 12 * i] = (250, 40 * i, 90)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture number {i}")
+        (folder / f"{i}.txt").write_text(f"picture number {i}", encoding="utf-8")
     return folder
 
 
@@ -418,7 +418,7 @@ def test_two_processes_give_the_losses_of_one_process(tiny: Path, images: Path, 
         [*command, str(tiny), str(images), str(out), *cases], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    losses = json.loads(out.read_text())
+    losses = json.loads(out.read_text(encoding="utf-8"))
     assert sorted(losses) == sorted(cases)
     for name, case in cases.items():
         spy = Spy()

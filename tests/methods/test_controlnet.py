@@ -248,7 +248,7 @@ def test_diffusers_generates_the_same_images(
     with trained(source, tmp_path, "net", torch.device("cpu")) as loaded:
         # trained() applies the ControlNet with strength 1.
         assert np.abs(float_images(loaded, requests(control_map), monkeypatch) - images).max() > 1e-4
-    assert json.loads((folder / "sdtune.json").read_text()) == {"backbone": source.hash(), "unet": unet}
+    assert json.loads((folder / "sdtune.json").read_text(encoding="utf-8")) == {"backbone": source.hash(), "unet": unet}
     assert (folder / "unet").exists() == (unet != "frozen")
 
 
@@ -307,9 +307,9 @@ def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
     controlnets.check_controlnet(str(folder), other)
     assert "trained on another backbone" in caplog.text
-    facts = json.loads((folder / "sdtune.json").read_text())
+    facts = json.loads((folder / "sdtune.json").read_text(encoding="utf-8"))
     for preprocess, remedy in (("scribble", "set preprocess: scribble"), (None, "set image to a control map")):
-        (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": preprocess}))
+        (folder / "sdtune.json").write_text(json.dumps({**facts, "preprocess": preprocess}), encoding="utf-8")
         with pytest.raises(UserError, match=rf"^control\.preprocess: canny, but .* other control maps; {remedy}"):
             controlnets.check_controlnet(str(folder), source, "canny")
         controlnets.check_controlnet(str(folder), source, preprocess)
@@ -319,8 +319,8 @@ def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog
         UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], the backbone's UNet has \[64"
     ):
         controlnets.check_controlnet(str(folder), Pretrained())
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["conditioning_embedding_out_channels"] = [16, 32, 96, 256]
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=r"^control\.path: .* downscales its control map by 8, the backbone's VAE by 4"):
         controlnets.check_controlnet(str(folder), source)

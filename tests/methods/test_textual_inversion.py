@@ -221,7 +221,7 @@ def test_token_with_step_in_its_name_is_not_a_snapshot(tmp_path: Path) -> None:
 
 def test_caption_length_counts_every_vector_of_a_token(tiny: Path, images: Path) -> None:
     for file in images.glob("*.txt"):
-        file.write_text("<new>")
+        file.write_text("<new>", encoding="utf-8")
     data, source = folder_data(images), Pretrained(str(tiny))
     data.open(32, 4)
     backbone = source.load()

@@ -34,8 +34,8 @@ def test_plain_diffusers_generates_an_image_with_pocket() -> None:
 
 def test_tokenizer_and_text_encoder_have_the_files_and_keys_of_older_clients() -> None:
     tokenizer = sdtune.pocket.path() / "tokenizer"
-    vocabulary = json.loads((tokenizer / "vocab.json").read_text())
-    merges = (tokenizer / "merges.txt").read_text().splitlines()[1:]
+    vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    merges = (tokenizer / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     assert (tokenizer / "tokenizer.json").is_file()
     assert all(len(merge.split()) == 2 for merge in merges)
     assert {"<|startoftext|>", "<|endoftext|>"} <= vocabulary.keys()

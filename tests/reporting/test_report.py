@@ -31,7 +31,7 @@ def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     images = save_drawings(folder / "images", 4)
     for file in images.glob("*.png"):
-        file.with_suffix(".txt").write_text(f"a thing {HOSTILE}")
+        file.with_suffix(".txt").write_text(f"a thing {HOSTILE}", encoding="utf-8")
     overrides = [
         a for a in arguments(tiny, images, folder) if not a.startswith(("hydra.run", "method.rank", "callbacks"))
     ]
@@ -60,7 +60,10 @@ def test_runs_that_differ_only_in_seed_are_one_setting(sweep: Path) -> None:
     means = [statistics.mean for _, statistics, _ in order]
     assert means == sorted(means)
     for setting, statistics, _ in order:
-        values = [json.loads((run.folder / "metrics.json").read_text())["validation_loss"] for run in setting.runs]
+        values = [
+            json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))["validation_loss"]
+            for run in setting.runs
+        ]
         assert statistics.mean == pytest.approx(sum(values) / 2)
         assert statistics.spread == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
@@ -150,7 +153,7 @@ def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> No
     file = sweep / "report.html"
     assert process.stdout == f"report: {file}\n"
     page = Scripts()
-    page.feed(file.read_text())
+    page.feed(file.read_text(encoding="utf-8"))
     nonces = {script.get("nonce") for script in page.scripts}
     assert len(nonces) == 1
     assert None not in nonces
@@ -228,7 +231,9 @@ def test_pareto_front_contains_the_points_that_no_other_beats() -> None:
 
 def test_extended_run_is_reported_with_its_last_config(tiny: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {batch_size: 2}\n")
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndata: {batch_size: 2}\n", encoding="utf-8"
+    )
     run = tmp_path / "run"
     overrides = arguments(tiny, images, run, "trainer.max_steps=1", "experiment=mine")
     assert train("-cd", str(tmp_path / "conf"), *overrides) == 0
@@ -238,14 +243,14 @@ def test_extended_run_is_reported_with_its_last_config(tiny: Path, images: Path,
     assert extended_run.config["optimizer.lr"] == extended_run.config["default_lr"] == 1e-4, (
         "interpolations are resolved"
     )
-    page = html.unescape(write_report([extended_run], run, "it").read_text())
+    page = html.unescape(write_report([extended_run], run, "it").read_text(encoding="utf-8"))
     command = f"sdtune train -cd {tmp_path / 'conf'} "
     shown = page[page.index(command) :].partition("</code>")[0]
     assert "resume=" not in shown
     repeated = shlex.split(shown)[2:]
     repeated = [a for a in repeated if not a.startswith("hydra.run.dir=")]
     assert train(*repeated, f"hydra.run.dir={tmp_path}/again") == 0
-    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["steps"] == 2
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 2
 
 
 def test_ranking_states_seeds_and_noise() -> None:
@@ -293,5 +298,5 @@ def test_report_notes_that_costs_of_shared_backbone_runs_are_joint(tmp_path: Pat
         for i, more in enumerate(({"shared_with": 8.0}, {"shared_with": 8.0}, {}))
     ]
     note = "2 of 3 runs trained 8 at the same time on one backbone (shared_with)"
-    assert note in write_report(runs, tmp_path, "a sweep").read_text()
-    assert note not in write_report(runs[2:], tmp_path, "a sweep").read_text()
+    assert note in write_report(runs, tmp_path, "a sweep").read_text(encoding="utf-8")
+    assert note not in write_report(runs[2:], tmp_path, "a sweep").read_text(encoding="utf-8")

@@ -149,7 +149,9 @@ def test_another_run_does_not_change_the_results_of_a_run(
     )
     for job in "02":
         assert distance(reference / job, changed / job) == 0
-        assert (reference / job / "metrics.csv").read_text() == (changed / job / "metrics.csv").read_text()
+        assert (reference / job / "metrics.csv").read_text(encoding="utf-8") == (
+            changed / job / "metrics.csv"
+        ).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

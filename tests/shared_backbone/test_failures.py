@@ -39,7 +39,7 @@ def test_step_out_of_memory_fails_its_jobs_and_ends_the_sweep(
     ]
     assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     message = "out of memory on the device with 2 concurrent runs: set hydra.launcher.max_concurrent_runs=1"
-    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "01"]
+    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text(encoding="utf-8")) for job in "01"]
     assert [(state["state"], state["error"]) for state in states] == [("failed", message)] * 2
     assert not (tmp_path / "sweep" / "2").exists()
     captured = capsys.readouterr()
@@ -69,7 +69,7 @@ def test_validation_out_of_memory_fails_only_its_job(
     overrides += [*LAUNCHER, "hydra.launcher.max_concurrent_runs=2"]
     assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert failed == [0]  # job 0 validates while the other job is in a step
-    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text()) for job in "0123"]
+    states = [json.loads((tmp_path / "sweep" / job / "job.json").read_text(encoding="utf-8")) for job in "0123"]
     assert [state["state"] for state in states] == ["failed", "done", "done", "done"]
     assert states[0]["error"].startswith(
         "out of memory on the device with 2 concurrent runs: set hydra.launcher.max_concurrent_runs="
@@ -131,4 +131,4 @@ def test_unwritable_folder_fails_only_its_job(
     overrides = [*settings, "callbacks.samples=null", *LAUNCHER, "optimizer.lr=1e-3,1e-4"]
     assert train(*overrides, f"hydra.sweep.dir={tmp_path}/sweep") == 1
     assert "sdtune: job 0: [Errno 28] No space left on device" in capsys.readouterr().err
-    assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text())["state"] == "done"
+    assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text(encoding="utf-8"))["state"] == "done"

@@ -47,13 +47,15 @@ def test_shared_job_writes_the_same_files_as_a_separate_job(
         assert files(together) == files(alone)
         for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "job.json", "samples/step00000000.png"):
             assert (together / name).read_bytes() == (alone / name).read_bytes(), name
-        hydra_config = yaml.safe_load((together / ".hydra/hydra.yaml").read_text())["hydra"]
+        hydra_config = yaml.safe_load((together / ".hydra/hydra.yaml").read_text(encoding="utf-8"))["hydra"]
         assert hydra_config["runtime"]["output_dir"] == str(together)
-        metrics, metrics_alone = (json.loads((run / "metrics.json").read_text()) for run in (together, alone))
+        metrics, metrics_alone = (
+            json.loads((run / "metrics.json").read_text(encoding="utf-8")) for run in (together, alone)
+        )
         assert metrics.pop("shared_with") == 2
         assert metrics.keys() == metrics_alone.keys()
-        assert f"metrics: {together}" in (together / "train.log").read_text()
-        assert (together / "train.log").read_text().count("metrics:") == 1
+        assert f"metrics: {together}" in (together / "train.log").read_text(encoding="utf-8")
+        assert (together / "train.log").read_text(encoding="utf-8").count("metrics:") == 1
 
 
 @pytest.mark.slow
@@ -84,7 +86,8 @@ def test_finished_runs_are_evaluated_together(
     assert train(*overrides, "optimizer.lr=1e-2,1e-3,1e-4", f"hydra.sweep.dir={tmp_path}/alone") == 0
     for job in "012":
         metrics, metrics_alone = (
-            json.loads((tmp_path / folder / job / "metrics.json").read_text()) for folder in ("together", "alone")
+            json.loads((tmp_path / folder / job / "metrics.json").read_text(encoding="utf-8"))
+            for folder in ("together", "alone")
         )
         for name in ("clip_image", "clip_text", "diversity"):
             assert metrics[name] == pytest.approx(metrics_alone[name], abs=1e-4), name
@@ -121,11 +124,11 @@ def test_jobs_are_divided_between_two_devices(settings: list[str], tmp_path: Pat
         "hardware.devices=2",
         f"hydra.sweep.dir={two}",
     )
-    assert process.wait(240) == 0, log.read_text()
-    assert "jobs 0-2 share one backbone on each of 2 devices" in log.read_text()
+    assert process.wait(240) == 0, log.read_text(encoding="utf-8")
+    assert "jobs 0-2 share one backbone on each of 2 devices" in log.read_text(encoding="utf-8")
     assert train(*overrides, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={one}") == 0
     for job, count in zip("012", (2, 1, 2), strict=True):
-        assert json.loads((two / job / "metrics.json").read_text())["shared_with"] == count
+        assert json.loads((two / job / "metrics.json").read_text(encoding="utf-8"))["shared_with"] == count
         assert files(two / job) == files(one / job)
         losses, losses_on_one = ([float(row["loss"]) for row in rows(folder / job)] for folder in (two, one))
         assert losses == pytest.approx(losses_on_one, rel=1e-5)
@@ -148,7 +151,9 @@ def test_stop_on_two_devices_saves_every_job(settings: list[str], tmp_path: Path
     wait_for_step(process, sweep / "0", 3, log)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}" in log.read_text()
+    assert f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}" in log.read_text(
+        encoding="utf-8"
+    )
     assert all((sweep / job / "artifact" / "mine.safetensors").is_file() for job in "01")
 
 
@@ -161,7 +166,9 @@ def test_stop_saves_every_job_at_the_same_step(settings: list[str], tmp_path: Pa
     wait_for_step(process, sweep / "1", 3, log)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}" in log.read_text()
+    assert f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}" in log.read_text(
+        encoding="utf-8"
+    )
     last = [max((sweep / job / "checkpoints").glob("step*.ckpt")).stem for job in "01"]
     assert last[0] == last[1]
     assert all((sweep / job / "artifact" / "mine.safetensors").is_file() for job in "01")
@@ -220,12 +227,14 @@ def test_stop_before_the_first_step_ends_all_jobs_without_artifacts(settings: li
         *LAUNCHER,
     ]
     process = start(log, *overrides, "optimizer.lr=1e-3,1e-4", f"hydra.sweep.dir={sweep}")
-    while "trainable: " not in log.read_text() and process.poll() is None:
+    while "trainable: " not in log.read_text(encoding="utf-8") and process.poll() is None:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20) == 128 + signal.SIGTERM
     assert not list(sweep.glob("*/artifact"))
-    assert [json.loads(file.read_text())["state"] for file in sweep.glob("*/job.json")] == ["unfinished"] * 2
+    assert [json.loads(file.read_text(encoding="utf-8"))["state"] for file in sweep.glob("*/job.json")] == [
+        "unfinished"
+    ] * 2
 
 
 @pytest.mark.slow

@@ -45,7 +45,9 @@ def test_next_trial_replaces_a_pruned_one(
     for trial in trials:
         job = sweep / str(trial.number)
         is_complete = trial.state is optuna.trial.TrialState.COMPLETE
-        assert json.loads((job / "job.json").read_text())["state"] == ("done" if is_complete else "pruned")
+        assert json.loads((job / "job.json").read_text(encoding="utf-8"))["state"] == (
+            "done" if is_complete else "pruned"
+        )
         assert len([row for row in rows(job) if row["loss"]]) == (6 if is_complete else 2)
     # Each batch has three places until the last step, also after runs have ended, so that the shapes stay equal.
     assert set(batch_sizes) == {3}

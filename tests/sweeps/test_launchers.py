@@ -29,12 +29,16 @@ def test_launcher_runs_all_jobs_and_reports_a_failed_one(
     overrides = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=3", f"hydra.sweep.dir={sweep}")
     overrides = [a for a in overrides if not a.startswith(("hydra.run.dir", "method.rank"))]
     process = start(log, "-m", *overrides, *LAUNCHERS[launcher], "method.rank=2", "optimizer.lr=1e-3,1e30,1e-4")
-    assert process.wait(timeout=280) == 1, log.read_text()
-    states = {job["job"]: job["state"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]}
-    assert states == {"0": "done", "1": "failed", "2": "done"}, log.read_text()
+    assert process.wait(timeout=280) == 1, log.read_text(encoding="utf-8")
+    states = {
+        job["job"]: job["state"] for job in json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))["jobs"]
+    }
+    assert states == {"0": "done", "1": "failed", "2": "done"}, log.read_text(encoding="utf-8")
     for job, rate in (("0", 1e-3), ("2", 1e-4)):
         assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
-    assert "job 1 (optimizer.lr=1e+30) failed: step 2: the loss or its gradient is not finite" in log.read_text()
+    assert "job 1 (optimizer.lr=1e+30) failed: step 2: the loss or its gradient is not finite" in log.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_stopped_joblib_sweep_without_workers_saves_its_job(tiny: Path, images: Path, tmp_path: Path) -> None:
@@ -53,8 +57,8 @@ def test_stopped_joblib_sweep_without_workers_saves_its_job(tiny: Path, images: 
     process = start(log, *words)
     wait_for_step(process, sweep / "0", 3, log)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=100) == 130, log.read_text()
-    assert log.read_text().rstrip().endswith(f"continue it with: sdtune train -m resume={sweep}")
+    assert process.wait(timeout=100) == 130, log.read_text(encoding="utf-8")
+    assert log.read_text(encoding="utf-8").rstrip().endswith(f"continue it with: sdtune train -m resume={sweep}")
     [checkpoint] = (sweep / "0" / "checkpoints").glob("*")
     assert checkpoint.name == f"step{len(rows(sweep / '0')):08d}.ckpt"
     assert not (sweep / "1").exists(), "no new job starts"
@@ -74,17 +78,17 @@ def test_stopped_joblib_sweep_saves_every_running_job(how: str, tiny: Path, imag
         )
     deadline = time.monotonic() + 200
     while not all((sweep / job / "metrics.csv").exists() and len(rows(sweep / job)) > 2 for job in "01"):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT) if how == "Ctrl-C" else process.terminate()
-    assert process.wait(timeout=100) == (130 if how == "Ctrl-C" else 143), log.read_text()
-    output = log.read_text()
+    assert process.wait(timeout=100) == (130 if how == "Ctrl-C" else 143), log.read_text(encoding="utf-8")
+    output = log.read_text(encoding="utf-8")
     assert "sdtune: stopping; the running jobs save first" in output
     assert output.rstrip().endswith(f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}")
     for job in "01":
         [checkpoint] = (sweep / job / "checkpoints").glob("*")
         assert checkpoint.name == f"step{len(rows(sweep / job)):08d}.ckpt"
-        assert json.loads((sweep / job / "job.json").read_text())["state"] == "unfinished"
+        assert json.loads((sweep / job / "job.json").read_text(encoding="utf-8"))["state"] == "unfinished"
     assert not (sweep / "2" / "metrics.csv").exists(), "no new job starts"
     assert {file.name for file in sweep.glob(".*")} == {".lock"}, "the files of the stop are removed"

@@ -51,12 +51,15 @@ def test_search_reports_its_best_trial(settings: list[str], tmp_path: Path, caps
         rates = [float(r["lr/unet"]) for r in rows(job) if r["lr/unet"]]
         assert rates == [pytest.approx(trial.params["optimizer.lr"])] * len(rates)
         assert 1e-3 <= trial.params["optimizer.lr"] <= 1e-1
-        state = json.loads((job / "job.json").read_text())["state"]
+        state = json.loads((job / "job.json").read_text(encoding="utf-8"))["state"]
         assert state == {"COMPLETE": "done", "PRUNED": "pruned"}[trial.state.name]
         validation_losses = {int(r["step"]): float(r["validation_loss"]) for r in rows(job) if r["validation_loss"]}
         assert trial.intermediate_values == validation_losses
     for trial in complete:
-        assert trial.value == json.loads((sweep / str(trial.number) / "metrics.json").read_text())["validation_loss"]
+        assert (
+            trial.value
+            == json.loads((sweep / str(trial.number) / "metrics.json").read_text(encoding="utf-8"))["validation_loss"]
+        )
     best = min(complete, key=lambda t: t.value)
     assert f"best: job {best.number}, validation_loss {best.value:.6g}: " in output
     assert f"optuna: {len(complete)} trials complete, {5 - len(complete)} pruned" in output
@@ -81,10 +84,10 @@ def test_trial_that_does_not_learn_is_pruned(
     assert train("-m", f"resume={sweep}") == 0
     pruned = trials(sweep)[2]
     assert pruned.state is optuna.trial.TrialState.PRUNED
-    assert json.loads((sweep / "2" / "job.json").read_text())["state"] == "pruned"
+    assert json.loads((sweep / "2" / "job.json").read_text(encoding="utf-8"))["state"] == "pruned"
     assert (
         len([r for r in rows(sweep / "2") if r["loss"]])
-        == json.loads((sweep / "2" / "job.json").read_text())["step"]
+        == json.loads((sweep / "2" / "job.json").read_text(encoding="utf-8"))["step"]
         < 6
     )
     assert "sweep: 2 of 3 jobs are done, 1 pruned" in capsys.readouterr().out
@@ -112,7 +115,7 @@ def test_killed_search_resumes_its_unfinished_trials(settings: list[str], tmp_pa
     assert [t.state.name for t in after] == ["COMPLETE"] * 3
     assert (sweep / "0" / "metrics.json").stat().st_mtime_ns == age
     assert [int(r["step"]) for r in rows(sweep / "1") if r["loss"]] == list(range(1, 21))
-    assert "resuming at step" in (sweep / "1" / "train.log").read_text()
+    assert "resuming at step" in (sweep / "1" / "train.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -256,8 +259,8 @@ def test_pruned_job_on_two_devices_closes_its_loggers(settings: list[str], tmp_p
     overrides += ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2", "data.batch_size=4"]
     overrides += ["hydra.sweeper.n_trials=1", "callbacks.pruning.after=1", "logger=wandb", "logger.wandb.offline=true"]
     process = start(log, *overrides)
-    assert process.wait(timeout=280) == 0, log.read_text()
-    assert json.loads((sweep / "1" / "job.json").read_text()) | {"overrides": None} == {
+    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")
+    assert json.loads((sweep / "1" / "job.json").read_text(encoding="utf-8")) | {"overrides": None} == {
         "overrides": None,
         "state": "pruned",
         "step": 2,

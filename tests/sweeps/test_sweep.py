@@ -32,7 +32,7 @@ def settings(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
 
 
 def states(sweep: Path) -> dict[str, str]:
-    return {job["job"]: job["state"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]}
+    return {job["job"]: job["state"] for job in json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))["jobs"]}
 
 
 def ages(sweep: Path) -> dict[str, int]:
@@ -117,6 +117,7 @@ def test_resumed_sweep_runs_only_unfinished_jobs(
     assert after.keys() == before.keys()
     assert states(sweep) == {"0": "done", "1": "done", "2": "done"}
     assert train("-m", f"resume={sweep}") == 0  # the overrides need not be repeated
+    assert train(*overrides, "resume=auto") == 0
     assert ages(sweep) == after
 
 
@@ -125,10 +126,10 @@ def test_resuming_with_an_edited_recipe_is_refused(
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
-    recipe.write_text("# @package _global_\noptimizer:\n  lr: 1e-3\n")
+    recipe.write_text("# @package _global_\noptimizer:\n  lr: 1e-3\n", encoding="utf-8")
     overrides = ["-cd", str(tmp_path / "conf"), *settings, "experiment=mine", "method.rank=2,3"]
     assert train(*overrides) == 0
-    recipe.write_text("# @package _global_\noptimizer:\n  lr: 1e-4\n")
+    recipe.write_text("# @package _global_\noptimizer:\n  lr: 1e-4\n", encoding="utf-8")
     capsys.readouterr()
     assert train(*overrides, f"resume={tmp_path}/sweep") == 2
     assert "resume: optimizer.lr is 0.0001 now and was 0.001 when the run started" in capsys.readouterr().err
@@ -175,7 +176,7 @@ def test_common_mistake_is_refused_in_one_line(
 
 
 def test_resuming_a_sweep_without_multirun_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "multirun.yaml").write_text("")
+    (tmp_path / "multirun.yaml").write_text("", encoding="utf-8")
     assert train(f"resume={tmp_path}") == 2
     assert f"is a sweep folder; add -m: sdtune train -m resume={tmp_path}" in capsys.readouterr().err
 
@@ -187,13 +188,13 @@ def test_stopped_sweep_prints_the_command_that_continues_it(settings: list[str],
     process = start(log, *overrides)
     wait_for_step(process, sweep / "0", 3, log)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=200) == 130, log.read_text()
+    assert process.wait(timeout=200) == 130, log.read_text(encoding="utf-8")
     assert (
-        log.read_text().splitlines()[-1]
+        log.read_text(encoding="utf-8").splitlines()[-1]
         == f"sdtune: the sweep is stopped; continue it with: sdtune train -m resume={sweep}"
     )
     assert len(list((sweep / "0" / "checkpoints").glob("step*.ckpt"))) == 1
-    assert json.loads((sweep / "0" / "job.json").read_text())["state"] == "unfinished"
+    assert json.loads((sweep / "0" / "job.json").read_text(encoding="utf-8"))["state"] == "unfinished"
     assert not (sweep / "1").exists()
 
 
@@ -207,14 +208,14 @@ def test_each_job_on_two_devices_uses_its_own_learning_rate(settings: list[str],
     overrides = [a for a in settings if a != "hardware=cpu"]
     overrides += ["hardware=ddp", "hardware.accelerator=cpu", "data.batch_size=4", "method.rank=2"]
     process = start(log, *overrides, "optimizer.lr=1e-3,1e-4", "hardware.devices=2,1")
-    assert process.wait(timeout=280) == 0, log.read_text()
+    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")
     for job, rate, devices in (("0", 1e-3, 2), ("1", 1e-3, 1), ("2", 1e-4, 2), ("3", 1e-4, 1)):
         assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
-        assert json.loads((sweep / job / "metrics.json").read_text())["steps"] == 3
+        assert json.loads((sweep / job / "metrics.json").read_text(encoding="utf-8"))["steps"] == 3
         logs = sorted((sweep / job).glob("train*.log"))
         assert len(logs) == devices, "each rank has a log"
         # The ranks compare their configs only if there are several.
-        assert devices == 1 or all(f"optimizer.lr {rate}" in file.read_text() for file in logs)
+        assert devices == 1 or all(f"optimizer.lr {rate}" in file.read_text(encoding="utf-8") for file in logs)
     assert states(sweep) == dict.fromkeys("0123", "done")
 
 
@@ -229,9 +230,9 @@ def test_failed_job_on_two_devices_does_not_end_the_sweep(settings: list[str], t
         "optimizer.lr=1e30,1e-3",
     ]
     process = start(log, *overrides, "method.rank=2")
-    assert process.wait(timeout=280) == 1, log.read_text()
+    assert process.wait(timeout=280) == 1, log.read_text(encoding="utf-8")
     assert states(sweep) == {"0": "failed", "1": "done"}
-    error = json.loads((sweep / "0" / "job.json").read_text())["error"]
+    error = json.loads((sweep / "0" / "job.json").read_text(encoding="utf-8"))["error"]
     assert error.startswith("step 2: the loss or its gradient is not finite")
 
 
@@ -253,14 +254,16 @@ def test_folder_of_a_running_sweep_is_locked(
 def test_finished_job_with_a_stale_state_file_is_done(settings: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     assert train(*settings, "method.rank=2,3,4") == 0
-    before, config = ages(sweep), (sweep / "0" / ".hydra" / "config.yaml").read_text()
+    before, config = ages(sweep), (sweep / "0" / ".hydra" / "config.yaml").read_text(encoding="utf-8")
     (sweep / "0" / "job.json").unlink()  # as if killed between the last file of the run and that of the job
-    state = json.loads((sweep / "1" / "job.json").read_text())
-    (sweep / "1" / "job.json").write_text(json.dumps({**state, "state": "failed", "error": "fixed manually since"}))
+    state = json.loads((sweep / "1" / "job.json").read_text(encoding="utf-8"))
+    (sweep / "1" / "job.json").write_text(
+        json.dumps({**state, "state": "failed", "error": "fixed manually since"}), encoding="utf-8"
+    )
     assert train("-m", f"resume={sweep}") == 0
     assert states(sweep) == {"0": "done", "1": "done", "2": "done"}
     assert ages(sweep) == before
-    assert (sweep / "0" / ".hydra" / "config.yaml").read_text() == config
+    assert (sweep / "0" / ".hydra" / "config.yaml").read_text(encoding="utf-8") == config
 
 
 def test_resumed_sweep_uses_its_config_folder(
@@ -268,11 +271,11 @@ def test_resumed_sweep_uses_its_config_folder(
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
-    recipe.write_text("# @package _global_\nmethod: {alpha_policy: constant, alpha: 4}\n")
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: constant, alpha: 4}\n", encoding="utf-8")
     assert train("-cd", str(tmp_path / "conf"), *settings, "experiment=mine", "method.rank=2,3") == 0
     (tmp_path / "sweep" / "1" / "metrics.json").unlink()
     assert train("-m", f"resume={tmp_path / 'sweep'}") == 0
-    recipe.write_text("# @package _global_\nmethod: {alpha_policy: rslora, alpha: 4}\n")
+    recipe.write_text("# @package _global_\nmethod: {alpha_policy: rslora, alpha: 4}\n", encoding="utf-8")
     assert train("-m", f"resume={tmp_path / 'sweep'}") == 2
     assert "method.alpha_policy is 'rslora' now and was 'constant'" in capsys.readouterr().err
 
@@ -311,7 +314,7 @@ def test_sweep_under_torchrun_is_refused(
 def replace_python(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have :func:`run_subprocess` run ``script`` instead of Python, with its arguments in ``folder/arguments``."""
     file = folder / "python"
-    file.write_text(f'#!/bin/sh\necho "$@" > {folder}/arguments\n{script}\n')
+    file.write_text(f'#!/bin/sh\necho "$@" > {folder}/arguments\n{script}\n', encoding="utf-8")
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(file))
 
@@ -321,13 +324,17 @@ def test_pruned_subprocess_raises_pruned(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(Pruned) as end:
         run_subprocess("train", ["-cd", "mine"], ["seed=1"], tmp_path, False)
     assert end.value.step == 7
-    assert (tmp_path / "arguments").read_text() == f"-m sdtune train -cd mine seed=1 hydra.run.dir={tmp_path}\n"
+    assert (tmp_path / "arguments").read_text(
+        encoding="utf-8"
+    ) == f"-m sdtune train -cd mine seed=1 hydra.run.dir={tmp_path}\n"
 
 
 def test_resumed_subprocess_receives_the_threads_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_python(tmp_path, "exit 0", monkeypatch)
     run_subprocess("train", [], ["seed=1", "hardware.threads=1"], tmp_path, True)
-    assert (tmp_path / "arguments").read_text() == f"-m sdtune train resume={tmp_path} hardware.threads=1\n"
+    assert (tmp_path / "arguments").read_text(
+        encoding="utf-8"
+    ) == f"-m sdtune train resume={tmp_path} hardware.threads=1\n"
 
 
 @pytest.mark.parametrize(("lines", "omitted"), [(499, False), (500, False), (600, True)])
@@ -355,9 +362,9 @@ def test_other_ranks_are_killed_when_the_subprocess_dies(tmp_path: Path, monkeyp
     with pytest.raises(RunFailed, match="its process ended with exit code 9"):
         run_subprocess("train", [], [], tmp_path, False)
     assert time.monotonic() - start_time < 9
-    other_process = Path("/proc") / (tmp_path / "other").read_text().strip() / "stat"
+    other_process = Path("/proc") / (tmp_path / "other").read_text(encoding="utf-8").strip() / "stat"
     with contextlib.suppress(FileNotFoundError):
-        while other_process.read_text().split()[2] != "Z":  # a killed process does not end immediately
+        while other_process.read_text(encoding="utf-8").split()[2] != "Z":  # a killed process does not end immediately
             assert time.monotonic() - start_time < 12
             time.sleep(0.05)
 

@@ -104,7 +104,7 @@ def test_runs_of_a_sweep_share_a_group_and_log_their_own_settings(
         media = "wandb/offline-run-*/files/media"
         assert len(list((sweep / job).glob(f"{media}/images/samples_*.png"))) == 2
         [table] = (sweep / job).glob(f"{media}/table/before_after_*.json")
-        content = json.loads(table.read_text())
+        content = json.loads(table.read_text(encoding="utf-8"))
         assert content["columns"] == ["prompt", "seed", "before", "after"]
         assert [row[:2] for row in content["data"]] == [[f"picture number {i}", 0] for i in range(4)]
         assert "run_table" in logged[job]["artifacts"], "the table contains the images"
@@ -139,7 +139,7 @@ def test_command_line_of_a_wandb_agent_composes(monkeypatch: pytest.MonkeyPatch,
     """Without a server: the agent's command line composes, and the agent determines the run's id."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-    sweep = yaml.safe_load((Path(__file__).parents[2] / "docs" / "wandb-sweep.yaml").read_text())
+    sweep = yaml.safe_load((Path(__file__).parents[2] / "docs" / "wandb-sweep.yaml").read_text(encoding="utf-8"))
     chosen = {"method.rank": {"value": 8}, "optimizer.lr": {"value": 0.0003}}
     assert chosen.keys() == sweep["parameters"].keys()
     filled = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
@@ -164,14 +164,14 @@ def test_run_terminated_during_evaluation_is_finished_in_wandb(
     process = start(log, *overrides, *slow_evaluation)
     deadline = time.monotonic() + 200
     while not list(run.glob("artifact/*.safetensors")):
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, log.read_text(encoding="utf-8")
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(1)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, log.read_text(encoding="utf-8")
     assert told(run)["exit"] == 1
-    assert f"sdtune: stopped; continue it with: sdtune train resume={run}" in log.read_text()
+    assert f"sdtune: stopped; continue it with: sdtune train resume={run}" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_disabled_wandb_writes_no_files(
     overrides = [a for a in arguments(tiny, images, run, "logger=wandb") if a != "callbacks.samples=null"]
     overrides += ["callbacks.samples.sampling.steps=1", "trainer.max_steps=1", "logger.wandb.log_artifact=true"]
     # In a separate process, because W&B reads its environment once per process.
-    assert start(log, *overrides).wait(timeout=200) == 0, log.read_text()
+    assert start(log, *overrides).wait(timeout=200) == 0, log.read_text(encoding="utf-8")
     assert not list(run.glob("wandb/*run-*"))
 
 

@@ -64,7 +64,7 @@ def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -
             key=key,
             remedy="set a ControlNet here (use adapters= for a LoRA)",
         )
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("_class_name") != "ControlNetModel":
         raise UserError(f"{path} is a {config.get('_class_name')}, not a ControlNetModel", key=key)
     for name in _COMPARED_FIELDS:

@@ -69,7 +69,7 @@ MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 def read_config(file: Path) -> dict[str, Any]:
     """Read a JSON config; raise UserError if it is unreadable or not an object."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read ({error})", key="backbone.path", remedy="copy or download it again"

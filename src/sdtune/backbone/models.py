@@ -32,7 +32,7 @@ def from_config(component: str, folder: Path) -> Any:
 
 def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Expected shape of each tensor of ``component``, by canonical key; computed on the meta device."""
-    return _shapes(component, (folder / component / "config.json").read_text(), str(folder))
+    return _shapes(component, (folder / component / "config.json").read_text(encoding="utf-8"), str(folder))
 
 
 @lru_cache(maxsize=8)

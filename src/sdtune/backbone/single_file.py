@@ -42,7 +42,7 @@ def included_configs(kind: str) -> Path | None:
 
 def family_of(folder: Path) -> Family:
     """Family of the pipeline ``folder``, from its configs."""
-    unet = json.loads((folder / "unet" / "config.json").read_text())
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     return family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())
 
 
@@ -96,7 +96,7 @@ def convert_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
             return target
         tensors, _ = read_checkpoint(file, allow_pickle, "backbone.vae")
         expected = model_shapes("vae", pipeline)
-        config = json.loads((pipeline / "vae" / "config.json").read_text())
+        config = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
         vae = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, expected)
         check_keys(f"backbone.vae: {file}", _shapes(vae), expected)
         with replacing(target, sync=False, alone=True) as partial:
@@ -129,7 +129,7 @@ def _write(
     target: Path, source: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
 ) -> None:
     components = ["unet", "vae", *TEXT[family]]
-    configs = {name: json.loads((source / name / "config.json").read_text()) for name in components}
+    configs = {name: json.loads((source / name / "config.json").read_text(encoding="utf-8")) for name in components}
     expected = {name: model_shapes(name, source) for name in components}
     models = split(tensors, Models(family, **configs), expected)
     try:
@@ -142,7 +142,7 @@ def _write(
             f"{error}; for another architecture, set backbone.config=FOLDER to a pipeline folder of that architecture"
             " (backbone.config=pocket for models trained from pocket)"
         ) from error
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
+    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
     with replacing(target, sync=False, alone=True) as partial:
         for name in components:
@@ -161,7 +161,7 @@ def _write(
 
 def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
     """Scheduler config of ``source``, updated from what the file states."""
-    settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text())
+    settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if prediction is not None:
         settings |= {"prediction_type": prediction, STATED_PREDICTION: prediction}
     if "ztsnr" in tensors:

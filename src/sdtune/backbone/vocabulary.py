@@ -21,7 +21,7 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_MERGES, folder / "merges.txt")
-    (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False), encoding="utf-8")
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
@@ -31,14 +31,14 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
         "unk_token": END,
         "pad_token": pad,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def vocabulary() -> dict[str, int]:
     """CLIP's vocabulary, token -> id: bytes, bytes at the end of a word, merged tokens, start and end token."""
     # Order of OpenAI's table: printable bytes first, then the replacement characters of the other bytes.
     bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (ord(letter) > 255, letter))
-    merges = [line for line in _MERGES.read_text().splitlines()[1:] if line]
+    merges = [line for line in _MERGES.read_text(encoding="utf-8").splitlines()[1:] if line]
     tokens = [*bytes_in_order, *(f"{byte}</w>" for byte in bytes_in_order)]
     tokens += ["".join(merge.split()) for merge in merges]
     return {token: index for index, token in enumerate([*tokens, BEGIN, END])}

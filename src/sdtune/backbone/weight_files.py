@@ -104,7 +104,7 @@ def _files(subfolder: Path, variant: str | None) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted({str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{index} cannot be read ({error})", key="backbone.path", remedy="copy or download it again"
@@ -137,7 +137,7 @@ def weights_hash(files: Files) -> str:
     states = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in located]
     cache_file = cache_folder() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
     if cache_file.is_file():
-        return cache_file.read_text()
+        return cache_file.read_text(encoding="utf-8")
     digest = hashlib.sha256()
     for name in sorted(files):
         tensors = [
@@ -155,5 +155,5 @@ def weights_hash(files: Files) -> str:
                 for start in range(first, last, _CHUNK):
                     digest.update(handles[file].read(min(last - start, _CHUNK)))
     with replacing(cache_file, sync=False) as partial:
-        partial.write_text(digest.hexdigest())
+        partial.write_text(digest.hexdigest(), encoding="utf-8")
     return digest.hexdigest()

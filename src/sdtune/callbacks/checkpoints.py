@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, NoReturn
@@ -42,20 +43,32 @@ class AtomicIO(TorchCheckpointIO):
             raise
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint in the run folder ``run``.
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest intact checkpoint in the run folder ``run``; None if the run ended before its first checkpoint.
+
+    A copy or a full disk may have cut the newest one short.
 
     Raises:
-        UserError: the folder has no checkpoint.
+        UserError: all checkpoints are damaged.
     """
-    checkpoints = sorted((run / "checkpoints").glob("step*.ckpt"))
-    if not checkpoints:
+    newest_first = sorted((run / "checkpoints").glob("step*.ckpt"), reverse=True)
+    intact = next(filter(_is_intact, newest_first), None)
+    if newest_first and intact is None:
         raise UserError(
-            f"{run}/checkpoints has no step*.ckpt; the run ended before its first checkpoint",
+            f"all checkpoints are damaged, the newest is {newest_first[0]}",
             key="resume",
-            remedy="delete the run folder and train again",
+            remedy="delete them to train from the beginning",
         )
-    return checkpoints[-1]
+    return intact
+
+
+def _is_intact(file: Path) -> bool:
+    """Whether ``file`` is a complete zip archive, the format of ``torch.save``, with correct checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 class Checkpoints(Callback):

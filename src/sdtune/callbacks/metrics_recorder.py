@@ -176,14 +176,14 @@ class MetricsRecorder(Callback):
         is_new_file = not self.path.exists()
         if is_new_file or not self.columns:
             self.columns = self._read()[0] if not is_new_file else [*rows[0], "validation_loss"]
-        with self.path.open("a", newline="") as handle:
+        with self.path.open("a", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, self.columns, restval="", lineterminator="\n")
             if is_new_file:
                 writer.writeheader()
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        text = self.path.read_text()
+        text = self.path.read_text(encoding="utf-8")
         complete_lines = text[: text.rfind("\n") + 1]  # a process killed while writing leaves an incomplete last line
         reader = csv.DictReader(io.StringIO(complete_lines))
         rows = list(reader)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -110,10 +111,13 @@ def launch(
         folder = run_folder(config)
         if writes:
             _check_folder(folder, args.overrides, config)
-        work = prepare(config, folder)
+        is_default = not any(text.startswith("hydra.run.dir=") for text in args.overrides)
+        existed = folder.exists() and not is_default
+        with _claimed(folder) if writes and is_default else contextlib.nullcontext(folder) as folder:
+            work = prepare(config, folder)
     with exit_codes(command):
         if writes:
-            _run_job(command, search, args.overrides, folder, work)
+            _run_job(command, search, args.overrides, folder, existed, work)
         else:
             work(config)
 
@@ -193,11 +197,43 @@ def _check_folder(folder: Path, overrides: list[str], config: DictConfig) -> Non
         )
 
 
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[Path]:
+    """Context manager that creates ``folder``, or ``folder-2`` and so on if another process has created it.
+
+    The default name is the time in seconds, and the tasks of a scheduler's array start in the same second. If the body
+    raises an exception, the folder and its new parents are removed.
+    """
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name if number == 2 else folder.name.rpartition('-')[0]}-{number}")
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process uses it
+            for created in (folder, *new_parents):
+                created.rmdir()
+        raise
+
+
 def _run_job(
-    command: str, search: ConfigSearchPath, overrides: list[str], folder: Path, work: Callable[[DictConfig], Any]
+    command: str,
+    search: ConfigSearchPath,
+    overrides: list[str],
+    folder: Path,
+    existed: bool,
+    work: Callable[[DictConfig], Any],
 ) -> None:
-    """Run ``work`` as a Hydra job in ``folder``; remove the folder if ``work`` raises UserError or SystemExit."""
-    existed = folder.exists()
+    """Run ``work`` as a Hydra job in ``folder``; remove the folder if ``work`` raises UserError or SystemExit.
+
+    Args:
+        existed: whether the folder existed before the command, and is therefore not removed.
+    """
     errors: list[Exception] = []
 
     def guarded(composed: DictConfig) -> Any:

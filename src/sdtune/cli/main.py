@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sdtune.cli.output import protect_output
 from sdtune.suggest import suggestion
 
 
@@ -52,6 +53,7 @@ commands:
 
 def main() -> None:
     """Console entry point."""
+    protect_output()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         summaries = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())

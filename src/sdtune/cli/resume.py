@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sdtune.config.overrides import resumed_folder
+from sdtune.config.overrides import folder_override, resumed_folder
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
@@ -22,6 +22,7 @@ def rewrite(argv: list[str]) -> list[str]:
     Raises:
         UserError: the folder is not a run folder, or an override would change the run.
     """
+    argv = _without_auto(argv)
     run = resumed_folder(argv)
     if run is None or any(a in ("-m", "--multirun") for a in argv):
         return argv  # with -m, sdtune.sweeps.sweep resumes a sweep
@@ -59,6 +60,43 @@ def rewrite(argv: list[str]) -> list[str]:
         internal = []
     saved = [o for o in saved if not o.startswith("resume=")]
     return [*options, *_config_folder(run, argv), *saved, *new, override("resume", folder), *internal]
+
+
+def _without_auto(argv: list[str]) -> list[str]:
+    """``argv`` with ``resume=auto`` replaced by the run or sweep folder that the arguments name, or removed.
+
+    A run starts, continues from its checkpoint or, if it is complete, ends the process with exit code 0. So a job that
+    a scheduler starts again can repeat its command.
+
+    Raises:
+        UserError: the arguments name no folder.
+    """
+    if "resume=auto" not in argv:
+        return argv
+    is_sweep = any(a in ("-m", "--multirun") for a in argv)
+    key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+    folder = folder_override(argv, key)
+    if folder is None:
+        raise UserError("required with resume=auto", key=key, remedy=f"set {key}=DIR")
+    rest = [a for a in argv if a != "resume=auto"]
+    if is_sweep:
+        return [*rest, override("resume", folder)] if (folder / "multirun.yaml").is_file() else rest
+    # Not the existence of .hydra/: under torchrun, another process of the same start may have written it already.
+    if not any(folder.glob("checkpoints/step*.ckpt")):
+        (folder / "metrics.csv").unlink(missing_ok=True)  # of a start without a checkpoint
+        return rest
+    rest = [a for a in rest if not a.startswith("hydra.run.dir=")]
+    if (folder / "metrics.json").is_file() and _adds_nothing(folder, rest):
+        print(f"sdtune: {folder} is complete")
+        raise SystemExit(0)
+    internal = [override("hydra.run.dir", folder)] if is_launched_again() or is_torchrun() else []
+    return [*rest, override("resume", folder), *internal]
+
+
+def _adds_nothing(run: Path, argv: list[str]) -> bool:
+    """Whether all overrides in ``argv`` are those of the last start of ``run``."""
+    saved = [str(text) for text in OmegaConf.load(last_start(run) / "overrides.yaml")]
+    return all(a in saved for a in argv if "=" in a and not a.startswith("-"))
 
 
 def _is_config_dir(argv: list[str], index: int) -> bool:

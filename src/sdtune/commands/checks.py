@@ -82,12 +82,13 @@ def _open_data(config: dict[str, Any], facts: Facts, settings: Settings) -> Imag
     return data
 
 
-def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
+def check_run(config: dict[str, Any], folder: Path, checkpoint: Path | None = None) -> TrainRun:
     """Build a :class:`TrainRun` from ``config`` and check all its settings; loads no weights.
 
     Args:
         config: the resolved config.
         folder: output folder of the run; it need not exist.
+        checkpoint: checkpoint from which the run continues.
 
     Raises:
         UserError: for the first setting that is wrong.
@@ -124,6 +125,7 @@ def check_run(config: dict[str, Any], folder: Path) -> TrainRun:
         callbacks=_callbacks(config, settings, folder, data, source.facts, record),
         trainer=trainer_arguments(config),
         micro_batch=micro_batch,
+        checkpoint=checkpoint,
     )
 
 

@@ -70,7 +70,7 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerato
     source = build(config["backbone"], settings.trust)
     metrics = finite(evaluation.run(source, data, run / "artifact", settings.name or data.name, device, folder))
     metrics_file = run / "metrics.json"
-    training_metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
+    training_metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
     copied = {key: value for key, value in training_metrics.items() if key in OF_TRAINING}
     reasons = {key: reason for key, reason in training_metrics.get("reasons", {}).items() if key in copied}
     reasons |= metrics.get("reasons", {})

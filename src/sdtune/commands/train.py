@@ -44,15 +44,10 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
         UserError: the config is invalid, ``folder`` contains a run that is not resumed, or the run cannot be resumed.
     """
     container = plain(config)
+    checkpoint = None
     if container.get("resume"):
-        _check_resumed(container, folder)
+        checkpoint = _checked_checkpoint(container, folder)
     elif is_global_zero() and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
-        if not any(folder.glob("checkpoints/step*.ckpt")):
-            raise UserError(
-                f"{folder} contains a run that ended before its first checkpoint",
-                key="hydra.run.dir",
-                remedy="remove the folder or use another one",
-            )
         raise UserError(
             f"{folder} already contains a run",
             key="hydra.run.dir",
@@ -62,13 +57,19 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
         hardware.check_hardware(container["hardware"])
         hardware.check_indices(container["hardware"])
         container["hardware"] = hardware.single_device(container["hardware"])
-    return check_run(container, folder)
+    return check_run(container, folder, checkpoint)
 
 
-def _check_resumed(config: dict[str, Any], folder: Path) -> None:
-    """Raise UserError if the run in ``folder`` cannot be resumed or is complete."""
+def _checked_checkpoint(config: dict[str, Any], folder: Path) -> Path | None:
+    """The checkpoint from which the run in ``folder`` continues; None if it has none and starts from its beginning.
+
+    Raises:
+        UserError: the run cannot be resumed or is complete.
+    """
     checkpoint = last_checkpoint(folder)
     check_unchanged(config, folder)
+    if checkpoint is None:
+        return None
     done, steps = int(checkpoint.stem.removeprefix("step")), config["trainer"]["max_steps"]
     if done > steps:
         raise UserError(
@@ -82,6 +83,7 @@ def _check_resumed(config: dict[str, Any], folder: Path) -> None:
             key="resume",
             remedy="set a larger trainer.max_steps to extend it",
         )
+    return checkpoint
 
 
 def _will_share(config: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 
 from sdtune.backbone import Pretrained
 from sdtune.callbacks.best_artifact import write_best
-from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints, last_checkpoint
+from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints
 from sdtune.callbacks.config_agreement import ConfigAgreement
 from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.crowded_cores import CrowdedCores
@@ -62,6 +62,7 @@ class TrainRun:
         callbacks: the configured callbacks, without those that every run has.
         trainer: config of Lightning's Trainer.
         micro_batch: samples per micro-batch and process.
+        checkpoint: checkpoint from which the run continues; None: from its beginning.
     """
 
     config: Mapping[str, Any]
@@ -77,6 +78,7 @@ class TrainRun:
     callbacks: Sequence[pl.Callback]
     trainer: Mapping[str, Any]
     micro_batch: int
+    checkpoint: Path | None
 
     @property
     def name(self) -> str:
@@ -144,11 +146,15 @@ class TrainRun:
         )
 
     def _fit(self, trainer: pl.Trainer) -> None:
-        checkpoint = last_checkpoint(self.folder) if self.settings.resume else None
-        if trainer.is_global_zero and checkpoint:
-            log.info("resuming at step %d from %s", int(checkpoint.stem.removeprefix("step")), checkpoint)
+        if trainer.is_global_zero and self.checkpoint is not None:
+            for damaged in sorted((self.folder / "checkpoints").glob("step*.ckpt")):
+                if damaged > self.checkpoint:
+                    log.warning("WARNING: %s is damaged; continuing from the checkpoint before it", damaged)
+            log.info("resuming at step %d from %s", int(self.checkpoint.stem.removeprefix("step")), self.checkpoint)
+        elif trainer.is_global_zero and self.settings.resume:
+            log.info("there is no checkpoint yet; starting from the beginning")
         try:
-            trainer.fit(self.adapter, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(self.adapter, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
         finally:
             self.checkpoints.restore_handlers()
         for samples in (c for c in self.callbacks if isinstance(c, Samples)):

@@ -11,13 +11,18 @@ from hydra.errors import OverrideParseException
 
 def resumed_folder(overrides: Sequence[str]) -> Path | None:
     """The folder of the last ``resume=`` override, plain or quoted for Hydra; None if no run is resumed."""
-    resume_overrides = [text for text in overrides if text.startswith("resume=") and text != "resume=null"]
-    if not resume_overrides:
+    return folder_override([text for text in overrides if text != "resume=null"], "resume")
+
+
+def folder_override(overrides: Sequence[str], key: str) -> Path | None:
+    """The folder of the last override of ``key``, plain or quoted for Hydra; None if there is none."""
+    last = next((text for text in reversed(overrides) if text.startswith(f"{key}=")), None)
+    if last is None:
         return None
-    unquoted = Path(resume_overrides[-1].removeprefix("resume=")).expanduser()
+    unquoted = Path(last.removeprefix(f"{key}=")).expanduser()
     if unquoted.exists():
         return unquoted
     try:
-        return Path(str(OverridesParser.create().parse_override(resume_overrides[-1]).value())).expanduser()
+        return Path(str(OverridesParser.create().parse_override(last).value())).expanduser()
     except OverrideParseException:
         return unquoted

@@ -19,7 +19,7 @@ def check_named_model(key: str, name: str, called: str, types: Collection[str]) 
             f"{name} {problem}", key=f"evaluation.{key}", remedy=f"name a local folder with a {called} model"
         )
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({error})", key=f"evaluation.{key}", remedy="save the model again"

@@ -73,7 +73,7 @@ def _is_other(stem: str) -> bool:
 
 def _is_controlnet_folder(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("_class_name") == "ControlNetModel"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("_class_name") == "ControlNetModel"
 
 
 def _from_file(path: Path, key: str) -> Artifact:

@@ -269,7 +269,7 @@ class Export:
             )
             config, tensors = dict(controlnet.config), controlnet.state_dict()
         else:
-            config = json.loads((artifact.path / "config.json").read_text())
+            config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
             tensors, _ = read_safetensors(artifact.path / WEIGHTS)
         trained_unet = artifact.path / "unet"
         if self.format == "single_file":
@@ -306,10 +306,12 @@ def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy a ControlNet folder, and its trained UNet if there is one, with tensors in ``dtype``."""
     for part in ("", "unet") if (source / "unet").is_dir() else ("",):
         content, _ = read_safetensors(source / part / WEIGHTS)
-        write_json(target / part / "config.json", json.loads((source / part / "config.json").read_text()))
+        write_json(
+            target / part / "config.json", json.loads((source / part / "config.json").read_text(encoding="utf-8"))
+        )
         write_safetensors(target / part / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
     if (facts := source / "sdtune.json").is_file():
-        write_json(target / "sdtune.json", json.loads(facts.read_text()))
+        write_json(target / "sdtune.json", json.loads(facts.read_text(encoding="utf-8")))
 
 
 def _number(text: str | None) -> int:

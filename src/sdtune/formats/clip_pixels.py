@@ -15,7 +15,7 @@ def pixel_statistics(folder: Path) -> Statistics:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return _OPENAI
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     mean, std = (
         tuple(content.get(key, default)) for key, default in zip(("image_mean", "image_std"), _OPENAI, strict=True)
     )

@@ -37,13 +37,13 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
         weights: weight files of each component, one file or shards; the copies have no variant in their names.
     """
     target.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text())
+    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     for name, value in index.items():
         if isinstance(value, list) and name not in _COMPONENTS:
             index[name] = [None, None]
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
-    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for component in _COMPONENTS:
         if component in without or not (source / component).is_dir():
             continue
@@ -71,10 +71,10 @@ def _write_vocabulary_files(folder: Path) -> None:
     tokenizer_json, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
     if vocabulary.is_file() or not tokenizer_json.is_file():
         return
-    model = json.loads(tokenizer_json.read_text())["model"]
-    vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    model = json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]
+    vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def _without_variant(name: str) -> str:
@@ -85,11 +85,11 @@ def _without_variant(name: str) -> str:
 def _copy_index(source: Path, target: Path, names: Mapping[str, str]) -> None:
     """Copy the index of the shards ``names`` (old name -> new name) with the new names."""
     for file in sorted(source.glob("*.safetensors.index*.json")):
-        index: dict[str, Any] = json.loads(file.read_text())
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if set(index["weight_map"].values()) == set(names):
             index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
             stem = file.name.partition(".safetensors.index")[0]
-            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
             return
 
 

@@ -18,7 +18,7 @@ def reset_peak_memory(device: torch.device) -> None:
     elif _CLEAR_REFS.exists():
         # Some containers forbid the reset; the peak then counts from the start of the process.
         with suppress(PermissionError):
-            _CLEAR_REFS.write_text("5")
+            _CLEAR_REFS.write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -27,5 +27,5 @@ def peak_memory(device: torch.device) -> int | None:
         return int(torch.cuda.max_memory_allocated(device))
     if not _STATUS.exists():
         return None
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines() if ":" in line)
     return int(lines["VmHWM"].split()[0]) * 1024

@@ -23,7 +23,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has bfloat16 instructions; emulated bfloat16 is slower than float32."""
     info = Path("/proc/cpuinfo")
-    return info.is_file() and any(flag in info.read_text() for flag in (" amx_bf16", " avx512_bf16"))
+    return info.is_file() and any(flag in info.read_text(encoding="utf-8") for flag in (" amx_bf16", " avx512_bf16"))
 
 
 def precision(wanted: str, kind: str) -> str:

@@ -72,7 +72,7 @@ def _quotas() -> dict[Path, float]:
 
 def _cgroups() -> Iterator[Path]:
     """Folders of this process's cgroup and its parents: of cgroup v2, and of the cpu controller of cgroup v1."""
-    lines = OWN_CGROUP.read_text().splitlines() if OWN_CGROUP.is_file() else []
+    lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines() if OWN_CGROUP.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -82,10 +82,12 @@ def _cgroups() -> Iterator[Path]:
 
 def _quota(cgroup: Path) -> float | None:
     try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
+        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         try:
-            quota, period = ((cgroup / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (
+                (cgroup / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+            )
         except OSError:
             return None
     return None if quota == "max" or int(quota) <= 0 else int(quota) / int(period)
@@ -94,10 +96,10 @@ def _quota(cgroup: Path) -> float | None:
 def _cpu_seconds(cgroup: Path) -> float:
     """CPU time of all processes of ``cgroup`` so far; 0 if it is not available."""
     try:
-        return int((cgroup / "cpu.stat").read_text().split("usage_usec")[1].split()[0]) / 1e6
+        return int((cgroup / "cpu.stat").read_text(encoding="utf-8").split("usage_usec")[1].split()[0]) / 1e6
     except (OSError, IndexError):
         try:
-            return int((cgroup / "cpuacct.usage").read_text()) / 1e9
+            return int((cgroup / "cpuacct.usage").read_text(encoding="utf-8")) / 1e9
         except OSError:
             return 0.0
 

@@ -124,7 +124,7 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
 def _facts(folder: Path) -> dict[str, Any]:
     """Content of ``sdtune.json`` next to the ControlNet; empty for a ControlNet of another program."""
     file = folder / "sdtune.json"
-    facts: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return facts
 
 

@@ -108,14 +108,14 @@ def _read(folder: Path) -> Run:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return content
 
 
 def _rows(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete, while a process writes or was killed
     return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(complete))]
 

@@ -172,5 +172,5 @@ def _resume_or_clear(composed: DictConfig, folder: Path) -> None:
 def _metric(config: DictConfig, folder: Path) -> float | None:
     if not finished(folder) or not config.get("optimized_metric"):
         return None
-    value = json.loads((folder / "metrics.json").read_text()).get(config.optimized_metric)
+    value = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(config.optimized_metric)
     return float(value) if isinstance(value, int | float) else None

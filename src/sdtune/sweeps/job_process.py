@@ -85,6 +85,8 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        errors="replace",
         start_new_session=True,
         preexec_fn=terminate_with_parent if sys.platform == "linux" else None,
     )

@@ -29,7 +29,7 @@ _STOPPING = ".stopping"
 def stop_code(sweep: Path) -> int | None:
     """Exit code of the sweep if it is being stopped, else None."""
     file = sweep / _STOPPING
-    return int(file.read_text()) if file.is_file() else None
+    return int(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 class StopRelay:

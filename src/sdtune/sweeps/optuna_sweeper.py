@@ -173,7 +173,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             file = folder / str(number) / STATE
             if resumable and not file.is_file():
                 continue
-            state = json.loads(file.read_text())
+            state = json.loads(file.read_text(encoding="utf-8"))
             if state["state"] in resumable:
                 continue
             outcome = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
@@ -186,7 +186,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
 
     def _check_metric(self, run: Path) -> None:
         """Raise UserError if the run lacks the metric, even as null: it is misspelled, so no trial will have it."""
-        metrics = json.loads((run / "metrics.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         metric = str(self.config.optimized_metric)
         if metric not in metrics:
             known = [key for key, value in metrics.items() if isinstance(value, int | float)]

@@ -171,7 +171,9 @@ def load_classifier(folder: Path | None = None) -> Classifier:
                 f"{file} is missing",
                 remedy="train a classifier with: python -m sdtune.pocket.pretraining.classifier FOLDER",
             )
-    classifier = Classifier(**{key: tuple(labels) for key, labels in json.loads(config.read_text()).items()})
+    classifier = Classifier(
+        **{key: tuple(labels) for key, labels in json.loads(config.read_text(encoding="utf-8")).items()}
+    )
     classifier.load_state_dict(tensors_from_bytes(weights.read_bytes()))
     return classifier.eval()
 

@@ -100,7 +100,7 @@ def assemble_pipeline(folder: Path, final: Path, unet: Path | None, ship: bool) 
         if ship:
             _convert_to_half(target / "unet" / weights_name("unet"))
         for config in target.glob("*/config.json"):
-            content = json.loads(config.read_text())
+            content = json.loads(config.read_text(encoding="utf-8"))
             content.pop("_name_or_path", None)  # a local path of the training machine
             write_json(config, content)
         write_json(target / "model_index.json", _INDEX)

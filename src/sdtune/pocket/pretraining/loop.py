@@ -60,7 +60,7 @@ class _LossLog(Callback):
             values = " ".join(f"{k}={float(v):.5f}" for k, v in outputs.items())
             line = f"step {trainer.global_step} {values}"
             print(line, flush=True)
-            with self.path.open("a") as handle:
+            with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(line + "\n")
 
 

@@ -1,0 +1,54 @@
+"""Standard output and error that never end a run: a closed terminal or pipe, a full disk, missing characters."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from typing import TextIO
+
+
+class _Discarding(io.RawIOBase):
+    """Writes to the file descriptor ``number`` until it fails, and discards everything after that."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def fileno(self) -> int:
+        return self._number
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        try:
+            return os.write(self._number, data)
+        except OSError:
+            # Nobody reads the output any more. Child processes have the same descriptor.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._number)
+            os.close(null)
+            return len(data)
+
+
+def protect_output() -> None:
+    """Replace the process's standard output and error by streams whose write errors are discarded.
+
+    Characters that their encoding lacks are escaped. Streams that a test or a notebook has replaced are left alone.
+    """
+    logging.raiseExceptions = False  # a log file on a full disk would print a traceback for each line
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout = _protected(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = _protected(sys.stderr, 2)
+
+
+def _protected(stream: TextIO, number: int) -> TextIO:
+    stream.flush()
+    buffer = io.BufferedWriter(_Discarding(number))  # type: ignore[type-var]
+    is_line_buffered = number == 2 or buffer.isatty()
+    return io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=is_line_buffered)
