@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sdtune.errors import UserError
+
 _POCKET = Path(__file__).parent / "pocket"
 
 
@@ -19,11 +21,27 @@ def config_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of cached hashes, latents and text embeddings: ``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache."""
+    """Folder of cached hashes, latents and text embeddings: ``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache.
+
+    The folder is created if missing.
+
+    Raises:
+        UserError: it cannot be created or written.
+    """
     configured = os.environ.get("SDTUNE_CACHE")
-    if configured:
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"
+    folder = Path(configured).expanduser() if configured else default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = None if os.access(folder, os.W_OK) else "not writable"
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem is not None:
+        raise UserError(
+            f"the cache folder {folder} cannot be used ({problem})",
+            remedy="set the environment variable SDTUNE_CACHE to a writable folder",
+        )
+    return folder
 
 
 def command_line_folder(sources: Iterable[Any]) -> str | None:

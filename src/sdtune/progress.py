@@ -15,7 +15,7 @@ log = logging.getLogger("sdtune")
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Context manager that shows a progress bar and yields a function that advances it by a number of items."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     if total and not console.is_terminal:
         log.info("%s: %d", title, total)

@@ -313,6 +313,42 @@ def test_vae_can_be_replaced(folders: dict[Family, Path], tmp_path: Path, form: 
     assert source.folder() == Pretrained(str(folders["sd1"]), vae=str(vae_path)).folder()
 
 
+def test_file_without_a_vae_needs_another_one(folders: dict[Family, Path], tmp_path: Path) -> None:
+    tensors = {k: v for k, v in original_tensors(folders["sd1"]).items() if not k.startswith("first_stage_model.")}
+    save_file(tensors, tmp_path / "no_vae.safetensors")
+    settings = {"path": str(tmp_path / "no_vae.safetensors"), "config": str(folders["sd1"])}
+    source = Pretrained(**settings, vae=str(folders["sd1"] / "vae"))
+    source.check()
+    assert equal_weights(source.load().state_dict(), Pretrained(str(folders["sd1"])).load().state_dict())
+    for _ in range(2):  # also after the conversion without a VAE
+        with pytest.raises(UserError, match=r"^backbone\.path: .*no_vae\.safetensors contains no VAE; set"):
+            _ = Pretrained(**settings).facts
+
+
+@pytest.mark.parametrize("key", ["logit_scale", "text_projection", "transformer.text_projection.weight"])
+def test_unused_tensors_of_the_text_encoder_are_ignored(folders: dict[Family, Path], tmp_path: Path, key: str) -> None:
+    tensors = original_tensors(folders["sd1"])
+    save_file({**tensors, f"cond_stage_model.{key}": torch.ones(2, 2)}, tmp_path / "more.safetensors")
+    source = Pretrained(str(tmp_path / "more.safetensors"), config=str(folders["sd1"]))
+    assert equal_weights(source.load().state_dict(), Pretrained(str(folders["sd1"])).load().state_dict())
+
+
+def test_layout_of_sd21_turbo_is_read(folders: dict[Family, Path], tmp_path: Path) -> None:
+    """It has the text encoder of SD 2.x with the key prefix of the SDXL refiner."""
+    tensors = {
+        key.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): value
+        for key, value in original_tensors(folders["sd2"]).items()
+    }
+    save_file(tensors, tmp_path / "turbo.safetensors")
+    source = Pretrained(str(tmp_path / "turbo.safetensors"), config=str(folders["sd2"]), family="sd2")
+    assert equal_weights(source.load().state_dict(), Pretrained(str(folders["sd2"])).load().state_dict())
+    save_file(
+        {**tensors, "model.diffusion_model.label_emb.0.0.weight": torch.ones(2)}, tmp_path / "refiner.safetensors"
+    )
+    with pytest.raises(UserError, match="is the SDXL refiner"):
+        _ = Pretrained(str(tmp_path / "refiner.safetensors")).facts
+
+
 def test_file_or_folder_that_is_not_a_vae_is_refused(folders: dict[Family, Path], tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=r"^backbone\.vae: .*lora\.safetensors lacks decoder\."):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from running import arguments, train
 from sdtune.callbacks import Samples
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
+from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
 
 
@@ -73,3 +78,43 @@ def test_images_of_other_sampling_settings_are_not_used_as_before(tmp_path: Path
     assert same.first is not None
     assert np.array_equal(same.first[0][0], first.first[0][0])
     assert other.first is None
+
+
+def test_stopped_run_generates_no_samples_on_its_way_out(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """A scheduler gives little time between SIGTERM and SIGKILL; the resumed run generates them."""
+    run = tmp_path / "run"
+    overrides = ["trainer.max_steps=3", "callbacks.samples.sampling.steps=1", "trust=[running]"]
+    command = [a for a in arguments(tiny, images, run, *overrides) if a != "callbacks.samples=null"]
+    assert train(*command, "+callbacks.stop={_target_: running.StopAt, step: 2}") == 128 + signal.SIGTERM
+    names = ["before", "step00000000.png"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == names
+    assert train(f"resume={run}") == 0
+    assert sorted(p.name for p in (run / "samples").iterdir()) == sorted(
+        [*names, "after", "before_after.png", "step00000003.png"]
+    )
+
+
+def test_stop_interrupts_the_samples_that_are_being_generated(
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_denoise, calls = LoRA.denoise, 0
+
+    def denoise(model: LoRA, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return real_denoise(model, *args)
+
+    monkeypatch.setattr(LoRA, "denoise", denoise)
+    run = tmp_path / "run"
+    overrides = ["trainer.max_steps=3", "callbacks.samples.every_steps=1", "callbacks.samples.sampling.steps=2"]
+    overrides += [
+        "callbacks.samples.sampling.batch_size=1",
+        "callbacks.samples.prompts=[a,b]",
+        "callbacks.samples.seeds=[0]",
+    ]
+    command = [a for a in arguments(tiny, images, run, *overrides) if a != "callbacks.samples=null"]
+    assert train(*command) == 128 + signal.SIGTERM
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["before", "step00000000.png", "step00000001.png"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step00000002.ckpt"]

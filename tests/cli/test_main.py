@@ -6,9 +6,12 @@ import os
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from sdtune.cli.main import main
 
 
 def sdtune(*arguments: str, line: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -72,3 +75,13 @@ def test_python_m_sdtune_equals_the_sdtune_command() -> None:
         check=True,
     )
     assert command.stdout == sdtune("train", "--cfg", "job").stdout
+
+
+def test_version_of_a_command_is_that_of_sdtune(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["--version"], ["train", "--version"]):
+        monkeypatch.setattr(sys, "argv", ["sdtune", *arguments])
+        main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == version("sdtune")

@@ -81,7 +81,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_stopped_and_resumed_run_equals_uninterrupted_run(
     signal_number: signal.Signals, code: int, tiny: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -95,7 +95,8 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(
     assert process.wait(timeout=200) == code
     stopped_at = int(rows(run)[-1]["step"])
     assert 3 <= stopped_at < 40
-    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    *_, first, last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("sdtune:")]
+    assert first == "sdtune: stopping after this step and saving; Ctrl-C again stops immediately"
     assert last == (
         f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved;"
         f" continue it with: sdtune train resume={run}"

@@ -131,6 +131,13 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a dash in a text": (["data.prompt=a", "cat", "-", "oil"], ("data.prompt: the shell has split", "a cat - oil")),
     "group of a value": (["method.rank.foo=1"], ("method.rank.foo: unknown setting; set method.rank, which",)),
+    "hydra.output_subdir": (["hydra.output_subdir=null"], ("hydra.output_subdir: ", "hydra.run.dir")),
+    "hydra.job": (["hydra.job.chdir=true"], ("hydra.job.chdir: ",)),
+    "hydra.job.name": (["hydra.job.name=x"], ("hydra.job.name: ",)),
+    "hydra.mode": (["hydra.mode=MULTIRUN"], ("hydra.mode: ",)),
+    "hydra.sweep.subdir": (["hydra.sweep.subdir=x"], ("hydra.sweep.subdir: ",)),
+    "hydra/job_logging": (["hydra/job_logging=disabled"], ("hydra/job_logging: ",)),
+    "hydra.callbacks": (["+hydra.callbacks.x._target_=os.system"], ("hydra.callbacks.x._target_: ",)),
     "misspelt option": (["--multrun"], ("--multrun: ", "did you mean --multirun?")),
     "two dashes": (["--", "method.rank=4"], ("--: ", "without dashes")),
     "value of an option": (
@@ -161,6 +168,15 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "lr 0": (["optimizer.lr=0"], ("optimizer.lr", "0", "greater than 0")),
     "lr not a number": (["optimizer.lr=high"], ("optimizer.lr", "'high'")),
     "betas": (["optimizer.betas=[0.9,1.5]"], ("optimizer", "1.5")),
+    "no lr": (["optimizer.lr=null"], ("optimizer.lr", "valid number")),
+    "relative step of Adafactor": (
+        ["optimizer=adafactor", "optimizer.relative_step=true"],
+        ("optimizer: ", "relative_step", "correct the settings"),
+    ),
+    "no lr of Prodigy": (["optimizer=prodigy", "optimizer.lr=null"], ("optimizer.lr", "valid number")),
+    "one beta": (["optimizer=prodigy", "optimizer.betas=0.9"], ("optimizer: ", "betas=0.9")),
+    "weight decay as a text": (["optimizer=prodigy", "optimizer.weight_decay=abc"], ("optimizer", "abc")),
+    "no eps": (["optimizer=adamw8bit", "optimizer.eps=null"], ("optimizer", "eps=None")),
     "max_steps 0": (["trainer.max_steps=0"], ("trainer.max_steps", "0", "greater than or equal to 1")),
     "max_steps -1": (["trainer.max_steps=-1"], ("trainer.max_steps", "greater than or equal to 1")),
     "rank as a float": (["method.rank=8.0"], ("method.rank", "8.0", "valid integer")),
@@ -284,6 +300,14 @@ def test_templates_require_a_prompt_with_only_the_token(line: CommandLine, image
     line.train(images, *overrides, words=("data.path", 'data.prompt="<my_cat>"'))
 
 
+def test_cache_that_cannot_be_written_is_refused(
+    line: CommandLine, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SDTUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    line.train(images, words=("the cache folder /proc/nowhere/sdtune cannot be used", "SDTUNE_CACHE"))
+
+
 # --- folders of runs
 
 
@@ -318,11 +342,6 @@ def write_run_config(line: CommandLine, images: Path) -> None:
 def test_resuming_a_folder_without_a_run_is_refused(line: CommandLine) -> None:
     line.refuses("train", f"resume={line.folder}", words=("resume", str(line.folder), "not a run folder"))
     line.refuses("train", "resume=./nowhere", words=("resume", "nowhere", "not a run folder"))
-
-
-def test_resuming_a_run_without_a_checkpoint_is_refused(line: CommandLine, images: Path) -> None:
-    write_run_config(line, images)
-    line.refuses("train", f"resume={line.run}", words=("resume", "checkpoints", "step*.ckpt"))
 
 
 @pytest.mark.parametrize(

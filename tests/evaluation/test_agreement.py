@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_control_agreement_is_measured_without_a_clip(
 
 
 def test_missing_control_agreement_has_a_reason(images: Path, tmp_path: Path, tiny: Path) -> None:
-    for control, reason in ((None, "no control maps"), (Paired(str(images)), "not extracted from images")):
+    shutil.copytree(images, tmp_path / "maps")
+    for control, reason in ((None, "no control maps"), (Paired(str(tmp_path / "maps")), "not extracted from images")):
         data = folder_data(images, control=control)
         data.open(32, 4)
         metrics = ClipMetrics().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)

@@ -128,7 +128,7 @@ def test_zero_terminal_snr_with_epsilon_prediction_is_refused() -> None:
 
 
 def test_unknown_beta_schedule_is_refused() -> None:
-    with pytest.raises(UserError, match=r"unknown beta_schedule 'sigmoid'; .*scaled_linear"):
+    with pytest.raises(UserError, match=r"unknown beta_schedule 'sigmoid' in the scheduler config; .*scaled_linear"):
         NoiseSchedule.from_config({**CONFIGS["linear"], "beta_schedule": "sigmoid"})
 
 

@@ -22,6 +22,7 @@ class Facts:
         max_tokens: maximum number of tokens of a prompt, including the start and end token.
         windows: maximum prompt length as a multiple of the text encoder's length.
         scheduler: diffusers class of the scheduler config; empty if unknown.
+        train_timesteps: number of timesteps of the noise schedule.
     """
 
     side: int
@@ -32,6 +33,7 @@ class Facts:
     family: Family = "sd1"
     windows: int = 1
     scheduler: str = ""
+    train_timesteps: int = 1000
 
 
 STATED_PREDICTION = "_prediction_type_of_file"

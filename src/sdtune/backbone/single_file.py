@@ -22,7 +22,7 @@ from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import write_safetensors
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original import Family, Models, detect, split
-from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae, stated_prediction
+from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae, stated_prediction, with_usual_names
 from sdtune.formats.pipeline import weights_name
 from sdtune.paths import cache_folder
 
@@ -46,27 +46,35 @@ def family_of(folder: Path) -> Family:
     return family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())
 
 
-def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool) -> Path:
+def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, needs_vae: bool = True) -> Path:
     """Pipeline folder in the cache, converted from the checkpoint ``file`` on the first call.
 
     Args:
         file: ``.safetensors`` or a pickle, in the original layout.
         config: pipeline folder with the configs; if None, the configs of its family that are included in sdtune.
         allow_pickle: see :func:`sdtune.formats.checkpoint_file.read_checkpoint`.
+        needs_vae: whether the VAE of the file is used; if not, the file may have none.
 
     Raises:
         UserError: not a Stable Diffusion model that sdtune can train, or its tensors do not match the configs.
     """
     target = _cache_target(file, config)
     with FileLock(_lock_file(target)):
-        if (target / "model_index.json").is_file():
+        if (target / "model_index.json").is_file() and (
+            not needs_vae or (target / "vae" / weights_name("vae")).is_file()
+        ):
             return target
-        tensors, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
+        checkpoint, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
+        tensors = with_usual_names(checkpoint)
         try:
             family = detect({key: list(tensor.shape) for key, tensor in tensors.items()})
             prediction = stated_prediction(tensors, metadata)
         except UserError as error:
             raise UserError(f"{file} {error}", key="backbone.path") from error
+        if needs_vae and not any(key.startswith(VAE) for key in tensors):
+            raise UserError(
+                f"{file} contains no VAE", key="backbone.path", remedy="set backbone.vae= to that of the same family"
+            )
         source = config or CONFIGS / INCLUDED_CONFIGS[family]
         if family_of(source) != family:
             raise UserError(
@@ -131,9 +139,10 @@ def _write(
     components = ["unet", "vae", *TEXT[family]]
     configs = {name: json.loads((source / name / "config.json").read_text(encoding="utf-8")) for name in components}
     expected = {name: model_shapes(name, source) for name in components}
+    weighted = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
     models = split(tensors, Models(family, **configs), expected)
     try:
-        for name in components:
+        for name in weighted:
             check_keys(f"{where} ({name})", _shapes(models[name]), expected[name])
     except UserError as error:
         if not source.is_relative_to(CONFIGS):
@@ -146,7 +155,8 @@ def _write(
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
     with replacing(target, sync=False, alone=True) as partial:
         for name in components:
-            write_safetensors(partial / name / weights_name(name), models[name], {"format": "pt"})
+            if name in weighted:
+                write_safetensors(partial / name / weights_name(name), models[name], {"format": "pt"})
             write_json(partial / name / "config.json", configs[name])
         for name, pads in _PADS.items():
             if family not in pads:

@@ -106,7 +106,7 @@ class PipelineSource:
                 key="backbone.config",
                 remedy="use a pipeline folder with its configs",
             )
-        return convert_checkpoint(local_path, config, self.allow_pickle)
+        return convert_checkpoint(local_path, config, self.allow_pickle, needs_vae=not self.vae)
 
     @cached_property
     def _hub_configs(self) -> Path:
@@ -239,7 +239,7 @@ class PipelineSource:
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         check_noise_process(scheduler)
-        NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
+        schedule = NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
         if vae.get("latents_mean") or vae.get("latents_std"):
             raise UserError(
                 f"the VAE of {self.path} normalizes its latents with latents_mean and latents_std",
@@ -264,6 +264,7 @@ class PipelineSource:
             family=self._family(unet),
             windows=windows,
             scheduler=str(scheduler.get("_class_name")),
+            train_timesteps=len(schedule),
         )
 
     def _family(self, unet: dict[str, Any]) -> Family:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -74,10 +76,10 @@ def _is_intact(file: Path) -> bool:
 class Checkpoints(Callback):
     """Save a checkpoint every ``every_steps`` optimizer steps, at the end of the run, and when the run must stop.
 
-    Ctrl-C and SIGTERM request a stop: the run completes the step, saves, and leaves ``stopped_by`` set. A second Ctrl-C
-    ends the process immediately. So does the first signal before the training starts, for example while the caches are
-    filled; cached entries are kept. The last two checkpoints are kept and, with a validation set, ``best.ckpt``, the
-    one with the lowest validation loss.
+    Ctrl-C, SIGTERM and SIGHUP request a stop: the run completes the step, saves, and leaves ``stopped_by`` set; no
+    samples are generated any more. A second Ctrl-C ends the process immediately. So does the first signal before the
+    training starts, for example while the caches are filled; cached entries are kept. The last two checkpoints are kept
+    and, with a validation set, ``best.ckpt``, the one with the lowest validation loss.
     """
 
     priority: ClassVar[int] = 100
@@ -94,12 +96,17 @@ class Checkpoints(Callback):
     def request_stop(self, number: int) -> None:
         """Request a stop by signal ``number``: the run completes the step, saves and ends."""
         self.stopped_by = signal.Signals(number)
+        self.record.stop_requested = True
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
             self._exit_immediately("before the first step; caches are kept; repeat the command to continue", number)
         if self.stopped_by is not None and number == signal.SIGINT:
             self._exit_immediately(f"immediately; {RESUME_ADVICE}", number)
+        if self.stopped_by is None:
+            with contextlib.suppress(OSError):
+                # Not print: the signal may have interrupted another print to the same stream.
+                os.write(2, b"sdtune: stopping after this step and saving; Ctrl-C again stops immediately\n")
         self.request_stop(number)
 
     @staticmethod
@@ -122,7 +129,7 @@ class Checkpoints(Callback):
             self._handlers.setdefault(number, previous)
 
     def restore_handlers(self) -> None:
-        """Restore the previous SIGINT and SIGTERM handlers. Call it after ``fit``, which sets SIGTERM when it ends."""
+        """Restore the previous handlers of the stop signals. Call it after ``fit``, which sets SIGTERM when it ends."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -142,7 +149,7 @@ class Checkpoints(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self._stop_requested(trainer):
-            self.stopped_by = self.stopped_by or signal.SIGTERM
+            self.request_stop(self.stopped_by or signal.SIGTERM)
             if not self._validates(trainer):
                 # Lightning would validate before it stops; an uninterrupted run has no validation at this step.
                 trainer.limit_val_batches = 0

@@ -45,6 +45,8 @@ class MetricsRecorder(Callback):
         self._last_flush = (0, 0.0)
         self._prompts: list[str] = []
         self._validating = ExitStack()
+        self.stop_requested = False
+        """Whether the run will stop and save after this step; set by the callback ``Checkpoints``."""
 
     # --- rows
 

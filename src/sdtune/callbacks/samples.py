@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,14 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data.previews import PreviewPrompt, preview_prompts
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
-from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, Seed, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 log = logging.getLogger("sdtune")
+
+
+class _StopRequested(Exception):
+    """The run will stop; the samples that are being generated are not needed any more."""
 
 
 class Samples(Callback):
@@ -43,7 +48,7 @@ class Samples(Callback):
         folder: Path,
         record: MetricsRecorder,
         prompts: Sequence[str] | None = None,
-        seeds: Sequence[int] = (0, 1),
+        seeds: Sequence[Seed] = (0, 1),
         every_steps: Annotated[int, Ge(1)] | None = None,
         sampling: Sampling | None = None,
     ) -> None:
@@ -61,12 +66,16 @@ class Samples(Callback):
         requests = [Request(preview.prompt, seed, preview.maps) for seed in self.seeds for preview in self.wanted]
 
         def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
+            if self.record.stop_requested:
+                raise _StopRequested
             return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
 
-        with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
-            images = list(generate(module.backbone, requests, self.sampling, denoise))
-        for m, training in training_modes.items():
-            m.training = training
+        try:
+            with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
+                images = list(generate(module.backbone, requests, self.sampling, denoise))
+        finally:
+            for m, training in training_modes.items():
+                m.training = training
         columns = len(self.wanted)
         return [images[i : i + columns] for i in range(0, len(images), columns)]
 
@@ -115,16 +124,18 @@ class Samples(Callback):
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if due and boundary and trainer.is_global_zero and trainer.global_step < trainer.max_steps:
-            self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
+            with suppress(_StopRequested):
+                self.save(trainer, pl_module, self.folder / f"step{trainer.global_step:08d}.png")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
         if trainer.is_global_zero:
-            self._finish(trainer, pl_module)
+            with suppress(_StopRequested):
+                self._finish(trainer, pl_module)
 
     def complete(self, trainer: pl.Trainer, module: Adapter) -> None:
         """After ``fit``, generate the final samples if the training was complete and Lightning called no hook."""
-        if self._finished or not trainer.is_global_zero:
+        if self._finished or self.record.stop_requested or not trainer.is_global_zero:
             return
         self._set_prompts(trainer, module)
         module.to(trainer.strategy.root_device)
@@ -132,8 +143,8 @@ class Samples(Callback):
         module.to("cpu")
 
     def _finish(self, trainer: pl.Trainer, module: Adapter) -> None:
-        self._finished = True
         last = self.save(trainer, module, self.folder / f"step{trainer.global_step:08d}.png")
+        self._finished = True
         self._write_images(last, "after")
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
@@ -186,4 +197,5 @@ class Snapshots(Callback):
         with pl_module.final_weights():
             pl_module.snapshot(self.folder / "artifact", stem, suffix)
         if self.samples is not None:
-            self.samples.save(trainer, pl_module, self.folder / "samples" / f"{stem}.png")
+            with suppress(_StopRequested):
+                self.samples.save(trainer, pl_module, self.folder / "samples" / f"{stem}.png")

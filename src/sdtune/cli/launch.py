@@ -92,6 +92,7 @@ def launch(
     with exit_codes(command, partial(composition_error, command=command, typed=argv)):
         parser = get_args_parser()
         _check_option_names(command, argv, option_names(parser))
+        _check_hydra_settings(argv)
         args = _parse(command, parser, rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
@@ -141,6 +142,18 @@ def _check_option_names(command: str, argv: list[str], known: list[str]) -> None
         name = re.split(r"[=\s]", word)[0]
         if name not in known:
             refuse(option_error(name, command, known))
+
+
+_HYDRA_SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher", "hydra.sweeper", "hydra.verbose")
+
+
+def _check_hydra_settings(argv: list[str]) -> None:
+    """Refuse settings of Hydra that would move the files of a run, such as ``hydra.output_subdir=null``."""
+    for text in argv:
+        key = text.split("=")[0].lstrip("+~")
+        is_supported = key.startswith(_HYDRA_SETTINGS) or key in ("hydra/launcher", "hydra/sweeper")
+        if key.startswith(("hydra.", "hydra/")) and not is_supported and not is_launched_again():
+            refuse(f"{key}: setting of Hydra that sdtune does not support; use {', '.join(_HYDRA_SETTINGS)}")
 
 
 def _parse(command: str, parser: ArgumentParser, argv: list[str]) -> Namespace:

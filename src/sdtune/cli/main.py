@@ -60,9 +60,7 @@ def main() -> None:
         print(_HELP.format(commands=summaries), end="")
         return
     if arguments[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(version("sdtune"))
+        _print_version()
         return
     if arguments[0] in ("-sc", "--shell-completion"):
         _complete(arguments)
@@ -79,10 +77,19 @@ def main() -> None:
         with exit_codes(name):
             report(overrides)
         return
+    if overrides in (["--version"], ["-V"]):  # Hydra would print its own version
+        _print_version()
+        return
     from sdtune.cli.launch import launch, lazy_command
 
     command = COMMANDS[name]
     launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
+
+
+def _print_version() -> None:
+    from importlib.metadata import version
+
+    print(version("sdtune"))
 
 
 def _argument_rewriter(name: str) -> Callable[[list[str]], list[str]]:

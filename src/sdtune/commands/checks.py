@@ -27,6 +27,7 @@ from sdtune.exporting import FORMATS, Artifact, Export
 from sdtune.exporting.artifact import Kind
 from sdtune.loggers import LoggerSettings, OtherLogger
 from sdtune.methods.base import Adapter, check_trainable
+from sdtune.paths import cache_folder
 from sdtune.runs.metrics import OF_TRAINING
 from sdtune.suggest import suggestion
 
@@ -95,6 +96,7 @@ def check_run(config: dict[str, Any], folder: Path, checkpoint: Path | None = No
     """
     settings = read_settings(config)
     trust = settings.trust
+    cache_folder()
     _check_nodes(config, trust)
     source: Pretrained = build(config["backbone"], trust)
     data = _open_data(config, source.facts, settings)

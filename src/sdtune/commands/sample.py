@@ -27,7 +27,7 @@ from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
-from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.loop import Request, Sampling, Seed, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts
 
 log = logging.getLogger("sdtune")
@@ -42,7 +42,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_node(container["backbone"], "backbone", trust)
     check_node(container["sampling"], "sampling", trust)
     hardware.check_hardware(container["hardware"])
-    check_value(container["seeds"], list[int], "seeds")
+    check_value(container["seeds"], list[Seed], "seeds")
     check_value(container["strengths"], list[float] | None, "strengths")
     source = build(container["backbone"], trust)
     source.check()
@@ -68,8 +68,9 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     for control in _controls(container):
         control.read_image()
         controlnets.check_controlnet(control.path, source, control.preprocess)
+    build(container["sampling"], trust).check(source.facts)
     for _, settings in _requests(container):
-        settings.check(source.facts)
+        settings.check(source.facts, "prompts_file")
 
     def start(composed: DictConfig) -> None:
         with choose_threads(container["hardware"]):
@@ -100,6 +101,7 @@ def _requests(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
             overrides = {key: value for key, value in options.items() if value is not None}
             for key, value in overrides.items():
                 check_value(value, hints[key], f"prompts_file: {line.prompt!r}, {key}")
+            check_value(line.seed, Seed | None, f"prompts_file: {line.prompt!r}, seed")
             line_settings = replace(settings, **overrides)
             seeds = [line.seed] if line.seed is not None else config["seeds"]
             requests += [(Request(line.prompt, seed), line_settings) for seed in seeds]

@@ -66,8 +66,8 @@ def _checked_checkpoint(config: dict[str, Any], folder: Path) -> Path | None:
     Raises:
         UserError: the run cannot be resumed or is complete.
     """
-    checkpoint = last_checkpoint(folder)
     check_unchanged(config, folder)
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         return None
     done, steps = int(checkpoint.stem.removeprefix("step")), config["trainer"]["max_steps"]

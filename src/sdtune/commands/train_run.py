@@ -37,6 +37,7 @@ from sdtune.exporting import Export, find_artifact, write_card
 from sdtune.files import write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
+from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.loggers import LoggerSettings
 from sdtune.methods.base import Adapter
 from sdtune.quoting import shell_override
@@ -201,9 +202,9 @@ class TrainRun:
 
     @contextmanager
     def _stopped_outside_of_steps(self) -> Iterator[None]:
-        """Context manager that handles Ctrl-C and SIGTERM before and after the training steps.
+        """Context manager that handles Ctrl-C, SIGTERM and SIGHUP before and after the training steps.
 
-        Either of them closes the loggers and ends the run. During the steps, ``Checkpoints`` handles both signals.
+        Each of them closes the loggers and ends the run. During the steps, ``Checkpoints`` handles them.
         """
 
         def message() -> str:
@@ -215,17 +216,18 @@ class TrainRun:
             print(f"sdtune: {message()}", file=sys.stderr)
             raise SystemExit(128 + number)
 
-        previous_handler = signal.getsignal(signal.SIGTERM)
-        handles_sigterm = previous_handler == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
-        if handles_sigterm:
-            signal.signal(signal.SIGTERM, exit_run)
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = [n for n in STOP_SIGNALS if is_main and signal.getsignal(n) == signal.SIG_DFL]
+        for number in numbers:
+            signal.signal(number, exit_run)
         try:
             yield
         except KeyboardInterrupt as stop:
             raise Stopped(message(), 128 + signal.SIGINT) from stop
         finally:
-            if handles_sigterm and signal.getsignal(signal.SIGTERM) is exit_run:
-                signal.signal(signal.SIGTERM, previous_handler)
+            for number in numbers:
+                if signal.getsignal(number) is exit_run:
+                    signal.signal(number, signal.SIG_DFL)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:

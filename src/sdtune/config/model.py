@@ -19,12 +19,15 @@ _PASSED = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "t
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_node(node, "optimizer", trust)
-    check_value(node.get("lr"), Annotated[float, Gt(0)] | None, "optimizer.lr")
+    check_value(node.get("lr"), Annotated[float, Gt(0)], "optimizer.lr")
     try:
         # torch's annotations have no ranges; its constructors check them and need a parameter to optimize.
         build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
-    except ValueError as error:
-        raise UserError(str(error), key="optimizer") from error
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        values = ", ".join(f"{key}={value}" for key, value in node.items() if not key.startswith("_"))
+        raise UserError(
+            f"{error} ({values})", key="optimizer", remedy="correct the settings of the optimizer"
+        ) from error
 
 
 _MIN_PRODIGY_LR = 0.1  # a smaller rate was meant for another optimizer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import StringConstraints
@@ -37,7 +37,7 @@ class Settings:
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^\w[\w .+-]*$")] | None = None
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     save_every: Annotated[int, Ge(1)] | None = None
     resume: str | None = None
     trust: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from cachetools import LRUCache, cached
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sdtune.errors import UserError
@@ -51,8 +51,13 @@ class TensorCache:
             ) from error
 
     def put(self, key: str, value: Tensor) -> None:
-        with replacing(self.path(key), sync=False) as partial:
-            save_file({"value": value.contiguous().cpu()}, partial)
+        content = save({"value": value.contiguous().cpu()})
+        try:
+            # safetensors' own file writer reports a full disk as an error without errno.
+            with replacing(self.path(key), sync=False) as partial:
+                partial.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path(key))) from error
 
     @torch.no_grad()
     def fill(

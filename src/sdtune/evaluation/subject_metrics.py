@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from sdtune.backbone import Facts, Pretrained
@@ -53,7 +53,7 @@ class ClipMetrics:
         self,
         prompts: Sequence[str] | None = None,
         images: Annotated[int, Ge(2)] = 32,
-        seed: Annotated[int, Ge(0)] = 1000,
+        seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1000,
         clip: str | None = None,
         dino: str | None = None,
         sampling: Sampling | None = None,

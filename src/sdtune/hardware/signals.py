@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that make a run save and stop: Ctrl-C, and SIGTERM of schedulers."""
+
+def _stop_signals() -> tuple[signal.Signals, ...]:
+    hangup = getattr(signal, "SIGHUP", None)  # missing on Windows
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return (signal.SIGINT, signal.SIGTERM)
+    return (signal.SIGINT, signal.SIGTERM, hangup)
+
+
+STOP_SIGNALS = _stop_signals()
+"""Signals that make a run save and stop: Ctrl-C, SIGTERM of schedulers, SIGHUP of a closed terminal. A SIGHUP that is
+ignored when the process starts (nohup, disown) stays ignored."""
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import diffusers
 import numpy as np
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
@@ -30,6 +30,12 @@ _SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+
+_PNDM_STEPS = 4
+"""The first steps of PNDM are of a Runge-Kutta method of this order (Liu et al. 2022)."""
+
+Seed = Annotated[int, Interval(ge=0, lt=2**64)]
+"""Seeds that torch's generators accept."""
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
 """(noisy latents [B, C, h, w], timestep, text embeddings [B, L, D], control maps [B, 3, H, W] per ControlNet) -> model
@@ -68,12 +74,17 @@ class Sampling:
             key: config key of these settings.
 
         Raises:
-            UserError: width or height is not a multiple of the VAE's factor, or no sampler is set and that of the
-                backbone cannot be used.
+            UserError: width or height is not a multiple of the VAE's factor; the number of steps does not fit the
+                scheduler; or no sampler is set and that of the backbone cannot be used.
         """
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and side % facts.factor:
                 raise UserError(f"{side} is not a multiple of {facts.factor}, the VAE's factor", key=f"{key}.{name}")
+        if self.steps > facts.train_timesteps:
+            raise UserError(f"max {facts.train_timesteps} with this backbone, got {self.steps}", key=f"{key}.steps")
+        scheduler = _SCHEDULERS[self.sampler] if self.sampler else facts.scheduler
+        if scheduler == "PNDMScheduler" and self.steps < _PNDM_STEPS:
+            raise UserError(f"pndm needs at least {_PNDM_STEPS} steps, got {self.steps}", key=f"{key}.steps")
         if self.sampler is None and facts.scheduler and not can_sample(facts.scheduler):
             raise UserError(
                 f"the scheduler of the backbone is {facts.scheduler}, which cannot be used here",

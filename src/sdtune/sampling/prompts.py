@@ -68,7 +68,11 @@ def read_prompt_file(path: str) -> list[PromptLine]:
     if not file.is_file():
         raise UserError(f"{path} is not a file", key="prompts_file")
     lines = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text", key="prompts_file", remedy="save it as UTF-8") from error
+    for number, line in enumerate(content.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -26,7 +26,6 @@ _LAUNCH_VARIABLES = (
 variables are removed as well: Lightning would use the sweep's number of tasks for the job.
 """
 
-_FORWARDED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 _REPORT_PREFIX = "sdtune: "
 """Start of the stderr lines in which a command reports how it ended."""
 
@@ -54,13 +53,12 @@ def run_subprocess(command: str, options: Sequence[str], overrides: Sequence[str
     sent: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # The job saves and stops on SIGTERM, but does not handle the SIGHUP of a closed terminal.
-        sent.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        sent.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, sent[-1])
 
     lines: deque[str] = deque(maxlen=_STORED_LINES + 1)
-    with handled(_FORWARDED_SIGNALS, forward):
+    with handled(STOP_SIGNALS, forward):
         reader = threading.Thread(target=_copy_stderr, args=(child, lines), daemon=True)
         reader.start()
         try:
@@ -101,7 +99,7 @@ def _raise_for(code: int, sent: Sequence[int], lines: Sequence[str]) -> None:
     """
     reports = [line.removeprefix(_REPORT_PREFIX).strip() for line in lines if line.startswith(_REPORT_PREFIX)]
     report = reports[-1] if reports else ""
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code in (128 + number for number in STOP_SIGNALS):
         raise Stopped(report, code)
     if sent and code:
         # The signal arrived before the job handled signals, or after it stopped handling them.

@@ -180,7 +180,8 @@ def _resumed(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str],
     changed = [item for item in overrides if item.startswith(_CHANGEABLE)]
     saved = [item for item in saved if not item.startswith(tuple(f"{new.split('=', 1)[0]}=" for new in changed))]
     given = [item for item in overrides if item not in changed and not item.startswith(("resume=", "hydra.sweep.dir="))]
-    conflicts = [item for item in given if item not in saved] or [item for item in saved if given and item not in given]
+    required = [item for item in saved if given and not item.startswith(_CHANGEABLE)]
+    conflicts = [item for item in given if item not in saved] or [item for item in required if item not in given]
     if conflicts:
         problem = "is not an override of" if conflicts[0] in given else "is missing, but is an override of"
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,13 @@ TEXT: dict[str, dict[str, str]] = {
 """Key prefixes of the text encoders; a prefix that ends in ``model.`` means OpenCLIP names."""
 
 _REFINER = "conditioner.embedders.0.model."
+"""Key prefix of the text encoder of the SDXL refiner, and of SD 2.1 Turbo, whose UNet has no size conditioning."""
+
+_SIZE_CONDITIONING = f"{UNET}label_emb.0.0.weight"
+_UNUSED_OF_FIRST_ENCODER = re.compile(
+    r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
+)
+"""Keys that some programs save with the text encoder of SD 1.x and the first one of SDXL, which have no projection."""
 _IGNORED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "denoiser.", "embedding_manager.")
 _BUFFERS_AND_MARKERS = (
     "betas",
@@ -59,6 +67,14 @@ class Models:
         config = self.text_encoder if component == "text_encoder" else self.text_encoder_2
         assert config is not None
         return config
+
+
+def with_usual_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with the names of other SD 2.x files if it is SD 2.1 Turbo, which has the refiner's prefix."""
+    if _SIZE_CONDITIONING in tensors:
+        return dict(tensors)
+    prefix = TEXT["sd2"]["text_encoder"]
+    return {prefix + key.removeprefix(_REFINER) if key.startswith(_REFINER) else key: t for key, t in tensors.items()}
 
 
 def detect(shapes: Mapping[str, Collection[int]]) -> Family:
@@ -242,7 +258,8 @@ def _unused_sd2(renamed: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]
 
 
 def _is_ignored(key: str) -> bool:
-    return key.startswith((*_IGNORED_PREFIXES, *_BUFFERS_AND_MARKERS)) or key.endswith("position_ids")
+    is_unused = key.endswith("position_ids") or _UNUSED_OF_FIRST_ENCODER.fullmatch(key) is not None
+    return is_unused or key.startswith((*_IGNORED_PREFIXES, *_BUFFERS_AND_MARKERS))
 
 
 def _is_skipped_layer(key: str, layers: int) -> bool:

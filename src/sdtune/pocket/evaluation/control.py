@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import ImageDataModule
@@ -59,7 +59,7 @@ class ControlMetrics:
     def __init__(
         self,
         images: Annotated[int, Ge(2)] = 256,
-        seed: Annotated[int, Ge(0)] = 1000,
+        seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1000,
         sampling: Sampling | None = None,
     ) -> None:
         self.count, self.seed, self.sampling = images, seed, sampling or Sampling()

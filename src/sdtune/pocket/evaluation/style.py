@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
@@ -58,7 +58,7 @@ class StyleMetrics:
         self,
         objects: Annotated[int, Ge(1)] = 26,
         seeds: Annotated[int, Ge(1)] = 8,
-        seed: Annotated[int, Ge(0)] = 1000,
+        seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1000,
         sampling: Sampling | None = None,
     ) -> None:
         self.objects, self.seeds, self.seed = objects, seeds, seed

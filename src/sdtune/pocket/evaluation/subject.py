@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from sdtune import streams
 from sdtune.backbone import Facts, Pretrained
@@ -73,7 +73,7 @@ class SubjectMetrics:
         self,
         images: Annotated[int, Ge(1)] = 210,
         class_images: Annotated[int, Ge(0)] = 0,
-        seed: Annotated[int, Ge(0)] = 1000,
+        seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1000,
         clip: str | None = "pocket",
         sampling: Sampling | None = None,
     ) -> None:
