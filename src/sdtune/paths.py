@@ -28,19 +28,19 @@ def cache_folder() -> Path:
     Raises:
         UserError: it cannot be created or written.
     """
-    configured = os.environ.get("SDTUNE_CACHE")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtune"
-    folder = Path(configured).expanduser() if configured else default
+    remedy = "set the environment variable SDTUNE_CACHE to a writable folder"
+    configured, shared = os.environ.get("SDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(configured).expanduser() if configured else Path(shared or Path.home() / ".cache") / "sdtune"
+    except RuntimeError as error:  # a user without an entry in the system's list, as in some containers
+        raise UserError(f"there is no cache folder ({error})", remedy=remedy) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         problem = None if os.access(folder, os.W_OK) else "not writable"
     except OSError as error:
         problem = str(error.strerror)
     if problem is not None:
-        raise UserError(
-            f"the cache folder {folder} cannot be used ({problem})",
-            remedy="set the environment variable SDTUNE_CACHE to a writable folder",
-        )
+        raise UserError(f"the cache folder {folder} cannot be used ({problem})", remedy=remedy)
     return folder
 
 

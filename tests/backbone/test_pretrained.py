@@ -38,7 +38,9 @@ DDIM = "DDIMScheduler"
 def test_facts_are_read_from_the_config_files_alone(tiny: Path, copy: Path) -> None:
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()
-    expected = Facts(side=32, factor=4, latent_channels=4, prediction_type="epsilon", max_tokens=77, scheduler=DDIM)
+    expected = Facts(
+        side=32, factor=4, latent_channels=4, prediction_type="epsilon", max_tokens=77, scheduler=DDIM, min_steps=4
+    )
     assert Pretrained(str(copy)).facts == Pretrained(str(tiny)).facts == expected
 
 

@@ -120,10 +120,31 @@ def test_model_spec_sets_the_prediction_type(folder: Path, single: Path, name: s
     source = Pretrained(**settings)
     assert source.facts.prediction_type == stated
     assert source.scheduler().keys() == Pretrained(str(folder)).scheduler().keys()
-    assert Pretrained(**settings, prediction_type=stated).facts.prediction_type == stated
+    # Metadata can be wrong, so an explicit setting counts more.
     other = {"v": "epsilon", "epsilon": "v_prediction"}[name]
-    with pytest.raises(UserError, match=rf"^backbone\.prediction_type: got {other}, but .* states {stated}; remove it"):
-        _ = Pretrained(**settings, prediction_type=other).facts
+    assert Pretrained(**settings, prediction_type=other).facts.prediction_type == other
+
+
+def test_marker_counts_more_than_metadata_and_cannot_be_contradicted(folder: Path, single: Path) -> None:
+    """kohya's scripts for merging write "epsilon" also for v-prediction models."""
+    save_file({**load_file(single), "v_pred": torch.ones(1)}, single, {"modelspec.prediction_type": "epsilon"})
+    settings = {"path": str(single), "config": str(folder)}
+    assert Pretrained(**settings).facts.prediction_type == "v_prediction"
+    assert Pretrained(**settings, prediction_type="v_prediction").facts.prediction_type == "v_prediction"
+    message = r"^backbone\.prediction_type: got epsilon, but .* states v_prediction; remove it"
+    with pytest.raises(UserError, match=message):
+        _ = Pretrained(**settings, prediction_type="epsilon").facts
+
+
+def test_infinite_values_are_refused_only_in_tensors_that_are_used(folder: Path, single: Path) -> None:
+    tensors = load_file(single)
+    unused = {"model_ema.x": torch.full((1,), float("nan"))}
+    save_file({**tensors, **unused}, single)
+    Pretrained(str(single), config=str(folder)).check()
+    name = "model.diffusion_model.out.2.bias"
+    save_file({**tensors, name: torch.full_like(tensors[name], float("inf"))}, single)
+    with pytest.raises(UserError, match=r"^backbone\.path: .*\(unet\): NaN or infinite values in conv_out\.bias"):
+        Pretrained(str(single), config=str(folder)).check()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +153,6 @@ def test_model_spec_sets_the_prediction_type(folder: Path, single: Path, name: s
         (("edm_vpred.sigma_max",), {}, r"is an EDM model \(it has edm_vpred\.sigma_max\)"),
         (("edm_mean", "edm_std"), {}, r"is an EDM model \(it has edm_mean\)"),
         ((), {"modelspec.prediction_type": "flow"}, r"states modelspec\.prediction_type flow; sdtune trains"),
-        (("v_pred",), {"modelspec.prediction_type": "epsilon"}, r"states v-prediction \(tensor v_pred\) and epsilon"),
     ],
 )
 def test_file_with_other_or_contradictory_noise_is_refused(

@@ -249,7 +249,13 @@ def test_run_is_exported_with_its_model_card(
     assert str(tmp_path) not in card
     assert (run / "artifact/samples.png").is_file()
     out = tmp_path / "out"
-    assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 0
+    config = run / ".hydra" / "config.yaml"
+    saved = config.read_text(encoding="utf-8")
+    config.write_text(saved.replace(str(tiny), "/moved"), encoding="utf-8")
+    assert export(f"run={run}", "format=pipeline", f"hydra.run.dir={out}") == 2
+    assert "backbone.path: /moved does not exist" in capsys.readouterr().err
+    assert export(f"run={run}", "format=pipeline", f"backbone.path={tiny}", f"hydra.run.dir={out}") == 0
+    config.write_text(saved, encoding="utf-8")
     assert Pretrained(str(out / "fox-merged")).facts.side == 32
     assert "A full Stable Diffusion model in a pipeline folder, fp16: a LoRA merged into its base model" in (
         exported_card := (out / "README.md").read_text(encoding="utf-8")

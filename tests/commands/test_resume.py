@@ -96,7 +96,7 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(
     stopped_at = int(rows(run)[-1]["step"])
     assert 3 <= stopped_at < 40
     *_, first, last = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("sdtune:")]
-    assert first == "sdtune: stopping after this step and saving; Ctrl-C again stops immediately"
+    assert first == "sdtune: stopping and saving after the current step; Ctrl-C again stops immediately"
     assert last == (
         f"sdtune: stopped at step {stopped_at}; checkpoint and artifact are saved;"
         f" continue it with: sdtune train resume={run}"
@@ -261,6 +261,7 @@ def test_the_same_command_starts_continues_and_ends(
     assert_equal_runs(run, finished)
     for steps, line in ((0, None), (2, "resuming at step 2 from")):
         killed = killed_copy(run, tmp_path / "killed", steps)
+        (killed / "checkpoints" / "best.ckpt").touch()
         shutil.rmtree(run)
         shutil.move(killed, run)
         capsys.readouterr()
@@ -270,6 +271,13 @@ def test_the_same_command_starts_continues_and_ends(
         assert_equal_runs(run, finished)
     assert train(*command) == 0
     assert capsys.readouterr().out.endswith(f"sdtune: {run} is complete\n")
+    shutil.copytree(run, tmp_path / "slim")
+    shutil.rmtree(tmp_path / "slim" / "checkpoints")  # to save disk space
+    slim = [text.replace(str(run), str(tmp_path / "slim")) for text in command]
+    assert train(*slim) == 0
+    assert capsys.readouterr().out.endswith("slim is complete\n")
+    assert train(*slim, "trainer.max_steps=5") == 2
+    assert "slim contains a complete run without checkpoints; use another folder" in capsys.readouterr().err
     assert train(*command, "optimizer.lr=1e-4") == 2
     assert "optimizer.lr=1e-4 is not allowed in a resumed run" in capsys.readouterr().err
     assert train(*command, "trainer.max_steps=5") == 0
@@ -277,3 +285,20 @@ def test_the_same_command_starts_continues_and_ends(
     without_folder = [text for text in command if not text.startswith("hydra.run.dir=")]
     assert train(*without_folder) == 2
     assert "sdtune: hydra.run.dir: required with resume=auto; set hydra.run.dir=DIR" in capsys.readouterr().err
+
+
+def test_run_is_resumed_with_moved_images_and_backbone(
+    finished: Path, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = killed_copy(finished, tmp_path / "run", steps=2)
+    moved_images = shutil.copytree(images, tmp_path / "elsewhere" / images.name)
+    moved_backbone = shutil.copytree(tiny, tmp_path / "elsewhere" / "backbone")
+    moved = [f"data.path={moved_images}", f"backbone.path={moved_backbone}"]
+    assert train(f"resume={run}", *moved) == 0
+    assert_equal_runs(run, finished)
+
+    other = killed_copy(finished, tmp_path / "other", steps=2)
+    next(moved_images.glob("*.txt"), moved_images / "0.txt").write_text("another caption", encoding="utf-8")
+    capsys.readouterr()
+    assert train(f"resume={other}", *moved) == 2
+    assert "have changed since the run started" in capsys.readouterr().err

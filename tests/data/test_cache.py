@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -122,14 +123,15 @@ def test_processes_that_write_the_same_entry_leave_one_complete_file(tmp_path: P
 def test_failed_write_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = TensorCache(tmp_path)
 
-    def fail_halfway(tensors: dict[str, Tensor], path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def fail_halfway(path: Path, content: bytes) -> None:
+        path.open("wb").write(content[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sdtune.data.cache.save_file", fail_halfway)
+    monkeypatch.setattr(Path, "write_bytes", fail_halfway)
     with pytest.raises(OSError, match="No space left"):
         cache.put("key", torch.zeros(1))
     assert "key" not in cache
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
 def test_tensors_in_memory_are_limited_by_bytes(tmp_path: Path) -> None:

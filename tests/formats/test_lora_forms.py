@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 
 from lora_files import read_diffusers, read_kohya
 from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora, read_lora, read_safetensors
+from sdtune.formats.lora_names import usual_names
 
 
 def assert_same_changes(one, other, delta):
@@ -64,6 +65,42 @@ def test_read_lora_detects_the_file_format(make_weights, modules, delta, spec, t
         back, metadata = read_lora(path, modules)
         assert_same_changes(back, weights, delta)
         assert metadata["sdtune_backbone_hash"] == "abc"
+
+
+def old_diffusers(key: str) -> str:
+    """Names of diffusers before 0.17."""
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        for part, old in (("lora_A", "down"), ("lora_B", "up")):
+            old_name = f".processor.{name.removesuffix('.0')}_lora.{old}.weight"
+            key = key.replace(f".{name}.{part}.weight", old_name)
+    return key
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        old_diffusers,
+        lambda key: old_diffusers(key).removeprefix("unet."),
+        lambda key: f"base_model.model.{key.removeprefix('unet.')}",
+        lambda key: f"base_model.model.{key.removeprefix('unet.')}".replace(".weight", ".default.weight"),
+        lambda key: "lora_" + key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+    ],
+    ids=["old diffusers", "old diffusers without unet", "peft", "peft with the adapter's name", "OneTrainer"],
+)
+def test_names_of_other_programs_are_read(make_weights, modules, delta, tmp_path, rename):
+    weights = make_weights()
+    unet = {path: pair for path, pair in weights.pairs.items() if path.startswith("unet.") and ".attn" in path}
+    assert unet
+    weights = LoRAWeights(unet, {path: weights.alphas[path] for path in unet})
+    tensors = {rename(key): value for key, value in diffusers_lora.to_tensors(weights).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "it.safetensors")
+    assert_same_changes(read_lora(tmp_path / "it.safetensors", modules)[0], weights, delta)
+
+
+def test_paths_of_the_original_layout_become_names_of_kohya():
+    path, name = "input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"diffusion_model.{path}.lora_{part}.weight": torch.ones(1) for part in "AB"}
+    assert set(usual_names(tensors)) == {f"lora_unet_{name}.lora_{part}.weight" for part in ("down", "up")}
 
 
 @pytest.mark.parametrize("convert", [dict, convert_state_dict_to_diffusers], ids=["peft names", "script names"])

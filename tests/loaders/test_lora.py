@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sdtune
+from lora_files import lora
 from pipelines import build_pipeline
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.errors import UserError
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.loaders import lora as adapters
 from sdtune.methods import LoRA
@@ -146,3 +148,17 @@ def test_lora_of_another_backbone_is_applied_with_a_warning(
     assert (np.asarray(image) != np.asarray(without_lora)).any()
     [message] = [record.message for record in caplog.records if "another backbone" in record.message]
     assert Pretrained(str(tiny)).hash()[:12] in message
+
+
+@pytest.mark.parametrize("suffix", ["clip_l", "string_to_param.*"])
+def test_embeddings_in_a_lora_file_of_onetrainer_are_loaded(tiny: Path, tmp_path: Path, suffix: str) -> None:
+    tensors, vectors = load_file(lora(tiny, tmp_path / "lora")), torch.ones(2, 32)
+    save_file({**tensors, f"bundle_emb.<my.cat>.{suffix}": vectors}, tmp_path / "both.safetensors")
+    backbone = Pretrained(str(tiny)).load()
+    [loaded] = adapters.load_adapters(backbone, [adapters.AdapterFile(str(tmp_path / "both.safetensors"))])
+    assert loaded.weights.pairs
+    assert loaded.words.keys() == {"<my.cat>"}
+    assert torch.equal(backbone.new_token_vectors[0], vectors)
+    save_file({**tensors, "bundle_emb.<my.cat>.clip_l_out": vectors}, tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match=r"embedding '<my\.cat>' has clip_l_out, which sdtune does not support"):
+        adapters.load_adapters(backbone, [adapters.AdapterFile(str(tmp_path / "out.safetensors"))])

@@ -21,7 +21,7 @@ def test_end_of_a_long_prompt_is_warned_about_once(tiny: Path, caplog: pytest.Lo
     warn_about_truncated_prompts(backbone, ["a fox", long, long, " ".join(["a"] * 75), f"{long} <my_cat>"])
     assert [record.getMessage() for record in caplog.records if record.name == "sdtune"] == [
         "WARNING: a prompt has 81 tokens, the limit is 77; its end is not used: 'a a a a'",
-        "WARNING: a prompt has 83 tokens, the limit is 77; its end is not used: 'a a a a'",
+        "WARNING: a prompt has 83 tokens, the limit is 77; its end is not used: 'a a a a <my_cat>'",
     ]
 
 

@@ -23,6 +23,8 @@ class Facts:
         windows: maximum prompt length as a multiple of the text encoder's length.
         scheduler: diffusers class of the scheduler config; empty if unknown.
         train_timesteps: number of timesteps of the noise schedule.
+        min_steps: minimum number of sampling steps of PNDM, which begins with Runge-Kutta steps unless its config has
+            ``skip_prk_steps`` (Liu et al. 2022).
     """
 
     side: int
@@ -34,6 +36,7 @@ class Facts:
     windows: int = 1
     scheduler: str = ""
     train_timesteps: int = 1000
+    min_steps: int = 1
 
 
 STATED_PREDICTION = "_prediction_type_of_file"

@@ -108,7 +108,7 @@ def split_at_tokens(tokens: Collection[str], prompt: str) -> list[tuple[str, str
     word: ``sks`` does not occur in ``sks-style``. The longest token that fits is taken.
     """
     by_length = sorted(tokens, key=len, reverse=True)
-    alternatives = "|".join(f"({re.escape(token)})" for token in by_length)
+    alternatives = "|".join(f"({re.escape(unicodedata.normalize('NFC', token))})" for token in by_length)
     pattern, pairs, end = re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE), [], 0
     prompt = unicodedata.normalize("NFC", prompt)  # as CLIP's tokenizer does
     for match in pattern.finditer(prompt) if by_length else ():

@@ -19,7 +19,7 @@ from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
-from sdtune.formats.files import write_safetensors
+from sdtune.formats.files import check_finite, write_safetensors
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original import Family, Models, detect, split
 from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae, stated_prediction, with_usual_names
@@ -107,6 +107,7 @@ def convert_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
         config = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
         vae = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, expected)
         check_keys(f"backbone.vae: {file}", _shapes(vae), expected)
+        check_finite(vae, f"backbone.vae: {file}")
         with replacing(target, sync=False, alone=True) as partial:
             write_safetensors(partial / weights_name("vae"), vae, {"format": "pt"})
             write_json(partial / "config.json", config)
@@ -144,6 +145,7 @@ def _write(
     try:
         for name in weighted:
             check_keys(f"{where} ({name})", _shapes(models[name]), expected[name])
+            check_finite(models[name], f"{where} ({name})")
     except UserError as error:
         if not source.is_relative_to(CONFIGS):
             raise
@@ -173,7 +175,9 @@ def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | No
     """Scheduler config of ``source``, updated from what the file states."""
     settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if prediction is not None:
-        settings |= {"prediction_type": prediction, STATED_PREDICTION: prediction}
+        settings["prediction_type"] = prediction
+    if "v_pred" in tensors:
+        settings[STATED_PREDICTION] = "v_prediction"
     if "ztsnr" in tensors:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return settings

@@ -265,6 +265,7 @@ class PipelineSource:
             windows=windows,
             scheduler=str(scheduler.get("_class_name")),
             train_timesteps=len(schedule),
+            min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
 
     def _family(self, unet: dict[str, Any]) -> Family:

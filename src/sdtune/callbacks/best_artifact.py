@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,13 @@ import pytorch_lightning as pl
 import torch
 from annotated_types import Ge
 
+from sdtune.callbacks.checkpoints import is_intact
 from sdtune.callbacks.validation_set import check_held_out
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
 from sdtune.training.weight_swap import swapped_parameters
+
+log = logging.getLogger("sdtune")
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
@@ -42,6 +46,9 @@ def write_best(adapter: Adapter, run: Path, name: str) -> None:
     """Write ``<name>-best`` next to the artifact, from the checkpoint with the lowest validation loss, if any."""
     file = run / "checkpoints" / BEST
     if not file.is_file():
+        return
+    if not is_intact(file):
+        log.warning("WARNING: %s is damaged, so there is no %s-best", file, name)
         return
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     # If the run has an EMA, the validation used the averaged weights.

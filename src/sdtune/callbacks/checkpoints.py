@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -54,7 +53,7 @@ def last_checkpoint(run: Path) -> Path | None:
         UserError: all checkpoints are damaged.
     """
     newest_first = sorted((run / "checkpoints").glob("step*.ckpt"), reverse=True)
-    intact = next(filter(_is_intact, newest_first), None)
+    intact = next(filter(is_intact, newest_first), None)
     if newest_first and intact is None:
         raise UserError(
             f"all checkpoints are damaged, the newest is {newest_first[0]}",
@@ -64,7 +63,7 @@ def last_checkpoint(run: Path) -> Path | None:
     return intact
 
 
-def _is_intact(file: Path) -> bool:
+def is_intact(file: Path) -> bool:
     """Whether ``file`` is a complete zip archive, the format of ``torch.save``, with correct checksums."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -106,12 +105,13 @@ class Checkpoints(Callback):
         if self.stopped_by is None:
             with contextlib.suppress(OSError):
                 # Not print: the signal may have interrupted another print to the same stream.
-                os.write(2, b"sdtune: stopping after this step and saving; Ctrl-C again stops immediately\n")
+                os.write(2, b"sdtune: stopping and saving after the current step; Ctrl-C again stops immediately\n")
         self.request_stop(number)
 
     @staticmethod
     def _exit_immediately(how: str, number: int) -> NoReturn:
-        print(f"sdtune: stopped {how}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.write(2, f"sdtune: stopped {how}\n".encode())
         raise SystemExit(128 + number)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -107,8 +107,9 @@ class Samples(Callback):
         self._set_prompts(trainer, pl_module)
         if trainer.is_global_zero and trainer.global_step == 0:
             log.info("samples: generating %d images before training", len(self.wanted) * len(self.seeds))
-            self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
-            self._write_images(self.first, "before")
+            with suppress(_StopRequested):
+                self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
+                self._write_images(self.first, "before")
 
     def _set_prompts(self, trainer: pl.Trainer, module: Adapter) -> None:
         size = self.sampling.size(module.backbone.facts.side)
@@ -139,7 +140,8 @@ class Samples(Callback):
             return
         self._set_prompts(trainer, module)
         module.to(trainer.strategy.root_device)
-        self._finish(trainer, module)
+        with suppress(_StopRequested):
+            self._finish(trainer, module)
         module.to("cpu")
 
     def _finish(self, trainer: pl.Trainer, module: Adapter) -> None:

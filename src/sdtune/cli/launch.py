@@ -111,7 +111,7 @@ def launch(
         config = compose(command, search, args.overrides)
         folder = run_folder(config)
         if writes:
-            _check_folder(folder, args.overrides, config)
+            _check_folder(command, folder, args.overrides, config)
         is_default = not any(text.startswith("hydra.run.dir=") for text in args.overrides)
         existed = folder.exists() and not is_default
         with _claimed(folder) if writes and is_default else contextlib.nullcontext(folder) as folder:
@@ -189,9 +189,9 @@ def _check_options(command: str, args: Namespace, writes: bool) -> None:
         refuse("--multirun: torchrun would run the full sweep in every process; use hardware.devices=N instead")
 
 
-def _check_folder(folder: Path, overrides: list[str], config: DictConfig) -> None:
+def _check_folder(command: str, folder: Path, overrides: list[str], config: DictConfig) -> None:
     nodes = OmegaConf.select(config, "hardware.num_nodes", default=1)
-    several = launched_processes() > 1 or "NODE_RANK" in os.environ or nodes != 1
+    several = command == "train" and (launched_processes() > 1 or "NODE_RANK" in os.environ or nodes != 1)
     if several and not any(text.startswith("hydra.run.dir=") for text in overrides):
         # Each process composes its own config, and the time in the default folder name may differ.
         raise UserError(

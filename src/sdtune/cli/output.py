@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import select
 import sys
 from typing import TextIO
 
@@ -27,8 +28,11 @@ class _Discarding(io.RawIOBase):
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         try:
             return os.write(self._number, data)
+        except BlockingIOError:  # another program has made the pipe or terminal non-blocking, and it is full
+            select.select([], [self._number], [])
+            return self.write(data)
         except OSError:
-            # Nobody reads the output any more. Child processes have the same descriptor.
+            # Nobody reads the output any more. Processes that are started later inherit the descriptor.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._number)
             os.close(null)
@@ -48,7 +52,16 @@ def protect_output() -> None:
 
 
 def _protected(stream: TextIO, number: int) -> TextIO:
+    if sys.platform == "win32" and stream.isatty():
+        return stream  # Python writes to the console by its own interface, in UTF-16
     stream.flush()
     buffer = io.BufferedWriter(_Discarding(number))  # type: ignore[type-var]
     is_line_buffered = number == 2 or buffer.isatty()
-    return io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=is_line_buffered)
+    is_unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    return io.TextIOWrapper(
+        buffer,
+        stream.encoding,
+        errors="backslashreplace",
+        line_buffering=is_line_buffered or is_unbuffered,
+        write_through=is_unbuffered,
+    )

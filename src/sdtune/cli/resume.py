@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sdtune.config.overrides import folder_override, resumed_folder
+from sdtune.config.overrides import AUTO, folder_override, resumed_folder
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
@@ -48,7 +48,7 @@ def rewrite(argv: list[str]) -> list[str]:
             raise UserError(
                 f"{text} is not allowed in a resumed run",
                 key="resume",
-                remedy="change only trainer.max_steps, hardware, logger, and settings of callbacks",
+                remedy="change only trainer.max_steps, hardware, logger, callbacks.*, and paths of moved files",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():
@@ -71,26 +71,33 @@ def _without_auto(argv: list[str]) -> list[str]:
     Raises:
         UserError: the arguments name no folder.
     """
-    if "resume=auto" not in argv:
+    if AUTO not in argv:
         return argv
     is_sweep = any(a in ("-m", "--multirun") for a in argv)
     key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
     folder = folder_override(argv, key)
-    if folder is None:
-        raise UserError("required with resume=auto", key=key, remedy=f"set {key}=DIR")
-    rest = [a for a in argv if a != "resume=auto"]
+    if folder is None or "${" in str(folder):
+        raise UserError("required with resume=auto, without interpolations", key=key, remedy=f"set {key}=DIR")
+    rest = [a for a in argv if a != AUTO]
     if is_sweep:
         return [*rest, override("resume", folder)] if (folder / "multirun.yaml").is_file() else rest
+    without_folder = [a for a in rest if not a.startswith("hydra.run.dir=")]
     # Not the existence of .hydra/: under torchrun, another process of the same start may have written it already.
-    if not any(folder.glob("checkpoints/step*.ckpt")):
-        (folder / "metrics.csv").unlink(missing_ok=True)  # of a start without a checkpoint
-        return rest
-    rest = [a for a in rest if not a.startswith("hydra.run.dir=")]
-    if (folder / "metrics.json").is_file() and _adds_nothing(folder, rest):
-        print(f"sdtune: {folder} is complete")
-        raise SystemExit(0)
+    has_checkpoint = any(folder.glob("checkpoints/step*.ckpt"))
+    if (folder / "metrics.json").is_file():
+        if _adds_nothing(folder, without_folder):
+            print(f"sdtune: {folder} is complete")
+            raise SystemExit(0)
+        if not has_checkpoint:
+            raise UserError(
+                f"{folder} contains a complete run without checkpoints",
+                key=key,
+                remedy="use another folder to train again",
+            )
+    if not has_checkpoint:
+        return argv  # the command then allows the folder of a start that ended before its first checkpoint
     internal = [override("hydra.run.dir", folder)] if is_launched_again() or is_torchrun() else []
-    return [*rest, override("resume", folder), *internal]
+    return [*without_folder, override("resume", folder), *internal]
 
 
 def _adds_nothing(run: Path, argv: list[str]) -> bool:

@@ -44,6 +44,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     if options["run"] is not None:
         run = Path(str(options["run"])).expanduser()
         path, backbone = run / "artifact", read_saved_config(run)["backbone"]
+        if any(text.startswith("backbone.path=") for text in config.hydra.overrides.task):
+            backbone["path"] = options["backbone"]["path"]  # the model has moved
         card = path / CARD
     else:
         path, backbone, card = Path(str(options["artifact"])).expanduser(), options["backbone"], None

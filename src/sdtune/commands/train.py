@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
@@ -45,9 +46,12 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
     """
     container = plain(config)
     checkpoint = None
+    is_auto = container.get("resume") == "auto"  # without a checkpoint; with one, the folder has replaced it
+    if is_auto:
+        container["resume"] = None
     if container.get("resume"):
         checkpoint = _checked_checkpoint(container, folder)
-    elif is_global_zero() and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
+    elif is_global_zero() and not is_auto and ((folder / "metrics.csv").exists() or any(folder.glob("checkpoints/*"))):
         raise UserError(
             f"{folder} already contains a run",
             key="hydra.run.dir",
@@ -57,6 +61,9 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
         hardware.check_hardware(container["hardware"])
         hardware.check_indices(container["hardware"])
         container["hardware"] = hardware.single_device(container["hardware"])
+    # The jobs of a sweep with several processes run in subprocesses without the variables of a launcher.
+    if not (_is_sweep() and hardware.process_count(container["hardware"]) > 1):
+        hardware.check_launcher(container["hardware"])
     return check_run(container, folder, checkpoint)
 
 
@@ -84,6 +91,10 @@ def _checked_checkpoint(config: dict[str, Any], folder: Path) -> Path | None:
             remedy="set a larger trainer.max_steps to extend it",
         )
     return checkpoint
+
+
+def _is_sweep() -> bool:
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def _will_share(config: dict[str, Any]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,7 +213,8 @@ class TrainRun:
             return f"stopped; {advice if has_checkpoint else 'there is no checkpoint yet'}"
 
         def exit_run(number: int, frame: FrameType | None) -> NoReturn:
-            print(f"sdtune: {message()}", file=sys.stderr)
+            with suppress(OSError):
+                os.write(2, f"sdtune: {message()}\n".encode())  # print may be what the signal has interrupted
             raise SystemExit(128 + number)
 
         is_main = threading.current_thread() is threading.main_thread()

@@ -8,10 +8,13 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
+AUTO = "resume=auto"
+"""Override that starts a run, or continues it if its folder has a checkpoint."""
+
 
 def resumed_folder(overrides: Sequence[str]) -> Path | None:
     """The folder of the last ``resume=`` override, plain or quoted for Hydra; None if no run is resumed."""
-    return folder_override([text for text in overrides if text != "resume=null"], "resume")
+    return folder_override([text for text in overrides if text not in ("resume=null", AUTO)], "resume")
 
 
 def folder_override(overrides: Sequence[str], key: str) -> Path | None:

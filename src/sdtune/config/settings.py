@@ -95,6 +95,8 @@ def check_name(name: str) -> None:
         UserError: the name is reserved, is not UTF-8, or is too long for a file name.
     """
     remedy = "set name=NAME"
+    if not name.strip("."):
+        raise UserError("the name of the data folder is empty", key="name", remedy=remedy)
     if name == _RESERVED_NAME:
         raise UserError(f"{name} is the file name of the diffusers format", key="name", remedy=remedy)
     try:

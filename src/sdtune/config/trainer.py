@@ -51,7 +51,6 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     hardware.check_hardware(config["hardware"])
-    hardware.check_launcher(config["hardware"])
     for key, value in config["trainer"].items():
         if key in _SET_BY_SDTUNE:
             raise UserError("set by sdtune", key=f"trainer.{key}", remedy="remove this override")

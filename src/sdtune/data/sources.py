@@ -55,6 +55,10 @@ class FileSample:
             return open_mask(self.mask_path, "data.mask")
         return open_alpha(self.path) or Image.new("L", self.size, 255)
 
+    def has_alpha(self) -> bool:
+        """Whether the image file has transparency."""
+        return open_alpha(self.path) is not None
+
     def check_mask(self) -> str | None:
         """Check that there is a mask of the image's size; returns a warning if it is black everywhere.
 
@@ -154,4 +158,6 @@ class Folder(ImageDataModule):
         held_out = [FileSample(image, 1, self.mask) for image in validation_images]
         if self.mask is not None:
             self.notices += [warning for sample in (*train, *held_out) if (warning := sample.check_mask())]
+        if self.mask == "alpha" and not any(sample.has_alpha() for sample in train):
+            self.notices.append("WARNING: data.mask=alpha, but no image has transparency; all pixels count")
         return train, held_out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdtune.errors import UserError
-from sdtune.formats.files import read_safetensors
+from sdtune.formats.files import read_unchecked
 
 
 class _Inert:
@@ -53,7 +53,7 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
         UserError: the file is a pickle that is not allowed or that contains more than tensors, or it is damaged.
     """
     if path.suffix not in PICKLES:
-        return read_safetensors(path)
+        return read_unchecked(path)  # unused tensors of a checkpoint may be infinite, such as attention masks
     if not allow_pickle:
         raise UserError(
             f"{path} is a pickle, which can execute code",

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors, write_safetensors
+from sdtune.formats.lora_names import without_bundled_embeddings
 
 FILE_NAME = "learned_embeds"
 """Stem of diffusers' embedding files: ``learned_embeds.safetensors``; with several tokens, one file per token."""
@@ -84,6 +86,8 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         for key, tensor in tensors.items()
         if tensor.is_floating_point() and tensor.dim() in (1, 2)
     }
+    if bundled := without_bundled_embeddings(tensors)[1]:
+        return {token: _bundled(source, token, vectors) for token, vectors in bundled.items()}
     token = metadata.get("sdtune_token", source.stem)
     if set(rows) == set(tensors) == set(_SDXL_KEYS):
         encoder_rows = tuple(rows[name] for name in _SDXL_KEYS)
@@ -92,6 +96,16 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         (key, vectors), *_ = rows.items()
         return {token if key == _VECTORS else key: (vectors,)}
     return {}
+
+
+def _bundled(source: Path, token: str, vectors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Vectors of each text encoder of an embedding that OneTrainer has saved in a LoRA file."""
+    if unknown := vectors.keys() - set(_SDXL_KEYS):
+        raise UserError(
+            f"{source}: embedding {token!r} has {sorted(unknown)[0]}, which sdtune does not support",
+            remedy="train it without output embeddings",
+        )
+    return tuple(vectors[name] for name in _SDXL_KEYS if name in vectors)
 
 
 def read_folder(folder: Path) -> TokenVectors:

@@ -61,9 +61,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file is missing, truncated or not in safetensors format, or a tensor has NaN or infinite values.
     """
-    tensors, metadata = _read(path, tensors=True)
+    tensors, metadata = read_unchecked(path)
     check_finite(tensors, str(path))
     return tensors, metadata
+
+
+def read_unchecked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As :func:`read_safetensors`, but values may be NaN or infinite."""
+    return _read(path, tensors=True)
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Read a LoRA file in the diffusers or kohya format."""
+"""Read a LoRA file in the formats of diffusers and kohya, also with the names of peft, ai-toolkit and OneTrainer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.lora import LoRAWeights, few
+from sdtune.formats.lora_names import usual_names, without_bundled_embeddings
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether a file with these tensor names contains a LoRA, in diffusers or kohya format."""
-    return any(key.startswith("lora_") or ".lora" in key for key in keys)
+    return any(key.startswith("lora_") or ".lora" in key or "_lora." in key for key in keys)
 
 
 def read_lora(
@@ -31,7 +32,8 @@ def read_lora(
         UserError: the file is missing, not a LoRA in diffusers or kohya format, or targets modules not in ``modules``.
     """
     file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
-    tensors, metadata = read_safetensors(file)
+    content, metadata = read_safetensors(file)
+    tensors = usual_names(without_bundled_embeddings(content)[0])
     if any(key.startswith("lora_") for key in tensors):
         return kohya_lora.parse(file, tensors, modules, xl), metadata
     if not is_lora(tensors):

@@ -93,7 +93,9 @@ def open_mask(path: Path, key: str) -> Image.Image:
             return _rgb(decoded).getchannel("R")
         pixels = np.asarray(decoded.convert("RGBA")).astype(np.uint16)
     colors, alpha = pixels[..., :3], pixels[..., 3]
-    visible = colors[alpha > 0]
+    if alpha.min() == 255:  # an alpha channel that hides nothing
+        return Image.fromarray(colors[..., 0].astype(np.uint8))
+    visible = colors[alpha >= 128]
     is_gray = not len(visible) or int((visible.max(1) - visible.min(1)).max()) <= _GRAY_TOLERANCE
     return Image.fromarray((colors[..., 0] * alpha // 255 if is_gray else alpha).astype(np.uint8))
 

@@ -19,6 +19,7 @@ from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.formats.lora_names import BUNDLED
 from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
 
 
@@ -123,12 +124,13 @@ def _read(
 ) -> LoadedLoRA:
     local_path = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
-    new_tokens = (
-        embeddings.read_folder(local_path)
-        if local_path.is_dir()
-        else embeddings.parse(local_path, *read_safetensors(local_path))
-    )
-    if (local_path / FILE_NAME).is_file() or not new_tokens:
+    if local_path.is_dir():
+        new_tokens, has_pairs = embeddings.read_folder(local_path), (local_path / FILE_NAME).is_file()
+    else:
+        tensors, metadata = read_safetensors(local_path)
+        new_tokens = embeddings.parse(local_path, tensors, metadata)
+        has_pairs = any(key.startswith(BUNDLED) for key in tensors)
+    if has_pairs or not new_tokens:
         weights, _ = read_lora(local_path, modules, xl)
     for path, (down, up) in weights.pairs.items():
         layer = modules.get(path)

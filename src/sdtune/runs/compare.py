@@ -11,7 +11,13 @@ from omegaconf import OmegaConf
 from sdtune.errors import UserError
 from sdtune.paths import command_line_folder
 
-MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=")
+MOVED = (
+    *("data.path=", "data.class_path=", "data.validation_path=", "data.control.path="),
+    *("backbone.path=", "backbone.vae="),
+)
+"""Overrides for folders and files that have moved. Checkpoints identify the data and the backbone by their content."""
+
+MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=", *MOVED)
 """Prefixes of the overrides that may change when a run is resumed."""
 
 NOT_RESUMABLE_REMEDY = "use the version of sdtune and the recipe that started it, or start a new run"

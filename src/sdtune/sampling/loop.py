@@ -31,9 +31,6 @@ _SCHEDULERS = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
 
-_PNDM_STEPS = 4
-"""The first steps of PNDM are of a Runge-Kutta method of this order (Liu et al. 2022)."""
-
 Seed = Annotated[int, Interval(ge=0, lt=2**64)]
 """Seeds that torch's generators accept."""
 
@@ -83,8 +80,8 @@ class Sampling:
         if self.steps > facts.train_timesteps:
             raise UserError(f"max {facts.train_timesteps} with this backbone, got {self.steps}", key=f"{key}.steps")
         scheduler = _SCHEDULERS[self.sampler] if self.sampler else facts.scheduler
-        if scheduler == "PNDMScheduler" and self.steps < _PNDM_STEPS:
-            raise UserError(f"pndm needs at least {_PNDM_STEPS} steps, got {self.steps}", key=f"{key}.steps")
+        if scheduler == "PNDMScheduler" and self.steps < facts.min_steps:
+            raise UserError(f"pndm needs at least {facts.min_steps} steps here, got {self.steps}", key=f"{key}.steps")
         if self.sampler is None and facts.scheduler and not can_sample(facts.scheduler):
             raise UserError(
                 f"the scheduler of the backbone is {facts.scheduler}, which cannot be used here",

@@ -46,9 +46,12 @@ def count_tokens(backbone: Backbone, prompt: str) -> int:
 
 
 def _truncated_end(backbone: Backbone, prompt: str) -> str:
-    """The part of ``prompt`` that exceeds the limit, as the tokenizer writes it; new tokens are left out."""
-    ids = backbone.token_ids(prompt)[backbone.facts.max_tokens - 2 :]
-    return str(backbone.tokenizer.decode([i for i in ids if i < len(backbone.tokenizer)])).strip()
+    """The part of ``prompt`` that exceeds the limit, as the tokenizer writes it."""
+    ids, tokens = backbone.token_ids(prompt)[backbone.facts.max_tokens - 2 :], backbone.new_tokens
+    known = [i for i in ids if i < len(backbone.tokenizer)]
+    rows = {i - len(backbone.tokenizer) for i in ids if i not in known}
+    names = [] if tokens is None else [token for token in tokens.vector_counts if rows & {*tokens.rows(token)}]
+    return " ".join([str(backbone.tokenizer.decode(known)).strip(), *names]).strip()
 
 
 _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}

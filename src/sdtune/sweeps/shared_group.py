@@ -293,7 +293,7 @@ def _job_logging(config: DictConfig, shown: bool) -> Iterator[None]:
         node = settings["handlers"][name]
         if "filename" in node:
             Path(node["filename"]).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(node["filename"]))
+            handlers.append(logging.FileHandler(node["filename"], encoding="utf-8"))
         else:
             handlers.append(logging.StreamHandler(sys.stdout))
         if "formatter" in node:

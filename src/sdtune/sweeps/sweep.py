@@ -139,7 +139,7 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
             raise UserError(
                 "jobs that share a backbone run in one process",
                 key=f"hydra.job.{key}",
-                remedy="remove this override or set hydra/launcher=basic",
+                remedy="remove this setting",
             )
     for key in ("max_concurrent_runs", "processes"):
         count = launcher.get(key, "auto")

@@ -105,14 +105,16 @@ _PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
 
 
 def stated_prediction(tensors: Collection[str], metadata: Mapping[str, str]) -> str | None:
-    """Prediction type that a checkpoint states: by ComfyUI's marker ``v_pred`` or ModelSpec's metadata; None if none.
+    """Prediction type that a checkpoint states: by ComfyUI's marker ``v_pred``, or else by ModelSpec's metadata.
+
+    The marker counts more: kohya's scripts for merging write "epsilon" also for v-prediction models.
 
     Args:
         tensors: tensor names.
         metadata: header of the file; https://github.com/Stability-AI/ModelSpec.
 
     Raises:
-        UserError: it is an EDM model, or marker and metadata differ; the message continues the file's name.
+        UserError: it is an EDM or flow model; the message continues the file's name.
     """
     edm = next((key for key in ("edm_mean", "edm_std", "edm_vpred.sigma_max") if key in tensors), None)
     if edm is not None:
@@ -125,13 +127,7 @@ def stated_prediction(tensors: Collection[str], metadata: Mapping[str, str]) -> 
         raise UserError(
             f"states modelspec.prediction_type {name}", remedy=f"sdtune trains models with {' or '.join(_PREDICTIONS)}"
         )
-    stated = _PREDICTIONS.get(name or "")
-    if "v_pred" in tensors and stated == "epsilon":
-        raise UserError(
-            "states v-prediction (tensor v_pred) and epsilon (modelspec.prediction_type)",
-            remedy="remove one of the two",
-        )
-    return "v_prediction" if "v_pred" in tensors else stated
+    return "v_prediction" if "v_pred" in tensors else _PREDICTIONS.get(name or "")
 
 
 def _describe_other_file(shapes: Iterable[str]) -> str:
