@@ -10,6 +10,7 @@ import hydra
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.config.hydra_compat import create_config_search_path, initialized
 from sdtune.errors import UserError
@@ -43,13 +44,21 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
     """Compose ``conf/<command>.yaml`` with ``overrides``, including the node ``hydra``; Hydra's errors pass through.
 
     Raises:
-        UserError: an override has several values, which only a sweep may have.
+        UserError: an override has several values, which only a sweep may have, or the index of a list is not a number.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_sweep_override():
             _refuse_sweep_override(override)
     with initialized(command, search):
-        config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
+        try:
+            config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
+        except ValueError as error:
+            if isinstance(error, OmegaConfBaseException):
+                raise
+            # OmegaConf converts the name below a list to an index: method.targets.foo=1
+            raise UserError(
+                f"cannot compose the config ({error})", remedy=f"check the overrides {' '.join(overrides)}"
+            ) from error
     return config
 
 
