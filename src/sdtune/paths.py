@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     try:
         folder = Path(configured).expanduser() if configured else Path(shared or Path.home() / ".cache") / "sdtune"
     except RuntimeError as error:  # a user without an entry in the system's list, as in some containers
-        raise UserError(f"there is no cache folder ({error})", remedy=remedy) from error
+        raise UserError(f"there is no cache folder ({error})", key="SDTUNE_CACHE", remedy=remedy) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         problem = None if os.access(folder, os.W_OK) else "not writable"

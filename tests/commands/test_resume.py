@@ -284,7 +284,10 @@ def test_the_same_command_starts_continues_and_ends(
     assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 5
     without_folder = [text for text in command if not text.startswith("hydra.run.dir=")]
     assert train(*without_folder) == 2
-    assert "sdtune: hydra.run.dir: required with resume=auto; set hydra.run.dir=DIR" in capsys.readouterr().err
+    assert (
+        "sdtune: hydra.run.dir: required with resume=auto, without interpolations; set hydra.run.dir=DIR"
+        in capsys.readouterr().err
+    )
 
 
 def test_run_is_resumed_with_moved_images_and_backbone(

@@ -240,12 +240,7 @@ class PipelineSource:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         check_noise_process(scheduler)
         schedule = NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
-        if vae.get("latents_mean") or vae.get("latents_std"):
-            raise UserError(
-                f"the VAE of {self.path} normalizes its latents with latents_mean and latents_std",
-                key="backbone.path",
-                remedy="use a model whose VAE has only a scaling_factor",
-            )
+        self._check_latents(vae)
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
         layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
         if self.clip_skip >= layers:
@@ -267,6 +262,14 @@ class PipelineSource:
             train_timesteps=len(schedule),
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
+
+    def _check_latents(self, vae: dict[str, Any]) -> None:
+        if vae.get("latents_mean") or vae.get("latents_std"):
+            raise UserError(
+                f"the VAE of {self.path} normalizes its latents with latents_mean and latents_std",
+                key="backbone.path",
+                remedy="use a model whose VAE has only a scaling_factor",
+            )
 
     def _family(self, unet: dict[str, Any]) -> Family:
         family = family_by(unet, two_encoders=len(self.text_encoders) > 1)
