@@ -57,7 +57,7 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
                 raise
             # OmegaConf converts the name below a list to an index: method.targets.foo=1
             raise UserError(
-                f"cannot compose the config ({error})", remedy=f"check the overrides {' '.join(overrides)}"
+                f"{' '.join(overrides)}: cannot be composed ({error})", remedy="check these overrides"
             ) from error
     return config
 
