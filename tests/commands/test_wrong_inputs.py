@@ -132,7 +132,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a dash in a text": (["data.prompt=a", "cat", "-", "oil"], ("data.prompt: the shell has split", "a cat - oil")),
     "index of a list": (
         ["method.targets.foo=1"],
-        ("method.targets.foo=1", "check the overrides", "targets.foo=1"),
+        ("method.targets.foo=1", "cannot be composed", "check these overrides"),
     ),
     "group of a value": (["method.rank.foo=1"], ("method.rank.foo: unknown setting; set method.rank, which",)),
     "hydra.output_subdir": (["hydra.output_subdir=null"], ("hydra.output_subdir: ", "hydra.run.dir")),
