@@ -215,9 +215,10 @@ def check_vocabulary(tokens: Sequence[NewToken], tokenizer: CLIPTokenizer) -> No
 
 
 def check_vector_counts(vector_counts: Mapping[str, int], max_tokens: int, key: str) -> None:
-    """Raise UserError for a new token with more vectors than a prompt of ``max_tokens`` with start and end token has.
+    """Raise UserError for a new token with more vectors than fit into a prompt.
 
     Args:
+        max_tokens: maximum number of tokens of a prompt, including the start and end token.
         key: config key for the error.
     """
     for token, count in vector_counts.items():

@@ -172,7 +172,7 @@ def _write(
 
 
 def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
-    """Scheduler config of ``source``, updated from what the file states."""
+    """Scheduler config of ``source``, with the prediction type and zero terminal SNR that the checkpoint states."""
     settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if prediction is not None:
         settings["prediction_type"] = prediction

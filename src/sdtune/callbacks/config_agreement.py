@@ -36,7 +36,7 @@ class ConfigAgreement(Callback):
         log.info("process %d of %d: config %s, optimizer.lr %s",
                  trainer.global_rank, trainer.world_size, self.digest, self.rate)  # fmt: skip
         data: str = trainer.datamodule.fingerprint[:16]  # type: ignore[attr-defined]
-        # Every process raises: one that went on would wait for the others in its next collective operation.
+        # All processes must raise the error; a process that continued would wait for the others forever.
         for what, digest, remedy in (
             ("config", self.digest, "start every process with the same overrides"),
             ("images, captions or masks", data, "copy the same files to every machine"),

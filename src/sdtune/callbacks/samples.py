@@ -27,7 +27,7 @@ log = logging.getLogger("sdtune")
 
 
 class _StopRequested(Exception):
-    """The run will stop; the samples that are being generated are not needed any more."""
+    """Interrupts the generation of samples because the run will stop."""
 
 
 class Samples(Callback):

@@ -83,7 +83,7 @@ def _line_and_code(
         return ADVICE.get(command, ADVICE["other"]), EXIT_FAILED
     if isinstance(error, OSError) and error.errno is not None:
         return _os_error_line(error), EXIT_FAILED
-    # safetensors reports a full disk as an error of its own, in whichever library calls it.
+    # safetensors raises SafetensorError, not OSError, for a full disk, also if diffusers or transformers call it.
     if type(error).__name__ == "SafetensorError" and (match := re.search(r"\(os error (\d+)\)", str(error))):
         return _os_error_line(OSError(int(match[1]), os.strerror(int(match[1])))), EXIT_FAILED
     return None, EXIT_FAILED

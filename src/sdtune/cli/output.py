@@ -11,7 +11,7 @@ from typing import TextIO
 
 
 class _Discarding(io.RawIOBase):
-    """Writes to the file descriptor ``number`` until it fails, and discards everything after that."""
+    """File that writes to the descriptor ``number``, and discards all output after the first write error."""
 
     def __init__(self, number: int) -> None:
         self._number = number

@@ -82,7 +82,7 @@ def _without_auto(argv: list[str]) -> list[str]:
     if is_sweep:
         return [*rest, override("resume", folder)] if (folder / "multirun.yaml").is_file() else rest
     without_folder = [a for a in rest if not a.startswith("hydra.run.dir=")]
-    # Not the existence of .hydra/: under torchrun, another process of the same start may have written it already.
+    # .hydra/ is no sign of an earlier start: under torchrun, another process may have written it a moment ago.
     has_checkpoint = any(folder.glob("checkpoints/step*.ckpt"))
     if (folder / "metrics.json").is_file():
         if _adds_nothing(folder, without_folder):

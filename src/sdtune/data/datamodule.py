@@ -48,7 +48,7 @@ VALIDATION_TIMESTEPS = 8
 
 
 MaskSource = Literal["file", "alpha"]
-"""Where the loss mask of an image comes from: a mask file, or the image's transparency."""
+"""Source of an image's loss mask: a mask file, or the transparency of the image."""
 
 
 @dataclass(frozen=True)

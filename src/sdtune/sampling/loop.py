@@ -111,7 +111,7 @@ def can_sample(scheduler: str) -> bool:
     """Whether the denoising loop can use the diffusers class ``scheduler``; false if it needs a missing library."""
     is_known = scheduler in _OTHER_SCHEDULERS or scheduler in KarrasDiffusionSchedulers.__members__
     kind = getattr(diffusers, scheduler, None)
-    # A class that needs a missing library is a placeholder, which is no scheduler.
+    # If a library is missing, diffusers has a placeholder class of this name, which is not a scheduler.
     return is_known and isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
 
 
