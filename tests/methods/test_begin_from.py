@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families import Family, build_family
 from sdtune.backbone import Pretrained
+from sdtune.backbone.layers import layers
 from sdtune.backbone.new_token_vectors import token_vectors
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.errors import UserError
 from sdtune.exporting import Export, find_artifact
-from sdtune.formats import diffusers_lora
+from sdtune.formats import canonical, diffusers_lora
 from sdtune.methods import ControlNet, LoRA, TextualInversion
 
 
@@ -45,17 +47,81 @@ def test_lora_starts_from_a_file(tiny: Path, tmp_path: Path, export_format: Any,
         torch.testing.assert_close(loaded.pairs[path][1] @ loaded.pairs[path][0], up @ down, rtol=1e-4, atol=1e-5)
 
 
-def test_lora_file_with_other_rank_or_layers_is_refused(tiny: Path, tmp_path: Path) -> None:
-    first = with_random_weights(LoRA(backbone=Pretrained(str(tiny)), rank=4))
+KOHYA_LAYERS = (".attentions.", ".resnets.", "samplers.", "text_encoder")
+"""Parts of the paths that kohya's scripts train with a convolution rank; text_projection is OneTrainer's."""
+
+
+def kohya_file(backbone: Any, path: Path, parts: tuple[str, ...] = KOHYA_LAYERS) -> dict[str, torch.Tensor]:
+    """Write a LoRA with rank 4 and alpha 2 on the layers whose path contains one of ``parts``."""
+    rng, tensors = torch.Generator().manual_seed(5), {}
+    sdxl = backbone.facts.family == "sdxl"
+    for component, name, layer in layers(backbone):
+        if not any(part in f"{component}.{name}" for part in parts):
+            continue
+        prefix = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}[component]
+        key = f"lora_{prefix}_{canonical(f'{component}.{name}').partition('.')[2].replace('.', '_')}"
+        out_features, in_shape = layer.weight.shape[0], layer.weight.shape[1:]
+        tensors[f"{key}.lora_down.weight"] = torch.randn(4, *in_shape, generator=rng)
+        ups = torch.randn(out_features, 4, *[1] * (len(in_shape) - 1), generator=rng)
+        tensors |= {f"{key}.lora_up.weight": ups, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(tensors, path)
+    return tensors
+
+
+@pytest.mark.parametrize(("family", "clip_skip"), [("sd1", 0), ("sd1", 1), ("sdxl", 0)])
+def test_weights_alone_set_layers_ranks_and_alphas(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: Family, clip_skip: int
+) -> None:
+    source = Pretrained(str(build_family(tmp_path / family, family)), clip_skip=clip_skip)
+    in_file = kohya_file(source.load(), tmp_path / "kohya.safetensors")
+    model = LoRA(backbone=source, weights=str(tmp_path / "kohya.safetensors"))
+    with caplog.at_level("WARNING", "sdtune"):
+        model.configure_model()
+    weights, lines = model.weights(), caplog.messages
+    assert {weights.rank(path) for path in weights.pairs} == {4}
+    assert set(weights.alphas.values()) == {2.0}
+    assert any("time_emb_proj" in path for path in weights.pairs)
+    assert any("text_projection" in path for path in weights.pairs) == (family == "sdxl")
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert any(torch.equal(weights.pairs[path][0], tensor) for tensor in in_file.values())
+    left_out = len(in_file) // 3 - len(weights.pairs)
+    if clip_skip or family == "sdxl":  # the last layer of the first text encoder: 4 projections and 2 of the MLP
+        assert left_out == 6
+        [line] = lines
+        assert line.startswith("method.weights: kohya.safetensors: left out the pairs of layers")
+    else:
+        assert (left_out, lines) == (0, [])
+
+
+def test_layers_and_ranks_that_are_set_must_fit_the_file(tiny: Path, tmp_path: Path) -> None:
+    source = Pretrained(str(tiny))
+    first = with_random_weights(LoRA(backbone=source, rank=4))
     diffusers_lora.write(tmp_path / diffusers_lora.FILE_NAME, first.weights(), {})
-    with pytest.raises(UserError, match=r"^method\.weights: .* has rank 4 in .* and 8 in this run; set method\.rank=4"):
-        LoRA(backbone=Pretrained(str(tiny)), weights=str(tmp_path)).configure_model()
-    with pytest.raises(UserError, match=r"^method\.weights: .*unknown target modules.*method\.targets"):
-        LoRA(
-            backbone=Pretrained(str(tiny)), rank=4, targets=["cross_attention"], weights=str(tmp_path)
-        ).configure_model()
+    settings: dict[str, Any] = {"backbone": source, "weights": str(tmp_path)}
+    with pytest.raises(
+        UserError, match=r"^method\.weights: .* rank 4 in the file and 8 in this run; set method\.rank=4"
+    ):
+        LoRA(rank=8, **settings).configure_model()
+    with pytest.raises(UserError, match=r"^method\.weights: pairs of layers .*attn1.*; set method\.targets=null"):
+        LoRA(targets=["cross_attention"], **settings).configure_model()
+    with pytest.raises(UserError, match=r"^method\.alpha: got 4.0, but alpha is that of method\.weights"):
+        LoRA(alpha=4.0, **settings)
     with pytest.raises(UserError, match=r"^method\.weights: /no/such does not exist"):
-        LoRA(backbone=Pretrained(str(tiny)), weights="/no/such")
+        LoRA(backbone=source, weights="/no/such")
+
+
+def test_further_targets_get_rank_and_scale_of_the_file(tiny: Path, tmp_path: Path) -> None:
+    source = Pretrained(str(tiny))
+    file = tmp_path / "attention.safetensors"
+    kohya_file(source.load(), file, (".attn1.", ".attn2."))
+    targets: list[Any] = ["cross_attention", "self_attention", "feed_forward"]
+    second = LoRA(backbone=source, weights=str(file), targets=targets)
+    second.configure_model()
+    weights = second.weights()
+    new = [path for path in weights.pairs if ".ff." in path]
+    assert {weights.rank(path) for path in new} == {4}
+    assert {weights.alphas[path] for path in weights.pairs} == {2.0}
+    assert all(not weights.pairs[path][1].any() for path in new)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "single_file", "without a prefix"])

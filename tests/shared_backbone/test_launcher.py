@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from running import EPS, rows, start, train, wait_for_step
 from sdtune.evaluation import draw as drawing
 from sdtune.methods import LoRA
 from sdtune.shared_backbone import pool
-from sdtune.shared_backbone.compatibility import difference, groups
+from sdtune.shared_backbone.compatibility import difference, groups, largest_config, largest_rank
 from sdtune.sweeps import shared_group
 
 LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
@@ -289,6 +289,22 @@ def with_changes(group: str, **settings: object) -> dict[str, object]:
 def test_only_jobs_with_equal_backbone_and_batch_settings_share(other: dict[str, object], key: str | None) -> None:
     assert difference(BASE, other) == key
     assert len(groups([BASE, other])) == (1 if key is None else 2)
+
+
+def test_memory_of_a_group_counts_layers_and_ranks_of_a_file(tmp_path: Path) -> None:
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    pair = {f"{key}.lora_down.weight": torch.zeros(24, 32), f"{key}.lora_up.weight": torch.zeros(32, 24)}
+    save_file(pair, tmp_path / "it.safetensors")
+    named = {**BASE, "callbacks": {}, "method": {"rank": 4, "targets": ["cross_attention"], "projections": ["q"]}}
+    default = {**named, "method": {"rank": None, "targets": None, "projections": None}}
+    of_file = {**named, "method": {**default["method"], "weights": str(tmp_path / "it.safetensors")}}  # type: ignore[dict-item]
+    assert [largest_rank(config["method"]) for config in (named, default, of_file)] == [4, 8, 24]  # type: ignore[arg-type]
+    assert largest_rank({"_target_": "sdtune.methods.TextualInversion"}) == 0
+    method = largest_config([named, default], {})["method"]
+    assert (method["rank"], method["targets"]) == (8, ["cross_attention", "self_attention"])
+    assert method["projections"] == ["k", "out", "q", "v"]
+    method = largest_config([named, of_file], {})["method"]
+    assert (method["rank"], method["weights"], len(method["targets"])) == (24, None, 5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, write_safetensors
 from sdtune.formats.kohya_lora import ModelSpec
 from sdtune.formats.lora import LoRAWeights, canonical
-from sdtune.formats.read import read_lora
+from sdtune.formats.read import largest_rank_in_file, read_lora
 
 __all__ = [
     "LoRAWeights",
@@ -12,6 +12,7 @@ __all__ = [
     "canonical",
     "diffusers_lora",
     "kohya_lora",
+    "largest_rank_in_file",
     "read_lora",
     "read_safetensors",
     "write_safetensors",

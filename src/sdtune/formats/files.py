@@ -55,6 +55,17 @@ def read_keys(path: Path) -> set[str]:
         return set(file.keys())
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in ``path`` by name; reads no tensors.
+
+    Raises:
+        UserError: as :func:`read_safetensors`.
+    """
+    read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata (empty if there is none) of ``path``.
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora, kohya_lora
-from sdtune.formats.files import read_safetensors
+from sdtune.formats.files import read_safetensors, read_shapes
 from sdtune.formats.lora import LoRAWeights, few
 from sdtune.formats.lora_names import usual_names, without_bundled_embeddings
+
+_DOWN = re.compile(r"(lora_A|lora[._]down|lora_linear_layer\.down)(\.default)?\.weight$")
+"""End of the name of an A matrix in every known format."""
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether a file with these tensor names contains a LoRA, in diffusers or kohya format."""
     return any(key.startswith("lora_") or ".lora" in key or "_lora." in key for key in keys)
+
+
+def largest_rank_in_file(path: Path) -> int:
+    """Largest rank of the pairs in ``path``, by the shapes in its header; 1 if it contains no pair.
+
+    Raises:
+        UserError: the file is missing or not in safetensors format.
+    """
+    shapes = read_shapes(_lora_file(path))
+    return max((shape[0] for key, shape in shapes.items() if shape and _DOWN.search(key)), default=1)
 
 
 def read_lora(
@@ -31,7 +45,7 @@ def read_lora(
     Raises:
         UserError: the file is missing, not a LoRA in diffusers or kohya format, or targets modules not in ``modules``.
     """
-    file = path / diffusers_lora.FILE_NAME if path.is_dir() else path
+    file = _lora_file(path)
     content, metadata = read_safetensors(file)
     tensors = usual_names(without_bundled_embeddings(content)[0])
     if any(key.startswith("lora_") for key in tensors):
@@ -46,3 +60,7 @@ def read_lora(
             f"{file}: unknown target modules: {few(unknown)}", remedy="use the backbone that the LoRA was trained on"
         )
     return weights, metadata
+
+
+def _lora_file(path: Path) -> Path:
+    return path / diffusers_lora.FILE_NAME if path.is_dir() else path

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack, get_args
@@ -21,7 +22,7 @@ from sdtune.errors import UserError
 from sdtune.formats import kohya_lora, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.diffusers_lora import write as write_diffusers
-from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.formats.lora import LoRAWeights, canonical, few
 from sdtune.loaders.lora import check_adapter
 from sdtune.methods.base import Adapter
 from sdtune.peft_compat import register_layers
@@ -31,6 +32,11 @@ from sdtune.training.lora_layer import FusedLoRALinear
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
 AlphaPolicy = Literal["rank", "constant", "rslora"]
+
+DEFAULT_RANK = 8
+DEFAULT_TARGETS: tuple[Target, ...] = ("cross_attention", "self_attention")
+
+log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
@@ -59,19 +65,21 @@ class LoRA(Adapter):
     """LoRA through peft: W' = W + (alpha / rank) B A (Hu et al. 2021, eq. 3).
 
     Args:
-        rank: rows of A and columns of B.
-        alpha: alpha in W' = W + (alpha / rank) B A; required unless ``alpha_policy`` is ``rank``.
+        rank: rows of A and columns of B; if None, the ranks in ``weights``, or 8 without ``weights``.
+        alpha: alpha in W' = W + (alpha / rank) B A; required for ``alpha_policy`` ``constant`` and ``rslora``.
         alpha_policy: ``rank``: alpha = rank, so that a sweep over the rank does not also change the step size;
             ``constant``: ``alpha`` for every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
-            eq. 4).
+            eq. 4). If None, the alphas in ``weights``, or ``rank`` without ``weights``.
         blocks: rank and alpha for all modules below a module path, such as ``unet.mid_block`` or ``text_encoder``; if
             several paths match, the longest is used.
         targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
-            ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``).
-        projections: attention projections that get pairs.
+            ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``). If
+            None, the layers in ``weights``, or cross-attention and self-attention without ``weights``.
+        projections: attention projections that get pairs; all if None.
         dropout: dropout probability of the input of the LoRA branch.
         text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
-        weights: file with the initial pairs, in diffusers or kohya format, from any program, with the same ranks.
+        weights: file with the initial pairs, in diffusers or kohya format, from any program. It also sets the layers,
+            ranks and alphas, except those given by other arguments.
     """
 
     artifact_kind = "lora"
@@ -80,31 +88,33 @@ class LoRA(Adapter):
     def __init__(
         self,
         *,
-        rank: Annotated[int, Ge(1)] = 8,
+        rank: Annotated[int, Ge(1)] | None = None,
         alpha: Annotated[float, Gt(0)] | None = None,
-        alpha_policy: AlphaPolicy = "rank",
+        alpha_policy: AlphaPolicy | None = None,
         blocks: Mapping[str, Block] | None = None,
-        targets: Sequence[Target] = ("cross_attention", "self_attention"),
-        projections: Sequence[Projection] = ("q", "k", "v", "out"),
+        targets: Sequence[Target] | None = None,
+        projections: Sequence[Projection] | None = None,
         dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         text_encoder_lr: Annotated[float, Gt(0)] | None = None,
         weights: str | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
-        if not targets:
+        if targets is not None and not targets:
             raise UserError(
                 "the list is empty",
                 key="method.targets",
                 remedy=f"set at least one of {', '.join(get_args(Target))}",
             )
-        if alpha_policy == "rank" and alpha is not None:
+        if alpha_policy is None and weights is None:
+            alpha_policy = "rank"
+        if alpha_policy in ("rank", None) and alpha is not None:
             raise UserError(
-                f"got {alpha}, but with method.alpha_policy=rank alpha is the rank",
+                f"got {alpha}, but alpha is {'the rank' if alpha_policy else 'that of method.weights'}",
                 key="method.alpha",
                 remedy="add method.alpha_policy=constant, or remove method.alpha",
             )
-        if alpha_policy != "rank" and alpha is None:
+        if alpha_policy in ("constant", "rslora") and alpha is None:
             raise UserError(
                 f"missing, but method.alpha_policy={alpha_policy} needs it",
                 key="method.alpha",
@@ -123,57 +133,92 @@ class LoRA(Adapter):
         self.text_encoder_lr, self.weights_file = text_encoder_lr, weights
         if weights is not None and not Path(weights).expanduser().exists():
             raise UserError(f"{weights} does not exist", key="method.weights", remedy="set it to a LoRA file")
-        self.targets, self.projections, self.dropout = tuple(targets), tuple(projections), dropout
+        self.targets, self.projections, self.dropout = targets, projections, dropout
+        self._file_ranks: dict[str, tuple[int, float]] = {}
 
     def check_data(self, data: ImageDataModule) -> None:
         if self.weights_file is not None:
             check_adapter(self.weights_file, self.source.hash(), "method.weights")
 
     def inject(self) -> None:
-        self._inject_pairs("unet", self.backbone.unet, self._unet_layers())
-        for component, encoder in self.backbone.encoders.items() if "text_encoder" in self.targets else ():
-            self._inject_pairs(component, encoder, self._text_encoder_layers(component))
-        paths = [canonical(f"{component}.{name}") for component, name, _ in self._lora_layers()] if self.blocks else []
+        pairs = self._pairs_in_file()
+        self._file_ranks = {path: (pairs.rank(path), pairs.alphas[path]) for path in pairs.pairs}
+        for component, names in self._layers_with_pairs(pairs.pairs.keys()).items():
+            self._inject_pairs(component, getattr(self.backbone, component), names)
+        modules = {canonical(f"{component}.{name}"): module for component, name, module in self._lora_layers()}
         for key in self.blocks:
-            if not any(_is_below(path, canonical(key)) for path in paths):
+            if not any(_is_below(path, canonical(key)) for path in modules):
                 raise UserError(
                     f"no module below {key} gets a LoRA pair",
                     key="method.blocks",
-                    remedy=f"use the start of a module path such as {paths[0]}",
+                    remedy=f"use the start of a module path such as {next(iter(modules), 'unet.mid_block')}",
                 )
-        if self.weights_file is not None:
-            self._load_pairs(Path(self.weights_file).expanduser())
+        self._copy_pairs(pairs, modules)
 
-    def _load_pairs(self, file: Path) -> None:
-        """Copy the pairs in ``file``; modules that are not in it keep their initial values."""
+    def _pairs_in_file(self) -> LoRAWeights:
+        """Pairs in ``weights`` without those of layers that the backbone does not use; no pairs without ``weights``."""
+        if self.weights_file is None:
+            return LoRAWeights({}, {})
+        file = Path(self.weights_file).expanduser()
         sdxl_unet_config = dict(self.backbone.unet.config) if self.backbone.facts.family == "sdxl" else None
-        modules = {canonical(f"{component}.{name}"): module for component, name, module in self._lora_layers()}
+        components = {
+            canonical(f"{component}.{name}"): (component, name) for component, name, _ in layers(self.backbone)
+        }
         try:
-            loaded, _ = read_lora(file, modules, sdxl_unet_config)
+            loaded, _ = read_lora(file, components, sdxl_unet_config)
         except UserError as error:
+            raise UserError(str(error), key="method.weights") from error
+        unused = {path for path in loaded.pairs if self._is_unused(*components[path])}
+        if unused:
+            log.warning(
+                "method.weights: %s: left out the pairs of layers that this backbone does not use (%s)",
+                file.name,
+                few(unused),
+            )
+        pairs = {path: pair for path, pair in loaded.pairs.items() if path not in unused}
+        return LoRAWeights(pairs, {path: loaded.alphas[path] for path in pairs})
+
+    def _is_unused(self, component: str, name: str) -> bool:
+        return component != "unet" and name.startswith(self.backbone.unused_prefixes(component))
+
+    def _layers_with_pairs(self, paths_in_file: Set[str]) -> dict[str, list[str]]:
+        """Names of the layers that get pairs, by component."""
+        if paths_in_file and self.targets is None and self.projections is None:
+            names: dict[str, list[str]] = {}
+            for component, name, _ in layers(self.backbone):
+                if canonical(f"{component}.{name}") in paths_in_file:
+                    names.setdefault(component, []).append(name)
+            return names
+        names = {"unet": self._unet_layers()}
+        if "text_encoder" in (self.targets or DEFAULT_TARGETS):
+            names |= {component: self._text_encoder_layers(component) for component in self.backbone.encoders}
+        chosen = {canonical(f"{component}.{name}") for component, part in names.items() for name in part}
+        if missing := paths_in_file - chosen:
             raise UserError(
-                str(error),
+                f"pairs of layers that are not in method.targets and method.projections: {few(missing)}",
                 key="method.weights",
-                remedy="set method.targets and method.projections to the layers in the file",
-            ) from error
-        for path, (down, up) in loaded.pairs.items():
+                remedy="set method.targets=null and method.projections=null to train the layers in the file",
+            )
+        return names
+
+    def _copy_pairs(self, pairs: LoRAWeights, modules: Mapping[str, nn.Module]) -> None:
+        """Copy ``pairs`` to ``modules``; modules without one keep their initial values."""
+        for path, (down, up) in pairs.pairs.items():
             rank, alpha = self._rank_and_alpha(path)
-            if loaded.rank(path) != rank:
+            if pairs.rank(path) != rank:
                 raise UserError(
-                    f"{path} has rank {loaded.rank(path)} in {file.name} and {rank} in this run",
+                    f"{path} has rank {pairs.rank(path)} in the file and {rank} in this run",
                     key="method.weights",
-                    remedy=f"set method.rank={loaded.rank(path)}",
+                    remedy=f"set method.rank={pairs.rank(path)}, or method.rank=null for the ranks in the file",
                 )
             # Multiply B by the ratio of the scales, so that B A with this run's scale equals the file's update.
             run_scale = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
-            scale = loaded.alphas[path] / rank / run_scale
-            matrices = {"lora_A": down, "lora_B": up * scale}
+            matrices = {"lora_A": down, "lora_B": up * (pairs.alphas[path] / rank / run_scale)}
             for name, value in matrices.items():
                 weight: Tensor = getattr(modules[path], name)["default"].weight
                 if weight.shape != value.shape:
                     raise UserError(
-                        f"{name} of {path} has shape {[*value.shape]} in {file.name}, this backbone needs"
-                        f" {[*weight.shape]}",
+                        f"{name} of {path} has shape {[*value.shape]}, this backbone needs {[*weight.shape]}",
                         key="method.weights",
                         remedy="use a LoRA that was trained on this backbone",
                     )
@@ -189,39 +234,45 @@ class LoRA(Adapter):
     def _rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the module at the canonical ``path``, which starts with its component."""
         matches = [key for key in self.blocks if _is_below(path, canonical(key))]
-        block = self.blocks[max(matches, key=len)] if matches else Block(self.rank)
-        if self.alpha is None:
-            return block.rank, float(block.rank)
-        return block.rank, float(block.alpha if block.alpha is not None else self.alpha)
+        block = self.blocks[max(matches, key=len)] if matches else None
+        # A layer that is not in the file gets the file's largest rank.
+        file_rank, file_alpha = self._file_ranks.get(path) or max(
+            self._file_ranks.values(), default=(DEFAULT_RANK, float(DEFAULT_RANK))
+        )
+        rank = block.rank if block else self.rank or file_rank
+        alpha = block.alpha if block and block.alpha is not None else self.alpha
+        if alpha is None:
+            alpha = rank if self.alpha_policy == "rank" else rank * file_alpha / file_rank
+        return rank, float(alpha)
 
     def component_rates(self) -> Mapping[str, float | None]:
         return {"text_encoder": self.text_encoder_lr}
 
     def _unet_layers(self) -> list[str]:
         names: list[str] = []
-        projections = [_UNET_PROJECTIONS[p] for p in self.projections]
+        projections = [_UNET_PROJECTIONS[p] for p in self.projections or get_args(Projection)]
+        targets = self.targets or DEFAULT_TARGETS
         for component, name, _ in layers(self.backbone):
             if component != "unet" or not name.startswith(BLOCKS):
                 continue
             if ".attn1." in name or ".attn2." in name:
                 kind = "self_attention" if ".attn1." in name else "cross_attention"
-                is_target = kind in self.targets and name.endswith(tuple(projections))
+                is_target = kind in targets and name.endswith(tuple(projections))
             elif ".ff." in name:
-                is_target = "feed_forward" in self.targets
+                is_target = "feed_forward" in targets
             else:
-                is_target = "convolutions" in self.targets and name.rpartition(".")[2] in _CONVOLUTIONS
+                is_target = "convolutions" in targets and name.rpartition(".")[2] in _CONVOLUTIONS
             if is_target:
                 names.append(name)
         return names
 
     def _text_encoder_layers(self, component: str) -> list[str]:
-        suffixes = [_TEXT_PROJECTIONS[p] for p in self.projections]
-        suffixes += ["fc1", "fc2"] if "feed_forward" in self.targets else []
-        unused_prefixes = self.backbone.unused_prefixes(component)
+        suffixes = [_TEXT_PROJECTIONS[p] for p in self.projections or get_args(Projection)]
+        suffixes += ["fc1", "fc2"] if "feed_forward" in (self.targets or ()) else []
         return [
             n
             for n, m in self.backbone.encoders[component].named_modules()
-            if isinstance(m, nn.Linear) and n.endswith(tuple(suffixes)) and not n.startswith(unused_prefixes)
+            if isinstance(m, nn.Linear) and n.endswith(tuple(suffixes)) and not self._is_unused(component, n)
         ]
 
     def _inject_pairs(self, component: str, model: nn.Module, layer_names: list[str]) -> None:
@@ -230,7 +281,7 @@ class LoRA(Adapter):
         # peft also matches target_modules as suffixes; a full name matches exactly one module.
         settings = {name: self._rank_and_alpha(canonical(f"{component}.{name}")) for name in layer_names}
         config = LoraConfig(
-            r=self.rank,
+            r=max(rank for rank, _ in settings.values()),
             target_modules=layer_names,
             rank_pattern={name: rank for name, (rank, _) in settings.items()},
             alpha_pattern={name: alpha for name, (_, alpha) in settings.items()},

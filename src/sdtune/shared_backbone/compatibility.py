@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from sdtune.config.targets import resolve
+from sdtune.formats import largest_rank_in_file
 from sdtune.methods import LoRA, TextualInversion
+from sdtune.methods.lora import DEFAULT_RANK, DEFAULT_TARGETS, Projection, Target
 from sdtune.runs.compare import flat
 
 _PER_RUN = (
@@ -44,8 +47,19 @@ def groups(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
 
 
 def largest_rank(method: Mapping[str, Any]) -> int:
-    """Largest LoRA rank in a ``method`` node, including its ``blocks``; 0 if it has none."""
-    return max(int(node.get("rank", 0)) for node in (method, *(method.get("blocks") or {}).values()))
+    """Largest LoRA rank in a ``method`` node, including its ``blocks``; 0 for another method.
+
+    Raises:
+        UserError: ``method.weights`` sets the rank and cannot be read.
+    """
+    if "rank" not in method:
+        return 0
+    ranks = [block.get("rank") for block in (method.get("blocks") or {}).values()]
+    if method["rank"] is None and method.get("weights"):
+        ranks.append(largest_rank_in_file(Path(method["weights"]).expanduser()))
+    else:
+        ranks.append(method["rank"] or DEFAULT_RANK)
+    return max(map(int, ranks))
 
 
 def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,9 +73,9 @@ def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str,
     if "rank" in method:
         method |= {"rank": max(map(largest_rank, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
         method |= {"weights": None, "dropout": max(float(node.get("dropout", 0)) for node in methods)}
-        for key in ("targets", "projections"):
-            if names := {name for node in methods for name in node.get(key) or ()}:
-                method[key] = sorted(names)
+        method["targets"] = sorted({name for node in methods for name in _targets(node)})
+        projections = [node.get("projections") or get_args(Projection) for node in methods]
+        method["projections"] = sorted({name for names in projections for name in names})
     callbacks = [config["callbacks"] for config in configs]
     previews = [node["samples"] for node in callbacks if node.get("samples")]
     largest_callbacks = {
@@ -73,6 +87,15 @@ def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str,
         if values := [config[key] for config in configs if config.get(key)]:
             result[key] = values[0]
     return result
+
+
+def _targets(method: Mapping[str, Any]) -> Sequence[str]:
+    """Targets of a LoRA's ``method`` node; all targets if the file ``method.weights`` sets its layers."""
+    if method.get("targets"):
+        targets: Sequence[str] = method["targets"]
+        return targets
+    layers_of_file = method.get("weights") and not method.get("projections")
+    return get_args(Target) if layers_of_file else DEFAULT_TARGETS
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
