@@ -91,6 +91,21 @@ class StopAt(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class StopInValidation(Callback):
+    """Sends SIGTERM to rank 0 once, in the first batch of the validation at ``step``; lists the batches in ``file``."""
+
+    def __init__(self, step: int, file: str) -> None:
+        self.step, self.file = step, Path(file)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        earlier = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        self.file.write_text(f"{earlier}{trainer.global_step}\n", encoding="utf-8")
+        if trainer.global_step == self.step and str(self.step) not in earlier:
+            signal.raise_signal(signal.SIGTERM)
+
+
 class Poison(Callback):
     """Sets one gradient value to NaN in optimizer step ``step`` (counted from 1)."""
 

@@ -9,6 +9,17 @@ PathLike = _PATH
 """Type of a checkpoint path in Lightning's plugin interfaces."""
 
 
+def run_validation(trainer: pl.Trainer) -> None:
+    """Validate before the next training step, with the same hooks and state as a validation between two steps."""
+    connector = trainer._logger_connector
+    first_loop_iter = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_loop_iter
+
+
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     """Trainer of ``module``, or None if none is attached (the public property raises then)."""
     trainer: pl.Trainer | None = module._trainer

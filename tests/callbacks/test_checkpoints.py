@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from running import adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
@@ -76,6 +78,32 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
             AtomicIO().save_checkpoint({"value": torch.arange(3000)}, target)
     assert torch.load(target, weights_only=True)["value"].tolist() == [0, 1, 2]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_stop_in_a_validation_aborts_it_and_the_resumed_run_repeats_it(
+    tiny: Path, images: Path, tmp_path: Path, stop: int
+) -> None:
+    overrides = ["data.hold_out=5", "data.batch_size=2", "trainer.val_check_interval=2", "trainer.max_steps=4"]
+    overrides += [
+        "callbacks.ema={_target_: sdtune.callbacks.EMA, decay: 0.5}",
+        "callbacks.early_stopping={_target_: sdtune.callbacks.EarlyStopping, patience: 3}",
+    ]
+    assert train(*arguments(tiny, images, tmp_path / "whole", *overrides)) == 0
+    run = tmp_path / "stopped"
+    batches = tmp_path / "batches.txt"
+    callback = f"+callbacks.stop={{_target_: running.StopInValidation, step: {stop}, file: {batches}}}"
+    assert train(*arguments(tiny, images, run, *overrides, "trust=[running]", callback)) == 128 + signal.SIGTERM
+    assert batches.read_text(encoding="utf-8").split().count(str(stop)) == 1  # of four
+    assert not [row for row in rows(run) if row["validation_loss"] and int(row["step"]) == stop]
+    assert last_checkpoint(run).name == f"step{stop:08d}.ckpt"
+    assert train(f"resume={run}") == 0
+    assert batches.read_text(encoding="utf-8").split().count(str(stop)) == 1 + 4
+    assert (run / "metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    for file in ("images.safetensors", "images-best.safetensors"):
+        one, other = (load_file(folder / "artifact" / file) for folder in (run, tmp_path / "whole"))
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+    assert (run / "checkpoints/best.ckpt").is_file()
 
 
 def test_resuming_a_complete_run_without_metrics_json_writes_it(tiny: Path, images: Path, tmp_path: Path) -> None:

@@ -65,6 +65,25 @@ def test_two_processes_compute_the_same_as_one(tiny: Path, images: Path, tmp_pat
     assert log.read_text(encoding="utf-8").count("captions: ") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [5, 10])
+def test_validation_that_a_stop_of_one_process_aborts_is_repeated(
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    common = ["name=mine", "trainer.max_steps=10", "data.batch_size=4", "data.hold_out=5"]
+    common += ["trainer.val_check_interval=5", "trainer.log_every_n_steps=3"]
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert start(log, *_on_two_processes(arguments(tiny, images, whole, *common))).wait(280) == 0
+    callback = f"+callbacks.stop={{_target_: running.StopInValidation, step: {stop}, file: {tmp_path}/batches.txt}}"
+    overrides = _on_two_processes(arguments(tiny, images, run, *common, "trust=[running]", callback))
+    assert start(log, *overrides).wait(280) == 128 + signal.SIGTERM, log.read_text(encoding="utf-8")
+    assert start(log, f"resume={run}").wait(280) == 0, log.read_text(encoding="utf-8")
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    one, other = (load_file(folder / "artifact" / "mine.safetensors") for folder in (run, whole))
+    assert all(torch.equal(one[key], other[key]) for key in one | other)
+
+
 def test_both_processes_use_hardware_threads_and_write_to_a_folder_with_special_characters(
     tiny: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -253,6 +253,24 @@ def test_stop_while_jobs_generate_images_saves_every_job(settings: list[str], tm
         assert (sweep / job / "artifact" / "mine.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 4])
+def test_validation_that_a_stop_aborts_is_repeated(settings: list[str], tmp_path: Path, stop: int) -> None:
+    overrides = [a for a in settings if not a.startswith("trainer.max_steps")]
+    overrides += ["trainer.max_steps=4", "trainer.val_check_interval=2", "data.hold_out=5", *LAUNCHER]
+    overrides += ["optimizer.lr=1e-3,1e-4", "callbacks.samples=null"]
+    assert train(*overrides, f"hydra.sweep.dir={tmp_path}/whole") == 0
+    callback = f"+callbacks.stop={{_target_: running.StopInValidation, step: {stop}, file: {tmp_path}/batches.txt}}"
+    stopped = tmp_path / "stopped"
+    assert train(*overrides, "trust=[running]", callback, f"hydra.sweep.dir={stopped}") == 128 + signal.SIGTERM
+    assert train("-m", f"resume={stopped}") == 0
+    for job in "01":
+        whole = tmp_path / "whole" / job
+        assert (stopped / job / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+        one, other = (load_file(run / "artifact" / "mine.safetensors") for run in (stopped / job, whole))
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+
+
 BASE = {
     "method": {"_target_": "sdtune.methods.LoRA", "rank": 4},
     "backbone": {"_target_": "sdtune.backbone.Pretrained", "path": "pocket"},

@@ -41,6 +41,11 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         check_held_out(trainer, pl_module, "callbacks.early_stopping")
         super().setup(trainer, pl_module, stage)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A run that is being stopped aborts its validation, whose loss is then that of a few batches.
+        if not trainer.should_stop:
+            super().on_validation_end(trainer, pl_module)
+
 
 def write_best(adapter: Adapter, run: Path, name: str) -> None:
     """Write ``<name>-best`` next to the artifact, from the checkpoint with the lowest validation loss, if any."""

@@ -21,7 +21,7 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUME_ADVICE, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
-from sdtune.lightning_compat import PathLike
+from sdtune.lightning_compat import PathLike, run_validation
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
 
@@ -76,9 +76,10 @@ class Checkpoints(Callback):
     """Save a checkpoint every ``every_steps`` optimizer steps, at the end of the run, and when the run must stop.
 
     Ctrl-C, SIGTERM and SIGHUP request a stop: the run completes the step, saves, and leaves ``stopped_by`` set; no
-    samples are generated any more. A second Ctrl-C ends the process immediately. So does the first signal before the
-    training starts, for example while the caches are filled; cached entries are kept. The last two checkpoints are kept
-    and, with a validation set, ``best.ckpt``, the one with the lowest validation loss.
+    samples are generated any more. A validation ends after the current batch; the resumed run repeats it from its
+    beginning. A second Ctrl-C ends the process immediately. So does the first signal before the training starts, for
+    example while the caches are filled; cached entries are kept. The last two checkpoints are kept and, with a
+    validation set, ``best.ckpt``, the one with the lowest validation loss.
     """
 
     priority: ClassVar[int] = 100
@@ -86,6 +87,7 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, record: MetricsRecorder, every_steps: Annotated[int, Ge(1)] = 100) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps
         self.stopped_by: signal.Signals | None = None
+        self._validation_pending = False
         self._handlers: dict[int, Any] = {}
         self._training = False
         self._due = False
@@ -120,6 +122,22 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._training = True
         self._install_handlers()  # Lightning has installed its own SIGTERM handler in the meantime
+        if self._validation_pending:
+            self._prepare_pending_validation(trainer)
+            run_validation(trainer)
+
+    def validate_if_pending(self, trainer: pl.Trainer, module: Adapter) -> None:
+        """Repeat a validation after the last step that a stop has aborted. Call it after ``fit``, which trains no more.
+
+        The hook ``on_train_start``, which repeats the other validations, is not called then.
+        """
+        if self._validation_pending and self.stopped_by is None:
+            self._prepare_pending_validation(trainer)
+            trainer.validate(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+
+    def _prepare_pending_validation(self, trainer: pl.Trainer) -> None:
+        self._validation_pending = False
+        self.record.truncate(trainer.global_step, trainer, keep_validation=False)
 
     def _install_handlers(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -136,8 +154,9 @@ class Checkpoints(Callback):
     def _stop_requested(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:
             return self.stopped_by is not None
-        # Processes receive a signal at different steps. They agree on it at log steps, where they synchronize anyway.
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        # Processes receive a signal at different steps. They agree on it at log steps, where they synchronize anyway,
+        # and before each batch of a validation.
+        if trainer.training and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
         return bool(trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False))
 
@@ -180,10 +199,31 @@ class Checkpoints(Callback):
             for old in sorted(self.folder.glob("step*.ckpt"))[:-2]:
                 old.unlink()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.record.validation_aborted = False
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.sanity_checking or not self._stop_requested(trainer):
+            return
+        self.request_stop(self.stopped_by or signal.SIGTERM)
+        self._validation_pending = self.record.validation_aborted = trainer.should_stop = True
+        raise StopIteration  # ends Lightning's loop over the validation batches
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.record.validation_aborted:
+            self.save(trainer, pl_module)
+            return
         value = self.record.validation.get(trainer.global_step)
         if value is not None and value <= min(self.record.validation.values()):
             with self.record.paused():
                 trainer.save_checkpoint(self.folder / BEST)
         if (self._due or trainer.should_stop) and not trainer.sanity_checking:
             self.save(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_pending": self._validation_pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validation_pending = state_dict["validation_pending"]

@@ -47,6 +47,8 @@ class MetricsRecorder(Callback):
         self._validating = ExitStack()
         self.stop_requested = False
         """Whether the run will stop and save after this step; set by the callback ``Checkpoints``."""
+        self.validation_aborted = False
+        """Whether the run stops in the current validation, which has no result; set by ``Checkpoints``."""
 
     # --- rows
 
@@ -147,6 +149,8 @@ class MetricsRecorder(Callback):
         assert isinstance(pl_module, Adapter)
         # flush() measures the time since the last flush, so the pause must end before it.
         self._validating.close()
+        if self.validation_aborted:
+            return
         value = trainer.callback_metrics.get("validation_loss")
         if value is not None and not trainer.sanity_checking:
             self.flush(trainer, pl_module)
@@ -191,12 +195,14 @@ class MetricsRecorder(Callback):
         rows = list(reader)
         return list(reader.fieldnames or []), rows
 
-    def truncate(self, step: int, trainer: pl.Trainer) -> None:
-        """Remove the rows after ``step``, which a resumed run will write again."""
+    def truncate(self, step: int, trainer: pl.Trainer, keep_validation: bool = True) -> None:
+        """Remove the rows that a resumed run will write again: those after ``step``, and perhaps its validation."""
         if not self.path.exists():
             return
         self.columns, rows = self._read()
         rows = [row for row in rows if int(row["step"]) <= step]
+        if not keep_validation:
+            rows = [row for row in rows if int(row["step"]) < step or not row["validation_loss"]]
         self.validation = {int(r["step"]): float(r["validation_loss"]) for r in rows if r["validation_loss"]}
         if not trainer.is_global_zero:
             return

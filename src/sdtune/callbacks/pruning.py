@@ -63,6 +63,8 @@ class Pruning(Callback):
             self._sign = 1 if self._trial.study.direction == optuna.study.StudyDirection.MINIMIZE else -1
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.record.validation_aborted:
+            return
         value = self.record.validation.get(trainer.global_step)
         prune = False
         if self._trial is not None and value is not None and not trainer.sanity_checking:

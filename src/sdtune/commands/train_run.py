@@ -156,6 +156,7 @@ class TrainRun:
             log.info("there is no checkpoint yet; starting from the beginning")
         try:
             trainer.fit(self.adapter, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
+            self.checkpoints.validate_if_pending(trainer, self.adapter)
         finally:
             self.checkpoints.restore_handlers()
         for samples in (c for c in self.callbacks if isinstance(c, Samples)):

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdtune.backbone import Pretrained
@@ -179,7 +180,7 @@ class SharedWeightsStrategy(SingleDeviceStrategy):
 
 
 class JoinOthers(Callback):
-    """Callback that joins a run to the other runs before its first step."""
+    """Callback that joins a run to the other runs before its first step, or before a validation without training."""
 
     priority: ClassVar[int] = -60
 
@@ -188,6 +189,10 @@ class JoinOthers(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._shared.coordinator.request(JoinCall())
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._shared.coordinator.request(JoinCall())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
