@@ -11,16 +11,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
 from sdtune.config.targets import resolve
+from sdtune.config.types import type_text
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -164,7 +163,8 @@ def _walk(node: yaml.MappingNode, prefix: str, target: str | None, lines: list[s
         line = lines[value.end_mark.line]
         default = line[value.start_mark.column : value.end_mark.column]
         text = texts.get(key) or line[value.end_mark.column :].strip().lstrip("# ") or _above(lines, key_node)
-        yield Row(f"{prefix}{key}", default, _kind(hints.get(key)), text)
+        kind = type_text(hints[key], "`") if key in hints else ""
+        yield Row(f"{prefix}{key}", default, kind, text)
 
 
 def _above(lines: list[str], node: yaml.Node) -> str:
@@ -191,33 +191,6 @@ def _arguments(doc: str) -> dict[str, str]:
     match = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
     entries = re.findall(r"^    (\w+(?:, \w+)*): ((?:.*)(?:\n        .*)*)", match[1], re.MULTILINE) if match else []
     return {name: re.sub(r"\s+", " ", text).replace("``", "`") for names, text in entries for name in names.split(", ")}
-
-
-def _kind(hint: Any) -> str:
-    if hint is None:
-        return ""
-    if hint is type(None):
-        return "null"
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _kind(args[0]) + "".join(_bound(limit) for limit in args[1:])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_kind(arg) for arg in args))
-    if origin is typing.Literal:
-        return " or ".join(f"`{arg}`" for arg in args)
-    if origin is not None and issubclass(origin, typing.Sequence | tuple | list):  # type: ignore[arg-type]
-        return "list of " + _kind(args[0]) if args else "list"
-    if origin is not None and issubclass(origin, typing.Mapping):
-        return "mapping"
-    return {"str": "text", "bool": "true or false"}.get(getattr(hint, "__name__", ""), getattr(hint, "__name__", ""))
-
-
-def _bound(limit: Any) -> str:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = [
-        f" {sign} {getattr(limit, name)}" for name, sign in signs.items() if getattr(limit, name, None) is not None
-    ]
-    return ",".join(found)
 
 
 def _table(rows: list[Row]) -> str:

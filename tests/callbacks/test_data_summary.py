@@ -9,8 +9,26 @@ import pytest
 
 from running import fit, folder_data
 from sdtune.backbone import Pretrained
-from sdtune.callbacks.data_summary import DataSummary
+from sdtune.callbacks.data_summary import DataSummary, size_warnings
 from sdtune.methods import LoRA
+
+
+@pytest.mark.parametrize(
+    ("resolution", "warnings"),
+    [(None, 0), (48, 1), (64, 1), (68, 2)],
+    ids=["own", "images are smaller", "twice the size", "far from the backbone's size"],
+)
+def test_sizes_that_a_recipe_for_another_model_causes_are_warned_about(
+    tiny: Path, images: Path, resolution: int | None, warnings: int
+) -> None:
+    facts, data = Pretrained(str(tiny)).facts, folder_data(images, resolution=resolution)
+    data.open(facts.side, facts.factor)
+    lines = size_warnings(data, facts.side)
+    assert len(lines) == warnings
+    if warnings:
+        assert f"images are smaller than data.resolution={resolution}" in lines[-1]
+    if warnings == 2:
+        assert "data.resolution is 68, but the backbone was trained at 32 pixels" in lines[0]
 
 
 def test_summary_names_images_order_and_longest_caption(

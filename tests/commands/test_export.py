@@ -263,6 +263,9 @@ def test_run_is_exported_with_its_model_card(
     assert "# fox-merged\n" in exported_card
     assert "- lora\n" in card
     assert "- lora\n" not in exported_card
+    assert "| LoRA | rank 8, alpha 8.0 |" in card
+    assert "| use | diffusers: `pipe.load_lora_weights(FOLDER)`" in card
+    assert "| use | diffusers: `StableDiffusionPipeline.from_pretrained('fox-merged')` |" in exported_card
     assert card[card.index("## Settings") :] == exported_card[exported_card.index("## Settings") :]
     assert "The LoRA in kohya format, fp16, reduced to rank 2." in (run / "export/kohya/README.md").read_text(
         encoding="utf-8"
@@ -286,7 +289,10 @@ INVALID = {
         "format: an artifact of kind words has no format pipeline; set format=diffusers or",
     ),
     "unknown format": (["artifact={words}", "format=kohla"], "format"),
-    "rank of an embedding": (["artifact={words}", "format=kohya", "rank=4"], "rank: applies only to a LoRA"),
+    "rank of an embedding": (
+        ["artifact={words}", "format=kohya", "rank=4"],
+        "rank: applies only to a LoRA; remove rank",
+    ),
     "no rank": (["artifact={tiny}", "format=kohya"], "rank: required to extract a LoRA from a model; set rank=32"),
     "unknown dtype": (["artifact={words}", "format=kohya", "dtype=int8"], "dtype"),
     "no token": (["artifact={words}", "format=kohya", "push_to=me/it"], "push_to: HF_TOKEN is not set"),

@@ -287,6 +287,29 @@ def test_plan_prints_the_switches_with_which_it_fits(
     assert expected in line[line.rindex("GiB  ") if "no" not in expected else 0 :]
 
 
+@pytest.mark.parametrize(
+    ("gib", "advice"),
+    [
+        ("1000", None),
+        ("12", "to fit 12 GiB, add: optimizer=adamw8bit"),
+        ("4", "does not fit: needs at least "),
+    ],
+)
+def test_plan_of_one_method_advises_how_to_fit(
+    gib: str,
+    advice: str | None,
+    full: TrainingCosts,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan_command, "count", lambda request: full)
+    assert plan("method=full", "backbone=sd15", f"fits={gib}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith(("to fit", "does not fit"))]
+    assert len(found) == (advice is not None)
+    assert advice is None or found[0].startswith(advice)
+
+
 # --- the command
 
 
@@ -339,14 +362,14 @@ def test_all_methods_are_a_table_including_user_methods(
 
 INVALID = {
     ("methods=[lroa]",): "methods: unknown method lroa; did you mean lora?",
-    ("methods=[]",): "methods: []: ",
-    ("fits=0",): "fits: 0: ",
+    ("methods=[]",): "methods: got []",
+    ("fits=0",): "fits: got 0; expected float > 0 or null",
     ("data.resolution=65",): "data.resolution: 65 is not a multiple of 4",
     ("data.batch_size=3", "hardware=ddp"): "data.batch_size: 3 samples per step cannot be divided",
-    ("data.batch_size=0",): "data.batch_size: 0: ",
-    ("trainer.accumulate_grad_batches=0",): "trainer.accumulate_grad_batches: 0: ",
+    ("data.batch_size=0",): "data.batch_size: got 0; expected int >= 1",
+    ("trainer.accumulate_grad_batches=0",): "trainer.accumulate_grad_batches: got 0; expected int >= 1",
     ("methods=[lora,full]", "method.rank=4"): "method.rank: unknown setting",
-    ("method.rank=0",): "method.rank: 0: ",
+    ("method.rank=0",): "method.rank: got 0; expected int >= 1 or null",
     ("hardware.precision=fp8",): "hardware.precision: 'fp8'",
     ("backbone=sd15", "backbone.path=/no/such"): "backbone.path: /no/such does not exist",
     ("-m", "fits=1,2"): "--multirun: sdtune plan supports no sweeps",

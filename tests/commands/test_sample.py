@@ -94,8 +94,8 @@ def test_prompt_file_accepts_the_options_of_kohya(tiny: Path, tmp_path: Path) ->
         (["prompt=a fox", "sampling.width=30"], "sampling.width: 30 is not a multiple of 4"),
         (["prompt=a fox", "sampling.steps=1001"], "sampling.steps: max 1000 with this backbone, got 1001"),
         (["prompt=a fox", "sampling.sampler=pndm", "sampling.steps=3"], "sampling.steps: pndm needs at least 4 steps"),
-        (["prompt=a fox", "seeds=[18446744073709551616]"], "seeds.0: [18446744073709551616]"),
-        (["prompt=a fox", "seeds=[-1]"], "seeds.0: [-1]"),
+        (["prompt=a fox", "seeds=[18446744073709551616]"], "seeds.0: got 18446744073709551616; expected int >= 0"),
+        (["prompt=a fox", "seeds=[-1]"], "seeds.0: got -1; expected int >= 0"),
         (
             ["prompt=a fox", "adapters=[{path:/nowhere/a.safetensors}]"],
             "adapters[0].path: /nowhere/a.safetensors does not",

@@ -167,14 +167,14 @@ def test_valid_config_passes() -> None:
     ("settings", "key", "words"),
     [
         ({"count": 1, "nmae": "x"}, "t.nmae", "did you mean name"),
-        ({"count": 0}, "t.count", "greater than or equal to 1"),
-        ({"count": "many"}, "t.count", "integer"),
-        ({"count": 1.5}, "t.count", "integer"),
-        ({"count": None}, "t.count", "integer"),
-        ({"count": 1, "rate": 0.0}, "t.rate", "greater than 0"),
-        ({"count": 1, "rate": [1]}, "t.rate", "number"),
-        ({"count": 1, "kinds": ["a", "c"]}, "t.kinds.1", "'a' or 'b'"),
-        ({"count": 1, "name": 5}, "t.name", "string"),
+        ({"count": 0}, "t.count", "got 0; expected int >= 1"),
+        ({"count": "many"}, "t.count", 'got "many"; expected int >= 1'),
+        ({"count": 1.5}, "t.count", "expected int"),
+        ({"count": None}, "t.count", "got null"),
+        ({"count": 1, "rate": 0.0}, "t.rate", "expected float > 0 or null"),
+        ({"count": 1, "rate": [1]}, "t.rate", "expected float > 0 or null"),
+        ({"count": 1, "kinds": ["a", "c"]}, "t.kinds.1", 'got "c"; expected a or b'),
+        ({"count": 1, "name": 5}, "t.name", "got 5; expected text"),
         ({"count": "???"}, "t.count", "missing"),
         ({}, "t.count", "missing"),
     ],
@@ -210,7 +210,7 @@ def test_argument_that_the_command_passes_cannot_be_set() -> None:
 
 
 def test_nested_nodes_are_checked() -> None:
-    with pytest.raises(UserError, match=r"^t\.inner\.share: 2\b"):
+    with pytest.raises(UserError, match=r"^t\.inner\.share: got 2; expected float >= 0, <= 1"):
         check_node(node("Thing", count=1, inner=node("Settings", share=2)), "t", TRUST)
 
 

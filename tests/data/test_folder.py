@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from sdtune.data import Folder
 from sdtune.data import folder as module
 from sdtune.data.folder import CaptionedImage, check_images, read_image_folder
 from sdtune.errors import UserError
@@ -350,3 +351,17 @@ def test_check_refuses_exif_orientation_after_the_pixel_data(tmp_path: Path) -> 
     message = r"\Adata\.path: .*late\.png is 6x8 pixels, but its header states 8x6 .*; save this image again"
     with pytest.raises(UserError, match=message):
         check_images(read_image_folder(tmp_path, "p").images)
+
+
+def test_errors_in_class_images_name_their_folder(images: Path, tmp_path: Path) -> None:
+    class_folder = tmp_path / "class"
+    class_folder.mkdir()
+    Image.new("RGB", (40, 40)).save(class_folder / "a.png")
+    (class_folder / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    data = Folder(path=str(images), class_path=str(class_folder), class_prompt=None)
+    with pytest.raises(UserError, match=r"^data\.class_path: .*a\.txt is not UTF-8 text; save it as UTF-8"):
+        data.read_class(str(class_folder))
+    (class_folder / "a.txt").write_text("a dog", encoding="utf-8")
+    (class_folder / "a.png").write_bytes((class_folder / "a.png").read_bytes()[:45])
+    with pytest.raises(UserError, match=r"^data\.class_path: .*a\.png"):
+        data.read_class(str(class_folder))

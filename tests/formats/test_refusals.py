@@ -55,9 +55,9 @@ def diffusers_tensors(prefix=f"unet.{Q}", down=DOWN, up=UP):
         (kohya_tensors(down=torch.ones(2, 6, 3, 3), up=torch.ones(5, 2, 3, 3)), "are not a low-rank pair"),
         (
             {f"lora_te2_{i}.alpha": UP for i in range(5)},
-            "unknown target modules: lora_te2_0, lora_te2_1, lora_te2_2 and 2 more",
+            "unknown target modules: lora_te2_0 and 4 more; use an SDXL backbone",
         ),
-        (diffusers_tensors("unet.label_embedding"), "unknown target modules: unet.label_embedding"),
+        (diffusers_tensors("unet.label_embedding"), "unet.label_embedding; use the backbone of its training"),
         (diffusers_tensors("text_encoder_2.layers.0"), "unknown target modules: text_encoder_2.text_model.layers.0"),
         (
             diffusers_tensors() | {f"unet.{Q}.lora_magnitude_vector": UP},

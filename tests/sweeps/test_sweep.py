@@ -45,8 +45,8 @@ def test_all_jobs_are_checked_before_the_first_starts(
     assert train(*settings, "method.rank=2,0,-1") == 2
     error = capsys.readouterr().err
     assert error.startswith("sdtune: job 1 (")
-    assert "job 1 (method.rank=0): method.rank: 0: input should be greater than or equal to 1" in error
-    assert "; job 2 (method.rank=-1): method.rank: -1: input should be greater" in error
+    assert "job 1 (method.rank=0): method.rank: got 0; expected int >= 1 or null" in error
+    assert "; job 2 (method.rank=-1): method.rank: got -1; expected int >= 1" in error
     assert error.endswith("; no job was started\n")
     assert error.count("\n") == 1
     assert not (tmp_path / "sweep").exists()

@@ -142,17 +142,12 @@ def _write(
     expected = {name: model_shapes(name, source) for name in components}
     weighted = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
     models = split(tensors, Models(family, **configs), expected)
-    try:
-        for name in weighted:
-            check_keys(f"{where} ({name})", _shapes(models[name]), expected[name])
-            check_finite(models[name], f"{where} ({name})")
-    except UserError as error:
-        if not source.is_relative_to(CONFIGS):
-            raise
-        raise UserError(
-            f"{error}; for another architecture, set backbone.config=FOLDER to a pipeline folder of that architecture"
-            " (backbone.config=pocket for models trained from pocket)"
-        ) from error
+    remedy = "set backbone.config=FOLDER to a pipeline folder with the configs of this model"
+    if source.is_relative_to(CONFIGS):
+        remedy += " (backbone.config=pocket if it was trained from pocket)"
+    for name in weighted:
+        check_keys(f"{where} ({name})", _shapes(models[name]), expected[name], remedy)
+        check_finite(models[name], f"{where} ({name})")
     index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
     with replacing(target, sync=False, alone=True) as partial:

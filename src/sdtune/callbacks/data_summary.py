@@ -33,7 +33,8 @@ class DataSummary(Callback):
         assert isinstance(pl_module, Adapter)
         if trainer.is_global_zero:
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            for line in (*summary(data, self.steps), *caption_summary(data, pl_module.backbone)):
+            sizes = size_warnings(data, pl_module.source.facts.side)
+            for line in (*summary(data, self.steps), *sizes, *caption_summary(data, pl_module.backbone)):
                 log.info(line)
 
 
@@ -57,6 +58,25 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
                 f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), fewer than the batch size: each is"
                 f" used {times:.1f} times per epoch, samples of other buckets about once"
             )
+    return lines
+
+
+def size_warnings(data: ImageDataModule, side: int) -> list[str]:
+    """Warnings for a resolution far from the backbone's ``side`` in pixels, and for images below the resolution."""
+    resolution = data.resolution
+    assert resolution is not None
+    lines = []
+    if not side / 2 <= resolution <= side * 2:
+        lines.append(
+            f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not learn"
+            f" well at other sizes; data.resolution={side} is its own"
+        )
+    small = [sample for sample in data.train if sample.size[0] * sample.size[1] < 0.8 * resolution**2]
+    if small:
+        lines.append(
+            f"WARNING: {len(small)} of {len(data.train)} images are smaller than data.resolution={resolution}, such as"
+            f" {small[0]} ({small[0].size[0]}x{small[0].size[1]}); they are trained at their own size"
+        )
     return lines
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sdtune.backbone import Pretrained
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain, read_saved_config
+from sdtune.config.types import type_text
 from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.paths import is_hub_id
@@ -25,13 +26,11 @@ log = logging.getLogger("sdtune")
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` without loading weights, and return the function that exports."""
+    hints = get_type_hints(Export, include_extras=True)
+    if OmegaConf.is_missing(config, "format"):
+        raise UserError("missing value", key="format", remedy=f"set format={type_text(hints['format'])}")
     options = plain(config)
-    export = Export(
-        **{
-            key: _checked_value(options[key], hint, key)
-            for key, hint in get_type_hints(Export, include_extras=True).items()
-        }
-    )
+    export = Export(**{key: _checked_value(options[key], hint, key) for key, hint in hints.items()})
     if (options["run"] is None) == (options["artifact"] is None):
         raise UserError(
             "exactly one of run and artifact is required",

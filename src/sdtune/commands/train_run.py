@@ -185,7 +185,9 @@ class TrainRun:
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
         _write_exports(self)
-        for line in closing_lines(self.folder, self.name, self.source, self.data):
+        lines = closing_lines(self.folder, self.name, self.source, self.data)
+        _, sweep = label_and_sweep(self.folder)
+        for line in lines if sweep is None else lines[:1]:  # a sweep prints where its artifacts are when it ends
             log.info(line)
 
     @contextmanager

@@ -55,7 +55,7 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
         except ValueError as error:
             if isinstance(error, OmegaConfBaseException):
                 raise
-            # OmegaConf converts the name below a list to an index: method.targets.foo=1
+            # OmegaConf converts the name below a list to an index: optimizer.betas.foo=1
             raise UserError(
                 f"{' '.join(overrides)}: cannot be composed ({error})", remedy="check these overrides"
             ) from error

@@ -45,7 +45,7 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
     precision = str(node.get("precision", "auto"))
     if precision not in PRECISIONS:
         raise UserError(f"{precision!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
-    if precision == "16-mixed" and kind == "cpu":
+    if precision == "16-mixed" and (accelerator(kind) if here else kind) == "cpu":
         raise UserError("16-mixed needs a GPU", key="hardware.precision", remedy="set bf16-mixed or 32-true")
     for key in SWITCHES:
         if not isinstance(node.get(key, False), bool):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -14,23 +15,31 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from sdtune.config.targets import resolve
+from sdtune.config.types import element_hint, type_text
 from sdtune.errors import UserError
 from sdtune.suggest import suggestion
 
+_EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text"}
+"""Expected values by the first part of pydantic's error type, where the annotation has classes of a library."""
 
-def _message(error: ValidationError, key: str, value: Any) -> str:
+
+def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserError:
+    """One-line error for the first mismatch: what was given, and the valid values or pydantic's reason."""
     first = error.errors()[0]
-    value_key, node = key, value
+    value_key, node, node_hint = key, value, hint
     for part in first["loc"]:  # loc also contains pydantic's names of union branches
         child: Any = node.get(part) if isinstance(node, Mapping) else None
-        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+        is_element = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if is_element:
             child = node[part]
         if child is not None:
-            value_key, node = f"{value_key}.{part}", child
-    reason = first["msg"][0].lower() + first["msg"][1:]
+            value_key, node, node_hint = f"{value_key}.{part}", child, element_hint(node_hint) if is_element else None
     if first["type"] == "missing":
-        reason = f"{first['loc'][-1]} is missing"
-    return f"{value_key}: {value!r}: {reason}"
+        name = first["loc"][-1]
+        return UserError(f"{name} is missing", key=value_key, remedy=f"set {name}")
+    expected = type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
+    reason = f"expected {expected}" if expected else first["msg"][0].lower() + first["msg"][1:]
+    return UserError(f"got {json.dumps(node, default=str, ensure_ascii=False)}", key=value_key, remedy=reason)
 
 
 def check_node(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
@@ -70,14 +79,19 @@ def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: 
         if name not in names:
             raise UserError(f"not a setting of {target.__name__}{suggestion(name, names)}", key=value_key)
         if value == "???":
-            raise UserError("missing value", key=value_key, remedy=f"set {value_key}=VALUE")
+            raise _missing(value_key, hints.get(name))
         if not _holds_target(value) and name in hints:
             check_value(value, hints[name], value_key)
     if node.get("_partial_"):
         return
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in node and name not in ("args", "kwargs"):
-            raise UserError("missing value", key=f"{key}.{name}", remedy=f"set {key}.{name}=VALUE")
+            raise _missing(f"{key}.{name}", hints.get(name))
+
+
+def _missing(key: str, hint: Any) -> UserError:
+    expected = type_text(hint)
+    return UserError("missing value", key=key, remedy=f"set {key}=VALUE{f' ({expected})' if expected else ''}")
 
 
 def _holds_target(value: Any) -> bool:
@@ -103,4 +117,4 @@ def check_value(value: Any, hint: Any, key: str) -> None:
         # Strict for single values, because the constructor gets the value without pydantic's conversion.
         adapter.validate_python(value, strict=not isinstance(value, list | dict))
     except ValidationError as error:
-        raise UserError(_message(error, key, value)) from error
+        raise _mismatch(error, hint, key, value) from error

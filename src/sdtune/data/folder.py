@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.data.listing import list_files, named
-from sdtune.errors import UserError
+from sdtune.errors import UserError, errors_name
 from sdtune.images.files import SUFFIXES, image_size, open_alpha, open_image
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
@@ -102,10 +102,12 @@ def read_image_folder(
             key=key,
             remedy=f"set a folder with {', '.join(SUFFIXES)} files",
         )
-    repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
-    captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
-    captions |= _metadata_captions(files, images)
-    captions |= _sidecar_captions(files, images)
+    with errors_name(key):
+        repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
+        captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
+        captions |= _metadata_captions(files, images)
+        captions |= _sidecar_captions(files, images)
+        sizes = {image: image_size(image) for image in images}
     uncaptioned = [image for image in images if image not in captions]
     if prompt is not None:
         captions |= dict.fromkeys(uncaptioned, prompt)
@@ -117,7 +119,7 @@ def read_image_folder(
         )
     return ImageFolder(
         tuple(
-            CaptionedImage(image, _with_trigger(captions[image], trigger), image_size(image), repeats)
+            CaptionedImage(image, _with_trigger(captions[image], trigger), sizes[image], repeats)
             for image, (repeats, _) in repeats_and_words.items()
         ),
         (*listing.lines(folder), *_unused(files, images, folder)),
@@ -142,8 +144,11 @@ def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list
     return lines
 
 
-def check_images(images: Iterable[CaptionedImage]) -> list[str]:
+def check_images(images: Iterable[CaptionedImage], key: str = "data.path") -> list[str]:
     """Decode every image once, so that damaged images are found before training.
+
+    Args:
+        key: config key of their folder, for errors.
 
     Returns:
         A warning for each image that is transparent everywhere, and therefore trained as plain white.
@@ -151,7 +156,7 @@ def check_images(images: Iterable[CaptionedImage]) -> list[str]:
     Raises:
         UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
-    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+    with errors_name(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         return [warning for warning in pool.map(_check, images) if warning is not None]
 
 
@@ -161,7 +166,6 @@ def _check(image: CaptionedImage) -> str | None:
         raise UserError(
             f"{image.path} is {size[0]}x{size[1]} pixels, but its header states {image.size[0]}x{image.size[1]}"
             " (it changed, or its EXIF orientation follows the pixel data)",
-            key="data.path",
             remedy="save this image again",
         )
     alpha = open_alpha(image.path)
@@ -187,9 +191,7 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
         return 1, ""
     repeats, words = int(match[1]), match[2].strip()
     if repeats < 1:
-        raise UserError(
-            f"{folder}: the folder name sets {repeats} repeats", key="data.path", remedy="use at least 1 in its name"
-        )
+        raise UserError(f"{folder}: the folder name sets {repeats} repeats", remedy="use at least 1 in its name")
     return repeats, words
 
 
@@ -204,7 +206,6 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
         if len(matches) > 1:
             raise UserError(
                 f"{image} has two captions, {matches[0].name} and {matches[1].name}",
-                key="data.path",
                 remedy="remove one",
             )
         if matches:
@@ -218,20 +219,17 @@ def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pa
     tables = [file for file in files if file.name in TABLES]
     for table in tables:
         if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
-            raise UserError(
-                f"{table.parent} has both metadata.jsonl and metadata.csv", key="data.path", remedy="remove one"
-            )
+            raise UserError(f"{table.parent} has both metadata.jsonl and metadata.csv", remedy="remove one")
         for line, row in _csv_rows(table) if table.suffix == ".csv" else _jsonl_rows(table):
             name, caption = _name_and_caption(row, f"{table}, line {line}")
             image = table.parent / name
             if image not in known:
                 raise UserError(
                     f"{table}, line {line}: unknown image {image}",
-                    key="data.path",
                     remedy="correct or remove this row",
                 )
             if image in captions:
-                raise UserError(f"{table}, line {line}: duplicate row for {name}", key="data.path", remedy="remove one")
+                raise UserError(f"{table}, line {line}: duplicate row for {name}", remedy="remove one")
             captions[image] = _one_line(caption)
     return captions
 
@@ -243,7 +241,7 @@ def _name_and_caption(row: Any, where: str) -> tuple[str, str]:
         match row.get("file_name"), captions:
             case str(name), [str(caption)]:
                 return name, caption
-    raise UserError(f"{where}: a row needs a file_name and either a text or a caption, as strings", key="data.path")
+    raise UserError(f"{where}: a row needs a file_name and either a text or a caption, as strings")
 
 
 def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
@@ -254,9 +252,7 @@ def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{table}, line {line}: not JSON ({error.msg})", key="data.path", remedy="correct this row"
-            ) from error
+            raise UserError(f"{table}, line {line}: not JSON ({error.msg})", remedy="correct this row") from error
         yield line, row
 
 
@@ -266,20 +262,16 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(
-            f"{table}, after line {reader.line_num}: {error}", key="data.path", remedy="correct this row"
-        ) from error
+        raise UserError(f"{table}, after line {reader.line_num}: {error}", remedy="correct this row") from error
 
 
 def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text", key="data.path", remedy="save it as UTF-8") from error
+        raise UserError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error
     except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror})", key="data.path", remedy="make it readable"
-        ) from error
+        raise UserError(f"{file} cannot be read ({error.strerror})", remedy="make it readable") from error
 
 
 def _one_line(text: str) -> str:

@@ -129,7 +129,7 @@ class Folder(ImageDataModule):
         remedy = 'set data.prompt to the new token, as in data.prompt="<my_cat>"; data.templates adds the other words'
         arguments: dict[str, Any] = {"ask": remedy} if self.templates else {}
         folder = read_image_folder(path, self.prompt, self.trigger, key, other_roles=self._roles(key), **arguments)
-        self.notices += [*folder.notices, *check_images(folder.images)]
+        self.notices += [*folder.notices, *check_images(folder.images, key)]
         return list(folder.images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
@@ -139,7 +139,7 @@ class Folder(ImageDataModule):
             'set data.class_prompt="a photo of a dog", or add a .txt file next to each image',
         )
         folder = read_image_folder(path, self.class_prompt, None, key, remedy, self._roles(key))
-        self.notices += [*folder.notices, *check_images(folder.images)]
+        self.notices += [*folder.notices, *check_images(folder.images, key)]
         return [FileSample(image, 1) for image in folder.images]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
 from sdtune.files import replacing, write_text
+from sdtune.formats.files import read_metadata
 from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD, CARD_GRID
 from sdtune.runs.metrics import finite
@@ -25,6 +26,11 @@ _USAGE = {
     "words": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's file among the embeddings",
     "controlnet": "diffusers: `ControlNetModel.from_pretrained('{name}')`",
     "model": "diffusers: `StableDiffusionPipeline.from_pretrained('{name}')`",
+}
+_USAGE_MERGED = {
+    "pipeline": _USAGE["model"],
+    "single_file": "diffusers: `StableDiffusionPipeline.from_single_file('{name}.safetensors')`;"
+    " ComfyUI, A1111: the file in the folder of the checkpoints",
 }
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _MAX_METRICS = 12
@@ -73,12 +79,21 @@ def write_card(
     data = config.get("data", {})
     sizes = f"batch size {data.get('batch_size')}, {facts['side']} pixels"
     lines += [f"| data | {facts['images']} images, {sizes}; captions such as {_quoted(facts['captions'])} |"]
+    lines += _rank_lines(artifact)
     lines += [f"| use | {_USAGE[artifact.kind].format(name=artifact.name)} |"]
     lines += ["| license | **to be named by the author**; the license of the base model applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
     target = folder / CARD
     write_text(target, "\n".join([*lines, *_metric_lines(metrics)]))
     return target
+
+
+def _rank_lines(artifact: Artifact) -> list[str]:
+    """Row with rank and alpha of a LoRA in kohya format; the config has none if they are the default or a file's."""
+    if artifact.kind != "lora" or not artifact.path.is_file():
+        return []
+    metadata = read_metadata(artifact.path)
+    return [f"| LoRA | rank {metadata.get('ss_network_dim')}, alpha {metadata.get('ss_network_alpha')} |"]
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
@@ -94,21 +109,25 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
     return [*lines, "", f"{omitted}Definitions of the metrics: `docs/evaluation.md` of sdtune.", ""]
 
 
-def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, what: str, whole: bool) -> None:
+def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, what: str, merged: str | None) -> None:
     """Write the run's ``card``, adapted to one of its exports, into ``folder``.
 
     Args:
         name: title of the export.
         what: description of the export.
-        whole: True if the export is a full model; then the hub tags of the artifact's kind are removed.
+        merged: format of the full model into which the artifact is merged; then the hub tags of the artifact's kind
+            are removed. None: the export has the artifact's kind.
     """
     text = card.read_text(encoding="utf-8")
     text = text.replace(f"\n# {artifact.name}\n", f"\n# {name}\n", 1)
     text = text.replace(
         f"{_DESCRIPTION[artifact.kind]}, trained with sdtune.", f"{what}. The sections below describe the run.", 1
     )
-    for tag in _TAGS[artifact.kind] if whole else ():
-        text = text.replace(f"- {tag}\n", "", 1)
+    if merged is not None:
+        use = _USAGE[artifact.kind].format(name=artifact.name)
+        text = text.replace(f"| use | {use} |", f"| use | {_USAGE_MERGED[merged].format(name=name)} |", 1)
+        for tag in _TAGS[artifact.kind]:
+            text = text.replace(f"- {tag}\n", "", 1)
     write_text(folder / card.name, text)
     if (grid := card.with_name(CARD_GRID)).is_file():
         _copy(grid, folder / grid.name)

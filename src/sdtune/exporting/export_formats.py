@@ -86,7 +86,8 @@ class Export:
         lora = self.format == "kohya" or (self.format == "diffusers" and artifact.kind == "lora")
         svd = next((key for key in ("rank", "energy") if getattr(self, key) is not None), None)
         if svd is not None and not (lora and artifact.kind in ("lora", "model")):
-            raise UserError("applies only to a LoRA", key=svd, remedy=f"set format=kohya, or remove {svd}")
+            other_format = "" if self.format == "kohya" else "set format=kohya, or "
+            raise UserError("applies only to a LoRA", key=svd, remedy=f"{other_format}remove {svd}")
         merged = artifact.kind == "lora" and self._is_full_model
         if self.strength != 1.0 and not merged:
             raise UserError(
@@ -135,7 +136,8 @@ class Export:
             name, kind = artifact.name, kinds[artifact.kind]
             reduction = f", reduced to {self._reduction}" if lora and self._reduction else ""
             description = f"The {kind} in {layout}, {self.dtype}{reduction}"
-        write_export_card(folder, card, artifact, name, description, self._is_full_model and lora)
+        merged = self.format if lora and self._is_full_model else None
+        write_export_card(folder, card, artifact, name, description, merged)
 
     @property
     def _reduction(self) -> str:

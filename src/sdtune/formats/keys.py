@@ -9,22 +9,27 @@ from sdtune.formats.lora import few
 from sdtune.formats.original.names import modern_vae_key
 
 
-def check_keys(where: str, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+def check_keys(
+    where: str,
+    found: Mapping[str, Sequence[int]],
+    wanted: Mapping[str, Sequence[int]],
+    remedy: str = "use the model that belongs to the config",
+) -> None:
     """Raise UserError, starting with ``where``, for missing or surplus tensors and for wrong shapes."""
     problems: list[str] = []
     if missing := wanted.keys() - found.keys():
-        problems.append(f"lacks {few(missing)}")
+        problems.append(f"lacks {few(missing, 1)}")
     if surplus := found.keys() - wanted.keys():
-        problems.append(f"contains {few(surplus)}, which the model does not have")
+        problems.append(f"contains {few(surplus, 1)}, which the model does not have")
     misshaped = {
         f"{key} {list(found[key])} instead of {list(wanted[key])}"
         for key in wanted.keys() & found.keys()
         if list(found[key]) != list(wanted[key])
     }
     if misshaped:
-        problems.append(f"has {few(misshaped)}")
+        problems.append(f"has {few(misshaped, 1)}")
     if problems:
-        raise UserError(f"{where} {'; '.join(problems)}", remedy="use the model that belongs to the config")
+        raise UserError(f"{where} {'; '.join(problems)}", remedy=remedy)
 
 
 def canonical_key(component: str, key: str) -> str:

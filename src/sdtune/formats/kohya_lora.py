@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 from sdtune.formats.files import for_safetensors, write_safetensors
-from sdtune.formats.lora import LoRAWeights, assemble_pairs, few
+from sdtune.formats.lora import LoRAWeights, assemble_pairs, few, unknown_modules
 from sdtune.formats.original import Family
 from sdtune.formats.original.names import rename_unet_module
 
@@ -175,9 +175,7 @@ def parse(
             remedy=f"use a plain LoRA with {_DOWN}, {_UP} and {_ALPHA}",
         )
     if unknown:
-        raise UserError(
-            f"{source}: unknown target modules: {few(unknown)}", remedy="use the backbone that the LoRA was trained on"
-        )
+        raise unknown_modules(source, unknown, xl is not None)
     alphas: dict[str, float] = {}
     for module, alpha in parts[_ALPHA].items():
         if alpha.numel() != 1:

@@ -95,13 +95,37 @@ def assemble_pairs(
     )
 
 
-def few(names: Collection[str]) -> str:
-    """The first three of the sorted ``names`` and the number of the others, for error messages.
+def unknown_modules(source: Path, names: Collection[str], is_sdxl: bool) -> UserError:
+    """Error for a LoRA file ``source`` with modules that the backbone does not have.
+
+    Args:
+        names: these modules, as the file names them.
+        is_sdxl: whether the backbone is SDXL.
+    """
+    is_for_sdxl = not is_sdxl and any(part in name for name in names for part in _SDXL_PARTS)
+    return UserError(
+        f"{source}: unknown target modules: {few(names, 1)}",
+        remedy="use an SDXL backbone, such as backbone=sdxl" if is_for_sdxl else "use the backbone of its training",
+    )
+
+
+_SDXL_PARTS = (
+    "text_encoder_2",
+    "lora_te2_",
+    "lora_unet_input_blocks",
+    "lora_unet_output_blocks",
+    ".transformer_blocks.9.",
+)
+"""Parts of module names that only SDXL has."""
+
+
+def few(names: Collection[str], shown: int = 3) -> str:
+    """The first of the sorted ``names`` and the number of the others, for error messages.
 
     Names can come from untrusted files, so line breaks and control characters are escaped.
     """
-    first = ", ".join(repr(name)[1:-1] for name in sorted(names)[:3])
-    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+    first = ", ".join(repr(name)[1:-1] for name in sorted(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
 
 def _is_pair(down: Tensor, up: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, read_shapes
-from sdtune.formats.lora import LoRAWeights, few
+from sdtune.formats.lora import LoRAWeights, unknown_modules
 from sdtune.formats.lora_names import usual_names, without_bundled_embeddings
 
 _DOWN = re.compile(r"(lora_A|lora[._]down|lora_linear_layer\.down)(\.default)?\.weight$")
@@ -56,9 +56,7 @@ def read_lora(
         )
     weights = diffusers_lora.parse(file, tensors, metadata)
     if unknown := weights.pairs.keys() - set(modules):
-        raise UserError(
-            f"{file}: unknown target modules: {few(unknown)}", remedy="use the backbone that the LoRA was trained on"
-        )
+        raise unknown_modules(file, unknown, xl is not None)
     return weights, metadata
 
 

@@ -12,6 +12,12 @@ _NOTE = (
     f"The peaks exclude the CUDA context and kernel workspaces; fits= adds {ALLOWANCE / GIB:g} GiB for them.",
 )
 
+_OVERRIDES = {
+    "gradient checkpointing": "hardware.gradient_checkpointing=true",
+    "8-bit AdamW": "optimizer=adamw8bit",
+    "offloading": "hardware.offload=true",
+}
+
 
 def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None) -> list[str]:
     """Lines with all costs of one method."""
@@ -19,7 +25,7 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
     for part in (*costs.components, costs.total):
         counts = (part.frozen, part.trained, part.frozen + part.trained)
         rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
-    lines = [*_aligned(rows), "", f"artifact: {_size(costs.artifact)}"]
+    lines = [*_aligned(rows), "", f"artifact folder: {_size(costs.artifact)}"]
     micro_batches = accumulation * devices
     forward, plain, checkpointed = (
         f"{flop * micro_batches / 1e12:.3f}"
@@ -46,7 +52,8 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in memories)])
-    return [*lines, "", *_aligned(table), "", *_NOTE]
+    advice = [] if fits is None or memories[0].fits(fits) else [_advice(costs, accumulation, devices, fits), ""]
+    return [*lines, "", *_aligned(table), "", *advice, *_NOTE]
 
 
 def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:
@@ -65,6 +72,17 @@ def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits:
         ]
         rows.append([*row, *([_verdict(method_costs, accumulation, devices, fits)] if fits is not None else [])])
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
+
+
+def _advice(costs: TrainingCosts, accumulation: int, devices: int, fits: float) -> str:
+    """Settings with which the training fits, or those that make it smaller."""
+    name = first_that_fits(costs, accumulation, devices, fits)
+    if name is not None:
+        return f"to fit {fits:g} GiB, add: {_OVERRIDES.get(name) or ' '.join(_OVERRIDES.values())}"
+    return (
+        f"does not fit: {_verdict(costs, accumulation, devices, fits).removeprefix('no: ')}; lower data.resolution, or"
+        " data.batch_size (or raise trainer.accumulate_grad_batches), or use another method: sdtune plan methods=all"
+    )
 
 
 def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float) -> str:

@@ -46,24 +46,26 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     saved = OmegaConf.load(run / ".hydra" / "config.yaml")
     before, now = flat(OmegaConf.to_container(saved, resolve=False)), flat(config)
     may_change = tuple(f.rstrip("=") for f in MAY_CHANGE)
-    fixed = {
-        key: value
-        for key, value in before.items()
-        if not key.startswith(may_change) and key != "resume" and not (isinstance(value, str) and "${" in value)
-    }
+    fixed = {key: value for key, value in before.items() if not key.startswith(may_change)}
     check_same(fixed, now, run, "run")
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, kind: str) -> None:
     """Raise UserError if a config key of the ``kind`` (run or sweep) in ``folder`` was removed or has another value.
 
-    A key may be missing because an older version of sdtune had it. New keys are ignored.
+    A key may be missing because an older version of sdtune had it. New keys are ignored, and values with an
+    interpolation, which another setting decides.
 
     Args:
         before: the flat config with which it started.
         now: the flat config composed now.
     """
-    removed_key = next((key for key in before if key not in now and key != "resume"), None)
+    before = {
+        key: value
+        for key, value in before.items()
+        if key != "resume" and not (isinstance(value, str) and "${" in value)
+    }
+    removed_key = next((key for key in before if key not in now), None)
     if removed_key is not None:
         raise UserError(
             f"{folder} has the setting {removed_key}, which no longer exists", key="resume", remedy=NOT_RESUMABLE_REMEDY
