@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 RESUME_ADVICE = "continue it with: sdtune train resume=RUN"
 """How to continue a training that was stopped by a signal."""
 
@@ -28,17 +25,6 @@ class UserError(ValueError):
     def __init__(self, message: str, *, key: str | None = None, remedy: str | None = None) -> None:
         self.message, self.key, self.remedy = message, key, remedy
         super().__init__(f"{f'{key}: ' if key else ''}{message}{f'; {remedy}' if remedy else ''}")
-
-
-@contextmanager
-def errors_name(key: str) -> Iterator[None]:
-    """Context manager that adds the config ``key`` to each UserError without one."""
-    try:
-        yield
-    except UserError as error:
-        if error.key is not None:
-            raise
-        raise UserError(error.message, key=key, remedy=error.remedy) from error
 
 
 class Stopped(Exception):

@@ -315,13 +315,13 @@ def test_check_decodes_every_image_in_threads(tmp_path: Path, monkeypatch: pytes
         save_image(tmp_path / f"{index}.png")
     decoded, threads = [], set()
 
-    def spy(path: Path) -> Image.Image:
+    def spy(path: Path, key: str) -> tuple[Image.Image, None]:
         decoded.append(path.name)
         threads.add(threading.current_thread())
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return image.convert("RGB"), None
 
-    monkeypatch.setattr(module, "open_image", spy)
+    monkeypatch.setattr(module, "open_with_alpha", spy)
     check_images(read_image_folder(tmp_path, "p").images)
     assert sorted(decoded) == [f"{index}.png" for index in range(9)]
     assert threading.main_thread() not in threads

@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdtune.data.listing import list_files, named
-from sdtune.errors import UserError, errors_name
-from sdtune.images.files import SUFFIXES, image_size, open_alpha, open_image
+from sdtune.errors import UserError
+from sdtune.images.files import SUFFIXES, image_size, open_with_alpha
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
@@ -102,12 +104,12 @@ def read_image_folder(
             key=key,
             remedy=f"set a folder with {', '.join(SUFFIXES)} files",
         )
-    with errors_name(key):
+    with _errors_name(key):
         repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
         captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
         captions |= _metadata_captions(files, images)
         captions |= _sidecar_captions(files, images)
-        sizes = {image: image_size(image) for image in images}
+        sizes = {image: image_size(image, key) for image in images}
     uncaptioned = [image for image in images if image not in captions]
     if prompt is not None:
         captions |= dict.fromkeys(uncaptioned, prompt)
@@ -124,6 +126,17 @@ def read_image_folder(
         ),
         (*listing.lines(folder), *_unused(files, images, folder)),
     )
+
+
+@contextmanager
+def _errors_name(key: str) -> Iterator[None]:
+    """Context manager that adds the config ``key`` to each UserError without one."""
+    try:
+        yield
+    except UserError as error:
+        if error.key is not None:
+            raise
+        raise UserError(error.message, key=key, remedy=error.remedy) from error
 
 
 def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list[str]:
@@ -156,19 +169,19 @@ def check_images(images: Iterable[CaptionedImage], key: str = "data.path") -> li
     Raises:
         UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
-    with errors_name(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        return [warning for warning in pool.map(_check, images) if warning is not None]
+    with _errors_name(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        return [warning for warning in pool.map(partial(_check, key=key), images) if warning is not None]
 
 
-def _check(image: CaptionedImage) -> str | None:
-    size = open_image(image.path).size
+def _check(image: CaptionedImage, key: str) -> str | None:
+    pixels, alpha = open_with_alpha(image.path, key)
+    size = pixels.size
     if size != image.size:
         raise UserError(
             f"{image.path} is {size[0]}x{size[1]} pixels, but its header states {image.size[0]}x{image.size[1]}"
             " (it changed, or its EXIF orientation follows the pixel data)",
             remedy="save this image again",
         )
-    alpha = open_alpha(image.path)
     is_empty = alpha is not None and alpha.getextrema()[1] == 0
     return f"WARNING: {image.path} is transparent everywhere; it is trained as a white image" if is_empty else None
 

@@ -63,16 +63,22 @@ def open_image(path: Path, key: str = "data.path") -> Image.Image:
     Raises:
         UserError: not a readable image, or one of more than 179 megapixels (Pillow's limit).
     """
-    with _opened(path, key) as image:
-        return _rgb(_decoded(image))
+    return open_with_alpha(path, key)[0]
 
 
-def open_alpha(path: Path, key: str = "data.path") -> Image.Image | None:
-    """Alpha channel of the image that :func:`open_image` returns, mode L; None if the file has no transparency.
+def open_with_alpha(path: Path, key: str = "data.path") -> tuple[Image.Image, Image.Image | None]:
+    """The image as :func:`open_image` returns it, and its alpha channel, mode L; None if it has no transparency.
 
     Raises:
         UserError: as :func:`open_image`.
     """
+    with _opened(path, key) as image:
+        decoded = _decoded(image)
+        return _rgb(decoded), decoded.convert("RGBA").getchannel("A") if _has_alpha(image) else None
+
+
+def open_alpha(path: Path, key: str = "data.path") -> Image.Image | None:
+    """Only the alpha channel of :func:`open_with_alpha`."""
     with _opened(path, key) as image:
         return _decoded(image).convert("RGBA").getchannel("A") if _has_alpha(image) else None
 
@@ -116,7 +122,7 @@ def _decoded(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, key: str = "data.path") -> tuple[int, int]:
     """Read the (width, height) in pixels of the image that :func:`open_image` returns from the header alone.
 
     The EXIF orientation of a PNG may follow the pixel data and is then ignored here;
@@ -125,7 +131,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: as :func:`open_image`, for errors in the header.
     """
-    with _opened(path) as image:
+    with _opened(path, key) as image:
         width, height = image.size
         if image.format == "TIFF":  # Pillow has already applied the orientation to this size
             return width, height
