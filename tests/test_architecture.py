@@ -26,7 +26,7 @@ FLAT = {name for name in PACKAGES if not (PACKAGE / name).is_dir()}
 
 LIBRARIES = {
     "hydra": {"cli", "commands.threads", "commands.train", "config", "runs.names", "sweeps"},
-    "omegaconf": {"cli", "commands", "config", "reporting.collect", "runs.compare", "runs.names", "sweeps"},
+    "omegaconf": {"cli", "commands", "config", "files", "reporting.collect", "runs.compare", "sweeps"},
     "pytorch_lightning": {
         "callbacks",
         "commands",

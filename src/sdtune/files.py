@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and folder locks."""
+"""Atomic writes of files and folders, reads of JSON and YAML, and folder locks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.errors import UserError
 
@@ -193,3 +196,51 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+_REMEDY = "restore it from a copy"
+
+
+def read_json(file: Path, key: str | None = None, remedy: str = _REMEDY) -> dict[str, Any]:
+    """JSON object in ``file``.
+
+    Args:
+        file: file in UTF-8.
+        key: config key of the file or of its folder, for errors.
+        remedy: for errors.
+
+    Raises:
+        UserError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error})", key=key, remedy=remedy) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object", key=key, remedy=remedy)
+    return content
+
+
+_YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError, RecursionError)
+"""PyYAML raises exceptions of Python for values that it cannot convert, such as the date 2026-99-99."""
+
+
+def read_yaml(file: Path, key: str | None = None) -> Any:
+    """OmegaConf's config in ``file``, such as a config or the overrides that Hydra has saved.
+
+    Raises:
+        UserError: the file cannot be read, or is not YAML.
+    """
+    try:
+        return OmegaConf.load(file)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+    ) as error:
+        lines = str(error).split("\n")
+        raise UserError(f"{file} cannot be read ({lines[0]})", key=key, remedy=_REMEDY) from error

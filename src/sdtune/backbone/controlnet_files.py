@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.errors import UserError
+from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
@@ -64,7 +65,7 @@ def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -
             key=key,
             remedy="set a ControlNet here (use adapters= for a LoRA)",
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file, key)
     if config.get("_class_name") != "ControlNetModel":
         raise UserError(f"{path} is a {config.get('_class_name')}, not a ControlNetModel", key=key)
     for name in _COMPARED_FIELDS:
@@ -74,7 +75,12 @@ def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -
                 key=key,
                 remedy="use a ControlNet for this backbone",
             )
-    map_factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    channels = config.get("conditioning_embedding_out_channels")
+    if not isinstance(channels, list) or not channels:
+        raise UserError(
+            f"{file} has no conditioning_embedding_out_channels", key=key, remedy="copy or download it again"
+        )
+    map_factor = 2 ** (len(channels) - 1)
     if map_factor != factor:
         raise UserError(
             f"{path} downscales its control map by {map_factor}, the backbone's VAE by {factor}",
@@ -94,12 +100,13 @@ def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: S
         widths: channels of the control map embedding of a single-file ControlNet.
 
     Raises:
-        UserError: the tensors of a single file do not match the architecture.
+        UserError: the files are damaged, or the tensors of a single file do not match the architecture.
     """
     if place.is_dir():
-        return ControlNetModel.from_pretrained(
-            place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        with unreadable_as_user_error(place, key):
+            return ControlNetModel.from_pretrained(
+                place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
     with torch.random.fork_rng(devices=[]):
         net = ControlNetModel.from_unet(
             unet, conditioning_embedding_out_channels=tuple(widths), load_weights_from_unet=False

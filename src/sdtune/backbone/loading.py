@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.models import KINDS, from_config
 from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
@@ -28,13 +29,14 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return from_config(name, folder)
-        model = KINDS[name].from_pretrained(
-            folder / name,
-            torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
-            variant=source.weights_variant(name),
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with unreadable_as_user_error(folder / name, "backbone.path"):
+            model = KINDS[name].from_pretrained(
+                folder / name,
+                torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
+                variant=source.weights_variant(name),
+                use_safetensors=True,
+                local_files_only=True,
+            )
         check_finite(dict(model.named_parameters()), f"backbone.path: {folder / name}")
         return model
 
@@ -47,7 +49,13 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    """The tokenizer in ``folder``.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+    with unreadable_as_user_error(folder, "backbone.path"):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from sdtune.backbone.weight_files import weight_files
 from sdtune.errors import UserError
-from sdtune.files import replacing
+from sdtune.files import read_json, replacing
 from sdtune.paths import cache_folder, is_hub_id
 
 
@@ -68,15 +68,7 @@ MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 def read_config(file: Path) -> dict[str, Any]:
     """Read a JSON config; raise UserError if it is unreadable or not an object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read ({error})", key="backbone.path", remedy="copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object", key="backbone.path", remedy="copy or download it again")
-    return content
+    return read_json(file, "backbone.path", "copy or download it again")
 
 
 def has_all_configs(folder: Path) -> bool:

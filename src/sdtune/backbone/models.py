@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdtune.backbone.foreign import unreadable_as_user_error
+from sdtune.files import read_json
 from sdtune.formats.keys import canonical_key
 
 KINDS: dict[str, Any] = {
@@ -32,12 +34,13 @@ def from_config(component: str, folder: Path) -> Any:
 
 def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Expected shape of each tensor of ``component``, by canonical key; computed on the meta device."""
-    return _shapes(component, (folder / component / "config.json").read_text(encoding="utf-8"), str(folder))
+    config = read_json(folder / component / "config.json", "backbone.path", "copy or download it again")
+    return _shapes(component, json.dumps(config), str(folder))
 
 
 @lru_cache(maxsize=8)
 def _shapes(component: str, config: str, folder: str) -> dict[str, tuple[int, ...]]:
     assert json.loads(config)
-    with torch.device("meta"):
+    with torch.device("meta"), unreadable_as_user_error(Path(folder) / component / "config.json", "backbone.path"):
         model = from_config(component, Path(folder))
     return {canonical_key(component, key): tuple(value.shape) for key, value in model.state_dict().items()}

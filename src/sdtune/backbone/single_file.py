@@ -17,7 +17,7 @@ from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, family_by
 from sdtune.backbone.models import model_shapes
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.errors import UserError
-from sdtune.files import replacing, write_json
+from sdtune.files import read_json, replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import check_finite, write_safetensors
 from sdtune.formats.keys import check_keys
@@ -42,7 +42,7 @@ def included_configs(kind: str) -> Path | None:
 
 def family_of(folder: Path) -> Family:
     """Family of the pipeline ``folder``, from its configs."""
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    unet = read_json(folder / "unet" / "config.json", "backbone.config")
     return family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())
 
 
@@ -104,7 +104,7 @@ def convert_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
             return target
         tensors, _ = read_checkpoint(file, allow_pickle, "backbone.vae")
         expected = model_shapes("vae", pipeline)
-        config = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
+        config = read_json(pipeline / "vae" / "config.json", "backbone.path")
         vae = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, expected)
         check_keys(f"backbone.vae: {file}", _shapes(vae), expected)
         check_finite(vae, f"backbone.vae: {file}")
@@ -138,7 +138,7 @@ def _write(
     target: Path, source: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
 ) -> None:
     components = ["unet", "vae", *TEXT[family]]
-    configs = {name: json.loads((source / name / "config.json").read_text(encoding="utf-8")) for name in components}
+    configs = {name: read_json(source / name / "config.json", "backbone.config") for name in components}
     expected = {name: model_shapes(name, source) for name in components}
     weighted = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
     models = split(tensors, Models(family, **configs), expected)
@@ -148,7 +148,7 @@ def _write(
     for name in weighted:
         check_keys(f"{where} ({name})", _shapes(models[name]), expected[name], remedy)
         check_finite(models[name], f"{where} ({name})")
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(source / "model_index.json", "backbone.config")
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
     with replacing(target, sync=False, alone=True) as partial:
         for name in components:
@@ -168,7 +168,7 @@ def _write(
 
 def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
     """Scheduler config of ``source``, with the prediction type and zero terminal SNR that the checkpoint states."""
-    settings: dict[str, Any] = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    settings = read_json(source / "scheduler" / "scheduler_config.json", "backbone.config")
     if prediction is not None:
         settings["prediction_type"] = prediction
     if "v_pred" in tensors:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, NoReturn
@@ -68,7 +69,7 @@ def is_intact(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError, RuntimeError):
         return False
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdtune.files import write_text
 from sdtune.methods.base import Adapter
+from sdtune.runs.metrics import read_metrics
 from sdtune.training.collective import gathered
 
 
@@ -189,11 +190,8 @@ class MetricsRecorder(Callback):
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        text = self.path.read_text(encoding="utf-8")
-        complete_lines = text[: text.rfind("\n") + 1]  # a process killed while writing leaves an incomplete last line
-        reader = csv.DictReader(io.StringIO(complete_lines))
-        rows = list(reader)
-        return list(reader.fieldnames or []), rows
+        table = read_metrics(self.path, "resume")
+        return table.columns, table.rows
 
     def truncate(self, step: int, trainer: pl.Trainer, keep_validation: bool = True) -> None:
         """Remove the rows that a resumed run will write again: those after ``step``, and perhaps its validation."""

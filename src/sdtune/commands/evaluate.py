@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from sdtune.config.build import build
 from sdtune.config.settings import plain, read_saved_config, read_settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
-from sdtune.files import write_json
+from sdtune.files import read_json, write_json
 from sdtune.hardware.devices import device as device_of
 from sdtune.runs.metrics import OF_TRAINING, finite, unit
 
@@ -28,7 +27,7 @@ _CLIP_METRICS = "sdtune.evaluation.ClipMetrics"
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` and the run that it names, and return the function that measures the run's artifact."""
-    options = plain(config)
+    options = plain(config, ("hardware",))
     hardware.check_hardware(options["hardware"])
     run = Path(str(options["run"])).expanduser()
     # The run may come from another user: use the trust setting of this command, not that of the run.
@@ -70,7 +69,7 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerato
     source = build(config["backbone"], settings.trust)
     metrics = finite(evaluation.run(source, data, run / "artifact", settings.name or data.name, device, folder))
     metrics_file = run / "metrics.json"
-    training_metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
+    training_metrics = read_json(metrics_file, "run") if metrics_file.is_file() else {}
     copied = {key: value for key, value in training_metrics.items() if key in OF_TRAINING}
     reasons = {key: reason for key, reason in training_metrics.get("reasons", {}).items() if key in copied}
     reasons |= metrics.get("reasons", {})

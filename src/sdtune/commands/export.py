@@ -29,7 +29,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     hints = get_type_hints(Export, include_extras=True)
     if OmegaConf.is_missing(config, "format"):
         raise UserError("missing value", key="format", remedy=f"set format={type_text(hints['format'])}")
-    options = plain(config)
+    options = plain(config, ("backbone",))
     export = Export(**{key: _checked_value(options[key], hint, key) for key, hint in hints.items()})
     if (options["run"] is None) == (options["artifact"] is None):
         raise UserError(

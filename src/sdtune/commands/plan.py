@@ -102,7 +102,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     configs = included_configs(str(config.hydra.runtime.choices.backbone))
     if OmegaConf.is_missing(training_config.backbone, "path") and configs is not None:
         training_config.backbone.path = str(configs)
-    container = plain(training_config)
+    container = plain(training_config, _GROUPS)
     if shared:
         container["hardware"] = hardware.single_device(container["hardware"])
     hints = get_type_hints(ImageDataModule, include_extras=True)

@@ -14,7 +14,7 @@ from sdtune.callbacks.data_summary import DataSummary
 from sdtune.commands.checks import check_run
 from sdtune.commands.threads import choose_threads
 from sdtune.commands.train_run import TrainRun
-from sdtune.config.settings import plain
+from sdtune.config.settings import TRAINING, plain
 from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
 from sdtune.hardware.child_processes import wait_for_children
@@ -30,7 +30,7 @@ _COLUMNS = 8
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` as for a training, and return the function that prepares it."""
-    run = check_run(plain(config), folder)
+    run = check_run(plain(config, TRAINING), folder)
 
     def start(composed: DictConfig) -> None:
         with choose_threads(run.config["hardware"]):

@@ -37,7 +37,7 @@ _COLUMNS = 6
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` without loading weights, and return the function that generates the images."""
-    container = plain(config)
+    container = plain(config, ("backbone", "hardware", "sampling"))
     trust = container["trust"]
     check_node(container["backbone"], "backbone", trust)
     check_node(container["sampling"], "sampling", trust)

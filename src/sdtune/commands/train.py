@@ -16,7 +16,7 @@ from sdtune.commands.checks import check_run
 from sdtune.commands.threads import run_threads
 from sdtune.commands.train_run import TrainRun
 from sdtune.config import hardware
-from sdtune.config.settings import plain
+from sdtune.config.settings import TRAINING, plain
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_global_zero
 from sdtune.quoting import shell_override
@@ -44,7 +44,7 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
     Raises:
         UserError: the config is invalid, ``folder`` contains a run that is not resumed, or the run cannot be resumed.
     """
-    container = plain(config)
+    container = plain(config, TRAINING)
     checkpoint = None
     is_auto = container.get("resume") == "auto"  # without a checkpoint; with one, the folder has replaced it
     if is_auto:

@@ -52,10 +52,10 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
     with initialized(command, search):
         try:
             config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             if isinstance(error, OmegaConfBaseException):
                 raise
-            # OmegaConf converts the name below a list to an index: optimizer.betas.foo=1
+            # OmegaConf converts the name below a list to an index: optimizer.betas.foo=1. Hydra fails for data=[[]].
             raise UserError(
                 f"{' '.join(overrides)}: cannot be composed ({error})", remedy="check these overrides"
             ) from error

@@ -19,6 +19,10 @@ _PASSED = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "t
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_node(node, "optimizer", trust)
+    for key, value in node.items():
+        # The annotations of some optimizers are missing, and their constructors accept everything.
+        if not isinstance(value, bool | int | float | str | list | None):
+            raise UserError(f"got {value!r}", key=f"optimizer.{key}", remedy="expected a number, text or a list")
     check_value(node.get("lr"), Annotated[float, Gt(0)], "optimizer.lr")
     try:
         # torch's annotations have no ranges; its constructors check them and need a parameter to optimize.

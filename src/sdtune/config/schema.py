@@ -9,10 +9,11 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import SchemaError
 
 from sdtune.config.targets import resolve
 from sdtune.config.types import element_hint, type_text
@@ -39,7 +40,7 @@ def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserEr
         return UserError(f"{name} is missing", key=value_key, remedy=f"set {name}")
     expected = type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
     reason = f"expected {expected}" if expected else first["msg"][0].lower() + first["msg"][1:]
-    return UserError(f"got {json.dumps(node, default=str, ensure_ascii=False)}", key=value_key, remedy=reason)
+    return UserError(f"got {_shown(node)}", key=value_key, remedy=reason)
 
 
 def check_node(node: Any, key: str = "", trust: Sequence[str] = (), given: Collection[str] = ()) -> None:
@@ -80,13 +81,35 @@ def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: 
             raise UserError(f"not a setting of {target.__name__}{suggestion(name, names)}", key=value_key)
         if value == "???":
             raise _missing(value_key, hints.get(name))
-        if not _holds_target(value) and name in hints:
-            check_value(value, hints[name], value_key)
+        if name in hints:
+            _check_argument(value, hints[name], value_key)
     if node.get("_partial_"):
         return
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in node and name not in ("args", "kwargs"):
             raise _missing(f"{key}.{name}", hints.get(name))
+
+
+def _check_argument(value: Any, hint: Any, key: str) -> None:
+    """Check a value of a config, in which objects are nodes with ``_target_``."""
+    expected = type_text(hint)
+    if _holds_target(value):
+        if expected and get_origin(hint) is not dict and "mapping" not in expected:
+            raise UserError("got a node with _target_", key=key, remedy=f"expected {expected}")
+    elif value is not None and not isinstance(value, Mapping) and _only_own_classes(hint):
+        raise UserError(f"got {_shown(value)}", key=key, remedy="expected a node with _target_")
+    else:
+        check_value(value, hint, key)
+
+
+def _only_own_classes(hint: Any) -> bool:
+    """Whether ``hint`` is a class of sdtune, or a union of such classes and None."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    return all(inspect.isclass(kind) and kind.__module__.startswith("sdtune.") for kind in kinds)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _missing(key: str, hint: Any) -> UserError:
@@ -100,6 +123,9 @@ def _holds_target(value: Any) -> bool:
     return isinstance(value, list) and any(_holds_target(v) for v in value)
 
 
+_NO_SCHEMA = (PydanticSchemaGenerationError, PydanticUserError, SchemaError)
+
+
 def check_value(value: Any, hint: Any, key: str) -> None:
     """Check that ``value`` fits the annotation ``hint``.
 
@@ -108,10 +134,10 @@ def check_value(value: Any, hint: Any, key: str) -> None:
     """
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticSchemaGenerationError, PydanticUserError):
+    except _NO_SCHEMA:
         try:
             adapter = TypeAdapter(hint)
-        except (PydanticSchemaGenerationError, PydanticUserError):
+        except _NO_SCHEMA:
             return  # a class of another library; its constructor checks the value
     try:
         # Strict for single values, because the constructor gets the value without pydantic's conversion.

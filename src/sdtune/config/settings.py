@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,7 +16,7 @@ from sdtune.backbone.new_tokens import NewToken
 from sdtune.config.compose import without_hydra
 from sdtune.config.schema import check_value
 from sdtune.errors import UserError
-from sdtune.files import is_partial
+from sdtune.files import is_partial, read_yaml
 from sdtune.quoting import shell_override
 
 
@@ -47,11 +48,45 @@ class Settings:
     trial: Annotated[int, Ge(0)] | None = None
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
+TRAINING = (
+    *("method", "backbone", "objective", "optimizer", "lr_schedule", "trainer", "hardware", "callbacks"),
+    *("data", "checkpoint", "evaluation", "logger"),
+)
+"""Config groups of a training."""
+
+_NODES = (*TRAINING, "paths", "sampling")
+_OPTIONAL_NODES = ("evaluation", "logger")
+
+
+def _check_groups(values: Mapping[str, Any], required: Sequence[str]) -> None:
+    """Check that each config group is a mapping, which an override of the complete group may have replaced."""
+    for name in _NODES:
+        if name not in values:
+            if name in required:
+                raise UserError("no option is chosen", key=name, remedy=f"set {name}=OPTION")
+        elif not isinstance(values[name], Mapping) and not (values[name] is None and name in _OPTIONAL_NODES):
+            raise UserError(
+                f"got {values[name]!r}, expected settings", key=name, remedy=f"set {name}=OPTION, or {name}.KEY=VALUE"
+            )
+    for group in ("callbacks", "logger"):
+        for name, node in (values.get(group) or {}).items():
+            if node is not None and not (isinstance(node, Mapping) and "_target_" in node):
+                raise UserError(
+                    f"got {node!r}", key=f"{group}.{name}", remedy="set it to null, or to a node with _target_"
+                )
+    if "trust" in values:
+        check_value(values["trust"], list[str], "trust")
+
+
+def plain(config: DictConfig, required: Sequence[str] = ()) -> dict[str, Any]:
     """Resolve ``config`` into a plain dict without the node ``hydra``.
 
+    Args:
+        config: a composed or saved config.
+        required: names of the config groups that it must have.
+
     Raises:
-        UserError: a mandatory value is missing, or an interpolation fails.
+        UserError: a mandatory value or group is missing, a group is not a mapping, or an interpolation fails.
     """
     job_config = without_hydra(config)
     try:
@@ -63,6 +98,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
         raise UserError(str(error).splitlines()[0]) from error
     assert isinstance(container, dict)
     values = {str(key): value for key, value in container.items()}
+    _check_groups(values, required)
     if values.get("evaluation") and "_target_" not in values["evaluation"]:
         values["evaluation"] = {}  # evaluation=none after a recipe that sets options of its evaluation
     return values
@@ -83,8 +119,9 @@ def read_saved_config(run: Path) -> dict[str, Any]:
             key="run",
             remedy=f"continue it with: sdtune train {shell_override('resume', run)}",
         )
-    saved = OmegaConf.load(file)
-    assert isinstance(saved, DictConfig)
+    saved = read_yaml(file, "run")
+    if not isinstance(saved, DictConfig) or not {"method", "backbone", "data"} <= {*saved}:
+        raise UserError(f"{file} is not the config of a training", key="run", remedy="restore it from a copy")
     return plain(saved)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from sdtune.errors import UserError
+from sdtune.files import read_json
 
 
 def check_named_model(key: str, name: str, called: str, types: Collection[str]) -> None:
@@ -18,12 +18,7 @@ def check_named_model(key: str, name: str, called: str, types: Collection[str]) 
         raise UserError(
             f"{name} {problem}", key=f"evaluation.{key}", remedy=f"name a local folder with a {called} model"
         )
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error})", key=f"evaluation.{key}", remedy="save the model again"
-        ) from error
+    model_type = read_json(file, f"evaluation.{key}", "save the model again").get("model_type")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{name} has no .safetensors weights", key=f"evaluation.{key}", remedy="save the model as safetensors"

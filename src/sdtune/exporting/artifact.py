@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from sdtune.backbone.controlnet_files import is_controlnet
 from sdtune.errors import UserError
-from sdtune.files import is_partial
+from sdtune.files import is_partial, read_json
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -73,7 +72,7 @@ def _is_other(stem: str) -> bool:
 
 def _is_controlnet_folder(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("_class_name") == "ControlNetModel"
+    return file.is_file() and read_json(file).get("_class_name") == "ControlNetModel"
 
 
 def _from_file(path: Path, key: str) -> Artifact:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
 from sdtune.exporting.models import cast_tensors, write_pipeline, write_single_file
-from sdtune.files import replacing, write_json
+from sdtune.files import read_json, replacing, write_json
 from sdtune.formats import (
     LoRAWeights,
     canonical,
@@ -271,7 +270,7 @@ class Export:
             )
             config, tensors = dict(controlnet.config), controlnet.state_dict()
         else:
-            config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+            config = read_json(artifact.path / "config.json")
             tensors, _ = read_safetensors(artifact.path / WEIGHTS)
         trained_unet = artifact.path / "unet"
         if self.format == "single_file":
@@ -308,12 +307,10 @@ def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy a ControlNet folder, and its trained UNet if there is one, with tensors in ``dtype``."""
     for part in ("", "unet") if (source / "unet").is_dir() else ("",):
         content, _ = read_safetensors(source / part / WEIGHTS)
-        write_json(
-            target / part / "config.json", json.loads((source / part / "config.json").read_text(encoding="utf-8"))
-        )
+        write_json(target / part / "config.json", read_json(source / part / "config.json"))
         write_safetensors(target / part / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
     if (facts := source / "sdtune.json").is_file():
-        write_json(target / "sdtune.json", json.loads(facts.read_text(encoding="utf-8")))
+        write_json(target / "sdtune.json", read_json(facts))
 
 
 def _number(text: str | None) -> int:

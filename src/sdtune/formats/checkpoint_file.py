@@ -25,6 +25,8 @@ _INERT_CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 """Classes referenced in the authors' original files: training callbacks, as keys of a dict."""
 
 _READ_ERRORS = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
     OSError,
     RuntimeError,
     EOFError,
@@ -63,11 +65,12 @@ def read_checkpoint(path: Path, allow_pickle: bool, key: str) -> tuple[dict[str,
         )
     with path.open("rb") as handle:
         first_byte = handle.read(1)
-    if not zipfile.is_zipfile(path) and first_byte not in (b"\x80", b"P"):
+    is_zip = first_byte == b"P"
+    if not is_zip and first_byte != b"\x80":
         raise UserError(f"{path} is not a torch checkpoint (perhaps a web page)", key=key, remedy="download it again")
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in _INERT_CLASSES]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} contains more than tensors{_referenced_names(path)} and was not read",
@@ -87,7 +90,7 @@ def _referenced_names(path: Path) -> str:
     """Classes and functions that the pickle ``path`` references; unknown for files of torch before 1.6."""
     try:
         names = sorted({*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - {*_INERT_CLASSES})
-    except (pickle.UnpicklingError, *_READ_ERRORS):
+    except _READ_ERRORS:
         return ", or is damaged,"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f" ({', '.join(names[:3])}{more})" if names else ", or is damaged,"

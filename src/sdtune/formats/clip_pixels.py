@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from sdtune.files import read_json
 
 _OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -15,7 +16,7 @@ def pixel_statistics(folder: Path) -> Statistics:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return _OPENAI
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     mean, std = (
         tuple(content.get(key, default)) for key, default in zip(("image_mean", "image_std"), _OPENAI, strict=True)
     )

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdtune.files import replacing
+from sdtune.files import read_json, replacing
 from sdtune.formats.keys import canonical_key
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
@@ -37,7 +37,7 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
         weights: weight files of each component, one file or shards; the copies have no variant in their names.
     """
     target.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(source / "model_index.json")
     for name, value in index.items():
         if isinstance(value, list) and name not in _COMPONENTS:
             index[name] = [None, None]
@@ -71,7 +71,7 @@ def _write_vocabulary_files(folder: Path) -> None:
     tokenizer_json, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
     if vocabulary.is_file() or not tokenizer_json.is_file():
         return
-    model = json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]
+    model = read_json(tokenizer_json)["model"]
     vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
@@ -85,7 +85,7 @@ def _without_variant(name: str) -> str:
 def _copy_index(source: Path, target: Path, names: Mapping[str, str]) -> None:
     """Copy the index of the shards ``names`` (old name -> new name) with the new names."""
     for file in sorted(source.glob("*.safetensors.index*.json")):
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index = read_json(file)
         if set(index["weight_map"].values()) == set(names):
             index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
             stem = file.name.partition(".safetensors.index")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_con
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.errors import UserError
+from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.images.files import open_image, resize_and_crop
 from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
@@ -124,8 +124,7 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
 def _facts(folder: Path) -> dict[str, Any]:
     """Content of ``sdtune.json`` next to the ControlNet; empty for a ControlNet of another program."""
     file = folder / "sdtune.json"
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return facts
+    return read_json(file, "control.path") if file.is_file() else {}
 
 
 @dataclass(frozen=True)

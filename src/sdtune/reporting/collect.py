@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtune.errors import UserError
+from sdtune.files import read_json, read_yaml
 from sdtune.runs.compare import flat, last_start, saved_config_dir
+from sdtune.runs.metrics import read_metrics
 
 _DEPTH = 3
 """Maximum depth of run folders below the folder of a report."""
@@ -89,9 +88,9 @@ def _read(folder: Path) -> Run:
     state = "done" if metrics else str(job.get("state", "unfinished"))
     last = last_start(folder)
     # Resolve interpolations, so that equal values compare as equal.
-    config = OmegaConf.to_container(OmegaConf.load(last / "config.yaml"), resolve=True)
+    config = OmegaConf.to_container(read_yaml(last / "config.yaml"), resolve=True)
     saved = last / "overrides.yaml"
-    overrides = [str(o) for o in OmegaConf.load(saved)] if saved.is_file() else []
+    overrides = [str(o) for o in read_yaml(saved)] if saved.is_file() else []
     return Run(
         folder=folder,
         overrides=tuple(o for o in overrides if not o.startswith("resume=")),
@@ -108,16 +107,13 @@ def _read(folder: Path) -> Run:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return content
+    return read_json(file) if file.is_file() else {}
 
 
 def _rows(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
-    text = file.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete, while a process writes or was killed
-    return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(complete))]
+    return [{key: float(value) for key, value in row.items() if value} for row in read_metrics(file).rows]
 
 
 def _images(folder: Path) -> list[SampleImage]:

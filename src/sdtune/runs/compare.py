@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sdtune.errors import UserError
+from sdtune.files import read_yaml
 from sdtune.paths import command_line_folder
 
 MOVED = (
@@ -33,7 +34,7 @@ def last_start(run: Path) -> Path:
 def saved_config_dir(run: Path) -> str | None:
     """The ``--config-dir`` of the command line that started ``run``; None if it had none."""
     saved = run / ".hydra" / "hydra.yaml"
-    sources = OmegaConf.select(OmegaConf.load(saved), "hydra.runtime.config_sources") if saved.is_file() else None
+    sources = OmegaConf.select(read_yaml(saved), "hydra.runtime.config_sources") if saved.is_file() else None
     return command_line_folder(sources or [])
 
 
@@ -43,7 +44,7 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     Recipes and defaults are composed from their current files, which may have been edited since. New keys are ignored;
     a removed key is an error, because it would change the run.
     """
-    saved = OmegaConf.load(run / ".hydra" / "config.yaml")
+    saved = read_yaml(run / ".hydra" / "config.yaml", "resume")
     before, now = flat(OmegaConf.to_container(saved, resolve=False)), flat(config)
     may_change = tuple(f.rstrip("=") for f in MAY_CHANGE)
     fixed = {key: value for key, value in before.items() if not key.startswith(may_change)}

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from sdtune.errors import UserError
 
 LOWER_IS_BETTER = frozenset(
     {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
@@ -20,6 +27,48 @@ OF_TRAINING = (
     *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
 )
 """Metrics of ``metrics.json`` from the training; ``sdtune evaluate`` does not recompute them."""
+
+
+@dataclass(frozen=True)
+class MetricsTable:
+    """``metrics.csv`` of a run: the names of the columns, and the rows, whose values are numbers or empty."""
+
+    columns: list[str]
+    rows: list[dict[str, str]]
+
+
+def read_metrics(file: Path, key: str | None = None) -> MetricsTable:
+    """Read ``metrics.csv``; an incomplete last line, which a process leaves that is killed or still writes, is ignored.
+
+    Args:
+        file: the file.
+        key: config key of the run folder, for errors.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        complete_lines = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(complete_lines), strict=True)
+        rows = list(reader)
+        for row in rows:
+            _check_row(row)
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"{file} is damaged ({error})", key=key, remedy="restore it from a copy, or delete it to lose its rows"
+        ) from error
+    return MetricsTable(list(reader.fieldnames or []), rows)
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    """Raise ValueError if a row has too many or too few values, no step, or a value that is not a number."""
+    values = list(row.values())
+    if None in row or None in values or not row.keys() >= {"step", "validation_loss"}:
+        raise ValueError("a row has other columns than the table")
+    numbers = [int(row["step"]), *(float(value) for value in values if value)]
+    if numbers[0] < 1:
+        raise ValueError("a row has a step below 1")
 
 
 def finite(metrics: dict[str, Any]) -> dict[str, Any]:

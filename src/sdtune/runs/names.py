@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+
+from sdtune.files import read_yaml
 
 
 def label_and_sweep(run: Path) -> tuple[str, str | None]:
@@ -16,8 +17,8 @@ def label_and_sweep(run: Path) -> tuple[str, str | None]:
     saved, file = run / ".hydra" / "overrides.yaml", run.parent / "multirun.yaml"
     if not file.is_file() or not saved.is_file():
         return run.name, None
-    sweep = OmegaConf.load(file)
+    sweep = read_yaml(file)
     parsed = OverridesParser.create().parse_overrides([str(o) for o in sweep.hydra.overrides.task])
     varied = {o.get_key_element() for o in parsed if o.is_sweep_override()} | set(sweep.hydra.sweeper.params or {})
-    overrides = [str(o) for o in OmegaConf.load(saved) if str(o).split("=", 1)[0] in varied]
+    overrides = [str(o) for o in read_yaml(saved) if str(o).split("=", 1)[0] in varied]
     return " ".join(overrides) or run.name, run.parent.name

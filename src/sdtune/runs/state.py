@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from sdtune.files import read_json
 from sdtune.runs.layout import THREADS
 
 STATE = "job.json"
@@ -24,7 +24,7 @@ def finished(folder: Path) -> bool:
 
 def ended(folder: Path) -> dict[str, Any]:
     """Content of ``job.json`` in ``folder``; the state is done if the run was completed later, as a single run."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = read_json(folder / STATE)
     if finished(folder):
         state = {key: value for key, value in state.items() if key not in ("error", "traceback")} | {"state": "done"}
     return state
@@ -33,4 +33,4 @@ def ended(folder: Path) -> dict[str, Any]:
 def saved_threads(folder: Path) -> int | None:
     """Number of CPU threads of the training in ``folder``; None if it has not started."""
     file = folder / THREADS
-    return int(json.loads(file.read_text(encoding="utf-8"))["threads"]) if file.is_file() else None
+    return int(read_json(file)["threads"]) if file.is_file() else None

@@ -23,7 +23,7 @@ from sdtune.config.compose import Prepare, without_hydra
 from sdtune.config.hydra_compat import Hydra, grid_of_jobs, initialized
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import RunFailed, Stopped, UserError
-from sdtune.files import locked, write_json
+from sdtune.files import locked, read_yaml, write_json
 from sdtune.paths import command_line_folder
 from sdtune.quoting import override, shell_override, shell_word
 from sdtune.runs.compare import check_same, check_unchanged, flat
@@ -65,7 +65,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         _check_master(master, folder, previous_folder is not None)
         max_concurrent = _check(hydra, command, updated, prepare)
         if previous_folder is not None:
-            saved_config = OmegaConf.load(folder / "multirun.yaml")
+            saved_config = read_yaml(folder / "multirun.yaml", "resume")
             assert isinstance(saved_config, DictConfig)
             saved, current = (flat(OmegaConf.to_container(without_hydra(config))) for config in (saved_config, master))
             saved = {key: value for key, value in saved.items() if f"{key}=" not in _CHANGEABLE}
@@ -174,7 +174,7 @@ def _resumed(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str],
             key="resume",
             remedy="name the folder of a sweep, or remove -m",
         )
-    saved_config = OmegaConf.load(saved_file)
+    saved_config = read_yaml(saved_file, "resume")
     saved = [str(item) for item in (*saved_config.hydra.overrides.task, *saved_config.hydra.overrides.hydra)]
     saved = [item for item in saved if not item.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir="))]
     changed = [item for item in overrides if item.startswith(_CHANGEABLE)]
