@@ -183,6 +183,20 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "no eps": (["optimizer=adamw8bit", "optimizer.eps=null"], ("optimizer", "eps=None")),
     "max_steps 0": (["trainer.max_steps=0"], ("trainer.max_steps: got 0; expected int >= 1",)),
     "max_steps -1": (["trainer.max_steps=-1"], ("trainer.max_steps: got -1; expected int >= 1",)),
+    "list for a group": (["data=[[]]"], ("data=[[]]", "cannot be composed", "check these overrides")),
+    "no option of a group": (["objective=[]"], ("objective: no option is chosen; set objective=OPTION",)),
+    "number for a callback": (["callbacks.samples=8"], ("callbacks.samples: got 8; set it to null, or to a node",)),
+    "text for an object": (["callbacks.samples.sampling=x"], ("callbacks.samples.sampling: got",)),
+    "number for a group": (["+hardware=1"], ("hardware",)),
+    "trust as a number": (["trust=1"], ("trust: got 1; expected list of text",)),
+    "object for a text": (
+        ["data.templates={_target_: sdtune.methods.LoRA}"],
+        ("data.templates: got a node with _target_; expected object or style or list of text or null",),
+    ),
+    "mapping for an optimizer": (
+        ["optimizer=prodigy", "optimizer.d_coef={}"],
+        ("optimizer.d_coef: got {}; expected a number, text or a list",),
+    ),
     "rank as a float": (["method.rank=8.0"], ("method.rank: got 8.0; expected int >= 1 or null",)),
     "no accumulation": (["trainer.accumulate_grad_batches=0"], ("trainer.accumulate_grad_batches", "0")),
     "negative clip": (

@@ -32,8 +32,10 @@ class Thing:
         kinds: Sequence[Literal["a", "b"]] = ("a",),
         name: str = "thing",
         inner: Any = None,
+        weighting: MinSNR | None = None,
     ) -> None:
         self.count, self.rate, self.kinds, self.name, self.inner = count, rate, kinds, name, inner
+        self.weighting = weighting
 
 
 @dataclass
@@ -202,6 +204,21 @@ def test_mismatch_is_one_line_with_the_key(settings: dict[str, Any], key: str, w
 def test_dataclass_is_checked_with_inherited_fields(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}[: ]"):
         check_node(node("More", **settings), "t", TRUST)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": {"_target_": f"{HERE}.Settings"}}, "t.count: got a node with _target_; expected int >= 1"),
+        ({"count": 1, "name": {"_target_": f"{HERE}.Settings"}}, "t.name: got a node with _target_; expected text"),
+        ({"count": 1, "weighting": "strong"}, 't.weighting: got "strong"; expected a node with _target_'),
+        ({"count": 1, "weighting": [1]}, "t.weighting: got [1]; expected a node with _target_"),
+    ],
+)
+def test_objects_and_values_are_not_exchanged(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_node(node("Thing", **settings), "t", TRUST)
+    assert str(caught.value) == message
 
 
 def test_argument_that_the_command_passes_cannot_be_set() -> None:

@@ -24,6 +24,9 @@ def in_child(function: Callable[[], str], seconds: int, memory: int) -> str:
     child = os.fork()
     if child == 0:
         os.close(reading)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(silent, stream)
         limit = _address_space() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:

@@ -31,6 +31,7 @@ from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torc
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.paths import config_folder
 from sdtune.quoting import override
+from sdtune.runs.hydra_values import as_current
 from sdtune.sweeps.sweep import multirun
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def launch(
             _check_folder(command, folder, args.overrides, config)
         is_default = not any(text.startswith("hydra.run.dir=") for text in args.overrides)
         existed = folder.exists() and not is_default
-        with _claimed(folder) if writes and is_default else contextlib.nullcontext(folder) as folder:
+        claimed = _claimed(folder) if writes and is_default else contextlib.nullcontext(folder)
+        with claimed as folder, as_current(config, folder):
             work = prepare(config, folder)
     with exit_codes(command):
         if writes:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sdtune.config.overrides import AUTO, folder_override, resumed_folder
 from sdtune.errors import UserError
-from sdtune.files import read_yaml
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
 from sdtune.runs.compare import MAY_CHANGE, last_start, saved_config_dir
+from sdtune.runs.hydra_values import saved_overrides
 
 _CONFIG_DIR = ("-cd", "--config-dir")
 _WITH_VALUE = (*_CONFIG_DIR, "-c", "--cfg", "-p", "--package", "-i", "--info")
@@ -32,7 +32,7 @@ def rewrite(argv: list[str]) -> list[str]:
         )
     if not file.is_file():
         raise UserError(f"{run} is not a run folder (.hydra/overrides.yaml is missing)", key="resume")
-    saved = [str(text) for text in read_yaml(last_start(run) / "overrides.yaml", "resume")]
+    saved = saved_overrides(last_start(run), "resume")
     value_indices = {i + 1 for i, a in enumerate(argv) if a in _WITH_VALUE}
     # "~key" has no "=", but is an override too and must be checked.
     new = [a for i, a in enumerate(argv) if i not in value_indices and not a.startswith(("resume=", "-"))]
@@ -101,7 +101,7 @@ def _without_auto(argv: list[str]) -> list[str]:
 
 def _adds_nothing(run: Path, argv: list[str]) -> bool:
     """Whether all overrides in ``argv`` are those of the last start of ``run``."""
-    saved = [str(text) for text in read_yaml(last_start(run) / "overrides.yaml", "resume")]
+    saved = saved_overrides(last_start(run), "resume")
     return all(a in saved for a in argv if "=" in a and not a.startswith("-"))
 
 

@@ -16,7 +16,7 @@ from sdtune.callbacks.validation_set import NOTHING_HELD_OUT
 from sdtune.commands.train_run import TrainRun
 from sdtune.config import hardware
 from sdtune.config.build import build
-from sdtune.config.model import check_model
+from sdtune.config.model import CALLBACK_ARGUMENTS, check_model
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import Settings, check_name, read_settings
 from sdtune.config.targets import resolve
@@ -140,7 +140,7 @@ def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         # Loggers of other packages need not accept save_dir.
         check_node(node, f"logger.{key}", trust, ("save_dir",))
     for key, node in config["callbacks"].items():
-        check_node(node, f"callbacks.{key}", trust, ("folder", "record", "run", "trial"))
+        check_node(node, f"callbacks.{key}", trust, CALLBACK_ARGUMENTS)
     check_node(config["checkpoint"], "checkpoint", trust, ("folder", "record"))
     check_trainer(config, trust)
 

@@ -44,7 +44,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             f"{run} was trained with evaluation=none", key="run", remedy="set clip=FOLDER or dino=FOLDER to measure it"
         )
     data = build_evaluation_data(run_config)
-    accelerator = str(options["hardware"]["accelerator"])
+    accelerator = str(options["hardware"].get("accelerator", "auto"))
 
     def start(composed: DictConfig) -> None:
         with choose_threads(options["hardware"]):

@@ -17,8 +17,8 @@ from sdtune.backbone.single_file import included_configs
 from sdtune.config import hardware
 from sdtune.config.build import build
 from sdtune.config.compose import choices, recompose
-from sdtune.config.model import check_model
-from sdtune.config.schema import check_value
+from sdtune.config.model import CALLBACK_ARGUMENTS, check_model
+from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain, read_settings
 from sdtune.config.targets import resolve
 from sdtune.data import ImageDataModule
@@ -110,7 +110,10 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     data = {key: data_config.get(key, getattr(ImageDataModule, key)) for key in _DATA_KEYS}
     for key, value in data.items():
         check_value(value, hints[key], f"data.{key}")
-    check_model(container, read_settings(container).trust)
+    trust = read_settings(container).trust
+    check_model(container, trust)
+    for key, node in container["callbacks"].items():
+        check_node(node, f"callbacks.{key}", trust, CALLBACK_ARGUMENTS)
     accumulation = container["trainer"].get("accumulate_grad_batches", 1)
     check_value(accumulation, Annotated[int, Ge(1)], "trainer.accumulate_grad_batches")
     hardware.check_hardware(container["hardware"], here=False)

@@ -115,7 +115,7 @@ def _requests(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
 def execute(config: dict[str, Any], folder: Path) -> None:
     """Generate the images, and write them and their grid to ``folder``."""
     source = build(config["backbone"], config["trust"])
-    device = device_of(str(config["hardware"]["accelerator"]))
+    device = device_of(str(config["hardware"].get("accelerator", "auto")))
     backbone = source.load().to(device)
     backbone.prepare_for_device(device)
     if config["hardware"].get("vae_tiling"):

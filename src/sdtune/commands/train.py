@@ -99,7 +99,7 @@ def _is_sweep() -> bool:
 
 def _will_share(config: dict[str, Any]) -> bool:
     """Whether the launcher of the current sweep will train this job on a shared backbone."""
-    if not HydraConfig.initialized():
+    if not _is_sweep():
         return False
     launcher = get_class(str(HydraConfig.get().launcher._target_))
     return getattr(launcher, "shares_backbone", False) and alone(config) is None

@@ -16,6 +16,9 @@ from sdtune.errors import UserError
 
 _PASSED = ("backbone", "objective", "optimizer", "lr_schedule", "new_tokens", "tokens_lr", *hardware.SWITCHES, "seed")
 
+CALLBACK_ARGUMENTS = ("folder", "record", "run", "trial")
+"""Arguments of callbacks that a training passes."""
+
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_node(node, "optimizer", trust)

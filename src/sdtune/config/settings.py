@@ -18,6 +18,7 @@ from sdtune.config.schema import check_value
 from sdtune.errors import UserError
 from sdtune.files import is_partial, read_yaml
 from sdtune.quoting import shell_override
+from sdtune.runs.hydra_values import as_current
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def read_saved_config(run: Path) -> dict[str, Any]:
     saved = read_yaml(file, "run")
     if not isinstance(saved, DictConfig) or not {"method", "backbone", "data"} <= {*saved}:
         raise UserError(f"{file} is not the config of a training", key="run", remedy="restore it from a copy")
-    return plain(saved)
+    with as_current(read_yaml(run / ".hydra" / "hydra.yaml", "run")):
+        return plain(saved)
 
 
 def check_name(name: str) -> None:

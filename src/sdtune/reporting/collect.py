@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from PIL import Image
 
 from sdtune.errors import UserError
-from sdtune.files import read_json, read_yaml
+from sdtune.files import read_json
 from sdtune.runs.compare import flat, last_start, saved_config_dir
+from sdtune.runs.hydra_values import resolved_config, saved_overrides
 from sdtune.runs.metrics import read_metrics
 
 _DEPTH = 3
@@ -88,9 +88,9 @@ def _read(folder: Path) -> Run:
     state = "done" if metrics else str(job.get("state", "unfinished"))
     last = last_start(folder)
     # Resolve interpolations, so that equal values compare as equal.
-    config = OmegaConf.to_container(read_yaml(last / "config.yaml"), resolve=True)
+    config = resolved_config(last)
     saved = last / "overrides.yaml"
-    overrides = [str(o) for o in read_yaml(saved)] if saved.is_file() else []
+    overrides = saved_overrides(last) if saved.is_file() else []
     return Run(
         folder=folder,
         overrides=tuple(o for o in overrides if not o.startswith("resume=")),

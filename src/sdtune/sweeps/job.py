@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -20,6 +18,7 @@ from sdtune.files import locked, replacing, write_json, write_text
 from sdtune.hardware.allocator import release
 from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
+from sdtune.runs.hydra_values import unresolved
 from sdtune.runs.layout import THREADS
 from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
 from sdtune.sweeps.job_process import run_subprocess
@@ -53,7 +52,7 @@ class Job:
     def run(self, composed: DictConfig, whole: DictConfig) -> float | None:
         """Run the job and write its outcome to its state file; ``whole`` is ``composed`` including Hydra's node."""
         folder = Path(whole.hydra.runtime.output_dir)
-        overrides = [str(override) for override in whole.hydra.overrides.task]
+        overrides = unresolved(whole.hydra.overrides.task)
         state: dict[str, Any] = {"overrides": overrides, "state": UNFINISHED}
         try:
             if not finished(folder):
@@ -89,7 +88,7 @@ class Job:
                 return
         # Lightning would start the other ranks with the sweep's command line and kill the sweep's process with them.
         config_folder = command_line_folder(full_config.hydra.runtime.config_sources)
-        overrides = [str(override) for override in full_config.hydra.overrides.task]
+        overrides = unresolved(full_config.hydra.overrides.task)
         run_subprocess(
             self.command,
             [] if config_folder is None else ["-cd", config_folder],
@@ -125,17 +124,6 @@ def _see_traceback(error: Exception, folder: Path) -> str:
 
 def _is_user_facing(error: Exception) -> bool:
     return isinstance(error, UserError | RunFailed)
-
-
-@contextlib.contextmanager
-def as_current(whole: DictConfig) -> Iterator[None]:
-    """Context manager in which ``${hydra:...}`` interpolations resolve to the values of ``whole``."""
-    previous = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(whole)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = previous
 
 
 def _save_config(composed: DictConfig, full_config: DictConfig, folder: Path) -> None:

@@ -35,13 +35,14 @@ from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.hardware.threads import configured_threads, free_cores, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.planning.request import PlanRequest
+from sdtune.runs.hydra_values import as_current
 from sdtune.runs.state import saved_threads
 from sdtune.shared_backbone.capacity import processes_that_fit, runs_that_fit
 from sdtune.shared_backbone.compatibility import largest_config, largest_rank
 from sdtune.shared_backbone.pool import Pool
 from sdtune.shared_backbone.session import SharedBackbone
 from sdtune.shared_backbone.step_coordinator import StepCoordinator
-from sdtune.sweeps.job import Job, as_current
+from sdtune.sweeps.job import Job
 from sdtune.sweeps.job_process import terminate_with_parent
 from sdtune.sweeps.joblib_stop import STOPPING
 

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from sdtune.errors import RunFailed
 from sdtune.log_filters import quiet, quiet_libraries
+from sdtune.runs.hydra_values import as_current
 from sdtune.runs.state import finished
-from sdtune.sweeps.job import Job, as_current
+from sdtune.sweeps.job import Job
 
 if TYPE_CHECKING:
     from sdtune.shared_backbone.compatibility import Group

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,6 +26,7 @@ from sdtune.files import locked, read_yaml, write_json
 from sdtune.paths import command_line_folder
 from sdtune.quoting import override, shell_override, shell_word
 from sdtune.runs.compare import check_same, check_unchanged, flat
+from sdtune.runs.hydra_values import as_current, unresolved
 from sdtune.runs.state import STATE, ended, finished, saved_threads
 from sdtune.runs.trials import JOURNAL
 from sdtune.sweeps.job import Job
@@ -175,7 +175,7 @@ def _resumed(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str],
             remedy="name the folder of a sweep, or remove -m",
         )
     saved_config = read_yaml(saved_file, "resume")
-    saved = [str(item) for item in (*saved_config.hydra.overrides.task, *saved_config.hydra.overrides.hydra)]
+    saved = [*unresolved(saved_config.hydra.overrides.task), *unresolved(saved_config.hydra.overrides.hydra)]
     saved = [item for item in saved if not item.startswith(("hydra.mode=", "hydra.sweep.dir=", "hydra.output_subdir="))]
     changed = [item for item in overrides if item.startswith(_CHANGEABLE)]
     saved = [item for item in saved if not item.startswith(tuple(f"{new.split('=', 1)[0]}=" for new in changed))]
@@ -212,9 +212,10 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         config = hydra.config_loader.load_sweep_config(master, list(job))
         with open_dict(config.hydra):
             config.hydra.job.id = config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
+        job_folder = Path(str(master.hydra.sweep.dir)) / names[number]
         try:
-            _check_job(config, Path(str(master.hydra.sweep.dir)) / names[number], prepare)
+            with as_current(config, job_folder):
+                _check_job(config, job_folder, prepare)
         except UserError as error:
             distinct = f" ({_distinct_overrides(job, jobs)})" if len(jobs) > 1 else ""
             name = f"job {names[number]}{distinct}" if names[0] == "0" else "the search's jobs"
@@ -233,7 +234,7 @@ def _known_jobs(hydra: Hydra, master: DictConfig) -> tuple[Sequence[Sequence[str
     """Overrides of the jobs that are known before the start, and the names of their folders."""
     sweeper = master.hydra.sweeper
     texts = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    texts += [str(text) for text in master.hydra.overrides.task]
+    texts += unresolved(master.hydra.overrides.task)
     parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(texts)
     kind = plugin(sweeper)
     jobs = grid_of_jobs(kind, parsed)

@@ -1,0 +1,66 @@
+"""Values of ``${hydra:...}`` interpolations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import setup_globals
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+
+from sdtune.errors import UserError
+from sdtune.files import read_yaml
+
+
+@contextmanager
+def as_current(whole: DictConfig, folder: Path | None = None) -> Iterator[None]:
+    """Context manager in which ``${hydra:...}`` interpolations resolve to the values of ``whole``.
+
+    Args:
+        whole: a composed config, or a config that contains only its node ``hydra``.
+        folder: value of ``hydra:runtime.output_dir``, which is missing before Hydra has started the job.
+    """
+    if folder is not None:
+        with read_write(whole), open_dict(whole):
+            whole.hydra.runtime.output_dir = str(folder.absolute())
+    setup_globals()  # registers the resolver
+    previous = HydraConfig.instance().cfg
+    HydraConfig.instance().cfg = whole
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = previous
+
+
+def saved_overrides(hydra_folder: Path, key: str | None = None) -> list[str]:
+    """Overrides in ``overrides.yaml`` of ``hydra_folder``, with their interpolations unresolved.
+
+    Raises:
+        UserError: the file cannot be read, or is not a list; the message names the setting ``key``.
+    """
+    file = hydra_folder / "overrides.yaml"
+    overrides = read_yaml(file, key)
+    if not isinstance(overrides, ListConfig):
+        raise UserError(f"{file} is not a list of overrides", key=key, remedy="restore it from a copy")
+    return unresolved(overrides)
+
+
+def unresolved(overrides: ListConfig) -> list[str]:
+    """Texts of ``overrides``; iterating over a list of OmegaConf would resolve the interpolations in them."""
+    texts = OmegaConf.to_container(overrides, resolve=False)
+    assert isinstance(texts, list)
+    return [str(text) for text in texts]
+
+
+def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
+    """Resolved content of ``config.yaml`` in ``hydra_folder`` (``.hydra`` of a run); interpolations get its values.
+
+    Raises:
+        UserError: a file cannot be read, or is not YAML; the message names the setting ``key``.
+    """
+    saved, hydra_file = read_yaml(hydra_folder / "config.yaml", key), hydra_folder / "hydra.yaml"
+    with as_current(read_yaml(hydra_file, key) if hydra_file.is_file() else OmegaConf.create({"hydra": {}})):
+        return OmegaConf.to_container(saved, resolve=True)
