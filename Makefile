@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow fuzz test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -70,6 +70,11 @@ test-slow: .venv/.dev ## run the tests that take more than half a minute each
 fuzz: .venv/.dev ## check 1,000 generated configurations, run 100 of them, and read 200 mutations of each kind of file (SEED=0; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/configurations.py --seed $(SEED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/files.py --seed $(SEED)
+
+signals: .venv/.dev ## stop and kill trainings at random moments, resume and compare them (SEED=0; half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED) --method lora --moments 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED) --kill
 
 .venv-clients/.installed: tests/clients/requirements.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients

@@ -229,7 +229,9 @@ def _equal(one: Any, other: Any) -> bool:
 # --- the search
 
 
-def interrupted(world: World, method: str, seed: int, moments: int, kill: bool) -> list[tuple[str, str]]:
+def interrupted(
+    world: World, method: str, seed: int, moments: int, kill: bool, phases: Sequence[str] = tuple(PHASES)
+) -> list[tuple[str, str]]:
     """Interrupt ``moments`` trainings in each phase; return the problems: the moment, and what is wrong."""
     rng, base = random.Random(f"{seed}/{method}/{kill}"), world.root.parent / f"{method}-{seed}"
     base.mkdir()
@@ -240,7 +242,7 @@ def interrupted(world: World, method: str, seed: int, moments: int, kill: bool) 
     assert ended.code == 0, ended.output
     expected, durations = result(whole), json.loads(calls.read_text(encoding="utf-8"))
     failures: list[tuple[str, str]] = []
-    for phase in PHASES:
+    for phase in phases:
         outcomes: Counter[str] = Counter()
         answers, ends = [0.0], [0.0]
         for index in range(moments if durations[phase] and durations[phase][0] > 1e-4 else 0):
@@ -300,6 +302,7 @@ def command_line() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=(*METHODS, "all"), default="all")
     parser.add_argument("--moments", type=int, default=3, help="interruptions in each phase")
+    parser.add_argument("--phase", choices=tuple(PHASES), action="append", help="only this phase")
     parser.add_argument("--kill", action="store_true", help="SIGKILL instead of SIGINT, SIGTERM and SIGHUP")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -307,7 +310,7 @@ def command_line() -> int:
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
         world = build_world(Path(folder) / "world")
         for method in METHODS if args.method == "all" else (args.method,):
-            failures += interrupted(world, method, args.seed, args.moments, args.kill)
+            failures += interrupted(world, method, args.seed, args.moments, args.kill, args.phase or tuple(PHASES))
     for what, problem in failures:
         print(f"\n{what}\n{problem}")
     print(f"{len(failures)} problems with seed {args.seed}")

@@ -221,17 +221,19 @@ class TrainRun:
             raise SystemExit(128 + number)
 
         is_main = threading.current_thread() is threading.main_thread()
-        numbers = [n for n in STOP_SIGNALS if is_main and signal.getsignal(n) == signal.SIG_DFL]
-        for number in numbers:
+        # KeyboardInterrupt would not do for Ctrl-C: Lightning catches it in fit() and ends the process with code 1.
+        defaults = {n: signal.getsignal(n) for n in STOP_SIGNALS if is_main}
+        defaults = {n: d for n, d in defaults.items() if d in (signal.SIG_DFL, signal.default_int_handler)}
+        for number in defaults:
             signal.signal(number, exit_run)
         try:
             yield
         except KeyboardInterrupt as stop:
             raise Stopped(message(), 128 + signal.SIGINT) from stop
         finally:
-            for number in numbers:
+            for number, default in defaults.items():
                 if signal.getsignal(number) is exit_run:
-                    signal.signal(number, signal.SIG_DFL)
+                    signal.signal(number, default)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
