@@ -35,6 +35,7 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
             "log_filters",
             "loggers",
             "lr_schedule",
+            "output_streams",
             "paths",
             "peft_compat",
             "progress",

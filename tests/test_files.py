@@ -16,7 +16,7 @@ import torch
 
 from sdtune.errors import UserError
 from sdtune.exporting import find_artifact
-from sdtune.files import replacing, write_json
+from sdtune.files import read_yaml, replacing, write_json
 from sdtune.formats import write_safetensors
 
 
@@ -103,6 +103,13 @@ def test_symlinks_are_kept_and_their_targets_unchanged(tmp_path: Path) -> None:
         (partial / "link").symlink_to(target)
     assert (tmp_path / "folder" / "link").is_symlink()
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["a: !!bool 'x'", "a: [", "\0", "a: !!python/object:os.system x"])
+def test_damaged_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^resume: .*config\.yaml cannot be read \(.*\); restore it from a copy$"):
+        read_yaml(tmp_path / "config.yaml", "resume")
 
 
 def test_partial_files_of_killed_processes_are_removed_after_an_hour(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def read_json(file: Path, key: str | None = None, remedy: str = _REMEDY) -> dict
 
 
 _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError, RecursionError)
-"""PyYAML raises exceptions of Python for values that it cannot convert, such as the date 2026-99-99."""
+"""PyYAML raises exceptions of Python for values that it cannot convert, such as ``!!bool x``."""
 
 
 def read_yaml(file: Path, key: str | None = None) -> Any:
@@ -233,14 +233,6 @@ def read_yaml(file: Path, key: str | None = None) -> Any:
     """
     try:
         return OmegaConf.load(file)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        yaml.YAMLError,
-        OmegaConfBaseException,
-        RecursionError,
-    ) as error:
+    except (OSError, *_YAML_ERRORS) as error:
         lines = str(error).split("\n")
         raise UserError(f"{file} cannot be read ({lines[0]})", key=key, remedy=_REMEDY) from error

@@ -20,6 +20,12 @@ def run_validation(trainer: pl.Trainer) -> None:
     connector._first_loop_iter = first_loop_iter
 
 
+def discard_validation_results(trainer: pl.Trainer) -> None:
+    """Discard what the current validation has logged so far, so that no callback reads an average of a few batches."""
+    assert trainer._results is not None
+    trainer._results.reset()
+
+
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     """Trainer of ``module``, or None if none is attached (the public property raises then)."""
     trainer: pl.Trainer | None = module._trainer

@@ -360,3 +360,30 @@ def test_injected_attention_processors_are_kept(tiny: Path) -> None:
     kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
     assert kinds.pop(injected) is Injected
     assert set(kinds.values()) == {AttnProcessor2_0}
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("unet/config.json", "in_channels", None),
+        ("unet/config.json", "sample_size", []),
+        ("vae/config.json", "block_out_channels", None),
+        ("text_encoder/config.json", "max_position_embeddings", "x"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x"),
+    ],
+)
+def test_damaged_config_is_one_line(tiny: Path, tmp_path: Path, file: str, key: str, value: object) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    config[key] = value
+    (folder / file).write_text(json.dumps(config), encoding="utf-8")
+    source = Pretrained(str(folder))
+    with pytest.raises(UserError, match=r"^backbone\.path: "):
+        _read(source)
+
+
+def _read(source: Pretrained) -> None:
+    assert source.facts.side
+    source.check()
+    source.load()

@@ -93,6 +93,7 @@ def test_stop_in_a_validation_aborts_it_and_the_resumed_run_repeats_it(
     run = tmp_path / "stopped"
     batches = tmp_path / "batches.txt"
     callback = f"+callbacks.stop={{_target_: running.StopInValidation, step: {stop}, file: {batches}}}"
+    overrides += ["logger=tensorboard"]
     assert train(*arguments(tiny, images, run, *overrides, "trust=[running]", callback)) == 128 + signal.SIGTERM
     assert batches.read_text(encoding="utf-8").split().count(str(stop)) == 1  # of four
     assert not [row for row in rows(run) if row["validation_loss"] and int(row["step"]) == stop]
@@ -104,6 +105,35 @@ def test_stop_in_a_validation_aborts_it_and_the_resumed_run_repeats_it(
         one, other = (load_file(folder / "artifact" / file) for folder in (run, tmp_path / "whole"))
         assert all(torch.equal(one[key], other[key]) for key in one | other)
     assert (run / "checkpoints/best.ckpt").is_file()
+    logged = [(e.step, e.value) for e in _logged(run, "validation_loss")]
+    assert logged == [
+        (int(r["step"]), pytest.approx(float(r["validation_loss"]))) for r in rows(run) if r["validation_loss"]
+    ]
+
+
+def _logged(run: Path, name: str) -> list[Any]:
+    """The values of ``name`` in TensorBoard's files of ``run``, of all its starts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folders = sorted({file.parent for file in run.rglob("events.out.*")})
+    events = []
+    for folder in folders:
+        accumulator = EventAccumulator(str(folder))
+        accumulator.Reload()
+        events += accumulator.Scalars(name) if name in accumulator.Tags()["scalars"] else []
+    return sorted(events, key=lambda event: event.wall_time)
+
+
+def test_resumed_run_writes_the_columns_of_its_steps_to_a_new_table(tiny: Path, images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["data.hold_out=5", "data.batch_size=2", "trainer.val_check_interval=2", "trainer.max_steps=4"]
+    callback = f"+callbacks.stop={{_target_: running.StopInValidation, step: 2, file: {tmp_path}/batches.txt}}"
+    assert train(*arguments(tiny, images, run, *overrides, "trust=[running]", callback)) == 128 + signal.SIGTERM
+    columns = list(rows(run)[0])
+    (run / "metrics.csv").unlink()
+    assert train(f"resume={run}") == 0
+    assert list(rows(run)[0]) == columns
+    assert [row["step"] for row in rows(run)] == ["2", "3", "4", "4"]
 
 
 def test_resuming_a_complete_run_without_metrics_json_writes_it(tiny: Path, images: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_run_with_interpolations_is_resumed_exported_and_reported(
 ) -> None:
     run = tmp_path / "run"
     overrides = ["name=${hydra:runtime.choices.method}", "data.trigger='${hydra:job.name} x'", "trainer.max_steps=1"]
+    overrides += ["data.templates=['${data.trigger} {}']"]
     overrides += ["data.repeats=${method.rank}"]
     assert train(*arguments(tiny, images, run, *overrides)) == 0
     assert (run / "artifact" / "lora.safetensors").is_file()
@@ -111,6 +112,14 @@ def test_run_with_interpolations_is_resumed_exported_and_reported(
                  "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}") == 0  # fmt: skip
     assert (tmp_path / "sweep/1/artifact/lora.safetensors").is_file()
     assert sdtune("report", str(tmp_path / "sweep")) == 0
+
+
+def test_folder_may_be_named_after_a_value_of_hydra(
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [o for o in arguments(tiny, images, tmp_path, "trainer.max_steps=1") if not o.startswith("hydra.run")]
+    assert train(*overrides, f"hydra.run.dir={tmp_path}/${{hydra:runtime.choices.method}}") == 0
+    assert (tmp_path / "lora" / "metrics.json").is_file()
 
 
 def test_interpolation_without_a_value_is_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +136,21 @@ def test_default_folder_of_an_invalid_run_is_removed_with_its_new_parents(
     with pytest.raises(SystemExit):
         launch("train", [], prepare)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+def test_stop_during_the_checks_is_one_line_and_leaves_no_folder(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return lambda composed: None
+
+    with pytest.raises(SystemExit) as stopped:
+        launch("train", argv, prepare)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "sdtune: stopped before the start; no run folder is left\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

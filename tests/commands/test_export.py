@@ -265,7 +265,7 @@ def test_run_is_exported_with_its_model_card(
     assert "- lora\n" not in exported_card
     assert "| LoRA | rank 8, alpha 8.0 |" in card
     assert "| use | diffusers: `pipe.load_lora_weights(FOLDER)`" in card
-    assert "| use | diffusers: `StableDiffusionPipeline.from_pretrained('fox-merged')` |" in exported_card
+    assert "| use | diffusers: `DiffusionPipeline.from_pretrained('fox-merged')` |" in exported_card
     assert card[card.index("## Settings") :] == exported_card[exported_card.index("## Settings") :]
     assert "The LoRA in kohya format, fp16, reduced to rank 2." in (run / "export/kohya/README.md").read_text(
         encoding="utf-8"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import torch
 from annotated_types import Ge, Gt, Interval
+from pydantic import StringConstraints
 
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
@@ -36,6 +37,13 @@ class Thing:
     ) -> None:
         self.count, self.rate, self.kinds, self.name, self.inner = count, rate, kinds, name, inner
         self.weighting = weighting
+
+
+class Holder:
+    """Something whose arguments are objects in a list and in a mapping."""
+
+    def __init__(self, losses: Sequence[Any] = (), more: dict[str, Any] | None = None) -> None:
+        self.losses, self.more = losses, more
 
 
 @dataclass
@@ -219,6 +227,15 @@ def test_objects_and_values_are_not_exchanged(settings: dict[str, Any], message:
     with pytest.raises(UserError) as caught:
         check_node(node("Thing", **settings), "t", TRUST)
     assert str(caught.value) == message
+
+
+def test_constraint_without_a_description_gives_the_reason() -> None:
+    with pytest.raises(UserError, match=r'^name: got "/x"; string should match pattern'):
+        check_value("/x", Annotated[str, StringConstraints(pattern=r"^\w+$")], "name")
+
+
+def test_lists_and_mappings_may_hold_objects() -> None:
+    check_node(node("Holder", losses=[node("Settings")], more={"a": node("Settings")}), "t", TRUST)
 
 
 def test_argument_that_the_command_passes_cannot_be_set() -> None:

@@ -207,6 +207,7 @@ def readers(world: World) -> dict[str, Reader]:
 
     def pipeline(folder: Path) -> object:
         source = Pretrained(str(folder))
+        assert source.facts
         source.check()
         return source.load().encode_text(["a photo"])
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import Family, build_family
+from running import arguments, train
 from sdtune.backbone import Pretrained
 from sdtune.backbone.layers import layers
 from sdtune.backbone.new_token_vectors import token_vectors
@@ -88,7 +89,7 @@ def test_weights_alone_set_layers_ranks_and_alphas(
     if clip_skip or family == "sdxl":  # the last layer of the first text encoder: 4 projections and 2 of the MLP
         assert left_out == 6
         [line] = lines
-        assert line.startswith("method.weights: kohya.safetensors: left out the pairs of layers")
+        assert line.startswith("WARNING: method.weights: kohya.safetensors: left out the pairs of layers")
     else:
         assert (left_out, lines) == (0, [])
 
@@ -108,6 +109,39 @@ def test_layers_and_ranks_that_are_set_must_fit_the_file(tiny: Path, tmp_path: P
         LoRA(alpha=4.0, **settings)
     with pytest.raises(UserError, match=r"^method\.weights: /no/such does not exist"):
         LoRA(backbone=source, weights="/no/such")
+
+
+def test_pairs_without_effect_and_ranks_of_a_block_name_what_to_set(tiny: Path, tmp_path: Path) -> None:
+    source, file = Pretrained(str(tiny)), tmp_path / "it.safetensors"
+    tensors = kohya_file(source.load(), file, (".attn1.", ".attn2."))
+    blocks: dict[str, Any] = {"unet.mid_block": {"rank": 8}}
+    with pytest.raises(UserError, match=r"set method\.blocks\.unet\.mid_block\.rank=4, or remove"):
+        LoRA(backbone=source, weights=str(file), blocks=blocks).configure_model()
+    save_file({key: torch.zeros(()) if key.endswith("alpha") else value for key, value in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"^method\.weights: it\.safetensors has alpha 0, .*method\.alpha_policy=rank"):
+        LoRA(backbone=source, weights=str(file)).configure_model()
+
+
+def test_run_is_not_resumed_with_other_ranks_or_alphas_in_its_file(
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "it.safetensors", tmp_path / "run"
+    tensors = kohya_file(Pretrained(str(tiny)).load(), file, (".attn1.",))
+    overrides = [o for o in arguments(tiny, images, run, "trainer.max_steps=1") if not o.startswith("method.rank")]
+    assert train(*overrides, f"method.weights={file}") == 0
+    save_file({key: torch.tensor(3.0) if key.endswith("alpha") else value for key, value in tensors.items()}, file)
+    assert train(f"resume={run}", "trainer.max_steps=2") == 2
+    assert f"method.weights: {file} has changed since the run started; restore it" in capsys.readouterr().err
+    save_file(tensors, file)
+    assert train(f"resume={run}", "trainer.max_steps=2") == 0
+
+
+def test_no_projections_is_not_all_projections(tiny: Path) -> None:
+    model = LoRA(backbone=Pretrained(str(tiny)), targets=["cross_attention", "feed_forward"], projections=[])
+    model.configure_model()
+    paths = model.weights().pairs
+    assert paths
+    assert all(".ff." in path for path in paths)
 
 
 def test_further_targets_get_rank_and_scale_of_the_file(tiny: Path, tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=8)
 def _shapes(component: str, config: str, folder: str) -> dict[str, tuple[int, ...]]:
-    assert json.loads(config)
     with torch.device("meta"), unreadable_as_user_error(Path(folder) / component / "config.json", "backbone.path"):
         model = from_config(component, Path(folder))
     return {canonical_key(component, key): tuple(value.shape) for key, value in model.state_dict().items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from sdtune.backbone.families import FAMILIES, GUIDANCE, STATED_PREDICTION, Component, Facts, family_by
+from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import (
     MODELS,
     find_local,
@@ -224,8 +225,12 @@ class PipelineSource:
         """Properties of the backbone, read from the config files alone.
 
         Raises:
-            UserError: sdtune cannot train this pipeline.
+            UserError: sdtune cannot train this pipeline, or a config lacks a value.
         """
+        with unreadable_as_user_error(self._configs, "backbone.path"):
+            return self._read_facts()
+
+    def _read_facts(self) -> Facts:
         index = self.config("")
         if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
             raise UserError(f"{self.path} is the SDXL refiner", key="backbone.path", remedy="use the SDXL base model")

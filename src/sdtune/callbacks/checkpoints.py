@@ -17,12 +17,13 @@ import torch
 from annotated_types import Ge
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUME_ADVICE, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
-from sdtune.lightning_compat import PathLike, run_validation
+from sdtune.lightning_compat import PathLike, discard_validation_results, run_validation
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
 
@@ -133,6 +134,7 @@ class Checkpoints(Callback):
         The hook ``on_train_start``, which repeats the other validations, is not called then.
         """
         if self._validation_pending and self.stopped_by is None:
+            self._training = True
             self._prepare_pending_validation(trainer)
             trainer.validate(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
 
@@ -202,6 +204,8 @@ class Checkpoints(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.record.validation_aborted = False
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._install_handlers()  # Lightning has installed its own SIGTERM handler, as before a training
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -210,6 +214,7 @@ class Checkpoints(Callback):
             return
         self.request_stop(self.stopped_by or signal.SIGTERM)
         self._validation_pending = self.record.validation_aborted = trainer.should_stop = True
+        discard_validation_results(trainer)
         raise StopIteration  # ends Lightning's loop over the validation batches
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -44,6 +44,7 @@ class MetricsRecorder(Callback):
         self._earlier_step_seconds: list[float] = []
         self.validation: dict[int, float] = {}
         self._last_flush = (0, 0.0)
+        self._saved_columns: list[str] = []
         self._prompts: list[str] = []
         self._validating = ExitStack()
         self.stop_requested = False
@@ -170,9 +171,11 @@ class MetricsRecorder(Callback):
         return [*self._earlier_step_seconds, *self.step_seconds[1:]] or self.step_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_seconds": torch.tensor(self._all_step_seconds(), dtype=torch.float64)}
+        # The first row that a resumed run writes may be that of a validation.
+        return {"columns": self.columns, "step_seconds": torch.tensor(self._all_step_seconds(), dtype=torch.float64)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_columns = state_dict["columns"]
         self._earlier_step_seconds = state_dict["step_seconds"].tolist()
 
     # --- the file
@@ -182,7 +185,8 @@ class MetricsRecorder(Callback):
             return
         is_new_file = not self.path.exists()
         if is_new_file or not self.columns:
-            self.columns = self._read()[0] if not is_new_file else [*rows[0], "validation_loss"]
+            new_columns = self._saved_columns or [*rows[0], "validation_loss"]
+            self.columns = new_columns if is_new_file else self._read()[0]
         with self.path.open("a", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, self.columns, restval="", lineterminator="\n")
             if is_new_file:

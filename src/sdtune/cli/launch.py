@@ -17,8 +17,7 @@ from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +28,7 @@ from sdtune.config.hydra_compat import get_args_parser, initialized, option_name
 from sdtune.errors import UserError
 from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun, launched_processes
-from sdtune.hardware.signals import STOP_SIGNALS, handled
+from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.paths import config_folder
 from sdtune.quoting import override
@@ -112,26 +111,20 @@ def launch(
                 raise SystemExit(code)
             return
         config = compose(command, search, args.overrides)
-        folder = run_folder(config)
+        with as_current(config):
+            folder = run_folder(config)
         if writes:
             _check_folder(command, folder, args.overrides, config)
         is_default = not any(text.startswith("hydra.run.dir=") for text in args.overrides)
         existed = folder.exists() and not is_default
         claimed = _claimed(folder) if writes and is_default else contextlib.nullcontext(folder)
-        with claimed as folder, as_current(config, folder), handled(STOP_SIGNALS, _stop_before_start):
+        with claimed as folder, as_current(config, folder), handled(STOP_SIGNALS, stop_before_start):
             work = prepare(config, folder)
     with exit_codes(command):
         if writes:
             _run_job(command, search, args.overrides, folder, existed, work)
         else:
             work(config)
-
-
-def _stop_before_start(number: int, frame: FrameType | None) -> NoReturn:
-    """Signal handler while a command is checked; what has been created is removed."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"sdtune: stopped before the start; nothing was written\n")  # print may be what was interrupted
-    raise SystemExit(128 + number)
 
 
 def _with_quoted_folder(argv: list[str]) -> list[str]:

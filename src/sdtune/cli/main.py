@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sdtune.cli.output import protect_output
+from sdtune.output_streams import protect_output
 from sdtune.suggest import suggestion
 
 

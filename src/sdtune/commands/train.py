@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
     # The jobs of a sweep with several processes run in subprocesses without the variables of a launcher.
     if not (_is_sweep() and hardware.process_count(container["hardware"]) > 1):
         hardware.check_launcher(container["hardware"])
-    return check_run(container, folder, checkpoint)
+    return replace(check_run(container, folder, checkpoint), in_sweep=_is_sweep())
 
 
 def _checked_checkpoint(config: dict[str, Any], folder: Path) -> Path | None:

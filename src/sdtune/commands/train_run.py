@@ -64,6 +64,7 @@ class TrainRun:
         trainer: config of Lightning's Trainer.
         micro_batch: samples per micro-batch and process.
         checkpoint: checkpoint from which the run continues; None: from its beginning.
+        in_sweep: whether the run is a job of a sweep that runs now.
     """
 
     config: Mapping[str, Any]
@@ -80,6 +81,7 @@ class TrainRun:
     trainer: Mapping[str, Any]
     micro_batch: int
     checkpoint: Path | None
+    in_sweep: bool = False
 
     @property
     def name(self) -> str:
@@ -186,8 +188,7 @@ class TrainRun:
         write_json(self.folder / "metrics.json", metrics)
         _write_exports(self)
         lines = closing_lines(self.folder, self.name, self.source, self.data)
-        _, sweep = label_and_sweep(self.folder)
-        for line in lines if sweep is None else lines[:1]:  # a sweep prints where its artifacts are when it ends
+        for line in lines[:1] if self.in_sweep else lines:  # a sweep prints where its artifacts are when it ends
             log.info(line)
 
     @contextmanager

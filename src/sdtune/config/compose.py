@@ -16,6 +16,7 @@ from sdtune.config.hydra_compat import create_config_search_path, initialized
 from sdtune.errors import UserError
 from sdtune.paths import command_line_folder, config_folder
 from sdtune.quoting import shell_override
+from sdtune.runs.hydra_values import unresolved
 
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
@@ -72,7 +73,7 @@ def _refuse_sweep_override(override: Override) -> None:
 
 def recompose(config: DictConfig, group: str, option: str) -> DictConfig:
     """Compose the command line of ``config`` again with ``option`` for ``group``."""
-    overrides = [o for o in config.hydra.overrides.task if not o.startswith(f"{group}=")]
+    overrides = [o for o in unresolved(config.hydra.overrides.task) if not o.startswith(f"{group}=")]
     return compose(config.hydra.job.name, search_path(_user_config_folder(config)), [*overrides, f"{group}={option}"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Annotated, Any
 
@@ -22,9 +23,11 @@ CALLBACK_ARGUMENTS = ("folder", "record", "run", "trial")
 
 def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_node(node, "optimizer", trust)
+    kind = resolve(str(node["_target_"]), "optimizer", trust)
+    annotated = inspect.get_annotations(kind.__init__ if inspect.isclass(kind) else kind)
     for key, value in node.items():
-        # The annotations of some optimizers are missing, and their constructors accept everything.
-        if not isinstance(value, bool | int | float | str | list | None):
+        # The constructors of some optimizers have no annotations and accept everything.
+        if key not in annotated and not isinstance(value, bool | int | float | str | list | None):
             raise UserError(f"got {value!r}", key=f"optimizer.{key}", remedy="expected a number, text or a list")
     check_value(node.get("lr"), Annotated[float, Gt(0)], "optimizer.lr")
     try:

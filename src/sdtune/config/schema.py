@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -22,6 +24,9 @@ from sdtune.suggest import suggestion
 
 _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text"}
 """Expected values by the first part of pydantic's error type, where the annotation has classes of a library."""
+
+_CONSTRAINTS = ("string_pattern_mismatch", "string_too_short", "string_too_long", "too_short", "too_long")
+"""Types of errors whose reason :func:`type_text` does not describe."""
 
 
 def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserError:
@@ -38,7 +43,9 @@ def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserEr
     if first["type"] == "missing":
         name = first["loc"][-1]
         return UserError(f"{name} is missing", key=value_key, remedy=f"set {name}")
-    expected = type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
+    expected = (
+        "" if first["type"] in _CONSTRAINTS else type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
+    )
     reason = f"expected {expected}" if expected else first["msg"][0].lower() + first["msg"][1:]
     return UserError(f"got {_shown(node)}", key=value_key, remedy=reason)
 
@@ -94,7 +101,8 @@ def _check_argument(value: Any, hint: Any, key: str) -> None:
     """Check a value of a config, in which objects are nodes with ``_target_``."""
     expected = type_text(hint)
     if _holds_target(value):
-        if expected and get_origin(hint) is not dict and "mapping" not in expected:
+        # The annotations of lists and mappings do not state whether their entries are objects.
+        if expected and not re.search(r"\b(list|mapping)(?! of (text|int|float|true))", expected):
             raise UserError("got a node with _target_", key=key, remedy=f"expected {expected}")
     elif value is not None and not isinstance(value, Mapping) and _only_own_classes(hint):
         raise UserError(f"got {_shown(value)}", key=key, remedy="expected a node with _target_")
@@ -104,7 +112,8 @@ def _check_argument(value: Any, hint: Any, key: str) -> None:
 
 def _only_own_classes(hint: Any) -> bool:
     """Whether ``hint`` is a class of sdtune, or a union of such classes and None."""
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    is_union = get_origin(hint) in (Annotated, Union, UnionType)
+    kinds = [kind for kind in (get_args(hint) if is_union else (hint,)) if kind is not type(None)]
     return all(inspect.isclass(kind) and kind.__module__.startswith("sdtune.") for kind in kinds)
 
 

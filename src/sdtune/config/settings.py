@@ -18,7 +18,7 @@ from sdtune.config.schema import check_value
 from sdtune.errors import UserError
 from sdtune.files import is_partial, read_yaml
 from sdtune.quoting import shell_override
-from sdtune.runs.hydra_values import as_current
+from sdtune.runs.hydra_values import as_current, saved_hydra
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read_saved_config(run: Path) -> dict[str, Any]:
     saved = read_yaml(file, "run")
     if not isinstance(saved, DictConfig) or not {"method", "backbone", "data"} <= {*saved}:
         raise UserError(f"{file} is not the config of a training", key="run", remedy="restore it from a copy")
-    with as_current(read_yaml(run / ".hydra" / "hydra.yaml", "run")):
+    with as_current(saved_hydra(run / ".hydra", "run")):
         return plain(saved)
 
 

@@ -25,12 +25,12 @@ _USAGE = {
     "lora": "diffusers: `pipe.load_lora_weights(FOLDER)`; ComfyUI, A1111: `{name}.safetensors` in the LoRA folder",
     "words": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's file among the embeddings",
     "controlnet": "diffusers: `ControlNetModel.from_pretrained('{name}')`",
-    "model": "diffusers: `StableDiffusionPipeline.from_pretrained('{name}')`",
+    "model": "diffusers: `DiffusionPipeline.from_pretrained('{name}')`",
 }
 _USAGE_MERGED = {
     "pipeline": _USAGE["model"],
-    "single_file": "diffusers: `StableDiffusionPipeline.from_single_file('{name}.safetensors')`;"
-    " ComfyUI, A1111: the file in the folder of the checkpoints",
+    "single_file": "diffusers: `from_single_file('{name}.safetensors')` of `StableDiffusionPipeline`, for SDXL of"
+    " `StableDiffusionXLPipeline`; ComfyUI, A1111: the file in the folder of the checkpoints",
 }
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _MAX_METRICS = 12
@@ -123,6 +123,8 @@ def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, w
     text = text.replace(
         f"{_DESCRIPTION[artifact.kind]}, trained with sdtune.", f"{what}. The sections below describe the run.", 1
     )
+    # Other files of the run may have another rank or alpha.
+    text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("| LoRA |"))
     if merged is not None:
         use = _USAGE[artifact.kind].format(name=artifact.name)
         text = text.replace(f"| use | {use} |", f"| use | {_USAGE_MERGED[merged].format(name=name)} |", 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 
 def _stop_signals() -> tuple[signal.Signals, ...]:
@@ -18,6 +20,13 @@ def _stop_signals() -> tuple[signal.Signals, ...]:
 STOP_SIGNALS = _stop_signals()
 """Signals that make a run save and stop: Ctrl-C, SIGTERM of schedulers, SIGHUP of a closed terminal. A SIGHUP that is
 ignored when the process starts (nohup, disown) stays ignored."""
+
+
+def stop_before_start(number: int, frame: FrameType | None) -> NoReturn:
+    """Signal handler while a command is checked: ends the process; the caller removes what it has created."""
+    with suppress(OSError):
+        os.write(2, b"sdtune: stopped before the start; no run folder is left\n")  # print may be what was interrupted
+    raise SystemExit(128 + number)
 
 
 @contextmanager

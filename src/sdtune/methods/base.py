@@ -409,7 +409,8 @@ class Adapter(pl.LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.losses(batch, streams.VALIDATION).mean()
-        self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True)
+        # MetricsRecorder passes it to the loggers, with the step that metrics.csv has.
+        self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True, logger=False)
 
     # --- the optimizer
 

@@ -45,7 +45,8 @@ class Block:
 
     Args:
         rank: rank of these pairs.
-        alpha: alpha of these pairs; if None, the rank with ``alpha_policy=rank``, else ``method.alpha``.
+        alpha: alpha of these pairs; if None, the rank with ``alpha_policy=rank``, else ``method.alpha``, or, for the
+            alphas of ``method.weights``, the rank times the file's alpha / rank.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -155,6 +156,24 @@ class LoRA(Adapter):
                 )
         self._copy_pairs(pairs, modules)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["sdtune"]["ranks_in_file"] = self._file_ranks
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As the base class.
+
+        Raises:
+            UserError: ranks or alphas in ``method.weights`` have changed, which would change the trained pairs.
+        """
+        if checkpoint["sdtune"]["ranks_in_file"] != self._file_ranks:
+            raise UserError(
+                f"{self.weights_file} has changed since the run started",
+                key="method.weights",
+                remedy="restore it, or start a new run",
+            )
+        super().on_load_checkpoint(checkpoint)
+
     def _pairs_in_file(self) -> LoRAWeights:
         """Pairs in ``weights`` without those of layers that the backbone does not use; no pairs without ``weights``."""
         if self.weights_file is None:
@@ -168,10 +187,16 @@ class LoRA(Adapter):
             loaded, _ = read_lora(file, components, sdxl_unet_config)
         except UserError as error:
             raise UserError(str(error), key="method.weights") from error
+        if self.alpha_policy is None and (zero := [path for path, alpha in loaded.alphas.items() if not alpha]):
+            raise UserError(
+                f"{file.name} has alpha 0, with which a pair has no effect: {few(zero, 1)}",
+                key="method.weights",
+                remedy="set method.alpha_policy=rank",
+            )
         unused = {path for path in loaded.pairs if self._is_unused(*components[path])}
         if unused:
             log.warning(
-                "method.weights: %s: left out the pairs of layers that this backbone does not use (%s)",
+                "WARNING: method.weights: %s: left out the pairs of layers that this backbone does not use (%s)",
                 file.name,
                 few(unused),
             )
@@ -206,10 +231,12 @@ class LoRA(Adapter):
         for path, (down, up) in pairs.pairs.items():
             rank, alpha = self._rank_and_alpha(path)
             if pairs.rank(path) != rank:
+                block = self._block(path)
+                key = "method.rank" if block is None else f"method.blocks.{block}.rank"
                 raise UserError(
                     f"{path} has rank {pairs.rank(path)} in the file and {rank} in this run",
                     key="method.weights",
-                    remedy=f"set method.rank={pairs.rank(path)}, or method.rank=null for the ranks in the file",
+                    remedy=f"set {key}={pairs.rank(path)}, or remove {key} to use the ranks in the file",
                 )
             # Multiply B by the ratio of the scales, so that B A with this run's scale equals the file's update.
             run_scale = alpha / math.sqrt(rank) if self.alpha_policy == "rslora" else alpha / rank
@@ -233,8 +260,8 @@ class LoRA(Adapter):
 
     def _rank_and_alpha(self, path: str) -> tuple[int, float]:
         """Rank and alpha of the module at the canonical ``path``, which starts with its component."""
-        matches = [key for key in self.blocks if _is_below(path, canonical(key))]
-        block = self.blocks[max(matches, key=len)] if matches else None
+        name = self._block(path)
+        block = None if name is None else self.blocks[name]
         # A layer that is not in the file gets the file's largest rank.
         file_rank, file_alpha = self._file_ranks.get(path) or max(
             self._file_ranks.values(), default=(DEFAULT_RANK, float(DEFAULT_RANK))
@@ -245,12 +272,19 @@ class LoRA(Adapter):
             alpha = rank if self.alpha_policy == "rank" else rank * file_alpha / file_rank
         return rank, float(alpha)
 
+    def _block(self, path: str) -> str | None:
+        """The longest key of ``blocks`` that is above the module at the canonical ``path``; None if there is none."""
+        return max((key for key in self.blocks if _is_below(path, canonical(key))), key=len, default=None)
+
     def component_rates(self) -> Mapping[str, float | None]:
         return {"text_encoder": self.text_encoder_lr}
 
+    def _chosen_projections(self) -> Sequence[Projection]:
+        return get_args(Projection) if self.projections is None else self.projections
+
     def _unet_layers(self) -> list[str]:
         names: list[str] = []
-        projections = [_UNET_PROJECTIONS[p] for p in self.projections or get_args(Projection)]
+        projections = [_UNET_PROJECTIONS[p] for p in self._chosen_projections()]
         targets = self.targets or DEFAULT_TARGETS
         for component, name, _ in layers(self.backbone):
             if component != "unet" or not name.startswith(BLOCKS):
@@ -267,7 +301,7 @@ class LoRA(Adapter):
         return names
 
     def _text_encoder_layers(self, component: str) -> list[str]:
-        suffixes = [_TEXT_PROJECTIONS[p] for p in self.projections or get_args(Projection)]
+        suffixes = [_TEXT_PROJECTIONS[p] for p in self._chosen_projections()]
         suffixes += ["fc1", "fc2"] if "feed_forward" in (self.targets or ()) else []
         return [
             n

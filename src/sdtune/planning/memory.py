@@ -90,5 +90,8 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
 
 def first_that_fits(costs: TrainingCosts, accumulation: int, devices: int, gib: float) -> str | None:
     """First of :data:`SWITCHES` with which the training fits on a device of ``gib`` GiB; None if none does."""
-    fitting = (name for name, switches in SWITCHES.items() if memory(costs, switches, accumulation, devices).fits(gib))
-    return next(fitting, None)
+    for name, switches in SWITCHES.items():
+        is_allowed = devices == 1 or not switches.offload  # every process needs the full model
+        if is_allowed and memory(costs, switches, accumulation, devices).fits(gib):
+            return name
+    return None

@@ -61,11 +61,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, 
         before: the flat config with which it started.
         now: the flat config composed now.
     """
-    before = {
-        key: value
-        for key, value in before.items()
-        if key != "resume" and not (isinstance(value, str) and "${" in value)
-    }
+    before = {key: value for key, value in before.items() if key != "resume" and "${" not in str(value)}
     removed_key = next((key for key in before if key not in now), None)
     if removed_key is not None:
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.errors import UserError
 from sdtune.files import read_yaml
@@ -59,8 +60,25 @@ def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
     """Resolved content of ``config.yaml`` in ``hydra_folder`` (``.hydra`` of a run); interpolations get its values.
 
     Raises:
-        UserError: a file cannot be read, or is not YAML; the message names the setting ``key``.
+        UserError: a file cannot be read, is not YAML, or has an interpolation without a value; the message names the
+            setting ``key``.
     """
-    saved, hydra_file = read_yaml(hydra_folder / "config.yaml", key), hydra_folder / "hydra.yaml"
-    with as_current(read_yaml(hydra_file, key) if hydra_file.is_file() else OmegaConf.create({"hydra": {}})):
-        return OmegaConf.to_container(saved, resolve=True)
+    file = hydra_folder / "config.yaml"
+    saved = read_yaml(file, key)
+    try:
+        with as_current(saved_hydra(hydra_folder, key)):
+            return OmegaConf.to_container(saved, resolve=True)
+    except OmegaConfBaseException as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"{file}: {first_line}", key=key, remedy="set what its interpolations need") from error
+
+
+def saved_hydra(hydra_folder: Path, key: str | None = None) -> DictConfig:
+    """Config with the node ``hydra`` of ``hydra.yaml`` in ``hydra_folder``; an empty node if the file is missing.
+
+    Raises:
+        UserError: the file cannot be read, or is not YAML; the message names the setting ``key``.
+    """
+    file = hydra_folder / "hydra.yaml"
+    saved = read_yaml(file, key) if file.is_file() else None
+    return saved if isinstance(saved, DictConfig) and "hydra" in saved else OmegaConf.create({"hydra": {}})

@@ -74,7 +74,9 @@ def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str,
         method |= {"rank": max(map(largest_rank, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
         method |= {"weights": None, "dropout": max(float(node.get("dropout", 0)) for node in methods)}
         method["targets"] = sorted({name for node in methods for name in _targets(node)})
-        projections = [node.get("projections") or get_args(Projection) for node in methods]
+        projections = [
+            get_args(Projection) if node.get("projections") is None else node["projections"] for node in methods
+        ]
         method["projections"] = sorted({name for names in projections for name in names})
     callbacks = [config["callbacks"] for config in configs]
     previews = [node["samples"] for node in callbacks if node.get("samples")]
@@ -94,7 +96,7 @@ def _targets(method: Mapping[str, Any]) -> Sequence[str]:
     if method.get("targets"):
         targets: Sequence[str] = method["targets"]
         return targets
-    layers_of_file = method.get("weights") and not method.get("projections")
+    layers_of_file = method.get("weights") and method.get("projections") is None
     return get_args(Target) if layers_of_file else DEFAULT_TARGETS
 
 

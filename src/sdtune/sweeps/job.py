@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdtune.config.compose import Prepare
 from sdtune.errors import Pruned, RunFailed, Stopped, UserError
-from sdtune.files import locked, replacing, write_json, write_text
+from sdtune.files import locked, read_json, replacing, write_json, write_text
 from sdtune.hardware.allocator import release
+from sdtune.output_streams import protect_output
 from sdtune.paths import command_line_folder
 from sdtune.runs.compare import check_unchanged
 from sdtune.runs.hydra_values import unresolved
@@ -41,6 +41,7 @@ class Job:
         assert full_config is not None
         if not self.in_worker:
             return self.run(composed, full_config)
+        protect_output()
         sweep = Path(str(full_config.hydra.sweep.dir))
         try:
             # A stop request after the check of ``stop_code`` reaches this process as a signal.
@@ -160,5 +161,5 @@ def _resume_or_clear(composed: DictConfig, folder: Path) -> None:
 def _metric(config: DictConfig, folder: Path) -> float | None:
     if not finished(folder) or not config.get("optimized_metric"):
         return None
-    value = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(config.optimized_metric)
+    value = read_json(folder / "metrics.json").get(config.optimized_metric)
     return float(value) if isinstance(value, int | float) else None

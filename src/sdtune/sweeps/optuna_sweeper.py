@@ -6,7 +6,6 @@ starts, not when Hydra discovers its plugins.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sdtune.errors import RunFailed, UserError
+from sdtune.files import read_json
 from sdtune.runs.metrics import LOWER_IS_BETTER
 from sdtune.runs.state import STATE, UNFINISHED
 from sdtune.runs.trials import STUDY, require_optuna, storage
@@ -173,7 +173,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             file = folder / str(number) / STATE
             if resumable and not file.is_file():
                 continue
-            state = json.loads(file.read_text(encoding="utf-8"))
+            state = read_json(file, "resume")
             if state["state"] in resumable:
                 continue
             outcome = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state["state"], TrialState.FAIL)
@@ -186,7 +186,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
 
     def _check_metric(self, run: Path) -> None:
         """Raise UserError if the run lacks the metric, even as null: it is misspelled, so no trial will have it."""
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(run / "metrics.json", "resume")
         metric = str(self.config.optimized_metric)
         if metric not in metrics:
             known = [key for key, value in metrics.items() if isinstance(value, int | float)]

@@ -34,6 +34,7 @@ from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.hardware.threads import configured_threads, free_cores, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
+from sdtune.output_streams import protect_output
 from sdtune.planning.request import PlanRequest
 from sdtune.runs.hydra_values import as_current
 from sdtune.runs.state import saved_threads
@@ -160,6 +161,7 @@ def _run_processes(group: JobGroup, devices: Sequence[torch.device], threads: in
 def _run_on_device(group: JobGroup, device: torch.device, devices: int, threads: int) -> None:
     # In a new session, signals arrive only from the sweep's process and only once.
     os.setsid()
+    protect_output()
     if sys.platform == "linux":
         terminate_with_parent()
     setup_globals()

@@ -23,6 +23,7 @@ from sdtune.config.hydra_compat import Hydra, grid_of_jobs, initialized
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import RunFailed, Stopped, UserError
 from sdtune.files import locked, read_yaml, write_json
+from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
 from sdtune.paths import command_line_folder
 from sdtune.quoting import override, shell_override, shell_word
 from sdtune.runs.compare import check_same, check_unchanged, flat
@@ -60,10 +61,12 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
     overrides, previous_folder = _resumed(overrides, search)
     with initialized(command, search) as hydra:
         master = _compose(hydra, command, overrides)
-        folder = previous_folder or Path(str(master.hydra.sweep.dir)).expanduser()
+        with as_current(master):
+            folder = previous_folder or Path(str(master.hydra.sweep.dir)).expanduser()
         updated = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [override("hydra.sweep.dir", folder)]
         _check_master(master, folder, previous_folder is not None)
-        max_concurrent = _check(hydra, command, updated, prepare)
+        with handled(STOP_SIGNALS, stop_before_start):
+            max_concurrent = _check(hydra, command, updated, prepare)
         if previous_folder is not None:
             saved_config = read_yaml(folder / "multirun.yaml", "resume")
             assert isinstance(saved_config, DictConfig)
