@@ -105,10 +105,9 @@ def test_stop_in_a_validation_aborts_it_and_the_resumed_run_repeats_it(
         one, other = (load_file(folder / "artifact" / file) for folder in (run, tmp_path / "whole"))
         assert all(torch.equal(one[key], other[key]) for key in one | other)
     assert (run / "checkpoints/best.ckpt").is_file()
-    logged = [(e.step, e.value) for e in _logged(run, "validation_loss")]
-    assert logged == [
-        (int(r["step"]), pytest.approx(float(r["validation_loss"]))) for r in rows(run) if r["validation_loss"]
-    ]
+    logged = [(event.step, event.value) for event in _logged(run, "validation_loss")]
+    expected = [(int(row["step"]), float(row["validation_loss"])) for row in rows(run) if row["validation_loss"]]
+    assert logged == [(step, pytest.approx(value)) for step, value in expected]
 
 
 def _logged(run: Path, name: str) -> list[Any]:

@@ -148,9 +148,10 @@ def test_stop_during_the_checks_is_one_line_and_leaves_no_folder(
         signal.raise_signal(signal.SIGTERM)
         return lambda composed: None
 
+    previous = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         launch("train", argv, prepare)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert capfd.readouterr().err == "sdtune: stopped before the start; no run folder is left\n"
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == previous

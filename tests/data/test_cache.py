@@ -50,7 +50,7 @@ def encode(items: Sequence[str]) -> Tensor:
     return torch.tensor([[float(len(item))] for item in items])
 
 
-def test_only_missing_items_are_encoded_in_batches(tmp_path: Path) -> None:
+def test_batches_with_missing_items_are_encoded_completely(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     calls: list[list[str]] = []
     done: list[int] = []
@@ -62,8 +62,9 @@ def test_only_missing_items_are_encoded_in_batches(tmp_path: Path) -> None:
     cache.fill({"k1": "a"}, recorded, batch_size=2)
     items = {f"k{i}": "a" * i for i in range(1, 6)}
     cache.fill(items, recorded, batch_size=3, progress=done.append)
-    assert calls == [["a"], ["aa", "aaa", "aaaa"], ["aaaaa"]]
-    assert done == [3, 1]
+    # The first batch is the same as without the stored item, so that the values of the others are the same too.
+    assert calls == [["a"], ["a", "aa", "aaa"], ["aaaa", "aaaaa"]]
+    assert done == [2, 2]
     assert [float(cache.get(key)) for key in items] == [1, 2, 3, 4, 5]
     cache.fill(items, recorded, batch_size=3)
     assert len(calls) == 3

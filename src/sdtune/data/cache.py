@@ -70,20 +70,28 @@ class TensorCache:
     ) -> None:
         """Encode and store the ``items`` (cache key -> encoder input) that are missing, ``batch_size`` at a time.
 
+        A batch always has the same items, also those that are stored already: the last bits of an output depend on the
+        size of its batch, and a run that was killed here must continue with the same values.
+
         Raises:
             UserError: an output is not finite; the message names its item, and the output is not stored.
         """
-        missing = [key for key in items if key not in self]
-        for first in range(0, len(missing), batch_size):
-            keys = missing[first : first + batch_size]
+        all_keys = list(items)
+        for first in range(0, len(all_keys), batch_size):
+            keys = all_keys[first : first + batch_size]
+            missing = {key for key in keys if key not in self}
+            if not missing:
+                continue
             for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
+                if key not in missing:
+                    continue
                 if not torch.isfinite(value).all():
                     raise UserError(
                         f"{items[key]}: the encoder output is not finite",
                         remedy="check this input and the weights of the encoder for damage",
                     )
                 self.put(key, value)
-            progress(len(keys))
+            progress(len(missing))
 
 
 MEMORY_CACHE_BYTES = 128 * 2**20
