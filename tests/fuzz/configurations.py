@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import random
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -33,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from omegaconf import DictConfig, OmegaConf
 
 from fuzz.child import in_child, limited
-from fuzz.world import World, build_world
+from fuzz.world import World, run_search
 from sdtune.cli import launch as launch_module
 from sdtune.cli.main import COMMANDS, main
 from sdtune.config.compose import compose, search_path, without_hydra
@@ -259,20 +257,14 @@ def search(world: World, seed: int, count: int, runs: int) -> list[tuple[Case, s
     return failures
 
 
-def command_line() -> int:
-    """Run the search with the arguments of the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1000, help="configurations to check")
     parser.add_argument("--runs", type=int, default=100, help="accepted configurations to run")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
-        failures = search(build_world(Path(folder) / "world"), args.seed, args.count, args.runs)
-    for case, problem in failures:
-        print(f"\n{case}\n{problem}")
-    print(f"{len(failures)} problems with seed {args.seed}")
-    return bool(failures)
+
+
+def _searched(world: World, args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(str(case), problem) for case, problem in search(world, args.seed, args.count, args.runs)]
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(run_search(__doc__, _add_arguments, _searched))

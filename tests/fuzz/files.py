@@ -12,11 +12,9 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,7 +30,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
 from fuzz.child import in_child
-from fuzz.world import World, build_world
+from fuzz.world import World, run_search
 from sdtune.backbone import Pretrained
 from sdtune.cli.main import main
 from sdtune.data import Folder
@@ -348,20 +346,14 @@ def _outcome(reader: Reader, folder: Path) -> str:
     return "read"
 
 
-def command_line() -> int:
-    """Run the search with the arguments of the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=200, help="mutations for each reader")
     parser.add_argument("--only", help="part of the name of the readers to try")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
-        failures = search(build_world(Path(folder) / "world"), args.seed, args.count, args.only)
-    for what, problem in failures:
-        print(f"\n{what}\n{problem}")
-    print(f"{len(failures)} problems with seed {args.seed}")
-    return bool(failures)
+
+
+def _searched(world: World, args: argparse.Namespace) -> list[tuple[str, str]]:
+    return search(world, args.seed, args.count, args.only)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(run_search(__doc__, _add_arguments, _searched))

@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import load_file
 
-from fuzz.world import World, build_world
+from fuzz.world import World, run_search
 from sdtune.callbacks.samples import Samples
 from sdtune.cli.main import main
 from sdtune.data import Folder, ImageDataModule
@@ -254,10 +253,12 @@ def interrupted(
             ended, problem = _in_own_cache(base / f"cache-{phase}-{index}", trial)
             if problem is not None:
                 failures.append((f"{method}: {moment}", problem))
-            outcomes[f"exit code {ended.code}"] += 1
+            outcomes["not sent" if ended.sent is None else f"exit code {ended.code}"] += 1
             if ended.sent is not None:
                 ends.append(ended.at - ended.sent)
                 answers.append((ended.answered or ended.sent) - ended.sent)
+        if outcomes and outcomes["not sent"] == outcomes.total():
+            failures.append((f"{method}: {phase}", "no signal was sent: every run ended before its moment"))
         print(
             f"{method}, {phase}: {dict(outcomes)}, longest answer {max(answers):.2f} s, longest end {max(ends):.2f} s",
             flush=True,
@@ -296,26 +297,20 @@ def _in_own_cache(cache: Path, function: Callable[[], Any]) -> Any:
         return function()
 
 
-def command_line() -> int:
-    """Run the search with the arguments of the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=(*METHODS, "all"), default="all")
     parser.add_argument("--moments", type=int, default=3, help="interruptions in each phase")
     parser.add_argument("--phase", choices=tuple(PHASES), action="append", help="only this phase")
     parser.add_argument("--kill", action="store_true", help="SIGKILL instead of SIGINT, SIGTERM and SIGHUP")
-    args = parser.parse_args()
+
+
+def _searched(world: World, args: argparse.Namespace) -> list[tuple[str, str]]:
     torch.set_num_threads(1)
-    failures = []
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
-        world = build_world(Path(folder) / "world")
-        for method in METHODS if args.method == "all" else (args.method,):
-            failures += interrupted(world, method, args.seed, args.moments, args.kill, args.phase or tuple(PHASES))
-    for what, problem in failures:
-        print(f"\n{what}\n{problem}")
-    print(f"{len(failures)} problems with seed {args.seed}")
-    return bool(failures)
+    phases = args.phase or tuple(PHASES)
+    methods = METHODS if args.method == "all" else (args.method,)
+    found = (interrupted(world, method, args.seed, args.moments, args.kill, phases) for method in methods)
+    return [failure for failures in found for failure in failures]
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(run_search(__doc__, _add_arguments, _searched))

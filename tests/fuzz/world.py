@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 from PIL import Image
 
@@ -77,3 +82,27 @@ def _write_images(folder: Path, count: int) -> None:
         (folder / f"{index}.txt").write_text(f"picture number {index}", encoding="utf-8")
     rows = [{"file_name": f"{index}.png", "text": "from the table"} for index in range(count)]
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def run_search(
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    search: Callable[[World, argparse.Namespace], Sequence[tuple[str, str]]],
+) -> int:
+    """Run a search as a command: parse its arguments, build a world, print the problems; return the exit code.
+
+    Args:
+        description: text for ``--help``.
+        add_arguments: adds the arguments of the search besides ``--seed``.
+        search: returns the problems: what was tried, and what is wrong.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/cache"}):
+        problems = search(build_world(Path(folder) / "world"), args)
+    for what, problem in problems:
+        print(f"\n{what}\n{problem}")
+    print(f"{len(problems)} problems with seed {args.seed}")
+    return bool(problems)
