@@ -36,7 +36,7 @@ from sdtune.cli.main import main
 from sdtune.data import Folder
 from sdtune.errors import UserError
 from sdtune.loaders.lora import AdapterFile, load_adapters
-from sdtune.methods import ControlNet
+from sdtune.methods import ControlNet, LoRA
 
 SECONDS, MEMORY = 10, 2**30
 
@@ -225,6 +225,11 @@ def readers(world: World) -> dict[str, Reader]:
     def adapter(folder: Path) -> object:
         return load_adapters(tiny.load(), [AdapterFile(str(folder / "file.safetensors"))])
 
+    def initial_lora(folder: Path) -> object:
+        method = LoRA(backbone=tiny, weights=str(folder / "file.safetensors"))
+        method.configure_model()
+        return method
+
     def controlnet(folder: Path) -> object:
         method = ControlNet(backbone=tiny, weights=str(folder))
         method.configure_model()
@@ -237,6 +242,7 @@ def readers(world: World) -> dict[str, Reader]:
     return {
         "LoRA of diffusers": Reader(extra / "diffusers", ("file.safetensors",), adapter),
         "LoRA of kohya": Reader(extra / "kohya", ("file.safetensors",), adapter),
+        "LoRA to start from": Reader(extra / "kohya", ("file.safetensors",), initial_lora),
         "embedding": Reader(extra / "embedding", ("file.safetensors",), adapter),
         "single file": Reader(extra / "single", ("model.safetensors",), single_file),
         "pipeline folder": Reader(world.tiny, models, pipeline),

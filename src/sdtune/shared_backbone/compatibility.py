@@ -65,7 +65,8 @@ def largest_rank(method: Mapping[str, Any]) -> int:
 def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Config of a job that costs as much as any job of ``configs`` can, with the optimizer ``optimizer``.
 
-    It trains every layer that any job trains: in the shared backbone, that layer stores activations for each run.
+    It trains every layer that any job trains: in the shared backbone, that layer stores activations for each run. A job
+    with the layers of a LoRA file counts as one with all targets, without layers such as ``time_emb_proj``.
     """
     first = configs[0]
     methods = [config["method"] for config in configs]
