@@ -115,8 +115,11 @@ def invalid_controls(net: Path, image: Path) -> dict[str, tuple[list[str], str]]
         "not an image": ([f"control=[{{path:{net},image:{net}/config.json}}]"], "control.image: "),
         "missing net": ([f"control=[{{path:/nowhere,image:{image}}}]"], "control.path: /nowhere is neither a folder"),
         "strength": ([f"control=[{{path:{net},image:{image},strength:much}}]"], "control[0].strength: "),
-        "preprocess": ([f"control=[{{path:{net},image:{image},preprocess:hed}}]"], "control[0].preprocess: 'hed'"),
-        "not a list": (["control=canny"], "control: 'canny'"),
+        "preprocess": (
+            [f"control=[{{path:{net},image:{image},preprocess:hed}}]"],
+            'control[0].preprocess: got "hed"; expected canny or scribble or null',
+        ),
+        "not a list": (["control=canny"], 'control: got "canny"; expected list of mapping'),
     }
 
 

@@ -128,7 +128,7 @@ def test_checkpoint_has_only_trained_tensors_and_other_models_refuse_it(
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     checkpoint = torch.load(tmp_path / "saved.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == {name for name, _ in model.trainable()}
-    assert checkpoint["sdtune"] == {"backbone": source.hash(), "method": "LoRA"}
+    assert checkpoint["sdtune"] == {"backbone": source.hash(), "method": "LoRA", "ranks_in_file": {}}
 
     loaded = LoRA(rank=2, backbone=source)
     loaded.configure_model()

@@ -204,8 +204,8 @@ class MetricsRecorder(Callback):
         self.columns, rows = self._read()
         rows = [row for row in rows if int(row["step"]) <= step]
         if not keep_validation:
-            rows = [row for row in rows if int(row["step"]) < step or not row["validation_loss"]]
-        self.validation = {int(r["step"]): float(r["validation_loss"]) for r in rows if r["validation_loss"]}
+            rows = [row for row in rows if int(row["step"]) < step or not row.get("validation_loss")]
+        self.validation = {int(r["step"]): float(r["validation_loss"]) for r in rows if r.get("validation_loss")}
         if not trainer.is_global_zero:
             return
         text = io.StringIO()
