@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdtune.backbone.foreign import unreadable_as_user_error
-from sdtune.files import read_json
+from sdtune.backbone.locate import read_config
 from sdtune.formats.keys import canonical_key
 
 KINDS: dict[str, Any] = {
@@ -34,7 +34,7 @@ def from_config(component: str, folder: Path) -> Any:
 
 def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Expected shape of each tensor of ``component``, by canonical key; computed on the meta device."""
-    config = read_json(folder / component / "config.json", "backbone.path", "copy or download it again")
+    config = read_config(folder / component / "config.json")
     return _shapes(component, json.dumps(config), str(folder))
 
 

@@ -43,9 +43,9 @@ def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserEr
     if first["type"] == "missing":
         name = first["loc"][-1]
         return UserError(f"{name} is missing", key=value_key, remedy=f"set {name}")
-    expected = (
-        "" if first["type"] in _CONSTRAINTS else type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
-    )
+    expected = type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
+    if first["type"] in _CONSTRAINTS:
+        expected = None
     reason = f"expected {expected}" if expected else first["msg"][0].lower() + first["msg"][1:]
     return UserError(f"got {_shown(node)}", key=value_key, remedy=reason)
 
@@ -98,7 +98,7 @@ def _check_call(node: Mapping[str, Any], key: str, trust: Sequence[str], given: 
 
 
 def _check_argument(value: Any, hint: Any, key: str) -> None:
-    """Check a value of a config, in which objects are nodes with ``_target_``."""
+    """Check one argument of a node; where an object is expected, a config has a node with ``_target_``."""
     expected = type_text(hint)
     if _holds_target(value):
         # The annotations of lists and mappings do not state whether their entries are objects.

@@ -60,7 +60,7 @@ _OPTIONAL_NODES = ("evaluation", "logger")
 
 
 def _check_groups(values: Mapping[str, Any], required: Sequence[str]) -> None:
-    """Check that each config group is a mapping, which an override of the complete group may have replaced."""
+    """Check that each config group is a mapping; an override such as ``callbacks=8`` replaces the complete group."""
     for name in _NODES:
         if name not in values:
             if name in required:

@@ -1,4 +1,4 @@
-"""Texts that describe the values of a setting by the annotation of its constructor argument."""
+"""Descriptions of the valid values of a setting, derived from the annotation of its constructor argument."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def assemble_pairs(
 
 
 def unknown_modules(source: Path, names: Collection[str], is_sdxl: bool) -> UserError:
-    """Error for a LoRA file ``source`` with modules that the backbone does not have.
+    """The error for a LoRA file ``source`` that targets modules which the backbone does not have.
 
     Args:
         names: these modules, as the file names them.

@@ -32,7 +32,7 @@ _DIFFUSION_MODEL = re.compile(r"diffusion_model\.(.+)\.lora_(A|B|down|up)\.weigh
 
 
 def usual_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` of a LoRA with the names of diffusers or kohya; other names stay."""
+    """The LoRA ``tensors``, renamed to the names of diffusers or kohya; unknown names are not changed."""
     return {_usual_name(key): tensor for key, tensor in tensors.items()}
 
 

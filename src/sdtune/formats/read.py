@@ -23,7 +23,7 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def largest_rank_in_file(path: Path) -> int:
-    """Largest rank of the pairs in ``path``, by the shapes in its header; 1 if it contains no pair.
+    """Largest LoRA rank in the file ``path``, read from the tensor shapes in its header; 1 if it has no LoRA pair.
 
     Raises:
         UserError: the file is missing or not in safetensors format.

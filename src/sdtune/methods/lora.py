@@ -175,7 +175,7 @@ class LoRA(Adapter):
         super().on_load_checkpoint(checkpoint)
 
     def _pairs_in_file(self) -> LoRAWeights:
-        """Pairs in ``weights`` without those of layers that the backbone does not use; no pairs without ``weights``."""
+        """The pairs in the file ``weights``, except those of layers that the backbone does not use; empty if None."""
         if self.weights_file is None:
             return LoRAWeights({}, {})
         file = Path(self.weights_file).expanduser()

@@ -46,7 +46,7 @@ def count_tokens(backbone: Backbone, prompt: str) -> int:
 
 
 def _truncated_end(backbone: Backbone, prompt: str) -> str:
-    """The part of ``prompt`` that exceeds the limit, as the tokenizer writes it."""
+    """The end of ``prompt`` that is truncated, decoded by the tokenizer."""
     ids, tokens = backbone.token_ids(prompt)[backbone.facts.max_tokens - 2 :], backbone.new_tokens
     known = [i for i in ids if i < len(backbone.tokenizer)]
     rows = {i - len(backbone.tokenizer) for i in ids if i not in known}

@@ -180,7 +180,7 @@ class SharedWeightsStrategy(SingleDeviceStrategy):
 
 
 class JoinOthers(Callback):
-    """Callback that joins a run to the other runs before its first step, or before a validation without training."""
+    """Callback that joins a run to the others: before its first step, or before a validation if no step is left."""
 
     priority: ClassVar[int] = -60
 
