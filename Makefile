@@ -64,7 +64,7 @@ bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) ## time every method and a
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal
 
-test-slow: .venv/.dev ## run the tests that take more than half a minute each
+test-slow: .venv/.dev ## run the slow tests: more than ten seconds each, and the other model families
 	$(BIN)/python -m pytest -m slow
 
 fuzz: .venv/.dev ## check 1,000 generated configurations, run 100 of them, and read 200 mutations of each kind of file (SEED=0; half an hour)

@@ -1,6 +1,6 @@
 """Create a W&B dashboard of a sweep: ``python docs/wandb_dashboard.py ENTITY/PROJECT --group SWEEP``.
 
-Saves a workspace view with W&B's public workspace API (``pip install 'wandb[workspaces]'``) and prints its URL. The
+Saves a workspace view with W&B's public workspace API (``pip install -e '.[dashboard]'``) and prints its URL. The
 runs of the sweep must be online or synced. The account is that of ``wandb login`` or ``WANDB_API_KEY``.
 """
 

@@ -24,8 +24,8 @@ def text(prompts: list[str]) -> Tensor:
     return torch.stack([torch.full((3, 2), float(sum(map(ord, prompt)))) for prompt in prompts])
 
 
-def encoders(cache: Path, images: Any = encode, images_hash: str = "vae", words: Any = text) -> CacheInputs:
-    return CacheInputs(images=images, images_hash=images_hash, text=words, text_hash="text", cache=cache)
+def encoders(cache: Path, images: Any = encode, vae_key: str = "vae", words: Any = text) -> CacheInputs:
+    return CacheInputs(encode_images=images, vae_key=vae_key, encode_text=words, text_encoder_key="text", folder=cache)
 
 
 def noise(path: Path, width: int, height: int, seed: int = 0, caption: str | None = None) -> Path:

@@ -78,5 +78,5 @@ MORE = [
     Case("full", {"parts": ["unet", "text_encoder", "vae"]}),
     Case("dreambooth", {"parts": ["unet", "text_encoder"]}),
     Case("controlnet", {"unet": "decoder"}),
-    Case("controlnet", {"unet": "open"}),
+    Case("controlnet", {"unet": "all"}),
 ]

@@ -330,11 +330,11 @@ def test_table_for_users_of_kohya_is_that_of_the_messages() -> None:
 @pytest.mark.parametrize("overrides", sorted(set(KOHYA.values())))
 def test_overrides_of_the_table_can_be_used(overrides: str) -> None:
     given = ["experiment=sd15_lora", "backbone.path=MODEL", "data.path=DIR"]
-    given += [text for text in overrides.split() if not text.endswith("=VALUE")]
+    given += [text for text in overrides.split() if "=VALUE" not in text]
     config = without_hydra(compose("train", search_path(None), given))
     container: Any = OmegaConf.to_container(config, resolve=True)
     check_config(container, "train")
-    for key in (text.removesuffix("=VALUE") for text in overrides.split() if text.endswith("=VALUE")):
+    for key in (text.partition("=VALUE")[0] for text in overrides.split() if "=VALUE" in text):
         group, _, name = key.rpartition(".")
         assert key == "hydra.run.dir" or name in list(OmegaConf.select(config, group) if group else config)
 

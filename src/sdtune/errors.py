@@ -1,4 +1,4 @@
-"""Exceptions that end a command, and the texts that they share."""
+"""Exceptions that end a command, and message texts that several modules use."""
 
 from __future__ import annotations
 

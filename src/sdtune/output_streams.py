@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: a closed terminal or pipe, a full disk, missing characters."""
+"""Standard output and error without write errors: a closed terminal or pipe or a full disk does not end a run."""
 
 from __future__ import annotations
 

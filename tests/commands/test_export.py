@@ -286,7 +286,7 @@ INVALID = {
     "missing run": (["run=/no/such", "format=kohya"], "run: /no/such is not a run folder"),
     "format of another kind": (
         ["artifact={words}", "format=pipeline"],
-        "format: an artifact of kind words has no format pipeline; set format=diffusers or",
+        "format: an artifact of kind embeddings has no format pipeline; set format=diffusers or",
     ),
     "unknown format": (["artifact={words}", "format=kohla"], "format"),
     "rank of an embedding": (

@@ -161,7 +161,7 @@ def test_resume_with_a_changed_recipe_or_caption_is_refused(
     (recipes / "mine.yaml").write_text(recipe.format(1e-3), encoding="utf-8")
     (images / "0.txt").write_text("another caption", encoding="utf-8")
     assert train(*resume) == 2
-    assert "captions or repeats have changed" in capsys.readouterr().err
+    assert "the data has changed since the run started" in capsys.readouterr().err
     assert len(rows(run)) == 2
     (images / "0.txt").write_text("picture number 0", encoding="utf-8")
     assert train(*resume) == 0
@@ -304,4 +304,4 @@ def test_run_is_resumed_with_moved_images_and_backbone(
     next(moved_images.glob("*.txt"), moved_images / "0.txt").write_text("another caption", encoding="utf-8")
     capsys.readouterr()
     assert train(f"resume={other}", *moved) == 2
-    assert "have changed since the run started" in capsys.readouterr().err
+    assert "the data has changed since the run started" in capsys.readouterr().err

@@ -84,6 +84,7 @@ def test_validation_that_a_stop_of_one_process_aborts_is_repeated(
     assert all(torch.equal(one[key], other[key]) for key in one | other)
 
 
+@pytest.mark.slow
 def test_both_processes_use_hardware_threads_and_write_to_a_folder_with_special_characters(
     tiny: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -81,13 +81,13 @@ def test_repeats_of_kohya_folders_and_of_the_setting_multiply(tmp_path: Path) ->
 # --- captions
 
 
-def test_captions_contain_every_prompt_once(folder: Path) -> None:
+def test_all_prompts_contain_every_prompt_once(folder: Path) -> None:
     (folder / "5.txt").write_text("dog 0", encoding="utf-8")
-    assert sorted(opened(folder).captions()) == [f"dog {i}" for i in range(5)]
-    assert opened(folder, caption_dropout=0.5).captions()[-1] == ""
-    assert opened(folder, caption_dropout=0.5, trigger="sks").captions()[-1] == "sks"
+    assert sorted(opened(folder).all_prompts()) == [f"dog {i}" for i in range(5)]
+    assert opened(folder, caption_dropout=0.5).all_prompts()[-1] == ""
+    assert opened(folder, caption_dropout=0.5, trigger="sks").all_prompts()[-1] == "sks"
     held = opened(folder, hold_out=3)
-    assert {s.caption for s in held.held_out} <= set(held.captions())
+    assert {s.caption for s in held.held_out} <= set(held.all_prompts())
 
 
 @pytest.mark.parametrize("trigger", [None, "sks"])
@@ -237,10 +237,10 @@ def test_latent_cache_is_keyed_by_content_not_by_name(folder: Path, tmp_path: Pa
         calls.append(len(images))
         return encode(images)
 
-    def fill(path: Path, images_hash: str = "vae", **settings: Any) -> int:
+    def fill(path: Path, vae_key: str = "vae", **settings: Any) -> int:
         calls.clear()
         data = opened(path, cache_latents=True, **settings)
-        data.prepare(encoders(tmp_path / "cache", counted, images_hash))
+        data.prepare(encoders(tmp_path / "cache", counted, vae_key))
         batches(data)
         return sum(calls)
 
@@ -252,7 +252,7 @@ def test_latent_cache_is_keyed_by_content_not_by_name(folder: Path, tmp_path: Pa
     assert fill(renamed) == 0
     assert fill(renamed, flip=True) == 12  # the batches of the mirrored images contain the others
     assert fill(renamed, resolution=32) == 6
-    assert fill(renamed, images_hash="another vae") == 6
+    assert fill(renamed, vae_key="another vae") == 6
 
 
 def test_overflow_of_the_encoder_is_refused_with_the_image_name(folder: Path, tmp_path: Path) -> None:
@@ -339,6 +339,6 @@ def test_edited_masks_and_held_out_images_change_the_fingerprint(folder: Path) -
 def test_preview_prompts_are_those_of_the_training_images(folder: Path) -> None:
     data = opened(folder, caption_dropout=0.5, class_prompt="a cat", hold_out=2)
     data.generate_class_images(encoders(folder.parent / "cache"))
-    assert {"", "a cat"} <= set(data.captions())
+    assert {"", "a cat"} <= set(data.all_prompts())
     prompts = [preview.prompt for preview in preview_prompts(data, None, 100, (64, 64))]
     assert prompts == data.training_prompts() == list(dict.fromkeys(s.caption for s in data.train))

@@ -67,7 +67,7 @@ def test_folders_with_another_role_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(tmp_path / "validation")
     data = opened(tmp_path, class_path=str(tmp_path / "class"), validation_path=str(tmp_path / "linked"))
     assert names(data, tmp_path) == ["a.png"]
-    assert "not read: 1 (class): data.class_path is there" in data.notices
+    assert "not read: 1 (class): used as data.class_path" in data.notices
     assert len(data.held_out) == len(data.class_samples) == 1
 
 
@@ -76,7 +76,7 @@ def test_control_maps_below_the_images_are_left_out(tmp_path: Path) -> None:
         save(tmp_path / name)
     data = opened(tmp_path, prompt="a cat", control=Paired(str(tmp_path / "maps")))
     assert names(data, tmp_path) == ["a.png"]
-    assert "not read: 1 (maps): data.control.path is there" in data.notices
+    assert "not read: 1 (maps): used as data.control.path" in data.notices
 
 
 def test_images_below_the_class_images_are_left_out(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ def test_images_below_the_class_images_are_left_out(tmp_path: Path) -> None:
 def test_folder_with_two_roles_is_refused(tmp_path: Path, role: str) -> None:
     save(tmp_path / "a.png", "a cat")
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(UserError, match=rf"^data\.path: .* is also data\.{role}; use a folder of its own for each"):
+    message = rf"^data\.path: .* is also set as data\.{role}; use a separate folder for each"
+    with pytest.raises(UserError, match=message):
         opened(tmp_path, **{role: str(tmp_path / "link")})
 
 
@@ -128,7 +129,7 @@ def test_black_mask_and_transparent_image_are_warned_about(tmp_path: Path) -> No
     Image.new("L", (64, 64), 1).save(tmp_path / "b.mask.png")
     assert opened(tmp_path, prompt="a cat", mask="file").notices == [
         f"WARNING: {tmp_path / 'b.png'} is transparent everywhere; it is trained as a white image",
-        f"WARNING: {tmp_path / 'a.mask.png'} is black, so its image trains nothing",
+        f"WARNING: {tmp_path / 'a.mask.png'} is black everywhere, so its image does not contribute to the loss",
     ]
 
 

@@ -115,10 +115,10 @@ def test_validation_uses_every_entry_the_set_number_of_times_at_fixed_positions(
     batches = FixedBatches([[0, 2], [1]], batch_size=4, times=3)
     assert len(batches) == len(list(batches)) == 3
     samples = [sample for batch in batches for sample in batch]
-    assert [sample.entry for sample in samples] == [0, 0, 0, 2, 2, 2, 1, 1, 1]
+    assert [sample.sample_index for sample in samples] == [0, 0, 0, 2, 2, 2, 1, 1, 1]
     assert [sample.position for sample in samples] == list(range(9))
     assert {sample.step for sample in samples} == {0}
-    assert all(len({sample.entry in (0, 2) for sample in batch}) == 1 for batch in batches)
+    assert all(len({sample.sample_index in (0, 2) for sample in batch}) == 1 for batch in batches)
     # The position of a sample, and therefore its noise, does not depend on the batch size.
     single = [sample for batch in FixedBatches([[0, 2], [1]], batch_size=1, times=3) for sample in batch]
     assert single == samples

@@ -59,7 +59,7 @@ class UpperHalfControl(FromImage):
 
     task = "segmentation"
 
-    def crop(self, sample: object, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: object, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         control_map: np.ndarray = np.zeros((size[1], size[0], 3), np.uint8)
         control_map[: size[1] // 2] = 255
         return control_map

@@ -81,7 +81,7 @@ def test_recipe_runs_two_steps_at_true_shapes_on_the_meta_device(recipe: Path) -
         for _ in range(job.accumulation):
             batch = meta_batch(adapter, 2 * job.count if request.pairs else job.count, job.side, *caches)
             if request.pairs:
-                batch |= {"instances": job.count, "prior_weight": 1.0}
+                batch |= {"subject_count": job.count, "prior_weight": 1.0}
             with Kernels(True), autocast(torch.device("meta"), job.precision):
                 loss = adapter.training_step(batch, 0)
             loss.backward()

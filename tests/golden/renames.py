@@ -7,6 +7,7 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.pictures": "evaluation.images",
     "evaluation.class_pictures": "evaluation.class_images",
     "hydra.launcher.max_adapters": "hydra.launcher.max_concurrent_runs",
+    "hydra.sweeper.at_once": "hydra.sweeper.n_jobs",
 }
 """Config keys on the command line."""
 

@@ -184,15 +184,15 @@ def test_untrained_random_component_is_refused(tiny: Path, images: Path) -> None
     check_trainable(Full(backbone=source, parts=["unet", "text_encoder"]), folder_data(images))
 
 
-def test_concrete_method_must_set_reads_denoiser_only() -> None:
+def test_concrete_method_must_set_denoiser_is_read_only() -> None:
     class Abstract(Adapter):
         """A subclass that does not implement the abstract methods."""
 
     def body(**attributes: Any) -> dict[str, Any]:
         return {"inject": lambda self: None, "write_artifact": lambda self, folder, name: None, **attributes}
 
-    assert type("WithValue", (Abstract,), body(reads_denoiser_only=True)).reads_denoiser_only
-    with pytest.raises(TypeError, match="WithoutValue must set reads_denoiser_only in its own class body"):
+    assert type("WithValue", (Abstract,), body(denoiser_is_read_only=True)).denoiser_is_read_only
+    with pytest.raises(TypeError, match="WithoutValue must set denoiser_is_read_only in its own class body"):
         type("WithoutValue", (Abstract,), body())
-    with pytest.raises(TypeError, match="LoRASubclass must set reads_denoiser_only"):
+    with pytest.raises(TypeError, match="LoRASubclass must set denoiser_is_read_only"):
         type("LoRASubclass", (LoRA,), {})

@@ -69,7 +69,9 @@ def kohya_file(backbone: Any, path: Path, parts: tuple[str, ...] = KOHYA_LAYERS)
     return tensors
 
 
-@pytest.mark.parametrize(("family", "clip_skip"), [("sd1", 0), ("sd1", 1), ("sdxl", 0)])
+@pytest.mark.parametrize(
+    ("family", "clip_skip"), [("sd1", 0), ("sd1", 1), pytest.param("sdxl", 0, marks=pytest.mark.slow)]
+)
 def test_weights_alone_set_layers_ranks_and_alphas(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, family: Family, clip_skip: int
 ) -> None:

@@ -30,7 +30,7 @@ from method_cases import METHODS, MORE, WORD, Case
 from running import Spy, arguments, fit, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
-from sdtune.data.control.base import as_map
+from sdtune.data.control.base import map_to_tensor
 from sdtune.evaluation.draw import trained
 from sdtune.sampling.loop import Request, Sampling, generate
 from sdtune.training.random_draws import timesteps
@@ -50,11 +50,11 @@ def images(tmp_path: Path) -> Path:
 
 
 class Float32Unet(Case):
-    """A subclass of a method that loads the UNet in float32 (``reads_denoiser_only = False``)."""
+    """A subclass of a method that loads the UNet in float32 (``denoiser_is_read_only = False``)."""
 
     @property
     def kind(self) -> Any:
-        return type("Float32Unet", (super().kind,), {"reads_denoiser_only": False})
+        return type("Float32Unet", (super().kind,), {"denoiser_is_read_only": False})
 
 
 PLAIN = [Case(name) for name in METHODS]
@@ -176,8 +176,8 @@ def test_unet_that_is_only_read_is_loaded_in_half_precision(
 
     monkeypatch.setattr(Pretrained, "load", recording_load)
     trained = train_tensors()
-    assert unet_dtypes[0] == (torch.bfloat16 if case.kind.reads_denoiser_only else None)
-    if case.kind.reads_denoiser_only:
+    assert unet_dtypes[0] == (torch.bfloat16 if case.kind.denoiser_is_read_only else None)
+    if case.kind.denoiser_is_read_only:
         case = Float32Unet(case.name, case.settings)
     unet_dtypes.clear()
     reference = train_tensors()
@@ -253,7 +253,7 @@ class DiffusersStep:
             DDPMScheduler.from_config(pipe.scheduler.config).get_velocity(clean, noise, times) if velocity else noise
         )
         self.losses = (output - target).square().mean((1, 2, 3))
-        count = batch.get("instances", len(self.losses))
+        count = batch.get("subject_count", len(self.losses))
         terms = [rows.mean() for rows in (self.losses[:count], self.losses[count:]) if len(rows)]
         sum(terms).backward()
         self.gradients = {f"{k}.{n}": p.grad for k, m in models.items() for n, p in m.named_parameters()}
@@ -287,7 +287,7 @@ class DiffusersStep:
         ends = [row.tolist().index(pipe.tokenizer_2.eos_token_id) for row in ids_2]
         pooled = torch.stack([states[end] for states, end in zip(output_2.last_hidden_state, ends, strict=True)])
         # Training images have 160x144 pixels, are scaled to cover 64x64 and cropped at the center.
-        image_ids = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("instances", len(ids)))
+        image_ids = torch.tensor([[144.0, 160.0, 0.0, 4.0, 64.0, 64.0]] * batch.get("subject_count", len(ids)))
         class_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * (len(ids) - len(image_ids)))
         conditions = {
             "text_embeds": pipe.text_encoder_2.text_projection(pooled),
@@ -376,7 +376,7 @@ def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
     [base_image] = generate(base, [Request("a fox <new>", 3)], settings)
     assert np.abs(live_image.astype(int) - loaded_image).max() <= 1
     assert np.abs(live_image.astype(int) - base_image).max() > 1
-    assert as_map(live_image).shape == (3, *size)
+    assert map_to_tensor(live_image).shape == (3, *size)
 
 
 @every_method

@@ -32,7 +32,7 @@ from sdtune.loaders import controlnet as controlnets
 from sdtune.methods import ControlNet
 from sdtune.sampling.loop import Request, Sampling, generate
 
-MODES = ["frozen", "decoder", "open"]
+MODES = ["frozen", "decoder", "all"]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_only_the_control_map_has_an_effect(tiny: Path) -> None:
 def test_initial_values_depend_only_on_seed_and_name(tiny: Path) -> None:
     first = configured(tiny)
     torch.manual_seed(99)
-    second, other_seed = configured(tiny, unet="open"), configured(tiny, seed=1)
+    second, other_seed = configured(tiny, unet="all"), configured(tiny, seed=1)
     for name, p in first.controlnet.named_parameters():
         assert torch.equal(p, second.controlnet.get_parameter(name))
         is_random = "controlnet_cond_embedding" in name and "conv_out" not in name
@@ -137,7 +137,7 @@ def test_all_trainable_tensors_change_and_frozen_ones_do_not(tiny: Path, drawing
         == {
             "frozen": set(),
             "decoder": {"up_blocks", "conv_norm_out", "conv_out"},
-            "open": {name.split(".")[0] for name, _ in model.backbone.unet.named_parameters()},
+            "all": {name.split(".")[0] for name, _ in model.backbone.unet.named_parameters()},
         }[unet]
     )
     assert not any(name.startswith(("backbone.vae", "backbone.text_encoder")) for name in names)
@@ -156,7 +156,7 @@ def test_trains_and_validates_with_frozen_weights_in_half_precision(tiny: Path, 
     fit(model, data, 2, [spy], **trainer_arguments)
     assert {p.dtype for _, p in model.trainable()} == {torch.float32}
     frozen_dtypes = {p.dtype for p in model.backbone.unet.parameters() if not p.requires_grad}
-    assert frozen_dtypes == (set() if unet == "open" else {torch.bfloat16})
+    assert frozen_dtypes == (set() if unet == "all" else {torch.bfloat16})
     assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
 
 

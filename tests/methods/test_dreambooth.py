@@ -53,7 +53,7 @@ def test_every_micro_batch_has_pairs_of_subject_and_class_images(tiny: Path, ima
     assert len(class_files(cache)) == 3
     assert len(recorded.batches) == 6
     for batch in recorded.batches:
-        assert batch["instances"] == 2
+        assert batch["subject_count"] == 2
         assert batch["moments"].shape[0] == batch["text"].shape[0] == len(batch["prompts"]) == 4
         assert batch["prompts"][2:] == ["a dog", "a dog"]
         assert all(prompt.startswith("picture number") for prompt in batch["prompts"][:2])
@@ -177,8 +177,26 @@ def test_each_class_image_is_generated_by_exactly_one_process(tmp_path: Path) ->
             yield np.zeros((8, 8, 3), np.uint8)
 
     for rank in (0, 1):
-        generate_missing(images, generate_images, rank, 2)
+        generate_missing(images, generate_images, rank, 2, batch_size=2)
     assert sorted(generated) == list(range(8))
+
+
+def test_class_images_after_an_interruption_are_generated_in_the_same_batches(tmp_path: Path) -> None:
+    """The last bits of an image depend on its batch."""
+    images = class_images(tmp_path, ["a dog"], 7, 8)
+    for number in (0, 1, 2, 4, 5):
+        images[number].path.parent.mkdir(parents=True, exist_ok=True)
+        images[number].path.write_bytes(b"kept")
+    requested: list[int] = []
+
+    def generate_images(prompts_and_seeds: Any) -> Any:
+        for _, number in prompts_and_seeds:
+            requested.append(number)
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    generate_missing(images, generate_images, 0, 1, batch_size=2)
+    assert requested == [2, 3, 6]
+    assert [image.path.read_bytes() == b"kept" for image in images] == [True] * 3 + [False, True, True, False]
 
 
 def test_new_tokens_trained_with_the_unet_belong_to_the_trained_pipeline(

@@ -139,7 +139,7 @@ def test_word_of_the_vocabulary_is_replaced_only_on_purpose(token: str, images: 
     data.open(source.facts.side, source.facts.factor)
     model = TextualInversion(backbone=source, new_tokens=[NewToken(token, "cat")])
     with pytest.raises(
-        UserError, match=f"^new_tokens: '{token}' is a word of the tokenizer's vocabulary.*use <{token}>"
+        UserError, match=f"^new_tokens: '{token}' is already in the tokenizer's vocabulary.*use <{token}>"
     ):
         check_trainable(model, data)
     check_trainable(TextualInversion(backbone=source, new_tokens=[NewToken(token, "cat", overwrite=True)]), data)

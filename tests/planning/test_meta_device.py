@@ -38,7 +38,7 @@ OVERRIDES = {
         "backbone.prediction_type=v_prediction",
     ],
     "full": ["method.parts=[unet,text_encoder,vae]"],
-    "controlnet": ["method.unet=open", "data/control=canny"],
+    "controlnet": ["method.unet=all", "data/control=canny"],
 }
 
 

@@ -229,6 +229,7 @@ def test_pareto_front_contains_the_points_that_no_other_beats() -> None:
     assert pareto_front(points, lower=True) == [(1.0, 1.0), (2.0, 0.0)]
 
 
+@pytest.mark.slow
 def test_extended_run_is_reported_with_its_last_config(tiny: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(

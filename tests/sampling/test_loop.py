@@ -129,5 +129,7 @@ def test_every_sampler_and_usual_scheduler_can_sample() -> None:
 
 
 def test_width_that_is_not_a_multiple_of_the_vae_factor_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(UserError, match=r"^sampling\.width: 30 is not a multiple of 4, the VAE's factor$"):
+    with pytest.raises(
+        UserError, match=r"^sampling\.width: 30 is not a multiple of 4, the downscaling factor of the VAE; set 32$"
+    ):
         list(generate(backbone, REQUESTS, Sampling(width=30)))

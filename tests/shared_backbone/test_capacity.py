@@ -24,6 +24,7 @@ def costs(*jobs: DictConfig) -> tuple[int, ...]:
     return capacity.run_costs(request, CPU)
 
 
+@pytest.mark.slow
 def test_costs_include_the_most_expensive_setting_of_every_job() -> None:
     jobs = [
         planned("method.rank=16", "method.targets=[cross_attention]"),

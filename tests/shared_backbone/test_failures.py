@@ -52,6 +52,7 @@ def test_step_out_of_memory_fails_its_jobs_and_ends_the_sweep(
     assert "sweep: 3 of 3 jobs are done" in captured.out
 
 
+@pytest.mark.slow
 def test_validation_out_of_memory_fails_only_its_job(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -284,7 +284,7 @@ BASE = {
 class Wider(LoRA):
     """User-defined method."""
 
-    reads_denoiser_only = False
+    denoiser_is_read_only = False
 
 
 def with_changes(group: str, **settings: object) -> dict[str, object]:

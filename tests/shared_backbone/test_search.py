@@ -31,7 +31,7 @@ def test_next_trial_replaces_a_pruned_one(
     overrides = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={sweep}")
     overrides = [a for a in overrides if not a.startswith(("hydra.run.dir", "method.rank"))]
     overrides += ["sweep=optuna", "callbacks.pruning.pruner=asha", "callbacks.pruning.after=2", "data.hold_out=5"]
-    overrides += ["trainer.val_check_interval=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.at_once=6"]
+    overrides += ["trainer.val_check_interval=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=6"]
     overrides += [
         "hydra/launcher=shared_backbone",
         "hydra.launcher.processes=1",

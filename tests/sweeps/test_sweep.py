@@ -70,6 +70,7 @@ def test_failed_job_is_reported_and_the_others_run(
     assert rates == [pytest.approx(1e-3), pytest.approx(1e-4)]
 
 
+@pytest.mark.slow
 def test_models_of_ended_jobs_are_freed(settings: list[str]) -> None:
     def adapters() -> set[int]:
         return {id(item) for item in gc.get_objects() if issubclass(type(item), Adapter)}
@@ -266,6 +267,7 @@ def test_finished_job_with_a_stale_state_file_is_done(settings: list[str], tmp_p
     assert (sweep / "0" / ".hydra" / "config.yaml").read_text(encoding="utf-8") == config
 
 
+@pytest.mark.slow
 def test_resumed_sweep_uses_its_config_folder(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,10 +377,14 @@ def test_subprocess_stopped_before_it_can_save_stops_the_sweep(
     script: str, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_python(tmp_path, script, monkeypatch)
+    inherited = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
     timer.start()
-    with pytest.raises(Stopped) as stop:
-        run_subprocess("train", [], [], tmp_path, False)
+    try:
+        with pytest.raises(Stopped) as stop:
+            run_subprocess("train", [], [], tmp_path, False)
+    finally:
+        signal.signal(number, inherited)
     assert stop.value.code == 128 + number
 
 

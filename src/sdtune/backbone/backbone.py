@@ -29,7 +29,7 @@ TILE = 512
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
-"""LoRA pairs A, B and their scale, by module name in the UNet."""
+"""LoRA pairs by module name in the UNet: A [rank, in], B [out, rank] (4-D for convolutions), and their scale."""
 
 
 class PairExecutor(Protocol):
@@ -69,7 +69,9 @@ class Backbone(nn.Module):
         self.controlnets: tuple[ControlNetWithStrength, ...] = ()
         """ControlNets used for sampling; set by :func:`sdtune.loaders.controlnet.controlnets_applied`."""
         self.pair_executor: PairExecutor | None = None
-        """Set if other runs share the UNet's weights; if None, LoRA pairs are merged into the weights for sampling."""
+        """Applies this run's LoRA pairs to a UNet that other runs share. If None, the UNet is not shared, and LoRA
+        pairs are merged into its weights for sampling.
+        """
         self.sampling_pairs: Pairs | None = None
         """LoRA pairs for sampling if the UNet's weights are shared (empty: no LoRA), else None. Set by
         :func:`sdtune.loaders.lora.adapters_applied`.
@@ -241,7 +243,7 @@ class Backbone(nn.Module):
         noisy: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        added: Residuals | None = None,
+        controlnet_residuals: Residuals | None = None,
         frame: Tensor | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of the UNet for a prediction; parameters as in :meth:`predict`.
@@ -250,9 +252,9 @@ class Backbone(nn.Module):
         """
         dtype = self.unet.conv_in.weight.dtype
         inputs: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
-        if added is not None:
-            inputs["down_block_additional_residuals"] = tuple(r.to(dtype) for r in added.skips)
-            inputs["mid_block_additional_residual"] = added.middle.to(dtype)
+        if controlnet_residuals is not None:
+            inputs["down_block_additional_residuals"] = tuple(r.to(dtype) for r in controlnet_residuals.skips)
+            inputs["mid_block_additional_residual"] = controlnet_residuals.middle.to(dtype)
         return {"sample": noisy.to(dtype), "timestep": timesteps, **inputs}
 
     def predict(
@@ -260,16 +262,16 @@ class Backbone(nn.Module):
         noisy: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        added: Residuals | None = None,
+        controlnet_residuals: Residuals | None = None,
         frame: Tensor | None = None,
     ) -> Tensor:
         """UNet output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) and text embeddings ``text`` [B, L, D].
 
         Args:
-            added: ControlNet residuals.
+            controlnet_residuals: outputs of the ControlNets, which the UNet adds to its skips and its middle block.
             frame: float32 [B, 6]; if None, that of an uncropped image of the latents' size.
         """
-        inputs = self.unet_inputs(noisy, timesteps, text, added, frame)
+        inputs = self.unet_inputs(noisy, timesteps, text, controlnet_residuals, frame)
         if self.sampling_pairs is not None:
             assert self.pair_executor is not None
             return self.pair_executor.predict_with_pairs(self.unet, inputs, self.sampling_pairs)
@@ -277,10 +279,13 @@ class Backbone(nn.Module):
         return out
 
 
-def _set_default_processors(model: Any, kind: type) -> None:
-    """Replace diffusers' default attention processors by ``kind``; keep all others, such as those of an IP-Adapter."""
+def _set_default_processors(model: Any, processor_class: type) -> None:
+    """Replace diffusers' default attention processors; keep all others, such as those of an IP-Adapter."""
     processors = model.attn_processors
     defaults = (AttnProcessor, AttnProcessor2_0)
     model.set_attn_processor(
-        {name: kind() if type(processor) in defaults else processor for name, processor in processors.items()}
+        {
+            name: processor_class() if type(processor) in defaults else processor
+            for name, processor in processors.items()
+        }
     )

@@ -40,7 +40,7 @@ def is_controlnet(keys: Collection[str]) -> bool:
 
 
 def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -> Path:
-    """Path of the ControlNet ``path``; reads only configs and headers.
+    """Check the ControlNet at ``path`` and return its local path; reads only configs and headers.
 
     Args:
         path: a folder in the diffusers layout, or a ``.safetensors`` file.
@@ -90,11 +90,11 @@ def find_controlnet(path: str, key: str, unet: Mapping[str, Any], factor: int) -
     return local_path
 
 
-def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: Sequence[int]) -> ControlNetModel:
-    """Load the ControlNet at ``place`` in float32.
+def load_controlnet(path: Path, key: str, unet: UNet2DConditionModel, widths: Sequence[int]) -> ControlNetModel:
+    """Load the ControlNet at ``path`` in float32.
 
     Args:
-        place: a folder or a file.
+        path: a folder or a file.
         key: config key of the ControlNet, for error messages.
         unet: UNet of the backbone, which determines the architecture of a single-file ControlNet.
         widths: channels of the control map embedding of a single-file ControlNet.
@@ -102,23 +102,23 @@ def load_controlnet(place: Path, key: str, unet: UNet2DConditionModel, widths: S
     Raises:
         UserError: the files are damaged, or the tensors of a single file do not match the architecture.
     """
-    if place.is_dir():
-        with unreadable_as_user_error(place, key):
+    if path.is_dir():
+        with unreadable_as_user_error(path, key):
             return ControlNetModel.from_pretrained(
-                place, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
     with torch.random.fork_rng(devices=[]):
         net = ControlNetModel.from_unet(
             unet, conditioning_embedding_out_channels=tuple(widths), load_weights_from_unet=False
         )
-    tensors, _ = read_safetensors(place)
+    tensors, _ = read_safetensors(path)
     names = controlnet_names(net.state_dict(), dict(net.config))
     if _DIFFUSERS_KEY in tensors:  # a single file with diffusers' names
         names = {name: name for name in names}
     # Some files omit the prefix.
     unprefixed = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     shapes = {names[name]: list(value.shape) for name, value in net.state_dict().items()}
-    check_keys(f"{key}: {place}", {name: list(value.shape) for name, value in unprefixed.items()}, shapes)
+    check_keys(f"{key}: {path}", {name: list(value.shape) for name, value in unprefixed.items()}, shapes)
     net.load_state_dict({name: unprefixed[original].float() for name, original in names.items()})
     return net
 

@@ -51,11 +51,11 @@ class Kernel(NamedTuple):
     padding: tuple[int, int]
     out: tuple[int, int]
 
-    def taps(self, lines: Tensor) -> list[Tensor]:
-        """Input pixels for each kernel position: views [B, H', W', C] of the padded input ``lines`` [B, H, W, C]."""
+    def taps(self, padded: Tensor) -> list[Tensor]:
+        """Input pixels for each kernel position: views [B, H', W', C] of the padded input ``padded`` [B, H, W, C]."""
         (height, width), (step_y, step_x) = self.out, self.stride
         return [
-            lines[:, y : y + step_y * (height - 1) + 1 : step_y, x : x + step_x * (width - 1) + 1 : step_x]
+            padded[:, y : y + step_y * (height - 1) + 1 : step_y, x : x + step_x * (width - 1) + 1 : step_x]
             for y in range(self.size[0])
             for x in range(self.size[1])
         ]
@@ -69,10 +69,10 @@ class Im2Col(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, lines: Tensor, kernel: Kernel) -> Tensor:
-        ctx.kernel, ctx.shape = kernel, lines.shape
+    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:
+        ctx.kernel, ctx.shape = kernel, x.shape
         rows, columns = kernel.padding
-        return torch.cat(kernel.taps(F.pad(lines, (0, 0, columns, columns, rows, rows))), -1)
+        return torch.cat(kernel.taps(F.pad(x, (0, 0, columns, columns, rows, rows))), -1)
 
     @staticmethod
     @once_differentiable
@@ -80,10 +80,12 @@ class Im2Col(torch.autograd.Function):
         count, height, width, channels = ctx.shape
         rows, columns = ctx.kernel.padding
         sum_dtype = torch.promote_types(gradient.dtype, torch.float32)
-        lines = gradient.new_zeros((count, height + 2 * rows, width + 2 * columns, channels), dtype=sum_dtype)
-        for tap, tap_gradient in zip(ctx.kernel.taps(lines), torch.split(gradient, channels, -1), strict=True):
+        padded_gradient = gradient.new_zeros((count, height + 2 * rows, width + 2 * columns, channels), dtype=sum_dtype)
+        for tap, tap_gradient in zip(
+            ctx.kernel.taps(padded_gradient), torch.split(gradient, channels, -1), strict=True
+        ):
             tap += tap_gradient
-        return lines[:, rows : rows + height, columns : columns + width].to(gradient.dtype), None
+        return padded_gradient[:, rows : rows + height, columns : columns + width].to(gradient.dtype), None
 
 
 def use_matmul_convolutions(model: nn.Module) -> None:

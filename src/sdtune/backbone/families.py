@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sdtune.errors import UserError
 from sdtune.formats.original import Family
 
 Component = Literal["unet", "vae", "text_encoder"]
@@ -20,11 +21,11 @@ class Facts:
         side: native resolution of the UNet, in pixels.
         factor: downscaling factor of the VAE: pixels per latent cell in each direction.
         max_tokens: maximum number of tokens of a prompt, including the start and end token.
-        windows: maximum prompt length as a multiple of the text encoder's length.
-        scheduler: diffusers class of the scheduler config; empty if unknown.
+        windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
+        scheduler: diffusers class of the scheduler config; empty if the config names none.
         train_timesteps: number of timesteps of the noise schedule.
-        min_steps: minimum number of sampling steps of PNDM, which begins with Runge-Kutta steps unless its config has
-            ``skip_prk_steps`` (Liu et al. 2022).
+        min_steps: minimum number of sampling steps with PNDM: 4 for its Runge-Kutta steps (Liu et al. 2022), 1 with
+            ``skip_prk_steps`` or with zero terminal SNR, for which DDIM is used instead.
     """
 
     side: int
@@ -34,9 +35,18 @@ class Facts:
     max_tokens: int
     family: Family = "sd1"
     windows: int = 1
-    scheduler: str = ""
+    scheduler: str = "DDIMScheduler"
     train_timesteps: int = 1000
     min_steps: int = 1
+
+    def check_side(self, side: int, key: str) -> None:
+        """Raise UserError if the VAE cannot encode or decode an image with this ``side`` in pixels; ``key`` sets it."""
+        if side % self.factor:
+            raise UserError(
+                f"{side} is not a multiple of {self.factor}, the downscaling factor of the VAE",
+                key=key,
+                remedy=f"set {max(1, round(side / self.factor)) * self.factor}",
+            )
 
 
 STATED_PREDICTION = "_prediction_type_of_file"

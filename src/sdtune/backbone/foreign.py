@@ -1,4 +1,4 @@
-"""Errors of diffusers and transformers for files that are not what they should be."""
+"""Convert the errors of diffusers, transformers and tokenizers for damaged files to UserError."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sdtune.hardware.out_of_memory import is_out_of_memory
 
 
 @contextmanager
-def unreadable_as_user_error(place: Path, key: str) -> Iterator[None]:
-    """Context manager for one call of a library that builds an object from the files at ``place``.
+def unreadable_as_user_error(path: Path, key: str) -> Iterator[None]:
+    """Context manager for one call of a library that builds an object from the files at ``path``.
 
     For a damaged config, diffusers, transformers and tokenizers raise nearly every kind of exception: TypeError,
     KeyError, ZeroDivisionError, AttributeError, and tokenizers a plain Exception.
 
     Args:
-        place: file or folder, for the message.
+        path: file or folder, for the message.
         key: its config key.
 
     Raises:
@@ -33,7 +33,7 @@ def unreadable_as_user_error(place: Path, key: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{place} cannot be read ({type(error).__name__}: {reason})",
+            f"{path} cannot be read ({type(error).__name__}: {reason})",
             key=key,
             remedy="copy or download it again",
         ) from error

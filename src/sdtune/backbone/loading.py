@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.foreign import unreadable_as_user_error
-from sdtune.backbone.models import KINDS, from_config
+from sdtune.backbone.models import MODEL_CLASSES, from_config
 from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
 from sdtune.formats.files import check_finite
@@ -20,7 +20,7 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
     """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet_dtype`` if given).
 
     Raises:
-        UserError: a weight is NaN or infinite, in the file or in ``unet_dtype``.
+        UserError: a weight is NaN or infinite, in the file or after the cast to ``unet_dtype``.
     """
     folder = source.folder()
 
@@ -30,7 +30,7 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
                 torch.manual_seed(seed)
                 return from_config(name, folder)
         with unreadable_as_user_error(folder / name, "backbone.path"):
-            model = KINDS[name].from_pretrained(
+            model = MODEL_CLASSES[name].from_pretrained(
                 folder / name,
                 torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
                 variant=source.weights_variant(name),
@@ -60,7 +60,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:
     """Frozen backbone in eval mode from ``parts``: models and tokenizers by folder name."""
-    kind = SDXLBackbone if "text_encoder_2" in parts else Backbone
-    backbone = kind(scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts)
+    backbone_class = SDXLBackbone if "text_encoder_2" in parts else Backbone
+    backbone = backbone_class(
+        scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts
+    )
     backbone.requires_grad_(False)
     return backbone.eval()

@@ -35,9 +35,9 @@ def find_local(path: str, key: str) -> Path | None:
 
 
 def hub_folder(
-    path: str, revision: str | None, patterns: list[str], complete: Callable[[Path], bool], key: str
+    path: str, revision: str | None, patterns: list[str], is_complete: Callable[[Path], bool], key: str
 ) -> Path:
-    """Local snapshot folder of the hub id ``path``: from the hub cache if ``complete``, else downloaded.
+    """Local snapshot folder of the hub id ``path``: from the hub cache if ``is_complete``, else downloaded.
 
     Raises:
         UserError: the snapshot is neither cached nor downloadable.
@@ -47,7 +47,7 @@ def hub_folder(
 
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=True))
-        if complete(folder):
+        if is_complete(folder):
             return folder
     except (LocalEntryNotFoundError, OSError):
         pass  # not in the cache
@@ -91,7 +91,7 @@ def has_weight_files(folder: Path, component: str, variant: str | None) -> bool:
 def with_vae(pipeline: Path, vae: Path) -> Path:
     """Pipeline folder of symbolic links to the parts of ``pipeline`` and to the VAE folder ``vae``.
 
-    Its name is a hash of the link targets, so that it never changes while another process reads it.
+    Its name is a hash of the link targets, so an existing folder is never changed while another process reads it.
     """
     targets = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
     targets["vae"] = vae.resolve()

@@ -1,4 +1,4 @@
-"""Backbone on the meta device, built from its configs; only a single-file checkpoint is read, to convert it once."""
+"""Backbone on the meta device, built from its configs; no weights are read (a single file is converted once)."""
 
 from __future__ import annotations
 

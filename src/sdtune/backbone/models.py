@@ -16,7 +16,7 @@ from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import read_config
 from sdtune.formats.keys import canonical_key
 
-KINDS: dict[str, Any] = {
+MODEL_CLASSES: dict[str, Any] = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
     "unet": UNet2DConditionModel,
@@ -26,10 +26,10 @@ KINDS: dict[str, Any] = {
 
 def from_config(component: str, folder: Path) -> Any:
     """Build ``component`` of the pipeline ``folder`` with random weights."""
-    kind = KINDS[component]
+    model_class = MODEL_CLASSES[component]
     if component.startswith("text_encoder"):
-        return kind(CLIPTextConfig.from_pretrained(folder / component))
-    return kind.from_config(kind.load_config(folder / component))
+        return model_class(CLIPTextConfig.from_pretrained(folder / component))
+    return model_class.from_config(model_class.load_config(folder / component))
 
 
 def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:

@@ -21,10 +21,10 @@ def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
     """Current embedding vectors [N, D] of each new token, one tensor per text encoder."""
     if backbone.new_tokens is None:
         return {}
-    words = backbone.new_tokens
+    new_tokens = backbone.new_tokens
     return {
-        token: tuple(rows[list(words.rows(token))] for rows in backbone.new_token_vectors)
-        for token in words.vector_counts
+        token: tuple(rows[list(new_tokens.rows(token))] for rows in backbone.new_token_vectors)
+        for token in new_tokens.vector_counts
     }
 
 

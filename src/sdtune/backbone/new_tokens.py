@@ -26,16 +26,16 @@ from sdtune.formats.embeddings import file_stem, is_snapshot
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token to add to the tokenizers and to learn.
+    """A new token: a word in prompts that stands for trained embedding vectors.
 
     Args:
         token: the token in prompts, such as ``<my_cat>``, in lower case, as in CLIP's vocabulary; prompts may write it
             in upper case.
-        init: a word or a description; each vector is initialized with the mean embedding of its tokens.
+        init: a word or a description; each vector starts as the mean embedding of the tokens of this text.
         vectors: number of embedding vectors of the token.
         weights: embedding file to initialize from instead of ``init``, in diffusers or A1111 format, with the same
             number of vectors.
-        overwrite: use ``token`` although the vocabulary has this word; prompts then mean the new token by it.
+        overwrite: allow a ``token`` that is already in the vocabulary; in prompts the new token replaces the old word.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -76,8 +76,8 @@ class ExtendedEmbedding(nn.Module):
 class NewTokens:
     """The new tokens of a backbone: where they occur in prompts, and their ids.
 
-    The tokenizers stay unchanged: if they knew the new tokens, they would find them by rules of their own, for example
-    ``sks`` in ``sks-style``, and a token of several vectors could be found in part.
+    The tokenizers stay unchanged: an added token would be matched by the tokenizer's own rules, ``sks`` inside
+    ``sks-style`` for example, and only some of the vectors of a token might match.
 
     Args:
         first_id: id of the first vector; the length of the tokenizers' vocabulary.
@@ -89,7 +89,7 @@ class NewTokens:
 
     def rows(self, token: str) -> range:
         """Rows of ``token`` among all new embedding vectors."""
-        start = sum(width for name, width in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
+        start = sum(count for name, count in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
         return range(start, start + self.vector_counts[token])
 
     def ids(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
@@ -104,7 +104,7 @@ class NewTokens:
 def split_at_tokens(tokens: Collection[str], prompt: str) -> list[tuple[str, str | None]]:
     """Split ``prompt`` into pairs of a text and the new token that follows it (None at the end of the prompt).
 
-    Upper and lower case are equal. A letter, a digit, ``_`` or a hyphen next to a token makes it a part of another
+    Case is ignored. A letter, a digit, ``_`` or a hyphen next to a token makes it a part of another
     word: ``sks`` does not occur in ``sks-style``. The longest token that fits is taken.
     """
     by_length = sorted(tokens, key=len, reverse=True)
@@ -202,13 +202,14 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
 def check_vocabulary(tokens: Sequence[NewToken], tokenizer: CLIPTokenizer) -> None:
     """Raise UserError for a token that the vocabulary has already, unless it has ``overwrite``.
 
-    The vocabulary has two forms of a word: at the end of a word (``parrot</w>``), and at the beginning of a longer one.
+    CLIP's vocabulary has two entries for a string: ``parrot</w>``, a complete word or the end of one, and ``parrot``,
+    before more letters.
     """
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
         if not token.overwrite and (token.token in vocabulary or f"{token.token}</w>" in vocabulary):
             raise UserError(
-                f"{token.token!r} is a word of the tokenizer's vocabulary, which would lose its meaning",
+                f"{token.token!r} is already in the tokenizer's vocabulary; as a new token it would lose its meaning",
                 key="new_tokens",
                 remedy=f"use <{token.token}>, or add overwrite: true to replace it",
             )

@@ -26,8 +26,8 @@ class Pretrained(PipelineSource):
         source._loader = loader
         return source
 
-    def trained(self, folder: Path) -> Pretrained:
-        """Source for the pipeline ``folder`` trained from this backbone, with settings that its files lack."""
+    def of_trained_pipeline(self, folder: Path) -> Pretrained:
+        """Source of the pipeline ``folder`` trained from this backbone, with the settings that its files lack."""
         inherited = (
             "guidance",
             "clip",

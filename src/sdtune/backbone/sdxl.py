@@ -16,7 +16,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.text import encoder_states, unused_prefixes
 
-_SKIPPED = 1  # both encoders output their penultimate hidden states, without the final norm
+_SKIPPED = (
+    1  # both encoders output their penultimate hidden states (earlier ones with clip_skip), without the final norm
+)
 
 
 class SDXLBackbone(Backbone):
@@ -52,7 +54,10 @@ class SDXLBackbone(Backbone):
         )
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Penultimate hidden states of both encoders and the pooled text embedding, [B, L + 1, D]."""
+        """Hidden states of both encoders and the pooled text embedding, [B, L + 1, D].
+
+        The hidden states are the penultimate ones, or earlier ones with ``clip_skip``.
+        """
         states, pooled, skip = [], None, _SKIPPED + self.clip_skip
         for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
             ids = self.tokenize(prompts, tokenizer).to(encoder.device)

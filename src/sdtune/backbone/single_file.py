@@ -34,9 +34,9 @@ _PADS = {"tokenizer": {"sd1": END, "sd2": "!", "sdxl": END}, "tokenizer_2": {"sd
 _LAYOUT = 2  # version of the converted folders' layout; increase it to invalidate cached folders
 
 
-def included_configs(kind: str) -> Path | None:
-    """Folder of the configs of ``kind`` (such as ``sd15``) that are included in sdtune; None if there are none."""
-    folder = CONFIGS / kind
+def included_configs(name: str) -> Path | None:
+    """Folder of the configs ``name`` (such as ``sd15``) that are included in sdtune; None if there are none."""
+    folder = CONFIGS / name
     return folder if (folder / "model_index.json").is_file() else None
 
 
@@ -73,17 +73,19 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, need
             raise UserError(f"{file} {error}", key="backbone.path") from error
         if needs_vae and not any(key.startswith(VAE) for key in tensors):
             raise UserError(
-                f"{file} contains no VAE", key="backbone.path", remedy="set backbone.vae= to that of the same family"
+                f"{file} contains no VAE",
+                key="backbone.path",
+                remedy="set backbone.vae= to a VAE of the same model family",
             )
-        source = config or CONFIGS / INCLUDED_CONFIGS[family]
-        if family_of(source) != family:
+        config_folder = config or CONFIGS / INCLUDED_CONFIGS[family]
+        if family_of(config_folder) != family:
             raise UserError(
-                f"{source} is for {FAMILIES[family_of(source)][0]}, but {file} is {FAMILIES[family][0]}",
+                f"{config_folder} is for {FAMILIES[family_of(config_folder)][0]}, but {file} is {FAMILIES[family][0]}",
                 key="backbone.config",
                 remedy=f"set it to a folder of {FAMILIES[family][0]} configs, or to null for the included configs",
             )
         log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, FAMILIES[family][0])
-        _write(target, source, tensors, family, f"backbone.path: {file}", prediction)
+        _write(target, config_folder, tensors, family, f"backbone.path: {file}", prediction)
     return target
 
 
@@ -135,40 +137,40 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _write(
-    target: Path, source: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
+    target: Path, config_folder: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
 ) -> None:
     components = ["unet", "vae", *TEXT[family]]
-    configs = {name: read_json(source / name / "config.json", "backbone.config") for name in components}
-    expected = {name: model_shapes(name, source) for name in components}
-    weighted = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
+    configs = {name: read_json(config_folder / name / "config.json", "backbone.config") for name in components}
+    expected = {name: model_shapes(name, config_folder) for name in components}
+    with_weights = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
     models = split(tensors, Models(family, **configs), expected)
     remedy = "set backbone.config=FOLDER to a pipeline folder with the configs of this model"
-    if source.is_relative_to(CONFIGS):
+    if config_folder.is_relative_to(CONFIGS):
         remedy += " (backbone.config=pocket if it was trained from pocket)"
-    for name in weighted:
+    for name in with_weights:
         check_keys(f"{where} ({name})", _shapes(models[name]), expected[name], remedy)
         check_finite(models[name], f"{where} ({name})")
-    index = read_json(source / "model_index.json", "backbone.config")
+    index = read_json(config_folder / "model_index.json", "backbone.config")
     index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
     with replacing(target, sync=False, alone=True) as partial:
         for name in components:
-            if name in weighted:
+            if name in with_weights:
                 write_safetensors(partial / name / weights_name(name), models[name], {"format": "pt"})
             write_json(partial / name / "config.json", configs[name])
         for name, pads in _PADS.items():
             if family not in pads:
                 continue
-            if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
+            if (config_folder / name).is_dir():
+                shutil.copytree(config_folder / name, partial / name)
             else:
                 write_tokenizer(partial / name, pads[family])
-        write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(source, tensors, prediction))
+        write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(config_folder, tensors, prediction))
         write_json(partial / "model_index.json", index)
 
 
-def _scheduler(source: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
-    """Scheduler config of ``source``, with the prediction type and zero terminal SNR that the checkpoint states."""
-    settings = read_json(source / "scheduler" / "scheduler_config.json", "backbone.config")
+def _scheduler(config_folder: Path, tensors: Mapping[str, Tensor], prediction: str | None) -> dict[str, Any]:
+    """Scheduler config of ``config_folder``, with the prediction type and terminal SNR that the checkpoint states."""
+    settings = read_json(config_folder / "scheduler" / "scheduler_config.json", "backbone.config")
     if prediction is not None:
         settings["prediction_type"] = prediction
     if "v_pred" in tensors:

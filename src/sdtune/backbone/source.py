@@ -59,8 +59,8 @@ class PipelineSource:
         allow_pickle: allow reading a ``.ckpt``, with torch's ``weights_only``.
         clip_skip: number of skipped last layers of the text encoder, counted as in diffusers: 0 skips none, 1 is clip
             skip 2 of kohya's tools and A1111. SDXL always skips one more layer.
-        max_tokens: maximum number of tokens per prompt, without start and end token, in windows of the text encoder's
-            length; if None, one window (75 tokens for CLIP).
+        max_tokens: maximum number of tokens per prompt, without start and end token, rounded up to whole windows of
+            the text encoder (75 tokens for CLIP); if None, one window.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class PipelineSource:
             max_tokens=windows * (length - 2) + 2,
             family=self._family(unet),
             windows=windows,
-            scheduler=str(scheduler.get("_class_name")),
+            scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=len(schedule),
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )

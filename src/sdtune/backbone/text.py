@@ -19,6 +19,7 @@ def in_windows(tokenizer: CLIPTokenizer, prompts: Sequence[Sequence[int]], lengt
     Args:
         tokenizer: for the ids of the start, end and padding tokens.
         prompts: token ids of each prompt, without start and end token.
+        length: total number of tokens over all windows, including the start and end token of each window.
     """
     window = length // windows
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

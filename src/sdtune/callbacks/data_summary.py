@@ -82,7 +82,7 @@ def size_warnings(data: ImageDataModule, side: int) -> list[str]:
 
 def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
     """Lines with the number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
-    captions = data.captions()
+    captions = data.all_prompts()
     longest = max(captions, key=partial(count_tokens, backbone))
     length, limit = count_tokens(backbone, longest), backbone.facts.max_tokens
     lines = [f"captions: {len(captions)} distinct; the longest has {length} tokens, the limit is {limit}"]

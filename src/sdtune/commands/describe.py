@@ -26,7 +26,7 @@ def closing_lines(folder: Path, name: str, source: Pretrained, data: ImageDataMo
     before_after = folder / "samples" / "before_after.png"
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
-    prompt = shell_word(f"prompt={in_quotes(data.captions()[0])}")
+    prompt = shell_word(f"prompt={in_quotes(data.all_prompts()[0])}")
     base = backbone_overrides(source)
     lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))

@@ -61,7 +61,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         )
     source.check()
     if artifact.kind == "model":
-        source.trained(artifact.path).check()
+        source.of_trained_pipeline(artifact.path).check()
     return lambda composed: execute(export, artifact, source, folder, card, options["push_to"])
 
 

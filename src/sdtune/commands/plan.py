@@ -123,8 +123,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
         precision_name = "bf16-mixed"  # for a GPU of another machine: NVIDIA GPUs since 2020 support it
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
     side = data["resolution"] or source.facts.side
-    if side % source.facts.factor:
-        raise UserError(f"{side} is not a multiple of {source.facts.factor}, the VAE's factor", key="data.resolution")
+    source.facts.check_side(side, "data.resolution")
     return CheckedPlan(
         config=container,
         source=source,
@@ -159,7 +158,7 @@ def _method_class(config: dict[str, Any]) -> type[Adapter]:
 
 
 def _has_prior_pairs(job: CheckedPlan) -> bool:
-    """Whether each sample is a pair of an instance image and a class image (prior preservation)."""
+    """Whether each sample is a pair of a subject image and a class image (prior preservation)."""
     has_class_data = job.data["class_prompt"] is not None or job.data["class_path"] is not None
     return job.data["prior_weight"] > 0 and (has_class_data or _method_class(job.config).uses_class_images)
 

@@ -325,9 +325,9 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
         "family": source.facts.family,
         "backbone": backbone,
         "hash": source.hash(),
-        "trigger": data.dropped_caption,
+        "trigger": data.trigger,
         "images": len(data.train),
-        "captions": data.captions(),
+        "captions": data.all_prompts(),
         "side": data.resolution,
     }
     artifact = find_artifact(run.folder / "artifact", "run")

@@ -31,7 +31,7 @@ class Settings:
         save_every: optimizer steps between snapshots with their sample images; None: no snapshots.
         resume: folder of the run to continue.
         trust: additional packages that ``_target_`` may name.
-        optimized_metric: metric that ``train`` returns to a sweeper.
+        optimized_metric: metric of ``metrics.json`` that a search optimizes and ``sdtune report`` ranks by.
         new_tokens: new tokens to learn in addition to the weights that the method trains, such as
             ``[{token: "<my_cat>", init: cat, vectors: 4}]``.
         tokens_lr: learning rate of their embedding vectors; None: ``optimizer.lr``.

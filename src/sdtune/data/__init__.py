@@ -1,4 +1,4 @@
-"""Captioned images for training: buckets, caches, deterministic order; imports no model code, prompts stay strings."""
+"""Captioned images for training: buckets, caches, deterministic order; imports no model code and no tokenizer."""
 
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.data.dataset import Batch

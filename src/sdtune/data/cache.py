@@ -1,7 +1,9 @@
 """Disk caches of latents and text embeddings, keyed by content.
 
-A latent is identified by the hash of the image, its size, crop and flip, and the hash of the encoder's weights, so an
-edited image or another VAE never matches an old entry. All runs of a user share the entries.
+Latent moments are identified by the image's hash, size and flip (the crop is always the center) and by the VAE's
+weights, config and precision; text embeddings by the prompt and by the text encoder's weights, config, tokenizer,
+settings and precision. So an edited image or another VAE never matches an old entry. All runs of a user share the
+entries.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ class TensorCache:
     ) -> None:
         """Encode and store the ``items`` (cache key -> encoder input) that are missing, ``batch_size`` at a time.
 
-        A batch always has the same items, also those that are stored already: the last bits of an output depend on the
-        size of its batch, and a run that was killed here must continue with the same values.
+        A batch with a missing item is encoded completely: the last bits of an output depend on the size of its batch,
+        and a run that was interrupted here must get the same values when it is resumed.
 
         Raises:
             UserError: an output is not finite; the message names its item, and the output is not stored.

@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, keys_of_rank
 from sdtune.data.control.base import Control
@@ -28,21 +29,6 @@ from sdtune.errors import UserError
 from sdtune.images.files import CENTER
 from sdtune.progress import bar
 
-
-def batch_size_for_pixels(pixels: int, width: int, height: int) -> int:
-    """Batch size for a pixel budget, clamped to 1..64."""
-    return max(1, min(64, pixels // (width * height)))
-
-
-def vae_batch_size(width: int, height: int, kind: str) -> int:
-    """Batch size of the VAE's encoder for images of this size, on a device of type ``kind``.
-
-    On a CPU a batch has at most as many pixels as one image of 256x256: in a batch of four of them, each image takes
-    25% longer. On other devices it has at most as many as four images of 512x512: activations need about 8 GB.
-    """
-    return batch_size_for_pixels(256 * 256 if kind == "cpu" else 4 * 512 * 512, width, height)
-
-
 VALIDATION_TIMESTEPS = 8
 """Number of timesteps at which the validation loss of each held-out image is computed."""
 
@@ -53,16 +39,27 @@ MaskSource = Literal["file", "alpha"]
 
 @dataclass(frozen=True)
 class CacheInputs:
-    """Encoders that fill the caches; ``images`` is None if the VAE is trained, ``text`` if the text encoder is."""
+    """Encoders, cache keys and image generator with which a data module fills its caches.
 
-    images: Callable[[Tensor], Tensor] | None
-    images_hash: str
-    text: Callable[[Sequence[str]], Tensor] | None
-    text_hash: str
-    cache: Path
-    draw: GenerateImages | None = None
-    """Generates class images with the model before training."""
-    model_hash: str = ""
+    Args:
+        encode_images: encodes images [B, 3, H, W] as moments [B, 2C, h, w]; None if the VAE is trained.
+        encode_text: encodes prompts as embeddings [B, L, D]; None if a text encoder is trained.
+        vae_key, text_encoder_key: names of the subfolders of ``folder/latents`` and ``folder/text``; empty if the
+            encoder is trained.
+        folder: the cache folder.
+        generate_images: generates class images with the initial weights of the model; None: they exist already.
+        generator_key: name of the subfolder of ``folder/class``.
+        device: the run's device, for the control-map estimators and the VAE's batch size; None: the CPU.
+        rank, processes: this process and the number of processes that fill the caches together.
+    """
+
+    encode_images: Callable[[Tensor], Tensor] | None
+    vae_key: str
+    encode_text: Callable[[Sequence[str]], Tensor] | None
+    text_encoder_key: str
+    folder: Path
+    generate_images: GenerateImages | None = None
+    generator_key: str = ""
     device: torch.device | None = None
     rank: int = 0
     processes: int = 1
@@ -78,7 +75,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         caption_dropout: fraction of samples that are trained without caption (Ho & Salimans 2022, section 3.2).
         flip: mirror half of the samples.
         random_crop: crop at a random position instead of the center; not possible with cached latents.
-        cache_latents: encode each image once if the VAE is frozen; the moments are stored, not samples of them.
+        cache_latents: encode each image once if the VAE is frozen. The mean and log-variance of the VAE's posterior
+            are stored, and each step draws a latent from them.
         cache_text: encode each caption once if the text encoder is frozen.
         workers: processes that load images.
         limit: train on the first ``limit`` images only; None: all.
@@ -86,11 +84,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
         mask: weight the loss by a mask of each image: ``file`` reads ``image.mask.png`` next to ``image.jpg`` (white
             counts), ``alpha`` takes the image's transparency (opaque counts). Null: all pixels count.
-        class_prompt: prompt for the class of the subject ("a photo of a dog"), or several that are used in turn. It
-            turns on prior preservation: each sample is then a pair of a subject image and a class image.
+        class_prompt: prompt for the class of the subject ("a photo of a dog"), or several that are used in turn.
+            ``class_prompt`` or ``class_path`` turns on prior preservation: each sample is then a pair of a subject
+            image and a class image.
         class_path: folder of class images; None: the model generates them before training.
         class_images: number of class images to generate.
-        prior_weight: lambda of L = L_instance + lambda L_class; 0: no class images.
+        prior_weight: lambda of L = L_subject + lambda L_class; 0: no class images.
         control: source of the control maps.
         seed: the run's seed; determines order, crops, flips and dropout.
     """
@@ -152,8 +151,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     name: str = field(default="images", init=False)
     """Default base name of a run's output files."""
 
-    dropped_caption: str = field(default="", init=False)
-    """Prompt that replaces a dropped caption: the trigger word, or an empty text."""
+    trigger: str | None = field(default=None, init=False)
+    """Trigger word of the captions, if there is one."""
 
     @abstractmethod
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
@@ -164,7 +163,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """
 
     def read_class(self, path: str) -> Sequence[Sample]:
-        """Read the samples in a folder of class images."""
+        """Read the samples in a folder of class images.
+
+        Raises:
+            UserError: the data source does not support ``class_path``, unless a subclass overrides this method.
+        """
         raise UserError(
             f"not supported by {type(self).__name__} data, whose class images are generated",
             key="data.class_path",
@@ -174,14 +177,26 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     # --- samples, buckets and prompts
 
     def open(self, side: int, factor: int) -> None:
-        """Read the samples for a backbone of ``side`` pixels whose VAE downsamples by ``factor``. Loads no weights."""
+        """Read the samples; loads no weights.
+
+        Args:
+            side: image size of the backbone in pixels.
+            factor: downscaling factor of its VAE.
+
+        Raises:
+            UserError: the data cannot be used.
+        """
         if self._opened_for == (side, factor):
             return
         # Depends on the backbone: without data.resolution, the side of the backbone is used.
         self.resolution = self._configured_resolution or side
         self._opened_for, self.factor = (side, factor), factor
         if self.resolution % factor:
-            raise UserError(f"{self.resolution} is not a multiple of {factor}, the VAE's factor", key="data.resolution")
+            raise UserError(
+                f"{self.resolution} is not a multiple of {factor}, the downscaling factor of the VAE",
+                key="data.resolution",
+                remedy=f"set {max(1, round(self.resolution / factor)) * factor}",
+            )
         self.notices = []
         train, self._held_out = self.read()
         self._train = train[: self.limit]
@@ -196,10 +211,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         captions = {sample.caption for sample in self._train}
         class_captions = dict.fromkeys(self.class_prompts, "")
         class_captions |= {sample.caption: f", the caption of {sample}," for sample in self.class_samples}
-        for caption, place in class_captions.items():
+        for caption, origin in class_captions.items():
             if caption in captions:
                 raise UserError(
-                    f"{caption!r}{place} is also a caption of the subject",
+                    f"{caption!r}{origin} is also a caption of the subject",
                     key="data.class_prompt" if self.class_path is None else "data.class_path",
                     remedy="add a rare word to the subject's captions",
                 )
@@ -238,9 +253,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def buckets(self, samples: Sequence[Sample]) -> dict[tuple[int, int], tuple[int, ...]]:
         """Indices of ``samples`` by bucket size (width, height); an index occurs ``repeats`` times."""
         buckets: dict[tuple[int, int], list[int]] = {}
-        for entry, sample in enumerate(samples):
-            buckets.setdefault(self.bucket(sample), []).extend([entry] * sample.repeats)
-        return {size: tuple(entries) for size, entries in sorted(buckets.items())}
+        for index, sample in enumerate(samples):
+            buckets.setdefault(self.bucket(sample), []).extend([index] * sample.repeats)
+        return {size: tuple(indices) for size, indices in sorted(buckets.items())}
 
     def order(self) -> Order:
         """Order of the training samples in global batches."""
@@ -250,21 +265,27 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """All prompts of the training images, without duplicates."""
         return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.prompt_templates))
 
-    def captions(self) -> list[str]:
-        """All prompts of training and validation, without duplicates, including those of dropped captions."""
+    @property
+    def caption_dropout_prompt(self) -> str:
+        """Prompt that replaces a dropped caption: the trigger word, or an empty text."""
+        return self.trigger or ""
+
+    def all_prompts(self) -> list[str]:
+        """All prompts of training and validation without duplicates, including those that replace dropped captions."""
         prompts = dict.fromkeys(self.training_prompts())
         prompts |= dict.fromkeys(self.prompt_templates[0].replace("{}", s.caption) for s in self.held_out)
         prompts |= dict.fromkeys(s.caption for s in self.class_samples)
         if self.caption_dropout:
             # Captions of class images have no trigger word, so a dropped one is empty.
-            prompts |= dict.fromkeys([self.dropped_caption, *([""] if self.has_prior else [])])
+            prompts |= dict.fromkeys([self.caption_dropout_prompt, *([""] if self.has_prior else [])])
         return list(prompts)
 
     # --- checkpoints
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the training and validation data: images, masks and control maps, captions, repeats, order."""
+        """Hash of the training and validation data: images, masks, control maps, class images,
+        captions, repeats and order."""
         digest = hashlib.sha256()
         for sample in (*self.train, *self.held_out):
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
@@ -285,47 +306,59 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     # --- caches
 
-    def generate_class_images(self, encoders: CacheInputs) -> None:
-        """Generate this process's share of the missing class images."""
+    def generate_class_images(self, inputs: CacheInputs) -> None:
+        """Generate this process's share of the missing class images, and set ``class_samples``.
+
+        Does nothing without prior preservation or with ``class_path``.
+        """
         if not self.has_prior or self.class_path is not None:
             return
         assert self.class_prompt is not None
         assert self.resolution is not None
-        folder = encoders.cache / "class" / encoders.model_hash
+        folder = inputs.folder / "class" / inputs.generator_key
         images = class_images(folder, self.class_prompts, self.class_images, self.resolution)
-        if encoders.draw is not None:
-            generate_missing(images, encoders.draw, encoders.rank, encoders.processes)
+        if inputs.generate_images is not None:
+            generate_missing(
+                images,
+                inputs.generate_images,
+                inputs.rank,
+                inputs.processes,
+                batch_size=class_image_batch_size(self.resolution),
+            )
         self.class_samples = images
 
-    def prepare(self, encoders: CacheInputs) -> None:
-        """Fill the caches that the settings and ``encoders`` allow; other inputs are encoded in each step.
+    def prepare(self, inputs: CacheInputs) -> None:
+        """Compare the data with that of a resumed run, estimate control maps, and fill the caches.
+
+        Inputs without a cache (see ``cache_latents``, ``cache_text``, ``inputs``) are encoded in each step.
 
         Raises:
             UserError: the data of a resumed run has changed since the run started.
         """
         if self._resumed_fingerprint and self._resumed_fingerprint != self.fingerprint:
             raise UserError(
-                "the images, masks, captions or repeats have changed since the run started",
+                "the data has changed since the run started (images, class images, masks, control maps, captions or"
+                " order)",
                 key="resume",
-                remedy="restore them, or start a new run",
+                remedy="restore the data, or start a new run",
             )
         # Another run may have used this data module before, with other parts trained.
         self.latent_cache = self.text_cache = None
         if self.control is not None:
-            self.control.prepare((*self.train, *self.held_out), encoders.rank, encoders.processes, encoders.device)
-        if self.cache_latents and encoders.images is not None:
-            self.latent_cache = TensorCache(encoders.cache / "latents" / encoders.images_hash)
-            self._fill_latents(self.latent_cache, encoders)
-        if self.cache_text and encoders.text is not None:
-            self.text_cache = TensorCache(encoders.cache / "text" / encoders.text_hash)
-            prompts = {text_key(prompt): prompt for prompt in self.captions()}
-            rank_prompts = {key: prompts[key] for key in keys_of_rank(prompts, encoders.rank, encoders.processes)}
+            self.control.prepare((*self.train, *self.held_out), inputs.rank, inputs.processes, inputs.device)
+        if self.cache_latents and inputs.encode_images is not None:
+            self.latent_cache = TensorCache(inputs.folder / "latents" / inputs.vae_key)
+            self._fill_latents(self.latent_cache, inputs)
+        if self.cache_text and inputs.encode_text is not None:
+            self.text_cache = TensorCache(inputs.folder / "text" / inputs.text_encoder_key)
+            prompts = {text_key(prompt): prompt for prompt in self.all_prompts()}
+            rank_prompts = {key: prompts[key] for key in keys_of_rank(prompts, inputs.rank, inputs.processes)}
             with bar("Encoding captions", sum(key not in self.text_cache for key in rank_prompts)) as progress:
-                self.text_cache.fill(rank_prompts, encoders.text, batch_size=64, progress=progress)
+                self.text_cache.fill(rank_prompts, inputs.encode_text, batch_size=64, progress=progress)
 
-    def _fill_latents(self, cache: TensorCache, encoders: CacheInputs) -> None:
-        assert encoders.images is not None
-        encode_images = encoders.images
+    def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:
+        assert inputs.encode_images is not None
+        encode_images = inputs.encode_images
         flips = (False, True) if self.flip else (False,)
         sizes = [(sample, self.bucket(sample)) for sample in (*self.train, *self.held_out)]
         # A class image has the size of the subject image that it is paired with.
@@ -333,12 +366,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         views = {latent_key(s, size, flip): View(s, size, flip) for s, size in sizes for flip in flips}
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
-            rank_views = {key: views[key] for key in keys_of_rank(keys, encoders.rank, encoders.processes)}
+            rank_views = {key: views[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
             with bar(f"Encoding images at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
                 cache.fill(
                     rank_views,
                     lambda batch: encode_images(torch.stack([view.tensor() for view in batch])),
-                    batch_size=vae_batch_size(*size, encoders.device.type if encoders.device else "cpu"),
+                    batch_size=vae_batch_size(*size, inputs.device.type if inputs.device else "cpu"),
                     progress=progress,
                 )
 
@@ -363,8 +396,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             return []
         trainer = self.trainer
         assert trainer is not None
-        micro = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
-        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro, VALIDATION_TIMESTEPS)
+        micro_batch_size = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
+        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro_batch_size, VALIDATION_TIMESTEPS)
         return self._loader(ImageDataset(self._row_settings(), self.held_out, training=False), sampler)
 
     def _row_settings(self) -> RowSettings:
@@ -376,7 +409,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             bucket_step=self.bucket_step,
             factor=self.factor,
             prompt_templates=self.prompt_templates,
-            dropped_caption=self.dropped_caption,
+            caption_dropout_prompt=self.caption_dropout_prompt,
             caption_dropout=self.caption_dropout,
             flip=self.flip,
             random_crop=self.random_crop,

@@ -15,27 +15,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdtune.data.listing import list_files, named
+from sdtune.data.listing import count_and_names, list_files
 from sdtune.errors import UserError
 from sdtune.images.files import SUFFIXES, image_size, open_with_alpha
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
 
-MASK = ".mask.png"
+MASK_SUFFIX = ".mask.png"
 """Suffix of mask files: ``fox.mask.png`` is the mask of ``fox.jpg``."""
 
-CAPTIONS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "metadata.csv")
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
-UNREAD_IMAGES = {
+UNSUPPORTED_IMAGE_REMEDIES = {
     ".heic": "install pillow-heif (extra: heic), or convert them",
     ".heif": "install pillow-heif (extra: heic), or convert them",
     ".jxl": "convert them to .png or .webp",
     ".jp2": "convert them to .png or .webp",
     ".psd": "convert them to .png",
 }
-"""What to do with images of formats that are not read, by suffix."""
+"""Remedies for images of unsupported formats, by file suffix."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class CaptionedImage:
     repeats: int = 1
 
 
-_ASK = 'set data.prompt="a photo of ...", or add a .txt file next to each image'
+_CAPTION_REMEDY = 'set data.prompt="a photo of ...", or add a .txt file next to each image'
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What :func:`read_image_folder` has read: the images, and lines for the data summary about what is not used."""
+    """Captioned images of a folder, and lines for the data summary about its unused files."""
 
     images: tuple[CaptionedImage, ...]
     notices: tuple[str, ...]
@@ -67,7 +67,7 @@ def read_image_folder(
     prompt: str | None = None,
     trigger: str | None = None,
     key: str = "data.path",
-    ask: str = _ASK,
+    caption_remedy: str = _CAPTION_REMEDY,
     other_roles: Mapping[Path, str] | None = None,
 ) -> ImageFolder:
     """Read the images in and below ``path``, sorted by path, each with its caption.
@@ -87,8 +87,8 @@ def read_image_folder(
 
     Args:
         key: config key of the folder, for errors.
-        ask: remedy for images without a caption.
-        other_roles: config key by resolved path of folders that are used for something else.
+        caption_remedy: remedy for images without a caption.
+        other_roles: config key by resolved path of the folders of other settings; they are not read.
 
     Raises:
         UserError: no images; an image without a caption, with two captions of the same kind, or with an unreadable
@@ -97,14 +97,14 @@ def read_image_folder(
     folder = Path(path).expanduser().absolute()
     listing = list_files(folder, key, other_roles or {})
     files = listing.files
-    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK)]
+    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK_SUFFIX)]
     if not images:
         raise UserError(
             f"no images found in {folder}: {_contents(folder, files, listing.lines(folder))}",
             key=key,
             remedy=f"set a folder with {', '.join(SUFFIXES)} files",
         )
-    with _errors_name(key):
+    with _errors_with_key(key):
         repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
         captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
         captions |= _metadata_captions(files, images)
@@ -117,7 +117,7 @@ def read_image_folder(
         raise UserError(
             f"{len(uncaptioned)} of {len(images)} images have no caption, the first is {uncaptioned[0]}",
             key=key,
-            remedy=ask,
+            remedy=caption_remedy,
         )
     return ImageFolder(
         tuple(
@@ -129,7 +129,7 @@ def read_image_folder(
 
 
 @contextmanager
-def _errors_name(key: str) -> Iterator[None]:
+def _errors_with_key(key: str) -> Iterator[None]:
     """Context manager that adds the config ``key`` to each UserError without one."""
     try:
         yield
@@ -140,20 +140,21 @@ def _errors_name(key: str) -> Iterator[None]:
 
 
 def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list[str]:
-    """Lines about the files that are neither images, masks, captions of an image nor caption tables."""
+    """Lines about the files that are neither images, masks, captions of an image nor metadata files."""
     stems = {image.with_suffix("") for image in images}
-    unused = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name not in TABLES]
-    orphans = [f for f in unused if f.suffix.lower() in CAPTIONS and f.with_suffix("") not in stems]
-    other = [f for f in unused if f.suffix.lower() not in CAPTIONS]
-    lines = [f"WARNING: captions without an image of the same name: {named(orphans, folder)}"] if orphans else []
+    unused = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name not in METADATA_FILES]
+    orphans = [f for f in unused if f.suffix.lower() in CAPTION_SUFFIXES and f.with_suffix("") not in stems]
+    other = [f for f in unused if f.suffix.lower() not in CAPTION_SUFFIXES]
+    lines = (
+        [f"WARNING: captions without an image of the same name: {count_and_names(orphans, folder)}"] if orphans else []
+    )
     by_suffix: dict[str, list[Path]] = {}
     for file in other:
         by_suffix.setdefault(file.suffix.lower() or "files without a suffix", []).append(file)
     for suffix, group in sorted(by_suffix.items()):
-        hint = UNREAD_IMAGES.get(suffix)
-        lines.append(
-            f"{'WARNING: ' if hint else ''}not read: {suffix}: {named(group, folder)}{f'; {hint}' if hint else ''}"
-        )
+        hint = UNSUPPORTED_IMAGE_REMEDIES.get(suffix)
+        line = f"not read: {suffix}: {count_and_names(group, folder)}"
+        lines.append(f"WARNING: {line}; {hint}" if hint else line)
     return lines
 
 
@@ -169,7 +170,7 @@ def check_images(images: Iterable[CaptionedImage], key: str = "data.path") -> li
     Raises:
         UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
-    with _errors_name(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+    with _errors_with_key(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         return [warning for warning in pool.map(partial(_check, key=key), images) if warning is not None]
 
 
@@ -211,7 +212,7 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
 def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     sidecars: dict[Path, list[Path]] = {}
     for file in files:
-        if file.suffix.lower() in CAPTIONS:
+        if file.suffix.lower() in CAPTION_SUFFIXES:
             sidecars.setdefault(file.with_suffix(""), []).append(file)
     captions = {}
     for image in images:
@@ -229,7 +230,7 @@ def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pat
 def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     known = set(images)
     captions: dict[Path, str] = {}
-    tables = [file for file in files if file.name in TABLES]
+    tables = [file for file in files if file.name in METADATA_FILES]
     for table in tables:
         if table.suffix == ".csv" and table.with_suffix(".jsonl") in tables:
             raise UserError(f"{table.parent} has both metadata.jsonl and metadata.csv", remedy="remove one")

@@ -1,4 +1,4 @@
-"""List the files below an image folder, without folders that contain something else."""
+"""List the files below an image folder, except system folders, sdtune's outputs and folders of other settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Listing:
         reasons: dict[str, list[Path]] = {}
         for folder, reason in self.left_out:
             reasons.setdefault(reason, []).append(folder)
-        return [f"not read: {named(folders, root)}: {reason}" for reason, folders in reasons.items()]
+        return [f"not read: {count_and_names(folders, root)}: {reason}" for reason, folders in reasons.items()]
 
 
 def list_files(folder: Path, key: str, other_roles: Mapping[Path, str]) -> Listing:
@@ -43,14 +43,14 @@ def list_files(folder: Path, key: str, other_roles: Mapping[Path, str]) -> Listi
     Args:
         folder: absolute path; an empty listing if it is not a folder.
         key: config key of the folder, for errors.
-        other_roles: config key by resolved path of the folders that are used for something else; they are left out.
+        other_roles: config key by resolved path of the folders of other settings; they are left out.
 
     Raises:
-        UserError: ``folder`` also has another role, a folder cannot be read, or a link leads to a parent folder.
+        UserError: ``folder`` is also set for another key, a folder cannot be read, or a link leads to a parent folder.
     """
     role = other_roles.get(folder.resolve())
     if role is not None:
-        raise UserError(f"{folder} is also {role}", key=key, remedy="use a folder of its own for each")
+        raise UserError(f"{folder} is also set as {role}", key=key, remedy="use a separate folder for each")
     left_out: list[tuple[Path, str]] = []
     files = list(_walk(folder, key, other_roles, (), left_out)) if folder.is_dir() else []
     # Sort by parts: the comparison of paths differs between Python versions, and the order must be reproducible.
@@ -90,10 +90,10 @@ def _reason(resolved: Path, entries: Sequence[Path], other_roles: Mapping[Path, 
     if any(entry.name in _RUN_MARKS for entry in entries):
         return "written by sdtune"
     role = other_roles.get(resolved)
-    return None if role is None else f"{role} is there"
+    return None if role is None else f"used as {role}"
 
 
-def named(paths: Sequence[Path], root: Path) -> str:
+def count_and_names(paths: Sequence[Path], root: Path) -> str:
     """Count and first names of ``paths`` relative to ``root``, such as ``5 (a.png, b.png, c.png, ...)``."""
     names = [str(path.relative_to(root)) for path in paths[:_SHOWN_NAMES]]
     return f"{len(paths)} ({', '.join([*names, *(['...'] if len(paths) > _SHOWN_NAMES else [])])})"

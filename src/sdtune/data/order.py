@@ -20,19 +20,22 @@ from sdtune.randomness import generator
 
 
 class ScheduledSample(NamedTuple):
-    """Scheduled use of a sample: index ``entry`` in the data, optimizer ``step``, ``position`` in the global batch."""
+    """Scheduled use of a sample: its index in the samples, optimizer ``step``, ``position`` in the batch of the step.
 
-    entry: int
+    In validation the step is 0 and the position is that among all uses of validation samples.
+    """
+
+    sample_index: int
     step: int
     position: int
 
 
 @dataclass(frozen=True)
 class Order:
-    """Order of the global batches: each batch is from one bucket, and every epoch shuffles entries and batches.
+    """Order of the global batches: each batch is from one bucket, and every epoch shuffles samples and batches.
 
     Args:
-        buckets: the entries of each bucket; an entry with n repeats occurs n times.
+        buckets: the sample indices of each bucket; a sample with n repeats occurs n times.
         batch_size: samples per optimizer step, over all processes.
         seed: the run's seed.
     """
@@ -43,11 +46,11 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; each epoch uses every entry at least once."""
+        """Optimizer steps per epoch; each epoch uses every sample at least once."""
         return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
 
     def batch(self, step: int) -> tuple[int, ...]:
-        """Entries of optimizer step ``step``: ``batch_size`` entries of one bucket."""
+        """Sample indices of optimizer step ``step``: ``batch_size`` samples of one bucket."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return _epoch(self, epoch)[step_of_epoch]
 
@@ -61,8 +64,8 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
         # Additional permutations of the bucket fill its last batch: with batches of equal size, the cost of a step and
         # the weight of a sample in the mean loss do not vary.
         permutations = -(-padded // len(bucket))
-        entries = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(permutations)])[:padded]
-        batches += [tuple(int(e) for e in batch) for batch in entries.reshape(-1, order.batch_size)]
+        indices = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(permutations)])[:padded]
+        batches += [tuple(int(i) for i in batch) for batch in indices.reshape(-1, order.batch_size)]
     shuffled = generator(order.seed, streams.ORDER_BATCHES, epoch).permutation(len(batches))
     return [batches[int(i)] for i in shuffled]
 
@@ -91,8 +94,8 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
         processes: int = 1,
         start: Callable[[], int] = lambda: 0,
     ) -> None:
-        micro, remainder = divmod(order.batch_size, accumulation * processes)
-        if remainder or not micro:
+        micro_batch_size, remainder = divmod(order.batch_size, accumulation * processes)
+        if remainder or not micro_batch_size:
             raise UserError(
                 f"{order.batch_size} samples per step cannot be split over {processes} process(es)"
                 f" x {accumulation} micro-batches",
@@ -100,29 +103,37 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
                 remedy=f"set a multiple of {accumulation * processes}",
             )
         self.order, self.steps, self.accumulation = order, steps, accumulation
-        self.rank, self.processes, self.start, self.micro = rank, processes, start, micro
+        self.rank, self.processes, self.start, self.micro_batch_size = rank, processes, start, micro_batch_size
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
         for step in range(self.start(), self.steps):
-            entries = self.order.batch(step)
+            indices = self.order.batch(step)
             for micro_batch in range(self.accumulation):
-                first = (micro_batch * self.processes + self.rank) * self.micro
-                yield [ScheduledSample(entries[p], step, p) for p in range(first, first + self.micro)]
+                first = (micro_batch * self.processes + self.rank) * self.micro_batch_size
+                yield [ScheduledSample(indices[p], step, p) for p in range(first, first + self.micro_batch_size)]
 
 
 class FixedBatches(Sampler[list[ScheduledSample]]):
-    """Batch sampler for validation: each entry ``times`` times, at fixed positions, so that its noise never changes."""
+    """Batch sampler for validation, the same on every process.
+
+    Noise and timestep depend on a sample's position, so fixed positions make them the same in every validation.
+
+    Args:
+        buckets: sample indices of each bucket.
+        batch_size: samples per batch.
+        times: number of uses of each sample.
+    """
 
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, times: int) -> None:
         batches: list[list[ScheduledSample]] = []
         position = 0
         for bucket in buckets:
             samples = [
-                ScheduledSample(entry, 0, position + k)
-                for k, entry in enumerate(e for e in bucket for _ in range(times))
+                ScheduledSample(index, 0, position + k)
+                for k, index in enumerate(i for i in bucket for _ in range(times))
             ]
             position += len(samples)
             batches += [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]

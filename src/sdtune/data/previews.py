@@ -12,7 +12,7 @@ from sdtune.data.datamodule import ImageDataModule
 
 @dataclass(frozen=True)
 class PreviewPrompt:
-    """Prompt of a preview; ``maps`` contains its control map (uint8 [H, W, 3]) if the data has control maps."""
+    """Prompt of a preview; ``maps`` has one control map, uint8 [H, W, 3], or none if the data has no control maps."""
 
     prompt: str
     maps: tuple[np.ndarray, ...] = ()
@@ -23,13 +23,14 @@ def preview_prompts(
 ) -> list[PreviewPrompt]:
     """Preview prompts: ``prompts``, or at most ``count`` prompts of the data.
 
-    If the data has control maps, each prompt gets the map of a held-out image, at ``size`` (width, height), and
-    default prompts are the captions of these images. Without held-out images, training images are used.
+    If the data has control maps, each prompt gets the map of a held-out image at ``size`` (width, height), used in turn
+    if there are more prompts than images; default prompts are the captions of these images. Without held-out images,
+    training images are used.
     """
     if data.control is None:
         return [PreviewPrompt(prompt) for prompt in prompts or data.training_prompts()[:count]]
     samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]
-    prompt_templates = prompts or [sample.caption for sample in samples]
-    return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(prompt_templates)]
+    texts = prompts or [sample.caption for sample in samples]
+    return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(texts)]

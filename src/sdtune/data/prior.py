@@ -21,7 +21,7 @@ from sdtune.progress import bar
 from sdtune.randomness import generator
 
 GenerateImages = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
-"""Generate one image, uint8 [H, W, 3], per (prompt, seed) with the model before training."""
+"""Yields an image, uint8 [H, W, 3], for each (prompt, seed), generated with the initial weights of the model."""
 
 CLASS_POSITION_OFFSET = 1 << 32
 """Offset of the position of a pair's class image, so that the two images of the pair get different noise."""
@@ -53,18 +53,31 @@ def class_images(folder: Path, prompts: Sequence[str], count: int, side: int) ->
     return [ClassImage(folder / keys[t] / f"{n:05d}.png", prompts[t], side) for n, t in enumerate(turns)]
 
 
-def generate_missing(images: Sequence[ClassImage], draw: GenerateImages, rank: int, processes: int) -> None:
-    """Generate this process's share of the missing images; each file is written atomically."""
-    # Divide the work before checking which files exist: the result changes while other processes write files.
+def generate_missing(
+    images: Sequence[ClassImage], generate: GenerateImages, rank: int, processes: int, *, batch_size: int
+) -> None:
+    """Generate this process's share of the missing images; each file is written atomically.
+
+    A batch with a missing image is generated completely: the last bits of an image depend on its batch, and a run that
+    was interrupted here must get the same images when it is resumed.
+
+    Args:
+        batch_size: batch size of ``generate``.
+    """
+    # Divide all files, not the missing ones: other processes already write files, so each would see others missing.
     rank_numbers = [int(number) for number in keys_of_rank(map(str, range(len(images))), rank, processes)]
-    missing = [number for number in rank_numbers if not images[number].path.exists()]
+    missing = {number for number in rank_numbers if not images[number].path.exists()}
     if not missing:
         return
-    requests = [(images[number].caption, number) for number in missing]
+    batches = [rank_numbers[i : i + batch_size] for i in range(0, len(rank_numbers), batch_size)]
+    numbers = [number for batch in batches if missing.intersection(batch) for number in batch]
+    requests = [(images[number].caption, number) for number in numbers]
     more = len({image.caption for image in images}) - 1
     others = f" and {more} other prompts" if more else ""
     with bar(f"Generating images of {images[0].caption!r}{others}", len(missing)) as progress:
-        for number, pixels in zip(missing, draw(requests), strict=True):
+        for number, pixels in zip(numbers, generate(requests), strict=True):
+            if number not in missing:
+                continue
             with replacing(images[number].path, sync=False) as partial:
                 Image.fromarray(pixels).save(partial, format="PNG")
             progress(1)

@@ -13,7 +13,10 @@ from sdtune.images.files import CENTER
 
 
 class Sample(Protocol):
-    """Image with its caption; ``size`` is (width, height) in pixels."""
+    """Image with its caption.
+
+    ``size`` is (width, height) in pixels; ``repeats``, at least 1, is the number of uses per epoch.
+    """
 
     @property
     def caption(self) -> str: ...
@@ -26,7 +29,13 @@ class Sample(Protocol):
         """Identifier of the image's content, part of the cache key of its latents."""
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        """uint8 [H, W, 3], scaled and cropped as :func:`sdtune.images.files.resize_and_crop` does."""
+        """Pixels of the image, uint8 [H, W, 3], scaled and cropped as :func:`sdtune.images.files.resize_and_crop` does.
+
+        Args:
+            size: (width, height) in pixels.
+            offset: (x, y) in [0, 1], the fraction of the excess that is cropped at the left and at the top.
+            flip: mirror left and right.
+        """
 
 
 class Masked(Sample, Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtune.data.control.base import Paired
 from sdtune.data.datamodule import ImageDataModule, MaskSource
-from sdtune.data.folder import MASK, CaptionedImage, check_images, read_image_folder
+from sdtune.data.folder import MASK_SUFFIX, CaptionedImage, check_images, read_image_folder
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
 from sdtune.images.files import open_alpha, open_image, open_mask, resize_and_crop
@@ -45,7 +45,7 @@ class FileSample:
     @property
     def mask_path(self) -> Path:
         """Path of the mask: ``image.mask.png`` next to ``image.jpg``."""
-        return self.path.with_name(f"{self.path.stem}{MASK}")
+        return self.path.with_name(f"{self.path.stem}{MASK_SUFFIX}")
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(self._mask_image().convert("RGB"), size, offset, flip)[..., 0]
@@ -80,7 +80,11 @@ class FileSample:
                 key="data.mask",
                 remedy="save the mask at the size of the image",
             )
-        return f"WARNING: {self.mask_path} is black, so its image trains nothing" if mask.getextrema()[1] == 0 else None
+        return (
+            f"WARNING: {self.mask_path} is black everywhere, so its image does not contribute to the loss"
+            if mask.getextrema()[1] == 0
+            else None
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,7 +94,8 @@ class Folder(ImageDataModule):
     Args:
         path: folder of the images.
         prompt: caption of the images that have no other caption.
-        trigger: trigger word, put before each caption and never dropped.
+        trigger: trigger word, put before each caption that does not start with it; it stays when a caption is
+            dropped.
         repeats: repeats of each image, multiplied by the number in a folder name such as ``10_words``.
         hold_out: hold out every n-th image for the validation loss (10: one in ten).
         validation_path: separate folder of images for the validation loss.
@@ -103,19 +108,16 @@ class Folder(ImageDataModule):
     hold_out: Annotated[int, Ge(2)] | None = None
     validation_path: str | None = None
 
-    dropped_caption: str = field(default="", init=False)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.name = Path(self.path).expanduser().resolve().name
-        self.dropped_caption = self.trigger or ""
         if self.hold_out and self.validation_path:
             raise UserError(
                 "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"
             )
 
     def _roles(self, key: str) -> dict[Path, str]:
-        """Config key by resolved path of the folders that are used for something else than ``key``."""
+        """Folders that settings other than ``key`` use: resolved path -> config key."""
         control_path = self.control.path if isinstance(self.control, Paired) else None
         paths = {
             "data.path": self.path,
@@ -127,7 +129,7 @@ class Folder(ImageDataModule):
 
     def _images(self, path: str, key: str) -> list[CaptionedImage]:
         remedy = 'set data.prompt to the new token, as in data.prompt="<my_cat>"; data.templates adds the other words'
-        arguments: dict[str, Any] = {"ask": remedy} if self.templates else {}
+        arguments: dict[str, Any] = {"caption_remedy": remedy} if self.templates else {}
         folder = read_image_folder(path, self.prompt, self.trigger, key, other_roles=self._roles(key), **arguments)
         self.notices += [*folder.notices, *check_images(folder.images, key)]
         return list(folder.images)

@@ -63,21 +63,21 @@ _STYLE = (
 )
 
 
-def templates(wanted: TemplateSet | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the templates of a predefined set or a user's list; ``{}`` alone for None.
+def templates(setting: TemplateSet | Sequence[str] | None) -> tuple[str, ...]:
+    """Prompt templates of a predefined set or of a user's list; for None, the single template ``{}``.
 
     Raises:
         UserError: a template does not contain ``{}`` exactly once, or the list is empty.
     """
-    if wanted is None:
+    if setting is None:
         return ("{}",)
-    if isinstance(wanted, str):
-        return {"object": _OBJECT, "style": _STYLE}[wanted]
-    for template in wanted:
+    if isinstance(setting, str):
+        return {"object": _OBJECT, "style": _STYLE}[setting]
+    for template in setting:
         if template.count("{}") != 1:
             raise UserError(f"{template!r} must contain {{}} exactly once, for the caption", key="data.templates")
-    if not wanted:
+    if not setting:
         raise UserError(
             "the list is empty", key="data.templates", remedy="set object, style, or a list of texts with {}"
         )
-    return tuple(wanted)
+    return tuple(setting)

@@ -34,7 +34,7 @@ def trained(source: Pretrained, artifact: Path, name: str, device: torch.device)
     """Context manager that yields the backbone with a run's artifact, loaded from its exported files."""
     folder = artifact / name
     is_pipeline = (folder / "model_index.json").is_file()
-    pretrained = source.trained(folder) if is_pipeline else source
+    pretrained = source.of_trained_pipeline(folder) if is_pipeline else source
     backbone = pretrained.load().to(device)
     backbone.prepare_for_device(device)
     nets = controlnets.load_controlnets(backbone, source, [str(folder)]) if folder.is_dir() and not is_pipeline else []

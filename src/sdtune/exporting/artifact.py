@@ -14,7 +14,7 @@ from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.read import is_lora
 
-Kind = Literal["lora", "words", "controlnet", "model"]
+Kind = Literal["lora", "embeddings", "controlnet", "model"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def find_artifact(path: Path, key: str) -> Artifact:
             "lora", path / (f"{kohya[0]}.safetensors" if kohya else FILE_NAME), (kohya or ["lora"])[0], words
         )
     if words:
-        return Artifact("words", path, embeddings.file_stem(next(iter(words))), words)
+        return Artifact("embeddings", path, embeddings.file_stem(next(iter(words))), words)
     raise UserError(f"no LoRA, embedding, ControlNet or model in {path}", key=key, remedy="use a run's artifact folder")
 
 
@@ -80,7 +80,7 @@ def _from_file(path: Path, key: str) -> Artifact:
         return Artifact("model", path, path.stem)
     tensors, metadata = read_safetensors(path)
     if words := embeddings.parse(path, tensors, metadata):
-        return Artifact("words", path, path.stem, words)
+        return Artifact("embeddings", path, path.stem, words)
     if is_controlnet(tensors):
         return Artifact("controlnet", path, path.stem)
     if is_lora(tensors):

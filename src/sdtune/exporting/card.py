@@ -20,10 +20,10 @@ from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD, CARD_GRID
 from sdtune.runs.metrics import finite
 
-_TAGS = {"lora": ["lora"], "words": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
+_TAGS = {"lora": ["lora"], "embeddings": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
 _USAGE = {
     "lora": "diffusers: `pipe.load_lora_weights(FOLDER)`; ComfyUI, A1111: `{name}.safetensors` in the LoRA folder",
-    "words": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's file among the embeddings",
+    "embeddings": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's file as an embedding",
     "controlnet": "diffusers: `ControlNetModel.from_pretrained('{name}')`",
     "model": "diffusers: `DiffusionPipeline.from_pretrained('{name}')`",
 }
@@ -142,7 +142,7 @@ def _copy(file: Path, target: Path) -> None:
 
 _DESCRIPTION = {
     "lora": "A LoRA for Stable Diffusion",
-    "words": "A learned word (Textual Inversion) for Stable Diffusion",
+    "embeddings": "The embedding of a new word (Textual Inversion) for Stable Diffusion",
     "controlnet": "A ControlNet for Stable Diffusion",
     "model": "A fine-tuned Stable Diffusion",
 }

@@ -42,7 +42,7 @@ DTYPES: dict[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat1
 
 FORMATS: dict[Kind, tuple[Format, ...]] = {
     "lora": get_args(Format),
-    "words": ("diffusers", "kohya"),
+    "embeddings": ("diffusers", "kohya"),
     "controlnet": ("diffusers", "single_file"),
     "model": get_args(Format),
 }
@@ -113,7 +113,7 @@ class Export:
             "lora": self._lora,
             "model": self._model,
             "controlnet": self._controlnet,
-            "words": lambda *_: [],
+            "embeddings": lambda *_: [],
         }[artifact.kind](artifact, source, folder)
         return [*written, *self._embeddings(artifact, source, folder)]
 
@@ -131,7 +131,12 @@ class Export:
             )
         else:
             model = "LoRA extracted from a fine-tuned model" if self.format == "kohya" else "model"
-            kinds = {"lora": "LoRA", "words": "learned word", "controlnet": "ControlNet", "model": model}
+            kinds = {
+                "lora": "LoRA",
+                "embeddings": "new token's embedding",
+                "controlnet": "ControlNet",
+                "model": model,
+            }
             name, kind = artifact.name, kinds[artifact.kind]
             reduction = f", reduced to {self._reduction}" if lora and self._reduction else ""
             description = f"The {kind} in {layout}, {self.dtype}{reduction}"
@@ -148,7 +153,7 @@ class Export:
         if not artifact.words:
             return []
         # The hash is of the weights with which the embeddings were trained.
-        trained_with = source.trained(artifact.path) if artifact.kind == "model" else source
+        trained_with = source.of_trained_pipeline(artifact.path) if artifact.kind == "model" else source
         metadata = {"sdtune_backbone_hash": trained_with.hash()}
         formats = ("diffusers", "kohya") if self._is_full_model else (self.format,)
         return embeddings.write(folder, artifact.words, "", metadata, formats, DTYPES[self.dtype])
@@ -214,7 +219,7 @@ class Export:
     # --- full models
 
     def _model(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        tuned = source.trained(artifact.path)
+        tuned = source.of_trained_pipeline(artifact.path)
         if self.format != "kohya":
             return self._full_model(artifact.name, tuned.load(), tuned, folder, {})
         backbone, changed = source.load(), tuned.load()

@@ -1,4 +1,4 @@
-"""Weight files of other programs, read and written: tensors and names, no models."""
+"""Read and write the weight files of other programs: tensors and their names, not models."""
 
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, write_safetensors

@@ -53,7 +53,7 @@ _ABSTRACT_METHODS = ("inject", "write_artifact")
 class Adapter(pl.LightningModule, ABC):
     """A fine-tuning method: makes parameters of a frozen backbone trainable, or adds new ones, and trains them.
 
-    A subclass sets ``artifact_kind`` and ``reads_denoiser_only`` and implements :meth:`inject` and
+    A subclass sets ``artifact_kind`` and ``denoiser_is_read_only`` and implements :meth:`inject` and
     :meth:`write_artifact`. It may override the other methods in the section "hooks".
 
     Args:
@@ -61,22 +61,24 @@ class Adapter(pl.LightningModule, ABC):
         objective: the diffusion loss.
         optimizer: creates the optimizer from parameter groups; AdamW with a learning rate of 1e-4 if None.
         lr_schedule: learning-rate schedule; constant after 100 warm-up steps if None.
-        new_tokens: words to add to the tokenizer, whose embedding vectors are trained.
+        new_tokens: new words for prompts, whose embedding vectors are trained; the tokenizers are not changed.
         tokens_lr: learning rate of the new tokens; the optimizer's if None.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         offload: keep the VAE and the text encoders in main memory if their outputs are cached.
         vae_tiling: decode large images in tiles, to save memory.
-        seed: seed of the initial values and of all random numbers of a step.
+        seed: seed of the initial values and of all random numbers of a training step; validation uses the same noise
+            for every seed.
     """
 
-    artifact_kind: ClassVar[Literal["lora", "words", "controlnet", "model"]]
-    """Kind of the artifact: a LoRA, embeddings of new tokens (``words``), a ControlNet, or a full model."""
+    artifact_kind: ClassVar[Literal["lora", "embeddings", "controlnet", "model"]]
+    """Kind of the artifact: a LoRA, embeddings of new tokens, a ControlNet, or a full model."""
 
     trains_only_new_tokens: ClassVar[bool] = False
     """True if the method trains only new tokens."""
 
-    reads_denoiser_only: ClassVar[bool]
-    """Whether the method neither trains nor copies the UNet's weights, so that they may be loaded in half precision.
+    denoiser_is_read_only: ClassVar[bool]
+    """True if the method neither trains nor copies the UNet's weights; they are then loaded in half precision if the
+    run's precision is mixed.
 
     Each concrete class sets it in its own body and does not inherit it: a subclass may train more than its base class.
     """
@@ -90,10 +92,10 @@ class Adapter(pl.LightningModule, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT_METHODS)
-        if not abstract and "reads_denoiser_only" not in vars(cls):
+        if not abstract and "denoiser_is_read_only" not in vars(cls):
             raise TypeError(
-                f"{cls.__qualname__} must set reads_denoiser_only in its own class body: True if the UNet's weights are"
-                " neither trained nor copied"
+                f"{cls.__qualname__} must set denoiser_is_read_only in its own class body: True if the UNet's weights"
+                " are neither trained nor copied"
             )
 
     def __init__(
@@ -155,12 +157,15 @@ class Adapter(pl.LightningModule, ABC):
             name: name of the file or subfolder to write, without extension.
         """
 
-    def write_snapshot(self, folder: Path, stem: str) -> None:
-        """Write an intermediate artifact named ``stem``; by default the same files as :meth:`write_artifact`."""
-        self.write_artifact(folder, stem)
+    def write_snapshot(self, folder: Path, name: str) -> None:
+        """Write an intermediate artifact named ``name``; by default the same files as :meth:`write_artifact`."""
+        self.write_artifact(folder, name)
 
     def check_data(self, data: ImageDataModule) -> None:
-        """Raise UserError if the method cannot be trained on ``data``; called before any weights are loaded."""
+        """Raise UserError if the method cannot be trained on ``data``.
+
+        Called before the backbone is loaded, and again when training starts; it must not need loaded weights.
+        """
 
     def artifact_bytes(self) -> int:
         """Size in bytes of the tensors that :meth:`artifact` writes; by default the trained parameters in float32."""
@@ -178,9 +183,9 @@ class Adapter(pl.LightningModule, ABC):
 
         Args:
             noisy: noisy latents [B, C, h, w].
-            timesteps: int64 [B].
+            timesteps: int64 [B] in training; in previews one timestep of the sampler, without dimensions.
             text: text embeddings [B, L, D].
-            batch: additional inputs, such as ``frame`` and ``control``.
+            batch: additional inputs, such as ``frame`` and ``control``; in previews at most ``control``.
         """
         inputs = self.backbone.unet_inputs(noisy, timesteps, text, frame=batch.get("frame"))
         return self.executor.predict(self.backbone.unet, inputs)
@@ -212,7 +217,7 @@ class Adapter(pl.LightningModule, ABC):
         fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
         half_dtype = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
-            self.backbone = self.source.load(self.seed, half_dtype if self.reads_denoiser_only else None)
+            self.backbone = self.source.load(self.seed, half_dtype if self.denoiser_is_read_only else None)
             # Lightning makes the run's device the default device; create new modules on the backbone's device instead.
             with self.backbone.device:
                 self._build()
@@ -253,26 +258,26 @@ class Adapter(pl.LightningModule, ABC):
         self.write_artifact(folder, name)
         self._write_new_tokens(folder, name, "")
 
-    def snapshot(self, folder: Path, stem: str, suffix: str) -> None:
+    def snapshot(self, folder: Path, name: str, suffix: str) -> None:
         """Write an intermediate artifact and new tokens.
 
         Args:
             folder: the artifact folder.
-            stem: name of the file or subfolder, without extension.
+            name: name of the file or subfolder, without extension.
             suffix: suffix for the names of the new tokens' files, such as ``-step00000400``.
         """
-        self.write_snapshot(folder, stem)
-        self._write_new_tokens(folder, stem, suffix)
+        self.write_snapshot(folder, name)
+        self._write_new_tokens(folder, name, suffix)
 
-    def _write_new_tokens(self, folder: Path, stem: str, suffix: str) -> None:
+    def _write_new_tokens(self, folder: Path, name: str, suffix: str) -> None:
         if self.new_tokens:
-            embeddings.write(folder, token_vectors(self.backbone), suffix, self.artifact_metadata(folder / stem))
+            embeddings.write(folder, token_vectors(self.backbone), suffix, self.artifact_metadata(folder / name))
 
     def artifact_metadata(self, artifact: Path) -> dict[str, str]:
         """Metadata for the artifact's files: the hash of the backbone that they must be loaded onto.
 
         Args:
-            artifact: path of the artifact that was written just before.
+            artifact: path of the artifact without extension; of a full model, its folder, which is already written.
         """
         return {"sdtune_backbone_hash": self.source.hash()}
 
@@ -330,7 +335,7 @@ class Adapter(pl.LightningModule, ABC):
         """Standard normal noise, float32 [len(positions), *shape].
 
         Args:
-            stream: name of the random stream, such as ``train/noise``.
+            stream: name of the random stream, such as ``train/noise``; validation streams use seed 0.
             step: optimizer step.
             positions: position of each sample in the batch of its step (:class:`sdtune.data.order.ScheduledSample`).
         """
@@ -384,6 +389,7 @@ class Adapter(pl.LightningModule, ABC):
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         previous = {} if is_first else self.step_metrics
         weight = 1 / self.trainer.accumulate_grad_batches
+        # A single term equals the loss.
         metrics = {"loss": loss, **(terms if len(terms) > 1 else {})}
         averages = {key: previous.get(key, 0) + value.detach() * weight for key, value in metrics.items()}
         self.step_metrics = {**previous, **averages}
@@ -399,17 +405,17 @@ class Adapter(pl.LightningModule, ABC):
             self._moments(batch)
             return {}, torch.zeros((), device=self.device)
         per_sample = self.losses(batch)
-        count = batch.get("instances", len(per_sample))
-        terms = {"loss/diffusion": per_sample[:count].mean()}
-        if count == len(per_sample):
+        subject_count = batch.get("subject_count", len(per_sample))
+        terms = {"loss/diffusion": per_sample[:subject_count].mean()}
+        if subject_count == len(per_sample):
             return terms, terms["loss/diffusion"]
         # Ruiz et al. 2023, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
-        terms["loss/prior"] = per_sample[count:].mean()
+        terms["loss/prior"] = per_sample[subject_count:].mean()
         return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.losses(batch, streams.VALIDATION).mean()
-        # MetricsRecorder passes it to the loggers, with the step that metrics.csv has.
+        # logger=False: MetricsRecorder sends the value to the loggers, with the same step as in metrics.csv.
         self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True, logger=False)
 
     # --- the optimizer
@@ -458,7 +464,7 @@ class Adapter(pl.LightningModule, ABC):
         """Add the frozen tensors to a checkpoint, which has only the trained ones.
 
         Raises:
-            UserError: the checkpoint is of another backbone, or has other trained tensors.
+            UserError: the checkpoint was trained on another backbone, or has other tensors than this method trains.
         """
         check_same_backbone(checkpoint["sdtune"]["backbone"], self.source)
         complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())
@@ -469,7 +475,8 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
 
     Raises:
         UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained; a file with
-            initial embeddings is missing; or a new token is in no prompt and would not be trained.
+            initial embeddings is missing; a new token has more vectors than fit into a prompt, is already a word of the
+            vocabulary, or is in no prompt and would not be trained.
     """
     untrained = [part for part in adapter.source.from_scratch if part not in adapter.parts]
     if untrained:
@@ -486,4 +493,4 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
         counts = {token.token: token.vectors for token in adapter.new_tokens}
         check_vector_counts(counts, adapter.source.facts.max_tokens, "new_tokens")
         check_vocabulary(adapter.new_tokens, read_tokenizer(adapter.source.tokenizer_folder()))
-        check_mentioned(adapter.new_tokens, data.captions())
+        check_mentioned(adapter.new_tokens, data.all_prompts())

@@ -33,19 +33,19 @@ class ControlNet(Adapter):
     Args:
         unet: which weights of the UNet are trained too: none (``frozen``), those of its decoder (``decoder``, the
             authors' ``sd_locked=False``; for control maps and styles that the UNet does not know, with a lower learning
-            rate), or all (``open``).
+            rate), or all (``all``).
         unet_lr: learning rate of the UNet's trained weights; the optimizer's if None.
         weights: path of a ControlNet with the initial weights, from any program: a folder in the diffusers layout or a
             single file; a copy of the UNet's encoder if None.
     """
 
     artifact_kind = "controlnet"
-    reads_denoiser_only = False
+    denoiser_is_read_only = False
 
     def __init__(
         self,
         *,
-        unet: Literal["frozen", "decoder", "open"] = "frozen",
+        unet: Literal["frozen", "decoder", "all"] = "frozen",
         unet_lr: Annotated[float, Gt(0)] | None = None,
         weights: str | None = None,
         **common: Unpack[Common],
@@ -55,7 +55,7 @@ class ControlNet(Adapter):
             raise UserError(
                 "the UNet is frozen, so it has no learning rate",
                 key="method.unet_lr",
-                remedy="set method.unet=decoder or method.unet=open, or remove method.unet_lr",
+                remedy="set method.unet=decoder or method.unet=all, or remove method.unet_lr",
             )
         self.unet, self.unet_lr, self.weights = unet, unet_lr, weights
         self.controlnet: ControlNetModel
@@ -83,7 +83,7 @@ class ControlNet(Adapter):
         assert len(self.controlnet.controlnet_down_blocks) == skip_connection_count(unet)
         self.controlnet.train()
         for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(self.unet == "open" or (self.unet == "decoder" and name.startswith(_DECODER)))
+            parameter.requires_grad_(self.unet == "all" or (self.unet == "decoder" and name.startswith(_DECODER)))
 
     def _copy_unet_encoder(self) -> None:
         """Copy the UNet's encoder and draw the initial weights of the control map's embedding from the run's seed."""
@@ -117,11 +117,11 @@ class ControlNet(Adapter):
         Args:
             batch: ``control``, if present: control maps, float32 [B, 3, H, W] in [0, 1].
         """
-        frame, added = batch.get("frame"), None
+        frame, controlnet_residuals = batch.get("frame"), None
         if "control" in batch:
             conditions = self.backbone.conditions(text, noisy, frame)
-            added = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
-        inputs = self.backbone.unet_inputs(noisy, timesteps, text, added, frame)
+            controlnet_residuals = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
+        inputs = self.backbone.unet_inputs(noisy, timesteps, text, controlnet_residuals, frame)
         return self.executor.predict(self.backbone.unet, inputs)
 
     @classmethod

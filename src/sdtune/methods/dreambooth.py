@@ -25,7 +25,7 @@ class DreamBooth(Full):
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
     """
 
-    reads_denoiser_only = False
+    denoiser_is_read_only = False
     uses_class_images = True
 
     def __init__(

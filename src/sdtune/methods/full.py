@@ -43,7 +43,7 @@ class Full(Adapter):
     """
 
     artifact_kind = "model"
-    reads_denoiser_only = False
+    denoiser_is_read_only = False
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Full(Adapter):
         self.rates = {"text_encoder": text_encoder_lr, "vae": vae_lr}
         self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight
         self._perception: list[PerceptualLoss] = []
-        """In a list, so that it is not registered as a submodule of the model."""
+        """The perceptual loss, loaded on first use; in a list, so that it is not a submodule of the model."""
 
     def check_data(self, data: ImageDataModule) -> None:
         if data.held_out and self.parts == ("vae",):

@@ -45,8 +45,8 @@ class Block:
 
     Args:
         rank: rank of these pairs.
-        alpha: alpha of these pairs; if None, the rank with ``alpha_policy=rank``, else ``method.alpha``, or, for the
-            alphas of ``method.weights``, the rank times the file's alpha / rank.
+        alpha: alpha of these pairs. If None: the rank with ``alpha_policy=rank``, ``method.alpha`` with ``constant``
+            and ``rslora``, or, if ``alpha_policy`` is None, rank * (alpha / rank in the file).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -75,8 +75,9 @@ class LoRA(Adapter):
             several paths match, the longest is used.
         targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
             ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``). If
-            None, the layers in ``weights``, or cross-attention and self-attention without ``weights``.
-        projections: attention projections that get pairs; all if None.
+            None, the layers in ``weights`` (if ``projections`` is None too), else cross-attention and self-attention.
+        projections: attention projections that get pairs; if None, those in ``weights`` (if ``targets`` is None too),
+            else all.
         dropout: dropout probability of the input of the LoRA branch.
         text_encoder_lr: learning rate of the text encoder's pairs; the optimizer's if None.
         weights: file with the initial pairs, in diffusers or kohya format, from any program. It also sets the layers,
@@ -84,7 +85,7 @@ class LoRA(Adapter):
     """
 
     artifact_kind = "lora"
-    reads_denoiser_only = True
+    denoiser_is_read_only = True
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class LoRA(Adapter):
         if weights is not None and not Path(weights).expanduser().exists():
             raise UserError(f"{weights} does not exist", key="method.weights", remedy="set it to a LoRA file")
         self.targets, self.projections, self.dropout = targets, projections, dropout
-        self._file_ranks: dict[str, tuple[int, float]] = {}
+        self._ranks_and_alphas_in_file: dict[str, tuple[int, float]] = {}
 
     def check_data(self, data: ImageDataModule) -> None:
         if self.weights_file is not None:
@@ -143,7 +144,7 @@ class LoRA(Adapter):
 
     def inject(self) -> None:
         pairs = self._pairs_in_file()
-        self._file_ranks = {path: (pairs.rank(path), pairs.alphas[path]) for path in pairs.pairs}
+        self._ranks_and_alphas_in_file = {path: (pairs.rank(path), pairs.alphas[path]) for path in pairs.pairs}
         for component, names in self._layers_with_pairs(pairs.pairs.keys()).items():
             self._inject_pairs(component, getattr(self.backbone, component), names)
         modules = {canonical(f"{component}.{name}"): module for component, name, module in self._lora_layers()}
@@ -158,7 +159,7 @@ class LoRA(Adapter):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["sdtune"]["ranks_in_file"] = self._file_ranks
+        checkpoint["sdtune"]["ranks_in_file"] = self._ranks_and_alphas_in_file
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As the base class.
@@ -166,7 +167,7 @@ class LoRA(Adapter):
         Raises:
             UserError: ranks or alphas in ``method.weights`` have changed, which would change the trained pairs.
         """
-        if checkpoint["sdtune"]["ranks_in_file"] != self._file_ranks:
+        if checkpoint["sdtune"]["ranks_in_file"] != self._ranks_and_alphas_in_file:
             raise UserError(
                 f"{self.weights_file} has changed since the run started",
                 key="method.weights",
@@ -263,8 +264,8 @@ class LoRA(Adapter):
         name = self._block(path)
         block = None if name is None else self.blocks[name]
         # A layer that is not in the file gets the file's largest rank.
-        file_rank, file_alpha = self._file_ranks.get(path) or max(
-            self._file_ranks.values(), default=(DEFAULT_RANK, float(DEFAULT_RANK))
+        file_rank, file_alpha = self._ranks_and_alphas_in_file.get(path) or max(
+            self._ranks_and_alphas_in_file.values(), default=(DEFAULT_RANK, float(DEFAULT_RANK))
         )
         rank = block.rank if block else self.rank or file_rank
         alpha = block.alpha if block and block.alpha is not None else self.alpha
@@ -357,21 +358,21 @@ class LoRA(Adapter):
         """Size in bytes of the pairs in both files."""
         return 2 * super().artifact_bytes()
 
-    def write_snapshot(self, folder: Path, stem: str) -> None:
-        """Write ``<stem>.safetensors`` in kohya format."""
+    def write_snapshot(self, folder: Path, name: str) -> None:
+        """Write ``<name>.safetensors`` in kohya format."""
         data = getattr(self.trainer, "datamodule", None)
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
         spec = kohya_lora.ModelSpec(
-            title=stem,
+            title=name,
             resolution=getattr(data, "resolution", None) or self.backbone.facts.side,
             prediction_type=prediction,
             steps=self.trainer.global_step,
             seed=self.seed,
-            trigger=getattr(data, "dropped_caption", None) or None,
+            trigger=getattr(data, "trigger", None) or None,
             architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
         )
-        artifact_metadata, unet = self.artifact_metadata(folder / stem), dict(self.backbone.unet.config)
-        kohya_lora.write(folder / f"{stem}.safetensors", self.weights(), spec, artifact_metadata, unet)
+        artifact_metadata, unet = self.artifact_metadata(folder / name), dict(self.backbone.unet.config)
+        kohya_lora.write(folder / f"{name}.safetensors", self.weights(), spec, artifact_metadata, unet)
 
 
 def _is_below(path: str, parent: str) -> bool:

@@ -11,8 +11,8 @@ from sdtune.methods.base import Adapter
 class TextualInversion(Adapter):
     """Textual Inversion of ``new_tokens`` (Gal et al. 2022, section 3.2, eq. 2)."""
 
-    artifact_kind = "words"
-    reads_denoiser_only = True
+    artifact_kind = "embeddings"
+    denoiser_is_read_only = True
 
     trains_only_new_tokens: ClassVar[bool] = True
 

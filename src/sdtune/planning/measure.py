@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sdtune.backbone.backbone import DECODED_PIXELS, Backbone
-from sdtune.data.datamodule import vae_batch_size
+from sdtune.data.batch_sizes import vae_batch_size
 from sdtune.data.dataset import Batch
 from sdtune.hardware.precision import autocast
 from sdtune.methods.base import Adapter
@@ -98,7 +98,7 @@ def measure(
     Args:
         adapter: the method, on the meta device, with an attached trainer.
         count: samples per micro-batch.
-        pairs: True if each sample is an instance image and a class image.
+        pairs: True if each sample is a subject image and a class image.
         side: side of the square images, in pixels.
         gpu: True to plan for a GPU, False for a CPU.
         cache_latents, cache_text: whether the outputs of frozen encoders are cached.
@@ -111,7 +111,7 @@ def measure(
     caches = cache_latents and not adapter.trains("vae"), cache_text and not adapter.trains("text_encoder")
     batch = meta_batch(adapter, 2 * count if pairs else count, side, *caches)
     if pairs:
-        batch |= {"instances": count, "prior_weight": 1.0}
+        batch |= {"subject_count": count, "prior_weight": 1.0}
     plain = _pass(adapter, batch, gpu)
     gradients = sum(_bytes(p.grad) for _, p in adapter.trainable() if p.grad is not None)
     # Checkpointed blocks are recomputed in backward, where Kernels is active only through this context.

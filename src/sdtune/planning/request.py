@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 
+from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.methods.base import Adapter
 from sdtune.planning.measure import TrainingCosts, measure
-from sdtune.training.caching import class_image_batch_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PlanRequest:
     Attributes:
         make_adapter: creates the method on a backbone on the meta device; its model is not yet configured.
         micro_batch: samples per micro-batch and process.
-        pairs: True if each sample is an instance image and a class image.
+        pairs: True if each sample is a subject image and a class image.
         side: side of the square images, in pixels.
         accumulation: micro-batches per step.
         precision: Lightning's precision, not ``auto``.

@@ -18,7 +18,7 @@ from torch import Tensor
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import Residuals, residuals
 from sdtune.backbone.families import GUIDANCE, Facts
-from sdtune.data.control.base import as_map
+from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
 
 Sampler = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
@@ -75,16 +75,16 @@ class Sampling:
                 scheduler; or no sampler is set and that of the backbone cannot be used.
         """
         for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and side % facts.factor:
-                raise UserError(f"{side} is not a multiple of {facts.factor}, the VAE's factor", key=f"{key}.{name}")
+            if side is not None:
+                facts.check_side(side, f"{key}.{name}")
         if self.steps > facts.train_timesteps:
             raise UserError(f"max {facts.train_timesteps} with this backbone, got {self.steps}", key=f"{key}.steps")
         scheduler = _SCHEDULERS[self.sampler] if self.sampler else facts.scheduler
         if scheduler == "PNDMScheduler" and self.steps < facts.min_steps:
             raise UserError(f"pndm needs at least {facts.min_steps} steps here, got {self.steps}", key=f"{key}.steps")
-        if self.sampler is None and facts.scheduler and not can_sample(facts.scheduler):
+        if self.sampler is None and not can_sample(facts.scheduler):
             raise UserError(
-                f"the scheduler of the backbone is {facts.scheduler}, which cannot be used here",
+                f"the scheduler of the backbone is {facts.scheduler or 'null'}, which cannot be used here",
                 key=f"{key}.sampler",
                 remedy=f"set {key}.sampler=ddim",
             )
@@ -145,12 +145,12 @@ def predict_with_controlnets(
     pairs = zip(backbone.controlnets, maps, strict=True) if backbone.controlnets and maps else ()
     # A ControlNet with strength 0 is skipped, so that it costs nothing.
     conditions = backbone.conditions(text, noisy, None)
-    added = [
+    net_residuals = [
         residuals(net.model, noisy, timesteps, conditions, net_map, net.strength)
         for net, net_map in pairs
         if net.strength
     ]
-    return backbone.predict(noisy, timesteps, text, reduce(Residuals.__add__, added) if added else None)
+    return backbone.predict(noisy, timesteps, text, reduce(Residuals.__add__, net_residuals) if net_residuals else None)
 
 
 @torch.no_grad()
@@ -159,8 +159,9 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Generate the images of ``requests``, in order.
 
-    An image depends only on its prompt, seed and settings, not on the other images of its batch: the initial latents
-    come from a CPU generator with the seed of the request, as in diffusers with one generator per image.
+    Except for rounding, an image depends only on its prompt, seed and settings, not on the other images of its batch:
+    the initial latents come from a CPU generator with the seed of the request, as in diffusers with one generator per
+    image.
 
     Args:
         denoise: denoising function of a method; None: :func:`predict_with_controlnets`.
@@ -189,7 +190,7 @@ def generate(
             negative = backbone.encode_text([settings.negative_prompt])
             text = torch.cat([negative.expand(len(batch), -1, -1), text])
         maps = [
-            torch.stack([as_map(pixels) for pixels in batch_maps]).to(device)
+            torch.stack([map_to_tensor(pixels) for pixels in batch_maps]).to(device)
             for batch_maps in zip(*(request.maps for request in batch), strict=True)
         ]
         assert all(m.shape[2:] == (height, width) for m in maps)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.hardware.precision import HALVES
 from sdtune.planning.memory import ALLOWANCE
 from sdtune.planning.request import PlanRequest, count
-from sdtune.training.caching import class_image_batch_size
 
 _WORKSPACE = 32 * 2**20
 """Bytes of the cuBLAS workspace per thread, and so per run: torch's default on Hopper, the largest of its defaults."""

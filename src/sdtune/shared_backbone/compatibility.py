@@ -110,7 +110,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 def alone(config: Mapping[str, Any]) -> str | None:
     """Reason why a job can share its backbone with no other job; None if it can."""
     method = resolve(str(config["method"]["_target_"]), "method", config.get("trust") or ())
-    if getattr(method, "artifact_kind", None) not in ("lora", "words"):
+    if getattr(method, "artifact_kind", None) not in ("lora", "embeddings"):
         return f"method: {method.__name__} trains the backbone or an additional network"
     if method not in (LoRA, TextualInversion):
         return f"method: {method.__name__} may train more than LoRA pairs or new tokens"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.errors import RunFailed, UserError
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
@@ -26,7 +27,6 @@ from sdtune.methods.base import Adapter
 from sdtune.shared_backbone.batched_unet import BatchedUNet, Mode, map_tensors, shape
 from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.step_coordinator import PendingCall
-from sdtune.training.caching import class_image_batch_size
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -47,7 +47,7 @@ def check_search(master: DictConfig, parsed: Sequence[Override]) -> None:
     sweeper = master.hydra.sweeper
     if sweeper.direction not in (None, *DIRECTIONS):
         raise UserError(f"got {sweeper.direction!r}", key="hydra.sweeper.direction", remedy="set minimize or maximize")
-    for key in ("n_trials", "at_once"):
+    for key in ("n_trials", "n_jobs"):
         if not isinstance(sweeper[key], int) or sweeper[key] < 1:
             raise UserError(f"got {sweeper[key]!r}", key=f"hydra.sweeper.{key}", remedy="set an integer of at least 1")
     metric = master.get("optimized_metric")
@@ -72,7 +72,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
 
     Args:
         n_trials: total number of trials, including those of earlier starts of the sweep.
-        at_once: number of trials that are passed to the launcher together; values above 1 help only if the launcher
+        n_jobs: number of trials that are passed to the launcher together; values above 1 help only if the launcher
             runs jobs concurrently.
         direction: ``minimize`` or ``maximize``; None: inferred from the name of ``optimized_metric``.
         seed: seed of the sampler.
@@ -84,13 +84,13 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
     def __init__(
         self,
         n_trials: int = 20,
-        at_once: int = 1,
+        n_jobs: int = 1,
         direction: str | None = None,
         seed: int = 0,
         startup_trials: int = 8,
         params: DictConfig | None = None,
     ) -> None:
-        self.n_trials, self.at_once, self.direction = n_trials, at_once, direction
+        self.n_trials, self.n_jobs, self.direction = n_trials, n_jobs, direction
         self.seed, self.startup_trials = seed, startup_trials
         self.params: dict[str, Any] = dict(params or {})
         self.config: DictConfig
@@ -127,14 +127,14 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
                 study.tell(running.number, state=optuna.trial.TrialState.FAIL)
                 continue
             # A launcher numbers jobs consecutively, starting from the number of the first one.
-            if batch and (len(batch) == self.at_once or running.number != batch[-1][0] + 1):
+            if batch and (len(batch) == self.n_jobs or running.number != batch[-1][0] + 1):
                 self._launch(study, folder, batch)
                 batch = []
             batch.append((running.number, list(running.user_attrs["overrides"])))
         if batch:
             self._launch(study, folder, batch)
         while (remaining := self.n_trials - len(_trials_with_jobs(study))) > 0:
-            new_trials = [study.ask() for _ in range(min(remaining, self.at_once))]
+            new_trials = [study.ask() for _ in range(min(remaining, self.n_jobs))]
             jobs = [(trial.number, [*fixed, *_suggest(trial, space), f"trial={trial.number}"]) for trial in new_trials]
             for trial, (_, overrides) in zip(new_trials, jobs, strict=True):
                 trial.set_user_attr("overrides", overrides)

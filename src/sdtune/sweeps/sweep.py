@@ -230,7 +230,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         ]
         more = f"; and {len(reasons) - 2} more errors" if len(reasons) > 2 else ""
         raise UserError(f"{'; '.join(reasons[:2])}{more}; no job was started")
-    return int(master.hydra.sweeper.get("at_once", 0)) or len(jobs) or sys.maxsize
+    return int(master.hydra.sweeper.get("n_jobs", 0)) or len(jobs) or sys.maxsize
 
 
 def _known_jobs(hydra: Hydra, master: DictConfig) -> tuple[Sequence[Sequence[str]], list[str]]:

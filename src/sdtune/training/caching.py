@@ -14,15 +14,11 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.data.datamodule import CacheInputs, ImageDataModule, batch_size_for_pixels
+from sdtune.data.batch_sizes import class_image_batch_size
+from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.hardware.precision import HALVES
 from sdtune.paths import cache_folder
 from sdtune.sampling.loop import Request, Sampling, can_sample, generate
-
-
-def class_image_batch_size(side: int) -> int:
-    """Batch size for generating class images of ``side`` x ``side`` pixels: 4 at 512 x 512, clamped to 1..64."""
-    return batch_size_for_pixels(4 * 512 * 512, side, side)
 
 
 @dataclass(frozen=True)
@@ -55,17 +51,17 @@ class CachedParts:
 def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
     """Generate the class images of ``data`` and fill its caches; the processes of ``trainer`` share the work."""
     assert data.resolution is not None
-    all_encoders = encoders(parts, data.resolution)
-    rank_encoders = replace(all_encoders, rank=trainer.global_rank, processes=trainer.world_size)
+    all_inputs = cache_inputs(parts, data.resolution)
+    rank_inputs = replace(all_inputs, rank=trainer.global_rank, processes=trainer.world_size)
     for fill in (data.generate_class_images, data.prepare):
-        fill(rank_encoders)
+        fill(rank_inputs)
         trainer.strategy.barrier("caches")
         if trainer.num_nodes > 1:
             # Without a shared cache folder each node lacks the entries of the other nodes; compute them here.
-            fill(all_encoders)
+            fill(all_inputs)
 
 
-def encoders(parts: CachedParts, side: int) -> CacheInputs:
+def cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
     """Encoders whose outputs may be cached (None for a trained component), and the generator of class images.
 
     Args:
@@ -96,13 +92,13 @@ def encoders(parts: CachedParts, side: int) -> CacheInputs:
 
     generator_key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}".encode())
     return CacheInputs(
-        images=encode_images if parts.frozen_vae else None,
-        images_hash=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
-        text=encode_text if parts.frozen_text else None,
+        encode_images=encode_images if parts.frozen_vae else None,
+        vae_key=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
+        encode_text=encode_text if parts.frozen_text else None,
         # The text encoder uses the run's precision, so embeddings of different precisions differ.
-        text_hash=source.encoder_cache_key("text_encoder", precision) if parts.frozen_text else "",
-        draw=generate_class_images,
-        model_hash=generator_key.hexdigest()[:32],
-        cache=cache_folder(),
+        text_encoder_key=source.encoder_cache_key("text_encoder", precision) if parts.frozen_text else "",
+        generate_images=generate_class_images,
+        generator_key=generator_key.hexdigest()[:32],
+        folder=cache_folder(),
         device=parts.device,
     )

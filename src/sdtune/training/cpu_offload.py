@@ -10,7 +10,7 @@ from torch import nn
 
 
 class CpuOffload:
-    """Moves ``parts`` to main memory and keeps them there, except inside :meth:`back`."""
+    """Moves ``parts`` to main memory and keeps them there, except inside :meth:`on_device`."""
 
     def __init__(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> None:
         self.parts, self.device = parts, device

@@ -133,7 +133,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
         boxes = torch.tensor([[10.0, 4.0, 30.0, 60.0], [40.0, 0.0, 90.0, 60.0], [0.0, 0.0, 5.0, 5.0]])
         return [{"boxes": boxes, "labels": torch.tensor([1, 1, 0]), "scores": torch.ones(3)}]
 
-    monkeypatch.setattr(estimator.finder, "post_process_object_detection", detect)
+    monkeypatch.setattr(estimator.detector_processor, "post_process_object_detection", detect)
     people = estimator.people(Image.fromarray(image))
     assert [p.shape for p in people] == [(17, 3), (17, 3)]
     # ViTPose crops the image to the box, extended to the aspect ratio of its input; its points are in this crop.
@@ -141,7 +141,7 @@ def test_people_are_where_the_detector_finds_them(models: dict[str, Path], monke
         assert (points[:, 0] > left - 45).all()
         assert (points[:, 0] < right + 45).all()
     monkeypatch.setattr(
-        estimator.finder,
+        estimator.detector_processor,
         "post_process_object_detection",
         lambda *_, **__: [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}],
     )

@@ -30,7 +30,7 @@ def test_subject_has_five_images_on_five_backgrounds(subject: str) -> None:
     assert {scene.thing for scene in scenes} == {subject}
     assert len({scene.background for scene in scenes}) == 5
     assert {scene.size for scene in scenes} == {"big", "small"}
-    assert all("sks" in caption for caption in data.captions())
+    assert all("sks" in caption for caption in data.all_prompts())
 
 
 def test_subject_images_do_not_depend_on_the_seed() -> None:

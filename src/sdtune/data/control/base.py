@@ -52,14 +52,14 @@ class Control(ABC):
         return ""
 
     @abstractmethod
-    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         """Control map with the crop of :meth:`sdtune.data.samples.Sample.pixels`, not mirrored: uint8 [H, W, 3]."""
 
     def map(
         self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTER, flip: bool = False
     ) -> np.ndarray:
         """Control map that matches ``sample.pixels(size, offset, flip)``: uint8 [H, W, 3]."""
-        pixels = self.crop(sample, size, offset)
+        pixels = self.unmirrored_map(sample, size, offset)
         # Mirror the finished map: edges detected in a mirrored image differ by single pixels.
         return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
@@ -90,7 +90,7 @@ class Computed(FromImage):
     def extract_maps(self, images: Sequence[np.ndarray], device: torch.device) -> list[np.ndarray]:
         return [self.extract(image) for image in images]
 
-    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self.extract(sample.pixels(size, offset, False))
 
 
@@ -164,7 +164,7 @@ class Paired(Control):
     def content(self, sample: Sample) -> str:
         return hashlib.sha256(self._maps[_path(sample)].read_bytes()).hexdigest()
 
-    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return fit(self._read(self._maps[_path(sample)]), size, offset, self.resample)
 
 
@@ -186,6 +186,6 @@ def fit(
     return resize_and_crop(image, size, offset, resample=Image.Resampling[resample.upper()])
 
 
-def as_map(pixels: np.ndarray) -> Tensor:
+def map_to_tensor(pixels: np.ndarray) -> Tensor:
     """Convert uint8 [H, W, 3] to float32 [3, H, W] in [0, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -28,7 +28,7 @@ _MAX_SIDE = 1024  # longer side of the estimated and cached maps, in pixels
 class Estimated(FromImage):
     """Depth, segmentation or pose maps from a transformers model, computed once per image and cached by its content.
 
-    Depth is scaled from black to white between the minimum and maximum of an image, without inverting it: models of
+    Depth is scaled from black to white between the minimum and maximum of each image, without inverting it: models of
     relative depth (MiDaS, DPT, Depth Anything) output larger values for nearer points. Segmentation classes have the
     colors of PASCAL VOC (Everingham et al. 2010), for any number of classes. Poses are OpenPose skeletons
     (:mod:`sdtune.data.control.poses`); for a mirrored image, left and right are swapped too.
@@ -78,7 +78,7 @@ class Estimated(FromImage):
     ) -> None:
         self._locate_models()
         sample_by_content = {s.content(): s for s in samples}
-        # Divide the work before checking which files exist: the result changes while other processes write files.
+        # Divide all files, not the missing ones: other processes already write files, so each would see others missing.
         rank_samples = [sample_by_content[content] for content in keys_of_rank(sample_by_content, rank, processes)]
         missing = [sample for sample in rank_samples if not all(file.exists() for file in self._files(sample))]
         if not missing:
@@ -114,7 +114,7 @@ class Estimated(FromImage):
         endings = ("", "-other-side") if self.task == "pose" else ("",)
         return [self._map_folder / f"{sample.content()}{ending}.png" for ending in endings]
 
-    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self._crop(self._files(sample)[0], size, offset)
 
     def _crop(self, file: Path, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
@@ -125,7 +125,8 @@ class Estimated(FromImage):
         self, sample: Sample, size: tuple[int, int], offset: tuple[float, float] = CENTER, flip: bool = False
     ) -> np.ndarray:
         if not flip:
-            return self.crop(sample, size, offset)
+            return self.unmirrored_map(sample, size, offset)
+        # For poses the last file has left and right swapped; otherwise it is the only file.
         return np.ascontiguousarray(self._crop(self._files(sample)[-1], size, offset)[:, ::-1])
 
 

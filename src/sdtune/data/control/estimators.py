@@ -16,8 +16,8 @@ from sdtune.errors import UserError
 _REMEDY = "set it to a folder with a transformers model for {}, saved as safetensors"
 
 
-def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.device) -> tuple[Any, Any]:
-    """Load the image processor and the model of class ``kind`` from ``folder``, in eval mode.
+def load_estimator(key: str, folder: Path, task: str, model_class: Any, device: torch.device) -> tuple[Any, Any]:
+    """Load the image processor and the model of ``model_class`` from ``folder``, in eval mode.
 
     Raises:
         UserError: ``folder`` (set by ``data.control.<key>``) has no complete model of this class. transformers would
@@ -27,7 +27,7 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
 
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model, loading_info = kind.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
@@ -48,18 +48,23 @@ def load_estimator(key: str, folder: Path, task: str, kind: Any, device: torch.d
 
 
 class Estimator:
-    """Depth or segmentation estimator."""
+    """Depth or segmentation estimator.
+
+    Args:
+        folder: folder of the transformers model.
+        task: ``depth`` or ``segmentation``.
+    """
 
     def __init__(self, folder: Path, task: str, device: torch.device) -> None:
         from transformers import AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
-        kind = AutoModelForDepthEstimation if task == "depth" else AutoModelForSemanticSegmentation
+        model_class = AutoModelForDepthEstimation if task == "depth" else AutoModelForSemanticSegmentation
         self.task, self.device = task, device
-        self.processor, self.model = load_estimator("model", folder, task, kind, device)
+        self.processor, self.model = load_estimator("model", folder, task, model_class, device)
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray]:
-        """Estimate the map of an image; both are uint8 [H, W, 3]."""
+        """Map of the image ``pixels`` in a tuple (``PoseEstimator`` returns two maps); all are uint8 [H, W, 3]."""
         inputs = self.processor(images=Image.fromarray(pixels), return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
         values = outputs.predicted_depth[:, None] if self.task == "depth" else outputs.logits
@@ -74,7 +79,7 @@ class Estimator:
 def class_colors(classes: np.ndarray) -> np.ndarray:
     """Colors of class ids [H, W] in the palette of PASCAL VOC: uint8 [H, W, 3].
 
-    Each group of three bits of an id, lowest first, sets one bit of red, green and blue, highest first.
+    Bits 0, 1 and 2 of an id are bit 7 of red, green and blue; bits 3, 4 and 5 are bit 6; and so on.
     """
     rgb = np.zeros((*classes.shape, 3), dtype=np.uint8)
     for group in range(8):

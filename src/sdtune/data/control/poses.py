@@ -105,7 +105,7 @@ class PoseEstimator:
             )
         if detector is None:
             return
-        self.finder, self.detector = load_estimator(
+        self.detector_processor, self.detector = load_estimator(
             "detector", detector, "object detection", AutoModelForObjectDetection, device
         )
         if "person" not in self.detector.config.id2label.values():
@@ -122,18 +122,20 @@ class PoseEstimator:
         if not boxes:
             return []
         inputs = self.processor(images=image, boxes=[boxes], return_tensors="pt").to(self.device)
-        experts = self.model.config.backbone_config.num_experts
-        # ViTPose++ has one head per training data set; the first is that of COCO.
-        head = {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=self.device)} if experts > 1 else {}
-        [poses] = self.processor.post_process_pose_estimation(self.model(**inputs, **head), boxes=[boxes])
+        expert_count = self.model.config.backbone_config.num_experts
+        # ViTPose++ has one expert per training data set in its mixture-of-experts layers; the first is that of COCO.
+        expert_arguments = (
+            {"dataset_index": torch.zeros(len(boxes), dtype=torch.long, device=self.device)} if expert_count > 1 else {}
+        )
+        [poses] = self.processor.post_process_pose_estimation(self.model(**inputs, **expert_arguments), boxes=[boxes])
         return [np.concatenate([p["keypoints"].numpy(), p["scores"].numpy()[:, None]], axis=1) for p in poses]
 
     def _boxes(self, image: Image.Image) -> list[list[float]]:
         """Boxes of the people in ``image``: left, top, width and height in pixels."""
         if self.detector is None:
             return [[0.0, 0.0, float(image.width), float(image.height)]]
-        outputs = self.detector(**self.finder(images=image, return_tensors="pt").to(self.device))
-        [detections] = self.finder.post_process_object_detection(
+        outputs = self.detector(**self.detector_processor(images=image, return_tensors="pt").to(self.device))
+        [detections] = self.detector_processor.post_process_object_detection(
             outputs, threshold=MIN_PERSON_SCORE, target_sizes=[(image.height, image.width)]
         )
         names = self.detector.config.id2label

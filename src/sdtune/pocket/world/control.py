@@ -45,7 +45,7 @@ class PocketControl(Control):
                 remedy="set data/control=canny, scribble, paired or estimated for other images",
             )
 
-    def crop(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         assert isinstance(sample, SceneSample)
         resample: Resample = "bilinear" if self.kind == "depth" else "nearest"
         return fit(Image.fromarray(draw_map(sample.scene, self.kind)), size, offset, resample)
