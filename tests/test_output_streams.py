@@ -30,6 +30,7 @@ def test_run_whose_pipe_is_closed_is_completed(tiny: Path, images: Path, tmp_pat
     assert (run / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_run_whose_terminal_is_closed_is_completed(tiny: Path, images: Path, tmp_path: Path) -> None:
     """With SIGHUP ignored, as under nohup."""
     run, (master, slave) = tmp_path / "run", pty.openpty()

@@ -92,6 +92,7 @@ def sampled(tiny: Path, files: Sequence[dict[str, Any]], patch: pytest.MonkeyPat
     return exact
 
 
+@pytest.mark.slow
 def test_diffusers_in_another_process_generates_the_same_images(
     tiny: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def test_costs_include_the_most_expensive_setting_of_every_job() -> None:
     assert group[1] > max(step for _, step, *_ in separate)
 
 
+@pytest.mark.slow
 def test_as_many_runs_fit_as_the_free_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [planned(f"method.rank={rank}") for rank in (4, 16)] * 10
     all_requests, few_requests = requests(jobs), requests(jobs[:5])

@@ -118,6 +118,7 @@ def test_job_that_waits_for_images_survives_a_failed_step() -> None:
     assert "max_concurrent_runs=1" in str(coordinator.error)
 
 
+@pytest.mark.slow
 def test_unwritable_folder_fails_only_its_job(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

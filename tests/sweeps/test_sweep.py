@@ -122,6 +122,7 @@ def test_resumed_sweep_runs_only_unfinished_jobs(
     assert ages(sweep) == after
 
 
+@pytest.mark.slow
 def test_resuming_with_an_edited_recipe_is_refused(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

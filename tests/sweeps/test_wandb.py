@@ -125,6 +125,7 @@ def test_resumed_run_keeps_its_wandb_id(offline: list[str], tiny: Path, images: 
     assert len(ids) == 1
 
 
+@pytest.mark.slow
 def test_artifact_is_logged_only_if_enabled(offline: list[str], tiny: Path, images: Path, tmp_path: Path) -> None:
     for enabled in (False, True):
         run = tmp_path / str(enabled)
