@@ -54,6 +54,8 @@ PHASES: dict[str, tuple[type, str]] = {
 
 METHODS = ("lora", "full", "dreambooth", "textual_inversion", "controlnet")
 ANSWER_SECONDS, SECONDS = 1.0, 240
+END_SECONDS = 5.0
+"""Limit from signal to end: one unit of a phase of the tiny models and its saving take well below a second."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ def _trial(
         assert ended.sent is not None
         if ended.answered is None or ended.answered - ended.sent > ANSWER_SECONDS:
             return ended, f"no answer within {ANSWER_SECONDS} s: {ended.output[-2000:]}"
+        if ended.at - ended.sent > END_SECONDS:
+            return ended, f"ended {ended.at - ended.sent:.1f} s after the signal: {ended.output[-2000:]}"
     if not (folder / "metrics.json").is_file():
         started = (folder / ".hydra" / "overrides.yaml").is_file()
         resumed = run([f"resume={folder}"] if started else overrides, log)
