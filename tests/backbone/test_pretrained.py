@@ -370,6 +370,7 @@ def test_injected_attention_processors_are_kept(tiny: Path) -> None:
         ("vae/config.json", "block_out_channels", None),
         ("text_encoder/config.json", "max_position_embeddings", "x"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", "x"),
+        ("tokenizer/tokenizer_config.json", "model_max_length", [77]),
     ],
 )
 def test_damaged_config_is_one_line(tiny: Path, tmp_path: Path, file: str, key: str, value: object) -> None:

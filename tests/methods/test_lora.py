@@ -89,9 +89,10 @@ def test_targets_and_projections_select_layers(tiny: Path, settings: dict[str, A
     assert layers_with_pairs(model) == expected
 
 
-def test_empty_targets_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^method\.targets: "):
-        LoRA(targets=[])
+@pytest.mark.parametrize("setting", ["targets", "projections"])
+def test_empty_lists_of_layers_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=rf"^method\.{setting}: the list is empty; set at least one of "):
+        LoRA(**{setting: []})
 
 
 def test_alpha_defaults_to_the_rank_and_scales_the_update(tiny: Path) -> None:

@@ -55,7 +55,9 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
         UserError: its files are damaged.
     """
     with unreadable_as_user_error(folder, "backbone.path"):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a")  # some damaged values are found only here
+        return tokenizer
 
 
 def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:

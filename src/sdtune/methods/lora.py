@@ -102,12 +102,13 @@ class LoRA(Adapter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
-        if targets is not None and not targets:
-            raise UserError(
-                "the list is empty",
-                key="method.targets",
-                remedy=f"set at least one of {', '.join(get_args(Target))}",
-            )
+        for name, chosen, options in (("targets", targets, Target), ("projections", projections, Projection)):
+            if chosen is not None and not chosen:
+                raise UserError(
+                    "the list is empty",
+                    key=f"method.{name}",
+                    remedy=f"set at least one of {', '.join(get_args(options))}, or null",
+                )
         if alpha_policy is None and weights is None:
             alpha_policy = "rank"
         if alpha_policy in ("rank", None) and alpha is not None:
