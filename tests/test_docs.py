@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
 from sdtune.cli.main import COMMANDS
-from sdtune.cli.messages import KOHYA
+from sdtune.cli.messages import KOHYA, KOHYA_REMARKS
 from sdtune.config import hardware
 from sdtune.config.compose import compose, search_path, without_hydra
 from sdtune.config.model import check_model
@@ -324,7 +324,8 @@ def script(name: str) -> ModuleType:
 def test_table_for_users_of_kohya_is_that_of_the_messages() -> None:
     text = (ROOT / "docs" / "from-kohya.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert [(name.strip("| `"), value.strip("| `")) for name, value in rows] == list(KOHYA.items())
+    table = [(name.strip("| `"), value.strip("| ")) for name, value in rows]
+    assert table == [*((name, f"`{value}`") for name, value in KOHYA.items()), *KOHYA_REMARKS.items()]
 
 
 @pytest.mark.parametrize("overrides", sorted(set(KOHYA.values())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,23 @@ def test_plan_of_one_method_advises_how_to_fit(
     found = [line for line in lines if line.startswith(("to fit", "does not fit"))]
     assert len(found) == (advice is not None)
     assert advice is None or found[0].startswith(advice)
+    assert next(line for line in lines if line.startswith("these settings (plain): peak ")).endswith(
+        " fits 1000 GiB"
+    ) == (advice is None)
+
+
+def test_plan_names_the_memory_settings_that_are_on(
+    full: TrainingCosts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not advised again."""
+    monkeypatch.setattr(plan_command, "count", lambda request: full)
+    settings = ["hardware.gradient_checkpointing=true", "optimizer=adamw8bit"]
+    assert plan("method=full", "backbone=sd15", *settings, "fits=12") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        re.match(r"these settings \(gradient checkpointing, 8-bit AdamW\): peak .*, fits 12 GiB", x) for x in lines
+    )
+    assert not any(line.startswith("to fit") for line in lines)
 
 
 # --- the command

@@ -122,6 +122,13 @@ def test_files_that_are_not_used_are_counted_and_named(tmp_path: Path) -> None:
     ]
 
 
+def test_prompt_that_no_image_needs_is_warned_about(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", "a cat")
+    assert opened(tmp_path, prompt="a dog").notices == ["WARNING: data.prompt is not used: all images have captions"]
+    save(tmp_path / "b.png")
+    assert opened(tmp_path, prompt="a dog").notices == []
+
+
 def test_black_mask_and_transparent_image_are_warned_about(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     Image.new("L", (64, 64), 0).save(tmp_path / "a.mask.png")

@@ -56,7 +56,8 @@ class ProgressBar(Callback):
         row = pl_module.displayed_metrics
         metrics = ""
         if row:
-            rate = next(value for key, value in row.items() if key.startswith("lr/"))
+            rates = {key: value for key, value in row.items() if key.startswith("lr/")}
+            rate = rates.get("lr/unet", next(iter(rates.values())))
             metrics = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
         line = trainer.global_step * _LOG_LINES // trainer.max_steps
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

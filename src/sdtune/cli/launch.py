@@ -38,6 +38,8 @@ from sdtune.sweeps.sweep import multirun
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
+_NOT_SECRET = ("data.", "new_tokens", "backbone.max_tokens", "keep_tokens")
+"""Words of a prompt and their number, and an option of kohya's scripts."""
 _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
 
 
@@ -173,8 +175,7 @@ def _parse(command: str, parser: ArgumentParser, argv: list[str]) -> Namespace:
 def _check_secrets(overrides: list[str]) -> None:
     for text in overrides:
         key = text.split("=", 1)[0].lstrip("+~")
-        # data.token and new_tokens are words of a prompt; max_tokens is the maximum prompt length.
-        if _SECRET.search(key) and not key.startswith(("data.", "new_tokens", "backbone.max_tokens")):
+        if _SECRET.search(key) and not key.startswith(_NOT_SECRET):
             refuse(f"{key}: a command line is stored in logs and in .hydra/; set secrets as environment variables only")
 
 

@@ -60,6 +60,37 @@ KOHYA = {
 }
 """The overrides that replace an option of kohya's training scripts; VALUE stands for its value."""
 
+_KOHYA_VALUES = {
+    "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
+    "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
+}
+"""Values of kohya's options that have another name here."""
+
+KOHYA_REMARKS = {
+    "max_train_epochs": "training is counted in steps: set trainer.max_steps (a training prints the steps per epoch)",
+    "save_every_n_epochs": "training is counted in steps: set save_every (a training prints the steps per epoch)",
+    "sample_every_n_epochs": "training is counted in steps: set callbacks.samples.every_steps",
+    "sample_prompts": "prompts are a list: 'callbacks.samples.prompts=[\"a frog, red background\"]'",
+    "network_module": "choose the method: method=lora",
+    "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
+    "train_text_encoder": "add it to the layers: 'method.targets=[cross_attention,self_attention,text_encoder]'",
+    "network_train_unet_only": "this is the default: only method.targets with text_encoder trains the text encoder",
+    "dataset_config": "dataset files are not read: set data=folder data.path=DIR",
+    "caption_extension": "it is not needed: .txt and .caption files are read",
+    "shuffle_caption": "captions are not shuffled",
+    "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
+    "enable_bucket": "it is not needed: images are always sorted into buckets",
+    "bucket_no_upscale": "it is not needed: images are never enlarged",
+    "xformers": "it is not needed: fused attention is always used",
+    "sdpa": "it is not needed: fused attention is always used",
+    "save_model_as": "it is not needed: LoRA files are safetensors; see sdtune export for other formats",
+    "save_precision": "set it when exporting: sdtune export run=RUN format=kohya dtype=fp16",
+    "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
+    "log_with": "choose a logger: logger=tensorboard or logger=wandb",
+    "max_data_loader_n_workers": "set data.workers",
+}
+"""What to do about options of kohya's training scripts that no single override replaces."""
+
 _TRAINING = ("train", "prepare", "plan")
 """Commands with the settings of a training."""
 
@@ -87,6 +118,8 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
             return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
+            if value.startswith(("[", "{")) and str(cause.override) in typed:
+                return f"{key}: the shell has split or changed the value; put the override in single quotes"
             if "=" not in str(cause.override):
                 return _split_text(key, typed) or f"{key}: the value is missing; write {key}=VALUE"
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
@@ -118,6 +151,8 @@ def option_error(option: str, command: str, known: Sequence[str]) -> str:
     name = option.lstrip("-").replace("-", "_")
     if name in KOHYA and command in _TRAINING:
         return f"{option}: unknown option; use {KOHYA[name]}, without dashes"
+    if name in KOHYA_REMARKS and command in _TRAINING:
+        return f"{option}: unknown option; see docs/from-kohya.md ({KOHYA_REMARKS[name]})"
     # Of the short names, even the most similar one usually means something else.
     match = closest_match(option, [name for name in known if name.startswith("--")], cutoff=0.8)
     if match is not None:
@@ -138,8 +173,21 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
     if full in KOHYA and command in _TRAINING:
-        return f"{full}: unknown setting; for this option of kohya use {KOHYA[full]}"
+        return f"{full}: unknown setting; for this option of kohya use {_kohya_override(full, typed)}"
+    if full in KOHYA_REMARKS and command in _TRAINING:
+        return f"{full}: unknown setting; see docs/from-kohya.md ({KOHYA_REMARKS[full]})"
+    if full == "trainer.max_epochs":
+        return f"{full}: unknown setting; set trainer.max_steps (a training prints the steps per epoch)"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
+
+
+def _kohya_override(name: str, typed: Sequence[str]) -> str:
+    """The override that replaces kohya's option ``name``, with the value that was typed."""
+    value = next(word.partition("=")[2] for word in typed if word.lstrip("+~").startswith(f"{name}="))
+    value = _KOHYA_VALUES.get(name, {}).get(value, value)
+    if name == "clip_skip" and value.isdecimal():
+        return KOHYA[name].replace("VALUE-1", str(int(value) - 1))
+    return KOHYA[name].replace("VALUE", value)
 
 
 def _suggested_key(full: str, node: Any) -> str:

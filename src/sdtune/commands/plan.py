@@ -27,6 +27,7 @@ from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 from sdtune.methods.base import Adapter
 from sdtune.planning import tables
+from sdtune.planning.memory import Switches
 from sdtune.planning.request import PlanRequest, count
 from sdtune.suggest import suggestion
 
@@ -148,8 +149,18 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
     if table:
         lines = tables.many(costs, first.accumulation, devices, fits)
     else:
-        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits)
+        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits, _configured(first))
     print("\n".join(lines))
+
+
+def _configured(job: CheckedPlan) -> Switches:
+    """The memory-saving options that the config has."""
+    settings = job.config["hardware"]
+    return Switches(
+        checkpointing=bool(settings.get("gradient_checkpointing")),
+        eight_bit="8bit" in str(job.config["optimizer"].get("_target_")),
+        offload=bool(settings.get("offload")),
+    )
 
 
 def _method_class(config: dict[str, Any]) -> type[Adapter]:

@@ -50,14 +50,14 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         raise UserError(
             f"expected a list, got {container['adapters']}",
             key="adapters",
-            remedy="use adapters=[{path: FILE, strength: 0.8}]",
+            remedy="use 'adapters=[{path: FILE, strength: 0.8}]', in single quotes",
         )
     for index, adapter in enumerate(container["adapters"]):
         if not isinstance(adapter, dict):
             raise UserError(
                 f"expected a mapping, got {adapter}",
                 key=f"adapters[{index}]",
-                remedy=f"use {{path: {adapter}, strength: 0.8}}",
+                remedy=f"use {{path: {adapter}, strength: 0.8}}; put the override in single quotes",
             )
         unknown_keys = set(adapter) - {"path", "strength"}
         if "path" not in adapter or unknown_keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdtune.planning.measure import TrainingCosts
-from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, first_that_fits, memory
+from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, Switches, first_that_fits, memory
 
 _NOTE = (
     "offloading: the VAE and the text encoder are moved to the CPU after their outputs are cached.",
@@ -19,8 +19,13 @@ _OVERRIDES = {
 }
 
 
-def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None) -> list[str]:
-    """Lines with all costs of one method."""
+def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None, configured: Switches) -> list[str]:
+    """Lines with all costs of one method.
+
+    Args:
+        fits: memory of the device in GiB that the training should fit, if any.
+        configured: the memory-saving options that the config already has.
+    """
     rows = [["parameters", "frozen", "trained", "total", "weights"]]
     for part in (*costs.components, costs.total):
         counts = (part.frozen, part.trained, part.frozen + part.trained)
@@ -52,8 +57,20 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in memories)])
-    advice = [] if fits is None or memories[0].fits(fits) else [_advice(costs, accumulation, devices, fits), ""]
-    return [*lines, "", *_aligned(table), "", *advice, *_NOTE]
+    own = memory(costs, configured, accumulation, devices)
+    lines += ["", *_aligned(table), "", f"these settings ({_names(configured)}): peak {_size(own.peak)}"]
+    if fits is not None and not own.fits(fits):
+        lines.append(_advice(costs, accumulation, devices, fits))
+    elif fits is not None:
+        lines[-1] += f", fits {fits:g} GiB"
+    return [*lines, "", *_NOTE]
+
+
+def _names(configured: Switches) -> str:
+    """Names of the memory-saving options that are on."""
+    names = {"gradient checkpointing": configured.checkpointing, "8-bit AdamW": configured.eight_bit}
+    names["offloading"] = configured.offload
+    return ", ".join(name for name, is_on in names.items() if is_on) or "plain"
 
 
 def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:

@@ -99,7 +99,7 @@ def _read(folder: Path) -> Run:
         error=None if metrics else job.get("error"),
         config=flat(config),
         metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)},
-        reasons=metrics.get("reasons", {}),
+        reasons=reasons if isinstance(reasons := metrics.get("reasons"), dict) else {},
         history=tuple(_rows(folder / "metrics.csv")),
         images=tuple(_images(folder)),
         sheets={file.stem: file for file in sorted((folder / "evaluation").glob("*.png"))},
