@@ -326,6 +326,8 @@ def test_plan_names_the_memory_settings_that_are_on(
         re.match(r"these settings \(gradient checkpointing, 8-bit AdamW\): peak .*, fits 12 GiB", x) for x in lines
     )
     assert not any(line.startswith("to fit") for line in lines)
+    assert plan("method=full", "backbone=sd15", settings[0], "fits=12") == 0
+    assert "to fit 12 GiB, add: optimizer=adamw8bit" in capsys.readouterr().out.splitlines()
 
 
 # --- the command

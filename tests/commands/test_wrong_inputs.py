@@ -117,8 +117,8 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "misspelt key": (["method.rnak=4"], ("method.rnak", "did you mean method.rank?")),
     "unquoted text": (["data.prompt=a", "photo"], ("data.prompt", "split the text at its spaces", "a photo")),
     "option of kohya": (["--network_dim", "8"], ("--network_dim", "use method.rank=VALUE")),
-    "option of kohya with a space": (["--output_name=my lora"], ("--output_name: ", "use name=VALUE")),
-    "option of kohya with one dash": (["-clip_skip=2"], ("-clip_skip: ", "use backbone.clip_skip=VALUE")),
+    "option of kohya with a space": (["--output_name=my lora"], ("--output_name: ", "use 'name=\"my lora\"'")),
+    "option of kohya with one dash": (["-clip_skip=2"], ("-clip_skip: ", "use backbone.clip_skip=1")),
     "option of kohya with more settings": (
         ["--min-snr-gamma", "5"],
         ("use objective=min_snr objective.weighting.gamma",),
@@ -157,6 +157,12 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "clip skip of kohya": (["clip_skip=2"], ("clip_skip", "use backbone.clip_skip=1")),
     "option of kohya without a setting": (["keep_tokens=1"], ("keep_tokens", "captions are not shuffled")),
     "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.max_steps")),
+    "list that Hydra cannot parse": (["data.templates=[a (b)]"], ("data.templates", "cannot parse", "double quotes")),
+    "option of kohya with dashes": (
+        ["--mixed_precision=fp16"],
+        ("--mixed_precision", "use hardware.precision=16-mixed"),
+    ),
+    "folder of kohya": (["train_data_dir=my images"], ("train_data_dir", "data=folder 'data.path=")),
     "list split by the shell": (["data.templates=[a"], ("data.templates", "single quotes")),
     "misspelt top key": (["sede=4"], ("sede", "did you mean seed?")),
     "misspelt group": (["metod=lora"], ("metod",)),

@@ -125,6 +125,10 @@ def test_files_that_are_not_used_are_counted_and_named(tmp_path: Path) -> None:
 def test_prompt_that_no_image_needs_is_warned_about(tmp_path: Path) -> None:
     save(tmp_path / "a.png", "a cat")
     assert opened(tmp_path, prompt="a dog").notices == ["WARNING: data.prompt is not used: all images have captions"]
+    assert opened(tmp_path, prompt="sks", trigger="sks").notices == []
+    validation = tmp_path.with_name("validation")
+    save(validation / "b.png")
+    assert opened(tmp_path, prompt="a dog", validation_path=str(validation)).notices == []
     save(tmp_path / "b.png")
     assert opened(tmp_path, prompt="a dog").notices == []
 

@@ -95,7 +95,6 @@ def test_recipe_runs_two_steps_at_true_shapes_on_the_meta_device(recipe: Path) -
     assert not [parameter for parameter in frozen if parameter.grad is not None]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [pytest.param(r, marks=[] if r.stem == "sd15_lora" else [pytest.mark.slow], id=r.stem) for r in RECIPES],

@@ -113,7 +113,7 @@ def test_image_does_not_depend_on_its_batch(backbone: Backbone) -> None:
             assert np.abs(batched.astype(int) - single).max() <= 1
 
 
-@pytest.mark.parametrize("scheduler", ["FooScheduler", "DPMSolverSDEScheduler", "KarrasVeScheduler", "UNet2DModel"])
+@pytest.mark.parametrize("scheduler", ["FooScheduler", "DPMSolverSDEScheduler", "KarrasVeScheduler", "UNet2DModel", ""])
 def test_scheduler_that_cannot_sample_needs_a_sampler(backbone: Backbone, scheduler: str) -> None:
     """DPMSolverSDEScheduler needs torchsde, which is not installed."""
     facts = replace(backbone.facts, scheduler=scheduler)

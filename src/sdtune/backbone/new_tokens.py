@@ -240,5 +240,5 @@ def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
             raise UserError(
                 f"{name} occurs in no caption (first caption: {prompts[0]!r})",
                 key="new_tokens",
-                remedy=f'add it to the captions (data.trigger="{name}"); data.prompt is only for images without one',
+                remedy=f"add it to the captions; 'data.trigger=\"{name}\"' puts it before those of data=folder",
             )

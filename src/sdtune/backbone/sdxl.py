@@ -16,9 +16,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.text import encoder_states, unused_prefixes
 
-_SKIPPED = (
-    1  # both encoders output their penultimate hidden states (earlier ones with clip_skip), without the final norm
-)
+# Both encoders output their penultimate hidden states (earlier ones with clip_skip), without the final norm.
+_SKIPPED = 1
 
 
 class SDXLBackbone(Backbone):

@@ -147,7 +147,7 @@ def _check_option_names(command: str, argv: list[str], known: list[str]) -> None
     for word in filter(is_option, argv):
         name = re.split(r"[=\s]", word)[0]
         if name not in known:
-            refuse(option_error(name, command, known))
+            refuse(option_error(word, command, known))
 
 
 _HYDRA_SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher", "hydra.sweeper", "hydra.verbose")

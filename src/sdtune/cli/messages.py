@@ -63,6 +63,7 @@ KOHYA = {
 _KOHYA_VALUES = {
     "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
     "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
+    "lr_scheduler": {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"},
 }
 """Values of kohya's options that have another name here."""
 
@@ -73,7 +74,7 @@ KOHYA_REMARKS = {
     "sample_prompts": "prompts are a list: 'callbacks.samples.prompts=[\"a frog, red background\"]'",
     "network_module": "choose the method: method=lora",
     "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
-    "train_text_encoder": "add it to the layers: 'method.targets=[cross_attention,self_attention,text_encoder]'",
+    "train_text_encoder": "LoRA: 'method.targets=[cross_attention,self_attention,text_encoder]'; others: method.parts",
     "network_train_unet_only": "this is the default: only method.targets with text_encoder trains the text encoder",
     "dataset_config": "dataset files are not read: set data=folder data.path=DIR",
     "caption_extension": "it is not needed: .txt and .caption files are read",
@@ -81,8 +82,8 @@ KOHYA_REMARKS = {
     "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
     "enable_bucket": "it is not needed: images are always sorted into buckets",
     "bucket_no_upscale": "it is not needed: images are never enlarged",
-    "xformers": "it is not needed: fused attention is always used",
-    "sdpa": "it is not needed: fused attention is always used",
+    "xformers": "it is not needed: the attention implementation is chosen for the device",
+    "sdpa": "it is not needed: the attention implementation is chosen for the device",
     "save_model_as": "it is not needed: LoRA files are safetensors; see sdtune export for other formats",
     "save_precision": "set it when exporting: sdtune export run=RUN format=kohya dtype=fp16",
     "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
@@ -119,7 +120,9 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
         if isinstance(cause, OverrideParseException):
             key, _, value = str(cause.override).partition("=")
             if value.startswith(("[", "{")) and str(cause.override) in typed:
-                return f"{key}: the shell has split or changed the value; put the override in single quotes"
+                if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
+                    return f"{key}: the shell has split the value; put the override in single quotes"
+                return f"{key}: cannot parse {value}; put its texts in double quotes and the override in single quotes"
             if "=" not in str(cause.override):
                 return _split_text(key, typed) or f"{key}: the value is missing; write {key}=VALUE"
             remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
@@ -146,11 +149,12 @@ def is_option(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
-def option_error(option: str, command: str, known: Sequence[str]) -> str:
-    """Message for an unknown option of ``command`` such as ``--network_dim``; ``known`` are Hydra's options."""
+def option_error(word: str, command: str, known: Sequence[str]) -> str:
+    """Message for an unknown option of ``command`` such as ``--network_dim=8``; ``known`` are Hydra's options."""
+    option = re.split(r"[=\s]", word)[0]
     name = option.lstrip("-").replace("-", "_")
     if name in KOHYA and command in _TRAINING:
-        return f"{option}: unknown option; use {KOHYA[name]}, without dashes"
+        return f"{option}: unknown option; use {_kohya_override(name, [word])} (settings have no dashes)"
     if name in KOHYA_REMARKS and command in _TRAINING:
         return f"{option}: unknown option; see docs/from-kohya.md ({KOHYA_REMARKS[name]})"
     # Of the short names, even the most similar one usually means something else.
@@ -176,18 +180,26 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
         return f"{full}: unknown setting; for this option of kohya use {_kohya_override(full, typed)}"
     if full in KOHYA_REMARKS and command in _TRAINING:
         return f"{full}: unknown setting; see docs/from-kohya.md ({KOHYA_REMARKS[full]})"
-    if full == "trainer.max_epochs":
+    if full == "trainer.max_epochs" and command in _TRAINING:
         return f"{full}: unknown setting; set trainer.max_steps (a training prints the steps per epoch)"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
 
 
 def _kohya_override(name: str, typed: Sequence[str]) -> str:
-    """The override that replaces kohya's option ``name``, with the value that was typed."""
-    value = next(word.partition("=")[2] for word in typed if word.lstrip("+~").startswith(f"{name}="))
+    """The overrides that replace kohya's option ``name``, with the typed value in place of VALUE if it is known."""
+    value = next((word.partition("=")[2] for word in typed if word.lstrip("+~-").startswith(f"{name}=")), None)
+    if value is None:
+        return KOHYA[name]
     value = _KOHYA_VALUES.get(name, {}).get(value, value)
-    if name == "clip_skip" and value.isdecimal():
-        return KOHYA[name].replace("VALUE-1", str(int(value) - 1))
-    return KOHYA[name].replace("VALUE", value)
+    if name == "clip_skip":
+        return KOHYA[name].replace("VALUE-1", str(int(value) - 1)) if re.fullmatch("[1-9]", value) else KOHYA[name]
+    words = (word.partition("=") for word in KOHYA[name].split())
+    return " ".join(f"{key}={old}" if old != "VALUE" else _override(key, value) for key, _, old in words)
+
+
+def _override(key: str, value: str) -> str:
+    """``key=value``, quoted only if needed: a quoted number would be a text for Hydra."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./+:-]+", value) else shell_override(key, value)
 
 
 def _suggested_key(full: str, node: Any) -> str:

@@ -50,7 +50,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         raise UserError(
             f"expected a list, got {container['adapters']}",
             key="adapters",
-            remedy="use 'adapters=[{path: FILE, strength: 0.8}]', in single quotes",
+            remedy="use 'adapters=[{path: FILE, strength: 0.8}]'",
         )
     for index, adapter in enumerate(container["adapters"]):
         if not isinstance(adapter, dict):

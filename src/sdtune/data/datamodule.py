@@ -284,8 +284,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the training and validation data: images, masks, control maps, class images,
-        captions, repeats and order."""
+        """Hash of the training and validation data.
+
+        It covers images, masks, control maps, class images, captions, repeats and order.
+        """
         digest = hashlib.sha256()
         for sample in (*self.train, *self.held_out):
             digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
@@ -337,8 +339,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """
         if self._resumed_fingerprint and self._resumed_fingerprint != self.fingerprint:
             raise UserError(
-                "the data has changed since the run started (images, class images, masks, control maps, captions or"
-                " order)",
+                "the data has changed since the run started (images, class images, masks, control maps, captions,"
+                " repeats or order)",
                 key="resume",
                 remedy="restore the data, or start a new run",
             )

@@ -60,6 +60,8 @@ class ImageFolder:
 
     images: tuple[CaptionedImage, ...]
     notices: tuple[str, ...]
+    uses_prompt: bool
+    """Whether an image has no caption of its own."""
 
 
 def read_image_folder(
@@ -124,16 +126,9 @@ def read_image_folder(
             CaptionedImage(image, _with_trigger(captions[image], trigger), sizes[image], repeats)
             for image, (repeats, _) in repeats_and_words.items()
         ),
-        (*listing.lines(folder), *_unused(files, images, folder), *_unused_prompt(prompt, key, uncaptioned)),
+        (*listing.lines(folder), *_unused(files, images, folder)),
+        uses_prompt=bool(uncaptioned),
     )
-
-
-def _unused_prompt(prompt: str | None, key: str, uncaptioned: Sequence[Path]) -> list[str]:
-    """A line if ``prompt`` is set and every image has a caption of its own."""
-    if prompt is None or uncaptioned or key == "data.validation_path":
-        return []
-    prompt_key = "data.class_prompt" if key == "data.class_path" else "data.prompt"
-    return [f"WARNING: {prompt_key} is not used: all images have captions"]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,6 +108,8 @@ class Folder(ImageDataModule):
     hold_out: Annotated[int, Ge(2)] | None = None
     validation_path: str | None = None
 
+    _uses_prompt: bool = field(default=False, init=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.name = Path(self.path).expanduser().resolve().name
@@ -132,6 +134,7 @@ class Folder(ImageDataModule):
         arguments: dict[str, Any] = {"caption_remedy": remedy} if self.templates else {}
         folder = read_image_folder(path, self.prompt, self.trigger, key, other_roles=self._roles(key), **arguments)
         self.notices += [*folder.notices, *check_images(folder.images, key)]
+        self._uses_prompt = self._uses_prompt or folder.uses_prompt
         return list(folder.images)
 
     def read_class(self, path: str) -> Sequence[Sample]:
@@ -145,6 +148,7 @@ class Folder(ImageDataModule):
         return [FileSample(image, 1) for image in folder.images]
 
     def read(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        self._uses_prompt = False
         images = self._images(self.path, "data.path")
         validation_images = images[self.hold_out - 1 :: self.hold_out] if self.hold_out else []
         if self.validation_path:
@@ -162,4 +166,6 @@ class Folder(ImageDataModule):
             self.notices += [warning for sample in (*train, *held_out) if (warning := sample.check_mask())]
         if self.mask == "alpha" and not any(sample.has_alpha() for sample in train):
             self.notices.append("WARNING: data.mask=alpha, but no image has transparency; all pixels count")
+        if self.prompt not in (None, self.trigger) and not self._uses_prompt:
+            self.notices.append("WARNING: data.prompt is not used: all images have captions")
         return train, held_out

@@ -22,10 +22,10 @@ class Artifact:
     """A trained artifact and the embeddings of the new tokens that were trained with it.
 
     Attributes:
-        kind: ``lora``, ``words`` (embeddings of new tokens), ``controlnet`` or ``model``.
+        kind: ``lora``, ``embeddings`` (of new tokens), ``controlnet`` or ``model``.
         path: its file or folder.
         name: name of its files, without suffix.
-        words: embedding vectors of new tokens, of an artifact of kind ``words`` or stored with a LoRA or a model.
+        words: embedding vectors of new tokens, of an artifact of kind ``embeddings`` or stored with a LoRA or a model.
     """
 
     kind: Kind

@@ -20,6 +20,12 @@ class Switches:
     eight_bit: bool = False
     offload: bool = False
 
+    def __or__(self, other: Switches) -> Switches:
+        """The options that are on in either of the two."""
+        return Switches(
+            self.checkpointing or other.checkpointing, self.eight_bit or other.eight_bit, self.offload or other.offload
+        )
+
 
 SWITCHES = {
     "plain": Switches(),
@@ -88,9 +94,16 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
     )
 
 
-def first_that_fits(costs: TrainingCosts, accumulation: int, devices: int, gib: float) -> str | None:
-    """First of :data:`SWITCHES` with which the training fits on a device of ``gib`` GiB; None if none does."""
-    for name, switches in SWITCHES.items():
+def first_that_fits(
+    costs: TrainingCosts, accumulation: int, devices: int, gib: float, configured: Switches | None = None
+) -> str | None:
+    """First of :data:`SWITCHES` with which the training fits on a device of ``gib`` GiB; None if none does.
+
+    Args:
+        configured: options that are on in addition.
+    """
+    for name, added in SWITCHES.items():
+        switches = added | (configured or Switches())
         is_allowed = devices == 1 or not switches.offload  # every process needs the full model
         if is_allowed and memory(costs, switches, accumulation, devices).fits(gib):
             return name

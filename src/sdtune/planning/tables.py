@@ -60,7 +60,7 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
     own = memory(costs, configured, accumulation, devices)
     lines += ["", *_aligned(table), "", f"these settings ({_names(configured)}): peak {_size(own.peak)}"]
     if fits is not None and not own.fits(fits):
-        lines.append(_advice(costs, accumulation, devices, fits))
+        lines.append(_advice(costs, accumulation, devices, fits, configured))
     elif fits is not None:
         lines[-1] += f", fits {fits:g} GiB"
     return [*lines, "", *_NOTE]
@@ -68,9 +68,7 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
 
 def _names(configured: Switches) -> str:
     """Names of the memory-saving options that are on."""
-    names = {"gradient checkpointing": configured.checkpointing, "8-bit AdamW": configured.eight_bit}
-    names["offloading"] = configured.offload
-    return ", ".join(name for name, is_on in names.items() if is_on) or "plain"
+    return ", ".join(name for name in _OVERRIDES if SWITCHES[name] | configured == configured) or "plain"
 
 
 def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:
@@ -91,11 +89,13 @@ def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits:
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
 
-def _advice(costs: TrainingCosts, accumulation: int, devices: int, fits: float) -> str:
-    """Settings with which the training fits, or those that make it smaller."""
-    name = first_that_fits(costs, accumulation, devices, fits)
+def _advice(costs: TrainingCosts, accumulation: int, devices: int, fits: float, configured: Switches) -> str:
+    """Settings to add to the ``configured`` ones so that the training fits, or those that make it smaller."""
+    name = first_that_fits(costs, accumulation, devices, fits, configured)
     if name is not None:
-        return f"to fit {fits:g} GiB, add: {_OVERRIDES.get(name) or ' '.join(_OVERRIDES.values())}"
+        added = {key: text for key, text in _OVERRIDES.items() if SWITCHES[key] | SWITCHES[name] == SWITCHES[name]}
+        settings = [text for key, text in added.items() if SWITCHES[key] | configured != configured]
+        return f"to fit {fits:g} GiB, add: {' '.join(settings)}"
     return (
         f"does not fit: {_verdict(costs, accumulation, devices, fits).removeprefix('no: ')}; lower data.resolution, or"
         " data.batch_size (or raise trainer.accumulate_grad_batches), or use another method: sdtune plan methods=all"

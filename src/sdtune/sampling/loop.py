@@ -84,7 +84,7 @@ class Sampling:
             raise UserError(f"pndm needs at least {facts.min_steps} steps here, got {self.steps}", key=f"{key}.steps")
         if self.sampler is None and not can_sample(facts.scheduler):
             raise UserError(
-                f"the scheduler of the backbone is {facts.scheduler or 'null'}, which cannot be used here",
+                f"the scheduler of the backbone is {facts.scheduler or 'not named'}, which cannot be used here",
                 key=f"{key}.sampler",
                 remedy=f"set {key}.sampler=ddim",
             )
