@@ -384,6 +384,18 @@ def test_damaged_config_is_one_line(tiny: Path, tmp_path: Path, file: str, key: 
         _read(source)
 
 
+def test_tokenizer_with_ids_without_embedding_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny, folder)
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | {"a</w>": 5000}), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^backbone\.path: the tokenizer of .* has the token id 5000, but .* embeddings"
+    ):
+        _read(Pretrained(str(folder)))
+
+
 def _read(source: Pretrained) -> None:
     assert source.facts.side
     source.check()

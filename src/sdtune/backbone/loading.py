@@ -13,6 +13,7 @@ from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.models import MODEL_CLASSES, from_config
 from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
+from sdtune.errors import UserError
 from sdtune.formats.files import check_finite
 
 
@@ -61,10 +62,27 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone:
-    """Frozen backbone in eval mode from ``parts``: models and tokenizers by folder name."""
+    """Frozen backbone in eval mode from ``parts``: models and tokenizers by folder name.
+
+    Raises:
+        UserError: a tokenizer has ids for which its text encoder has no embedding.
+    """
+    for tokenizer in source.tokenizers:
+        _check_token_ids(source, tokenizer, parts)
     backbone_class = SDXLBackbone if "text_encoder_2" in parts else Backbone
     backbone = backbone_class(
         scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts
     )
     backbone.requires_grad_(False)
     return backbone.eval()
+
+
+def _check_token_ids(source: PipelineSource, tokenizer: str, parts: dict[str, Any]) -> None:
+    largest = max(parts[tokenizer].get_vocab().values(), default=0)
+    count = parts[tokenizer.replace("tokenizer", "text_encoder")].get_input_embeddings().num_embeddings
+    if largest >= count:
+        raise UserError(
+            f"the {tokenizer} of {source.path} has the token id {largest}, but its text encoder has {count} embeddings",
+            key="backbone.path",
+            remedy="copy or download it again",
+        )
