@@ -148,6 +148,7 @@ def _child(overrides: Sequence[str], log: Path, moment: Moment | None, calls: Pa
     sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
     durations: dict[str, list[float]] = {phase: [] for phase in PHASES}
     code = 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     try:
         with _watched(durations, moment, sent_file), patch.object(sys, "argv", ["sdtune", "train", *overrides]):
             main()
@@ -275,6 +276,8 @@ def _trial(
     log = folder.with_suffix(".log")
     overrides = _in(folder, command(world, method))
     ended = run(overrides, log, moment)
+    if ended.code == 0 and ended.sent is not None and ended.at - ended.sent > END_SECONDS:
+        return ended, f"the signal was ignored: {ended.output[-2000:]}"
     if moment.number != signal.SIGKILL and ended.code != 0:
         if ended.code != 128 + moment.number:
             return ended, f"exit code {ended.code}: {ended.output[-2000:]}"
