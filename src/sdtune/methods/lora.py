@@ -62,6 +62,18 @@ _TEXT_PROJECTIONS: dict[Projection, str] = {"q": "q_proj", "k": "k_proj", "v": "
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
 
 
+def _check_layers(targets: Sequence[Target] | None, projections: Sequence[Projection] | None) -> None:
+    """Raise UserError if no layer gets pairs."""
+    attention_only = not {"feed_forward", "convolutions"} & set(targets or DEFAULT_TARGETS)
+    for name, is_empty, options in (
+        ("targets", targets is not None and not targets, Target),
+        ("projections", projections is not None and not projections and attention_only, Projection),
+    ):
+        if is_empty:
+            remedy = f"set at least one of {', '.join(get_args(options))}, or null"
+            raise UserError("the list is empty", key=f"method.{name}", remedy=remedy)
+
+
 class LoRA(Adapter):
     """LoRA through peft: W' = W + (alpha / rank) B A (Hu et al. 2021, eq. 3).
 
@@ -102,13 +114,7 @@ class LoRA(Adapter):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
-        for name, chosen, options in (("targets", targets, Target), ("projections", projections, Projection)):
-            if chosen is not None and not chosen:
-                raise UserError(
-                    "the list is empty",
-                    key=f"method.{name}",
-                    remedy=f"set at least one of {', '.join(get_args(options))}, or null",
-                )
+        _check_layers(targets, projections)
         if alpha_policy is None and weights is None:
             alpha_policy = "rank"
         if alpha_policy in ("rank", None) and alpha is not None:
