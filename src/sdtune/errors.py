@@ -1,4 +1,4 @@
-"""Exceptions that end a command, and message texts that several modules use."""
+"""Exceptions that end a command, and texts and checks that several modules use."""
 
 from __future__ import annotations
 
@@ -59,3 +59,13 @@ class Pruned(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"pruned at step {step}")
         self.step = step
+
+
+def check_multiple(side: int, factor: int, key: str) -> None:
+    """Raise UserError if ``side`` in pixels, set by ``key``, is not a multiple of the VAE's downscaling ``factor``."""
+    if side % factor:
+        raise UserError(
+            f"{side} is not a multiple of {factor}, the downscaling factor of the VAE",
+            key=key,
+            remedy=f"set {max(1, round(side / factor)) * factor}",
+        )

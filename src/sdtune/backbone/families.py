@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdtune.errors import UserError
+from sdtune.errors import check_multiple
 from sdtune.formats.original import Family
 
 Component = Literal["unet", "vae", "text_encoder"]
@@ -41,12 +41,7 @@ class Facts:
 
     def check_side(self, side: int, key: str) -> None:
         """Raise UserError if the VAE cannot encode or decode an image with this ``side`` in pixels; ``key`` sets it."""
-        if side % self.factor:
-            raise UserError(
-                f"{side} is not a multiple of {self.factor}, the downscaling factor of the VAE",
-                key=key,
-                remedy=f"set {max(1, round(side / self.factor)) * self.factor}",
-            )
+        check_multiple(side, self.factor, key)
 
 
 STATED_PREDICTION = "_prediction_type_of_file"

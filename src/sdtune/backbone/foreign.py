@@ -12,7 +12,7 @@ from sdtune.hardware.out_of_memory import is_out_of_memory
 
 @contextmanager
 def unreadable_as_user_error(path: Path, key: str) -> Iterator[None]:
-    """Context manager for one call of a library that builds an object from the files at ``path``.
+    """Context manager that converts a library's exceptions while it builds an object from the files at ``path``.
 
     For a damaged config, diffusers, transformers and tokenizers raise nearly every kind of exception: TypeError,
     KeyError, ZeroDivisionError, AttributeError, and tokenizers a plain Exception.

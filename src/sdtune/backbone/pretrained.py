@@ -27,7 +27,7 @@ class Pretrained(PipelineSource):
         return source
 
     def of_trained_pipeline(self, folder: Path) -> Pretrained:
-        """Source of the pipeline ``folder`` trained from this backbone, with the settings that its files lack."""
+        """Source of ``folder``, a pipeline trained from this backbone; settings it does not store are inherited."""
         inherited = (
             "guidance",
             "clip",

@@ -16,7 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.text import encoder_states, unused_prefixes
 
-# Both encoders output their penultimate hidden states (earlier ones with clip_skip), without the final norm.
+# SDXL uses the penultimate hidden states of both encoders, without the final norm; clip_skip skips further layers.
 _SKIPPED = 1
 
 

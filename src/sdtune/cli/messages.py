@@ -198,7 +198,7 @@ def _kohya_override(name: str, typed: Sequence[str]) -> str:
 
 
 def _override(key: str, value: str) -> str:
-    """``key=value``, quoted only if needed: a quoted number would be a text for Hydra."""
+    """``key=value``, quoted only if the value needs it: Hydra would read a quoted number as text."""
     return f"{key}={value}" if re.fullmatch(r"[\w./+:-]+", value) else shell_override(key, value)
 
 

@@ -26,7 +26,7 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     kind = resolve(str(node["_target_"]), "optimizer", trust)
     annotated = inspect.get_annotations(kind.__init__ if inspect.isclass(kind) else kind)
     for key, value in node.items():
-        # The constructors of some optimizers have no annotations and accept everything.
+        # Some optimizers have no annotations, so check_node() accepts any value for their arguments.
         if key not in annotated and not isinstance(value, bool | int | float | str | list | None):
             raise UserError(f"got {value!r}", key=f"optimizer.{key}", remedy="expected a number, text or a list")
     check_value(node.get("lr"), Annotated[float, Gt(0)], "optimizer.lr")

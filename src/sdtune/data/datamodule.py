@@ -25,7 +25,7 @@ from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import GenerateImages, class_images, generate_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import TemplateSet, templates
-from sdtune.errors import UserError
+from sdtune.errors import UserError, check_multiple
 from sdtune.images.files import CENTER
 from sdtune.progress import bar
 
@@ -191,12 +191,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         # Depends on the backbone: without data.resolution, the side of the backbone is used.
         self.resolution = self._configured_resolution or side
         self._opened_for, self.factor = (side, factor), factor
-        if self.resolution % factor:
-            raise UserError(
-                f"{self.resolution} is not a multiple of {factor}, the downscaling factor of the VAE",
-                key="data.resolution",
-                remedy=f"set {max(1, round(self.resolution / factor)) * factor}",
-            )
+        check_multiple(self.resolution, factor, "data.resolution")
         self.notices = []
         train, self._held_out = self.read()
         self._train = train[: self.limit]
@@ -271,7 +266,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return self.trigger or ""
 
     def all_prompts(self) -> list[str]:
-        """All prompts of training and validation without duplicates, including those that replace dropped captions."""
+        """All prompts of training and validation, without duplicates, and the prompts that replace dropped captions."""
         prompts = dict.fromkeys(self.training_prompts())
         prompts |= dict.fromkeys(self.prompt_templates[0].replace("{}", s.caption) for s in self.held_out)
         prompts |= dict.fromkeys(s.caption for s in self.class_samples)

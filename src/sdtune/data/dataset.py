@@ -144,7 +144,7 @@ def _mask(sample: Masked, size: tuple[int, int], offset: tuple[float, float], fl
 
 
 def collate(items: list[list[Row]], prior_weight: float) -> Batch:
-    """Collate dataset items into a batch: subject rows first, then class rows.
+    """Combine dataset items into a batch: first the subject rows, then the class rows.
 
     Args:
         prior_weight: loss weight of the class images.

@@ -143,7 +143,7 @@ def _errors_with_key(key: str) -> Iterator[None]:
 
 
 def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list[str]:
-    """Lines about the files that are neither images, masks, captions of an image nor metadata files."""
+    """Lines for the data summary about unused files: all except images, masks, their captions and metadata files."""
     stems = {image.with_suffix("") for image in images}
     unused = [f for f in files if f.suffix.lower() not in SUFFIXES and f.name not in METADATA_FILES]
     orphans = [f for f in unused if f.suffix.lower() in CAPTION_SUFFIXES and f.with_suffix("") not in stems]

@@ -1,4 +1,4 @@
-"""List the files below an image folder, except system folders, sdtune's outputs and folders of other settings."""
+"""List the files below an image folder; skips system folders, sdtune's outputs and folders of other settings."""
 
 from __future__ import annotations
 

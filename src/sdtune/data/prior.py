@@ -21,7 +21,7 @@ from sdtune.progress import bar
 from sdtune.randomness import generator
 
 GenerateImages = Callable[[Sequence[tuple[str, int]]], Iterator[np.ndarray]]
-"""Yields an image, uint8 [H, W, 3], for each (prompt, seed), generated with the initial weights of the model."""
+"""Function that generates one image, uint8 [H, W, 3], for each (prompt, seed) with the model's initial weights."""
 
 CLASS_POSITION_OFFSET = 1 << 32
 """Offset of the position of a pair's class image, so that the two images of the pair get different noise."""

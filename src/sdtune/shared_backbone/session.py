@@ -180,7 +180,7 @@ class SharedWeightsStrategy(SingleDeviceStrategy):
 
 
 class JoinOthers(Callback):
-    """Callback that joins a run to the others: before its first step, or before a validation if no step is left."""
+    """Callback that adds a run to the joint steps: before its first step, or before a validation if no step is left."""
 
     priority: ClassVar[int] = -60
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class CpuOffload:
-    """Moves ``parts`` to main memory and keeps them there, except inside :meth:`on_device`."""
+    """Keeps ``parts`` in main memory; :meth:`on_device` moves them to the device for as long as they are needed."""
 
     def __init__(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> None:
         self.parts, self.device = parts, device

@@ -64,7 +64,7 @@ class Estimator:
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray]:
-        """Map of the image ``pixels`` in a tuple (``PoseEstimator`` returns two maps); all are uint8 [H, W, 3]."""
+        """Estimate the map of an image; both are uint8 [H, W, 3]. A tuple, since ``PoseEstimator`` returns two maps."""
         inputs = self.processor(images=Image.fromarray(pixels), return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
         values = outputs.predicted_depth[:, None] if self.task == "depth" else outputs.logits
