@@ -9,10 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from torch import nn
@@ -125,6 +126,24 @@ def test_hydra_composes_a_config_from_a_folder(tmp_path: Path) -> None:
     finally:
         GlobalHydra.instance().clear()
     assert composed.a == 2
+
+
+def test_composed_config_runs_as_a_hydra_job_in_the_given_folder(tmp_path: Path) -> None:
+    (tmp_path / "any.yaml").write_text("a: 1\nb: ${hydra:runtime.output_dir}\n", encoding="utf-8")
+    search, run = hydra_compat.create_config_search_path(str(tmp_path)), tmp_path / "run"
+    received = []
+
+    def work(config: DictConfig) -> None:
+        received.append(OmegaConf.to_container(config, resolve=True))
+        raise ValueError(HydraConfig.get().run.dir)
+
+    with hydra_compat.initialized("any", search) as hydra:
+        config = hydra.compose_config("any", ["a=2"], RunMode.RUN)
+        with pytest.raises(ValueError, match=str(run)):
+            hydra_compat.run_composed(hydra, config, f"hydra.run.dir={run}", work)
+    assert received == [{"a": 2, "b": str(run)}]
+    saved = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra
+    assert (saved.overrides.task, saved.overrides.hydra, saved.mode) == (["a=2"], [f"hydra.run.dir={run}"], "RUN")
 
 
 def test_default_hydra_callbacks_are_empty() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException
 
-from running import arguments
+from running import arguments, train
 from sdtune.cli.exit_codes import exit_codes
+from sdtune.commands import train_run
 from sdtune.errors import Pruned, RunFailed, Stopped, UserError
 
 SHOWN: dict[str, tuple[BaseException, int, str]] = {
@@ -124,12 +125,9 @@ main()
 """
 
 
-def run_with_bug(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BUG, *words], capture_output=True, text=True, timeout=200)
-
-
 def test_bug_in_a_training_keeps_run_folder_and_traceback(tiny: Path, images: Path, tmp_path: Path) -> None:
-    done = run_with_bug(["train", *arguments(tiny, images, tmp_path / "run")])
+    words = arguments(tiny, images, tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", BUG, "train", *words], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert done.stderr.count("Traceback (most recent call last)") == 1
     assert "ValueError: zip() argument 2 is longer than argument 1" in done.stderr
@@ -137,19 +135,23 @@ def test_bug_in_a_training_keeps_run_folder_and_traceback(tiny: Path, images: Pa
 
 
 def test_bug_in_a_job_of_a_sweep_writes_its_traceback_to_the_job_folder(
-    tiny: Path, images: Path, tmp_path: Path
+    tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def fit(*_: object, **__: object) -> None:
+        list(zip([1], [1, 2], strict=True))
+
+    monkeypatch.setattr(train_run.TrainRun, "build_trainer", fit)
     words = [word for word in arguments(tiny, images, tmp_path) if not word.startswith("hydra.run.dir")]
-    done = run_with_bug(["train", "-m", *words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep"])
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert train("-m", *words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep") == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
     for job in "01":
         folder = tmp_path / "sweep" / job
         state: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         assert state["error"] == "ValueError: zip() argument 2 is longer than argument 1"
         assert state["traceback"] == "error.log"
         assert "in fit" in (folder / "error.log").read_text(encoding="utf-8")
-        assert f"its traceback is in {folder}/error.log" in done.stderr
+        assert f"its traceback is in {folder}/error.log" in errors
 
 
 def test_user_error_keeps_its_fields() -> None:

@@ -34,6 +34,7 @@ def test_stopped_run_continues_by_the_command_that_it_prints(
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path != images] == [NAME]
 
 
+@pytest.mark.slow
 def test_sweep_is_resumed_and_reported(
     tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

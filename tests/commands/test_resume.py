@@ -55,14 +55,14 @@ VARIANTS = {
 def test_killed_and_resumed_run_equals_uninterrupted_run(
     variant: str, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = 30
+    steps = 20
     common = ["name=mine", f"trainer.max_steps={steps}", f"checkpoint.every_steps={EVERY}", "optimizer.lr=1e-3"]
     common += VARIANTS[variant]
     run, reference, log = tmp_path / "run", tmp_path / "reference", tmp_path / "killed.log"
     assert train(*arguments(tiny, images, reference, *common)) == 0
 
     process = start(log, *arguments(tiny, images, run, *common))
-    wait_for_step(process, run, random.randint(EVERY + 1, steps - 8), log)
+    wait_for_step(process, run, random.randint(EVERY + 1, steps - 6), log)
     process.kill()
     process.wait()
     assert not (run / "metrics.json").exists()

@@ -25,7 +25,7 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sweep of 2 ranks x 2 learning rates (one diverges) x 2 seeds, with a caption that attempts script injection."""
+    """Sweep of 2 ranks x 2 seeds, and in its folder a sweep that diverges; a caption attempts script injection."""
     from drawings import save_drawings
 
     folder = tmp_path_factory.mktemp("sweep")
@@ -39,21 +39,23 @@ def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.max_steps=3",
         "data.hold_out=4",
         "trainer.val_check_interval=1",
-        f"hydra.sweep.dir={folder}/it",
     ]
     overrides += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
-    assert train("-m", *overrides, "method.rank=1,2", "optimizer.lr=1e-2,1e30", "seed=0,1") == 1
+    grid = ["method.rank=1,2", "optimizer.lr=1e-2", "seed=0,1"]
+    assert train("-m", *overrides, f"hydra.sweep.dir={folder}/it", *grid) == 0
+    diverging = ["method.rank=2", "optimizer.lr=1e30"]
+    assert train("-m", *overrides, f"hydra.sweep.dir={folder}/it/diverging", *diverging) == 1
     return folder / "it"
 
 
 def test_runs_that_differ_only_in_seed_are_one_setting(sweep: Path) -> None:
     runs = collect(sweep)
-    assert [run.folder.name for run in runs] == [str(i) for i in range(8)]
-    assert [run.state for run in runs] == ["done", "done", "failed", "failed"] * 2
-    assert "not finite" in str(runs[2].error)
+    assert [str(run.folder.relative_to(sweep)) for run in runs] == ["0", "1", "2", "3", "diverging/0"]
+    assert [run.state for run in runs] == ["done"] * 4 + ["failed"]
+    assert "not finite" in str(runs[4].error)
     assert varied(runs) == ["method.rank", "optimizer.lr"]
     settings = group_by_setting(runs)
-    assert [len(setting.runs) for setting in settings] == [2, 2, 2, 2]
+    assert [len(setting.runs) for setting in settings] == [2, 2, 1]
     assert chosen(runs) == "validation_loss"
     order = ranked(settings, "validation_loss")
     assert len(order) == 2, "failed runs are not ranked"
@@ -173,7 +175,7 @@ def test_single_run_and_nested_folders_of_runs_are_collected(sweep: Path, tmp_pa
     assert [run.state for run in collect(sweep / "0")] == ["done"]
     assert write_report(collect(sweep / "0"), tmp_path, "one").stat().st_size > 1_000_000
     shutil.copytree(sweep / "0", tmp_path / "a" / "seed-0")
-    shutil.copytree(sweep / "4", tmp_path / "b" / "seed-0")
+    shutil.copytree(sweep / "2", tmp_path / "b" / "seed-0")
     runs = collect(tmp_path)
     assert [str(run.folder.relative_to(tmp_path)) for run in runs] == ["a/seed-0", "b/seed-0"]
     assert varied(runs) == ["method.rank"]

@@ -53,9 +53,17 @@ GRIDS = {"1,16": "1e-2", "1,4,8,16": "1e-2,1e-3,3e-4,1e-4"}
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("ranks", ["1,16", pytest.param("1,4,8,16", marks=pytest.mark.slow)])
-def test_shared_runs_equal_separate_runs_in_float64(ranks: str, settings: list[str], tmp_path: Path) -> None:
-    overrides = [*settings, "hardware.precision=64-true", f"method.rank={ranks}", f"optimizer.lr={GRIDS[ranks]}"]
+@pytest.mark.parametrize(("ranks", "steps"), [("1,16", 8), pytest.param("1,4,8,16", STEPS, marks=pytest.mark.slow)])
+def test_shared_runs_equal_separate_runs_in_float64(
+    ranks: str, steps: int, settings: list[str], tmp_path: Path
+) -> None:
+    overrides = [
+        *settings,
+        f"trainer.max_steps={steps}",
+        "hardware.precision=64-true",
+        f"method.rank={ranks}",
+        f"optimizer.lr={GRIDS[ranks]}",
+    ]
     together = sweep(tmp_path / "together", overrides, *LAUNCHER)
     assert torch.get_default_dtype() == torch.float32  # Lightning changes it during a step, while other runs compute
     alone = sweep(tmp_path / "alone", overrides)

@@ -19,6 +19,7 @@ from sdtune.sweeps import job as jobs
 LAUNCHER = ("hydra/launcher=shared_backbone", "hydra.launcher.processes=1")
 
 
+@pytest.mark.slow
 def test_step_out_of_memory_fails_its_jobs_and_ends_the_sweep(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

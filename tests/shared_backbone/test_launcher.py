@@ -34,15 +34,15 @@ def test_shared_job_writes_the_same_files_as_a_separate_job(
 ) -> None:
     released: list[None] = []
     monkeypatch.setattr(pool, "release", lambda: released.append(None))
-    overrides = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
+    overrides = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4"]
     assert (
         train(*overrides, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={tmp_path}/together")
         == 0
     )
-    assert "jobs 0-2 share one backbone, 2 at a time" in capsys.readouterr().out
+    assert "jobs 0-1 share one backbone\n" in capsys.readouterr().out
     assert len(released) == 1  # once for all runs, although each has generated previews
     assert train(*overrides, f"hydra.sweep.dir={tmp_path}/alone") == 0
-    for job in "012":
+    for job in "01":
         together, alone = tmp_path / "together" / job, tmp_path / "alone" / job
         assert files(together) == files(alone)
         for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "job.json", "samples/step00000000.png"):

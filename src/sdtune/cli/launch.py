@@ -17,6 +17,7 @@ from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdtune.cli.exit_codes import exit_codes, refuse
 from sdtune.cli.messages import composition_error, is_option, option_error
 from sdtune.config.compose import Prepare, compose, run_folder, search_path
-from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info
+from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info, run_composed
 from sdtune.errors import UserError
 from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun, launched_processes
@@ -48,13 +49,17 @@ def lazy_command(module: str) -> Prepare:
 
     def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         quiet()
-        with gc_disabled():
-            work = importlib.import_module(module)
+        work = sys.modules.get(module) or _imported(module)
         quiet_libraries()
         run: Callable[[DictConfig], Any] = work.prepare(config, folder)
         return run
 
     return prepare
+
+
+def _imported(module: str) -> ModuleType:
+    with gc_disabled():
+        return importlib.import_module(module)
 
 
 @contextlib.contextmanager
@@ -124,7 +129,7 @@ def launch(
             work = prepare(config, folder)
     with exit_codes(command):
         if writes:
-            _run_job(command, search, args.overrides, folder, existed, work)
+            _run_job(search, config, folder, existed, work)
         else:
             work(config)
 
@@ -240,17 +245,16 @@ def _claimed(folder: Path) -> Iterator[Path]:
 
 
 def _run_job(
-    command: str,
-    search: ConfigSearchPath,
-    overrides: list[str],
-    folder: Path,
-    existed: bool,
-    work: Callable[[DictConfig], Any],
+    search: ConfigSearchPath, config: DictConfig, folder: Path, existed: bool, work: Callable[[DictConfig], Any]
 ) -> None:
     """Run ``work`` as a Hydra job in ``folder``; remove the folder if ``work`` raises UserError or SystemExit.
 
     Args:
+        search: Hydra's search path.
+        config: composed config with the node ``hydra``.
+        folder: output folder.
         existed: whether the folder existed before the command, and is therefore not removed.
+        work: receives the config without the node ``hydra``.
     """
     errors: list[Exception] = []
 
@@ -262,14 +266,14 @@ def _run_job(
             errors.append(error)
             return None
 
-    # Hydra composes the config again; the time in the default folder name would differ by then.
-    fixed = [*overrides, override("hydra.run.dir", folder)]
+    # As an override, so that .hydra/hydra.yaml records the folder: the default name contains the time of the start.
+    run_dir = override("hydra.run.dir", folder)
     try:
         with (
             locked(folder) if is_global_zero() else contextlib.nullcontext(),
-            initialized(command, search) as hydra,
+            initialized(config.hydra.job.name, search) as hydra,
         ):
-            hydra.run(config_name=command, task_function=guarded, overrides=fixed, with_log_configuration=True)
+            run_composed(hydra, config, run_dir, guarded)
     except SystemExit:
         _remove_unstarted(folder, existed)
         raise

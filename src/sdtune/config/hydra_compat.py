@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,10 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log, run_job
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, open_dict, read_write
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -28,6 +31,7 @@ __all__ = [
     "initialized",
     "option_names",
     "print_info",
+    "run_composed",
 ]
 
 
@@ -42,6 +46,35 @@ def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
         yield hydra
     finally:
         GlobalHydra.instance().clear()
+
+
+def run_composed(hydra: Hydra, config: DictConfig, run_dir: str, work: Callable[[DictConfig], Any]) -> None:
+    """Run ``work`` as a Hydra job with a composed ``config``; ``Hydra.run`` would compose it a second time.
+
+    Args:
+        hydra: Hydra with the search path of ``config``.
+        config: composed config with the node ``hydra``; changed in place.
+        run_dir: override of ``hydra.run.dir``, which replaces the value in ``config``.
+        work: receives ``config`` without the node ``hydra``; its exception passes through.
+    """
+    folder = OverridesParser.create().parse_override(run_dir)
+    with read_write(config), open_dict(config):
+        config.hydra.run.dir = folder.value()
+        config.hydra.overrides.hydra.append(run_dir)
+        config.hydra.mode = RunMode.RUN
+    name = config.hydra.job.config_name
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    callbacks = Callbacks(config)
+    callbacks.on_run_start(config=config, config_name=name)
+    result = run_job(
+        work,
+        config,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
+        hydra_context=HydraContext(config_loader=hydra.config_loader, callbacks=callbacks),
+    )
+    callbacks.on_run_end(config=config, config_name=name, job_return=result)
+    _ = result.return_value  # raises the exception of a failed job
 
 
 def grid_of_jobs(sweeper: type, overrides: list[Override]) -> list[list[str]] | None:
