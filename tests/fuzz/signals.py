@@ -54,6 +54,7 @@ PHASES: dict[str, tuple[type, str]] = {
 
 METHODS = ("lora", "full", "dreambooth", "textual_inversion", "controlnet")
 ANSWER_SECONDS, SECONDS = 1.0, 240
+TOO_LATE_SECONDS = 0.1  # before the end of the process, when all files are written
 END_SECONDS = 5.0
 """Limit from signal to end: one unit of a phase of the tiny models and its saving take well below a second."""
 
@@ -149,6 +150,7 @@ def _child(overrides: Sequence[str], log: Path, moment: Moment | None, calls: Pa
     durations: dict[str, list[float]] = {phase: [] for phase in PHASES}
     code = 0
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs
     try:
         with _watched(durations, moment, sent_file), patch.object(sys, "argv", ["sdtune", "train", *overrides]):
             main()
@@ -276,7 +278,7 @@ def _trial(
     log = folder.with_suffix(".log")
     overrides = _in(folder, command(world, method))
     ended = run(overrides, log, moment)
-    if ended.code == 0 and ended.sent is not None and ended.at - ended.sent > END_SECONDS:
+    if ended.code == 0 and ended.sent is not None and ended.at - ended.sent > TOO_LATE_SECONDS:
         return ended, f"the signal was ignored: {ended.output[-2000:]}"
     if moment.number != signal.SIGKILL and ended.code != 0:
         if ended.code != 128 + moment.number:
