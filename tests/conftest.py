@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import default_signals  # noqa: F401
 from pipelines import build_pipeline
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more threads

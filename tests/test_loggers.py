@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -110,25 +109,3 @@ def test_ctrl_c_after_the_training_names_the_resume_command(
     assert train(*arguments(tiny, images, tmp_path / "run", *overrides)) == 130
     expected = f"sdtune: stopped; continue it with: sdtune train resume={tmp_path}/run"
     assert capsys.readouterr().err.splitlines()[-1] == expected
-
-
-class SendsSigint(Interrupted):
-    """Sends SIGINT to its own process when it is to keep the artifact."""
-
-    def keep_artifact(self, logger: CSVLogger, artifact: Path, name: str) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_sigint_stops_a_background_job_after_its_training(
-    tiny: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A shell without job control starts background jobs with SIGINT ignored."""
-    overrides = ["trust=[test_loggers]", "+logger.own._target_=test_loggers.SendsSigint", "trainer.max_steps=1"]
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert train(*arguments(tiny, images, tmp_path / "run", *overrides)) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    expected = f"sdtune: stopped; continue it with: sdtune train resume={tmp_path}/run"
-    assert capfd.readouterr().err.splitlines()[-1] == expected

@@ -116,9 +116,9 @@ def test_environment_variable_enables_tracebacks(monkeypatch: pytest.MonkeyPatch
 BUG = """
 import sys
 from sdtune.commands import train_run
-def fit(*_, **__):
+def broken(*_, **__):
     list(zip([1], [1, 2], strict=True))
-train_run.TrainRun.build_trainer = fit
+train_run.TrainRun.build_trainer = broken
 sys.argv = ["sdtune", *sys.argv[1:]]
 from sdtune.cli.main import main
 main()
@@ -137,10 +137,10 @@ def test_bug_in_a_training_keeps_run_folder_and_traceback(tiny: Path, images: Pa
 def test_bug_in_a_job_of_a_sweep_writes_its_traceback_to_the_job_folder(
     tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fit(*_: object, **__: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         list(zip([1], [1, 2], strict=True))
 
-    monkeypatch.setattr(train_run.TrainRun, "build_trainer", fit)
+    monkeypatch.setattr(train_run.TrainRun, "build_trainer", broken)
     words = [word for word in arguments(tiny, images, tmp_path) if not word.startswith("hydra.run.dir")]
     assert train("-m", *words, "seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep") == 1
     errors = capsys.readouterr().err
@@ -150,7 +150,7 @@ def test_bug_in_a_job_of_a_sweep_writes_its_traceback_to_the_job_folder(
         state: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         assert state["error"] == "ValueError: zip() argument 2 is longer than argument 1"
         assert state["traceback"] == "error.log"
-        assert "in fit" in (folder / "error.log").read_text(encoding="utf-8")
+        assert "in broken" in (folder / "error.log").read_text(encoding="utf-8")
         assert f"its traceback is in {folder}/error.log" in errors
 
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from running import arguments, export, rows, sdtune, train
 from sdtune.config.compose import compose, search_path
+from sdtune.quoting import override
 from sdtune.runs.hydra_values import as_current
 
 WORKS, REFUSED, MISSING = "works", "refused", "missing"
@@ -129,3 +130,26 @@ def test_interpolation_without_a_value_is_one_line(
     assert train(*arguments(tiny, images, run, "name=${hydra:sweep.subdir}")) == 2
     assert "Missing mandatory value: hydra.job.num" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_recipe_may_not_set_the_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "conf" / "experiment" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n", encoding="utf-8")
+    run = tmp_path / "run"
+    assert train("-cd", str(tmp_path / "conf"), "experiment=mine", f"hydra.run.dir={run}") == 2
+    assert capsys.readouterr().err == (
+        "sdtune: hydra.mode: got MULTIRUN; remove it from the recipe; -m starts a sweep\n"
+    )
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(("mode", "key"), [((), "hydra.run.dir"), (("-m",), "hydra.sweep.dir")])
+def test_folder_that_hydra_would_interpolate_is_refused(
+    mode: tuple[str, ...], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*mode, override(key, tmp_path / "${x}")) == 2
+    assert capsys.readouterr().err == (
+        f"sdtune: {key}: {tmp_path}/${{x}} contains ${{, which Hydra interpolates; choose another folder\n"
+    )
+    assert not list(tmp_path.iterdir())

@@ -34,12 +34,11 @@ def test_stopped_run_continues_by_the_command_that_it_prints(
     assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path != images] == [NAME]
 
 
-@pytest.mark.slow
 def test_sweep_is_resumed_and_reported(
     tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = tmp_path / NAME
-    sweep_arguments = without_run_folder(tiny, images, "seed=0,1")
+    sweep_arguments = without_run_folder(tiny, images, "seed=0,1", "trainer.max_steps=1")
     assert train("-m", *sweep_arguments, override("hydra.sweep.dir", sweep)) == 0
     (sweep / "1" / "metrics.json").unlink()
     assert train("-m", override("resume", sweep)) == 0

@@ -62,7 +62,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(
     assert train(*arguments(tiny, images, reference, *common)) == 0
 
     process = start(log, *arguments(tiny, images, run, *common))
-    wait_for_step(process, run, random.randint(EVERY + 1, steps - 6), log)
+    wait_for_step(process, run, random.randint(EVERY + 1, 2 * EVERY + 1), log)
     process.kill()
     process.wait()
     assert not (run / "metrics.json").exists()

@@ -11,6 +11,7 @@ metrics and the same artifact, bit for bit.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import load_file
 
+import default_signals  # noqa: F401
 from fuzz.world import World, run_search
 from sdtune.callbacks.samples import Samples
 from sdtune.cli.main import main
@@ -54,7 +56,8 @@ PHASES: dict[str, tuple[type, str]] = {
 
 METHODS = ("lora", "full", "dreambooth", "textual_inversion", "controlnet")
 ANSWER_SECONDS, SECONDS = 1.0, 240
-TOO_LATE_SECONDS = 0.1  # before the end of the process, when all files are written
+TOO_LATE_SECONDS = 0.5
+"""Limit from signal to end for a process that exits with 0: the signal came after its last file."""
 END_SECONDS = 5.0
 """Limit from signal to end: one unit of a phase of the tiny models and its saving take well below a second."""
 
@@ -149,8 +152,7 @@ def _child(overrides: Sequence[str], log: Path, moment: Moment | None, calls: Pa
     sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
     durations: dict[str, list[float]] = {phase: [] for phase in PHASES}
     code = 0
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs
+    faulthandler.dump_traceback_later(SECONDS - 40)
     try:
         with _watched(durations, moment, sent_file), patch.object(sys, "argv", ["sdtune", "train", *overrides]):
             main()

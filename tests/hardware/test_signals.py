@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from sdtune.hardware.signals import STOP_SIGNALS, handled
+from sdtune.hardware.signals import STOP_SIGNALS, _stop_signals, handled
 
 
 def test_handler_receives_signals_and_previous_handlers_are_restored() -> None:
@@ -25,3 +25,12 @@ def test_previous_handler_is_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError), handled([signal.SIGTERM], lambda *_: None):
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) == previous
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_signal_that_is_ignored_at_the_start_stays_ignored(ignored: signal.Signals) -> None:
+    previous = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        assert set(_stop_signals()) == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - {ignored}
+    finally:
+        signal.signal(ignored, previous)

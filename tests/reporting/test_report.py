@@ -43,19 +43,19 @@ def sweep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[7]"]
     grid = ["method.rank=1,2", "optimizer.lr=1e-2", "seed=0,1"]
     assert train("-m", *overrides, f"hydra.sweep.dir={folder}/it", *grid) == 0
-    diverging = ["method.rank=2", "optimizer.lr=1e30"]
+    diverging = ["method.rank=2", "optimizer.lr=1e30", "seed=0,1"]
     assert train("-m", *overrides, f"hydra.sweep.dir={folder}/it/diverging", *diverging) == 1
     return folder / "it"
 
 
 def test_runs_that_differ_only_in_seed_are_one_setting(sweep: Path) -> None:
     runs = collect(sweep)
-    assert [str(run.folder.relative_to(sweep)) for run in runs] == ["0", "1", "2", "3", "diverging/0"]
-    assert [run.state for run in runs] == ["done"] * 4 + ["failed"]
+    assert [str(run.folder.relative_to(sweep)) for run in runs] == ["0", "1", "2", "3", "diverging/0", "diverging/1"]
+    assert [run.state for run in runs] == ["done"] * 4 + ["failed"] * 2
     assert "not finite" in str(runs[4].error)
     assert varied(runs) == ["method.rank", "optimizer.lr"]
     settings = group_by_setting(runs)
-    assert [len(setting.runs) for setting in settings] == [2, 2, 1]
+    assert [len(setting.runs) for setting in settings] == [2, 2, 2]
     assert chosen(runs) == "validation_loss"
     order = ranked(settings, "validation_loss")
     assert len(order) == 2, "failed runs are not ranked"

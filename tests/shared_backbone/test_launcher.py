@@ -34,15 +34,16 @@ def test_shared_job_writes_the_same_files_as_a_separate_job(
 ) -> None:
     released: list[None] = []
     monkeypatch.setattr(pool, "release", lambda: released.append(None))
-    overrides = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4"]
+    overrides = [*settings, "callbacks.samples.sampling.steps=2", "optimizer.lr=1e-3,1e-4,1e-5"]
+    overrides += ["trainer.max_steps=1"]
     assert (
         train(*overrides, *LAUNCHER, "hydra.launcher.max_concurrent_runs=2", f"hydra.sweep.dir={tmp_path}/together")
         == 0
     )
-    assert "jobs 0-1 share one backbone\n" in capsys.readouterr().out
+    assert "jobs 0-2 share one backbone, 2 at a time" in capsys.readouterr().out
     assert len(released) == 1  # once for all runs, although each has generated previews
     assert train(*overrides, f"hydra.sweep.dir={tmp_path}/alone") == 0
-    for job in "01":
+    for job in "012":
         together, alone = tmp_path / "together" / job, tmp_path / "alone" / job
         assert files(together) == files(alone)
         for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "job.json", "samples/step00000000.png"):
@@ -106,7 +107,7 @@ def test_job_that_cannot_share_runs_alone_and_is_reported(
         == 0
     )  # fmt: skip
     output = capsys.readouterr().out
-    assert "jobs 0-1 share one backbone\n" in output
+    assert "jobs 0-2 share one backbone, 2 at a time" in output
     assert "jobs 2-3 share one backbone\n" in output
     assert output.count("runs alone: method: Full trains the backbone or an additional network") == 4
     assert "sweep: 8 of 8 jobs are done" in output

@@ -20,11 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune.cli.exit_codes import exit_codes, refuse
 from sdtune.cli.messages import composition_error, is_option, option_error
-from sdtune.config.compose import Prepare, compose, run_folder, search_path
+from sdtune.config.compose import Prepare, check_folder_name, compose, run_folder, search_path
 from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info, run_composed
 from sdtune.errors import UserError
 from sdtune.files import locked
@@ -49,7 +50,7 @@ def lazy_command(module: str) -> Prepare:
 
     def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         quiet()
-        work = sys.modules.get(module) or _imported(module)
+        work = sys.modules.get(module) or _imported(module)  # no full collection for each job of a sweep
         quiet_libraries()
         run: Callable[[DictConfig], Any] = work.prepare(config, folder)
         return run
@@ -118,6 +119,7 @@ def launch(
                 raise SystemExit(code)
             return
         config = compose(command, search, args.overrides)
+        _check_mode(config)
         with as_current(config):
             folder = run_folder(config)
         if writes:
@@ -199,6 +201,13 @@ def _check_options(command: str, args: Namespace, writes: bool) -> None:
         refuse("--multirun: torchrun would run the full sweep in every process; use hardware.devices=N instead")
 
 
+def _check_mode(config: DictConfig) -> None:
+    if config.hydra.mode not in (None, RunMode.RUN):
+        raise UserError(
+            f"got {config.hydra.mode.name}", key="hydra.mode", remedy="remove it from the recipe; -m starts a sweep"
+        )
+
+
 def _check_folder(command: str, folder: Path, overrides: list[str], config: DictConfig) -> None:
     nodes = OmegaConf.select(config, "hardware.num_nodes", default=1)
     several = command == "train" and (launched_processes() > 1 or "NODE_RANK" in os.environ or nodes != 1)
@@ -209,6 +218,7 @@ def _check_folder(command: str, folder: Path, overrides: list[str], config: Dict
             key="hydra.run.dir",
             remedy="set hydra.run.dir=DIR",
         )
+    check_folder_name(folder, "hydra.run.dir")
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -266,12 +276,12 @@ def _run_job(
             errors.append(error)
             return None
 
-    # As an override, so that .hydra/hydra.yaml records the folder: the default name contains the time of the start.
+    # An override, so that .hydra/hydra.yaml records it: the default folder may have got the suffix -2.
     run_dir = override("hydra.run.dir", folder)
     try:
         with (
             locked(folder) if is_global_zero() else contextlib.nullcontext(),
-            initialized(config.hydra.job.name, search) as hydra,
+            initialized(config.hydra.job.config_name, search) as hydra,
         ):
             run_composed(hydra, config, run_dir, guarded)
     except SystemExit:

@@ -224,9 +224,7 @@ class TrainRun:
         is_main = threading.current_thread() is threading.main_thread()
         # KeyboardInterrupt would not do for Ctrl-C: Lightning catches it in fit() and ends the process with code 1.
         defaults = {n: signal.getsignal(n) for n in STOP_SIGNALS if is_main}
-        # SIG_IGN: a shell without job control ignores SIGINT in background jobs, and kill -INT must still stop them.
-        replaced = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
-        defaults = {n: d for n, d in defaults.items() if d in replaced}
+        defaults = {n: d for n, d in defaults.items() if d in (signal.SIG_DFL, signal.default_int_handler)}
         for number in defaults:
             signal.signal(number, exit_run)
         try:

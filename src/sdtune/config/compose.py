@@ -92,6 +92,12 @@ def run_folder(config: DictConfig) -> Path:
     return Path(str(config.hydra.run.dir)).expanduser()
 
 
+def check_folder_name(folder: Path, key: str) -> None:
+    """Raise UserError, which names the setting ``key``, if Hydra would interpolate a part of the name of ``folder``."""
+    if "${" in str(folder):
+        raise UserError(f"{folder} contains ${{, which Hydra interpolates", key=key, remedy="choose another folder")
+
+
 def without_hydra(whole: DictConfig) -> DictConfig:
     """Copy of a composed config without the node ``hydra``."""
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import configure_log, run_job
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -51,17 +51,18 @@ def initialized(command: str, search: ConfigSearchPath) -> Iterator[Hydra]:
 def run_composed(hydra: Hydra, config: DictConfig, run_dir: str, work: Callable[[DictConfig], Any]) -> None:
     """Run ``work`` as a Hydra job with a composed ``config``; ``Hydra.run`` would compose it a second time.
 
+    Hydra's listing of plugins and search path for ``hydra.verbose=true`` is left out; ``--info all`` prints it.
+
     Args:
         hydra: Hydra with the search path of ``config``.
         config: composed config with the node ``hydra``; changed in place.
         run_dir: override of ``hydra.run.dir``, which replaces the value in ``config``.
-        work: receives ``config`` without the node ``hydra``; its exception passes through.
+        work: receives ``config`` without the node ``hydra``. Hydra prints a line before its exception passes through.
     """
     folder = OverridesParser.create().parse_override(run_dir)
-    with read_write(config), open_dict(config):
-        config.hydra.run.dir = folder.value()
-        config.hydra.overrides.hydra.append(run_dir)
-        config.hydra.mode = RunMode.RUN
+    config.hydra.run.dir = folder.value()
+    config.hydra.overrides.hydra.append(run_dir)
+    config.hydra.mode = RunMode.RUN
     name = config.hydra.job.config_name
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     callbacks = Callbacks(config)

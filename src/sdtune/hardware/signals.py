@@ -11,15 +11,14 @@ from typing import NoReturn
 
 
 def _stop_signals() -> tuple[signal.Signals, ...]:
-    hangup = getattr(signal, "SIGHUP", None)  # missing on Windows
-    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
-        return (signal.SIGINT, signal.SIGTERM)
-    return (signal.SIGINT, signal.SIGTERM, hangup)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 STOP_SIGNALS = _stop_signals()
-"""Signals that make a run save and stop: Ctrl-C, SIGTERM of schedulers, SIGHUP of a closed terminal. A SIGHUP that is
-ignored when the process starts (nohup, disown) stays ignored."""
+"""Signals that make a run save and stop: Ctrl-C, SIGTERM of schedulers, SIGHUP of a closed terminal. A signal that is
+ignored when the process starts stays ignored: SIGHUP under nohup, SIGINT in a background job of a shell script."""
 
 
 def stop_before_start(number: int, frame: FrameType | None) -> NoReturn:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sdtune.config.compose import Prepare, without_hydra
+from sdtune.config.compose import Prepare, check_folder_name, without_hydra
 from sdtune.config.hydra_compat import Hydra, grid_of_jobs, initialized
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import RunFailed, Stopped, UserError
@@ -135,6 +135,7 @@ def _check_master(master: DictConfig, folder: Path, resumed: bool) -> None:
         raise UserError(
             f"{folder} already contains a sweep", key="hydra.sweep.dir", remedy=f"add {resume} to continue it"
         )
+    check_folder_name(folder, "hydra.sweep.dir")
     launcher = master.hydra.launcher
     kind = plugin(launcher)
     for key in ("env_set", "chdir"):
