@@ -16,7 +16,7 @@ import torch
 
 from sdtune.errors import UserError
 from sdtune.exporting import find_artifact
-from sdtune.files import read_yaml, replacing, write_json
+from sdtune.files import read_yaml, remove_leftovers, replacing, write_json
 from sdtune.formats import write_safetensors
 
 
@@ -220,6 +220,19 @@ def test_single_writer_removes_partial_files_immediately(tmp_path: Path) -> None
     with replacing(tmp_path / "a", alone=True) as partial:
         partial.touch()
     assert names(tmp_path) == ["a"]
+
+
+def test_leftovers_below_a_folder_are_removed(tmp_path: Path) -> None:
+    code = 16 * "ab"
+    folder = tmp_path / "artifact"
+    for name in ("a", "b"):
+        (folder / f"{name}.{code}.partial" / f"c.{code}.partial").mkdir(parents=True)
+    for name in (f"a.{code}.replaced", f"moved.{code}.replaced", "a", "my.partial"):
+        (folder / name).mkdir()
+    (tmp_path / f"d.json.{code}.partial").touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["artifact"]
+    assert sorted(names(folder)) == ["a", f"moved.{code}.replaced", "my.partial"]
 
 
 @pytest.mark.parametrize("letter", ["a", "\u6f22"])

@@ -36,7 +36,7 @@ def replacing(path: Path, *, sync: bool = True, alone: bool = False) -> Iterator
     It yields a temporary path next to ``path``, at which the block creates a file or a folder. At the end of the block,
     the temporary file or folder gets the permissions of the umask, is synced to disk and replaces ``path``. If the
     block raises, it is removed and ``path`` stays unchanged. The next write of the same name removes leftovers of
-    killed processes.
+    killed processes; :func:`remove_leftovers` removes those of a whole folder.
 
     Args:
         path: the target; its parent folder is created if missing. Several processes may write the same file at the same
@@ -108,6 +108,18 @@ def _remove_leftovers(path: Path, age: float) -> None:
                 entry.rename(path)  # the writer was killed between the two renames of _move
             elif _last_change(entry) <= time.time() - age:
                 _remove(entry)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written anywhere below ``folder``; the caller holds its lock.
+
+    A folder that was moved aside and not replaced yet is kept; the next write of the same name restores it.
+    """
+    pattern = re.compile(rf"(.+)\.[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
+    for entry in list(folder.rglob("*")):
+        match = pattern.fullmatch(entry.name)
+        if match and (match[2] == _PARTIAL or entry.with_name(match[1]).exists()):
+            _remove(entry)
 
 
 def _last_change(path: Path) -> float:

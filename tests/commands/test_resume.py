@@ -178,9 +178,12 @@ def test_run_killed_at_its_last_step_is_resumed_to_all_outputs(tiny: Path, image
     # As if the run was killed immediately after the checkpoint of the last step.
     shutil.rmtree(run / "samples" / "after")
     shutil.rmtree(run / "artifact")
+    half_written = run / "artifact" / f"mine.{16 * 'ab'}.partial"
+    (half_written / "unet").mkdir(parents=True)
     (run / "samples" / "before_after.png").unlink()
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
+    assert not half_written.exists()
     assert {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")} == previews
     after = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     costs = ("median_step_seconds", "images_per_second", "peak_memory_bytes", "trainable_parameters")

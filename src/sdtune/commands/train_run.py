@@ -34,9 +34,10 @@ from sdtune.config.settings import Settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import Pruned, RunFailed, Stopped, UserError
 from sdtune.exporting import Export, find_artifact, write_card
-from sdtune.files import write_json
+from sdtune.files import remove_leftovers, write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
+from sdtune.hardware.processes import is_global_zero
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.loggers import LoggerSettings
 from sdtune.methods.base import Adapter
@@ -102,7 +103,9 @@ class TrainRun:
             Stopped: Ctrl-C or SIGTERM stopped the run.
             RunFailed: out of memory or a non-finite value.
         """
-        (self.folder / "metrics.json").unlink(missing_ok=True)
+        if is_global_zero():
+            remove_leftovers(self.folder)
+            (self.folder / "metrics.json").unlink(missing_ok=True)
         if shared is not None:
             shared.use(self.adapter)
         cost = CostMeter(None if shared is None else shared.peak_memory)
