@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.cli.main import main
 from sdtune.data import Folder
+from sdtune.planning.meter import Meter
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more, and bitwise comparison needs equal thread counts
 
@@ -134,6 +135,26 @@ class Rates(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         self.used.append(optimizer.param_groups[0]["lr"])
+
+
+class ThirdStep(Callback):
+    """Measures the third training step above weights, optimizer state and batch."""
+
+    gradients_before = peak = -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        if trainer.global_step != 2:
+            return
+        ThirdStep.gradients_before = sum(p.grad.nbytes for p in pl_module.parameters() if p.grad is not None)
+        state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
+        known = [*pl_module.parameters(), *pl_module.buffers(), *state, *batch.values()]
+        self.meter = Meter([value for value in known if isinstance(value, torch.Tensor)])
+        self.meter.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            self.meter.__exit__(None, None, None)
+            ThirdStep.peak = self.meter.activations
 
 
 # --- commands
