@@ -116,7 +116,12 @@ def line(tmp_path: Path, tiny: Path, capfd: pytest.CaptureFixture[str], monkeypa
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "misspelt key": (["method.rnak=4"], ("method.rnak", "did you mean method.rank?")),
     "unquoted text": (["data.prompt=a", "photo"], ("data.prompt", "split the text at its spaces", "a photo")),
-    "option of kohya": (["--network_dim", "8"], ("--network_dim", "use method.rank=VALUE")),
+    "option of kohya": (["--network_dim", "8"], ("--network_dim: ", "use method.rank=8 ")),
+    "option of kohya at the end": (["--network_dim"], ("--network_dim: ", "use method.rank=VALUE")),
+    "option of kohya before another": (["--network_dim", "--flip_aug"], ("--network_dim: ", "use method.rank=VALUE")),
+    "option of kohya with hyphens": (["--learning-rate=1e-4"], ("--learning-rate: ", "use optimizer.lr=1e-4 ")),
+    "resolution of kohya": (["--resolution=512,512"], ("--resolution: ", "use data.resolution=512 ")),
+    "two sides of kohya": (["--resolution", "512,768"], ("--resolution: ", "use data.resolution=VALUE ")),
     "option of kohya with a space": (["--output_name=my lora"], ("--output_name: ", "use 'name=\"my lora\"'")),
     "option of kohya with one dash": (["-clip_skip=2"], ("-clip_skip: ", "use backbone.clip_skip=1")),
     "option of kohya with more settings": (

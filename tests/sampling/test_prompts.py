@@ -1,4 +1,4 @@
-"""Prompts with more tokens than the text encoder accepts."""
+"""Prompts with more tokens than the text encoder accepts, and words that no prompt uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.new_token_vectors import initialize_tokens
 from sdtune.backbone.new_tokens import NewToken, check_vector_counts
 from sdtune.errors import UserError
-from sdtune.sampling.prompts import warn_about_truncated_prompts
+from sdtune.sampling.prompts import warn_about_truncated_prompts, warn_about_unused_words
 
 
 def test_end_of_a_long_prompt_is_warned_about_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -22,6 +22,13 @@ def test_end_of_a_long_prompt_is_warned_about_once(tiny: Path, caplog: pytest.Lo
     assert [record.getMessage() for record in caplog.records if record.name == "sdtune"] == [
         "WARNING: a prompt has 81 tokens, the limit is 77; its end is not used: 'a a a a'",
         "WARNING: a prompt has 83 tokens, the limit is 77; its end is not used: 'a a a a <my_cat>'",
+    ]
+
+
+def test_word_that_no_prompt_uses_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    warn_about_unused_words(["<my_cat>", "sks"], ["a my_cat", "a photo of SKS, at night"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "WARNING: the word <my_cat> of the adapters occurs in no prompt, so it has no effect"
     ]
 
 

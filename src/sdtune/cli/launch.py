@@ -151,10 +151,11 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
 
 def _check_option_names(command: str, argv: list[str], known: list[str]) -> None:
     """Refuse options that Hydra does not have. argparse would read ``-rank=8`` as ``-r`` with the value ``ank=8``."""
-    for word in filter(is_option, argv):
+    for word, following in itertools.pairwise([*argv, "-"]):
         name = re.split(r"[=\s]", word)[0]
-        if name not in known:
-            refuse(option_error(word, command, known))
+        if is_option(word) and name not in known:
+            has_value = word == name and "=" not in following and not following.startswith("-")
+            refuse(option_error(f"{word} {following}" if has_value else word, command, known))
 
 
 _HYDRA_SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher", "hydra.sweeper", "hydra.verbose")

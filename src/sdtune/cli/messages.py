@@ -57,13 +57,14 @@ KOHYA = {
     "alpha_mask": "data.mask=alpha",
     "cache_latents": "data.cache_latents=true",
     "cache_text_encoder_outputs": "data.cache_text=true",
+    "use_8bit_adam": "optimizer=adamw8bit",
 }
 """The overrides that replace an option of kohya's training scripts; VALUE stands for its value."""
 
 _KOHYA_VALUES = {
     "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
     "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
-    "lr_scheduler": {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"},
+    "lr_scheduler": {"constant_with_warmup": "constant"},
 }
 """Values of kohya's options that have another name here."""
 
@@ -89,6 +90,11 @@ KOHYA_REMARKS = {
     "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
     "log_with": "choose a logger: logger=tensorboard or logger=wandb",
     "max_data_loader_n_workers": "set data.workers",
+    "token_string": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "init_word": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "num_vectors_per_token": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
+    "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
 }
 """What to do about options of kohya's training scripts that no single override replaces."""
 
@@ -154,7 +160,7 @@ def option_error(word: str, command: str, known: Sequence[str]) -> str:
     option = re.split(r"[=\s]", word)[0]
     name = option.lstrip("-").replace("-", "_")
     if name in KOHYA and command in _TRAINING:
-        return f"{option}: unknown option; use {_kohya_override(name, [word])} (settings have no dashes)"
+        return f"{option}: unknown option; use {_kohya_override(name, _typed_value(word))} (settings have no dashes)"
     if name in KOHYA_REMARKS and command in _TRAINING:
         return f"{option}: unknown option; see docs/from-kohya.md ({KOHYA_REMARKS[name]})"
     # Of the short names, even the most similar one usually means something else.
@@ -176,8 +182,9 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     full = next((key for key in keys if key.startswith(f"{known}.")), known)
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
+    value = next((_typed_value(word) for word in typed if word.lstrip("+~").startswith(f"{full}=")), None)
     if full in KOHYA and command in _TRAINING:
-        return f"{full}: unknown setting; for this option of kohya use {_kohya_override(full, typed)}"
+        return f"{full}: unknown setting; for this option of kohya use {_kohya_override(full, value)}"
     if full in KOHYA_REMARKS and command in _TRAINING:
         return f"{full}: unknown setting; see docs/from-kohya.md ({KOHYA_REMARKS[full]})"
     if full == "trainer.max_epochs" and command in _TRAINING:
@@ -185,9 +192,16 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
 
 
-def _kohya_override(name: str, typed: Sequence[str]) -> str:
-    """The overrides that replace kohya's option ``name``, with the typed value in place of VALUE if it is known."""
-    value = next((word.partition("=")[2] for word in typed if word.lstrip("+~-").startswith(f"{name}=")), None)
+def _typed_value(word: str) -> str | None:
+    """The value in ``KEY=VALUE`` or ``--option VALUE``; None if there is none."""
+    return (re.split(r"[=\s]", word, maxsplit=1)[1:] or [None])[0]
+
+
+def _kohya_override(name: str, value: str | None) -> str:
+    """The overrides that replace kohya's option ``name``, with ``value`` in place of VALUE if it is not None."""
+    if name == "resolution" and value is not None:
+        sides = set(value.split(","))
+        value = sides.pop() if len(sides) == 1 else None
     if value is None:
         return KOHYA[name]
     value = _KOHYA_VALUES.get(name, {}).get(value, value)

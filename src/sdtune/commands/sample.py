@@ -28,7 +28,7 @@ from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
-from sdtune.sampling.prompts import warn_about_truncated_prompts
+from sdtune.sampling.prompts import warn_about_truncated_prompts, warn_about_unused_words
 
 log = logging.getLogger("sdtune")
 
@@ -127,6 +127,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = _requests(config)
     texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
     warn_about_truncated_prompts(backbone, texts)
+    warn_about_unused_words([word for adapter in adapters for word in adapter.words], texts)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(control.map(size) for control in controls) for size in sizes}
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]

@@ -58,7 +58,8 @@ def write_card(
     Returns:
         Path of the card.
     """
-    words = [f"`{token}`" for token in artifact.words] + ([f"`{facts['trigger']}`"] if facts.get("trigger") else [])
+    tokens = [*artifact.words, *([facts["trigger"]] if facts.get("trigger") else [])]
+    words = [f"`{token}`" for token in dict.fromkeys(tokens)]
     front = ModelCardData(
         license="other",
         license_name="to-be-named-by-the-author",

@@ -1,13 +1,14 @@
-"""Prompt files in the format of kohya's sample prompts, and a warning for prompts that are truncated."""
+"""Prompt files in the format of kohya's sample prompts, and warnings about truncated prompts and unused words."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.new_tokens import split_at_tokens
 from sdtune.errors import UserError
 
 log = logging.getLogger("sdtune")
@@ -38,6 +39,14 @@ def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> 
                 limit,
                 _truncated_end(backbone, prompt),
             )
+
+
+def warn_about_unused_words(words: Collection[str], prompts: Iterable[str]) -> None:
+    """Log a warning for each of ``words``, the new tokens of adapters, that occurs in none of ``prompts``."""
+    used = {word for prompt in prompts for _, word in split_at_tokens(words, prompt)}
+    for word in words:
+        if word not in used:
+            log.warning("WARNING: the word %s of the adapters occurs in no prompt, so it has no effect", word)
 
 
 def count_tokens(backbone: Backbone, prompt: str) -> int:
