@@ -27,6 +27,8 @@ _LEFT_OVER_AFTER = 3600.0
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 """Name suffixes: of a file or folder being written, and of a folder being replaced."""
+_LEFTOVER = re.compile(rf"(.+)\.[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
+"""Names that :func:`_temporary` creates: name of the target (at most 200 bytes), and suffix."""
 
 
 @contextmanager
@@ -98,26 +100,24 @@ def _temporary(path: Path, suffix: str) -> Path:
 
 def _remove_leftovers(path: Path, age: float) -> None:
     prefix = f"{_prefix(path)}."
-    pattern = re.compile(rf"{re.escape(prefix)}[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
     for name in os.listdir(path.parent):  # noqa: PTH208
-        if not name.startswith(prefix) or not (match := pattern.fullmatch(name)):
+        if not name.startswith(prefix) or not (match := _LEFTOVER.fullmatch(name)) or f"{match[1]}." != prefix:
             continue
         entry = path.with_name(name)
         with contextlib.suppress(OSError):  # already removed, or owned by another user
-            if match[1] == _REPLACED and not path.exists():
+            if match[2] == _REPLACED and not path.exists():
                 entry.rename(path)  # the writer was killed between the two renames of _move
             elif _last_change(entry) <= time.time() - age:
                 _remove(entry)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written anywhere below ``folder``; the caller holds its lock.
+    """Remove the partial files and folders of killed processes below ``folder``, whose lock the caller must hold.
 
     A folder that was moved aside and not replaced yet is kept; the next write of the same name restores it.
     """
-    pattern = re.compile(rf"(.+)\.[0-9a-f]{{32}}({_PARTIAL}|{_REPLACED})")
     for entry in list(folder.rglob("*")):
-        match = pattern.fullmatch(entry.name)
+        match = _LEFTOVER.fullmatch(entry.name)
         if match and (match[2] == _PARTIAL or entry.with_name(match[1]).exists()):
             _remove(entry)
 

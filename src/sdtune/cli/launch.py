@@ -277,7 +277,7 @@ def _run_job(
             errors.append(error)
             return None
 
-    # An override, so that .hydra/hydra.yaml records it: the default folder may have got the suffix -2.
+    # Set as an override, so that .hydra/hydra.yaml records the folder; the name of a default folder may end in -2.
     run_dir = override("hydra.run.dir", folder)
     try:
         with (

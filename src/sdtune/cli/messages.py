@@ -193,12 +193,12 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
 
 
 def _typed_value(word: str) -> str | None:
-    """The value in ``KEY=VALUE`` or ``--option VALUE``; None if there is none."""
+    """Value in ``KEY=VALUE`` or ``--option VALUE``; None for a word without a value."""
     return (re.split(r"[=\s]", word, maxsplit=1)[1:] or [None])[0]
 
 
 def _kohya_override(name: str, value: str | None) -> str:
-    """The overrides that replace kohya's option ``name``, with ``value`` in place of VALUE if it is not None."""
+    """Overrides that replace kohya's option ``name``; ``value`` replaces the word VALUE in them, unless it is None."""
     if name == "resolution" and value is not None:
         sides = set(value.split(","))
         value = sides.pop() if len(sides) == 1 else None

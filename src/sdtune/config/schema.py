@@ -26,7 +26,7 @@ _EXPECTED = {"int": "an integer", "float": "a number", "bool": "true or false", 
 """Expected values by the first part of pydantic's error type, where the annotation has classes of a library."""
 
 _CONSTRAINTS = ("string_pattern_mismatch", "string_too_short", "string_too_long", "too_short", "too_long")
-"""pydantic's error types for which the message shows pydantic's reason: :func:`type_text` describes only types."""
+"""Error types of pydantic whose own text is shown; for all others, :func:`type_text` describes the expected type."""
 
 
 def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserError:

@@ -1,4 +1,4 @@
-"""List the files below an image folder; skips system folders, sdtune's outputs and folders of other settings."""
+"""List the files of an image folder; skips system folders, sdtune's outputs, and folders that other settings name."""
 
 from __future__ import annotations
 

@@ -17,8 +17,10 @@ def _stop_signals() -> tuple[signal.Signals, ...]:
 
 
 STOP_SIGNALS = _stop_signals()
-"""Signals that make a run save and stop: Ctrl-C, SIGTERM of schedulers, SIGHUP of a closed terminal. A signal that is
-ignored when the process starts stays ignored: SIGHUP under nohup, SIGINT in a background job of a shell script."""
+"""Signals at which a run saves and stops: SIGINT (Ctrl-C), SIGTERM (job schedulers), SIGHUP (closed terminal).
+
+A signal that is ignored when the process starts stays ignored: SIGHUP under nohup, SIGINT in background jobs of shell
+scripts."""
 
 
 def stop_before_start(number: int, frame: FrameType | None) -> NoReturn:

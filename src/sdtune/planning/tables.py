@@ -90,7 +90,7 @@ def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits:
 
 
 def _advice(costs: TrainingCosts, accumulation: int, devices: int, fits: float, configured: Switches) -> str:
-    """Settings to add to the ``configured`` ones so that the training fits, or those that make it smaller."""
+    """Advice: the settings to add to the ``configured`` ones so that the training fits, or what reduces its memory."""
     name = first_that_fits(costs, accumulation, devices, fits, configured)
     if name is not None:
         added = {key: text for key, text in _OVERRIDES.items() if SWITCHES[key] | SWITCHES[name] == SWITCHES[name]}

@@ -64,7 +64,7 @@ class Estimator:
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray]:
-        """Estimate the map of an image; both are uint8 [H, W, 3]. A tuple, since ``PoseEstimator`` returns two maps."""
+        """Maps of an image, all uint8 [H, W, 3]; a tuple, because ``PoseEstimator`` returns two."""
         inputs = self.processor(images=Image.fromarray(pixels), return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
         values = outputs.predicted_depth[:, None] if self.task == "depth" else outputs.logits
