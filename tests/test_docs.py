@@ -21,8 +21,9 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
+from sdtune.cli.kohya_options import EXPORT, EXPORT_REMARKS, SAMPLING, SAMPLING_REMARKS, TRAINING, TRAINING_REMARKS
 from sdtune.cli.main import COMMANDS
-from sdtune.cli.messages import KOHYA, KOHYA_REMARKS
+from sdtune.cli.main_setting import with_main_setting
 from sdtune.config import hardware
 from sdtune.config.compose import compose, search_path, without_hydra
 from sdtune.config.model import check_model
@@ -211,6 +212,7 @@ def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
         del arguments[position : position + 2]
     flags = [word for word in arguments if word in ("-m", "--help")]
     overrides = [word for word in arguments if word not in (*flags, "--cfg", "job", "-p", "GROUP")]
+    overrides = with_main_setting(example.name, overrides)
     is_resumed = any(word.startswith("resume=") for word in overrides)
     if is_resumed and any(word.startswith("hydra.launcher.") for word in overrides):
         overrides.append("hydra/launcher=shared_backbone")  # a setting of the resumed sweep
@@ -321,20 +323,40 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_table_for_users_of_kohya_is_that_of_the_messages() -> None:
+OPTIONS_OF_KOHYA = (
+    ("train", TRAINING, TRAINING_REMARKS),
+    ("sample", SAMPLING, SAMPLING_REMARKS),
+    ("export", EXPORT, EXPORT_REMARKS),
+)
+
+
+def test_tables_for_users_of_kohya_are_those_of_the_messages() -> None:
     text = (ROOT / "docs" / "from-kohya.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     table = [(name.strip("| `"), value.strip("| ")) for name, value in rows]
-    assert table == [*((name, f"`{value}`") for name, value in KOHYA.items()), *KOHYA_REMARKS.items()]
+    assert table == [
+        row
+        for _, overrides, remarks in OPTIONS_OF_KOHYA
+        for row in [*((name, f"`{value}`") for name, value in overrides.items()), *remarks.items()]
+    ]
 
 
-@pytest.mark.parametrize("overrides", sorted(set(KOHYA.values())))
-def test_overrides_of_the_table_can_be_used(overrides: str) -> None:
-    given = ["experiment=sd15_lora", "backbone.path=MODEL", "data.path=DIR"]
-    given += [text for text in overrides.split() if "=VALUE" not in text]
-    config = without_hydra(compose("train", search_path(None), given))
+COMPOSED = {
+    "train": ["experiment=sd15_lora", "backbone.path=MODEL", "data.path=DIR"],
+    "sample": ["prompt=x"],
+    "export": ["run=x", "format=kohya"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    sorted({(command, value) for command, table, _ in OPTIONS_OF_KOHYA for value in table.values()}),
+)
+def test_overrides_of_the_tables_can_be_used(command: str, overrides: str) -> None:
+    given = [text for text in shlex.split(overrides) if "=VALUE" not in text]
+    config = without_hydra(compose(command, search_path(None), [*COMPOSED[command], *given]))
     container: Any = OmegaConf.to_container(config, resolve=True)
-    check_config(container, "train")
+    check_config(container, command)
     for key in (text.partition("=VALUE")[0] for text in overrides.split() if "=VALUE" in text):
         group, _, name = key.rpartition(".")
         assert key == "hydra.run.dir" or name in list(OmegaConf.select(config, group) if group else config)

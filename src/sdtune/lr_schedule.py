@@ -10,6 +10,11 @@ import torch
 from annotated_types import Ge, Gt, Interval
 
 
+def warmup_limit(steps: int) -> int:
+    """Maximum number of warm-up steps in a training of ``steps`` optimizer steps: a tenth."""
+    return steps // 10
+
+
 class LRSchedule(ABC):
     """Base class: linear warm-up, then the subclass's :meth:`shape`.
 
@@ -26,7 +31,7 @@ class LRSchedule(ABC):
 
     def __call__(self, step: int, total: int) -> float:
         """Factor at optimizer step ``step`` (from 0) of ``total``; above 0 in warm-up, so that no step is wasted."""
-        warmup = min(self.warmup_steps, total // 10)
+        warmup = min(self.warmup_steps, warmup_limit(total))
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return self.shape(min(1.0, (step - warmup) / max(1, total - warmup)))

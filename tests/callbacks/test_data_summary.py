@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
 from running import fit, folder_data
 from sdtune.backbone import Pretrained
-from sdtune.callbacks.data_summary import DataSummary, size_warnings
+from sdtune.callbacks.data_summary import DataSummary, size_warnings, summary
 from sdtune.methods import LoRA
 
 
@@ -50,3 +51,13 @@ def test_summary_names_images_order_and_longest_caption(
     assert messages[first + 3].startswith(
         "WARNING: captions longer than 77 tokens are truncated; the longest is 'a a a"
     )
+
+
+def test_summary_names_the_class_images(images: Path, tmp_path: Path) -> None:
+    generated = folder_data(images, class_prompt="a photo of a dog", class_images=6, prior_weight=1.0)
+    generated.open(32, 4)
+    assert "class images: 6 generated, of 'a photo of a dog'" in summary(generated, 1)
+    shutil.copytree(images, tmp_path / "class")
+    given = folder_data(images, class_path=str(tmp_path / "class"), class_prompt="dog", trigger="sks", prior_weight=1.0)
+    given.open(32, 4)
+    assert f"class images: {len(given.class_samples)} in {tmp_path}/class" in summary(given, 1)

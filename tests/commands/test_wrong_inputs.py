@@ -118,7 +118,28 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unquoted text": (["data.prompt=a", "photo"], ("data.prompt", "split the text at its spaces", "a photo")),
     "option of kohya": (["--network_dim", "8"], ("--network_dim: ", "use method.rank=8 ")),
     "option of kohya at the end": (["--network_dim"], ("--network_dim: ", "use method.rank=VALUE")),
-    "option of kohya before another": (["--network_dim", "--flip_aug"], ("--network_dim: ", "use method.rank=VALUE")),
+    "options of kohya": (
+        ["--network_dim", "--learning_rate=1e-4", "--shuffle_caption", "network_alpha=4", "--other"],
+        (
+            "--network_dim, --learning_rate, --shuffle_caption, network_alpha, --other: unknown options; ",
+            "use method.rank=VALUE optimizer.lr=1e-4 method.alpha_policy=constant method.alpha=4 ",
+            "; --shuffle_caption: captions are not shuffled; remove --other, which is unknown; see docs/from-kohya.md",
+        ),
+    ),
+    "settings of kohya": (
+        ["network_dim=8", "learning_rate=1e-4"],
+        ("network_dim, learning_rate: options of kohya; use method.rank=8 optimizer.lr=1e-4",),
+    ),
+    "checkpoint folder of kohya": (["--resume=RUN"], ("--resume: ", "use resume=RUN")),
+    "last part of a key": (["lr=1e-3"], ("lr: unknown setting; did you mean optimizer.lr?",)),
+    "last part of two keys": (["path=X"], ("path: unknown setting; did you mean backbone.path or data.path?",)),
+    "two sides": (["data.resolution=512,512"], ("data.resolution: several values (512,512); add -m for a sweep",)),
+    "list without brackets": (
+        ["method.targets=cross_attention,self_attention"],
+        ("method.targets: several values", "add -m for a sweep or write a list: [cross_attention,self_attention]"),
+    ),
+    "choice in capitals": (["optimizer=ADAMW8BIT"], ("optimizer=ADAMW8BIT", "did you mean adamw8bit?")),
+    "choice with an ending": (["lr_schedule=constant_with_warmup"], ("lr_schedule=", "did you mean constant?")),
     "option of kohya with hyphens": (["--learning-rate=1e-4"], ("--learning-rate: ", "use optimizer.lr=1e-4 ")),
     "resolution of kohya": (["--resolution=512,512"], ("--resolution: ", "use data.resolution=512 ")),
     "two sides of kohya": (["--resolution", "512,768"], ("--resolution: ", "use data.resolution=VALUE ")),
@@ -256,6 +277,46 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 def test_invalid_setting_is_refused(line: CommandLine, images: Path, case: str) -> None:
     overrides, words = SETTINGS[case]
     line.train(images, *overrides, words=words)
+
+
+SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "last part of a key": (["prompt=x", "width=64"], ("width: unknown setting; did you mean sampling.width?",)),
+    "option of kohya without dashes": (["prompt=x", "steps=20"], ("steps: option of kohya; use sampling.steps=20",)),
+    "options of kohya": (
+        ["--prompt", "a cat", "--seed=3", "--network_weights", "a b.safetensors", "--network_mul", "0.8", "--W", "64"],
+        (
+            "--prompt, --seed, --network_weights, --network_mul, --W: unknown options; ",
+            "use 'prompt=\"a cat\"' seeds=[3] 'adapters=[{path: \"a b.safetensors\"}]' sampling.width=64 ",
+            "--network_mul: set the strength of each adapter",
+        ),
+    ),
+    "text without quotes": (
+        ["a", "cat", "on", "grass"],
+        ("sdtune sample: 4 words without a key (a cat on grass); ", "sdtune sample 'a cat on grass'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLE)
+def test_invalid_argument_of_sample_is_refused(line: CommandLine, case: str) -> None:
+    arguments, words = SAMPLE[case]
+    line.refuses(*line.sampling(), *arguments, words=words)
+
+
+EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "option of kohya": (["run=x", "--save_precision", "float"], ("--save_precision: ", "use dtype=fp32")),
+    "options of kohya": (
+        ["--model=x.safetensors", "--new_rank", "4", "--save_to=out", "--dynamic_method=sv_fro"],
+        ("use artifact=x.safetensors rank=4 hydra.run.dir=out ", "energy to the square of dynamic_param"),
+    ),
+    "folder without a key": (["nowhere", "format=kohya"], ("run: ", "nowhere")),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_invalid_argument_of_export_is_refused(line: CommandLine, case: str) -> None:
+    arguments, words = EXPORTS[case]
+    line.refuses("export", *arguments, words=words)
 
 
 def test_missing_config_folder_is_refused(line: CommandLine, images: Path) -> None:

@@ -151,6 +151,18 @@ def test_lora_of_another_backbone_is_applied_with_a_warning(
     assert Pretrained(str(tiny)).hash()[:12] in message
 
 
+def test_strength_of_an_embedding_is_warned_about(
+    tiny: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"<my_cat>": torch.ones(2, 32)}, tmp_path / "cat.safetensors")
+    files = [adapters.AdapterFile(str(path), 0.5) for path in (artifact / FILE_NAME, tmp_path / "cat.safetensors")]
+    loaded = adapters.load_adapters(Pretrained(str(tiny)).load(), files)
+    adapters.warn_about_unused_strengths(files, loaded)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"WARNING: adapters: strength 0.5 has no effect on the embedding {tmp_path}/cat.safetensors"
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["clip_l", "string_to_param.*"])
 def test_embeddings_in_a_lora_file_of_onetrainer_are_loaded(tiny: Path, tmp_path: Path, suffix: str) -> None:
     tensors, vectors = load_file(lora(tiny, tmp_path / "lora")), torch.ones(2, 32)

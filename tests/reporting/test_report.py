@@ -18,7 +18,7 @@ from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write_report
 from sdtune.reporting.charts import pareto_front
 from sdtune.reporting.page import ranking_table, standalone_overrides
-from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied
+from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied, winner
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -153,7 +153,9 @@ def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> No
         [sys.executable, "-m", "sdtune", "report", str(sweep)], capture_output=True, text=True, check=True
     )
     file = sweep / "report.html"
-    assert process.stdout == f"report: {file}\n"
+    best, report = process.stdout.splitlines()
+    assert best.startswith("best of 2 settings by validation_loss: ")
+    assert report == f"report: {file}"
     page = Scripts()
     page.feed(file.read_text(encoding="utf-8"))
     nonces = {script.get("nonce") for script in page.scripts}
@@ -271,6 +273,21 @@ def test_ranking_states_seeds_and_noise() -> None:
     assert ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
+
+
+def test_winner_names_setting_metric_and_noise() -> None:
+    def run(number: int, seed: int, lr: float, **metrics: float) -> Run:
+        return make_run(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
+
+    assert winner([run(0, 0, 1.0, subject_gain=0.9)]) == []
+    assert winner([run(0, 0, 1.0, steps=9), run(1, 0, 2.0, steps=9)]) == []
+    assert winner([run(0, 0, 1.0, validation_loss=0.2), run(1, 0, 2.0, validation_loss=0.1)]) == [
+        "best of 2 settings by validation_loss: lr 2 (0.1); its noise is unknown (one seed): 1"
+    ]
+    runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) - 0.01 * (i // 3)) for i in range(9)]
+    assert winner(runs) == [
+        "best of 3 settings by subject_gain: lr 1 (0.6 ± 0.1); within its noise: 2 of the other 2: 0"
+    ]
 
 
 def test_share_has_binomial_noise_even_if_seeds_agree() -> None:

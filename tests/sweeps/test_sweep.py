@@ -52,6 +52,16 @@ def test_all_jobs_are_checked_before_the_first_starts(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize(("more", "is_warned"), [((), True), (("data.hold_out=5",), False)])
+def test_sweep_without_a_metric_to_rank_by_is_warned_about(
+    more: tuple[str, ...], is_warned: bool, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*settings, *more, "method.rank=2,4") == 0
+    assert ("WARNING: the jobs record no metric that ranks them; set data.hold_out" in capsys.readouterr().out) == (
+        is_warned
+    )
+
+
 def test_failed_job_is_reported_and_the_others_run(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
         f"data: {images} images, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
         f"order: {epoch} step(s) per epoch at batch size {data.batch_size};"
         f" {steps} steps are {steps / epoch:.1f} epochs",
+        *_class_images(data),
         *data.notices,
     ]
     for (w, h), entries in buckets.items():
@@ -59,6 +60,14 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
                 f" used {times:.1f} times per epoch, samples of other buckets about once"
             )
     return lines
+
+
+def _class_images(data: ImageDataModule) -> list[str]:
+    if not data.has_prior:
+        return []
+    if data.class_path is not None:
+        return [f"class images: {len(data.class_samples)} in {data.class_path}"]
+    return [f"class images: {data.class_images} generated, of {', '.join(map(repr, data.class_prompts))}"]
 
 
 def size_warnings(data: ImageDataModule, side: int) -> list[str]:

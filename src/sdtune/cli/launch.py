@@ -24,7 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune.cli.exit_codes import exit_codes, refuse
-from sdtune.cli.messages import composition_error, is_option, option_error
+from sdtune.cli.main_setting import with_main_setting
+from sdtune.cli.messages import check_option_names, composition_error
 from sdtune.config.compose import Prepare, check_folder_name, compose, run_folder, search_path
 from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info, run_composed
 from sdtune.errors import UserError
@@ -101,11 +102,12 @@ def launch(
     """
     with exit_codes(command, partial(composition_error, command=command, typed=argv)):
         parser = get_args_parser()
-        _check_option_names(command, argv, option_names(parser))
+        check_option_names(argv, command, option_names(parser))
         _check_hydra_settings(argv)
         args = _parse(command, parser, rewrite(_with_quoted_folder(argv)))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
+        args.overrides = with_main_setting(command, args.overrides)
         _check_secrets(args.overrides)
         if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
             args.config_path = None
@@ -147,15 +149,6 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
         return argv
     folder = argv[index].removeprefix(prefix).removesuffix('"')
     return [*argv[:index], override("hydra.run.dir", folder), *argv[index + 1 :]]
-
-
-def _check_option_names(command: str, argv: list[str], known: list[str]) -> None:
-    """Refuse options that Hydra does not have. argparse would read ``-rank=8`` as ``-r`` with the value ``ank=8``."""
-    for word, following in itertools.pairwise([*argv, "-"]):
-        name = re.split(r"[=\s]", word)[0]
-        if is_option(word) and name not in known:
-            has_value = word == name and "=" not in following and not following.startswith("-")
-            refuse(option_error(f"{word} {following}" if has_value else word, command, known))
 
 
 _HYDRA_SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher", "hydra.sweeper", "hydra.verbose")

@@ -2,104 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from sdtune.cli.kohya_options import explanation, is_replaced
 from sdtune.config.hydra_compat import full_key
 from sdtune.config.overrides import resumed_folder
+from sdtune.errors import UserError
 from sdtune.quoting import shell_override
-from sdtune.runs.compare import NOT_RESUMABLE_REMEDY
+from sdtune.runs.compare import NOT_RESUMABLE_REMEDY, flat
 from sdtune.suggest import closest_match, suggestion
-
-KOHYA = {
-    "network_dim": "method.rank=VALUE",
-    "network_alpha": "method.alpha_policy=constant method.alpha=VALUE",
-    "network_dropout": "method.dropout=VALUE",
-    "network_weights": "method.weights=VALUE",
-    "learning_rate": "optimizer.lr=VALUE",
-    "unet_lr": "optimizer.lr=VALUE",
-    "text_encoder_lr": "method.text_encoder_lr=VALUE",
-    "lr_scheduler": "lr_schedule=VALUE",
-    "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
-    "max_train_steps": "trainer.max_steps=VALUE",
-    "train_batch_size": "data.batch_size=VALUE",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches=VALUE",
-    "gradient_checkpointing": "hardware.gradient_checkpointing=true",
-    "mixed_precision": "hardware.precision=VALUE",
-    "max_grad_norm": "trainer.gradient_clip_val=VALUE",
-    "optimizer_type": "optimizer=VALUE",
-    "train_data_dir": "data=folder data.path=VALUE",
-    "reg_data_dir": "data.class_path=VALUE",
-    "prior_loss_weight": "data.prior_weight=VALUE",
-    "pretrained_model_name_or_path": "backbone.path=VALUE",
-    "vae": "backbone.vae=VALUE",
-    "clip_skip": "backbone.clip_skip=VALUE-1",
-    "output_dir": "hydra.run.dir=VALUE",
-    "output_name": "name=VALUE",
-    "save_every_n_steps": "save_every=VALUE",
-    "min_snr_gamma": "objective=min_snr objective.weighting.gamma=VALUE",
-    "noise_offset": "objective.offset_noise=VALUE",
-    "flip_aug": "data.flip=true",
-    "random_crop": "data.random_crop=true data.cache_latents=false",
-    "caption_dropout_rate": "data.caption_dropout=VALUE",
-    "sample_every_n_steps": "callbacks.samples.every_steps=VALUE",
-    "resolution": "data.resolution=VALUE",
-    "max_token_length": "backbone.max_tokens=VALUE",
-    "v_parameterization": "backbone.prediction_type=v_prediction",
-    "zero_terminal_snr": "backbone.zero_terminal_snr=true",
-    "masked_loss": "data.mask=file",
-    "alpha_mask": "data.mask=alpha",
-    "cache_latents": "data.cache_latents=true",
-    "cache_text_encoder_outputs": "data.cache_text=true",
-    "use_8bit_adam": "optimizer=adamw8bit",
-}
-"""The overrides that replace an option of kohya's training scripts; VALUE stands for its value."""
-
-_KOHYA_VALUES = {
-    "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
-    "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
-    "lr_scheduler": {"constant_with_warmup": "constant"},
-}
-"""Values of kohya's options that have another name here."""
-
-KOHYA_REMARKS = {
-    "max_train_epochs": "training is counted in steps: set trainer.max_steps (a training prints the steps per epoch)",
-    "save_every_n_epochs": "training is counted in steps: set save_every (a training prints the steps per epoch)",
-    "sample_every_n_epochs": "training is counted in steps: set callbacks.samples.every_steps",
-    "sample_prompts": "prompts are a list: 'callbacks.samples.prompts=[\"a frog, red background\"]'",
-    "network_module": "choose the method: method=lora",
-    "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
-    "train_text_encoder": "LoRA: 'method.targets=[cross_attention,self_attention,text_encoder]'; others: method.parts",
-    "network_train_unet_only": "this is the default: only method.targets with text_encoder trains the text encoder",
-    "dataset_config": "dataset files are not read: set data=folder data.path=DIR",
-    "caption_extension": "it is not needed: .txt and .caption files are read",
-    "shuffle_caption": "captions are not shuffled",
-    "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
-    "enable_bucket": "it is not needed: images are always sorted into buckets",
-    "bucket_no_upscale": "it is not needed: images are never enlarged",
-    "xformers": "it is not needed: the attention implementation is chosen for the device",
-    "sdpa": "it is not needed: the attention implementation is chosen for the device",
-    "save_model_as": "it is not needed: LoRA files are safetensors; see sdtune export for other formats",
-    "save_precision": "set it when exporting: sdtune export run=RUN format=kohya dtype=fp16",
-    "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
-    "log_with": "choose a logger: logger=tensorboard or logger=wandb",
-    "max_data_loader_n_workers": "set data.workers",
-    "token_string": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
-    "init_word": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
-    "num_vectors_per_token": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
-    "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
-    "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
-}
-"""What to do about options of kohya's training scripts that no single override replaces."""
-
-_TRAINING = ("train", "prepare", "plan")
-"""Commands with the settings of a training."""
 
 _TEXTS = ("prompt", "name", "trigger", "path")
 """Ends of the keys whose values may contain spaces."""
@@ -155,14 +74,30 @@ def is_option(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
-def option_error(word: str, command: str, known: Sequence[str]) -> str:
-    """Message for an unknown option of ``command`` such as ``--network_dim=8``; ``known`` are Hydra's options."""
+def check_option_names(argv: Sequence[str], command: str, known: Sequence[str]) -> None:
+    """Refuse options that Hydra does not have, such as ``--network_dim=8``; ``known`` are Hydra's options.
+
+    argparse would read ``-rank=8`` as ``-r`` with the value ``ank=8``.
+
+    Raises:
+        UserError: an option is unknown.
+    """
+    words, has_unknown = [], False
+    for word, following in itertools.pairwise([*argv, "-"]):
+        name = re.split(r"[=\s]", word)[0]
+        if is_option(word) and name not in known:
+            has_value = word == name and "=" not in following and not following.startswith("-")
+            words.append(f"{word} {following}" if has_value else word)
+            has_unknown = True
+        elif is_replaced(word, command):
+            words.append(word)
+    if has_unknown:
+        explained = explanation(words, command)
+        raise UserError(explained if explained is not None else _unknown_option(words[0], known))
+
+
+def _unknown_option(word: str, known: Sequence[str]) -> str:
     option = re.split(r"[=\s]", word)[0]
-    name = option.lstrip("-").replace("-", "_")
-    if name in KOHYA and command in _TRAINING:
-        return f"{option}: unknown option; use {_kohya_override(name, _typed_value(word))} (settings have no dashes)"
-    if name in KOHYA_REMARKS and command in _TRAINING:
-        return f"{option}: unknown option; see docs/from-kohya.md ({KOHYA_REMARKS[name]})"
     # Of the short names, even the most similar one usually means something else.
     match = closest_match(option, [name for name in known if name.startswith("--")], cutoff=0.8)
     if match is not None:
@@ -182,38 +117,13 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     full = next((key for key in keys if key.startswith(f"{known}.")), known)
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
-    value = next((_typed_value(word) for word in typed if word.lstrip("+~").startswith(f"{full}=")), None)
-    if full in KOHYA and command in _TRAINING:
-        return f"{full}: unknown setting; for this option of kohya use {_kohya_override(full, value)}"
-    if full in KOHYA_REMARKS and command in _TRAINING:
-        return f"{full}: unknown setting; see docs/from-kohya.md ({KOHYA_REMARKS[full]})"
-    if full == "trainer.max_epochs" and command in _TRAINING:
+    if any(word.lstrip("+~").startswith(f"{full}=") and is_replaced(word, command) for word in typed):
+        explained = explanation([word for word in typed if is_replaced(word, command)], command)
+        assert explained is not None
+        return explained
+    if full == "trainer.max_epochs" and isinstance(error.parent_node, DictConfig):
         return f"{full}: unknown setting; set trainer.max_steps (a training prints the steps per epoch)"
     return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
-
-
-def _typed_value(word: str) -> str | None:
-    """Value in ``KEY=VALUE`` or ``--option VALUE``; None for a word without a value."""
-    return (re.split(r"[=\s]", word, maxsplit=1)[1:] or [None])[0]
-
-
-def _kohya_override(name: str, value: str | None) -> str:
-    """Overrides that replace kohya's option ``name``; ``value`` replaces the word VALUE in them, unless it is None."""
-    if name == "resolution" and value is not None:
-        sides = set(value.split(","))
-        value = sides.pop() if len(sides) == 1 else None
-    if value is None:
-        return KOHYA[name]
-    value = _KOHYA_VALUES.get(name, {}).get(value, value)
-    if name == "clip_skip":
-        return KOHYA[name].replace("VALUE-1", str(int(value) - 1)) if re.fullmatch("[1-9]", value) else KOHYA[name]
-    words = (word.partition("=") for word in KOHYA[name].split())
-    return " ".join(f"{key}={old}" if old != "VALUE" else _override(key, value) for key, _, old in words)
-
-
-def _override(key: str, value: str) -> str:
-    """``key=value``, quoted only if the value needs it: Hydra would read a quoted number as text."""
-    return f"{key}={value}" if re.fullmatch(r"[\w./+:-]+", value) else shell_override(key, value)
 
 
 def _suggested_key(full: str, node: Any) -> str:
@@ -221,6 +131,9 @@ def _suggested_key(full: str, node: Any) -> str:
     if not isinstance(node, DictConfig) or not node:  # OmegaConf gives an empty node for the value of a setting
         return f"; set {full.rpartition('.')[0]}, which contains no other settings"
     known, parts = [str(key) for key in node], full.split(".")
+    nested = _settings_named(full, node) if len(parts) == 1 else []
+    if nested:
+        return f"; did you mean {' or '.join(nested)}?"
     parent_key = full_key(node)
     depth = len(parent_key.split(".")) if parent_key else 0
     depth = min(depth, len(parts) - 1)
@@ -228,3 +141,12 @@ def _suggested_key(full: str, node: Any) -> str:
     if match is None:
         return suggestion(parts[depth], known)
     return f"; did you mean {'.'.join([*parts[:depth], match, *parts[depth + 1 :]])}?"
+
+
+def _settings_named(name: str, config: DictConfig) -> list[str]:
+    """Keys of at most three settings ``GROUP.name`` of ``config``, those with the fewest parts."""
+    container = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(container, dict)
+    keys = [key for key in flat(container) if key.endswith(f".{name}") and not key.startswith("hydra.")]
+    depth = min((key.count(".") for key in keys), default=0)
+    return sorted(key for key in keys if key.count(".") == depth)[:3]

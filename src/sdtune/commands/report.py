@@ -27,8 +27,11 @@ def main(arguments: list[str]) -> None:
             key="report",
             remedy="use sdtune report outputs/sweeps/<time>",
         )
-    from sdtune.reporting import collect, write_report
+    from sdtune.reporting import collect, winner, write_report
 
     folder = Path(arguments[0]).expanduser()
-    file = write_report(collect(folder), folder, folder.resolve().name)
+    runs = collect(folder)
+    file = write_report(runs, folder, folder.resolve().name)
+    for line in winner(runs):
+        print(line)
     print(f"report: {file}")

@@ -122,6 +122,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
         backbone.decode_in_tiles()
     files = [loras.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
     adapters = loras.load_adapters(backbone, files)
+    loras.warn_about_unused_strengths(files, adapters)
     controls = _controls(config)
     nets = controlnets.load_controlnets(backbone, source, [control.path for control in controls])
     requests = _requests(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.config_search_path import SearchPathQuery
@@ -47,9 +47,9 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
     Raises:
         UserError: an override has several values, which only a sweep may have, or the index of a list is not a number.
     """
-    for override in OverridesParser.create().parse_overrides(overrides):
-        if override.is_sweep_override():
-            _refuse_sweep_override(override)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if any(override.is_sweep_override() for override in parsed):
+        _refuse_sweep(command, search, parsed)
     with initialized(command, search):
         try:
             config: DictConfig = hydra.compose(command, overrides, return_hydra_config=True)
@@ -63,12 +63,18 @@ def compose(command: str, search: ConfigSearchPath, overrides: list[str]) -> Dic
     return config
 
 
-def _refuse_sweep_override(override: Override) -> None:
+def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Override]) -> NoReturn:
+    """Raise UserError for the first override with several values."""
+    override = next(override for override in overrides if override.is_sweep_override())
     key, _, value = str(override.input_line).partition("=")
-    quoting_advice = f", quote the value if it is one text: {shell_override(key, value)}" if " " in value else ""
-    raise UserError(
-        f"several values ({value})", key=key, remedy=f"add -m for a sweep{quoting_advice}, or write a list: [{value}]"
-    )
+    config = compose(command, search, [str(o.input_line) for o in overrides if not o.is_sweep_override()])
+    default = OmegaConf.select(config, key, throw_on_missing=False)
+    remedies = ["add -m for a sweep"]
+    if " " in value:
+        remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")
+    if OmegaConf.is_list(default) or default is None:
+        remedies.append(f"write a list: [{value}]")
+    raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies))
 
 
 def recompose(config: DictConfig, group: str, option: str) -> DictConfig:

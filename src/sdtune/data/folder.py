@@ -119,14 +119,14 @@ def read_image_folder(
         raise UserError(
             f"{len(uncaptioned)} of {len(images)} images have no caption, the first is {uncaptioned[0]}",
             key=key,
-            remedy=caption_remedy,
+            remedy=_kohya_parent(folder, key) or caption_remedy,
         )
     return ImageFolder(
         tuple(
             CaptionedImage(image, _with_trigger(captions[image], trigger), sizes[image], repeats)
             for image, (repeats, _) in repeats_and_words.items()
         ),
-        (*listing.lines(folder), *_unused(files, images, folder)),
+        (*listing.lines(folder), *_unused(files, images, folder), *_root_name_warning(folder, key)),
         uses_prompt=bool(uncaptioned),
     )
 
@@ -210,6 +210,18 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
     if repeats < 1:
         raise UserError(f"{folder}: the folder name sets {repeats} repeats", remedy="use at least 1 in its name")
     return repeats, words
+
+
+def _kohya_parent(root: Path, key: str) -> str | None:
+    """Advice for a ``root`` that is itself an image folder of kohya, such as ``10_sks dog``; None for other names."""
+    if _REPEATS_AND_WORDS.fullmatch(root.name) is None:
+        return None
+    return f"to use the repeats and words in the name {root.name}, set {key} to its parent folder"
+
+
+def _root_name_warning(root: Path, key: str) -> list[str]:
+    advice = _kohya_parent(root, key)
+    return [] if advice is None else [f"WARNING: {key}: names count only below this folder; {advice}"]
 
 
 def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from sdtune.exporting.artifact import Artifact
 from sdtune.files import replacing, write_text
 from sdtune.formats.files import read_metadata
+from sdtune.lr_schedule import warmup_limit
 from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD, CARD_GRID
 from sdtune.runs.metrics import finite
@@ -157,6 +158,9 @@ def _base(backbone: str) -> str | None:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {key: config[key] for key in _SETTINGS if key in config}
     plain: dict[str, Any] = json.loads(json.dumps({**sections, "seed": config.get("seed")}, default=str))
+    if "lr_schedule" in plain and "trainer" in plain:  # the warm-up that was run, not the one that was set
+        limit = warmup_limit(plain["trainer"]["max_steps"])
+        plain["lr_schedule"]["warmup_steps"] = min(plain["lr_schedule"]["warmup_steps"], limit)
     return {key: _without_targets(value) for key, value in plain.items()}
 
 

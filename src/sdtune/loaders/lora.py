@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
 from sdtune.formats.lora_names import BUNDLED
 from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
+
+log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
     if new_tokens:
         backbone.add_tokens(new_tokens)
     return loaded
+
+
+def warn_about_unused_strengths(files: Sequence[AdapterFile], loaded: Sequence[LoadedLoRA]) -> None:
+    """Log a warning for each of ``files`` that has a strength, but whose ``loaded`` adapter is only an embedding."""
+    for file, adapter in zip(files, loaded, strict=True):
+        if file.strength != 1 and not adapter.weights.pairs:
+            log.warning("WARNING: adapters: strength %g has no effect on the embedding %s", file.strength, file.path)
 
 
 def _and(widths: Sequence[int]) -> str:

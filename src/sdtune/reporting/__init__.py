@@ -2,5 +2,6 @@
 
 from sdtune.reporting.collect import Run, collect
 from sdtune.reporting.page import write_report
+from sdtune.reporting.ranking import winner
 
-__all__ = ["Run", "collect", "write_report"]
+__all__ = ["Run", "collect", "winner", "write_report"]

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sdtune.reporting.collect import Run
-from sdtune.runs.metrics import LOWER_IS_BETTER, SHARES
+from sdtune.runs.metrics import LOWER_IS_BETTER, SHARES, unit
 
 _PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
 _SEED = "seed"
@@ -156,3 +156,24 @@ def ranked(settings: Sequence[Setting], metric: str) -> list[Place]:
     rows = [(setting, statistics) for setting in settings if (statistics := setting.metric(metric)) is not None]
     rows.sort(key=lambda row: row[1].mean, reverse=metric not in LOWER_IS_BETTER)
     return [(s, value, i > 0 and value.near(rows[0][1], len(rows) - 1)) for i, (s, value) in enumerate(rows)]
+
+
+def winner(runs: Sequence[Run]) -> list[str]:
+    """Line with the best setting of ``runs`` by their metric, and how many are within its noise.
+
+    Empty for a single setting, and if the runs have no metric to rank by.
+    """
+    tables = rankings(group_by_setting(runs))
+    if not tables or len(tables[0][1]) < 2:
+        return []
+    metric, places = tables[0]
+    best, statistics, _ = places[0]
+    spread = f" ± {unit(statistics.spread, metric)}" if statistics.spread is not None else ""
+    near = sum(is_near is True for *_, is_near in places)
+    unclear = f"; within its noise: {near} of the other {len(places) - 1}" if near else ""
+    if statistics.spread is None:
+        unclear = "; its noise is unknown (one seed)"
+    return [
+        f"best of {len(places)} settings by {metric}: {best.label} ({unit(statistics.mean, metric)}{spread}){unclear}:"
+        f" {best.runs[0].folder}"
+    ]

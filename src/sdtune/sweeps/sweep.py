@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,6 +213,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     if len(jobs) > 1:
         print(f"checking {len(jobs)} jobs before the first starts")
     errors: dict[str, list[str]] = {}
+    is_measured = not jobs
     for number, job in enumerate(jobs):
         config = hydra.config_loader.load_sweep_config(master, list(job))
         with open_dict(config.hydra):
@@ -220,6 +222,7 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         try:
             with as_current(config, job_folder):
                 _check_job(config, job_folder, prepare)
+                is_measured = is_measured or _is_measured(config)
         except UserError as error:
             distinct = f" ({_distinct_overrides(job, jobs)})" if len(jobs) > 1 else ""
             name = f"job {names[number]}{distinct}" if names[0] == "0" else "the search's jobs"
@@ -231,7 +234,22 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         ]
         more = f"; and {len(reasons) - 2} more errors" if len(reasons) > 2 else ""
         raise UserError(f"{'; '.join(reasons[:2])}{more}; no job was started")
+    if not is_measured:
+        print(
+            "WARNING: the jobs record no metric that ranks them; set data.hold_out=10 or data.validation_path=DIR"
+            " (validation loss), or evaluation=clip backbone.clip=DIR"
+        )
     return int(master.hydra.sweeper.get("n_jobs", 0)) or len(jobs) or sys.maxsize
+
+
+def _is_measured(config: DictConfig) -> bool:
+    """Whether the job of ``config`` records a metric that ``sdtune report`` can rank it by, or is no training."""
+    if "optimizer" not in config:
+        return True
+    select = partial(OmegaConf.select, config)
+    if any(select(key) for key in ("optimized_metric", "data.hold_out", "data.validation_path")):
+        return True
+    return bool(config.get("evaluation")) and any(select(f"evaluation.{key}", default=True) for key in ("clip", "dino"))
 
 
 def _known_jobs(hydra: Hydra, master: DictConfig) -> tuple[Sequence[Sequence[str]], list[str]]:

@@ -1,0 +1,252 @@
+"""Options of kohya's sd-scripts, and the overrides that replace them.
+
+In the tables, VALUE stands for the value of the option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sdtune.quoting import in_quotes, shell_override
+
+TRAINING = {
+    "network_dim": "method.rank=VALUE",
+    "network_alpha": "method.alpha_policy=constant method.alpha=VALUE",
+    "network_dropout": "method.dropout=VALUE",
+    "network_weights": "method.weights=VALUE",
+    "learning_rate": "optimizer.lr=VALUE",
+    "unet_lr": "optimizer.lr=VALUE",
+    "text_encoder_lr": "method.text_encoder_lr=VALUE",
+    "lr_scheduler": "lr_schedule=VALUE",
+    "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
+    "max_train_steps": "trainer.max_steps=VALUE",
+    "train_batch_size": "data.batch_size=VALUE",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches=VALUE",
+    "gradient_checkpointing": "hardware.gradient_checkpointing=true",
+    "mixed_precision": "hardware.precision=VALUE",
+    "max_grad_norm": "trainer.gradient_clip_val=VALUE",
+    "optimizer_type": "optimizer=VALUE",
+    "train_data_dir": "data=folder data.path=VALUE",
+    "reg_data_dir": "data.class_path=VALUE",
+    "prior_loss_weight": "data.prior_weight=VALUE",
+    "pretrained_model_name_or_path": "backbone.path=VALUE",
+    "vae": "backbone.vae=VALUE",
+    "clip_skip": "backbone.clip_skip=VALUE-1",
+    "output_dir": "hydra.run.dir=VALUE",
+    "output_name": "name=VALUE",
+    "save_every_n_steps": "save_every=VALUE",
+    "min_snr_gamma": "objective=min_snr objective.weighting.gamma=VALUE",
+    "noise_offset": "objective.offset_noise=VALUE",
+    "flip_aug": "data.flip=true",
+    "random_crop": "data.random_crop=true data.cache_latents=false",
+    "caption_dropout_rate": "data.caption_dropout=VALUE",
+    "sample_every_n_steps": "callbacks.samples.every_steps=VALUE",
+    "resolution": "data.resolution=VALUE",
+    "max_token_length": "backbone.max_tokens=VALUE",
+    "v_parameterization": "backbone.prediction_type=v_prediction",
+    "zero_terminal_snr": "backbone.zero_terminal_snr=true",
+    "masked_loss": "data.mask=file",
+    "alpha_mask": "data.mask=alpha",
+    "cache_latents": "data.cache_latents=true",
+    "cache_text_encoder_outputs": "data.cache_text=true",
+    "cache_latents_to_disk": "data.cache_latents=true",
+    "cache_text_encoder_outputs_to_disk": "data.cache_text=true",
+    "use_8bit_adam": "optimizer=adamw8bit",
+    "seed": "seed=VALUE",
+    "resume": "resume=VALUE",
+}
+"""Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
+
+_VALUES = {
+    "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
+    "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
+    "lr_scheduler": {"constant_with_warmup": "constant"},
+    "sampler": {
+        "euler_a": "euler_ancestral",
+        "k_euler": "euler",
+        "k_euler_a": "euler_ancestral",
+        "dpmsolver++": "dpmpp_2m",
+    },
+    "save_precision": {"float": "fp32"},
+}
+"""Values of these options that have another name here."""
+
+TRAINING_REMARKS = {
+    "max_train_epochs": "training is counted in steps: set trainer.max_steps (a training prints the steps per epoch)",
+    "save_every_n_epochs": "training is counted in steps: set save_every (a training prints the steps per epoch)",
+    "sample_every_n_epochs": "training is counted in steps: set callbacks.samples.every_steps",
+    "sample_prompts": "prompts are a list: 'callbacks.samples.prompts=[\"a frog, red background\"]'",
+    "network_module": "choose the method: method=lora",
+    "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
+    "train_text_encoder": "LoRA: 'method.targets=[cross_attention,self_attention,text_encoder]'; others: method.parts",
+    "network_train_unet_only": "this is the default: only method.targets with text_encoder trains the text encoder",
+    "config_file": "config files of kohya are not read: write each option as a setting",
+    "dataset_config": "dataset files are not read: set data=folder data.path=DIR",
+    "caption_extension": "it is not needed: .txt and .caption files are read",
+    "shuffle_caption": "captions are not shuffled",
+    "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
+    "enable_bucket": "it is not needed: images are always sorted into buckets",
+    "bucket_no_upscale": "it is not needed: images are never enlarged",
+    "xformers": "it is not needed: the attention implementation is chosen for the device",
+    "sdpa": "it is not needed: the attention implementation is chosen for the device",
+    "save_model_as": "it is not needed: LoRA files are safetensors; see sdtune export for other formats",
+    "save_precision": "set it when exporting: sdtune export RUN format=kohya dtype=fp16",
+    "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
+    "log_with": "choose a logger: logger=tensorboard or logger=wandb",
+    "max_data_loader_n_workers": "set data.workers",
+    "token_string": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "init_word": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "num_vectors_per_token": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
+    "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
+    "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
+    "v2": "choose the model: backbone=sd21",
+}
+"""What to do about the options of these scripts that no override replaces."""
+
+SAMPLING = {
+    "ckpt": "backbone.path=VALUE",
+    "vae": "backbone.vae=VALUE",
+    "prompt": "prompt=VALUE",
+    "negative_prompt": "sampling.negative_prompt=VALUE",
+    "from_file": "prompts_file=VALUE",
+    "outdir": "hydra.run.dir=VALUE",
+    "network_weights": "'adapters=[{path: VALUE}]'",
+    "textual_inversion_embeddings": "'adapters=[{path: VALUE}]'",
+    "seed": "seeds=[VALUE]",
+    "steps": "sampling.steps=VALUE",
+    "scale": "sampling.guidance=VALUE",
+    "sampler": "sampling.sampler=VALUE",
+    "W": "sampling.width=VALUE",
+    "H": "sampling.height=VALUE",
+    "batch_size": "sampling.batch_size=VALUE",
+    "clip_skip": "backbone.clip_skip=VALUE-1",
+    "bf16": "hardware.precision=bf16-mixed",
+    "fp16": "hardware.precision=16-mixed",
+}
+"""Overrides of ``sdtune sample`` that replace the options of ``gen_img.py``."""
+
+SAMPLING_REMARKS = {
+    "network_mul": "set the strength of each adapter: 'adapters=[{path: FILE, strength: 0.8}]'",
+    "network_module": "it is not needed: the kind of a file is detected",
+    "network_merge": "it is not needed: adapters are applied to the weights in memory",
+    "images_per_prompt": "set one seed for each image: seeds=[0,1,2,3]",
+    "n_iter": "set one seed for each image: seeds=[0,1,2,3]",
+    "control_net_models": "set 'control=[{path: NET, image: FILE}]'",
+    "control_net_multipliers": "set the strength: 'control=[{path: NET, image: FILE, strength: 0.8}]'",
+    "xformers": "it is not needed: the attention implementation is chosen for the device",
+    "sdpa": "it is not needed: the attention implementation is chosen for the device",
+    "v2": "choose the model: backbone=sd21",
+    "sdxl": "choose the model: backbone=sdxl",
+}
+"""What to do about the options of ``gen_img.py`` that no override replaces."""
+
+EXPORT = {
+    "sd_model": "backbone.path=VALUE",
+    "model_org": "backbone.path=VALUE",
+    "model": "artifact=VALUE",
+    "models": "artifact=VALUE",
+    "model_tuned": "artifact=VALUE",
+    "ratios": "strength=VALUE",
+    "dim": "rank=VALUE",
+    "new_rank": "rank=VALUE",
+    "save_precision": "dtype=VALUE",
+    "save_to": "hydra.run.dir=VALUE",
+}
+"""Overrides of ``sdtune export`` that replace options of ``extract_lora_from_models.py``, ``merge_lora.py`` and
+``resize_lora.py``."""
+
+EXPORT_REMARKS = {
+    "dynamic_method": "sv_fro: set energy to the square of dynamic_param; other methods are not available",
+    "dynamic_param": "sv_fro: set energy to the square of dynamic_param",
+    "device": "it is not needed: matrices are decomposed on the CPU",
+    "v2": "choose the model: backbone=sd21",
+    "sdxl": "choose the model: backbone=sdxl",
+}
+"""What to do about the options of these scripts that no override replaces."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Known options of other programs: the overrides that replace them, and remarks about the others."""
+
+    overrides: Mapping[str, str]
+    remarks: Mapping[str, str]
+
+
+OPTIONS = {
+    **dict.fromkeys(("train", "prepare", "plan"), Options(TRAINING, TRAINING_REMARKS)),
+    "sample": Options(SAMPLING, SAMPLING_REMARKS),
+    "export": Options(EXPORT, EXPORT_REMARKS),
+}
+"""The options that each command explains."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as typed, such as ``--network-dim``, its name in kohya's form, and its value if it has one."""
+
+    typed: str
+    name: str
+    value: str | None
+
+    @classmethod
+    def of(cls, word: str) -> Option:
+        """The option of ``--option=VALUE``, ``--option VALUE``, ``OPTION=VALUE`` or ``--option``."""
+        typed, *value = re.split(r"[=\s]", word, maxsplit=1)
+        return cls(typed, typed.lstrip("-+~").replace("-", "_"), value[0] if value else None)
+
+
+def is_replaced(word: str, command: str) -> bool:
+    """Whether ``word`` assigns a value to an option of kohya's scripts that is no setting of ``command``."""
+    option, known = Option.of(word), OPTIONS.get(command)
+    if known is None or option.value is None:
+        return False
+    is_setting = known.overrides.get(option.name, "").startswith(f"{option.name}=")
+    return option.name in {*known.overrides, *known.remarks} and not is_setting
+
+
+def explanation(words: Sequence[str], command: str) -> str | None:
+    """Message for options of kohya's scripts, ``words`` such as ``--network_dim=8``; None if none of them is known.
+
+    With several options, the message has the overrides for all of them, to be copied.
+    """
+    options, known = [Option.of(word) for word in words], OPTIONS.get(command, Options({}, {}))
+    replaced = [option for option in options if option.name in known.overrides]
+    remarked = [option for option in options if option.name in known.remarks]
+    overrides = " ".join(dict.fromkeys(_override(known.overrides[o.name], o) for o in replaced))
+    if not replaced and not remarked:
+        return None
+    has_dashes = any(option.typed.startswith("-") for option in options)
+    plural = "s" if len(options) > 1 else ""
+    kind = f"unknown option{plural}" if has_dashes else f"option{plural} of kohya"
+    remedies = [f"use {overrides}{' (settings have no dashes)' if has_dashes else ''}"] if overrides else []
+    for option in remarked:
+        remedies.append(f"{option.typed}: {known.remarks[option.name]}" if plural else known.remarks[option.name])
+    unknown = [option.typed for option in options if option not in [*replaced, *remarked]]
+    remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
+    names = ", ".join(option.typed for option in options)
+    return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
+
+
+def _override(template: str, option: Option) -> str:
+    """``template`` of a table with the value of ``option``; unchanged if it has no value or one that does not fit."""
+    value = option.value
+    if option.name == "resolution" and value is not None:
+        sides = set(value.split(","))
+        value = sides.pop() if len(sides) == 1 else None
+    if value is None:
+        return template
+    value = _VALUES.get(option.name, {}).get(value, value)
+    if "VALUE-1" in template:
+        return template.replace("VALUE-1", str(int(value) - 1)) if re.fullmatch("[1-9]", value) else template
+    if "[" in template:
+        return template.replace("VALUE", value if re.fullmatch(r"[\w./+-]+", value) else in_quotes(value))
+    words = (word.partition("=") for word in template.split())
+    return " ".join(f"{key}={old}" if old != "VALUE" else _assigned(key, value) for key, _, old in words)
+
+
+def _assigned(key: str, value: str) -> str:
+    """``key=value``, quoted only if the value needs it: Hydra would read a quoted number as text."""
+    return f"{key}={value}" if re.fullmatch(r"[\w./+:-]+", value) else shell_override(key, value)

@@ -1,0 +1,37 @@
+"""Main setting of a command, whose key may be omitted: ``sdtune export RUN`` is ``sdtune export run=RUN``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sdtune.errors import UserError
+from sdtune.quoting import override, shell_word
+
+_KEYS = {"sample": "prompt", "export": "run", "evaluate": "run"}
+
+_IS_OVERRIDE = re.compile(r"~|[+]{0,2}[\w./@:-]+=")
+
+
+def with_main_setting(command: str, overrides: list[str]) -> list[str]:
+    """``overrides``, with the key of the command's main setting put before a word without a key.
+
+    For ``export``, a file is an artifact, and anything else a run folder.
+
+    Raises:
+        UserError: several words without a key.
+    """
+    key = _KEYS.get(command)
+    bare = [text for text in overrides if not _IS_OVERRIDE.match(text)]
+    if key is None or not bare or any(text.startswith((f"{key}=", "artifact=")) for text in overrides):
+        return overrides
+    if len(bare) > 1:
+        raise UserError(
+            f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})",
+            remedy=f"put quotes around a text: sdtune {command} {shell_word(' '.join(bare))}",
+        )
+    [text] = bare
+    if command == "export" and Path(text).expanduser().is_file():
+        key = "artifact"
+    named = f"{key}={text}" if text.startswith("[") else override(key, text)
+    return [named if other == text else other for other in overrides]

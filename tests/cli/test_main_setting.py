@@ -1,0 +1,33 @@
+"""Main settings without a key: ``sdtune export RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdtune.cli.main_setting import with_main_setting
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "expected"),
+    [
+        ("export", ["outputs/my run", "format=kohya"], ['run="outputs/my run"', "format=kohya"]),
+        ("export", ["run=x"], ["run=x"]),
+        ("evaluate", ["outputs/x"], ["run=outputs/x"]),
+        ("sample", ["seeds=[1]", "a red frog, sitting"], ["seeds=[1]", 'prompt="a red frog, sitting"']),
+        ("sample", ["a sign that says x=1"], ['prompt="a sign that says x=1"']),
+        ("sample", ["1e5"], ['prompt="1e5"']),
+        ("sample", ["[a, b]", "~sampling.seed"], ["prompt=[a, b]", "~sampling.seed"]),
+        ("sample", ["prompt=a", "frog"], ["prompt=a", "frog"]),
+        ("train", ["method.rank"], ["method.rank"]),
+    ],
+)
+def test_key_is_added(command: str, given: list[str], expected: list[str]) -> None:
+    assert with_main_setting(command, given) == expected
+
+
+def test_file_to_export_is_an_artifact(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    file.touch()
+    assert with_main_setting("export", [str(file), "format=kohya"]) == [f"artifact={file}", "format=kohya"]
