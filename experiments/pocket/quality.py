@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtune import pocket
 from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import generate_images
 from sdtune.files import replacing, write_text
 from sdtune.pocket.evaluation.classifier import Classifier, background, ceilings, load_classifier, reconstruct
 from sdtune.pocket.evaluation.psnr import psnr
 from sdtune.pocket.world.captions import full_caption
 from sdtune.pocket.world.scenes import SIDE, Scene, draw_scene, held_out_scenes
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import generate_images
 
 PROMPTS = 512
 STEPS = 30

@@ -15,9 +15,10 @@ from running import folder_data
 from sdtune.backbone import Pretrained
 from sdtune.data.control.base import FromImage, Paired
 from sdtune.data.control.edges import Canny
-from sdtune.evaluation import ClipMetrics, subject_metrics
+from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.agreement import agreement, mean_iou
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels
 
 CPU = torch.device("cpu")
 
@@ -83,13 +84,11 @@ def test_control_agreement_is_measured_without_a_clip(
     def draw(_: object, requests: Sequence[Request], __: Sampling) -> list[np.ndarray]:
         return [r.maps[0] if r.maps else np.zeros((64, 64, 3), np.uint8) for r in requests]
 
-    monkeypatch.setattr(subject_metrics, "generate_images", draw)
-    monkeypatch.setattr(
-        subject_metrics, "generate_base_images", lambda _, requests, sampling, __: draw(None, requests, sampling)
-    )
+    monkeypatch.setattr(RunModels, "trained_images", draw)
+    monkeypatch.setattr(RunModels, "base_images", draw)
     (tmp_path / "artifact").mkdir()
     evaluation = ClipMetrics(images=4, sampling=Sampling(steps=1, width=64, height=64))
-    metrics = evaluation.run(Pretrained(str(tiny)), data, tmp_path / "artifact", "lora", CPU, tmp_path)
+    metrics = evaluation.run(RunModels(Pretrained(str(tiny)), tmp_path / "artifact", "lora", CPU), data, tmp_path)
     assert metrics["control_agreement"] == 1
     assert metrics["base_control_agreement"] == 0.25  # all black: half of one class, none of the other
     assert metrics["clip_image"] is None
@@ -101,7 +100,7 @@ def test_missing_control_agreement_has_a_reason(images: Path, tmp_path: Path, ti
     for control, reason in ((None, "no control maps"), (Paired(str(tmp_path / "maps")), "not extracted from images")):
         data = folder_data(images, control=control)
         data.open(32, 4)
-        metrics = ClipMetrics().run(Pretrained(str(tiny)), data, tmp_path, "lora", CPU, tmp_path)
+        metrics = ClipMetrics().run(RunModels(Pretrained(str(tiny)), tmp_path, "lora", CPU), data, tmp_path)
         assert metrics["control_agreement"] is None
         assert reason in metrics["reasons"]["control_agreement"]
 

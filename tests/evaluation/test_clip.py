@@ -17,6 +17,7 @@ from sdtune.data import Folder
 from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
+from sdtune.sampling.run_models import RunModels
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,7 @@ def test_each_image_is_compared_with_its_prompt(clip_folder: Path) -> None:
 def test_metrics_without_a_clip_are_null_with_a_reason(tiny: Path, images: Path, tmp_path: Path) -> None:
     data = Folder(path=str(images))
     data.open(32, 4)
-    metrics = ClipMetrics(clip=None).run(Pretrained(str(tiny)), data, tmp_path, "x", CPU, tmp_path)
+    metrics = ClipMetrics(clip=None).run(RunModels(Pretrained(str(tiny)), tmp_path, "x", CPU), data, tmp_path)
     reasons = metrics.pop("reasons")
     assert set(metrics.values()) == {None}
     assert set(reasons) == set(metrics)

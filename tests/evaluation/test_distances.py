@@ -21,6 +21,7 @@ from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
 from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
+from sdtune.sampling.run_models import RunModels
 
 CPU = torch.device("cpu")
 
@@ -110,9 +111,8 @@ def test_strengths_grid_is_written_without_a_metric_model(tiny: Path, images: Pa
     data = folder_data(images)
     fit(model, data, 1)
     model.artifact(tmp_path / "artifact", "lora")
-    metrics = ClipMetrics(images=2, sampling=Sampling(steps=1)).run(
-        source, data, tmp_path / "artifact", "lora", CPU, tmp_path / "evaluation"
-    )
+    models = RunModels(source, tmp_path / "artifact", "lora", CPU)
+    metrics = ClipMetrics(images=2, sampling=Sampling(steps=1)).run(models, data, tmp_path / "evaluation")
     assert all(value is None for key, value in metrics.items() if key != "reasons")
     assert [file.name for file in (tmp_path / "evaluation").iterdir()] == ["strengths.png"]
 
@@ -124,7 +124,7 @@ def test_all_metrics_of_a_run_are_computed(dino_folder: Path, tiny: Path, images
     fit(model, data, 2)
     model.artifact(tmp_path / "artifact", "lora")
     evaluation = ClipMetrics(images=4, clip="pocket", dino=str(dino_folder), sampling=Sampling(steps=1))
-    metrics = evaluation.run(source, data, tmp_path / "artifact", "lora", CPU, tmp_path / "evaluation")
+    metrics = evaluation.run(RunModels(source, tmp_path / "artifact", "lora", CPU), data, tmp_path / "evaluation")
     names = ("clip_image", "clip_text", "diversity", "memorisation", "dino_image")
     computed = {key: value for key, value in metrics.items() if value is not None and key != "reasons"}
     assert set(computed) == {*names, *(f"base_{key}" for key in names), "prior_drift"}
@@ -141,7 +141,7 @@ def test_all_metrics_of_a_run_are_computed(dino_folder: Path, tiny: Path, images
     data = folder_data(images)
     data.open(32, 4)
     evaluation = ClipMetrics(images=2, clip="pocket", sampling=Sampling(steps=1))
-    metrics = evaluation.run(source, data, tmp_path / "artifact", "lora", CPU, tmp_path / "without_class")
+    metrics = evaluation.run(RunModels(source, tmp_path / "artifact", "lora", CPU), data, tmp_path / "without_class")
     assert metrics["prior_drift"] is None
     assert metrics["reasons"]["prior_drift"] == "data.class_prompt is not set"
     assert "evaluation.dino=FOLDER" in metrics["reasons"]["dino_image"]

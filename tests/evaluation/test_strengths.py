@@ -11,11 +11,11 @@ from PIL import Image
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
-from sdtune.evaluation.draw import base, generate_images, trained
 from sdtune.evaluation.strengths import STRENGTHS, strength_grid
 from sdtune.images.grids import grid
 from sdtune.methods import LoRA, TextualInversion
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels, generate_images
 
 CPU = torch.device("cpu")
 
@@ -26,11 +26,12 @@ def test_grid_has_a_row_per_strength_from_base_to_lora(tiny: Path, images: Path,
     fit(model, folder_data(images), 2)
     model.artifact(tmp_path / "artifact", "lora")
     requests = [Request(f"thing {i}", i) for i in range(5)]
-    strength_grid(source, tmp_path / "artifact", requests, settings, CPU, tmp_path)
+    models = RunModels(source, tmp_path / "artifact", "lora", CPU)
+    strength_grid(models, requests, settings, tmp_path)
     shown = np.asarray(Image.open(tmp_path / "strengths.png"))
-    with base(source, CPU) as backbone:
+    with models.base() as backbone:
         base_images = generate_images(backbone, requests[:4], settings)
-    with trained(source, tmp_path / "artifact", "lora", CPU) as backbone:
+    with models.trained() as backbone:
         lora_images = generate_images(backbone, requests[:4], settings)
     assert not np.array_equal(base_images[0], lora_images[0])
     sheet = np.asarray(grid([base_images, *[lora_images] * (len(STRENGTHS) - 1)]))
@@ -47,5 +48,6 @@ def test_textual_inversion_has_no_strengths_grid(tiny: Path, images: Path, tmp_p
     model = TextualInversion(backbone=source, optimizer=adamw(1e-2), new_tokens=[NewToken("<new>", "a")])
     fit(model, folder_data(images, templates=["<new> {}"]), 1)
     model.artifact(tmp_path / "artifact", "word")
-    strength_grid(source, tmp_path / "artifact", [Request("<new>", 0)], Sampling(steps=1), CPU, tmp_path)
+    models = RunModels(source, tmp_path / "artifact", "word", CPU)
+    strength_grid(models, [Request("<new>", 0)], Sampling(steps=1), tmp_path)
     assert not (tmp_path / "strengths.png").exists()

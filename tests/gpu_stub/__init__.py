@@ -1,4 +1,4 @@
-"""Stub GPU: the CUDA path of torch, Lightning, diffusers and sdtune at the true shapes of SD 1.5 and SDXL, without a GPU.
+"""Stub GPU: the CUDA path of torch, Lightning, diffusers and sdtune at the shapes of SD 1.5 and SDXL, without a GPU.
 
 Device memory is address space, kernels do nothing, everything else is real: the dispatcher, autograd, the caching
 allocator, streams. It shows mixed devices and types, which lines wait for the device, kernels and host time per step,

@@ -68,18 +68,19 @@ def _measure(meter: Meter, waits: WaitingLines) -> None:
     from sdtune.callbacks.samples import Samples
     from sdtune.commands import sample
     from sdtune.data.datamodule import ImageDataModule
-    from sdtune.evaluation import ClipMetrics, draw, subject_metrics
+    from sdtune.evaluation import ClipMetrics, subject_metrics
     from sdtune.evaluation.clip import Clip
     from sdtune.evaluation.dino import Dino
     from sdtune.methods.base import Adapter
+    from sdtune.sampling.run_models import RunModels
 
     for name, owner, attribute in (
         ("class images", ImageDataModule, "generate_class_images"),
         ("caches", ImageDataModule, "prepare"),
         ("previews", Samples, "draw"),
         ("validation", Adapter, "validation_step"),
-        ("base images", draw, "_draw_into"),
-        ("trained images", subject_metrics, "generate_images"),
+        ("base images", RunModels, "base_images"),
+        ("trained images", RunModels, "trained_images"),
         ("strengths", subject_metrics, "strength_grid"),
         ("CLIP", Clip, "images"),
         ("DINO", Dino, "images"),

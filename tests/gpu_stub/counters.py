@@ -79,7 +79,7 @@ def _with_ones(value: Any) -> Any:
 
 
 class WaitingLines:
-    """Counts the lines that wait for the device, by torch's own debug mode; ``lines`` maps FILE:LINE to their number."""
+    """Counts the lines that wait for the device, with torch's debug mode; ``lines`` maps FILE:LINE to their number."""
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()
@@ -97,5 +97,5 @@ class WaitingLines:
             return
         frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.endswith("warnings.py")]
         ours = [frame for frame in frames if "/sdtune/" in frame.filename][-2:]
-        places = dict.fromkeys([frames[-1], *reversed(ours)])
-        self.lines[" <- ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in places)] += 1
+        places = [f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in (frames[-1], *reversed(ours))]
+        self.lines[" <- ".join(dict.fromkeys(places))] += 1

@@ -31,8 +31,8 @@ from running import Spy, arguments, fit, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
 from sdtune.data.control.base import map_to_tensor
-from sdtune.evaluation.draw import trained
 from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.run_models import RunModels
 from sdtune.training.random_draws import timesteps
 
 
@@ -369,7 +369,7 @@ def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
         return model.denoise(noisy, timestep, text, {"control": control_maps[0]} if control_maps else {})
 
     [live_image] = generate(model.backbone, requests, settings, denoise)
-    with trained(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")) as loaded:
+    with RunModels(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")).trained() as loaded:
         [loaded_image] = generate(loaded, requests, settings)
     base = Pretrained(str(folder)).load()
     base.prepare_for_device(torch.device("cpu"))

@@ -27,10 +27,10 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import embedding_widths
 from sdtune.data.control.edges import Canny
 from sdtune.errors import UserError
-from sdtune.evaluation.draw import trained
 from sdtune.loaders import controlnet as controlnets
 from sdtune.methods import ControlNet
 from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.run_models import RunModels
 
 MODES = ["frozen", "decoder", "all"]
 
@@ -245,8 +245,8 @@ def test_diffusers_generates_the_same_images(
         assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
     assert all(torch.equal(value, unet_weights[name]) for name, value in backbone.unet.state_dict().items())
     assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
-    with trained(source, tmp_path, "net", torch.device("cpu")) as loaded:
-        # trained() applies the ControlNet with strength 1.
+    with RunModels(source, tmp_path, "net", torch.device("cpu")).trained() as loaded:
+        # RunModels.trained() applies the ControlNet with strength 1.
         assert np.abs(float_images(loaded, requests(control_map), monkeypatch) - images).max() > 1e-4
     assert json.loads((folder / "sdtune.json").read_text(encoding="utf-8")) == {"backbone": source.hash(), "unet": unet}
     assert (folder / "unet").exists() == (unet != "frozen")

@@ -18,9 +18,9 @@ from sdtune.backbone.new_token_vectors import token_vectors
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index, class_images, generate_missing
 from sdtune.errors import UserError
-from sdtune.evaluation.draw import trained
 from sdtune.methods import DreamBooth, LoRA
 from sdtune.sampling.loop import Request, Sampling, generate
+from sdtune.sampling.run_models import RunModels
 
 
 class RecordBatches(Callback):
@@ -236,5 +236,5 @@ def test_evaluation_uses_the_final_new_tokens_and_not_those_of_snapshots(
     for _, parameter in model.trainable():
         parameter.data += 0.01
     model.artifact(tmp_path, "mine")
-    with trained(Pretrained(str(tiny)), tmp_path, "mine", torch.device("cpu")) as backbone:
+    with RunModels(Pretrained(str(tiny)), tmp_path, "mine", torch.device("cpu")).trained() as backbone:
         assert torch.equal(token_vectors(backbone)["<my_dog>"][0], token_vectors(model.backbone)["<my_dog>"][0])

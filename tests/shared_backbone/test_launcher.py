@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from running import EPS, rows, start, train, wait_for_step
-from sdtune.evaluation import draw as drawing
 from sdtune.methods import LoRA
+from sdtune.sampling import run_models
 from sdtune.shared_backbone import pool
 from sdtune.shared_backbone.compatibility import difference, groups, largest_config, largest_rank
 from sdtune.sweeps import shared_group
@@ -71,7 +71,7 @@ def test_finished_runs_are_evaluated_together(
         overrides = [a for a in overrides if not a.startswith("method")]
         overrides += ["method=textual_inversion", 'new_tokens=[{token: "<x>", init: a}]', "data.templates=['{} <x>']"]
     # In bfloat16, merged weights and separate pairs have different rounding errors.
-    monkeypatch.setattr(drawing, "precision", lambda *_: "32-true")
+    monkeypatch.setattr(run_models, "precision", lambda *_: "32-true")
     batch_sizes: list[int] = []
     forward = pool.Pool.compute
 

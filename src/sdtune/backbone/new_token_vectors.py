@@ -28,6 +28,15 @@ def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
     }
 
 
+def remove_tokens(backbone: Backbone) -> None:
+    """Remove all new tokens, so that others can be added."""
+    for encoder in backbone.encoders.values():
+        table = encoder.get_input_embeddings()
+        if isinstance(table, ExtendedEmbedding):
+            encoder.set_input_embeddings(table.table)
+    backbone.new_tokens = None
+
+
 @contextmanager
 def without_new_tokens(backbone: Backbone) -> Iterator[None]:
     """Context manager that gives the text encoders their original embedding tables, without the new tokens."""

@@ -59,6 +59,10 @@ class EMA(Callback):
         """Context manager in which ``module`` has the averaged weights; on exit its own are restored exactly."""
         return swapped_parameters(module, self.shadow)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning moves the model to main memory now; the evaluation needs the device.
+        self.shadow = {name: average.cpu() for name, average in self.shadow.items()}
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validating.enter_context(self.swapped_parameters(pl_module))
 

@@ -19,6 +19,7 @@ from sdtune.errors import UserError
 from sdtune.files import read_json, write_json
 from sdtune.hardware.devices import device as device_of
 from sdtune.runs.metrics import OF_TRAINING, finite, unit
+from sdtune.sampling.run_models import RunModels
 
 log = logging.getLogger("sdtune")
 
@@ -67,7 +68,9 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerato
     device = device_of(accelerator)
     evaluation = build(config["evaluation"], settings.trust)
     source = build(config["backbone"], settings.trust)
-    metrics = finite(evaluation.run(source, data, run / "artifact", settings.name or data.name, device, folder))
+    tiling = bool(config["hardware"].get("vae_tiling"))
+    models = RunModels(source, run / "artifact", settings.name or data.name, device, vae_tiling=tiling)
+    metrics = finite(evaluation.run(models, data, folder))
     metrics_file = run / "metrics.json"
     training_metrics = read_json(metrics_file, "run") if metrics_file.is_file() else {}
     copied = {key: value for key, value in training_metrics.items() if key in OF_TRAINING}

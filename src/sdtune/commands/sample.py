@@ -20,13 +20,13 @@ from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain
 from sdtune.errors import UserError
 from sdtune.hardware.devices import device as device_of
-from sdtune.hardware.precision import autocast
-from sdtune.hardware.precision import precision as precision_of
+from sdtune.hardware.precision import autocast, generation_dtype
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
+from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts, warn_about_unused_words
 
@@ -116,10 +116,12 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     """Generate the images, and write them and their grid to ``folder``."""
     source = build(config["backbone"], config["trust"])
     device = device_of(str(config["hardware"].get("accelerator", "auto")))
-    backbone = source.load().to(device)
-    backbone.prepare_for_device(device)
-    if config["hardware"].get("vae_tiling"):
-        backbone.decode_in_tiles()
+    precision = str(config["hardware"]["precision"])
+    dtype = generation_dtype(device, precision)
+    tiling = bool(config["hardware"].get("vae_tiling"))
+    # On a CPU, bf16-mixed keeps float32 weights and uses autocast.
+    on_cpu = device.type == "cpu"
+    backbone = load_to_generate(source, device, None if on_cpu else dtype, vae_tiling=tiling)
     files = [loras.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
     adapters = loras.load_adapters(backbone, files)
     loras.warn_about_unused_strengths(files, adapters)
@@ -134,10 +136,9 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
-    precision = precision_of(config["hardware"]["precision"], device.type)
     for factor in factors:
         with (
-            autocast(device, precision),
+            autocast(device, precision if on_cpu else "32-true"),
             controlnets.controlnets_applied(backbone, nets, [control.strength * factor for control in controls]),
             loras.adapters_applied(backbone, adapters, [file.strength * factor for file in files]),
         ):

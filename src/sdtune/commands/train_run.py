@@ -45,7 +45,9 @@ from sdtune.quoting import shell_override
 from sdtune.runs.layout import CARD
 from sdtune.runs.metrics import finite
 from sdtune.runs.names import label_and_sweep
+from sdtune.sampling.run_models import RunModels
 from sdtune.shared_backbone.session import SharedBackbone
+from sdtune.training.release import release_backbone
 
 log = logging.getLogger("sdtune")
 
@@ -115,12 +117,7 @@ class TrainRun:
             trainer = self._training_trainer(shared, cost, loggers)
             with self._failures():
                 self._fit(trainer)
-            with _memory_advice(ADVICE["after training"].format(resume=shell_override("resume", self.folder))):
-                metrics = _final_metrics(self, trainer, cost)
-            if trainer.is_global_zero:
-                if shared is not None:
-                    metrics["shared_with"] = shared.count
-                self._finish(loggers, metrics)
+            metrics = self._finish(trainer, cost, shared, loggers) if trainer.is_global_zero else {}
             wait_for_children(trainer)
         return metrics.get(self.settings.optimized_metric) if self.settings.optimized_metric else None
 
@@ -180,19 +177,36 @@ class TrainRun:
                 128 + self.checkpoints.stopped_by,
             )
 
-    def _finish(self, loggers: Sequence[Any], metrics: dict[str, Any]) -> None:
-        """Write the model card, ``metrics.json`` and exports, upload the artifact, and print the next commands.
+    def _finish(
+        self, trainer: pl.Trainer, cost: CostMeter, shared: SharedBackbone | None, loggers: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Write the model card and the exports, evaluate the artifact, write the metrics, and print the next commands.
 
-        Only the first process calls this.
+        The card is written before the evaluation too, so that a run whose evaluation is interrupted has one.
+        ``metrics.json`` is written last: it marks the run as complete. Only the first process calls this.
+
+        Returns:
+            The content of ``metrics.json``.
         """
+        metrics = _training_metrics(self, trainer, cost)
+        _write_card(self, metrics)
+        _write_exports(self)
+        metrics |= _evaluation_metrics(self, trainer)
+        if not self.record.validation:
+            metrics["reasons"] = {**metrics.get("reasons", {}), **_no_validation(self.data, trainer.global_step)}
+        metrics = finite(metrics)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
+        if shared is not None:
+            metrics["shared_with"] = shared.count
         _write_card(self, metrics)
         for settings, logger in zip(self.loggers, loggers, strict=True):
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
-        _write_exports(self)
         lines = closing_lines(self.folder, self.name, self.source, self.data)
         for line in lines[:1] if self.in_sweep else lines:  # a sweep prints where its artifacts are when it ends
             log.info(line)
+        return metrics
 
     @contextmanager
     def _opened_loggers(self) -> Iterator[list[Any]]:
@@ -281,25 +295,34 @@ def _close(
         log.error("%s: %s: %s", type(logger).__name__, type(closing).__name__, closing)
 
 
-def _final_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[str, Any]:
-    """Content of ``metrics.json``; empty on all processes except the first."""
-    if not trainer.is_global_zero:
-        return {}
-    artifact = run.folder / "artifact"
-    metrics: dict[str, Any] = {
+def _training_metrics(run: TrainRun, trainer: pl.Trainer, cost: CostMeter) -> dict[str, Any]:
+    """The metrics in ``metrics.json`` that only the training can measure."""
+    return {
         "steps": trainer.global_step,
         **_validation(run.record),
-        **cost.metrics(run.adapter, run.data, run.record, artifact),
+        **cost.metrics(run.adapter, run.data, run.record, run.folder / "artifact"),
     }
-    if run.evaluation is not None:
-        device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
-        log.info("evaluating the trained model; evaluation=none skips this")
-        metrics |= run.evaluation.run(run.source, run.data, artifact, run.name, device, run.folder / "evaluation")
-    if not run.record.validation:
-        metrics["reasons"] = {**metrics.get("reasons", {}), **_no_validation(run.data, trainer.global_step)}
-    metrics = finite(metrics)
-    for logger in trainer.loggers:
-        logger.log_metrics({f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
+
+
+def _evaluation_metrics(run: TrainRun, trainer: pl.Trainer) -> dict[str, Any]:
+    """Metrics of the artifact; null with a reason if the evaluation fails for lack of memory, or of a file."""
+    if run.evaluation is None:
+        return {}
+    device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
+    # Frozen weights in memory serve as the base model. On a CPU they may have another precision than its own.
+    weights = release_backbone(run.adapter.backbone) if device.type != "cpu" else None
+    tiling = run.adapter.vae_tiling
+    models = RunModels(run.source, run.folder / "artifact", run.name, device, vae_tiling=tiling, weights=weights)
+    log.info("evaluating the trained model; evaluation=none skips this")
+    try:
+        metrics: dict[str, Any] = run.evaluation.run(models, run.data, run.folder / "evaluation")
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        reason = "out of memory" if is_out_of_memory(error) else str(error)
+        command = f"sdtune evaluate {shell_override('run', run.folder)}"
+        log.warning("WARNING: evaluation: %s; the run is complete; measure it with: %s", reason, command)
+        return {**dict.fromkeys(run.evaluation.names), "reasons": dict.fromkeys(run.evaluation.names, reason)}
     return metrics
 
 

@@ -6,14 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from sdtune.backbone import Pretrained
-from sdtune.evaluation.draw import base, generate_images
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import lora as adapters
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels, generate_images
 
 log = logging.getLogger("sdtune")
 
@@ -21,23 +18,16 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _COLUMNS = 4
 
 
-def strength_grid(
-    source: Pretrained,
-    artifact: Path,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    device: torch.device,
-    folder: Path,
-) -> None:
+def strength_grid(models: RunModels, requests: Sequence[Request], sampling: Sampling, folder: Path) -> None:
     """Write ``folder/strengths.png``: one row per strength, one column for each of the first four requests.
 
     Strength 0 is the base model with the learned embeddings of the new tokens. Writes nothing without a LoRA.
     """
-    if not (artifact / FILE_NAME).is_file():
+    if not (models.artifact / FILE_NAME).is_file():
         return
     shown = requests[:_COLUMNS]
-    with base(source, device) as backbone:
-        loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(artifact))])
+    with models.base() as backbone:
+        loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(models.artifact))])
         rows = []
         for strength in STRENGTHS:
             with adapters.adapters_applied(backbone, loaded, [strength], only_to_draw=True):

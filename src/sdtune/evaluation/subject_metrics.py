@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone import Facts
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import FromImage
 from sdtune.data.previews import preview_prompts
@@ -22,10 +21,11 @@ from sdtune.evaluation.agreement import agreement
 from sdtune.evaluation.clip import Clip, clip_image, clip_text
 from sdtune.evaluation.dino import Dino, dino_image
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import generate_base_images, generate_images, references, trained
+from sdtune.evaluation.references import references
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels
 
 
 class ClipMetrics:
@@ -72,17 +72,16 @@ class ClipMetrics:
         if self.dino is not None:
             dino_model.check_dino(self.dino)
 
-    def run(
-        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
-    ) -> dict[str, Any]:
+    def run(self, models: RunModels, data: ImageDataModule, folder: Path) -> dict[str, Any]:
         """Compute the metrics; writes grids of the measured images to ``folder``."""
-        previews = preview_prompts(data, self.prompts, 8, self.sampling.size(source.facts.side))
+        previews = preview_prompts(data, self.prompts, 8, self.sampling.size(models.source.facts.side))
         cycled = [previews[i % len(previews)] for i in range(self.count)]
         requests = [Request(preview.prompt, self.seed + i, preview.maps) for i, preview in enumerate(cycled)]
         metrics: dict[str, Any] = {}
         if self.clip is not None or self.dino is not None or isinstance(data.control, FromImage):
-            metrics = self._measured(source, data, artifact, name, device, folder, requests)
-        strength_grid(source, artifact, requests, self.sampling, device, folder)
+            metrics = self._measured(models, data, folder, requests)
+        else:
+            strength_grid(models, requests, self.sampling, folder)
         return {**metrics, **_null(metrics, self._reasons(data))}
 
     def _reasons(self, data: ImageDataModule) -> dict[str, str]:
@@ -97,30 +96,21 @@ class ClipMetrics:
         return {**reasons, "prior_drift": drift, "control_agreement": no_map, "base_control_agreement": no_map}
 
     def _measured(
-        self,
-        source: Pretrained,
-        data: ImageDataModule,
-        artifact: Path,
-        name: str,
-        device: torch.device,
-        folder: Path,
-        requests: Sequence[Request],
+        self, models: RunModels, data: ImageDataModule, folder: Path, requests: Sequence[Request]
     ) -> dict[str, Any]:
         class_requests = self._class_requests(data) if self.clip is not None else []
         training_images = references(data)
         metrics: dict[str, Any] = {}
         class_embeddings: list[Tensor] = []
         # Without control maps, the base model's cached images serve all runs of a sweep.
-        generated = {
-            "base_": generate_base_images(
-                source, [replace(r, maps=()) for r in (*requests, *class_requests)], self.sampling, device
-            )
-        }
-        with trained(source, artifact, name, device) as backbone:
-            generated[""] = generate_images(backbone, [*requests, *class_requests], self.sampling)
+        without_maps = [replace(request, maps=()) for request in (*requests, *class_requests)]
+        generated = {"base_": models.base_images(without_maps, self.sampling)}
+        generated[""] = models.trained_images([*requests, *class_requests], self.sampling)
+        strength_grid(models, requests, self.sampling, folder)
         # Load these models after sampling: runs that share a backbone wait for each other's sampling.
-        clip = Clip(self.clip, device) if self.clip is not None else None
-        dino = Dino(self.dino, device) if self.dino is not None else None
+        models.release()
+        clip = Clip(self.clip, models.device) if self.clip is not None else None
+        dino = Dino(self.dino, models.device) if self.dino is not None else None
         for prefix, all_images in generated.items():
             images, class_images = all_images[: self.count], all_images[self.count :]
             if clip is not None:
@@ -133,7 +123,7 @@ class ClipMetrics:
             if dino is not None:
                 metrics[f"{prefix}dino_image"] = dino_image(dino, images, training_images)
             if isinstance(data.control, FromImage):
-                pairs = zip(requests, data.control.extract_maps(images, device), strict=True)
+                pairs = zip(requests, data.control.extract_maps(images, models.device), strict=True)
                 agreements = [agreement(data.control.task, request.maps[0], extracted) for request, extracted in pairs]
                 metrics[f"{prefix}control_agreement"] = fmean(agreements)
             for kind, group in (("images", images), ("class", class_images)):

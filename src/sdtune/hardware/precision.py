@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,30 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast of Lightning's ``precision``; the meta device uses that of the CPU (:mod:`sdtune.planning.kernels`)."""
     kind = "cpu" if device.type == "meta" else device.type
     return torch.autocast(kind, HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
+
+
+def generation_dtype(device: torch.device, chosen: str = "auto") -> torch.dtype | None:
+    """Dtype of the weights of a model that only generates images; None: float32.
+
+    By default a CPU generates in float32, other devices in the half precision that they support.
+
+    Args:
+        chosen: Lightning's precision; ``auto``: that of the device.
+    """
+    if chosen == "auto" and device.type == "cpu":
+        return None
+    return HALVES.get(precision(chosen, device.type))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Context manager that sets torch's default dtype, which is global to all threads."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def _cpu_has_bf16() -> bool:

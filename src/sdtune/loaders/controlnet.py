@@ -140,7 +140,7 @@ class LoadedControlNet(LoadedArtifact):
 
 
 def load_controlnets(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
-    """Read the ControlNets in ``paths`` in float32.
+    """Read the ControlNets in ``paths``, in the dtype of the backbone's UNet.
 
     Raises:
         UserError: a path is not a ControlNet that fits the backbone.
@@ -149,7 +149,7 @@ def load_controlnets(backbone: Backbone, source: Pretrained, paths: Sequence[str
     for path in paths:
         folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
         model = load_controlnet(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
-        model = model.to(backbone.device).eval().requires_grad_(False)
+        model = model.to(backbone.device, backbone.unet.dtype).eval().requires_grad_(False)
         backbone.prepare_for_device(backbone.device, model)
         unet_file = folder / "unet" / WEIGHTS
         loaded.append(LoadedControlNet(path, model, read_safetensors(unet_file)[0] if unet_file.is_file() else {}))
@@ -172,7 +172,8 @@ def controlnets_applied(
             key="control",
             remedy="use only one of them",
         )
-    original_weights = {name: p.data for name, p in backbone.unet.named_parameters()} if with_unet else {}
+    parameters = backbone.unet.named_parameters() if with_unet else ()
+    original_weights = {name: p.data.cpu() for name, p in parameters}
     try:
         for name in original_weights:
             weight = backbone.unet.get_parameter(name)
@@ -184,4 +185,5 @@ def controlnets_applied(
     finally:
         backbone.controlnets = ()
         for name, value in original_weights.items():
-            backbone.unet.get_parameter(name).data = value
+            parameter = backbone.unet.get_parameter(name)
+            parameter.data = value.to(parameter.device)

@@ -176,9 +176,11 @@ def adapters_applied(
         only_to_draw: whether the weights are used only to generate images.
     """
     modules = _modules(backbone)
+    # The original weights wait in main memory, except those that other runs use.
+    is_shared = backbone.pair_executor is not None
     originals: dict[str, Tensor] = {}
     unmerged: dict[str, tuple[Tensor, Tensor, float]] = {}
-    keep_unmerged = backbone.pair_executor is not None and only_to_draw and len(adapters) == 1
+    keep_unmerged = is_shared and only_to_draw and len(adapters) == 1
     names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if keep_unmerged else {}
     try:
         for adapter, strength in zip(adapters, strengths, strict=True):
@@ -190,7 +192,8 @@ def adapters_applied(
                 if path in names:
                     unmerged[names[path]] = (down.float(), up.float(), scale)
                     continue
-                originals.setdefault(path, weight.data)
+                if path not in originals:
+                    originals[path] = weight.data if is_shared else weight.data.cpu()
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)
         backbone.sampling_pairs = unmerged if keep_unmerged else None
@@ -198,4 +201,5 @@ def adapters_applied(
     finally:
         backbone.sampling_pairs = None
         for path, original in originals.items():
-            modules[path].weight.data = original
+            weight = modules[path].weight
+            weight.data = original.to(weight.device)

@@ -31,7 +31,7 @@ from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
 from sdtune.formats import embeddings
-from sdtune.hardware.precision import HALVES, autocast
+from sdtune.hardware.precision import HALVES, autocast, default_dtype
 from sdtune.lightning_compat import attached_trainer
 from sdtune.loaders.lora import check_adapter
 from sdtune.lr_schedule import Constant, LRSchedule, apply_current_rates
@@ -39,7 +39,7 @@ from sdtune.objective import Objective
 from sdtune.torch_compat import set_supports_found_inf
 from sdtune.training import random_draws as draws
 from sdtune.training.arguments import Average, OptimizerFactory
-from sdtune.training.caching import CachedParts, fill_caches
+from sdtune.training.caching import CachedParts, fill_caches, generate_class_images
 from sdtune.training.checkpoint_contents import check_same_backbone, complete, keep_only_trained
 from sdtune.training.cpu_offload import CpuOffload
 from sdtune.training.executor import LocalExecutor, ModelExecutor
@@ -218,6 +218,8 @@ class Adapter(pl.LightningModule, ABC):
         fitting = attached_trainer(self) is not None and self.trainer.state.fn == TrainerFn.FITTING
         half_dtype = HALVES.get(str(self.trainer.precision)) if fitting else None
         if not hasattr(self, "backbone"):
+            if fitting and isinstance(self.executor, LocalExecutor):
+                self._generate_class_images()
             self.backbone = self.source.load(self.seed, half_dtype if self.denoiser_is_read_only else None)
             # Lightning makes the run's device the default device; create new modules on the backbone's device instead.
             with self.backbone.device:
@@ -229,6 +231,18 @@ class Adapter(pl.LightningModule, ABC):
                 self.backbone.cast_frozen(str(self.trainer.precision))
             # Set the memory layout before DDP wraps the model: DDP builds its gradient buckets from the strides.
             self.prepare_for_device(self.trainer.strategy.root_device)
+
+    def _generate_class_images(self) -> None:
+        """Generate the class images of the data before the model is loaded and moved to the device."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            return
+        data.open(self.source.facts.side, self.source.facts.factor)
+        # Lightning calls configure_model with the device, and in 64-true the dtype, of the training as defaults.
+        with torch.device("cpu"), default_dtype(torch.float32):
+            generate_class_images(
+                self.source, self.seed, str(self.trainer.precision), self.vae_tiling, data, self.trainer
+            )
 
     def prepare_for_device(self, device: torch.device) -> None:
         """Set the attention implementation and the memory layout for ``device``."""
@@ -311,7 +325,7 @@ class Adapter(pl.LightningModule, ABC):
             device=self.device,
             precision=str(self.trainer.precision),
             encode_text=self.encode_text,
-            autocast=self._autocast,
+            vae_tiling=self.vae_tiling,
             frozen_vae=not self.trains("vae"),
             frozen_text=not self.trains("text_encoder"),
         )

@@ -11,8 +11,10 @@ from PIL import Image
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.families import POCKET_GUIDANCE
+from sdtune.hardware.precision import generation_dtype
 from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
 from sdtune.loaders.lora import AdapterFile, adapters_applied, check_adapter, load_adapters
+from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts
 
@@ -58,8 +60,7 @@ def sample(
     for image in controls:
         check_controlnet(image.path, source, image.preprocess)
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded_backbone = source.load().to(torch_device)
-    loaded_backbone.prepare_for_device(torch_device)
+    loaded_backbone = load_to_generate(source, torch_device, generation_dtype(torch_device))
     loaded_adapters = load_adapters(loaded_backbone, files)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     requests = [Request(text, seed, maps) for text in prompts for seed in seeds]

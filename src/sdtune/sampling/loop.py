@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -20,6 +21,9 @@ from sdtune.backbone.controlnet import Residuals, residuals
 from sdtune.backbone.families import GUIDANCE, Facts
 from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
+from sdtune.hardware.out_of_memory import is_out_of_memory
+
+log = logging.getLogger("sdtune")
 
 Sampler = Literal["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m"]
 
@@ -49,7 +53,7 @@ class Sampling:
         negative_prompt: prompt of the unconditional branch of the guidance.
         sampler: name of the scheduler; None: that of the backbone.
         width, height: pixels; None: the native resolution of the backbone.
-        batch_size: images denoised in one batch.
+        batch_size: maximum number of images denoised in one batch; a GPU without enough memory gets fewer.
     """
 
     steps: Annotated[int, Ge(1)] = 30
@@ -174,36 +178,83 @@ def generate(
     """
     settings.check(backbone.facts)
     denoise = denoise or partial(predict_with_controlnets, backbone)
+    texts = _text_encoder(backbone, requests, settings)
+    first, size = 0, settings.batch_size
+    while first < len(requests):
+        batch = requests[first : first + size]
+        try:
+            images = _batch(backbone, batch, settings, denoise, texts)
+        except RuntimeError as error:
+            if backbone.device.type == "cpu" or size == 1 or not is_out_of_memory(error):
+                raise
+            images = None
+        if images is None:  # outside of the except clause, whose exception keeps the tensors of the failed batch
+            size = (min(size, len(batch)) + 1) // 2
+            log.info("out of memory: generating %d images at a time", size)
+            getattr(torch, backbone.device.type).empty_cache()
+            continue
+        first += len(batch)
+        yield from images
+
+
+def _batch(
+    backbone: Backbone, batch: Sequence[Request], settings: Sampling, denoise: Denoise, texts: TextEncoder
+) -> np.ndarray:
+    """Generate the images of one batch, uint8 [B, H, W, 3]."""
     device, facts = backbone.device, backbone.facts
     width, height = settings.size(facts.side)
     shape = (facts.latent_channels, height // facts.factor, width // facts.factor)
-    for first in range(0, len(requests), settings.batch_size):
-        batch = requests[first : first + settings.batch_size]
-        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
-        scheduler = make_scheduler(backbone, settings.sampler)
-        scheduler.set_timesteps(settings.steps, device=device)
-        latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        latents = latents * scheduler.init_noise_sigma
-        text = backbone.encode_text([request.prompt for request in batch])
-        guided = settings.guidance != 1
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
+    scheduler = make_scheduler(backbone, settings.sampler)
+    scheduler.set_timesteps(settings.steps, device=device)
+    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    latents = latents * scheduler.init_noise_sigma
+    text = texts([request.prompt for request in batch])
+    guided = settings.guidance != 1
+    if guided:
+        negative = texts([settings.negative_prompt])
+        text = torch.cat([negative.expand(len(batch), -1, -1), text])
+    maps = [
+        torch.stack([map_to_tensor(pixels) for pixels in batch_maps]).to(device)
+        for batch_maps in zip(*(request.maps for request in batch), strict=True)
+    ]
+    assert all(m.shape[2:] == (height, width) for m in maps)
+    maps = [torch.cat([m, m]) for m in maps] if guided else maps
+    step_arguments = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        step_arguments["generator"] = generators
+    for timestep in scheduler.timesteps:
+        model_input = torch.cat([latents, latents]) if guided else latents
+        output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, text, maps).float()
         if guided:
-            negative = backbone.encode_text([settings.negative_prompt])
-            text = torch.cat([negative.expand(len(batch), -1, -1), text])
-        maps = [
-            torch.stack([map_to_tensor(pixels) for pixels in batch_maps]).to(device)
-            for batch_maps in zip(*(request.maps for request in batch), strict=True)
-        ]
-        assert all(m.shape[2:] == (height, width) for m in maps)
-        maps = [torch.cat([m, m]) for m in maps] if guided else maps
-        step_arguments = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            step_arguments["generator"] = generators
-        for timestep in scheduler.timesteps:
-            model_input = torch.cat([latents, latents]) if guided else latents
-            output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, text, maps).float()
-            if guided:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + settings.guidance * (conditional - unconditional)
-            latents = scheduler.step(output, timestep, latents, **step_arguments).prev_sample
-        images = backbone.decode(latents)
-        yield from (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + settings.guidance * (conditional - unconditional)
+        latents = scheduler.step(output, timestep, latents, **step_arguments).prev_sample
+    images: np.ndarray = (backbone.decode(latents) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return images
+
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+"""Function from prompts to text embeddings [B, L, D]."""
+
+
+def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sampling) -> TextEncoder:
+    """Encoder of the prompts of ``requests``.
+
+    If the text encoders wait in main memory, all prompts are encoded now, and the encoders are moved back.
+    """
+    encoders = list(backbone.encoders.values())
+    if all(encoder.device == backbone.device for encoder in encoders):
+        return backbone.encode_text
+    prompts = list(dict.fromkeys([*(request.prompt for request in requests), settings.negative_prompt]))
+    embeddings: dict[str, Tensor] = {}
+    try:
+        for encoder in encoders:
+            encoder.to(backbone.device)
+        for first in range(0, len(prompts), settings.batch_size):
+            part = prompts[first : first + settings.batch_size]
+            embeddings |= zip(part, backbone.encode_text(part), strict=True)
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")
+    return lambda texts: torch.stack([embeddings[text] for text in texts])

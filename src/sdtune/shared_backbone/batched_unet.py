@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from sdtune.hardware.precision import default_dtype
 from sdtune.shared_backbone.batched_lora import BatchedLoRALayer, CurrentBatch
 from sdtune.shared_backbone.padding import LoRAPair, PaddedPairs, Padding
 from sdtune.training.gradient_checkpointing import checkpoint_activations
@@ -35,17 +36,6 @@ class Mode:
             torch.autocast(kind, dtype, enabled=enabled),
         ):
             yield
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Context manager that sets torch's default dtype, which is global to all threads."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 class BatchedUNet:

@@ -18,8 +18,9 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone, Pairs
 from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.progress_bar import ProgressBar
+from sdtune.hardware.precision import default_dtype
 from sdtune.methods.base import Adapter
-from sdtune.shared_backbone.batched_unet import Mode, default_dtype
+from sdtune.shared_backbone.batched_unet import Mode
 from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.pool import Back, Forward, Pool
 from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +15,9 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
-from sdtune.hardware.precision import HALVES
+from sdtune.hardware.precision import HALVES, autocast, generation_dtype
 from sdtune.paths import cache_folder
+from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, can_sample, generate
 
 
@@ -32,7 +32,7 @@ class CachedParts:
         device: device of the run.
         precision: Lightning's precision of the run, such as ``bf16-mixed``.
         encode_text: converts prompts to text embeddings [B, L, D] under the run's autocast.
-        autocast: creates the run's autocast context.
+        vae_tiling: decode large class images in tiles.
         frozen_vae: whether no parameter of the VAE is trained.
         frozen_text: whether no parameter of the text encoders is trained.
     """
@@ -43,30 +43,77 @@ class CachedParts:
     device: torch.device
     precision: str
     encode_text: Callable[[Sequence[str]], Tensor]
-    autocast: Callable[[], AbstractContextManager[object]]
+    vae_tiling: bool
     frozen_vae: bool
     frozen_text: bool
+
+
+def generate_class_images(
+    source: Pretrained, seed: int, precision: str, vae_tiling: bool, data: ImageDataModule, trainer: pl.Trainer
+) -> None:
+    """Generate the missing class images of ``data``; the processes of ``trainer`` share the work.
+
+    Called before the training model is moved to the device, which then has room for the model that generates them.
+    """
+    assert data.resolution is not None
+    device = trainer.strategy.root_device
+    inputs = _class_image_inputs(source, seed, device, precision, vae_tiling, data.resolution)
+    _fill_together(data.generate_class_images, inputs, trainer)
 
 
 def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
     """Generate the class images of ``data`` and fill its caches; the processes of ``trainer`` share the work."""
     assert data.resolution is not None
-    all_inputs = cache_inputs(parts, data.resolution)
-    rank_inputs = replace(all_inputs, rank=trainer.global_rank, processes=trainer.world_size)
+    inputs = _cache_inputs(parts, data.resolution)
     for fill in (data.generate_class_images, data.prepare):
-        fill(rank_inputs)
-        trainer.strategy.barrier("caches")
-        if trainer.num_nodes > 1:
-            # Without a shared cache folder each node lacks the entries of the other nodes; compute them here.
-            fill(all_inputs)
+        _fill_together(fill, inputs, trainer)
 
 
-def cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
-    """Encoders whose outputs may be cached (None for a trained component), and the generator of class images.
+def _fill_together(fill: Callable[[CacheInputs], None], inputs: CacheInputs, trainer: pl.Trainer) -> None:
+    fill(replace(inputs, rank=trainer.global_rank, processes=trainer.world_size))
+    trainer.strategy.barrier("caches")
+    if trainer.num_nodes > 1:
+        # Without a shared cache folder each node lacks the entries of the other nodes; compute them here.
+        fill(inputs)
 
-    Args:
-        side: width and height of a class image in pixels.
-    """
+
+def _class_image_inputs(
+    source: Pretrained, seed: int, device: torch.device, precision: str, vae_tiling: bool, side: int
+) -> CacheInputs:
+    """Generator of class images of ``side`` x ``side`` pixels, without encoders."""
+    # On a CPU the images are generated with the run's precision.
+    dtype = HALVES.get(precision) if device.type == "cpu" else generation_dtype(device)
+
+    def generate_images(prompts_and_seeds: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
+        # Load the backbone again: the weights of a resumed run are already trained.
+        untrained = load_to_generate(source, device, dtype, vae_tiling=vae_tiling, seed=seed)
+        settings = Sampling(
+            guidance=source.guidance,
+            sampler=None if can_sample(source.facts.scheduler) else "ddim",
+            width=side,
+            height=side,
+            batch_size=class_image_batch_size(side),
+        )
+        uses_autocast = device.type == "cpu" or untrained.unet.dtype == torch.float32
+        with autocast(device, precision if uses_autocast else "32-true"):
+            yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
+
+    where = "" if device.type == "cpu" else f"/{device.type}"
+    key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}{where}".encode())
+    return CacheInputs(
+        encode_images=None,
+        vae_key="",
+        encode_text=None,
+        text_encoder_key="",
+        folder=cache_folder(),
+        generate_images=generate_images,
+        generator_key=key.hexdigest()[:32],
+        device=device,
+    )
+
+
+def _cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
+    """Encoders whose outputs may be cached (None for a trained component), and the generator of class images."""
     backbone, source, precision = parts.backbone, parts.source, parts.precision
 
     def encode_images(images: Tensor) -> Tensor:
@@ -75,30 +122,11 @@ def cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
     def encode_text(prompts: Sequence[str]) -> Tensor:
         return parts.encode_text(prompts).float()
 
-    def generate_class_images(prompts_and_seeds: Sequence[tuple[str, int]]) -> Iterator[np.ndarray]:
-        # Load the backbone again: the weights of a resumed run are already trained.
-        untrained = source.load(parts.seed, HALVES.get(precision))
-        untrained.cast_frozen(precision)
-        untrained.to(parts.device).prepare_for_device(parts.device)
-        settings = Sampling(
-            guidance=source.guidance,
-            sampler=None if can_sample(source.facts.scheduler) else "ddim",
-            width=side,
-            height=side,
-            batch_size=class_image_batch_size(side),
-        )
-        with parts.autocast():
-            yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
-
-    generator_key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}".encode())
-    return CacheInputs(
+    return replace(
+        _class_image_inputs(source, parts.seed, parts.device, precision, parts.vae_tiling, side),
         encode_images=encode_images if parts.frozen_vae else None,
         vae_key=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
         encode_text=encode_text if parts.frozen_text else None,
         # The text encoder uses the run's precision, so embeddings of different precisions differ.
         text_encoder_key=source.encoder_cache_key("text_encoder", precision) if parts.frozen_text else "",
-        generate_images=generate_class_images,
-        generator_key=generator_key.hexdigest()[:32],
-        folder=cache_folder(),
-        device=parts.device,
     )

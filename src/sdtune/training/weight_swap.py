@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context manager that sets the parameters in ``values`` and restores the original ones, bit for bit, on exit."""
-    original = {name: p.data for name, p in module.named_parameters() if name in values}
+    """Context manager that sets the parameters in ``values`` and restores the original ones, bit for bit, on exit.
+
+    Meanwhile the original ones are in main memory.
+    """
+    original = {name: p.data.cpu() for name, p in module.named_parameters() if name in values}
     try:
         for name, p in module.named_parameters():
             if name in original:
@@ -20,4 +23,4 @@ def swapped_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Itera
     finally:
         for name, p in module.named_parameters():
             if name in original:
-                p.data = original[name]
+                p.data = original[name].to(p.device)

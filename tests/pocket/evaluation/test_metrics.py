@@ -28,6 +28,7 @@ from sdtune.pocket.world.scenes import compose_scene, draw_scene
 from sdtune.pocket.world.style import Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request
+from sdtune.sampling.run_models import RunModels
 
 CPU = torch.device("cpu")
 
@@ -73,12 +74,11 @@ def test_subject_and_class_metrics_of_rendered_images(tmp_path: Path, monkeypatc
         return [image(birds[i % 5], background_of(r.prompt), i) for i, r in enumerate(requests)]
 
     monkeypatch.setattr(evaluation, "generate_images", trained_images)
-    monkeypatch.setattr(evaluation, "generate_base_images", base_images)
-    monkeypatch.setattr(evaluation, "trained", untrained)
+    monkeypatch.setattr(RunModels, "base_images", base_images)
+    monkeypatch.setattr(RunModels, "trained", untrained)
     monkeypatch.setattr(SubjectMetrics, "ceiling", lambda *_: 1.0)
-    metrics = SubjectMetrics(images=40, class_images=48).run(
-        Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation"
-    )
+    models = RunModels(Pretrained(), tmp_path, "subject", CPU)
+    metrics = SubjectMetrics(images=40, class_images=48).run(models, data, tmp_path / "evaluation")
     assert metrics["subject_accuracy"] == pytest.approx(0.75, abs=0.03)
     assert metrics["base_subject_accuracy"] == 0
     assert metrics["subject_gain"] == metrics["subject_accuracy"]
@@ -93,7 +93,7 @@ def test_subject_and_class_metrics_of_rendered_images(tmp_path: Path, monkeypatc
     assert {p.name for p in (tmp_path / "evaluation").iterdir()} == {
         "base_images.png", "trained_images.png", "base_class.png", "trained_class.png", "readings.json",
     }  # fmt: skip
-    without_class = SubjectMetrics(images=40).run(Pretrained(), data, tmp_path, "subject", CPU, tmp_path / "evaluation")
+    without_class = SubjectMetrics(images=40).run(models, data, tmp_path / "evaluation")
     assert without_class["prior_leak"] is without_class["prior_drift"] is without_class["class_diversity"] is None
     assert "evaluation.class_images=210" in without_class["reasons"]["prior_drift"]
     with pytest.raises(UserError, match="class_diversity needs a CLIP"):
@@ -123,11 +123,11 @@ def test_style_accuracy_is_measured_on_objects_that_training_did_not_show(
     monkeypatch.setattr(
         style, "generate_images", lambda *_: renders("noto", scenes)() + renders("fluent", shown_scenes)()
     )
-    monkeypatch.setattr(style, "generate_base_images", renders("fluent", scenes))
-    monkeypatch.setattr(style, "trained", untrained)
-    monkeypatch.setattr(Pretrained, "load", lambda self, seed=0: next(iter([SimpleNamespace(vae=None)])))
+    monkeypatch.setattr(RunModels, "base_images", renders("fluent", scenes))
+    monkeypatch.setattr(RunModels, "trained", untrained)
+    monkeypatch.setattr(RunModels, "base", untrained)
     monkeypatch.setattr(style, "reconstruction_psnr", lambda vae, renders: [30.0] * len(renders))
-    metrics = evaluation.run(Pretrained(), data, tmp_path, "style", CPU, tmp_path / "evaluation")
+    metrics = evaluation.run(RunModels(Pretrained(), tmp_path, "style", CPU), data, tmp_path / "evaluation")
     assert metrics["style_accuracy"] > 0.95
     assert metrics["base_style_accuracy"] < 0.05
     assert metrics["shown_style_accuracy"] < 0.05

@@ -15,8 +15,6 @@ from sdtune.data.control.base import Control, Paired
 from sdtune.data.control.edges import Canny, Scribble
 from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
-from sdtune.evaluation.draw import base
-from sdtune.pocket.evaluation import control as control_evaluation
 from sdtune.pocket.evaluation.control import NEAR, ControlMetrics, box, expected_area, found, scores
 from sdtune.pocket.world.control import (
     PocketControl,
@@ -31,6 +29,7 @@ from sdtune.pocket.world.data import SceneSample, World
 from sdtune.pocket.world.objects import BACKGROUNDS, BY_NAME, THINGS
 from sdtune.pocket.world.scenes import SIDE, Scene, draw_scene, held_out_scenes, mask
 from sdtune.sampling.loop import Sampling
+from sdtune.sampling.run_models import RunModels
 
 KINDS = ["segmentation", "depth", "pose"]
 SCENES = held_out_scenes(0, 24)
@@ -172,11 +171,9 @@ def opened_world(control: Control | None) -> World:
     return world
 
 
-def test_control_metrics_include_base_and_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_evaluation, "trained", lambda source, artifact, name, device: base(source, device))
-    metrics = small_evaluation().run(
-        Pretrained(), opened_world(PocketControl("pose")), tmp_path, "net", torch.device("cpu"), tmp_path
-    )
+def test_control_metrics_include_base_and_trained_model(tmp_path: Path) -> None:
+    without_artifact = RunModels(Pretrained(), tmp_path, "net", torch.device("cpu"))
+    metrics = small_evaluation().run(without_artifact, opened_world(PocketControl("pose")), tmp_path)
     keys = ["control_agreement", "control_agreement_shuffled", "background_accuracy", "object_accuracy"]
     assert set(metrics) == {*keys, *(f"base_{key}" for key in keys), "ceiling_control_agreement"}
     assert all(0 <= value <= 1 for value in metrics.values())
@@ -188,7 +185,7 @@ def test_control_metrics_include_base_and_trained_model(tmp_path: Path, monkeypa
 def test_metrics_of_a_control_without_maps_of_scenes_are_null_with_a_reason(tmp_path: Path) -> None:
     world = opened_world(None)
     world.control = Paired(str(tmp_path))
-    metrics = small_evaluation().run(Pretrained(), world, tmp_path, "net", torch.device("cpu"), tmp_path)
+    metrics = small_evaluation().run(RunModels(Pretrained(), tmp_path, "net", torch.device("cpu")), world, tmp_path)
     reasons = metrics.pop("reasons")
     assert set(metrics.values()) == {None}
     assert set(reasons) == set(metrics)

@@ -75,7 +75,7 @@ def test_subject_metrics_use_clip_metrics_for_other_data(monkeypatch: pytest.Mon
     facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(images=2))
     evaluation = SubjectMetrics(images=4, seed=7, sampling=Sampling(batch_size=70))
     evaluation.check(data, facts)
-    arguments: list[Any] = ["source", data, Path("artifact"), "mine", "cpu", Path("evaluation")]
+    arguments: list[Any] = ["models", data, Path("evaluation")]
     assert evaluation.run(*arguments) == {"clip_image": 0.5}
     metrics, *passed = calls
     assert (metrics.count, metrics.seed, metrics.clip, metrics.sampling.batch_size) == (4, 7, "pocket", 8)

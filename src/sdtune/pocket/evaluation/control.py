@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from annotated_types import Ge, Interval
 
-from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone import Facts
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
 from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
-from sdtune.evaluation.draw import generate_base_images, generate_images, trained
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
 from sdtune.pocket.evaluation.subject import shares
@@ -28,6 +26,7 @@ from sdtune.pocket.world.control import PocketControl
 from sdtune.pocket.world.data import SceneSample
 from sdtune.pocket.world.scenes import SIDE, draw_scene, held_out_scenes, mask
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels
 
 NEAR = 2
 """Distance in pixels up to which edge pixels match."""
@@ -86,9 +85,7 @@ class ControlMetrics:
             )
         self.sampling.check(facts, "evaluation.sampling")
 
-    def run(
-        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
-    ) -> dict[str, Any]:
+    def run(self, models: RunModels, data: ImageDataModule, folder: Path) -> dict[str, Any]:
         """Compute the metrics; writes grids of the measured images to ``folder``."""
         control = data.control
         if not isinstance(control, Computed | PocketControl):
@@ -103,11 +100,8 @@ class ControlMetrics:
         reader = classifier.load_classifier()
         readings: dict[str, list[float]] = {}
         # Without control maps, the base model's cached images serve all runs.
-        generated = {
-            "base_": generate_base_images(source, [replace(r, maps=()) for r in requests], self.sampling, device)
-        }
-        with trained(source, artifact, name, device) as backbone:
-            generated[""] = generate_images(backbone, requests, self.sampling)
+        generated = {"base_": models.base_images([replace(r, maps=()) for r in requests], self.sampling)}
+        generated[""] = models.trained_images(requests, self.sampling)
         for prefix, images in generated.items():
             readings[f"{prefix}control_agreement"] = scores(images, truth, control)
             readings[f"{prefix}control_agreement_shuffled"] = scores(images, truth[1:] + truth[:1], control)

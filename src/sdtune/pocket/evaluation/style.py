@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from annotated_types import Ge, Interval
 
 from sdtune import streams
-from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone import Facts
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
-from sdtune.evaluation.draw import generate_base_images, generate_images, trained
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.images.grids import grid, save_png
 from sdtune.pocket.evaluation import classifier
@@ -28,6 +26,7 @@ from sdtune.pocket.world.scenes import SIDE, Scene, compose_scene, draw_scene
 from sdtune.pocket.world.style import STYLE, Style, drawn
 from sdtune.randomness import generator
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels, generate_images
 
 log = logging.getLogger("sdtune")
 
@@ -93,9 +92,7 @@ class StyleMetrics:
         pairs = [(things[i].name, colours[(i + k) % len(colours)]) for k, i in rounds]
         return [compose_scene(name, background, "big", "in the middle", rng, STYLE) for name, background in pairs]
 
-    def run(
-        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
-    ) -> dict[str, Any]:
+    def run(self, models: RunModels, data: ImageDataModule, folder: Path) -> dict[str, Any]:
         """Compute the metrics; writes grids of the measured images to ``folder``."""
         assert isinstance(data, Style)
         scenes, shown_scenes = self.scenes(data, False), self.scenes(data, True)
@@ -103,12 +100,14 @@ class StyleMetrics:
             [Request(data.caption(scene), self.seed + i) for i, scene in enumerate(s)] for s in (scenes, shown_scenes)
         )
         renders = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
-        images = {"base_": generate_base_images(source, requests, self.sampling, device)}
+        images = {"base_": models.base_images(requests, self.sampling)}
         per_image: dict[str, list[float]] = {}
-        with trained(source, artifact, name, device) as backbone:
+        with models.trained() as backbone:
             generated = generate_images(backbone, [*requests, *shown_requests], self.sampling)
             per_image["vae_psnr_db"] = reconstruction_psnr(backbone.vae, renders)
-        per_image["base_vae_psnr_db"] = reconstruction_psnr(source.load().vae, renders)
+        with models.base() as backbone:
+            per_image["base_vae_psnr_db"] = reconstruction_psnr(backbone.vae, renders)
+        strength_grid(models, requests, self.sampling, folder)
         reader = classifier.load_classifier()
         images |= {"": generated[: len(scenes)], "shown_": generated[len(scenes) :]}
         for prefix, group in images.items():
@@ -126,10 +125,13 @@ class StyleMetrics:
             log.info("%simages.png: shows %d of %d images", prefix or "trained_", sum(map(len, rows)), len(group))
             labels = [scene.thing for scene in expected[:columns]]
             save_png(grid(rows, column_labels=labels), folder / f"{prefix or 'trained_'}images.png")
-        strength_grid(source, artifact, requests, self.sampling, device, folder)
         return dict(shares(per_image, folder))
 
 
 def reconstruction_psnr(vae: Any, renders: np.ndarray) -> list[float]:
     """PSNR in dB of the VAE's reconstruction of each of ``renders``."""
-    return [float(value) for value in psnr(classifier.reconstruct(vae.cpu(), renders), renders)]
+    device = vae.device
+    try:
+        return [float(value) for value in psnr(classifier.reconstruct(vae.cpu(), renders), renders)]
+    finally:
+        vae.to(device)

@@ -16,13 +16,13 @@ import torch
 from annotated_types import Ge, Interval
 
 from sdtune import streams
-from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone import Facts
 from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.evaluation.clip import Clip, check_clip, clip_image, clip_text
 from sdtune.evaluation.distances import distances, nearest, prior_drift
-from sdtune.evaluation.draw import generate_base_images, generate_images, references, trained
+from sdtune.evaluation.references import references
 from sdtune.evaluation.strengths import strength_grid
 from sdtune.evaluation.subject_metrics import ClipMetrics
 from sdtune.files import write_json
@@ -34,6 +34,7 @@ from sdtune.pocket.world.scenes import SIDE, compose_scene, draw_scene
 from sdtune.randomness import generator
 from sdtune.runs.layout import READINGS
 from sdtune.sampling.loop import Request, Sampling
+from sdtune.sampling.run_models import RunModels, generate_images
 
 log = logging.getLogger("sdtune")
 
@@ -114,24 +115,24 @@ class SubjectMetrics:
         count = max(2, min(self.count, 32))
         return ClipMetrics(images=count, seed=self.seed, clip=self.clip, sampling=sampling)
 
-    def run(
-        self, source: Pretrained, data: ImageDataModule, artifact: Path, name: str, device: torch.device, folder: Path
-    ) -> dict[str, Any]:
+    def run(self, models: RunModels, data: ImageDataModule, folder: Path) -> dict[str, Any]:
         """Compute the metrics; writes grids of the measured images to ``folder``."""
         if not isinstance(data, Subject):
             log.info("evaluation: the data is not a subject of pocket's world; using the metrics of evaluation=clip")
-            return self._clip_metrics().run(source, data, artifact, name, device, folder)
+            return self._clip_metrics().run(models, data, folder)
         unseen = [b for b in BACKGROUNDS if b not in data.backgrounds()]
         backgrounds = [unseen[i % len(unseen)] for i in range(self.count)]
         requests = [Request(data.prompt(b, "big"), self.seed + i) for i, b in enumerate(backgrounds)]
         class_requests = self._class_requests(data)
         reader = classifier.load_classifier()
-        generated = {"base_": generate_base_images(source, [*requests, *class_requests], self.sampling, device)}
-        with trained(source, artifact, name, device) as backbone:
+        generated = {"base_": models.base_images([*requests, *class_requests], self.sampling)}
+        with models.trained() as backbone:
             generated[""] = generate_images(backbone, [*requests, *class_requests], self.sampling)
             ceiling = self.ceiling(backbone, reader, data.subject, unseen)
+        strength_grid(models, requests, self.sampling, folder)
         # Load CLIP after sampling: runs that share a backbone wait for each other's sampling.
-        clip = Clip(self.clip, device) if self.clip else None
+        models.release()
+        clip = Clip(self.clip, models.device) if self.clip else None
         metrics: dict[str, Any] = {"ceiling_subject_accuracy": ceiling}
         readings: dict[str, list[float]] = {}
         for prefix, all_images in generated.items():
@@ -151,7 +152,6 @@ class SubjectMetrics:
                 subject["class_distance"] = distances(clip.images(class_images))
                 _save_rows(class_images, list(BACKGROUNDS), 6, folder / f"{prefix or 'trained_'}class.png")
             readings |= {f"{prefix}{key}": values for key, values in subject.items()}
-        strength_grid(source, artifact, requests, self.sampling, device, folder)
         metrics |= shares(readings, folder)
         if class_requests and clip is not None:
             metrics["prior_drift"] = prior_drift(*(clip.images(generated[key][self.count :]) for key in ("", "base_")))

@@ -1,0 +1,23 @@
+"""The training images that an evaluation compares generated images with."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from sdtune.data import ImageDataModule
+from sdtune.images.files import CENTER
+
+log = logging.getLogger("sdtune")
+
+REFERENCES = 64
+"""Maximum number of training images that generated images are compared with."""
+
+
+def references(data: ImageDataModule) -> list[np.ndarray]:
+    """Training images, center-cropped to their buckets: at most :data:`REFERENCES`, evenly spaced."""
+    if len(data.train) > REFERENCES:
+        log.info("evaluation: generated images are compared with %d of %d training images", REFERENCES, len(data.train))
+    step = max(1, len(data.train) // REFERENCES)
+    return [s.pixels(data.bucket(s), CENTER, False) for s in data.train[::step]][:REFERENCES]

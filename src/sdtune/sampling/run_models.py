@@ -1,0 +1,134 @@
+"""``RunModels``: the base model and the trained model of a run, to generate images for an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.new_token_vectors import remove_tokens
+from sdtune.files import replacing
+from sdtune.hardware.precision import generation_dtype, precision
+from sdtune.loaders import controlnet as controlnets
+from sdtune.loaders import lora as adapters
+from sdtune.paths import cache_folder
+from sdtune.sampling.load import load_to_generate, place_to_generate
+from sdtune.sampling.loop import Request, Sampling, generate
+
+
+class RunModels:
+    """The base model and the trained model of a run; at most one of them is in memory.
+
+    On a device other than the CPU, they generate in half precision (:func:`sdtune.sampling.load.place_to_generate`).
+
+    Args:
+        source: the backbone of the run.
+        artifact: the artifact folder of the run; it is always read from its files.
+        name: name of the artifact.
+        device: device that generates the images.
+        vae_tiling: decode large images in tiles.
+        weights: the weights of ``source``, already in memory; None: they are read from its files.
+    """
+
+    def __init__(
+        self,
+        source: Pretrained,
+        artifact: Path,
+        name: str,
+        device: torch.device,
+        *,
+        vae_tiling: bool = False,
+        weights: Backbone | None = None,
+    ) -> None:
+        self.source, self.artifact, self.name, self.device = source, artifact, name, device
+        self._vae_tiling, self._weights = vae_tiling, weights
+        self._base: Backbone | None = None
+
+    @contextmanager
+    def base(self) -> Iterator[Backbone]:
+        """Context manager that yields the base model, without the artifact."""
+        if self._base is None:
+            dtype = generation_dtype(self.device)
+            if self._weights is not None:
+                weights, self._weights = self._weights, None
+                self._base = place_to_generate(weights, self.device, dtype, vae_tiling=self._vae_tiling)
+            else:
+                self._base = load_to_generate(self.source, self.device, dtype, vae_tiling=self._vae_tiling)
+        try:
+            yield self._base
+        finally:
+            remove_tokens(self._base)
+
+    @contextmanager
+    def trained(self) -> Iterator[Backbone]:
+        """Context manager that yields the model with the artifact, loaded from its files."""
+        folder = self.artifact / self.name
+        if (folder / "model_index.json").is_file():
+            self.release()
+            trained = self.source.of_trained_pipeline(folder)
+            dtype = generation_dtype(self.device)
+            with self._with_adapters(
+                load_to_generate(trained, self.device, dtype, vae_tiling=self._vae_tiling)
+            ) as backbone:
+                yield backbone
+            return
+        with self.base() as backbone:
+            nets = controlnets.load_controlnets(backbone, self.source, [str(folder)] if folder.is_dir() else [])
+            strengths = [1.0] * len(nets)
+            with controlnets.controlnets_applied(backbone, nets, strengths), self._with_adapters(backbone):
+                yield backbone
+
+    @contextmanager
+    def _with_adapters(self, backbone: Backbone) -> Iterator[Backbone]:
+        files = [adapters.AdapterFile(str(self.artifact))] if any(self.artifact.glob("*.safetensors")) else []
+        loaded = adapters.load_adapters(backbone, files)
+        with adapters.adapters_applied(backbone, loaded, [1.0] * len(files), only_to_draw=True):
+            yield backbone
+
+    def release(self) -> None:
+        """Free the memory of the model; it is loaded again when it is needed."""
+        self._base = self._weights = None
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).empty_cache()
+
+    def base_images(self, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+        """Generate images with the base model, cached on disk so that runs with the same backbone generate them once.
+
+        The cache key includes the device type and the precision, because the images depend on them.
+        """
+        assert not any(request.maps for request in requests), "control maps are not part of the cache key"
+        settings = (self.source.image_cache_key(), self.device.type, precision("auto", self.device.type))
+        half = () if self.device.type == "cpu" else ("weights in half precision",)
+        key = repr((*settings, sampling, list(requests), *half))
+        file = cache_folder() / "base" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):  # one of several concurrent jobs generates; the others wait
+            if not file.exists():
+                self._draw_into(file, requests, sampling)
+        return list(np.load(file))
+
+    def _draw_into(self, file: Path, requests: Sequence[Request], sampling: Sampling) -> None:
+        with self.base() as backbone:
+            images = np.stack(generate_images(backbone, requests, sampling))
+        with replacing(file, sync=False, alone=True) as partial, partial.open("wb") as handle:
+            np.save(handle, images)
+
+    def trained_images(self, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+        """Generate images with the trained model."""
+        with self.trained() as backbone:
+            return generate_images(backbone, requests, sampling)
+
+
+def generate_images(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
+    """Generate the requested images; float32 weights under bfloat16 autocast if the device supports bfloat16."""
+    device_type = backbone.device.type
+    use_autocast = backbone.unet.dtype == torch.float32 and precision("auto", device_type) == "bf16-mixed"
+    with torch.autocast(device_type, torch.bfloat16, enabled=use_autocast):
+        return list(generate(backbone, requests, sampling))
