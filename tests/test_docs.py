@@ -21,7 +21,15 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
-from sdtune.cli.kohya_options import EXPORT, EXPORT_REMARKS, SAMPLING, SAMPLING_REMARKS, TRAINING, TRAINING_REMARKS
+from sdtune.cli.kohya_options import (
+    EXPORT,
+    EXPORT_REMARKS,
+    SAMPLING,
+    SAMPLING_REMARKS,
+    TRAINING,
+    TRAINING_REMARKS,
+    UNAVAILABLE,
+)
 from sdtune.cli.main import COMMANDS
 from sdtune.cli.main_setting import with_main_setting
 from sdtune.config import hardware
@@ -339,6 +347,12 @@ def test_tables_for_users_of_kohya_are_those_of_the_messages() -> None:
         for _, overrides, remarks in OPTIONS_OF_KOHYA
         for row in [*((name, f"`{value}`") for name, value in overrides.items()), *remarks.items()]
     ]
+
+
+def test_unavailable_options_are_listed() -> None:
+    text = (ROOT / "docs" / "from-kohya.md").read_text(encoding="utf-8")
+    paragraph = text[text.index("Not available:") : text.index("Differences:")]
+    assert [name for name in UNAVAILABLE if f"`{name}`" not in paragraph] == []
 
 
 COMPOSED = {

@@ -126,6 +126,40 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "; --shuffle_caption: captions are not shuffled; remove --other, which is unknown; see docs/from-kohya.md",
         ),
     ),
+    "unquoted folder of kohya": (
+        ["--train_data_dir", "/x/10_sks", "hedgehog", "--network_dim", "8"],
+        ("use data=folder 'data.path=\"/x/10_sks hedgehog\"' method.rank=8 ",),
+    ),
+    "sweep over an option of kohya": (["-m", "--network_dim", "4,8"], ("use method.rank=4,8 ",)),
+    "schedule that is not available": (
+        ["--lr_scheduler", "cosine_with_restarts"],
+        ("cosine_with_restarts is not available; use lr_schedule=constant|cosine|linear|polynomial;",),
+    ),
+    "option that is not available": (
+        ["--scale_weight_norms=1"],
+        ("--scale_weight_norms: unknown option; not available",),
+    ),
+    "word of kohya": (
+        ["--token_string=sks-hog", "--init_word", "animal", "--num_vectors_per_token=4"],
+        ("use 'new_tokens=[{token: \"<sks-hog>\", init: animal, vectors: 4}]' ",),
+    ),
+    "last parts of keys": (
+        ["rank=8", "lr=1e-3"],
+        ("rank, lr: unknown settings; did you mean method.rank=8 optimizer.lr=1e-3?",),
+    ),
+    "rate of an untrained text encoder": (
+        ["method.text_encoder_lr=1e-5"],
+        ("method.text_encoder_lr: got 1e-05, but the text encoder is not trained; ", "text_encoder]'"),
+    ),
+    "space after a comma": (["-m", "method.rank=4,", "8"], ("write method.rank=4,8",)),
+    "value after a space": (
+        ["trainer.max_steps", "5"],
+        ("trainer.max_steps: the value is missing; write trainer.max_steps=5",),
+    ),
+    "word without quotes": (
+        ["new_tokens=[{token: <dog>, init: dog}]"],
+        ("write 'new_tokens=[{token: \"<dog>\", init: dog}]'",),
+    ),
     "settings of kohya": (
         ["network_dim=8", "learning_rate=1e-4"],
         ("network_dim, learning_rate: options of kohya; use method.rank=8 optimizer.lr=1e-4",),
@@ -183,7 +217,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "clip skip of kohya": (["clip_skip=2"], ("clip_skip", "use backbone.clip_skip=1")),
     "option of kohya without a setting": (["keep_tokens=1"], ("keep_tokens", "captions are not shuffled")),
     "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.max_steps")),
-    "list that Hydra cannot parse": (["data.templates=[a (b)]"], ("data.templates", "cannot parse", "double quotes")),
+    "list that Hydra cannot parse": (
+        ["data.templates=[a (b)]"],
+        ("data.templates", "cannot parse", "write 'data.templates=[\"a (b)\"]'"),
+    ),
     "option of kohya with dashes": (
         ["--mixed_precision=fp16"],
         ("--mixed_precision", "use hardware.precision=16-mixed"),
@@ -283,16 +320,33 @@ SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "last part of a key": (["prompt=x", "width=64"], ("width: unknown setting; did you mean sampling.width?",)),
     "option of kohya without dashes": (["prompt=x", "steps=20"], ("steps: option of kohya; use sampling.steps=20",)),
     "options of kohya": (
-        ["--prompt", "a cat", "--seed=3", "--network_weights", "a b.safetensors", "--network_mul", "0.8", "--W", "64"],
+        [
+            "--prompt",
+            "a cat",
+            "--seed=3",
+            "--textual_inversion_embeddings",
+            "a b.safetensors",
+            "--W",
+            "64",
+            "--n_iter=2",
+        ],
         (
-            "--prompt, --seed, --network_weights, --network_mul, --W: unknown options; ",
+            "--prompt, --seed, --textual_inversion_embeddings, --W, --n_iter: unknown options; ",
             "use 'prompt=\"a cat\"' seeds=[3] 'adapters=[{path: \"a b.safetensors\"}]' sampling.width=64 ",
-            "--network_mul: set the strength of each adapter",
+            "--n_iter: set one seed for each image",
         ),
+    ),
+    "adapter without quotes": (
+        ["sks", "hedgehog,", "green", "adapters=[{path:", "x.safetensors}]"],
+        ("sdtune sample 'sks hedgehog, green' ", " 'adapters=[{path: x.safetensors}]'"),
+    ),
+    "strengths of kohya": (
+        ["--network_weights", "a.safetensors", "b.safetensors", "--network_mul", "0.8", "0.4"],
+        ("use 'adapters=[{path: a.safetensors, strength: 0.8}, {path: b.safetensors, strength: 0.4}]' ",),
     ),
     "text without quotes": (
         ["a", "cat", "on", "grass"],
-        ("sdtune sample: 4 words without a key (a cat on grass); ", "sdtune sample 'a cat on grass'"),
+        ("sdtune sample: 4 words without a key (a cat on grass); ", "sdtune sample 'a cat on grass' backbone=sd15"),
     ),
 }
 
@@ -307,7 +361,11 @@ EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "option of kohya": (["run=x", "--save_precision", "float"], ("--save_precision: ", "use dtype=fp32")),
     "options of kohya": (
         ["--model=x.safetensors", "--new_rank", "4", "--save_to=out", "--dynamic_method=sv_fro"],
-        ("use artifact=x.safetensors rank=4 hydra.run.dir=out ", "energy to the square of dynamic_param"),
+        ("use artifact=x.safetensors format=kohya rank=4 hydra.run.dir=out ", "energy to dynamic_param squared"),
+    ),
+    "merge of several LoRAs": (
+        ["--sd_model=M", "--models", "a.safetensors", "b.safetensors", "--ratios", "0.8", "0.4"],
+        ("use format=single_file backbone.path=M ", "--models: one LoRA is merged per command"),
     ),
     "folder without a key": (["nowhere", "format=kohya"], ("run: ", "nowhere")),
 }
@@ -439,7 +497,11 @@ def write_run_config(line: CommandLine, images: Path) -> None:
 
 def test_resuming_a_folder_without_a_run_is_refused(line: CommandLine) -> None:
     line.refuses("train", f"resume={line.folder}", words=("resume", str(line.folder), "not a run folder"))
-    line.refuses("train", "resume=./nowhere", words=("resume", "nowhere", "not a run folder"))
+    line.refuses("train", "resume=./nowhere", words=("resume", "nowhere does not exist"))
+    (line.folder / "run" / ".hydra").mkdir(parents=True)
+    (line.folder / "run" / "checkpoints").mkdir()
+    (line.folder / "run" / ".hydra" / "overrides.yaml").write_text("[]")
+    line.refuses("train", f"resume={line.folder}/run/checkpoints", words=("not a run", f"use resume={line.folder}/run"))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +573,7 @@ SAMPLING: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "adapters as a file": (
         ["prompt=x", "adapters=a.safetensors"],
-        ("adapters: expected a list, got a.safetensors", "{path: FILE"),
+        ("adapters: expected a list, got a.safetensors", "[{path: a.safetensors"),
     ),
     "adapter as a file": (
         ["prompt=x", "adapters=[a.safetensors]"],

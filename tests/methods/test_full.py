@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_default_trains_only_the_unet_and_writes_a_pipeline(tiny: Path, images: 
 def test_any_combination_of_components_is_trained_and_written(
     tiny: Path, images: Path, tmp_path: Path, parts: list[str]
 ) -> None:
-    model = Full(backbone=Pretrained(str(tiny)), parts=parts, text_encoder_lr=2e-3, vae_lr=3e-3, optimizer=adamw(1e-3))
+    given: Any = {f"{part}_lr": rate for part, rate in (("text_encoder", 2e-3), ("vae", 3e-3)) if part in parts}
+    model = Full(backbone=Pretrained(str(tiny)), parts=parts, optimizer=adamw(1e-3), **given)
     spy = Spy()
     fit(model, folder_data(images), 2, [spy])
     assert {name.split(".")[1] for name, _ in model.trainable()} == set(parts)

@@ -10,7 +10,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.new_token_vectors import initialize_tokens
 from sdtune.backbone.new_tokens import NewToken, check_vector_counts
 from sdtune.errors import UserError
-from sdtune.sampling.prompts import warn_about_truncated_prompts, warn_about_unused_words
+from sdtune.sampling.prompts import warn_about_other_syntax, warn_about_truncated_prompts, warn_about_unused_words
 
 
 def test_end_of_a_long_prompt_is_warned_about_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -29,6 +29,14 @@ def test_word_that_no_prompt_uses_is_warned_about(caplog: pytest.LogCaptureFixtu
     warn_about_unused_words(["<my_cat>", "sks"], ["a my_cat", "a photo of SKS, at night"])
     assert [record.getMessage() for record in caplog.records] == [
         "WARNING: the word <my_cat> of the adapters occurs in no prompt, so it has no effect"
+    ]
+
+
+def test_syntax_of_other_programs_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    warn_about_other_syntax(["a (sks dog:1.2) on grass (at night)", "a cat <lora:hog:0.8>", "(sks dog:1.2)"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "WARNING: (sks dog:1.2), <lora:hog:0.8> in a prompt is plain text: weights are not supported, and LoRAs are"
+        " set by adapters="
     ]
 
 

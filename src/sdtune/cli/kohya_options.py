@@ -5,10 +5,14 @@ In the tables, VALUE stands for the value of the option.
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sdtune.paths import config_folder
 from sdtune.quoting import in_quotes, shell_override
 
 TRAINING = {
@@ -56,6 +60,9 @@ TRAINING = {
     "use_8bit_adam": "optimizer=adamw8bit",
     "seed": "seed=VALUE",
     "resume": "resume=VALUE",
+    "token_string": "'new_tokens=[{token: VALUE, init: WORD, vectors: N}]'",
+    "init_word": "'new_tokens=[{token: WORD, init: VALUE, vectors: N}]'",
+    "num_vectors_per_token": "'new_tokens=[{token: WORD, init: WORD, vectors: VALUE}]'",
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
 
@@ -96,10 +103,9 @@ TRAINING_REMARKS = {
     "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
     "log_with": "choose a logger: logger=tensorboard or logger=wandb",
     "max_data_loader_n_workers": "set data.workers",
-    "token_string": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
-    "init_word": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
-    "num_vectors_per_token": "set 'new_tokens=[{token: \"<word>\", init: WORD, vectors: N}]'",
     "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
+    "conv_dim": "add convolutions to method.targets; they have the rank of the other layers",
+    "conv_alpha": "add convolutions to method.targets; they have the alpha of the other layers",
     "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
     "v2": "choose the model: backbone=sd21",
 }
@@ -114,6 +120,7 @@ SAMPLING = {
     "outdir": "hydra.run.dir=VALUE",
     "network_weights": "'adapters=[{path: VALUE}]'",
     "textual_inversion_embeddings": "'adapters=[{path: VALUE}]'",
+    "network_mul": "'adapters=[{path: FILE, strength: VALUE}]'",
     "seed": "seeds=[VALUE]",
     "steps": "sampling.steps=VALUE",
     "scale": "sampling.guidance=VALUE",
@@ -128,7 +135,6 @@ SAMPLING = {
 """Overrides of ``sdtune sample`` that replace the options of ``gen_img.py``."""
 
 SAMPLING_REMARKS = {
-    "network_mul": "set the strength of each adapter: 'adapters=[{path: FILE, strength: 0.8}]'",
     "network_module": "it is not needed: the kind of a file is detected",
     "network_merge": "it is not needed: adapters are applied to the weights in memory",
     "images_per_prompt": "set one seed for each image: seeds=[0,1,2,3]",
@@ -143,14 +149,14 @@ SAMPLING_REMARKS = {
 """What to do about the options of ``gen_img.py`` that no override replaces."""
 
 EXPORT = {
-    "sd_model": "backbone.path=VALUE",
+    "sd_model": "format=single_file backbone.path=VALUE",
     "model_org": "backbone.path=VALUE",
     "model": "artifact=VALUE",
     "models": "artifact=VALUE",
     "model_tuned": "artifact=VALUE",
     "ratios": "strength=VALUE",
-    "dim": "rank=VALUE",
-    "new_rank": "rank=VALUE",
+    "dim": "format=kohya rank=VALUE",
+    "new_rank": "format=kohya rank=VALUE",
     "save_precision": "dtype=VALUE",
     "save_to": "hydra.run.dir=VALUE",
 }
@@ -158,13 +164,33 @@ EXPORT = {
 ``resize_lora.py``."""
 
 EXPORT_REMARKS = {
-    "dynamic_method": "sv_fro: set energy to the square of dynamic_param; other methods are not available",
-    "dynamic_param": "sv_fro: set energy to the square of dynamic_param",
+    "dynamic_method": "only sv_fro is available: set energy to dynamic_param squared (energy=0.81 for 0.9)",
+    "dynamic_param": "with sv_fro, set energy to dynamic_param squared (energy=0.81 for 0.9)",
     "device": "it is not needed: matrices are decomposed on the CPU",
     "v2": "choose the model: backbone=sd21",
     "sdxl": "choose the model: backbone=sdxl",
 }
 """What to do about the options of these scripts that no override replaces."""
+
+
+UNAVAILABLE = (
+    *("scale_weight_norms", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount", "fp8_base"),
+    *("lowram", "color_aug", "face_crop_aug_range", "caption_tag_dropout_rate", "debiased_estimation_loss"),
+    *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles", "loss_type"),
+)
+"""Options of kohya's scripts whose function sdtune does not have."""
+
+SCRIPTS = {
+    **dict.fromkeys(
+        ("train_network", "sdxl_train_network", "train_db", "fine_tune", "train_textual_inversion"), "train"
+    ),
+    "gen_img": "sample",
+    **dict.fromkeys(("extract_lora_from_models", "merge_lora", "resize_lora", "sdxl_merge_lora"), "export"),
+}
+"""The command that does what a script of kohya does."""
+
+_LISTS = ("models", "ratios", "network_weights", "network_mul", "textual_inversion_embeddings", "network_args")
+"""Options with several values, separated by spaces."""
 
 
 @dataclass(frozen=True)
@@ -213,21 +239,67 @@ def explanation(words: Sequence[str], command: str) -> str | None:
     With several options, the message has the overrides for all of them, to be copied.
     """
     options, known = [Option.of(word) for word in words], OPTIONS.get(command, Options({}, {}))
-    replaced = [option for option in options if option.name in known.overrides]
-    remarked = [option for option in options if option.name in known.remarks]
-    overrides = " ".join(dict.fromkeys(_override(known.overrides[o.name], o) for o in replaced))
-    if not replaced and not remarked:
+    remarks: dict[str, str] = {**known.remarks, **dict.fromkeys(UNAVAILABLE, "not available")}
+    remarks |= {option.name: remark for option in options if (remark := _remark_on_value(option))}
+    replaced = [option for option in options if option.name in known.overrides and option.name not in remarks]
+    remarked = [option for option in options if option.name in remarks]
+    if not known.overrides or not (replaced or remarked):
         return None
     has_dashes = any(option.typed.startswith("-") for option in options)
     plural = "s" if len(options) > 1 else ""
     kind = f"unknown option{plural}" if has_dashes else f"option{plural} of kohya"
+    overrides = _overrides(replaced, known.overrides)
     remedies = [f"use {overrides}{' (settings have no dashes)' if has_dashes else ''}"] if overrides else []
     for option in remarked:
-        remedies.append(f"{option.typed}: {known.remarks[option.name]}" if plural else known.remarks[option.name])
+        remedies.append(f"{option.typed}: {remarks[option.name]}" if plural else remarks[option.name])
     unknown = [option.typed for option in options if option not in [*replaced, *remarked]]
     remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
     names = ", ".join(option.typed for option in options)
     return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
+
+
+def _remark_on_value(option: Option) -> str | None:
+    """Remark on a value that has no counterpart; None if it has one."""
+    group = {"lr_scheduler": "lr_schedule", "optimizer_type": "optimizer"}.get(option.name)
+    if group is not None and option.value is not None:
+        value = _VALUES[option.name].get(option.value, option.value)
+        choices = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+        return None if value in choices else f"{value} is not available; use {group}={'|'.join(choices)}"
+    if option.name in ("models", "ratios") and option.value is not None and " " in option.value:
+        return "one LoRA is merged per command; merge the next one into the result, with backbone.path=FILE"
+    return None
+
+
+def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
+    """Overrides that replace ``options``; those that belong to the same setting become one."""
+    by_name = {option.name: option for option in options if option.value is not None}
+    merged = {
+        ("token_string", "init_word", "num_vectors_per_token"): _new_tokens,
+        ("network_weights", "network_mul"): _adapters,
+    }
+    texts = []
+    for option in options:
+        names = next((names for names in merged if option.name in names), ())
+        together = {name: str(by_name[name].value) for name in names if name in by_name}
+        texts.append(merged[names](together) if len(together) > 1 else _override(templates[option.name], option))
+    words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
+    return " ".join(dict.fromkeys(words))
+
+
+def _new_tokens(values: Mapping[str, str]) -> str:
+    word = values.get("token_string", "WORD").strip("<>")
+    parts = [f'token: "<{word}>"', f"init: {values.get('init_word', 'WORD')}"]
+    parts += [f"vectors: {values['num_vectors_per_token']}"] if "num_vectors_per_token" in values else []
+    return f"'new_tokens=[{{{', '.join(parts)}}}]'"
+
+
+def _adapters(values: Mapping[str, str]) -> str:
+    strengths = values["network_mul"].split()
+    entries = [
+        f"{{path: {_scalar(path)}, strength: {strength}}}"
+        for path, strength in itertools.zip_longest(values["network_weights"].split(), strengths, fillvalue="1.0")
+    ]
+    return f"'adapters=[{', '.join(entries)}]'"
 
 
 def _override(template: str, option: Option) -> str:
@@ -238,15 +310,27 @@ def _override(template: str, option: Option) -> str:
         value = sides.pop() if len(sides) == 1 else None
     if value is None:
         return template
+    if option.name == "save_to":
+        value = str(Path(value).with_suffix(""))  # kohya's is a file
     value = _VALUES.get(option.name, {}).get(value, value)
     if "VALUE-1" in template:
         return template.replace("VALUE-1", str(int(value) - 1)) if re.fullmatch("[1-9]", value) else template
     if "[" in template:
-        return template.replace("VALUE", value if re.fullmatch(r"[\w./+-]+", value) else in_quotes(value))
+        return template.replace("VALUE", _scalar(value))
     words = (word.partition("=") for word in template.split())
-    return " ".join(f"{key}={old}" if old != "VALUE" else _assigned(key, value) for key, _, old in words)
+    return " ".join(f"{key}={old}" if old != "VALUE" else assigned(key, value) for key, _, old in words)
 
 
-def _assigned(key: str, value: str) -> str:
-    """``key=value``, quoted only if the value needs it: Hydra would read a quoted number as text."""
-    return f"{key}={value}" if re.fullmatch(r"[\w./+:-]+", value) else shell_override(key, value)
+def _scalar(value: str) -> str:
+    """``value`` as an element of a list or a mapping in Hydra's grammar."""
+    return value if re.fullmatch(r"[\w./+-]+", value) else in_quotes(value)
+
+
+def assigned(key: str, value: str) -> str:
+    """``key=value`` for the shell, quoted only if needed: Hydra would read a quoted number, or a sweep, as text."""
+    plain = r"[\w./+:-]+" if key.endswith(TEXT_KEYS) else r"[\w./+:,-]+"
+    return f"{key}={value}" if re.fullmatch(plain, value) else shell_override(key, value)
+
+
+TEXT_KEYS = ("prompt", "name", "trigger", "path", "dir", "file")
+"""Ends of the keys whose values may contain spaces and commas."""

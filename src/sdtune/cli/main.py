@@ -68,8 +68,10 @@ def main() -> None:
     name, *overrides = arguments
     if name not in COMMANDS:
         from sdtune.cli.exit_codes import refuse
+        from sdtune.cli.kohya_options import SCRIPTS
 
-        refuse(f"{name}: unknown command{suggestion(name, COMMANDS)}")
+        own = SCRIPTS.get(name.removesuffix(".py"))
+        refuse(f"{name}: unknown command{suggestion(name, COMMANDS) if own is None else f'; use sdtune {own}'}")
     if name == "report":
         from sdtune.cli.exit_codes import exit_codes
         from sdtune.commands.report import main as report

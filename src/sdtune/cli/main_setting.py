@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sdtune.cli.messages import joined_brackets
 from sdtune.errors import UserError
 from sdtune.quoting import override, shell_word
 
@@ -21,14 +22,16 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
     Raises:
         UserError: several words without a key.
     """
-    key = _KEYS.get(command)
-    bare = [text for text in overrides if not _IS_OVERRIDE.match(text)]
+    key, joined = _KEYS.get(command), joined_brackets(overrides)
+    bare = [text for text in joined if not _IS_OVERRIDE.match(text)]
     if key is None or not bare or any(text.startswith((f"{key}=", "artifact=")) for text in overrides):
         return overrides
     if len(bare) > 1:
+        others = [text for text in joined if text not in bare]
+        line = " ".join(shell_word(text) for text in (" ".join(bare), *others))
         raise UserError(
             f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})",
-            remedy=f"put quotes around a text: sdtune {command} {shell_word(' '.join(bare))}",
+            remedy=f"put quotes around a text: sdtune {command} {line}",
         )
     [text] = bare
     if command == "export" and Path(text).expanduser().is_file():

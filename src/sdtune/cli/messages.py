@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from sdtune.cli.kohya_options import explanation, is_replaced
+from sdtune.cli.kohya_options import TEXT_KEYS, assigned, explanation, is_replaced
 from sdtune.config.hydra_compat import full_key
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import UserError
-from sdtune.quoting import shell_override
+from sdtune.quoting import in_quotes, shell_override, shell_word
 from sdtune.runs.compare import NOT_RESUMABLE_REMEDY, flat
 from sdtune.suggest import closest_match, suggestion
-
-_TEXTS = ("prompt", "name", "trigger", "path")
-"""Ends of the keys whose values may contain spaces."""
 
 _FOLDER_SETTINGS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
 
@@ -43,24 +40,68 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
             group, _, name = cause.missing_cfg_file.rpartition("/")
             return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
         if isinstance(cause, OverrideParseException):
-            key, _, value = str(cause.override).partition("=")
-            if value.startswith(("[", "{")) and str(cause.override) in typed:
-                if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
-                    return f"{key}: the shell has split the value; put the override in single quotes"
-                return f"{key}: cannot parse {value}; put its texts in double quotes and the override in single quotes"
-            if "=" not in str(cause.override):
-                return _split_text(key, typed) or f"{key}: the value is missing; write {key}=VALUE"
-            remedy = f"quote it for Hydra and the shell: {shell_override(key, value)}"
-            return f"{key}: cannot parse {value}; {remedy}"
+            return _unparsable(str(cause.override), typed)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{'; '.join(lines[:2])}; check the overrides ({' '.join(typed)})"
+
+
+def _unparsable(override: str, typed: Sequence[str]) -> str:
+    """Message for an ``override`` that Hydra cannot parse."""
+    key, equals, value = override.partition("=")
+    following = list(typed[typed.index(override) + 1 :]) if override in typed else []
+    words = list(takewhile(lambda word: "=" not in word and not is_option(word), following))
+    if not equals:
+        example = assigned(key, " ".join(words)) if words else f"{key}=VALUE"
+        is_key = re.fullmatch(r"\w+(\.\w+)+", key) is not None
+        split = None if is_key else _split_text(key, typed)
+        return split or f"{key}: the value is missing; write {example}"
+    if value.startswith(("[", "{")) and override in typed:
+        whole = joined_brackets([override, *following])[0]
+        if whole != override:
+            return f"{key}: the shell has split the value; put it in single quotes: {shell_word(whole)}"
+        corrected = f"{key}={_with_quoted_texts(value)}"
+        if _can_be_parsed(corrected):
+            return f"{key}: cannot parse {value}; write {shell_word(corrected)}"
+        return f"{key}: cannot parse {value}; put its texts in double quotes and the override in single quotes"
+    if value.endswith(",") and words and not key.endswith(TEXT_KEYS):
+        return f"{key}: the shell has split the value at its spaces; write {assigned(key, value + ''.join(words))}"
+    return f"{key}: cannot parse {value}; quote it for Hydra and the shell: {shell_override(key, value)}"
+
+
+def joined_brackets(words: Sequence[str]) -> list[str]:
+    """``words``, with those joined that the shell has split inside a list or a mapping: ``a=[{b:``, ``X}]``."""
+    joined: list[str] = []
+    depth = 0
+    for word in words:
+        joined[-1:] = [f"{joined[-1]} {word}"] if depth > 0 else [*joined[-1:], word]
+        value = joined[-1].partition("=")[2]
+        depth = sum(value.count(c) for c in "[{") - sum(value.count(c) for c in "]}") if value[:1] in ("[", "{") else 0
+    return joined
+
+
+def _with_quoted_texts(value: str) -> str:
+    """``value``, a list or a mapping, with double quotes around each text that Hydra cannot parse without them."""
+
+    def quoted(match: re.Match[str]) -> str:
+        text = match[2].strip()
+        return match[1] + (text if re.fullmatch(r"[\w./+-]+", text) else in_quotes(text))
+
+    return re.sub(r"([:\[,]\s*)([^\s\"'\[\]{},:][^\"'\[\]{},:]*)(?=\s*[,\]}])", quoted, value)
+
+
+def _can_be_parsed(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def _split_text(word: str, typed: Sequence[str]) -> str | None:
     """Message for a ``word`` without ``=`` that is part of an unquoted text; None if it follows no override."""
     for start, text in enumerate(typed):
         key, equals, value = text.partition("=")
-        if not equals or key.startswith("-") or not key.endswith(_TEXTS):
+        if not equals or key.startswith("-") or not key.endswith(TEXT_KEYS):
             continue
         rest = list(takewhile(lambda other: "=" not in other and not is_option(other), typed[start + 1 :]))
         if word in rest:
@@ -83,11 +124,11 @@ def check_option_names(argv: Sequence[str], command: str, known: Sequence[str]) 
         UserError: an option is unknown.
     """
     words, has_unknown = [], False
-    for word, following in itertools.pairwise([*argv, "-"]):
+    for index, word in enumerate(argv):
         name = re.split(r"[=\s]", word)[0]
         if is_option(word) and name not in known:
-            has_value = word == name and "=" not in following and not following.startswith("-")
-            words.append(f"{word} {following}" if has_value else word)
+            values = list(takewhile(lambda other: not is_option(other) and "=" not in other, argv[index + 1 :]))
+            words.append(" ".join([word, *values]))
             has_unknown = True
         elif is_replaced(word, command):
             words.append(word)
@@ -123,7 +164,20 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
         return explained
     if full == "trainer.max_epochs" and isinstance(error.parent_node, DictConfig):
         return f"{full}: unknown setting; set trainer.max_steps (a training prints the steps per epoch)"
-    return f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
+    return _several_unknown(typed, error.parent_node) or (
+        f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
+    )
+
+
+def _several_unknown(typed: Sequence[str], config: Any) -> str | None:
+    """Message for several overrides such as ``rank=8 lr=1e-4`` that name only the last part of a key; else None."""
+    pairs = [word.partition("=") for word in typed if re.match(r"\w+=", word)]
+    unknown = [(name, value) for name, _, value in pairs if isinstance(config, DictConfig) and name not in config]
+    keys = {name: _settings_named(name, config) for name, _ in unknown}
+    if len(unknown) < 2 or not all(len(found) == 1 for found in keys.values()):
+        return None
+    overrides = " ".join(assigned(keys[name][0], value) for name, value in unknown)
+    return f"{', '.join(keys)}: unknown settings; did you mean {overrides}?"
 
 
 def _suggested_key(full: str, node: Any) -> str:

@@ -31,7 +31,7 @@ def rewrite(argv: list[str]) -> list[str]:
             f"{run} is a sweep folder", key="resume", remedy=f"add -m: sdtune train -m {shell_override('resume', run)}"
         )
     if not file.is_file():
-        raise UserError(f"{run} is not a run folder (.hydra/overrides.yaml is missing)", key="resume")
+        raise _not_a_run(run)
     saved = saved_overrides(last_start(run), "resume")
     value_indices = {i + 1 for i, a in enumerate(argv) if a in _WITH_VALUE}
     # "~key" has no "=", but is an override too and must be checked.
@@ -59,6 +59,14 @@ def rewrite(argv: list[str]) -> list[str]:
         internal = []
     saved = [o for o in saved if not o.startswith("resume=")]
     return [*options, *_config_folder(run, argv), *saved, *new, override("resume", folder), *internal]
+
+
+def _not_a_run(path: Path) -> UserError:
+    if not path.exists():
+        return UserError(f"{path} does not exist", key="resume", remedy="name the folder of a run")
+    parent = next((p for p in path.absolute().parents if (p / ".hydra" / "overrides.yaml").is_file()), None)
+    remedy = "name the folder of a run" if parent is None else f"use {shell_override('resume', parent)}"
+    return UserError(f"{path} is not a run folder (.hydra/overrides.yaml is missing)", key="resume", remedy=remedy)
 
 
 def _without_auto(argv: list[str]) -> list[str]:

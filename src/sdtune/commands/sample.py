@@ -28,7 +28,7 @@ from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
-from sdtune.sampling.prompts import warn_about_truncated_prompts, warn_about_unused_words
+from sdtune.sampling.prompts import warn_about_other_syntax, warn_about_truncated_prompts, warn_about_unused_words
 
 log = logging.getLogger("sdtune")
 
@@ -50,14 +50,14 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         raise UserError(
             f"expected a list, got {container['adapters']}",
             key="adapters",
-            remedy="use 'adapters=[{path: FILE, strength: 0.8}]'",
+            remedy=f"use 'adapters=[{{path: {container['adapters']}, strength: 0.8}}]'",
         )
     for index, adapter in enumerate(container["adapters"]):
         if not isinstance(adapter, dict):
             raise UserError(
                 f"expected a mapping, got {adapter}",
                 key=f"adapters[{index}]",
-                remedy=f"use {{path: {adapter}, strength: 0.8}}; put the override in single quotes",
+                remedy=f"use 'adapters=[{{path: {adapter}, strength: 0.8}}]'",
             )
         unknown_keys = set(adapter) - {"path", "strength"}
         if "path" not in adapter or unknown_keys:
@@ -130,6 +130,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = _requests(config)
     texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
     warn_about_truncated_prompts(backbone, texts)
+    warn_about_other_syntax(texts)
     warn_about_unused_words([word for adapter in adapters for word in adapter.words], texts)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(control.map(size) for control in controls) for size in sizes}

@@ -309,10 +309,15 @@ def _evaluation_metrics(run: TrainRun, trainer: pl.Trainer) -> dict[str, Any]:
     if run.evaluation is None:
         return {}
     device = trainer.strategy.root_device  # after fit, Lightning has moved the module to the CPU
-    # Frozen weights in memory serve as the base model. On a CPU they may have another precision than its own.
-    weights = release_backbone(run.adapter.backbone) if device.type != "cpu" else None
-    tiling = run.adapter.vae_tiling
-    models = RunModels(run.source, run.folder / "artifact", run.name, device, vae_tiling=tiling, weights=weights)
+    models = RunModels(
+        run.source,
+        run.folder / "artifact",
+        run.name,
+        device,
+        vae_tiling=run.adapter.vae_tiling,
+        # Frozen weights in memory serve as the base model. On a CPU they may have another precision than its own.
+        weights=release_backbone(run.adapter) if device.type != "cpu" else None,
+    )
     log.info("evaluating the trained model; evaluation=none skips this")
     try:
         metrics: dict[str, Any] = run.evaluation.run(models, run.data, run.folder / "evaluation")

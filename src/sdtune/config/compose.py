@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -72,7 +73,7 @@ def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Overri
     remedies = ["add -m for a sweep"]
     if " " in value:
         remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")
-    if OmegaConf.is_list(default) or default is None:
+    if OmegaConf.is_list(default) or (default is None and not re.fullmatch(r"[\d.,eE+-]+", value)):
         remedies.append(f"write a list: [{value}]")
     raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies))
 

@@ -44,7 +44,9 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(f"{strategy!r} is not one of {', '.join(STRATEGIES)}", key="hardware.strategy")
     precision = str(node.get("precision", "auto"))
     if precision not in PRECISIONS:
-        raise UserError(f"{precision!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision")
+        meant = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}.get(precision)
+        remedy = None if meant is None else f"set hardware.precision={meant}"
+        raise UserError(f"{precision!r} is not one of {', '.join(PRECISIONS)}", key="hardware.precision", remedy=remedy)
     if precision == "16-mixed" and (accelerator(kind) if here else kind) == "cpu":
         raise UserError("16-mixed needs a GPU", key="hardware.precision", remedy="set bf16-mixed or 32-true")
     for key in SWITCHES:

@@ -76,7 +76,9 @@ def check_adapter(path: str, backbone_hash: str, key: str = "adapters.path") -> 
         else sorted(f for f in local_path.glob("*.safetensors") if not _is_intermediate(f))
     )
     if not files:
-        raise UserError(f"{path} contains no .safetensors file", key=key, remedy="use the artifact folder of a run")
+        artifact = local_path / "artifact"
+        remedy = f"use {artifact}" if artifact.is_dir() else "use the artifact folder of a run"
+        raise UserError(f"{path} contains no .safetensors file", key=key, remedy=remedy)
     for file in files:
         warn_if_other_backbone(path, read_metadata(file).get("sdtune_backbone_hash", backbone_hash), backbone_hash)
 

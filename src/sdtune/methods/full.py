@@ -73,6 +73,13 @@ class Full(Adapter):
                 key="method.perception",
                 remedy="set it to a local folder with a CLIP model",
             )
+        for part, rate in (("text_encoder", text_encoder_lr), ("vae", vae_lr)):
+            if rate is not None and part not in parts:
+                raise UserError(
+                    f"got {rate}, but {part} is not trained",
+                    key=f"method.{part}_lr",
+                    remedy=f"add {part} to method.parts, or remove method.{part}_lr",
+                )
         self.parts = tuple(parts)
         self.rates = {"text_encoder": text_encoder_lr, "vae": vae_lr}
         self.kl_weight, self.perception_path, self.perception_weight = kl_weight, perception, perception_weight

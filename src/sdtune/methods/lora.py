@@ -139,6 +139,13 @@ class LoRA(Adapter):
                     key=f"method.blocks.{key}.alpha",
                     remedy="set method.alpha_policy=constant and method.alpha",
                 )
+        if text_encoder_lr is not None and weights is None and "text_encoder" not in (targets or DEFAULT_TARGETS):
+            names = ",".join([*(targets or DEFAULT_TARGETS), "text_encoder"])
+            raise UserError(
+                f"got {text_encoder_lr}, but the text encoder is not trained",
+                key="method.text_encoder_lr",
+                remedy=f"set 'method.targets=[{names}]', or remove method.text_encoder_lr",
+            )
         self.text_encoder_lr, self.weights_file = text_encoder_lr, weights
         if weights is not None and not Path(weights).expanduser().exists():
             raise UserError(f"{weights} does not exist", key="method.weights", remedy="set it to a LoRA file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ class PromptLine:
     steps: int | None = None
 
 
+_OTHER_SYNTAX = re.compile(r"\([^()]+:\d+(\.\d+)?\)|<(lora|lyco|hypernet):[^>]+>")
+
+
 def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> None:
     """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
     limit = backbone.facts.max_tokens
@@ -47,6 +51,14 @@ def warn_about_unused_words(words: Collection[str], prompts: Iterable[str]) -> N
     for word in words:
         if word not in used:
             log.warning("WARNING: the word %s of the adapters occurs in no prompt, so it has no effect", word)
+
+
+def warn_about_other_syntax(prompts: Iterable[str]) -> None:
+    """Log a warning for the weights and LoRAs that A1111 reads in prompts, which are plain text here."""
+    found = dict.fromkeys(match[0] for prompt in prompts for match in _OTHER_SYNTAX.finditer(prompt))
+    if found:
+        log.warning("WARNING: %s in a prompt is plain text: weights are not supported, and LoRAs are set by adapters=",
+                    ", ".join(found))  # fmt: skip
 
 
 def count_tokens(backbone: Backbone, prompt: str) -> int:

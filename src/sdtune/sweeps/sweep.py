@@ -236,8 +236,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
         raise UserError(f"{'; '.join(reasons[:2])}{more}; no job was started")
     if not is_measured:
         print(
-            "WARNING: the jobs record no metric that ranks them; set data.hold_out=10 or data.validation_path=DIR"
-            " (validation loss), or evaluation=clip backbone.clip=DIR"
+            "WARNING: the jobs record no metric that ranks them; remove evaluation=none if it is set, or set"
+            " data.hold_out=5 or data.validation_path=DIR (validation loss), or evaluation=clip evaluation.clip=DIR"
         )
     return int(master.hydra.sweeper.get("n_jobs", 0)) or len(jobs) or sys.maxsize
 

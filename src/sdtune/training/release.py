@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.layers import named_modules
 from sdtune.backbone.new_token_vectors import remove_tokens
 
 
-def release_backbone(backbone: Backbone) -> Backbone | None:
-    """Remove LoRA pairs and new tokens from ``backbone``, and return it; None if a weight of it was trained.
+def release_backbone(adapter: nn.Module) -> Backbone | None:
+    """Take the backbone from ``adapter``, which cannot be used afterwards, and remove LoRA pairs and new tokens from it.
 
-    The method that trained with it cannot be used afterwards. A backbone that other runs share is not changed.
+    Returns:
+        The backbone; None if a weight of it was trained, or if other runs share it.
     """
+    backbone = adapter.backbone
+    assert isinstance(backbone, Backbone)
+    del adapter.backbone
     if backbone.pair_executor is not None:
         return None
     for component, name, module in list(named_modules(backbone)):
