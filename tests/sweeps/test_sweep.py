@@ -57,9 +57,7 @@ def test_sweep_without_a_metric_to_rank_by_is_warned_about(
     more: tuple[str, ...], is_warned: bool, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(*settings, *more, "method.rank=2,4") == 0
-    assert ("WARNING: the jobs record no metric that ranks them; set data.hold_out" in capsys.readouterr().out) == (
-        is_warned
-    )
+    assert ("WARNING: the jobs record no metric that ranks them; " in capsys.readouterr().out) == (is_warned)
 
 
 def test_failed_job_is_reported_and_the_others_run(

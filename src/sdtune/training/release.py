@@ -10,7 +10,7 @@ from sdtune.backbone.new_token_vectors import remove_tokens
 
 
 def release_backbone(adapter: nn.Module) -> Backbone | None:
-    """Take the backbone from ``adapter``, which cannot be used afterwards, and remove LoRA pairs and new tokens from it.
+    """Take the backbone from ``adapter``, which cannot be used afterwards; remove its LoRA pairs and new tokens.
 
     Returns:
         The backbone; None if a weight of it was trained, or if other runs share it.
