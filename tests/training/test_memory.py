@@ -42,7 +42,8 @@ class RecordOffloaded(Callback):
     """Records the class names of the offloaded models in a training step."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.cpu_offload = {type(part).__name__ for part in pl_module.cpu_offload.parts}
+        offload = pl_module.cpu_offload
+        self.cpu_offload = {type(part).__name__ for part in (*offload.decoder, *offload.encoders)}
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,14 @@ def is_intact(file: Path) -> bool:
         return False
 
 
+LARGE = 2 * 2**30
+"""Bytes of a checkpoint that takes so long to write that the default interval is longer."""
+
+
 class Checkpoints(Callback):
     """Save a checkpoint every ``every_steps`` optimizer steps, at the end of the run, and when the run must stop.
 
+    By default every 100 steps, or every 500 if a checkpoint is larger than :data:`LARGE`.
     Ctrl-C, SIGTERM and SIGHUP request a stop: the run completes the step, saves, and leaves ``stopped_by`` set; no
     samples are generated any more. A validation ends after the current batch; the resumed run repeats it from its
     beginning. A second Ctrl-C ends the process immediately. So does the first signal before the training starts, for
@@ -86,13 +91,20 @@ class Checkpoints(Callback):
 
     priority: ClassVar[int] = 100
 
-    def __init__(self, folder: Path, record: MetricsRecorder, every_steps: Annotated[int, Ge(1)] = 100) -> None:
+    def __init__(self, folder: Path, record: MetricsRecorder, every_steps: Annotated[int, Ge(1)] | None = None) -> None:
         self.folder, self.record, self.every_steps = folder, record, every_steps
         self.stopped_by: signal.Signals | None = None
         self._validation_pending = False
         self._handlers: dict[int, Any] = {}
         self._training = False
         self._due = False
+        self._interval = every_steps or 100
+
+    def _default_interval(self, module: pl.LightningModule) -> int:
+        """Optimizer steps between checkpoints if ``every_steps`` is None."""
+        # The trained weights, and two moments for each of them in the optimizer.
+        size = sum(3 * p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        return 100 if size < LARGE else 500
 
     # --- stop requests
 
@@ -122,6 +134,7 @@ class Checkpoints(Callback):
         self._install_handlers()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._interval = self.every_steps or self._default_interval(pl_module)
         self._training = True
         self._install_handlers()  # Lightning has installed its own SIGTERM handler in the meantime
         if self._validation_pending:
@@ -176,7 +189,7 @@ class Checkpoints(Callback):
                 # Lightning would validate before it stops; an uninterrupted run has no validation at this step.
                 trainer.limit_val_batches = 0
             trainer.should_stop = True
-        due = trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps
+        due = trainer.global_step % self._interval == 0 or trainer.global_step == trainer.max_steps
         self._due = due or trainer.should_stop
         # If this step has a validation, save after it: a resumed run would skip the validation.
         if self._due and not self._validates(trainer):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -39,7 +39,8 @@ class Samples(Callback):
     Args:
         prompts: one column per prompt; None: at most four captions of the data.
         seeds: one row per seed.
-        every_steps: optimizer steps between grids during training; None: only before and after training.
+        every_steps: optimizer steps between grids during training; ``auto``: a third of the run, which gives two grids on
+            the way; None: only before and after training.
         sampling: sampler settings.
     """
 
@@ -49,7 +50,7 @@ class Samples(Callback):
         record: MetricsRecorder,
         prompts: Sequence[str] | None = None,
         seeds: Sequence[Seed] = (0, 1),
-        every_steps: Annotated[int, Ge(1)] | None = None,
+        every_steps: Annotated[int, Ge(1)] | Literal["auto"] | None = None,
         sampling: Sampling | None = None,
     ) -> None:
         self.folder, self.record = folder, record
@@ -122,7 +123,8 @@ class Samples(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Adapter)
-        due = self.every_steps and trainer.global_step % self.every_steps == 0
+        interval = -(-trainer.max_steps // 3) if self.every_steps == "auto" else self.every_steps
+        due = interval and trainer.global_step % interval == 0
         boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if due and boundary and trainer.is_global_zero and trainer.global_step < trainer.max_steps:
             with suppress(_StopRequested):

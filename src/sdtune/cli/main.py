@@ -54,6 +54,7 @@ commands:
 def main() -> None:
     """Console entry point."""
     protect_output()
+    _set_allocator()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         summaries = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
@@ -86,6 +87,13 @@ def main() -> None:
 
     command = COMMANDS[name]
     launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
+
+
+def _set_allocator() -> None:
+    """Let torch's CUDA allocator extend its segments, which reduces fragmentation; read when torch is imported."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _print_version() -> None:

@@ -47,7 +47,7 @@ def rewrite(argv: list[str]) -> list[str]:
             raise UserError(
                 f"{text} is not allowed in a resumed run",
                 key="resume",
-                remedy="change only trainer.max_steps, hardware, logger, callbacks.*, and paths of moved files",
+                remedy="change only trainer.max_steps, hardware, logger, callbacks, evaluation and moved paths",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():

@@ -418,12 +418,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
 
     def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Batch]:
+        assert self.trainer is not None
         return DataLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=partial(collate, prior_weight=self.prior_weight),
             worker_init_fn=init_worker,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.workers > 0,
         )

@@ -313,9 +313,9 @@ class Adapter(pl.LightningModule, ABC):
             check_trainable(self, data)
             fill_caches(self._cached_parts(), data, self.trainer)
             if self.offload:
-                parts: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
-                parts += self.backbone.encoders.values() if data.text_cache is not None else []
-                self.cpu_offload = CpuOffload(parts, self.device)
+                vae: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
+                encoders = list(self.backbone.encoders.values()) if data.text_cache is not None else []
+                self.cpu_offload = CpuOffload(vae, encoders, self.device)
 
     def _cached_parts(self) -> CachedParts:
         return CachedParts(

@@ -18,7 +18,10 @@ MOVED = (
 )
 """Overrides for folders and files that have moved. Checkpoints identify the data and the backbone by their content."""
 
-MAY_CHANGE = ("hardware.", "logger.", "callbacks.", "trainer.max_steps=", "hydra.", "hardware=", "logger=", *MOVED)
+MAY_CHANGE = (
+    *("hardware.", "logger.", "callbacks.", "evaluation.", "trainer.max_steps=", "hydra."),
+    *("hardware=", "logger=", "evaluation=", *MOVED),
+)
 """Prefixes of the overrides that may change when a run is resumed."""
 
 NOT_RESUMABLE_REMEDY = "use the version of sdtune and the recipe that started it, or start a new run"

@@ -127,8 +127,13 @@ class RunModels:
 
 
 def generate_images(backbone: Backbone, requests: Sequence[Request], sampling: Sampling) -> list[np.ndarray]:
-    """Generate the requested images; float32 weights under bfloat16 autocast if the device supports bfloat16."""
-    device_type = backbone.device.type
-    use_autocast = backbone.unet.dtype == torch.float32 and precision("auto", device_type) == "bf16-mixed"
-    with torch.autocast(device_type, torch.bfloat16, enabled=use_autocast):
+    """Generate the requested images.
+
+    Float32 weights are used under bfloat16 autocast if the device supports bfloat16. So are the float32 LoRA pairs of
+    a run that shares its backbone, in the dtype of the backbone.
+    """
+    device_type, dtype = backbone.device.type, backbone.unet.dtype
+    is_float32 = dtype == torch.float32
+    enabled = precision("auto", device_type) == "bf16-mixed" if is_float32 else backbone.pair_executor is not None
+    with torch.autocast(device_type, torch.bfloat16 if is_float32 else dtype, enabled=enabled):
         return list(generate(backbone, requests, sampling))

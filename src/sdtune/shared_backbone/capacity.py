@@ -53,7 +53,7 @@ def run_costs(request: PlanRequest, device: torch.device) -> tuple[int, int, int
     permanent = costs.state + costs.average + 4 * costs.total.trained + padded
     step = padded + (cost.together if request.accumulation == 1 else cost.activations + costs.gradients)
     base = costs.total.bytes
-    if request.precision in HALVES:
+    if request.precision in HALVES and device.type == "cpu":
         # Finished runs generate images with the float32 weights, which stay in memory next to the half-precision copy.
         base += sum(4 * part.frozen for part in costs.components if part.name != "vae")
     if device.type == "cuda":

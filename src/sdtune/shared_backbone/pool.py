@@ -91,7 +91,10 @@ class Pool:
     def copied(self, source: Pretrained) -> Backbone:
         """Return a backbone with its own parameters on the shared storage; the first call loads the weights."""
         if self._base is None:
-            self._base = source.load()
+            half_dtype = HALVES.get(self.precision) if self.device.type != "cpu" else None
+            self._base = source.load(unet_dtype=half_dtype)
+            if half_dtype is not None:  # one copy of the weights serves the training and the images of finished runs
+                self._base.cast_frozen(self.precision)
             self._base.prepare_for_device(self.device)
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with the module that it trains

@@ -1,4 +1,4 @@
-"""CPU offload of models whose outputs are cached."""
+"""Keep models in main memory whose outputs are cached, to save memory on the device."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from torch import nn
 
 
 class CpuOffload:
-    """Keeps ``parts`` in main memory; :meth:`on_device` moves them to the device for as long as they are needed."""
+    """Keeps models in main memory; :meth:`on_device` moves the decoder to the device for as long as it is needed.
 
-    def __init__(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> None:
-        self.parts, self.device = parts, device
-        self._offload()
+    Args:
+        decoder: the VAE; empty if it is trained or its latents are not cached.
+        encoders: text encoders; :func:`sdtune.sampling.loop.generate` moves them to the device by itself.
+        device: the training device.
+    """
 
-    def _offload(self) -> None:
-        for part in self.parts:
+    def __init__(
+        self,
+        decoder: Sequence[nn.Module] = (),
+        encoders: Sequence[nn.Module] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.decoder, self.encoders, self.device = decoder, encoders, device
+        for part in (*decoder, *encoders):
             part.to("cpu")
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Context manager that moves the parts to the device and back to main memory."""
+        """Context manager that moves the decoder to the device and back to main memory."""
         try:
-            for part in self.parts:
+            for part in self.decoder:
                 part.to(self.device)
             yield
         finally:
-            self._offload()
+            for part in self.decoder:
+                part.to("cpu")
