@@ -16,6 +16,7 @@ from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewTokens
 from sdtune.backbone.text import encoder_states, in_windows, unused_prefixes
+from sdtune.hardware.devices import send
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
 from sdtune.objective.schedule import NoiseSchedule
@@ -227,7 +228,7 @@ class Backbone(nn.Module):
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""
-        ids = self.tokenize(prompts).to(self.text_encoder.device)
+        ids = send(self.tokenize(prompts), self.text_encoder.device)
         out = self.text_encoder(ids.view(len(ids) * self.facts.windows, -1), output_hidden_states=self.clip_skip > 0)
         states = encoder_states(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
         return states.reshape(*ids.shape, -1)

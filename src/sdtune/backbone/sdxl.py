@@ -15,6 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.text import encoder_states, unused_prefixes
+from sdtune.hardware.devices import send
 
 # SDXL uses the penultimate hidden states of both encoders, without the final norm; clip_skip skips further layers.
 _SKIPPED = 1
@@ -59,7 +60,7 @@ class SDXLBackbone(Backbone):
         """
         states, pooled, skip = [], None, _SKIPPED + self.clip_skip
         for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
-            ids = self.tokenize(prompts, tokenizer).to(encoder.device)
+            ids = send(self.tokenize(prompts, tokenizer), encoder.device)
             windows = ids.view(len(ids) * self.facts.windows, -1)
             out = encoder(windows, output_hidden_states=True)
             states.append(encoder_states(encoder, out, skip, norm=False).reshape(*ids.shape, -1))

@@ -39,8 +39,8 @@ class Samples(Callback):
     Args:
         prompts: one column per prompt; None: at most four captions of the data.
         seeds: one row per seed.
-        every_steps: optimizer steps between grids during training; ``auto``: a third of the run, which gives two grids on
-            the way; None: only before and after training.
+        every_steps: optimizer steps between grids during training; ``auto``: a third of the run, so that there are two
+            grids on the way; None: only before and after training.
         sampling: sampler settings.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -31,11 +32,25 @@ from sdtune.planning.memory import Switches
 from sdtune.planning.request import PlanRequest, count
 from sdtune.suggest import suggestion
 
-_GROUPS = ("method", "backbone", "objective", "optimizer", "lr_schedule", "trainer", "hardware", "callbacks")
+_GROUPS = (
+    "method",
+    "backbone",
+    "objective",
+    "optimizer",
+    "lr_schedule",
+    "trainer",
+    "hardware",
+    "callbacks",
+    "evaluation",
+)
 _DATA_KEYS = ("batch_size", "resolution", "cache_latents", "cache_text", "class_prompt", "class_path", "prior_weight")
 
 _PLACEHOLDER_TOKEN = NewToken("<new>", "a")
 """Used for a method that requires new tokens when the config has none."""
+
+
+_LOWER_RESOLUTIONS = (768, 512, 384, 256)
+"""Pixels, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,29 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
     if table:
         lines = tables.many(costs, first.accumulation, devices, fits)
     else:
-        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits, _configured(first))
+        smaller = partial(_smaller, first, devices)
+        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits, _configured(first), smaller)
     print("\n".join(lines))
+
+
+def _smaller(job: CheckedPlan, devices: int, fits: float) -> str | None:
+    """Settings with a smaller micro-batch, then also with a lower resolution, that fit; None if none do."""
+    request, configured = plan_request(job), _configured(job)
+    micro_batch, accumulation, settings = job.count, job.accumulation, ""
+    while micro_batch % 2 == 0:
+        micro_batch, accumulation = micro_batch // 2, 2 * accumulation
+        settings = f"trainer.accumulate_grad_batches={accumulation}"
+        request = replace(request, micro_batch=micro_batch, accumulation=accumulation)
+        added = tables.added(count(request), accumulation, devices, fits, configured)
+        if added is not None:
+            return f"{settings} {added}".strip()
+    for side in _LOWER_RESOLUTIONS:
+        if side >= request.side or side % job.source.facts.factor:
+            continue
+        added = tables.added(count(replace(request, side=side)), accumulation, devices, fits, configured)
+        if added is not None:
+            return f"{settings} data.resolution={side} {added}".strip()
+    return None
 
 
 def _configured(job: CheckedPlan) -> Switches:
@@ -191,6 +227,7 @@ def plan_request(job: CheckedPlan) -> PlanRequest:
         average=job.config["callbacks"].get("ema") is not None,
         previews=samples["sampling"]["batch_size"] if samples else 0,
         draws_class=pairs and job.data["class_path"] is None,
+        evaluation=(job.config.get("evaluation") or {}).get("sampling", {}).get("batch_size", 0),
     )
 
 

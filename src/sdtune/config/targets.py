@@ -54,8 +54,9 @@ def resolve(target: str, key: str, trust: Sequence[str] = ()) -> Any:
             resolved = importlib.import_module(".".join(parts[:depth]))
         except ModuleNotFoundError as error:
             if error.name and not target.startswith(error.name):
+                remedy = f"install it with pip{_EXTRAS.get(error.name.split('.')[0], '')}"
                 raise UserError(
-                    f"{target} needs the package {error.name}", key=f"{key}._target_", remedy="install it with pip"
+                    f"{target} needs the package {error.name}", key=f"{key}._target_", remedy=remedy
                 ) from error
             continue
         for part in parts[depth:]:

@@ -18,3 +18,8 @@ def device(wanted: str) -> torch.device:
     """torch device for sampling; ``wanted`` as in :func:`accelerator`."""
     kind = accelerator(wanted)
     return torch.device("cuda" if kind == "gpu" else kind)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the CPU to ``device`` without waiting; copies are asynchronous only from pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

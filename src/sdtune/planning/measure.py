@@ -23,6 +23,9 @@ from sdtune.training.gradient_checkpointing import checkpoint_activations
 
 _META = torch.device("meta")
 
+SAMPLE_BATCH = 4
+"""Images per batch of ``sdtune sample``."""
+
 
 @dataclass(frozen=True)
 class ComponentCost:
@@ -45,6 +48,32 @@ class PassCost:
 
 
 @dataclass(frozen=True)
+class GenerationCost:
+    """Cost in bytes of generating images with a model that is loaded for it.
+
+    Attributes:
+        weights: weights on the device while images are denoised.
+        encoders: weights of text encoders that are on the device only while prompts are encoded.
+        activations, single: peaks above ``weights`` for a batch and for one image.
+    """
+
+    weights: int
+    encoders: int
+    activations: int
+    single: int
+
+    @property
+    def peak(self) -> int:
+        """Peak for a batch."""
+        return self.weights + max(self.encoders, self.activations)
+
+    @property
+    def least(self) -> int:
+        """Peak for one image at a time."""
+        return self.weights + max(self.encoders, self.single)
+
+
+@dataclass(frozen=True)
 class TrainingCosts:
     """Costs of a method on one device.
 
@@ -53,11 +82,15 @@ class TrainingCosts:
         gradients, state: bytes of the gradients and of the optimizer state as configured.
         state_8bit: bytes of the optimizer state of AdamW with 8-bit moments.
         average: bytes of the EMA of the trained weights; 0 if disabled.
-        idle: bytes of the encoders that a step with full caches does not need.
+        idle_vae, idle_text: bytes of the encoders that a step with full caches does not need.
         plain, checkpointed: a micro-batch without and with gradient checkpointing.
-        encoding, previews: peaks in bytes above weights and state while encoding images for the cache and while
-            generating previews; 0 if disabled.
-        drawing: peak in bytes while generating class images, including the separate model for it; 0 if disabled.
+        encoding: peak in bytes above the weights while encoding images for the cache; 0 if disabled.
+        previews, single_preview: peaks in bytes above weights and state while generating a batch of previews, and one;
+            0 if disabled.
+        class_images, evaluation: costs of generating class images before the training, and images after it; None if
+            disabled.
+        sample: cost of ``sdtune sample`` with its default settings.
+        gpu: whether the costs are those of a GPU.
     """
 
     components: tuple[ComponentCost, ...]
@@ -66,12 +99,22 @@ class TrainingCosts:
     state: int
     state_8bit: int
     average: int
-    idle: int
+    idle_vae: int
+    idle_text: int
     plain: PassCost
     checkpointed: PassCost
     encoding: int
     previews: int
-    drawing: int
+    single_preview: int
+    class_images: GenerationCost | None
+    evaluation: GenerationCost | None
+    sample: GenerationCost
+    gpu: bool
+
+    @property
+    def idle(self) -> int:
+        """Bytes of the encoders that a step with full caches does not need."""
+        return self.idle_vae + self.idle_text
 
     @property
     def total(self) -> ComponentCost:
@@ -92,6 +135,7 @@ def measure(
     average: bool,
     previews: int,
     class_images: int,
+    evaluation: int,
 ) -> TrainingCosts:
     """Run one training step of ``adapter`` on the meta device and measure it.
 
@@ -103,7 +147,8 @@ def measure(
         gpu: True to plan for a GPU, False for a CPU.
         cache_latents, cache_text: whether the outputs of frozen encoders are cached.
         average: whether an EMA of the weights is kept.
-        previews, class_images: batch size for generating previews and class images; 0 for none.
+        previews, class_images, evaluation: batch size for generating images during, before and after the training; 0
+            for none.
     """
     adapter.on_fit_start()
     backbone = adapter.backbone
@@ -118,8 +163,9 @@ def measure(
     checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(gpu)))
     checkpointed = _pass(adapter, batch, gpu)
     state = _optimizer_state(adapter)
-    cached = {"vae": caches[0], "text_encoder": caches[1], "text_encoder_2": caches[1]}
     components = _components(adapter)
+    encoders = sum(component.bytes for component in components if component.name.startswith("text_encoder"))
+    generation = _Generation(adapter, gpu)
     return TrainingCosts(
         components=components,
         artifact=adapter.artifact_bytes(),
@@ -127,15 +173,23 @@ def measure(
         state=state,
         state_8bit=sum(_eight_bit_state(p.numel()) for _, p in adapter.trainable()),
         average=sum(4 * p.numel() for _, p in adapter.trainable()) if average else 0,
-        idle=sum(component.bytes for component in components if cached.get(component.name)),
+        idle_vae=sum(c.bytes for c in components if c.name == "vae") if caches[0] else 0,
+        idle_text=encoders if caches[1] else 0,
         plain=plain,
         checkpointed=checkpointed,
-        encoding=_peak(adapter, gpu, lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
-        previews=_peak(adapter, gpu, lambda: _generate(adapter, backbone, adapter.denoise, previews, side))
-        if previews
-        else 0,
-        drawing=_class_images_peak(adapter, gpu, class_images, side) if class_images else 0,
+        encoding=_peak(adapter, gpu, "32-true", lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
+        previews=_previews(adapter, gpu, previews, side) if previews else 0,
+        single_preview=_previews(adapter, gpu, 1, side) if previews else 0,
+        class_images=generation.cost(class_images, side, str(adapter.trainer.precision)) if class_images else None,
+        evaluation=generation.cost(evaluation, backbone.facts.side) if evaluation else None,
+        sample=generation.cost(SAMPLE_BATCH, backbone.facts.side),
+        gpu=gpu,
     )
+
+
+def _previews(adapter: Adapter, gpu: bool, count: int, side: int) -> int:
+    mixed = str(adapter.trainer.precision)
+    return _peak(adapter, gpu, mixed, lambda: _generate(adapter, adapter.backbone, adapter.denoise, count, side))
 
 
 def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
@@ -211,26 +265,43 @@ def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> PassCost:
     return PassCost(forward, meter.flop, meter.activations, meter.together)
 
 
-def _peak(adapter: Adapter, gpu: bool, work: Callable[[], None], *existing: Tensor) -> int:
+def _peak(adapter: Adapter, gpu: bool, precision: str, work: Callable[[], None], *existing: Tensor) -> int:
     """Peak in bytes of ``work``, without gradients, above the adapter's weights and ``existing`` tensors."""
     meter = _meter(adapter, *existing)
-    mixed = autocast(_META, str(adapter.trainer.precision))
-    with Kernels(gpu), meter, torch.no_grad(), mixed:
+    with Kernels(gpu), meter, torch.no_grad(), autocast(_META, precision):
         work()
     return meter.activations
 
 
-def _class_images_peak(adapter: Adapter, gpu: bool, count: int, side: int) -> int:
-    """Peak in bytes while generating ``count`` class images, including the weights of the base model for it."""
-    base = adapter.source.load(adapter.seed)
-    base.cast_frozen(str(adapter.trainer.precision))
-    base.prepare_for_device(torch.device("cpu") if not gpu else _META)
-    weights = sum(_bytes(p) for p in base.parameters())
+class _Generation:
+    """Counts the costs of models that only generate images, as :mod:`sdtune.sampling.load` loads them."""
 
-    def generate() -> None:
-        _generate(adapter, base, lambda *inputs: base.predict(*inputs[:3]), count, side)
+    def __init__(self, adapter: Adapter, gpu: bool) -> None:
+        self._adapter, self._gpu = adapter, gpu
 
-    return weights + _peak(adapter, gpu, generate, *base.parameters(), *base.buffers())
+    def cost(self, count: int, side: int, cpu_precision: str = "32-true") -> GenerationCost:
+        """Cost of ``count`` images of ``side`` pixels at a time.
+
+        Args:
+            cpu_precision: precision on a CPU; a GPU generates in half precision.
+        """
+        base = self._adapter.source.load(self._adapter.seed)
+        base.cast_frozen("bf16-mixed" if self._gpu else cpu_precision)
+        base.prepare_for_device(_META if self._gpu else torch.device("cpu"))
+        if self._adapter.vae_tiling:
+            base.decode_in_tiles()
+        total = sum(_bytes(p) for p in base.parameters())
+        encoders = sum(_bytes(p) for encoder in base.encoders.values() for p in encoder.parameters())
+        precision = "32-true" if self._gpu else cpu_precision
+
+        def peak(images: int) -> int:
+            def generate() -> None:
+                _generate(self._adapter, base, lambda *inputs: base.predict(*inputs[:3]), images, side)
+
+            return _peak(self._adapter, self._gpu, precision, generate, *base.parameters(), *base.buffers())
+
+        parked = encoders if self._gpu else 0
+        return GenerationCost(total - parked, parked, peak(count), peak(1))
 
 
 class MetaItems(TorchFunctionMode):

@@ -8,7 +8,7 @@ from sdtune.planning.measure import TrainingCosts
 
 GIB = 1024**3
 
-ALLOWANCE = GIB // 2
+ALLOWANCE = GIB
 """Bytes for uncounted memory: CUDA context, kernel workspaces, fragmentation. An estimate, not a measurement."""
 
 
@@ -49,7 +49,10 @@ class Memory:
             than their sum, except if gradients of an earlier micro-batch exist.
         encoding: peak while encoding images for the cache.
         previews: peak while generating previews; 0 if disabled.
-        drawing: peak while generating class images, before the training; 0 if there are none.
+        class_images: peak while generating class images, before the training; 0 if there are none.
+        evaluation: peak while generating images after the training; 0 if disabled.
+        sample: peak of ``sdtune sample`` with its default settings.
+        least: peak of the run if a GPU without memory for a batch of images generates one at a time.
     """
 
     weights: int
@@ -60,15 +63,19 @@ class Memory:
     step: int
     encoding: int
     previews: int
-    drawing: int
+    class_images: int
+    evaluation: int
+    sample: int
+    least: int
 
     @property
     def peak(self) -> int:
-        return max(self.step, self.encoding, self.previews, self.drawing)
+        """Peak of the run; ``sdtune sample`` is another command."""
+        return max(self.step, self.encoding, self.previews, self.class_images, self.evaluation)
 
     def fits(self, gib: float) -> bool:
-        """Whether the peak and :data:`ALLOWANCE` fit on a device of ``gib`` GiB."""
-        return self.peak + ALLOWANCE <= gib * GIB
+        """Whether the least peak and :data:`ALLOWANCE` fit on a device of ``gib`` GiB."""
+        return self.least + ALLOWANCE <= gib * GIB
 
 
 def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices: int) -> Memory:
@@ -80,17 +87,33 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
     # DDP's buckets are a second copy of the gradients.
     buckets = costs.gradients if devices > 1 else 0
     pass_peak = cost.together if accumulation == 1 else cost.activations + costs.gradients
+    # During the optimizer's step all gradients and no activations are allocated.
+    step = resident + state + costs.average + buckets + max(pass_peak, costs.gradients)
+    encoding = weights + costs.encoding
+    # While previews are generated, an offloaded VAE is on the device, offloaded text encoders only for the prompts, and
+    # on a GPU the trained weights are in main memory if their average replaces them.
+    parked = costs.idle_text if switches.offload else 0
+    before_previews = weights - parked + state + (0 if costs.gpu else costs.average)
+    previews, single_preview = (
+        before_previews + max(parked, activations) if activations else 0
+        for activations in (costs.previews, costs.single_preview)
+    )
+    generations = [cost for cost in (costs.class_images, costs.evaluation) if cost is not None]
+    peak = max(step, encoding, previews, *(cost.peak for cost in generations), 0)
+    least = max(step, encoding, single_preview, *(cost.least for cost in generations), 0)
     return Memory(
         weights=resident,
         gradients=costs.gradients,
         state=state,
         average=costs.average,
         activations=cost.activations,
-        # During the optimizer's step all gradients and no activations are allocated.
-        step=resident + state + costs.average + buckets + max(pass_peak, costs.gradients),
-        encoding=weights + costs.encoding,
-        previews=weights + state + costs.average + costs.previews if costs.previews else 0,
-        drawing=weights + costs.drawing if costs.drawing else 0,
+        step=step,
+        encoding=encoding,
+        previews=previews,
+        class_images=costs.class_images.peak if costs.class_images is not None else 0,
+        evaluation=costs.evaluation.peak if costs.evaluation is not None else 0,
+        sample=costs.sample.peak,
+        least=least if costs.gpu else peak,
     )
 
 

@@ -30,6 +30,7 @@ class PlanRequest:
         average: whether an EMA of the weights is kept.
         previews: batch size for generating previews; 0 for none.
         draws_class: whether class images are generated before the training.
+        evaluation: batch size for generating images after the training; 0 for none.
     """
 
     make_adapter: Callable[[], Adapter]
@@ -45,6 +46,7 @@ class PlanRequest:
     average: bool
     previews: int
     draws_class: bool
+    evaluation: int
 
 
 def meta_adapter(request: PlanRequest) -> Adapter:
@@ -81,4 +83,5 @@ def count(request: PlanRequest, previews: int | None = None) -> TrainingCosts:
         average=request.average,
         previews=request.previews if previews is None else previews,
         class_images=class_image_batch_size(request.side) if request.draws_class else 0,
+        evaluation=request.evaluation,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, Switches, first_that_fits, memory
@@ -10,6 +10,7 @@ from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, Switches, first_tha
 _NOTE = (
     "offloading: the VAE and the text encoder are moved to the CPU after their outputs are cached.",
     f"The peaks exclude the CUDA context and kernel workspaces; fits= adds {ALLOWANCE / GIB:g} GiB for them.",
+    "A GPU without memory for a batch of images generates fewer at a time; fits= counts one.",
 )
 
 _OVERRIDES = {
@@ -19,10 +20,18 @@ _OVERRIDES = {
 }
 
 
-def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | None, configured: Switches) -> list[str]:
+def one(
+    costs: TrainingCosts,
+    accumulation: int,
+    devices: int,
+    fits: float | None,
+    configured: Switches,
+    smaller: Callable[[float], str | None],
+) -> list[str]:
     """Lines with all costs of one method.
 
     Args:
+        smaller: returns the settings of a smaller micro-batch or resolution that fit a device; None if none do.
         fits: memory of the device in GiB that the training should fit, if any.
         configured: the memory-saving options that the config already has.
     """
@@ -49,10 +58,12 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
         ("peak in a training step", "step"),
         ("peak while encoding images", "encoding"),
         ("peak while generating previews", "previews"),
-        ("peak while generating class images", "drawing"),
+        ("peak while generating class images", "class_images"),
+        ("peak while generating images of the evaluation", "evaluation"),
         ("peak", "peak"),
+        ("peak of sdtune sample", "sample"),
     ):
-        if attribute in ("average", "drawing") and not getattr(memories[0], attribute):
+        if attribute in ("average", "class_images", "evaluation") and not getattr(memories[0], attribute):
             continue  # omit rows that do not apply
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
@@ -60,7 +71,7 @@ def one(costs: TrainingCosts, accumulation: int, devices: int, fits: float | Non
     own = memory(costs, configured, accumulation, devices)
     lines += ["", *_aligned(table), "", f"these settings ({_names(configured)}): peak {_size(own.peak)}"]
     if fits is not None and not own.fits(fits):
-        lines.append(_advice(costs, accumulation, devices, fits, configured))
+        lines.append(_advice(costs, accumulation, devices, fits, configured, smaller))
     elif fits is not None:
         lines[-1] += f", fits {fits:g} GiB"
     return [*lines, "", *_NOTE]
@@ -89,24 +100,40 @@ def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits:
     return [*_aligned(rows), "", f"all of them: {', '.join(list(SWITCHES)[1:-1])}.", *_NOTE]
 
 
-def _advice(costs: TrainingCosts, accumulation: int, devices: int, fits: float, configured: Switches) -> str:
+def _advice(
+    costs: TrainingCosts,
+    accumulation: int,
+    devices: int,
+    fits: float,
+    configured: Switches,
+    smaller: Callable[[float], str | None],
+) -> str:
     """Advice: the settings to add to the ``configured`` ones so that the training fits, or what reduces its memory."""
-    name = first_that_fits(costs, accumulation, devices, fits, configured)
-    if name is not None:
-        added = {key: text for key, text in _OVERRIDES.items() if SWITCHES[key] | SWITCHES[name] == SWITCHES[name]}
-        settings = [text for key, text in added.items() if SWITCHES[key] | configured != configured]
-        return f"to fit {fits:g} GiB, add: {' '.join(settings)}"
+    settings = added(costs, accumulation, devices, fits, configured)
+    if settings is None:
+        settings = smaller(fits)
+    if settings is not None:
+        return f"to fit {fits:g} GiB, add: {settings}"
     return (
-        f"does not fit: {_verdict(costs, accumulation, devices, fits).removeprefix('no: ')}; lower data.resolution, or"
-        " data.batch_size (or raise trainer.accumulate_grad_batches), or use another method: sdtune plan methods=all"
+        f"does not fit: {_verdict(costs, accumulation, devices, fits).removeprefix('no: ')}; use another method:"
+        " sdtune plan methods=all"
     )
+
+
+def added(costs: TrainingCosts, accumulation: int, devices: int, fits: float, configured: Switches) -> str | None:
+    """The memory-saving settings to add to the ``configured`` ones so that the training fits; None if none do."""
+    name = first_that_fits(costs, accumulation, devices, fits, configured)
+    if name is None:
+        return None
+    texts = {key: text for key, text in _OVERRIDES.items() if SWITCHES[key] | SWITCHES[name] == SWITCHES[name]}
+    return " ".join(text for key, text in texts.items() if SWITCHES[key] | configured != configured)
 
 
 def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float) -> str:
     name = first_that_fits(costs, accumulation, devices, fits)
     if name is not None:
         return name if name == "plain" else f"with {name}"
-    smallest = min(memory(costs, switches, accumulation, devices).peak for switches in SWITCHES.values())
+    smallest = min(memory(costs, switches, accumulation, devices).least for switches in SWITCHES.values())
     return f"no: needs at least {_size(smallest + ALLOWANCE)}"
 
 

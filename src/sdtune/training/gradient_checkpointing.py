@@ -15,10 +15,13 @@ def checkpoint_activations(model: nn.Module, **more: Any) -> None:
     Uses the non-reentrant variant: the reentrant one gives no gradient to LoRA pairs of a text encoder, because the
     inputs of its layers do not require gradients.
 
+    The state of the random number generators is saved only if a layer drops out values: reading that of a GPU waits for
+    the device, once for each checkpointed block.
+
     Args:
         more: additional arguments of ``torch.utils.checkpoint.checkpoint``.
     """
-    settings: dict[str, Any] = {"use_reentrant": False, **more}
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _drops_out(model), **more}
 
     def run(module: nn.Module, *args: Any) -> Any:
         return checkpoint(module.__call__, *args, **settings)
@@ -32,3 +35,12 @@ def checkpoint_activations(model: nn.Module, **more: Any) -> None:
                 # Its replacement is missing in the oldest supported versions of transformers.
                 warnings.simplefilter("ignore", FutureWarning)
                 module.gradient_checkpointing_enable(settings)
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` has dropout; attention of transformers has it as a number in its config."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or getattr(getattr(module, "config", None), "attention_dropout", 0) > 0
+        for module in model.modules()
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdtune import streams
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
+from sdtune.hardware.devices import send
 from sdtune.randomness import generator
 
 
@@ -20,10 +21,7 @@ def noise(
     # Same validation noise for every seed, so that curves are comparable across seeds.
     stream_seed = seed if stream.startswith(f"{streams.TRAIN}/") else 0
     rows = [generator(stream_seed, stream, step, p).standard_normal(shape, dtype=np.float32) for p in positions]
-    drawn = torch.from_numpy(np.stack(rows))
-    # Host-to-device copies are asynchronous only from pinned memory.
-    drawn = drawn.pin_memory() if device.type == "cuda" else drawn
-    return drawn.to(device, non_blocking=True)
+    return send(torch.from_numpy(np.stack(rows)), device)
 
 
 def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
@@ -32,7 +30,7 @@ def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence
         drawn = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
     else:
         drawn = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
-    return torch.tensor(drawn).to(device, non_blocking=True)
+    return send(torch.tensor(drawn), device)
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:
