@@ -160,6 +160,17 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["new_tokens=[{token: <dog>, init: dog}]"],
         ("write 'new_tokens=[{token: \"<dog>\", init: dog}]'",),
     ),
+    "sweep with spaces": (["-m", "--network_dim", "4", "8"], ("use method.rank=4,8 ",)),
+    "sweep split by the shell": (
+        ["-m", "method.rank=4", "8"],
+        ("method.rank: the shell has split", "write method.rank=4,8"),
+    ),
+    "keys with spaces": (
+        ["method.rank", "8", "optimizer.lr", "1e-3"],
+        ("method.rank: the value is missing; write method.rank=8",),
+    ),
+    "steps": (["steps=100", "alpha=4"], ("use trainer.max_steps=100 method.alpha_policy=constant method.alpha=4;",)),
+    "share of warm-up": (["--lr_warmup_steps", "0.1"], ("a number of steps is required",)),
     "settings of kohya": (
         ["network_dim=8", "learning_rate=1e-4"],
         ("network_dim, learning_rate: options of kohya; use method.rank=8 optimizer.lr=1e-4",),
@@ -176,7 +187,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "choice with an ending": (["lr_schedule=constant_with_warmup"], ("lr_schedule=", "did you mean constant?")),
     "option of kohya with hyphens": (["--learning-rate=1e-4"], ("--learning-rate: ", "use optimizer.lr=1e-4 ")),
     "resolution of kohya": (["--resolution=512,512"], ("--resolution: ", "use data.resolution=512 ")),
-    "two sides of kohya": (["--resolution", "512,768"], ("--resolution: ", "use data.resolution=VALUE ")),
+    "two sides of kohya": (["--resolution", "512,768"], ("--resolution: ", "one number sets the area of the buckets")),
     "option of kohya with a space": (["--output_name=my lora"], ("--output_name: ", "use 'name=\"my lora\"'")),
     "option of kohya with one dash": (["-clip_skip=2"], ("-clip_skip: ", "use backbone.clip_skip=1")),
     "option of kohya with more settings": (
@@ -361,11 +372,18 @@ EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "option of kohya": (["run=x", "--save_precision", "float"], ("--save_precision: ", "use dtype=fp32")),
     "options of kohya": (
         ["--model=x.safetensors", "--new_rank", "4", "--save_to=out", "--dynamic_method=sv_fro"],
-        ("use artifact=x.safetensors format=kohya rank=4 hydra.run.dir=out ", "energy to dynamic_param squared"),
+        ("use artifact=x.safetensors format=kohya rank=4 hydra.run.dir=out ", "dynamic_param is that of sv_fro"),
+    ),
+    "energy of kohya": (
+        ["--dynamic_method", "sv_fro", "--dynamic_param", "0.9"],
+        ("use format=kohya energy=0.81 ",),
     ),
     "merge of several LoRAs": (
         ["--sd_model=M", "--models", "a.safetensors", "b.safetensors", "--ratios", "0.8", "0.4"],
-        ("use format=single_file backbone.path=M ", "--models: one LoRA is merged per command"),
+        (
+            "use format=single_file backbone.path=M ",
+            "--models: one LoRA is merged per command: artifact=a.safetensors, then b.safetensors into",
+        ),
     ),
     "folder without a key": (["nowhere", "format=kohya"], ("run: ", "nowhere")),
 }

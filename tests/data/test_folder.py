@@ -145,7 +145,7 @@ def test_name_of_the_root_folder_is_ignored(tmp_path: Path) -> None:
     save_image(tmp_path / "10_sks dog/a.png")
     folder = read_image_folder(tmp_path / "10_sks dog", "p")
     assert [(image.repeats, image.caption) for image in folder.images] == [(1, "p")]
-    advice = "to use the repeats and words in the name 10_sks dog, set data.path to its parent folder"
+    advice = f"to use the repeats and words in the name 10_sks dog, set data.path={tmp_path}"
     assert folder.notices == (f"WARNING: data.path: names count only below this folder; {advice}",)
     with pytest.raises(UserError, match=re.escape(advice)):
         read_image_folder(tmp_path / "10_sks dog")

@@ -22,7 +22,7 @@ TRAINING = {
     "network_weights": "method.weights=VALUE",
     "learning_rate": "optimizer.lr=VALUE",
     "unet_lr": "optimizer.lr=VALUE",
-    "text_encoder_lr": "method.text_encoder_lr=VALUE",
+    "text_encoder_lr": "'method.targets=[cross_attention,self_attention,text_encoder]' method.text_encoder_lr=VALUE",
     "lr_scheduler": "lr_schedule=VALUE",
     "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
     "max_train_steps": "trainer.max_steps=VALUE",
@@ -157,6 +157,7 @@ EXPORT = {
     "ratios": "strength=VALUE",
     "dim": "format=kohya rank=VALUE",
     "new_rank": "format=kohya rank=VALUE",
+    "dynamic_param": "format=kohya energy=VALUE^2",
     "save_precision": "dtype=VALUE",
     "save_to": "hydra.run.dir=VALUE",
 }
@@ -164,8 +165,7 @@ EXPORT = {
 ``resize_lora.py``."""
 
 EXPORT_REMARKS = {
-    "dynamic_method": "only sv_fro is available: set energy to dynamic_param squared (energy=0.81 for 0.9)",
-    "dynamic_param": "with sv_fro, set energy to dynamic_param squared (energy=0.81 for 0.9)",
+    "dynamic_method": "it is not needed: dynamic_param is that of sv_fro, the only available method",
     "device": "it is not needed: matrices are decomposed on the CPU",
     "v2": "choose the model: backbone=sd21",
     "sdxl": "choose the model: backbone=sdxl",
@@ -201,8 +201,14 @@ class Options:
     remarks: Mapping[str, str]
 
 
+_SHORT = {
+    "steps": "trainer.max_steps=VALUE",
+    "alpha": "method.alpha_policy=constant method.alpha=VALUE",
+}
+"""Short names that are no options of kohya, whose most similar setting means something else."""
+
 OPTIONS = {
-    **dict.fromkeys(("train", "prepare", "plan"), Options(TRAINING, TRAINING_REMARKS)),
+    **dict.fromkeys(("train", "prepare", "plan"), Options({**TRAINING, **_SHORT}, TRAINING_REMARKS)),
     "sample": Options(SAMPLING, SAMPLING_REMARKS),
     "export": Options(EXPORT, EXPORT_REMARKS),
 }
@@ -265,8 +271,17 @@ def _remark_on_value(option: Option) -> str | None:
         value = _VALUES[option.name].get(option.value, option.value)
         choices = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
         return None if value in choices else f"{value} is not available; use {group}={'|'.join(choices)}"
-    if option.name in ("models", "ratios") and option.value is not None and " " in option.value:
-        return "one LoRA is merged per command; merge the next one into the result, with backbone.path=FILE"
+    if option.value is None:
+        return None
+    if option.name == "models" and " " in option.value:
+        first, *others = option.value.split()
+        return f"one LoRA is merged per command: artifact={first}, then {' '.join(others)} into the written file"
+    if option.name == "ratios" and " " in option.value:
+        return f"the strengths of these merges are {', '.join(option.value.split())}"
+    if option.name == "lr_warmup_steps" and re.fullmatch(r"0?\.\d+", option.value):
+        return "a number of steps is required, not a share of the run"
+    if option.name == "resolution" and len(set(option.value.split(","))) > 1:
+        return "one number sets the area of the buckets; each image keeps its aspect ratio"
     return None
 
 
@@ -305,18 +320,20 @@ def _adapters(values: Mapping[str, str]) -> str:
 def _override(template: str, option: Option) -> str:
     """``template`` of a table with the value of ``option``; unchanged if it has no value or one that does not fit."""
     value = option.value
-    if option.name == "resolution" and value is not None:
-        sides = set(value.split(","))
-        value = sides.pop() if len(sides) == 1 else None
     if value is None:
         return template
+    if re.fullmatch(r"[\d.e+-]+([,\s]+[\d.e+-]+)+", value):  # equal values, such as two sides, or those of a sweep
+        value = ",".join(dict.fromkeys(re.split(r"[,\s]+", value)))
+    if "VALUE^2" in template:
+        is_number = re.fullmatch(r"[\d.]+", value)
+        return template.replace("VALUE^2", f"{float(value) ** 2:g}") if is_number else template
     if option.name == "save_to":
         value = str(Path(value).with_suffix(""))  # kohya's is a file
     value = _VALUES.get(option.name, {}).get(value, value)
     if "VALUE-1" in template:
         return template.replace("VALUE-1", str(int(value) - 1)) if re.fullmatch("[1-9]", value) else template
     if "[" in template:
-        return template.replace("VALUE", _scalar(value))
+        return re.sub(r"\bVALUE\b", lambda _: _scalar(value), template)
     words = (word.partition("=") for word in template.split())
     return " ".join(f"{key}={old}" if old != "VALUE" else assigned(key, value) for key, _, old in words)
 

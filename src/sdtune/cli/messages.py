@@ -49,8 +49,13 @@ def _unparsable(override: str, typed: Sequence[str]) -> str:
     """Message for an ``override`` that Hydra cannot parse."""
     key, equals, value = override.partition("=")
     following = list(typed[typed.index(override) + 1 :]) if override in typed else []
-    words = list(takewhile(lambda word: "=" not in word and not is_option(word), following))
+    words = list(takewhile(lambda word: _is_text(word) or word == "=", following))
+    words = [word for word in words if word != "="]
     if not equals:
+        previous = typed[typed.index(override) - 1] if override in typed else ""
+        if re.fullmatch(r"[\w.+-]+=[\d.e+-]+,?", previous) and re.fullmatch(r"[\d.e+-]+", key):
+            name, _, first = previous.partition("=")
+            return f"{name}: the shell has split the value at its spaces; write {name}={first.rstrip(',')},{key}"
         example = assigned(key, " ".join(words)) if words else f"{key}=VALUE"
         is_key = re.fullmatch(r"\w+(\.\w+)+", key) is not None
         split = None if is_key else _split_text(key, typed)
@@ -66,6 +71,11 @@ def _unparsable(override: str, typed: Sequence[str]) -> str:
     if value.endswith(",") and words and not key.endswith(TEXT_KEYS):
         return f"{key}: the shell has split the value at its spaces; write {assigned(key, value + ''.join(words))}"
     return f"{key}: cannot parse {value}; quote it for Hydra and the shell: {shell_override(key, value)}"
+
+
+def _is_text(word: str) -> bool:
+    """Whether ``word`` is neither an option, nor an override, nor a dotted key."""
+    return "=" not in word and not is_option(word) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word) is None
 
 
 def joined_brackets(words: Sequence[str]) -> list[str]:
@@ -106,6 +116,8 @@ def _split_text(word: str, typed: Sequence[str]) -> str | None:
         rest = list(takewhile(lambda other: "=" not in other and not is_option(other), typed[start + 1 :]))
         if word in rest:
             quoted = shell_override(key, " ".join([value, *rest]))
+            if key.startswith("data.") and not any(text.startswith(("data=", "experiment=")) for text in typed):
+                quoted = f"data=folder {quoted}"
             return f"{key}: the shell has split the text at its spaces; quote it for Hydra and the shell: {quoted}"
     return None
 
@@ -198,9 +210,7 @@ def _suggested_key(full: str, node: Any) -> str:
 
 
 def _settings_named(name: str, config: DictConfig) -> list[str]:
-    """Keys of at most three settings ``GROUP.name`` of ``config``, those with the fewest parts."""
+    """Keys of at most three settings ``GROUP.name`` of ``config``."""
     container = OmegaConf.to_container(config, resolve=False)
     assert isinstance(container, dict)
-    keys = [key for key in flat(container) if key.endswith(f".{name}") and not key.startswith("hydra.")]
-    depth = min((key.count(".") for key in keys), default=0)
-    return sorted(key for key in keys if key.count(".") == depth)[:3]
+    return sorted(key for key in flat(container) if re.fullmatch(rf"(?!hydra\.)\w+\.{name}", key))[:3]

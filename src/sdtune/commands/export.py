@@ -19,7 +19,7 @@ from sdtune.config.types import type_text
 from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.paths import is_hub_id
-from sdtune.runs.hydra_values import unresolved
+from sdtune.runs.hydra_values import current_overrides
 from sdtune.runs.layout import CARD
 
 log = logging.getLogger("sdtune")
@@ -44,7 +44,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     if options["run"] is not None:
         run = Path(str(options["run"])).expanduser()
         path, backbone = run / "artifact", read_saved_config(run)["backbone"]
-        if any(text.startswith("backbone.path=") for text in unresolved(config.hydra.overrides.task)):
+        if any(text.startswith("backbone.path=") for text in current_overrides()):
             backbone["path"] = options["backbone"]["path"]  # the model has moved
         card = path / CARD
     else:

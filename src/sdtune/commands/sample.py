@@ -28,7 +28,12 @@ from sdtune.loaders.controlnet import ControlImage
 from sdtune.sampling import prompts
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
-from sdtune.sampling.prompts import warn_about_other_syntax, warn_about_truncated_prompts, warn_about_unused_words
+from sdtune.sampling.prompts import (
+    warn_about_options,
+    warn_about_other_syntax,
+    warn_about_truncated_prompts,
+    warn_about_unused_words,
+)
 
 log = logging.getLogger("sdtune")
 
@@ -131,6 +136,7 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
     warn_about_truncated_prompts(backbone, texts)
     warn_about_other_syntax(texts)
+    warn_about_options(texts)
     warn_about_unused_words([word for adapter in adapters for word in adapter.words], texts)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
     maps = {size: tuple(control.map(size) for control in controls) for size in sizes}

@@ -73,7 +73,8 @@ def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Overri
     remedies = ["add -m for a sweep"]
     if " " in value:
         remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")
-    if OmegaConf.is_list(default) or (default is None and not re.fullmatch(r"[\d.,eE+-]+", value)):
+    is_number = re.fullmatch(r"[\d.,eE+-]+", value) is not None
+    if OmegaConf.is_list(default) or key == "strengths" or (default is None and not is_number):
         remedies.append(f"write a list: [{value}]")
     raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies))
 

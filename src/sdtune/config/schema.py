@@ -46,6 +46,8 @@ def _mismatch(error: ValidationError, hint: Any, key: str, value: Any) -> UserEr
     expected = type_text(node_hint) or _EXPECTED.get(first["type"].partition("_")[0])
     if first["type"] in _CONSTRAINTS:
         expected = None
+    if expected and expected.startswith("list of") and isinstance(node, int | float | str):
+        expected += f", such as [{node}]"
     reason = f"expected {expected}" if expected else first["msg"][0].lower() + first["msg"][1:]
     return UserError(f"got {_shown(node)}", key=value_key, remedy=reason)
 

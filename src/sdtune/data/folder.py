@@ -216,7 +216,7 @@ def _kohya_parent(root: Path, key: str) -> str | None:
     """Advice for a ``root`` that is itself an image folder of kohya, such as ``10_sks dog``; None for other names."""
     if _REPEATS_AND_WORDS.fullmatch(root.name) is None:
         return None
-    return f"to use the repeats and words in the name {root.name}, set {key} to its parent folder"
+    return f"to use the repeats and words in the name {root.name}, set {key}={root.parent}"
 
 
 def _root_name_warning(root: Path, key: str) -> list[str]:

@@ -36,6 +36,11 @@ def as_current(whole: DictConfig, folder: Path | None = None) -> Iterator[None]:
         HydraConfig.instance().cfg = previous
 
 
+def current_overrides() -> list[str]:
+    """Overrides of the job whose config is current (:func:`as_current`), with their interpolations unresolved."""
+    return unresolved(HydraConfig.get().overrides.task)
+
+
 def saved_overrides(hydra_folder: Path, key: str | None = None) -> list[str]:
     """Overrides in ``overrides.yaml`` of ``hydra_folder``, with their interpolations unresolved.
 

@@ -28,6 +28,7 @@ class PromptLine:
     steps: int | None = None
 
 
+_IN_PROMPT = re.compile(r"(?<!\S)(--[nwhdsl])(?= )")
 _OTHER_SYNTAX = re.compile(r"\([^()]+:\d+(\.\d+)?\)|<(lora|lyco|hypernet):[^>]+>")
 
 
@@ -59,6 +60,14 @@ def warn_about_other_syntax(prompts: Iterable[str]) -> None:
     if found:
         log.warning("WARNING: %s in a prompt is plain text: weights are not supported, and LoRAs are set by adapters=",
                     ", ".join(found))  # fmt: skip
+
+
+def warn_about_options(prompts: Iterable[str]) -> None:
+    """Log a warning for options such as ``--n`` in a prompt, which only a prompt file may have."""
+    found = dict.fromkeys(match[1] for prompt in prompts for match in _IN_PROMPT.finditer(prompt))
+    if found:
+        options = ", ".join(found)
+        log.warning("WARNING: %s in a prompt is plain text; options are read in a file: prompts_file=FILE", options)
 
 
 def count_tokens(backbone: Backbone, prompt: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit
+from bitsandbytes.optim import AdamW8bit as BitsAndBytesAdamW8bit  # type: ignore[attr-defined]
 
 
 class AdamW8bit(BitsAndBytesAdamW8bit):
