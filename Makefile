@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare together real-shapes real-recipes bench test test-slow gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -46,7 +46,7 @@ together: .venv/.installed ## sample two combined LoRAs, and a LoRA with a Contr
 	  $(BIN)/sdtune sample experiment=sample/$$name hydra.run.dir=outputs/results/$$name && \
 	  cp outputs/results/$$name/grid.png experiments/sample/$$name.png || exit 1; done
 
-real-shapes: .venv/.installed ## compare one step of each method at SD 1.5's size on the CPU with sdtune plan (needs 16 GiB of memory)
+real-shapes: .venv/.installed ## compare three steps of each method at SD 1.5's size on the CPU with sdtune plan (needs 16 GiB of memory)
 	$(BIN)/python -m experiments.real_shapes.measure
 
 real-recipes: .venv/.installed ## run two steps of each sd15_... and sdxl_lora recipe, unchanged, with random weights of full size (an hour)
@@ -62,10 +62,18 @@ bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) ## time every method and a
 	$(if $(PEER),.venv-peer,.venv)/bin/python -m experiments.benchmark.bench $(if $(PEER),--peer $(PEER)) $(BENCH)
 
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not gpu_stub" -n $(TEST_JOBS) --dist worksteal
 
 test-slow: .venv/.dev ## run the slow tests: more than ten seconds each, and the other model families
 	$(BIN)/python -m pytest -m slow
+
+.venv-gpu-stub/.installed: tests/gpu_stub/requirements.txt pyproject.toml
+	test -x .venv-gpu-stub/bin/python || $(PYTHON) -m venv .venv-gpu-stub
+	.venv-gpu-stub/bin/pip install -q --disable-pip-version-check -r tests/gpu_stub/requirements.txt -e '.[sweeps,optimizers]'
+	@touch $@
+
+gpu-stub: .venv-gpu-stub/.installed ## run the CUDA path on a stub GPU at the shapes of SD 1.5 and SDXL (downloads several GB; an hour)
+	OMP_NUM_THREADS=1 .venv-gpu-stub/bin/python -m pytest -m gpu_stub tests/gpu_stub
 
 fuzz: .venv/.dev ## check 1,000 generated configurations, run 100 of them, and read 200 mutations of each kind of file (SEED=0; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/configurations.py --seed $(SEED)

@@ -189,6 +189,12 @@ def _move(partial: Path, path: Path) -> None:
     _remove(old)
 
 
+def mark_used(path: Path) -> None:
+    """Set the modification time of a cache entry to now: ``sdtune cache`` removes the least recently used entries."""
+    with contextlib.suppress(OSError):  # an entry of another user
+        os.utime(path)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Context manager that locks ``folder`` (created if missing) against other processes; a killed process releases it.

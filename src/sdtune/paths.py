@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from sdtune.errors import UserError
 
 _POCKET = Path(__file__).parent / "pocket"
+
+_RUNNING = "running"
+"""Subfolder of the cache with one locked file for each process that uses it."""
+
+_BEFORE_START = 600 * 10**9
+"""Nanoseconds for which the checks before the start of a command may take."""
 
 
 def config_folder() -> Path:
@@ -42,6 +52,45 @@ def cache_folder() -> Path:
     if problem is not None:
         raise UserError(f"the cache folder {folder} cannot be used ({problem})", remedy=remedy)
     return folder
+
+
+@contextmanager
+def cache_in_use() -> Iterator[None]:
+    """Context manager during which ``sdtune cache`` keeps the entries that this process uses.
+
+    Every use of an entry updates its modification time (:func:`sdtune.files.mark_used`). The start of the process is in
+    the name of a file that it keeps locked; a process that ends, or is killed, releases it. Entries that were used
+    shortly before count too: a command checks its model before it is started.
+    """
+    try:
+        folder = cache_folder() / _RUNNING
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{time.time_ns() - _BEFORE_START}-{os.getpid()}.lock")
+        lock.acquire(timeout=0)
+    except (UserError, OSError, Timeout):  # a command that needs the cache reports this itself
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+
+
+def oldest_running(cache: Path) -> float | None:
+    """Start of the oldest running process that uses ``cache``, in seconds since the epoch; None if there is none."""
+    starts = []
+    for file in (cache / _RUNNING).glob("*-*.lock"):
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            starts.append(int(file.name.partition("-")[0]) / 1e9)
+            continue
+        lock.release()
+        file.unlink(missing_ok=True)
+    return min(starts, default=None)
 
 
 def command_line_folder(sources: Iterable[Any]) -> str | None:

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from sdtune.backbone.weight_files import weight_files
 from sdtune.errors import UserError
-from sdtune.files import read_json, replacing
+from sdtune.files import mark_used, read_json, replacing
 from sdtune.paths import cache_folder, is_hub_id
 
 
@@ -100,6 +100,7 @@ def with_vae(pipeline: Path, vae: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
+            mark_used(target)
             return target
         with replacing(target, sync=False, alone=True) as partial:
             partial.mkdir()

@@ -17,7 +17,7 @@ from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, family_by
 from sdtune.backbone.models import model_shapes
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.errors import UserError
-from sdtune.files import read_json, replacing, write_json
+from sdtune.files import mark_used, read_json, replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import check_finite, write_safetensors
 from sdtune.formats.keys import check_keys
@@ -63,6 +63,7 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, need
         if (target / "model_index.json").is_file() and (
             not needs_vae or (target / "vae" / weights_name("vae")).is_file()
         ):
+            mark_used(target)
             return target
         checkpoint, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
         tensors = with_usual_names(checkpoint)
@@ -103,6 +104,7 @@ def convert_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
     target = _cache_target(file, pipeline / "vae")
     with FileLock(_lock_file(target)):
         if (target / "config.json").is_file():
+            mark_used(target)
             return target
         tensors, _ = read_checkpoint(file, allow_pickle, "backbone.vae")
         expected = model_shapes("vae", pipeline)

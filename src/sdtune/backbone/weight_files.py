@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdtune.errors import UserError
-from sdtune.files import replacing
+from sdtune.files import mark_used, replacing
 from sdtune.formats.files import read_metadata
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.pipeline import STEMS
@@ -137,6 +137,7 @@ def weights_hash(files: Files) -> str:
     states = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in located]
     cache_file = cache_folder() / "hashes" / hashlib.sha256(json.dumps(states).encode()).hexdigest()
     if cache_file.is_file():
+        mark_used(cache_file)
         return cache_file.read_text(encoding="utf-8")
     digest = hashlib.sha256()
     for name in sorted(files):

@@ -34,10 +34,19 @@ COMMANDS = {
     "export": Command("export the artifact of a run in the format of another program", "sdtune.commands.export"),
     "evaluate": Command("measure the artifact of a finished run", "sdtune.commands.evaluate"),
     "report": Command("write an HTML report of a run, a sweep, or any folder of runs", "sdtune.commands.report"),
+    "doctor": Command(
+        "show versions, devices, memory and disks, and what is wrong with them", "sdtune.commands.doctor"
+    ),
+    "cache": Command("show the size of the cache, and remove entries", "sdtune.commands.cache"),
 }
+
+_WITHOUT_CONFIG = ("report", "doctor", "cache")
+"""Commands without Hydra's settings."""
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
        sdtune report FOLDER
+       sdtune doctor
+       sdtune cache [older_than=DAYS] [max_gib=GIB]
 
 commands:
 {commands}
@@ -73,12 +82,11 @@ def main() -> None:
 
         own = SCRIPTS.get(name.removesuffix(".py"))
         refuse(f"{name}: unknown command{suggestion(name, COMMANDS) if own is None else f'; use sdtune {own}'}")
-    if name == "report":
+    if name in _WITHOUT_CONFIG:
         from sdtune.cli.exit_codes import exit_codes
-        from sdtune.commands.report import main as report
 
         with exit_codes(name):
-            report(overrides)
+            _command_without_config(name)(overrides)
         return
     if overrides in (["--version"], ["-V"]):  # Hydra would print its own version
         _print_version()
@@ -87,6 +95,20 @@ def main() -> None:
 
     command = COMMANDS[name]
     launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
+
+
+def _command_without_config(name: str) -> Callable[[list[str]], None]:
+    if name == "cache":
+        from sdtune.commands.cache import main as cache
+
+        return cache
+    if name == "doctor":
+        from sdtune.commands.doctor import main as doctor
+
+        return doctor
+    from sdtune.commands.report import main as report
+
+    return report
 
 
 def _set_allocator() -> None:

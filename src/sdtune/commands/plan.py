@@ -165,13 +165,15 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
         lines = tables.many(costs, first.accumulation, devices, fits)
     else:
         smaller = partial(_smaller, first, devices)
-        lines = tables.one(next(iter(costs.values())), first.accumulation, devices, fits, _configured(first), smaller)
+        lines = tables.one(
+            next(iter(costs.values())), first.accumulation, devices, fits, configured_switches(first), smaller
+        )
     print("\n".join(lines))
 
 
 def _smaller(job: CheckedPlan, devices: int, fits: float) -> str | None:
     """Settings with a smaller micro-batch, then also with a lower resolution, that fit; None if none do."""
-    request, configured = plan_request(job), _configured(job)
+    request, configured = plan_request(job), configured_switches(job)
     micro_batch, accumulation, settings = job.count, job.accumulation, ""
     while micro_batch % 2 == 0:
         micro_batch, accumulation = micro_batch // 2, 2 * accumulation
@@ -189,7 +191,7 @@ def _smaller(job: CheckedPlan, devices: int, fits: float) -> str | None:
     return None
 
 
-def _configured(job: CheckedPlan) -> Switches:
+def configured_switches(job: CheckedPlan) -> Switches:
     """The memory-saving options that the config has."""
     settings = job.config["hardware"]
     return Switches(

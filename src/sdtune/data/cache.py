@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sdtune.errors import UserError
-from sdtune.files import replacing
+from sdtune.files import mark_used, replacing
 
 T = TypeVar("T")
 
@@ -82,6 +82,8 @@ class TensorCache:
         for first in range(0, len(all_keys), batch_size):
             keys = all_keys[first : first + batch_size]
             missing = {key for key in keys if key not in self}
+            for key in set(keys) - missing:
+                mark_used(self.path(key))
             if not missing:
                 continue
             for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):

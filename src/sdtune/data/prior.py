@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtune import streams
 from sdtune.data.cache import keys_of_rank
-from sdtune.files import replacing
+from sdtune.files import mark_used, replacing
 from sdtune.images.files import open_image, resize_and_crop
 from sdtune.progress import bar
 from sdtune.randomness import generator
@@ -67,6 +67,8 @@ def generate_missing(
     # Divide all files, not the missing ones: other processes already write files, so each would see others missing.
     rank_numbers = [int(number) for number in keys_of_rank(map(str, range(len(images))), rank, processes)]
     missing = {number for number in rank_numbers if not images[number].path.exists()}
+    for number in set(rank_numbers) - missing:
+        mark_used(images[number].path)
     if not missing:
         return
     batches = [rank_numbers[i : i + batch_size] for i in range(0, len(rank_numbers), batch_size)]

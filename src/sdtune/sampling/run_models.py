@@ -14,7 +14,7 @@ from filelock import FileLock
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_token_vectors import remove_tokens
-from sdtune.files import replacing
+from sdtune.files import mark_used, replacing
 from sdtune.hardware.precision import generation_dtype, precision
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
@@ -110,7 +110,9 @@ class RunModels:
         file = cache_folder() / "base" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):  # one of several concurrent jobs generates; the others wait
-            if not file.exists():
+            if file.exists():
+                mark_used(file)
+            else:
                 self._draw_into(file, requests, sampling)
         return list(np.load(file))
 

@@ -17,6 +17,7 @@ from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
+from sdtune.files import mark_used
 from sdtune.images.files import CENTER
 from sdtune.images.grids import save_png
 from sdtune.paths import cache_folder, is_hub_id
@@ -81,6 +82,9 @@ class Estimated(FromImage):
         # Divide all files, not the missing ones: other processes already write files, so each would see others missing.
         rank_samples = [sample_by_content[content] for content in keys_of_rank(sample_by_content, rank, processes)]
         missing = [sample for sample in rank_samples if not all(file.exists() for file in self._files(sample))]
+        for sample in rank_samples:
+            for file in self._files(sample):
+                mark_used(file)
         if not missing:
             return
         estimate = self._estimator(device or torch.device("cpu"))

@@ -1,0 +1,164 @@
+"""``sdtune cache``: show the size of the cache, and remove entries by age or total size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdtune.errors import UserError
+from sdtune.paths import cache_folder, oldest_running
+
+_HELP = """usage: sdtune cache [older_than=DAYS] [max_gib=GIB] [dry_run=true]
+
+Shows the size of the cache that all runs share. With older_than=, removes entries that no command has used for that
+many days; with max_gib=, the least recently used entries until the cache is at most that large. Entries that a
+running command may use are kept. Removed entries are computed again when they are needed.
+"""
+
+KINDS = {
+    "latents": "latents of images",
+    "text": "text embeddings",
+    "class": "class images",
+    "control": "estimated control maps",
+    "base": "images of base models",
+    "backbones": "models converted from single files",
+    "hashes": "hashes of models",
+}
+"""Subfolders of the cache."""
+
+_DAY = 24 * 3600
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache, or the folder of a converted model.
+
+    Attributes:
+        size: bytes on disk.
+        used: time of the last use, in seconds since the epoch.
+    """
+
+    path: Path
+    kind: str
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What to remove: entries not used for ``older_than`` days, and the oldest ones above ``max_gib`` GiB in total."""
+
+    older_than: float | None = None
+    max_gib: float | None = None
+    dry_run: bool = False
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the size of the cache, and remove what ``arguments`` (``KEY=VALUE``) ask for."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(_HELP, end="")
+        return
+    removal = parse(arguments)
+    folder = cache_folder()
+    entries = list_entries(folder)
+    removed = to_remove(entries, removal, time.time(), oldest_running(folder))
+    for entry in () if removal.dry_run else removed:
+        _remove(entry.path)
+    left = entries if removal.dry_run else [entry for entry in entries if entry not in removed]
+    print(f"cache: {folder}")
+    for line in _table(left):
+        print(line)
+    if removal.older_than is not None or removal.max_gib is not None:
+        verb = "would be removed" if removal.dry_run else "removed"
+        print(f"{verb}: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
+    else:
+        print("sdtune cache older_than=30 removes what was not used for 30 days, max_gib=20 the oldest above 20 GiB")
+
+
+def parse(arguments: Sequence[str]) -> Removal:
+    values: dict[str, float | bool] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("older_than", "max_gib") and re.fullmatch(r"\d+(\.\d+)?", value):
+            values[key] = float(value)
+        elif key == "dry_run" and value in ("true", "false"):
+            values[key] = value == "true"
+        else:
+            raise UserError(
+                f"unknown argument {argument}",
+                key="cache",
+                remedy="use older_than=DAYS, max_gib=GIB or dry_run=true",
+            )
+    return Removal(**values)  # type: ignore[arg-type]
+
+
+def list_entries(folder: Path) -> list[Entry]:
+    """All entries of the cache in ``folder``."""
+    return [entry for kind in KINDS for entry in _entries(folder / kind, kind)]
+
+
+def _entries(folder: Path, kind: str) -> Iterator[Entry]:
+    if kind == "backbones":
+        for path in folder.glob("*"):
+            if path.is_dir():
+                files = [file.lstat() for file in path.rglob("*") if not file.is_dir() or file.is_symlink()]
+                yield Entry(path, kind, sum(file.st_size for file in files), path.stat().st_mtime)
+        return
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".lock":
+            stat = path.stat()
+            yield Entry(path, kind, stat.st_size, stat.st_mtime)
+
+
+def to_remove(entries: Sequence[Entry], removal: Removal, now: float, running_since: float | None) -> list[Entry]:
+    """The entries to remove, least recently used first.
+
+    Args:
+        now: the current time, in seconds since the epoch.
+        running_since: start of the oldest running command; entries that were used after it are kept. None if none runs.
+    """
+    by_use = sorted(entries, key=lambda entry: entry.used)
+    removable = [entry for entry in by_use if running_since is None or entry.used < running_since]
+    removed = []
+    if removal.older_than is not None:
+        removed = [entry for entry in removable if now - entry.used > removal.older_than * _DAY]
+    if removal.max_gib is not None:
+        excess = sum(entry.size for entry in entries) - sum(entry.size for entry in removed) - removal.max_gib * _GIB
+        for entry in removable[len(removed) :]:
+            if excess <= 0:
+                break
+            removed.append(entry)
+            excess -= entry.size
+    return removed
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            # Renamed first: another process then finds the complete folder or none.
+            hidden = path.with_name(f".{path.name}.{os.getpid()}")
+            path.rename(hidden)
+            shutil.rmtree(hidden)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed ({error.strerror})", remedy="check its permissions") from error
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    lines = [f"{'':<36}{'entries':>9}{'size':>12}"]
+    for kind, name in KINDS.items():
+        own = [entry.size for entry in entries if entry.kind == kind]
+        if own:
+            lines.append(f"{name:<36}{len(own):>9,}{_size(sum(own)):>12}")
+    return [*lines, f"{'total':<36}{len(entries):>9,}{_size(sum(entry.size for entry in entries)):>12}"]
+
+
+def _size(count: float) -> str:
+    return f"{count / _GIB:,.2f} GiB" if count >= _GIB else f"{count / 1024**2:,.2f} MiB"

@@ -1,0 +1,97 @@
+"""``sdtune cache``: sizes, removal by age and size, and entries of running commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from running import sdtune
+from sdtune.commands.cache import Entry, Removal, list_entries, to_remove
+from sdtune.data.cache import TensorCache
+from sdtune.paths import cache_in_use, oldest_running
+
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    for name, size, days in (("latents/vae/a", 1024, 40), ("latents/vae/b", 2048, 1), ("class/x/0", 4096, 35)):
+        file = tmp_path / "cache" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(size))
+        os.utime(file, (time.time() - days * DAY,) * 2)
+    model = tmp_path / "cache" / "backbones" / "abc"
+    (model / "unet").mkdir(parents=True)
+    (model / "unet" / "weights").write_bytes(bytes(10_000))
+    return tmp_path / "cache"
+
+
+def names(folder: Path) -> set[str]:
+    return {str(entry.path.relative_to(folder)) for entry in list_entries(folder)}
+
+
+def test_sizes_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdtune("cache") == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"cache: {folder}\n")
+    assert "latents of images                           2" in output
+    assert "total                                       4    0.02 MiB" in output
+    assert len(names(folder)) == 4
+
+
+def test_old_entries_are_removed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdtune("cache", "older_than=30", "dry_run=true") == 0
+    assert "would be removed: 2 entries" in capsys.readouterr().out
+    assert len(names(folder)) == 4
+    assert sdtune("cache", "older_than=30") == 0
+    assert names(folder) == {"latents/vae/b", "backbones/abc"}
+    assert sdtune("cache", "older_than=0") == 0
+    assert names(folder) == set()
+
+
+def test_least_recently_used_entries_are_removed_until_the_size_fits() -> None:
+    entries = [Entry(Path(str(age)), "latents", 2**30, 1000.0 - age) for age in (1, 3, 2)]
+    removed = to_remove(entries, Removal(max_gib=1.5), 1000.0, None)
+    assert [entry.path.name for entry in removed] == ["3", "2"]
+    assert to_remove(entries, Removal(max_gib=3), 1000.0, None) == []
+    both = to_remove(entries, Removal(older_than=2.5 / DAY, max_gib=2), 1000.0, None)
+    assert [entry.path.name for entry in both] == ["3"]
+
+
+def test_entries_of_running_commands_are_kept(folder: Path) -> None:
+    body = "print('on', flush=True); sys.stdin.read()"
+    code = f"import sys\nfrom sdtune.paths import cache_in_use\nwith cache_in_use():\n  {body}"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "on\n"
+        assert oldest_running(folder) is not None
+        cache = TensorCache(folder / "latents" / "vae")
+        assert cache.folder.is_dir()
+        os.utime(folder / "latents" / "vae" / "b")  # as the running command does when it uses it
+        assert sdtune("cache", "older_than=0") == 0
+        assert names(folder) == {"latents/vae/b", "backbones/abc"}
+        process.kill()
+    assert oldest_running(folder) is None, "a killed process releases its lock"
+    assert sdtune("cache", "older_than=0") == 0
+    assert names(folder) == set()
+
+
+def test_own_process_is_found_and_released(folder: Path) -> None:
+    with cache_in_use():
+        assert len(list((folder / "running").iterdir())) == 1
+    assert oldest_running(folder) is None
+    assert list((folder / "running").iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["older_than=a", "max_gib=-1", "prune", "dry_run=1"])
+def test_invalid_argument_is_refused(argument: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdtune("cache", argument) == 2
+    assert f"cache: unknown argument {argument}; use older_than=DAYS" in capsys.readouterr().err

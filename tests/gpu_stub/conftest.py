@@ -1,0 +1,70 @@
+"""Fixtures of the stub GPU; its tests are skipped where it cannot be built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpu_stub import shapes
+from gpu_stub.build import build, obstacle
+from gpu_stub.run import Measured, run
+
+Run = Callable[..., Measured]
+
+
+@pytest.fixture(scope="session")
+def work() -> Path:
+    """Folder of the libraries and of the models, kept between sessions; the weights are sparse files."""
+    folder = Path(os.environ.get("GPU_STUB_WORK", "outputs/gpu-stub")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def libraries(work: Path) -> Path:
+    reason = obstacle()
+    if reason is not None:
+        pytest.skip(reason)
+    build(work / "libraries")
+    return work / "libraries"
+
+
+@pytest.fixture(scope="session")
+def photos(work: Path) -> Path:
+    """Four images of 512x512 pixels with captions."""
+    folder = work / "images"
+    folder.mkdir(exist_ok=True)
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of sks dog, {number}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
+    """Runs ``sdtune train`` on a recipe at the true shapes of ``kind``, with an evaluation by CLIP."""
+
+    def start(recipe: str, kind: str, *more: str, gib: float = 80, steps: int = 10) -> Measured:
+        overrides = [
+            f"experiment={recipe}",
+            f"backbone.path={shapes.pipeline(work, kind)}",
+            f"backbone.clip={shapes.clip(work)}",
+            "evaluation=clip",
+            "evaluation.images=8",
+            f"data.path={photos}",
+            f"trainer.max_steps={steps}",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            # Other samplers search their step among values on the device, which the stub does not have.
+            "callbacks.samples.sampling.sampler=ddim",
+            "evaluation.sampling.sampler=ddim",
+            *more,
+        ]
+        return run(libraries, tmp_path, "train", *overrides, gib=gib)
+
+    return start
