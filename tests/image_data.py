@@ -44,7 +44,12 @@ def opened(
     data = Folder(path=str(path), **settings)
     data.open(side, 8 if side >= 512 else 4)
     data.trainer = SimpleNamespace(
-        accumulate_grad_batches=accumulation, max_steps=steps, global_step=start, global_rank=0, world_size=1
+        accumulate_grad_batches=accumulation,
+        max_steps=steps,
+        global_step=start,
+        global_rank=0,
+        world_size=1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return data
 

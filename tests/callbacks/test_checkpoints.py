@@ -148,3 +148,10 @@ def test_resuming_a_complete_run_without_metrics_json_writes_it(tiny: Path, imag
         rows(run)[-1]["validation_loss"]
     )
     assert train(f"resume={run}") == 2  # the run is complete now
+
+
+@pytest.mark.parametrize(("parameters", "interval"), [(1000, 100), (2 * 2**30 // 12 + 1, 500)])
+def test_default_interval_depends_on_the_size_of_a_checkpoint(parameters: int, interval: int, tmp_path: Path) -> None:
+    module = torch.nn.Linear(1, parameters, bias=False, device="meta")
+    checkpoints = Checkpoints(tmp_path, MetricsRecorder(tmp_path))
+    assert checkpoints._default_interval(module) == interval  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ def test_grids_and_snapshots_do_not_change_the_training(tiny: Path, images: Path
     overrides = ["trainer.max_steps=5", "method.dropout=0.3", "optimizer.lr=1e-2", "name=otter"]
     sample_overrides = [
         "callbacks.samples.prompts=[a fox,a red fox,two foxes]",
+        "callbacks.samples.seeds=[0,1]",
         "callbacks.samples.every_steps=2",
         "callbacks.samples.sampling.steps=2",
         "+callbacks.samples.sampling.sampler=euler_ancestral",
@@ -84,6 +85,7 @@ def test_stopped_run_generates_no_samples_on_its_way_out(tiny: Path, images: Pat
     """A scheduler gives little time between SIGTERM and SIGKILL; the resumed run generates them."""
     run = tmp_path / "run"
     overrides = ["trainer.max_steps=3", "callbacks.samples.sampling.steps=1", "trust=[running]"]
+    overrides += ["callbacks.samples.every_steps=null"]
     command = [a for a in arguments(tiny, images, run, *overrides) if a != "callbacks.samples=null"]
     assert train(*command, "+callbacks.stop={_target_: running.StopAt, step: 2}") == 128 + signal.SIGTERM
     names = ["before", "step00000000.png"]
@@ -118,3 +120,17 @@ def test_stop_interrupts_the_samples_that_are_being_generated(
     assert train(*command) == 128 + signal.SIGTERM
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["before", "step00000000.png", "step00000001.png"]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step00000002.ckpt"]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, [0, 1]), (3, [0, 1, 2, 3]), (8, [0, 3, 6, 8])])
+def test_default_previews_are_before_after_and_two_on_the_way(
+    steps: int, expected: list[int], tiny: Path, images: Path, tmp_path: Path
+) -> None:
+    settings = [f"trainer.max_steps={steps}", "callbacks.samples.sampling.steps=1"]
+    command = [
+        text for text in arguments(tiny, images, tmp_path / "run", *settings) if text != "callbacks.samples=null"
+    ]
+    assert train(*command) == 0
+    grids = sorted((tmp_path / "run" / "samples").glob("step*.png"))
+    assert [int(path.stem.removeprefix("step")) for path in grids] == expected
+    assert len(list((tmp_path / "run" / "samples" / "before").iterdir())) == 4

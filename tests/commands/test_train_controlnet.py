@@ -39,6 +39,7 @@ def test_run_writes_previews_metrics_and_a_controlnet_that_samples(
     run = tmp_path / "run"
     argv = [a for a in command(tiny, drawings, run) if a not in ("callbacks.samples=null", "evaluation=none")]
     short = ["trainer.max_steps=3", "save_every=2", "callbacks.samples.sampling.steps=2", "data.hold_out=2"]
+    short += ["callbacks.samples.seeds=[0,1]", "callbacks.samples.every_steps=null"]
     assert train(*argv, *short, "evaluation.sampling.steps=2", "evaluation.images=2", "backbone.clip=pocket") == 0
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["clip_text"] != metrics["base_clip_text"]

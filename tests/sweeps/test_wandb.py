@@ -76,7 +76,7 @@ def test_runs_of_a_sweep_share_a_group_and_log_their_own_settings(
         "trainer.val_check_interval=1",
     ]
     overrides = [a for a in overrides if a != "callbacks.samples=null"]
-    overrides += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
+    overrides += ["callbacks.samples.sampling.steps=1", "callbacks.samples.every_steps=null"]
     overrides += [f"hydra/launcher={launcher}"]
     assert train("-m", *overrides, "method.rank=2,3", "optimizer.lr=1e-2,1e30") == 1
     logged = {job: told(sweep / job) for job in "0123"}
