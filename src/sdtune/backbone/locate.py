@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,17 @@ def has_weight_files(folder: Path, component: str, variant: str | None) -> bool:
         return False
 
 
+def _link(path: Path, target: Path) -> None:
+    """Symbolic link to ``target``, or a copy where the user may not create links, as on Windows by default."""
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:
+        if target.is_dir():
+            shutil.copytree(target, path)
+        else:
+            shutil.copyfile(target, path)
+
+
 def with_vae(pipeline: Path, vae: Path) -> Path:
     """Pipeline folder of symbolic links to the parts of ``pipeline`` and to the VAE folder ``vae``.
 
@@ -105,5 +117,5 @@ def with_vae(pipeline: Path, vae: Path) -> Path:
         with replacing(target, sync=False, alone=True) as partial:
             partial.mkdir()
             for name, linked in targets.items():
-                (partial / name).symlink_to(linked, target_is_directory=linked.is_dir())
+                _link(partial / name, linked)
     return target

@@ -10,6 +10,9 @@ import sys
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """Parameter numbers of mallopt, from glibc's malloc.h."""
 
+_NO_GLIBC = (AttributeError, OSError, TypeError)
+"""Errors without glibc; Windows refuses ``ctypes.CDLL(None)`` with a TypeError."""
+
 
 def pin_allocation(device: str) -> None:
     """Make glibc's malloc keep freed memory until :func:`release`, if the device type ``device`` is ``cpu``.
@@ -20,7 +23,7 @@ def pin_allocation(device: str) -> None:
     """
     if device != "cpu":
         return
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(*_NO_GLIBC):
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, -1)
@@ -35,5 +38,5 @@ def release() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(*_NO_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
+from sdtune.hardware.sessions import kill_session, signal_session
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.quoting import override
 
@@ -54,8 +54,7 @@ def run_subprocess(command: str, options: Sequence[str], overrides: Sequence[str
 
     def forward(number: int, frame: FrameType | None) -> None:
         sent.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, sent[-1])
+        signal_session(child.pid, sent[-1])
 
     lines: deque[str] = deque(maxlen=_STORED_LINES + 1)
     with handled(STOP_SIGNALS, forward):
@@ -65,8 +64,7 @@ def run_subprocess(command: str, options: Sequence[str], overrides: Sequence[str
             # Wait for the process, not for the end of stderr: if rank 0 dies, the other ranks keep the pipe open.
             code = child.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            kill_session(child.pid)
     reader.join(_STDERR_TIMEOUT)
     if len(lines) > _STORED_LINES:
         lines[0] = "(earlier lines are omitted)\n"

@@ -31,6 +31,7 @@ from sdtune.config.settings import plain
 from sdtune.config.trainer import trainer_arguments
 from sdtune.errors import RunFailed
 from sdtune.hardware.devices import device as device_of
+from sdtune.hardware.sessions import lead_session
 from sdtune.hardware.signals import STOP_SIGNALS, handled
 from sdtune.hardware.threads import configured_threads, free_cores, torch_threads
 from sdtune.log_filters import quiet, quiet_libraries
@@ -160,7 +161,7 @@ def _run_processes(group: JobGroup, devices: Sequence[torch.device], threads: in
 
 def _run_on_device(group: JobGroup, device: torch.device, devices: int, threads: int) -> None:
     # In a new session, signals arrive only from the sweep's process and only once.
-    os.setsid()
+    lead_session()
     protect_output()
     if sys.platform == "linux":
         terminate_with_parent()
