@@ -14,6 +14,9 @@ from gpu_stub import shapes
 from gpu_stub.build import build, obstacle
 from gpu_stub.run import Measured, run
 
+EVALUATION = ("evaluation.sampling.sampler=ddim",)
+"""Other samplers search their step among values on the device, which the stub does not have."""
+
 Run = Callable[..., Measured]
 
 
@@ -55,14 +58,11 @@ def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
             f"experiment={recipe}",
             f"backbone.path={shapes.pipeline(work, kind)}",
             f"backbone.clip={shapes.clip(work)}",
-            "evaluation=clip",
-            "evaluation.images=8",
+            *([] if "evaluation=none" in more else ["evaluation=clip", "evaluation.images=8", *EVALUATION]),
             f"data.path={photos}",
             f"trainer.max_steps={steps}",
             f"hydra.run.dir={tmp_path / 'run'}",
-            # Other samplers search their step among values on the device, which the stub does not have.
-            "callbacks.samples.sampling.sampler=ddim",
-            "evaluation.sampling.sampler=ddim",
+            *([] if "callbacks.samples=null" in more else ["callbacks.samples.sampling.sampler=ddim"]),
             *more,
         ]
         return run(libraries, tmp_path, "train", *overrides, gib=gib)

@@ -34,8 +34,9 @@ class Measured:
     device_peaks: tuple[int, ...]
 
     def peak(self, name: str) -> float:
-        """Highest peak of the phases ``name``, in GiB; 0 if there was none."""
-        return max((phase.peak for phase in self.phases if phase.name == name), default=0) / GIB
+        """Highest peak of the phases ``name`` that started a kernel, in GiB; 0 if there was none."""
+        phases = (phase for phase in self.phases if phase.name == name and phase.counters.get("launches"))
+        return max((phase.peak for phase in phases), default=0) / GIB
 
     def steady(self, counter: str) -> float:
         """Median of ``counter`` over the micro-batches after the warm-up."""

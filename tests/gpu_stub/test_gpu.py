@@ -25,7 +25,7 @@ RECIPES = {
     "dreambooth": ("sd15_dreambooth", "sd15", CLASS),
     "full": ("sd15_full", "sd15", ("callbacks.ema=null",)),
     "controlnet": ("sd15_controlnet", "sd15", ()),
-    "lora of SDXL": ("sdxl_lora", "sdxl", ("data.resolution=1024",)),
+    "lora of SDXL": ("sdxl_lora", "sdxl", ("data.resolution=512",)),
 }
 
 

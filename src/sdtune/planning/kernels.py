@@ -49,7 +49,8 @@ class Kernels(TorchFunctionMode):
                 return value
             if value.dtype == dtype:
                 return value
-            if not isinstance(value, nn.Parameter) or not value.requires_grad:
+            # Outside of a training step, Lightning's autocast keeps no copies either.
+            if not isinstance(value, nn.Parameter) or not value.requires_grad or not torch.is_grad_enabled():
                 return value.to(dtype)
             if id(value) not in self._casts:
                 self._casts[id(value)] = value.to(dtype)

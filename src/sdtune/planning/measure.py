@@ -178,17 +178,17 @@ def measure(
         plain=plain,
         checkpointed=checkpointed,
         encoding=_peak(adapter, gpu, "32-true", lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
-        previews=_previews(adapter, gpu, previews, side) if previews else 0,
-        single_preview=_previews(adapter, gpu, 1, side) if previews else 0,
+        previews=_previews(adapter, gpu, previews) if previews else 0,
+        single_preview=_previews(adapter, gpu, 1) if previews else 0,
         class_images=generation.cost(class_images, side, str(adapter.trainer.precision)) if class_images else None,
-        evaluation=generation.cost(evaluation, backbone.facts.side) if evaluation else None,
+        evaluation=generation.cost(evaluation, backbone.facts.side, trained=True) if evaluation else None,
         sample=generation.cost(SAMPLE_BATCH, backbone.facts.side),
         gpu=gpu,
     )
 
 
-def _previews(adapter: Adapter, gpu: bool, count: int, side: int) -> int:
-    mixed = str(adapter.trainer.precision)
+def _previews(adapter: Adapter, gpu: bool, count: int) -> int:
+    mixed, side = str(adapter.trainer.precision), adapter.backbone.facts.side
     return _peak(adapter, gpu, mixed, lambda: _generate(adapter, adapter.backbone, adapter.denoise, count, side))
 
 
@@ -279,10 +279,11 @@ class _Generation:
     def __init__(self, adapter: Adapter, gpu: bool) -> None:
         self._adapter, self._gpu = adapter, gpu
 
-    def cost(self, count: int, side: int, cpu_precision: str = "32-true") -> GenerationCost:
+    def cost(self, count: int, side: int, cpu_precision: str = "32-true", *, trained: bool = False) -> GenerationCost:
         """Cost of ``count`` images of ``side`` pixels at a time.
 
         Args:
+            trained: whether the images need the models that the method adds to the backbone, such as a ControlNet.
             cpu_precision: precision on a CPU; a GPU generates in half precision.
         """
         base = self._adapter.source.load(self._adapter.seed)
@@ -301,7 +302,9 @@ class _Generation:
             return _peak(self._adapter, self._gpu, precision, generate, *base.parameters(), *base.buffers())
 
         parked = encoders if self._gpu else 0
-        return GenerationCost(total - parked, parked, peak(count), peak(1))
+        added = [p for name, p in self._adapter.named_parameters() if trained and not name.startswith("backbone.")]
+        more = sum(p.numel() for p in added) * (2 if self._gpu else 4)
+        return GenerationCost(total - parked + more, parked, peak(count), peak(1))
 
 
 class MetaItems(TorchFunctionMode):
