@@ -160,6 +160,14 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["new_tokens=[{token: <dog>, init: dog}]"],
         ("write 'new_tokens=[{token: \"<dog>\", init: dog}]'",),
     ),
+    "arguments of the optimizer": (
+        ["--optimizer_args", "weight_decay=0.01", "betas=0.9,0.99", "decouple=True", "--network_dim", "4"],
+        ("use optimizer.weight_decay=0.01 'optimizer.betas=[0.9,0.99]' optimizer.decouple=true method.rank=4 ",),
+    ),
+    "LyCORIS": (
+        ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "conv_dim=4"],
+        ("--network_module: LyCORIS networks are not available", "--network_args: set method.rank"),
+    ),
     "sweep with spaces": (["-m", "--network_dim", "4", "8"], ("use method.rank=4,8 ",)),
     "sweep split by the shell": (
         ["-m", "method.rank=4", "8"],
@@ -343,8 +351,7 @@ SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ],
         (
             "--prompt, --seed, --textual_inversion_embeddings, --W, --n_iter: unknown options; ",
-            "use 'prompt=\"a cat\"' seeds=[3] 'adapters=[{path: \"a b.safetensors\"}]' sampling.width=64 ",
-            "--n_iter: set one seed for each image",
+            "use 'prompt=\"a cat\"' seeds=[3,4] 'adapters=[{path: \"a b.safetensors\"}]' sampling.width=64 ",
         ),
     ),
     "adapter without quotes": (
@@ -382,7 +389,7 @@ EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--sd_model=M", "--models", "a.safetensors", "b.safetensors", "--ratios", "0.8", "0.4"],
         (
             "use format=single_file backbone.path=M ",
-            "--models: one LoRA is merged per command: artifact=a.safetensors, then b.safetensors into",
+            "--models: one LoRA is merged into a model per command: artifact=a.safetensors, then b.safetensors into",
         ),
     ),
     "folder without a key": (["nowhere", "format=kohya"], ("run: ", "nowhere")),

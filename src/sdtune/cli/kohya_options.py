@@ -189,8 +189,8 @@ SCRIPTS = {
 }
 """The command that does what a script of kohya does."""
 
-_LISTS = ("models", "ratios", "network_weights", "network_mul", "textual_inversion_embeddings", "network_args")
-"""Options with several values, separated by spaces."""
+WITH_ASSIGNMENTS = ("optimizer_args", "network_args")
+"""Options whose values have the form ``NAME=VALUE``."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,14 @@ def explanation(words: Sequence[str], command: str) -> str | None:
     options, known = [Option.of(word) for word in words], OPTIONS.get(command, Options({}, {}))
     remarks: dict[str, str] = {**known.remarks, **dict.fromkeys(UNAVAILABLE, "not available")}
     remarks |= {option.name: remark for option in options if (remark := _remark_on_value(option))}
-    replaced = [option for option in options if option.name in known.overrides and option.name not in remarks]
+    for option in options:
+        if _is_translated(option):
+            remarks.pop(option.name, None)
+    replaced = [
+        option
+        for option in options
+        if option.name not in remarks and (option.name in known.overrides or _is_translated(option))
+    ]
     remarked = [option for option in options if option.name in remarks]
     if not known.overrides or not (replaced or remarked):
         return None
@@ -264,6 +271,15 @@ def explanation(words: Sequence[str], command: str) -> str | None:
     return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
 
 
+def _is_translated(option: Option) -> bool:
+    """Whether the value of an option that has only a remark in the tables can be translated."""
+    if option.value is None:
+        return False
+    if option.name == "optimizer_args":
+        return all("=" in word for word in option.value.split())
+    return option.name in ("n_iter", "images_per_prompt") and option.value.isdigit()
+
+
 def _remark_on_value(option: Option) -> str | None:
     """Remark on a value that has no counterpart; None if it has one."""
     group = {"lr_scheduler": "lr_schedule", "optimizer_type": "optimizer"}.get(option.name)
@@ -275,9 +291,14 @@ def _remark_on_value(option: Option) -> str | None:
         return None
     if option.name == "models" and " " in option.value:
         first, *others = option.value.split()
-        return f"one LoRA is merged per command: artifact={first}, then {' '.join(others)} into the written file"
+        return (
+            f"one LoRA is merged into a model per command: artifact={first}, then {' '.join(others)} into the written"
+            " file; LoRAs are not merged into one LoRA: sdtune sample combines them"
+        )
     if option.name == "ratios" and " " in option.value:
         return f"the strengths of these merges are {', '.join(option.value.split())}"
+    if option.name == "network_module" and "lycoris" in option.value:
+        return "LyCORIS networks are not available; method=lora trains a LoRA"
     if option.name == "lr_warmup_steps" and re.fullmatch(r"0?\.\d+", option.value):
         return "a number of steps is required, not a share of the run"
     if option.name == "resolution" and len(set(option.value.split(","))) > 1:
@@ -291,12 +312,15 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
     merged = {
         ("token_string", "init_word", "num_vectors_per_token"): _new_tokens,
         ("network_weights", "network_mul"): _adapters,
+        ("n_iter", "images_per_prompt", "seed"): _seeds,
+        ("optimizer_args",): _optimizer_settings,
     }
     texts = []
     for option in options:
         names = next((names for names in merged if option.name in names), ())
         together = {name: str(by_name[name].value) for name in names if name in by_name}
-        texts.append(merged[names](together) if len(together) > 1 else _override(templates[option.name], option))
+        is_merged = len(together) > 1 or option.name not in templates
+        texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
     words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
     return " ".join(dict.fromkeys(words))
 
@@ -306,6 +330,23 @@ def _new_tokens(values: Mapping[str, str]) -> str:
     parts = [f'token: "<{word}>"', f"init: {values.get('init_word', 'WORD')}"]
     parts += [f"vectors: {values['num_vectors_per_token']}"] if "num_vectors_per_token" in values else []
     return f"'new_tokens=[{{{', '.join(parts)}}}]'"
+
+
+def _seeds(values: Mapping[str, str]) -> str:
+    """One seed for each image of a prompt, from ``seed`` on."""
+    first = int(values["seed"]) if values.get("seed", "").isdigit() else 0
+    count = int(values.get("n_iter", "1")) * int(values.get("images_per_prompt", "1"))
+    return f"seeds=[{','.join(str(first + number) for number in range(count))}]"
+
+
+def _optimizer_settings(values: Mapping[str, str]) -> str:
+    pairs = [word.split("=", 1) for word in values["optimizer_args"].split()]
+    texts = []
+    for name, value in pairs:
+        plain = value.lower() if value in ("True", "False", "None") else value
+        plain = "null" if plain == "none" else plain
+        texts.append(f"'optimizer.{name}=[{value}]'" if "," in value else assigned(f"optimizer.{name}", plain))
+    return " ".join(texts)
 
 
 def _adapters(values: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from sdtune.cli.kohya_options import TEXT_KEYS, assigned, explanation, is_replaced
+from sdtune.cli.kohya_options import TEXT_KEYS, WITH_ASSIGNMENTS, assigned, explanation, is_replaced
 from sdtune.config.hydra_compat import full_key
 from sdtune.config.overrides import resumed_folder
 from sdtune.errors import UserError
@@ -127,6 +127,14 @@ def is_option(word: str) -> bool:
     return word.startswith("-") and word != "-"
 
 
+def _is_argument(word: str) -> bool:
+    return not is_option(word)
+
+
+def _is_bare(word: str) -> bool:
+    return not is_option(word) and "=" not in word
+
+
 def check_option_names(argv: Sequence[str], command: str, known: Sequence[str]) -> None:
     """Refuse options that Hydra does not have, such as ``--network_dim=8``; ``known`` are Hydra's options.
 
@@ -136,10 +144,14 @@ def check_option_names(argv: Sequence[str], command: str, known: Sequence[str]) 
         UserError: an option is unknown.
     """
     words, has_unknown = [], False
-    for index, word in enumerate(argv):
+    remaining = list(argv)
+    while remaining:
+        word = remaining.pop(0)
         name = re.split(r"[=\s]", word)[0]
         if is_option(word) and name not in known:
-            values = list(takewhile(lambda other: not is_option(other) and "=" not in other, argv[index + 1 :]))
+            is_value = _is_argument if name.lstrip("-").replace("-", "_") in WITH_ASSIGNMENTS else _is_bare
+            values = list(takewhile(is_value, remaining))
+            del remaining[: len(values)]
             words.append(" ".join([word, *values]))
             has_unknown = True
         elif is_replaced(word, command):
