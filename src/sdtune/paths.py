@@ -15,11 +15,12 @@ from sdtune.errors import UserError
 
 _POCKET = Path(__file__).parent / "pocket"
 
+_CACHE_REMEDY = "set the environment variable SDTUNE_CACHE to a writable folder"
+
 _RUNNING = "running"
 """Subfolder of the cache with one locked file for each process that uses it."""
 
-_BEFORE_START = 600 * 10**9
-"""Nanoseconds for which the checks before the start of a command may take."""
+_ATTEMPTS = 5
 
 
 def config_folder() -> Path:
@@ -30,27 +31,33 @@ def config_folder() -> Path:
     return folder
 
 
-def cache_folder() -> Path:
+def cache_location() -> Path:
     """Folder of cached hashes, latents and text embeddings: ``$SDTUNE_CACHE``, else ``sdtune`` in the user's cache.
 
-    The folder is created if missing.
+    Raises:
+        UserError: there is none.
+    """
+    configured, shared = os.environ.get("SDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(configured).expanduser() if configured else Path(shared or Path.home() / ".cache") / "sdtune"
+    except RuntimeError as error:  # a user without an entry in the system's list, as in some containers
+        raise UserError(f"there is no cache folder ({error})", key="SDTUNE_CACHE", remedy=_CACHE_REMEDY) from error
+
+
+def cache_folder() -> Path:
+    """The folder of :func:`cache_location`, created if missing.
 
     Raises:
         UserError: it cannot be created or written.
     """
-    remedy = "set the environment variable SDTUNE_CACHE to a writable folder"
-    configured, shared = os.environ.get("SDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(configured).expanduser() if configured else Path(shared or Path.home() / ".cache") / "sdtune"
-    except RuntimeError as error:  # a user without an entry in the system's list, as in some containers
-        raise UserError(f"there is no cache folder ({error})", key="SDTUNE_CACHE", remedy=remedy) from error
+    folder = cache_location()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         problem = None if os.access(folder, os.W_OK) else "not writable"
     except OSError as error:
         problem = str(error.strerror)
     if problem is not None:
-        raise UserError(f"the cache folder {folder} cannot be used ({problem})", remedy=remedy)
+        raise UserError(f"the cache folder {folder} cannot be used ({problem})", remedy=_CACHE_REMEDY)
     return folder
 
 
@@ -59,33 +66,58 @@ def cache_in_use() -> Iterator[None]:
     """Context manager during which ``sdtune cache`` keeps the entries that this process uses.
 
     Every use of an entry updates its modification time (:func:`sdtune.files.mark_used`). The start of the process is in
-    the name of a file that it keeps locked; a process that ends, or is killed, releases it. Entries that were used
-    shortly before count too: a command checks its model before it is started.
+    the name of a file that it keeps locked; a process that ends, or is killed, releases it. Folders that this function
+    creates are removed at the end if they are empty.
     """
+    lock, created = None, []
     try:
-        folder = cache_folder() / _RUNNING
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / f"{time.time_ns() - _BEFORE_START}-{os.getpid()}.lock")
-        lock.acquire(timeout=0)
-    except (UserError, OSError, Timeout):  # a command that needs the cache reports this itself
-        yield
-        return
+        folder = cache_location() / _RUNNING
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _running_lock(folder)
+    except (UserError, OSError):  # a command that needs the cache reports this itself
+        pass
     try:
         yield
     finally:
-        lock.release()
         with suppress(OSError):
-            Path(lock.lock_file).unlink()
+            if lock is not None:
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
+            for path in created:
+                path.rmdir()
+
+
+def _running_lock(folder: Path) -> FileLock | None:
+    """Locked file of this process in ``folder``; another name if ``sdtune cache`` is just testing the file."""
+    for _ in range(_ATTEMPTS):
+        lock = FileLock(folder / f"{time.time_ns()}-{os.getpid()}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        if Path(lock.lock_file).exists():
+            return lock
+        lock.release()
+    return None
 
 
 def oldest_running(cache: Path) -> float | None:
-    """Start of the oldest running process that uses ``cache``, in seconds since the epoch; None if there is none."""
+    """Start of the oldest running process that uses ``cache``, in seconds since the epoch; None if there is none.
+
+    0 if it belongs to another user, who cannot update the modification times of this user's entries.
+    """
     starts = []
     for file in (cache / _RUNNING).glob("*-*.lock"):
         lock = FileLock(file)
         try:
+            if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
+                starts.append(0.0)
+                continue
             lock.acquire(timeout=0)
-        except Timeout:
+        except FileNotFoundError:
+            continue
+        except (Timeout, OSError):
             starts.append(int(file.name.partition("-")[0]) / 1e9)
             continue
         lock.release()

@@ -10,15 +10,10 @@ _MOST_NAMES = 12
 
 
 def closest_match(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The name of ``known`` that is the most similar, or the beginning of ``name``; case is ignored.
-
-    None if no similarity (0 to 1) is at least ``cutoff``.
-    """
+    """The most similar name of ``known``, ignoring case; None if no similarity (0 to 1) is at least ``cutoff``."""
     by_lower_case = {other.lower(): other for other in known}
     similar = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)
-    if similar:
-        return by_lower_case[similar[0]]
-    return max((other for other in known if other and name.startswith(other)), key=len, default=None)
+    return by_lower_case[similar[0]] if similar else None
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

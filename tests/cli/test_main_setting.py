@@ -31,3 +31,10 @@ def test_file_to_export_is_an_artifact(tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     file.touch()
     assert with_main_setting("export", [str(file), "format=kohya"]) == [f"artifact={file}", "format=kohya"]
+
+
+def test_run_folder_may_contain_an_equals_sign(tmp_path: Path) -> None:
+    run = tmp_path / "rank=8"
+    (run / ".hydra").mkdir(parents=True)
+    assert with_main_setting("export", [str(run), "format=kohya"]) == [f'run="{run}"', "format=kohya"]
+    assert with_main_setting("evaluate", ["~/runs/x"]) == ['run="~/runs/x"']

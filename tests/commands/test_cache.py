@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from running import sdtune
+from sdtune.commands import cache
 from sdtune.commands.cache import Entry, Removal, list_entries, to_remove
-from sdtune.data.cache import TensorCache
 from sdtune.paths import cache_in_use, oldest_running
 
 DAY = 24 * 3600
@@ -73,9 +74,8 @@ def test_entries_of_running_commands_are_kept(folder: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "on\n"
         assert oldest_running(folder) is not None
-        cache = TensorCache(folder / "latents" / "vae")
-        assert cache.folder.is_dir()
-        os.utime(folder / "latents" / "vae" / "b")  # as the running command does when it uses it
+        for used in ("latents/vae/b", "backbones/abc"):  # as the running command does when it uses them
+            os.utime(folder / used)
         assert sdtune("cache", "older_than=0") == 0
         assert names(folder) == {"latents/vae/b", "backbones/abc"}
         process.kill()
@@ -88,10 +88,47 @@ def test_own_process_is_found_and_released(folder: Path) -> None:
     with cache_in_use():
         assert len(list((folder / "running").iterdir())) == 1
     assert oldest_running(folder) is None
-    assert list((folder / "running").iterdir()) == []
+    assert not (folder / "running").exists()
 
 
 @pytest.mark.parametrize("argument", ["older_than=a", "max_gib=-1", "prune", "dry_run=1"])
 def test_invalid_argument_is_refused(argument: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sdtune("cache", argument) == 2
     assert f"cache: unknown argument {argument}; use older_than=DAYS" in capsys.readouterr().err
+
+
+def test_partial_and_locked_entries_are_kept(folder: Path) -> None:
+    partial = folder / "backbones" / f"abc.{'0' * 32}.partial"
+    partial.mkdir()
+    (folder / "latents" / "vae" / f"c.{'0' * 32}.partial").touch()
+    assert len(names(folder)) == 4
+    with FileLock(folder / "backbones" / "abc.lock"):  # as while a model is converted
+        assert sdtune("cache", "older_than=0") == 0
+    assert names(folder) == {"backbones/abc"}
+    assert partial.is_dir()
+
+
+def test_entry_that_is_used_meanwhile_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = cache.oldest_running
+
+    def used_meanwhile(path: Path) -> float | None:
+        os.utime(folder / "latents" / "vae" / "a")
+        return real(path)
+
+    monkeypatch.setattr(cache, "oldest_running", used_meanwhile)
+    assert sdtune("cache", "older_than=30") == 0
+    assert "removed: 1 entries" in capsys.readouterr().out
+    assert names(folder) == {"latents/vae/a", "latents/vae/b", "backbones/abc"}
+
+
+def test_commands_register_and_leave_no_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "new" / "cache"))
+    with cache_in_use():
+        assert oldest_running(tmp_path / "new" / "cache") is not None
+    assert not (tmp_path / "new").exists()
+    assert sdtune("train", "method.rank=0") == 2
+    assert not (tmp_path / "new" / "cache" / "running").exists()

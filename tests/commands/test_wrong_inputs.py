@@ -168,6 +168,19 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--network_module", "lycoris.kohya", "--network_args", "algo=lokr", "conv_dim=4"],
         ("--network_module: LyCORIS networks are not available", "--network_args: set method.rank"),
     ),
+    "two learning rates of kohya": (
+        ["--unet_lr=1e-4", "--learning_rate=2e-4"],
+        ("use optimizer.lr=1e-4 (settings have no dashes)",),
+    ),
+    "two rates of text encoders": (
+        ["--text_encoder_lr", "1e-5", "1e-6"],
+        ("one learning rate is used for all text encoders",),
+    ),
+    "sweep over a group": (["optimizer=adamw,adafactor"], ("optimizer: several values", "add -m for a sweep")),
+    "option similar to one of Hydra": (
+        ["--cfg_scale=7"],
+        ("--cfg_scale: unknown option; write settings as KEY=VALUE",),
+    ),
     "sweep with spaces": (["-m", "--network_dim", "4", "8"], ("use method.rank=4,8 ",)),
     "sweep split by the shell": (
         ["-m", "method.rank=4", "8"],

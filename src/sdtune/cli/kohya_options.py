@@ -299,6 +299,8 @@ def _remark_on_value(option: Option) -> str | None:
         return f"the strengths of these merges are {', '.join(option.value.split())}"
     if option.name == "network_module" and "lycoris" in option.value:
         return "LyCORIS networks are not available; method=lora trains a LoRA"
+    if option.name == "text_encoder_lr" and len(set(option.value.replace(",", " ").split())) > 1:
+        return "one learning rate is used for all text encoders: method.text_encoder_lr"
     if option.name == "lr_warmup_steps" and re.fullmatch(r"0?\.\d+", option.value):
         return "a number of steps is required, not a share of the run"
     if option.name == "resolution" and len(set(option.value.split(","))) > 1:
@@ -309,17 +311,21 @@ def _remark_on_value(option: Option) -> str | None:
 def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
     """Overrides that replace ``options``; those that belong to the same setting become one."""
     by_name = {option.name: option for option in options if option.value is not None}
+    if "unet_lr" in by_name:  # it takes precedence over learning_rate
+        options = [option for option in options if option.name != "learning_rate"]
     merged = {
         ("token_string", "init_word", "num_vectors_per_token"): _new_tokens,
         ("network_weights", "network_mul"): _adapters,
         ("n_iter", "images_per_prompt", "seed"): _seeds,
         ("optimizer_args",): _optimizer_settings,
     }
+    command_has_adapters = "adapters" in templates.get("network_weights", "")
     texts = []
     for option in options:
         names = next((names for names in merged if option.name in names), ())
         together = {name: str(by_name[name].value) for name in names if name in by_name}
-        is_merged = len(together) > 1 or option.name not in templates
+        is_list = option.name == "network_weights" and " " in (option.value or "") and command_has_adapters
+        is_merged = len(together) > 1 or option.name not in templates or is_list
         texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
     words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
     return " ".join(dict.fromkeys(words))
@@ -350,7 +356,7 @@ def _optimizer_settings(values: Mapping[str, str]) -> str:
 
 
 def _adapters(values: Mapping[str, str]) -> str:
-    strengths = values["network_mul"].split()
+    strengths = values.get("network_mul", "").split()
     entries = [
         f"{{path: {_scalar(path)}, strength: {strength}}}"
         for path, strength in itertools.zip_longest(values["network_weights"].split(), strengths, fillvalue="1.0")

@@ -33,7 +33,7 @@ from sdtune.files import locked
 from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun, launched_processes
 from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
 from sdtune.log_filters import quiet, quiet_libraries
-from sdtune.paths import cache_in_use, config_folder
+from sdtune.paths import config_folder
 from sdtune.quoting import override
 from sdtune.runs.hydra_values import as_current
 from sdtune.sweeps.sweep import multirun
@@ -131,7 +131,7 @@ def launch(
         claimed = _claimed(folder) if writes and is_default else contextlib.nullcontext(folder)
         with claimed as folder, as_current(config, folder), handled(STOP_SIGNALS, stop_before_start):
             work = prepare(config, folder)
-    with exit_codes(command), cache_in_use():
+    with exit_codes(command):
         if writes:
             _run_job(search, config, folder, existed, work)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from sdtune.output_streams import protect_output
@@ -92,9 +93,11 @@ def main() -> None:
         _print_version()
         return
     from sdtune.cli.launch import launch, lazy_command
+    from sdtune.paths import cache_in_use
 
     command = COMMANDS[name]
-    launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
+    with cache_in_use() if command.writes else nullcontext():
+        launch(name, overrides, lazy_command(command.module), rewrite=_argument_rewriter(name), writes=command.writes)
 
 
 def _command_without_config(name: str) -> Callable[[list[str]], None]:
@@ -114,8 +117,13 @@ def _command_without_config(name: str) -> Callable[[list[str]], None]:
 def _set_allocator() -> None:
     """Let torch's CUDA allocator extend its segments, which reduces fragmentation; read when torch is imported."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if sys.platform == "linux" and not any(name in os.environ for name in names):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return
+    from importlib.metadata import version
+
+    major, minor = (int(part) for part in version("torch").split(".")[:2])
+    name = "PYTORCH_ALLOC_CONF" if (major, minor) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
+    os.environ[name] = "expandable_segments:True"
 
 
 def _print_version() -> None:

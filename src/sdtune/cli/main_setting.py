@@ -11,7 +11,7 @@ from sdtune.quoting import override, shell_word
 
 _KEYS = {"sample": "prompt", "export": "run", "evaluate": "run"}
 
-_IS_OVERRIDE = re.compile(r"~|[+]{0,2}[\w./@:-]+=")
+_IS_OVERRIDE = re.compile(r"~(?!/)|[+]{0,2}[\w./@:-]+=")
 
 
 def with_main_setting(command: str, overrides: list[str]) -> list[str]:
@@ -23,7 +23,7 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
         UserError: several words without a key.
     """
     key, joined = _KEYS.get(command), joined_brackets(overrides)
-    bare = [text for text in joined if not _IS_OVERRIDE.match(text)]
+    bare = [text for text in joined if not _IS_OVERRIDE.match(text) or _is_run(text)]
     if key is None or not bare or any(text.startswith((f"{key}=", "artifact=")) for text in overrides):
         return overrides
     if len(bare) > 1:
@@ -38,3 +38,12 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
         key = "artifact"
     named = f"{key}={text}" if text.startswith("[") else override(key, text)
     return [named if other == text else other for other in overrides]
+
+
+def _is_run(text: str) -> bool:
+    """Whether ``text`` is an existing run folder, whose path may contain ``=``."""
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    try:
+        return (path / ".hydra").is_dir()
+    except OSError:  # a prompt that is too long for a path
+        return False

@@ -38,7 +38,9 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
             return _unknown_setting(cause, typed, command)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
-            return f"{group}={name}: unknown option{suggestion(name, cause.options or ())}"
+            beginning = max((o for o in cause.options or () if name.startswith(f"{o}_")), key=len, default=None)
+            advice = suggestion(name, cause.options or ()) if beginning is None else f"; did you mean {beginning}?"
+            return f"{group}={name}: unknown option{advice}"
         if isinstance(cause, OverrideParseException):
             return _unparsable(str(cause.override), typed)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

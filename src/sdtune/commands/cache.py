@@ -7,10 +7,14 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from sdtune.errors import UserError
+from sdtune.files import is_partial
 from sdtune.paths import cache_folder, oldest_running
 
 _HELP = """usage: sdtune cache [older_than=DAYS] [max_gib=GIB] [dry_run=true]
@@ -68,11 +72,12 @@ def main(arguments: Sequence[str]) -> None:
     folder = cache_folder()
     entries = list_entries(folder)
     removed = to_remove(entries, removal, time.time(), oldest_running(folder))
-    for entry in () if removal.dry_run else removed:
-        _remove(entry.path)
-    left = entries if removal.dry_run else [entry for entry in entries if entry not in removed]
+    if not removal.dry_run:
+        removed = [entry for entry in removed if _remove(entry)]
+        gone = {entry.path for entry in removed}
+        entries = [entry for entry in entries if entry.path not in gone]
     print(f"cache: {folder}")
-    for line in _table(left):
+    for line in _table(entries):
         print(line)
     if removal.older_than is not None or removal.max_gib is not None:
         verb = "would be removed" if removal.dry_run else "removed"
@@ -105,15 +110,20 @@ def list_entries(folder: Path) -> list[Entry]:
 
 def _entries(folder: Path, kind: str) -> Iterator[Entry]:
     if kind == "backbones":
-        for path in folder.glob("*"):
-            if path.is_dir():
-                files = [file.lstat() for file in path.rglob("*") if not file.is_dir() or file.is_symlink()]
-                yield Entry(path, kind, sum(file.st_size for file in files), path.stat().st_mtime)
-        return
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".lock":
-            stat = path.stat()
-            yield Entry(path, kind, stat.st_size, stat.st_mtime)
+        paths = [path for path in folder.glob("*") if path.is_dir()]
+    else:
+        paths = [path for path in folder.rglob("*") if not path.is_dir() and path.suffix != ".lock"]
+    for path in paths:
+        # A running command may write or remove files at the same time.
+        if not is_partial(path):
+            with suppress(FileNotFoundError):
+                yield Entry(path, kind, _bytes(path), path.stat().st_mtime)
+
+
+def _bytes(path: Path) -> int:
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
 
 
 def to_remove(entries: Sequence[Entry], removal: Removal, now: float, running_since: float | None) -> list[Entry]:
@@ -138,15 +148,23 @@ def to_remove(entries: Sequence[Entry], removal: Removal, now: float, running_si
     return removed
 
 
-def _remove(path: Path) -> None:
+def _remove(entry: Entry) -> bool:
+    """Remove ``entry``; returns False if a command has used it since it was listed, or is writing it now."""
+    path = entry.path
     try:
-        if path.is_dir():
+        if path.stat().st_mtime != entry.used:
+            return False
+        if not path.is_dir():
+            path.unlink()
+            return True
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=0):  # the lock of the conversion
             # Renamed first: another process then finds the complete folder or none.
             hidden = path.with_name(f".{path.name}.{os.getpid()}")
             path.rename(hidden)
             shutil.rmtree(hidden)
-        else:
-            path.unlink(missing_ok=True)
+        return True
+    except (FileNotFoundError, Timeout):
+        return False
     except OSError as error:
         raise UserError(f"{path} cannot be removed ({error.strerror})", remedy="check its permissions") from error
 

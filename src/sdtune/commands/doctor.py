@@ -17,6 +17,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from sdtune.commands.cache import list_entries
 from sdtune.errors import RunFailed, UserError
 from sdtune.hardware.precision import precision
 from sdtune.hardware.threads import usable_cores
@@ -35,7 +36,7 @@ _FREE_DISK = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: a fact of the machine, and what is wrong with it and helps; an empty ``problem`` if nothing is."""
+    """One line: a fact of the machine, and what is wrong with the remedy; an empty ``problem`` if nothing is wrong."""
 
     name: str
     fact: str
@@ -85,7 +86,11 @@ def _devices() -> Iterator[Finding]:
         yield Finding("NVIDIA driver", driver)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError as error:  # the memory of another process, or a device in exclusive use
+            yield Finding(f"GPU {index}", properties.name, f"cannot be used ({error}); end other programs on it")
+            continue
         yield Finding(
             f"GPU {index}",
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, {free / _GIB:.1f} of"
@@ -126,7 +131,7 @@ def _disks() -> Iterator[Finding]:
     except UserError as error:
         yield Finding("cache", "none", str(error))
         return
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    size = sum(entry.size for entry in list_entries(folder))
     finding = _disk("cache", folder)
     yield Finding("cache", f"{folder}, {size / _GIB:.2f} GiB; {finding.fact}", finding.problem)
 
@@ -153,10 +158,12 @@ def _packages() -> Iterator[Finding]:
             if extra is None:
                 wrong.append(f"{requirement.name} is missing")
             continue
+        if extra is not None and extra[1] in ("dev", "docs", "dashboard"):
+            continue
         if extra is not None and extra[1] in ("optimizers", "sweeps", "tensorboard", "heic"):
             extras.add(extra[1])
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
-    problem = f"{'; '.join(wrong)}; install them again: {Path(sys.executable).name} -m pip install -c constraints.txt ."
+    problem = f"{'; '.join(wrong)}; install them again: {sys.executable} -m pip install -c constraints.txt ."
     fact = "versions as declared" if not wrong else f"{len(wrong)} differ from what sdtune declares"
     yield Finding("packages", f"{fact}; extras: {', '.join(sorted(extras)) or 'none'}", problem if wrong else "")

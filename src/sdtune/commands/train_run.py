@@ -200,6 +200,12 @@ class TrainRun:
         if shared is not None:
             metrics["shared_with"] = shared.count
         _write_card(self, metrics)
+        for export in self.exports:
+            folder = self.folder / "export" / export.format
+            if folder.is_dir():
+                export.write_card(
+                    find_artifact(self.folder / "artifact", "run"), self.folder / "artifact" / CARD, folder
+                )
         for settings, logger in zip(self.loggers, loggers, strict=True):
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
@@ -321,11 +327,13 @@ def _evaluation_metrics(run: TrainRun, trainer: pl.Trainer) -> dict[str, Any]:
     log.info("evaluating the trained model; evaluation=none skips this")
     try:
         metrics: dict[str, Any] = run.evaluation.run(models, run.data, run.folder / "evaluation")
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except (UserError, OSError, RuntimeError, MemoryError, RunFailed) as error:
+        # With a shared backbone, the error of a joint batch arrives as its message.
+        no_memory = is_out_of_memory(error) or (isinstance(error, RunFailed) and str(error).startswith("out of memory"))
+        if isinstance(error, RuntimeError | RunFailed) and not no_memory:
             raise
-        reason = "out of memory" if is_out_of_memory(error) else str(error)
-        command = f"sdtune evaluate {shell_override('run', run.folder)}"
+        reason = "out of memory" if no_memory else str(error)
+        command = f"sdtune evaluate {shell_override('run', run.folder)}{' hardware=cpu' if no_memory else ''}"
         log.warning("WARNING: evaluation: %s; the run is complete; measure it with: %s", reason, command)
         return {**dict.fromkeys(run.evaluation.names), "reasons": dict.fromkeys(run.evaluation.names, reason)}
     return metrics

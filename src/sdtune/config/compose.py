@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -68,8 +70,10 @@ def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Overri
     """Raise UserError for the first override with several values."""
     override = next(override for override in overrides if override.is_sweep_override())
     key, _, value = str(override.input_line).partition("=")
-    config = compose(command, search, [str(o.input_line) for o in overrides if not o.is_sweep_override()])
-    default = OmegaConf.select(config, key, throw_on_missing=False)
+    default = None
+    with suppress(HydraException, OmegaConfBaseException, UserError):  # other overrides may depend on this one
+        config = compose(command, search, [str(o.input_line) for o in overrides if not o.is_sweep_override()])
+        default = OmegaConf.select(config, key, throw_on_missing=False)
     remedies = ["add -m for a sweep"]
     if " " in value:
         remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")

@@ -256,6 +256,8 @@ class Adapter(pl.LightningModule, ABC):
         self.inject()
         for vectors in self.backbone.new_token_vectors:
             vectors.requires_grad_(True)
+            if vectors.dtype in HALVES.values():  # the embedding tables of a shared backbone on a GPU
+                vectors.data = vectors.data.float()
         # diffusers and transformers apply gradient checkpointing only in training mode.
         self.backbone.unet.train()
         for encoder in self.backbone.encoders.values():

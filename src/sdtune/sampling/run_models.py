@@ -56,7 +56,8 @@ class RunModels:
         """Context manager that yields the base model, without the artifact."""
         if self._base is None:
             dtype = generation_dtype(self.device)
-            if self._weights is not None:
+            # Half weights of another type would be rounded twice, and the base images of all runs must be equal.
+            if self._weights is not None and self._weights.unet.dtype in (torch.float32, dtype):
                 weights, self._weights = self._weights, None
                 self._base = place_to_generate(weights, self.device, dtype, vae_tiling=self._vae_tiling)
             else:
@@ -105,7 +106,7 @@ class RunModels:
         """
         assert not any(request.maps for request in requests), "control maps are not part of the cache key"
         settings = (self.source.image_cache_key(), self.device.type, precision("auto", self.device.type))
-        half = () if self.device.type == "cpu" else ("weights in half precision",)
+        half = () if self.device.type == "cpu" else (str(generation_dtype(self.device)),)
         key = repr((*settings, sampling, list(requests), *half))
         file = cache_folder() / "base" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class SharedBackbone:
         adapter.executor = self.executor
 
     def _load(self, source: Pretrained) -> Backbone:
-        # Always float32, because images are generated with these weights; settle() casts them for training.
+        # float32 on a CPU, where settle() casts a copy for training; on a GPU also images need only half precision.
         loaded = self.pool.copied(source)
         loaded.pair_executor = self.executor
         # Filling caches and generating class images may take minutes without a call; hooks check for a stop there.

@@ -25,7 +25,7 @@ from sdtune.config.overrides import resumed_folder
 from sdtune.errors import RunFailed, Stopped, UserError
 from sdtune.files import locked, read_yaml, write_json
 from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
-from sdtune.paths import cache_in_use, command_line_folder
+from sdtune.paths import command_line_folder
 from sdtune.quoting import override, shell_override, shell_word
 from sdtune.runs.compare import check_same, check_unchanged, flat
 from sdtune.runs.hydra_values import as_current, unresolved
@@ -101,7 +101,7 @@ def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
     hint = f"continue it with: sdtune {job.command} -m {shell_override('resume', folder)}"
     try:
         relays = StopRelay(folder) if job.in_worker else contextlib.nullcontext()
-        with locked(folder), cache_in_use(), relays as relay:
+        with locked(folder), relays as relay:
             # No output subfolder of Hydra: the job saves its config itself, see sdtune.sweeps.job.
             hydra.multirun(job.command, task_function=job, overrides=[*overrides, "hydra.output_subdir=null"])
     except (SystemExit, KeyboardInterrupt) as stop:

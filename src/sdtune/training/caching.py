@@ -98,7 +98,7 @@ def _class_image_inputs(
         with autocast(device, precision if uses_autocast else "32-true"):
             yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
 
-    where = "" if device.type == "cpu" else f"/{device.type}"
+    where = "" if device.type == "cpu" else f"/{device.type}/{dtype}"
     key = hashlib.sha256(f"{source.image_cache_key()}/{precision}/{source.guidance}/{side}{where}".encode())
     return CacheInputs(
         encode_images=None,
