@@ -32,7 +32,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_memory_of_each_phase_is_within_six_percent_of_the_plan(name: str, training: Run) -> None:
     recipe, kind, more = RECIPES[name]
-    measured = training(recipe, kind, *more, "hardware=gpu")
+    # A micro-batch would contain the previews that follow it.
+    measured = training(recipe, kind, *more, "hardware=gpu", "callbacks.samples.every_steps=null")
     assert measured.code == 0, measured.output
     plan = planned_memory(f"experiment={recipe}", f"backbone={kind}", *more, "data.resolution=512", "hardware=gpu")
     phases = {
