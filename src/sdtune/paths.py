@@ -22,6 +22,9 @@ _RUNNING = "running"
 
 _ATTEMPTS = 5
 
+_CLOCK_TOLERANCE = 60.0
+"""Seconds by which the clock of a file system may be behind that of the process."""
+
 
 def config_folder() -> Path:
     """Folder of the Hydra config groups: ``sdtune/conf`` in a wheel, ``conf`` in a checkout."""
@@ -118,7 +121,7 @@ def oldest_running(cache: Path) -> float | None:
         except FileNotFoundError:
             continue
         except (Timeout, OSError):
-            starts.append(int(file.name.partition("-")[0]) / 1e9)
+            starts.append(int(file.name.partition("-")[0]) / 1e9 - _CLOCK_TOLERANCE)
             continue
         lock.release()
         file.unlink(missing_ok=True)
