@@ -30,20 +30,22 @@ def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
 
 def remove_tokens(backbone: Backbone) -> None:
     """Remove all new tokens, so that others can be added."""
+    _set_original_tables(backbone)
+    backbone.new_tokens = None
+
+
+def _set_original_tables(backbone: Backbone) -> None:
     for encoder in backbone.encoders.values():
         table = encoder.get_input_embeddings()
         if isinstance(table, ExtendedEmbedding):
             encoder.set_input_embeddings(table.table)
-    backbone.new_tokens = None
 
 
 @contextmanager
 def without_new_tokens(backbone: Backbone) -> Iterator[None]:
     """Context manager that gives the text encoders their original embedding tables, without the new tokens."""
     tables = {name: encoder.get_input_embeddings() for name, encoder in backbone.encoders.items()}
-    for name, table in tables.items():
-        if isinstance(table, ExtendedEmbedding):
-            backbone.encoders[name].set_input_embeddings(table.table)
+    _set_original_tables(backbone)
     try:
         yield
     finally:

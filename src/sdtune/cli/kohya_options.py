@@ -178,7 +178,7 @@ UNAVAILABLE = (
     *("lowram", "color_aug", "face_crop_aug_range", "caption_tag_dropout_rate", "debiased_estimation_loss"),
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles", "loss_type"),
 )
-"""Options of kohya's scripts whose function sdtune does not have."""
+"""Options of kohya's scripts that have no counterpart in sdtune."""
 
 SCRIPTS = {
     **dict.fromkeys(
@@ -195,7 +195,7 @@ WITH_ASSIGNMENTS = ("optimizer_args", "network_args")
 
 @dataclass(frozen=True)
 class Options:
-    """Known options of other programs: the overrides that replace them, and remarks about the others."""
+    """Options of kohya's scripts: those with overrides that replace them, and those with only a remark."""
 
     overrides: Mapping[str, str]
     remarks: Mapping[str, str]
@@ -282,13 +282,13 @@ def _is_translated(option: Option) -> bool:
 
 def _remark_on_value(option: Option) -> str | None:
     """Remark on a value that has no counterpart; None if it has one."""
+    if option.value is None:
+        return None
     group = {"lr_scheduler": "lr_schedule", "optimizer_type": "optimizer"}.get(option.name)
-    if group is not None and option.value is not None:
+    if group is not None:
         value = _VALUES[option.name].get(option.value, option.value)
         choices = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
         return None if value in choices else f"{value} is not available; use {group}={'|'.join(choices)}"
-    if option.value is None:
-        return None
     if option.name == "models" and " " in option.value:
         first, *others = option.value.split()
         return (
@@ -319,12 +319,12 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         ("n_iter", "images_per_prompt", "seed"): _seeds,
         ("optimizer_args",): _optimizer_settings,
     }
-    command_has_adapters = "adapters" in templates.get("network_weights", "")
+    takes_adapters = "adapters" in templates.get("network_weights", "")
     texts = []
     for option in options:
         names = next((names for names in merged if option.name in names), ())
         together = {name: str(by_name[name].value) for name in names if name in by_name}
-        is_list = option.name == "network_weights" and " " in (option.value or "") and command_has_adapters
+        is_list = option.name == "network_weights" and " " in (option.value or "") and takes_adapters
         is_merged = len(together) > 1 or option.name not in templates or is_list
         texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
     words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
@@ -365,7 +365,7 @@ def _adapters(values: Mapping[str, str]) -> str:
 
 
 def _override(template: str, option: Option) -> str:
-    """``template`` of a table with the value of ``option``; unchanged if it has no value or one that does not fit."""
+    """``template`` with the value of ``option`` for VALUE; unchanged if the value is missing or does not fit."""
     value = option.value
     if value is None:
         return template

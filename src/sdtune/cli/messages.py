@@ -77,7 +77,7 @@ def _unparsable(override: str, typed: Sequence[str]) -> str:
 
 def _is_text(word: str) -> bool:
     """Whether ``word`` is neither an option, nor an override, nor a dotted key."""
-    return "=" not in word and not is_option(word) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word) is None
+    return _is_bare(word) and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word) is None
 
 
 def joined_brackets(words: Sequence[str]) -> list[str]:
@@ -115,7 +115,7 @@ def _split_text(word: str, typed: Sequence[str]) -> str | None:
         key, equals, value = text.partition("=")
         if not equals or key.startswith("-") or not key.endswith(TEXT_KEYS):
             continue
-        rest = list(takewhile(lambda other: "=" not in other and not is_option(other), typed[start + 1 :]))
+        rest = list(takewhile(_is_bare, typed[start + 1 :]))
         if word in rest:
             quoted = shell_override(key, " ".join([value, *rest]))
             if key.startswith("data.") and not any(text.startswith(("data=", "experiment=")) for text in typed):

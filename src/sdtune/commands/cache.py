@@ -158,7 +158,7 @@ def _remove(entry: Entry) -> bool:
             path.unlink()
             return True
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=0):  # the lock of the conversion
-            # Renamed first: another process then finds the complete folder or none.
+            # Rename the folder before it is deleted, so that no other process reads a part of it.
             hidden = path.with_name(f".{path.name}.{os.getpid()}")
             path.rename(hidden)
             shutil.rmtree(hidden)

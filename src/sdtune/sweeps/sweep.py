@@ -100,8 +100,7 @@ def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
     """
     hint = f"continue it with: sdtune {job.command} -m {shell_override('resume', folder)}"
     try:
-        relays = StopRelay(folder) if job.in_worker else contextlib.nullcontext()
-        with locked(folder), relays as relay:
+        with locked(folder), StopRelay(folder) if job.in_worker else contextlib.nullcontext() as relay:
             # No output subfolder of Hydra: the job saves its config itself, see sdtune.sweeps.job.
             hydra.multirun(job.command, task_function=job, overrides=[*overrides, "hydra.output_subdir=null"])
     except (SystemExit, KeyboardInterrupt) as stop:
