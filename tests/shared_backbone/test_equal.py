@@ -106,6 +106,7 @@ VARIANTS = {
     "seeds and weight decay": ["method.rank=2", "seed=0,1", "optimizer.weight_decay=0,0.1"],
     "different targets": ["method.rank=4", "method.targets=[cross_attention],[self_attention],[feed_forward]"],
     "new tokens": ["method=textual_inversion", 'new_tokens=[{token: "<x>", init: a}]', "tokens_lr=1e-2,1e-3"],
+    "quantized weights": ["method.rank=2,4", "backbone.quantize=fp8"],
     "class images": ["method.rank=2,4", "data.class_prompt=a fox", "data.class_images=3"],
 }
 

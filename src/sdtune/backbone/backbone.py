@@ -137,7 +137,7 @@ class Backbone(nn.Module):
         """
         half = HALVES.get(precision)
         for name, parameter in self.named_parameters() if half is not None else ():
-            if not name.startswith("vae.") and not parameter.requires_grad:
+            if not name.startswith("vae.") and not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(half)
 
     # --- images

@@ -12,6 +12,9 @@ from sdtune.formats.original import Family
 Component = Literal["unet", "vae", "text_encoder"]
 """Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
 
+Quantization = Literal["fp8", "int8", "nf4"]
+"""Formats of quantized weights (:mod:`sdtune.backbone.quantization`)."""
+
 
 @dataclass(frozen=True)
 class Facts:

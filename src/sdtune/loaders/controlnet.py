@@ -18,6 +18,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import ControlNetWithStrength
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_controlnet, load_controlnet
+from sdtune.backbone.quantization import Quantized
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
 from sdtune.errors import UserError
@@ -172,9 +173,14 @@ def controlnets_applied(
             key="control",
             remedy="use only one of them",
         )
+    modules = backbone.unet.named_modules() if with_unet else ()
+    quantized = {f"{name}.weight": module for name, module in modules if isinstance(module, Quantized)}
+    stored = {id(parameter) for module in quantized.values() for parameter in (module.packed, module.scales)}
     parameters = backbone.unet.named_parameters() if with_unet else ()
-    original_weights = {name: p.data.cpu() for name, p in parameters}
+    original_weights = {name: p.data.cpu() for name, p in parameters if id(p) not in stored}
     try:
+        for name, layer in quantized.items():
+            layer.dense = with_unet[0].unet[name].to(backbone.device, layer.dtype)
         for name in original_weights:
             weight = backbone.unet.get_parameter(name)
             weight.data = with_unet[0].unet[name].to(weight.device, weight.dtype)
@@ -187,3 +193,5 @@ def controlnets_applied(
         for name, value in original_weights.items():
             parameter = backbone.unet.get_parameter(name)
             parameter.data = value.to(parameter.device)
+        for layer in quantized.values():
+            layer.dense = None

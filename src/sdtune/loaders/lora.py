@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.layers import layers
 from sdtune.backbone.new_tokens import check_vector_counts
+from sdtune.backbone.quantization import Quantized
 from sdtune.errors import UserError
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -170,8 +171,9 @@ def adapters_applied(
 ) -> Iterator[None]:
     """Context manager that merges ``adapters`` into the weights, and restores the original weights exactly.
 
-    Merged weights make sampling as fast as with the base model. Exception: with ``only_to_draw``, a single LoRA on a
-    UNet that several runs share is not merged into it, so that the runs can generate images in one batch.
+    Merged weights make sampling as fast as with the base model; the layers of a quantized backbone are dense then.
+    Exception: with ``only_to_draw``, a single LoRA on a UNet that several runs share is not merged into it, so that the
+    runs can generate images in one batch.
 
     Args:
         strengths: one factor per adapter.
@@ -181,6 +183,7 @@ def adapters_applied(
     # The original weights wait in main memory, except those that other runs use.
     is_shared = backbone.pair_executor is not None
     originals: dict[str, Tensor] = {}
+    quantized: list[Quantized] = []
     unmerged: dict[str, tuple[Tensor, Tensor, float]] = {}
     keep_unmerged = is_shared and only_to_draw and len(adapters) == 1
     names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if keep_unmerged else {}
@@ -189,15 +192,21 @@ def adapters_applied(
             if strength == 0:
                 continue
             for path, (down, up) in adapter.weights.pairs.items():
-                weight = modules[path].weight
+                layer = modules[path]
+                weight = layer.weight
                 scale = strength * adapter.weights.alphas[path] / down.shape[0]
                 if path in names:
                     unmerged[names[path]] = (down.float(), up.float(), scale)
                     continue
+                change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
+                merged = (weight.data.float() + change).to(weight.dtype)
+                if isinstance(layer, Quantized):
+                    layer.dense = merged
+                    quantized.append(layer)
+                    continue
                 if path not in originals:
                     originals[path] = weight.data if is_shared else weight.data.cpu()
-                change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
-                weight.data = (weight.data.float() + change).to(weight.dtype)
+                weight.data = merged
         backbone.sampling_pairs = unmerged if keep_unmerged else None
         yield
     finally:
@@ -205,3 +214,5 @@ def adapters_applied(
         for path, original in originals.items():
             weight = modules[path].weight
             weight.data = original.to(weight.device)
+        for quantized_layer in quantized:
+            quantized_layer.dense = None

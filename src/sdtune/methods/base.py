@@ -27,6 +27,7 @@ from sdtune.backbone.new_tokens import (
     check_vector_counts,
     check_vocabulary,
 )
+from sdtune.backbone.quantization import check_quantization, quantize
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -229,8 +230,14 @@ class Adapter(pl.LightningModule, ABC):
             # weights.
             if half_dtype and self.backbone.pair_executor is None:
                 self.backbone.cast_frozen(str(self.trainer.precision))
+            self._quantize()
             # Set the memory layout before DDP wraps the model: DDP builds its gradient buckets from the strides.
             self.prepare_for_device(self.trainer.strategy.root_device)
+
+    def _quantize(self) -> None:
+        """Quantize the frozen weights, except those of a backbone that other runs share."""
+        if self.source.quantize is not None and self.backbone.pair_executor is None:
+            quantize(self.backbone, self.source.quantize)
 
     def _generate_class_images(self) -> None:
         """Generate the class images of the data before the model is loaded and moved to the device."""
@@ -502,9 +509,10 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
     """Check that ``adapter`` can be trained on ``data``, without loading any weights.
 
     Raises:
-        UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained; a file with
-            initial embeddings is missing; a new token has more vectors than fit into a prompt, is already a word of the
-            vocabulary, or is in no prompt and would not be trained.
+        UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained;
+            ``backbone.quantize`` is not possible; a file with initial embeddings is missing; a new token has more
+            vectors than fit into a prompt, is already a word of the vocabulary, or is in no prompt and would not be
+            trained.
     """
     untrained = [part for part in adapter.source.from_scratch if part not in adapter.parts]
     if untrained:
@@ -513,6 +521,7 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
             key="backbone.from_scratch",
             remedy=f"add {untrained[0]} to method.parts (method=full), or remove it from backbone.from_scratch",
         )
+    check_quantization(adapter.source.quantize, adapter.parts)
     for token in adapter.new_tokens:
         if token.weights is not None:
             check_adapter(token.weights, adapter.source.hash(), "new_tokens")

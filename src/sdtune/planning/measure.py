@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sdtune.backbone.backbone import DECODED_PIXELS, Backbone
+from sdtune.backbone.quantization import Quantized, quantize
 from sdtune.data.batch_sizes import vae_batch_size
 from sdtune.data.dataset import Batch
 from sdtune.hardware.precision import autocast
@@ -212,13 +213,17 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
+    counts: dict[int, int] = {}
+    for layer in adapter.modules():
+        if isinstance(layer, Quantized):
+            counts |= {id(layer.packed): layer.shape.numel(), id(layer.scales): 0}
     parameters_of: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         parameters_of.setdefault(name.removeprefix("backbone.").split(".")[0], []).append(parameter)
     return tuple(
         ComponentCost(
             name,
-            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+            frozen=sum(counts.get(id(p), p.numel()) for p in parameters if not p.requires_grad),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
             bytes=sum(_bytes(p) for p in parameters),
         )
@@ -288,6 +293,8 @@ class _Generation:
         """
         base = self._adapter.source.load(self._adapter.seed)
         base.cast_frozen("bf16-mixed" if self._gpu else cpu_precision)
+        if self._adapter.source.quantize is not None:
+            quantize(base, self._adapter.source.quantize)
         base.prepare_for_device(_META if self._gpu else torch.device("cpu"))
         if self._adapter.vae_tiling:
             base.decode_in_tiles()
@@ -304,6 +311,9 @@ class _Generation:
         parked = encoders if self._gpu else 0
         added = [p for name, p in self._adapter.named_parameters() if trained and not name.startswith("backbone.")]
         more = sum(p.numel() for p in added) * (2 if self._gpu else 4)
+        if trained:  # a LoRA is merged into a dense weight beside the quantized one
+            merged = [layer for layer in self._adapter.modules() if hasattr(layer, "lora_A")]
+            more += sum(_bytes(m.base_layer.weight) for m in merged if isinstance(m.base_layer, Quantized))
         return GenerationCost(total - parked + more, parked, peak(count), peak(1))
 
 

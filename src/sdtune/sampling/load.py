@@ -6,13 +6,20 @@ import torch
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.quantization import quantize
 
 
 def load_to_generate(
     source: Pretrained, device: torch.device, dtype: torch.dtype | None, *, vae_tiling: bool = False, seed: int = 0
 ) -> Backbone:
     """Load ``source`` on ``device`` to generate images, as :func:`place_to_generate` places it."""
-    return place_to_generate(source.load(seed, dtype), device, dtype, vae_tiling=vae_tiling)
+    backbone = source.load(seed, dtype)
+    if source.quantize is not None and backbone.pair_executor is None:
+        if dtype is not None:  # text encoders are loaded in float32
+            for encoder in backbone.encoders.values():
+                encoder.to(dtype)
+        quantize(backbone, source.quantize)
+    return place_to_generate(backbone, device, dtype, vae_tiling=vae_tiling)
 
 
 def place_to_generate(

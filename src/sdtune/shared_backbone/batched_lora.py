@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtune.backbone.quantization import Quantized
 from sdtune.shared_backbone.padding import LoRALinear, PaddedPairs
 
 
@@ -43,8 +44,12 @@ class BatchedLoRALayer(nn.Module):
             return out
         downs, ups, _ = stack
         lora_input = self._with_dropout(x, stack)
-        dtypes_match = torch.is_autocast_enabled(x.device.type) or self.base.weight.dtype == downs.dtype
-        if isinstance(self.base, nn.Linear) and lora_input is x and dtypes_match:
+        is_plain = isinstance(self.base, nn.Linear) and not isinstance(self.base, Quantized)
+        if (
+            is_plain
+            and lora_input is x
+            and (torch.is_autocast_enabled(x.device.type) or self.base.weight.dtype == downs.dtype)
+        ):
             fused: Tensor = LoRALinear.apply(x, self.base.weight, self.base.bias, downs, ups)  # type: ignore[no-untyped-call]
             return fused
         out, lora_input = self.base(x), lora_input.to(downs.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.quantization import quantize
 from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.errors import RunFailed, UserError
 from sdtune.hardware.allocator import release
@@ -95,6 +96,8 @@ class Pool:
             self._base = source.load(unet_dtype=half_dtype)
             if half_dtype is not None:  # one copy of the weights serves the training and the images of finished runs
                 self._base.cast_frozen(self.precision)
+            if source.quantize is not None:
+                quantize(self._base, source.quantize)
             self._base.prepare_for_device(self.device)
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with the module that it trains
@@ -122,7 +125,8 @@ class Pool:
                 parameter.data = parameter.data.to(self.device)
             else:
                 if address not in self._moved:
-                    dtype = None if name.startswith("backbone.vae.") else half_dtype
+                    keeps_dtype = name.startswith("backbone.vae.") or not parameter.is_floating_point()
+                    dtype = None if keeps_dtype else half_dtype
                     self._moved[address] = parameter.data.to(self.device, dtype or parameter.dtype)
                 parameter.data = self._moved[address]
         for buffer in adapter.buffers():
