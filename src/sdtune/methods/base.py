@@ -140,6 +140,7 @@ class Adapter(pl.LightningModule, ABC):
         """Metrics that were last copied from the device, for the progress bar."""
         self.average: Average | None = None
         """Average of the trained weights (EMA); set by a callback."""
+        self._unet_is_half = False
 
     # --- hooks: implemented or overridden by a method
 
@@ -190,7 +191,15 @@ class Adapter(pl.LightningModule, ABC):
             batch: additional inputs, such as ``frame`` and ``control``; in previews at most ``control``.
         """
         inputs = self.backbone.unet_inputs(noisy, timesteps, text, frame=batch.get("frame"))
-        return self.executor.predict(self.backbone.unet, inputs)
+        return self._predict(inputs)
+
+    def _predict(self, inputs: dict[str, Any]) -> Tensor:
+        """UNet output for ``inputs`` (:meth:`Backbone.unet_inputs`).
+
+        A frozen UNet in half precision is computed without autocast: a third of autocast's kernels would be casts.
+        """
+        with autocast(self.device, "32-true") if self._unet_is_half else nullcontext():
+            return self.executor.predict(self.backbone.unet, inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
@@ -316,6 +325,10 @@ class Adapter(pl.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
+        self._unet_is_half = all(
+            parameter.dtype in HALVES.values() or "lora_" in name or not parameter.is_floating_point()
+            for name, parameter in self.backbone.unet.named_parameters()
+        )
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
             data.open(self.source.facts.side, self.source.facts.factor)

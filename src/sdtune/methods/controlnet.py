@@ -122,7 +122,7 @@ class ControlNet(Adapter):
             conditions = self.backbone.conditions(text, noisy, frame)
             controlnet_residuals = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
         inputs = self.backbone.unet_inputs(noisy, timesteps, text, controlnet_residuals, frame)
-        return self.executor.predict(self.backbone.unet, inputs)
+        return self._predict(inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:

@@ -28,7 +28,8 @@ from sdtune.methods.base import Adapter
 from sdtune.peft_compat import register_layers
 from sdtune.randomness import generator
 from sdtune.training.arguments import Common
-from sdtune.training.lora_layer import FusedLoRALinear
+from sdtune.training.executor import LocalExecutor
+from sdtune.training.lora_layer import FusedLoRALinear, HalfLoRAConv2d, LoRALayers, cast_pairs, drop_cast_pairs
 
 Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
 AlphaPolicy = Literal["rank", "constant", "rslora"]
@@ -151,6 +152,7 @@ class LoRA(Adapter):
             raise UserError(f"{weights} does not exist", key="method.weights", remedy="set it to a LoRA file")
         self.targets, self.projections, self.dropout = targets, projections, dropout
         self._ranks_and_alphas_in_file: dict[str, tuple[int, float]] = {}
+        self._cast_layers: LoRALayers = ()
 
     def check_data(self, data: ImageDataModule) -> None:
         if self.weights_file is not None:
@@ -170,6 +172,25 @@ class LoRA(Adapter):
                     remedy=f"use the start of a module path such as {next(iter(modules), 'unet.mid_block')}",
                 )
         self._copy_pairs(pairs, modules)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        # When several runs share a backbone, it stacks and casts the pairs of all runs.
+        casts = self._unet_is_half and isinstance(self.executor, LocalExecutor)
+        modules = self.backbone.unet.modules() if casts else ()
+        self._cast_layers = [m for m in modules if isinstance(m, FusedLoRALinear | HalfLoRAConv2d)]
+
+    def _predict(self, inputs: dict[str, Any]) -> Tensor:
+        if self._cast_layers:
+            cast_pairs(self._cast_layers, inputs["sample"].dtype)
+        output = super()._predict(inputs)
+        if not torch.is_grad_enabled():
+            drop_cast_pairs(self._cast_layers)
+        return output
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        drop_cast_pairs(self._cast_layers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -337,7 +358,7 @@ class LoRA(Adapter):
             lora_dropout=self.dropout,
             use_rslora=self.alpha_policy == "rslora",
         )
-        register_layers(config, {nn.Linear: FusedLoRALinear})
+        register_layers(config, {nn.Linear: FusedLoRALinear, nn.Conv2d: HalfLoRAConv2d})
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
             if "lora_" in name and parameter.dtype.itemsize == 2:
