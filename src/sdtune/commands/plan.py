@@ -196,6 +196,7 @@ def configured_switches(job: CheckedPlan) -> Switches:
     settings = job.config["hardware"]
     return Switches(
         checkpointing=bool(settings.get("gradient_checkpointing")),
+        # adamw_by_size: the state is measured as configured
         eight_bit="8bit" in str(job.config["optimizer"].get("_target_")),
         offload=bool(settings.get("offload")),
     )

@@ -32,7 +32,7 @@ def _check_optimizer(node: dict[str, Any], trust: tuple[str, ...]) -> None:
     check_value(node.get("lr"), Annotated[float, Gt(0)], "optimizer.lr")
     try:
         # torch's annotations have no ranges; its constructors check them and need a parameter to optimize.
-        build(node, trust)([torch.nn.Parameter(torch.zeros(1))])
+        build(node, trust)([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         values = ", ".join(f"{key}={value}" for key, value in node.items() if not key.startswith("_"))
         raise UserError(

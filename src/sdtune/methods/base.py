@@ -39,6 +39,7 @@ from sdtune.lr_schedule import Constant, LRSchedule, apply_current_rates
 from sdtune.objective import Objective
 from sdtune.torch_compat import set_supports_found_inf
 from sdtune.training import random_draws as draws
+from sdtune.training.adamw_by_size import AdamWBySize
 from sdtune.training.arguments import Average, OptimizerFactory
 from sdtune.training.caching import CachedParts, fill_caches, generate_class_images
 from sdtune.training.checkpoint_contents import check_same_backbone, complete, keep_only_trained
@@ -523,9 +524,9 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
 
     Raises:
         UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained;
-            ``backbone.quantize`` is not possible; a file with initial embeddings is missing; a new token has more
-            vectors than fit into a prompt, is already a word of the vocabulary, or is in no prompt and would not be
-            trained.
+            ``backbone.quantize`` is not possible; 8-bit states need a missing package; a file with initial embeddings
+            is missing; a new token has more vectors than fit into a prompt, is already a word of the vocabulary, or is
+            in no prompt and would not be trained.
     """
     untrained = [part for part in adapter.source.from_scratch if part not in adapter.parts]
     if untrained:
@@ -535,6 +536,8 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
             remedy=f"add {untrained[0]} to method.parts (method=full), or remove it from backbone.from_scratch",
         )
     check_quantization(adapter.source.quantize, adapter.parts)
+    if "unet" in adapter.parts and isinstance(adapter.make_optimizer, AdamWBySize):
+        adapter.make_optimizer.check_installed()
     for token in adapter.new_tokens:
         if token.weights is not None:
             check_adapter(token.weights, adapter.source.hash(), "new_tokens")
