@@ -123,7 +123,8 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         (
             "--network_dim, --learning_rate, --shuffle_caption, network_alpha, --other: unknown options; ",
             "use method.rank=VALUE optimizer.lr=1e-4 method.alpha_policy=constant method.alpha=4 ",
-            "; --shuffle_caption: captions are not shuffled; remove --other, which is unknown; see docs/from-kohya.md",
+            "; --shuffle_caption: captions are not shuffled; remove --other, which is unknown; ",
+            "; see docs/from-kohya.md",
         ),
     ),
     "unquoted folder of kohya": (
@@ -141,8 +142,22 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "word of kohya": (
         ["--token_string=sks-hog", "--init_word", "animal", "--num_vectors_per_token=4"],
-        ("use 'new_tokens=[{token: \"<sks-hog>\", init: animal, vectors: 4}]' ",),
+        ("use method=textual_inversion 'new_tokens=[{token: sks-hog, init: animal, vectors: 4}]' ",),
     ),
+    "bracketed word of kohya": (["--token_string=<hog>"], ("'new_tokens=[{token: \"<hog>\", init: WORD, vectors: N}]' ",)),
+    "convolutions of kohya": (
+        ["--text_encoder_lr=1e-5", "--network_args", "conv_dim=4", "conv_alpha=1"],
+        ("'method.targets=[cross_attention,self_attention,text_encoder,convolutions]' method.text_encoder_lr=1e-5 ",),
+    ),
+    "defaults of kohya": (
+        ["--network_dim=8", "--pretrained_model_name_or_path=x.safetensors"],
+        (
+            "use method.rank=8 backbone.path=x.safetensors method.alpha_policy=constant method.alpha=1 ",
+            "; kohya's default of network_alpha is 1; kohya also trains the text encoder: ",
+            "; begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL; ",
+        ),
+    ),
+    "quantization of kohya": (["--fp8_base"], ("use backbone.quantize=fp8 ",)),
     "last parts of keys": (
         ["rank=8", "lr=1e-3"],
         ("rank, lr: unknown settings; did you mean method.rank=8 optimizer.lr=1e-3?",),
@@ -386,6 +401,14 @@ SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
 def test_invalid_argument_of_sample_is_refused(line: CommandLine, case: str) -> None:
     arguments, words = SAMPLE[case]
     line.refuses(*line.sampling(), *arguments, words=words)
+
+
+def test_file_without_a_key_is_proposed_as_an_adapter(line: CommandLine) -> None:
+    (line.folder / "my lora.safetensors").touch()
+    adapters = "sdtune sample 'a cat, red' 'adapters=[{path: \"my lora.safetensors\"}]'"
+    line.refuses(*line.sampling(), "a cat, red", "my lora.safetensors", words=("2 words without a key", adapters))
+    words = ("2 words without a key", "use one file per command: sdtune export 'my lora.safetensors'")
+    line.refuses("export", "my lora.safetensors", "other", words=words)
 
 
 EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -642,6 +665,11 @@ def test_invalid_sampling_setting_is_refused(line: CommandLine, case: str) -> No
 
 def test_unknown_command_is_refused(line: CommandLine) -> None:
     line.refuses("trian", words=("trian", "unknown command", "train"))
+
+
+def test_script_of_kohya_is_answered_by_the_command_and_its_overrides(line: CommandLine) -> None:
+    line.refuses("merge_lora.py", "--save_to", "x.safetensors", words=("use sdtune export; ", "hydra.run.dir=x"))
+    line.refuses("sdxl_train_network.py", words=("use sdtune train",))
 
 
 # --- valid input

@@ -23,6 +23,7 @@ TRAINING = {
     "learning_rate": "optimizer.lr=VALUE",
     "unet_lr": "optimizer.lr=VALUE",
     "text_encoder_lr": "'method.targets=[cross_attention,self_attention,text_encoder]' method.text_encoder_lr=VALUE",
+    "conv_dim": "'method.targets=[cross_attention,self_attention,convolutions]'",
     "lr_scheduler": "lr_schedule=VALUE",
     "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
     "max_train_steps": "trainer.max_steps=VALUE",
@@ -60,9 +61,10 @@ TRAINING = {
     "use_8bit_adam": "optimizer=adamw8bit",
     "seed": "seed=VALUE",
     "resume": "resume=VALUE",
-    "token_string": "'new_tokens=[{token: VALUE, init: WORD, vectors: N}]'",
-    "init_word": "'new_tokens=[{token: WORD, init: VALUE, vectors: N}]'",
-    "num_vectors_per_token": "'new_tokens=[{token: WORD, init: WORD, vectors: VALUE}]'",
+    "token_string": "method=textual_inversion 'new_tokens=[{token: VALUE, init: WORD, vectors: N}]'",
+    "init_word": "method=textual_inversion 'new_tokens=[{token: WORD, init: VALUE, vectors: N}]'",
+    "num_vectors_per_token": "method=textual_inversion 'new_tokens=[{token: WORD, init: WORD, vectors: VALUE}]'",
+    "fp8_base": "backbone.quantize=fp8",
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
 
@@ -104,8 +106,7 @@ TRAINING_REMARKS = {
     "log_with": "choose a logger: logger=tensorboard or logger=wandb",
     "max_data_loader_n_workers": "set data.workers",
     "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
-    "conv_dim": "add convolutions to method.targets; they have the rank of the other layers",
-    "conv_alpha": "add convolutions to method.targets; they have the alpha of the other layers",
+    "conv_alpha": "convolutions have the alpha of the other layers",
     "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
     "v2": "choose the model: backbone=sd21",
 }
@@ -174,7 +175,7 @@ EXPORT_REMARKS = {
 
 
 UNAVAILABLE = (
-    *("scale_weight_norms", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount", "fp8_base"),
+    *("scale_weight_norms", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount"),
     *("lowram", "color_aug", "face_crop_aug_range", "caption_tag_dropout_rate", "debiased_estimation_loss"),
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles", "loss_type"),
 )
@@ -267,6 +268,7 @@ def explanation(words: Sequence[str], command: str) -> str | None:
         remedies.append(f"{option.typed}: {remarks[option.name]}" if plural else remarks[option.name])
     unknown = [option.typed for option in options if option not in [*replaced, *remarked]]
     remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
+    remedies += _other_defaults(options) if command == "train" else []
     names = ", ".join(option.typed for option in options)
     return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
 
@@ -277,6 +279,8 @@ def _is_translated(option: Option) -> bool:
         return False
     if option.name == "optimizer_args":
         return all("=" in word for word in option.value.split())
+    if option.name == "network_args":
+        return {word.split("=")[0] for word in option.value.split()} <= {"conv_dim", "conv_alpha"}
     return option.name in ("n_iter", "images_per_prompt") and option.value.isdigit()
 
 
@@ -318,6 +322,7 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         ("network_weights", "network_mul"): _adapters,
         ("n_iter", "images_per_prompt", "seed"): _seeds,
         ("optimizer_args",): _optimizer_settings,
+        ("text_encoder_lr", "conv_dim", "network_args"): _targets,
     }
     takes_adapters = "adapters" in templates.get("network_weights", "")
     texts = []
@@ -327,15 +332,42 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         is_list = option.name == "network_weights" and " " in (option.value or "") and takes_adapters
         is_merged = len(together) > 1 or option.name not in templates or is_list
         texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
+    texts += ["method.alpha_policy=constant method.alpha=1"] if _lacks_alpha(options) else []
     words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
     return " ".join(dict.fromkeys(words))
 
 
+def _other_defaults(options: Sequence[Option]) -> list[str]:
+    """Remarks on defaults of kohya that differ from those of sdtune."""
+    names = {option.name for option in options}
+    remarks = ["kohya's default of network_alpha is 1"] if _lacks_alpha(options) else []
+    if "network_dim" in names and not names & {"network_train_unet_only", "train_text_encoder", "text_encoder_lr"}:
+        remarks.append(
+            "kohya also trains the text encoder: 'method.targets=[cross_attention,self_attention,text_encoder]'"
+        )
+    if "pretrained_model_name_or_path" in names:
+        remarks.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
+    return remarks
+
+
+def _lacks_alpha(options: Sequence[Option]) -> bool:
+    """Whether kohya's default alpha of 1 applies: sdtune's is the rank."""
+    return any(o.name == "network_dim" for o in options) and not any(o.name == "network_alpha" for o in options)
+
+
+def _targets(values: Mapping[str, str]) -> str:
+    """The layers of a LoRA that also trains convolutions, a text encoder, or both."""
+    added = ["text_encoder"] if "text_encoder_lr" in values else []
+    added += ["convolutions"] if {"conv_dim", "network_args"} & values.keys() else []
+    rate = [f"method.text_encoder_lr={values['text_encoder_lr']}"] if "text_encoder_lr" in values else []
+    return " ".join([f"'method.targets=[{','.join(['cross_attention', 'self_attention', *added])}]'", *rate])
+
+
 def _new_tokens(values: Mapping[str, str]) -> str:
-    word = values.get("token_string", "WORD").strip("<>")
-    parts = [f'token: "<{word}>"', f"init: {values.get('init_word', 'WORD')}"]
+    word = values.get("token_string", "WORD")
+    parts = [f"token: {_scalar(word)}", f"init: {values.get('init_word', 'WORD')}"]
     parts += [f"vectors: {values['num_vectors_per_token']}"] if "num_vectors_per_token" in values else []
-    return f"'new_tokens=[{{{', '.join(parts)}}}]'"
+    return f"method=textual_inversion 'new_tokens=[{{{', '.join(parts)}}}]'"
 
 
 def _seeds(values: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -82,7 +82,9 @@ def main() -> None:
         from sdtune.cli.kohya_options import SCRIPTS
 
         own = SCRIPTS.get(name.removesuffix(".py"))
-        refuse(f"{name}: unknown command{suggestion(name, COMMANDS) if own is None else f'; use sdtune {own}'}")
+        if own is None:
+            refuse(f"{name}: unknown command{suggestion(name, COMMANDS)}")
+        refuse(f"{name}: unknown command; use sdtune {own}{_translated_options(own, overrides)}")
     if name in _WITHOUT_CONFIG:
         from sdtune.cli.exit_codes import exit_codes
 
@@ -139,6 +141,18 @@ def _argument_rewriter(name: str) -> Callable[[list[str]], list[str]]:
     from sdtune.cli.resume import rewrite
 
     return rewrite
+
+
+def _translated_options(command: str, arguments: Sequence[str]) -> str:
+    """What replaces the options of a script of kohya; empty if there are none."""
+    from sdtune.cli.messages import check_option_names
+    from sdtune.errors import UserError
+
+    try:
+        check_option_names(arguments, command, ())
+    except UserError as error:
+        return f"; {error}"
+    return ""
 
 
 def _complete(arguments: list[str]) -> None:

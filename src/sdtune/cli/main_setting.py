@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdtune.cli.messages import joined_brackets
 from sdtune.errors import UserError
-from sdtune.quoting import override, shell_word
+from sdtune.quoting import in_quotes, override, shell_word
 
 _KEYS = {"sample": "prompt", "export": "run", "evaluate": "run"}
 
@@ -27,6 +28,7 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
     if key is None or not bare or any(text.startswith((f"{key}=", "artifact=")) for text in overrides):
         return overrides
     if len(bare) > 1:
+        _refuse_files(command, bare)
         others = [text for text in joined if text not in bare]
         line = " ".join(shell_word(text) for text in (" ".join(bare), *others))
         raise UserError(
@@ -38,6 +40,25 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
         key = "artifact"
     named = f"{key}={text}" if text.startswith("[") else override(key, text)
     return [named if other == text else other for other in overrides]
+
+
+def _refuse_files(command: str, bare: Sequence[str]) -> None:
+    """Refuse words without a key if some of them are files, which are no part of a text.
+
+    Raises:
+        UserError: one of ``bare`` is a file.
+    """
+    files = [text for text in bare if Path(text).suffix == ".safetensors" and Path(text).expanduser().is_file()]
+    if not files:
+        return
+    message = f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})"
+    if command != "sample":
+        raise UserError(message, remedy=f"use one file per command: sdtune {command} {shell_word(files[0])}")
+    text = " ".join(word for word in bare if word not in files)
+    entries = ", ".join(f"{{path: {in_quotes(file)}}}" for file in files)
+    raise UserError(
+        message, remedy=f"name the adapters: sdtune sample {shell_word(text)} {shell_word(f'adapters=[{entries}]')}"
+    )
 
 
 def _is_run(text: str) -> bool:
