@@ -144,7 +144,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--token_string=sks-hog", "--init_word", "animal", "--num_vectors_per_token=4"],
         ("use method=textual_inversion 'new_tokens=[{token: sks-hog, init: animal, vectors: 4}]' ",),
     ),
-    "bracketed word of kohya": (["--token_string=<hog>"], ("'new_tokens=[{token: \"<hog>\", init: WORD, vectors: N}]' ",)),
+    "bracketed word of kohya": (
+        ["--token_string=<hog>"],
+        ("'new_tokens=[{token: \"<hog>\", init: WORD, vectors: N}]' ",),
+    ),
     "convolutions of kohya": (
         ["--text_encoder_lr=1e-5", "--network_args", "conv_dim=4", "conv_alpha=1"],
         ("'method.targets=[cross_attention,self_attention,text_encoder,convolutions]' method.text_encoder_lr=1e-5 ",),
@@ -157,6 +160,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "; begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL; ",
         ),
     ),
+    "maps of kohya": (["--conditioning_data_dir=maps"], ("data/control=paired data.control.path=maps ",)),
     "quantization of kohya": (["--fp8_base"], ("use backbone.quantize=fp8 ",)),
     "last parts of keys": (
         ["rank=8", "lr=1e-3"],
@@ -386,6 +390,10 @@ SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["sks", "hedgehog,", "green", "adapters=[{path:", "x.safetensors}]"],
         ("sdtune sample 'sks hedgehog, green' ", " 'adapters=[{path: x.safetensors}]'"),
     ),
+    "ControlNet of kohya": (
+        ["--control_net_models=NET", "--guide_image_path", "a", "map.png", "--control_net_multipliers=0.8"],
+        ("use 'control=[{path: NET, image: ", "strength: 0.8}]' "),
+    ),
     "strengths of kohya": (
         ["--network_weights", "a.safetensors", "b.safetensors", "--network_mul", "0.8", "0.4"],
         ("use 'adapters=[{path: a.safetensors, strength: 0.8}, {path: b.safetensors, strength: 0.4}]' ",),
@@ -407,8 +415,13 @@ def test_file_without_a_key_is_proposed_as_an_adapter(line: CommandLine) -> None
     (line.folder / "my lora.safetensors").touch()
     adapters = "sdtune sample 'a cat, red' 'adapters=[{path: \"my lora.safetensors\"}]'"
     line.refuses(*line.sampling(), "a cat, red", "my lora.safetensors", words=("2 words without a key", adapters))
-    words = ("2 words without a key", "use one file per command: sdtune export 'my lora.safetensors'")
+    words = ("2 words without a key", "use one run or file per command: sdtune export 'my lora.safetensors'")
     line.refuses("export", "my lora.safetensors", "other", words=words)
+
+
+def test_several_prompts_without_a_key_are_proposed_as_a_list(line: CommandLine) -> None:
+    words = ('2 prompts without a key; write a list: \'prompt=["a cat, red","a green cat"]\'',)
+    line.refuses(*line.sampling(), "a cat, red", "a green cat", words=words)
 
 
 EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -65,6 +65,7 @@ TRAINING = {
     "init_word": "method=textual_inversion 'new_tokens=[{token: WORD, init: VALUE, vectors: N}]'",
     "num_vectors_per_token": "method=textual_inversion 'new_tokens=[{token: WORD, init: WORD, vectors: VALUE}]'",
     "fp8_base": "backbone.quantize=fp8",
+    "conditioning_data_dir": "method=controlnet data/control=paired data.control.path=VALUE",
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
 
@@ -122,6 +123,9 @@ SAMPLING = {
     "network_weights": "'adapters=[{path: VALUE}]'",
     "textual_inversion_embeddings": "'adapters=[{path: VALUE}]'",
     "network_mul": "'adapters=[{path: FILE, strength: VALUE}]'",
+    "control_net_models": "'control=[{path: VALUE, image: FILE}]'",
+    "guide_image_path": "'control=[{path: NET, image: VALUE}]'",
+    "control_net_multipliers": "'control=[{path: NET, image: FILE, strength: VALUE}]'",
     "seed": "seeds=[VALUE]",
     "steps": "sampling.steps=VALUE",
     "scale": "sampling.guidance=VALUE",
@@ -140,8 +144,6 @@ SAMPLING_REMARKS = {
     "network_merge": "it is not needed: adapters are applied to the weights in memory",
     "images_per_prompt": "set one seed for each image: seeds=[0,1,2,3]",
     "n_iter": "set one seed for each image: seeds=[0,1,2,3]",
-    "control_net_models": "set 'control=[{path: NET, image: FILE}]'",
-    "control_net_multipliers": "set the strength: 'control=[{path: NET, image: FILE, strength: 0.8}]'",
     "xformers": "it is not needed: the attention implementation is chosen for the device",
     "sdpa": "it is not needed: the attention implementation is chosen for the device",
     "v2": "choose the model: backbone=sd21",
@@ -183,7 +185,8 @@ UNAVAILABLE = (
 
 SCRIPTS = {
     **dict.fromkeys(
-        ("train_network", "sdxl_train_network", "train_db", "fine_tune", "train_textual_inversion"), "train"
+        ("train_network", "sdxl_train_network", "train_db", "fine_tune", "train_textual_inversion", "train_controlnet"),
+        "train",
     ),
     "gen_img": "sample",
     **dict.fromkeys(("extract_lora_from_models", "merge_lora", "resize_lora", "sdxl_merge_lora"), "export"),
@@ -323,6 +326,7 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         ("n_iter", "images_per_prompt", "seed"): _seeds,
         ("optimizer_args",): _optimizer_settings,
         ("text_encoder_lr", "conv_dim", "network_args"): _targets,
+        ("control_net_models", "guide_image_path", "control_net_multipliers"): _control,
     }
     takes_adapters = "adapters" in templates.get("network_weights", "")
     texts = []
@@ -348,6 +352,19 @@ def _other_defaults(options: Sequence[Option]) -> list[str]:
     if "pretrained_model_name_or_path" in names:
         remarks.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
     return remarks
+
+
+def _control(values: Mapping[str, str]) -> str:
+    columns = [values.get(name, default).split() for name, default in _CONTROL.items()]
+    # one image or strength for all ControlNets
+    columns = [column * len(columns[0]) if len(column) == 1 else column for column in columns]
+    rows = [[_scalar(value) for value in row] for row in zip(*columns, strict=False)]
+    entries = [f"{{path: {path}, image: {image}, strength: {strength}}}" for path, image, strength in rows]
+    return f"'control=[{', '.join(entries)}]'"
+
+
+_CONTROL = {"control_net_models": "NET", "guide_image_path": "FILE", "control_net_multipliers": "1.0"}
+"""Options of ControlNets, in the order of the keys in ``control``, with the value for one that is missing."""
 
 
 def _lacks_alpha(options: Sequence[Option]) -> bool:

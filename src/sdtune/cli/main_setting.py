@@ -29,6 +29,16 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
         return overrides
     if len(bare) > 1:
         _refuse_files(command, bare)
+        if command == "sample" and all(" " in text for text in bare):
+            prompts = ",".join(in_quotes(text) for text in bare)
+            raise UserError(
+                f"{len(bare)} prompts without a key", remedy=f"write a list: {shell_word(f'prompt=[{prompts}]')}"
+            )
+        if command != "sample":
+            raise UserError(
+                f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})",
+                remedy=f"use one run or file per command: sdtune {command} {shell_word(bare[0])}",
+            )
         others = [text for text in joined if text not in bare]
         line = " ".join(shell_word(text) for text in (" ".join(bare), *others))
         raise UserError(
@@ -49,11 +59,9 @@ def _refuse_files(command: str, bare: Sequence[str]) -> None:
         UserError: one of ``bare`` is a file.
     """
     files = [text for text in bare if Path(text).suffix == ".safetensors" and Path(text).expanduser().is_file()]
-    if not files:
+    if not files or command != "sample":
         return
     message = f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})"
-    if command != "sample":
-        raise UserError(message, remedy=f"use one file per command: sdtune {command} {shell_word(files[0])}")
     text = " ".join(word for word in bare if word not in files)
     entries = ", ".join(f"{{path: {in_quotes(file)}}}" for file in files)
     raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from sdtune.commands.checks import build_evaluation_data
@@ -17,7 +18,6 @@ from sdtune.config.settings import plain, read_saved_config, read_settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.files import read_json, write_json
-from sdtune.hardware.devices import device as device_of
 from sdtune.runs.metrics import OF_TRAINING, finite, unit
 from sdtune.sampling.run_models import RunModels
 
@@ -33,23 +33,20 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     run = Path(str(options["run"])).expanduser()
     # The run may come from another user: use the trust setting of this command, not that of the run.
     run_config = {**read_saved_config(run), "trust": options["trust"], "hardware": options["hardware"]}
-    for key in ("clip", "dino"):
-        if options[key] is not None:
-            evaluation = run_config["evaluation"] or {
-                "_target_": _CLIP_METRICS,
-                "sampling": _sampling(run_config["backbone"]),
-            }
-            run_config["evaluation"] = {**evaluation, key: str(options[key])}
+    models = {key: str(options[key]) for key in ("clip", "dino") if options[key] is not None}
+    if models or run_config["backbone"].get("clip"):
+        default = {"_target_": _CLIP_METRICS, "sampling": _sampling(run_config["backbone"])}
+        run_config["evaluation"] = {**(run_config["evaluation"] or default), **models}
     if not run_config["evaluation"]:
         raise UserError(
             f"{run} was trained with evaluation=none", key="run", remedy="set clip=FOLDER or dino=FOLDER to measure it"
         )
     data = build_evaluation_data(run_config)
-    accelerator = str(options["hardware"].get("accelerator", "auto"))
+    device = hardware.first_device(options["hardware"])
 
     def start(composed: DictConfig) -> None:
         with choose_threads(options["hardware"]):
-            execute(run_config, data, run, accelerator, folder)
+            execute(run_config, data, run, device, folder)
 
     return start
 
@@ -59,13 +56,12 @@ def _sampling(backbone: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": "sdtune.sampling.loop.Sampling", "guidance": backbone["guidance"]}
 
 
-def execute(config: dict[str, Any], data: ImageDataModule, run: Path, accelerator: str, folder: Path) -> None:
+def execute(config: dict[str, Any], data: ImageDataModule, run: Path, device: torch.device, folder: Path) -> None:
     """Measure the artifact of ``run``; write grids and ``evaluation.json`` to ``folder``.
 
     ``evaluation.json`` also contains the metrics that only a training can measure, copied from the run.
     """
     settings = read_settings(config)
-    device = device_of(accelerator)
     evaluation = build(config["evaluation"], settings.trust)
     source = build(config["backbone"], settings.trust)
     tiling = bool(config["hardware"].get("vae_tiling"))

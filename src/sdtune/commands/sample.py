@@ -19,7 +19,6 @@ from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain
 from sdtune.errors import UserError
-from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import autocast, generation_dtype
 from sdtune.images.grids import grid, save_png
 from sdtune.loaders import controlnet as controlnets
@@ -120,7 +119,7 @@ def _requests(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
 def execute(config: dict[str, Any], folder: Path) -> None:
     """Generate the images, and write them and their grid to ``folder``."""
     source = build(config["backbone"], config["trust"])
-    device = device_of(str(config["hardware"].get("accelerator", "auto")))
+    device = hardware.first_device(config["hardware"])
     precision = str(config["hardware"]["precision"])
     dtype = generation_dtype(device, precision)
     tiling = bool(config["hardware"].get("vae_tiling"))

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdtune.config.hydra_compat import create_config_search_path, initialized
 from sdtune.errors import UserError
 from sdtune.paths import command_line_folder, config_folder
-from sdtune.quoting import shell_override
+from sdtune.quoting import shell_override, shell_word
 from sdtune.runs.hydra_values import unresolved
 
 if TYPE_CHECKING:
@@ -75,11 +75,12 @@ def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Overri
         config = compose(command, search, [str(o.input_line) for o in overrides if not o.is_sweep_override()])
         default = OmegaConf.select(config, key, throw_on_missing=False)
     remedies = ["add -m for a sweep"]
-    if " " in value:
+    is_text = " " in value
+    if is_text:
         remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")
     is_number = re.fullmatch(r"[\d.,eE+-]+", value) is not None
     if OmegaConf.is_list(default) or key == "strengths" or (default is None and not is_number):
-        remedies.append(f"write a list: [{value}]")
+        remedies.append("write a list: " + shell_word(f'{key}=["..."]') if is_text else f"write a list: [{value}]")
     raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies))
 
 

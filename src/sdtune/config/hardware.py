@@ -10,6 +10,7 @@ import torch
 
 from sdtune.errors import UserError
 from sdtune.hardware.devices import ACCELERATORS, accelerator
+from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import PRECISIONS
 from sdtune.hardware.processes import is_launched_again, is_under_slurm, launched_processes
 
@@ -146,6 +147,19 @@ def indices(node: Mapping[str, Any]) -> list[int]:
     if listed is not None:
         return [int(index) for index in listed]
     return list(range(torch.cuda.device_count() if str(devices) in ("auto", "-1") else int(devices)))
+
+
+def first_device(node: Mapping[str, Any]) -> torch.device:
+    """The first device of a ``hardware`` node, for a command that generates images in one process.
+
+    Raises:
+        UserError: the index of the GPU is out of range.
+    """
+    kind = device_of(str(node.get("accelerator", "auto")))
+    if kind.type != "cuda":
+        return kind
+    check_indices(node)
+    return torch.device("cuda", indices(node)[0])
 
 
 def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from sdtune.hardware.devices import accelerator
+from sdtune.hardware.devices import accelerator, compute_capability
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """16-bit dtype of each mixed precision of Lightning."""
+
+_FIRST_WITH_BF16 = 8
+"""Major compute capability of Ampere, the first generation of NVIDIA GPUs with bfloat16."""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -60,5 +63,8 @@ def precision(wanted: str, kind: str) -> str:
     if wanted != "auto":
         return wanted
     if accelerator(kind) in ("gpu", "cuda"):
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    return "bf16-mixed" if kind != "mps" and _cpu_has_bf16() else "32-true"
+        capability = compute_capability()
+        if capability is None:  # not an NVIDIA GPU
+            return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        return "bf16-mixed" if capability >= _FIRST_WITH_BF16 else "16-mixed"
+    return "bf16-mixed" if accelerator(kind) == "cpu" and _cpu_has_bf16() else "32-true"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.families import POCKET_GUIDANCE
+from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import generation_dtype
 from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
 from sdtune.loaders.lora import AdapterFile, adapters_applied, check_adapter, load_adapters
@@ -41,7 +42,7 @@ def sample(
         backbone: None: pocket.
         seeds: seeds of the initial noise.
         sampling: steps, guidance, size and sampler; None: defaults with the guidance of ``backbone``.
-        device: torch device; None: ``cuda`` if available, else ``cpu``.
+        device: torch device; None: a GPU if available, else ``cpu``.
 
     Returns:
         RGB images, ``len(prompts) * len(seeds)``.
@@ -59,7 +60,7 @@ def sample(
     maps = tuple(image.map(settings.size(source.facts.side)) for image in controls)
     for image in controls:
         check_controlnet(image.path, source, image.preprocess)
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = torch.device(device) if device else device_of("auto")
     loaded_backbone = load_to_generate(source, torch_device, generation_dtype(torch_device))
     loaded_adapters = load_adapters(loaded_backbone, files)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
