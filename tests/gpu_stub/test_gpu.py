@@ -57,12 +57,13 @@ def test_run_completes_on_12_gib(name: str, training: Run, tmp_path: Path) -> No
     assert max(measured.device_peaks) < 12 * GIB
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "adafactor"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_no_line_waits_between_two_flushes(optimizer: str, precision: str, cached: str, training: Run) -> None:
     caches = [f"data.cache_latents={cached}", f"data.cache_text={cached}"]
-    settings = ["hardware=gpu", f"hardware.precision={precision}", f"optimizer={optimizer}", "optimizer.lr=1e-4"]
+    settings = ["hardware=gpu", f"hardware.precision={precision}", f"optimizer={optimizer}"]
+    settings += ["optimizer.lr=1.0" if optimizer == "prodigy" else "optimizer.lr=1e-4"]
     without = ["evaluation=none", "callbacks.samples=null", "trainer.log_every_n_steps=100"]
     measured = training("sd15_lora", "sd15", *caches, *settings, *without)
     assert measured.code == 0, measured.output
