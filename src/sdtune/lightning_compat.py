@@ -26,6 +26,15 @@ def discard_validation_results(trainer: pl.Trainer) -> None:
     trainer._results.reset()
 
 
+def disable_sigterm_agreement(trainer: pl.Trainer) -> None:
+    """Do not agree on a SIGTERM before each micro-batch.
+
+    With several processes, Lightning waits for the device twice there. Its own handler of the signal is replaced, so
+    that the answer is always no.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     """Trainer of ``module``, or None if none is attached (the public property raises then)."""
     trainer: pl.Trainer | None = module._trainer

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +24,7 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUME_ADVICE, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
-from sdtune.lightning_compat import PathLike, discard_validation_results, run_validation
+from sdtune.lightning_compat import PathLike, disable_sigterm_agreement, discard_validation_results, run_validation
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
 
@@ -78,6 +79,41 @@ LARGE = 2 * 2**30
 """Bytes of a checkpoint that takes so long to write that the default interval is longer."""
 
 
+AGREEMENT_SECONDS = 10.0
+"""Longest time between two steps after which several processes agree on whether to stop."""
+
+
+class Agreement:
+    """Agreement of several processes on whether to stop: after log steps, and about every ten seconds.
+
+    Each agreement waits for the device and for the slowest process. All processes compute the same next step from the
+    longest mean step time of any process.
+
+    Args:
+        step: optimizer step at which the training starts.
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        self._next_step = self._last_step = step
+        self._last_time = time.monotonic()
+
+    def is_stop_requested(self, trainer: pl.Trainer, is_requested: bool) -> bool:
+        """Whether any process requests a stop; False between two agreements.
+
+        Args:
+            is_requested: whether this process requests it.
+        """
+        step, now, log_steps = trainer.global_step, time.monotonic(), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step < self._next_step and step % log_steps:
+            return False
+        seconds = (now - self._last_time) / max(1, step - self._last_step)
+        values = torch.tensor([float(is_requested), seconds], device=trainer.strategy.root_device)
+        answer, slowest = trainer.strategy.reduce(values, reduce_op="max").tolist()
+        self._last_step, self._last_time = step, now
+        self._next_step = step + max(1, int(AGREEMENT_SECONDS / max(slowest, 1e-6)))
+        return bool(answer)
+
+
 class Checkpoints(Callback):
     """Save a checkpoint every ``every_steps`` optimizer steps, at the end of the run, and when the run must stop.
 
@@ -99,6 +135,7 @@ class Checkpoints(Callback):
         self._training = False
         self._due = False
         self._interval = every_steps or 100
+        self._agreement = Agreement()
 
     def _default_interval(self, module: pl.LightningModule) -> int:
         """Optimizer steps between checkpoints if ``every_steps`` is None."""
@@ -136,6 +173,8 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._interval = self.every_steps or self._default_interval(pl_module)
         self._training = True
+        self._agreement = Agreement(trainer.global_step)
+        disable_sigterm_agreement(trainer)
         self._install_handlers()  # Lightning has installed its own SIGTERM handler in the meantime
         if self._validation_pending:
             self._prepare_pending_validation(trainer)
@@ -170,10 +209,9 @@ class Checkpoints(Callback):
     def _stop_requested(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:
             return self.stopped_by is not None
-        # Processes receive a signal at different steps. They agree on it at log steps, where they synchronize anyway,
-        # and before each batch of a validation.
-        if trainer.training and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return False
+        # Processes receive a signal at different steps.
+        if trainer.training:
+            return self._agreement.is_stop_requested(trainer, self.stopped_by is not None)
         return bool(trainer.strategy.reduce_boolean_decision(self.stopped_by is not None, all=False))
 
     # --- saving
