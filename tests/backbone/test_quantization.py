@@ -97,10 +97,11 @@ def test_scaled_fp8_represents_small_weights_better_than_a_plain_cast() -> None:
 @every_format
 def test_cast_of_the_model_does_not_change_quantized_weights(tiny: Path, quantization: Quantization) -> None:
     backbone = quantized(Pretrained(str(tiny)), quantization)
-    before = {name: layer.weight for _, name, layer in layers(backbone) if isinstance(layer, Quantized)}
+    quantized_layers = {name: layer for _, name, layer in layers(backbone) if isinstance(layer, Quantized)}
+    before = {name: layer.dequantized(torch.float32) for name, layer in quantized_layers.items()}
     backbone.to(torch.bfloat16)
     backbone.cast_frozen("bf16-mixed")
-    after = {name: layer.weight for _, name, layer in layers(backbone) if isinstance(layer, Quantized)}
+    after = {name: layer.dequantized(torch.float32) for name, layer in quantized_layers.items()}
     assert before.keys() == after.keys()
     assert before
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -114,6 +115,32 @@ def test_prediction_equals_that_of_the_dequantized_model(
     backbone = quantized(Pretrained(str(build_family(tmp_path / "model", family))), quantization)
     with torch.no_grad():
         assert relative(prediction(backbone), prediction(dequantize(backbone))) < 1e-5
+
+
+@every_format
+def test_quantized_weights_do_not_depend_on_the_dtype_of_the_model(tiny: Path, quantization: Quantization) -> None:
+    one = quantized(Pretrained(str(tiny)), quantization)
+    backbone = Pretrained(str(tiny)).load(unet_dtype=torch.bfloat16)
+    backbone.cast_frozen("bf16-mixed")
+    quantize(backbone, quantization)
+    for (_, name, layer), (_, _, other) in zip(layers(one), layers(backbone), strict=True):
+        if isinstance(layer, Quantized):
+            assert torch.equal(layer.packed, other.packed), name
+            assert (layer.weight.dtype, other.weight.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_merged_weight_moves_and_is_cast_with_its_layer(tiny: Path) -> None:
+    """Text encoders are moved to the device after a LoRA is merged, and back."""
+    backbone = quantized(Pretrained(str(tiny)), "fp8")
+    layer = next(part for _, _, part in layers(backbone) if isinstance(part, Quantized))
+    layer.dense = layer.weight
+    backbone.to(torch.bfloat16)
+    assert layer.weight.dtype == layer.dtype == layer.dense.dtype == torch.bfloat16
+    backbone.to("meta")
+    assert layer.weight.is_meta
+    layer.dense = None
+    assert layer.weight.is_meta
+    assert layer.weight.dtype == torch.bfloat16
 
 
 @every_format
@@ -219,11 +246,19 @@ def test_merged_lora_makes_layers_dense_and_is_removed_exactly(
 # --- checks and plan
 
 
-def test_methods_that_train_the_unet_refuse_it() -> None:
-    with pytest.raises(UserError, match=r"backbone.quantize: got fp8, but this method trains the UNet's weights"):
-        check_quantization("fp8", ("unet",))
-    check_quantization("fp8", ("text_encoder",))
+def test_methods_that_train_the_model_refuse_it() -> None:
+    for component in ("unet", "text_encoder"):
+        with pytest.raises(UserError, match=r"backbone.quantize: got fp8, but this method trains the model's weights"):
+            check_quantization("fp8", (component,))
     check_quantization(None, ("unet",))
+
+
+def test_controlnet_that_trains_the_unet_refuses_it(tiny: Path, images: Path) -> None:
+    case = Case("controlnet", {"unet": "decoder"})
+    model, data = case.model(tiny), case.data(tiny, images)
+    model.source.quantize = "fp8"
+    with pytest.raises(UserError, match=r"backbone.quantize"):
+        model.check_data(data)
 
 
 def test_nf4_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +274,7 @@ def test_dreambooth_is_refused_before_weights_are_loaded(
     overrides = [o for o in arguments(tiny, images, tmp_path / "run") if not o.startswith("method")]
     assert train(*overrides, "method=dreambooth", "data.class_prompt=a dog", "backbone.quantize=nf4") == 2
     assert not (tmp_path / "run").exists()
-    assert "backbone.quantize: got nf4, but this method trains the UNet's weights" in capsys.readouterr().err
+    assert "backbone.quantize: got nf4, but this method trains the model's weights" in capsys.readouterr().err
 
 
 @pytest.mark.slow

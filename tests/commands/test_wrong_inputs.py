@@ -156,7 +156,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--network_dim=8", "--pretrained_model_name_or_path=x.safetensors"],
         (
             "use method.rank=8 backbone.path=x.safetensors method.alpha_policy=constant method.alpha=1 ",
-            "; kohya's default of network_alpha is 1; kohya also trains the text encoder: ",
+            "; kohya's default of network_alpha is 1; kohya also trains the text encoder: add text_encoder to ",
             "; begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL; ",
         ),
     ),
@@ -413,15 +413,15 @@ def test_invalid_argument_of_sample_is_refused(line: CommandLine, case: str) -> 
 
 def test_file_without_a_key_is_proposed_as_an_adapter(line: CommandLine) -> None:
     (line.folder / "my lora.safetensors").touch()
-    adapters = "sdtune sample 'a cat, red' 'adapters=[{path: \"my lora.safetensors\"}]'"
+    adapters = "sdtune sample 'a cat, red' 'adapters=[{path: \"my lora.safetensors\"}]' backbone="
     line.refuses(*line.sampling(), "a cat, red", "my lora.safetensors", words=("2 words without a key", adapters))
     words = ("2 words without a key", "use one run or file per command: sdtune export 'my lora.safetensors'")
     line.refuses("export", "my lora.safetensors", "other", words=words)
 
 
 def test_several_prompts_without_a_key_are_proposed_as_a_list(line: CommandLine) -> None:
-    words = ('2 prompts without a key; write a list: \'prompt=["a cat, red","a green cat"]\'',)
-    line.refuses(*line.sampling(), "a cat, red", "a green cat", words=words)
+    proposed = 'write a list: sdtune sample \'prompt=["a cat, red","a green cat"]\' backbone='
+    line.refuses(*line.sampling(), "a cat, red", "a green cat", words=("2 words without a key", proposed))
 
 
 EXPORTS: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _LARGEST_FP8 = 448.0  # of float8_e4m3fn
 class Quantized(nn.Module):
     """Frozen layer with a quantized weight; its base class is a linear layer or a convolution.
 
-    ``weight`` is the dequantized weight, in the dtype in which it was loaded. It is computed on each access and not
+    ``weight`` is the dequantized weight, in the dtype of the model. It is computed on each access and not
     stored, so autograd does not keep it for the backward pass. The scales are stored as bytes: a cast of the model to
     another dtype must not round them.
     """
@@ -43,11 +43,6 @@ class Quantized(nn.Module):
     def weight(self) -> Tensor:
         return self.dequantized(self.dtype) if self.dense is None else self.dense
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the quantized weight with its scales."""
-        return self.packed.numel() + self.scales.numel()
-
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The stored weight in ``dtype``."""
         scales = self.scales.view(torch.float32)
@@ -57,11 +52,18 @@ class Quantized(nn.Module):
             values = _unpack_nf4(self.packed, scales, self.shape, dtype if dtype.itemsize <= 4 else torch.float32)
             return values.to(dtype)
         if self.format == "fp8":
-            # The scales are powers of two, so that the product is exact in each dtype.
+            # The scales are powers of two, so that the product is not rounded.
             return self.packed.view(torch.float8_e4m3fn).to(dtype).mul_(rows.to(dtype))
         # One kernel: the product is computed in float32 and rounded once.
         out = torch.empty_like(self.packed, dtype=dtype)
         return torch.mul(self.packed.view(torch.int8), rows, out=out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:
+        """Move or cast the layer: the packed weight only moves."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dense = None if self.dense is None else fn(self.dense)
+        return self
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         kind = "cpu" if x.is_meta else x.device.type
@@ -131,19 +133,19 @@ def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def check_quantization(quantization: Quantization | None, trained: Iterable[str]) -> None:
-    """Check that weights can be quantized as ``quantization``.
+    """Check that frozen weights can be quantized as ``quantization``.
 
     Args:
-        trained: components whose weights are all trained.
+        trained: components whose weights are trained.
 
     Raises:
-        UserError: the UNet is trained, or bitsandbytes is not installed.
+        UserError: there are such components, or bitsandbytes is not installed.
     """
     if quantization is None:
         return
-    if "unet" in trained:
+    if any(trained):
         raise UserError(
-            f"got {quantization}, but this method trains the UNet's weights",
+            f"got {quantization}, but this method trains the model's weights",
             key="backbone.quantize",
             remedy="remove it, or use method=lora, textual_inversion or controlnet",
         )
@@ -158,8 +160,13 @@ def check_quantization(quantization: Quantization | None, trained: Iterable[str]
 def quantize(backbone: Backbone, quantization: Quantization) -> None:
     """Quantize the frozen layers in the UNet's blocks and in the text encoders' layers, in place.
 
-    ``fp8`` also quantizes convolutions. First and last layers, embeddings and norms stay as they are.
+    ``fp8`` also quantizes convolutions. First and last layers, embeddings and norms stay as they are. The weights are
+    first rounded to bfloat16, so that the result does not depend on whether the model was loaded in float32.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
     """
+    check_quantization(quantization, ())
     for component, name, layer in list(layers(backbone)):
         inside = name.startswith(BLOCKS) if component == "unet" else ".layers." in name
         if inside and _is_quantizable(layer, quantization):
@@ -176,7 +183,7 @@ def _is_quantizable(module: nn.Module, quantization: Quantization) -> bool:
 @torch.no_grad()
 def _quantize_layer(layer: Any, quantization: Quantization) -> None:
     weight = layer.weight.data
-    packed, scales = _PACKERS[quantization](weight.float().contiguous())
+    packed, scales = _PACKERS[quantization](weight.bfloat16().float().contiguous())
     del layer.weight
     layer.__class__ = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
     layer.format, layer.shape, layer.dtype, layer.dense = quantization, weight.shape, weight.dtype, None

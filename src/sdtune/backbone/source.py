@@ -304,7 +304,9 @@ class PipelineSource:
         folder, files = self.folder(), self._files(self._pretrained_components)
         check_files(files)
         from sdtune.backbone.models import model_shapes
+        from sdtune.backbone.quantization import check_quantization
 
+        check_quantization(self.quantize, ())
         for name, component_files in files.items():
             check_keys(f"backbone.path: {folder / name}", shapes(component_files, name), model_shapes(name, folder))
         for name in self.tokenizers:

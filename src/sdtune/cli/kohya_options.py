@@ -271,7 +271,7 @@ def explanation(words: Sequence[str], command: str) -> str | None:
         remedies.append(f"{option.typed}: {remarks[option.name]}" if plural else remarks[option.name])
     unknown = [option.typed for option in options if option not in [*replaced, *remarked]]
     remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
-    remedies += _other_defaults(options) if command == "train" else []
+    remedies += _other_defaults(options)
     names = ", ".join(option.typed for option in options)
     return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
 
@@ -283,7 +283,8 @@ def _is_translated(option: Option) -> bool:
     if option.name == "optimizer_args":
         return all("=" in word for word in option.value.split())
     if option.name == "network_args":
-        return {word.split("=")[0] for word in option.value.split()} <= {"conv_dim", "conv_alpha"}
+        names = {word.split("=")[0] for word in option.value.split()}
+        return "conv_dim" in names and names <= {"conv_dim", "conv_alpha"}
     return option.name in ("n_iter", "images_per_prompt") and option.value.isdigit()
 
 
@@ -346,10 +347,10 @@ def _other_defaults(options: Sequence[Option]) -> list[str]:
     names = {option.name for option in options}
     remarks = ["kohya's default of network_alpha is 1"] if _lacks_alpha(options) else []
     if "network_dim" in names and not names & {"network_train_unet_only", "train_text_encoder", "text_encoder_lr"}:
-        remarks.append(
-            "kohya also trains the text encoder: 'method.targets=[cross_attention,self_attention,text_encoder]'"
-        )
-    if "pretrained_model_name_or_path" in names:
+        remarks.append("kohya also trains the text encoder: add text_encoder to method.targets")
+    if names & {"conv_dim", "network_args"}:
+        remarks.append("convolutions have the rank of the other layers")
+    if "pretrained_model_name_or_path" in names and not names & {"token_string", "conditioning_data_dir"}:
         remarks.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
     return remarks
 
@@ -357,9 +358,16 @@ def _other_defaults(options: Sequence[Option]) -> list[str]:
 def _control(values: Mapping[str, str]) -> str:
     columns = [values.get(name, default).split() for name, default in _CONTROL.items()]
     # one image or strength for all ControlNets
-    columns = [column * len(columns[0]) if len(column) == 1 else column for column in columns]
-    rows = [[_scalar(value) for value in row] for row in zip(*columns, strict=False)]
-    entries = [f"{{path: {path}, image: {image}, strength: {strength}}}" for path, image, strength in rows]
+    count = max(map(len, columns))
+    columns = [column * count if len(column) == 1 else column for column in columns]
+    defaults = list(_CONTROL.values())
+    rows = itertools.zip_longest(*columns)
+    entries = []
+    for row in rows:
+        path, image, strength = (
+            _scalar(default if value is None else value) for value, default in zip(row, defaults, strict=True)
+        )
+        entries.append(f"{{path: {path}, image: {image}, strength: {strength}}}")
     return f"'control=[{', '.join(entries)}]'"
 
 
@@ -376,13 +384,14 @@ def _targets(values: Mapping[str, str]) -> str:
     """The layers of a LoRA that also trains convolutions, a text encoder, or both."""
     added = ["text_encoder"] if "text_encoder_lr" in values else []
     added += ["convolutions"] if {"conv_dim", "network_args"} & values.keys() else []
-    rate = [f"method.text_encoder_lr={values['text_encoder_lr']}"] if "text_encoder_lr" in values else []
+    rates = values.get("text_encoder_lr", "").replace(",", " ").split()[:1]
+    rate = [f"method.text_encoder_lr={rates[0]}"] if rates else []
     return " ".join([f"'method.targets=[{','.join(['cross_attention', 'self_attention', *added])}]'", *rate])
 
 
 def _new_tokens(values: Mapping[str, str]) -> str:
     word = values.get("token_string", "WORD")
-    parts = [f"token: {_scalar(word)}", f"init: {values.get('init_word', 'WORD')}"]
+    parts = [f"token: {_scalar(word)}", f"init: {_scalar(values.get('init_word', 'WORD'))}"]
     parts += [f"vectors: {values['num_vectors_per_token']}"] if "num_vectors_per_token" in values else []
     return f"method=textual_inversion 'new_tokens=[{{{', '.join(parts)}}}]'"
 

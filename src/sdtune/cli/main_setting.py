@@ -28,22 +28,10 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
     if key is None or not bare or any(text.startswith((f"{key}=", "artifact=")) for text in overrides):
         return overrides
     if len(bare) > 1:
-        _refuse_files(command, bare)
-        if command == "sample" and all(" " in text for text in bare):
-            prompts = ",".join(in_quotes(text) for text in bare)
-            raise UserError(
-                f"{len(bare)} prompts without a key", remedy=f"write a list: {shell_word(f'prompt=[{prompts}]')}"
-            )
-        if command != "sample":
-            raise UserError(
-                f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})",
-                remedy=f"use one run or file per command: sdtune {command} {shell_word(bare[0])}",
-            )
         others = [text for text in joined if text not in bare]
-        line = " ".join(shell_word(text) for text in (" ".join(bare), *others))
         raise UserError(
             f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})",
-            remedy=f"put quotes around a text: sdtune {command} {line}",
+            remedy=_remedy(command, bare, "".join(f" {shell_word(text)}" for text in others)),
         )
     [text] = bare
     if command == "export" and Path(text).expanduser().is_file():
@@ -52,21 +40,20 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
     return [named if other == text else other for other in overrides]
 
 
-def _refuse_files(command: str, bare: Sequence[str]) -> None:
-    """Refuse words without a key if some of them are files, which are no part of a text.
-
-    Raises:
-        UserError: one of ``bare`` is a file.
-    """
+def _remedy(command: str, bare: Sequence[str], others: str) -> str:
+    """What to write instead of several words without a key; ``others`` are the words with one."""
+    if command != "sample":
+        return f"use one run or file per command: sdtune {command} {shell_word(bare[0])}{others}"
     files = [text for text in bare if Path(text).suffix == ".safetensors" and Path(text).expanduser().is_file()]
-    if not files or command != "sample":
-        return
-    message = f"sdtune {command}: {len(bare)} words without a key ({' '.join(bare)})"
-    text = " ".join(word for word in bare if word not in files)
-    entries = ", ".join(f"{{path: {in_quotes(file)}}}" for file in files)
-    raise UserError(
-        message, remedy=f"name the adapters: sdtune sample {shell_word(text)} {shell_word(f'adapters=[{entries}]')}"
-    )
+    texts = [text for text in bare if text not in files]
+    if files:
+        entries = ", ".join(f"{{path: {in_quotes(file)}}}" for file in files)
+        prompt, adapters = shell_word(" ".join(texts) or "PROMPT"), shell_word(f"adapters=[{entries}]")
+        return f"name the adapters: sdtune sample {prompt} {adapters}{others}"
+    if all(" " in text for text in texts):
+        prompts = ",".join(in_quotes(text) for text in texts)
+        return f"write a list: sdtune sample {shell_word(f'prompt=[{prompts}]')}{others}"
+    return f"put quotes around a text: sdtune sample {shell_word(' '.join(texts))}{others}"
 
 
 def _is_run(text: str) -> bool:

@@ -35,7 +35,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     run_config = {**read_saved_config(run), "trust": options["trust"], "hardware": options["hardware"]}
     models = {key: str(options[key]) for key in ("clip", "dino") if options[key] is not None}
     if models or run_config["backbone"].get("clip"):
-        default = {"_target_": _CLIP_METRICS, "sampling": _sampling(run_config["backbone"])}
+        backbone = run_config["backbone"]
+        default = {"_target_": _CLIP_METRICS, "sampling": _sampling(backbone), "clip": backbone.get("clip")}
         run_config["evaluation"] = {**(run_config["evaluation"] or default), **models}
     if not run_config["evaluation"]:
         raise UserError(

@@ -536,7 +536,8 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
             remedy=f"add {untrained[0]} to method.parts (method=full), or remove it from backbone.from_scratch",
         )
     check_quantization(adapter.source.quantize, adapter.parts)
-    if "unet" in adapter.parts and isinstance(adapter.make_optimizer, AdamWBySize):
+    trains_models = bool(adapter.parts) or adapter.artifact_kind == "controlnet"
+    if trains_models and isinstance(adapter.make_optimizer, AdamWBySize):
         adapter.make_optimizer.check_installed()
     for token in adapter.new_tokens:
         if token.weights is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sdtune import streams
 from sdtune.backbone.controlnet import residuals, skip_connection_count
 from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
+from sdtune.backbone.quantization import check_quantization
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
@@ -69,6 +70,8 @@ class ControlNet(Adapter):
                 key="data.control",
                 remedy="set data/control=canny, scribble, paired, estimated or pocket",
             )
+        if self.unet != "frozen":
+            check_quantization(self.source.quantize, ("unet",))
         if self.weights is not None:
             find_controlnet(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
         self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 
-from sdtune.backbone.quantization import quantize
+from sdtune.backbone.quantization import check_quantization, quantize
 from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.methods.base import Adapter
 from sdtune.planning.measure import TrainingCosts, measure
@@ -68,6 +68,7 @@ def meta_adapter(request: PlanRequest) -> Adapter:
     )
     adapter.to("meta", torch.float64 if request.precision == "64-true" else torch.float32)
     adapter.backbone.cast_frozen(request.precision)
+    check_quantization(adapter.source.quantize, adapter.parts)
     if adapter.source.quantize is not None:
         quantize(adapter.backbone, adapter.source.quantize)
     return adapter

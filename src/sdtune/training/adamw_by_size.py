@@ -13,7 +13,7 @@ from sdtune.errors import UserError
 LARGE = 100_000_000
 """Number of trained parameters from which the states have 8 bits: 0.75 GiB of float32 moments.
 
-A UNet has more; the pairs of a LoRA have less, also at rank 64 on SDXL's attention.
+A UNet, a ControlNet and a text encoder have more; the pairs of a LoRA have less at usual ranks.
 """
 
 
