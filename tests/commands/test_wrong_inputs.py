@@ -170,6 +170,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["method.text_encoder_lr=1e-5"],
         ("method.text_encoder_lr: got 1e-05, but the text encoder is not trained; ", "text_encoder]'"),
     ),
+    "value added to a list": (
+        ["method.targets+=convolutions"],
+        ("method.targets: += does not add to a list; write the complete list: 'method.targets=[FIRST,convolutions]'",),
+    ),
     "space after a comma": (["-m", "method.rank=4,", "8"], ("write method.rank=4,8",)),
     "value after a space": (
         ["trainer.max_steps", "5"],
@@ -678,6 +682,11 @@ def test_invalid_sampling_setting_is_refused(line: CommandLine, case: str) -> No
 
 def test_unknown_command_is_refused(line: CommandLine) -> None:
     line.refuses("trian", words=("trian", "unknown command", "train"))
+
+
+def test_group_of_another_command_is_refused(line: CommandLine) -> None:
+    words = ("evaluation: sdtune evaluate has no such config group; see sdtune evaluate --help",)
+    line.refuses("evaluate", "run=x", "evaluation=clip", words=words)
 
 
 def test_script_of_kohya_is_answered_by_the_command_and_its_overrides(line: CommandLine) -> None:

@@ -43,6 +43,10 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
             return f"{group}={name}: unknown option{advice}"
         if isinstance(cause, OverrideParseException):
             return _unparsable(str(cause.override), typed)
+        if group := re.match(r"Could not override '([\w/]+)'", str(cause)):
+            return (
+                f"{group[1]}: sdtune {command} has no such config group; see sdtune {command} --help for its settings"
+            )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{'; '.join(lines[:2])}; check the overrides ({' '.join(typed)})"
 
@@ -50,6 +54,8 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
 def _unparsable(override: str, typed: Sequence[str]) -> str:
     """Message for an ``override`` that Hydra cannot parse."""
     key, equals, value = override.partition("=")
+    if key.endswith("+"):
+        return f"{key[:-1]}: += does not add to a list; write the complete list: '{key[:-1]}=[FIRST,{value}]'"
     following = list(typed[typed.index(override) + 1 :]) if override in typed else []
     words = list(takewhile(lambda word: _is_text(word) or word == "=", following))
     words = [word for word in words if word != "="]
