@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from running import evaluate, train
+from sdtune.evaluation import ClipMetrics
 
 
 def test_lora_subject_recipe_writes_all_metrics(tmp_path: Path) -> None:
@@ -43,3 +47,20 @@ def test_lora_subject_recipe_writes_all_metrics(tmp_path: Path) -> None:
     assert evaluate(f"run={run}", f"hydra.run.dir={tmp_path}/remeasured") == 0
     remeasured = json.loads((tmp_path / "remeasured" / "evaluation.json").read_text(encoding="utf-8"))
     assert remeasured == metrics
+
+
+def test_pocket_run_without_an_evaluation_is_measured_with_the_clip_of_pocket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clips = tmp_path / "run", []
+
+    def measure(self: ClipMetrics, *_: Any) -> dict[str, float]:
+        clips.append(self.clip)
+        return {"clip_image": 0.5}
+
+    monkeypatch.setattr(ClipMetrics, "run", measure)
+    settings = ["trainer.max_steps=1", "evaluation=none", "callbacks.samples=null", f"hydra.run.dir={run}"]
+    assert train("data=pocket_subject", *settings) == 0
+    assert evaluate(f"run={run}", f"hydra.run.dir={tmp_path}/measured") == 0
+    assert clips == ["pocket"]
+    assert evaluate(f"run={run}", "clip=other", f"hydra.run.dir={tmp_path}/other") == 2
