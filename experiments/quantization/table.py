@@ -12,10 +12,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from experiments.marked_page import rewrite
-from sdtune.config.schema import read_config
+from sdtune.config.settings import read_saved_config
 from sdtune.errors import UserError
 from sdtune.files import write_json
 
@@ -26,7 +25,7 @@ LAST_STEPS = 100
 
 def _job(folder: Path) -> tuple[str, dict[str, float]]:
     """Quantization of a finished job, and its metrics with the mean loss of the last steps."""
-    config: Any = read_config(folder / ".hydra" / "config.yaml")
+    config = read_saved_config(folder)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
