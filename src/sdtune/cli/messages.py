@@ -43,7 +43,7 @@ def _one_line(error: Exception, command: str, typed: Sequence[str]) -> str:
             return f"{group}={name}: unknown option{advice}"
         if isinstance(cause, OverrideParseException):
             return _unparsable(str(cause.override), typed)
-        if group := re.match(r"Could not override '([\w/]+)'", str(cause)):
+        if group := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", str(cause)):
             return (
                 f"{group[1]}: sdtune {command} has no such config group; see sdtune {command} --help for its settings"
             )
