@@ -16,6 +16,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Quantization
 from sdtune.backbone.layers import BLOCKS, layers
 from sdtune.errors import UserError
+from sdtune.hardware.precision import autocast_kind
 
 NF4_BLOCK = 64
 """Weights with a common scale in nf4 (Dettmers et al. 2023, section 3)."""
@@ -66,7 +67,7 @@ class Quantized(nn.Module):
         return self
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        kind = "cpu" if x.is_meta else x.device.type
+        kind = autocast_kind(x.device)
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -100,7 +101,7 @@ class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[override]
 
 
 class _Linear(torch.autograd.Function):
-    """Linear layer that keeps the quantized weight for the backward pass, and dequantizes it again there."""
+    """Linear layer. The backward pass dequantizes the weight again, so that autograd stores no dequantized weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -114,7 +115,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv2d(torch.autograd.Function):
-    """Convolution that keeps the quantized weight for the backward pass, and dequantizes it again there."""
+    """Convolution. The backward pass dequantizes the weight again, so that autograd stores no dequantized weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedConv2d) -> Tensor:
@@ -157,8 +158,8 @@ def check_quantization(quantization: Quantization | None, trained: Iterable[str]
         )
 
 
-def quantize(backbone: Backbone, quantization: Quantization) -> None:
-    """Quantize the frozen layers in the UNet's blocks and in the text encoders' layers, in place.
+def quantize(backbone: Backbone, quantization: Quantization | None) -> None:
+    """Quantize the frozen layers in the UNet's blocks and in the text encoders' layers, in place; None: do nothing.
 
     ``fp8`` also quantizes convolutions. First and last layers, embeddings and norms stay as they are. The weights are
     first rounded to bfloat16, so that the result does not depend on whether the model was loaded in float32.
@@ -167,6 +168,8 @@ def quantize(backbone: Backbone, quantization: Quantization) -> None:
         UserError: bitsandbytes is not installed.
     """
     check_quantization(quantization, ())
+    if quantization is None:
+        return
     for component, name, layer in list(layers(backbone)):
         inside = name.startswith(BLOCKS) if component == "unet" else ".layers." in name
         if inside and _is_quantizable(layer, quantization):
@@ -197,13 +200,13 @@ def _rows(weight: Tensor) -> Tensor:
 
 
 def _pack_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights times a power of two for each row: unscaled, most weights of a UNet would be subnormal in e4m3."""
+    """Divide each row by a power of two, then cast. Without it, most weights of a UNet would be subnormal in e4m3."""
     scales = torch.exp2(torch.ceil(torch.log2(_rows(weight) / _LARGEST_FP8)))
     return (weight / scales).to(torch.float8_e4m3fn), scales
 
 
 def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric rows, as the weights of LLM.int8 (Dettmers et al. 2022b, section 3)."""
+    """Symmetric int8 with one scale per row, as for the weights of LLM.int8 (Dettmers et al. 2022b, section 3)."""
     scales = _rows(weight) / 127
     return torch.round(weight / scales).to(torch.int8), scales
 

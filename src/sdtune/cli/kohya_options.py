@@ -372,7 +372,7 @@ def _control(values: Mapping[str, str]) -> str:
 
 
 _CONTROL = {"control_net_models": "NET", "guide_image_path": "FILE", "control_net_multipliers": "1.0"}
-"""Options of ControlNets, in the order of the keys in ``control``, with the value for one that is missing."""
+"""ControlNet options -> value to show for an option that is not given; in the order path, image, strength."""
 
 
 def _lacks_alpha(options: Sequence[Option]) -> bool:

@@ -144,7 +144,7 @@ def _argument_rewriter(name: str) -> Callable[[list[str]], list[str]]:
 
 
 def _translated_options(command: str, arguments: Sequence[str]) -> str:
-    """What replaces the options of a script of kohya; empty if there are none."""
+    """Text that names the overrides for the kohya options in ``arguments``; empty without such options."""
     from sdtune.cli.messages import check_option_names
     from sdtune.errors import UserError
 

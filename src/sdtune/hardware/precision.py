@@ -16,13 +16,17 @@ HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """16-bit dtype of each mixed precision of Lightning."""
 
 _FIRST_WITH_BF16 = 8
-"""Major compute capability of Ampere, the first generation of NVIDIA GPUs with bfloat16."""
+"""Major compute capability of NVIDIA's Ampere generation. Earlier generations have no bfloat16."""
+
+
+def autocast_kind(device: torch.device) -> str:
+    """Device type whose autocast applies on ``device``; the meta device uses that of the CPU."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast of Lightning's ``precision``; the meta device uses that of the CPU (:mod:`sdtune.planning.kernels`)."""
-    kind = "cpu" if device.type == "meta" else device.type
-    return torch.autocast(kind, HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
+    return torch.autocast(autocast_kind(device), HALVES.get(precision, torch.bfloat16), enabled=precision in HALVES)
 
 
 def generation_dtype(device: torch.device, chosen: str = "auto") -> torch.dtype | None:

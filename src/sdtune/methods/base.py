@@ -240,14 +240,10 @@ class Adapter(pl.LightningModule, ABC):
             # weights.
             if half_dtype and self.backbone.pair_executor is None:
                 self.backbone.cast_frozen(str(self.trainer.precision))
-            self._quantize()
+            if self.backbone.pair_executor is None:
+                quantize(self.backbone, self.source.quantize)
             # Set the memory layout before DDP wraps the model: DDP builds its gradient buckets from the strides.
             self.prepare_for_device(self.trainer.strategy.root_device)
-
-    def _quantize(self) -> None:
-        """Quantize the frozen weights, except those of a backbone that other runs share."""
-        if self.source.quantize is not None and self.backbone.pair_executor is None:
-            quantize(self.backbone, self.source.quantize)
 
     def _generate_class_images(self) -> None:
         """Generate the class images of the data before the model is loaded and moved to the device."""

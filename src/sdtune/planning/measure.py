@@ -293,8 +293,7 @@ class _Generation:
         """
         base = self._adapter.source.load(self._adapter.seed)
         base.cast_frozen("bf16-mixed" if self._gpu else cpu_precision)
-        if self._adapter.source.quantize is not None:
-            quantize(base, self._adapter.source.quantize)
+        quantize(base, self._adapter.source.quantize)
         base.prepare_for_device(_META if self._gpu else torch.device("cpu"))
         if self._adapter.vae_tiling:
             base.decode_in_tiles()

@@ -61,7 +61,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.together = max(self.together, self.live + self._aside)
 
     def put_aside(self, tensor: Tensor) -> None:
-        """Stop counting ``tensor``, a finished gradient, as an activation; several may share a storage."""
+        """Stop counting ``tensor``, a finished gradient, as an activation. Gradients may share one storage."""
         if storage_key(tensor) in self._known:
             return
         _, size = self._alive.pop(storage_key(tensor))

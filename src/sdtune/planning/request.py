@@ -69,8 +69,7 @@ def meta_adapter(request: PlanRequest) -> Adapter:
     adapter.to("meta", torch.float64 if request.precision == "64-true" else torch.float32)
     adapter.backbone.cast_frozen(request.precision)
     check_quantization(adapter.source.quantize, adapter.parts)
-    if adapter.source.quantize is not None:
-        quantize(adapter.backbone, adapter.source.quantize)
+    quantize(adapter.backbone, adapter.source.quantize)
     return adapter
 
 

@@ -96,8 +96,7 @@ class Pool:
             self._base = source.load(unet_dtype=half_dtype)
             if half_dtype is not None:  # one copy of the weights serves the training and the images of finished runs
                 self._base.cast_frozen(self.precision)
-            if source.quantize is not None:
-                quantize(self._base, source.quantize)
+            quantize(self._base, source.quantize)
             self._base.prepare_for_device(self.device)
             if self.precision == "64-true":
                 self._base.double()  # as Lightning does with the module that it trains

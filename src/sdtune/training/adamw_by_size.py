@@ -1,4 +1,4 @@
-"""AdamW with 8-bit optimizer states only where they save much memory."""
+"""AdamW that uses 8-bit optimizer states only if many parameters are trained."""
 
 from __future__ import annotations
 

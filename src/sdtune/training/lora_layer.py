@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sdtune.hardware.precision import autocast_kind
+
 
 class FusedLoRALinear(Linear):  # type: ignore[misc]
     """LoRA linear layer: W x + scale B (A x), with the last product and the sum in one kernel (Hu et al. 2021, eq. 3).
@@ -20,14 +22,13 @@ class FusedLoRALinear(Linear):  # type: ignore[misc]
     """
 
     cast_pair: tuple[Tensor, Tensor] | None = None
-    """A and B in the dtype of the input, set by :func:`cast_pairs`."""
+    """The LoRA matrices A and B, cast to the dtype of the input by :func:`cast_pairs`; None: not cast."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output [..., out] for ``x`` [..., in]."""
         down, up = self.cast_pair or _pair(self)
-        # Without autocast, input and LoRA matrices need the same dtype. The meta device uses the autocast of the CPU:
-        # see hardware.precision.autocast.
-        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        # Without autocast, input and LoRA matrices need the same dtype.
+        autocast = torch.is_autocast_enabled(autocast_kind(x.device))
         if args or kwargs or not _is_plain(self) or not (autocast or x.dtype == down.dtype):
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
@@ -41,7 +42,7 @@ class HalfLoRAConv2d(Conv2d):  # type: ignore[misc]
     """LoRA convolution that computes with ``cast_pair``; peft's forward would cast its input to float32."""
 
     cast_pair: tuple[Tensor, Tensor] | None = None
-    """A and B in the dtype of the input, set by :func:`cast_pairs`."""
+    """The LoRA matrices A and B, cast to the dtype of the input by :func:`cast_pairs`; None: not cast."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output [B, out, H', W'] for ``x`` [B, in, H, W]."""

@@ -106,7 +106,7 @@ def _beta3(group: dict[str, Any]) -> float:
 
 
 def _bias_correction(group: dict[str, Any]) -> float:
-    """Adam's bias correction of the step size; 1 if disabled."""
+    """Factor on the step size for Adam's bias correction; 1 if ``use_bias_correction`` is false."""
     if not group["use_bias_correction"]:
         return 1.0
     beta1, beta2 = group["betas"]
@@ -114,7 +114,7 @@ def _bias_correction(group: dict[str, Any]) -> float:
 
 
 def _start(state: dict[str, Any], parameter: Tensor, slice_p: int, first_moment: bool) -> None:
-    """Set the initial state of ``parameter``; initial weights of zero take no memory."""
+    """Set the initial state of ``parameter``. If all its values are 0, only one zero is stored for ``p0``."""
     part = parameter.flatten()[::slice_p]
     state["step"], state["s"] = 0, torch.zeros_like(part)
     state["p0"] = part.clone() if parameter.any() else torch.zeros((), dtype=part.dtype, device=part.device)
