@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sdtune.backbone import Facts, Pretrained
@@ -342,24 +341,6 @@ def test_cache_keys_of_text_differ_by_clip_skip_and_windows(tiny: Path) -> None:
     assert len({source.encoder_cache_key("text_encoder", "32-true") for source in sources}) == 4
     assert len({source.image_cache_key() for source in sources}) == 4
     assert len({source.encoder_cache_key("vae", "32-true") for source in sources}) == 1
-
-
-def test_injected_attention_processors_are_kept(tiny: Path) -> None:
-    class Injected(AttnProcessor2_0):
-        """An attention processor such as an IP-Adapter injects."""
-
-    backbone = Pretrained(str(tiny)).load()
-    processors = backbone.unet.attn_processors
-    injected = next(iter(processors))
-    backbone.unet.set_attn_processor({**processors, injected: Injected()})
-    backbone.prepare_for_device(torch.device("cpu"))
-    kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
-    assert kinds.pop(injected) is Injected
-    assert set(kinds.values()) == {AttnProcessor}
-    backbone.prepare_for_device(torch.device("meta"))
-    kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
-    assert kinds.pop(injected) is Injected
-    assert set(kinds.values()) == {AttnProcessor2_0}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from image_data import batches, encode, encoders, equal, noise, opened, text
-from sdtune.data import Folder, ImageDataModule
+from sdtune.data import Folder, ImageDataModule, datamodule
+from sdtune.data.control.edges import Canny
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.data.previews import preview_prompts
 from sdtune.errors import UserError
@@ -281,6 +283,37 @@ def test_two_workers_give_the_same_batches_as_none(folder: Path, tmp_path: Path,
         return batches(data)
 
     assert equal(load(2), load(0))
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "devices", "settings", "expected"),
+    [
+        ("cpu", 16, 1, {}, 0),
+        ("cuda", 16, 1, {}, 4),
+        ("cuda", 8, 4, {}, 1),
+        ("cuda", 1, 1, {}, 0),
+        ("cuda", 16, 1, {"cache_latents": True}, 0),
+        ("cuda", 16, 1, {"cache_latents": True, "control": Canny()}, 4),
+        ("cuda", 16, 1, {"cache_latents": True, "workers": 2}, 2),
+        ("cpu", 16, 1, {"workers": 1}, 1),
+    ],
+)
+def test_images_decoded_in_the_steps_on_a_gpu_are_loaded_by_workers(
+    device: str,
+    cores: int,
+    devices: int,
+    settings: dict[str, Any],
+    expected: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datamodule, "usable_cores", lambda: cores)
+    data = opened(folder, **settings)
+    trainer: Any = data.trainer
+    trainer.strategy, trainer.num_devices = SimpleNamespace(root_device=torch.device(device)), devices
+    data.prepare(encoders(tmp_path / "cache"))
+    assert data.train_dataloader().num_workers == expected
 
 
 def test_loader_that_starts_later_yields_the_remaining_batches(folder: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdtune.backbone.attention import set_attention
 from sdtune.backbone.controlnet import ControlNetWithStrength, Residuals, cast_conditions
 from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         positions = (self.facts.side // self.facts.factor) ** 2
         unfused = device.type == "cpu" and positions <= _SHORT_SEQUENCE
         for model in (self.unet, self.vae, *others):
-            _set_default_processors(model, AttnProcessor if unfused else AttnProcessor2_0)
+            set_attention(model, fused=not unfused)
         for encoder in self.encoders.values():
             encoder.set_attn_implementation("eager" if unfused else "sdpa")
         if device.type == "cpu":
@@ -278,15 +278,3 @@ class Backbone(nn.Module):
             return self.pair_executor.predict_with_pairs(self.unet, inputs, self.sampling_pairs)
         out: Tensor = self.unet(**inputs).sample
         return out
-
-
-def _set_default_processors(model: Any, processor_class: type) -> None:
-    """Replace diffusers' default attention processors; keep all others, such as those of an IP-Adapter."""
-    processors = model.attn_processors
-    defaults = (AttnProcessor, AttnProcessor2_0)
-    model.set_attn_processor(
-        {
-            name: processor_class() if type(processor) in defaults else processor
-            for name, processor in processors.items()
-        }
-    )

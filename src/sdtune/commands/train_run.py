@@ -22,6 +22,7 @@ from sdtune.callbacks.checkpoints import AtomicIO, Checkpoints
 from sdtune.callbacks.config_agreement import ConfigAgreement
 from sdtune.callbacks.cost import CostMeter
 from sdtune.callbacks.crowded_cores import CrowdedCores
+from sdtune.callbacks.cuda_backends import CudaBackends
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.callbacks.metrics_recorder import MetricsRecorder, NotFinite
 from sdtune.callbacks.order import by_priority
@@ -139,10 +140,13 @@ class TrainRun:
             ConfigAgreement(self.config),
             DataSummary(int(self.trainer["max_steps"])),
             *(self.record, cost, CrowdedCores(self.folder), ProgressBar(), PinnedAllocation()),
+            CudaBackends(self.trainer.get("benchmark")),
             *(*self.callbacks, self.checkpoints),
         ]
         arguments: dict[str, Any] = {}
         if shared is not None:
+            if self.data.workers is None:
+                self.data.workers = 0  # processes of each run would be too many
             callbacks, arguments = shared.callbacks(callbacks, self.checkpoints), shared.trainer_arguments()
         return self.build_trainer(
             callbacks=by_priority(callbacks), logger=list(loggers), plugins=[AtomicIO()], **arguments

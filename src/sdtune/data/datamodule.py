@@ -26,11 +26,15 @@ from sdtune.data.prior import GenerateImages, class_images, generate_missing
 from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
 from sdtune.data.templates import TemplateSet, templates
 from sdtune.errors import UserError, check_multiple
+from sdtune.hardware.threads import usable_cores
 from sdtune.images.files import CENTER
 from sdtune.progress import bar
 
 VALIDATION_TIMESTEPS = 8
 """Number of timesteps at which the validation loss of each held-out image is computed."""
+
+MAX_WORKERS = 4
+"""Maximum number of processes that load images, if ``data.workers`` is null."""
 
 
 MaskSource = Literal["file", "alpha"]
@@ -78,7 +82,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         cache_latents: encode each image once if the VAE is frozen. The mean and log-variance of the VAE's posterior
             are stored, and each step draws a latent from them.
         cache_text: encode each caption once if the text encoder is frozen.
-        workers: processes that load images.
+        workers: processes that load images; None: at most four, and fewer than the cores of this process,
+            if images are decoded in the steps of a training on a CUDA device, otherwise 0.
         limit: train on the first ``limit`` images only; None: all.
         templates: prompt templates for the captions, chosen at random for each sample: ``object`` or ``style`` (those
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
@@ -101,7 +106,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     random_crop: bool = False
     cache_latents: bool = True
     cache_text: bool = True
-    workers: Annotated[int, Ge(0)] = 0
+    workers: Annotated[int, Ge(0)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
     templates: TemplateSet | Sequence[str] | None = None
     mask: MaskSource | None = None
@@ -419,12 +424,22 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Batch]:
         assert self.trainer is not None
+        workers = self._automatic_workers() if self.workers is None else self.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=partial(collate, prior_weight=self.prior_weight),
             worker_init_fn=init_worker,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
-            persistent_workers=self.workers > 0,
+            persistent_workers=workers > 0,
         )
+
+    def _automatic_workers(self) -> int:
+        """Number of loader processes: 0 if all inputs are cached, and on a CPU, whose cores the training uses."""
+        assert self.trainer is not None
+        decodes_images = self.latent_cache is None or self.control is not None
+        if self.trainer.strategy.root_device.type != "cuda" or not decodes_images:
+            return 0
+        local_processes = max(1, self.trainer.num_devices)
+        return min(MAX_WORKERS, max(0, usable_cores() // local_processes - 1))

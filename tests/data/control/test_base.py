@@ -65,6 +65,32 @@ def test_computed_map_is_the_map_of_the_cropped_image(folder: Path) -> None:
         assert np.array_equal(Canny().map(sample, (32, 64), offset), Canny().extract(crop))
 
 
+@pytest.mark.parametrize("kind", [Canny, Scribble])
+def test_edge_map_is_computed_once_and_read_from_its_file(
+    kind: type[Canny | Scribble], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = folder.parent / "cache"
+    monkeypatch.setenv("SDTUNE_CACHE", str(cache))
+    sample = samples(folder)[1]
+    first = kind().map(sample, (48, 64))
+    for other_map in (kind(low=900, high=1500).map(sample, (48, 64)), kind().map(sample, (64, 64))):
+        assert not np.array_equal(other_map, first)
+    files = sorted((cache / "control").rglob("*.png"))
+    assert len(files) == 3
+    kind().map(sample, (48, 64), (0.3, 0.5))  # a random crop
+    assert sorted((cache / "control").rglob("*.png")) == files
+    original = kind.extract
+    monkeypatch.delattr(kind, "extract")
+    monkeypatch.setattr(kind, "__abstractmethods__", frozenset())
+    assert np.array_equal(kind().map(sample, (48, 64)), first)
+    assert np.array_equal(kind().map(sample, (48, 64), flip=True), first[:, ::-1])
+    monkeypatch.setattr(kind, "extract", original, raising=False)
+    for file in files:
+        file.write_bytes(file.read_bytes()[:60])
+    assert np.array_equal(kind().map(sample, (48, 64)), first)
+    assert len([file for file in files if file.stat().st_size > 60]) == 1
+
+
 def test_edges_are_only_on_the_border_of_a_rectangle() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[8:24, 10:20] = 255

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import cv2
 import numpy as np
 from annotated_types import Ge, Interval
+from PIL import Image
 
 from sdtune.data.control.base import Computed
 from sdtune.errors import UserError
+from sdtune.files import mark_used
+from sdtune.images.files import CENTER
+from sdtune.images.grids import save_png
+from sdtune.paths import cache_folder
+
+if TYPE_CHECKING:
+    from sdtune.data.samples import Sample
 
 Threshold = Annotated[float, Interval(ge=0, le=2000)]
 
 
-class Canny(Computed):
+class EdgeMaps(Computed):
+    """Edge maps, cached on disk by image content, size and settings: reading one is faster than decoding the image.
+
+    Maps of random crops are computed each time.
+    """
+
+    name: ClassVar[str]
+
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+        if offset != CENTER:
+            return super().unmirrored_map(sample, size, offset)
+        settings = "-".join(f"{value:g}" for value in vars(self).values())
+        folder = cache_folder() / "control" / f"{self.name}-{settings}"
+        file = folder / f"{sample.content()}-{size[0]}x{size[1]}.png"
+        try:
+            with Image.open(file) as image:
+                gray = np.asarray(image.convert("L"))
+            mark_used(file)
+            return _three_channels(gray)
+        except OSError:  # missing or damaged
+            pixels = super().unmirrored_map(sample, size, offset)
+            save_png(pixels[..., 0], file, sync=False)
+            return pixels
+
+
+class Canny(EdgeMaps):
     """Canny edges, one pixel wide, white on black (Canny 1986).
 
     Args:
@@ -38,7 +71,7 @@ class Canny(Computed):
         return _three_channels(cv2.Canny(np.ascontiguousarray(pixels), self.low, self.high))
 
 
-class Scribble(Computed):
+class Scribble(EdgeMaps):
     """Thick lines along strong edges, white on black, similar to a hand-drawn scribble.
 
     Args:
