@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sdtune.hardware import threads
+from sdtune.hardware.threads import CpuUsage
 
 
 @pytest.mark.parametrize(
@@ -36,57 +38,80 @@ def test_threads_come_from_config_then_earlier_start_then_environment(
     assert threads.configured_threads({"threads": configured}, kept) == expected
 
 
+def usage(clock: float, own: float, cores: float, cgroups: dict[Path, float]) -> CpuUsage:
+    return CpuUsage(clock, own, {0: cores, 1: 0.0}, cgroups)
+
+
 @pytest.mark.parametrize(
     ("cores", "quota", "busy", "expected"),
-    [(8, None, 0, 8), (8, None, 3, 5), (2, None, 5, 1), (64, 4.5, 10, 4), (8, 6.0, 4, 4), (8, 0.5, 0, 1)],
+    [(8, None, 0, 8), (8, None, 3, 5), (2, None, 5, 1), (64, 4.5, 10, 4), (8, 6.0, 4, 2), (8, 0.5, 0, 1)],
 )
 def test_free_cores_are_within_affinity_and_quota(
     cores: int, quota: float | None, busy: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cgroup uses at most four of the busy cores, and this process has used one core since the start."""
+    cgroups = {} if quota is None else {tmp_path: 50.0}
+    in_cgroup = 4 if quota == 6.0 else 0
+    now = usage(104.0, 14.0, 200.0 + 4 * (busy + 1), dict.fromkeys(cgroups, 50.0 + 4 * (in_cgroup + 1)))
     monkeypatch.setattr(threads, "affinity", lambda: list(range(cores)))
     monkeypatch.setattr(threads, "_quotas", lambda: {} if quota is None else {tmp_path: quota})
-    monkeypatch.setattr(threads, "busy_cores", lambda: busy)
+    monkeypatch.setattr(threads, "_AT_IMPORT", usage(100.0, 10.0, 200.0, cgroups))
+    monkeypatch.setattr(CpuUsage, "now", lambda: now)
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: pytest.fail("it sleeps"))
     assert threads.free_cores() == expected
 
 
+@pytest.mark.parametrize("since_import", [0.1, 100.0])
+def test_usage_is_measured_again_directly_after_the_import_and_long_after_it(
+    since_import: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    at_import = usage(0.0, 0.0, 0.0, {})
+    later = iter([usage(since_import, 0.0, 0.0, {}), usage(since_import + 0.25, 0.0, 0.75, {})])
+    monkeypatch.setattr(threads, "affinity", lambda: list(range(8)))
+    monkeypatch.setattr(threads, "_quotas", dict)
+    monkeypatch.setattr(threads, "_AT_IMPORT", at_import)
+    monkeypatch.setattr(CpuUsage, "now", lambda: next(later))
+    monkeypatch.setattr(threads.time, "sleep", slept.append)
+    assert threads.free_cores() == 5
+    assert slept == [0.25]
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_usage_of_the_cgroup_is_not_free(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container with two cores on a large machine; another run in it uses one core."""
-    file, text = (
-        (tmp_path / "cpuacct.usage", "{}000\n") if version == 1 else (tmp_path / "cpu.stat", "usage_usec {}\na 1")
-    )
-    monkeypatch.setattr(threads, "affinity", lambda: list(range(64)))
+def test_usage_of_a_cgroup_is_read(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, text = ("cpuacct.usage", "5000000000\n") if version == 1 else ("cpu.stat", "usage_usec 5000000\na 1")
+    (tmp_path / file).write_text(text, encoding="utf-8")
     monkeypatch.setattr(threads, "_quotas", lambda: {tmp_path: 2.0})
-    file.write_text(text.format(5_000_000), encoding="utf-8")
-
-    def busy() -> int:
-        time.sleep(0.25)
-        file.write_text(text.format(5_250_000), encoding="utf-8")
-        return 20
-
-    monkeypatch.setattr(threads, "busy_cores", busy)
-    assert threads.free_cores() == 1
+    assert CpuUsage.now().cgroups == {tmp_path: 5.0}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")
-def test_only_busy_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = threads.psutil.Process().cpu_affinity()
-    usage = [100.0] * (max(cores) + 5)
-    monkeypatch.setattr(threads.psutil, "cpu_percent", lambda interval, percpu: usage)
-    assert threads.busy_cores() == len(cores), "cores outside of the affinity do not count"
-    usage[cores[0]] = 0.0
-    assert threads.busy_cores() == len(cores) - 1
+    times = SimpleNamespace(user=7.0, idle=100.0, iowait=3.0)
+    monkeypatch.setattr(threads.psutil, "cpu_times", lambda percpu: [times] * (max(cores) + 5))
+    monkeypatch.setattr(threads, "busy_seconds", lambda times: times.user)
+    assert CpuUsage.now().cores == dict.fromkeys(cores, 7.0)
 
 
-def test_busy_core_is_detected() -> None:
-    before = threads.busy_cores()
+def test_core_used_by_another_process_is_not_free_and_one_used_by_this_process_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def free_after(seconds: float) -> int:
+        monkeypatch.setattr(threads, "_AT_IMPORT", CpuUsage.now())
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:  # this process uses a core
+            pass
+        return threads.free_cores()
+
+    before = max(free_after(0.5) for _ in range(3))
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
         try:
             time.sleep(0.5)
-            busy = [threads.busy_cores() for _ in range(3)]
+            free = [free_after(0.5) for _ in range(3)]
         finally:
             child.kill()
-    assert max(busy) > before or before == threads.usable_cores()
+    assert min(free) < before or before == 1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity")

@@ -18,7 +18,16 @@ from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write_report
 from sdtune.reporting.charts import pareto_front
 from sdtune.reporting.page import ranking_table, standalone_overrides
-from sdtune.reporting.ranking import Setting, chosen, group_by_setting, ranked, rankings, varied, winner
+from sdtune.reporting.ranking import (
+    MetricStatistics,
+    Setting,
+    chosen,
+    group_by_setting,
+    ranked,
+    rankings,
+    varied,
+    winner,
+)
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -256,6 +265,22 @@ def test_extended_run_is_reported_with_its_last_config(tiny: Path, images: Path,
     repeated = [a for a in repeated if not a.startswith("hydra.run.dir=")]
     assert train(*repeated, f"hydra.run.dir={tmp_path}/again") == 0
     assert json.loads((tmp_path / "again" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "p"),  # p-values of scipy.stats.ttest_ind_from_stats(equal_var=False)
+    [
+        (MetricStatistics(0.9, 0.02, 3), MetricStatistics(0.8, 0.05, 3), 0.05869660899723983),
+        (MetricStatistics(0.5, 0.1, 4), MetricStatistics(0.6, 0.01, 2), 0.13855504046350312),
+        (MetricStatistics(1.0, 0.0, 3), MetricStatistics(0.9, 0.03, 3), 0.02871413764273583),
+    ],
+)
+def test_settings_are_near_at_the_p_value_of_welchs_test(
+    own: MetricStatistics, other: MetricStatistics, p: float
+) -> None:
+    for threshold, near in ((p * 1.001, False), (p * 0.999, True)):
+        # ``comparisons`` divides the level of 5%.
+        assert own.near(other, comparisons=0.05 / threshold) is other.near(own, 0.05 / threshold) is near  # type: ignore[arg-type]
 
 
 def test_ranking_states_seeds_and_noise() -> None:

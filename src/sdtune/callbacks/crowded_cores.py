@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.hardware.threads import affinity, usable_cores
+from sdtune.hardware.threads import affinity, busy_seconds, usable_cores
 from sdtune.quoting import shell_override
 
 log = logging.getLogger("sdtune")
@@ -58,7 +58,7 @@ class CpuSeconds:
             except psutil.NoSuchProcess:
                 continue
         cores = psutil.cpu_times(percpu=True)
-        busy = [sum(cores[core]) - _idle(cores[core]) for core in affinity() if core < len(cores)]
+        busy = [busy_seconds(cores[core]) for core in affinity() if core < len(cores)]
         return cls(time.perf_counter(), _seconds(process.cpu_times()), workers, sum(busy))
 
     def since(self, before: CpuSeconds) -> Load:
@@ -81,11 +81,6 @@ class Load:
 
 def _seconds(times: Any) -> float:
     return float(times.user + times.system)
-
-
-def _idle(times: Any) -> float:
-    # Linux counts guest time twice: as guest time and within user time.
-    return float(sum(getattr(times, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice")))
 
 
 class CrowdedCores(Callback):

@@ -30,6 +30,7 @@ from sdtune.config.compose import Prepare, check_folder_name, compose, run_folde
 from sdtune.config.hydra_compat import get_args_parser, initialized, option_names, print_info, run_composed
 from sdtune.errors import UserError
 from sdtune.files import locked
+from sdtune.hardware import threads as _threads  # noqa: F401 - measures the CPU usage from its import on
 from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torchrun, launched_processes
 from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
 from sdtune.log_filters import quiet, quiet_libraries

@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _WINDOW = 0.25
-"""Seconds over which the CPU usage is measured."""
+"""Minimum time in seconds over which the CPU usage is measured."""
+
+_MAX_WINDOW = 20.0
+"""Maximum time in seconds from the import of this module over which the CPU usage is measured without sleeping."""
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -32,31 +36,67 @@ def configured_threads(hardware: Mapping[str, Any], kept: int | None = None) -> 
     return kept or (int(omp_threads) if omp_threads.isdigit() and int(omp_threads) > 0 else None)
 
 
-def free_cores() -> int:
-    """Number of cores that this process may use and that are idle now; at least 1.
+@dataclass(frozen=True)
+class CpuUsage:
+    """CPU time used so far, in seconds, and the wall-clock time.
 
-    The minimum of: cores of its affinity minus busy cores; quota of each cgroup minus its current usage. With more
-    threads than free cores, each small operation waits until all threads are scheduled, which makes a step several
-    times slower.
+    Args:
+        own: by this process.
+        cores: by all processes, on each core of this process's affinity.
+        cgroups: by all processes in each cgroup with a quota that this process belongs to.
     """
-    quotas, start = _quotas(), time.perf_counter()
-    usage_before = {cgroup: _cpu_seconds(cgroup) for cgroup in quotas}
-    free = [len(affinity()) - busy_cores()]
-    seconds = time.perf_counter() - start
-    for cgroup, quota in quotas.items():
-        free.append(int(quota) - round((_cpu_seconds(cgroup) - usage_before[cgroup]) / seconds))
+
+    clock: float
+    own: float
+    cores: dict[int, float]
+    cgroups: dict[Path, float]
+
+    @classmethod
+    def now(cls) -> CpuUsage:
+        used = psutil.Process().cpu_times()
+        cores = {core: busy_seconds(times) for core, times in enumerate(psutil.cpu_times(percpu=True))}
+        return cls(
+            time.perf_counter(),
+            used.user + used.system,
+            {core: cores[core] for core in affinity() if core in cores},
+            {cgroup: _cpu_seconds(cgroup) for cgroup in _quotas()},
+        )
+
+
+def busy_seconds(times: Any) -> float:
+    """Time in seconds in which a core was busy, from psutil's ``times`` of this core."""
+    # Linux counts guest time twice: as guest time and within user time.
+    return float(sum(times) - sum(getattr(times, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice")))
+
+
+def free_cores() -> int:
+    """Number of cores that this process may use and that other processes do not use now; at least 1.
+
+    The minimum of: cores of its affinity minus those that are busy; quota of each cgroup minus its current usage. With
+    more threads than free cores, each small operation waits until all threads are scheduled, which makes a step several
+    times slower.
+
+    A command imports this module first, so that the usage is measured while it imports the others.
+    """
+    before, now = _AT_IMPORT, CpuUsage.now()
+    if not _WINDOW <= now.clock - before.clock <= _MAX_WINDOW:
+        time.sleep(_WINDOW)
+        before, now = now, CpuUsage.now()
+    seconds, own = now.clock - before.clock, now.own - before.own
+
+    def others(used: float, used_before: float) -> int:
+        """Average number of cores that other processes used."""
+        return max(0, round((used - used_before - own) / seconds))
+
+    quotas = _quotas()
+    free = [len(affinity()) - others(sum(now.cores.values()), sum(before.cores.values()))]
+    free += [int(quotas[group]) - others(now.cgroups[group], before.cgroups[group]) for group in now.cgroups]
     return max(1, min(free))
 
 
 def usable_cores() -> int:
     """Number of cores that this process may use, by its affinity and the quotas of its cgroups; at least 1."""
     return max(1, int(min([len(affinity()), *_quotas().values()])))
-
-
-def busy_cores() -> int:
-    """Number of busy cores in the affinity of this process, measured while this process sleeps."""
-    usage = psutil.cpu_percent(_WINDOW, percpu=True)
-    return round(sum(float(usage[core]) for core in affinity() if core < len(usage)) / 100)
 
 
 def affinity() -> list[int]:
@@ -115,3 +155,6 @@ def torch_threads(count: int) -> Iterator[int]:
         yield count
     finally:
         torch.set_num_threads(previous)
+
+
+_AT_IMPORT = CpuUsage.now()
