@@ -61,9 +61,16 @@ real-recipes: .venv/.installed ## run two steps of each sd15_... and sdxl_lora r
 	.venv-peer/bin/pip install -q --disable-pip-version-check -r experiments/benchmark/requirements.txt -e '.[sweeps]'
 	@touch $@
 
+.venv-kohya/.installed:
+	test -x .venv-kohya/bin/python || $(PYTHON) -m venv .venv-kohya
+	.venv-kohya/bin/pip install -q --disable-pip-version-check $$(grep '^torch' experiments/benchmark/requirements.txt)
+	cd $(KOHYA) && $(CURDIR)/.venv-kohya/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
 # With PEER, sdtune and diffusers run in the same environment, which has the torchvision that diffusers' scripts need.
-bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) ## time every method and a sweep of eight jobs; PEER=CHECKOUT of diffusers also times its scripts (hours)
-	$(if $(PEER),.venv-peer,.venv)/bin/python -m experiments.benchmark.bench $(if $(PEER),--peer $(PEER)) $(BENCH)
+# kohya's sd-scripts pin other versions of diffusers and transformers, so they have an environment of their own.
+bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) $(if $(KOHYA),.venv-kohya/.installed) ## time every method and a sweep of eight jobs; PEER=CHECKOUT of diffusers, KOHYA=CHECKOUT of sd-scripts also time their scripts (hours)
+	$(if $(PEER),.venv-peer,.venv)/bin/python -m experiments.benchmark.bench $(if $(PEER),--peer $(PEER)) $(if $(KOHYA),--kohya $(KOHYA)) $(BENCH)
 
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu_stub" -n $(TEST_JOBS) --dist worksteal

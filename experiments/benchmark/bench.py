@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,14 +25,15 @@ from typing import Any
 import diffusers
 import torch
 
-from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, images, ours, peer
+from experiments.benchmark.commands import BEST, DOCUMENTED, Command, Shape, images, kohya, ours, peer
 from experiments.benchmark.gate import gate
-from experiments.benchmark.page import groups, page
+from experiments.benchmark.page import KOHYA, WARM, groups, page
 from experiments.benchmark.sweep import sweeps
 from experiments.real_shapes.measure import random_pipeline
 from sdtune.files import write_json, write_text
 
 HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
 ROUNDS = 3
 STEPS = {"pocket": 40, "sd15": 5}
 """Optimizer steps per measurement; the first quarter, at least two, is warm-up."""
@@ -45,11 +46,12 @@ def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str
     """Metrics that ``clock.py`` records of ``command`` in a new process."""
     out = folder / "seen.json"
     out.unlink(missing_ok=True)
-    argv = [sys.executable, str(HERE / "clock.py"), watch, str(steps), str(out), command.target, *command.arguments]
+    argv = [command.python, str(HERE / "clock.py"), watch, str(steps), str(out), command.target, *command.arguments]
     log = folder / "log"
     with log.open("w") as handle:
         environment = {"BENCH_BEGAN": repr(time.monotonic()), "SDTUNE_CACHE": str(folder / "cache")}
         environment |= {"HF_HOME": str(folder / "cache" / "hf"), "HF_HUB_OFFLINE": "1"}
+        environment |= {"PYTHONPATH": str(SOURCE)}  # clock.py uses sdtune, which kohya's environment lacks
         run = subprocess.Popen(
             argv, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
         )
@@ -71,29 +73,48 @@ def figures(ends: list[float]) -> dict[str, Any]:
     return {"first_step_seconds": ends[0], "step_seconds": step_seconds}
 
 
-def compared(method: str, shape: Shape, precision: str, examples: Path | None, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Peers:
+    """Other trainers that are measured.
+
+    Args:
+        examples: folder ``examples`` of a checkout of diffusers; None: it is not measured.
+        kohya: checkout of kohya's sd-scripts; None: it is not measured.
+        kohya_python: interpreter of the environment with their requirements.
+    """
+
+    examples: Path | None = None
+    kohya: Path | None = None
+    kohya_python: Path = HERE.parents[1] / ".venv-kohya" / "bin" / "python"
+
+
+def variants_of(method: str, shape: Shape, precision: str, peers: Peers, data: Path, run: Path) -> dict[str, Command]:
+    """Commands that are compared for a method, in the order in which they alternate."""
+    own = ours(method, shape, data, run, precision)
+    if shape.batch > 1:  # these groups only compare sdtune with the matrix rate
+        return {"sdtune": own}
+    uncached = ours(method, shape, data, run, precision, "data.cache_latents=false", "data.cache_text=false")
+    variants = {"sdtune": own, WARM: own, "sdtune, no caches": uncached}
+    # diffusers' ControlNet script does not support pocket's latents, whose side is a quarter of the image side.
+    if peers.examples is not None and (shape.name, method) != ("pocket", "controlnet"):
+        documented = DOCUMENTED.get(method, ())
+        variants["diffusers"] = peer(peers.examples, method, shape, data, run, precision, *documented)
+        if documented or method in BEST:
+            best = BEST.get(method, ())
+            variants["diffusers, best flags"] = peer(peers.examples, method, shape, data, run, precision, *best)
+    if peers.kohya is not None and (shape.name, method) == ("sd15", "lora"):
+        variants[KOHYA] = kohya(peers.kohya, peers.kohya_python, shape, data, run, precision)
+    return variants
+
+
+def compared(method: str, shape: Shape, precision: str, peers: Peers, folder: Path) -> dict[str, Any]:
     """Measure the variants of a method in turn, each several times in a new process, and the work of one step."""
     data, run = folder / f"images-{shape.side}", folder / "run"
-    variants = {
-        "sdtune": ours(method, shape, data, run, precision),
-        "sdtune, no caches": ours(
-            method, shape, data, run, precision, "data.cache_latents=false", "data.cache_text=false"
-        ),
-    }
-    if shape.batch > 1:  # these groups only compare sdtune with the matrix rate
-        del variants["sdtune, no caches"]
-    # diffusers' ControlNet script does not support pocket's latents, whose side is a quarter of the image side.
-    if examples is not None and (shape.name, method) != ("pocket", "controlnet"):
-        documented = DOCUMENTED.get(method, ())
-        variants["diffusers"] = peer(examples, method, shape, data, run, precision, *documented)
-        if documented or method in BEST:
-            variants["diffusers, best flags"] = peer(
-                examples, method, shape, data, run, precision, *BEST.get(method, ())
-            )
+    variants = variants_of(method, shape, precision, peers, data, run)
     results: dict[str, Any] = {name: {"step_seconds": [], "first_step_seconds": [], "peak": []} for name in variants}
     for turn in range(ROUNDS):
         for name, command in list(variants.items()):
-            for stale in (run, folder / "cache"):
+            for stale in (run, *([folder / "cache"] if name != WARM else [])):
                 shutil.rmtree(stale, ignore_errors=True)
             try:
                 metrics = measured("count" if turn == ROUNDS - 1 else "time", command, STEPS[shape.name], folder)
@@ -167,16 +188,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+def checked_peers(diffusers_checkout: Path | None, kohya_checkout: Path | None) -> Peers:
+    examples = diffusers_checkout.absolute() / "examples" if diffusers_checkout else None
+    if examples is not None and not examples.is_dir():
+        raise SystemExit(f"--peer: {diffusers_checkout} has no folder named examples; use a checkout of diffusers")
+    peers = Peers(examples, kohya_checkout.absolute() if kohya_checkout else None)
+    if peers.kohya is not None and not (peers.kohya / "train_network.py").is_file():
+        raise SystemExit(f"--kohya: {kohya_checkout} has no file train_network.py; use a checkout of sd-scripts")
+    if peers.kohya is not None and not peers.kohya_python.is_file():
+        raise SystemExit(f"--kohya: {peers.kohya_python} does not exist; run make bench KOHYA={kohya_checkout}")
+    return peers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="checkout of diffusers; its example scripts are measured too")
+    parser.add_argument("--kohya", type=Path, help="checkout of kohya's sd-scripts; train_network.py is measured too")
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark"), help="folder for weights and runs")
     parser.add_argument("groups", nargs="*", help="prefixes of group names, such as pocket/lora; default: all groups")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.absolute()
-    examples = arguments.peer / "examples" if arguments.peer else None
-    if examples is not None and not examples.is_dir():
-        raise SystemExit(f"--peer: {arguments.peer} has no folder named examples; use a checkout of diffusers")
+    peers = checked_peers(arguments.peer, arguments.kohya)
     names = groups(["32-true", *(["bf16-mixed"] if machine()["multiplies bfloat16"] else [])])
     for prefix in arguments.groups:
         if not any(name.startswith(prefix) for name in names):
@@ -213,7 +245,7 @@ def main() -> None:
             # of 1e-8 is rounded to zero, and the trained embeddings are infinite after one step.
             random_pipeline(shape.weights, text=torch.float32)
         images(folder / f"images-{shape.side}", shape.side)
-        return compared(method_or_batch, shape, precision, None if kind == "floor" else examples, folder)
+        return compared(method_or_batch, shape, precision, Peers() if kind == "floor" else peers, folder)
 
     for name in names:
         if is_missing(name):

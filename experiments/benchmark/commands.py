@@ -1,8 +1,10 @@
-"""Measured commands: sdtune and diffusers' example scripts for the same work, with the same images and weights."""
+"""Measured commands: sdtune, diffusers' scripts and kohya's train_network.py, with the same images and weights."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 CAPTION = "a photo of a cat"
+
+KOHYA_SUBSET = "kohya/1_cat"
+"""Folder of images for kohya's scripts: number of repeats, underscore, name."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +29,26 @@ class Shape:
 
 @dataclass(frozen=True)
 class Command:
-    """Module or script with its arguments."""
+    """Module or script with its arguments, run by the interpreter ``python``."""
 
     target: str
     arguments: tuple[str, ...]
+    python: str = sys.executable
 
 
 def images(folder: Path, side: int, count: int = 8) -> Path:
     """Folder of images for both trainers: with caption files for sdtune, with metadata.jsonl and maps for diffusers."""
     rows = []
-    for sub in ("captioned", "bare", "listed", "paired"):
+    for sub in ("captioned", "bare", "listed", "paired", KOHYA_SUBSET):
         (folder / sub).mkdir(parents=True, exist_ok=True)
     for number in range(count):
         noise = Image.effect_noise((side, side), 60 + 10 * number)
         image = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
-        for sub in ("captioned", "bare", "listed", "paired"):
+        for sub in ("captioned", "bare", "listed", "paired", KOHYA_SUBSET):
             image.save(folder / sub / f"{number}.png")
         image.convert("L").point(lambda value: 255 * (value > 140)).save(folder / "paired" / f"{number}-map.png")
-        (folder / "captioned" / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
+        for sub in ("captioned", KOHYA_SUBSET):
+            (folder / sub / f"{number}.txt").write_text(CAPTION, encoding="utf-8")
         rows.append({"file_name": f"{number}.png", "text": CAPTION})
     _write_metadata(folder / "listed", rows)
     _write_metadata(
@@ -139,3 +146,36 @@ def peer(examples: Path, method: str, shape: Shape, data: Path, run: Path, preci
         f"--mixed_precision={'bf16' if precision == 'bf16-mixed' else 'no'}",
     ]
     return Command(str(examples / SCRIPTS[method]), (*arguments, *method_arguments, *more))
+
+
+def kohya(checkout: Path, python: Path, shape: Shape, data: Path, run: Path, precision: str) -> Command:
+    """``train_network.py`` of kohya's sd-scripts: LoRA of the UNet, with cached latents and its default optimizer.
+
+    It has no cache of text embeddings for SD 1.5. Its tokenizer is that of the hub id below, read from a folder.
+    """
+    tokenizers = data / "kohya-tokenizers"
+    target = tokenizers / "openai_clip-vit-large-patch14"
+    if not target.is_dir():
+        shutil.copytree(shape.weights / "tokenizer", target)
+    arguments = [
+        f"--pretrained_model_name_or_path={shape.weights}",
+        f"--tokenizer_cache_dir={tokenizers}",
+        f"--train_data_dir={(data / KOHYA_SUBSET).parent}",
+        "--caption_extension=.txt",
+        f"--resolution={shape.side}",
+        f"--train_batch_size={shape.batch}",
+        "--network_module=networks.lora",
+        "--network_dim=4",
+        "--network_train_unet_only",
+        "--learning_rate=1e-4",
+        "--optimizer_type=AdamW",
+        "--lr_scheduler=constant",
+        "--max_train_steps=1000",
+        "--cache_latents",
+        "--sdpa",
+        "--max_data_loader_n_workers=0",
+        "--seed=42",
+        f"--mixed_precision={'bf16' if precision == 'bf16-mixed' else 'no'}",
+        f"--output_dir={run}",
+    ]
+    return Command(str(checkout / "train_network.py"), tuple(arguments), str(python))

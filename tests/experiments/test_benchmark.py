@@ -104,7 +104,7 @@ def test_page_has_ratios_of_medians_and_marks_missed_aims() -> None:
     )
     assert "were not measured" not in text
     assert "| lora | 32-true | sdtune | 300 (300-9,000) | 0.60 |" in text
-    assert "| lora | 32-true | 0.60 missed | 0.5 | 0.60 met | 1.00 missed | 1.00 missed | at once |" in text
+    assert "| lora | 32-true | 0.60 missed | 0.5 | 0.60 met | 1.00 met |  | 1.00 missed | at once |" in text
     assert "| 167% |" in text, "1 TFLOP in 0.3 s, relative to 2 TFLOP/s"
     assert "| 4 | 32-true | shared backbone | 2.0 (2.0-2.0) | 0.25 | 0.32 | 4.0 (4.0-4.0) | 0.25 | 0.35 |" in text
     assert (
@@ -112,6 +112,38 @@ def test_page_has_ratios_of_medians_and_marks_missed_aims() -> None:
     )
     assert "2e-05 (batch 4, 32-true)" in text
     assert "| textual_inversion | bf16-mixed | 0" not in text
+
+
+def test_page_compares_warm_caches_and_kohyas_script() -> None:
+    from experiments.benchmark.page import KOHYA, page
+
+    machine = {"processor": "X", "cores": 2, "torch": "2", "diffusers": "1", "multiplies bfloat16": []}
+
+    def figures(step: float, start: float, peak: int) -> dict[str, Any]:
+        work = {"operators": 7, "synchronisations": 0, "flop": 1e12}
+        return {"step_seconds": [step], "first_step_seconds": [start], "peak": [peak], **work}
+
+    group = {
+        "sdtune": figures(0.6, 12.0, 100), "sdtune, warm caches": figures(0.6, 9.0, 100),
+        "diffusers": figures(1.0, 10.0, 100), KOHYA: figures(0.8, 6.0, 200), "rate": 2.0, "machine": machine,
+    }  # fmt: skip
+    text = page({"sd15/lora/32-true": group})
+    assert "| lora | 32-true | 0.60 missed | 0.55 | 0.60 met | 1.20 missed | 0.90 met | 1.00 missed | 5 |" in text
+    assert "| lora | 32-true | 0.75 missed | 2.00 | 1.50 | 0.50 |" in text
+    assert f"| lora | 32-true | {KOHYA} | 800 (800-800) | 0.80 | 6.0 (6.0-6.0) | 0.60 |" in text
+
+
+def test_kohya_checkout_and_its_environment_are_checked(tmp_path: Path) -> None:
+    from experiments.benchmark.bench import checked_peers
+
+    assert checked_peers(None, None).kohya is None
+    with pytest.raises(SystemExit, match=r"--kohya: .* has no file train_network\.py; use a checkout of sd-scripts"):
+        checked_peers(None, tmp_path)
+    (tmp_path / "train_network.py").touch()
+    with pytest.raises(SystemExit, match="does not exist; run make bench KOHYA="):
+        checked_peers(None, tmp_path)
+    with pytest.raises(SystemExit, match="--peer: .* has no folder named examples"):
+        checked_peers(tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +204,7 @@ def test_failing_diffusers_script_is_reported_and_other_variants_are_measured(
 
     monkeypatch.setattr(bench, "measured", measured)
     shape = Shape("sd15", tmp_path / "weights", 256)
-    results = bench.compared("dreambooth", shape, "32-true", tmp_path / "examples", tmp_path)
+    results = bench.compared("dreambooth", shape, "32-true", bench.Peers(tmp_path / "examples"), tmp_path)
     assert results["does not run"] == dict.fromkeys(
         ("diffusers", "diffusers, best flags"), "RuntimeError: of two types"
     )
@@ -189,4 +221,4 @@ def test_failing_sdtune_training_ends_the_benchmark(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(bench, "measured", measured)
     with pytest.raises(RuntimeError, match="no metrics"):
-        bench.compared("lora", Shape("sd15", tmp_path, 256), "32-true", None, tmp_path)
+        bench.compared("lora", Shape("sd15", tmp_path, 256), "32-true", bench.Peers(), tmp_path)
