@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +107,23 @@ def _measure(meter: Meter, waits: WaitingLines) -> None:
     _TrainingEpochLoop.advance = watched  # type: ignore[method-assign]
 
 
+def device_peaks() -> list[int]:
+    return [device_peak(device) for device in range(torch.cuda.device_count())]
+
+
+def _measure_child() -> None:
+    """In a process of a sweep, which imports this file again: write its peaks beside the report when it ends."""
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)  # the stub has no expandable segments
+    torch.cuda.init()
+    install()
+    report = Path(os.environ["GPU_STUB_REPORT"])
+    target = report.with_name(f"child-{multiprocessing.current_process().name}.json")
+    Finalize(None, lambda: target.write_text(json.dumps(device_peaks()), encoding="utf-8"), exitpriority=0)
+
+
 def main() -> None:
     report, *arguments = sys.argv[1:]
+    os.environ["GPU_STUB_REPORT"] = report
     install()
     meter, waits, code = Meter(), WaitingLines(), 0
     torch.cuda.init()
@@ -123,7 +141,7 @@ def main() -> None:
             "code": code,
             "phases": [asdict(phase) for phase in meter.phases],
             "waiting_lines": dict(waits.lines),
-            "device_peaks": [device_peak(device) for device in range(torch.cuda.device_count())],
+            "device_peaks": device_peaks(),
         }
         Path(report).write_text(json.dumps(result, indent=1), encoding="utf-8")
     raise SystemExit(code)
@@ -131,3 +149,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    _measure_child()

@@ -53,7 +53,9 @@ def photos(work: Path) -> Path:
 def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
     """Runs ``sdtune train`` on a recipe at the true shapes of ``kind``, with an evaluation by CLIP."""
 
-    def start(recipe: str, kind: str, *more: str, gib: float = 80, steps: int = 10) -> Measured:
+    def start(
+        recipe: str, kind: str, *more: str, gib: float = 80, steps: int = 10, devices: int = 1, sweep: bool = False
+    ) -> Measured:
         overrides = [
             f"experiment={recipe}",
             f"backbone.path={shapes.pipeline(work, kind)}",
@@ -61,10 +63,10 @@ def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
             *([] if "evaluation=none" in more else ["evaluation=clip", "evaluation.images=8", *EVALUATION]),
             f"data.path={photos}",
             f"trainer.max_steps={steps}",
-            f"hydra.run.dir={tmp_path / 'run'}",
+            f"hydra.{'sweep' if sweep else 'run'}.dir={tmp_path / 'run'}",
             *([] if "callbacks.samples=null" in more else ["callbacks.samples.sampling.sampler=ddim"]),
             *more,
         ]
-        return run(libraries, tmp_path, "train", *overrides, gib=gib)
+        return run(libraries, tmp_path, "train", *(["-m"] if sweep else []), *overrides, gib=gib, devices=devices)
 
     return start

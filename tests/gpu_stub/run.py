@@ -25,6 +25,7 @@ class Measured:
         output: stdout and stderr.
         waiting_lines: FILE:LINE that waited for the device in two micro-batches, and how often.
         device_peaks: bytes taken from the driver of each device, without the context.
+        child_peaks: the same for each process that the command has started.
     """
 
     code: int
@@ -32,6 +33,7 @@ class Measured:
     phases: tuple[Phase, ...]
     waiting_lines: Counter[str]
     device_peaks: tuple[int, ...]
+    child_peaks: tuple[tuple[int, ...], ...] = ()
 
     def peak(self, name: str) -> float:
         """Highest peak of the phases ``name`` that started a kernel, in GiB; 0 if there was none."""
@@ -50,7 +52,8 @@ def run(
     """Run ``sdtune *arguments`` on ``devices`` stub GPUs of ``gib`` GiB; ``folder`` receives the report."""
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
-    report.unlink(missing_ok=True)
+    for stale in (report, *folder.glob("child-*.json")):
+        stale.unlink(missing_ok=True)
     environment = os.environ | {
         "GPU_STUB_BUILD": str(build),
         "GPU_STUB_GIB": str(gib),
@@ -73,4 +76,5 @@ def run(
         tuple(Phase(**phase) for phase in result.get("phases", ())),
         Counter(result.get("waiting_lines", {})),
         tuple(result.get("device_peaks", ())),
+        tuple(tuple(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("child-*.json"))),
     )
