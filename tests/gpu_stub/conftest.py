@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,11 @@ def photos(work: Path) -> Path:
 
 
 @pytest.fixture
-def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
-    """Runs ``sdtune train`` on a recipe at the true shapes of ``kind``, with an evaluation by CLIP."""
+def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Iterator[Run]:
+    """Runs ``sdtune train`` on a recipe at the true shapes of ``kind``, with an evaluation by CLIP.
+
+    The run folder is removed after the test: checkpoints of 10 GB would fill the disk.
+    """
 
     def start(
         recipe: str, kind: str, *more: str, gib: float = 80, steps: int = 10, devices: int = 1, sweep: bool = False
@@ -69,4 +73,5 @@ def training(libraries: Path, work: Path, photos: Path, tmp_path: Path) -> Run:
         ]
         return run(libraries, tmp_path, "train", *(["-m"] if sweep else []), *overrides, gib=gib, devices=devices)
 
-    return start
+    yield start
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
