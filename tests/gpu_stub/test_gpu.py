@@ -55,7 +55,7 @@ CARDS = {
         f"{name} on 12": (12, recipe, kind, (*more, "hardware=gpu_12gb")) for name, (recipe, kind, more) in SD15.items()
     },
     "lora of SDXL on 12": (12, "sdxl_lora", "sdxl", ("hardware=gpu_12gb",)),
-    "word of SDXL on 12": (12, "sd15_textual_inversion", "sdxl", (*WORD, "hardware=gpu_12gb")),
+    "word of SDXL on 12": (12, "sd15_textual_inversion", "sdxl", ("backbone=sdxl", *WORD, "hardware=gpu_12gb")),
     "dreambooth with AdamW on 16": (16, "sd15_dreambooth", "sd15", (*CLASS, "hardware=gpu", "optimizer=adamw")),
     "lora of SDXL without checkpointing on 24": (24, "sdxl_lora", "sdxl", NO_CHECKPOINTING),
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sdtune.torch_compat import efficient_attention
@@ -27,12 +27,6 @@ class Kernels(TorchFunctionMode):
     def __init__(self, gpu: bool) -> None:
         super().__init__()
         self.gpu = gpu
-        self._casts: dict[int, Tensor] = {}
-        """Cache of cast trainable weights, as in autocast, until the mode ends."""
-
-    def __exit__(self, *exception: Any) -> None:
-        self._casts.clear()
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,14 +41,8 @@ class Kernels(TorchFunctionMode):
         def cast(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.bfloat16):
                 return value
-            if value.dtype == dtype:
-                return value
-            # Outside of a training step, Lightning's autocast keeps no copies either.
-            if not isinstance(value, nn.Parameter) or not value.requires_grad or not torch.is_grad_enabled():
-                return value.to(dtype)
-            if id(value) not in self._casts:
-                self._casts[id(value)] = value.to(dtype)
-            return self._casts[id(value)]
+            # Lightning turns autocast's cache off: each use of a weight is a new copy.
+            return value.to(dtype)
 
         return [cast(value) for value in args], {name: cast(value) for name, value in kwargs.items()}
 
