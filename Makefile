@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare quantization together real-shapes real-recipes bench test test-slow gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare quantization together real-shapes real-recipes bench gpu-check test test-slow gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ real-recipes: .venv/.installed ## run two steps of each sd15_... and sdxl_lora r
 # kohya's sd-scripts pin other versions of diffusers and transformers, so they have an environment of their own.
 bench: $(if $(PEER),.venv-peer/.installed,.venv/.dev) $(if $(KOHYA),.venv-kohya/.installed) ## time every method and a sweep of eight jobs; PEER=CHECKOUT of diffusers, KOHYA=CHECKOUT of sd-scripts also time their scripts (hours)
 	$(if $(PEER),.venv-peer,.venv)/bin/python -m experiments.benchmark.bench $(if $(PEER),--peer $(PEER)) $(if $(KOHYA),--kohya $(KOHYA)) $(BENCH)
+
+gpu-check: .venv/.installed ## measure sdtune on a GPU in ten minutes and write experiments/gpu/README.md; GPU_CHECK="--diffusers CHECKOUT" adds diffusers' script
+	$(BIN)/python -m experiments.gpu.check --out outputs/gpu-check --page $(GPU_CHECK)
 
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu_stub" -n $(TEST_JOBS) --dist worksteal
