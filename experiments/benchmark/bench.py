@@ -51,7 +51,8 @@ def measured(watch: str, command: Command, steps: int, folder: Path) -> dict[str
     with log.open("w") as handle:
         environment = {"BENCH_BEGAN": repr(time.monotonic()), "SDTUNE_CACHE": str(folder / "cache")}
         environment |= {"HF_HOME": str(folder / "cache" / "hf"), "HF_HUB_OFFLINE": "1"}
-        environment |= {"PYTHONPATH": str(SOURCE)}  # clock.py uses sdtune, which kohya's environment lacks
+        if command.python != sys.executable:  # clock.py uses sdtune, which kohya's environment lacks
+            environment |= {"PYTHONPATH": str(SOURCE)}
         run = subprocess.Popen(
             argv, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
         )

@@ -9,6 +9,7 @@ as expected.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +97,8 @@ def check(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         raise UserError("torch has no GPU", remedy="run sdtune doctor, which shows the reason")
     if has_true_shapes and (free := shutil.disk_usage(work).free / GIB) < _DISK:
         raise UserError(f"{work} has {free:.0f} GiB free, {_DISK} are needed", key="--work", remedy="use another disk")
+    # The processes are forked from one that has imported huggingface_hub, which reads these at its import.
+    os.environ.update({"HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"})
     budget = Budget(arguments.seconds)
     place = Workplace(arguments.out.absolute(), work, budget, 0.0, arguments.cpu_reference, arguments.diffusers)
     with ExitStack() as stack:
@@ -133,6 +136,7 @@ def run(names: Sequence[str], place: Workplace, report: Report, preparations: Se
         if CHECKS[name].true_shapes and not place.plans:
             try:
                 for preparation in preparations:
+                    preparation.limit = min(preparation.limit, max(0.0, place.budget.left))
                     preparation.wait()
                 place.plans = {name: plan for file in _plan_files(place) for name, plan in read_json(file).items()}
             except (MeasurementFailed, OSError) as error:
@@ -168,9 +172,9 @@ def main() -> None:
             rows = check(arguments, Path(work))
         if arguments.page:
             page.write(arguments.out / "gpu.json")
-    except UserError as error:
+    except (UserError, MeasurementFailed) as error:
         raise SystemExit(f"gpu check: {error}") from error
-    if not all(row.get("ok", True) for row in rows):
+    if not all(row.get("ok", True) for row in rows) or all("skipped" in row for row in rows):
         raise SystemExit(1)
 
 

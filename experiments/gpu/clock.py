@@ -17,9 +17,12 @@ import torch
 from annotated_types import Ge, Gt
 from pytorch_lightning.callbacks import Callback
 
+import sdtune
 from sdtune.files import write_json
 
 GIB = 2**30
+
+_SDTUNE = Path(sdtune.__file__).parent
 
 RESULT = Path("samples") / "clock.json"
 """File of :class:`Clock` in the run folder; sdtune passes callbacks the folder of the samples."""
@@ -51,7 +54,7 @@ class WaitingLines:
         if "synchroniz" not in str(message):
             return
         frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith("warnings.py")]
-        ours = [frame for frame in frames if "/sdtune/" in frame.filename]
+        ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_SDTUNE)]
         frame = (ours or frames)[-1]
         self.lines[f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"] += 1
 
@@ -134,12 +137,14 @@ class MemoryLimit(Callback):
     """Give torch's allocator no more memory than a GPU of ``gib`` GiB has next to the CUDA context.
 
     Attributes:
-        highest: bytes, peak of the process before the last reset of torch's peak.
+        peak, reserved: highest number of bytes that torch has allocated, and taken from the driver, at the last
+            :meth:`update`.
     """
 
-    priority: ClassVar[int] = -1000  # before sdtune resets the peak
+    priority: ClassVar[int] = -1000  # before sdtune resets torch's peaks
 
-    highest: ClassVar[int] = 0
+    peak: ClassVar[int] = 0
+    reserved: ClassVar[int] = 0
 
     def __init__(self, gib: Annotated[float, Gt(CONTEXT)]) -> None:
         self.gib = gib
@@ -151,4 +156,10 @@ class MemoryLimit(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        MemoryLimit.highest = max(MemoryLimit.highest, torch.cuda.max_memory_allocated())
+        self.update()
+
+    @classmethod
+    def update(cls) -> None:
+        """Read torch's peaks of this process."""
+        cls.peak = max(cls.peak, torch.cuda.max_memory_allocated())
+        cls.reserved = max(cls.reserved, torch.cuda.max_memory_reserved())

@@ -74,9 +74,9 @@ class Measuring:
             return  # its number may belong to another process
         assert self.process.pid is not None
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError):  # it is the leader of its own group
+            with suppress(ProcessLookupError):  # it leads its own group, unless it is just starting
                 os.killpg(self.process.pid, signal.SIGKILL)
-        elif self.process.is_alive():
+        if self.process.is_alive():
             self.process.kill()
         self.process.join()
         self._has_ended = True

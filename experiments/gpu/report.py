@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.gpu.processes import MeasurementFailed
 from sdtune.files import write_json
 
 RESULTS = "gpu.json"
@@ -93,8 +94,8 @@ class Report:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    name = type(error).__name__
-    return {"ok": False, "error": str(error) if name == "MeasurementFailed" else f"{name}: {error}"}
+    is_described = isinstance(error, MeasurementFailed)
+    return {"ok": False, "error": str(error) if is_described else f"{type(error).__name__}: {error}"}
 
 
 def _finite(value: Any) -> Any:

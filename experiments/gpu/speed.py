@@ -85,7 +85,8 @@ def _card(place: Workplace, card: Card) -> dict[str, Any]:
     limit = f"+callbacks.limit={{_target_: experiments.gpu.clock.MemoryLimit, gib: {card.gib}}}"
     words = ["train", *card.arguments(place.work), "trust=[experiments]", limit, f"hydra.run.dir={run}"]
     file = run.with_name(f"{run.name}.json")
-    place.start(f"card {card.gib}", 75, f"{__name__}:limited", file, *words).wait()
+    fresh = place.new_cache(run.name)  # so that the run encodes its images
+    place.start(run.name, 75, f"{__name__}:limited", file, *words, environment=fresh).wait()
     metrics = read_json(run / "metrics.json")
     reasons = [reason for reason in metrics.get("reasons", {}).values() if "memory" in reason]
     return {
@@ -100,11 +101,10 @@ def _card(place: Workplace, card: Card) -> dict[str, Any]:
 
 def limited(file: Path, *words: str) -> None:
     """Run ``sdtune WORDS`` with the callback :class:`MemoryLimit`, and write the peak of the process to ``file``."""
-    import torch
-
     try:
         command(*words)
     finally:
         sys.stdout.flush()
-        peak, stats = max(MemoryLimit.highest, torch.cuda.max_memory_allocated()), torch.cuda.memory_stats()
-        write_json(file, {"peak_gib": peak / GIB, "reserved_gib": stats["reserved_bytes.all.peak"] / GIB})
+        MemoryLimit.update()
+        peaks = {"peak_gib": MemoryLimit.peak / GIB, "reserved_gib": MemoryLimit.reserved / GIB}
+        write_json(file, peaks)

@@ -65,7 +65,7 @@ def _method(place: Workplace, name: str, settings: Sequence[str], reference: dic
             run = place.new_run_folder(f"{name}-{device}")
             words = ["train", *settings, *_float32(device), f"hydra.run.dir={run}"]
             # A common cache would give the GPU the latents of the CPU.
-            cache = {"SDTUNE_CACHE": str(place.work / f"cache-{device}")}
+            cache = place.new_cache(run.name)
             process = place.start(f"methods {name} {device}", 40, COMMAND, *words, environment=_EXACT | cache)
             stack.callback(process.stop)
             runs[run] = process

@@ -54,7 +54,7 @@ class Workplace:
             seconds: what it should take; it may take longer while the budget lasts.
         """
         limit = max(seconds, min(_PATIENCE * seconds, self.budget.left))
-        caches = {"SDTUNE_CACHE": str(self.work / "cache"), "HF_HOME": str(self.work / "hf"), "HF_HUB_OFFLINE": "1"}
+        caches = {"SDTUNE_CACHE": str(self.work / "cache")}
         log = self.out / "logs" / f"{_file_name(name)}.log"
         log.unlink(missing_ok=True)
         return start(target, *arguments, log=log, limit=limit, environment={**caches, **(environment or {})})
@@ -72,6 +72,13 @@ class Workplace:
         folder = self._runs / _file_name(name)
         shutil.rmtree(folder, ignore_errors=True)
         return folder
+
+    def new_cache(self, name: str) -> dict[str, str]:
+        """Environment of a process with an empty cache, except for the hashes of the weights; removed with the runs."""
+        folder = self._runs / f"cache-{_file_name(name)}"
+        if (hashes := self.work / "cache" / "hashes").is_dir():
+            shutil.copytree(hashes, folder / "hashes", dirs_exist_ok=True)
+        return {"SDTUNE_CACHE": str(folder)}
 
     def remove_runs(self) -> None:
         """Remove the folders of all runs."""

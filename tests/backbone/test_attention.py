@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor
 
 from sdtune.backbone import Pretrained
-from sdtune.backbone.attention import FusedAttnProcessor
+from sdtune.backbone.attention import PlainAttnProcessor, set_attention
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
@@ -24,13 +25,13 @@ def test_output_and_gradients_equal_those_of_diffusers_processor(context: int | 
     text = None if context is None else torch.randn(2, context, 24)
     mask = torch.zeros(2, 1, context or 16).index_fill_(2, torch.tensor([1]), -1e4) if masked else None
 
-    def results(processor: AttnProcessor2_0 | FusedAttnProcessor) -> tuple[Tensor, ...]:
+    def results(processor: AttnProcessor2_0 | PlainAttnProcessor) -> tuple[Tensor, ...]:
         layer.set_processor(processor)
         out = layer(x, encoder_hidden_states=text, attention_mask=mask)
         return out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
 
-    for mine, theirs in zip(results(FusedAttnProcessor()), results(AttnProcessor2_0()), strict=True):
-        assert torch.equal(mine, theirs)
+    for value, expected in zip(results(PlainAttnProcessor()), results(AttnProcessor2_0()), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_injected_attention_processors_are_kept(tiny: Path) -> None:
@@ -41,7 +42,7 @@ def test_injected_attention_processors_are_kept(tiny: Path) -> None:
     processors = backbone.unet.attn_processors
     injected = next(iter(processors))
     backbone.unet.set_attn_processor({**processors, injected: Injected()})
-    for device, expected in ((CPU, AttnProcessor), (OTHER, FusedAttnProcessor), (CPU, AttnProcessor)):
+    for device, expected in ((CPU, AttnProcessor), (OTHER, PlainAttnProcessor), (CPU, AttnProcessor)):
         backbone.prepare_for_device(device)
         kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
         assert kinds.pop(injected) is Injected
@@ -52,3 +53,21 @@ def test_attention_of_the_vae_with_norm_and_residual_keeps_diffusers_processor(t
     backbone = Pretrained(str(tiny)).load()
     backbone.prepare_for_device(OTHER)
     assert {type(processor) for processor in backbone.vae.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_signature_is_not_derived_in_each_call() -> None:
+    assert "__signature__" in vars(PlainAttnProcessor.__call__)
+
+
+def test_attention_of_another_class_keeps_diffusers_processor() -> None:
+    class Other(torch.nn.Module):
+        """A model with a layer that is not diffusers' ``Attention``."""
+
+        attn_processors: ClassVar[dict[str, object]] = {"layer.processor": AttnProcessor()}
+
+        def set_attn_processor(self, processors: dict[str, object]) -> None:
+            self.attn_processors = processors  # type: ignore[misc]
+
+    model = Other()
+    set_attention(model, sdpa=True)
+    assert {type(processor) for processor in model.attn_processors.values()} == {AttnProcessor2_0}

@@ -64,3 +64,16 @@ def test_nothing_changes_with_deterministic_algorithms_or_on_a_cpu(tmp_path: Pat
     torch.use_deterministic_algorithms(True)
     callback.on_train_start(trainer(tmp_path, (64,), "32-true"), MODULE)
     assert state() == (False, "highest")
+
+
+def test_settings_are_restored_when_the_last_run_of_a_shared_backbone_ends(tmp_path: Path) -> None:
+    first, second = CudaBackends(None), CudaBackends(None)
+    first.on_train_start(trainer(tmp_path / "one", (64, 64), "32-true"), MODULE)
+    assert state() == (True, "high")
+    second.on_train_start(trainer(tmp_path / "two", (64, 192), "32-true"), MODULE)
+    assert state() == (False, "high"), "the second run has images of two sizes"
+    second.on_train_end(MODULE, MODULE)
+    assert state() == (True, "high")
+    second.on_exception(MODULE, MODULE, cast(Any, KeyboardInterrupt()))
+    assert state() == (True, "high")
+    first.on_train_end(MODULE, MODULE)

@@ -294,7 +294,10 @@ def test_two_workers_give_the_same_batches_as_none(folder: Path, tmp_path: Path,
         ("cuda", 1, 1, {}, 0),
         ("cuda", 16, 1, {"cache_latents": True}, 0),
         ("cuda", 16, 1, {"cache_latents": True, "control": Canny()}, 4),
+        ("cuda", 16, 1, {"cache_latents": True, "mask": "alpha"}, 4),
         ("cuda", 16, 1, {"cache_latents": True, "workers": 2}, 2),
+        ("cuda", 16, 1, {"resolution": 512}, 3),  # 2 * 2 * 3 * 4 * 512**2 bytes per process, and 48 MiB are free
+        ("cuda", 16, 1, {"resolution": 1024}, 0),
         ("cpu", 16, 1, {"workers": 1}, 1),
     ],
 )
@@ -309,11 +312,14 @@ def test_images_decoded_in_the_steps_on_a_gpu_are_loaded_by_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(datamodule, "usable_cores", lambda: cores)
+    monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda path: SimpleNamespace(free=48 * 2**20))
     data = opened(folder, **settings)
     trainer: Any = data.trainer
     trainer.strategy, trainer.num_devices = SimpleNamespace(root_device=torch.device(device)), devices
     data.prepare(encoders(tmp_path / "cache"))
     assert data.train_dataloader().num_workers == expected
+    monkeypatch.setattr(datamodule.multiprocessing, "get_start_method", lambda: "spawn")
+    assert data.train_dataloader().num_workers == settings.get("workers", 0)
 
 
 def test_loader_that_starts_later_yields_the_remaining_batches(folder: Path) -> None:

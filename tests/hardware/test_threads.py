@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def test_threads_come_from_config_then_earlier_start_then_environment(
 
 
 def usage(clock: float, own: float, cores: float, cgroups: dict[Path, float]) -> CpuUsage:
-    return CpuUsage(clock, own, {0: cores, 1: 0.0}, cgroups)
+    return CpuUsage(os.getpid(), clock, own, {0: cores, 1: 0.0}, cgroups)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_free_cores_are_within_affinity_and_quota(
     now = usage(104.0, 14.0, 200.0 + 4 * (busy + 1), dict.fromkeys(cgroups, 50.0 + 4 * (in_cgroup + 1)))
     monkeypatch.setattr(threads, "affinity", lambda: list(range(cores)))
     monkeypatch.setattr(threads, "_quotas", lambda: {} if quota is None else {tmp_path: quota})
-    monkeypatch.setattr(threads, "_AT_IMPORT", usage(100.0, 10.0, 200.0, cgroups))
+    monkeypatch.setattr(threads, "_AT_IMPORT", [usage(100.0, 10.0, 200.0, cgroups)])
     monkeypatch.setattr(CpuUsage, "now", lambda: now)
     monkeypatch.setattr(threads.time, "sleep", lambda seconds: pytest.fail("it sleeps"))
     assert threads.free_cores() == expected
@@ -70,7 +71,7 @@ def test_usage_is_measured_again_directly_after_the_import_and_long_after_it(
     later = iter([usage(since_import, 0.0, 0.0, {}), usage(since_import + 0.25, 0.0, 0.75, {})])
     monkeypatch.setattr(threads, "affinity", lambda: list(range(8)))
     monkeypatch.setattr(threads, "_quotas", dict)
-    monkeypatch.setattr(threads, "_AT_IMPORT", at_import)
+    monkeypatch.setattr(threads, "_AT_IMPORT", [at_import])
     monkeypatch.setattr(CpuUsage, "now", lambda: next(later))
     monkeypatch.setattr(threads.time, "sleep", slept.append)
     assert threads.free_cores() == 5
@@ -94,11 +95,23 @@ def test_only_cores_of_the_affinity_count(monkeypatch: pytest.MonkeyPatch) -> No
     assert CpuUsage.now().cores == dict.fromkeys(cores, 7.0)
 
 
-def test_core_used_by_another_process_is_not_free_and_one_used_by_this_process_is(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("measured", [[], [CpuUsage(0, 100.0, 0.0, {}, {})]], ids=["second call", "forked process"])
+def test_usage_at_the_import_is_used_once_and_only_by_its_process(
+    measured: list[CpuUsage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    later = iter([usage(104.0, 1.0, 1.0, {}), usage(104.25, 1.0, 1.5, {})])
+    monkeypatch.setattr(threads, "affinity", lambda: list(range(8)))
+    monkeypatch.setattr(threads, "_quotas", dict)
+    monkeypatch.setattr(threads, "_AT_IMPORT", measured)
+    monkeypatch.setattr(CpuUsage, "now", lambda: next(later))
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+    assert threads.free_cores() == 6
+    assert threads._AT_IMPORT == []
+
+
+def test_core_used_by_another_process_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     def free_after(seconds: float) -> int:
-        monkeypatch.setattr(threads, "_AT_IMPORT", CpuUsage.now())
+        monkeypatch.setattr(threads, "_AT_IMPORT", [CpuUsage.now()])
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:  # this process uses a core
             pass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class FusedAttnProcessor:
+class PlainAttnProcessor:
     """Attention of a transformer block by ``scaled_dot_product_attention``, with fewer kernels and less host time.
 
     Computes the same as diffusers' ``AttnProcessor2_0`` for layers without norms, residual connection and rescaling
@@ -42,32 +42,32 @@ class FusedAttnProcessor:
             out = layer(out)
         return out
 
-    # Attention.forward inspects the signature in each call; inspect.signature returns this attribute at once.
+    # Attention.forward inspects the signature in each call; with this attribute, it is not derived from the code again.
     __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
 
 
-_DEFAULTS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor)
+_DEFAULTS = (AttnProcessor, AttnProcessor2_0, PlainAttnProcessor)
 
 
-def set_attention(model: Any, *, fused: bool) -> None:
+def set_attention(model: Any, *, sdpa: bool) -> None:
     """Replace diffusers' default attention processors in ``model``; keep all others, such as those of an IP-Adapter.
 
     Args:
-        fused: use ``scaled_dot_product_attention``; otherwise separate matrix products and a softmax.
+        sdpa: use ``scaled_dot_product_attention``; otherwise separate matrix products and a softmax.
     """
     layers = {f"{name}.processor": layer for name, layer in model.named_modules() if isinstance(layer, Attention)}
     model.set_attn_processor(
         {
-            name: _processor(layers[name], fused) if type(processor) in _DEFAULTS else processor
+            name: _processor(layers.get(name), sdpa) if type(processor) in _DEFAULTS else processor
             for name, processor in model.attn_processors.items()
         }
     )
 
 
-def _processor(layer: Attention, fused: bool) -> AttnProcessor | AttnProcessor2_0 | FusedAttnProcessor:
-    if not fused:
+def _processor(layer: Attention | None, sdpa: bool) -> AttnProcessor | AttnProcessor2_0 | PlainAttnProcessor:
+    if not sdpa:
         return AttnProcessor()
-    return FusedAttnProcessor() if _is_plain(layer) else AttnProcessor2_0()
+    return PlainAttnProcessor() if layer is not None and _is_plain(layer) else AttnProcessor2_0()
 
 
 def _is_plain(layer: Attention) -> bool:

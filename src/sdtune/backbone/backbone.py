@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         positions = (self.facts.side // self.facts.factor) ** 2
         unfused = device.type == "cpu" and positions <= _SHORT_SEQUENCE
         for model in (self.unet, self.vae, *others):
-            set_attention(model, fused=not unfused)
+            set_attention(model, sdpa=not unfused)
         for encoder in self.encoders.values():
             encoder.set_attn_implementation("eager" if unfused else "sdpa")
         if device.type == "cpu":

@@ -160,7 +160,7 @@ def _packages() -> Iterator[Finding]:
             continue
         if extra is not None and extra[1] in ("dev", "docs", "dashboard"):
             continue
-        if extra is not None and extra[1] in ("optimizers", "sweeps", "tensorboard", "heic"):
+        if extra is not None and extra[1] in ("optimizers", "sweeps", "tensorboard", "heic", "pose"):
             extras.add(extra[1])
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")

@@ -111,6 +111,8 @@ class TrainRun:
             (self.folder / "metrics.json").unlink(missing_ok=True)
         if shared is not None:
             shared.use(self.adapter)
+            if self.data.workers is None:
+                self.data.workers = 0  # processes of each run would be too many
         cost = CostMeter(None if shared is None else shared.peak_memory)
         with ExitStack() as stack:
             stack.enter_context(self._stopped_outside_of_steps())
@@ -145,8 +147,6 @@ class TrainRun:
         ]
         arguments: dict[str, Any] = {}
         if shared is not None:
-            if self.data.workers is None:
-                self.data.workers = 0  # processes of each run would be too many
             callbacks, arguments = shared.callbacks(callbacks, self.checkpoints), shared.trainer_arguments()
         return self.build_trainer(
             callbacks=by_priority(callbacks), logger=list(loggers), plugins=[AtomicIO()], **arguments

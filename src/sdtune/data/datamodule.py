@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import assign
@@ -35,6 +37,11 @@ VALIDATION_TIMESTEPS = 8
 
 MAX_WORKERS = 4
 """Maximum number of processes that load images, if ``data.workers`` is null."""
+
+_PREFETCHED_BATCHES = 2
+"""Batches that each of torch's loader processes prepares in advance."""
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 MaskSource = Literal["file", "alpha"]
@@ -82,8 +89,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         cache_latents: encode each image once if the VAE is frozen. The mean and log-variance of the VAE's posterior
             are stored, and each step draws a latent from them.
         cache_text: encode each caption once if the text encoder is frozen.
-        workers: processes that load images; None: at most four, and fewer than the cores of this process,
-            if images are decoded in the steps of a training on a CUDA device, otherwise 0.
+        workers: processes that load images; None: 0, but up to four for the training images on Linux if images, masks
+            or control maps are read in the steps of a training on a CUDA device, fewer than the cores of this process,
+            and as many as the shared memory (``/dev/shm``) allows.
         limit: train on the first ``limit`` images only; None: all.
         templates: prompt templates for the captions, chosen at random for each sample: ``object`` or ``style`` (those
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
@@ -422,9 +430,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             text_cache=self.text_cache,
         )
 
-    def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Batch]:
+    def _loader(self, dataset: ImageDataset, sampler: Any) -> DataLoader[Batch]:
         assert self.trainer is not None
-        workers = self._automatic_workers() if self.workers is None else self.workers
+        workers = self._automatic_workers(dataset) if self.workers is None else self.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -435,11 +443,23 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             persistent_workers=workers > 0,
         )
 
-    def _automatic_workers(self) -> int:
-        """Number of loader processes: 0 if all inputs are cached, and on a CPU, whose cores the training uses."""
-        assert self.trainer is not None
-        decodes_images = self.latent_cache is None or self.control is not None
-        if self.trainer.strategy.root_device.type != "cuda" or not decodes_images:
+    def _automatic_workers(self, dataset: ImageDataset) -> int:
+        """Number of loader processes: 0 if all inputs are cached, and on a CPU, whose cores the training uses.
+
+        Only on Linux: elsewhere, a process starts by importing everything again. Batches go through shared memory, of
+        which containers often have 64 MiB.
+        """
+        trainer, resolution = self.trainer, self.resolution
+        assert trainer is not None
+        assert resolution is not None
+        is_decoding = self.latent_cache is None or self.control is not None or self.mask is not None
+        if trainer.strategy.root_device.type != "cuda" or not is_decoding or not dataset.training:
             return 0
-        local_processes = max(1, self.trainer.num_devices)
-        return min(MAX_WORKERS, max(0, usable_cores() // local_processes - 1))
+        if not SHARED_MEMORY.is_dir() or multiprocessing.get_start_method() != "fork":
+            return 0
+        local_processes = max(1, trainer.num_devices)
+        images = self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size)
+        images *= (2 if self.has_prior else 1) * (2 if self.control is not None else 1)
+        prefetched = _PREFETCHED_BATCHES * max(1, images) * 3 * 4 * resolution**2
+        free = shutil.disk_usage(SHARED_MEMORY).free // local_processes
+        return max(0, min(MAX_WORKERS, usable_cores() // local_processes - 1, free // prefetched - 1))

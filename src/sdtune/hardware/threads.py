@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,13 @@ class CpuUsage:
     """CPU time used so far, in seconds, and the wall-clock time.
 
     Args:
+        process: id of this process.
         own: by this process.
         cores: by all processes, on each core of this process's affinity.
         cgroups: by all processes in each cgroup with a quota that this process belongs to.
     """
 
+    process: int
     clock: float
     own: float
     cores: dict[int, float]
@@ -56,6 +58,7 @@ class CpuUsage:
         used = psutil.Process().cpu_times()
         cores = {core: busy_seconds(times) for core, times in enumerate(psutil.cpu_times(percpu=True))}
         return cls(
+            os.getpid(),
             time.perf_counter(),
             used.user + used.system,
             {core: cores[core] for core in affinity() if core in cores},
@@ -76,21 +79,28 @@ def free_cores() -> int:
     more threads than free cores, each small operation waits until all threads are scheduled, which makes a step several
     times slower.
 
-    A command imports this module first, so that the usage is measured while it imports the others.
+    The first call measures the usage since the import of this module, which a command imports before torch and
+    diffusers; other calls sleep for :data:`_WINDOW`.
     """
-    before, now = _AT_IMPORT, CpuUsage.now()
-    if not _WINDOW <= now.clock - before.clock <= _MAX_WINDOW:
+    before, now = _AT_IMPORT.pop() if _AT_IMPORT else None, CpuUsage.now()
+    # A forked process has its parent's measurement.
+    if before is None or before.process != now.process or not _WINDOW <= now.clock - before.clock <= _MAX_WINDOW:
         time.sleep(_WINDOW)
         before, now = now, CpuUsage.now()
     seconds, own = now.clock - before.clock, now.own - before.own
 
-    def others(used: float, used_before: float) -> int:
+    def others(used: float) -> int:
         """Average number of cores that other processes used."""
-        return max(0, round((used - used_before - own) / seconds))
+        return max(0, round((used - own) / seconds))
 
     quotas = _quotas()
-    free = [len(affinity()) - others(sum(now.cores.values()), sum(before.cores.values()))]
-    free += [int(quotas[group]) - others(now.cgroups[group], before.cgroups[group]) for group in now.cgroups]
+    free = [
+        len(affinity()) - others(sum(now.cores[core] - before.cores.get(core, now.cores[core]) for core in now.cores))
+    ]
+    free += [
+        int(quotas[group]) - others(now.cgroups[group] - before.cgroups.get(group, now.cgroups[group]))
+        for group in now.cgroups
+    ]
     return max(1, min(free))
 
 
@@ -157,4 +167,8 @@ def torch_threads(count: int) -> Iterator[int]:
         torch.set_num_threads(previous)
 
 
-_AT_IMPORT = CpuUsage.now()
+_AT_IMPORT: list[CpuUsage] = []
+"""CPU usage at the import of this module, until :func:`free_cores` has used it."""
+
+with suppress(OSError, psutil.Error):  # reported when free_cores() needs it
+    _AT_IMPORT.append(CpuUsage.now())

@@ -80,15 +80,29 @@ def test_edge_map_is_computed_once_and_read_from_its_file(
     kind().map(sample, (48, 64), (0.3, 0.5))  # a random crop
     assert sorted((cache / "control").rglob("*.png")) == files
     original = kind.extract
-    monkeypatch.delattr(kind, "extract")
-    monkeypatch.setattr(kind, "__abstractmethods__", frozenset())
+    monkeypatch.setattr(kind, "extract", lambda self, pixels: pytest.fail("computed again"))
     assert np.array_equal(kind().map(sample, (48, 64)), first)
     assert np.array_equal(kind().map(sample, (48, 64), flip=True), first[:, ::-1])
-    monkeypatch.setattr(kind, "extract", original, raising=False)
+    monkeypatch.setattr(kind, "extract", original)
     for file in files:
         file.write_bytes(file.read_bytes()[:60])
     assert np.array_equal(kind().map(sample, (48, 64)), first)
     assert len([file for file in files if file.stat().st_size > 60]) == 1
+
+
+def test_map_of_a_users_subclass_is_not_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inverted(Canny):
+        """Canny edges, black on white."""
+
+        def extract(self, pixels: np.ndarray) -> np.ndarray:
+            return 255 - super().extract(pixels)
+
+    monkeypatch.setenv("SDTUNE_CACHE", str(folder.parent / "cache"))
+    sample = samples(folder)[1]
+    plain = Canny().map(sample, (48, 64))
+    for _ in range(2):
+        assert np.array_equal(Inverted().map(sample, (48, 64)), 255 - plain)
+    assert len(list((folder.parent / "cache").rglob("*.png"))) == 1
 
 
 def test_edges_are_only_on_the_border_of_a_rectangle() -> None:

@@ -20,7 +20,7 @@ from transformers.models.vitpose.image_processing_pil_vitpose import VitPoseImag
 
 from drawings import save_drawings
 from running import folder_data
-from sdtune.data.control import poses
+from sdtune.data.control import estimated, poses
 from sdtune.data.control.estimated import Estimated
 from sdtune.data.control.poses import PoseEstimator, skeletons, swap_sides
 from sdtune.errors import UserError
@@ -162,3 +162,10 @@ def test_unsuitable_pose_model_or_detector_is_refused(models: dict[str, Path], t
         Estimated("somebody/model", "depth", "somebody/detector")
     with pytest.raises(UserError, match=r"^data\.control\.detector: /nowhere is not a folder"):
         Estimated(str(models["one"]), "pose", "/nowhere").open([])
+
+
+def test_poses_without_scipy_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimated.importlib.util, "find_spec", lambda name: None)
+    message = r"^data\.control\.task: ViTPose of transformers needs scipy; install it: pip install scipy$"
+    with pytest.raises(UserError, match=message):
+        Estimated("some/model", task="pose").open([])

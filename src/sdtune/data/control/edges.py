@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import cv2
@@ -25,26 +26,26 @@ Threshold = Annotated[float, Interval(ge=0, le=2000)]
 class EdgeMaps(Computed):
     """Edge maps, cached on disk by image content, size and settings: reading one is faster than decoding the image.
 
-    Maps of random crops are computed each time.
+    Maps of random crops are computed each time, and so are those of other classes, whose code may change.
     """
 
     name: ClassVar[str]
 
     def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
-        if offset != CENTER:
+        if offset != CENTER or type(self) not in (Canny, Scribble):
             return super().unmirrored_map(sample, size, offset)
-        settings = "-".join(f"{value:g}" for value in vars(self).values())
+        settings = "-".join(map(str, (*vars(self).values(), f"opencv{cv2.__version__}")))
         folder = cache_folder() / "control" / f"{self.name}-{settings}"
         file = folder / f"{sample.content()}-{size[0]}x{size[1]}.png"
-        try:
+        with suppress(OSError, SyntaxError, ValueError):  # missing, or damaged in one of Pillow's ways
             with Image.open(file) as image:
                 gray = np.asarray(image.convert("L"))
             mark_used(file)
             return _three_channels(gray)
-        except OSError:  # missing or damaged
-            pixels = super().unmirrored_map(sample, size, offset)
+        pixels = super().unmirrored_map(sample, size, offset)
+        with suppress(OSError):  # a full disk, or on Windows another process that reads the file
             save_png(pixels[..., 0], file, sync=False)
-            return pixels
+        return pixels
 
 
 class Canny(EdgeMaps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -62,6 +63,10 @@ class Estimated(FromImage):
         return {"model": self.model, **({} if self.detector is None else {"detector": self.detector})}
 
     def open(self, samples: Sequence[Sample]) -> None:
+        if self.task == "pose" and importlib.util.find_spec("scipy") is None:
+            raise UserError(
+                "ViTPose of transformers needs scipy", key="data.control.task", remedy="install it: pip install scipy"
+            )
         for key, name in self._models.items():
             if not Path(name).expanduser().is_dir() and not is_hub_id(name):
                 raise UserError(
