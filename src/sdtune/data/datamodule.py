@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import assign
@@ -399,7 +399,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             processes=trainer.world_size,
             start=lambda: trainer.global_step,
         )
-        return self._loader(ImageDataset(self._row_settings(), self.train, training=True), sampler)
+        workers = self._automatic_workers() if self.workers is None else self.workers
+        return self._loader(ImageDataset(self._row_settings(), self.train, training=True), sampler, workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
@@ -408,7 +409,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         assert trainer is not None
         micro_batch_size = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
         sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro_batch_size, VALIDATION_TIMESTEPS)
-        return self._loader(ImageDataset(self._row_settings(), self.held_out, training=False), sampler)
+        dataset = ImageDataset(self._row_settings(), self.held_out, training=False)
+        return self._loader(dataset, sampler, self.workers or 0)
 
     def _row_settings(self) -> RowSettings:
         assert self.resolution is not None
@@ -430,9 +432,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             text_cache=self.text_cache,
         )
 
-    def _loader(self, dataset: ImageDataset, sampler: Any) -> DataLoader[Batch]:
+    def _loader(self, dataset: Dataset[Any], sampler: Any, workers: int) -> DataLoader[Batch]:
         assert self.trainer is not None
-        workers = self._automatic_workers(dataset) if self.workers is None else self.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -443,7 +444,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             persistent_workers=workers > 0,
         )
 
-    def _automatic_workers(self, dataset: ImageDataset) -> int:
+    def _automatic_workers(self) -> int:
         """Number of loader processes: 0 if all inputs are cached, and on a CPU, whose cores the training uses.
 
         Only on Linux: elsewhere, a process starts by importing everything again. Batches go through shared memory, of
@@ -453,7 +454,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         assert trainer is not None
         assert resolution is not None
         is_decoding = self.latent_cache is None or self.control is not None or self.mask is not None
-        if trainer.strategy.root_device.type != "cuda" or not is_decoding or not dataset.training:
+        if trainer.strategy.root_device.type != "cuda" or not is_decoding:
             return 0
         if not SHARED_MEMORY.is_dir() or multiprocessing.get_start_method() != "fork":
             return 0
