@@ -28,7 +28,7 @@ KINDS = {
     "latents": "latents of images",
     "text": "text embeddings",
     "class": "class images",
-    "control": "estimated control maps",
+    "control": "control maps",
     "base": "images of base models",
     "backbones": "models converted from single files",
     "hashes": "hashes of models",
