@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
-import warnings
-from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ClassVar
@@ -17,46 +14,16 @@ import torch
 from annotated_types import Ge, Gt
 from pytorch_lightning.callbacks import Callback
 
-import sdtune
+from experiments.gpu.waits import WaitingLines
 from sdtune.files import write_json
 
 GIB = 2**30
-
-_SDTUNE = Path(sdtune.__file__).parent
 
 RESULT = Path("samples") / "clock.json"
 """File of :class:`Clock` in the run folder; sdtune passes callbacks the folder of the samples."""
 
 CONTEXT = 0.5
 """GiB that a CUDA context and its kernels take on a GPU next to torch's allocator; an estimate."""
-
-
-class WaitingLines:
-    """Counts the lines that wait for the GPU, with torch's debug mode.
-
-    Attributes:
-        lines: FILE:LINE of sdtune, or of a library if no function of sdtune is on the stack -> number of waits.
-    """
-
-    def __init__(self) -> None:
-        self.lines: Counter[str] = Counter()
-
-    def start(self) -> None:
-        """Count the waits from now on; other warnings are not shown any more."""
-        torch.cuda.set_sync_debug_mode("warn")
-        warnings.simplefilter("always")
-        warnings.showwarning = self._count
-
-    def stop(self) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-    def _count(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message):
-            return
-        frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith("warnings.py")]
-        ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_SDTUNE)]
-        frame = (ours or frames)[-1]
-        self.lines[f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"] += 1
 
 
 class Clock(Callback):

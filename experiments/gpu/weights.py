@@ -95,10 +95,8 @@ def random_lora(folder: Path, pipeline: Path) -> None:
     save_file(pairs, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
 
 
-def random_clip(folder: Path) -> None:
-    """Write a CLIP model with random weights in the shapes of ViT-L/14, for the evaluation of a run."""
-    if (folder / "preprocessor_config.json").is_file():
-        return
+def clip_config() -> CLIPConfig:
+    """Config of CLIP ViT-L/14."""
     vision = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -107,7 +105,14 @@ def random_clip(folder: Path) -> None:
         "patch_size": 14,
     }
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+
+
+def random_clip(folder: Path) -> None:
+    """Write a CLIP model with random weights in the shapes of ViT-L/14, for the evaluation of a run."""
+    if (folder / "preprocessor_config.json").is_file():
+        return
+    config = clip_config()
     with torch.device("meta"):
         state = CLIPModel(config).state_dict()
     config.save_pretrained(folder)

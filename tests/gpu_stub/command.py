@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from gpu_stub.counters import WaitingLines, counters, device_peak, install, reset
+from experiments.gpu.waits import WaitingLines
+from gpu_stub.counters import counters, device_peak, install, reset
 from gpu_stub.phase import WARM_UP, Phase
 
 

@@ -1,13 +1,10 @@
-"""The stub GPU of this process, which ``libgpustub.so`` has to be preloaded into: counters, memory, waiting lines."""
+"""The stub GPU of this process, which ``libgpustub.so`` has to be preloaded into: counters and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-import traceback
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +73,3 @@ def _with_ones(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_ones(item) for item in value]
     return 1.0 if isinstance(value, float) else value
-
-
-class WaitingLines:
-    """Counts the lines that wait for the device, with torch's debug mode; ``lines`` maps FILE:LINE to their number."""
-
-    def __init__(self) -> None:
-        self.lines: Counter[str] = Counter()
-
-    def start(self) -> None:
-        torch.cuda.set_sync_debug_mode("warn")
-        warnings.simplefilter("always")
-        warnings.showwarning = self._count
-
-    def stop(self) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-    def _count(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message):
-            return
-        frames = [f for f in traceback.extract_stack()[:-1] if not f.filename.endswith("warnings.py")]
-        ours = [frame for frame in frames if "/sdtune/" in frame.filename][-2:]
-        places = [f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in (frames[-1], *reversed(ours))]
-        self.lines[" <- ".join(dict.fromkeys(places))] += 1

@@ -61,7 +61,7 @@ def run(
         "GPU_STUB_SM": str(sm),
         "LD_LIBRARY_PATH": str(build),
         "LD_PRELOAD": str(build / "libgpustub.so"),
-        "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{HERE.parent}:{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
         "SDTUNE_CACHE": str(folder / "cache"),
     }
     process = subprocess.run(

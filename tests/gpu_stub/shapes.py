@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
+from experiments.gpu.weights import clip_config
 from sdtune.backbone.models import MODEL_CLASSES, from_config
 from sdtune.backbone.single_file import included_configs
 from sdtune.backbone.vocabulary import END, write_tokenizer
@@ -43,15 +44,7 @@ def pipeline(folder: Path, kind: str) -> Path:
 def clip(folder: Path) -> Path:
     """Folder of a CLIP model with the shapes of ViT-L/14."""
     target = folder / "clip"
-    vision = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    }
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+    config = clip_config()
     with torch.device("meta"):
         state = CLIPModel(config).state_dict()
     config.save_pretrained(target)

@@ -445,7 +445,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
 
     def _automatic_workers(self) -> int:
-        """Number of loader processes: 0 if all inputs are cached, and on a CPU, whose cores the training uses.
+        """Number of loader processes: none if all inputs are cached, and none on a CPU, where the training uses all cores.
 
         Only on Linux: elsewhere, a process starts by importing everything again. Batches go through shared memory, of
         which containers often have 64 MiB.

@@ -175,7 +175,7 @@ class LoRA(Adapter):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        # A shared backbone casts the pairs of all its runs itself, in one stack.
+        # With a shared backbone, the pairs of all runs are stacked and cast together, elsewhere.
         casts = self._unet_is_half and isinstance(self.executor, LocalExecutor)
         modules = self.backbone.unet.modules() if casts else ()
         self._cast_layers = [m for m in modules if isinstance(m, FusedLoRALinear | HalfLoRAConv2d)]
