@@ -445,7 +445,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
 
     def _automatic_workers(self) -> int:
-        """Number of loader processes: none if all inputs are cached, and none on a CPU, where the training uses all cores.
+        """Number of loader processes: none if all inputs are cached, and none on a CPU, whose cores the training needs.
 
         Only on Linux: elsewhere, a process starts by importing everything again. Batches go through shared memory, of
         which containers often have 64 MiB.
