@@ -16,7 +16,7 @@ from sdtune.backbone.new_token_vectors import initialize_tokens
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora
-from sdtune.formats.files import check_finite
+from sdtune.formats.files import check_finite, is_finite
 from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
 
@@ -96,3 +96,16 @@ def test_eight_bit_floating_point_is_checked() -> None:
     check_finite({"a": values[:1], "b": torch.tensor([1, 2])}, "file")
     with pytest.raises(UserError, match=r"^file: NaN or infinite values in a \(float8_e4m3fn\)"):
         check_finite({"a": values}, "file")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_of_many_is_found(value: float, dtype: torch.dtype) -> None:
+    values = torch.linspace(-60_000, 60_000, 4_099).to(dtype)  # the sum of the largest ones overflows float16
+    assert is_finite(values)
+    assert is_finite(values.reshape(1, -1, 1).expand(2, -1, 2))
+    assert is_finite(values[:0])
+    for place in (0, 1_000, 4_098):
+        damaged = values.clone()
+        damaged[place] = value
+        assert not is_finite(damaged)

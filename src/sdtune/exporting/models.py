@@ -14,6 +14,7 @@ from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
+from sdtune.formats.files import is_finite
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.original import Models, join
 from sdtune.formats.pipeline import copy_pipeline, weights_name
@@ -36,7 +37,7 @@ def cast_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
         UserError: a value is outside the range of ``dtype``.
     """
     converted = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
-    key = next((k for k, value in converted.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    key = next((key for key, value in converted.items() if not is_finite(value)), None)
     if key is not None:
         raise UserError(
             f"{key} has values outside the range of {str(dtype).removeprefix('torch.')}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,13 +86,20 @@ def read_unchecked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError if a value in ``tensors`` is NaN or infinite: everything computed with it would be NaN too."""
     for name, tensor in tensors.items():
-        # Functions for 8-bit floating point are missing in torch.
-        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        if not torch.isfinite(values).all():
+        if not is_finite(tensor):
             raise UserError(
                 f"{where}: NaN or infinite values in {name} ({str(tensor.dtype).removeprefix('torch.')})",
                 remedy="use another file: what was saved here is damaged",
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; by minimum and maximum, since ``isfinite`` is ten times slower."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # Functions for 8-bit floating point are missing in torch.
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    return all(math.isfinite(value) for value in torch.aminmax(values))
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
