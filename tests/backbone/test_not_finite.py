@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_eight_bit_floating_point_is_checked() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_value_of_many_is_found(value: float, dtype: torch.dtype) -> None:
-    values = torch.linspace(-60_000, 60_000, 4_099).to(dtype)  # the sum of the largest ones overflows float16
+    values = torch.linspace(-60_000, 60_000, 4_099).to(dtype)
     assert is_finite(values)
     assert is_finite(values.reshape(1, -1, 1).expand(2, -1, 2))
     assert is_finite(values[:0])
@@ -109,3 +110,13 @@ def test_one_value_of_many_is_found(value: float, dtype: torch.dtype) -> None:
         damaged = values.clone()
         damaged[place] = value
         assert not is_finite(damaged)
+
+
+def test_parameters_are_checked_without_a_warning() -> None:
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert is_finite(torch.nn.Parameter(torch.ones(3)))
+    finally:
+        torch.set_warn_always(False)

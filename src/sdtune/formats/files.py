@@ -98,7 +98,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     # Functions for 8-bit floating point are missing in torch.
-    values = tensor.float() if tensor.element_size() == 1 else tensor
+    values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
     return all(math.isfinite(value) for value in torch.aminmax(values))
 
 
