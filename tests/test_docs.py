@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 
 from sdtune.backbone import Pretrained
+from sdtune.cli.as_typed import for_hydra
 from sdtune.cli.kohya_options import (
     EXPORT,
     EXPORT_REMARKS,
@@ -225,7 +226,7 @@ def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
         del arguments[position : position + 2]
     flags = [word for word in arguments if word in ("-m", "--help")]
     overrides = [word for word in arguments if word not in (*flags, "--cfg", "job", "-p", "GROUP")]
-    overrides = with_main_setting(example.name, overrides)
+    overrides = with_main_setting(example.name, for_hydra(example.name, [*flags, *overrides])[len(flags) :])
     is_resumed = any(word.startswith("resume=") for word in overrides)
     if is_resumed and any(word.startswith("hydra.launcher.") for word in overrides):
         overrides.append("hydra/launcher=shared_backbone")  # a setting of the resumed sweep

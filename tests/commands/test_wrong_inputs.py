@@ -372,8 +372,11 @@ def test_invalid_setting_is_refused(line: CommandLine, images: Path, case: str) 
 
 
 SAMPLE: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "last part of a key": (["prompt=x", "width=64"], ("width: unknown setting; did you mean sampling.width?",)),
-    "option of kohya without dashes": (["prompt=x", "steps=20"], ("steps: option of kohya; use sampling.steps=20",)),
+    "last part of a key": (["prompt=x", "precision=32"], ("precision: unknown", "did you mean hardware.precision?")),
+    "option of kohya without dashes": (["prompt=x", "scale=7"], ("scale: option of kohya; use sampling.guidance=7",)),
+    "range of seeds that is empty": (["prompt=x", "seeds=3-0"], ("seeds: 3-0 is empty; write seeds=0-3",)),
+    "no seed": (["prompt=x", "seeds=[]"], ("seeds: no seed; set one seed for each image of a prompt",)),
+    "text that may be a sweep": (["-m", "prompt=a, b"], ("prompt: with -m, a comma separates",)),
     "options of kohya": (
         [
             "--prompt",
@@ -747,8 +750,7 @@ def test_resuming_in_another_folder_is_refused(
 
 
 def test_override_that_hydra_cannot_parse_is_shown_quoted(line: CommandLine, images: Path) -> None:
-    quoted = """'data.prompt="a photo of <disc>"'"""
-    line.train(images, "data.prompt=a photo of <disc>", words=("data.prompt", "quote it", quoted))
+    line.train(images, "name=my <disc>", words=("name", "quote it", """'name="my <disc>"'"""))
 
 
 def test_folder_settings_without_data_folder_are_refused(line: CommandLine) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sdtune.backbone.backbone import Backbone
 
 
+INHERITED = ("guidance", "clip", "clip_skip", "max_tokens", "prediction_type", "zero_terminal_snr", "allow_pickle")
+"""Settings that a trained pipeline does not store."""
+
+
 class Pretrained(PipelineSource):
     """A pretrained Stable Diffusion model with :meth:`load`; arguments as in :class:`PipelineSource`."""
 
@@ -28,16 +32,8 @@ class Pretrained(PipelineSource):
 
     def of_trained_pipeline(self, folder: Path) -> Pretrained:
         """Source of ``folder``, a pipeline trained from this backbone; settings it does not store are inherited."""
-        inherited = (
-            "guidance",
-            "clip",
-            "clip_skip",
-            "max_tokens",
-            "prediction_type",
-            "zero_terminal_snr",
-            "allow_pickle",
-        )
-        return Pretrained(str(folder), config=self.config_folder, **{name: getattr(self, name) for name in inherited})
+        inherited = {name: getattr(self, name) for name in INHERITED}
+        return Pretrained(str(folder), config=self.config_folder, **inherited)
 
     def load(self, seed: int = 0, unet_dtype: dtype | None = None) -> Backbone:
         """Load the backbone on the CPU: frozen, in eval mode, in float32 (the UNet in ``unet_dtype`` if given)."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sdtune.cli.as_typed import for_hydra
 from sdtune.cli.exit_codes import exit_codes, refuse
 from sdtune.cli.main_setting import with_main_setting
 from sdtune.cli.messages import check_option_names, composition_error
@@ -105,7 +106,7 @@ def launch(
         parser = get_args_parser()
         check_option_names(argv, command, option_names(parser))
         _check_hydra_settings(argv)
-        args = _parse(command, parser, rewrite(_with_quoted_folder(argv)))
+        args = _parse(command, parser, rewrite(for_hydra(command, _with_quoted_folder(argv))))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         args.overrides = with_main_setting(command, args.overrides)

@@ -54,7 +54,7 @@ commands:
 
   sdtune train                                  a LoRA on the shipped pocket backbone and subject
   sdtune train experiment=NAME                  a recipe of experiments/
-  sdtune train method=lora data=folder data.path=DIR 'data.prompt="a photo of sks otter"'
+  sdtune train method=lora data=folder data.path=DIR data.prompt="a photo of sks otter"
   sdtune plan methods=all backbone=sd15 fits=12 which methods fit a GPU of 12 GiB
   sdtune <command> --help                       config groups and settings
   sdtune <command> --cfg job                    the composed config

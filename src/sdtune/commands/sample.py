@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 import numpy as np
 from omegaconf import DictConfig
 
+from sdtune.backbone import Pretrained
+from sdtune.commands.sample_run import with_run
 from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
@@ -24,6 +26,7 @@ from sdtune.images.grids import grid, save_png
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
+from sdtune.runs.hydra_values import current_overrides
 from sdtune.sampling import prompts
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
@@ -41,34 +44,20 @@ _COLUMNS = 6
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` without loading weights, and return the function that generates the images."""
+    if config.run is not None:
+        config = with_run(config, current_overrides())
     container = plain(config, ("backbone", "hardware", "sampling"))
     trust = container["trust"]
     check_node(container["backbone"], "backbone", trust)
     check_node(container["sampling"], "sampling", trust)
     hardware.check_hardware(container["hardware"])
     check_value(container["seeds"], list[Seed], "seeds")
+    if not container["seeds"]:
+        raise UserError("no seed", key="seeds", remedy="set one seed for each image of a prompt, such as seeds=0-3")
     check_value(container["strengths"], list[float] | None, "strengths")
-    source = build(container["backbone"], trust)
+    source: Pretrained = build(container["backbone"], trust)
     source.check()
-    if not isinstance(container["adapters"], list):
-        raise UserError(
-            f"expected a list, got {container['adapters']}",
-            key="adapters",
-            remedy=f"use 'adapters=[{{path: {container['adapters']}, strength: 0.8}}]'",
-        )
-    for index, adapter in enumerate(container["adapters"]):
-        if not isinstance(adapter, dict):
-            raise UserError(
-                f"expected a mapping, got {adapter}",
-                key=f"adapters[{index}]",
-                remedy=f"use 'adapters=[{{path: {adapter}, strength: 0.8}}]'",
-            )
-        unknown_keys = set(adapter) - {"path", "strength"}
-        if "path" not in adapter or unknown_keys:
-            message = f"unknown key {sorted(unknown_keys)[0]}" if unknown_keys else "path is missing"
-            raise UserError(message, key=f"adapters[{index}]", remedy="use {path: FILE, strength: 0.8}")
-        check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
-        loras.check_adapter(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
+    _check_adapters(container["adapters"], source)
     for control in _controls(container):
         control.read_image()
         controlnets.check_controlnet(control.path, source, control.preprocess)
@@ -81,6 +70,29 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
             execute(container, folder)
 
     return start
+
+
+def _check_adapters(adapters: Any, source: Pretrained) -> None:
+    """Check the setting ``adapters`` and the files that it names."""
+    if not isinstance(adapters, list):
+        raise UserError(
+            f"expected a list, got {adapters}",
+            key="adapters",
+            remedy=f"use 'adapters=[{{path: {adapters}, strength: 0.8}}]'",
+        )
+    for index, adapter in enumerate(adapters):
+        if not isinstance(adapter, dict):
+            raise UserError(
+                f"expected a mapping, got {adapter}",
+                key=f"adapters[{index}]",
+                remedy=f"use 'adapters=[{{path: {adapter}, strength: 0.8}}]'",
+            )
+        unknown_keys = set(adapter) - {"path", "strength"}
+        if "path" not in adapter or unknown_keys:
+            message = f"unknown key {sorted(unknown_keys)[0]}" if unknown_keys else "path is missing"
+            raise UserError(message, key=f"adapters[{index}]", remedy="use {path: FILE, strength: 0.8}")
+        check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
+        loras.check_adapter(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
 
 
 def _controls(config: dict[str, Any]) -> list[ControlImage]:
