@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from sdtune.backbone.families import GUIDANCE, POCKET_GUIDANCE
+from sdtune.cli.as_typed import for_hydra
 from sdtune.commands import checks
 from sdtune.commands import sample as sample_run
 from sdtune.config.build import build
@@ -171,7 +172,7 @@ def test_recipe_starts_with_the_command_that_runs_it(name: str, monkeypatch: pyt
     assert lines[0] == "# @package _global_"
     words = shlex.split(lines[1].removeprefix("#"))
     assert words[:3] == ["sdtune", "train", f"experiment={name}"]
-    config = composed("train", *words[2:])
+    config = composed("train", *for_hydra("train", words[2:]))
     assert missing(config) == set(), "the command does not set a mandatory value"
     assert config.hydra.runtime.choices.experiment == name
     check(config, monkeypatch)

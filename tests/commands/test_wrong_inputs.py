@@ -271,7 +271,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "value of kohya": (["mixed_precision=bf16"], ("mixed_precision", "use hardware.precision=bf16-mixed")),
     "clip skip of kohya": (["clip_skip=2"], ("clip_skip", "use backbone.clip_skip=1")),
     "option of kohya without a setting": (["keep_tokens=1"], ("keep_tokens", "captions are not shuffled")),
-    "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.max_steps")),
+    "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.epochs or trainer.max_steps")),
     "list that Hydra cannot parse": (
         ["data.templates=[a (b)]"],
         ("data.templates", "cannot parse", "write 'data.templates=[\"a (b)\"]'"),

@@ -27,6 +27,7 @@ TRAINING = {
     "lr_scheduler": "lr_schedule=VALUE",
     "lr_warmup_steps": "lr_schedule.warmup_steps=VALUE",
     "max_train_steps": "trainer.max_steps=VALUE",
+    "max_train_epochs": "trainer.epochs=VALUE",
     "train_batch_size": "data.batch_size=VALUE",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches=VALUE",
     "gradient_checkpointing": "hardware.gradient_checkpointing=true",
@@ -84,9 +85,8 @@ _VALUES = {
 """Values of these options that have another name here."""
 
 TRAINING_REMARKS = {
-    "max_train_epochs": "training is counted in steps: set trainer.max_steps (a training prints the steps per epoch)",
-    "save_every_n_epochs": "training is counted in steps: set save_every (a training prints the steps per epoch)",
-    "sample_every_n_epochs": "training is counted in steps: set callbacks.samples.every_steps",
+    "save_every_n_epochs": "set save_every to a number of steps (a training prints the steps per epoch)",
+    "sample_every_n_epochs": "set callbacks.samples.every_steps to a number of steps",
     "sample_prompts": "prompts are a list: 'callbacks.samples.prompts=[\"a frog, red background\"]'",
     "network_module": "choose the method: method=lora",
     "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
@@ -207,6 +207,8 @@ class Options:
 
 _SHORT = {
     "steps": "trainer.max_steps=VALUE",
+    "epochs": "trainer.epochs=VALUE",
+    "num_train_epochs": "trainer.epochs=VALUE",
     "alpha": "method.alpha_policy=constant method.alpha=VALUE",
 }
 """Short names that are no options of kohya, whose most similar setting means something else."""

@@ -195,7 +195,7 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
         assert explained is not None
         return explained
     if full == "trainer.max_epochs" and isinstance(error.parent_node, DictConfig):
-        return f"{full}: unknown setting; set trainer.max_steps (a training prints the steps per epoch)"
+        return f"{full}: unknown setting; set trainer.epochs or trainer.max_steps"
     return _several_unknown(typed, error.parent_node) or (
         f"{full}: unknown setting{_suggested_key(full, error.parent_node)}"
     )

@@ -47,7 +47,7 @@ def rewrite(argv: list[str]) -> list[str]:
             raise UserError(
                 f"{text} is not allowed in a resumed run",
                 key="resume",
-                remedy="change only trainer.max_steps, hardware, logger, callbacks, evaluation and moved paths",
+                remedy="change only the number of steps, hardware, logger, callbacks, evaluation and moved paths",
             )
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():
@@ -57,7 +57,9 @@ def rewrite(argv: list[str]) -> list[str]:
     internal = [override("hydra.run.dir", folder), f"hydra.output_subdir=.hydra/resume-{number}"]
     if any(a.startswith("hydra.run.dir=") for a in argv):
         internal = []
-    saved = [o for o in saved if not o.startswith("resume=")]
+    length = ("trainer.max_steps=", "trainer.epochs=")
+    replaced = length if any(text.startswith(length) for text in new) else ()
+    saved = [o for o in saved if not o.startswith(("resume=", *replaced))]
     return [*options, *_config_folder(run, argv), *saved, *new, override("resume", folder), *internal]
 
 

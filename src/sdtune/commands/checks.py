@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,7 +21,7 @@ from sdtune.config.model import CALLBACK_ARGUMENTS, check_model
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import Settings, check_name, read_settings
 from sdtune.config.targets import resolve
-from sdtune.config.trainer import check_trainer, trainer_arguments
+from sdtune.config.trainer import check_trainer, trainer_arguments, with_epochs_as_steps
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.exporting import FORMATS, Artifact, Export
@@ -83,13 +84,16 @@ def _open_data(config: dict[str, Any], facts: Facts, settings: Settings) -> Imag
     return data
 
 
-def check_run(config: dict[str, Any], folder: Path, checkpoint: Path | None = None) -> TrainRun:
+def check_run(
+    config: dict[str, Any], folder: Path, checkpoint: Path | None = None, typed: Sequence[str] = ()
+) -> TrainRun:
     """Build a :class:`TrainRun` from ``config`` and check all its settings; loads no weights.
 
     Args:
         config: the resolved config.
         folder: output folder of the run; it need not exist.
         checkpoint: checkpoint from which the run continues.
+        typed: overrides of the command line.
 
     Raises:
         UserError: for the first setting that is wrong.
@@ -100,6 +104,8 @@ def check_run(config: dict[str, Any], folder: Path, checkpoint: Path | None = No
     _check_nodes(config, trust)
     source: Pretrained = build(config["backbone"], trust)
     data = _open_data(config, source.facts, settings)
+    trainer = with_epochs_as_steps(config["trainer"], data.order().steps_per_epoch, typed)
+    config = {**config, "trainer": trainer}
     loggers = _loggers(config, trust)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))
     micro_batch = hardware.micro_batch(config["hardware"], data.batch_size, accumulation)

@@ -21,6 +21,7 @@ from sdtune.hardware.child_processes import wait_for_children
 from sdtune.images.files import CENTER
 from sdtune.images.grids import grid, save_png
 from sdtune.progress import bar
+from sdtune.runs.hydra_values import current_overrides
 
 log = logging.getLogger("sdtune")
 
@@ -30,7 +31,7 @@ _COLUMNS = 8
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` as for a training, and return the function that prepares it."""
-    run = check_run(plain(config, TRAINING), folder)
+    run = check_run(plain(config, TRAINING), folder, typed=current_overrides())
 
     def start(composed: DictConfig) -> None:
         with choose_threads(run.config["hardware"]):

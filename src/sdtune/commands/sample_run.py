@@ -48,7 +48,7 @@ def _is_in_artifact(key: str, artifact: Artifact) -> bool:
     return artifact.kind == "model" and key == "backbone.path"
 
 
-def _control(entries: Any, path: Path) -> list[dict[str, Any]]:
+def _control(entries: Any, path: Path) -> list[Any]:
     """The settings ``control``, with ``path`` in each entry that names no ControlNet."""
     if not entries:
         raise UserError(
@@ -56,4 +56,5 @@ def _control(entries: Any, path: Path) -> list[dict[str, Any]]:
             key="control",
             remedy="set 'control=[{image: MAP}]', or 'control=[{image: PHOTO, preprocess: canny}]'",
         )
-    return [{"path": str(path), **entry} if isinstance(entry, DictConfig) else entry for entry in entries]
+    named = {"path": str(path)}
+    return [OmegaConf.merge(named, entry) if isinstance(entry, DictConfig) else entry for entry in entries]

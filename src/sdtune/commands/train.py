@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sdtune.errors import UserError
 from sdtune.hardware.processes import is_global_zero
 from sdtune.quoting import shell_override
 from sdtune.runs.compare import check_unchanged
+from sdtune.runs.hydra_values import current_overrides
 from sdtune.shared_backbone.compatibility import alone
 
 
@@ -65,33 +66,36 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
     # The jobs of a sweep with several processes run in subprocesses without the variables of a launcher.
     if not (_is_sweep() and hardware.process_count(container["hardware"]) > 1):
         hardware.check_launcher(container["hardware"])
-    return replace(check_run(container, folder, checkpoint), in_sweep=_is_sweep())
+    run = check_run(container, folder, checkpoint, typed=current_overrides())
+    if checkpoint is not None:
+        _check_steps(run.config["trainer"], checkpoint, folder)
+    return replace(run, in_sweep=_is_sweep())
 
 
 def _checked_checkpoint(config: dict[str, Any], folder: Path) -> Path | None:
     """The checkpoint from which the run in ``folder`` continues; None if it has none and starts from its beginning.
 
     Raises:
-        UserError: the run cannot be resumed or is complete.
+        UserError: the run cannot be resumed.
     """
     check_unchanged(config, folder)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        return None
-    done, steps = int(checkpoint.stem.removeprefix("step")), config["trainer"]["max_steps"]
+    return last_checkpoint(folder)
+
+
+def _check_steps(trainer: Mapping[str, Any], checkpoint: Path, folder: Path) -> None:
+    """Raise UserError if the run in ``folder``, whose last checkpoint is ``checkpoint``, has no steps left."""
+    key = "trainer.max_steps" if trainer.get("epochs") is None else "trainer.epochs"
+    done, steps = int(checkpoint.stem.removeprefix("step")), trainer["max_steps"]
     if done > steps:
         raise UserError(
-            f"{steps} is less than step {done}, which the run in {folder} has reached",
-            key="trainer.max_steps",
+            f"{steps} steps are less than step {done}, which the run in {folder} has reached",
+            key=key,
             remedy="set a larger value",
         )
     if (folder / "metrics.json").exists() and done >= steps:
         raise UserError(
-            f"the run in {folder} is complete at step {done}",
-            key="resume",
-            remedy="set a larger trainer.max_steps to extend it",
+            f"the run in {folder} is complete at step {done}", key="resume", remedy=f"set a larger {key} to extend it"
         )
-    return checkpoint
 
 
 def _is_sweep() -> bool:

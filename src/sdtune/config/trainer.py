@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
@@ -14,6 +15,7 @@ from sdtune.hardware.precision import precision
 
 _TRAINER_RANGES: dict[str, Any] = {
     "max_steps": Annotated[int, Ge(1)],
+    "epochs": Annotated[int, Ge(1)] | None,
     "accumulate_grad_batches": Annotated[int, Ge(1)],
     "log_every_n_steps": Annotated[int, Ge(1)],
     "val_check_interval": Annotated[int, Ge(1)],
@@ -37,7 +39,7 @@ _SET_BY_SDTUNE = (
 def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Lightning's Trainer arguments from the groups ``trainer`` and ``hardware``, with each ``auto`` resolved."""
     merged = {**config["trainer"], **config["hardware"]}
-    for key in hardware.NON_LIGHTNING_KEYS:
+    for key in (*hardware.NON_LIGHTNING_KEYS, "epochs"):
         merged.pop(key, None)
     if isinstance(merged.get("val_check_interval"), int):
         # Lightning counts micro-batches; a run that is shorter than the interval is validated at its end.
@@ -47,6 +49,26 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     merged["precision"] = precision(str(merged.get("precision", "auto")), kind)
     merged["accelerator"] = accelerator(kind)
     return merged
+
+
+def with_epochs_as_steps(trainer: dict[str, Any], steps_per_epoch: int, typed: Sequence[str]) -> dict[str, Any]:
+    """``trainer`` with ``max_steps`` computed from ``epochs``; unchanged if ``epochs`` is null.
+
+    Args:
+        trainer: the config group.
+        steps_per_epoch: optimizer steps in which each sample is used at least once.
+        typed: overrides of the command line.
+
+    Raises:
+        UserError: the command line has both.
+    """
+    epochs = trainer.get("epochs")
+    if epochs is None:
+        return trainer
+    steps = next((text for text in typed if text.lstrip("+").startswith("trainer.max_steps=")), None)
+    if steps is not None:
+        raise UserError(f"given together with {steps}", key="trainer.epochs", remedy="remove one of the two")
+    return {**trainer, "max_steps": epochs * steps_per_epoch}
 
 
 def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:

@@ -19,8 +19,8 @@ MOVED = (
 """Overrides for folders and files that have moved. Checkpoints identify the data and the backbone by their content."""
 
 MAY_CHANGE = (
-    *("hardware.", "logger.", "callbacks.", "evaluation.", "trainer.max_steps=", "hydra."),
-    *("hardware=", "logger=", "evaluation=", *MOVED),
+    *("hardware.", "logger.", "callbacks.", "evaluation.", "trainer.max_steps=", "trainer.epochs="),
+    *("hydra.", "hardware=", "logger=", "evaluation=", *MOVED),
 )
 """Prefixes of the overrides that may change when a run is resumed."""
 

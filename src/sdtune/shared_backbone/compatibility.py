@@ -23,7 +23,7 @@ _PER_RUN = (
 
 _COMMON = (
     *("method._target_", "data.batch_size", "data.resolution", "trainer.max_steps", "trainer.accumulate_grad_batches"),
-    *("trainer.benchmark", "trainer.deterministic", "trainer.inference_mode"),
+    *("trainer.epochs", "trainer.benchmark", "trainer.deterministic", "trainer.inference_mode"),
 )
 """Keys below those that must be equal: samples of two runs must fit into one batch, or the setting is per process."""
 
