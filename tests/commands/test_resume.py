@@ -254,6 +254,17 @@ def test_run_with_only_damaged_checkpoints_is_refused(
     assert "sdtune: resume: all checkpoints are damaged, the newest is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("refused", ["hardware=mps", "hardware.devices=[1]", "hardware=gpu"])
+def test_refused_extension_leaves_a_finished_run_as_it_is(
+    refused: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert train(f"resume={run}", "trainer.max_steps=9", refused) == 2
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
 def test_the_same_command_starts_continues_and_ends(
     finished: Path, tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

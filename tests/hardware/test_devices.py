@@ -66,8 +66,6 @@ def test_sampling_uses_the_first_listed_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert hardware.first_device({"accelerator": "gpu", "devices": 1}) == torch.device("cuda", 0)
     assert hardware.first_device({"accelerator": "gpu", "devices": [1]}) == torch.device("cuda", 1)
     assert hardware.first_device({"accelerator": "cpu", "devices": 1}) == torch.device("cpu")
-    with pytest.raises(UserError, match="no GPU with index 2"):
-        hardware.first_device({"accelerator": "gpu", "devices": [2]})
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "16-mixed")])
@@ -87,6 +85,12 @@ def test_emulated_bfloat16_is_not_chosen(native: bool, expected: str, monkeypatc
         ({"precision": "fp8"}, "precision"),
         ({"devices": 0}, "devices"),
         ({"devices": []}, "devices"),
+        ({"devices": True}, "devices"),
+        ({"devices": "all"}, "devices"),
+        ({"devices": ["x"]}, "devices"),
+        ({"accelerator": "mps"}, "accelerator"),
+        ({"accelerator": "cpu", "devices": [1]}, "devices"),
+        ({"devices": "0,1"}, "devices"),
         ({"num_nodes": 0}, "num_nodes"),
     ],
 )
@@ -94,3 +98,20 @@ def test_invalid_or_unavailable_hardware_is_refused(node: dict, key: str, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"^hardware.{key}: "):
         hardware.check_hardware(node)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ([2], "no GPU with index 2; use an index below 2"),
+        ("0,5", "no GPU with index 5"),
+        (4, "4 GPUs are set, this machine has 2; set a smaller number"),
+    ],
+)
+def test_missing_gpus_are_refused(devices: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=rf"^hardware\.devices: {message}"):
+        hardware.check_hardware({"accelerator": "gpu", "devices": devices})
+    for present in (1, 2, [1], "0,1", "auto", -1):
+        hardware.check_hardware({"accelerator": "gpu", "devices": present})

@@ -61,7 +61,6 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
         )
     if shared or _will_share(container):
         hardware.check_hardware(container["hardware"])
-        hardware.check_indices(container["hardware"])
         container["hardware"] = hardware.single_device(container["hardware"])
     # The jobs of a sweep with several processes run in subprocesses without the variables of a launcher.
     if not (_is_sweep() and hardware.process_count(container["hardware"]) > 1):

@@ -108,7 +108,6 @@ class TrainRun:
         """
         if is_global_zero():
             remove_leftovers(self.folder)
-            (self.folder / "metrics.json").unlink(missing_ok=True)
         if shared is not None:
             shared.use(self.adapter)
             if self.data.workers is None:
@@ -118,6 +117,8 @@ class TrainRun:
             stack.enter_context(self._stopped_outside_of_steps())
             loggers = stack.enter_context(self._opened_loggers())
             trainer = self._training_trainer(shared, cost, loggers)
+            if trainer.is_global_zero:
+                (self.folder / "metrics.json").unlink(missing_ok=True)
             with self._failures():
                 self._fit(trainer)
             metrics = self._finish(trainer, cost, shared, loggers) if trainer.is_global_zero else {}

@@ -33,12 +33,8 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
         raise UserError(f"{kind!r} is not one of {', '.join(ACCELERATORS)}", key="hardware.accelerator")
-    if here and kind in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"{kind} is set, but torch {torch.__version__} finds no GPU",
-            key="hardware.accelerator",
-            remedy="install a CUDA build of torch or set hardware=cpu",
-        )
+    if here:
+        _check_available(kind)
     strategy = str(node.get("strategy", "auto"))
     if strategy not in STRATEGIES:
         # Others of Lightning's strategies shard the weights, or train a model per process without sharing gradients.
@@ -64,10 +60,36 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(
             f"{threads!r} is not valid", key="hardware.threads", remedy="set auto or an integer of at least 1"
         )
-    for key in ("devices", "num_nodes"):
-        value = node.get(key, 1)
-        if isinstance(value, bool) or (isinstance(value, int) and value < 1) or value == []:
-            raise UserError(f"{value!r} is not valid", key=f"hardware.{key}", remedy="set at least 1")
+    nodes, devices = node.get("num_nodes", 1), node.get("devices", 1)
+    if not _is_count(nodes):
+        raise UserError(f"{nodes!r} is not valid", key="hardware.num_nodes", remedy="set at least 1")
+    listed = _listed_indices(devices)
+    is_valid = _is_count(devices) or str(devices) in ("auto", "-1")
+    if not (is_valid if listed is None else listed and all(str(index).isdecimal() for index in listed)):
+        raise UserError(
+            f"{devices!r} is not valid", key="hardware.devices", remedy="set at least 1, or a list of indices of GPUs"
+        )
+    if here:
+        _check_devices(node)
+
+
+def _is_count(value: Any) -> bool:
+    return str(value).isdecimal() and int(value) > 0
+
+
+def _check_available(kind: str) -> None:
+    """Check that this machine has the accelerator ``kind``."""
+    missing = {
+        "gpu": not torch.cuda.is_available(),
+        "cuda": not torch.cuda.is_available(),
+        "mps": not torch.backends.mps.is_available(),
+    }
+    if missing.get(kind):
+        found = "no Apple GPU" if kind == "mps" else "no GPU"
+        remedy = "set hardware=cpu" if kind == "mps" else "install a CUDA build of torch or set hardware=cpu"
+        raise UserError(
+            f"{kind} is set, but torch {torch.__version__} finds {found}", key="hardware.accelerator", remedy=remedy
+        )
 
 
 def check_launcher(node: Mapping[str, Any]) -> None:
@@ -100,19 +122,34 @@ def check_launcher(node: Mapping[str, Any]) -> None:
         )
 
 
-def check_indices(node: Mapping[str, Any]) -> None:
-    """Check that the GPU indices of a ``hardware`` node exist on this machine.
+def _check_devices(node: Mapping[str, Any]) -> None:
+    """Check that the GPUs of a ``hardware`` node exist on this machine.
 
     Raises:
-        UserError: an index is out of range.
+        UserError: an index is out of range, or there are fewer GPUs, or indices are given without a GPU.
     """
-    if accelerator(str(node.get("accelerator", "auto"))) in ("gpu", "cuda"):
-        gpu_count = torch.cuda.device_count()
-        missing = [index for index in indices(node) if index not in range(gpu_count)]
-        if missing:
+    devices = node.get("devices", 1)
+    is_listed = _listed_indices(devices) is not None
+    if accelerator(str(node.get("accelerator", "auto"))) not in ("gpu", "cuda"):
+        if is_listed:
             raise UserError(
-                f"no GPU with index {missing[0]}", key="hardware.devices", remedy=f"use an index below {gpu_count}"
+                f"{devices} are indices of GPUs, but the training uses none",
+                key="hardware.devices",
+                remedy="set hardware.devices=1",
             )
+        return
+    gpu_count = torch.cuda.device_count()
+    missing = [index for index in indices(node) if index not in range(gpu_count)]
+    if missing and is_listed:
+        raise UserError(
+            f"no GPU with index {missing[0]}", key="hardware.devices", remedy=f"use an index below {gpu_count}"
+        )
+    if missing:
+        raise UserError(
+            f"{devices} GPUs are set, this machine has {gpu_count}",
+            key="hardware.devices",
+            remedy="set a smaller number",
+        )
 
 
 def process_count(node: Mapping[str, Any]) -> int:
@@ -150,16 +187,9 @@ def indices(node: Mapping[str, Any]) -> list[int]:
 
 
 def first_device(node: Mapping[str, Any]) -> torch.device:
-    """The first device of a ``hardware`` node, for a command that generates images in one process.
-
-    Raises:
-        UserError: the index of the GPU is out of range.
-    """
+    """The first device of a ``hardware`` node, for a command that generates images in one process."""
     kind = device_of(str(node.get("accelerator", "auto")))
-    if kind.type != "cuda":
-        return kind
-    check_indices(node)
-    return torch.device("cuda", indices(node)[0])
+    return torch.device("cuda", indices(node)[0]) if kind.type == "cuda" else kind
 
 
 def micro_batch(node: Mapping[str, Any], batch_size: int, accumulation: int) -> int:
