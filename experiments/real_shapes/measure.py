@@ -65,15 +65,16 @@ def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.
     write_json(folder / "model_index.json", index)  # written last, because it marks the folder as complete
 
 
-def images(folder: Path, size: tuple[int, int]) -> Path:
-    """Folder with two colored noise images and captions."""
+def images(folder: Path, size: tuple[int, int], caption: str | None = "a cat") -> Path:
+    """Folder with two colored noise images, with a caption or without."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(2):
         noise = Image.effect_noise(size, 80 + 40 * number)
         Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT))).save(
             folder / f"{number}.png"
         )
-        (folder / f"{number}.txt").write_text("a cat", encoding="utf-8")
+        if caption is not None:
+            (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
     return folder
 
 
@@ -158,7 +159,10 @@ def main() -> None:
         plan = planned(method, [*settings, f"data.path={folder}"])
         for width, height in SIZES:
             path = images(folder / f"{width}x{height}", (width, height))
-            more = [f"data.path={path}", *([f"data.class_path={path}"] if method == "dreambooth" else [])]
+            more = [f"data.path={path}"]
+            if method == "dreambooth":
+                class_images = images(folder / f"class-{width}x{height}", (width, height), None)
+                more.append(f"data.class_path={class_images}")
             row = trained(folder / "run", method, [*settings, *more])
             if row["trained"] != plan["trained"]:
                 raise RuntimeError(f"{method}: {row['trained']} trained parameters, planned {plan['trained']}")

@@ -77,9 +77,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/real-shapes"), help="folder for weights and runs")
     parser.add_argument("recipes", nargs="*", help="recipe names; default: all recipes")
     arguments = parser.parse_args()
-    shown, bare = (images(arguments.folder / name, (1152, 1024)) for name in ("images", "bare"))
-    for caption in bare.glob("*.txt"):
-        caption.unlink()  # data.prompt has the new token and is used only for images without a caption
+    shown = images(arguments.folder / "images", (1152, 1024))
+    # data.prompt has the new token and is used only for images without a caption.
+    bare = images(arguments.folder / "bare", (1152, 1024), None)
     target = HERE / "recipes.json"
     results: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     for recipe in RECIPES:

@@ -34,6 +34,8 @@ from sdtune.errors import UserError
         ("sample", "seeds=[1,2]", "seeds=[1,2]"),
         ("sample", "strengths=0,0.5,1", "strengths=[0,0.5,1]"),
         ("sample", "strengths=null", "strengths=null"),
+        ("plan", "methods=lora,full", "methods=[lora,full]"),
+        ("plan", "methods=all", "methods=all"),
     ],
 )
 def test_override_in_grammar_of_hydra(command: str, given: str, expected: str) -> None:

@@ -65,7 +65,7 @@ def test_least_recently_used_entries_are_removed_until_the_size_fits() -> None:
     assert [entry.path.name for entry in both] == ["3"]
 
 
-def test_entries_of_running_commands_are_kept(folder: Path) -> None:
+def test_entries_of_running_commands_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = "print('on', flush=True); sys.stdin.read()"
     code = f"import sys\nfrom sdtune.paths import cache_in_use\nwith cache_in_use():\n  {body}"
     with subprocess.Popen(
@@ -78,6 +78,7 @@ def test_entries_of_running_commands_are_kept(folder: Path) -> None:
             os.utime(folder / used)
         assert sdtune("cache", "older_than=0") == 0
         assert names(folder) == {"latents/vae/b", "backbones/abc"}
+        assert "kept: 2 entries that a running command may use" in capsys.readouterr().out
         process.kill()
     assert oldest_running(folder) is None, "a killed process releases its lock"
     assert sdtune("cache", "older_than=0") == 0
@@ -91,10 +92,20 @@ def test_own_process_is_found_and_released(folder: Path) -> None:
     assert not (folder / "running").exists()
 
 
-@pytest.mark.parametrize("argument", ["older_than=a", "max_gib=-1", "prune", "dry_run=1"])
-def test_invalid_argument_is_refused(argument: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("older_than=1d", "older_than: got '1d'; set a number of days, such as older_than=30"),
+        ("max_gib=-1", "max_gib: got '-1'; set a number of GiB"),
+        ("dry_run=1", "dry_run: got '1'; set dry_run=true or dry_run=false"),
+        ("prune", "cache: unknown argument prune; use older_than=DAYS"),
+    ],
+)
+def test_invalid_argument_is_refused(
+    argument: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sdtune("cache", argument) == 2
-    assert f"cache: unknown argument {argument}; use older_than=DAYS" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_partial_and_locked_entries_are_kept(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,16 @@ def test_machine_without_problems(capsys: pytest.CaptureFixture[str], monkeypatc
     output = capsys.readouterr().out
     for name in ("sdtune", "Python", "torch", "CPU", "memory", "disk of outputs/", "cache", "packages"):
         assert f"\n{name}" in f"\n{output}"
-    assert output.endswith("nothing is wrong\n")
+    assert output.endswith("nothing is wrong with the installation\n")
+
+
+def test_machine_without_gpu_is_told_what_it_can_train(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    sdtune("doctor")
+    assert re.search("^GPU +none that torch can use: this machine trains pocket; ", capsys.readouterr().out, re.M)
 
 
 def broken(name: str) -> dict[str, Any]:

@@ -311,6 +311,31 @@ def test_switches_then_accumulation_then_resolution_are_proposed(
 
 
 @pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"average": 100 * GIB}, "to fit 20 GiB, add: callbacks.ema=null"),
+        ({"evaluation": GenerationCost(0, 0, 100 * GIB, 100 * GIB)}, "to fit 20 GiB, add: evaluation=none"),
+        (
+            {"average": 100 * GIB, "evaluation": GenerationCost(0, 0, 100 * GIB, 100 * GIB)},
+            "to fit 20 GiB, add: callbacks.ema=null evaluation=none",
+        ),
+        ({"class_images": GenerationCost(0, 0, 100 * GIB, 100 * GIB)}, "does not fit: needs at least 101.00 GiB, for"),
+    ],
+)
+def test_ema_and_evaluation_are_omitted_if_that_makes_it_fit(
+    changes: dict[str, Any],
+    advice: str,
+    full: TrainingCosts,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At an unchanged resolution, and with the micro-batch of the settings."""
+    monkeypatch.setattr(plan_command, "count", lambda request: replace(full, gpu=True, **changes))
+    assert plan("method=full", "backbone=sd15", "fits=20") == 0
+    assert any(line.startswith(advice) for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
     ("gib", "expected"), [("1000", "plain"), ("12", "with 8-bit AdamW"), ("4", "no: ")], ids=["1000", "12", "4"]
 )
 def test_plan_prints_the_switches_with_which_it_fits(

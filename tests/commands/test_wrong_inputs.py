@@ -249,7 +249,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["optimizer.betas.foo=1"],
         ("optimizer.betas.foo=1", "cannot be composed", "check these overrides"),
     ),
-    "group of a value": (["method.rank.foo=1"], ("method.rank.foo: unknown setting; set method.rank, which",)),
+    "group of a value": (
+        ["method.rank.foo=1"],
+        ("method.rank.foo: unknown setting; method.rank contains no other settings",),
+    ),
     "hydra.output_subdir": (["hydra.output_subdir=null"], ("hydra.output_subdir: ", "hydra.run.dir")),
     "hydra.job": (["hydra.job.chdir=true"], ("hydra.job.chdir: ",)),
     "hydra.job.name": (["hydra.job.name=x"], ("hydra.job.name: ",)),
@@ -314,7 +317,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "max_steps -1": (["trainer.max_steps=-1"], ("trainer.max_steps: got -1; expected int >= 1",)),
     "list for a group": (["data=[[]]"], ("data=[[]]", "cannot be composed", "check these overrides")),
     "no option of a group": (["objective=[]"], ("objective: no option is chosen; set objective=OPTION",)),
-    "number for a callback": (["callbacks.samples=8"], ("callbacks.samples: got 8; set it to null, or to a node",)),
+    "number for a callback": (
+        ["callbacks.samples=8"],
+        ("callbacks.samples: got 8 without _target_; set it to null, or set its",),
+    ),
     "text for an object": (["callbacks.samples.sampling=x"], ("callbacks.samples.sampling: got",)),
     "number for a group": (["+hardware=1"], ("hardware",)),
     "trust as a number": (["trust=1"], ("trust: got 1; expected list of text",)),

@@ -14,8 +14,8 @@ from sdtune.quoting import in_quotes, override, shell_word
 _TEXTS = ("prompt", "data.prompt", "data.class_prompt", "data.trigger", "sampling.negative_prompt")
 """Settings whose value is a text, or a list of texts in brackets."""
 
-_LISTS = ("seeds", "strengths")
-"""Settings of ``sdtune sample`` that are lists of numbers."""
+_LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",)}
+"""Settings of a command that are lists of numbers or names."""
 
 _SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height", "batch_size")
 """Settings of the group ``sampling``, which ``sdtune sample`` takes without the name of the group."""
@@ -42,7 +42,7 @@ def _for_hydra(command: str, text: str, multirun: bool) -> str:
         key = f"sampling.{key}"
     if key in _TEXTS:
         return _text(key, value, multirun)
-    if command == "sample" and key in _LISTS and not (multirun and "," in value):
+    if key in _LISTS.get(command, ()) and not (multirun and "," in value):
         return f"{key}={_list(key, value)}"
     return f"{key}={value}"
 
@@ -76,7 +76,7 @@ def _ambiguous(key: str, value: str) -> UserError:
 
 def _list(key: str, value: str) -> str:
     """``value`` in brackets; a range of seeds ``0-3`` becomes its numbers."""
-    if value.startswith("[") or value == "null":
+    if value.startswith("[") or value in ("null", "all"):
         return value
     return f"[{','.join(_range(key, part.strip()) for part in value.split(','))}]"
 

@@ -215,7 +215,8 @@ def _several_unknown(typed: Sequence[str], config: Any) -> str | None:
 def _suggested_key(full: str, node: Any) -> str:
     """Suggestion for the first unknown part of ``full`` among the keys of ``node``."""
     if not isinstance(node, DictConfig) or not node:  # OmegaConf gives an empty node for the value of a setting
-        return f"; set {full.rpartition('.')[0]}, which contains no other settings"
+        parent = full.rpartition(".")[0]
+        return f"; {parent} contains no other settings: write {parent}=VALUE"
     known, parts = [str(key) for key in node], full.split(".")
     nested = _settings_named(full, node) if len(parts) == 1 else []
     if nested:

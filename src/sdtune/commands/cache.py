@@ -35,6 +35,13 @@ KINDS = {
 }
 """Subfolders of the cache."""
 
+_EXPECTED = {
+    "older_than": "a number of days, such as older_than=30",
+    "max_gib": "a number of GiB, such as max_gib=20",
+    "dry_run": "dry_run=true or dry_run=false",
+}
+"""Argument -> what it accepts."""
+
 _DAY = 24 * 3600
 _GIB = 1024**3
 
@@ -71,17 +78,21 @@ def main(arguments: Sequence[str]) -> None:
     removal = parse(arguments)
     folder = cache_folder()
     entries = list_entries(folder)
-    removed = to_remove(entries, removal, time.time(), oldest_running(folder))
+    since = oldest_running(folder)
+    removed = to_remove(entries, removal, time.time(), since)
     if not removal.dry_run:
         removed = [entry for entry in removed if _remove(entry)]
         gone = {entry.path for entry in removed}
         entries = [entry for entry in entries if entry.path not in gone]
     print(f"cache: {folder}")
-    for line in _table(entries):
+    for line in _table(entries, time.time()):
         print(line)
     if removal.older_than is not None or removal.max_gib is not None:
         verb = "would be removed" if removal.dry_run else "removed"
         print(f"{verb}: {len(removed)} entries, {_size(sum(entry.size for entry in removed))}")
+        if since is not None:
+            kept = sum(entry.used >= since for entry in entries)
+            print(f"kept: {kept} entries that a running command may use")
     else:
         print("sdtune cache older_than=30 removes what was not used for 30 days, max_gib=20 the oldest above 20 GiB")
 
@@ -94,6 +105,8 @@ def parse(arguments: Sequence[str]) -> Removal:
             values[key] = float(value)
         elif key == "dry_run" and value in ("true", "false"):
             values[key] = value == "true"
+        elif key in _EXPECTED:
+            raise UserError(f"got {value!r}", key=key, remedy=f"set {_EXPECTED[key]}")
         else:
             raise UserError(
                 f"unknown argument {argument}",
@@ -169,12 +182,14 @@ def _remove(entry: Entry) -> bool:
         raise UserError(f"{path} cannot be removed ({error.strerror})", remedy="check its permissions") from error
 
 
-def _table(entries: Sequence[Entry]) -> list[str]:
-    lines = [f"{'':<36}{'entries':>9}{'size':>12}"]
+def _table(entries: Sequence[Entry], now: float) -> list[str]:
+    lines = [f"{'':<36}{'entries':>9}{'size':>12}{'last used, days ago':>22}"]
     for kind, name in KINDS.items():
-        own = [entry.size for entry in entries if entry.kind == kind]
+        own = [entry for entry in entries if entry.kind == kind]
         if own:
-            lines.append(f"{name:<36}{len(own):>9,}{_size(sum(own)):>12}")
+            days = sorted(max(0.0, now - entry.used) / _DAY for entry in own)
+            ages = f"{days[0]:.0f} to {days[-1]:.0f}"
+            lines.append(f"{name:<36}{len(own):>9,}{_size(sum(entry.size for entry in own)):>12}{ages:>22}")
     return [*lines, f"{'total':<36}{len(entries):>9,}{_size(sum(entry.size for entry in entries)):>12}"]
 
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     problems = sum(bool(finding.problem) for finding in findings)
     if problems:
         raise RunFailed(f"doctor: {problems} of {len(findings)} findings need a remedy, see the lines with WRONG")
-    print("nothing is wrong")
+    print("nothing is wrong with the installation")
 
 
 def _versions() -> Iterator[Finding]:
@@ -84,6 +84,12 @@ def _devices() -> Iterator[Finding]:
     yield Finding("torch", build, problem)
     if driver is not None:
         yield Finding("NVIDIA driver", driver)
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        yield Finding(
+            "GPU",
+            "none that torch can use: this machine trains pocket; Stable Diffusion needs a GPU, and"
+            " sdtune plan experiment=sd15_lora fits=GIB shows how much memory",
+        )
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         try:
@@ -94,7 +100,8 @@ def _devices() -> Iterator[Finding]:
         yield Finding(
             f"GPU {index}",
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, {free / _GIB:.1f} of"
-            f" {total / _GIB:.1f} GiB free, bfloat16 {'yes' if properties.major >= 8 else 'no (16-mixed is used)'}",
+            f" {total / _GIB:.1f} GiB free, bfloat16 {'yes' if properties.major >= 8 else 'no (16-mixed is used)'};"
+            f" what fits: sdtune plan methods=all backbone=sd15 fits={int(total / _GIB)}",
         )
     if torch.backends.mps.is_available():
         yield Finding("GPU", "Apple MPS (untried)")

@@ -90,7 +90,10 @@ def _table(metrics: dict[str, Any]) -> list[str]:
     rows = [("", "before", "after")]
     rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
     lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
-    lines += [f"{key}: not measured: {reason}" for key, reason in metrics.get("reasons", {}).items()]
+    keys_by_reason: dict[str, list[str]] = {}
+    for key, reason in metrics.get("reasons", {}).items():
+        keys_by_reason.setdefault(reason, []).append(key)
+    lines += [f"not measured: {', '.join(keys)}: {reason}" for reason, keys in keys_by_reason.items()]
     cost = [f"{key} {_number(metrics[key], key)}" for key in OF_TRAINING if metrics.get(key) is not None]
     return [*lines, *([f"cost of the training: {', '.join(cost)}"] if cost else [])]
 

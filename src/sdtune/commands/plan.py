@@ -28,6 +28,7 @@ from sdtune.hardware.devices import accelerator
 from sdtune.hardware.precision import precision
 from sdtune.methods.base import Adapter
 from sdtune.planning import tables
+from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import Switches
 from sdtune.planning.request import PlanRequest, count
 from sdtune.suggest import suggestion
@@ -157,38 +158,65 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
     first = next(iter(jobs.values()))
     devices = hardware.process_count(first.config["hardware"])
     costs = {name: count(plan_request(job)) for name, job in jobs.items()}
+    parts = first.accumulation * devices
+    split = f" ({parts} micro-batches of {first.count})" if parts > 1 else ""
     print(
-        f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']},"
+        f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']}{split},"
         f" {first.precision}, {devices} {'GPU' if first.gpu else 'CPU'}{'s' if devices > 1 else ''}\n"
     )
     if table:
         lines = tables.many(costs, first.accumulation, devices, fits)
     else:
-        smaller = partial(_smaller, first, devices)
-        lines = tables.one(
-            next(iter(costs.values())), first.accumulation, devices, fits, configured_switches(first), smaller
-        )
+        [cost] = costs.values()
+        smaller = partial(_smaller, first, cost, devices)
+        names = _memory_settings(first, cost)
+        lines = tables.one(cost, first.accumulation, devices, fits, configured_switches(first), names, smaller)
     print("\n".join(lines))
 
 
-def _smaller(job: CheckedPlan, devices: int, fits: float) -> str | None:
-    """Settings with a smaller micro-batch, then also with a lower resolution, that fit; None if none do."""
-    request, configured = plan_request(job), configured_switches(job)
-    micro_batch, accumulation, settings = job.count, job.accumulation, ""
-    while micro_batch % 2 == 0:
-        micro_batch, accumulation = micro_batch // 2, 2 * accumulation
-        settings = f"trainer.accumulate_grad_batches={accumulation}"
-        request = replace(request, micro_batch=micro_batch, accumulation=accumulation)
-        added = tables.added(count(request), accumulation, devices, fits, configured)
-        if added is not None:
-            return f"{settings} {added}".strip()
+def _smaller(job: CheckedPlan, costs: TrainingCosts, devices: int, fits: float) -> str | None:
+    """Settings that fit ``fits`` GiB; None if none do.
+
+    Tried in this order: a smaller micro-batch, no EMA or no evaluation, a lower resolution.
+
+    Args:
+        costs: the costs of ``job`` as it is.
+    """
+    configured = configured_switches(job)
+
+    def proposal(settings: str, accumulation: int, costs: TrainingCosts) -> str | None:
+        added = tables.added(costs, accumulation, devices, fits, configured)
+        return None if added is None else f"{settings} {added}".strip()
+
+    candidates, request = [("", job.accumulation, costs)], plan_request(job)
+    while request.micro_batch % 2 == 0:
+        accumulation = 2 * request.accumulation
+        request = replace(request, micro_batch=request.micro_batch // 2, accumulation=accumulation)
+        candidates.append((f"trainer.accumulate_grad_batches={accumulation}", accumulation, count(request)))
+        if (found := proposal(*candidates[-1])) is not None:
+            return found
+    for settings, accumulation, measured in candidates:
+        for omitted, less in _without_extras(measured):
+            if (found := proposal(f"{settings} {omitted}", accumulation, less)) is not None:
+                return found
+    settings, accumulation, _ = candidates[-1]
     for side in _LOWER_RESOLUTIONS:
-        if side >= request.side or side % job.source.facts.factor:
-            continue
-        added = tables.added(count(replace(request, side=side)), accumulation, devices, fits, configured)
-        if added is not None:
-            return f"{settings} data.resolution={side} {added}".strip()
+        if side < request.side and side % job.source.facts.factor == 0:
+            measured = count(replace(request, side=side))
+            for omitted, less in (("", measured), *_without_extras(measured)):
+                lower = f"{settings} data.resolution={side} {omitted}"
+                if (found := proposal(lower, accumulation, less)) is not None:
+                    return found
     return None
+
+
+def _without_extras(costs: TrainingCosts) -> list[tuple[str, TrainingCosts]]:
+    """Overrides that omit the EMA, the evaluation, or both, and the costs without them; only those that are enabled."""
+    ema = ("callbacks.ema=null", {"average": 0}) if costs.average else None
+    evaluation = ("evaluation=none", {"evaluation": None}) if costs.evaluation is not None else None
+    single = [extra for extra in (ema, evaluation) if extra is not None]
+    both = [(f"{single[0][0]} {single[1][0]}", single[0][1] | single[1][1])] if len(single) == 2 else []
+    return [(text, replace(costs, **changes)) for text, changes in (*single, *both)]
 
 
 def configured_switches(job: CheckedPlan) -> Switches:
@@ -200,6 +228,20 @@ def configured_switches(job: CheckedPlan) -> Switches:
         eight_bit="8bit" in str(job.config["optimizer"].get("_target_")),
         offload=bool(settings.get("offload")),
     )
+
+
+def _memory_settings(job: CheckedPlan, costs: TrainingCosts) -> str:
+    """Names of the memory-saving options of ``job``."""
+    configured = configured_switches(job)
+    by_size = "by_size" in str(job.config["optimizer"].get("_target_")).lower()
+    names = {
+        "gradient checkpointing": configured.checkpointing,
+        "8-bit AdamW": configured.eight_bit or (by_size and costs.state < costs.gradients),
+        "offloading": configured.offload,
+        "VAE tiling": bool(job.config["hardware"].get("vae_tiling")),
+        f"weights in {job.config['backbone'].get('quantize')}": job.config["backbone"].get("quantize") is not None,
+    }
+    return ", ".join(name for name, is_on in names.items() if is_on) or "plain"
 
 
 def _method_class(config: dict[str, Any]) -> type[Adapter]:

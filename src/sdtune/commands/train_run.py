@@ -161,6 +161,12 @@ class TrainRun:
             log.info("resuming at step %d from %s", int(self.checkpoint.stem.removeprefix("step")), self.checkpoint)
         elif trainer.is_global_zero and self.settings.resume:
             log.info("there is no checkpoint yet; starting from the beginning")
+        if trainer.is_global_zero:
+            device, processes = trainer.strategy.root_device.type, trainer.world_size
+            count = f", {processes} processes" if processes > 1 else ""
+            log.info(
+                "device: %s%s, precision %s", "GPU" if device == "cuda" else device.upper(), count, trainer.precision
+            )
         try:
             trainer.fit(self.adapter, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
             self.checkpoints.validate_if_pending(trainer, self.adapter)

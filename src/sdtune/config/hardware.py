@@ -60,6 +60,13 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(
             f"{threads!r} is not valid", key="hardware.threads", remedy="set auto or an integer of at least 1"
         )
+    _check_counts(node)
+    if here:
+        _check_devices(node)
+
+
+def _check_counts(node: Mapping[str, Any]) -> None:
+    """Check the numbers of machines and devices of a ``hardware`` node."""
     nodes, devices = node.get("num_nodes", 1), node.get("devices", 1)
     if not _is_count(nodes):
         raise UserError(f"{nodes!r} is not valid", key="hardware.num_nodes", remedy="set at least 1")
@@ -69,8 +76,6 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(
             f"{devices!r} is not valid", key="hardware.devices", remedy="set at least 1, or a list of indices of GPUs"
         )
-    if here:
-        _check_devices(node)
 
 
 def _is_count(value: Any) -> bool:

@@ -17,6 +17,7 @@ from sdtune.config.compose import without_hydra
 from sdtune.config.schema import check_value
 from sdtune.errors import UserError
 from sdtune.files import is_partial, read_yaml
+from sdtune.paths import config_folder
 from sdtune.quoting import shell_override
 from sdtune.runs.hydra_values import as_current, saved_hydra
 
@@ -72,8 +73,10 @@ def _check_groups(values: Mapping[str, Any], required: Sequence[str]) -> None:
     for group in ("callbacks", "logger"):
         for name, node in (values.get(group) or {}).items():
             if node is not None and not (isinstance(node, Mapping) and "_target_" in node):
+                is_option = (config_folder() / group / f"{name}.yaml").is_file()
+                instead = f"add {group}={name}" if is_option else "set its settings one by one"
                 raise UserError(
-                    f"got {node!r}", key=f"{group}.{name}", remedy="set it to null, or to a node with _target_"
+                    f"got {node!r} without _target_", key=f"{group}.{name}", remedy=f"set it to null, or {instead}"
                 )
     if "trust" in values:
         check_value(values["trust"], list[str], "trust")

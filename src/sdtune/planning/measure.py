@@ -90,7 +90,7 @@ class TrainingCosts:
             0 if disabled.
         class_images, evaluation: costs of generating class images before the training, and images after it; None if
             disabled.
-        sample: cost of ``sdtune sample`` with its default settings.
+        sample: cost of ``sdtune sample`` with the artifact and the default settings.
         gpu: whether the costs are those of a GPU.
     """
 
@@ -183,7 +183,7 @@ def measure(
         single_preview=_previews(adapter, gpu, 1) if previews else 0,
         class_images=generation.cost(class_images, side, str(adapter.trainer.precision)) if class_images else None,
         evaluation=generation.cost(evaluation, backbone.facts.side, trained=True) if evaluation else None,
-        sample=generation.cost(SAMPLE_BATCH, backbone.facts.side),
+        sample=generation.cost(SAMPLE_BATCH, backbone.facts.side, trained=True),
         gpu=gpu,
     )
 

@@ -51,7 +51,7 @@ class Memory:
         previews: peak while generating previews; 0 if disabled.
         class_images: peak while generating class images, before the training; 0 if there are none.
         evaluation: peak while generating images after the training; 0 if disabled.
-        sample: peak of ``sdtune sample`` with its default settings.
+        sample: peak of ``sdtune sample`` with the artifact and the default settings.
         least: peak of the run if a GPU without memory for a batch of images generates one at a time.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import ALLOWANCE, GIB, SWITCHES, Switches, first_that_fits, memory
@@ -11,7 +12,17 @@ _NOTE = (
     "offloading: the VAE and the text encoder are moved to the CPU after their outputs are cached.",
     f"The peaks exclude the CUDA context and kernel workspaces; fits= adds {ALLOWANCE / GIB:g} GiB for them.",
     "A GPU without memory for a batch of images generates fewer at a time; fits= counts one.",
+    "A backward pass frees activations while it allocates gradients, so the peak of a step can be less than the sum.",
 )
+
+_PEAKS = {
+    "step": "a training step",
+    "encoding": "encoding images",
+    "previews": "generating previews",
+    "class_images": "generating class images",
+    "evaluation": "generating images of the evaluation",
+}
+"""Phases of a run: attribute of :class:`Memory` -> name."""
 
 _OVERRIDES = {
     "gradient checkpointing": "hardware.gradient_checkpointing=true",
@@ -26,12 +37,14 @@ def one(
     devices: int,
     fits: float | None,
     configured: Switches,
+    names: str,
     smaller: Callable[[float], str | None],
 ) -> list[str]:
     """Lines with all costs of one method.
 
     Args:
-        smaller: returns the settings of a smaller micro-batch or resolution that fit a device; None if none do.
+        names: names of the memory-saving options that the config already has.
+        smaller: returns the settings of a smaller training that fits a device; None if there are none.
         fits: memory of the device in GiB that the training should fit, if any.
         configured: the memory-saving options that the config already has.
     """
@@ -39,7 +52,10 @@ def one(
     for part in (*costs.components, costs.total):
         counts = (part.frozen, part.trained, part.frozen + part.trained)
         rows.append([part.name, *(f"{count:,}" for count in counts), _size(part.bytes)])
-    lines = [*_aligned(rows), "", f"artifact folder: {_size(costs.artifact)}"]
+    own = memory(costs, configured, accumulation, devices)
+    checkpoint = _size(own.gradients + own.state + own.average)
+    disk = f"disk: up to three checkpoints of {checkpoint} each, artifact folder: {_size(costs.artifact)}"
+    lines = [*_aligned(rows), "", disk]
     micro_batches = accumulation * devices
     forward, plain, checkpointed = (
         f"{flop * micro_batches / 1e12:.3f}"
@@ -55,31 +71,21 @@ def one(
         ("optimizer state", "state"),
         ("EMA of the weights", "average"),
         ("activations", "activations"),
-        ("peak in a training step", "step"),
-        ("peak while encoding images", "encoding"),
-        ("peak while generating previews", "previews"),
-        ("peak while generating class images", "class_images"),
-        ("peak while generating images of the evaluation", "evaluation"),
+        *((f"peak of {name}", attribute) for attribute, name in _PEAKS.items()),
         ("peak", "peak"),
-        ("peak of sdtune sample", "sample"),
+        ("peak of sdtune sample run=RUN", "sample"),
     ):
         if attribute in ("average", "class_images", "evaluation") and not getattr(memories[0], attribute):
             continue  # omit rows that do not apply
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:
         table.append([f"fits {fits:g} GiB", *("yes" if cost.fits(fits) else "no" for cost in memories)])
-    own = memory(costs, configured, accumulation, devices)
-    lines += ["", *_aligned(table), "", f"these settings ({_names(configured)}): peak {_size(own.peak)}"]
+    lines += ["", *_aligned(table), "", f"these settings ({names}): peak {_size(own.peak)}"]
     if fits is not None and not own.fits(fits):
         lines.append(_advice(costs, accumulation, devices, fits, configured, smaller))
     elif fits is not None:
         lines[-1] += f", fits {fits:g} GiB"
     return [*lines, "", *_NOTE]
-
-
-def _names(configured: Switches) -> str:
-    """Names of the memory-saving options that are on."""
-    return ", ".join(name for name in _OVERRIDES if SWITCHES[name] | configured == configured) or "plain"
 
 
 def many(costs: dict[str, TrainingCosts], accumulation: int, devices: int, fits: float | None) -> list[str]:
@@ -114,9 +120,10 @@ def _advice(
         settings = smaller(fits)
     if settings is not None:
         return f"to fit {fits:g} GiB, add: {settings}"
+    least = replace(costs, average=0, evaluation=None)
     return (
-        f"does not fit: {_verdict(costs, accumulation, devices, fits).removeprefix('no: ')}; use another method:"
-        " sdtune plan methods=all"
+        f"does not fit: {_verdict(least, accumulation, devices, fits).removeprefix('no: ')}; use another method"
+        " (sdtune plan methods=all) or a smaller model"
     )
 
 
@@ -133,8 +140,10 @@ def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float)
     name = first_that_fits(costs, accumulation, devices, fits)
     if name is not None:
         return name if name == "plain" else f"with {name}"
-    smallest = min(memory(costs, switches, accumulation, devices).least for switches in SWITCHES.values())
-    return f"no: needs at least {_size(smallest + ALLOWANCE)}"
+    memories = [memory(costs, switches, accumulation, devices) for switches in SWITCHES.values()]
+    smallest = min(memories, key=lambda cost: cost.least)
+    phase = max(_PEAKS, key=lambda name: getattr(smallest, name))
+    return f"no: needs at least {_size(smallest.least + ALLOWANCE)}, for {_PEAKS[phase]}"
 
 
 def _size(count: int) -> str:
