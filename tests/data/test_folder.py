@@ -266,6 +266,30 @@ def test_csv_without_required_columns_is_refused(tmp_path: Path, text: str) -> N
     refused(tmp_path, tmp_path / "metadata.csv, line 2: a row needs a file_name and either a text or a caption")
 
 
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_separators_of_a_csv_are_named(separator: str, name: str, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png")
+    text = f"file_name{separator}text\na.png{separator}a cat, asleep\n"
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+    refused(tmp_path, f"metadata.csv: the columns are separated by {name}; save it with commas")
+
+
+def test_backslashes_of_a_file_name_are_named(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    save_image(tmp_path / "sub" / "a.png")
+    row = json.dumps({"file_name": "sub\\a.png", "text": "x"})
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
+    refused(tmp_path, "metadata.jsonl, line 1: unknown image", "write file_name with slashes: sub/a.png")
+
+
+def test_empty_captions_are_named_unless_a_trigger_replaces_them(tmp_path: Path) -> None:
+    for name, caption in (("a", ""), ("b", "a cat"), ("c", " \n")):
+        save_image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
+    assert "WARNING: the captions of these images are empty: 2 (a.png, c.png)" in read_image_folder(tmp_path).notices
+    assert not any("empty" in line for line in read_image_folder(tmp_path, trigger="sks").notices)
+
+
 def test_metadata_with_invalid_syntax_is_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": \n', encoding="utf-8")

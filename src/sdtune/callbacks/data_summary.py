@@ -75,6 +75,13 @@ def size_warnings(data: ImageDataModule, side: int) -> list[str]:
     resolution = data.resolution
     assert resolution is not None
     lines = []
+    step = data.bucket_step
+    if resolution % step:
+        square = resolution // step * step
+        lines.append(
+            f"WARNING: data.resolution={resolution} is not a multiple of {step}, the step of the buckets: square images"
+            f" are trained at {square}x{square}"
+        )
     if not side / 2 <= resolution <= side * 2:
         lines.append(
             f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not learn"

@@ -23,7 +23,8 @@ def closing_lines(folder: Path, name: str, data: ImageDataModule) -> list[str]:
     before_after = folder / "samples" / "before_after.png"
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
-    command = f"sdtune sample {shell_word(data.all_prompts()[0])} {shell_override('run', folder)}"
+    prompt = next(filter(None, data.all_prompts()), "PROMPT")
+    command = f"sdtune sample {shell_word(prompt)} {shell_override('run', folder)}"
     lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))
     embeddings = [file for file in embeddings if not is_snapshot(file.stem)]

@@ -126,7 +126,12 @@ def read_image_folder(
             CaptionedImage(image, _with_trigger(captions[image], trigger), sizes[image], repeats)
             for image, (repeats, _) in repeats_and_words.items()
         ),
-        (*listing.lines(folder), *_unused(files, images, folder), *_root_name_warning(folder, key)),
+        (
+            *listing.lines(folder),
+            *_unused(files, images, folder),
+            *_root_name_warning(folder, key),
+            *([] if trigger else _empty_captions(images, captions, folder)),
+        ),
         uses_prompt=bool(uncaptioned),
     )
 
@@ -224,6 +229,12 @@ def _root_name_warning(root: Path, key: str) -> list[str]:
     return [] if advice is None else [f"WARNING: {key}: names count only below this folder; {advice}"]
 
 
+def _empty_captions(images: Sequence[Path], captions: Mapping[Path, str], root: Path) -> list[str]:
+    """Line for the data summary about images that are trained without text, although a caption is usually intended."""
+    empty = [image for image in images if not captions[image]]
+    return [f"WARNING: the captions of these images are empty: {count_and_names(empty, root)}"] if empty else []
+
+
 def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
     sidecars: dict[Path, list[Path]] = {}
     for file in files:
@@ -253,10 +264,11 @@ def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pa
             name, caption = _name_and_caption(row, f"{table}, line {line}")
             image = table.parent / name
             if image not in known:
-                raise UserError(
-                    f"{table}, line {line}: unknown image {image}",
-                    remedy="correct or remove this row",
-                )
+                with_slashes = name.replace("\\", "/")
+                remedy = "correct or remove this row"
+                if table.parent / with_slashes in known:
+                    remedy = f"write file_name with slashes: {with_slashes}"
+                raise UserError(f"{table}, line {line}: unknown image {image}", remedy=remedy)
             if image in captions:
                 raise UserError(f"{table}, line {line}: duplicate row for {name}", remedy="remove one")
             captions[image] = _one_line(caption)
@@ -286,7 +298,13 @@ def _jsonl_rows(table: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    text = _text(table)
+    header = text.partition("\n")[0]
+    separator = next((other for other in ";\t" if other in header and "," not in header), None)
+    if separator is not None:
+        name = "semicolons" if separator == ";" else "tabs"
+        raise UserError(f"{table}: the columns are separated by {name}", remedy="save it with commas")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             yield reader.line_num, row
