@@ -92,8 +92,8 @@ TRAINING_REMARKS = {
     "network_args": "set method.rank, method.alpha and method.targets (convolutions for conv_dim)",
     "train_text_encoder": "LoRA: 'method.targets=[cross_attention,self_attention,text_encoder]'; others: method.parts",
     "network_train_unet_only": "this is the default: only method.targets with text_encoder trains the text encoder",
-    "config_file": "config files of kohya are not read: write each option as a setting",
-    "dataset_config": "dataset files are not read: set data=folder data.path=DIR",
+    "config_file": "sdtune import-kohya CONFIG.toml prints the command of a config file",
+    "dataset_config": "sdtune import-kohya DATASET.toml prints the settings of a dataset file",
     "caption_extension": "it is not needed: .txt and .caption files are read",
     "shuffle_caption": "captions are not shuffled",
     "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
@@ -250,7 +250,48 @@ def explanation(words: Sequence[str], command: str) -> str | None:
 
     With several options, the message has the overrides for all of them, to be copied.
     """
-    options, known = [Option.of(word) for word in words], OPTIONS.get(command, Options({}, {}))
+    options = [Option.of(word) for word in words]
+    translation = translate(options, command)
+    if not (translation.replaced or translation.remarks):
+        return None
+    has_dashes = any(option.typed.startswith("-") for option in options)
+    plural = "s" if len(options) > 1 else ""
+    kind = f"unknown option{plural}" if has_dashes else f"option{plural} of kohya"
+    overrides = translation.overrides
+    remedies = [f"use {overrides}{' (settings have no dashes)' if has_dashes else ''}"] if overrides else []
+    for option, remark in translation.remarks:
+        remedies.append(f"{option.typed}: {remark}" if plural else remark)
+    unknown = [option.typed for option in translation.unknown]
+    remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
+    remedies += translation.other_defaults
+    names = ", ".join(option.typed for option in options)
+    return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Options of kohya's scripts in sdtune's settings.
+
+    Attributes:
+        replaced: the options that overrides replace.
+        overrides: the overrides, as words of a shell.
+        remarks: the other known options, and what to do about each.
+        unknown: options that are not in the tables.
+        other_defaults: remarks on defaults of kohya that differ from those of sdtune.
+    """
+
+    replaced: Sequence[Option]
+    overrides: str
+    remarks: Sequence[tuple[Option, str]]
+    unknown: Sequence[Option]
+    other_defaults: Sequence[str]
+
+
+def translate(options: Sequence[Option], command: str) -> Translation:
+    """Translate ``options`` for the sdtune command ``command``; nothing is known for a command without a table."""
+    known = OPTIONS.get(command)
+    if known is None:
+        return Translation((), "", (), options, ())
     remarks: dict[str, str] = {**known.remarks, **dict.fromkeys(UNAVAILABLE, "not available")}
     remarks |= {option.name: remark for option in options if (remark := _remark_on_value(option))}
     for option in options:
@@ -261,21 +302,9 @@ def explanation(words: Sequence[str], command: str) -> str | None:
         for option in options
         if option.name not in remarks and (option.name in known.overrides or _is_translated(option))
     ]
-    remarked = [option for option in options if option.name in remarks]
-    if not known.overrides or not (replaced or remarked):
-        return None
-    has_dashes = any(option.typed.startswith("-") for option in options)
-    plural = "s" if len(options) > 1 else ""
-    kind = f"unknown option{plural}" if has_dashes else f"option{plural} of kohya"
-    overrides = _overrides(replaced, known.overrides)
-    remedies = [f"use {overrides}{' (settings have no dashes)' if has_dashes else ''}"] if overrides else []
-    for option in remarked:
-        remedies.append(f"{option.typed}: {remarks[option.name]}" if plural else remarks[option.name])
-    unknown = [option.typed for option in options if option not in [*replaced, *remarked]]
-    remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
-    remedies += _other_defaults(options)
-    names = ", ".join(option.typed for option in options)
-    return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
+    remarked = [(option, remarks[option.name]) for option in options if option.name in remarks]
+    unknown = [option for option in options if option not in replaced and option.name not in remarks]
+    return Translation(replaced, _overrides(replaced, known.overrides), remarked, unknown, _other_defaults(options))
 
 
 def _is_translated(option: Option) -> bool:

@@ -35,17 +35,21 @@ COMMANDS = {
     "export": Command("export the artifact of a run in the format of another program", "sdtune.commands.export"),
     "evaluate": Command("measure the artifact of a finished run", "sdtune.commands.evaluate"),
     "report": Command("write an HTML report of a run, a sweep, or any folder of runs", "sdtune.commands.report"),
+    "import-kohya": Command(
+        "print the sdtune command of a configuration of kohya's sd-scripts", "sdtune.cli.import_kohya"
+    ),
     "doctor": Command(
         "show versions, devices, memory and disks, and what is wrong with them", "sdtune.commands.doctor"
     ),
     "cache": Command("show the size of the cache, and remove entries", "sdtune.commands.cache"),
 }
 
-_WITHOUT_CONFIG = ("report", "doctor", "cache")
+_WITHOUT_CONFIG = ("report", "import-kohya", "doctor", "cache")
 """Commands without Hydra's settings."""
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
        sdtune report FOLDER
+       sdtune import-kohya CONFIG.toml [DATASET.toml]
        sdtune doctor
        sdtune cache [older_than=DAYS] [max_gib=GIB]
 
@@ -67,7 +71,7 @@ def main() -> None:
     _set_allocator()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        summaries = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+        summaries = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
         print(_HELP.format(commands=summaries), end="")
         return
     if arguments[0] in ("-V", "--version"):
@@ -103,6 +107,10 @@ def main() -> None:
 
 
 def _command_without_config(name: str) -> Callable[[list[str]], None]:
+    if name == "import-kohya":
+        from sdtune.cli.import_kohya import main as import_kohya
+
+        return import_kohya
     if name == "cache":
         from sdtune.commands.cache import main as cache
 
