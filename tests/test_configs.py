@@ -17,18 +17,22 @@ from sdtune.cli.as_typed import for_hydra
 from sdtune.commands import checks
 from sdtune.commands import sample as sample_run
 from sdtune.config.build import build
-from sdtune.config.compose import compose, search_path
+from sdtune.config.compose import compose, search_path, without_hydra
 from sdtune.config.settings import plain
 from sdtune.config.targets import resolve
 from sdtune.errors import UserError
 from sdtune.paths import config_folder
+from sdtune.pocket.world.objects import TRAINED
 
 ROOT = Path(__file__).parents[1]
 CONF = config_folder()
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
 SUBGROUPS = ["data/control"]
 """Config groups in the folder of another group."""
-GROUPS = sorted([*(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment"), *SUBGROUPS])
+RECIPES = ("experiment", "on_data")
+"""Config groups whose options are valid only with those of other groups."""
+
+GROUPS = sorted([*(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in RECIPES), *SUBGROUPS])
 
 
 def options(group: str) -> list[str]:
@@ -105,7 +109,9 @@ def test_every_option_composes_and_fits_its_target(group: str, option: str, monk
         return
     assert missing(config) <= {"data.path", "backbone.path", "data.control.path", "data.control.model"}
     if group == "hardware":  # hardware.check_hardware would need a GPU; its own tests are elsewhere
-        monkeypatch.setattr("torch.cuda.is_available", lambda: option not in ("auto", "cpu"))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: option not in ("auto", "cpu", "mps"))
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: option == "mps")
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     check(filled(config), monkeypatch)
 
@@ -251,3 +257,36 @@ def test_guidance_in_yaml_equals_guidance_of_the_family() -> None:
     expected = {"sd15": GUIDANCE["sd1"], "sd21": GUIDANCE["sd2"], "sdxl": GUIDANCE["sdxl"], "pocket": POCKET_GUIDANCE}
     composed = {name: compose("train", search_path(None), [f"backbone={name}"]).backbone.guidance for name in expected}
     assert composed == expected
+
+
+OWN_IMAGES = sorted(path.name for path in (CONF / "on_data").iterdir())
+
+
+@pytest.mark.parametrize("name", OWN_IMAGES)
+def test_recipe_of_pocket_carries_over_to_own_images(name: str) -> None:
+    """Nothing of the recipe's own subject or style remains."""
+    config = composed("train", f"experiment={name}", "data=folder", "data.path=DIR")
+    assert config.hydra.runtime.choices.evaluation == "folder"
+    assert config.evaluation._target_ == "sdtune.evaluation.ClipMetrics"
+    assert config.callbacks.samples.prompts is None
+    assert config.data.class_prompt is None
+    assert len(config.new_tokens) == 0
+    text = OmegaConf.to_yaml(without_hydra(config))
+    assert not any(word in text for word in ("sks", "parrot", "noto", "zwx", "bird"))
+    plan_config = composed("plan", f"experiment={name}", "data=folder")
+    assert plan_config.data._target_ == "sdtune.data.Folder"
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "on_data").rglob("*.yaml")), ids=str)
+def test_settings_of_a_recipe_for_its_data_are_used(file: Path) -> None:
+    recipe, data = file.parent.name, file.stem
+    assert composed("train", f"experiment={recipe}").hydra.runtime.choices.data == data
+    with_them = OmegaConf.to_container(without_hydra(composed("train", f"experiment={recipe}")))
+    without = OmegaConf.to_container(without_hydra(composed("train", f"experiment={recipe}", "~on_data")))
+    assert with_them != without
+
+
+def test_documentation_lists_the_words_of_pocket() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = page.partition("knows its class word: ")[2].partition(". Its captions")[0]
+    assert " ".join(listed.split()).split(", ") == sorted({thing.word for thing in TRAINED})

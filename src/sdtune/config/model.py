@@ -67,6 +67,16 @@ def _check_prodigy(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         )
 
 
+def _check_tokens_lr(config: dict[str, Any]) -> None:
+    """Refuse a learning rate of new tokens without new tokens, such as a recipe's with other data."""
+    if config.get("tokens_lr") is not None and not config.get("new_tokens"):
+        raise UserError(
+            f"{config['tokens_lr']:g} is for new tokens, but there are none",
+            key="tokens_lr",
+            remedy="""set 'new_tokens=[{token: "<my_cat>", init: cat}]', or tokens_lr=null""",
+        )
+
+
 def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     """Check the config groups that define what is trained and how.
 
@@ -79,3 +89,4 @@ def check_model(config: dict[str, Any], trust: tuple[str, ...]) -> None:
         check_node(config[group], group, trust)
     _check_optimizer(config["optimizer"], trust)
     _check_prodigy(config, trust)
+    _check_tokens_lr(config)
