@@ -11,7 +11,13 @@ from sdtune.errors import UserError
 @pytest.mark.parametrize(
     ("command", "given", "expected"),
     [
-        ("train", "data.prompt=a photo of sks otter", "data.prompt=a photo of sks otter"),
+        ("train", "data.prompt=a photo of sks otter", 'data.prompt="a photo of sks otter"'),
+        ("train", "data.prompt=otter", "data.prompt=otter"),
+        ("train", r"data.prompt=fox \(animal\), wet", r'data.prompt="fox \(animal\), wet"'),
+        ("train", r"data.prompt=fox \(animal\)", r'data.prompt="fox \(animal\)"'),
+        ("train", "data.prompt=[V] dog", 'data.prompt="[V] dog"'),
+        ("train", 'data.prompt="a" and "b"', r'data.prompt="\"a\" and \"b\""'),
+        ("train", "data.prompt=costs ${5}", r'data.prompt="costs \${5}"'),
         ("train", "data.prompt=a photo, 4k", 'data.prompt="a photo, 4k"'),
         ("train", "data.class_prompt=an otter (animal)", 'data.class_prompt="an otter (animal)"'),
         ("train", "data.class_prompt=[an otter, a dog]", "data.class_prompt=[an otter, a dog]"),
@@ -26,11 +32,13 @@ from sdtune.errors import UserError
         ("train", "steps=20", "steps=20"),
         ("sample", "prompt=a=b, c", 'prompt="a=b, c"'),
         ("sample", "negative_prompt=blurry, grey", 'sampling.negative_prompt="blurry, grey"'),
+        ("sample", "negative_prompt=", "sampling.negative_prompt="),
         ("sample", "steps=20", "sampling.steps=20"),
         ("sample", "sampling.steps=20", "sampling.steps=20"),
         ("sample", "seeds=1", "seeds=[1]"),
         ("sample", "seeds=0-3", "seeds=[0,1,2,3]"),
         ("sample", "seeds=7,0-2", "seeds=[7,0,1,2]"),
+        ("sample", "seeds=1,", "seeds=1,"),
         ("sample", "seeds=[1,2]", "seeds=[1,2]"),
         ("sample", "strengths=0,0.5,1", "strengths=[0,0.5,1]"),
         ("sample", "strengths=null", "strengths=null"),
@@ -45,7 +53,7 @@ def test_override_in_grammar_of_hydra(command: str, given: str, expected: str) -
 def test_commas_of_a_sweep_are_kept() -> None:
     for text in ("data.prompt=cat,dog", "data.prompt=choice(cat,dog)", 'data.prompt="a, b",c'):
         assert for_hydra("train", [text, "-m"]) == [text, "-m"]
-    assert for_hydra("sample", ["--multirun", "seeds=1,2"]) == ["--multirun", "seeds=1,2"]
+    assert for_hydra("sample", ["--multirun", "seeds=1,2-3"]) == ["--multirun", "seeds=[1],[2,3]"]
 
 
 def test_comma_and_space_could_be_a_text_or_a_sweep() -> None:
@@ -55,6 +63,11 @@ def test_comma_and_space_could_be_a_text_or_a_sweep() -> None:
         "data.prompt: with -m, a comma separates the values of a sweep; for one text write"
         """ 'data.prompt="a cat, sitting"', for several 'data.prompt="a cat","sitting"'"""
     )
+
+
+def test_long_range_of_seeds_is_refused() -> None:
+    with pytest.raises(UserError, match="^seeds: 1-20240101 has 20,240,101 numbers; set at most 10,000$"):
+        for_hydra("sample", ["seeds=1-20240101"])
 
 
 def test_empty_range_of_seeds_is_refused() -> None:

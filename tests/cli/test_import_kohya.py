@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from running import sdtune
+from running import rows, sdtune
 from sdtune.cli.as_typed import for_hydra
 from sdtune.config.compose import compose, search_path
 
@@ -78,7 +79,7 @@ def write(folder: Path, **texts: str) -> list[Path]:
 
 def test_config_and_dataset_become_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file that dataset_config names is looked for beside the config too, because configs are copied with it."""
-    [config, dataset] = write(tmp_path, config=CONFIG, dataset=DATASET)
+    config, dataset = write(tmp_path, config=CONFIG, dataset=DATASET)
     composed, notes = converted(capsys, config)
     assert (composed, notes) == converted(capsys, config, dataset)
     expected = {
@@ -120,21 +121,90 @@ def test_config_and_dataset_become_one_command(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("text", "recipe"),
+    ("text", "method", "backbone"),
     [
-        ('network_dim = 4\n', "sd15_lora"),
-        ('network_dim = 4\nsdxl = true\n', "sdxl_lora"),
-        ('token_string = "sks"\ninit_word = "cat"\n', "sd15_textual_inversion"),
-        ('conditioning_data_dir = "maps"\n', "sd15_controlnet"),
-        ('reg_data_dir = "reg"\n', "sd15_dreambooth"),
-        ('train_data_dir = "images"\n', "sd15_full"),
+        ('network_dim = 4\n', "lora", "sd15"),
+        ('network_module = "networks.lora"\nsdxl = true\n', "lora", "sdxl"),
+        ('token_string = "sks"\ninit_word = "cat"\n', "textual_inversion", "sd15"),
+        ('conditioning_data_dir = "maps"\n', "controlnet", "sd15"),
+        ('reg_data_dir = "reg"\nv2 = true\n', "dreambooth", "sd21"),
+        ('train_data_dir = "images"\n', "full", "sd15"),
     ],
 )  # fmt: skip
-def test_recipe_is_that_of_the_training_script(
-    text: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_method_is_that_of_the_training_script(
+    text: str, method: str, backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composed, _ = converted(capsys, *write(tmp_path, config=text))
-    assert composed.hydra.runtime.choices.experiment == recipe
+    choices = composed.hydra.runtime.choices
+    assert (choices.method, choices.backbone, choices.experiment) == (method, backbone, None)
+
+
+def test_defaults_of_kohya_are_explicit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    composed, _ = converted(capsys, *write(tmp_path, config='network_module = "networks.lora"\n'))
+    assert (composed.trainer.max_steps, composed.data.batch_size, composed.lr_schedule.warmup_steps) == (1600, 1, 0)
+    assert (composed.optimizer.lr, composed.method.text_encoder_lr) == (2e-6, 2e-6)
+    assert (composed.method.rank, composed.method.alpha_policy, composed.method.alpha) == (4, "constant", 1)
+    assert "text_encoder" in composed.method.targets
+    unet_only = 'network_module = "networks.lora"\nnetwork_train_unet_only = true\n'
+    composed, _ = converted(capsys, *write(tmp_path, config=unet_only))
+    assert composed.method.targets is None  # attention of the UNet
+
+
+DERIVED = {
+    "train_batch_size = 2\ngradient_accumulation_steps = 4": {
+        "data.batch_size": 8,
+        "trainer.accumulate_grad_batches": 4,
+    },
+    "max_train_steps = 100\nmax_train_epochs = 3": {"trainer.epochs": 3, "trainer.max_steps": 1500},
+    "max_train_epochs = 0\nmin_snr_gamma = 0": {"trainer.epochs": None, "trainer.max_steps": 1600},
+    "max_grad_norm = 0.0": {"trainer.gradient_clip_val": None},
+    "network_dim = 8\nnetwork_alpha = 0": {"method.alpha": 8},
+    'network_dim = 8\ntext_encoder_lr = 0': {"method.targets": None, "method.text_encoder_lr": None},
+    'resume = "state"': {"resume": None},
+    'optimizer_type = "Adafactor"\noptimizer_args = ["warmup_init=False", "weight_decay=0.1"]': {
+        "optimizer.weight_decay": 0.1
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DERIVED)
+def test_values_mean_the_same_as_in_kohya(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    composed, _ = converted(capsys, *write(tmp_path, config=f"{text}\n"))
+    for key, value in DERIVED[text].items():
+        assert OmegaConf.select(composed, key) == value, key
+
+
+def test_what_a_dataset_cannot_express_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = DATASET.replace("resolution = 512", "resolution = [512, 768]").replace(
+        'class_tokens = "otter"', "num_repeats = 3"
+    )
+    _, notes = converted(capsys, *write(tmp_path, config="train_batch_size = 1\n", dataset=text))
+    assert "resolution: one number sets the area of the buckets; each image keeps its aspect ratio" in notes
+    assert "/data/reg: num_repeats of class images is not translated" in notes
+
+
+def test_dataset_alone_becomes_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [dataset] = write(tmp_path, dataset=DATASET)
+    assert sdtune("import-kohya", str(dataset)) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("data=folder data.flip=true data.resolution=512 data.batch_size=2 ")
+    assert line.endswith(" data.class_path=/data/reg data.class_prompt=otter")
+
+
+def test_converted_training_passes_the_checks(
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (
+        f'pretrained_model_name_or_path = "{tiny}"\nnetwork_module = "networks.lora"\nnetwork_dim = 2\n'
+        f'train_data_dir = "{images}"\ntrain_batch_size = 1\ngradient_accumulation_steps = 2\nmax_train_epochs = 1\n'
+        'resolution = "32,32"\noutput_name = "mine"\nmixed_precision = "no"\n'
+    )
+    assert sdtune("import-kohya", *map(str, write(tmp_path, config=config))) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[0])
+    more = ("evaluation=none", "callbacks.samples=null", "hardware=cpu", f"hydra.run.dir={tmp_path / 'run'}")
+    assert sdtune(*words[1:], *more) == 0
+    assert (tmp_path / "run" / "artifact" / "mine.safetensors").is_file()
+    assert len(rows(tmp_path / "run")) == 3  # five images, two per step
 
 
 @pytest.mark.parametrize(
@@ -145,6 +215,9 @@ def test_recipe_is_that_of_the_training_script(
         ("", "import-kohya: {file} has no options; use a file of --config_file"),
         ("datasets = 3", "import-kohya: {file}: datasets is not a list of tables; write [[datasets]]"),
         ("[[datasets]]\n[[datasets.subsets]]\nx = 1", "import-kohya: {file}: a subset has no image_dir; add it"),
+        ("general = 3\n[[datasets]]", "import-kohya: {file}: general is not a table; write [general]"),
+        ("[[datasets]]\nsubsets = [3]", "import-kohya: {file}: subsets is not a list of tables"),
+        ("[[datasets]]", "import-kohya: the dataset file has no subset with images of the subject"),
     ],
 )
 def test_damaged_files_are_refused(

@@ -30,7 +30,7 @@ def test_machine_without_gpu_is_told_what_it_can_train(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     sdtune("doctor")
-    assert re.search("^GPU +none that torch can use: this machine trains pocket; ", capsys.readouterr().out, re.M)
+    assert re.search("^GPU +none that torch can use. This machine can train pocket; ", capsys.readouterr().out, re.M)
 
 
 def broken(name: str) -> dict[str, Any]:

@@ -43,12 +43,24 @@ def test_run_is_extended_by_epochs_or_by_steps(
     assert "trainer.epochs: 6 steps are less than step 7" in capsys.readouterr().err
 
 
+def test_steps_of_the_command_line_replace_epochs_of_a_recipe(tiny: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\ntrainer:\n  epochs: 9\n"
+    (tmp_path / "conf" / "experiment" / "long.yaml").write_text(recipe, encoding="utf-8")
+    mine = ("-cd", str(tmp_path / "conf"), "experiment=long")
+    run = tmp_path / "run"
+    assert train(*arguments(tiny, images, run, *FIVE_IMAGES, *mine, "trainer.max_steps=2")) == 0
+    assert steps(run) == 2
+    assert train(f"resume={run}", "trainer.epochs=1") == 0
+    assert steps(run) == 3
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
         (
             ["trainer.epochs=1", "trainer.max_steps=3"],
-            "trainer.epochs: given together with trainer.max_steps=3; remove",
+            "trainer.epochs: given together with trainer.max_steps; remove",
         ),
         (["trainer.epochs=0"], "trainer.epochs: got 0; expected int >= 1"),
         (["epochs=2"], "epochs: option of kohya; use trainer.epochs=2"),

@@ -299,7 +299,7 @@ def test_offloaded_text_encoders_are_on_the_device_only_for_the_prompts(full: Tr
         (1.2, "to fit 1.2 GiB, add: hardware.gradient_checkpointing=true"),
         (1.1, "to fit 1.1 GiB, add: trainer.accumulate_grad_batches=2 hardware.gradient_checkpointing=true"),
         (1.03, "to fit 1.03 GiB, add: trainer.accumulate_grad_batches=4 data.resolution="),
-        (1.001, "does not fit: needs at least "),
+        (1.001, "does not fit: at this resolution and micro-batch it needs at least "),
     ],
 )
 def test_switches_then_accumulation_then_resolution_are_proposed(
@@ -319,7 +319,14 @@ def test_switches_then_accumulation_then_resolution_are_proposed(
             {"average": 100 * GIB, "evaluation": GenerationCost(0, 0, 100 * GIB, 100 * GIB)},
             "to fit 20 GiB, add: callbacks.ema=null evaluation=none",
         ),
-        ({"class_images": GenerationCost(0, 0, 100 * GIB, 100 * GIB)}, "does not fit: needs at least 101.00 GiB, for"),
+        (
+            {"class_images": GenerationCost(0, 0, 100 * GIB, 100 * GIB)},
+            "does not fit: at this resolution and micro-batch it needs at least 101.00 GiB, for generating",
+        ),
+        (
+            {"class_images": GenerationCost(0, 0, 100 * GIB, 1), "state": 90 * GIB, "state_8bit": 90 * GIB},
+            "does not fit: at this resolution and micro-batch it needs at least 9",
+        ),
     ],
 )
 def test_ema_and_evaluation_are_omitted_if_that_makes_it_fit(
@@ -354,7 +361,7 @@ def test_plan_prints_the_switches_with_which_it_fits(
     [
         ("1000", None),
         ("12", "to fit 12 GiB, add: optimizer=adamw8bit"),
-        ("4", "does not fit: needs at least "),
+        ("4", "does not fit: at this resolution and micro-batch it needs at least "),
     ],
 )
 def test_plan_of_one_method_advises_how_to_fit(
@@ -488,3 +495,11 @@ def test_optimizer_state_of_prodigy_is_counted(tiny: Path) -> None:
 def test_max_tokens_is_not_mistaken_for_a_secret(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("backbone=sd15", f"backbone.path={tiny}", "backbone.max_tokens=150", "hardware=cpu") == 0
     assert "secrets" not in capsys.readouterr().err
+
+
+def test_phase_that_does_not_fit_is_that_of_one_image_at_a_time(full: TrainingCosts) -> None:
+    """A batch of images that does not fit is generated in smaller ones, so its peak does not count."""
+    costs = replace(full, gpu=True, evaluation=GenerationCost(0, 0, 10**15, 5))
+    assert memory(costs, SWITCHES["plain"], 1, 1).least_phase == "step"
+    single = replace(costs, evaluation=GenerationCost(0, 0, 10**15, 10**14))
+    assert memory(single, SWITCHES["plain"], 1, 1).least_phase == "evaluation"

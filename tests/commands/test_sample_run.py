@@ -48,11 +48,12 @@ def printed_command(log: Path) -> list[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_printed_command_generates_with_the_artifact(method: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     run, out, base = run_of(method, tiny, images, tmp_path / "run"), tmp_path / "out", tmp_path / "base"
-    program, name, prompt, *overrides = printed_command(run / "train.log")
+    program, name, assigned, *overrides = printed_command(run / "train.log")
     assert (program, name) == ("sdtune", "sample")
+    prompt = assigned.removeprefix('prompt="').removesuffix('"')
     overrides = [text.replace("FILE", str(images / "0.png")) for text in overrides if "strengths" not in text]
-    assert sdtune(name, prompt, *overrides, *FEW, "seeds=3", f"hydra.run.dir={out}") == 0
-    assert sample(*command(tiny, base, f"prompt={prompt}", "seeds=3")) == 0
+    assert sdtune(name, assigned, *overrides, *FEW, "seeds=3", f"hydra.run.dir={out}") == 0
+    assert sample(*command(tiny, base, assigned, "seeds=3")) == 0
     [image], [before] = pixels(out), pixels(base)
     assert np.abs(image - before).max() > 1
     if method != "controlnet":
@@ -85,6 +86,9 @@ def test_settings_of_the_backbone_may_be_changed(tiny: Path, images: Path, tmp_p
         ("lora", "backbone=sdxl", "sdtune: backbone: given by run={run}; remove one of the two"),
         ("full", "backbone.path=x", "sdtune: backbone.path: given by run={run}; remove one of the two"),
         ("controlnet", "seeds=1", "sdtune: control: a ControlNet needs an image; set 'control=[{{image: MAP}}]'"),
+        ("lora", "++backbone.path=/nowhere", "sdtune: backbone.path: /nowhere does not exist"),
+        ("lora", "adapters=otter.safetensors", "sdtune: adapters: expected a list, got otter.safetensors"),
+        ("controlnet", "control=map.png", "sdtune: control: got"),
         ("lora", "run=/nowhere", "sdtune: run: /nowhere is not a run folder (.hydra/config.yaml is missing)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,8 +104,9 @@ def test_invalid_or_unavailable_hardware_is_refused(node: dict, key: str, monkey
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ([2], "no GPU with index 2; use an index below 2"),
+        ([2], "no GPU with index 2; use indices below 2, each once"),
         ("0,5", "no GPU with index 5"),
+        ([0, 0], r"\[0, 0\] has an index twice; use indices below 2, each once"),
         (4, "4 GPUs are set, this machine has 2; set a smaller number"),
     ],
 )
@@ -115,3 +117,10 @@ def test_missing_gpus_are_refused(devices: object, message: str, monkeypatch: py
         hardware.check_hardware({"accelerator": "gpu", "devices": devices})
     for present in (1, 2, [1], "0,1", "auto", -1):
         hardware.check_hardware({"accelerator": "gpu", "devices": present})
+
+
+@pytest.mark.parametrize(("devices", "is_valid"), [(1, True), ([0], True), ("auto", True), (2, False), ([1], False)])
+def test_mps_is_one_device(devices: object, is_valid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with nullcontext() if is_valid else pytest.raises(UserError, match=r"^hardware\.devices: "):
+        hardware.check_hardware({"accelerator": "mps", "devices": devices})

@@ -21,14 +21,17 @@ _SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height
 """Settings of the group ``sampling``, which ``sdtune sample`` takes without the name of the group."""
 
 
+_MOST_SEEDS = 10_000
+
+
 def for_hydra(command: str, argv: Sequence[str]) -> list[str]:
     """``argv`` with its overrides in Hydra's grammar.
 
-    A text may contain the special characters of Hydra, such as commas. With ``-m``, a comma separates the values of a
-    sweep instead.
+    A text is taken literally, with all special characters of Hydra; lists in brackets, texts in Hydra's quotes and
+    ``null`` are left to Hydra. With ``-m``, a comma separates the values of a sweep instead.
 
     Raises:
-        UserError: a range of seeds is empty, or a comma could belong to a text or to a sweep.
+        UserError: a range of seeds is empty or too long, or a comma could belong to a text or to a sweep.
     """
     multirun = any(text in ("-m", "--multirun") for text in argv)
     return [_for_hydra(command, text, multirun) for text in argv]
@@ -36,31 +39,35 @@ def for_hydra(command: str, argv: Sequence[str]) -> list[str]:
 
 def _for_hydra(command: str, text: str, multirun: bool) -> str:
     key, equals, value = text.partition("=")
-    if not equals or not value:
+    if not equals:
         return text
     if command == "sample" and key in _SAMPLING:
         key = f"sampling.{key}"
-    if key in _TEXTS:
+    if value and key in _TEXTS:
         return _text(key, value, multirun)
-    if key in _LISTS.get(command, ()) and not (multirun and "," in value):
-        return f"{key}={_list(key, value)}"
+    if value and key in _LISTS.get(command, ()):
+        return f"{key}={_list(key, value, multirun)}"
     return f"{key}={value}"
 
 
 def _text(key: str, value: str, multirun: bool) -> str:
     """Override of ``key`` by a text, which is put in quotes where Hydra would read another value."""
-    if value.startswith("[") or (len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"):
+    is_list = value.startswith("[") and value.endswith("]")
+    if value == "null" or is_list or _is_one_quoted_text(f"{key}={value}"):
         return f"{key}={value}"
     if multirun and "," in value:
         if re.fullmatch(r"[^\"']*,\s[^\"']*", value):
             raise _ambiguous(key, value)
         return f"{key}={value}"
+    return override(key, value)
+
+
+def _is_one_quoted_text(text: str) -> bool:
     try:
-        parsed = OverridesParser.create().parse_override(f"{key}={value}")
-        is_text = not parsed.is_sweep_override() and isinstance(parsed.value(), str | None)
+        parsed = OverridesParser.create().parse_override(text)
     except HydraException:
-        is_text = False
-    return f"{key}={value}" if is_text else override(key, value)
+        return False
+    return isinstance(parsed.value(), str) and text.endswith(("'", '"')) and not parsed.is_sweep_override()
 
 
 def _ambiguous(key: str, value: str) -> UserError:
@@ -74,11 +81,12 @@ def _ambiguous(key: str, value: str) -> UserError:
     )
 
 
-def _list(key: str, value: str) -> str:
-    """``value`` in brackets; a range of seeds ``0-3`` becomes its numbers."""
-    if value.startswith("[") or value in ("null", "all"):
+def _list(key: str, value: str, multirun: bool) -> str:
+    """``value`` in brackets, or with ``multirun`` each of its parts; a range of seeds ``0-3`` becomes its numbers."""
+    if not re.fullmatch(r"[\w.+-]+(,[\w.+-]+)*", value) or value in ("null", "all"):
         return value
-    return f"[{','.join(_range(key, part.strip()) for part in value.split(','))}]"
+    parts = [_range(key, part) for part in value.split(",")]
+    return ",".join(f"[{part}]" for part in parts) if multirun else f"[{','.join(parts)}]"
 
 
 def _range(key: str, part: str) -> str:
@@ -88,4 +96,6 @@ def _range(key: str, part: str) -> str:
     first, last = int(match[1]), int(match[2])
     if first > last:
         raise UserError(f"{part} is empty", key=key, remedy=f"write {key}={last}-{first}")
+    if last - first >= _MOST_SEEDS:
+        raise UserError(f"{part} has {last - first + 1:,} numbers", key=key, remedy=f"set at most {_MOST_SEEDS:,}")
     return ",".join(map(str, range(first, last + 1)))

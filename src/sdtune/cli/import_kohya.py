@@ -11,54 +11,70 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtune.cli.kohya_options import Option, translate
+import yaml
+
+from sdtune.cli.kohya_options import OPTIMIZERS, Option, translate
 from sdtune.errors import UserError
+from sdtune.paths import config_folder
 from sdtune.quoting import shell_override
 
 _HELP = """usage: sdtune import-kohya CONFIG.toml [DATASET.toml]
 
-Prints the sdtune command of a configuration of kohya's sd-scripts, and what has no counterpart in sdtune. CONFIG is
-the file of --config_file, DATASET that of --dataset_config; a dataset file alone is accepted too. Nothing is trained.
+Prints the sdtune command of a configuration of kohya's sd-scripts, and notes about what it cannot express. CONFIG is
+the file of --config_file, DATASET that of --dataset_config. Of a dataset file alone, it prints the settings. Nothing is
+trained.
 """
 
-_DATASET_OPTIONS = {
-    "batch_size": "train_batch_size",
-    "resolution": "resolution",
-    "flip_aug": "flip_aug",
-    "random_crop": "random_crop",
-    "caption_dropout_rate": "caption_dropout_rate",
-    "alpha_mask": "alpha_mask",
-    "keep_tokens": "keep_tokens",
-    "shuffle_caption": "shuffle_caption",
-    "caption_extension": "caption_extension",
-    "color_aug": "color_aug",
-    "face_crop_aug_range": "face_crop_aug_range",
-    "enable_bucket": "enable_bucket",
-    "bucket_no_upscale": "bucket_no_upscale",
-    "min_bucket_reso": "min_bucket_reso",
-    "max_bucket_reso": "max_bucket_reso",
-    "bucket_reso_steps": "bucket_reso_steps",
-    "conditioning_data_dir": "conditioning_data_dir",
-}
-"""Key of a dataset file -> the option of the training scripts that sets the same."""
+_DATASET_OPTIONS = (
+    *("resolution", "flip_aug", "random_crop", "caption_dropout_rate", "alpha_mask", "keep_tokens", "shuffle_caption"),
+    *("caption_extension", "color_aug", "face_crop_aug_range", "enable_bucket", "bucket_no_upscale", "min_bucket_reso"),
+    *("max_bucket_reso", "bucket_reso_steps", "conditioning_data_dir"),
+)
+"""Keys of a dataset file that are also options of the training scripts; so is ``batch_size``, ``train_batch_size``."""
 
-_READ = ("image_dir", "class_tokens", "num_repeats", "is_reg", "subsets")
+_READ = ("image_dir", "class_tokens", "num_repeats", "is_reg", "subsets", "batch_size")
 """Keys of a dataset file that are translated here."""
+
+_DEFAULTS = {"max_train_steps": 1600, "learning_rate": 2e-6, "train_batch_size": 1, "lr_warmup_steps": 0}
+_LORA_DEFAULTS = {"network_dim": 4}
+"""Defaults of kohya's scripts that differ from those of sdtune."""
+
+_ZERO_IS_OFF = (
+    *(
+        "min_snr_gamma",
+        "max_train_epochs",
+        "noise_offset",
+        "caption_dropout_rate",
+        "text_encoder_lr",
+        "network_dropout",
+    ),
+    *("save_every_n_steps", "sample_every_n_steps", "clip_skip", "network_alpha"),
+)
 
 
 @dataclass(frozen=True)
 class Subset:
-    """An image folder of a dataset file, with the settings that apply to it: its own, of its data set and general."""
+    """A subset of a dataset file, with the settings that apply to it: its own, of its data set and general ones."""
 
     settings: Mapping[str, Any]
 
     @property
-    def folder(self) -> str:
+    def path(self) -> str:
         return str(self.settings["image_dir"])
 
     @property
     def is_class(self) -> bool:
         return bool(self.settings.get("is_reg"))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A dataset file: the options of the training scripts that it sets, overrides of its image folders, and notes."""
+
+    options: Mapping[str, Any]
+    overrides: Sequence[str]
+    notes: Sequence[str]
+    has_class_images: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -71,21 +87,27 @@ def main(arguments: Sequence[str]) -> None:
         print(_HELP, end="")
         return
     if not 1 <= len(arguments) <= 2 or any(argument.startswith("-") for argument in arguments):
-        raise UserError(
-            f"expected one or two files, got {' '.join(arguments) or 'nothing'}",
-            key="import-kohya",
-            remedy="use sdtune import-kohya CONFIG.toml [DATASET.toml]",
+        raise _error(
+            f"expected one or two files, got {' '.join(arguments) or 'nothing'}", "use CONFIG.toml DATASET.toml"
         )
-    contents = [_read(Path(argument).expanduser()) for argument in arguments]
-    options = {key: value for content in contents if "datasets" not in content for key, value in _flat(content)}
-    datasets = [content for content in contents if "datasets" in content]
+    paths = [Path(argument).expanduser() for argument in arguments]
+    contents = [_read(path) for path in paths]
+    options = {key: value for content in contents if not _is_dataset(content) for key, value in _flat(content)}
+    datasets = [content for content in contents if _is_dataset(content)]
     named = options.pop("dataset_config", None)
     if named is not None and not datasets:
-        datasets = [_read(_beside(Path(arguments[0]).expanduser(), str(named)))]
-    command, notes = converted(options, datasets[0] if datasets else {})
-    print(command)
+        datasets = [_read(_beside(paths[0], str(named)))]
+    if len(datasets) > 1:
+        raise _error(f"{paths[0]} and {paths[1]} are dataset files", "name one of them")
+    data = _data_set(datasets[0]) if datasets else DataSet({}, (), ())
+    line, notes = converted(options, data)
+    print(line)
     for note in notes:
         print(f"# {note}")
+
+
+def _error(message: str, remedy: str) -> UserError:
+    return UserError(message, key="import-kohya", remedy=remedy)
 
 
 def _beside(config: Path, named: str) -> Path:
@@ -94,21 +116,39 @@ def _beside(config: Path, named: str) -> Path:
     return path if path.is_file() else config.parent / path.name
 
 
+def _is_dataset(content: Mapping[str, Any]) -> bool:
+    return "datasets" in content
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", key="import-kohya", remedy="use an existing TOML file") from error
+        raise _error(f"{path}: {error.strerror}", "use an existing TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML ({error})", key="import-kohya", remedy="correct this file") from error
+        raise _error(f"{path}: not TOML ({error})", "correct this file") from error
     if not content:
-        raise UserError(f"{path} has no options", key="import-kohya", remedy="use a file of --config_file")
-    datasets = content.get("datasets")
-    if datasets is not None and not (isinstance(datasets, list) and all(isinstance(entry, dict) for entry in datasets)):
-        raise UserError(f"{path}: datasets is not a list of tables", key="import-kohya", remedy="write [[datasets]]")
-    if any("image_dir" not in subset for dataset in datasets or () for subset in dataset.get("subsets", ())):
-        raise UserError(f"{path}: a subset has no image_dir", key="import-kohya", remedy="add it")
+        raise _error(f"{path} has no options", "use a file of --config_file")
+    if _is_dataset(content):
+        _check_dataset(path, content)
     return content
+
+
+def _check_dataset(path: Path, content: Mapping[str, Any]) -> None:
+    if not isinstance(content.get("general", {}), dict):
+        raise _error(f"{path}: general is not a table", "write [general]")
+    if not _is_list_of_tables(content["datasets"]):
+        raise _error(f"{path}: datasets is not a list of tables", "write [[datasets]]")
+    for dataset in content["datasets"]:
+        subsets = dataset.get("subsets", [])
+        if not _is_list_of_tables(subsets):
+            raise _error(f"{path}: subsets is not a list of tables", "write [[datasets.subsets]]")
+        if any("image_dir" not in subset for subset in subsets):
+            raise _error(f"{path}: a subset has no image_dir", "add it")
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _flat(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -120,32 +160,73 @@ def _flat(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def converted(options: Mapping[str, Any], dataset: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The sdtune command of kohya's ``options`` and ``dataset``, and notes about what it does not contain."""
-    from_dataset, images, notes = _of_dataset(dataset)
-    words = [word for key, value in {**options, **from_dataset}.items() if (word := _word(key, value)) is not None]
-    translation = translate([Option.of(word) for word in words], "train")
-    # The recipe chooses the method.
-    remarks = [(option, remark) for option, remark in translation.remarks if not remark.startswith("choose the method")]
-    notes += [f"{option.name}: {remark}" for option, remark in remarks]
+def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]]:
+    """The sdtune command of kohya's ``options`` and ``data``, and notes about what it does not contain.
+
+    Without options, the settings of ``data`` alone.
+    """
+    notes = list(data.notes)
+    given = {**options, **data.options}
+    is_lora = any(key.startswith("network_") for key in given)
+    family = "sdxl" if given.pop("sdxl", False) else "sd21" if given.pop("v2", False) else "sd15"
+    words = [f"method={_method(given, data.has_class_images)}", f"backbone={family}"]
+    defaults = {**_DEFAULTS, **(_LORA_DEFAULTS if is_lora else {})} if options else {}
+    given = _as_set_by_kohya({**defaults, **given}, is_lora, notes)
+    translation = translate([Option.of(word) for key, value in given.items() if (word := _word(key, value))], "train")
+    notes += [f"{option.name}: {remark}" for option, remark in translation.remarks if option.name != "network_module"]
     notes += [f"{option.name}: unknown, not translated" for option in translation.unknown]
-    notes += [remark for remark in translation.other_defaults if not remark.startswith("begin with")]
-    recipe = _recipe(options)
-    if recipe == "sd15_lora":
-        notes.append("for a model of SDXL, write experiment=sdxl_lora")
-    texts = [f"experiment={recipe}", *([translation.overrides] if translation.overrides else []), *images]
-    return f"sdtune train {' '.join(texts)}", notes
+    notes += translation.other_defaults
+    if options:
+        notes.append(f"backbone={family}: sd15, sd21 or sdxl, the family of the model")
+    if is_lora:
+        notes.append("kohya also trains the feed-forward layers: add feed_forward to method.targets")
+    settings = [*([translation.overrides] if translation.overrides else []), *data.overrides]
+    command = ["sdtune train", *words, "data=folder"] if options else ["data=folder"]
+    return " ".join([*command, *settings]), notes
 
 
-def _recipe(options: Mapping[str, Any]) -> str:
-    """The recipe of sdtune for the training script of ``options``."""
-    if "token_string" in options:
-        return "sd15_textual_inversion"
-    if "conditioning_data_dir" in options:
-        return "sd15_controlnet"
-    if any(key.startswith("network_") for key in options):
-        return "sdxl_lora" if options.get("sdxl") else "sd15_lora"
-    return "sd15_dreambooth" if "reg_data_dir" in options else "sd15_full"
+def _method(given: Mapping[str, Any], has_class_images: bool) -> str:
+    """The method of the training script that has these options."""
+    if "token_string" in given:
+        return "textual_inversion"
+    if "conditioning_data_dir" in given:
+        return "controlnet"
+    if any(key.startswith("network_") for key in given):
+        return "lora"
+    return "dreambooth" if "reg_data_dir" in given or has_class_images else "full"
+
+
+def _as_set_by_kohya(given: dict[str, Any], is_lora: bool, notes: list[str]) -> dict[str, Any]:
+    """``given`` with the options that kohya's scripts derive from others; appends to ``notes``."""
+    trains_text_encoder = not given.pop("network_train_unet_only", False) and given.get("text_encoder_lr") != 0
+    if given.get("network_alpha") == 0:  # the rank, as in LoRANetwork
+        given["network_alpha"] = given["network_dim"]
+    given = {key: value for key, value in given.items() if not (key in _ZERO_IS_OFF and value == 0)}
+    if given.get("max_grad_norm") == 0:
+        given["max_grad_norm"] = "null"
+    if "max_train_epochs" in given:  # it takes precedence
+        given.pop("max_train_steps", None)
+    if is_lora and trains_text_encoder:
+        given.setdefault("text_encoder_lr", given.get("learning_rate"))
+    if given.pop("resume", None) is not None:
+        notes.append("resume: a state of kohya's scripts cannot be continued")
+    accumulation = int(given.get("gradient_accumulation_steps", 1))
+    if accumulation > 1 and "train_batch_size" in given:
+        # kohya's is the size of a micro-batch
+        given["train_batch_size"] = int(given["train_batch_size"]) * accumulation
+    if given.get("optimizer_args"):
+        given["optimizer_args"] = _known_arguments(given, notes)
+    return given
+
+
+def _known_arguments(given: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """The entries of ``optimizer_args`` that are settings of the optimizer in sdtune."""
+    kohya = str(given.get("optimizer_type", "AdamW"))
+    file = config_folder() / "optimizer" / f"{OPTIMIZERS.get(kohya, kohya)}.yaml"
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = [text for text in given["optimizer_args"] if text.partition("=")[0] in settings]
+    notes += [f"optimizer_args: {text}: not translated" for text in given["optimizer_args"] if text not in known]
+    return known
 
 
 def _word(key: str, value: Any) -> str | None:
@@ -154,37 +235,44 @@ def _word(key: str, value: Any) -> str | None:
         return None
     if value is True:
         return f"--{key}"
-    return f"--{key}={' '.join(map(str, value)) if isinstance(value, list) else value}"
+    separator = "," if key == "resolution" else " "
+    return f"--{key}={separator.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def _of_dataset(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Options of the training scripts for a dataset file, overrides of its image folders, and notes."""
-    subsets = [
+def _data_set(content: Mapping[str, Any]) -> DataSet:
+    """Translate a dataset file; the first folder of subject images and of class images are used."""
+    folders = [
         Subset({**content.get("general", {}), **dataset, **subset})
-        for dataset in content.get("datasets", ())
+        for dataset in content["datasets"]
         for subset in dataset.get("subsets", ())
     ]
-    subjects = [subset for subset in subsets if not subset.is_class]
-    classes = [subset for subset in subsets if subset.is_class]
+    subjects = [folder for folder in folders if not folder.is_class]
+    classes = [folder for folder in folders if folder.is_class]
     if not subjects:
-        return {}, [], []
+        raise _error("the dataset file has no subset with images of the subject", "add one without is_reg")
     first, *others = subjects
-    options = {_DATASET_OPTIONS[key]: value for key, value in first.settings.items() if key in _DATASET_OPTIONS}
-    notes = [f"{key}: not translated" for key in first.settings if key not in _DATASET_OPTIONS and key not in _READ]
+    settings = first.settings
+    options = {key: value for key, value in settings.items() if key in _DATASET_OPTIONS}
+    if "batch_size" in settings:
+        options["train_batch_size"] = settings["batch_size"]
+    notes = [f"{key}: not translated" for key in settings if key not in (*_DATASET_OPTIONS, *_READ)]
+    notes += [f"{folder.path}: one image folder per training; put its images below {first.path}" for folder in others]
+    notes += [f"{folder.path}: one folder of class images per training" for folder in classes[1:]]
     notes += [
-        f"{subset.folder}: one image folder per training; put its images below {first.folder}" for subset in others
+        f"{folder.path}: num_repeats of class images is not translated" for folder in classes if _repeats(folder) > 1
     ]
-    notes += [f"{subset.folder}: one folder of class images per training" for subset in classes[1:]]
-    overrides = ["data=folder", shell_override("data.path", first.folder)]
-    if "class_tokens" in first.settings:
-        overrides.append(shell_override("data.prompt", first.settings["class_tokens"]))
-    if first.settings.get("num_repeats", 1) != 1:
-        overrides.append(f"data.repeats={first.settings['num_repeats']}")
+    overrides = [shell_override("data.path", first.path), *_prompt("data.prompt", first)]
+    if _repeats(first) != 1:
+        overrides.append(f"data.repeats={_repeats(first)}")
     if classes:
-        overrides.append(shell_override("data.class_path", classes[0].folder))
-        overrides += [shell_override("data.class_prompt", tokens) for tokens in _class_tokens(classes[0])]
-    return options, overrides, notes
+        overrides += [shell_override("data.class_path", classes[0].path), *_prompt("data.class_prompt", classes[0])]
+    return DataSet(options, overrides, notes, bool(classes))
 
 
-def _class_tokens(subset: Subset) -> list[str]:
-    return [str(subset.settings["class_tokens"])] if "class_tokens" in subset.settings else []
+def _repeats(folder: Subset) -> int:
+    return int(folder.settings.get("num_repeats", 1))
+
+
+def _prompt(key: str, folder: Subset) -> list[str]:
+    tokens = folder.settings.get("class_tokens")
+    return [shell_override(key, tokens)] if tokens else []

@@ -70,9 +70,12 @@ TRAINING = {
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
 
+OPTIMIZERS = {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"}
+"""kohya's name of an optimizer -> option of the group ``optimizer``."""
+
 _VALUES = {
     "mixed_precision": {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"},
-    "optimizer_type": {"AdamW": "adamw", "AdamW8bit": "adamw8bit", "Prodigy": "prodigy", "Adafactor": "adafactor"},
+    "optimizer_type": OPTIMIZERS,
     "lr_scheduler": {"constant_with_warmup": "constant"},
     "sampler": {
         "euler_a": "euler_ancestral",
@@ -264,8 +267,11 @@ def explanation(words: Sequence[str], command: str) -> str | None:
     unknown = [option.typed for option in translation.unknown]
     remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
     remedies += translation.other_defaults
-    names = ", ".join(option.typed for option in options)
-    return f"{names}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
+    names = {option.name for option in options}
+    if "pretrained_model_name_or_path" in names and not names & {"token_string", "conditioning_data_dir"}:
+        remedies.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
+    typed = ", ".join(option.typed for option in options)
+    return f"{typed}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
 
 
 @dataclass(frozen=True)
@@ -381,8 +387,6 @@ def _other_defaults(options: Sequence[Option]) -> list[str]:
         remarks.append("kohya also trains the text encoder: add text_encoder to method.targets")
     if names & {"conv_dim", "network_args"}:
         remarks.append("convolutions have the rank of the other layers")
-    if "pretrained_model_name_or_path" in names and not names & {"token_string", "conditioning_data_dir"}:
-        remarks.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
     return remarks
 
 

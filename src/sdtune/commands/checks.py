@@ -104,7 +104,7 @@ def check_run(
     _check_nodes(config, trust)
     source: Pretrained = build(config["backbone"], trust)
     data = _open_data(config, source.facts, settings)
-    trainer = with_epochs_as_steps(config["trainer"], data.order().steps_per_epoch, typed)
+    trainer = with_epochs_as_steps(config["trainer"], lambda: data.order().steps_per_epoch, typed)
     config = {**config, "trainer": trainer}
     loggers = _loggers(config, trust)
     accumulation = int(config["trainer"].get("accumulate_grad_batches", 1))

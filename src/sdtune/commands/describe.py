@@ -9,14 +9,15 @@ from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
 from sdtune.formats.embeddings import is_snapshot
-from sdtune.quoting import shell_override, shell_word
+from sdtune.quoting import in_quotes, shell_override, shell_word
 
 
-def closing_lines(folder: Path, name: str, data: ImageDataModule) -> list[str]:
+def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataModule) -> list[str]:
     """Lines that name the files of the run in ``folder`` and a command that samples with them.
 
     Args:
         name: name of the artifact.
+        commit: commit of a backbone from the hub; None for a local one.
         data: the training data; its first caption becomes the prompt.
     """
     lines = [f"metrics: {folder / 'metrics.json'}"]
@@ -24,8 +25,10 @@ def closing_lines(folder: Path, name: str, data: ImageDataModule) -> list[str]:
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = next(filter(None, data.all_prompts()), "PROMPT")
-    command = f"sdtune sample {shell_word(prompt)} {shell_override('run', folder)}"
+    command = f"sdtune sample {shell_word(f'prompt={in_quotes(prompt)}')} {shell_override('run', folder)}"
     lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
+    if commit is not None and not (model_folder / "model_index.json").is_file():
+        command += f" backbone.revision={commit}"
     embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))
     embeddings = [file for file in embeddings if not is_snapshot(file.stem)]
     lines += [f"embedding for ComfyUI and A1111: {file}" for file in embeddings]

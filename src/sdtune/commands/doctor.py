@@ -87,8 +87,8 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         yield Finding(
             "GPU",
-            "none that torch can use: this machine trains pocket; Stable Diffusion needs a GPU, and"
-            " sdtune plan experiment=sd15_lora fits=GIB shows how much memory",
+            "none that torch can use. This machine can train pocket; Stable Diffusion needs a GPU. Its memory:"
+            " sdtune plan experiment=sd15_lora",
         )
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)

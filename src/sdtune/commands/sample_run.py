@@ -27,7 +27,8 @@ def with_run(config: DictConfig, typed: Sequence[str]) -> DictConfig:
     run = Path(str(config.run)).expanduser()
     backbone = read_saved_config(run)["backbone"]
     artifact = find_artifact(run / "artifact", "run")
-    changed = [text.split("=")[0] for text in typed if text.startswith(("backbone=", "backbone."))]
+    keys = [text.lstrip("+~").split("=")[0] for text in typed]
+    changed = [key for key in keys if key == "backbone" or key.startswith("backbone.")]
     refused = next((key for key in changed if key == "backbone" or _is_in_artifact(key, artifact)), None)
     if refused is not None:
         raise UserError(f"given by run={run}", key=refused, remedy="remove one of the two")
@@ -37,7 +38,7 @@ def with_run(config: DictConfig, typed: Sequence[str]) -> DictConfig:
     settings = {key.removeprefix("backbone."): OmegaConf.select(config, key) for key in changed}
     with open_dict(config):
         config.backbone = {**backbone, **settings}
-        if any((run / "artifact").glob("*.safetensors")):
+        if any((run / "artifact").glob("*.safetensors")) and OmegaConf.is_list(config.adapters):
             config.adapters = [{"path": str(run / "artifact")}, *config.adapters]
         if artifact.kind == "controlnet":
             config.control = _control(config.control, artifact.path)
@@ -48,7 +49,7 @@ def _is_in_artifact(key: str, artifact: Artifact) -> bool:
     return artifact.kind == "model" and key == "backbone.path"
 
 
-def _control(entries: Any, path: Path) -> list[Any]:
+def _control(entries: Any, path: Path) -> Any:
     """The settings ``control``, with ``path`` in each entry that names no ControlNet."""
     if not entries:
         raise UserError(
@@ -56,5 +57,7 @@ def _control(entries: Any, path: Path) -> list[Any]:
             key="control",
             remedy="set 'control=[{image: MAP}]', or 'control=[{image: PHOTO, preprocess: canny}]'",
         )
+    if not OmegaConf.is_list(entries):
+        return entries
     named = {"path": str(path)}
     return [OmegaConf.merge(named, entry) if isinstance(entry, DictConfig) else entry for entry in entries]

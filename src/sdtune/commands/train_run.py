@@ -220,7 +220,7 @@ class TrainRun:
         for settings, logger in zip(self.loggers, loggers, strict=True):
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
-        lines = closing_lines(self.folder, self.name, self.data)
+        lines = closing_lines(self.folder, self.name, self.source.commit, self.data)
         for line in lines[:1] if self.in_sweep else lines:  # a sweep prints where its artifacts are when it ends
             log.info(line)
         return metrics

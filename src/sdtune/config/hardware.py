@@ -30,6 +30,7 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
     Raises:
         UserError: a setting is invalid or needs hardware that is missing.
     """
+    _check_counts(node)
     kind = str(node.get("accelerator", "auto"))
     if kind not in ACCELERATORS:
         raise UserError(f"{kind!r} is not one of {', '.join(ACCELERATORS)}", key="hardware.accelerator")
@@ -60,7 +61,6 @@ def check_hardware(node: Mapping[str, Any], here: bool = True) -> None:
         raise UserError(
             f"{threads!r} is not valid", key="hardware.threads", remedy="set auto or an integer of at least 1"
         )
-    _check_counts(node)
     if here:
         _check_devices(node)
 
@@ -128,32 +128,30 @@ def check_launcher(node: Mapping[str, Any]) -> None:
 
 
 def _check_devices(node: Mapping[str, Any]) -> None:
-    """Check that the GPUs of a ``hardware`` node exist on this machine.
+    """Check that the devices of a ``hardware`` node exist on this machine.
 
     Raises:
-        UserError: an index is out of range, or there are fewer GPUs, or indices are given without a GPU.
+        UserError: an index is out of range or repeated, or there are fewer devices, or indices are given for a CPU.
     """
-    devices = node.get("devices", 1)
-    is_listed = _listed_indices(devices) is not None
-    if accelerator(str(node.get("accelerator", "auto"))) not in ("gpu", "cuda"):
-        if is_listed:
+    devices, kind = node.get("devices", 1), accelerator(str(node.get("accelerator", "auto")))
+    listed = _listed_indices(devices)
+    if kind == "cpu":
+        if listed is not None:
             raise UserError(
                 f"{devices} are indices of GPUs, but the training uses none",
                 key="hardware.devices",
                 remedy="set hardware.devices=1",
             )
         return
-    gpu_count = torch.cuda.device_count()
-    missing = [index for index in indices(node) if index not in range(gpu_count)]
-    if missing and is_listed:
-        raise UserError(
-            f"no GPU with index {missing[0]}", key="hardware.devices", remedy=f"use an index below {gpu_count}"
-        )
+    count = 1 if kind == "mps" else torch.cuda.device_count()
+    used = list(range(count)) if str(devices) in ("auto", "-1") else indices(node)
+    missing = [index for index in used if index not in range(count)]
+    if listed is not None and (missing or len(set(used)) < len(used)):
+        wrong = f"no GPU with index {missing[0]}" if missing else f"{devices} has an index twice"
+        raise UserError(wrong, key="hardware.devices", remedy=f"use indices below {count}, each once")
     if missing:
         raise UserError(
-            f"{devices} GPUs are set, this machine has {gpu_count}",
-            key="hardware.devices",
-            remedy="set a smaller number",
+            f"{devices} GPUs are set, this machine has {count}", key="hardware.devices", remedy="set a smaller number"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
@@ -51,12 +51,16 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def with_epochs_as_steps(trainer: dict[str, Any], steps_per_epoch: int, typed: Sequence[str]) -> dict[str, Any]:
+def with_epochs_as_steps(
+    trainer: dict[str, Any], steps_per_epoch: Callable[[], int], typed: Sequence[str]
+) -> dict[str, Any]:
     """``trainer`` with ``max_steps`` computed from ``epochs``; unchanged if ``epochs`` is null.
+
+    ``max_steps`` of the command line takes precedence over ``epochs`` of a recipe.
 
     Args:
         trainer: the config group.
-        steps_per_epoch: optimizer steps in which each sample is used at least once.
+        steps_per_epoch: returns the optimizer steps in which each sample is used at least once.
         typed: overrides of the command line.
 
     Raises:
@@ -65,10 +69,12 @@ def with_epochs_as_steps(trainer: dict[str, Any], steps_per_epoch: int, typed: S
     epochs = trainer.get("epochs")
     if epochs is None:
         return trainer
-    steps = next((text for text in typed if text.lstrip("+").startswith("trainer.max_steps=")), None)
-    if steps is not None:
-        raise UserError(f"given together with {steps}", key="trainer.epochs", remedy="remove one of the two")
-    return {**trainer, "max_steps": epochs * steps_per_epoch}
+    keys = {text.lstrip("+").partition("=")[0] for text in typed}
+    if {"trainer.max_steps", "trainer.epochs"} <= keys:
+        raise UserError("given together with trainer.max_steps", key="trainer.epochs", remedy="remove one of the two")
+    if "trainer.max_steps" in keys:
+        return {**trainer, "epochs": None}
+    return {**trainer, "max_steps": epochs * steps_per_epoch()}
 
 
 def check_trainer(config: dict[str, Any], trust: tuple[str, ...]) -> None:

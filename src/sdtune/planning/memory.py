@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdtune.planning.measure import TrainingCosts
+from sdtune.planning.measure import GenerationCost, TrainingCosts
 
 GIB = 1024**3
 
 ALLOWANCE = GIB
 """Bytes for uncounted memory: CUDA context, kernel workspaces, fragmentation. An estimate, not a measurement."""
+
+
+_NO_IMAGES = GenerationCost(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Memory:
         evaluation: peak while generating images after the training; 0 if disabled.
         sample: peak of ``sdtune sample`` with the artifact and the default settings.
         least: peak of the run if a GPU without memory for a batch of images generates one at a time.
+        least_phase: name of the attribute with the phase of ``least``.
     """
 
     weights: int
@@ -67,6 +71,7 @@ class Memory:
     evaluation: int
     sample: int
     least: int
+    least_phase: str
 
     @property
     def peak(self) -> int:
@@ -98,9 +103,12 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
         before_previews + max(parked, activations) if activations else 0
         for activations in (costs.previews, costs.single_preview)
     )
-    generations = [cost for cost in (costs.class_images, costs.evaluation) if cost is not None]
-    peak = max(step, encoding, previews, *(cost.peak for cost in generations), 0)
-    least = max(step, encoding, single_preview, *(cost.least for cost in generations), 0)
+    class_images, evaluation = (cost or _NO_IMAGES for cost in (costs.class_images, costs.evaluation))
+    peaks = {"step": step, "encoding": encoding, "previews": previews}
+    peaks |= {"class_images": class_images.peak, "evaluation": evaluation.peak}
+    if costs.gpu:
+        peaks |= {"previews": single_preview, "class_images": class_images.least, "evaluation": evaluation.least}
+    least_phase = max(peaks, key=lambda phase: peaks[phase])
     return Memory(
         weights=resident,
         gradients=costs.gradients,
@@ -110,10 +118,11 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
         step=step,
         encoding=encoding,
         previews=previews,
-        class_images=costs.class_images.peak if costs.class_images is not None else 0,
-        evaluation=costs.evaluation.peak if costs.evaluation is not None else 0,
+        class_images=class_images.peak,
+        evaluation=evaluation.peak,
         sample=costs.sample.peak,
-        least=least if costs.gpu else peak,
+        least=peaks[least_phase],
+        least_phase=least_phase,
     )
 
 

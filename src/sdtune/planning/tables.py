@@ -122,7 +122,8 @@ def _advice(
         return f"to fit {fits:g} GiB, add: {settings}"
     least = replace(costs, average=0, evaluation=None)
     return (
-        f"does not fit: {_verdict(least, accumulation, devices, fits).removeprefix('no: ')}; use another method"
+        "does not fit: at this resolution and micro-batch it"
+        f" {_verdict(least, accumulation, devices, fits).removeprefix('no: ')}; use another method"
         " (sdtune plan methods=all) or a smaller model"
     )
 
@@ -142,8 +143,7 @@ def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float)
         return name if name == "plain" else f"with {name}"
     memories = [memory(costs, switches, accumulation, devices) for switches in SWITCHES.values()]
     smallest = min(memories, key=lambda cost: cost.least)
-    phase = max(_PEAKS, key=lambda name: getattr(smallest, name))
-    return f"no: needs at least {_size(smallest.least + ALLOWANCE)}, for {_PEAKS[phase]}"
+    return f"no: needs at least {_size(smallest.least + ALLOWANCE)}, for {_PEAKS[smallest.least_phase]}"
 
 
 def _size(count: int) -> str:
