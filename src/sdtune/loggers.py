@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtune.errors import UserError
+
+log = logging.getLogger("sdtune")
 
 
 class LoggerSettings(ABC):
@@ -97,8 +100,11 @@ class Wandb(LoggerSettings):
             save_dir=str(folder),
             id=wandb_run_id(folder),
             # One process may have several open runs.
-            settings=wandb.Settings(reinit="create_new", **({"mode": "offline"} if self.offline else {})),
+            settings=wandb.Settings(reinit="create_new", silent=True, **({"mode": "offline"} if self.offline else {})),
         )
+        run = logger.experiment
+        if isinstance(run, wandb.Run):  # the other processes have none
+            log.info("W&B: %s", f"offline; wandb sync {Path(run.dir).parent} uploads it" if run.offline else run.url)
         logger.experiment.define_metric("trainer/global_step")
         logger.experiment.define_metric("*", step_metric="trainer/global_step")
         logger.experiment.define_metric("validation_loss", step_metric="trainer/global_step", summary="min")

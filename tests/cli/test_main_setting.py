@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdtune.cli.main_setting import with_main_setting
+from sdtune.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,10 @@ def test_run_folder_may_contain_an_equals_sign(tmp_path: Path) -> None:
     (run / ".hydra").mkdir(parents=True)
     assert with_main_setting("export", [str(run), "format=kohya"]) == [f'run="{run}"', "format=kohya"]
     assert with_main_setting("evaluate", ["~/runs/x"]) == ['run="~/runs/x"']
+
+
+def test_run_beside_a_prompt_is_to_be_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"name the run: sdtune sample 'a cat, asleep' run={run} seeds=1$"):
+        with_main_setting("sample", ["a cat, asleep", str(run), "seeds=1"])

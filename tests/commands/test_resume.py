@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from running import arguments, rows, start, train, wait_for_step
+from sdtune.commands.train_run import TrainRun
 
 EVERY = 5
 
@@ -254,6 +255,19 @@ def test_run_with_only_damaged_checkpoints_is_refused(
     assert "sdtune: resume: all checkpoints are damaged, the newest is" in capsys.readouterr().err
 
 
+def test_metrics_of_a_finished_run_stay_until_the_trainer_exists(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no trainer")
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(TrainRun, "_training_trainer", fails)
+    with pytest.raises(RuntimeError, match="no trainer"):
+        train(f"resume={run}", "trainer.max_steps=9")
+    assert (run / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+
+
 @pytest.mark.parametrize("refused", ["hardware=mps", "hardware.devices=[1]", "hardware=gpu"])
 def test_refused_extension_leaves_a_finished_run_as_it_is(
     refused: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +286,7 @@ def test_the_same_command_starts_continues_and_ends(
     overrides = ["name=mine", "trainer.max_steps=4", "checkpoint.every_steps=2", "optimizer.lr=1e-3"]
     text = "data.prompt=a photo, without captions"  # is quoted for Hydra before it is compared with the saved one
     command = [*arguments(tiny, images, run, *overrides), text, "resume=auto"]
+    same = [*command[:-2], 'data.prompt="a photo, without captions"', "resume=auto"]
     assert train(*command) == 0
     assert_equal_runs(run, finished)
     for steps, line in ((0, None), (2, "resuming at step 2 from")):
@@ -284,8 +299,9 @@ def test_the_same_command_starts_continues_and_ends(
         output = capsys.readouterr().out
         assert line is None or line in output
         assert_equal_runs(run, finished)
-    assert train(*command) == 0
-    assert capsys.readouterr().out.endswith(f"sdtune: {run} is complete\n")
+    for repeated in (command, same):
+        assert train(*repeated) == 0
+        assert capsys.readouterr().out.endswith(f"sdtune: {run} is complete\n")
     shutil.copytree(run, tmp_path / "slim")
     shutil.rmtree(tmp_path / "slim" / "checkpoints")  # to save disk space
     slim = [text.replace(str(run), str(tmp_path / "slim")) for text in command]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections import Counter
 from functools import wraps
@@ -56,3 +57,21 @@ def test_checked_run_is_frozen_and_has_loaded_no_weights(tiny: Path, images: Pat
     assert not (tmp_path / "run").exists()
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.folder = tmp_path  # type: ignore[misc]
+
+
+def test_end_of_a_run_prints_its_metrics_and_the_best_step(
+    tiny: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    more = ("data.hold_out=5", "trainer.val_check_interval=5", "trainer.max_steps=10")
+    assert train(*arguments(tiny, images, run, *more)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+        validated = [row for row in csv.DictReader(handle) if row["validation_loss"]]
+    losses = {int(row["step"]): float(row["validation_loss"]) for row in validated}
+    assert list(losses) == [5, 10]
+    for step, loss in losses.items():
+        assert f"step {step} of 10: validation loss {loss:.4f}" in lines
+    best = min(losses, key=lambda step: losses[step])
+    assert f"lowest validation loss: {losses[best]:.4f} at step {best} of 10" in lines
+    assert any(line.startswith("cost of the training: ") and "steps 10" in line for line in lines)

@@ -24,6 +24,7 @@ from sdtune.reporting.ranking import (
     chosen,
     group_by_setting,
     ranked,
+    ranking_lines,
     rankings,
     varied,
     winner,
@@ -298,6 +299,23 @@ def test_ranking_states_seeds_and_noise() -> None:
     assert ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"][1]["noise"] == (
         "3 seeds, within the noise"
     )
+
+
+def test_ranking_names_the_first_ten_settings_and_the_noise() -> None:
+    runs = [
+        make_run(
+            f"{3 * rank + seed}", (f"lr={rank}",), {"seed": seed, "lr": rank}, {"subject_gain": gain + seed / 1000}
+        )
+        for rank, gain in enumerate(0.9 - 0.05 * number for number in range(12))
+        for seed in range(3)
+    ]
+    head, *lines = ranking_lines(runs)
+    assert head == "ranking by subject_gain:"
+    assert lines[0].startswith("   1  0.901 ± 0.001")
+    assert "noise" not in lines[1]
+    assert lines[10] == "      and 2 more"
+    assert lines[11:] == winner(runs)
+    assert ranking_lines(runs[:3]) == []
 
 
 def test_winner_names_setting_metric_and_noise() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from sdtune.cli.launch import launch
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.files import locked
 from sdtune.methods.base import Adapter
+from sdtune.sweeps.job import duration
 from sdtune.sweeps.job_process import run_subprocess
 
 
@@ -58,6 +60,32 @@ def test_sweep_without_a_metric_to_rank_by_is_warned_about(
 ) -> None:
     assert train(*settings, *more, "method.rank=2,4") == 0
     assert ("WARNING: the jobs record no metric that ranks them; " in capsys.readouterr().out) == (is_warned)
+
+
+def test_sweep_names_its_jobs_the_time_left_and_their_ranking(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*settings, "data.hold_out=5", "trainer.val_check_interval=1", "method.rank=2,4", "seed=0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "job 1 of 2: method.rank=2" in lines
+    [second] = [line for line in lines if line.startswith("job 2 of 2")]
+    assert re.fullmatch(r"job 2 of 2, about \d+ s left: method.rank=4", second)
+    first = lines.index("ranking by validation_loss:")
+    losses = {
+        job: json.loads((tmp_path / "sweep" / job / "metrics.json").read_text(encoding="utf-8"))["validation_loss"]
+        for job in ("0", "1")
+    }
+    best = min(losses, key=lambda job: losses[job])
+    assert lines[first + 1].split()[0] == "1"
+    assert lines[first + 1].endswith(f"method.rank {'24'[int(best)]}")
+    assert lines[first + 3].startswith("best of 2 settings by validation_loss: ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (9000, "2.5 h")]
+)
+def test_duration_is_rounded(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_failed_job_is_reported_and_the_others_run(

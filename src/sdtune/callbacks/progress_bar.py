@@ -28,6 +28,7 @@ class ProgressBar(Callback):
         self._progress: Progress | None = None
         self._is_terminal = True
         self._logged = 0
+        self._validation_loss: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -59,6 +60,8 @@ class ProgressBar(Callback):
             rates = {key: value for key, value in row.items() if key.startswith("lr/")}
             rate = rates.get("lr/unet", next(iter(rates.values())))
             metrics = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
+            if self._validation_loss is not None:
+                metrics += f"  val {self._validation_loss:.4f}"
         line = trainer.global_step * _LOG_LINES // trainer.max_steps
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_logged = trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps
@@ -66,6 +69,14 @@ class ProgressBar(Callback):
             self._logged = line
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, metrics)
         self._progress.update(self._task, completed=trainer.global_step, metrics=metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get("validation_loss")
+        if value is None or not trainer.is_global_zero:
+            return
+        self._validation_loss = float(value)
+        if not self._is_terminal:
+            log.info("step %d of %d: validation loss %.4f", trainer.global_step, trainer.max_steps, value)
 
     def _stop(self) -> None:
         if self._progress is not None:

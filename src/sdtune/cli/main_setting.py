@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdtune.cli.messages import joined_brackets
 from sdtune.errors import UserError
-from sdtune.quoting import in_quotes, override, shell_word
+from sdtune.quoting import in_quotes, override, shell_override, shell_word
 
 _KEYS = {"sample": "prompt", "export": "run", "evaluate": "run"}
 
@@ -44,6 +44,10 @@ def _remedy(command: str, bare: Sequence[str], others: str) -> str:
     """What to write instead of several words without a key; ``others`` are the words with one."""
     if command != "sample":
         return f"use one run or file per command: sdtune {command} {shell_word(bare[0])}{others}"
+    run = next(filter(_is_run, bare), None)
+    if run is not None:
+        prompt = " ".join(text for text in bare if text != run) or "PROMPT"
+        return f"name the run: sdtune sample {shell_word(prompt)} {shell_override('run', run)}{others}"
     files = [text for text in bare if Path(text).suffix == ".safetensors" and Path(text).expanduser().is_file()]
     texts = [text for text in bare if text not in files]
     if files:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdtune.config.overrides import AUTO, folder_override, resumed_folder
+from sdtune.config.overrides import AUTO, folder_override, parsed, resumed_folder
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
@@ -39,28 +39,32 @@ def rewrite(argv: list[str]) -> list[str]:
     options = [
         a for i, a in enumerate(argv) if (i in value_indices or a.startswith("-")) and not _is_config_dir(argv, i)
     ]
+    known = {parsed(text) for text in saved}
     for text in new:
         allowed = text.lstrip("+~").startswith(MAY_CHANGE)
         if text.startswith("hydra.") and not (is_launched_again() or is_torchrun()):
             allowed = False  # only processes that Lightning or torchrun starts may set hydra.*
-        if not allowed and text not in saved:
+        if not allowed and parsed(text) not in known:
             raise UserError(
                 f"{text} is not allowed in a resumed run",
                 key="resume",
                 remedy="change only the number of steps, hardware, logger, callbacks, evaluation and moved paths",
             )
-    number = 1
-    while (run / ".hydra" / f"resume-{number}").exists():
-        number += 1
     folder = run.absolute()
     # Processes that Lightning starts for other devices repeat these arguments and set hydra.run.dir themselves.
-    internal = [override("hydra.run.dir", folder), f"hydra.output_subdir=.hydra/resume-{number}"]
-    if any(a.startswith("hydra.run.dir=") for a in argv):
-        internal = []
+    internal = [] if any(a.startswith("hydra.run.dir=") for a in argv) else _folders(folder)
     length = ("trainer.max_steps=", "trainer.epochs=")
     replaced = length if any(text.startswith(length) for text in new) else ()
     saved = [o for o in saved if not o.startswith(("resume=", *replaced))]
     return [*options, *_config_folder(run, argv), *saved, *new, override("resume", folder), *internal]
+
+
+def _folders(run: Path) -> list[str]:
+    """Overrides of the output folder and of Hydra's folder for this resumption of ``run``."""
+    number = 1
+    while (run / ".hydra" / f"resume-{number}").exists():
+        number += 1
+    return [override("hydra.run.dir", run), f"hydra.output_subdir=.hydra/resume-{number}"]
 
 
 def _not_a_run(path: Path) -> UserError:
@@ -111,8 +115,8 @@ def _without_auto(argv: list[str]) -> list[str]:
 
 def _adds_nothing(run: Path, argv: list[str]) -> bool:
     """Whether all overrides in ``argv`` are those of the last start of ``run``."""
-    saved = saved_overrides(last_start(run), "resume")
-    return all(a in saved for a in argv if "=" in a and not a.startswith("-"))
+    known = {parsed(text) for text in saved_overrides(last_start(run), "resume")}
+    return all(parsed(a) in known for a in argv if "=" in a and not a.startswith("-"))
 
 
 def _is_config_dir(argv: list[str], index: int) -> bool:

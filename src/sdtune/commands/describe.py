@@ -1,8 +1,10 @@
-"""The lines that a finished training run prints: its files, and a command that samples with them."""
+"""The lines that a finished run prints: its metrics, its files, and a command that samples with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
@@ -10,6 +12,7 @@ from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
 from sdtune.formats.embeddings import is_snapshot
 from sdtune.quoting import in_quotes, shell_override, shell_word
+from sdtune.runs.metrics import OF_TRAINING, unit
 
 
 def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataModule) -> list[str]:
@@ -43,3 +46,25 @@ def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataMo
         lines.append(f"pipeline folder for diffusers: {model_folder}")
     strengths = " strengths=0.5,0.75,1" if lora.exists() else ""
     return [*lines, f"sample with it: {command}{strengths}"]
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines for the log: metrics before and after training, metrics not measured with reasons, cost of the training."""
+    measured = [
+        key
+        for key, value in metrics.items()
+        if key not in OF_TRAINING and not key.startswith("base_") and isinstance(value, int | float)
+    ]
+    rows = [("", "before", "after")]
+    rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
+    lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
+    keys_by_reason: dict[str, list[str]] = {}
+    for key, reason in metrics.get("reasons", {}).items():
+        keys_by_reason.setdefault(reason, []).append(key)
+    lines += [f"not measured: {', '.join(keys)}: {reason}" for reason, keys in keys_by_reason.items()]
+    cost = [f"{key} {_number(metrics[key], key)}" for key in OF_TRAINING if metrics.get(key) is not None]
+    return [*lines, *([f"cost of the training: {', '.join(cost)}"] if cost else [])]
+
+
+def _number(value: Any, key: str) -> str:
+    return "" if value is None else unit(value, key)

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from sdtune.commands.checks import build_evaluation_data
+from sdtune.commands.describe import metrics_table
 from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
 from sdtune.config.build import build
@@ -18,7 +19,7 @@ from sdtune.config.settings import plain, read_saved_config, read_settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.files import read_json, write_json
-from sdtune.runs.metrics import OF_TRAINING, finite, unit
+from sdtune.runs.metrics import OF_TRAINING, finite
 from sdtune.sampling.run_models import RunModels
 
 log = logging.getLogger("sdtune")
@@ -75,28 +76,6 @@ def execute(config: dict[str, Any], data: ImageDataModule, run: Path, device: to
     reasons |= metrics.get("reasons", {})
     metrics = {**copied, **metrics, **({"reasons": reasons} if reasons else {})}
     write_json(folder / "evaluation.json", metrics)
-    for line in _table(metrics):
+    for line in metrics_table(metrics):
         log.info("%s", line)
     log.info("metrics: %s", folder / "evaluation.json")
-
-
-def _table(metrics: dict[str, Any]) -> list[str]:
-    """Lines for the log: metrics before and after training, metrics not measured with reasons, cost of the training."""
-    measured = [
-        key
-        for key, value in metrics.items()
-        if key not in OF_TRAINING and not key.startswith("base_") and isinstance(value, int | float)
-    ]
-    rows = [("", "before", "after")]
-    rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
-    lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
-    keys_by_reason: dict[str, list[str]] = {}
-    for key, reason in metrics.get("reasons", {}).items():
-        keys_by_reason.setdefault(reason, []).append(key)
-    lines += [f"not measured: {', '.join(keys)}: {reason}" for reason, keys in keys_by_reason.items()]
-    cost = [f"{key} {_number(metrics[key], key)}" for key in OF_TRAINING if metrics.get(key) is not None]
-    return [*lines, *([f"cost of the training: {', '.join(cost)}"] if cost else [])]
-
-
-def _number(value: Any, key: str) -> str:
-    return "" if value is None else unit(value, key)

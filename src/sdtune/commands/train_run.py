@@ -29,7 +29,7 @@ from sdtune.callbacks.order import by_priority
 from sdtune.callbacks.pinned_allocation import PinnedAllocation
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples
-from sdtune.commands.describe import closing_lines
+from sdtune.commands.describe import closing_lines, metrics_table
 from sdtune.config.build import build
 from sdtune.config.settings import Settings
 from sdtune.data import ImageDataModule
@@ -220,10 +220,21 @@ class TrainRun:
         for settings, logger in zip(self.loggers, loggers, strict=True):
             settings.keep_artifact(logger, self.folder / "artifact", self.name)
         write_json(self.folder / "metrics.json", metrics)
+        lines = [*metrics_table(metrics), *self._best()]
+        for line in [] if self.in_sweep else lines:
+            log.info(line)
         lines = closing_lines(self.folder, self.name, self.source.commit, self.data)
         for line in lines[:1] if self.in_sweep else lines:  # a sweep prints where its artifacts are when it ends
             log.info(line)
         return metrics
+
+    def _best(self) -> list[str]:
+        """Line with the step of the lowest validation loss; none without validation."""
+        losses = self.record.validation
+        if not losses:
+            return []
+        step = min(losses, key=lambda step: losses[step])
+        return [f"lowest validation loss: {losses[step]:.4f} at step {step} of {max(losses)}"]
 
     @contextmanager
     def _opened_loggers(self) -> Iterator[list[Any]]:

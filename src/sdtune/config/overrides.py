@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 
 AUTO = "resume=auto"
 """Override that starts a run, or continues it if its folder has a checkpoint."""
+
+
+def parsed(override: str) -> tuple[str, str]:
+    """Key and value of an override, equal for two texts with the same meaning, such as ``a=b`` and ``a="b"``."""
+    try:
+        found = OverridesParser.create().parse_override(override)
+        return found.key_or_group, repr(found.value())
+    except HydraException:
+        return override, ""
 
 
 def resumed_folder(overrides: Sequence[str]) -> Path | None:

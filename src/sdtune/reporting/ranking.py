@@ -169,6 +169,27 @@ def ranked(settings: Sequence[Setting], metric: str) -> list[Place]:
     return [(s, value, i > 0 and value.near(rows[0][1], len(rows) - 1)) for i, (s, value) in enumerate(rows)]
 
 
+_MOST_LINES = 10
+
+
+def ranking_lines(runs: Sequence[Run]) -> list[str]:
+    """Lines with the best settings of ``runs`` by their metric, and whether each is within the noise of the first.
+
+    Empty for a single setting, and if the runs have no metric to rank by.
+    """
+    tables = rankings(group_by_setting(runs))
+    if not tables or len(tables[0][1]) < 2:
+        return []
+    metric, places = tables[0]
+    lines = [f"ranking by {metric}:"]
+    for number, (setting, statistics, near) in enumerate(places[:_MOST_LINES], start=1):
+        spread = f" ± {unit(statistics.spread, metric)}" if statistics.spread is not None else ""
+        noise = "  (within the noise of the first)" if near else ""
+        lines.append(f"{number:>4}  {unit(statistics.mean, metric)}{spread}  {setting.label}{noise}")
+    hidden = len(places) - _MOST_LINES
+    return [*lines, *([f"      and {hidden} more"] if hidden > 0 else []), *winner(runs)]
+
+
 def winner(runs: Sequence[Run]) -> list[str]:
     """Line with the best setting of ``runs`` by their metric, and how many are within its noise.
 

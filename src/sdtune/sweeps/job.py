@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -30,10 +32,12 @@ class Job:
 
     Args:
         in_worker: whether the job runs in a joblib worker process.
+        labels: the overrides that distinguish each job of a grid from the others; empty if they are not known.
     """
 
-    def __init__(self, command: str, prepare: Prepare, in_worker: bool = False) -> None:
-        self.command, self.prepare, self.in_worker = command, prepare, in_worker
+    def __init__(self, command: str, prepare: Prepare, in_worker: bool = False, labels: Sequence[str] = ()) -> None:
+        self.command, self.prepare, self.in_worker, self.labels = command, prepare, in_worker, labels
+        self._seconds: list[float] = []
 
     def __call__(self, composed: DictConfig) -> float | None:
         """Run the job; return the value of ``optimized_metric``, or None if the job failed (its folder records why)."""
@@ -60,7 +64,10 @@ class Job:
                 # Written before the run, so that a killed process leaves the state "unfinished".
                 write_json(folder / STATE, state)
                 (folder / ERROR_LOG).unlink(missing_ok=True)
+                self._announce(int(whole.hydra.job.num))
+                began = time.monotonic()
                 self._run(composed, whole, folder)
+                self._seconds.append(time.monotonic() - began)
             state |= {"state": "done", "metric": _metric(composed, folder)}
         except Stopped as stop:
             # Hydra catches every Exception of a job; SystemExit passes through and ends the sweep.
@@ -79,6 +86,16 @@ class Job:
             finally:
                 release()
         return _metric(composed, folder)
+
+    def _announce(self, number: int) -> None:
+        """Print which job of a grid begins, and an estimate of the time for it and those after it."""
+        count = len(self.labels)
+        if self.in_worker or number >= count or count < 2:
+            return
+        left = ""
+        if self._seconds:
+            left = f", about {duration(sum(self._seconds) / len(self._seconds) * (count - number))} left"
+        print(f"job {number + 1} of {count}{left}: {self.labels[number]}")
 
     def _run(self, composed: DictConfig, full_config: DictConfig, folder: Path) -> None:
         with locked(folder):
@@ -107,6 +124,13 @@ class Job:
         assert isinstance(node, dict)
         settings = {str(key): value for key, value in node.items()}
         return process_count(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` rounded for a person, such as ``40 s``, ``6 min`` or ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _failure(error: Exception, folder: Path) -> dict[str, str]:

@@ -67,7 +67,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         updated = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [override("hydra.sweep.dir", folder)]
         _check_master(master, folder, previous_folder is not None)
         with handled(STOP_SIGNALS, stop_before_start):
-            max_concurrent = _check(hydra, command, updated, prepare)
+            max_concurrent, labels = _check(hydra, command, updated, prepare)
         if previous_folder is not None:
             saved_config = read_yaml(folder / "multirun.yaml", "resume")
             assert isinstance(saved_config, DictConfig)
@@ -75,7 +75,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
             saved = {key: value for key, value in saved.items() if f"{key}=" not in _CHANGEABLE}
             check_same(saved, current, folder, "sweep")
         with _worker_cores(master, folder, max_concurrent) as in_worker:
-            _launch(hydra, Job(command, prepare, in_worker), updated, folder)
+            _launch(hydra, Job(command, prepare, in_worker, labels), updated, folder)
     return _summary(folder, command)
 
 
@@ -202,11 +202,11 @@ def _resumed(overrides: list[str], search: ConfigSearchPath) -> tuple[list[str],
     return [*saved, *changed], folder
 
 
-def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> int:
+def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -> tuple[int, list[str]]:
     """Compose and check every job of a grid, or one example job of a search, before the sweep starts.
 
     Returns:
-        The maximum number of concurrent jobs.
+        The maximum number of concurrent jobs, and the overrides that distinguish each job of a grid.
     """
     master = _compose(hydra, command, overrides)
     jobs, names = _known_jobs(hydra, master)
@@ -239,7 +239,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
             "WARNING: the jobs record no metric that ranks them; remove evaluation=none if it is set, or set"
             " data.hold_out=5 or data.validation_path=DIR (validation loss), or evaluation=clip evaluation.clip=DIR"
         )
-    return int(master.hydra.sweeper.get("n_jobs", 0)) or len(jobs) or sys.maxsize
+    labels = [_distinct_overrides(job, jobs) for job in jobs] if names[:1] == ["0"] else []
+    return int(master.hydra.sweeper.get("n_jobs", 0)) or len(jobs) or sys.maxsize, labels
 
 
 def _is_measured(config: DictConfig) -> bool:
@@ -287,6 +288,8 @@ def _summary(folder: Path, command: str) -> int:
     count = {state: sum(job["state"] == state for job in jobs) for state in ("done", "pruned")}
     pruned = f", {count['pruned']} pruned" if count["pruned"] else ""
     print(f"sweep: {count['done']} of {len(jobs)} jobs are done{pruned}: {folder}")
+    if command == "train" and count["done"] > 1:
+        _print_ranking(folder)
     print(f"artifacts: {folder}/*/artifact; compare the jobs with: sdtune report {shell_word(str(folder))}")
     for job in failed:
         distinct = _distinct_overrides(job["overrides"], [other["overrides"] for other in jobs])
@@ -296,6 +299,13 @@ def _summary(folder: Path, command: str) -> int:
         resume = f"sdtune {command} -m {shell_override('resume', folder)}"
         print(f"sdtune: run the failed jobs again with: {resume}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _print_ranking(folder: Path) -> None:
+    from sdtune.reporting import collect, ranking_lines  # not for the answers that need no training
+
+    for line in ranking_lines(collect(folder)):
+        print(line)
 
 
 def _distinct_overrides(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> str:
