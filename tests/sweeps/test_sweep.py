@@ -67,7 +67,10 @@ def test_sweep_names_its_jobs_the_time_left_and_their_ranking(
 ) -> None:
     assert train(*settings, "data.hold_out=5", "trainer.val_check_interval=1", "method.rank=2,4", "seed=0") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("checking 2 jobs before the first starts; all with: ")
+    assert sum("data.hold_out=5" in line for line in lines) == 1
     assert "job 1 of 2: method.rank=2" in lines
+    assert sum(line.startswith("sample with it: ") for line in lines) == 0
     [second] = [line for line in lines if line.startswith("job 2 of 2")]
     assert re.fullmatch(r"job 2 of 2, about \d+ s left: method.rank=4", second)
     first = lines.index("ranking by validation_loss:")

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,9 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         master = _compose(hydra, command, overrides)
         with as_current(master):
             folder = previous_folder or Path(str(master.hydra.sweep.dir)).expanduser()
-        updated = [o for o in overrides if not o.startswith("hydra.sweep.dir=")] + [override("hydra.sweep.dir", folder)]
+        updated = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+        # Hydra's own command line sets the mode too; without it, a job does not know that it belongs to a sweep.
+        updated += [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
         _check_master(master, folder, previous_folder is not None)
         with handled(STOP_SIGNALS, stop_before_start):
             max_concurrent, labels = _check(hydra, command, updated, prepare)
@@ -98,6 +101,8 @@ def _launch(hydra: Hydra, job: Job, overrides: list[str], folder: Path) -> None:
     Raises:
         Stopped, RunFailed: the sweep did not finish; the command that continues it is printed or in the message.
     """
+    # It would repeat the common overrides for each job.
+    logging.getLogger("hydra._internal.core_plugins.basic_launcher").setLevel(logging.WARNING)
     hint = f"continue it with: sdtune {job.command} -m {shell_override('resume', folder)}"
     try:
         with locked(folder), StopRelay(folder) if job.in_worker else contextlib.nullcontext() as relay:
@@ -211,7 +216,8 @@ def _check(hydra: Hydra, command: str, overrides: list[str], prepare: Prepare) -
     master = _compose(hydra, command, overrides)
     jobs, names = _known_jobs(hydra, master)
     if len(jobs) > 1:
-        print(f"checking {len(jobs)} jobs before the first starts")
+        common = " ".join(shell_word(text) for text in jobs[0] if all(text in job for job in jobs))
+        print(f"checking {len(jobs)} jobs before the first starts{f'; all with: {common}' if common else ''}")
     errors: dict[str, list[str]] = {}
     is_measured = not jobs
     for number, job in enumerate(jobs):
