@@ -26,6 +26,7 @@ from sdtune.images.grids import grid, save_png
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as loras
 from sdtune.loaders.controlnet import ControlImage
+from sdtune.progress import bar
 from sdtune.runs.hydra_values import current_overrides
 from sdtune.sampling import prompts
 from sdtune.sampling.load import load_to_generate
@@ -154,16 +155,18 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
-    for factor in factors:
-        with (
-            autocast(device, precision if on_cpu else "32-true"),
-            controlnets.controlnets_applied(backbone, nets, [control.strength * factor for control in controls]),
-            loras.adapters_applied(backbone, adapters, [file.strength * factor for file in files]),
-        ):
-            row: list[np.ndarray] = []
-            for settings, group in groupby(requests, key=lambda pair: pair[1]):
-                row += generate(backbone, [request for request, _ in group], settings)
-        rows.append(row)
+    with bar("Generating images", len(factors) * len(requests)) as progress:
+        for factor in factors:
+            with (
+                autocast(device, precision if on_cpu else "32-true"),
+                controlnets.controlnets_applied(backbone, nets, [control.strength * factor for control in controls]),
+                loras.adapters_applied(backbone, adapters, [file.strength * factor for file in files]),
+            ):
+                rows.append([])
+                for settings, group in groupby(requests, key=lambda pair: pair[1]):
+                    for image in generate(backbone, [request for request, _ in group], settings):
+                        rows[-1].append(image)
+                        progress(1)
     _write(folder, config, requests, controls, factors, rows)
 
 
