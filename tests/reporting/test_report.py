@@ -27,7 +27,6 @@ from sdtune.reporting.ranking import (
     ranking_lines,
     rankings,
     varied,
-    winner,
 )
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -163,7 +162,8 @@ def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> No
         [sys.executable, "-m", "sdtune", "report", str(sweep)], capture_output=True, text=True, check=True
     )
     file = sweep / "report.html"
-    best, report = process.stdout.splitlines()
+    head, *_, best, report = process.stdout.splitlines()
+    assert head == "ranking by validation_loss:"
     assert best.startswith("best of 2 settings by validation_loss: ")
     assert report == f"report: {file}"
     page = Scripts()
@@ -314,7 +314,7 @@ def test_ranking_names_the_first_ten_settings_and_the_noise() -> None:
     assert lines[0].startswith("   1  0.901 ± 0.001")
     assert "noise" not in lines[1]
     assert lines[10] == "      and 2 more"
-    assert lines[11:] == winner(runs)
+    assert lines[11:] == ["best of 12 settings by subject_gain: lr 0 (0.901 ± 0.001): 0"]
     assert ranking_lines(runs[:3]) == []
 
 
@@ -322,13 +322,13 @@ def test_winner_names_setting_metric_and_noise() -> None:
     def run(number: int, seed: int, lr: float, **metrics: float) -> Run:
         return make_run(str(number), (f"lr={lr}",), {"seed": seed, "lr": lr}, metrics)
 
-    assert winner([run(0, 0, 1.0, subject_gain=0.9)]) == []
-    assert winner([run(0, 0, 1.0, steps=9), run(1, 0, 2.0, steps=9)]) == []
-    assert winner([run(0, 0, 1.0, validation_loss=0.2), run(1, 0, 2.0, validation_loss=0.1)]) == [
+    assert ranking_lines([run(0, 0, 1.0, subject_gain=0.9)]) == []
+    assert ranking_lines([run(0, 0, 1.0, steps=9), run(1, 0, 2.0, steps=9)]) == []
+    assert ranking_lines([run(0, 0, 1.0, validation_loss=0.2), run(1, 0, 2.0, validation_loss=0.1)])[-1:] == [
         "best of 2 settings by validation_loss: lr 2 (0.1); its noise is unknown (one seed): 1"
     ]
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) - 0.01 * (i // 3)) for i in range(9)]
-    assert winner(runs) == [
+    assert ranking_lines(runs)[-1:] == [
         "best of 3 settings by subject_gain: lr 1 (0.6 ± 0.1); within its noise: 2 of the other 2: 0"
     ]
 

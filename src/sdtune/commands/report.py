@@ -27,11 +27,11 @@ def main(arguments: list[str]) -> None:
             key="report",
             remedy="use sdtune report outputs/sweeps/<time>",
         )
-    from sdtune.reporting import collect, winner, write_report
+    from sdtune.reporting import collect, ranking_lines, write_report
 
     folder = Path(arguments[0]).expanduser()
     runs = collect(folder)
     file = write_report(runs, folder, folder.resolve().name)
-    for line in winner(runs):
+    for line in ranking_lines(runs):
         print(line)
     print(f"report: {file}")

@@ -2,6 +2,6 @@
 
 from sdtune.reporting.collect import Run, collect
 from sdtune.reporting.page import write_report
-from sdtune.reporting.ranking import ranking_lines, winner
+from sdtune.reporting.ranking import ranking_lines
 
-__all__ = ["Run", "collect", "ranking_lines", "winner", "write_report"]
+__all__ = ["Run", "collect", "ranking_lines", "write_report"]

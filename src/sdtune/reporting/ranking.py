@@ -173,7 +173,7 @@ _MOST_LINES = 10
 
 
 def ranking_lines(runs: Sequence[Run]) -> list[str]:
-    """Lines with the best settings of ``runs`` by their metric, and whether each is within the noise of the first.
+    """Ranking of the settings of ``runs`` by their metric, with the noise, and a line about the best one.
 
     Empty for a single setting, and if the runs have no metric to rank by.
     """
@@ -187,25 +187,18 @@ def ranking_lines(runs: Sequence[Run]) -> list[str]:
         noise = "  (within the noise of the first)" if near else ""
         lines.append(f"{number:>4}  {unit(statistics.mean, metric)}{spread}  {setting.label}{noise}")
     hidden = len(places) - _MOST_LINES
-    return [*lines, *([f"      and {hidden} more"] if hidden > 0 else []), *winner(runs)]
+    return [*lines, *([f"      and {hidden} more"] if hidden > 0 else []), _winner(metric, places)]
 
 
-def winner(runs: Sequence[Run]) -> list[str]:
-    """Line with the best setting of ``runs`` by their metric, and how many are within its noise.
-
-    Empty for a single setting, and if the runs have no metric to rank by.
-    """
-    tables = rankings(group_by_setting(runs))
-    if not tables or len(tables[0][1]) < 2:
-        return []
-    metric, places = tables[0]
+def _winner(metric: str, places: Sequence[Place]) -> str:
+    """Line with the best setting, and how many are within its noise."""
     best, statistics, _ = places[0]
     spread = f" ± {unit(statistics.spread, metric)}" if statistics.spread is not None else ""
     near = sum(is_near is True for *_, is_near in places)
     unclear = f"; within its noise: {near} of the other {len(places) - 1}" if near else ""
     if statistics.spread is None:
         unclear = "; its noise is unknown (one seed)"
-    return [
+    return (
         f"best of {len(places)} settings by {metric}: {best.label} ({unit(statistics.mean, metric)}{spread}){unclear}:"
         f" {best.runs[0].folder}"
-    ]
+    )
