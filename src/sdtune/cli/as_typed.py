@@ -15,7 +15,7 @@ _TEXTS = ("prompt", "data.prompt", "data.class_prompt", "data.trigger", "samplin
 """Settings whose value is a text, or a list of texts in brackets."""
 
 _LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",)}
-"""Settings of a command that are lists of numbers or names."""
+"""Command -> its settings that are lists of numbers or names."""
 
 _SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height", "batch_size")
 """Settings of the group ``sampling``, which ``sdtune sample`` takes without the name of the group."""
@@ -67,11 +67,11 @@ def _is_one_quoted_text(text: str) -> bool:
         parsed = OverridesParser.create().parse_override(text)
     except HydraException:
         return False
-    return isinstance(parsed.value(), str) and text.endswith(("'", '"')) and not parsed.is_sweep_override()
+    return not parsed.is_sweep_override() and isinstance(parsed.value(), str) and text.endswith(("'", '"'))
 
 
 def _ambiguous(key: str, value: str) -> UserError:
-    """Error for a ``value`` that can be one text with a comma, or several texts of a sweep."""
+    """Error for a ``value`` with a comma: it may be one text, or several values of a sweep."""
     one = shell_word(f"{key}={in_quotes(value)}")
     several = shell_word(f"{key}={','.join(in_quotes(part.strip()) for part in value.split(','))}")
     return UserError(

@@ -40,21 +40,15 @@ _LORA_DEFAULTS = {"network_dim": 4}
 """Defaults of kohya's scripts that differ from those of sdtune."""
 
 _ZERO_IS_OFF = (
-    *(
-        "min_snr_gamma",
-        "max_train_epochs",
-        "noise_offset",
-        "caption_dropout_rate",
-        "text_encoder_lr",
-        "network_dropout",
-    ),
-    *("save_every_n_steps", "sample_every_n_steps", "clip_skip", "network_alpha"),
+    *("min_snr_gamma", "max_train_epochs", "noise_offset", "caption_dropout_rate", "text_encoder_lr"),
+    *("network_dropout", "save_every_n_steps", "sample_every_n_steps", "clip_skip"),
 )
+"""Options for which 0 means that they are off."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A subset of a dataset file, with the settings that apply to it: its own, of its data set and general ones."""
+    """A subset of a dataset file; ``settings`` also has those of its data set and of the table ``general``."""
 
     settings: Mapping[str, Any]
 
@@ -69,7 +63,13 @@ class Subset:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A dataset file: the options of the training scripts that it sets, overrides of its image folders, and notes."""
+    """What a dataset file sets.
+
+    Attributes:
+        options: its settings that are also options of the training scripts.
+        overrides: overrides of sdtune for its image folders.
+        notes: what is not translated.
+    """
 
     options: Mapping[str, Any]
     overrides: Sequence[str]

@@ -60,7 +60,7 @@ def rewrite(argv: list[str]) -> list[str]:
 
 
 def _folders(run: Path) -> list[str]:
-    """Overrides of the output folder and of Hydra's folder for this resumption of ``run``."""
+    """Overrides that set the output folder to ``run``, and a new folder of Hydra in it."""
     number = 1
     while (run / ".hydra" / f"resume-{number}").exists():
         number += 1

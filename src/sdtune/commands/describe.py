@@ -49,7 +49,7 @@ def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataMo
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
-    """Lines for the log: metrics before and after training, metrics not measured with reasons, cost of the training."""
+    """Table of the metrics before and after training, the reasons of missing metrics, and the cost of the training."""
     measured = [
         key
         for key, value in metrics.items()

@@ -233,7 +233,7 @@ def configured_switches(job: CheckedPlan) -> Switches:
 def _memory_settings(job: CheckedPlan, costs: TrainingCosts) -> str:
     """Names of the memory-saving options of ``job``."""
     configured = configured_switches(job)
-    by_size = "by_size" in str(job.config["optimizer"].get("_target_")).lower()
+    by_size = "by_size" in str(job.config["optimizer"].get("_target_"))
     names = {
         "gradient checkpointing": configured.checkpointing,
         "8-bit AdamW": configured.eight_bit or (by_size and costs.state < costs.gradients),

@@ -59,10 +59,9 @@ def build_run(config: DictConfig, folder: Path, shared: bool = False) -> TrainRu
             key="hydra.run.dir",
             remedy=f"continue it with: sdtune train {shell_override('resume', folder)}",
         )
-    if shared or _will_share(container):
-        hardware.check_hardware(container["hardware"])  # before the number of devices is replaced
-        container["hardware"] = hardware.single_device(container["hardware"])
     hardware.check_hardware(container["hardware"])
+    if shared or _will_share(container):
+        container["hardware"] = hardware.single_device(container["hardware"])
     # The jobs of a sweep with several processes run in subprocesses without the variables of a launcher.
     if not (_is_sweep() and hardware.process_count(container["hardware"]) > 1):
         hardware.check_launcher(container["hardware"])

@@ -13,7 +13,7 @@ AUTO = "resume=auto"
 
 
 def parsed(override: str) -> tuple[str, str]:
-    """Key and value of an override, equal for two texts with the same meaning, such as ``a=b`` and ``a="b"``."""
+    """Key and value of an override: they are equal for ``a=b`` and ``a="b"``, which mean the same."""
     try:
         found = OverridesParser.create().parse_override(override)
         return found.key_or_group, repr(found.value())

@@ -54,7 +54,7 @@ def trainer_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def with_epochs_as_steps(
     trainer: dict[str, Any], steps_per_epoch: Callable[[], int], typed: Sequence[str]
 ) -> dict[str, Any]:
-    """``trainer`` with ``max_steps`` computed from ``epochs``; unchanged if ``epochs`` is null.
+    """Compute ``max_steps`` from ``epochs``; returns ``trainer`` unchanged if ``epochs`` is null.
 
     ``max_steps`` of the command line takes precedence over ``epochs`` of a recipe.
 

@@ -230,7 +230,7 @@ def _root_name_warning(root: Path, key: str) -> list[str]:
 
 
 def _empty_captions(images: Sequence[Path], captions: Mapping[Path, str], root: Path) -> list[str]:
-    """Line for the data summary about images that are trained without text, although a caption is usually intended."""
+    """Warning for the data summary about empty captions: usually, a text was intended."""
     empty = [image for image in images if not captions[image]]
     return [f"WARNING: the captions of these images are empty: {count_and_names(empty, root)}"] if empty else []
 

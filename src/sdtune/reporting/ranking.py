@@ -173,7 +173,7 @@ _MOST_LINES = 10
 
 
 def ranking_lines(runs: Sequence[Run]) -> list[str]:
-    """Ranking of the settings of ``runs`` by their metric, with the noise, and a line about the best one.
+    """Lines with the settings of ``runs``, best first by their metric; the last line names the best one and its run.
 
     Empty for a single setting, and if the runs have no metric to rank by.
     """

@@ -66,7 +66,7 @@ def multirun(command: str, search: ConfigSearchPath, overrides: list[str], prepa
         with as_current(master):
             folder = previous_folder or Path(str(master.hydra.sweep.dir)).expanduser()
         updated = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-        # Hydra's own command line sets the mode too; without it, a job does not know that it belongs to a sweep.
+        # Without the mode, which Hydra's own command line also sets, a job does not know that it belongs to a sweep.
         updated += [override("hydra.sweep.dir", folder), "hydra.mode=MULTIRUN"]
         _check_master(master, folder, previous_folder is not None)
         with handled(STOP_SIGNALS, stop_before_start):
