@@ -1,6 +1,9 @@
-"""Write docs/settings.md, the reference of all settings, from the YAML files and the docstrings.
+"""Write docs/settings.md, the reference of all settings, and the texts of ``--help``.
 
     python docs/settings_reference.py
+
+Both are made from the YAML files and the docstrings. The texts of ``--help`` are a file, because reading docstrings
+means importing torch, which takes seconds.
 
 A setting's description is the ``Args`` entry of the class that its group configures; if there is none, the comment
 next to it in the YAML file.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from sdtune.config.types import type_text
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "settings.md"
+HELP = ROOT / "src" / "sdtune" / "cli" / "setting_texts.json"
 TRUST = ("sdtune", "torch", "pytorch_lightning")
 
 GROUPS = {
@@ -55,6 +60,7 @@ COMMANDS = {
     "export": "`sdtune export`",
     "evaluate": "`sdtune evaluate`",
 }
+HELPED = (*COMMANDS, "prepare")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,33 @@ def page() -> str:
     for group, title in GROUPS.items():
         parts += [f"## {title}: `{group}=`", *_group(group, known)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def help_texts() -> dict[str, dict[str, str]]:
+    """Texts of ``--help``: command or ``GROUP=OPTION`` -> dotted key -> description; the key "" is its own."""
+    texts = {command: _texts(CONF / f"{command}.yaml", list(_rows(f"{command}.yaml", ""))) for command in HELPED}
+    known = {row.key: row for row in _rows("train.yaml", "")}
+    for group in GROUPS:
+        for path in sorted((CONF / group).glob("*.yaml")):
+            rows = list(_rows(f"{group}/{path.name}", _prefix(group, path.stem)))
+            known |= {row.key: row for row in rows if row.key not in known}
+            texts[f"{group}={path.stem}"] = _texts(path, [_completed(row, known) for row in rows])
+    return texts
+
+
+def _texts(path: Path, rows: list[Row]) -> dict[str, str]:
+    return {"": _words(_head(path)), **{row.key: _described(row) for row in rows}}
+
+
+def _described(row: Row) -> str:
+    kind = row.kind.replace("`", "")
+    return " ".join(part for part in (_words(row.text), f"({kind})" if kind else "") if part)
+
+
+def _words(text: str) -> str:
+    """``text`` without the markup of docstrings."""
+    plain = re.sub(r":\w+:`~?([^`]+)`", r"\1", text).replace("`", "")
+    return re.sub(r"\bNone\b", "null", plain.removesuffix("."))
 
 
 def _group(group: str, known: dict[str, Row]) -> Iterator[str]:
@@ -218,3 +251,4 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    HELP.write_text(json.dumps(help_texts(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

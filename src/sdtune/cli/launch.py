@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdtune.cli.as_typed import for_hydra
 from sdtune.cli.exit_codes import exit_codes, refuse
+from sdtune.cli.help import print_help
 from sdtune.cli.main_setting import with_main_setting
 from sdtune.cli.messages import check_option_names, composition_error
 from sdtune.config.compose import Prepare, check_folder_name, compose, run_folder, search_path
@@ -111,7 +112,10 @@ def launch(
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         args.overrides = with_main_setting(command, args.overrides)
         _check_secrets(args.overrides)
-        if args.help or args.hydra_help or args.cfg or args.info is not None or args.shell_completion:
+        if args.help:
+            print_help(command, search_path(args.config_dir), args.overrides)
+            return
+        if args.hydra_help or args.cfg or args.info is not None:
             args.config_path = None
             print_info(args, parser, str(config_folder()), args.config_name or command)
             return

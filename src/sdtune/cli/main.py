@@ -42,9 +42,10 @@ COMMANDS = {
         "show versions, devices, memory and disks, and what is wrong with them", "sdtune.commands.doctor"
     ),
     "cache": Command("show the size of the cache, and remove entries", "sdtune.commands.cache"),
+    "completion": Command("print the completion script of bash, zsh or fish", "sdtune.cli.completion"),
 }
 
-_WITHOUT_CONFIG = ("report", "import-kohya", "doctor", "cache")
+_WITHOUT_CONFIG = ("report", "import-kohya", "doctor", "cache", "completion")
 """Commands without Hydra's settings."""
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
@@ -52,6 +53,7 @@ _HELP = """usage: sdtune <command> [Hydra overrides]
        sdtune import-kohya CONFIG.toml [DATASET.toml]
        sdtune doctor
        sdtune cache [older_than=DAYS] [max_gib=GIB]
+       sdtune completion bash|zsh|fish
 
 commands:
 {commands}
@@ -60,7 +62,7 @@ commands:
   sdtune train experiment=NAME                  a recipe of experiments/
   sdtune train method=lora data=folder data.path=DIR data.prompt="a photo of sks otter"
   sdtune plan methods=all backbone=sd15 fits=12 which methods fit a GPU of 12 GiB
-  sdtune <command> --help                       config groups and settings
+  sdtune <command> --help                       config groups, and each setting explained
   sdtune <command> --cfg job                    the composed config
 """
 
@@ -76,9 +78,6 @@ def main() -> None:
         return
     if arguments[0] in ("-V", "--version"):
         _print_version()
-        return
-    if arguments[0] in ("-sc", "--shell-completion"):
-        _complete(arguments)
         return
     name, *overrides = arguments
     if name not in COMMANDS:
@@ -111,6 +110,10 @@ def _command_without_config(name: str) -> Callable[[list[str]], None]:
         from sdtune.cli.import_kohya import main as import_kohya
 
         return import_kohya
+    if name == "completion":
+        from sdtune.cli.completion import main as completion
+
+        return lambda arguments: completion(arguments, tuple(COMMANDS))
     if name == "cache":
         from sdtune.commands.cache import main as cache
 
@@ -161,21 +164,3 @@ def _translated_options(command: str, arguments: Sequence[str]) -> str:
     except UserError as error:
         return f"; {error}"
     return ""
-
-
-def _complete(arguments: list[str]) -> None:
-    """Shell completion: names of commands, then Hydra's completion for the command on the line.
-
-    ``eval "$(sdtune -sc install=bash)"`` installs it; the shell then passes the line in ``COMP_LINE``.
-    """
-    from sdtune.cli.launch import launch
-
-    line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    command_name = words[1] if len(words) > 1 else ""
-    if line and (command_name not in COMMANDS or line.endswith(command_name)):
-        print(" ".join(name for name in COMMANDS if name.startswith(command_name)))
-        return
-    # Hydra would parse the command name as an override.
-    os.environ["COMP_LINE"] = line.replace(f" {command_name} ", " ", 1)
-    launch(command_name or "train", arguments, lambda config, folder: lambda composed: None)
