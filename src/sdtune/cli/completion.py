@@ -1,4 +1,4 @@
-"""``sdtune completion SHELL``: the shell's completion of commands, settings and paths, and the script that installs it."""
+"""``sdtune completion SHELL``: completion of commands, settings and paths, and the script that installs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,9 +155,7 @@ def _composed(command: str, search: ConfigSearchPath, overrides: list[str]) -> D
 
 
 def _config_dir(arguments: Sequence[str]) -> str | None:
-    folders = [
-        after for option, after in zip(arguments, arguments[1:], strict=False) if option in ("-cd", "--config-dir")
-    ]
+    folders = [after for option, after in pairwise(arguments) if option in ("-cd", "--config-dir")]
     return folders[0] if folders and Path(folders[0]).is_dir() else None
 
 
@@ -174,10 +173,10 @@ def _takes_path(command: str, key: str) -> bool:
 
 def _paths(beginning: str) -> list[str]:
     """Files and folders whose path begins with ``beginning``; folders end with a slash."""
-    folder, name = os.path.split(beginning)
+    folder, slash, name = beginning.rpartition("/")
     try:
-        entries = sorted(Path(os.path.expanduser(folder) or ".").iterdir())
-    except OSError:
+        entries = sorted(Path(f"{folder}{slash}" or ".").expanduser().iterdir())
+    except (OSError, RuntimeError):  # RuntimeError: the home folder of an unknown user
         return []
     shown = [entry for entry in entries if entry.name.startswith(name) and (name or not entry.name.startswith("."))]
-    return [os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "") for entry in shown]
+    return [f"{folder}{slash}{entry.name}" + ("/" if entry.is_dir() else "") for entry in shown]
