@@ -21,7 +21,6 @@ from sdtune.cli.launch import launch
 from sdtune.errors import PRUNED, Pruned, RunFailed, Stopped
 from sdtune.files import locked
 from sdtune.methods.base import Adapter
-from sdtune.sweeps.job import duration
 from sdtune.sweeps.job_process import run_subprocess
 
 
@@ -82,13 +81,6 @@ def test_sweep_names_its_jobs_the_time_left_and_their_ranking(
     assert lines[first + 1].split()[0] == "1"
     assert lines[first + 1].endswith(f"method.rank {'24'[int(best)]}")
     assert lines[first + 3].startswith("best of 2 settings by validation_loss: ")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (9000, "2.5 h")]
-)
-def test_duration_is_rounded(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_failed_job_is_reported_and_the_others_run(

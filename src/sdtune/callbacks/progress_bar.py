@@ -1,87 +1,79 @@
-"""Progress bar: step, loss, learning rate, samples per second, time left."""
+"""Progress bar: step, loss, learning rate, validation loss, samples per second, time left."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sdtune.methods.base import Adapter
+from sdtune.progress import Bar
 
 log = logging.getLogger("sdtune")
 
 
 _LOG_LINES = 10
-"""Number of log lines per run if stderr is not a terminal."""
+"""Number of log lines per run if the bar is not shown."""
+
+_WIDE = 110
+"""Columns from which the bar also has the samples per second."""
 
 
 class ProgressBar(Callback):
-    """Rich progress bar on stderr of process 0; if stderr is not a terminal, a few log lines instead."""
+    """Progress bar on stderr of process 0; if it is not shown, a few log lines instead."""
 
     priority: ClassVar[int] = -5
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._is_terminal = True
+        self._bar: Bar | None = None
         self._logged = 0
         self._validation_loss: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._progress = Progress(
-            TextColumn("Training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            refresh_per_second=4,
-        )
-        self._is_terminal = self._progress.console.is_terminal
         self._logged = trainer.global_step * _LOG_LINES // trainer.max_steps
-        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, metrics="")
-        self._progress.start()
+        self._bar = Bar("Training", trainer.max_steps, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._progress is None:
+        if self._bar is None:
             return
         assert isinstance(pl_module, Adapter)
         row = pl_module.displayed_metrics
-        metrics = ""
-        if row:
-            rates = {key: value for key, value in row.items() if key.startswith("lr/")}
-            rate = rates.get("lr/unet", next(iter(rates.values())))
-            metrics = f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_second']:.1f} images/s"
-            if self._validation_loss is not None:
-                metrics += f"  val {self._validation_loss:.4f}"
+        metrics = self._metrics(row, all_of_them=not self._bar.is_shown or self._bar.width >= _WIDE) if row else ""
         line = trainer.global_step * _LOG_LINES // trainer.max_steps
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_logged = trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps
-        if not self._is_terminal and line > self._logged and trainer.max_steps >= _LOG_LINES and metrics and is_logged:
+        if not self._bar.is_shown and line > self._logged and trainer.max_steps >= _LOG_LINES and metrics and is_logged:
             self._logged = line
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, metrics)
-        self._progress.update(self._task, completed=trainer.global_step, metrics=metrics)
+        self._bar.update(trainer.global_step, metrics)
+
+    def _metrics(self, row: Mapping[str, float], *, all_of_them: bool) -> str:
+        rates = {key: value for key, value in row.items() if key.startswith("lr/")}
+        rate = rates.get("lr/unet", next(iter(rates.values())))
+        texts = [f"loss {row['loss']:.4f}", f"lr {rate:.1e}"]
+        texts += [f"{row['samples_per_second']:.1f} images/s"] if all_of_them else []
+        texts += [f"val {self._validation_loss:.4f}"] if self._validation_loss is not None else []
+        return "  ".join(texts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get("validation_loss")
         if value is None or not trainer.is_global_zero:
             return
         self._validation_loss = float(value)
-        if not self._is_terminal:
+        if self._bar is not None and not self._bar.is_shown:
             log.info("step %d of %d: validation loss %.4f", trainer.global_step, trainer.max_steps, value)
 
     def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.close(keep=True)
+            self._bar = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

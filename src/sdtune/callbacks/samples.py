@@ -20,6 +20,7 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data.previews import PreviewPrompt, preview_prompts
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
+from sdtune.progress import track
 from sdtune.sampling.loop import Request, Sampling, Seed, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts
 
@@ -73,7 +74,8 @@ class Samples(Callback):
 
         try:
             with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
-                images = list(generate(module.backbone, requests, self.sampling, denoise))
+                generated = generate(module.backbone, requests, self.sampling, denoise)
+                images = list(track("Sample images", generated, len(requests)))
         finally:
             for m, training in training_modes.items():
                 m.training = training
@@ -107,7 +109,6 @@ class Samples(Callback):
         assert isinstance(pl_module, Adapter)
         self._set_prompts(trainer, pl_module)
         if trainer.is_global_zero and trainer.global_step == 0:
-            log.info("samples: generating %d images before training", len(self.wanted) * len(self.seeds))
             with suppress(_StopRequested):
                 self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
                 self._write_images(self.first, "before")

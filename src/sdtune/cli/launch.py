@@ -37,6 +37,7 @@ from sdtune.hardware.processes import is_global_zero, is_launched_again, is_torc
 from sdtune.hardware.signals import STOP_SIGNALS, handled, stop_before_start
 from sdtune.log_filters import quiet, quiet_libraries
 from sdtune.paths import config_folder
+from sdtune.progress import is_shown, phase
 from sdtune.quoting import override
 from sdtune.runs.hydra_values import as_current
 from sdtune.sweeps.sweep import multirun
@@ -63,7 +64,7 @@ def lazy_command(module: str) -> Prepare:
 
 
 def _imported(module: str) -> ModuleType:
-    with gc_disabled():
+    with gc_disabled(), phase("Starting") if is_shown() else contextlib.nullcontext():
         return importlib.import_module(module)
 
 

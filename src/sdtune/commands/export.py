@@ -19,6 +19,7 @@ from sdtune.config.types import type_text
 from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.paths import is_hub_id
+from sdtune.progress import phase
 from sdtune.runs.hydra_values import current_overrides
 from sdtune.runs.layout import CARD
 
@@ -85,7 +86,8 @@ def execute(
     export: Export, artifact: Artifact, source: Pretrained, folder: Path, card: Path | None, push_to: str | None
 ) -> None:
     """Write ``artifact`` to ``folder`` in the format of ``export``, and upload it to ``push_to`` if that is set."""
-    written = export.write(artifact, source, folder)
+    with phase("Exporting"):
+        written = export.write(artifact, source, folder)
     if card is not None and card.is_file():
         export.write_card(artifact, card, folder)
     for path in written:

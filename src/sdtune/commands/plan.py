@@ -31,6 +31,7 @@ from sdtune.planning import tables
 from sdtune.planning.measure import TrainingCosts
 from sdtune.planning.memory import Switches
 from sdtune.planning.request import PlanRequest, count
+from sdtune.progress import phase, track
 from sdtune.suggest import suggestion
 
 _GROUPS = (
@@ -157,7 +158,7 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
     """Measure each method and print the results, as a table of methods if ``table``."""
     first = next(iter(jobs.values()))
     devices = hardware.process_count(first.config["hardware"])
-    costs = {name: count(plan_request(job)) for name, job in jobs.items()}
+    costs = {name: count(plan_request(job)) for name, job in track("Measuring", jobs.items(), len(jobs))}
     parts = first.accumulation * devices
     split = f" ({parts} micro-batches of {first.count})" if parts > 1 else ""
     print(
@@ -170,7 +171,8 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
         [cost] = costs.values()
         smaller = partial(_smaller, first, cost, devices)
         names = _memory_settings(first, cost)
-        lines = tables.one(cost, first.accumulation, devices, fits, configured_switches(first), names, smaller)
+        with phase("Trying settings"):
+            lines = tables.one(cost, first.accumulation, devices, fits, configured_switches(first), names, smaller)
     print("\n".join(lines))
 
 

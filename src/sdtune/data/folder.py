@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 from sdtune.data.listing import count_and_names, list_files
 from sdtune.errors import UserError
 from sdtune.images.files import SUFFIXES, image_size, open_with_alpha
+from sdtune.progress import track
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
 _CHECKING_THREADS = 4
@@ -111,7 +112,8 @@ def read_image_folder(
         captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
         captions |= _metadata_captions(files, images)
         captions |= _sidecar_captions(files, images)
-        sizes = {image: image_size(image, key) for image in images}
+        headers = track("Reading image headers", images, len(images))
+        sizes = {image: image_size(image, key) for image in headers}
     uncaptioned = [image for image in images if image not in captions]
     if prompt is not None:
         captions |= dict.fromkeys(uncaptioned, prompt)
@@ -166,7 +168,7 @@ def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list
     return lines
 
 
-def check_images(images: Iterable[CaptionedImage], key: str = "data.path") -> list[str]:
+def check_images(images: Sequence[CaptionedImage], key: str = "data.path") -> list[str]:
     """Decode every image once, so that damaged images are found before training.
 
     Args:
@@ -179,7 +181,8 @@ def check_images(images: Iterable[CaptionedImage], key: str = "data.path") -> li
         UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
     """
     with _errors_with_key(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        return [warning for warning in pool.map(partial(_check, key=key), images) if warning is not None]
+        checked = track("Checking images", pool.map(partial(_check, key=key), images), len(images))
+        return [warning for warning in checked if warning is not None]
 
 
 def _check(image: CaptionedImage, key: str) -> str | None:

@@ -15,6 +15,7 @@ from sdtune.errors import UserError
 from sdtune.evaluation.model_names import check_named_model
 from sdtune.formats.clip_pixels import pixel_statistics
 from sdtune.paths import pocket_clip, pocket_pipeline
+from sdtune.progress import track
 
 
 def check_clip(name: str) -> None:
@@ -55,7 +56,7 @@ class Clip:
         """Embeddings float32 [N, D] of uint8 [H, W, 3] images, resized and center-cropped to the CLIP's input size."""
         side = self.model.config.vision_config.image_size
         embeddings = []
-        for first in range(0, len(images), 64):
+        for first in track("Embedding images with CLIP", range(0, len(images), 64), -(-len(images) // 64)):
             batch = np.stack([_center_crop(p, side) for p in images[first : first + 64]])
             pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
             mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self._mean, self._std))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 from sdtune.evaluation.model_names import check_named_model
+from sdtune.progress import track
 
 
 def check_dino(name: str) -> None:
@@ -52,7 +53,7 @@ class Dino:
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Embeddings float32 [N, D] of uint8 [H, W, 3] images."""
         embeddings = []
-        for first in range(0, len(images), 64):
+        for first in track("Embedding images with DINO", range(0, len(images), 64), -(-len(images) // 64)):
             batch = [Image.fromarray(p) for p in images[first : first + 64]]
             inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
             embeddings.append(F.normalize(self.model(**inputs).last_hidden_state[:, 0].float(), dim=-1))

@@ -37,6 +37,7 @@ from sdtune.lightning_compat import attached_trainer
 from sdtune.loaders.lora import check_adapter
 from sdtune.lr_schedule import Constant, LRSchedule, apply_current_rates
 from sdtune.objective import Objective
+from sdtune.progress import phase
 from sdtune.torch_compat import set_supports_found_inf
 from sdtune.training import random_draws as draws
 from sdtune.training.adamw_by_size import AdamWBySize
@@ -231,7 +232,8 @@ class Adapter(pl.LightningModule, ABC):
         if not hasattr(self, "backbone"):
             if fitting and isinstance(self.executor, LocalExecutor):
                 self._generate_class_images()
-            self.backbone = self.source.load(self.seed, half_dtype if self.denoiser_is_read_only else None)
+            with phase(f"Loading {self.source.path}"):
+                self.backbone = self.source.load(self.seed, half_dtype if self.denoiser_is_read_only else None)
             # Lightning makes the run's device the default device; create new modules on the backbone's device instead.
             with self.backbone.device:
                 self._build()

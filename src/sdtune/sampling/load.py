@@ -7,13 +7,15 @@ import torch
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.quantization import quantize
+from sdtune.progress import phase
 
 
 def load_to_generate(
     source: Pretrained, device: torch.device, dtype: torch.dtype | None, *, vae_tiling: bool = False, seed: int = 0
 ) -> Backbone:
     """Load ``source`` on ``device`` to generate images, as :func:`place_to_generate` places it."""
-    backbone = source.load(seed, dtype)
+    with phase(f"Loading {source.path}"):
+        backbone = source.load(seed, dtype)
     if source.quantize is not None and backbone.pair_executor is None:
         if dtype is not None:  # text encoders are loaded in float32
             for encoder in backbone.encoders.values():

@@ -19,6 +19,7 @@ from sdtune.hardware.precision import generation_dtype, precision
 from sdtune.loaders import controlnet as controlnets
 from sdtune.loaders import lora as adapters
 from sdtune.paths import cache_folder
+from sdtune.progress import track
 from sdtune.sampling.load import load_to_generate, place_to_generate
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -139,4 +140,4 @@ def generate_images(backbone: Backbone, requests: Sequence[Request], sampling: S
     is_float32 = dtype == torch.float32
     enabled = precision("auto", device_type) == "bf16-mixed" if is_float32 else backbone.pair_executor is not None
     with torch.autocast(device_type, torch.bfloat16 if is_float32 else dtype, enabled=enabled):
-        return list(generate(backbone, requests, sampling))
+        return list(track("Images of the evaluation", generate(backbone, requests, sampling), len(requests)))

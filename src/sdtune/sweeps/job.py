@@ -19,6 +19,7 @@ from sdtune.files import locked, read_json, replacing, write_json, write_text
 from sdtune.hardware.allocator import release
 from sdtune.output_streams import protect_output
 from sdtune.paths import command_line_folder
+from sdtune.progress import duration
 from sdtune.runs.compare import check_unchanged
 from sdtune.runs.hydra_values import unresolved
 from sdtune.runs.layout import THREADS
@@ -124,13 +125,6 @@ class Job:
         assert isinstance(node, dict)
         settings = {str(key): value for key, value in node.items()}
         return process_count(settings) > 1 or str(settings.get("strategy", "")).startswith("ddp")
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` rounded for a person, such as ``40 s``, ``6 min`` or ``2.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _failure(error: Exception, folder: Path) -> dict[str, str]:
