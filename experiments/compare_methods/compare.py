@@ -52,8 +52,8 @@ def gathered(sweep: Path) -> dict[str, list[Run]]:
 
 def images(runs: Mapping[str, Sequence[Run]], folder: Path) -> None:
     """Write ``subject.png`` (samples of the base and of each method for one seed) and ``controlnet.png``."""
-    first = {method: [p for p in runs[method][0].images if p.when == "after"] for method in SUBJECT_METHODS}
-    before = [p for p in runs["lora"][0].images if p.when == "before"]
+    first = {method: runs[method][0].last_images() for method in SUBJECT_METHODS}
+    before = runs["lora"][0].first_images()
     prompts = [p.prompt for p in first["lora"]]
     rows = [[np.asarray(Image.open(p.file).convert("RGB")) for p in row] for row in (before, *first.values())]
     save_png(grid(rows, ["before", *SUBJECT_METHODS], prompts), folder / "subject.png")

@@ -42,7 +42,7 @@ def test_grids_and_snapshots_do_not_change_the_training(tiny: Path, images: Path
     names = [f"step{step:08d}.png" for step in (0, 2, 4, 5)]
     snapshots = [f"otter-step{step:08d}" for step in (2, 4)]
     assert sorted(p.name for p in (with_samples / "samples").iterdir()) == sorted(
-        [*names, "before", "after", "before_after.png", *(f"{s}.png" for s in snapshots)]
+        [*names, *(name[:-4] for name in names), "before_after.png", *(f"{s}.png" for s in snapshots)]
     )
     assert not (plain / "samples").exists()
     before, after, before_after = (
@@ -88,11 +88,11 @@ def test_stopped_run_generates_no_samples_on_its_way_out(tiny: Path, images: Pat
     overrides += ["callbacks.samples.every_steps=null"]
     command = [a for a in arguments(tiny, images, run, *overrides) if a != "callbacks.samples=null"]
     assert train(*command, "+callbacks.stop={_target_: running.StopAt, step: 2}") == 128 + signal.SIGTERM
-    names = ["before", "step00000000.png"]
+    names = ["step00000000", "step00000000.png"]
     assert sorted(p.name for p in (run / "samples").iterdir()) == names
     assert train(f"resume={run}") == 0
     assert sorted(p.name for p in (run / "samples").iterdir()) == sorted(
-        [*names, "after", "before_after.png", "step00000003.png"]
+        [*names, "before_after.png", "step00000003", "step00000003.png"]
     )
 
 
@@ -118,7 +118,8 @@ def test_stop_interrupts_the_samples_that_are_being_generated(
     ]
     command = [a for a in arguments(tiny, images, run, *overrides) if a != "callbacks.samples=null"]
     assert train(*command) == 128 + signal.SIGTERM
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["before", "step00000000.png", "step00000001.png"]
+    names = [f"step{step:08d}{suffix}" for step in (0, 1) for suffix in ("", ".png")]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == names
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step00000002.ckpt"]
 
 
@@ -133,4 +134,4 @@ def test_default_previews_are_before_after_and_two_on_the_way(
     assert train(*command) == 0
     grids = sorted((tmp_path / "run" / "samples").glob("step*.png"))
     assert [int(path.stem.removeprefix("step")) for path in grids] == expected
-    assert len(list((tmp_path / "run" / "samples" / "before").iterdir())) == 4
+    assert len(list((tmp_path / "run" / "samples" / "step00000000").iterdir())) == 4

@@ -175,9 +175,9 @@ def test_run_killed_at_its_last_step_is_resumed_to_all_outputs(tiny: Path, image
     run_arguments += ["callbacks.samples.sampling.steps=1", "callbacks.samples.seeds=[0]"]
     assert train(*run_arguments) == 0
     before = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    previews = {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")}
+    previews = {file: file.read_bytes() for file in (run / "samples").rglob("*.png")}
     # As if the run was killed immediately after the checkpoint of the last step.
-    shutil.rmtree(run / "samples" / "after")
+    shutil.rmtree(run / "samples" / "step00000003")
     shutil.rmtree(run / "artifact")
     half_written = run / "artifact" / f"mine.{16 * 'ab'}.partial"
     (half_written / "unet").mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_run_killed_at_its_last_step_is_resumed_to_all_outputs(tiny: Path, image
     (run / "metrics.json").unlink()
     assert train(f"resume={run}") == 0
     assert not half_written.exists()
-    assert {file.name: file.read_bytes() for file in (run / "samples").rglob("*.png")} == previews
+    assert {file: file.read_bytes() for file in (run / "samples").rglob("*.png")} == previews
     after = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     costs = ("median_step_seconds", "images_per_second", "peak_memory_bytes", "trainable_parameters")
     assert {key: after[key] for key in costs} == {key: before[key] for key in costs}

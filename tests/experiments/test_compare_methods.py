@@ -68,7 +68,7 @@ def write_run(folder: Path, method: str, seed: int) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "readings.json").write_text(json.dumps(readings(method)), encoding="utf-8")
-    for when in ("before", "after"):
+    for when in ("step00000000", "step00000100"):
         for i in range(2):
             image = np.full((8, 8, 3), 100 * i, np.uint8)
             save_png(image, folder / "samples" / when / f"{i}.png", {"prompt": f"a thing {i}", "seed": "0"})

@@ -206,7 +206,7 @@ def test_incomplete_files_are_skipped(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep / "0", tmp_path / "0")
     with (tmp_path / "0" / "metrics.csv").open("a") as handle:
         handle.write("4,1.2e-")
-    broken = next((tmp_path / "0" / "samples" / "after").glob("*.png"))
+    broken = next((tmp_path / "0" / "samples" / "step00000003").glob("*.png"))
     broken.write_bytes(broken.read_bytes()[:50])
     [run], [intact_run] = collect(tmp_path), collect(sweep / "0")
     assert run.history == intact_run.history

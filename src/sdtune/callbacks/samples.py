@@ -32,7 +32,7 @@ class _StopRequested(Exception):
 
 
 class Samples(Callback):
-    """Generate ``samples/step<N>.png`` and, at the end, ``samples/before_after.png``.
+    """Generate the grids ``samples/step<N>.png`` with their images in ``step<N>/``, and ``samples/before_after.png``.
 
     If the data has control maps, each prompt uses the map of a held-out image (of a training image if none is held
     out), and the first row of the grid shows the maps.
@@ -88,11 +88,12 @@ class Samples(Callback):
         return grid([*maps, *rows], [*("control" for _ in maps), *labels], [preview.prompt for preview in self.wanted])
 
     def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
-        """Generate a grid, write it to ``path`` and log it."""
+        """Generate a grid, write it to ``path`` and its images to ``step<N>/``, and log the grid."""
         with self.record.paused():
             rows = self.draw(trainer, module)
             sheet = self.sheet(rows, [f"seed {seed}" for seed in self.seeds])
             save_png(sheet, path, {"step": str(trainer.global_step)})
+            self._write_images(rows, f"step{trainer.global_step:08d}")
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image("samples", [np.asarray(sheet)], step=trainer.global_step)
@@ -111,7 +112,6 @@ class Samples(Callback):
         if trainer.is_global_zero and trainer.global_step == 0:
             with suppress(_StopRequested):
                 self.first = self.save(trainer, pl_module, self.folder / "step00000000.png")
-                self._write_images(self.first, "before")
 
     def _set_prompts(self, trainer: pl.Trainer, module: Adapter) -> None:
         size = self.sampling.size(module.backbone.facts.side)
@@ -150,7 +150,6 @@ class Samples(Callback):
     def _finish(self, trainer: pl.Trainer, module: Adapter) -> None:
         last = self.save(trainer, module, self.folder / f"step{trainer.global_step:08d}.png")
         self._finished = True
-        self._write_images(last, "after")
         if self.first is not None:
             rows = [row for pair in zip(self.first, last, strict=True) for row in pair]
             labels = [f"{state}, seed {seed}" for seed in self.seeds for state in ("before", "after")]

@@ -29,6 +29,7 @@ from sdtune.callbacks.order import by_priority
 from sdtune.callbacks.pinned_allocation import PinnedAllocation
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.callbacks.samples import Samples
+from sdtune.callbacks.training_images import TrainingImages
 from sdtune.commands.describe import closing_lines, metrics_table
 from sdtune.config.build import build
 from sdtune.config.settings import Settings
@@ -43,7 +44,7 @@ from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.loggers import LoggerSettings
 from sdtune.methods.base import Adapter
 from sdtune.quoting import shell_override
-from sdtune.runs.layout import CARD
+from sdtune.runs.layout import CARD, TRAINING_IMAGES
 from sdtune.runs.metrics import finite
 from sdtune.runs.names import label_and_sweep
 from sdtune.sampling.run_models import RunModels
@@ -142,6 +143,7 @@ class TrainRun:
         callbacks: list[pl.Callback] = [
             ConfigAgreement(self.config),
             DataSummary(int(self.trainer["max_steps"])),
+            TrainingImages(self.folder / TRAINING_IMAGES),
             *(self.record, cost, CrowdedCores(self.folder), ProgressBar(), PinnedAllocation()),
             CudaBackends(self.trainer.get("benchmark")),
             *(*self.callbacks, self.checkpoints),

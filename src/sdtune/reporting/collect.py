@@ -21,12 +21,12 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class SampleImage:
-    """Sample image of a run; ``when`` is ``before`` or ``after`` (the training)."""
+    """Sample image of a run after ``step`` optimizer steps; 0: before the training."""
 
     file: Path
     prompt: str
     seed: str
-    when: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class Run:
     history: tuple[Mapping[str, float], ...]
     images: tuple[SampleImage, ...]
     sheets: Mapping[str, Path]
+
+    def first_images(self) -> list[SampleImage]:
+        """Samples of the base model, before the training."""
+        return [image for image in self.images if image.step == 0]
+
+    def last_images(self) -> list[SampleImage]:
+        """Samples after the training, or of the last step so far."""
+        last = max((image.step for image in self.images), default=0)
+        return [image for image in self.images if image.step == last > 0]
 
 
 def collect(folder: Path) -> list[Run]:
@@ -118,13 +127,15 @@ def _rows(file: Path) -> list[dict[str, float]]:
 
 def _images(folder: Path) -> list[SampleImage]:
     images = []
-    for when in ("before", "after"):
-        for file in sorted((folder / "samples" / when).glob("*.png")):
-            try:
-                with Image.open(file) as image:
-                    image.load()
-                    metadata = image.info
-            except OSError:
-                continue  # skip an incomplete file; report the other images
-            images.append(SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), when))
+    for file in sorted((folder / "samples").glob("step*/*.png")):
+        step = file.parent.name.removeprefix("step")
+        if not step.isdigit():
+            continue
+        try:
+            with Image.open(file) as image:
+                image.load()
+                metadata = image.info
+        except OSError:
+            continue  # skip an incomplete file; report the other images
+        images.append(SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), int(step)))
     return images

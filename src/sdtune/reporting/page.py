@@ -201,12 +201,15 @@ def _prompts(order: Sequence[Setting]) -> list[dict[str, Any]]:
     for prompt, seed in keys:
         shown: list[tuple[str, str]] = []
         for run in runs:
-            files = {p.when: p.file for p in run.images if (p.prompt, p.seed) == (prompt, seed)}
-            if not shown and "before" in files:
-                shown.append(("before", _image(files["before"], _SIDE)))
-            if "after" in files:
+            before, after = (
+                [p.file for p in images if (p.prompt, p.seed) == (prompt, seed)]
+                for images in (run.first_images(), run.last_images())
+            )
+            if not shown and before:
+                shown.append(("before", _image(before[0], _SIDE)))
+            if after:
                 run_seed = f", seed {run.config.get('seed')}" if len(runs) > len(order) else ""
-                shown.append((labels[run.folder] + run_seed, _image(files["after"], _SIDE)))
+                shown.append((labels[run.folder] + run_seed, _image(after[0], _SIDE)))
         blocks.append({"prompt": prompt, "seed": seed, "shown": shown})
     return blocks
 

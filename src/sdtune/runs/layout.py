@@ -13,3 +13,6 @@ THREADS = "threads.json"
 
 READINGS = "readings.json"
 """In an evaluation folder: the classifier readings of each image."""
+
+TRAINING_IMAGES = "training_images"
+"""In a run folder: small copies of the first training images, and ``images.json`` with their captions."""

@@ -1,0 +1,46 @@
+"""Small copies of the first training images with their captions, for the report of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytorch_lightning as pl
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+
+from sdtune.data import ImageDataModule
+from sdtune.files import write_json
+from sdtune.images.files import CENTER
+
+_MOST_IMAGES = 12
+_SIDE = 256
+"""Longer side of a copy, in pixels."""
+
+
+class TrainingImages(Callback):
+    """Write copies of the first images as the model sees them, without random crop and flip, and ``images.json``.
+
+    Args:
+        folder: folder of the copies.
+    """
+
+    priority: ClassVar[int] = -40
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shown = []
+        for number, sample in enumerate(data.train[:_MOST_IMAGES]):
+            image = Image.fromarray(sample.pixels(data.bucket(sample), CENTER, False))
+            image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+            name = f"{number:03d}.webp"
+            image.save(self.folder / name, quality=88)
+            shown.append({"file": name, "caption": sample.caption, "repeats": sample.repeats})
+        counts = {"images": len(data.train), "validation_images": len(data.held_out)}
+        write_json(self.folder / "images.json", {**counts, "class_images": len(data.class_samples), "shown": shown})
