@@ -243,6 +243,19 @@ _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, A
 """PyYAML raises exceptions of Python for values that it cannot convert, such as ``!!bool x``."""
 
 
+class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as ``OmegaConf.load`` reads it, but ten times as fast: ``1e-4`` is a number, and dates are text."""
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_yaml(file: Path, key: str | None = None) -> Any:
     """OmegaConf's config in ``file``, such as a config or the overrides that Hydra has saved.
 
@@ -250,7 +263,7 @@ def read_yaml(file: Path, key: str | None = None) -> Any:
         UserError: the file cannot be read, or is not YAML.
     """
     try:
-        return OmegaConf.load(file)
+        return OmegaConf.create(yaml.load(file.read_text(encoding="utf-8"), _YamlLoader) or {})
     except (OSError, *_YAML_ERRORS) as error:
         lines = str(error).split("\n")
         raise UserError(f"{file} cannot be read ({lines[0]})", key=key, remedy=_REMEDY) from error

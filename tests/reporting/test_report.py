@@ -17,7 +17,7 @@ import pytest
 from running import arguments, train
 from sdtune.reporting import Run, charts, collect, write_report
 from sdtune.reporting.charts import pareto_front
-from sdtune.reporting.page import ranking_table, standalone_overrides
+from sdtune.reporting.images import ImageStore, Source
 from sdtune.reporting.ranking import (
     MetricStatistics,
     Setting,
@@ -28,6 +28,7 @@ from sdtune.reporting.ranking import (
     rankings,
     varied,
 )
+from sdtune.reporting.tables import ranking_table, standalone_overrides
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -80,7 +81,7 @@ def test_runs_that_differ_only_in_seed_are_one_setting(sweep: Path) -> None:
 
 
 def make_run(folder: str, overrides: tuple[str, ...], config: dict[str, Any], metrics: dict[str, float]) -> Run:
-    return Run(Path(folder), overrides, None, "done", None, config, metrics, {}, (), (), {})
+    return Run(Path(folder), overrides, None, "done", None, config, metrics, {}, {}, (), {})
 
 
 def test_recipes_are_labeled_by_name_and_each_task_is_ranked_by_its_metric() -> None:
@@ -125,8 +126,9 @@ def test_grid_sweep_has_a_heat_map_and_random_search_a_scatter_plot() -> None:
     search = group_by_setting(runs([(rates[0], 4), (rates[1], 8), (rates[2], 16), (rates[3], 32)]))
     assert charts.heat_map(grid, ["subject_gain"], "subject_gain") is not None
     assert charts.heat_map(search, ["subject_gain"], "subject_gain") is None
-    figure = charts.scatter_plot(search, "subject_gain")
-    assert figure is not None
+    chart = charts.scatter_plot(search, "subject_gain")
+    assert chart is not None
+    figure = chart.figure
     [points] = figure.data
     assert (list(points.x), list(points.y)) == (list(rates), [4, 8, 16, 32])
     assert list(points.marker.color) == [0, 1, 2, 3]
@@ -134,27 +136,30 @@ def test_grid_sweep_has_a_heat_map_and_random_search_a_scatter_plot() -> None:
 
 
 class Scripts(HTMLParser):
-    """Collects script elements, visible text and the sources of images, links and frames."""
+    """Collects script elements, the data of the page, visible text and keys of images; nothing may be fetched."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scripts: list[dict[str, Any]] = []
-        self.images: list[str] = []
-        self.text = ""
-        self._in = False
+        self.keys: list[str] = []
+        self.text = self.data = ""
+        self._in = self._in_data = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in = tag in ("script", "style")
+        self._in_data = dict(attrs).get("id") == "data"
         if tag == "script":
             self.scripts.append(dict(attrs))
-        if tag in ("img", "link", "iframe"):
-            self.images.append(str(dict(attrs).get("src") or dict(attrs).get("href")))
+        assert not {"src", "href"} & {name for name, value in attrs if value and not value.startswith("#")}
+        if "data-image" in dict(attrs):
+            self.keys.append(str(dict(attrs)["data-image"]))
 
     def handle_endtag(self, tag: str) -> None:
         self._in = False if tag in ("script", "style") else self._in
 
     def handle_data(self, data: str) -> None:
         self.text += "" if self._in else data
+        self.data += data if self._in_data else ""
 
 
 def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> None:
@@ -171,12 +176,14 @@ def test_page_is_self_contained_and_runs_only_its_own_scripts(sweep: Path) -> No
     nonces = {script.get("nonce") for script in page.scripts}
     assert len(nonces) == 1
     assert None not in nonces
-    assert len(page.scripts) == 1 + 4, "Plotly, and one script per chart"
-    assert all(source.startswith("data:image/webp;base64,") for source in page.images)
-    # For each held-out prompt: a sample of the base model, and one each of four complete runs.
-    assert len(page.images) >= 5
+    assert len(page.scripts) == 3, "the data, Plotly, and the script of the page"
+    data = json.loads(page.data)
+    assert all(url.startswith("data:image/webp;base64,") for url in data["images"].values())
+    # For each held-out prompt, samples of the base model and of the complete runs; equal images are embedded once.
+    assert set(page.keys) <= set(data["images"])
+    assert {len(cell) for block in data["samples"] for cell in block["cells"]} == {2}
     assert HOSTILE in page.text, "the caption is shown as text"
-    for text in ("Ranking", "method.rank 1, optimizer.lr 0.01", "2 seeds", "Failed runs", "not finite"):
+    for text in ("Ranking", "2 seeds", "Failed runs", "not finite"):
         assert text in page.text, text
     assert "sdtune train method=lora" in page.text
     assert "method.rank=2" in page.text
@@ -207,10 +214,14 @@ def test_incomplete_files_are_skipped(sweep: Path, tmp_path: Path) -> None:
     with (tmp_path / "0" / "metrics.csv").open("a") as handle:
         handle.write("4,1.2e-")
     broken = next((tmp_path / "0" / "samples" / "step00000003").glob("*.png"))
-    broken.write_bytes(broken.read_bytes()[:50])
+    broken.write_bytes(broken.read_bytes()[:-100])
     [run], [intact_run] = collect(tmp_path), collect(sweep / "0")
-    assert run.history == intact_run.history
-    assert len(run.images) == len(intact_run.images) - 1
+    assert run.curves == intact_run.curves
+    store = ImageStore()
+    write_report([run], tmp_path, "one", store)
+    assert [image.file for image in run.images if store.key(Source(image.file)) is None] == [broken]
+    broken.write_bytes(broken.read_bytes()[:50])
+    assert len(collect(tmp_path)[0].images) == len(intact_run.images) - 1
 
 
 def test_command_of_a_trial_runs_without_its_study() -> None:

@@ -11,8 +11,8 @@ from sdtune.data.control.base import Computed
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
 from sdtune.formats.embeddings import is_snapshot
-from sdtune.quoting import in_quotes, shell_override, shell_word
 from sdtune.runs.metrics import OF_TRAINING, unit
+from sdtune.runs.sample_command import sample_command
 
 
 def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataModule) -> list[str]:
@@ -28,10 +28,10 @@ def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataMo
     if before_after.exists():
         lines.append(f"before and after: {before_after}")
     prompt = next(filter(None, data.all_prompts()), "PROMPT")
-    command = f"sdtune sample {shell_word(f'prompt={in_quotes(prompt)}')} {shell_override('run', folder)}"
+    more = []
     lora, model_folder = folder / "artifact" / f"{name}.safetensors", folder / "artifact" / name
     if commit is not None and not (model_folder / "model_index.json").is_file():
-        command += f" backbone.revision={commit}"
+        more.append(f"backbone.revision={commit}")
     embeddings = sorted((folder / "artifact" / EMBEDDINGS).glob("*.safetensors"))
     embeddings = [file for file in embeddings if not is_snapshot(file.stem)]
     lines += [f"embedding for ComfyUI and A1111: {file}" for file in embeddings]
@@ -41,11 +41,12 @@ def closing_lines(folder: Path, name: str, commit: str | None, data: ImageDataMo
     elif (model_folder / "config.json").is_file():
         lines.append(f"ControlNet for diffusers: {model_folder}")
         computed = f", preprocess: {data.control.name}" if isinstance(data.control, Computed) else ""
-        command += f" {shell_word(f'control=[{{image: FILE{computed}}}]')}"
+        more.append(f"control=[{{image: FILE{computed}}}]")
     elif model_folder.is_dir():
         lines.append(f"pipeline folder for diffusers: {model_folder}")
-    strengths = " strengths=0.5,0.75,1" if lora.exists() else ""
-    return [*lines, f"sample with it: {command}{strengths}"]
+    if lora.exists():
+        more.append("strengths=0.5,0.75,1")
+    return [*lines, f"sample with it: {sample_command(folder, prompt, *more)}"]
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> list[str]:

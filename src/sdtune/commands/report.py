@@ -2,36 +2,102 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdtune.errors import UserError
 
-_HELP = """usage: sdtune report FOLDER
+if TYPE_CHECKING:
+    from sdtune.reporting.serve import ReportServer
+
+_HELP = """usage: sdtune report FOLDER [--follow] [--serve]
 
 Writes FOLDER/report.html, a self-contained page about a run, a sweep, or any folder that contains runs.
+Above 15 MB, the page is FOLDER/report/index.html, with its images beside it.
+
+  --follow    write the page again and again until all runs are finished; the page reloads itself
+  --serve     serve the page on this machine (http://127.0.0.1:PORT/) until Ctrl-C
 """
+
+_OPTIONS = ("--follow", "--serve")
 
 
 def main(arguments: list[str]) -> None:
     """Write the report of a folder, or print the help.
 
     Args:
-        arguments: the folder, or ``--help``.
+        arguments: the folder and options, or ``--help``.
     """
-    if arguments in (["-h"], ["--help"]):
+    if "-h" in arguments or "--help" in arguments:
         print(_HELP, end="")
         return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
+    folders = [text for text in arguments if not text.startswith("-")]
+    unknown = [text for text in arguments if text.startswith("-") and text not in _OPTIONS]
+    if len(folders) != 1 or unknown:
         raise UserError(
             f"expected one folder, got {' '.join(arguments) or 'nothing'}",
             key="report",
-            remedy="use sdtune report outputs/sweeps/<time>",
+            remedy="use sdtune report outputs/sweeps/<time>; --follow and --serve are its options",
         )
+    folder = Path(folders[0]).expanduser()
+    if "--follow" in arguments:
+        _follow(folder, serve="--serve" in arguments)
+        return
     from sdtune.reporting import collect, ranking_lines, write_report
 
-    folder = Path(arguments[0]).expanduser()
     runs = collect(folder)
-    file = write_report(runs, folder, folder.resolve().name)
+    file = write_report(runs, folder, _title(folder))
     for line in ranking_lines(runs):
         print(line)
     print(f"report: {file}")
+    if "--serve" in arguments:
+        _serve(file)
+
+
+def _title(folder: Path) -> str:
+    """The last two parts of the path: the name of a run is often only its time or number."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _serve(file: Path) -> None:
+    from sdtune.reporting.serve import ReportServer
+
+    server = ReportServer(file)
+    with server.running(), suppress(KeyboardInterrupt):
+        print(f"serving {server.url} (Ctrl-C ends)", flush=True)
+        threading.Event().wait()
+
+
+def _follow(folder: Path, serve: bool) -> None:
+    """Write pages until all runs are finished; with ``serve``, serve them until Ctrl-C."""
+    from sdtune.reporting.follow import Follower, follow
+    from sdtune.reporting.serve import ReportServer
+
+    follower, stop = Follower(folder, _title(folder)), threading.Event()
+    if follower.write() is None:
+        print(f"waiting for the first run in {folder}", flush=True)
+    server: ReportServer | None = None
+    with ExitStack() as running:
+
+        def written(file: Path) -> None:
+            nonlocal server
+            if server is not None:
+                server.file = file
+            elif serve:
+                server = ReportServer(file)
+                running.enter_context(server.running())
+                print(f"report: {file}\nserving {server.url}", flush=True)
+            elif not printed:
+                print(f"report: {file}", flush=True)
+            printed.append(file)
+
+        printed: list[Path] = []
+        try:
+            follow(follower, stop, written)
+            print("all runs are finished", flush=True)
+            if server is not None:
+                stop.wait()
+        except KeyboardInterrupt:
+            follower.write(last=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,14 +14,18 @@ import plotly.graph_objects as go
 from sdtune.reporting.ranking import Setting
 from sdtune.runs.metrics import LOWER_IS_BETTER
 
-COLORS = ("#1f5fa8", "#d9622b", "#2b8a57", "#8a4fb0", "#b8860b", "#c2385a", "#3a8fa3", "#6b6b6b")
+COLORS = ("#1f77d0", "#d9622b", "#2b9a5f", "#9a5fc0", "#b8860b", "#d0486a", "#3a9fb3", "#8b8b8b")
+"""Colors of settings, distinguishable on a white and on a dark page."""
+_MOST_CURVES = 60
+"""Number of runs whose curves a page shows."""
+_MOST_POINTS = 100_000
+"""Number of points of all curves of a page."""
 _LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "system-ui, sans-serif", "size": 13},
     "margin": {"l": 70, "r": 20, "t": 50, "b": 60},
     "height": 420,
 }
-_MENU = {"x": 0, "xanchor": "left", "y": 1.18}
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.3, 0.08
 """Width and height of a point's label, as fractions of the chart."""
 
@@ -30,7 +37,23 @@ COSTS = {
 }
 
 
-def heat_map(settings: Sequence[Setting], metrics: Sequence[str], first: str) -> go.Figure | None:
+@dataclass(frozen=True)
+class Chart:
+    """Plotly figure with title and note.
+
+    Attributes:
+        summary: what the chart shows, for screen readers.
+        choices: label of each variant and the arguments of ``Plotly.update`` that show it; the first is shown at first.
+    """
+
+    title: str
+    note: str
+    summary: str
+    figure: go.Figure
+    choices: tuple[tuple[str, list[Any]], ...] = ()
+
+
+def heat_map(settings: Sequence[Setting], metrics: Sequence[str], first: str) -> Chart | None:
     """Heat map of each of ``metrics`` over the two most varied config keys, starting with the metric ``first``.
 
     None if fewer than two keys vary or more than half of the cells are empty.
@@ -57,13 +80,11 @@ def heat_map(settings: Sequence[Setting], metrics: Sequence[str], first: str) ->
         )
         for metric in ordered
     ]
-    buttons = [
-        {"label": metric, "method": "update", "args": [{"visible": [m == metric for m in ordered]}]}
-        for metric in ordered
-    ]
-    figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": across, "type": "category"}})
-    figure.update_layout(yaxis={"title": down, "type": "category"}, updatemenus=[{"buttons": buttons, **_MENU}])
-    return figure
+    choices = tuple((metric, [{"visible": [m == metric for m in ordered]}, {}]) for metric in ordered)
+    figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": {"text": across}, "type": "category"}})
+    figure.update_layout(yaxis={"title": {"text": down}, "type": "category"})
+    note = "Darker is better. A cell with several settings shows the best one."
+    return Chart("Heat map", note, f"Heat map of {first} over {across} and {down}", figure, choices)
 
 
 def _best_mean(settings: Sequence[Setting], metric: str, values: Mapping[str, Any]) -> float | None:
@@ -75,7 +96,7 @@ def _best_mean(settings: Sequence[Setting], metric: str, values: Mapping[str, An
     return min(means) if metric in LOWER_IS_BETTER else max(means)
 
 
-def scatter_plot(settings: Sequence[Setting], metric: str) -> go.Figure | None:
+def scatter_plot(settings: Sequence[Setting], metric: str) -> Chart | None:
     """Scatter plot over the two most varied config keys, colored by ``metric``; None for fewer than two keys or points.
 
     Plotly's parallel coordinates would show more keys, but they need WebGL and code generated at run time, which the
@@ -107,7 +128,8 @@ def scatter_plot(settings: Sequence[Setting], metric: str) -> go.Figure | None:
     for axis, key, values in zip((figure.layout.xaxis, figure.layout.yaxis), keys, columns, strict=True):
         axis.title.text, axis.type, axis.exponentformat = key, _scale(values), "e"
         axis.categoryorder, axis.categoryarray = "array", sorted(set(values), key=_sortable)
-    return figure
+    summary = f"Scatter plot of {metric} over {keys[0]} and {keys[1]}"
+    return Chart("Metric over the varied settings", "One point for each setting. Darker is better.", summary, figure)
 
 
 def _scale(values: Sequence[Any]) -> str:
@@ -133,60 +155,77 @@ def _plain(settings: Sequence[Setting], key: str) -> bool:
     return all(isinstance(s.own[key], int | float | str) for s in settings)
 
 
-def curves(settings: Sequence[Setting], column: str, smooth: float) -> go.Figure | None:
-    """Line chart of ``column`` over steps: smoothed exponentially, one line per run, one color per setting."""
-    figure = go.Figure(layout={**_LAYOUT, "xaxis": {"title": "step"}, "yaxis": {"title": column}})
-    for number, setting in enumerate(settings):
-        for index, run in enumerate(setting.runs):
-            points = [(row["step"], row[column]) for row in run.history if column in row]
-            if not points:
-                continue
-            figure.add_scatter(
-                x=[step for step, _ in points],
-                y=_smoothed([value for _, value in points], smooth),
-                mode="lines" if len(points) > 1 else "markers",
-                name=setting.label,
-                legendgroup=str(number),
-                showlegend=index == 0,
-                line={"color": COLORS[number % len(COLORS)], "dash": _dash(number)},
-            )
-    return figure if figure.data else None
+def curves(
+    order: Sequence[Setting], numbers: Mapping[Path, int]
+) -> dict[str, list[tuple[int, list[int], list[float | None]]]]:
+    """Columns of ``metrics.csv``: run, steps and values of each curve, thinned; the runs of the best settings.
+
+    Args:
+        order: settings, best first.
+        numbers: number of each run in the page, by its folder.
+    """
+    runs = [run for setting in order for run in setting.runs][:_MOST_CURVES]
+    names = list(dict.fromkeys(name for run in runs for name, (steps, _) in run.curves.items() if steps))
+    names.sort(key=lambda name: name not in ("loss", "validation_loss"))
+    most = max(_MOST_POINTS // max(len(runs) * len(names), 1), 50)
+    return {
+        name: [
+            (numbers[run.folder], *thinned(*run.curves[name], most))
+            for run in runs
+            if name in run.curves and run.curves[name][0]
+        ]
+        for name in names
+    }
 
 
-def _dash(number: int) -> str:
-    return ("solid", "dash", "dot")[number // len(COLORS) % 3]
+def thinned(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float | None]]:
+    """At most ``most`` points: the mean of each part of the curve, at its last step; five significant digits.
+
+    NaN and infinity, which JSON lacks, become None.
+    """
+    size = max(-(-len(steps) // most), 1)
+    parts = [slice(first, first + size) for first in range(0, len(steps), size)]
+    means = [fmean(values[part]) for part in parts]
+    shown = [float(f"{value:.5g}") if math.isfinite(value) else None for value in means]
+    return [steps[part][-1] for part in parts], shown
 
 
-def _smoothed(values: Sequence[float], weight: float) -> list[float]:
-    out: list[float] = []
-    total = total_weight = 0.0
-    for value in values:
-        total, total_weight = weight * total + (1 - weight) * value, weight * total_weight + (1 - weight)
-        out.append(total / total_weight)
-    return out
-
-
-def cost_and_effect(settings: Sequence[Setting], metric: str) -> go.Figure | None:
-    """Scatter plot of ``metric`` against each of :data:`COSTS`, with the Pareto front."""
+def cost_and_effect(settings: Sequence[Setting], metric: str) -> Chart | None:
+    """Scatter plots of ``metric`` against the :data:`COSTS` that differ by more than their noise, with Pareto front."""
     points = {cost: _points(settings, cost, metric) for cost in COSTS}
-    shown = [cost for cost in COSTS if points[cost]]
+    shown = [cost for cost in COSTS if points[cost] and _differs([setting for setting, *_ in points[cost]], cost)]
     if not shown:
         return None
     traces = [trace for cost in shown for trace in _scatter_and_front(points[cost], metric, cost == shown[0])]
-    buttons = [
-        {
-            "label": COSTS[cost],
-            "method": "update",
-            "args": [
-                {"visible": [i // 2 == number for i in range(len(traces))]},
-                {"xaxis.title.text": COSTS[cost]},
-            ],
-        }
+    choices = tuple(
+        (
+            COSTS[cost],
+            [{"visible": [i // 2 == number for i in range(len(traces))]}, {"xaxis.title.text": COSTS[cost]}],
+        )
         for number, cost in enumerate(shown)
-    ]
+    )
     figure = go.Figure(traces, {**_LAYOUT, "xaxis": {"title": {"text": COSTS[shown[0]]}, "type": "log"}})
-    figure.update_layout(yaxis={"title": metric}, updatemenus=[{"buttons": buttons, **_MENU}])
-    return figure
+    figure.update_layout(yaxis={"title": {"text": metric}})
+    note = "Dotted line: Pareto front, the settings that no other beats in both. Costs within their noise are left out."
+    return Chart("Metric against cost", note, f"Scatter plot of {metric} against {COSTS[shown[0]]}", figure, choices)
+
+
+def _differs(settings: Sequence[Setting], cost: str) -> bool:
+    """Whether the largest and the smallest cost differ by more than their spreads over seeds, and by 2% at least."""
+    values = [(setting, _cost(setting, cost)) for setting in settings]
+    known = sorted(((value, setting) for setting, value in values if value is not None), key=lambda pair: pair[0])
+    if len(known) < 2:
+        return False
+    (low, first), (high, last) = known[0], known[-1]
+    return high - low > max(0.02 * low, 2 * (_cost_spread(first, cost) + _cost_spread(last, cost)))
+
+
+def _cost_spread(setting: Setting, cost: str) -> float:
+    if cost != "seconds":
+        value = setting.metric(cost)
+        return 0.0 if value is None or value.spread is None else value.spread
+    step, steps = setting.metric("median_step_seconds"), setting.metric("steps")
+    return 0.0 if step is None or steps is None or step.spread is None else step.spread * steps.mean
 
 
 Point = tuple[Setting, float, float]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from PIL import Image
 
 from sdtune.errors import UserError
 from sdtune.files import read_json
+from sdtune.progress import track
 from sdtune.runs.compare import flat, last_start, saved_config_dir
 from sdtune.runs.hydra_values import resolved_config, saved_overrides
-from sdtune.runs.metrics import read_metrics
+from sdtune.runs.layout import TRAINING_IMAGES
+from sdtune.runs.metrics import Curve, read_curves
 
 _DEPTH = 3
 """Maximum depth of run folders below the folder of a report."""
@@ -30,6 +32,14 @@ class SampleImage:
 
 
 @dataclass(frozen=True)
+class TrainingImages:
+    """Training images of a run: their numbers by kind, and files and captions of the first ones."""
+
+    counts: Mapping[str, int]
+    shown: tuple[tuple[Path, str], ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """Content of a run folder.
 
@@ -41,9 +51,12 @@ class Run:
         config: the composed config, flat: dotted key -> value.
         metrics: numbers of ``metrics.json``; empty if the run is not complete.
         reasons: metric -> why it is null.
-        history: rows of ``metrics.csv``.
-        images: single samples.
+        curves: columns of ``metrics.csv``.
+        images: single samples, in the order of their steps.
         sheets: image grids of the evaluation, by name.
+        training: the training images.
+        started: time of the start, in seconds since 1970; None if unknown.
+        finished: time of the last change of the metrics, likewise.
     """
 
     folder: Path
@@ -54,9 +67,12 @@ class Run:
     config: Mapping[str, Any]
     metrics: Mapping[str, float]
     reasons: Mapping[str, str]
-    history: tuple[Mapping[str, float], ...]
+    curves: Mapping[str, Curve]
     images: tuple[SampleImage, ...]
     sheets: Mapping[str, Path]
+    training: TrainingImages = field(default_factory=lambda: TrainingImages({}, ()))
+    started: float | None = None
+    finished: float | None = None
 
     def first_images(self) -> list[SampleImage]:
         """Samples of the base model, before the training."""
@@ -74,23 +90,34 @@ def collect(folder: Path) -> list[Run]:
     Raises:
         UserError: ``folder`` does not exist or has no training run.
     """
+    folders = run_folders(folder)
+    return [read_run(path) for path in track("Reading runs", folders, len(folders))]
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """``folder`` if it is a run, else the runs below it.
+
+    Raises:
+        UserError: ``folder`` does not exist or has no training run.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder", remedy="use the folder of a run or of a sweep")
     if (folder / ".hydra" / "config.yaml").is_file():
-        return [_read(folder)]
+        return [folder]
     patterns = ["/".join(["*"] * depth) + "/.hydra/config.yaml" for depth in range(1, _DEPTH + 1)]
     folders = sorted({file.parents[1] for pattern in patterns for file in folder.glob(pattern)}, key=_order)
     runs = [path for path in folders if (path / "metrics.csv").exists() or (path / "job.json").exists()]
     if not runs:
         raise UserError(f"no training run in {folder}", remedy="use the folder of a run or of a sweep")
-    return [_read(path) for path in runs]
+    return runs
 
 
 def _order(folder: Path) -> tuple[Any, ...]:
     return (folder.parent, int(folder.name) if folder.name.isdigit() else -1, folder.name)
 
 
-def _read(folder: Path) -> Run:
+def read_run(folder: Path) -> Run:
+    """Read the run in ``folder``."""
     metrics = _json(folder / "metrics.json")
     job = _json(folder / "job.json")
     # A failed job may have been completed later, as a single run.
@@ -100,6 +127,7 @@ def _read(folder: Path) -> Run:
     config = resolved_config(last)
     saved = last / "overrides.yaml"
     overrides = saved_overrides(last) if saved.is_file() else []
+    log = folder / "metrics.csv"
     return Run(
         folder=folder,
         overrides=tuple(o for o in overrides if not o.startswith("resume=")),
@@ -109,9 +137,12 @@ def _read(folder: Path) -> Run:
         config=flat(config),
         metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         reasons=reasons if isinstance(reasons := metrics.get("reasons"), dict) else {},
-        history=tuple(_rows(folder / "metrics.csv")),
-        images=tuple(_images(folder)),
+        curves=read_curves(log) if log.is_file() else {},
+        images=tuple(sorted(_images(folder), key=lambda image: image.step)),
         sheets={file.stem: file for file in sorted((folder / "evaluation").glob("*.png"))},
+        training=_training_images(folder / TRAINING_IMAGES),
+        started=_time(folder / ".hydra" / "config.yaml"),
+        finished=_time(folder / "metrics.json") or _time(log),
     )
 
 
@@ -119,23 +150,26 @@ def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _rows(file: Path) -> list[dict[str, float]]:
-    if not file.is_file():
-        return []
-    return [{key: float(value) for key, value in row.items() if value} for row in read_metrics(file).rows]
+def _time(file: Path) -> float | None:
+    return file.stat().st_mtime if file.is_file() else None
 
 
-def _images(folder: Path) -> list[SampleImage]:
-    images = []
+def _training_images(folder: Path) -> TrainingImages:
+    content = _json(folder / "images.json")
+    counts = {str(key): value for key, value in content.items() if isinstance(value, int)}
+    return TrainingImages(
+        counts, tuple((folder / entry["file"], entry["caption"]) for entry in content.get("shown", ()))
+    )
+
+
+def _images(folder: Path) -> Iterator[SampleImage]:
     for file in sorted((folder / "samples").glob("step*/*.png")):
         step = file.parent.name.removeprefix("step")
         if not step.isdigit():
             continue
         try:
             with Image.open(file) as image:
-                image.load()
                 metadata = image.info
         except OSError:
             continue  # skip an incomplete file; report the other images
-        images.append(SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), int(step)))
-    return images
+        yield SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), int(step))

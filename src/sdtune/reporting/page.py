@@ -1,91 +1,227 @@
-"""Render the report as one self-contained HTML file."""
+"""Render the report as one HTML file, or as a folder if its images are too large for one file."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from sdtune.files import write_text
-from sdtune.quoting import shell_override, shell_word
-from sdtune.reporting import charts
+from sdtune.quoting import shell_override
+from sdtune.reporting import charts, facts, tables
 from sdtune.reporting.collect import Run
-from sdtune.reporting.ranking import MetricStatistics, Place, Setting, group_by_setting, metrics, rankings, varied
-from sdtune.runs.metrics import LOWER_IS_BETTER, unit
+from sdtune.reporting.images import ImageStore
+from sdtune.reporting.ranking import Setting, group_by_setting, metrics, rankings, varied
+from sdtune.reporting.samples import samples, sheets, training_images
+from sdtune.runs.metrics import OF_TRAINING, unit
 
-_SIDE = 192
-"""Maximum side of a sample in the report, in pixels."""
+MOST_BYTES = 15_000_000
+"""Size of the page above which its images are files beside it."""
 
-_SHEET = 900
-"""Maximum side of an image grid of the evaluation, in pixels."""
-
-_COLUMNS = 16
-"""Maximum number of further metrics in a ranking table."""
-
-_COSTS = frozenset(
-    {"steps", "validation_step", "median_step_seconds", "images_per_second", "seconds_to_best", "shared_with"}
-    | set(charts.COSTS)
-)
-"""Metrics in the last columns of a ranking table."""
+_MOST_DIFFERENCES = 12
+"""Number of settings up to which a table compares their configs."""
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Plotly figure with title and note, as HTML."""
+class Content:
+    """Content of a page.
 
-    title: str
-    note: str
-    figure: Markup
+    Attributes:
+        template: name of the template.
+        values: values for the template.
+        data: values for the page's script.
+        images: keys of all images.
+    """
+
+    template: str
+    values: dict[str, Any]
+    data: dict[str, Any]
+    images: list[str]
 
 
-def write_report(runs: Sequence[Run], folder: Path, title: str) -> Path:
-    """Write ``folder/report.html`` of ``runs``, atomically, and return its path."""
-    environment = Environment(
-        autoescape=True, loader=PackageLoader("sdtune.reporting", "."), undefined=StrictUndefined, trim_blocks=True
-    )
-    content = environment.get_template("report.html.j2").render(**_content(runs, folder, title))
-    file = folder / "report.html"
-    write_text(file, content)
+def write_report(
+    runs: Sequence[Run], folder: Path, title: str, store: ImageStore | None = None, reload: float | None = None
+) -> Path:
+    """Write ``folder/report.html`` of ``runs``, atomically, and return its path.
+
+    Above :data:`MOST_BYTES`, the page is ``folder/report/index.html``, with its images beside it.
+
+    Args:
+        store: images that earlier pages have read.
+        reload: seconds after which the page reloads itself; None: never.
+    """
+    store = store or ImageStore()
+    content = _single(runs[0], store) if len(runs) == 1 else _several(runs, folder, store)
+    store.folder = ""
+    page = _rendered(content, folder, title, store, reload)
+    file, beside = folder / "report.html", folder / "report"
+    if len(page) + store.bytes_of(content.images) > MOST_BYTES:
+        file = beside / "index.html"
+        store.folder = "images"
+        store.write(beside / store.folder, content.images)
+        (folder / "report.html").unlink(missing_ok=True)
+    elif beside.is_dir():
+        shutil.rmtree(beside)
+    urls = json.dumps({key: store.url(key) for key in content.images})
+    write_text(file, page.replace(_IMAGES, _escaped(urls)))
     return file
 
 
-def _content(runs: Sequence[Run], folder: Path, title: str) -> dict[str, Any]:
-    done = [run for run in runs if run.metrics]
-    settings = group_by_setting(runs)
-    tables = rankings(settings)
-    order = [setting for _, places in tables for setting, *_ in places]
-    metric = tables[0][0] if tables else None
-    best = order[0] if order else settings[0]
-    keys = list(settings[0].own)
+_IMAGES = '"@images@"'
+"""Place of the addresses of all images in a rendered page."""
+
+
+def _rendered(content: Content, folder: Path, title: str, store: ImageStore, reload: float | None) -> str:
+    environment = Environment(
+        autoescape=True,
+        loader=PackageLoader("sdtune.reporting", "assets"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     nonce = secrets.token_urlsafe(12)  # a script injected by a caption has no nonce and does not run
-    return {
-        "title": title,
-        "nonce": nonce,
-        "plotly": Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    data = {**content.data, "images": "@images@", "reload": reload, "title": title}
+    return environment.get_template(content.template).render(
+        title=title,
+        nonce=nonce,
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        style=Markup(_asset("report.css")),
+        script=Markup(_asset("report.js")),
+        data=Markup(_escaped(json.dumps(data, allow_nan=False))),
+        **content.values,
+    )
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+
+
+def _escaped(text: str) -> str:
+    """JSON that no text in it can end: not the element, and not a line of a script."""
+    safe = text.replace("<", "\\u003c")
+    return safe.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _several(runs: Sequence[Run], folder: Path, store: ImageStore) -> Content:
+    settings = group_by_setting(runs)
+    done = [run for run in runs if run.metrics]
+    places = rankings(settings)
+    order = [setting for _, table in places for setting, *_ in table]
+    order += [setting for setting in settings if setting not in order]
+    metric = places[0][0] if places else None
+    numbers = {run.folder: number for number, run in enumerate(run for setting in order for run in setting.runs)}
+    shown = samples(order, numbers, store)
+    winner = facts.winner(metric, places[0][1]) if metric is not None else None
+    best = winner["run"] if winner is not None else order[0].runs[0]
+    training, grids = training_images(best, store, 4), sheets(best, store)
+    keys = list(settings[0].own)
+    drawn = _charts(settings, done, metric)
+    values = {
+        "facts": facts.facts(runs),
+        "counts": _counts(runs),
         "resume_command": _resume_command(folder),
-        "counts": {state: sum(run.state == state for run in runs) for state in dict.fromkeys(r.state for r in runs)},
-        "rankings": [ranking_table(metric, places) for metric, places in tables],
-        "reasons": _reasons(done),
+        "winner": winner,
+        "training": training,
+        "answer": _answer_images(shown.blocks),
+        "rankings": [tables.ranking_table(metric, table) for metric, table in places],
+        "charts": drawn,
         "shared": _shared(done),
-        "charts": _charts(settings, done, metric, nonce),
-        "prompts": _prompts(order or settings),
-        "sheets": [(name, _image(file, _SHEET)) for name, file in best.runs[0].sheets.items()],
-        "best": best.label,
-        "varied_keys": keys,
-        "runs": [_run_row(run, folder, setting) for run in runs for setting in settings if run in setting.runs],
-        "differences": _differences(settings, [key for key in varied(runs) if key not in keys]),
+        "samples": shown.blocks,
+        "omitted": shown.omitted,
+        "labels": [setting.label for setting in order],
+        "sheets": grids,
+        "best": order[0].label,
+        "runs": tables.runs_table(order, folder, metric),
+        "failed": [(tables.run_name(run, folder), run.error) for run in runs if run.error],
+        "differences": tables.differences(order, [key for key in varied(runs) if key not in keys])
+        if len(order) <= _MOST_DIFFERENCES
+        else {"labels": [], "rows": []},
+        "reasons": tables.reasons(done),
+        "curves": charts.curves(order, numbers),
+        "can_compare": _can_compare(shown.blocks),
     }
+    data = _data(values, order, numbers, folder)
+    return Content("report.html.j2", values, data, _keys(shown.keys(), training, grids))
+
+
+def _single(run: Run, store: ImageStore) -> Content:
+    setting = Setting({}, (run,))
+    numbers = {run.folder: 0}
+    shown = samples([setting], numbers, store)
+    training, grids = training_images(run, store), sheets(run, store)
+    values = {
+        "facts": facts.facts([run]),
+        "state": run.state,
+        "error": run.error,
+        "metrics": _before_and_after(run),
+        "costs": facts.costs(run),
+        "warning": facts.memorisation_warning(run.metrics),
+        "artifact": facts.artifact(run),
+        "command": facts.sampling_command(run),
+        "repeat": tables.repeating_command(run),
+        "folder": run.folder,
+        "training": training,
+        "counts": run.training.counts,
+        "samples": shown.blocks,
+        "sheets": grids,
+        "settings": tables.settings_of(run),
+        "reasons": run.reasons,
+        "curves": charts.curves([setting], numbers),
+        "charts": [],
+        "labels": [run.folder.resolve().name],
+        "can_compare": False,
+    }
+    data = _data(values, [setting], numbers, run.folder)
+    return Content("run.html.j2", values, data, _keys(shown.keys(), training, grids))
+
+
+def _data(
+    values: Mapping[str, Any], order: Sequence[Setting], numbers: Mapping[Path, int], folder: Path
+) -> dict[str, Any]:
+    """Data of the page's script."""
+    runs = [
+        {"name": tables.run_name(run, folder), "setting": place, "seed": str(run.config.get("seed", ""))}
+        for place, setting in enumerate(order)
+        for run in setting.runs
+    ]
+    assert len(runs) == len(numbers)
+    return {
+        "labels": values["labels"],
+        "runs": runs,
+        "curves": values["curves"],
+        "samples": values["samples"],
+        "colors": charts.COLORS,
+        "charts": [
+            {"figure": json.loads(chart.figure.to_json()), "choices": [args for _, args in chart.choices]}
+            for chart in values["charts"]
+        ],
+    }
+
+
+def _keys(samples: set[str], *shown: Iterable[tuple[str, str]]) -> list[str]:
+    """Keys of all images, sorted: of samples, of training images (key first), and of grids (key last)."""
+    training, grids = shown
+    return sorted({*samples, *(key for key, _ in training), *(key for _, key in grids)})
+
+
+def _counts(runs: Sequence[Run]) -> str:
+    counts = {state: sum(run.state == state for run in runs) for state in dict.fromkeys(run.state for run in runs)}
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def _resume_command(folder: Path) -> str:
+    """Command that continues an unfinished sweep; empty otherwise."""
+    if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
+        return ""
+    return f"sdtune train -m {shell_override('resume', folder)}"
 
 
 def _shared(done: Sequence[Run]) -> str:
@@ -100,150 +236,40 @@ def _shared(done: Sequence[Run]) -> str:
     )
 
 
-def _resume_command(folder: Path) -> str:
-    """Command that continues an unfinished sweep; empty otherwise."""
-    if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
-        return ""
-    return f"sdtune train -m {shell_override('resume', folder)}"
+def _charts(settings: Sequence[Setting], done: Sequence[Run], metric: str | None) -> list[charts.Chart]:
+    if metric is None:
+        return []
+    varied_settings = charts.heat_map(settings, metrics(done), metric) or charts.scatter_plot(settings, metric)
+    drawn = [varied_settings, charts.cost_and_effect(settings, metric)]
+    return [chart for chart in drawn if chart is not None]
 
 
-def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
-    """Data of the ranking table by ``metric``, best setting first."""
-    runs = [run for setting, *_ in places for run in setting.runs]
-    shown = [m for m in metrics(runs) if m != metric and not m.startswith(("base_", "ceiling_"))]
-    # Omit metrics that are equal for all settings.
-    shown = [m for m in shown if len(places) == 1 or len({run.metrics.get(m) for run in runs}) > 1]
-    ordered = sorted(shown, key=lambda m: m in _COSTS)
-    columns, hidden = ordered[:_COLUMNS], ordered[_COLUMNS:]
-    rows = [
-        {
-            "place": i + 1,
-            "label": setting.label,
-            "figure": _shown(statistics, metric),
-            "noise": _noise(setting, statistics, noise, best=i == 0),
-            "cells": [_shown(setting.metric(column), column) for column in columns],
-        }
-        for i, (setting, statistics, noise) in enumerate(places)
-    ]
-    return {"metric": metric, "lower": metric in LOWER_IS_BETTER, "columns": columns, "hidden": hidden, "rows": rows}
-
-
-def _noise(setting: Setting, statistics: MetricStatistics, within: bool | None, best: bool) -> str:
-    """Number of seeds, and whether the difference to the best setting is within the noise."""
-    seeds = len({str(run.config.get("seed")) for run in setting.runs})
-    counted = (
-        f"{statistics.count} of {seeds} seeds" if statistics.count < seeds else f"{seeds} seeds" if seeds > 1 else ""
-    )
-    if best or within is False:
-        return counted
-    comparison = "within the noise" if within else "noise unknown (one seed here or in the best row)"
-    return f"{counted}, {comparison}" if counted else comparison
-
-
-def _shown(value: MetricStatistics | None, metric: str) -> str:
-    if value is None:
-        return ""
-    return unit(value.mean, metric) + (f" ± {unit(value.spread, metric, 2)}" if value.spread is not None else "")
-
-
-def _differences(settings: Sequence[Setting], keys: Sequence[str]) -> dict[str, Any]:
-    """Table of the config ``keys`` in which the settings differ, such as those that a recipe sets."""
-    values = [[_value(setting.runs[0].config.get(key)) for setting in settings] for key in keys]
-    return {"labels": [s.label for s in settings], "rows": list(zip(keys, values, strict=True))}
-
-
-def _value(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _reasons(runs: Sequence[Run]) -> dict[str, str]:
-    return {key: reason for run in runs for key, reason in run.reasons.items()}
-
-
-def _charts(settings: Sequence[Setting], done: Sequence[Run], metric: str | None, nonce: str) -> list[Chart]:
-    charted: list[tuple[str, str, go.Figure | None]] = []
-    if metric is not None:
-        heat = charts.heat_map(settings, metrics(done), metric)
-        note = "Darker is better. A cell with several settings shows the best one."
-        if heat is None:
-            note = "One point per setting. Darker is better."
-            heat = charts.scatter_plot(settings, metric)
-        charted.append(("Metric over the varied settings", note, heat))
-        cost = charts.cost_and_effect(settings, metric)
-        charted.append(
-            ("Metric against cost", "Dotted line: Pareto front, the settings that no other beats in both.", cost)
-        )
-    charted.append(("Loss", "Exponentially smoothed; one line per run.", charts.curves(settings, "loss", 0.95)))
-    charted.append(("Validation loss", "", charts.curves(settings, "validation_loss", 0.0)))
-    return [
-        Chart(title, note, _script(figure, f"chart{i}", nonce))
-        for i, (title, note, figure) in enumerate(charted)
-        if figure is not None
-    ]
-
-
-def _script(figure: go.Figure, div_id: str, nonce: str) -> Markup:
-    """HTML element and script that plot ``figure``; its JSON is escaped, so that no text can close the script."""
-    data = json.dumps(json.loads(figure.to_json()), allow_nan=False).replace("<", "\\u003c")
-    safe = data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return Markup(
-        f'<div id="{div_id}" class="chart"></div><script nonce="{nonce}">'
-        f"{{const f={safe};Plotly.newPlot('{div_id}',f.data,f.layout,{{responsive:true,displaylogo:false}})}}</script>"
-    )
-
-
-def _prompts(order: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Samples for each prompt and seed: of the base model, then of each run, best first."""
-    runs = [run for setting in order for run in setting.runs if run.images]
-    keys = list(dict.fromkeys((p.prompt, p.seed) for run in runs for p in run.images))
-    labels = {run.folder: setting.label for setting in order for run in setting.runs}
-    blocks = []
-    for prompt, seed in keys:
-        shown: list[tuple[str, str]] = []
-        for run in runs:
-            before, after = (
-                [p.file for p in images if (p.prompt, p.seed) == (prompt, seed)]
-                for images in (run.first_images(), run.last_images())
+def _answer_images(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For at most three prompts, the image of the base model and the last one of the best setting."""
+    shown: list[dict[str, Any]] = []
+    for number, block in enumerate(blocks):
+        best = block["cells"][0]
+        if best and best[0]["steps"][-1][0] > 0 and len(shown) < 3:
+            shown.append(
+                {"block": number, "prompt": block["prompt"], "base": block["base"], "best": best[0]["steps"][-1][1]}
             )
-            if not shown and before:
-                shown.append(("before", _image(before[0], _SIDE)))
-            if after:
-                run_seed = f", seed {run.config.get('seed')}" if len(runs) > len(order) else ""
-                shown.append((labels[run.folder] + run_seed, _image(after[0], _SIDE)))
-        blocks.append({"prompt": prompt, "seed": seed, "shown": shown})
-    return blocks
+    return shown
 
 
-def _image(file: Path, side: int) -> str:
-    """Data URI of the image in ``file``, scaled down to at most ``side`` pixels on its longer side."""
-    with Image.open(file) as image:
-        small = image.convert("RGB")
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    small.save(out, format="WEBP", quality=88)
-    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
+def _can_compare(blocks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two settings have samples of the same prompt and seed."""
+    return any(sum(bool(cell) for cell in block["cells"]) > 1 for block in blocks)
 
 
-def standalone_overrides(overrides: Sequence[str]) -> list[str]:
-    """``overrides`` of a sweep's job for a single run: without its Optuna trial and without pruning."""
-    standalone = [override for override in overrides if not override.startswith("trial=")]
-    if len(standalone) == len(overrides):
-        return standalone
-    return [*(o for o in standalone if not o.startswith("callbacks.pruning=")), "callbacks.pruning=null"]
-
-
-def _config_dir_option(run: Run) -> list[str]:
-    return [] if run.config_folder is None else ["-cd", run.config_folder]
-
-
-def _run_row(run: Run, folder: Path, setting: Setting) -> dict[str, Any]:
-    relative = run.folder.relative_to(folder) if run.folder.is_relative_to(folder) else run.folder
-    return {
-        "name": str(relative) if relative.parts else run.folder.resolve().name,
-        "state": run.state,
-        "error": run.error,
-        "values": [_value(value) for value in setting.own.values()],
-        "command": " ".join(
-            map(shell_word, ["sdtune", "train", *_config_dir_option(run), *standalone_overrides(run.overrides)])
-        ),
-    }
+def _before_and_after(run: Run) -> list[dict[str, Any]]:
+    """Metrics of the base model and of the trained one."""
+    measured = [key for key in run.metrics if not key.startswith(("base_", "ceiling_"))]
+    measured = [key for key in measured if key not in OF_TRAINING or key == "validation_loss"]
+    return [
+        {
+            **tables.column(key),
+            "base": unit(run.metrics[f"base_{key}"], key) if f"base_{key}" in run.metrics else "",
+            "value": unit(run.metrics[key], key),
+        }
+        for key in measured
+    ]

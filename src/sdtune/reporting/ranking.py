@@ -14,7 +14,7 @@ import mpmath
 from sdtune.reporting.collect import Run
 from sdtune.runs.metrics import LOWER_IS_BETTER, SHARES, unit
 
-_PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
+PREFERRED = ("subject_gain", "style_accuracy", "control_agreement", "clip_image", "validation_loss")
 _SEED = "seed"
 _NOT_PART_OF_SETTING = (_SEED, "name", "trial", "resume")
 
@@ -145,7 +145,7 @@ def chosen(runs: Sequence[Run]) -> str | None:
     """Metric to rank by: ``optimized_metric``, else the first available of a list of preferred metrics."""
     known = metrics(runs)
     optimized = [run.config.get("optimized_metric") for run in runs]
-    return next((key for key in (*optimized, *_PREFERRED) if key in known), None)
+    return next((key for key in (*optimized, *PREFERRED) if key in known), None)
 
 
 Place = tuple[Setting, "MetricStatistics", "bool | None"]

@@ -37,8 +37,9 @@ def last_start(run: Path) -> Path:
 def saved_config_dir(run: Path) -> str | None:
     """The ``--config-dir`` of the command line that started ``run``; None if it had none."""
     saved = run / ".hydra" / "hydra.yaml"
-    sources = OmegaConf.select(read_yaml(saved), "hydra.runtime.config_sources") if saved.is_file() else None
-    return command_line_folder(sources or [])
+    if not saved.is_file() or "command-line" not in saved.read_text(encoding="utf-8", errors="replace"):
+        return None
+    return command_line_folder(OmegaConf.select(read_yaml(saved), "hydra.runtime.config_sources") or [])
 
 
 def check_unchanged(config: Mapping[str, Any], run: Path) -> None:

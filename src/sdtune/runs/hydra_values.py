@@ -70,8 +70,10 @@ def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
     """
     file = hydra_folder / "config.yaml"
     saved = read_yaml(file, key)
+    uses_hydra = "${hydra:" in file.read_text(encoding="utf-8")
+    hydra = saved_hydra(hydra_folder, key) if uses_hydra else OmegaConf.create({"hydra": {}})
     try:
-        with as_current(saved_hydra(hydra_folder, key)):
+        with as_current(hydra):
             return OmegaConf.to_container(saved, resolve=True)
     except OmegaConfBaseException as error:
         first_line = str(error).partition("\n")[0]

@@ -22,6 +22,35 @@ SHARES = frozenset(
 )
 """Metrics that are shares of n images; their resolution is 1/n."""
 
+DESCRIPTIONS = {
+    "validation_loss": "diffusion loss on held-out images, with fixed noise and timesteps",
+    "validation_step": "optimizer step of the lowest validation loss",
+    "clip_image": "CLIP similarity of generated images and training images, -1 to 1 (CLIP-I)",
+    "clip_text": "CLIP similarity of generated images and their prompts, -1 to 1 (CLIP-T)",
+    "dino_image": "DINO similarity of generated images and training images, -1 to 1",
+    "diversity": "mean cosine distance between generated images: 0 if all are identical",
+    "memorisation": "mean CLIP similarity to the nearest training image: 1 is a copy",
+    "prior_drift": "distance of class images from those of the base model: 0 is unchanged",
+    "prior_leak": "share of images of the class alone that show the subject: 0 is best",
+    "class_diversity": "distances between class images, relative to the base model: 1 is unchanged",
+    "control_agreement": "agreement of the control map with the map of the generated image, 0 to 1",
+    "control_agreement_shuffled": "the same with the map of another image: the agreement by chance",
+    "subject_accuracy": "share of images that the classifier recognizes as the subject",
+    "subject_gain": "subject_accuracy on a scale where the base model is 0 and the upper limit is 1",
+    "background_accuracy": "share of images with the requested background color",
+    "style_accuracy": "share of images in the style",
+    "object_accuracy": "share of images that show the requested object",
+    "steps": "optimizer steps of the training",
+    "trainable_parameters": "number of trained values",
+    "artifact_bytes": "size of the artifact's files",
+    "peak_memory_bytes": "largest memory of the training process, or of the GPU",
+    "median_step_seconds": "median time of an optimizer step",
+    "images_per_second": "training images per second",
+    "seconds_to_best": "time until the lowest validation loss",
+    "shared_with": "number of runs that trained at the same time on one backbone",
+}
+"""What each metric is, in one line."""
+
 OF_TRAINING = (
     *("steps", "validation_loss", "validation_step", "trainable_parameters", "artifact_bytes"),
     *("peak_memory_bytes", "median_step_seconds", "images_per_second", "seconds_to_best"),
@@ -59,6 +88,32 @@ def read_metrics(file: Path, key: str | None = None) -> MetricsTable:
             f"{file} is damaged ({error})", key=key, remedy="restore it from a copy, or delete it to lose its rows"
         ) from error
     return MetricsTable(list(reader.fieldnames or []), rows)
+
+
+Curve = tuple[list[int], list[float]]
+"""Steps and values of a column of ``metrics.csv``."""
+
+
+def read_curves(file: Path) -> dict[str, Curve]:
+    """The columns of ``metrics.csv`` without their empty cells, for charts of many runs.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace")
+    header, *rows = csv.reader(text[: text.rfind("\n") + 1].splitlines()) if "\n" in text else [[]]
+    curves: dict[str, Curve] = {name: ([], []) for name in header if name != "step"}
+    try:
+        position = header.index("step")
+        for row in rows:
+            step = int(row[position])
+            for name, value in zip(header, row, strict=True):
+                if value and name != "step":
+                    curves[name][0].append(step)
+                    curves[name][1].append(float(value))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error})", remedy="restore it from a copy, or delete it") from error
+    return curves
 
 
 def _check_row(row: Mapping[str, Any]) -> None:
