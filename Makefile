@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare quantization together real-shapes real-recipes bench gpu-check test test-slow gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare quantization together real-shapes real-recipes bench gpu-check test test-slow test-browser gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -77,10 +77,17 @@ gpu-check: .venv/.installed ## measure sdtune on a GPU in ten minutes and write 
 	$(BIN)/python -m experiments.gpu.check --out outputs/gpu-check --page $(GPU_CHECK)
 
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu_stub" -n $(TEST_JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not gpu_stub and not browser" -n $(TEST_JOBS) --dist worksteal
 
 test-slow: .venv/.dev ## run the slow tests: more than ten seconds each, and the other model families
 	$(BIN)/python -m pytest -m slow
+
+.venv/.browser: .venv/.dev
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
+test-browser: .venv/.browser ## click through the report in Chrome or Chromium (apt-get install chromium); skipped without one
+	$(BIN)/python -m pytest -m browser -rs tests/reporting
 
 .venv-gpu-stub/.installed: tests/gpu_stub/requirements.txt pyproject.toml
 	test -x .venv-gpu-stub/bin/python || $(PYTHON) -m venv .venv-gpu-stub

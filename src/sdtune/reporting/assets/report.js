@@ -62,7 +62,9 @@ function applyFilter(input) {
   const rows = all("table.sortable > tbody > tr", card);
   let count = 0;
   for (const row of rows) {
-    const text = row.textContent.toLowerCase();
+    const setting = all("td.setting", row);
+    const cells = setting.length ? setting : [...row.cells].map((cell) => find("summary", cell) || cell);
+    const text = cells.map((cell) => cell.textContent).join(" ").toLowerCase();
     row.hidden = !words.every((word) => text.includes(word));
     count += row.hidden ? 0 : 1;
   }
