@@ -18,7 +18,7 @@ from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
 
 PUBLIC = {
-    "sdtune": {"pocket", "sample"},
+    "sdtune": {"TrainedRun", "plan", "pocket", "sample", "train"},
     "sdtune.backbone": {"Component", "Facts", "Pretrained"},
     "sdtune.callbacks": {"EMA", "Checkpoints", "EarlyStopping", "Pruning", "Samples"},
     "sdtune.data": {"Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample"},

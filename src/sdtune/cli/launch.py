@@ -15,6 +15,7 @@ import shutil
 import sys
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -127,22 +128,52 @@ def launch(
             if code:
                 raise SystemExit(code)
             return
-        config = compose(command, search, args.overrides)
-        _check_mode(config)
-        with as_current(config):
-            folder = run_folder(config)
-        if writes:
-            _check_folder(command, folder, args.overrides, config)
-        is_default = not any(text.startswith("hydra.run.dir=") for text in args.overrides)
-        existed = folder.exists() and not is_default
-        claimed = _claimed(folder) if writes and is_default else contextlib.nullcontext(folder)
-        with claimed as folder, as_current(config, folder), handled(STOP_SIGNALS, stop_before_start):
-            work = prepare(config, folder)
+        job = checked_job(command, search, args.overrides, prepare, writes=writes)
     with exit_codes(command):
         if writes:
-            _run_job(search, config, folder, existed, work)
+            run_job(job)
         else:
-            work(config)
+            job.work(job.config)
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A command whose config is composed and checked.
+
+    Attributes:
+        search: Hydra's search path.
+        config: composed config with the node ``hydra``.
+        folder: output folder.
+        existed: whether the folder existed before the command, and is therefore not removed.
+        work: receives the config without the node ``hydra``.
+    """
+
+    search: ConfigSearchPath
+    config: DictConfig
+    folder: Path
+    existed: bool
+    work: Callable[[DictConfig], Any]
+
+
+def checked_job(
+    command: str, search: ConfigSearchPath, overrides: list[str], prepare: Prepare, *, writes: bool = True
+) -> CheckedJob:
+    """Compose the config of ``command``, check it and its folder, and create the folder if its name is the default.
+
+    Raises:
+        UserError: a setting is wrong; errors of Hydra and OmegaConf pass through.
+    """
+    config = compose(command, search, overrides)
+    _check_mode(config)
+    with as_current(config):
+        folder = run_folder(config)
+    if writes:
+        _check_folder(command, folder, overrides, config)
+    is_default = not any(text.startswith("hydra.run.dir=") for text in overrides)
+    existed = folder.exists() and not is_default
+    claimed = _claimed(folder) if writes and is_default else contextlib.nullcontext(folder)
+    with claimed as folder, as_current(config, folder), handled(STOP_SIGNALS, stop_before_start):
+        return CheckedJob(search, config, folder, existed, prepare(config, folder))
 
 
 def _with_quoted_folder(argv: list[str]) -> list[str]:
@@ -255,42 +286,32 @@ def _claimed(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _run_job(
-    search: ConfigSearchPath, config: DictConfig, folder: Path, existed: bool, work: Callable[[DictConfig], Any]
-) -> None:
-    """Run ``work`` as a Hydra job in ``folder``; remove the folder if ``work`` raises UserError or SystemExit.
-
-    Args:
-        search: Hydra's search path.
-        config: composed config with the node ``hydra``.
-        folder: output folder.
-        existed: whether the folder existed before the command, and is therefore not removed.
-        work: receives the config without the node ``hydra``.
-    """
+def run_job(job: CheckedJob) -> None:
+    """Run ``job`` as a Hydra job in its folder; remove the folder if it raises UserError or SystemExit."""
     errors: list[Exception] = []
 
     def guarded(composed: DictConfig) -> Any:
         # Hydra would print additional lines about the job for an error that passes through it.
         try:
-            return work(composed)
+            return job.work(composed)
         except Exception as error:
             errors.append(error)
             return None
 
     # Set as an override, so that .hydra/hydra.yaml records the folder; the name of a default folder may end in -2.
-    run_dir = override("hydra.run.dir", folder)
+    run_dir = override("hydra.run.dir", job.folder)
     try:
         with (
-            locked(folder) if is_global_zero() else contextlib.nullcontext(),
-            initialized(config.hydra.job.config_name, search) as hydra,
+            locked(job.folder) if is_global_zero() else contextlib.nullcontext(),
+            initialized(job.config.hydra.job.config_name, job.search) as hydra,
         ):
-            run_composed(hydra, config, run_dir, guarded)
+            run_composed(hydra, job.config, run_dir, guarded)
     except SystemExit:
-        _remove_unstarted(folder, existed)
+        _remove_unstarted(job.folder, job.existed)
         raise
     if errors:
         if isinstance(errors[0], UserError):
-            _remove_unstarted(folder, existed)
+            _remove_unstarted(job.folder, job.existed)
         raise errors[0]
 
 

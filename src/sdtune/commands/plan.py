@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
 from annotated_types import Ge, Gt, MinLen
@@ -29,10 +29,13 @@ from sdtune.hardware.precision import precision
 from sdtune.methods.base import Adapter
 from sdtune.planning import tables
 from sdtune.planning.measure import TrainingCosts
-from sdtune.planning.memory import Switches
+from sdtune.planning.memory import GIB, Memory, Switches, memory
 from sdtune.planning.request import PlanRequest, count
 from sdtune.progress import phase, track
 from sdtune.suggest import suggestion
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _GROUPS = (
     "method",
@@ -82,6 +85,12 @@ class CheckedPlan:
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check the config of each requested method, and return the function that measures; reads no data."""
+    measure = planned(config)
+    return lambda composed: print(measure())
+
+
+def planned(config: DictConfig) -> Callable[[], Plan]:
+    """Check the config of each requested method, and return the function that measures them."""
     fits = config.fits
     check_value(fits, Annotated[float, Gt(0)] | None, "fits")
     is_table = config.methods is not None
@@ -89,7 +98,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         jobs = {name: checked_plan(recompose(config, "method", name)) for name in _methods(config)}
     else:
         jobs = {str(config.hydra.runtime.choices.method): checked_plan(config)}
-    return lambda composed: execute(str(config.hydra.runtime.choices.backbone), jobs, is_table, fits)
+    return lambda: measured(str(config.hydra.runtime.choices.backbone), jobs, is_table, fits)
 
 
 def _methods(config: DictConfig) -> list[str]:
@@ -154,14 +163,41 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     )
 
 
-def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: float | None) -> None:
-    """Measure each method and print the results, as a table of methods if ``table``."""
+@dataclass(frozen=True)
+class Plan:
+    """What trainings will cost; ``print`` shows the text of ``sdtune plan``.
+
+    Attributes:
+        text: tables of parameters, computation and memory.
+        peaks: method -> phase, such as ``a training step`` -> memory in bytes on each device, with the configured
+            memory settings.
+    """
+
+    text: str
+    peaks: Mapping[str, Mapping[str, int]]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def figure(self) -> go.Figure:
+        """Bar chart of the memory in GiB that each phase of each method needs."""
+        import plotly.graph_objects as go
+
+        bars = [
+            go.Bar(name=method, x=list(peaks), y=[count / GIB for count in peaks.values()])
+            for method, peaks in self.peaks.items()
+        ]
+        return go.Figure(bars, {"yaxis": {"title": {"text": "GiB for each device"}}, "template": "plotly_white"})
+
+
+def measured(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: float | None) -> Plan:
+    """Measure each method; the text has a row for each method if ``table``."""
     first = next(iter(jobs.values()))
     devices = hardware.process_count(first.config["hardware"])
     costs = {name: count(plan_request(job)) for name, job in track("Measuring", jobs.items(), len(jobs))}
     parts = first.accumulation * devices
     split = f" ({parts} micro-batches of {first.count})" if parts > 1 else ""
-    print(
+    head = (
         f"{', '.join(jobs)} on {backbone}: {first.side}x{first.side} pixels, batch {first.data['batch_size']}{split},"
         f" {first.precision}, {devices} {'GPU' if first.gpu else 'CPU'}{'s' if devices > 1 else ''}\n"
     )
@@ -173,7 +209,16 @@ def execute(backbone: str, jobs: dict[str, CheckedPlan], table: bool, fits: floa
         names = _memory_settings(first, cost)
         with phase("Trying settings"):
             lines = tables.one(cost, first.accumulation, devices, fits, configured_switches(first), names, smaller)
-    print("\n".join(lines))
+    peaks = {
+        name: _peaks(memory(cost, configured_switches(jobs[name]), first.accumulation, devices))
+        for name, cost in costs.items()
+    }
+    return Plan("\n".join([head, *lines]), peaks)
+
+
+def _peaks(costs: Memory) -> dict[str, int]:
+    """Memory in bytes of each phase that the run has."""
+    return {name: count for attribute, name in tables.PEAKS.items() if (count := int(getattr(costs, attribute)))}
 
 
 def _smaller(job: CheckedPlan, costs: TrainingCosts, devices: int, fits: float) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -32,7 +33,13 @@ def stop_before_start(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Context manager that handles the signals ``numbers`` with ``handler`` and restores the previous handlers."""
+    """Context manager that handles the signals ``numbers`` with ``handler`` and restores the previous handlers.
+
+    Outside of the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous_handlers = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

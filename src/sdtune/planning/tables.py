@@ -15,7 +15,7 @@ _NOTE = (
     "A backward pass frees activations while it allocates gradients, so the peak of a step can be less than the sum.",
 )
 
-_PEAKS = {
+PEAKS = {
     "step": "a training step",
     "encoding": "encoding images",
     "previews": "generating previews",
@@ -71,7 +71,7 @@ def one(
         ("optimizer state", "state"),
         ("EMA of the weights", "average"),
         ("activations", "activations"),
-        *((f"peak of {name}", attribute) for attribute, name in _PEAKS.items()),
+        *((f"peak of {name}", attribute) for attribute, name in PEAKS.items()),
         ("peak", "peak"),
         ("peak of sdtune sample run=RUN", "sample"),
     ):
@@ -143,7 +143,7 @@ def _verdict(costs: TrainingCosts, accumulation: int, devices: int, fits: float)
         return name if name == "plain" else f"with {name}"
     memories = [memory(costs, switches, accumulation, devices) for switches in SWITCHES.values()]
     smallest = min(memories, key=lambda cost: cost.least)
-    return f"no: needs at least {_size(smallest.least + ALLOWANCE)}, for {_PEAKS[smallest.least_phase]}"
+    return f"no: needs at least {_size(smallest.least + ALLOWANCE)}, for {PEAKS[smallest.least_phase]}"
 
 
 def _size(count: int) -> str:

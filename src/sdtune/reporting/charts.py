@@ -11,8 +11,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from sdtune.errors import UserError
 from sdtune.reporting.ranking import Setting
-from sdtune.runs.metrics import LOWER_IS_BETTER
+from sdtune.runs.metrics import LOWER_IS_BETTER, Curve
+from sdtune.suggest import suggestion
 
 COLORS = ("#1f77d0", "#d9622b", "#2b9a5f", "#9a5fc0", "#b8860b", "#d0486a", "#3a9fb3", "#8b8b8b")
 """Colors of settings, distinguishable on a white and on a dark page."""
@@ -176,6 +178,25 @@ def curves(
         ]
         for name in names
     }
+
+
+def single_curve(columns: Mapping[str, Curve], column: str, smoothing: float) -> go.Figure:
+    """Line chart of ``column`` of one run, as an exponential mean with the weight ``smoothing`` of previous values.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    if column not in columns or not columns[column][0]:
+        known = [name for name, (steps, _) in columns.items() if steps]
+        raise UserError(f"metrics.csv has no {column}{suggestion(column, known)}", key="column")
+    steps, values = columns[column]
+    smoothed: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total, weight = smoothing * total + (1 - smoothing) * value, smoothing * weight + (1 - smoothing)
+        smoothed.append(total / weight)
+    layout = {**_LAYOUT, "xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": column}}}
+    return go.Figure(go.Scatter(x=steps, y=smoothed, mode="lines" if len(steps) > 1 else "markers"), layout)
 
 
 def thinned(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float | None]]:
