@@ -63,7 +63,7 @@ def test_run_gives_images_and_figures(tiny: Path, images: Path, tmp_path: Path) 
     assert isinstance(figure, go.Figure)
     assert list(figure.data[0].x) == [1, 2, 3]
     assert isinstance(run.before_after(), Image.Image)
-    with pytest.raises(UserError, match="metrics.csv has no los; did you mean loss?"):
+    with pytest.raises(UserError, match="metrics.csv has no los; use one of loss, "):
         run.curve("los")
     few = sdtune.sampling.loop.Sampling(steps=2)
     first, second = run.sample("a thing", seeds=[0, 1], sampling=few)

@@ -14,7 +14,6 @@ import plotly.graph_objects as go
 from sdtune.errors import UserError
 from sdtune.reporting.ranking import Setting
 from sdtune.runs.metrics import LOWER_IS_BETTER, Curve
-from sdtune.suggest import suggestion
 
 COLORS = ("#1f77d0", "#d9622b", "#2b9a5f", "#9a5fc0", "#b8860b", "#d0486a", "#3a9fb3", "#8b8b8b")
 """Colors of settings, distinguishable on a white and on a dark page."""
@@ -188,7 +187,7 @@ def single_curve(columns: Mapping[str, Curve], column: str, smoothing: float) ->
     """
     if column not in columns or not columns[column][0]:
         known = [name for name, (steps, _) in columns.items() if steps]
-        raise UserError(f"metrics.csv has no {column}{suggestion(column, known)}", key="column")
+        raise UserError(f"metrics.csv has no {column}", key="column", remedy=f"use one of {', '.join(known)}")
     steps, values = columns[column]
     smoothed: list[float] = []
     total = weight = 0.0

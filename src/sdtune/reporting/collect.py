@@ -32,7 +32,7 @@ class SampleImage:
 
 
 @dataclass(frozen=True)
-class TrainingImages:
+class TrainingData:
     """Training images of a run: their numbers by kind, and files and captions of the first ones."""
 
     counts: Mapping[str, int]
@@ -70,7 +70,7 @@ class Run:
     curves: Mapping[str, Curve]
     images: tuple[SampleImage, ...]
     sheets: Mapping[str, Path]
-    training: TrainingImages = field(default_factory=lambda: TrainingImages({}, ()))
+    training: TrainingData = field(default_factory=lambda: TrainingData({}, ()))
     started: float | None = None
     finished: float | None = None
 
@@ -154,12 +154,10 @@ def _time(file: Path) -> float | None:
     return file.stat().st_mtime if file.is_file() else None
 
 
-def _training_images(folder: Path) -> TrainingImages:
+def _training_images(folder: Path) -> TrainingData:
     content = _json(folder / "images.json")
     counts = {str(key): value for key, value in content.items() if isinstance(value, int)}
-    return TrainingImages(
-        counts, tuple((folder / entry["file"], entry["caption"]) for entry in content.get("shown", ()))
-    )
+    return TrainingData(counts, tuple((folder / entry["file"], entry["caption"]) for entry in content.get("shown", ())))
 
 
 def _images(folder: Path) -> Iterator[SampleImage]:

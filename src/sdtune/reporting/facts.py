@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import MetricStatistics, Place, Setting
 from sdtune.runs.metrics import LOWER_IS_BETTER, unit
@@ -17,6 +16,9 @@ from sdtune.runs.sample_command import sample_command
 _COPY = 0.95
 """Mean CLIP similarity to the nearest training image from which a warning is shown. A convention: near-duplicates of
 photos have similarities above it, different photos of one subject usually below."""
+
+_EMBEDDINGS = "embeddings"
+"""Folder of the embeddings of new tokens in an artifact; ``formats.embeddings``, which writes it, needs torch."""
 
 _NOT_SHOWN = ("seed=", "name=", "trial=", "resume=", "hydra.", "trust=", "optimized_metric=")
 
@@ -88,11 +90,11 @@ def artifact(run: Run) -> Path | None:
     folder = run.folder / "artifact"
     files = [
         file
-        for file in (*folder.glob("*.safetensors"), *(folder / EMBEDDINGS).glob("*.safetensors"))
+        for file in (*folder.glob("*.safetensors"), *(folder / _EMBEDDINGS).glob("*.safetensors"))
         if not file.stem.endswith("-best") and "-step" not in file.stem and not file.stem.startswith("learned_embeds")
     ]
     files.sort(key=lambda file: (file.parent != folder, file.stem == "pytorch_lora_weights", file.name))
-    folders = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name != EMBEDDINGS]
+    folders = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name != _EMBEDDINGS]
     folders = [path for path in folders if not path.name.endswith("-best") and "-step" not in path.name]
     return next(iter((*files, *folders)), None)
 

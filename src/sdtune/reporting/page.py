@@ -20,7 +20,7 @@ from sdtune.reporting import charts, facts, tables
 from sdtune.reporting.collect import Run
 from sdtune.reporting.images import ImageStore
 from sdtune.reporting.ranking import Setting, group_by_setting, metrics, rankings, varied
-from sdtune.reporting.samples import samples, sheets, training_images
+from sdtune.reporting.samples import samples, sheets, training_copies
 from sdtune.runs.metrics import OF_TRAINING, unit
 
 MOST_BYTES = 15_000_000
@@ -121,7 +121,7 @@ def _several(runs: Sequence[Run], folder: Path, store: ImageStore) -> Content:
     shown = samples(order, numbers, store)
     winner = facts.winner(metric, places[0][1]) if metric is not None else None
     best = winner["run"] if winner is not None else order[0].runs[0]
-    training, grids = training_images(best, store, 4), sheets(best, store)
+    training, grids = training_copies(best, store, 4), sheets(best, store)
     keys = list(settings[0].own)
     drawn = _charts(settings, done, metric)
     values = {
@@ -156,7 +156,7 @@ def _single(run: Run, store: ImageStore) -> Content:
     setting = Setting({}, (run,))
     numbers = {run.folder: 0}
     shown = samples([setting], numbers, store)
-    training, grids = training_images(run, store), sheets(run, store)
+    training, grids = training_copies(run, store), sheets(run, store)
     values = {
         "facts": facts.facts([run]),
         "state": run.state,

@@ -18,7 +18,7 @@ _MOST_TRAINING_IMAGES = 12
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleTable:
     """Samples of all settings, best setting first.
 
     Attributes:
@@ -38,7 +38,7 @@ class Samples:
         }
 
 
-def samples(order: Sequence[Setting], numbers: dict[Path, int], store: ImageStore) -> Samples:
+def samples(order: Sequence[Setting], numbers: dict[Path, int], store: ImageStore) -> SampleTable:
     """Read at most :data:`MOST_IMAGES` samples of the settings ``order``, those first that a reader looks at first.
 
     Args:
@@ -62,7 +62,7 @@ def samples(order: Sequence[Setting], numbers: dict[Path, int], store: ImageStor
                 entries.setdefault((image.prompt, image.seed), []).append((image.step, key))
             for name, steps in entries.items():
                 blocks[name]["cells"][place].append({"run": numbers[run.folder], "steps": steps})
-    return Samples(list(blocks.values()), max(len(files) - MOST_IMAGES, 0))
+    return SampleTable(list(blocks.values()), max(len(files) - MOST_IMAGES, 0))
 
 
 def _empty_block(image: SampleImage, settings: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _by_importance(order: Sequence[Setting]) -> list[Path]:
     return [file for group in groups for file in group]
 
 
-def training_images(run: Run, store: ImageStore, most: int = _MOST_TRAINING_IMAGES) -> list[tuple[str, str]]:
+def training_copies(run: Run, store: ImageStore, most: int = _MOST_TRAINING_IMAGES) -> list[tuple[str, str]]:
     """Key and caption of the first training images of ``run``."""
     shown = run.training.shown[:most]
     store.add([Source(file) for file, _ in shown])

@@ -24,7 +24,6 @@ from sdtune.pocket.pretraining.classifier import (
     pool_images,
     pool_scene,
     save,
-    train,
 )
 from sdtune.pocket.pretraining.loop import pretrain
 from sdtune.pocket.world.objects import HELD_OUT, SIZES, STYLES, THINGS

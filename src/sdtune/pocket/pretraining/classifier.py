@@ -134,7 +134,7 @@ class ClassifierTraining(Pretraining):
         return {"loss": loss, "object": (logits[0].argmax(1) == batch["truth"][:, 0]).float().mean().detach()}
 
 
-def train(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IMAGES) -> Classifier:
+def trained_classifier(folder: Path, vae: AutoencoderKL, steps: int = STEPS, images: int = IMAGES) -> Classifier:
     """Train on ``images`` images for ``steps`` steps; the pool and the checkpoint in ``folder`` allow resuming."""
     batches = PoolBatches(pool_images(folder, vae, images))
     torch.manual_seed(SEED)
@@ -156,7 +156,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
     vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).eval()
-    save(train(folder / "classifier-training", vae, steps), folder / "classifier")
+    save(trained_classifier(folder / "classifier-training", vae, steps), folder / "classifier")
     # Measure the saved classifier, so that the accuracy includes the rounding to float16.
     print(ceilings(load_classifier(folder / "classifier"), vae, SEED))
 

@@ -82,7 +82,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
     images = training_images(folder, SEED, IMAGES)
-    tokenizer = tokenizers.train(folder / "tokenizer", SEED)
+    tokenizer = tokenizers.trained_tokenizer(folder / "tokenizer", SEED)
     torch.manual_seed(SEED)
     module = CLIPTraining(tokenizer, steps)
     pretrain(module, CaptionBatches(images, tokenizer), folder / "clip-training")

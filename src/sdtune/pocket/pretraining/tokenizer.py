@@ -21,7 +21,7 @@ _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPECIALS = ["<|startoftext|>", "<|endoftext|>"]
 
 
-def train(folder: Path, seed: int) -> CLIPTokenizer:
+def trained_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """Learn the merges and save the tokenizer as tokenizer.json, and as vocab.json and merges.txt for older clients."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
