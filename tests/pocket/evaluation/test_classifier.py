@@ -24,6 +24,7 @@ from sdtune.pocket.pretraining.classifier import (
     pool_images,
     pool_scene,
     save,
+    trained_classifier,
 )
 from sdtune.pocket.pretraining.loop import pretrain
 from sdtune.pocket.world.objects import HELD_OUT, SIZES, STYLES, THINGS
@@ -64,7 +65,7 @@ def pool(folder: Path, vae: AutoencoderKL) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, vae: AutoencoderKL) -> Classifier:
-    return train(folder, vae, STEPS, IMAGES)
+    return trained_classifier(folder, vae, STEPS, IMAGES)
 
 
 def test_pool_shows_every_object_in_both_styles_including_held_out_ones() -> None:
