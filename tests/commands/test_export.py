@@ -295,7 +295,7 @@ INVALID = {
     ),
     "no rank": (["artifact={tiny}", "format=kohya"], "rank: required to extract a LoRA from a model; set rank=32"),
     "unknown dtype": (["artifact={words}", "format=kohya", "dtype=int8"], "dtype"),
-    "no token": (["artifact={words}", "format=kohya", "push_to=me/it"], "push_to: HF_TOKEN is not set"),
+    "no token": (["artifact={words}", "format=kohya", "push_to=me/it"], "push_to: no login of the Hugging Face Hub"),
     "invalid repository": (
         ["artifact={words}", "format=kohya", "push_to=it"],
         "push_to: it is not a repository of the Hugging Face Hub",
@@ -322,39 +322,6 @@ def test_invalid_export_is_refused_before_a_folder_is_created(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not out.exists()
-
-
-def test_export_is_pushed_with_the_token_of_the_environment(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sdtune.formats import embeddings
-
-    calls: list[Any] = []
-
-    class Hub:
-        def __init__(self, token: str) -> None:
-            calls.append(token)
-
-        def create_repo(self, name: str, **settings: Any) -> None:
-            calls.append((name, settings))
-
-        def upload_folder(self, **settings: Any) -> str:
-            calls.append(settings)
-            return "done"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    embeddings.write(tmp_path / "words", {"<a>": [torch.zeros(1, 32)]}, "", {})
-    command = [f"backbone.path={tiny}", "backbone=sd15", f"artifact={tmp_path / 'words'}", "format=kohya"]
-    assert export(*command, "push_to=me/it", f"hydra.run.dir={tmp_path / 'out'}") == 0
-    assert calls[:2] == ["hf_secret", ("me/it", {"exist_ok": True, "private": True})]
-    assert calls[2]["repo_id"] == "me/it"
-    assert ".hydra/*" in calls[2]["ignore_patterns"]
-    texts = [
-        file.read_text(encoding="utf-8") for file in (tmp_path / "out").rglob("*") if file.suffix in (".log", ".yaml")
-    ]
-    assert not any("hf_secret" in text for text in texts)
-    assert json.dumps("done").strip('"') in capsys.readouterr().out
 
 
 def test_lora_of_each_family_survives_a_round_trip_through_kohya_format(base: Path, tmp_path: Path) -> None:

@@ -1,23 +1,27 @@
-"""``sdtune export``: write an artifact in the formats of other programs."""
+"""``sdtune export``: write an artifact in the formats of other programs, and publish it on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from huggingface_hub import HfApi, get_token
+from omegaconf import DictConfig
 
 from sdtune.backbone import Pretrained
 from sdtune.config.build import build
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import plain, read_saved_config
-from sdtune.config.types import type_text
 from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
+from sdtune.exporting.previews import add_gallery, last_samples
+from sdtune.files import is_partial, replacing
+from sdtune.formats.embeddings import is_snapshot
 from sdtune.paths import is_hub_id
 from sdtune.progress import phase
 from sdtune.runs.hydra_values import current_overrides
@@ -25,45 +29,97 @@ from sdtune.runs.layout import CARD
 
 log = logging.getLogger("sdtune")
 
+_NOT_SENT = (".hydra/*", "*.log", ".lock")
+"""Files of a run that contain paths of this machine."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload to the Hugging Face Hub.
+
+    Args:
+        repository: ``USER/NAME``.
+        private: whether a new repository is private.
+        dry_run: only print what would be sent.
+    """
+
+    repository: str
+    private: bool
+    dry_run: bool
+
 
 def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     """Check ``config`` without loading weights, and return the function that exports."""
-    hints = get_type_hints(Export, include_extras=True)
-    if OmegaConf.is_missing(config, "format"):
-        raise UserError("missing value", key="format", remedy=f"set format={type_text(hints['format'])}")
     options = plain(config, ("backbone",))
-    export = Export(**{key: _checked_value(options[key], hint, key) for key, hint in hints.items()})
+    export, push = _export(options), _push(options)
     if (options["run"] is None) == (options["artifact"] is None):
         raise UserError(
             "exactly one of run and artifact is required",
             key="run",
             remedy="set run=FOLDER, or artifact=FILE and its backbone",
         )
-    if options["push_to"] is not None:
-        _check_push(str(options["push_to"]))
-    trust = options["trust"]
-    if options["run"] is not None:
-        run = Path(str(options["run"])).expanduser()
+    run = None if options["run"] is None else Path(str(options["run"])).expanduser()
+    if run is not None:
         path, backbone = run / "artifact", read_saved_config(run)["backbone"]
         if any(text.startswith("backbone.path=") for text in current_overrides()):
             backbone["path"] = options["backbone"]["path"]  # the model has moved
-        card = path / CARD
     else:
-        path, backbone, card = Path(str(options["artifact"])).expanduser(), options["backbone"], None
-    check_node(backbone, "backbone", trust)
-    source = build(backbone, trust)
-    artifact = find_artifact(path, "run" if options["run"] is not None else "artifact")
-    export.check(artifact)
+        path, backbone = Path(str(options["artifact"])).expanduser(), options["backbone"]
+    artifact = find_artifact(path, "artifact" if run is None else "run")
+    source = _source(backbone, artifact, options["trust"], export)
     if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
         raise UserError(
             f"{folder} already contains an export",
             key="hydra.run.dir",
             remedy="use another folder or remove this override",
         )
-    source.check()
-    if artifact.kind == "model":
-        source.of_trained_pipeline(artifact.path).check()
-    return lambda composed: execute(export, artifact, source, folder, card, options["push_to"])
+
+    def start(composed: DictConfig) -> None:
+        previews = [] if run is None else last_samples(run)
+        with phase("Exporting"):
+            if export is None:
+                _copy_artifact(path, folder)
+            else:
+                written = export.write(artifact, source, folder, previews)
+                for target in written:
+                    log.info("%s (%.1f MB)", target, _bytes(target) / 1e6)
+                if run is not None and (path / CARD).is_file():
+                    export.write_card(artifact, path / CARD, folder)
+        add_gallery(folder, previews)
+        log.info("exported to %s", folder)
+        if push is not None:
+            _send(folder, push)
+
+    return start
+
+
+def _export(options: Mapping[str, Any]) -> Export | None:
+    """Settings of the export; None for the files of the artifact as they are."""
+    hints = get_type_hints(Export, include_extras=True)
+    if options["format"] is not None:
+        return Export(**{key: _checked_value(options[key], hint, key) for key, hint in hints.items()})
+    for setting in fields(Export):
+        if setting.name != "format" and options[setting.name] != setting.default:
+            raise UserError(
+                "applies only to an export in another format",
+                key=setting.name,
+                remedy=f"set format=kohya, diffusers, pipeline or single_file, or remove {setting.name}",
+            )
+    return None
+
+
+def _source(
+    backbone: Mapping[str, Any], artifact: Artifact, trust: tuple[str, ...], export: Export | None
+) -> Pretrained:
+    """The backbone of ``artifact``; checked if the export needs its weights."""
+    check_node(backbone, "backbone", trust)
+    source: Pretrained = build(dict(backbone), trust)
+    if export is not None:
+        export.check(artifact)
+        source.check()
+        if artifact.kind == "model":
+            source.of_trained_pipeline(artifact.path).check()
+    return source
 
 
 def _checked_value(value: Any, hint: Any, key: str) -> Any:
@@ -71,49 +127,67 @@ def _checked_value(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-def _check_push(repository: str) -> None:
+def _push(options: Mapping[str, Any]) -> Push | None:
+    private, dry_run = (_checked_value(options[key], bool, key) for key in ("push_private", "dry_run"))
+    if options["push_to"] is None:
+        if dry_run:
+            raise UserError("applies only to an upload", key="dry_run", remedy="set push_to=USER/NAME")
+        return None
+    repository = str(options["push_to"])
     if not is_hub_id(repository):
         raise UserError(
             f"{repository} is not a repository of the Hugging Face Hub", key="push_to", remedy="use USER/NAME"
         )
-    if not os.environ.get("HF_TOKEN"):
+    if not dry_run and get_token() is None:
         raise UserError(
-            "HF_TOKEN is not set", key="push_to", remedy="set it in the environment to a token with write access"
+            "no login of the Hugging Face Hub",
+            key="push_to",
+            remedy="set HF_TOKEN in the environment to a token with write access, or run: hf auth login",
         )
-
-
-def execute(
-    export: Export, artifact: Artifact, source: Pretrained, folder: Path, card: Path | None, push_to: str | None
-) -> None:
-    """Write ``artifact`` to ``folder`` in the format of ``export``, and upload it to ``push_to`` if that is set."""
-    with phase("Exporting"):
-        written = export.write(artifact, source, folder)
-    if card is not None and card.is_file():
-        export.write_card(artifact, card, folder)
-    for path in written:
-        log.info("%s (%.1f MB)", path, _bytes(path) / 1e6)
-    if push_to is not None:
-        _push(folder, push_to)
+    return Push(repository, private, dry_run)
 
 
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
-def _push(folder: Path, repository: str) -> None:
-    """Upload ``folder`` without Hydra's files and the log, since these contain paths of this machine."""
-    from huggingface_hub import HfApi
+def _copy_artifact(path: Path, folder: Path) -> None:
+    """Copy the final files of the artifact at ``path``, which is a file or a folder, without snapshots."""
+    for entry in sorted(path.iterdir()) if path.is_dir() and not (path / "config.json").is_file() else [path]:
+        if is_partial(entry) or is_snapshot(entry.stem):
+            continue
+        with replacing(folder / entry.name) as partial:
+            if entry.is_dir():
+                shutil.copytree(entry, partial, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(entry, partial)
+        log.info("%s (%.1f MB)", folder / entry.name, _bytes(entry) / 1e6)
 
-    api = HfApi(token=os.environ["HF_TOKEN"])
+
+def _send(folder: Path, push: Push) -> None:
+    """Upload ``folder`` without Hydra's files and the log, since these contain paths of this machine."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    sent = [file for file in files if not any(file.relative_to(folder).match(pattern) for pattern in _NOT_SENT)]
+    if push.dry_run:
+        kind = "private" if push.private else "public"
+        log.info("dry run: to %s (%s if it is new), %d files:", push.repository, kind, len(sent))
+        for file in sent:
+            log.info("  %s (%.1f MB)", file.relative_to(folder), file.stat().st_size / 1e6)
+        log.info("nothing was sent")
+        return
+    api = HfApi()  # HF_TOKEN, or the stored login
     try:
-        api.create_repo(repository, exist_ok=True, private=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=[".hydra/*", "*.log", ".lock"]
-        )
+        api.create_repo(push.repository, exist_ok=True, private=push.private)
+        with phase(f"Uploading to {push.repository}"):
+            commit = api.upload_folder(repo_id=push.repository, folder_path=folder, ignore_patterns=list(_NOT_SENT))
     # huggingface_hub raises errors of its HTTP library, which is requests or httpx, depending on the release.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{repository}: {reason}", key="push_to", remedy=f"upload the exported files in {folder} yourself"
+            f"{push.repository}: {reason}", key="push_to", remedy=f"upload the exported files in {folder} yourself"
         ) from error
-    log.info("pushed (new repositories are private): %s", json.dumps(str(commit)).strip('"'))
+    log.info(
+        "pushed (new repositories are %s): %s",
+        "private" if push.private else "public",
+        json.dumps(str(commit)).strip('"'),
+    )

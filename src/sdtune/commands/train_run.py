@@ -36,6 +36,7 @@ from sdtune.config.settings import Settings
 from sdtune.data import ImageDataModule
 from sdtune.errors import Pruned, RunFailed, Stopped, UserError
 from sdtune.exporting import Export, find_artifact, write_card
+from sdtune.exporting.previews import last_samples
 from sdtune.files import remove_leftovers, write_json
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
@@ -388,7 +389,7 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
         "family": source.facts.family,
         "backbone": backbone,
         "hash": source.hash(),
-        "trigger": data.trigger,
+        "trigger": data.trigger_words(),
         "images": len(data.train),
         "captions": data.all_prompts(),
         "side": data.resolution,
@@ -404,7 +405,7 @@ def _write_exports(run: TrainRun) -> None:
         try:
             artifact = find_artifact(run.folder / "artifact", "run")
             export_folder = run.folder / "export" / export.format
-            for written in export.write(artifact, run.source, export_folder):
+            for written in export.write(artifact, run.source, export_folder, last_samples(run.folder)):
                 log.info("export: %s", written)
             export.write_card(artifact, run.folder / "artifact" / CARD, export_folder)
         except (UserError, OSError, RuntimeError, MemoryError) as error:

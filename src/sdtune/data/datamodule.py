@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdtune.data import triggers
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import assign
 from sdtune.data.cache import TensorCache, keys_of_rank
@@ -272,6 +273,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def training_prompts(self) -> list[str]:
         """All prompts of the training images, without duplicates."""
         return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.prompt_templates))
+
+    def trigger_words(self) -> str | None:
+        """``trigger``, or the words that all captions have in common (:func:`sdtune.data.triggers.trigger_words`)."""
+        return self.trigger or triggers.trigger_words(self.training_prompts())
+
+    def caption_uses(self) -> dict[str, int]:
+        """Number of uses per epoch of each caption of the training images."""
+        uses: dict[str, int] = {}
+        for sample in self.train:
+            uses[sample.caption] = uses.get(sample.caption, 0) + sample.repeats
+        return uses
 
     @property
     def caption_dropout_prompt(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -19,6 +20,7 @@ from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
 from sdtune.exporting.card import write_export_card
 from sdtune.exporting.models import cast_tensors, write_pipeline, write_single_file
+from sdtune.exporting.previews import thumbnail
 from sdtune.files import read_json, replacing, write_json
 from sdtune.formats import (
     LoRAWeights,
@@ -64,6 +66,7 @@ class Export:
         rank: rank of a reduced LoRA, or of a LoRA extracted from a model.
         energy: share of the squared singular values to keep in each module.
         alpha: alpha of the kohya format: ``kept`` as trained, or ``folded`` into the matrices (alpha = rank).
+        thumbnail: put the first preview into the header of a single file.
     """
 
     format: Format
@@ -72,6 +75,7 @@ class Export:
     rank: Annotated[int, Ge(1)] | None = None
     energy: Annotated[float, Interval(gt=0, le=1)] | None = None
     alpha: Literal["kept", "folded"] = "kept"
+    thumbnail: bool = False
 
     def check(self, artifact: Artifact) -> None:
         """Raise UserError if ``artifact`` cannot be exported with these settings."""
@@ -98,23 +102,33 @@ class Export:
             raise UserError(
                 "folded applies only to a LoRA in kohya format", key="alpha", remedy="set format=kohya, or remove alpha"
             )
+        has_header = self.format in ("kohya", "single_file") and artifact.kind in ("lora", "model")
+        if self.thumbnail and not has_header:
+            raise UserError(
+                "applies only to a LoRA or a model in a single file",
+                key="thumbnail",
+                remedy="set format=kohya or single_file, or remove thumbnail",
+            )
         if artifact.kind == "model" and self.format == "kohya" and svd is None:
             raise UserError("required to extract a LoRA from a model", key="rank", remedy="set rank=32 or energy=0.95")
 
-    def write(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+    def write(self, artifact: Artifact, source: Pretrained, folder: Path, previews: Sequence[Path] = ()) -> list[Path]:
         """Export ``artifact`` into ``folder``, which is created, and return the written files and folders.
 
         Args:
             artifact: the artifact to export.
             source: the backbone that it was trained on.
             folder: the output folder.
+            previews: image files; with ``thumbnail``, the first is put into the header.
         """
-        written = {
-            "lora": self._lora,
-            "model": self._model,
-            "controlnet": self._controlnet,
-            "embeddings": lambda *_: [],
-        }[artifact.kind](artifact, source, folder)
+        header = {"modelspec.thumbnail": thumbnail(previews[0])} if self.thumbnail and previews else {}
+        written: list[Path] = []
+        if artifact.kind == "lora":
+            written = self._lora(artifact, source, folder, header)
+        elif artifact.kind == "model":
+            written = self._model(artifact, source, folder, header)
+        elif artifact.kind == "controlnet":
+            written = self._controlnet(artifact, source, folder)
         return [*written, *self._embeddings(artifact, source, folder)]
 
     def write_card(self, artifact: Artifact, card: Path, folder: Path) -> None:
@@ -164,7 +178,7 @@ class Export:
 
     # --- LoRA
 
-    def _lora(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+    def _lora(self, artifact: Artifact, source: Pretrained, folder: Path, header: dict[str, str]) -> list[Path]:
         # This warns if the LoRA was trained on another backbone.
         adapters.check_adapter(str(artifact.path), source.hash(), "artifact")
         backbone = source.load()
@@ -173,13 +187,13 @@ class Export:
         if self._is_full_model:
             with adapters.adapters_applied(backbone, [loaded], [self.strength]):
                 artifact_metadata = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
-                artifact_metadata["sdtune_base_hash"] = source.hash()
+                artifact_metadata |= {"sdtune_base_hash": source.hash(), **header}
                 return self._full_model(self.merged(artifact.name), backbone, source, folder, artifact_metadata)
         weights, metadata = loaded.weights, read_metadata(artifact.path)
         if self.rank is not None or self.energy is not None:
             weights, shares = factors.reduce(weights, self.rank, self.energy)
             _log_energy(weights, shares)
-        return self._lora_file(artifact.name, weights, backbone, source, metadata, folder)
+        return self._lora_file(artifact.name, weights, backbone, source, metadata | header, folder)
 
     def _lora_file(
         self,
@@ -218,10 +232,10 @@ class Export:
 
     # --- full models
 
-    def _model(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+    def _model(self, artifact: Artifact, source: Pretrained, folder: Path, header: dict[str, str]) -> list[Path]:
         tuned = source.of_trained_pipeline(artifact.path)
         if self.format != "kohya":
-            return self._full_model(artifact.name, tuned.load(), tuned, folder, {})
+            return self._full_model(artifact.name, tuned.load(), tuned, folder, header)
         backbone, changed = source.load(), tuned.load()
         if backbone.facts.family != changed.facts.family:
             raise UserError(
@@ -247,7 +261,7 @@ class Export:
             )
         _log_energy(weights, shares)
         _log_unrepresented_change(backbone, changed, set(after))
-        return self._lora_file(artifact.name, weights, backbone, source, {}, folder)
+        return self._lora_file(artifact.name, weights, backbone, source, header, folder)
 
     def merged(self, name: str) -> str:
         """Name of the full model with the LoRA ``name`` merged in (programs store it in another folder than LoRAs)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -79,6 +80,36 @@ class ModelSpec:
         if self.trigger is not None:
             fields["trigger_phrase"] = self.trigger
         return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+_MOST_TAGS = 1000
+
+
+def training_metadata(
+    folder: str, captions: Mapping[str, int], rates: Mapping[str, float], clip_skip: int
+) -> dict[str, str]:
+    """kohya's ``ss_`` fields about the data and the learning rates, which programs show for a LoRA.
+
+    Args:
+        folder: name of the data.
+        captions: caption -> number of uses per epoch. Its tags are what commas separate, as in kohya; the
+            most frequent ones are written.
+        rates: learning rate by component, ``unet`` or a text encoder.
+        clip_skip: as in diffusers: 0 skips no layer, which is clip skip 1 in kohya.
+    """
+    tags: Counter[str] = Counter()
+    for caption, count in captions.items():
+        tags.update(dict.fromkeys((tag.strip() for tag in caption.split(",") if tag.strip()), count))
+    encoder = next((rate for name, rate in rates.items() if name.startswith("text_encoder")), None)
+    unet = rates.get("unet")
+    return {
+        "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(_MOST_TAGS))}, ensure_ascii=False),
+        "ss_num_train_images": str(sum(captions.values())),
+        "ss_learning_rate": str(unet if unet is not None else encoder),
+        "ss_unet_lr": str(unet),
+        "ss_text_encoder_lr": str(encoder),
+        "ss_clip_skip": str(clip_skip + 1) if clip_skip else "None",
+    }
 
 
 def architecture(family: Family, velocity: bool) -> Architecture:

@@ -403,11 +403,20 @@ class LoRA(Adapter):
             prediction_type=prediction,
             steps=self.trainer.global_step,
             seed=self.seed,
-            trigger=getattr(data, "trigger", None) or None,
+            trigger=data.trigger_words() if isinstance(data, ImageDataModule) else None,
             architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
         )
         artifact_metadata, unet = self.artifact_metadata(folder / name), dict(self.backbone.unet.config)
+        if isinstance(data, ImageDataModule):
+            artifact_metadata |= kohya_lora.training_metadata(
+                data.name, data.caption_uses(), self._base_rates(), self.source.clip_skip
+            )
         kohya_lora.write(folder / f"{name}.safetensors", self.weights(), spec, artifact_metadata, unet)
+
+    def _base_rates(self) -> dict[str, float]:
+        """Learning rate of each component before the schedule."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return {str(group.get("name")): float(group.get("initial_lr", group["lr"])) for group in groups}
 
 
 def _is_below(path: str, parent: str) -> bool:
