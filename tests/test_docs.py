@@ -213,7 +213,7 @@ def test_pages_have_examples_of_every_command() -> None:
 def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
     arguments = list(example.arguments)
     if example.name == "report":
-        assert len(arguments) == 1
+        assert len([text for text in arguments if text not in ("--follow", "--serve")]) == 1
         return
     if example.name == "import-kohya":
         assert all(word.endswith(".toml") for word in arguments)
@@ -411,7 +411,7 @@ def test_readme_is_short() -> None:
 def test_python_example_runs(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny backbone and for two steps."""
     monkeypatch.chdir(tmp_path)
-    code = code_blocks(ROOT / "docs" / "python.md", "python")[0]
+    code = code_blocks(ROOT / "docs" / "python.md", "python")[1]
     for old, new in (
         ('Pretrained("pocket")', f'Pretrained("{tiny}")'),
         ('path="DIR"', f'path="{images}"'),

@@ -277,6 +277,7 @@ def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> t
         mode="lines",
         line={"color": "#999", "dash": "dot"},
         name="Pareto front",
+        showlegend=False,
         hoverinfo="skip",
         visible=visible,
     )

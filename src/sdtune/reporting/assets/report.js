@@ -173,7 +173,7 @@ function drawCurves() {
     height: 440, margin: { l: 60, r: 20, t: 20, b: 50 }, font: { family: "system-ui, sans-serif", size: 13 },
     xaxis: { title: { text: "step" } },
     yaxis: { title: { text: column }, type: find("#curve-log").checked ? "log" : "linear" },
-    legend: { orientation: "h", y: -0.18 },
+    legend: { orientation: "h", y: -0.22, yanchor: "top" },
   }), settings);
 }
 
