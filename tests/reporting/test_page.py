@@ -13,7 +13,7 @@ from run_folders import PROMPTS, data_of, write_run, write_sweep
 from sdtune.reporting import collect, page, write_report
 from sdtune.reporting.charts import thinned
 from sdtune.reporting.facts import artifact, common_overrides, memorisation_warning
-from sdtune.reporting.tables import short_names
+from sdtune.reporting.ranking import short_names
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_page_begins_with_the_answer(sweep: Path) -> None:
     for part in (
         "12 done.",
         "Best setting by subject_gain",
-        "method.rank 8, optimizer.lr 0.001: 0.91 ± 0.01",
+        "rank 8, lr 0.001: 0.91 ± 0.01",
         "No other of the 4 settings is within its noise.",
         f"sdtune sample 'a photo of sks bird' run={sweep}/11 strengths=0.5,0.75,1",
         f"{sweep}/11/artifact/bird.safetensors",
@@ -53,7 +53,7 @@ def test_settings_within_the_noise_and_the_fastest_of_them_are_named(tmp_path: P
             metrics = {"subject_gain": gain + 0.05 * seed, "steps": 10, "median_step_seconds": rank}
             write_run(tmp_path / f"{rank}-{seed}", {"method.rank": rank, "seed": seed}, metrics)
     text = text_of(write_report(collect(tmp_path), tmp_path, "it"))
-    assert "Within its noise, 1 of the other 1: method.rank 4. The one that trains fastest is method.rank 4." in text
+    assert "Within its noise, 1 of the other 1: rank 4. The one that trains fastest is rank 4." in text
 
 
 def test_ranking_has_the_base_model_short_names_and_explained_columns(sweep: Path) -> None:
@@ -127,8 +127,9 @@ def test_mixed_folder_lists_what_differs(tmp_path: Path) -> None:
     write_run(tmp_path / "c", {"trainer.max_steps": 10}, None)
     text = text_of(write_report(collect(tmp_path), tmp_path, "it"))
     assert "2 done, 1 unfinished." in text
-    assert "LoRA (2 runs), Full (1 runs)" in text
-    assert "pocket (2 runs), /models/sd15 (1 runs)" in text
+    assert "LoRA (2 runs), Full (1 run)" in text
+    assert "pocket (2 runs), /models/sd15 (1 run)" in text
+    assert "The runs differ in model and data, so their metrics may not be comparable." in text
 
 
 @pytest.mark.parametrize(("value", "warned"), [(0.96, True), (0.9, False), (None, False)])

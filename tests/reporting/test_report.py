@@ -302,7 +302,7 @@ def test_ranking_states_seeds_and_noise() -> None:
     one_seed = group_by_setting([run(0, 0, 1.0, subject_gain=0.9), run(1, 1, 1.0), run(2, 0, 2.0, subject_gain=0.5)])
     first, second = ranking_table("subject_gain", ranked(one_seed, "subject_gain"))["rows"]
     assert first["noise"] == "1 of 2 seeds"
-    assert second["noise"] == "noise unknown (one seed here or in the best row)"
+    assert second["noise"] == "noise unknown (one seed)"
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.01 * i) for i in range(6)]
     first, second = ranking_table("subject_gain", ranked(group_by_setting(runs), "subject_gain"))["rows"]
     assert (first["noise"], second["noise"]) == ("3 seeds", "3 seeds")
@@ -325,7 +325,7 @@ def test_ranking_names_the_first_ten_settings_and_the_noise() -> None:
     assert lines[0].startswith("   1  0.901 ± 0.001")
     assert "noise" not in lines[1]
     assert lines[10] == "      and 2 more"
-    assert lines[11:] == ["best of 12 settings by subject_gain: lr 0 (0.901 ± 0.001): 0"]
+    assert lines[11:] == ["best of 12 settings by subject_gain: lr 0 (0.901 ± 0.001): 2"]
     assert ranking_lines(runs[:3]) == []
 
 
@@ -340,7 +340,7 @@ def test_winner_names_setting_metric_and_noise() -> None:
     ]
     runs = [run(i, i % 3, 1.0 + i // 3, subject_gain=0.5 + 0.1 * (i % 3) - 0.01 * (i // 3)) for i in range(9)]
     assert ranking_lines(runs)[-1:] == [
-        "best of 3 settings by subject_gain: lr 1 (0.6 ± 0.1); within its noise: 2 of the other 2: 0"
+        "best of 3 settings by subject_gain: lr 1 (0.6 ± 0.1); within its noise: 2 of the other 2: 2"
     ]
 
 

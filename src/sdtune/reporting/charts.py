@@ -113,7 +113,7 @@ def scatter_plot(settings: Sequence[Setting], metric: str) -> Chart | None:
             x=columns[0],
             y=columns[1],
             mode="markers",
-            text=[setting.label for setting, _ in rows],
+            text=[setting.short_label for setting, _ in rows],
             marker={
                 "size": 14,
                 "color": [value for _, value in rows],
@@ -261,7 +261,7 @@ def _scatter_and_front(points: Sequence[Point], metric: str, visible: bool) -> t
     scatter = go.Scatter(
         x=[x for _, x, _ in points],
         y=[y for _, _, y in points],
-        text=[setting.label for setting, _, _ in points],
+        text=[setting.short_label for setting, _, _ in points],
         mode="markers+text" if _labels_fit(points) else "markers",
         textposition="top center",
         cliponaxis=False,

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import MetricStatistics, Place, Setting
-from sdtune.runs.metrics import LOWER_IS_BETTER, unit
+from sdtune.runs.metrics import unit
 from sdtune.runs.sample_command import sample_command
 
 _COPY = 0.95
@@ -29,13 +29,25 @@ Fact = tuple[str, str]
 def facts(runs: Sequence[Run]) -> list[Fact]:
     """Method, model, data, date, and the overrides that all runs have."""
     out = [
-        ("method", _listed(method(run) for run in runs)),
-        ("model", _listed(str(run.config.get("backbone.path", "")) for run in runs)),
-        ("data", _listed(data(run) for run in runs)),
+        ("method", _listed(map(method, runs))),
+        ("model", _listed(map(_model, runs))),
+        ("data", _listed(map(data, runs))),
         ("date", _dates(runs)),
         ("common settings", " ".join(common_overrides(runs))),
     ]
     return [(name, text) for name, text in out if text]
+
+
+def comparability(runs: Sequence[Run]) -> str:
+    """Warning if the runs differ in what their metrics are measured with; empty otherwise."""
+    differing = [name for name, of_run in (("model", _model), ("data", data)) if len({of_run(run) for run in runs}) > 1]
+    if not differing:
+        return ""
+    return f"The runs differ in {' and '.join(differing)}, so their metrics may not be comparable. Filter the tables."
+
+
+def _model(run: Run) -> str:
+    return str(run.config.get("backbone.path", ""))
 
 
 def method(run: Run) -> str:
@@ -60,7 +72,7 @@ def _listed(values: Iterable[str]) -> str:
     counts = Counter(value for value in values if value)
     if len(counts) == 1:
         return next(iter(counts))
-    shown = [f"{value} ({count} runs)" for value, count in counts.most_common(4)]
+    shown = [f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in counts.most_common(4)]
     return ", ".join(shown) + (f" and {len(counts) - 4} more" if len(counts) > 4 else "")
 
 
@@ -112,20 +124,14 @@ def sampling_command(run: Run) -> str:
     return sample_command(run.folder, prompt, *more)
 
 
-def best_run(setting: Setting, metric: str) -> Run:
-    """The run of ``setting`` with the best ``metric``."""
-    measured = [run for run in setting.runs if metric in run.metrics]
-    return (min if metric in LOWER_IS_BETTER else max)(measured, key=lambda run: run.metrics[metric])
-
-
 def winner(metric: str, places: Sequence[Place]) -> dict[str, Any]:
     """The best setting: its value, what is within its noise, its file, its command, its cost, and a warning."""
     setting, statistics, _ = places[0]
-    run = best_run(setting, metric)
+    run = setting.best_run(metric)
     base = setting.metric(f"base_{metric}")
     near = [other for other, _, is_near in places[1:] if is_near]
     return {
-        "label": setting.label,
+        "label": setting.short_label,
         "metric": metric,
         "value": shown(statistics, metric),
         "base": shown(base, metric),
@@ -145,9 +151,11 @@ def _near(setting: Setting, statistics: MetricStatistics, places: Sequence[Place
         return "Its noise is unknown, because it has one seed: sweep over seed=0,1,2 to measure it."
     if not near:
         return f"No other of the {len(places)} settings is within its noise."
-    names = "; ".join(other.label for other in near[:4]) + (f"; and {len(near) - 4} more" if len(near) > 4 else "")
+    names = "; ".join(other.short_label for other in near[:4]) + (
+        f"; and {len(near) - 4} more" if len(near) > 4 else ""
+    )
     cheapest = min((setting, *near), key=_seconds)
-    hint = "" if cheapest is setting else f" The one that trains fastest is {cheapest.label}."
+    hint = "" if cheapest is setting else f" The one that trains fastest is {cheapest.short_label}."
     return f"Within its noise, {len(near)} of the other {len(places) - 1}: {names}.{hint}"
 
 

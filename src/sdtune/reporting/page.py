@@ -126,6 +126,7 @@ def _several(runs: Sequence[Run], folder: Path, store: ImageStore) -> Content:
     drawn = _charts(settings, done, metric)
     values = {
         "facts": facts.facts(runs),
+        "comparability": facts.comparability(runs),
         "counts": _counts(runs),
         "resume_command": _resume_command(folder),
         "winner": winner,
@@ -136,9 +137,9 @@ def _several(runs: Sequence[Run], folder: Path, store: ImageStore) -> Content:
         "shared": _shared(done),
         "samples": shown.blocks,
         "omitted": shown.omitted,
-        "labels": [setting.label for setting in order],
+        "labels": [setting.short_label for setting in order],
         "sheets": grids,
-        "best": order[0].label,
+        "best": order[0].short_label,
         "runs": tables.runs_table(order, folder, metric),
         "failed": [(tables.run_name(run, folder), run.error) for run in runs if run.error],
         "differences": tables.differences(order, [key for key in varied(runs) if key not in keys])

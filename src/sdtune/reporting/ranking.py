@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -77,10 +78,23 @@ class Setting:
     @property
     def label(self) -> str:
         """Distinguishing keys and values; the run folder's name if there are none."""
+        return self._label({key: key for key in self.own})
+
+    @property
+    def short_label(self) -> str:
+        """:attr:`label` with the last part of each key, such as ``rank 8``, unless two keys end in the same part."""
+        return self._label(short_names(list(self.own)))
+
+    def _label(self, names: Mapping[str, str]) -> str:
         values = {key: value for key, value in self.own.items() if value is not None}
         if list(values) == ["experiment"]:
             return str(values["experiment"])
-        return ", ".join(f"{key} {_short(value)}" for key, value in values.items()) or self.runs[0].folder.name
+        return ", ".join(f"{names[key]} {_short(value)}" for key, value in values.items()) or self.runs[0].folder.name
+
+    def best_run(self, metric: str) -> Run:
+        """The run with the best ``metric``, among those that have it."""
+        measured = [run for run in self.runs if metric in run.metrics]
+        return (min if metric in LOWER_IS_BETTER else max)(measured, key=lambda run: run.metrics[metric])
 
     def metric(self, metric: str) -> MetricStatistics | None:
         """Statistics of ``metric`` over the runs that have it; None if none has."""
@@ -96,6 +110,12 @@ class Setting:
             share = (min(max(mean, 0.0), 1.0) * images + 1) / (images + 2)
             floor = (share * (1 - share) / images) ** 0.5
         return MetricStatistics(mean, stdev(values) if len(values) > 1 else None, len(values), floor)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, such as ``rank``; the full key if two end in the same part."""
+    counts = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: last if counts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def _short(value: Any) -> str:
@@ -200,5 +220,5 @@ def _winner(metric: str, places: Sequence[Place]) -> str:
         unclear = "; its noise is unknown (one seed)"
     return (
         f"best of {len(places)} settings by {metric}: {best.label} ({unit(statistics.mean, metric)}{spread}){unclear}:"
-        f" {best.runs[0].folder}"
+        f" {best.best_run(metric).folder}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sdtune.quoting import shell_word
 from sdtune.reporting.collect import Run
 from sdtune.reporting.facts import shown
-from sdtune.reporting.ranking import PREFERRED, MetricStatistics, Place, Setting, metrics
+from sdtune.reporting.ranking import PREFERRED, MetricStatistics, Place, Setting, metrics, short_names
 from sdtune.runs.metrics import DESCRIPTIONS, LOWER_IS_BETTER, OF_TRAINING, unit
 
 _VISIBLE = 5
@@ -19,12 +18,6 @@ _MOST_KEYS = 4
 """Varied settings that have columns of their own; more are one column with all of them."""
 _NOT_RANKED = ("base_", "ceiling_")
 _COSTS_SHOWN = ("median_step_seconds", "peak_memory_bytes")
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted key, such as ``rank``; the full key if two end in the same part."""
-    counts = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: last if counts[last := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
@@ -41,7 +34,7 @@ def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
     rows = [
         {
             "place": i + 1,
-            "setting": [_text(setting.own[key]) for key in keys] if split and keys else [setting.label],
+            "setting": [_text(setting.own[key]) for key in keys] if split and keys else [setting.short_label],
             "value": shown(statistics, metric),
             "number": statistics.mean,
             "noise": _noise(setting, statistics, noise, best=i == 0),
@@ -87,7 +80,7 @@ def _noise(setting: Setting, statistics: MetricStatistics, within: bool | None, 
     )
     if best or within is False:
         return counted
-    comparison = "within the noise" if within else "noise unknown (one seed here or in the best row)"
+    comparison = "within the noise" if within else "noise unknown (one seed)"
     return f"{counted}, {comparison}" if counted else comparison
 
 
@@ -100,7 +93,7 @@ def _text(value: Any) -> str:
 def differences(settings: Sequence[Setting], keys: Sequence[str]) -> dict[str, Any]:
     """Table of the config ``keys`` in which the settings differ, such as those that a recipe sets."""
     values = [[_text(setting.runs[0].config.get(key)) for setting in settings] for key in keys]
-    return {"labels": [s.label for s in settings], "rows": list(zip(keys, values, strict=True))}
+    return {"labels": [s.short_label for s in settings], "rows": list(zip(keys, values, strict=True))}
 
 
 def runs_table(settings: Sequence[Setting], folder: Path, metric: str | None) -> dict[str, Any]:
