@@ -75,22 +75,25 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         )
 
     def start(composed: DictConfig) -> None:
-        previews = [] if run is None else last_samples(run)
         with phase("Exporting"):
             if export is None:
                 _copy_artifact(path, folder)
             else:
-                written = export.write(artifact, source, folder, previews)
-                for target in written:
-                    log.info("%s (%.1f MB)", target, _bytes(target) / 1e6)
-                if run is not None and (path / CARD).is_file():
-                    export.write_card(artifact, path / CARD, folder)
-        add_gallery(folder, previews)
+                _convert(export, artifact, source, folder, run)
+        add_gallery(folder, [] if run is None else last_samples(run))
         log.info("exported to %s", folder)
         if push is not None:
             _send(folder, push)
 
     return start
+
+
+def _convert(export: Export, artifact: Artifact, source: Pretrained, folder: Path, run: Path | None) -> None:
+    """Write ``artifact`` in the format of ``export``, with the model card of ``run``."""
+    for target in export.write(artifact, source, folder, [] if run is None else last_samples(run)):
+        log.info("%s (%.1f MB)", target, _bytes(target) / 1e6)
+    if run is not None and (card := run / "artifact" / CARD).is_file():
+        export.write_card(artifact, card, folder)
 
 
 def _export(options: Mapping[str, Any]) -> Export | None:
