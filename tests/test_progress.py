@@ -47,22 +47,56 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
 
 
-def test_title_is_not_read_as_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_title_is_not_read_as_markup() -> None:
     """As a class prompt with weights in brackets; rich would raise an error for a closing tag."""
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with bar("Generating class images: a dog [/sitting] [red]", 2) as advance:
+    with on_terminal(200) as terminal, bar("Generating class images: a dog [/sitting] [red]", 2) as advance:
         advance(1)
-    assert "a dog [/sitting] [red]" in capsys.readouterr().err
+    assert "a dog [/sitting] [red]" in plain(terminal.getvalue())
+
+
+@pytest.mark.parametrize("setting", [{"TERM": "dumb"}, {"LOCAL_RANK": "1"}])
+def test_no_bar_on_a_dumb_terminal_and_in_other_processes(
+    setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_terminal() as terminal:
+        for name, value in setting.items():
+            monkeypatch.setenv(name, value)
+        with bar("Encoding", 2) as advance:
+            advance(1)
+    assert terminal.getvalue() == ""
+
+
+def test_no_control_characters_in_a_file_with_forced_colors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in CI."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bar("Encoding", 2) as advance:
+        advance(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_long_title_leaves_the_other_bars_their_place() -> None:
+    with on_terminal() as terminal:
+        outer = Bar("Training", 100)
+        outer.update(30, "loss 0.1234  lr 1.0e-04")
+        inner = Bar("Generating images of 'a photo of a very long class prompt' and 3 other prompts", 10)
+        inner.update(1)
+        inner.close()
+        outer.close(keep=True)
+    lines = [line for line in plain(terminal.getvalue()).splitlines() if line.startswith("Training")]
+    assert all("/100" in line for line in lines)
+    assert max(map(len, plain(terminal.getvalue()).splitlines())) <= 80
 
 
 def test_log_lines_are_printed_above_the_bar() -> None:
     with on_terminal() as terminal, bar("Encoding", 4) as advance:
         advance(1)
-        LogHandler(terminal).emit(logging.makeLogRecord({"msg": "a line [red] of the log"}))
+        LogHandler(terminal).emit(logging.makeLogRecord({"msg": "a line [red] of the log :fire: 10:100:5"}))
         advance(1)
     lines = [line for line in plain(terminal.getvalue()).splitlines() if line.strip()]
     assert any(line.startswith("Encoding") for line in lines)
-    assert "a line [red] of the log" in lines
+    assert "a line [red] of the log :fire: 10:100:5" in lines
     assert not [line for line in lines if "Encoding" in line and "a line" in line]
 
 
@@ -141,6 +175,18 @@ def test_quick_phases_write_no_lines(capsys: pytest.CaptureFixture[str], caplog:
         advance(1)
     assert not caplog.records
     assert capsys.readouterr().err == ""
+
+
+def test_one_long_batch_has_a_line_at_its_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock(monkeypatch)
+    with bar("Generating images", 4) as advance:
+        clock.now += 300
+        for _ in range(4):
+            advance(1)
+    assert [record.getMessage() for record in caplog.records] == ["Generating images: 4 in 5 min"]
 
 
 def test_phase_states_its_time_without_a_terminal(

@@ -205,7 +205,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PROBED)
     except Timeout as error:
         raise UserError(
             f"{folder} is in use by another process", remedy="wait for it to end, or use another folder"
@@ -216,6 +216,22 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process has locked ``folder``, such as the run or the sweep that goes on in it."""
+    file = folder / ".lock"
+    if not file.is_file():
+        return False
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+_PROBED = 0.2
+"""Seconds that :func:`locked` waits for :func:`is_locked` of another process."""
 _REMEDY = "restore it from a copy"
 
 
@@ -243,19 +259,6 @@ _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, A
 """PyYAML raises exceptions of Python for values that it cannot convert, such as ``!!bool x``."""
 
 
-class _YamlLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as ``OmegaConf.load`` reads it, but ten times as fast: ``1e-4`` is a number, and dates are text."""
-
-
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def read_yaml(file: Path, key: str | None = None) -> Any:
     """OmegaConf's config in ``file``, such as a config or the overrides that Hydra has saved.
 
@@ -263,7 +266,32 @@ def read_yaml(file: Path, key: str | None = None) -> Any:
         UserError: the file cannot be read, or is not YAML.
     """
     try:
-        return OmegaConf.create(yaml.load(file.read_text(encoding="utf-8"), _YamlLoader) or {})
+        return OmegaConf.load(file)
     except (OSError, *_YAML_ERRORS) as error:
         lines = str(error).split("\n")
         raise UserError(f"{file} cannot be read ({lines[0]})", key=key, remedy=_REMEDY) from error
+
+
+class _SavedYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as OmegaConf saves it, where dates are text."""
+
+
+_SavedYaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_SavedYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_saved_yaml(file: Path, key: str | None = None) -> Any:
+    """The config in ``file``, which OmegaConf has written; ten times as fast as :func:`read_yaml`, by libyaml.
+
+    Raises:
+        UserError: the file cannot be read, or is not YAML.
+    """
+    try:
+        return OmegaConf.create(yaml.load(file.read_text(encoding="utf-8"), _SavedYaml) or {})
+    except (OSError, *_YAML_ERRORS) as error:
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]})", key=key, remedy=_REMEDY) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Warnings about intended behavior of sdtune.
 _EXPECTED = (
@@ -30,6 +32,28 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def restored_libraries() -> Iterator[None]:
+    """Context manager that restores the log levels of libraries and the progress bars of transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    names = [name for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)]
+    loggers = [logging.getLogger(name) for name in {*names, *_SET_BY_COMMANDS}]
+    settings = [(logger, logger.level, logger.handlers[:], logger.propagate, logger.disabled) for logger in loggers]
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        for logger, level, handlers, propagate, disabled in settings:
+            logger.setLevel(level)
+            logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, disabled
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+
+
+_SET_BY_COMMANDS = ("bitsandbytes", "pytorch_lightning", "lightning_fabric")
 
 
 def quiet_libraries() -> None:

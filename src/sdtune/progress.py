@@ -7,6 +7,8 @@ of several threads, are lines of the same display.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import sys
 import threading
 import time
@@ -32,8 +34,19 @@ _SAME_BATCH = 0.05
 
 def is_shown() -> bool:
     """Whether bars are shown: stderr is a terminal, or the process is the kernel of a notebook with ipywidgets."""
+    if not _is_first_process():
+        return False
     console = Console(stderr=True)
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
+    # Not is_terminal, which is true for a file where FORCE_COLOR is set.
+    return sys.stderr.isatty() and not console.is_dumb_terminal
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that shows progress, of those that torchrun, Lightning or a sweep has started."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK")
+    return multiprocessing.parent_process() is None and all(os.environ.get(name, "0") == "0" for name in names)
 
 
 class _Display:
@@ -95,16 +108,22 @@ class _TimeLeft(ProgressColumn):
 
 def _new_progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=_title_width())),
         BarColumn(bar_width=None, table_column=Column(ratio=1)),
         _Count(Column(no_wrap=True)),
         TextColumn("{task.fields[metrics]}", markup=False),
         TimeElapsedColumn(),
         _TimeLeft(Column(no_wrap=True)),
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
         expand=True,
         refresh_per_second=4,
+        speed_estimate_period=3600,  # steps may take minutes
     )
+
+
+def _title_width() -> int:
+    """Columns of the titles, so that a long one leaves the bar its place."""
+    return max(Console(stderr=True).width // 3, 20)
 
 
 class Bar:
@@ -119,7 +138,7 @@ class Bar:
     def __init__(self, title: str, total: int, completed: int = 0) -> None:
         self._title, self._total, self._done, self._first = title, total, completed, completed
         self._start = self._last = time.monotonic()
-        self._next_line = _FIRST_LINE
+        self._next_line, self._has_line = _FIRST_LINE, False
         self._shown = _display.add(title, total, completed) if is_shown() else None
 
     @property
@@ -147,16 +166,23 @@ class Bar:
         now, elapsed = time.monotonic(), self._last - self._start
         if self._shown is None and elapsed >= self._next_line and now - self._last > _SAME_BATCH:
             self._next_line = elapsed + _NEXT_LINES
+            self._has_line = True
             left = elapsed / (self._done - self._first) * (self._total - self._done)
             _line(f"{self._title}: {self._done:,} of {self._total:,}, about {duration(left)} left")
         self.update(self._done + items)
         self._last = now
 
     def close(self, *, keep: bool = False) -> None:
-        """Remove the bar from the screen; with ``keep``, its last state stays."""
+        """Remove the bar from the screen; with ``keep``, its last state stays.
+
+        Without a screen, a phase of two seconds or more that has no line yet gets one.
+        """
+        elapsed = time.monotonic() - self._start
         if self._shown is not None:
             _display.remove(*self._shown, keep=keep)
             self._shown = None
+        elif elapsed >= _FIRST_LINE and not self._has_line and not keep:
+            _line(f"{self._title}: {self._done:,} in {duration(elapsed)}")
 
 
 def duration(seconds: float) -> str:
@@ -167,7 +193,9 @@ def duration(seconds: float) -> str:
 
 
 def _line(text: str) -> None:
-    """Log ``text``; before logging is set up, print it to stderr."""
+    """Log ``text``; before logging is set up, print it to stderr. Only in the first process."""
+    if not _is_first_process():
+        return
     if logging.getLogger().hasHandlers() and log.isEnabledFor(logging.INFO):
         log.info("%s", text)
     else:
@@ -218,4 +246,4 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         if console is None or not self.stream.isatty():
             super().emit(record)
         else:
-            console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(self.format(record)), soft_wrap=True)

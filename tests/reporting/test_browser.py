@@ -247,6 +247,7 @@ def test_text_has_the_contrast_of_wcag_aa(scheme: str, browser: Any, report: Pat
 def test_page_reloads_without_losing_its_place(browser: Any, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep")
     write_run(folder / "12", {"seed": 5}, None)
+    with_hint = {"subject_gain": 0.1, "dino_image": 0.5}
     file = write_report(collect(folder), folder, "it", reload=1.5)
     opened = Opened(browser, file)
     page = opened.page
@@ -256,14 +257,19 @@ def test_page_reloads_without_losing_its_place(browser: Any, tmp_path: Path) -> 
     page.locator("details.run summary").nth(1).click()
     page.locator("#curve-column").select_option("grad_norm")
     page.evaluate("window.marked = true; scrollTo(0, 700)")
+    page.locator(".legendtoggle").first.click()
+    page.wait_for_timeout(800)
     (folder / "12" / "metrics.json").write_text('{"subject_gain": 0.99}', encoding="utf-8")
+    write_run(folder / "13", {"method.rank": 16}, with_hint)  # another row, and another column
+    page.evaluate("scrollTo(0, 700)")
     write_report(collect(folder), folder, "it", reload=600)
     for _ in range(100):
         page.wait_for_timeout(200)
         if not page.evaluate("window.marked === true") and page.locator(".js-plotly-plot").count():
             break
     page.wait_for_timeout(500)
-    assert "13 done" in page.locator("main").inner_text(), "the new page is shown"
+    assert "14 done" in page.locator("main").inner_text(), "the new page is shown"
+    assert "legendonly" in page.evaluate("curve.data.map((trace) => trace.visible)"), "hidden settings stay hidden"
     assert page.evaluate("scrollY") == 700
     assert page.locator("section:has(.ranking) th[aria-sort='ascending']").inner_text() == "lr"
     assert page.locator("section:has(.runs) input.filter").input_value() == "done"

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from run_folders import data_of, write_run
+from sdtune.files import locked
 from sdtune.reporting.follow import Follower, follow
 from sdtune.reporting.serve import ReportServer
 
@@ -24,20 +26,53 @@ def finish(run: Path) -> None:
     (run / "metrics.json").write_text(json.dumps({"validation_loss": 0.1}), encoding="utf-8")
 
 
-def test_page_is_written_until_all_runs_are_finished(tmp_path: Path) -> None:
+def test_page_is_written_while_a_run_goes_on(tmp_path: Path) -> None:
     run = write_run(tmp_path / "0", {"seed": 0}, None)
     follower, pages = Follower(tmp_path, "it"), []
+    with ExitStack() as training:
+        training.enter_context(locked(run))
 
-    def written(file: Path) -> None:
-        pages.append(data_of(file)["reload"])
-        follower.interval = 0.01
-        if len(pages) == 2:
-            finish(run)
+        def written(file: Path) -> None:
+            data = data_of(file)
+            pages.append(data["reload"])
+            follower.interval = 0.01
+            if len(pages) == 2:
+                finish(run)
+                training.close()
 
-    follow(follower, threading.Event(), written)
-    assert pages[:2] != [None, None]
+        follow(follower, threading.Event(), written)
+    assert None not in pages[:2]
     assert pages[-1] is None, "the last page does not reload itself"
-    assert len(pages) >= 3
+    assert len(pages) == 3
+
+
+def test_killed_run_does_not_go_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "0", {}, None)
+    follower = Follower(tmp_path, "it")
+    with locked(run):
+        file = follower.write()
+        assert file is not None
+        assert "running." in file.read_text(encoding="utf-8")
+        assert follower.goes_on
+    assert not follower.goes_on
+
+
+def test_run_that_is_being_written_stays_as_it_was(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", {"seed": 0}, {"validation_loss": 0.1})
+    run = write_run(tmp_path / "1", {"seed": 1}, None)
+    follower = Follower(tmp_path, "it")
+    config = run / ".hydra" / "config.yaml"
+    whole = config.read_text(encoding="utf-8")
+    config.write_text("{", encoding="utf-8")
+    file = follower.write()
+    assert file is not None
+    assert len(data_of(file)["runs"]) == 1
+    config.write_text(whole, encoding="utf-8")
+    for _ in range(2):
+        file = follower.write()
+        assert file is not None
+        assert len(data_of(file)["runs"]) == 2
+        config.write_text("{", encoding="utf-8")
 
 
 def test_pages_take_one_percent_of_a_core_at_most(tmp_path: Path) -> None:
@@ -66,12 +101,11 @@ def test_finished_runs_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_folder_without_runs_is_waited_for(tmp_path: Path) -> None:
     follower = Follower(tmp_path, "it")
     assert follower.write() is None
-    assert not follower.is_finished
     write_run(tmp_path / "0", {}, {"validation_loss": 0.1})
     assert follower.write() is not None
-    assert follower.is_finished
-    (tmp_path / "multirun.yaml").touch()
-    assert not follower.is_finished, "further jobs of the sweep may follow"
+    assert not follower.goes_on
+    with locked(tmp_path):
+        assert follower.goes_on, "further jobs of the sweep may follow"
 
 
 def request(port: int, path: str, method: str = "GET", host: str = "127.0.0.1") -> tuple[int, bytes]:
@@ -114,6 +148,8 @@ def test_second_server_takes_a_free_port(tmp_path: Path) -> None:
 
 def test_command_follows_a_run_serves_it_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     run = write_run(tmp_path / "0", {}, None)
+    training = ExitStack()
+    training.enter_context(locked(run))
     process = subprocess.Popen(
         [sys.executable, "-m", "sdtune", "report", str(run), "--follow", "--serve"],
         stdout=subprocess.PIPE,
@@ -121,6 +157,7 @@ def test_command_follows_a_run_serves_it_and_ends_with_ctrl_c(tmp_path: Path) ->
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
+    assert process.stdout.readline() == f"following {run}; Ctrl-C ends\n"
     assert process.stdout.readline() == f"report: {run / 'report.html'}\n"
     url = process.stdout.readline().split()[-1]
     port = int(url.rstrip("/").rpartition(":")[2])
@@ -130,3 +167,4 @@ def test_command_follows_a_run_serves_it_and_ends_with_ctrl_c(tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert data_of(run / "report.html")["reload"] is None
+    training.close()

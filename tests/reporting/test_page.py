@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from run_folders import PROMPTS, data_of, write_run, write_sweep
+from sdtune.errors import UserError
 from sdtune.reporting import collect, page, write_report
 from sdtune.reporting.charts import thinned
 from sdtune.reporting.facts import artifact, common_overrides, memorisation_warning
@@ -34,7 +37,7 @@ def test_page_begins_with_the_answer(sweep: Path) -> None:
         "12 done.",
         "Best setting by subject_gain",
         "rank 8, lr 0.001: 0.91 ± 0.01",
-        "No other of the 4 settings is within its noise.",
+        "No other of the 4 settings with several seeds is within its noise.",
         f"sdtune sample 'a photo of sks bird' run={sweep}/11 strengths=0.5,0.75,1",
         f"{sweep}/11/artifact/bird.safetensors",
         "time of all steps 48 s",
@@ -64,7 +67,7 @@ def test_ranking_has_the_base_model_short_names_and_explained_columns(sweep: Pat
     base = re.search(r'<tr class="base">.*?</tr>', ranking, re.DOTALL)
     assert base is not None
     assert "0.5" in re.sub(r"<[^>]+>", " ", base[0])
-    boxes = re.findall(r'<input type="checkbox" class="column" value="\d+"( checked)?> (\w+)', ranking)
+    boxes = re.findall(r'<input type="checkbox" class="column" value="\d+" data-name="\w+"( checked)?> (\w+)', ranking)
     assert {name for _, name in boxes} >= {"clip_image", "median_step_seconds", "artifact_bytes"}
     assert {name for checked, name in boxes if not checked} >= {"artifact_bytes"}
 
@@ -110,14 +113,76 @@ def test_large_page_becomes_a_folder(sweep: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(page, "MOST_BYTES", 4_000_000)
     file = write_report(runs, sweep, "it")
     assert file == sweep / "report" / "index.html"
-    assert not single.exists()
+    assert "report/index.html" in single.read_text(encoding="utf-8"), "an open page finds the new one"
     urls = data_of(file)["images"].values()
     assert urls
     assert all((file.parent / url).stat().st_size > 20 for url in urls)
     assert len(list((file.parent / "images").iterdir())) == len(urls)
+    (sweep / "report" / "mine.txt").touch()
     monkeypatch.undo()
     assert write_report(runs, sweep, "it") == single
-    assert not (sweep / "report").exists()
+    assert [file.name for file in (sweep / "report").iterdir()] == ["mine.txt"], "other files are kept"
+
+
+def test_run_called_report_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a", {"seed": 0}, {"validation_loss": 0.1})
+    run = write_run(tmp_path / "report", {"seed": 1}, {"validation_loss": 0.2})
+    write_report(collect(tmp_path), tmp_path, "it")
+    assert (run / "metrics.json").exists()
+    monkeypatch.setattr(page, "MOST_BYTES", 4_000_000)
+    with pytest.raises(UserError, match="rename the run's folder"):
+        write_report(collect(tmp_path), tmp_path, "it")
+    assert (run / "metrics.json").exists()
+
+
+def test_damaged_run_is_left_out_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", {}, {"validation_loss": 0.1})
+    broken = write_run(tmp_path / "b", {}, {"validation_loss": 0.1})
+    (broken / ".hydra" / "config.yaml").write_text("{", encoding="utf-8")
+    assert [run.folder.name for run in collect(tmp_path)] == ["a"]
+    assert f"the report leaves {broken} out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot be read"):
+        collect(broken)
+
+
+def test_run_that_has_just_started_has_no_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", {}, None)
+    (run / "metrics.csv").write_text("", encoding="utf-8")
+    assert collect(run)[0].curves == {}
+    assert write_report(collect(run), run, "it").is_file()
+
+
+def test_secrets_of_the_environment_and_other_files_are_not_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "hidden-value")
+    run = write_run(tmp_path / "a", {"data.path": "${oc.env:MY_SECRET}"}, {"validation_loss": 0.1})
+    other = tmp_path / "private.png"
+    Image.new("RGB", (8, 8)).save(other)
+    listed = {"images": 1, "shown": [{}, {"file": "../../private.png", "caption": "@images@"}]}
+    (run / "training_images" / "images.json").write_text(json.dumps(listed), encoding="utf-8")
+    content = write_report(collect(run), run, "it").read_text(encoding="utf-8")
+    assert "hidden-value" not in content
+    assert "oc.env:MY_SECRET" in content
+    assert collect(run)[0].training.shown[0][0] == run / "training_images" / "private.png"
+    assert collect(run)[0].training.counts["validation_images"] == 0
+
+
+def test_settings_with_one_seed_are_not_called_worse(tmp_path: Path) -> None:
+    for number, (rank, seed) in enumerate(((4, 0), (4, 1), (8, 0))):
+        metrics = {"subject_gain": 0.9 - 0.01 * number, "memorisation": 0.5}
+        write_run(tmp_path / str(number), {"method.rank": rank, "seed": seed}, metrics)
+    text = text_of(write_report(collect(tmp_path), tmp_path, "it"))
+    assert "The noise of 1 other settings is unknown (one seed)." in text
+
+
+def test_base_model_is_left_out_where_models_differ(tmp_path: Path) -> None:
+    for number, model in enumerate(("pocket", "/sd15")):
+        metrics = {"clip_image": 0.5 + number / 10, "base_clip_image": 0.3 + number / 10}
+        write_run(tmp_path / str(number), {"backbone.path": model}, metrics)
+    file = write_report(collect(tmp_path), tmp_path, "it")
+    assert "base model, without training" not in text_of(file)
+    assert [block["base"] for block in data_of(file)["samples"]] == [None, None]
 
 
 def test_mixed_folder_lists_what_differs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.data import ImageDataModule
-from sdtune.files import write_json
+from sdtune.files import replacing, write_json
 from sdtune.images.files import CENTER
 
 _MOST_IMAGES = 12
@@ -40,7 +40,8 @@ class TrainingImages(Callback):
             image = Image.fromarray(sample.pixels(data.bucket(sample), CENTER, False))
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             name = f"{number:03d}.webp"
-            image.save(self.folder / name, quality=88)
+            with replacing(self.folder / name, sync=False) as partial:
+                image.save(partial, format="WEBP", quality=88)
             shown.append({"file": name, "caption": sample.caption, "repeats": sample.repeats})
         counts = {"images": len(data.train), "validation_images": len(data.held_out)}
         write_json(self.folder / "images.json", {**counts, "class_images": len(data.class_samples), "shown": shown})

@@ -29,12 +29,13 @@ _USAGE = {
     "prepare": "[GROUP=OPTION ...] [KEY=VALUE ...]",
     "plan": "[GROUP=OPTION ...] [KEY=VALUE ...]",
     "sample": '"PROMPT" [run=RUN] [KEY=VALUE ...]',
-    "export": "RUN format=FORMAT [KEY=VALUE ...]",
+    "export": "RUN [format=FORMAT] [KEY=VALUE ...]",
     "evaluate": "RUN [KEY=VALUE ...]",
 }
 
+_SWEEP = "-m, --multirun"
 _OPTIONS = {
-    "-m, --multirun": "sweep: a value with commas, such as seed=0,1, starts one job for each of its parts",
+    _SWEEP: "sweep: a value with commas, such as seed=0,1, starts one job for each of its parts",
     "-cd, --config-dir DIR": "folder with config groups of your own",
     "--cfg job": "print the composed settings as YAML; with -p GROUP those of one group",
     "--info": "print how Hydra composes the settings",
@@ -60,7 +61,7 @@ def print_help(command: str, search: ConfigSearchPath, overrides: Sequence[str])
 
 
 def _head(command: str) -> list[str]:
-    options = {name: text for name, text in _OPTIONS.items() if command not in _WITHOUT_SWEEPS or "sweep" not in text}
+    options = {name: text for name, text in _OPTIONS.items() if command not in _WITHOUT_SWEEPS or name != _SWEEP}
     summary = TEXTS[command][""].partition(": ")[2]
     return [
         f"usage: sdtune {command} {_USAGE[command]} [OPTION ...]",

@@ -108,12 +108,12 @@ def launch(
     with exit_codes(command, partial(composition_error, command=command, typed=argv)):
         parser = get_args_parser()
         check_option_names(argv, command, option_names(parser))
-        _check_hydra_settings(argv)
+        check_hydra_settings(argv)
         args = _parse(command, parser, rewrite(for_hydra(command, _with_quoted_folder(argv))))
         if args.multirun and args.cfg:
             refuse("--cfg: shows the config of one job; remove -m and set one value for each key of the sweep")
         args.overrides = with_main_setting(command, args.overrides)
-        _check_secrets(args.overrides)
+        check_secrets(args.overrides)
         if args.help:
             print_help(command, search_path(args.config_dir), args.overrides)
             return
@@ -192,13 +192,15 @@ def _with_quoted_folder(argv: list[str]) -> list[str]:
 _HYDRA_SETTINGS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.launcher", "hydra.sweeper", "hydra.verbose")
 
 
-def _check_hydra_settings(argv: list[str]) -> None:
+def check_hydra_settings(argv: list[str]) -> None:
     """Refuse settings of Hydra that would move the files of a run, such as ``hydra.output_subdir=null``."""
     for text in argv:
         key = text.split("=")[0].lstrip("+~")
         is_supported = key.startswith(_HYDRA_SETTINGS) or key in ("hydra/launcher", "hydra/sweeper")
         if key.startswith(("hydra.", "hydra/")) and not is_supported and not is_launched_again():
-            refuse(f"{key}: setting of Hydra that sdtune does not support; use {', '.join(_HYDRA_SETTINGS)}")
+            raise UserError(
+                "setting of Hydra that sdtune does not support", key=key, remedy=f"use {', '.join(_HYDRA_SETTINGS)}"
+            )
 
 
 def _parse(command: str, parser: ArgumentParser, argv: list[str]) -> Namespace:
@@ -211,11 +213,16 @@ def _parse(command: str, parser: ArgumentParser, argv: list[str]) -> Namespace:
     return args
 
 
-def _check_secrets(overrides: list[str]) -> None:
+def check_secrets(overrides: list[str]) -> None:
+    """Refuse secrets on the command line."""
     for text in overrides:
         key = text.split("=", 1)[0].lstrip("+~")
         if _SECRET.search(key) and not key.startswith(_NOT_SECRET):
-            refuse(f"{key}: a command line is stored in logs and in .hydra/; set secrets as environment variables only")
+            raise UserError(
+                "a command line is stored in logs and in .hydra/",
+                key=key,
+                remedy="set secrets as environment variables only",
+            )
 
 
 def _check_options(command: str, args: Namespace, writes: bool) -> None:

@@ -49,7 +49,7 @@ _WITHOUT_CONFIG = ("report", "import-kohya", "doctor", "cache", "completion")
 """Commands without Hydra's settings."""
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
-       sdtune report FOLDER
+       sdtune report FOLDER [--follow] [--serve]
        sdtune import-kohya CONFIG.toml [DATASET.toml]
        sdtune doctor
        sdtune cache [older_than=DAYS] [max_gib=GIB]

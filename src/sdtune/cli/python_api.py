@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.cli.as_typed import for_hydra
-from sdtune.cli.launch import CheckedJob, checked_job, lazy_command, run_job
-from sdtune.cli.messages import composition_error
+from sdtune.cli.launch import CheckedJob, check_hydra_settings, check_secrets, checked_job, lazy_command, run_job
+from sdtune.cli.messages import check_option_names, composition_error
 from sdtune.cli.resume import rewrite
 from sdtune.config.compose import compose, search_path
-from sdtune.config.hydra_compat import get_args_parser
+from sdtune.config.hydra_compat import get_args_parser, option_names
 from sdtune.errors import UserError
+from sdtune.log_filters import restored_libraries
 from sdtune.paths import cache_in_use
 from sdtune.runs.hydra_values import as_current
 
@@ -47,7 +49,7 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
         UserError: a setting is wrong, several values for a sweep, or several devices, which need the command line.
         Stopped: the run was interrupted; the message names the command that continues it.
     """
-    typed = [str(text) for text in overrides]
+    typed = _checked_overrides(overrides, "train")
     with _unchanged_process(), cache_in_use():
         from sdtune.commands.trained_run import TrainedRun
 
@@ -57,8 +59,6 @@ def train(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 
 
 def _checked_training(typed: list[str], config_dir: str | Path | None) -> CheckedJob:
-    if any(text in ("-m", "--multirun") for text in typed):
-        raise UserError("sweeps need the command line", key="-m", remedy=f"use sdtune train {' '.join(typed)}")
     check = lazy_command("sdtune.commands.train")
 
     def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
@@ -72,8 +72,26 @@ def _checked_training(typed: list[str], config_dir: str | Path | None) -> Checke
         return checked_job("train", search_path(arguments.config_dir), arguments.overrides, prepare)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(composition_error(error, "train", typed)) from error
-    except SystemExit as stop:  # Ctrl-C while the settings are checked
-        raise KeyboardInterrupt from stop
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGINT:  # Ctrl-C while the settings are checked
+            raise KeyboardInterrupt from stop
+        raise
+
+
+def _checked_overrides(overrides: Sequence[str], command: str) -> list[str]:
+    """``overrides`` after the checks of the command line; options are refused."""
+    if isinstance(overrides, str):
+        raise UserError(f"got the text {overrides!r}", key="overrides", remedy=f"use a list, such as [{overrides!r}]")
+    typed = [str(text) for text in overrides]
+    if any(text in ("-m", "--multirun") for text in typed):
+        raise UserError("sweeps need the command line", key="-m", remedy=f"use sdtune {command} {' '.join(typed)}")
+    option = next((text for text in typed if text.startswith("-")), None)
+    if option is not None:
+        check_option_names(typed, command, option_names(get_args_parser()))
+        raise UserError("options need the command line", key=option, remedy="write settings as KEY=VALUE")
+    check_hydra_settings(typed)
+    check_secrets(typed)
+    return typed
 
 
 def _check_one_process(config: DictConfig) -> None:
@@ -101,7 +119,7 @@ def plan(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None)
     """
     from sdtune.commands.plan import planned
 
-    typed = [str(text) for text in overrides]
+    typed = _checked_overrides(overrides, "plan")
     with _unchanged_process():
         try:
             config = compose("plan", search_path(_folder(config_dir)), for_hydra("plan", typed))
@@ -125,24 +143,21 @@ def _unchanged_process() -> Iterator[None]:
     import numpy as np
     import torch
 
-    names = [name for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)]
-    loggers = [logging.root, *map(logging.getLogger, names)]
-    settings = [(logger, logger.level, logger.handlers[:], logger.propagate, logger.disabled) for logger in loggers]
+    root, handlers, level = logging.root, logging.root.handlers[:], logging.root.level
     environment, raises = dict(os.environ), logging.raiseExceptions
     states = random.getstate(), np.random.get_state()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with restored_libraries(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for handler in {*logging.root.handlers} - {*settings[0][2]}:
+        for handler in {*root.handlers} - {*handlers}:
             handler.close()
-        for logger, level, handlers, propagate, disabled in settings:
-            logger.setLevel(level)
-            logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, disabled
+        root.handlers[:] = handlers
+        root.setLevel(level)
         logging.raiseExceptions = raises
         os.environ.clear()
         os.environ.update(environment)
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])

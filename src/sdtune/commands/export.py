@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -67,11 +68,11 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         path, backbone = Path(str(options["artifact"])).expanduser(), options["backbone"]
     artifact = find_artifact(path, "artifact" if run is None else "run")
     source = _source(backbone, artifact, options["trust"], export)
-    if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
+    _check_folder(folder)
+
+    if export is not None and export.thumbnail and not (run is not None and last_samples(run)):
         raise UserError(
-            f"{folder} already contains an export",
-            key="hydra.run.dir",
-            remedy="use another folder or remove this override",
+            "there is no sample image", key="thumbnail", remedy="set run=RUN with samples, or remove thumbnail"
         )
 
     def start(composed: DictConfig) -> None:
@@ -88,10 +89,19 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     return start
 
 
+def _check_folder(folder: Path) -> None:
+    if any(entry.suffix != ".log" and not entry.name.startswith(".") for entry in folder.glob("*")):
+        raise UserError(
+            f"{folder} already contains an export",
+            key="hydra.run.dir",
+            remedy="use another folder or remove this override",
+        )
+
+
 def _convert(export: Export, artifact: Artifact, source: Pretrained, folder: Path, run: Path | None) -> None:
     """Write ``artifact`` in the format of ``export``, with the model card of ``run``."""
     for target in export.write(artifact, source, folder, [] if run is None else last_samples(run)):
-        log.info("%s (%.1f MB)", target, _bytes(target) / 1e6)
+        log.info("%s (%s)", target, _size(target))
     if run is not None and (card := run / "artifact" / CARD).is_file():
         export.write_card(artifact, card, folder)
 
@@ -154,6 +164,11 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
+def _size(path: Path) -> str:
+    count = _bytes(path)
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
 def _copy_artifact(path: Path, folder: Path) -> None:
     """Copy the final files of the artifact at ``path``, which is a file or a folder, without snapshots."""
     for entry in sorted(path.iterdir()) if path.is_dir() and not (path / "config.json").is_file() else [path]:
@@ -164,18 +179,19 @@ def _copy_artifact(path: Path, folder: Path) -> None:
                 shutil.copytree(entry, partial, dirs_exist_ok=True)
             else:
                 shutil.copyfile(entry, partial)
-        log.info("%s (%.1f MB)", folder / entry.name, _bytes(entry) / 1e6)
+        log.info("%s (%s)", folder / entry.name, _size(entry))
 
 
 def _send(folder: Path, push: Push) -> None:
     """Upload ``folder`` without Hydra's files and the log, since these contain paths of this machine."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    sent = [file for file in files if not any(file.relative_to(folder).match(pattern) for pattern in _NOT_SENT)]
+    # As upload_folder matches its patterns.
+    sent = [file for file in files if not any(fnmatch(file.relative_to(folder).as_posix(), p) for p in _NOT_SENT)]
     if push.dry_run:
         kind = "private" if push.private else "public"
         log.info("dry run: to %s (%s if it is new), %d files:", push.repository, kind, len(sent))
         for file in sent:
-            log.info("  %s (%.1f MB)", file.relative_to(folder), file.stat().st_size / 1e6)
+            log.info("  %s (%s)", file.relative_to(folder), _size(file))
         log.info("nothing was sent")
         return
     api = HfApi()  # HF_TOKEN, or the stored login

@@ -17,7 +17,7 @@ _HELP = """usage: sdtune report FOLDER [--follow] [--serve]
 Writes FOLDER/report.html, a self-contained page about a run, a sweep, or any folder that contains runs.
 Above 15 MB, the page is FOLDER/report/index.html, with its images beside it.
 
-  --follow    write the page again and again until all runs are finished; the page reloads itself
+  --follow    write the page again and again while runs go on; the page reloads itself
   --serve     serve the page on this machine (http://127.0.0.1:PORT/) until Ctrl-C
 """
 
@@ -71,32 +71,33 @@ def _serve(file: Path) -> None:
 
 
 def _follow(folder: Path, serve: bool) -> None:
-    """Write pages until all runs are finished; with ``serve``, serve them until Ctrl-C."""
+    """Write pages until no run goes on; with ``serve``, serve them until Ctrl-C."""
     from sdtune.reporting.follow import Follower, follow
     from sdtune.reporting.serve import ReportServer
 
     follower, stop = Follower(folder, _title(folder)), threading.Event()
-    if follower.write() is None:
-        print(f"waiting for the first run in {folder}", flush=True)
     server: ReportServer | None = None
+    printed: set[Path] = set()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", remedy="use the folder of a run or of a sweep")
+    print(f"following {folder}; Ctrl-C ends", flush=True)
     with ExitStack() as running:
 
         def written(file: Path) -> None:
             nonlocal server
+            if file not in printed:
+                print(f"report: {file}", flush=True)
+                printed.add(file)
             if server is not None:
                 server.file = file
             elif serve:
                 server = ReportServer(file)
                 running.enter_context(server.running())
-                print(f"report: {file}\nserving {server.url}", flush=True)
-            elif not printed:
-                print(f"report: {file}", flush=True)
-            printed.append(file)
+                print(f"serving {server.url}", flush=True)
 
-        printed: list[Path] = []
         try:
             follow(follower, stop, written)
-            print("all runs are finished", flush=True)
+            print("no run goes on", flush=True)
             if server is not None:
                 stop.wait()
         except KeyboardInterrupt:

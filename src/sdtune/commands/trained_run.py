@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdtune.config.build import build
 from sdtune.config.settings import read_saved_config
+from sdtune.errors import UserError
 from sdtune.exporting import find_artifact
 from sdtune.files import read_json
 from sdtune.reporting.charts import single_curve
@@ -33,15 +34,32 @@ class TrainedRun:
 
     folder: Path
 
+    def __init__(self, folder: str | Path) -> None:
+        object.__setattr__(self, "folder", Path(folder).expanduser())
+
     @property
     def metrics(self) -> dict[str, Any]:
-        """Content of ``metrics.json``."""
-        return read_json(self.folder / "metrics.json", "run")
+        """Content of ``metrics.json``.
+
+        Raises:
+            UserError: the run is unfinished.
+        """
+        file = self.folder / "metrics.json"
+        if not file.is_file():
+            raise UserError(
+                f"{self.folder} has no metrics.json, because the run is unfinished or not a run",
+                key="run",
+                remedy=f'continue it with sdtune.train(["resume={self.folder}"])',
+            )
+        return read_json(file, "run")
 
     def before_after(self) -> Image.Image | None:
         """Grid of the previews before and after training; None without previews (``callbacks.samples=null``)."""
         file = self.folder / "samples" / "before_after.png"
-        return Image.open(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with Image.open(file) as image:
+            return image.copy()
 
     def curve(self, column: str = "loss", smoothing: float = 0.9) -> go.Figure:
         """Line chart of a column of ``metrics.csv`` over the optimizer steps.

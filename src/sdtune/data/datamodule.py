@@ -278,13 +278,6 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """``trigger``, or the words that all captions have in common (:func:`sdtune.data.triggers.trigger_words`)."""
         return self.trigger or triggers.trigger_words(self.training_prompts())
 
-    def caption_uses(self) -> dict[str, int]:
-        """Number of uses per epoch of each caption of the training images."""
-        uses: dict[str, int] = {}
-        for sample in self.train:
-            uses[sample.caption] = uses.get(sample.caption, 0) + sample.repeats
-        return uses
-
     @property
     def caption_dropout_prompt(self) -> str:
         """Prompt that replaces a dropped caption: the trigger word, or an empty text."""

@@ -31,8 +31,8 @@ _WORDS_OF_TEMPLATES = frozenset(
     )
 )
 """Words around the subject in usual captions; they do not call it."""
-_MOST_WORDS = 6
-_MOST_CAPTIONS = 10_000
+_MOST_WORDS = 3
+_MOST_CAPTIONS = 1000
 
 
 def trigger_words(captions: Sequence[str]) -> str | None:
@@ -47,13 +47,14 @@ def trigger_words(captions: Sequence[str]) -> str | None:
         return None
     shortest = min(texts, key=len)
     others = [_padded(words) for words in texts if words is not shortest]
-    found: list[str] = []
-    for first in range(len(shortest)):
-        for last in range(first + 1, len(shortest) + 1):
-            words = shortest[first:last]
-            if all(_padded(words) in other for other in others):
-                found = max(found, _without_template(words), key=len)
-    return " ".join(found) if 0 < len(found) <= _MOST_WORDS else None
+    for length in range(len(shortest), 0, -1):
+        for first in range(len(shortest) - length + 1):
+            words = shortest[first : first + length]
+            # A longer sequence may have fewer words of its own: "photo of a" has none.
+            own = _without_template(words)
+            if len(own) == length and all(_padded(words) in other for other in others):
+                return " ".join(own) if length <= _MOST_WORDS else None
+    return None
 
 
 def _padded(words: Sequence[str]) -> str:

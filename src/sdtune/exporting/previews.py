@@ -19,8 +19,8 @@ _FOLDER = "samples"
 
 
 def last_samples(run: Path) -> list[Path]:
-    """Files of the last sample images of the run in the folder ``run``; empty without sample images."""
-    steps = sorted(folder for folder in (run / "samples").glob("step*") if folder.is_dir())
+    """Files of the last sample images of the run in the folder ``run``; empty without images after its start."""
+    steps = sorted(path for path in (run / "samples").glob("step*[1-9]*") if path.is_dir())
     return sorted(steps[-1].glob("*.png")) if steps else []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,25 +86,26 @@ _MOST_TAGS = 1000
 
 
 def training_metadata(
-    folder: str, captions: Mapping[str, int], rates: Mapping[str, float], clip_skip: int
+    folder: str, captions: Sequence[str], images: int, rates: Mapping[str, float], clip_skip: int
 ) -> dict[str, str]:
     """kohya's ``ss_`` fields about the data and the learning rates, which programs show for a LoRA.
 
     Args:
         folder: name of the data.
-        captions: caption -> number of uses per epoch. Its tags are what commas separate, as in kohya; the
-            most frequent ones are written.
+        captions: caption of each image. Its tags are what commas separate, in lower case, as in kohya; the most
+            frequent ones are written.
+        images: number of training images, with repeats.
         rates: learning rate by component, ``unet`` or a text encoder.
         clip_skip: as in diffusers: 0 skips no layer, which is clip skip 1 in kohya.
     """
     tags: Counter[str] = Counter()
-    for caption, count in captions.items():
-        tags.update(dict.fromkeys((tag.strip() for tag in caption.split(",") if tag.strip()), count))
+    for caption in captions:
+        tags.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
     encoder = next((rate for name, rate in rates.items() if name.startswith("text_encoder")), None)
     unet = rates.get("unet")
     return {
         "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(_MOST_TAGS))}, ensure_ascii=False),
-        "ss_num_train_images": str(sum(captions.values())),
+        "ss_num_train_images": str(images),
         "ss_learning_rate": str(unet if unet is not None else encoder),
         "ss_unet_lr": str(unet),
         "ss_text_encoder_lr": str(encoder),

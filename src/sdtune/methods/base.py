@@ -232,7 +232,7 @@ class Adapter(pl.LightningModule, ABC):
         if not hasattr(self, "backbone"):
             if fitting and isinstance(self.executor, LocalExecutor):
                 self._generate_class_images()
-            with phase(f"Loading {self.source.path}"):
+            with phase(f"Loading {Path(self.source.path).name}"):
                 self.backbone = self.source.load(self.seed, half_dtype if self.denoiser_is_read_only else None)
             # Lightning makes the run's device the default device; create new modules on the backbone's device instead.
             with self.backbone.device:

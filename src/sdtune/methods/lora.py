@@ -409,7 +409,11 @@ class LoRA(Adapter):
         artifact_metadata, unet = self.artifact_metadata(folder / name), dict(self.backbone.unet.config)
         if isinstance(data, ImageDataModule):
             artifact_metadata |= kohya_lora.training_metadata(
-                data.name, data.caption_uses(), self._base_rates(), self.source.clip_skip
+                data.name,
+                [sample.caption for sample in data.train],
+                sum(sample.repeats for sample in data.train),
+                self._base_rates(),
+                self.source.clip_skip,
             )
         kohya_lora.write(folder / f"{name}.safetensors", self.weights(), spec, artifact_metadata, unet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from sdtune.errors import UserError
-from sdtune.files import read_json
+from sdtune.files import is_locked, read_json, read_saved_yaml
 from sdtune.progress import track
+from sdtune.reporting.images import UNREADABLE
 from sdtune.runs.compare import flat, last_start, saved_config_dir
-from sdtune.runs.hydra_values import resolved_config, saved_overrides
+from sdtune.runs.hydra_values import of_environment, resolved_config, saved_overrides
 from sdtune.runs.layout import TRAINING_IMAGES
 from sdtune.runs.metrics import Curve, read_curves
 
@@ -46,7 +48,7 @@ class Run:
     Attributes:
         overrides: overrides of its command line; of the last one if it was resumed.
         config_folder: the ``--config-dir`` of its command line.
-        state: ``done``, ``failed``, ``pruned``, or ``unfinished`` (stopped, killed or still running).
+        state: ``done``, ``failed``, ``pruned``, ``running``, or ``unfinished`` (stopped or killed).
         error: why it failed.
         config: the composed config, flat: dotted key -> value.
         metrics: numbers of ``metrics.json``; empty if the run is not complete.
@@ -85,13 +87,28 @@ class Run:
 
 
 def collect(folder: Path) -> list[Run]:
-    """Read the run in ``folder``, or all runs below it, sorted by folder.
+    """Read the run in ``folder``, or all runs below it, sorted by folder; damaged ones are left out with a line.
 
     Raises:
-        UserError: ``folder`` does not exist or has no training run.
+        UserError: ``folder`` does not exist, has no training run, or is a damaged one.
     """
     folders = run_folders(folder)
-    return [read_run(path) for path in track("Reading runs", folders, len(folders))]
+    if folders == [folder]:
+        return [read_run(folder)]
+    read = (_readable(path) for path in folders)
+    runs = [run for run in track("Reading runs", read, len(folders)) if run is not None]
+    if not runs:
+        raise UserError(f"no readable run in {folder}", remedy="use the folder of a run or of a sweep")
+    return runs
+
+
+def _readable(folder: Path) -> Run | None:
+    """The run in ``folder``; None, with a line on stderr, if a file of it is damaged."""
+    try:
+        return read_run(folder)
+    except UserError as error:
+        print(f"sdtune: {error}; the report leaves {folder} out", file=sys.stderr)
+        return None
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -121,10 +138,10 @@ def read_run(folder: Path) -> Run:
     metrics = _json(folder / "metrics.json")
     job = _json(folder / "job.json")
     # A failed job may have been completed later, as a single run.
-    state = "done" if metrics else str(job.get("state", "unfinished"))
+    state = "done" if metrics else str(job.get("state", "running" if is_locked(folder) else "unfinished"))
     last = last_start(folder)
     # Resolve interpolations, so that equal values compare as equal.
-    config = resolved_config(last)
+    config = flat(resolved_config(last, read=read_saved_yaml)) | of_environment(last)
     saved = last / "overrides.yaml"
     overrides = saved_overrides(last) if saved.is_file() else []
     log = folder / "metrics.csv"
@@ -134,7 +151,7 @@ def read_run(folder: Path) -> Run:
         config_folder=saved_config_dir(folder),
         state=state,
         error=None if metrics else job.get("error"),
-        config=flat(config),
+        config=config,
         metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         reasons=reasons if isinstance(reasons := metrics.get("reasons"), dict) else {},
         curves=read_curves(log) if log.is_file() else {},
@@ -156,8 +173,16 @@ def _time(file: Path) -> float | None:
 
 def _training_images(folder: Path) -> TrainingData:
     content = _json(folder / "images.json")
-    counts = {str(key): value for key, value in content.items() if isinstance(value, int)}
-    return TrainingData(counts, tuple((folder / entry["file"], entry["caption"]) for entry in content.get("shown", ())))
+    counts = {key: value for key in _COUNTS if isinstance(value := content.get(key, 0), int)}
+    shown = [
+        entry for entry in content.get("shown", ()) if isinstance(entry, dict) and isinstance(entry.get("file"), str)
+    ]
+    # A run folder may come from others: only files in this folder are shown.
+    files = tuple((folder / Path(entry["file"]).name, str(entry.get("caption", ""))) for entry in shown)
+    return TrainingData(counts if content else {}, files)
+
+
+_COUNTS = ("images", "validation_images", "class_images")
 
 
 def _images(folder: Path) -> Iterator[SampleImage]:
@@ -168,6 +193,6 @@ def _images(folder: Path) -> Iterator[SampleImage]:
         try:
             with Image.open(file) as image:
                 metadata = image.info
-        except OSError:
+        except UNREADABLE:
             continue  # skip an incomplete file; report the other images
         yield SampleImage(file, str(metadata.get("prompt", "")), str(metadata.get("seed", "")), int(step))

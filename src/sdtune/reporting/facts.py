@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,8 @@ photos have similarities above it, different photos of one subject usually below
 
 _EMBEDDINGS = "embeddings"
 """Folder of the embeddings of new tokens in an artifact; ``formats.embeddings``, which writes it, needs torch."""
+
+_SNAPSHOT = re.compile(r"-step\d{8}$|-best$")
 
 _NOT_SHOWN = ("seed=", "name=", "trial=", "resume=", "hydra.", "trust=", "optimized_metric=")
 
@@ -63,8 +66,8 @@ def data(run: Run) -> str:
 
 
 def _data_class(run: Run) -> str:
-    name = str(run.config.get("data._target_", "")).rpartition(".")[2]
-    return f"pocket's {name.lower()}" if name else ""
+    module, _, name = str(run.config.get("data._target_", "")).rpartition(".")
+    return f"pocket's {name.lower()}" if module.startswith("sdtune.pocket") else name
 
 
 def _listed(values: Iterable[str]) -> str:
@@ -103,11 +106,11 @@ def artifact(run: Run) -> Path | None:
     files = [
         file
         for file in (*folder.glob("*.safetensors"), *(folder / _EMBEDDINGS).glob("*.safetensors"))
-        if not file.stem.endswith("-best") and "-step" not in file.stem and not file.stem.startswith("learned_embeds")
+        if not _SNAPSHOT.search(file.stem) and not file.stem.startswith("learned_embeds")
     ]
     files.sort(key=lambda file: (file.parent != folder, file.stem == "pytorch_lora_weights", file.name))
     folders = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name != _EMBEDDINGS]
-    folders = [path for path in folders if not path.name.endswith("-best") and "-step" not in path.name]
+    folders = [path for path in folders if not _SNAPSHOT.search(path.name)]
     return next(iter((*files, *folders)), None)
 
 
@@ -149,14 +152,16 @@ def _near(setting: Setting, statistics: MetricStatistics, places: Sequence[Place
         return ""
     if statistics.spread is None:
         return "Its noise is unknown, because it has one seed: sweep over seed=0,1,2 to measure it."
+    unknown = sum(is_near is None for _, _, is_near in places[1:])
+    one_seed = f" The noise of {unknown} other settings is unknown (one seed)." if unknown else ""
     if not near:
-        return f"No other of the {len(places)} settings is within its noise."
+        return f"No other of the {len(places) - unknown} settings with several seeds is within its noise.{one_seed}"
     names = "; ".join(other.short_label for other in near[:4]) + (
         f"; and {len(near) - 4} more" if len(near) > 4 else ""
     )
     cheapest = min((setting, *near), key=_seconds)
     hint = "" if cheapest is setting else f" The one that trains fastest is {cheapest.short_label}."
-    return f"Within its noise, {len(near)} of the other {len(places) - 1}: {names}.{hint}"
+    return f"Within its noise, {len(near)} of the other {len(places) - 1}: {names}.{hint}{one_seed}"
 
 
 def _seconds(setting: Setting) -> float:

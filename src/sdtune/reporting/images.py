@@ -19,6 +19,10 @@ SAMPLE, SHEET = 256, 1000
 """Longer side in pixels of a single image, and of a grid."""
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Errors of Pillow for a file that is being written or damaged, or an image that is too large."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Image file, and the longer side of its copy in pixels."""
@@ -53,7 +57,7 @@ class ImageStore:
             key = hashlib.sha256(content + str(source.side).encode()).hexdigest()[:16]
             if key not in self._copies:
                 self._copies[key] = _small(content, source.side)
-        except (OSError, SyntaxError):  # a file that is being written; Pillow's decoder of PNG raises SyntaxError
+        except UNREADABLE:
             return None
         return key
 
@@ -79,15 +83,17 @@ class ImageStore:
         return f"data:image/webp;base64,{base64.b64encode(self._copies[key]).decode()}"
 
     def write(self, folder: Path, keys: Sequence[str]) -> None:
-        """Write the copies of ``keys`` that ``folder`` lacks, and remove its other copies."""
+        """Write the copies of ``keys`` that ``folder`` lacks."""
         folder.mkdir(parents=True, exist_ok=True)
         for key in set(keys):
             if not (folder / f"{key}.webp").exists():
                 with replacing(folder / f"{key}.webp", sync=False) as partial:
                     partial.write_bytes(self._copies[key])
-        for file in folder.glob("*.webp"):
-            if file.stem not in keys:
-                file.unlink()
+
+    def keep(self, keys: Sequence[str]) -> None:
+        """Forget all copies but those of ``keys``."""
+        self._keys = {source: key for source, key in self._keys.items() if key is None or key in keys}
+        self._copies = {key: copy for key, copy in self._copies.items() if key in keys}
 
 
 def _small(content: bytes, side: int) -> bytes:

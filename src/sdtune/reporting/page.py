@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from sdtune.files import write_text
+from sdtune.errors import UserError
+from sdtune.files import is_locked, write_text
 from sdtune.quoting import shell_override
 from sdtune.reporting import charts, facts, tables
 from sdtune.reporting.collect import Run
@@ -60,26 +63,56 @@ def write_report(
     """
     store = store or ImageStore()
     content = _single(runs[0], store) if len(runs) == 1 else _several(runs, folder, store)
-    store.folder = ""
-    page = _rendered(content, folder, title, store, reload)
-    file, beside = folder / "report.html", folder / "report"
-    if len(page) + store.bytes_of(content.images) > MOST_BYTES:
-        file = beside / "index.html"
-        store.folder = "images"
-        store.write(beside / store.folder, content.images)
-        (folder / "report.html").unlink(missing_ok=True)
-    elif beside.is_dir():
-        shutil.rmtree(beside)
-    urls = json.dumps({key: store.url(key) for key in content.images})
-    write_text(file, page.replace(_IMAGES, _escaped(urls)))
-    return file
+    place = f"@{secrets.token_hex(16)}@"
+    page = _rendered(content, title, place, reload)
+    store.keep(content.images)
+    file, beside = folder / "report.html", folder / _FOLDER
+    is_large = len(page.encode()) + store.bytes_of(content.images) > MOST_BYTES
+    if is_large and (beside / ".hydra").exists():
+        raise UserError(
+            f"{beside} is a run, but a report above {MOST_BYTES // 10**6} MB is written there",
+            remedy="rename the run's folder",
+        )
+    store.folder = _IMAGES if is_large else ""
+    urls = _escaped(json.dumps({key: store.url(key) for key in content.images}))
+    page = page.replace(f'"{place}"', urls)
+    if not is_large:
+        write_text(file, page)
+        _remove_folder(beside, set())
+        return file
+    store.write(beside / _IMAGES, content.images)
+    write_text(beside / "index.html", page)
+    write_text(file, _REDIRECT)
+    _remove_folder(beside, set(content.images))
+    return beside / "index.html"
 
 
-_IMAGES = '"@images@"'
-"""Place of the addresses of all images in a rendered page."""
+_FOLDER, _IMAGES = "report", "images"
+"""Folder of a large page, and the folder of the images in it."""
+
+_REDIRECT = """<!doctype html>
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url=report/index.html">
+<title>Report</title>
+<p><a href="report/index.html">The report</a></p>
+"""
+"""``report.html`` beside a large page, so that an open page finds it."""
 
 
-def _rendered(content: Content, folder: Path, title: str, store: ImageStore, reload: float | None) -> str:
+def _remove_folder(folder: Path, kept: set[str]) -> None:
+    """Remove the images of an earlier page that are not ``kept``, and without any the page too; no other files."""
+    for file in (folder / _IMAGES).glob("*.webp"):
+        if file.stem not in kept and re.fullmatch(r"[0-9a-f]{16}", file.stem):
+            file.unlink()
+    if not kept and (folder / _IMAGES).is_dir():
+        (folder / "index.html").unlink(missing_ok=True)
+        for path in (folder / _IMAGES, folder):
+            with suppress(OSError):  # it has other files
+                path.rmdir()
+
+
+def _rendered(content: Content, title: str, place: str, reload: float | None) -> str:
+    """The page, with the text ``place`` instead of the addresses of its images."""
     environment = Environment(
         autoescape=True,
         loader=PackageLoader("sdtune.reporting", "assets"),
@@ -88,9 +121,10 @@ def _rendered(content: Content, folder: Path, title: str, store: ImageStore, rel
         lstrip_blocks=True,
     )
     nonce = secrets.token_urlsafe(12)  # a script injected by a caption has no nonce and does not run
-    data = {**content.data, "images": "@images@", "reload": reload, "title": title}
+    data = {**content.data, "images": place, "reload": reload, "title": title}
     return environment.get_template(content.template).render(
         title=title,
+        written=None if reload is None else f"{datetime.now():%H:%M:%S}",
         nonce=nonce,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
         style=Markup(_asset("report.css")),
@@ -118,22 +152,22 @@ def _several(runs: Sequence[Run], folder: Path, store: ImageStore) -> Content:
     order += [setting for setting in settings if setting not in order]
     metric = places[0][0] if places else None
     numbers = {run.folder: number for number, run in enumerate(run for setting in order for run in setting.runs)}
-    shown = samples(order, numbers, store)
+    warning = facts.comparability(runs)
+    shown = samples(order, numbers, store, with_base=not warning)
     winner = facts.winner(metric, places[0][1]) if metric is not None else None
     best = winner["run"] if winner is not None else order[0].runs[0]
     training, grids = training_copies(best, store, 4), sheets(best, store)
     keys = list(settings[0].own)
-    drawn = _charts(settings, done, metric)
     values = {
         "facts": facts.facts(runs),
-        "comparability": facts.comparability(runs),
+        "comparability": warning,
         "counts": _counts(runs),
         "resume_command": _resume_command(folder),
         "winner": winner,
         "training": training,
-        "answer": _answer_images(shown.blocks),
-        "rankings": [tables.ranking_table(metric, table) for metric, table in places],
-        "charts": drawn,
+        "answer": _answer_images(shown.blocks, numbers[best.folder]),
+        "rankings": [tables.ranking_table(metric, table, with_base=not warning) for metric, table in places],
+        "charts": _charts(order, done, metric),
         "shared": _shared(done),
         "samples": shown.blocks,
         "omitted": shown.omitted,
@@ -219,8 +253,8 @@ def _counts(runs: Sequence[Run]) -> str:
 
 
 def _resume_command(folder: Path) -> str:
-    """Command that continues an unfinished sweep; empty otherwise."""
-    if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file():
+    """Command that continues a stopped sweep; empty otherwise."""
+    if not (folder / "multirun.yaml").is_file() or (folder / "sweep.json").is_file() or is_locked(folder):
         return ""
     return f"sdtune train -m {shell_override('resume', folder)}"
 
@@ -245,14 +279,14 @@ def _charts(settings: Sequence[Setting], done: Sequence[Run], metric: str | None
     return [chart for chart in drawn if chart is not None]
 
 
-def _answer_images(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For at most three prompts, the image of the base model and the last one of the best setting."""
+def _answer_images(blocks: Sequence[Mapping[str, Any]], run: int) -> list[dict[str, Any]]:
+    """For at most three prompts, the image of the base model and the last one of the best run, number ``run``."""
     shown: list[dict[str, Any]] = []
     for number, block in enumerate(blocks):
-        best = block["cells"][0]
-        if best and best[0]["steps"][-1][0] > 0 and len(shown) < 3:
+        steps: list[Any] = next((entry["steps"] for entry in block["cells"][0] if entry["run"] == run), [])
+        if steps and steps[-1][0] > 0 and len(shown) < 3:
             shown.append(
-                {"block": number, "prompt": block["prompt"], "base": block["base"], "best": best[0]["steps"][-1][1]}
+                {"block": number, "run": run, "prompt": block["prompt"], "base": block["base"], "best": steps[-1][1]}
             )
     return shown
 

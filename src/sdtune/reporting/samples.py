@@ -38,26 +38,30 @@ class SampleTable:
         }
 
 
-def samples(order: Sequence[Setting], numbers: dict[Path, int], store: ImageStore) -> SampleTable:
+def samples(
+    order: Sequence[Setting], numbers: dict[Path, int], store: ImageStore, *, with_base: bool = True
+) -> SampleTable:
     """Read at most :data:`MOST_IMAGES` samples of the settings ``order``, those first that a reader looks at first.
 
     Args:
         order: settings, best first.
         numbers: number of each run in the page, by its folder.
         store: gets the images.
+        with_base: whether all settings have the same base model, whose images stand beside theirs.
     """
     files = _by_importance(order)
+    chosen = set(files[:MOST_IMAGES])
     store.add([Source(file) for file in files[:MOST_IMAGES]])
     blocks: dict[tuple[str, str], dict[str, Any]] = {}
     for place, setting in enumerate(order):
         for run in setting.runs:
             entries: dict[tuple[str, str], list[tuple[int, str]]] = {}
             for image in run.images:
-                key = store.key(Source(image.file))
+                key = store.key(Source(image.file)) if image.file in chosen else None
                 if key is None:
                     continue
                 block = blocks.setdefault((image.prompt, image.seed), _empty_block(image, len(order)))
-                if image.step == 0:
+                if image.step == 0 and with_base:
                     block["base"] = block["base"] or key
                 entries.setdefault((image.prompt, image.seed), []).append((image.step, key))
             for name, steps in entries.items():
@@ -72,14 +76,14 @@ def _empty_block(image: SampleImage, settings: int) -> dict[str, Any]:
 def _by_importance(order: Sequence[Setting]) -> list[Path]:
     """Files of the samples: the base model's, the last ones of each setting, those of other seeds, earlier steps."""
     groups: tuple[list[Path], ...] = ([], [], [], [])
-    with_base: set[tuple[str, str]] = set()
+    of_base: set[tuple[str, str]] = set()
     for setting in order:
         for number, run in enumerate(setting.runs):
             last = {image.file for image in run.last_images()}
             for image in run.images:
                 name = (image.prompt, image.seed)
-                if image.step == 0 and name not in with_base:
-                    with_base.add(name)
+                if image.step == 0 and name not in of_base:
+                    of_base.add(name)
                     groups[0].append(image.file)
                 elif image.file in last:
                     groups[1 if number == 0 else 2].append(image.file)

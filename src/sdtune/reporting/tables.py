@@ -10,18 +10,23 @@ from sdtune.quoting import shell_word
 from sdtune.reporting.collect import Run
 from sdtune.reporting.facts import shown
 from sdtune.reporting.ranking import PREFERRED, MetricStatistics, Place, Setting, metrics, short_names
-from sdtune.runs.metrics import DESCRIPTIONS, LOWER_IS_BETTER, OF_TRAINING, unit
+from sdtune.runs.metrics import DESCRIPTIONS, HIGHER_IS_BETTER, LOWER_IS_BETTER, OF_TRAINING, unit
 
 _VISIBLE = 5
 """Number of further metrics that a ranking shows at first."""
 _MOST_KEYS = 4
 """Varied settings that have columns of their own; more are one column with all of them."""
+_MOST_RUN_KEYS = 7
 _NOT_RANKED = ("base_", "ceiling_")
 _COSTS_SHOWN = ("median_step_seconds", "peak_memory_bytes")
 
 
-def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
-    """Data of the ranking table by ``metric``, best setting first, with the base model as an additional row."""
+def ranking_table(metric: str, places: Sequence[Place], *, with_base: bool = True) -> dict[str, Any]:
+    """Data of the ranking table by ``metric``, best setting first.
+
+    Args:
+        with_base: whether the base model, if it is the same for all, is an additional row.
+    """
     runs = [run for setting, *_ in places for run in setting.runs]
     others = [m for m in metrics(runs) if m != metric and not m.startswith(_NOT_RANKED)]
     # Omit metrics that are equal for all settings.
@@ -47,14 +52,13 @@ def ranking_table(metric: str, places: Sequence[Place]) -> dict[str, Any]:
         "keys": [(names[key], key) for key in keys] if split and keys else [("setting", "")],
         "columns": [{**column(key), "visible": key in visible} for key in others],
         "rows": rows,
-        "base": _base_row(runs, metric, others),
+        "base": _base_row(runs, metric, others) if with_base else None,
     }
 
 
 def column(metric: str) -> dict[str, Any]:
     """Name, explanation and direction of ``metric``."""
-    lower = metric in LOWER_IS_BETTER
-    direction = "" if metric in ("steps", "validation_step", "shared_with") else "lower" if lower else "higher"
+    direction = "lower" if metric in LOWER_IS_BETTER - {"steps"} else "higher" if metric in HIGHER_IS_BETTER else ""
     return {"name": metric, "text": DESCRIPTIONS.get(metric, ""), "direction": direction}
 
 
@@ -99,18 +103,20 @@ def differences(settings: Sequence[Setting], keys: Sequence[str]) -> dict[str, A
 def runs_table(settings: Sequence[Setting], folder: Path, metric: str | None) -> dict[str, Any]:
     """Data of the table of all runs."""
     names = short_names(list(settings[0].own))
-    rows = [_run_row(run, folder, setting, metric) for setting in settings for run in setting.runs]
-    return {"keys": [(names[key], key) for key in settings[0].own], "metric": metric, "rows": rows}
+    split = len(names) <= _MOST_RUN_KEYS
+    rows = [_run_row(run, folder, setting, metric, split) for setting in settings for run in setting.runs]
+    keys = [(names[key], key) for key in settings[0].own] if split else [("setting", "")]
+    return {"keys": keys, "metric": metric, "rows": rows}
 
 
-def _run_row(run: Run, folder: Path, setting: Setting, metric: str | None) -> dict[str, Any]:
+def _run_row(run: Run, folder: Path, setting: Setting, metric: str | None, split: bool) -> dict[str, Any]:
     value = run.metrics.get(metric) if metric is not None else None
     last = max((steps[-1] for steps, _ in run.curves.values() if steps), default=0)
     return {
         "name": run_name(run, folder),
         "state": run.state,
         "error": run.error,
-        "values": [_text(value) for value in setting.own.values()],
+        "values": [_text(value) for value in setting.own.values()] if split else [setting.short_label],
         "seed": _text(run.config.get("seed")),
         "steps": f"{last} of {run.config.get('trainer.max_steps', '?')}" if last else "",
         "last_step": last,

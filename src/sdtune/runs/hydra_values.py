@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from sdtune.errors import UserError
-from sdtune.files import read_yaml
+from sdtune.files import read_saved_yaml, read_yaml
+from sdtune.runs.compare import flat
 
 
 @contextmanager
@@ -61,7 +62,9 @@ def unresolved(overrides: ListConfig) -> list[str]:
     return [str(text) for text in texts]
 
 
-def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
+def resolved_config(
+    hydra_folder: Path, key: str | None = None, read: Callable[[Path, str | None], Any] = read_yaml
+) -> Any:
     """Resolved content of ``config.yaml`` in ``hydra_folder`` (``.hydra`` of a run); interpolations get its values.
 
     Raises:
@@ -69,7 +72,7 @@ def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
             setting ``key``.
     """
     file = hydra_folder / "config.yaml"
-    saved = read_yaml(file, key)
+    saved = read(file, key)
     uses_hydra = "${hydra:" in file.read_text(encoding="utf-8")
     hydra = saved_hydra(hydra_folder, key) if uses_hydra else OmegaConf.create({"hydra": {}})
     try:
@@ -78,6 +81,18 @@ def resolved_config(hydra_folder: Path, key: str | None = None) -> Any:
     except OmegaConfBaseException as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{file}: {first_line}", key=key, remedy="set what its interpolations need") from error
+
+
+def of_environment(hydra_folder: Path) -> dict[str, Any]:
+    """Settings of ``config.yaml`` whose value comes from an environment variable, unresolved, by dotted key.
+
+    Such a value may be a secret, which must not be shown in a page that is shared.
+    """
+    file = hydra_folder / "config.yaml"
+    if "${oc.env:" not in file.read_text(encoding="utf-8"):
+        return {}
+    saved = flat(OmegaConf.to_container(read_saved_yaml(file), resolve=False))
+    return {key: value for key, value in saved.items() if "${oc.env:" in str(value)}
 
 
 def saved_hydra(hydra_folder: Path, key: str | None = None) -> DictConfig:

@@ -17,6 +17,11 @@ LOWER_IS_BETTER = frozenset(
     | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
 )
 
+HIGHER_IS_BETTER = frozenset(
+    {"clip_image", "clip_text", "dino_image", "diversity", "control_agreement", "images_per_second", "subject_gain"}
+    | {"subject_accuracy", "background_accuracy", "style_accuracy", "object_accuracy"}
+)
+
 SHARES = frozenset(
     {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
 )
@@ -101,7 +106,9 @@ def read_curves(file: Path) -> dict[str, Curve]:
         UserError: the file is damaged.
     """
     text = file.read_text(encoding="utf-8", errors="replace")
-    header, *rows = csv.reader(text[: text.rfind("\n") + 1].splitlines()) if "\n" in text else [[]]
+    header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+    if not header:
+        return {}  # the run has just started
     curves: dict[str, Curve] = {name: ([], []) for name in header if name != "step"}
     try:
         position = header.index("step")

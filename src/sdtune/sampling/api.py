@@ -15,6 +15,7 @@ from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import generation_dtype
 from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
 from sdtune.loaders.lora import AdapterFile, adapters_applied, check_adapter, load_adapters
+from sdtune.progress import track
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, generate
 from sdtune.sampling.prompts import warn_about_truncated_prompts
@@ -71,4 +72,5 @@ def sample(
         controlnets_applied(loaded_backbone, controlnets, [image.strength for image in controls]),
         adapters_applied(loaded_backbone, loaded_adapters, [file.strength for file in files]),
     ):
-        return [Image.fromarray(p) for p in generate(loaded_backbone, requests, settings)]
+        generated = track("Generating images", generate(loaded_backbone, requests, settings), len(requests))
+        return [Image.fromarray(pixels) for pixels in generated]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from sdtune.backbone import Pretrained
@@ -14,7 +16,7 @@ def load_to_generate(
     source: Pretrained, device: torch.device, dtype: torch.dtype | None, *, vae_tiling: bool = False, seed: int = 0
 ) -> Backbone:
     """Load ``source`` on ``device`` to generate images, as :func:`place_to_generate` places it."""
-    with phase(f"Loading {source.path}"):
+    with phase(f"Loading {Path(source.path).name}"):
         backbone = source.load(seed, dtype)
     if source.quantize is not None and backbone.pair_executor is None:
         if dtype is not None:  # text encoders are loaded in float32

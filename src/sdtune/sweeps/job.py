@@ -22,7 +22,7 @@ from sdtune.paths import command_line_folder
 from sdtune.progress import duration
 from sdtune.runs.compare import check_unchanged
 from sdtune.runs.hydra_values import unresolved
-from sdtune.runs.layout import THREADS
+from sdtune.runs.layout import THREADS, TRAINING_IMAGES
 from sdtune.runs.state import ERROR_LOG, STATE, UNFINISHED, finished
 from sdtune.sweeps.job_process import run_subprocess
 from sdtune.sweeps.joblib_stop import stop_code, stoppable
@@ -170,7 +170,7 @@ def _resume_or_clear(composed: DictConfig, folder: Path) -> None:
         with open_dict(composed):
             composed.resume = str(folder)
         return
-    for name in ("samples", "checkpoints", "artifact", "evaluation"):
+    for name in ("samples", "checkpoints", "artifact", "evaluation", TRAINING_IMAGES):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.csv", THREADS):
         (folder / name).unlink(missing_ok=True)

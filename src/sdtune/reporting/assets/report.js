@@ -4,6 +4,23 @@ const page = JSON.parse(document.getElementById("data").textContent);
 const find = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
+// Storage that a browser may refuse, such as for files or in private windows.
+function stored(storage, key, otherwise) {
+  try {
+    return JSON.parse(window[storage].getItem(key)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+function store(storage, key, value) {
+  try {
+    window[storage].setItem(key, JSON.stringify(value));
+  } catch {
+    // The page works without it.
+  }
+}
+
 for (const image of all("img[data-image]")) image.src = page.images[image.dataset.image];
 
 // --- commands
@@ -175,6 +192,19 @@ function drawCurves() {
     yaxis: { title: { text: column }, type: find("#curve-log").checked ? "log" : "linear" },
     legend: { orientation: "h", y: -0.22, yanchor: "top" },
   }), settings);
+  if (target.dataset.ready) return;
+  target.dataset.ready = "true";
+  // Clicks in the legend hide and show settings, also after another column is chosen.
+  target.on("plotly_restyle", ([change, indices]) => {
+    if (change.visible === undefined) return;
+    indices.forEach((index, number) => {
+      const value = Array.isArray(change.visible) ? change.visible[number % change.visible.length] : change.visible;
+      const group = target.data[index].legendgroup;
+      if (value === "legendonly") hiddenSettings.add(group);
+      else hiddenSettings.delete(group);
+    });
+    keep();
+  });
 }
 
 for (const id of ["#curve-column", "#curve-smoothing", "#curve-log"]) {
@@ -219,7 +249,7 @@ function showView() {
 function openView(button) {
   view.block = Number(button.dataset.block);
   view.setting = Number(button.dataset.setting);
-  view.entry = 0;
+  view.entry = Math.max(entries().findIndex((entry) => entry.run === Number(button.dataset.run)), 0);
   view.step = button.dataset.step === undefined ? null : Number(button.dataset.step);
   showView();
   viewer.showModal();
@@ -254,13 +284,14 @@ viewer.addEventListener("keydown", (event) => {
 const blind = { choices: [], pairs: [], pair: null };
 const blindKey = `sdtune blind ${location.pathname} ${page.title}`;
 
-// Pairs of the last images of two settings, for the same prompt, seed and training seed.
+// Pairs of the last images of two settings, for the same prompt, seed, training seed and step.
 function blindPairs(a, b) {
   const pairs = [];
+  const trained = (entry) => entry.steps.at(-1)[0] > 0;
   page.samples.forEach((block, number) => {
-    for (const first of block.cells[a]) {
+    for (const first of block.cells[a].filter(trained)) {
       const seed = page.runs[first.run].seed;
-      const second = block.cells[b].find((entry) => page.runs[entry.run].seed === seed) || block.cells[b][0];
+      const second = block.cells[b].filter(trained).find((entry) => page.runs[entry.run].seed === seed);
       if (second) pairs.push({ block: number, a, b, seed, images: [first.steps.at(-1)[1], second.steps.at(-1)[1]] });
     }
   });
@@ -291,8 +322,11 @@ function choose(number) {
   const { block, a, b, seed, swapped } = blind.pair;
   const better = number === 0 ? "equal" : (number === 1) !== swapped ? page.labels[a] : page.labels[b];
   const { prompt, seed: sampleSeed } = page.samples[block];
-  blind.choices.push({ first: page.labels[a], second: page.labels[b], prompt, seed: sampleSeed, training_seed: seed, better });
-  localStorage.setItem(blindKey, JSON.stringify(blind.choices));
+  const choice = { first: page.labels[a], second: page.labels[b], prompt, seed: sampleSeed, training_seed: seed, better };
+  // A pair counts once, however often it is judged.
+  const pairOf = (other) => JSON.stringify([[other.first, other.second].sort(), other.prompt, other.seed, other.training_seed]);
+  blind.choices = [...blind.choices.filter((other) => pairOf(other) !== pairOf(choice)), choice];
+  store("localStorage", blindKey, blind.choices);
   nextPair();
 }
 
@@ -322,7 +356,7 @@ function showResult() {
 }
 
 if (find("#blind-start")) {
-  blind.choices = JSON.parse(localStorage.getItem(blindKey) || "[]");
+  blind.choices = stored("localStorage", blindKey, []);
   find("#blind-save").hidden = find("#blind-clear").hidden = !blind.choices.length;
   find("#blind-start").addEventListener("click", () => {
     const [a, b] = ["#blind-a", "#blind-b"].map((id) => Number(find(id).value));
@@ -346,10 +380,11 @@ if (find("#blind-start")) {
   });
   find("#blind-clear").addEventListener("click", () => {
     blind.choices = [];
-    localStorage.removeItem(blindKey);
+    store("localStorage", blindKey, []);
     showResult();
   });
   document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
     if (find("#blind-stage").hidden || event.target.matches("input, select") || viewer.open) return;
     if (["0", "1", "2"].includes(event.key)) choose(Number(event.key));
   });
@@ -359,47 +394,62 @@ if (find("#blind-start")) {
 
 const placeKey = `sdtune place ${location.pathname}`;
 
-function keep() {
-  if (!page.reload) return;
-  const inputs = all("input, select").map((input) => (input.type === "checkbox" ? input.checked : input.value));
-  const details = all("details").map((element) => element.open);
-  const sorts = all("table.sortable").map((table) => {
-    const head = find("th[aria-sort]", table);
-    return head ? [head.cellIndex, head.getAttribute("aria-sort")] : null;
-  });
-  sessionStorage.setItem(placeKey, JSON.stringify({ inputs, details, sorts, x: scrollX, y: scrollY }));
+const typed = { time: 0 };
+document.addEventListener("input", () => { typed.time = Date.now(); });
+
+// A name of an element that stays the same when runs, settings or metrics are added.
+function nameOf(element) {
+  if (element.id) return element.id;
+  const section = element.closest("section, .answer");
+  const heading = section && section.previousElementSibling ? section.previousElementSibling.textContent.trim().slice(0, 60) : "";
+  const own = element.dataset.name || element.dataset.chart || (element.tagName === "DETAILS" ? find("summary", element).textContent : "")
+    || element.textContent.trim().slice(0, 60);
+  return [heading, element.tagName, element.className, own].join(" | ");
 }
 
-// Inputs are matched by their order, which new runs do not change; if a new section appeared, they start anew.
-function restore() {
-  const place = JSON.parse(sessionStorage.getItem(placeKey) || "null");
-  if (!place) return;
-  const inputs = all("input, select");
-  if (place.inputs.length === inputs.length) {
-    inputs.forEach((input, number) => {
-      if (input.type === "checkbox") input.checked = place.inputs[number];
-      else if (input.tagName !== "SELECT" || [...input.options].some((option) => option.value === place.inputs[number])) {
-        input.value = place.inputs[number];
-      }
-    });
-    all("input.column").forEach(applyColumn);
-    all("input.filter").forEach(applyFilter);
-    if (sampleFilter) applySampleFilter();
+function valueOf(element) {
+  if (element.type === "checkbox") return element.checked;
+  return element.tagName === "SELECT" ? element.selectedOptions[0]?.textContent : element.value;
+}
+
+function setValue(element, value) {
+  if (element.type === "checkbox") element.checked = value;
+  else if (element.tagName !== "SELECT") element.value = value;
+  else for (const option of element.options) if (option.textContent === value) element.value = option.value;
+}
+
+function keep() {
+  if (!page.reload) return;
+  const inputs = Object.fromEntries(all("main input, main select").map((input) => [nameOf(input), valueOf(input)]));
+  const open = all("details[open]").map(nameOf);
+  const sorts = Object.fromEntries(all("th[aria-sort]").map((head) => [nameOf(find("button", head)), head.getAttribute("aria-sort")]));
+  const focused = document.activeElement && document.activeElement !== document.body ? nameOf(document.activeElement) : null;
+  const hidden = [...hiddenSettings].map((group) => page.labels[group]);
+  store("sessionStorage", placeKey, { inputs, open, sorts, focused, hidden, x: scrollX, y: scrollY });
+}
+
+function restore(place) {
+  for (const input of all("main input, main select")) {
+    const value = place.inputs[nameOf(input)];
+    if (value !== undefined) setValue(input, value);
   }
-  const details = all("details");
-  if (place.details.length === details.length) details.forEach((element, number) => { element.open = place.details[number]; });
-  all("table.sortable").forEach((table, number) => {
-    const sort = place.sorts[number];
-    const head = sort && table.tHead.rows[0].cells[sort[0]];
-    if (head) sortBy(table, head, sort[1] === "ascending");
-  });
-  scrollTo(place.x, place.y);
+  all("input.column").forEach(applyColumn);
+  all("input.filter").forEach(applyFilter);
+  if (sampleFilter) applySampleFilter();
+  for (const element of all("details")) element.open = place.open.includes(nameOf(element));
+  for (const button of all("button.sort")) {
+    const order = place.sorts[nameOf(button)];
+    if (order) sortBy(button.closest("table"), button.closest("th"), order === "ascending");
+  }
+  page.labels.forEach((label, number) => { if (place.hidden.includes(label)) hiddenSettings.add(String(number)); });
+  const focused = all("a, button, input, select, summary, [tabindex]").find((element) => nameOf(element) === place.focused);
+  if (focused) focused.focus({ preventScroll: true });
 }
 
 function reloadWhenIdle() {
-  const typing = document.activeElement && document.activeElement.matches("input[type=search]");
   const comparing = find("#blind-stage") && !find("#blind-stage").hidden;
-  if (viewer.open || typing || comparing) {
+  const pausing = Date.now() - typed.time > 3000;
+  if (viewer.open || comparing || !pausing || document.activeElement.tagName === "SELECT") {
     setTimeout(reloadWhenIdle, 1000);
     return;
   }
@@ -407,13 +457,16 @@ function reloadWhenIdle() {
   location.reload();
 }
 
-if (page.reload) {
-  history.scrollRestoration = "manual";
-  restore();
-  setTimeout(reloadWhenIdle, 1000 * page.reload);
-}
+const place = page.reload ? stored("sessionStorage", placeKey, null) : null;
+if (place) restore(place);
 drawCharts();
 if (page.reload) {
-  const place = JSON.parse(sessionStorage.getItem(placeKey) || "null");
+  history.scrollRestoration = "manual";
   if (place) scrollTo(place.x, place.y); // charts have their height now
+  setTimeout(reloadWhenIdle, 1000 * page.reload);
 }
+
+// A tip of a column can be dismissed.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && document.activeElement.closest(".hint")) document.activeElement.blur();
+});
