@@ -238,10 +238,16 @@ def phase(title: str) -> Iterator[None]:
         _line(f"{title}: {duration(elapsed)}")
 
 
+NOT_ON_CONSOLE = "not_on_console"
+"""Attribute of a log record that only the log file gets."""
+
+
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Handler for log lines on stdout that prints above the progress bars, if both are on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, NOT_ON_CONSOLE, False):
+            return
         console = _display.console
         if console is None or not self.stream.isatty():
             super().emit(record)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from running import rows, sdtune
 from sdtune.cli.as_typed import for_hydra
+from sdtune.cli.import_kohya import main
 from sdtune.config.compose import compose, search_path
 
 CONFIG = """
@@ -86,7 +87,7 @@ def test_config_and_dataset_become_one_command(tmp_path: Path, capsys: pytest.Ca
         "backbone.path": "/models/sd v15.safetensors",
         "method.rank": 16,
         "method.alpha": 8,
-        "method.targets": ["cross_attention", "self_attention", "text_encoder"],
+        "method.targets": ["cross_attention", "self_attention", "feed_forward", "text_encoder"],
         "method.text_encoder_lr": 5e-5,
         "optimizer.lr": 1e-4,
         "optimizer.weight_decay": 0.1,
@@ -147,7 +148,7 @@ def test_defaults_of_kohya_are_explicit(tmp_path: Path, capsys: pytest.CaptureFi
     assert "text_encoder" in composed.method.targets
     unet_only = 'network_module = "networks.lora"\nnetwork_train_unet_only = true\n'
     composed, _ = converted(capsys, *write(tmp_path, config=unet_only))
-    assert composed.method.targets is None  # attention of the UNet
+    assert composed.method.targets == ["cross_attention", "self_attention", "feed_forward"]
 
 
 DERIVED = {
@@ -159,7 +160,10 @@ DERIVED = {
     "max_train_epochs = 0\nmin_snr_gamma = 0": {"trainer.epochs": None, "trainer.max_steps": 1600},
     "max_grad_norm = 0.0": {"trainer.gradient_clip_val": None},
     "network_dim = 8\nnetwork_alpha = 0": {"method.alpha": 8},
-    'network_dim = 8\ntext_encoder_lr = 0': {"method.targets": None, "method.text_encoder_lr": None},
+    'network_dim = 8\ntext_encoder_lr = 0': {
+        "method.targets": ["cross_attention", "self_attention", "feed_forward"],
+        "method.text_encoder_lr": None,
+    },
     'resume = "state"': {"resume": None},
     'optimizer_type = "Adafactor"\noptimizer_args = ["warmup_init=False", "weight_decay=0.1"]': {
         "optimizer.weight_decay": 0.1
@@ -235,3 +239,23 @@ def test_number_of_files_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "import-kohya: expected one or two files, got nothing" in capsys.readouterr().err
     assert sdtune("import-kohya", "--help") == 0
     assert "usage: sdtune import-kohya CONFIG.toml" in capsys.readouterr().out
+
+
+def test_lycoris_and_a_missing_network_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('network_module = "lycoris.kohya"\nnetwork_dim = 8\n', encoding="utf-8")
+    main([str(file)])
+    assert "# network_module: LyCORIS networks are not available" in capsys.readouterr().out
+    file.write_text("learning_rate = 1e-5\n", encoding="utf-8")
+    main([str(file)])
+    assert "# method=full: there is no option of a network" in capsys.readouterr().out
+
+
+def test_share_of_warm_up_becomes_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    text = "network_dim = 8\nlr_warmup_steps = 0.05\nmax_train_steps = 2000\nnetwork_train_unet_only = true\n"
+    file.write_text(text, encoding="utf-8")
+    main([str(file)])
+    out = capsys.readouterr().out
+    assert "lr_schedule.warmup_steps=100" in out
+    assert "text encoder" not in out

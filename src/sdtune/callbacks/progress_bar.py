@@ -10,13 +10,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.methods.base import Adapter
-from sdtune.progress import Bar
+from sdtune.progress import NOT_ON_CONSOLE, Bar
 
 log = logging.getLogger("sdtune")
 
 
 _LOG_LINES = 10
-"""Number of log lines per run if the bar is not shown."""
+"""Number of log lines per run, at most."""
 
 _WIDE = 110
 """Columns from which the bar also has the samples per second."""
@@ -35,7 +35,7 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        self._logged = trainer.global_step * _LOG_LINES // trainer.max_steps
+        self._logged = trainer.global_step
         self._bar = Bar("Training", trainer.max_steps, trainer.global_step)
 
     def on_train_batch_end(
@@ -46,12 +46,12 @@ class ProgressBar(Callback):
         assert isinstance(pl_module, Adapter)
         row = pl_module.displayed_metrics
         metrics = self._metrics(row, all_of_them=not self._bar.is_shown or self._bar.width >= _WIDE) if row else ""
-        line = trainer.global_step * _LOG_LINES // trainer.max_steps
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_logged = trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps
-        if not self._bar.is_shown and line > self._logged and trainer.max_steps >= _LOG_LINES and metrics and is_logged:
-            self._logged = line
-            log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, metrics)
+        every = -(-trainer.max_steps // (_LOG_LINES * interval)) * interval
+        due = trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps
+        if due and trainer.global_step > self._logged and trainer.max_steps >= _LOG_LINES and metrics:
+            self._logged = trainer.global_step
+            self._log(f"step {trainer.global_step} of {trainer.max_steps}: {metrics}")
         self._bar.update(trainer.global_step, metrics)
 
     def _metrics(self, row: Mapping[str, float], *, all_of_them: bool) -> str:
@@ -67,8 +67,12 @@ class ProgressBar(Callback):
         if value is None or not trainer.is_global_zero:
             return
         self._validation_loss = float(value)
-        if self._bar is not None and not self._bar.is_shown:
-            log.info("step %d of %d: validation loss %.4f", trainer.global_step, trainer.max_steps, value)
+        self._log(f"step {trainer.global_step} of {trainer.max_steps}: validation loss {value:.4f}")
+
+    def _log(self, line: str) -> None:
+        """Write ``line`` to the log file; to the console only if it shows no bar."""
+        is_shown = self._bar is not None and self._bar.is_shown
+        log.info("%s", line, extra={NOT_ON_CONSOLE: is_shown})
 
     def _stop(self) -> None:
         if self._bar is not None:

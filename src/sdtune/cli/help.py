@@ -122,6 +122,7 @@ def _setting_lines(command: str, config: DictConfig) -> Iterator[str]:
         if keys == [node]:
             continue  # an option without settings, such as evaluation=none
         chosen = [f"{group}={option}" for group, option in choices.items() if group.split("/")[0] == node]
+        chosen.sort(key=lambda choice: "/" in choice.partition("=")[0])  # data before data/control
         summary = TEXTS.get(chosen[0], {}).get("", "") if chosen else ""
         yield ""
         yield from textwrap.wrap(f"{chosen[0] if chosen else node}: {summary}".rstrip(": ") + ":", _width())

@@ -173,16 +173,30 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     defaults = {**_DEFAULTS, **(_LORA_DEFAULTS if is_lora else {})} if options else {}
     given = _as_set_by_kohya({**defaults, **given}, is_lora, notes)
     translation = translate([Option.of(word) for key, value in given.items() if (word := _word(key, value))], "train")
-    notes += [f"{option.name}: {remark}" for option, remark in translation.remarks if option.name != "network_module"]
+    notes += [
+        f"{option.name}: {remark}"
+        for option, remark in translation.remarks
+        if option.name != "network_module" or "lycoris" in str(option.value)
+    ]
     notes += [f"{option.name}: unknown, not translated" for option in translation.unknown]
-    notes += translation.other_defaults
+    # Whether the text encoder is trained is in the command.
+    notes += [remark for remark in translation.other_defaults if "text encoder" not in remark]
     if options:
         notes.append(f"backbone={family}: sd15, sd21 or sdxl, the family of the model")
-    if is_lora:
-        notes.append("kohya also trains the feed-forward layers: add feed_forward to method.targets")
-    settings = [*([translation.overrides] if translation.overrides else []), *data.overrides]
+    overrides = _with_feed_forward(translation.overrides) if is_lora else translation.overrides
+    if options and words[0] == "method=full":
+        notes.append("method=full: there is no option of a network, so the options are those of a full fine-tuning")
+    settings = [*([overrides] if overrides else []), *data.overrides]
     command = ["sdtune train", *words, "data=folder"] if options else ["data=folder"]
     return " ".join([*command, *settings]), notes
+
+
+def _with_feed_forward(overrides: str) -> str:
+    """``overrides`` with the feed-forward layers, which a LoRA of kohya also trains."""
+    attention = "method.targets=[cross_attention,self_attention"
+    if attention in overrides:
+        return overrides.replace(attention, f"{attention},feed_forward")
+    return f"{overrides} '{attention},feed_forward]'"
 
 
 def _method(given: Mapping[str, Any], has_class_images: bool) -> str:
@@ -210,6 +224,9 @@ def _as_set_by_kohya(given: dict[str, Any], is_lora: bool, notes: list[str]) -> 
         given.setdefault("text_encoder_lr", given.get("learning_rate"))
     if given.pop("resume", None) is not None:
         notes.append("resume: a state of kohya's scripts cannot be continued")
+    warmup = given.get("lr_warmup_steps")
+    if isinstance(warmup, float) and 0 < warmup < 1 and "max_train_steps" in given:  # a share of the run
+        given["lr_warmup_steps"] = round(warmup * given["max_train_steps"])
     accumulation = int(given.get("gradient_accumulation_steps", 1))
     if accumulation > 1 and "train_batch_size" in given:
         # kohya's is the size of a micro-batch

@@ -59,6 +59,8 @@ def _unparsable(override: str, typed: Sequence[str]) -> str:
     following = list(typed[typed.index(override) + 1 :]) if override in typed else []
     words = list(takewhile(lambda word: _is_text(word) or word == "=", following))
     words = [word for word in words if word != "="]
+    if not equals and key.endswith(".toml"):
+        return f"{key}: sdtune reads no TOML; for a configuration of kohya's scripts use sdtune import-kohya {key}"
     if not equals:
         previous = typed[typed.index(override) - 1] if override in typed else ""
         if re.fullmatch(r"[\w.+-]+=[\d.e+-]+,?", previous) and re.fullmatch(r"[\d.e+-]+", key):
@@ -164,6 +166,8 @@ def check_option_names(argv: Sequence[str], command: str, known: Sequence[str]) 
             has_unknown = True
         elif is_replaced(word, command):
             words.append(word)
+            # Hydra would read a sweep, or could not parse it.
+            has_unknown = has_unknown or "," in word or word.count("=") > 1
     if has_unknown:
         explained = explanation(words, command)
         raise UserError(explained if explained is not None else _unknown_option(words[0], known))

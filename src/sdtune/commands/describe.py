@@ -58,7 +58,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
     ]
     rows = [("", "before", "after")]
     rows += [(key, _number(metrics.get(f"base_{key}"), key), _number(metrics[key], key)) for key in measured]
-    lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows]
+    lines = [f"{name:<28}{before:>12}{after:>12}".rstrip() for name, before, after in rows] if measured else []
     keys_by_reason: dict[str, list[str]] = {}
     for key, reason in metrics.get("reasons", {}).items():
         keys_by_reason.setdefault(reason, []).append(key)

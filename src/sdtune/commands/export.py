@@ -57,7 +57,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         raise UserError(
             "exactly one of run and artifact is required",
             key="run",
-            remedy="set run=FOLDER, or artifact=FILE and its backbone",
+            remedy="use sdtune export RUN, or artifact=FILE and its backbone",
         )
     run = None if options["run"] is None else Path(str(options["run"])).expanduser()
     if run is not None:

@@ -97,7 +97,7 @@ def _follow(folder: Path, serve: bool) -> None:
 
         try:
             follow(follower, stop, written)
-            print("no run goes on", flush=True)
+            print("no run goes on" + ("; still serving, Ctrl-C ends" if server is not None else ""), flush=True)
             if server is not None:
                 stop.wait()
         except KeyboardInterrupt:

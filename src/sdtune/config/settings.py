@@ -116,6 +116,8 @@ def read_saved_config(run: Path) -> dict[str, Any]:
     """
     file = run / ".hydra" / "config.yaml"
     if not file.is_file():
+        if (run / "multirun.yaml").is_file():
+            raise UserError(f"{run} is a sweep", key="run", remedy=f"use one of its runs, such as {run / '0'}")
         raise UserError(f"{run} is not a run folder (.hydra/config.yaml is missing)", key="run")
     if all(map(is_partial, (run / "artifact").glob("*"))):
         raise UserError(

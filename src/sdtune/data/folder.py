@@ -229,7 +229,15 @@ def _kohya_parent(root: Path, key: str) -> str | None:
 
 def _root_name_warning(root: Path, key: str) -> list[str]:
     advice = _kohya_parent(root, key)
-    return [] if advice is None else [f"WARNING: {key}: names count only below this folder; {advice}"]
+    return [] if advice is None else [f"WARNING: {key}: {_NAMES_COUNT_BELOW}; {advice}"]
+
+
+_NAMES_COUNT_BELOW = "names count only below this folder"
+
+
+def is_root_name_warning(line: str) -> bool:
+    """Whether ``line`` advises to use the repeats in the name of the folder, as ``data.repeats`` may already do."""
+    return _NAMES_COUNT_BELOW in line
 
 
 def _empty_captions(images: Sequence[Path], captions: Mapping[Path, str], root: Path) -> list[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtune.data.control.base import Paired
 from sdtune.data.datamodule import ImageDataModule, MaskSource
-from sdtune.data.folder import MASK_SUFFIX, CaptionedImage, check_images, read_image_folder
+from sdtune.data.folder import MASK_SUFFIX, CaptionedImage, check_images, is_root_name_warning, read_image_folder
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
 from sdtune.images.files import open_alpha, open_image, open_mask, resize_and_crop
@@ -133,7 +133,8 @@ class Folder(ImageDataModule):
         remedy = 'set data.prompt to the new token, as in data.prompt="<my_cat>"; data.templates adds the other words'
         arguments: dict[str, Any] = {"caption_remedy": remedy} if self.templates else {}
         folder = read_image_folder(path, self.prompt, self.trigger, key, other_roles=self._roles(key), **arguments)
-        self.notices += [*folder.notices, *check_images(folder.images, key)]
+        notices = [line for line in folder.notices if self.repeats == 1 or not is_root_name_warning(line)]
+        self.notices += [*notices, *check_images(folder.images, key)]
         self._uses_prompt = self._uses_prompt or folder.uses_prompt
         return list(folder.images)
 

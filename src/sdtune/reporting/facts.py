@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,14 +30,14 @@ Fact = tuple[str, str]
 """Name and text of a fact."""
 
 
-def facts(runs: Sequence[Run]) -> list[Fact]:
-    """Method, model, data, date, and the overrides that all runs have."""
+def facts(runs: Sequence[Run], overrides: str = "common settings") -> list[Fact]:
+    """Method, model, data, date, and the overrides that all runs have, under the name ``overrides``."""
     out = [
         ("method", _listed(map(method, runs))),
         ("model", _listed(map(_model, runs))),
         ("data", _listed(map(data, runs))),
         ("date", _dates(runs)),
-        ("common settings", " ".join(common_overrides(runs))),
+        (overrides, " ".join(common_overrides(runs))),
     ]
     return [(name, text) for name, text in out if text]
 
@@ -186,8 +187,27 @@ def costs(run: Run) -> list[Fact]:
         "steps": "steps",
     }
     out = [(name, unit(run.metrics[key], key)) for name, key in names.items() if key in run.metrics]
+    out += _rank_and_alpha(run)
     time = seconds(run.metrics)
     return out if time is None else [("time of all steps", unit(time, "seconds")), *out]
+
+
+def _rank_and_alpha(run: Run) -> list[Fact]:
+    """Rank and alpha of a LoRA, from the header of its file: the settings do not state the defaults."""
+    file = artifact(run)
+    if file is None or file.suffix != ".safetensors":
+        return []
+    try:
+        with file.open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            metadata = json.loads(handle.read(min(size, _MOST_HEADER_BYTES))).get("__metadata__", {})
+    except (OSError, ValueError):
+        return []
+    rank, alpha = metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")
+    return [("rank, alpha", f"{rank}, {alpha}")] if rank is not None else []
+
+
+_MOST_HEADER_BYTES = 10_000_000
 
 
 def memorisation_warning(metrics: Mapping[str, float]) -> str:

@@ -193,7 +193,7 @@ def _single(run: Run, store: ImageStore) -> Content:
     shown = samples([setting], numbers, store)
     training, grids = training_copies(run, store), sheets(run, store)
     values = {
-        "facts": facts.facts([run]),
+        "facts": facts.facts([run], "command line"),
         "state": run.state,
         "error": run.error,
         "metrics": _before_and_after(run),

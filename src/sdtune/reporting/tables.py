@@ -154,4 +154,5 @@ def reasons(runs: Sequence[Run]) -> Mapping[str, str]:
 
 def settings_of(run: Run) -> list[tuple[str, str]]:
     """All settings of ``run``, by dotted key."""
-    return [(key, _text(value)) for key, value in run.config.items() if not key.rpartition(".")[2].startswith("_")]
+    shown = [(key, value) for key, value in run.config.items() if not key.rpartition(".")[2].startswith("_")]
+    return [(key, "null" if value is None else _text(value)) for key, value in shown]
