@@ -259,7 +259,7 @@ def test_guidance_in_yaml_equals_guidance_of_the_family() -> None:
     assert composed == expected
 
 
-OWN_IMAGES = sorted(path.name for path in (CONF / "on_data").iterdir())
+OWN_IMAGES = sorted({path.parent.name for path in (CONF / "on_data").glob("*/*.yaml")})
 
 
 @pytest.mark.parametrize("name", OWN_IMAGES)
@@ -279,7 +279,7 @@ def test_recipe_of_pocket_carries_over_to_own_images(name: str) -> None:
 
 @pytest.mark.parametrize("file", sorted((CONF / "on_data").rglob("*.yaml")), ids=str)
 def test_settings_of_a_recipe_for_its_data_are_used(file: Path) -> None:
-    recipe, data = file.parent.name, file.stem
+    recipe, data = file.parent.relative_to(CONF / "on_data").as_posix(), file.stem
     assert composed("train", f"experiment={recipe}").hydra.runtime.choices.data == data
     with_them = OmegaConf.to_container(without_hydra(composed("train", f"experiment={recipe}")))
     without = OmegaConf.to_container(without_hydra(composed("train", f"experiment={recipe}", "~on_data")))
