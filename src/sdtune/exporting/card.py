@@ -19,7 +19,7 @@ from sdtune.formats.files import read_metadata
 from sdtune.lr_schedule import warmup_limit
 from sdtune.paths import is_hub_id
 from sdtune.runs.layout import CARD, CARD_GRID
-from sdtune.runs.metrics import finite
+from sdtune.runs.metrics import OF_TRAINING, finite
 
 _TAGS = {"lora": ["lora"], "embeddings": ["textual_inversion"], "controlnet": ["controlnet"], "model": []}
 _USAGE = {
@@ -99,8 +99,10 @@ def _rank_lines(artifact: Artifact) -> list[str]:
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The section of the card with the first :data:`_MAX_METRICS` numbers of ``metrics``."""
+    """The section of the card with at most :data:`_MAX_METRICS` numbers: those of the artifact, of the base, costs."""
     numbers = {k: v for k, v in finite(dict(metrics)).items() if isinstance(v, int | float)}
+    order = sorted(numbers, key=lambda key: (key in OF_TRAINING, key.startswith("base_")))
+    numbers = {key: numbers[key] for key in order}
     lines = ["## Metrics", "", "| metric | value |", "|---|---|"]
     lines += [
         f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
