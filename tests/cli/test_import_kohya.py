@@ -259,3 +259,12 @@ def test_share_of_warm_up_becomes_steps(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "lr_schedule.warmup_steps=100" in out
     assert "text encoder" not in out
+
+
+def test_notes_name_the_default_that_replaces_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('lr_scheduler = "cosine_with_restarts"\noptimizer_type = "Lion"\n', encoding="utf-8")
+    main([str(file)])
+    out = capsys.readouterr().out
+    assert "polynomial; the command has the default, constant" in out
+    assert "; the command has the default, adamw" in out

@@ -39,6 +39,12 @@ _DEFAULTS = {"max_train_steps": 1600, "learning_rate": 2e-6, "train_batch_size":
 _LORA_DEFAULTS = {"network_dim": 4}
 """Defaults of kohya's scripts that differ from those of sdtune."""
 
+_DEFAULT_USED = {
+    "lr_scheduler": "; the command has the default, constant",
+    "optimizer_type": "; the command has the default, adamw",
+}
+"""Ends of the notes on values that have no counterpart."""
+
 _ZERO_IS_OFF = (
     *("min_snr_gamma", "max_train_epochs", "noise_offset", "caption_dropout_rate", "text_encoder_lr"),
     *("network_dropout", "save_every_n_steps", "sample_every_n_steps", "clip_skip"),
@@ -174,7 +180,7 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     given = _as_set_by_kohya({**defaults, **given}, is_lora, notes)
     translation = translate([Option.of(word) for key, value in given.items() if (word := _word(key, value))], "train")
     notes += [
-        f"{option.name}: {remark}"
+        f"{option.name}: {remark}{_DEFAULT_USED.get(option.name, '')}"
         for option, remark in translation.remarks
         if option.name != "network_module" or "lycoris" in str(option.value)
     ]

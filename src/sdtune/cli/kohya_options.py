@@ -66,6 +66,7 @@ TRAINING = {
     "init_word": "method=textual_inversion 'new_tokens=[{token: WORD, init: VALUE, vectors: N}]'",
     "num_vectors_per_token": "method=textual_inversion 'new_tokens=[{token: WORD, init: WORD, vectors: VALUE}]'",
     "fp8_base": "backbone.quantize=fp8",
+    "max_data_loader_n_workers": "data.workers=VALUE",
     "conditioning_data_dir": "method=controlnet data/control=paired data.control.path=VALUE",
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
@@ -108,7 +109,6 @@ TRAINING_REMARKS = {
     "save_precision": "set it when exporting: sdtune export RUN format=kohya dtype=fp16",
     "logging_dir": "choose a logger: logger=tensorboard or logger=wandb",
     "log_with": "choose a logger: logger=tensorboard or logger=wandb",
-    "max_data_loader_n_workers": "set data.workers",
     "save_state": "it is not needed: checkpoints are always saved; resume=RUN continues a run",
     "conv_alpha": "convolutions have the alpha of the other layers",
     "optimizer_args": "set them one by one, such as optimizer.weight_decay=0.01",
