@@ -70,6 +70,11 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith((_PARTIAL, _REPLACED))
 
 
+def is_snapshot(stem: str) -> bool:
+    """Whether a file with this stem is a snapshot (of a step or of the best step), not a final artifact."""
+    return re.search(r"-step\d{8}$|-best$", stem) is not None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in UTF-8, atomically."""
     with replacing(path) as partial:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sdtune.errors import UserError
+from sdtune.files import is_snapshot
 from sdtune.formats import embeddings, read_safetensors
-from sdtune.formats.embeddings import file_stem, is_snapshot
+from sdtune.formats.embeddings import file_stem
 
 
 @dataclass(frozen=True)

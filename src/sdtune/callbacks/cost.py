@@ -12,8 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.data import ImageDataModule
-from sdtune.files import is_partial
-from sdtune.formats.embeddings import is_snapshot
+from sdtune.files import is_partial, is_snapshot
 from sdtune.hardware.allocator import release
 from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.methods.base import Adapter

@@ -19,7 +19,7 @@ _SIDE = 256
 
 
 class TrainingImages(Callback):
-    """Write copies of the first images as the model sees them, without random crop and flip, and ``images.json``.
+    """Write copies of the first training images, cropped at the center, and ``images.json`` with their captions.
 
     Args:
         folder: folder of the copies.

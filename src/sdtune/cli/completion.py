@@ -100,7 +100,7 @@ def main(arguments: list[str], commands: Sequence[str]) -> None:
 
 
 def _candidates(line: str, commands: Sequence[str]) -> list[str]:
-    """Complete words that may stand at the end of ``line``, whose first word is the program."""
+    """Possible completions of the last word of ``line``; its first word is the program."""
     words = _split(line)[1:]
     word = "" if not words or line[-1:].isspace() else words.pop()
     if not words:

@@ -52,7 +52,7 @@ _LEFT = 36
 
 
 def print_help(command: str, search: ConfigSearchPath, overrides: Sequence[str]) -> None:
-    """Print the help of ``command`` for the config that ``overrides`` compose, which chooses the options shown."""
+    """Print the help of ``command``; it shows the settings of the options that ``overrides`` choose."""
     config = compose(command, search, list(overrides))
     with initialized(command, search) as hydra, as_current(config):
         groups = option_groups(command, hydra.config_loader, config)
@@ -106,12 +106,12 @@ def _group_lines(groups: Mapping[str, Sequence[str]], config: DictConfig) -> Ite
 
 
 def _setting_lines(command: str, config: DictConfig) -> Iterator[str]:
-    """Settings of the composed config, those of the command itself first, then those of each group."""
+    """Lines about the settings of the composed config: first those of the command, then those of each group."""
     job = without_hydra(config)
     own = [key for key in job if not OmegaConf.is_dict(_raw(job, str(key)))]
     choices = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}
     groups = {group.split("/")[0] for group in choices}
-    # Settings without a group, such as sampling, are the command's own too.
+    # Nodes without a config group, such as sampling, belong to the command, so they are shown first.
     nodes = sorted(
         (str(key) for key in job if key not in own and key not in _INTERNAL), key=lambda node: node in groups
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 from sdtune.data import ImageDataModule
 from sdtune.data.control.base import Computed
+from sdtune.files import is_snapshot
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.embeddings import FOLDER as EMBEDDINGS
-from sdtune.formats.embeddings import is_snapshot
 from sdtune.runs.metrics import OF_TRAINING, unit
 from sdtune.runs.sample_command import sample_command
 

@@ -21,8 +21,7 @@ from sdtune.config.settings import plain, read_saved_config
 from sdtune.errors import UserError
 from sdtune.exporting import Artifact, Export, find_artifact
 from sdtune.exporting.previews import add_gallery, last_samples
-from sdtune.files import is_partial, replacing
-from sdtune.formats.embeddings import is_snapshot
+from sdtune.files import is_partial, is_snapshot, replacing
 from sdtune.paths import is_hub_id
 from sdtune.progress import phase
 from sdtune.runs.hydra_values import current_overrides

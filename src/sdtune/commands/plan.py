@@ -90,7 +90,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
 
 
 def planned(config: DictConfig) -> Callable[[], Plan]:
-    """Check the config of each requested method, and return the function that measures them."""
+    """Check the config of each requested method, and return the function that measures these methods."""
     fits = config.fits
     check_value(fits, Annotated[float, Gt(0)] | None, "fits")
     is_table = config.methods is not None

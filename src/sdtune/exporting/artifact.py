@@ -8,7 +8,7 @@ from typing import Literal
 
 from sdtune.backbone.controlnet_files import is_controlnet
 from sdtune.errors import UserError
-from sdtune.files import is_partial, read_json
+from sdtune.files import is_partial, is_snapshot, read_json
 from sdtune.formats import embeddings, read_safetensors
 from sdtune.formats.checkpoint_file import PICKLES
 from sdtune.formats.diffusers_lora import FILE_NAME
@@ -67,7 +67,7 @@ def find_artifact(path: Path, key: str) -> Artifact:
 
 def _is_other(stem: str) -> bool:
     """Whether the file ``stem`` is a snapshot or an embedding, not a LoRA."""
-    return embeddings.is_snapshot(stem) or stem.startswith(embeddings.FILE_NAME)
+    return is_snapshot(stem) or stem.startswith(embeddings.FILE_NAME)
 
 
 def _is_controlnet_folder(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdtune.errors import UserError
+from sdtune.files import is_snapshot
 from sdtune.formats.files import read_safetensors, write_safetensors
 from sdtune.formats.lora_names import without_bundled_embeddings
 
@@ -30,11 +31,6 @@ _SDXL_KEYS = ("clip_l", "clip_g")
 def file_stem(token: str) -> str:
     """File name of ``token``, which A1111 and ComfyUI use as the trigger word: ``my_cat`` for ``<my_cat>``."""
     return re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
-
-
-def is_snapshot(stem: str) -> bool:
-    """Whether a file with this stem is a snapshot (of a step or of the best step), not a final artifact."""
-    return re.search(r"-step\d{8}$|-best$", stem) is not None
 
 
 def write(

@@ -17,6 +17,7 @@ from sdtune.backbone.layers import layers
 from sdtune.backbone.new_tokens import check_vector_counts
 from sdtune.backbone.quantization import Quantized
 from sdtune.errors import UserError
+from sdtune.files import is_snapshot
 from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
@@ -86,7 +87,7 @@ def check_adapter(path: str, backbone_hash: str, key: str = "adapters.path") -> 
 
 def _is_intermediate(file: Path) -> bool:
     """Whether ``file`` is an intermediate embedding, which is ignored in a folder."""
-    return file.stem.startswith(embeddings.FILE_NAME) and embeddings.is_snapshot(file.stem)
+    return file.stem.startswith(embeddings.FILE_NAME) and is_snapshot(file.stem)
 
 
 def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[LoadedLoRA]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sdtune.files import is_snapshot
 from sdtune.reporting.collect import Run
 from sdtune.reporting.ranking import MetricStatistics, Place, Setting
 from sdtune.runs.metrics import unit
@@ -21,8 +21,6 @@ photos have similarities above it, different photos of one subject usually below
 
 _EMBEDDINGS = "embeddings"
 """Folder of the embeddings of new tokens in an artifact; ``formats.embeddings``, which writes it, needs torch."""
-
-_SNAPSHOT = re.compile(r"-step\d{8}$|-best$")
 
 _NOT_SHOWN = ("seed=", "name=", "trial=", "resume=", "hydra.", "trust=", "optimized_metric=")
 
@@ -107,11 +105,11 @@ def artifact(run: Run) -> Path | None:
     files = [
         file
         for file in (*folder.glob("*.safetensors"), *(folder / _EMBEDDINGS).glob("*.safetensors"))
-        if not _SNAPSHOT.search(file.stem) and not file.stem.startswith("learned_embeds")
+        if not is_snapshot(file.stem) and not file.stem.startswith("learned_embeds")
     ]
     files.sort(key=lambda file: (file.parent != folder, file.stem == "pytorch_lora_weights", file.name))
     folders = [path for path in sorted(folder.glob("*")) if path.is_dir() and path.name != _EMBEDDINGS]
-    folders = [path for path in folders if not _SNAPSHOT.search(path.name)]
+    folders = [path for path in folders if not is_snapshot(path.name)]
     return next(iter((*files, *folders)), None)
 
 
