@@ -20,12 +20,6 @@ def run_validation(trainer: pl.Trainer) -> None:
     connector._first_loop_iter = first_loop_iter
 
 
-def discard_validation_results(trainer: pl.Trainer) -> None:
-    """Discard what the current validation has logged so far, so that no callback reads an average of a few batches."""
-    assert trainer._results is not None
-    trainer._results.reset()
-
-
 def disable_sigterm_agreement(trainer: pl.Trainer) -> None:
     """Do not agree on a SIGTERM before each micro-batch.
 

@@ -221,6 +221,10 @@ class Backbone(nn.Module):
         """Token ids of ``prompt``, untruncated and without start and end token."""
         return self._token_ids(self.tokenizer, [prompt])[0]
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Number of tokens of each prompt with start and end token, untruncated; the limit is ``facts.max_tokens``."""
+        return [len(ids) + 2 for ids in self._token_ids(self.tokenizer, prompts)]
+
     def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
         """Token ids, int64 [B, L], padded and truncated to one or more windows of the text encoder's length."""
         tokenizer = tokenizer or self.tokenizer

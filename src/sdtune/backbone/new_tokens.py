@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -232,14 +232,19 @@ def check_vector_counts(vector_counts: Mapping[str, int], max_tokens: int, key: 
             )
 
 
-def check_mentioned(tokens: Sequence[NewToken], prompts: Sequence[str]) -> None:
+def check_mentioned(tokens: Sequence[NewToken], prompts: Iterable[str]) -> None:
     """Raise UserError for a token that occurs in none of ``prompts`` and would therefore not be trained."""
-    names = [token.token for token in tokens]
-    mentioned = {name for prompt in prompts for _, name in split_at_tokens(names, prompt)}
-    for name in names:
-        if name not in mentioned:
-            raise UserError(
-                f"{name} occurs in no caption (first caption: {prompts[0]!r})",
-                key="new_tokens",
-                remedy=f"add it to the captions; 'data.trigger=\"{name}\"' puts it before those of data=folder",
-            )
+    missing = [token.token for token in tokens]
+    first = ""
+    for prompt in prompts:
+        first = first or prompt
+        mentioned = {name for _, name in split_at_tokens(missing, prompt)}
+        missing = [name for name in missing if name not in mentioned]
+        if not missing:
+            return
+    for name in missing:
+        raise UserError(
+            f"{name} occurs in no caption (first caption: {first!r})",
+            key="new_tokens",
+            remedy=f"add it to the captions; 'data.trigger=\"{name}\"' puts it before those of data=folder",
+        )

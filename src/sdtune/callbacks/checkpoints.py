@@ -24,7 +24,7 @@ from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.errors import RESUME_ADVICE, UserError
 from sdtune.files import replacing
 from sdtune.hardware.signals import STOP_SIGNALS
-from sdtune.lightning_compat import PathLike, disable_sigterm_agreement, discard_validation_results, run_validation
+from sdtune.lightning_compat import PathLike, disable_sigterm_agreement, run_validation
 from sdtune.methods.base import Adapter
 from sdtune.runs.layout import BEST
 
@@ -264,8 +264,9 @@ class Checkpoints(Callback):
         if trainer.sanity_checking or not self._stop_requested(trainer):
             return
         self.request_stop(self.stopped_by or signal.SIGTERM)
+        assert isinstance(pl_module, Adapter)
+        pl_module.validation_aborted = True
         self._validation_pending = self.record.validation_aborted = trainer.should_stop = True
-        discard_validation_results(trainer)
         raise StopIteration  # ends Lightning's loop over the validation batches
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

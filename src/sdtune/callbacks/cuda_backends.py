@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
@@ -41,7 +42,8 @@ class CudaBackends(Callback):
         self._training.append(self)
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, ImageDataModule)
-        self._has_one_size = len(data.buckets((*data.train, *data.held_out))) == 1
+        sizes = np.concatenate([data.entries.sizes, data.held_out_entries.sizes])
+        self._has_one_size = bool((sizes == sizes[0]).all())
         self._set_benchmark()
         if str(trainer.precision) == "32-true":
             torch.set_float32_matmul_precision("high")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from sdtune.backbone.backbone import Backbone
 from sdtune.data import ImageDataModule
 from sdtune.methods.base import Adapter
-from sdtune.sampling.prompts import count_tokens
+from sdtune.training.caption_facts import CaptionFacts, caption_facts
 
 log = logging.getLogger("sdtune")
 
@@ -33,32 +32,54 @@ class DataSummary(Callback):
         assert isinstance(pl_module, Adapter)
         if trainer.is_global_zero:
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            sizes = size_warnings(data, pl_module.source.facts.side)
-            for line in (*summary(data, self.steps), *sizes, *caption_summary(data, pl_module.backbone)):
+            captions = caption_summary(caption_facts(data, pl_module.backbone, pl_module.source.tokenizer_folder()))
+            for line in (*summary(data, self.steps), *size_warnings(data, pl_module.source.facts.side), *captions):
                 log.info(line)
 
 
 def summary(data: ImageDataModule, steps: int) -> list[str]:
     """Lines with the number of images, the buckets, and the epochs in ``steps`` optimizer steps."""
-    buckets = data.buckets(data.train)
-    images = len(data.train)
-    seen = sum(len(entries) for entries in buckets.values())
-    sizes = ", ".join(f"{w}x{h} ({len(set(entries))})" for (w, h), entries in buckets.items())
-    epoch = data.order().steps_per_epoch
+    order = data.order()
+    seen = sum(map(len, order.buckets))
+    counts: dict[tuple[int, int], int] = {}
+    for (size, _), bucket in data.train_buckets.items():
+        counts[size] = counts.get(size, 0) + len(np.unique(bucket.every))
+    sizes = ", ".join(f"{w}x{h} ({count})" for (w, h), count in counts.items())
+    epoch = order.steps_per_epoch
     lines = [
-        f"data: {images} images, {seen} with repeats, {len(data.held_out)} held out; buckets {sizes}",
-        f"order: {epoch} step(s) per epoch at batch size {data.batch_size};"
-        f" {steps} steps are {steps / epoch:.1f} epochs",
-        *_class_images(data),
+        f"data: {len(data.train):,} images, {seen:,} with repeats, {len(data.held_out):,} held out; buckets {sizes}",
+        *_sources(data),
+        f"order: {epoch:,} step(s) per epoch at batch size {data.batch_size};"
+        f" {steps:,} steps are {steps / epoch:.1f} epochs",
+        *(line for source in data.sources.values() for line in _class_images(source)),
         *data.notices,
     ]
-    for (w, h), entries in buckets.items():
-        if len(entries) < data.batch_size and len(buckets) > 1:
-            times = data.batch_size / len(entries)
+    for ((w, h), _), bucket in data.train_buckets.items():
+        if len(bucket) < data.batch_size and len(order.buckets) > 1:
+            times = data.batch_size / len(bucket)
             lines.append(
-                f"WARNING: bucket {w}x{h} has {len(entries)} sample(s), fewer than the batch size: each is"
+                f"WARNING: bucket {w}x{h} has {len(bucket)} sample(s), fewer than the batch size: each is"
                 f" used {times:.1f} times per epoch, samples of other buckets about once"
             )
+    return lines
+
+
+def _sources(data: ImageDataModule) -> list[str]:
+    """A line for each source of a mix: its images, and its share of an epoch."""
+    if len(data.sources) == 1:
+        return []
+    lines = []
+    total = sum(map(len, data.train_buckets.values()))
+    for number, (name, source) in enumerate(data.sources.items()):
+        used = 0
+        for bucket in data.train_buckets.values():
+            used += int((data.entries.sources[bucket.entries] == number).sum())
+            used += sum(g.count for g in bucket.drawn if data.entries.sources[g.entries[0]] == number)
+        weight = "" if source.loss_weight == 1 else f", loss weight {source.loss_weight:g}"
+        lines.append(
+            f"source {name}: {len(source.train):,} images, {used:,} of {total:,} entries per epoch"
+            f" ({used / total:.0%}){weight}"
+        )
     return lines
 
 
@@ -72,36 +93,55 @@ def _class_images(data: ImageDataModule) -> list[str]:
 
 def size_warnings(data: ImageDataModule, side: int) -> list[str]:
     """Warnings for a resolution far from the backbone's ``side`` in pixels, and for images below the resolution."""
-    resolution = data.resolution
-    assert resolution is not None
     lines = []
-    step = data.bucket_step
-    if resolution % step:
-        square = resolution // step * step
-        lines.append(
-            f"WARNING: data.resolution={resolution} is not a multiple of {step}, the step of the buckets: square images"
-            f" are trained at {square}x{square}"
-        )
-    if not side / 2 <= resolution <= side * 2:
-        lines.append(
-            f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not learn"
-            f" well at other sizes; data.resolution={side} is its own"
-        )
-    small = [sample for sample in data.train if sample.size[0] * sample.size[1] < 0.8 * resolution**2]
-    if small:
-        lines.append(
-            f"WARNING: {len(small)} of {len(data.train)} images are smaller than data.resolution={resolution}, such as"
-            f" {small[0]} ({small[0].size[0]}x{small[0].size[1]}); they are trained at their own size"
-        )
+    resolutions = {
+        resolution: step
+        for source in data.sources.values()
+        for resolution, step in zip(source.resolutions.sides, source.resolutions.steps, strict=True)
+    }
+    for resolution, step in resolutions.items():
+        if resolution % step:
+            square = resolution // step * step
+            lines.append(
+                f"WARNING: data.resolution={resolution} is not a multiple of {step}, the step of the buckets: square"
+                f" images are trained at {square}x{square}"
+            )
+        if not side / 2 <= resolution <= side * 2:
+            lines.append(
+                f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not"
+                f" learn well at other sizes; data.resolution={side} is its own"
+            )
+    for source in data.sources.values():
+        lines += _small_images(source)
     return lines
 
 
-def caption_summary(data: ImageDataModule, backbone: Backbone) -> list[str]:
+def _small_images(data: ImageDataModule) -> list[str]:
+    resolution, sizes = data.resolutions.sides[0], data.train.sizes
+    small = np.flatnonzero(sizes.prod(axis=1) < 0.8 * resolution**2)
+    if not len(small):
+        return []
+    sample = data.train[int(small[0])]
+    return [
+        f"WARNING: {len(small):,} of {len(data.train):,} images are smaller than data.resolution={resolution}, such as"
+        f" {sample} ({sample.size[0]}x{sample.size[1]}); they are trained at their own size"
+    ]
+
+
+def caption_summary(facts: CaptionFacts) -> list[str]:
     """Lines with the number of captions, and a warning if the longest one exceeds the tokenizer's limit."""
-    captions = data.all_prompts()
-    longest = max(captions, key=partial(count_tokens, backbone))
-    length, limit = count_tokens(backbone, longest), backbone.facts.max_tokens
-    lines = [f"captions: {len(captions)} distinct; the longest has {length} tokens, the limit is {limit}"]
-    if length > limit:
-        lines.append(f"WARNING: captions longer than {limit} tokens are truncated; the longest is {longest!r}")
+    among = "" if facts.is_complete else f" among {facts.counted:,} of {facts.total:,} images"
+    lines = [
+        f"captions: {facts.distinct:,} distinct{among}; the longest has {facts.longest_tokens} tokens,"
+        f" the limit is {facts.limit}"
+    ]
+    if facts.cut:
+        lines.append(
+            f"WARNING: captions longer than {facts.limit} tokens are truncated: {facts.cut:,} of"
+            f" {facts.distinct:,}{among}; the longest is {facts.longest!r}"
+        )
+    if facts.draws_anew:
+        lines.append(
+            "captions are drawn anew for each use, so the text encoder runs in every step instead of once per caption"
+        )
     return lines

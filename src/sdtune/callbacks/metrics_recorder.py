@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -17,9 +16,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sdtune.files import write_text
-from sdtune.methods.base import Adapter
-from sdtune.runs.metrics import read_metrics
+from sdtune.methods.base import PARTS, Adapter
+from sdtune.runs.metrics import cut_metrics, read_metrics
 from sdtune.training.collective import gathered
 
 
@@ -46,6 +44,8 @@ class MetricsRecorder(Callback):
         self._last_flush = (0, 0.0)
         self._saved_columns: list[str] = []
         self._prompts: list[str] = []
+        self._validation_columns: list[str] = ["validation_loss"]
+        self._cut_at = -1
         self._validating = ExitStack()
         self.stop_requested = False
         """Whether the run will stop and save after this step; set by the callback ``Checkpoints``."""
@@ -55,11 +55,13 @@ class MetricsRecorder(Callback):
     # --- rows
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        self._validation_columns = ["validation_loss", *pl_module.source_metrics("validation_loss")]
         # on_train_start is not called for a complete run that is resumed for its metrics only.
-        self.truncate(trainer.max_steps, trainer)
+        self._forget_after(trainer.max_steps, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.truncate(trainer.global_step, trainer)
+        self._forget_after(trainer.global_step, trainer)
         self._last_flush = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_start(
@@ -107,9 +109,9 @@ class MetricsRecorder(Callback):
         local_losses = table[:, keys.index("loss")].tolist()
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="mean")
-        rows: list[dict[str, float]] = []
+        rows: list[dict[str, Any]] = []
         for (step, _, rates, prompts), values, loss in zip(self.pending, table.tolist(), local_losses, strict=True):
-            row = dict(zip(keys, values, strict=True))
+            row = with_means(dict(zip(keys, values, strict=True)))
             if row.pop("finite") < 1 or row["loss"] != row["loss"]:
                 self._append(rows, trainer)
                 self.pending = []
@@ -123,18 +125,19 @@ class MetricsRecorder(Callback):
         self._append(rows, trainer)
         self._log(rows, trainer, module)
 
-    def _log(self, rows: list[dict[str, float]], trainer: pl.Trainer, module: Adapter) -> None:
+    def _log(self, rows: list[dict[str, Any]], trainer: pl.Trainer, module: Adapter) -> None:
         first, start = self._last_flush
         now, last = time.perf_counter(), int(rows[-1]["step"])
         seconds = (now - start) / max(1, last - first)
         self._last_flush = (last, now)
         self.step_seconds.append(seconds)
         speed = trainer.datamodule.batch_size / seconds  # type: ignore[attr-defined]
-        module.displayed_metrics = {**rows[-1], "samples_per_second": speed}
+        module.displayed_metrics = {**{k: v for k, v in rows[-1].items() if v is not None}, "samples_per_second": speed}
         for row in rows:
             for logger in trainer.loggers:
                 logger.log_metrics(
-                    {k: v for k, v in row.items() if k != "step"} | {"samples_per_second": speed}, step=int(row["step"])
+                    {k: v for k, v in row.items() if k != "step" and v is not None} | {"samples_per_second": speed},
+                    step=int(row["step"]),
                 )
 
     @contextmanager
@@ -153,13 +156,14 @@ class MetricsRecorder(Callback):
         self._validating.close()
         if self.validation_aborted:
             return
-        value = trainer.callback_metrics.get("validation_loss")
-        if value is not None and not trainer.sanity_checking:
+        names = [name for name in self._validation_columns if name in trainer.callback_metrics]
+        values = {name: float(trainer.callback_metrics[name]) for name in names}
+        if "validation_loss" in values and not trainer.sanity_checking:
             self.flush(trainer, pl_module)
-            self.validation[trainer.global_step] = float(value)
-            self._append([{"step": trainer.global_step, "validation_loss": float(value)}], trainer)
+            self.validation[trainer.global_step] = values["validation_loss"]
+            self._append([{"step": trainer.global_step, **values}], trainer)
             for logger in trainer.loggers:
-                logger.log_metrics({"validation_loss": float(value)}, step=trainer.global_step)
+                logger.log_metrics(values, step=trainer.global_step)
 
     def median_step_seconds(self) -> float | None:
         """Median seconds per step over all flushes; the first flush of a process, which includes warm-up, is excluded
@@ -172,47 +176,56 @@ class MetricsRecorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # The first row that a resumed run writes may be that of a validation.
-        return {"columns": self.columns, "step_seconds": torch.tensor(self._all_step_seconds(), dtype=torch.float64)}
+        return {
+            "columns": self.columns,
+            "step_seconds": torch.tensor(self._all_step_seconds(), dtype=torch.float64),
+            "validation": torch.tensor([*self.validation.items()], dtype=torch.float64).reshape(-1, 2),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_columns = state_dict["columns"]
         self._earlier_step_seconds = state_dict["step_seconds"].tolist()
+        self.validation = {int(step): loss for step, loss in state_dict["validation"].tolist()}
 
     # --- the file
 
-    def _append(self, rows: list[dict[str, float]], trainer: pl.Trainer) -> None:
+    def _append(self, rows: list[dict[str, Any]], trainer: pl.Trainer) -> None:
         if not rows or not trainer.is_global_zero:
             return
         is_new_file = not self.path.exists()
         if is_new_file or not self.columns:
-            new_columns = self._saved_columns or [*rows[0], "validation_loss"]
-            self.columns = new_columns if is_new_file else self._read()[0]
+            new_columns = self._saved_columns or [*rows[0], *self._validation_columns]
+            self.columns = new_columns if is_new_file else read_metrics(self.path, "resume").columns
         with self.path.open("a", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, self.columns, restval="", lineterminator="\n")
             if is_new_file:
                 writer.writeheader()
             writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        table = read_metrics(self.path, "resume")
-        return table.columns, table.rows
+    def _forget_after(self, step: int, trainer: pl.Trainer) -> None:
+        """Remove the rows after ``step``, which a resumed run writes again, unless that has been done."""
+        if step != self._cut_at:
+            self.truncate(step, trainer)
 
     def truncate(self, step: int, trainer: pl.Trainer, keep_validation: bool = True) -> None:
         """Remove the rows that a resumed run will write again: those after ``step``, and perhaps its validation."""
-        if not self.path.exists():
-            return
-        self.columns, rows = self._read()
-        rows = [row for row in rows if int(row["step"]) <= step]
-        if not keep_validation:
-            rows = [row for row in rows if int(row["step"]) < step or not row.get("validation_loss")]
-        self.validation = {int(r["step"]): float(r["validation_loss"]) for r in rows if r.get("validation_loss")}
-        if not trainer.is_global_zero:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+        self._cut_at = step
+        last = step if keep_validation else step - 1
+        self.validation = {at: loss for at, loss in self.validation.items() if at <= last}
+        if trainer.is_global_zero and self.path.exists():
+            self.columns = cut_metrics(self.path, step, keep_validation=keep_validation)
+
+
+def with_means(row: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics of a step, where sums and counts of a metric (:data:`sdtune.methods.base.PARTS`) become its mean.
+
+    The mean is None, an empty cell, if no sample of the step belongs to the metric's source.
+    """
+    total, count = PARTS
+    means: dict[str, Any] = {key: value for key, value in row.items() if not key.endswith(PARTS)}
+    for key in [key.removesuffix(total) for key in row if key.endswith(total)]:
+        means[key] = row[f"{key}{total}"] / row[f"{key}{count}"] if row[f"{key}{count}"] else None
+    return means
 
 
 def suspect_captions(of_processes: Sequence[tuple[bool, list[str]]]) -> list[str]:

@@ -36,7 +36,7 @@ class TrainingImages(Callback):
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.folder.mkdir(parents=True, exist_ok=True)
         shown = []
-        for number, sample in enumerate(data.train[:_MOST_IMAGES]):
+        for number, sample in enumerate(data.train.first(_MOST_IMAGES)):
             image = Image.fromarray(sample.pixels(data.bucket(sample), CENTER, False))
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             name = f"{number:03d}.webp"

@@ -149,7 +149,8 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     if precision_name == "auto" and accelerator_name in ("gpu", "cuda") and not torch.cuda.is_available():
         precision_name = "bf16-mixed"  # for a GPU of another machine: NVIDIA GPUs since 2020 support it
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
-    side = data["resolution"] or source.facts.side
+    resolution = data["resolution"] or source.facts.side
+    side = resolution if isinstance(resolution, int) else max(resolution)  # the largest costs most
     source.facts.check_side(side, "data.resolution")
     return CheckedPlan(
         config=container,

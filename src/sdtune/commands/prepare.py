@@ -52,7 +52,7 @@ def execute(run: TrainRun) -> None:
 
 
 def _write_grids(data: ImageDataModule, folder: Path) -> None:
-    samples = list(data.train[:_MAX_SHOWN])
+    samples = list(data.train.first(_MAX_SHOWN))
     _write_grid(len(data.train), [s.pixels(data.bucket(s), CENTER, False) for s in samples], folder / "images.png")
     if data.class_samples:
         shown = list(data.class_samples[:_MAX_SHOWN])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -391,8 +392,8 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
         "hash": source.hash(),
         "trigger": data.trigger_words(),
         "images": len(data.train),
-        "captions": data.all_prompts(),
-        "side": data.resolution,
+        "captions": list(itertools.islice(data.all_prompts(), 3)),
+        "side": data.side,
     }
     artifact = find_artifact(run.folder / "artifact", "run")
     grid = run.folder / "samples" / "before_after.png"

@@ -3,6 +3,6 @@
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.data.samples import Sample
-from sdtune.data.sources import Folder
+from sdtune.data.sources import Folder, Table
 
-__all__ = ["Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample"]
+__all__ = ["Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample", "Table"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,19 +19,22 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sdtune.data import triggers
+from sdtune.data import prompts, triggers
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
-from sdtune.data.buckets import assign
+from sdtune.data.buckets import Size, assign
 from sdtune.data.cache import TensorCache, keys_of_rank
+from sdtune.data.captions import CaptionRules, Captions
 from sdtune.data.control.base import Control
-from sdtune.data.dataset import Batch, ImageDataset, RowSettings, collate, init_worker
-from sdtune.data.order import FixedBatches, MicroBatches, Order
+from sdtune.data.dataset import Batch, BatchSettings, ImageDataset, RowSettings, collate, init_worker
+from sdtune.data.entries import Entries, Resolutions, Share, buckets_of, entries_of, joined
+from sdtune.data.order import Bucket, FixedBatches, MicroBatches, Order
 from sdtune.data.prior import GenerateImages, class_images, generate_missing
-from sdtune.data.samples import Masked, Sample, View, latent_key, text_key
+from sdtune.data.samples import Sample, SampleList, Samples, View, latent_key, text_key
+from sdtune.data.table import StoredImage
+from sdtune.data.table_samples import MaskSource
 from sdtune.data.templates import TemplateSet, templates
 from sdtune.errors import UserError, check_multiple
 from sdtune.hardware.threads import usable_cores
-from sdtune.images.files import CENTER
 from sdtune.progress import bar
 
 VALIDATION_TIMESTEPS = 8
@@ -44,9 +48,8 @@ _PREFETCHED_BATCHES = 2
 
 SHARED_MEMORY = Path("/dev/shm")
 
-
-MaskSource = Literal["file", "alpha"]
-"""Source of an image's loss mask: a mask file, or the transparency of the image."""
+_ITEMS_AT_ONCE = 4096
+"""Cache entries whose names are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     Args:
         batch_size: samples per optimizer step, over all processes and micro-batches.
-        resolution: buckets have at most the area of a square with this side, in pixels; None: the backbone's side.
+        resolution: buckets have at most the area of a square with this side, in pixels; None: the backbone's side. Of
+            several, each image is used once for each, but is left out where it is too small.
         caption_dropout: fraction of samples that are trained without caption (Ho & Salimans 2022, section 3.2).
         flip: mirror half of the samples.
         random_crop: crop at a random position instead of the center; not possible with cached latents.
@@ -94,6 +98,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             or control maps are read in the steps of a training on a CUDA device, fewer than the cores of this process,
             and as many as the shared memory (``/dev/shm``) allows.
         limit: train on the first ``limit`` images only; None: all.
+        validation_limit: validate on the first ``validation_limit`` held-out images only; None: all.
+        captions: how captions become prompts: tags, wildcards, several captions of an image.
         templates: prompt templates for the captions, chosen at random for each sample: ``object`` or ``style`` (those
             of Textual Inversion), or a list of texts with ``{}`` for the caption.
         mask: weight the loss by a mask of each image: ``file`` reads ``image.mask.png`` next to ``image.jpg`` (white
@@ -105,11 +111,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         class_images: number of class images to generate.
         prior_weight: lambda of L = L_subject + lambda L_class; 0: no class images.
         control: source of the control maps.
+        weight: as a source of ``data=mix``, entries per epoch relative to the largest source; None: its repeats.
+        loss_weight: as a source of ``data=mix``, weight of its losses.
         seed: the run's seed; determines order, crops, flips and dropout.
     """
 
     batch_size: Annotated[int, Ge(1)] = 2
-    resolution: Annotated[int, Gt(0)] | None = None
+    resolution: Annotated[int, Gt(0)] | Annotated[list[Annotated[int, Gt(0)]], MinLen(1)] | None = None
     caption_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0
     flip: bool = False
     random_crop: bool = False
@@ -117,6 +125,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     cache_text: bool = True
     workers: Annotated[int, Ge(0)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
+    validation_limit: Annotated[int, Ge(1)] | None = None
+    captions: Captions = field(default_factory=Captions)
     templates: TemplateSet | Sequence[str] | None = None
     mask: MaskSource | None = None
     class_prompt: str | Annotated[list[str], MinLen(1)] | None = None
@@ -124,13 +134,15 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     class_images: Annotated[int, Ge(1)] = 200
     prior_weight: Annotated[float, Ge(0)] = 1.0
     control: Control | None = None
+    weight: Annotated[float, Gt(0)] | None = None
+    loss_weight: Annotated[float, Ge(0)] = 1.0
     seed: int = 0
 
     factor: int = field(default=8, init=False)
-    _configured_resolution: int | None = field(default=None, init=False)
     _opened_for: tuple[int, int] | None = field(default=None, init=False)
-    _train: Sequence[Sample] = field(default=(), init=False)
-    _held_out: Sequence[Sample] = field(default=(), init=False)
+    _train: Samples = field(default_factory=lambda: SampleList(()), init=False)
+    _held_out: Samples = field(default_factory=lambda: SampleList(()), init=False)
+    resolutions: Resolutions = field(default_factory=lambda: Resolutions((), ()), init=False)
     latent_cache: TensorCache | None = field(default=None, init=False)
     text_cache: TensorCache | None = field(default=None, init=False)
     prompt_templates: Sequence[str] = field(default=(), init=False)
@@ -138,6 +150,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     class_samples: Sequence[Sample] = field(default=(), init=False)
     notices: list[str] = field(default_factory=list, init=False)
     """Lines for the data summary about files and folders that are not used or look wrong."""
+    skipped: list[StoredImage] = field(default_factory=list, init=False)
+    """Damaged images that are left out."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -158,7 +172,6 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 remedy="set one prompt",
             )
         self.prompt_templates = templates(self.templates)
-        self._configured_resolution = self.resolution
 
     # --- defined by subclasses
 
@@ -188,6 +201,16 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             remedy="remove data.class_path",
         )
 
+    @property
+    def skips_damaged(self) -> bool:
+        """Whether images that become unreadable during training are replaced."""
+        return False
+
+    @property
+    def sources(self) -> dict[str, ImageDataModule]:
+        """The sources by name: this data module alone, unless it is a mix."""
+        return {"": self}
+
     # --- samples, buckets and prompts
 
     def open(self, side: int, factor: int) -> None:
@@ -202,28 +225,43 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """
         if self._opened_for == (side, factor):
             return
-        # Depends on the backbone: without data.resolution, the side of the backbone is used.
-        self.resolution = self._configured_resolution or side
         self._opened_for, self.factor = (side, factor), factor
-        check_multiple(self.resolution, factor, "data.resolution")
+        self._set_resolutions(side)
         self.notices = []
-        train, self._held_out = self.read()
-        self._train = train[: self.limit]
+        train, held_out = (self._as_samples(samples) for samples in self.read())
+        self._train, self._held_out = train.first(self.limit), held_out.first(self.validation_limit)
+        self._forget()
         if self.control is not None:
-            self.control.open((*self._train, *self._held_out))
+            self.control.open(self._train)
+            self.control.open(self._held_out)
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
         if self.has_prior:
             self._check_class_captions()
 
+    def _as_samples(self, samples: Sequence[Sample]) -> Samples:
+        return samples if isinstance(samples, Samples) else SampleList(samples, CaptionRules(self.captions))
+
+    def _set_resolutions(self, side: int) -> None:
+        """Set the resolutions; without ``data.resolution``, that of the backbone."""
+        configured = self.resolution or side
+        sides = sorted({configured} if isinstance(configured, int) else set(configured))
+        for resolution in sides:
+            check_multiple(resolution, self.factor, "data.resolution")
+        self.resolutions = Resolutions((*sides,), tuple(bucket_step(side, self.factor) for side in sides))
+
+    def _forget(self) -> None:
+        """Forget what was computed from other samples."""
+        for name in ("entries", "held_out_entries", "train_buckets", "fingerprint"):
+            self.__dict__.pop(name, None)
+
     def _check_class_captions(self) -> None:
-        captions = {sample.caption for sample in self._train}
         class_captions = dict.fromkeys(self.class_prompts, "")
         class_captions |= {sample.caption: f", the caption of {sample}," for sample in self.class_samples}
-        for caption, origin in class_captions.items():
-            if caption in captions:
+        for caption in self.train.captions():
+            if caption in class_captions:
                 raise UserError(
-                    f"{caption!r}{origin} is also a caption of the subject",
+                    f"{caption!r}{class_captions[caption]} is also a caption of the subject",
                     key="data.class_prompt" if self.class_path is None else "data.class_path",
                     remedy="add a rare word to the subject's captions",
                 )
@@ -239,40 +277,49 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return (self.class_prompt,) if isinstance(self.class_prompt, str) else tuple(self.class_prompt or ())
 
     @property
-    def train(self) -> Sequence[Sample]:
+    def train(self) -> Samples:
         """Training samples, available after :meth:`open`."""
         return self._train
 
     @property
-    def held_out(self) -> Sequence[Sample]:
+    def held_out(self) -> Samples:
         """Held-out samples for validation, available after :meth:`open`."""
         return self._held_out
 
     @property
-    def bucket_step(self) -> int:
-        """Step between bucket sides in pixels: 64, or less for small resolutions."""
-        assert self.resolution is not None
-        return min(64, max(self.factor * 8, self.factor * (self.resolution // self.factor // 8)))
+    def side(self) -> int:
+        """The largest resolution in pixels, available after :meth:`open`."""
+        return self.resolutions.sides[-1]
 
-    def bucket(self, sample: Sample) -> tuple[int, int]:
-        """Training size (width, height) of ``sample``."""
-        assert self.resolution is not None
-        return assign(sample.size, self.resolution, self.bucket_step, name=str(sample))
+    def bucket(self, sample: Sample) -> Size:
+        """Training size (width, height) of ``sample`` at the largest resolution."""
+        return assign(sample.size, self.side, self.resolutions.steps[-1], name=str(sample))
 
-    def buckets(self, samples: Sequence[Sample]) -> dict[tuple[int, int], tuple[int, ...]]:
-        """Indices of ``samples`` by bucket size (width, height); an index occurs ``repeats`` times."""
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for index, sample in enumerate(samples):
-            buckets.setdefault(self.bucket(sample), []).extend([index] * sample.repeats)
-        return {size: tuple(indices) for size, indices in sorted(buckets.items())}
+    @cached_property
+    def entries(self) -> Entries:
+        """Entries of the training samples."""
+        return joined([entries_of(s.train, s.resolutions, n) for n, s in enumerate(self.sources.values())])
+
+    @cached_property
+    def held_out_entries(self) -> Entries:
+        """Entries of the held-out samples."""
+        return joined([entries_of(s.held_out, s.resolutions, n) for n, s in enumerate(self.sources.values())])
+
+    @cached_property
+    def train_buckets(self) -> dict[tuple[Size, bool], Bucket]:
+        """Buckets of the training by size (width, height) and whether they have class images."""
+        shares = [Share(name, s.weight, s.has_prior) for name, s in self.sources.items()]
+        return buckets_of(self.entries, shares)
 
     def order(self) -> Order:
-        """Order of the training samples in global batches."""
-        return Order(tuple(self.buckets(self.train).values()), self.batch_size, self.seed)
+        """Order of the training entries in global batches."""
+        return Order([*self.train_buckets.values()], self.batch_size, self.seed)
 
-    def training_prompts(self) -> list[str]:
-        """All prompts of the training images, without duplicates."""
-        return list(dict.fromkeys(t.replace("{}", s.caption) for s in self.train for t in self.prompt_templates))
+    def training_prompts(self) -> Iterator[str]:
+        """The prompts of the training images, without draws and duplicates; read one after the other."""
+        return prompts.distinct(
+            prompts.of_samples(source.train, source.prompt_templates) for source in self.sources.values()
+        )
 
     def trigger_words(self) -> str | None:
         """``trigger``, or the words that all captions have in common (:func:`sdtune.data.triggers.trigger_words`)."""
@@ -283,15 +330,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """Prompt that replaces a dropped caption: the trigger word, or an empty text."""
         return self.trigger or ""
 
-    def all_prompts(self) -> list[str]:
-        """All prompts of training and validation, without duplicates, and the prompts that replace dropped captions."""
-        prompts = dict.fromkeys(self.training_prompts())
-        prompts |= dict.fromkeys(self.prompt_templates[0].replace("{}", s.caption) for s in self.held_out)
-        prompts |= dict.fromkeys(s.caption for s in self.class_samples)
-        if self.caption_dropout:
-            # Captions of class images have no trigger word, so a dropped one is empty.
-            prompts |= dict.fromkeys([self.caption_dropout_prompt, *([""] if self.has_prior else [])])
-        return list(prompts)
+    def all_prompts(self) -> Iterator[str]:
+        """The prompts of training and validation, without draws and duplicates, and those of class images and dropped
+        captions; read one after the other."""
+        return prompts.distinct(prompts.of_source(source) for source in self.sources.values())
+
+    def cacheable_prompts(self) -> list[str] | None:
+        """All prompts that a training can use; None if they are too many, because captions are drawn anew."""
+        return prompts.variants_of_sources([*self.sources.values()])
 
     # --- checkpoints
 
@@ -302,14 +348,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         It covers images, masks, control maps, class images, captions, repeats and order.
         """
         digest = hashlib.sha256()
-        for sample in (*self.train, *self.held_out):
-            digest.update(f"{sample.content()}|{sample.repeats}|{sample.caption}\n".encode())
-            if self.control is not None:
-                digest.update(self.control.content(sample).encode())
-            if self.mask is not None:
-                digest.update(cast(Masked, sample).mask(self.bucket(sample), CENTER, False).tobytes())
-        if self.class_path is not None:
-            for sample in self.class_samples:
+        for name, source in self.sources.items():
+            digest.update(f"{name}|{source.weight}\n".encode() if name else b"")
+            for samples in (source.train, source.held_out):
+                sizes = entries_of(samples, source.resolutions).sizes if source.mask is not None else None
+                samples.update_digest(digest.update, sizes)
+            for sample in source.class_samples if source.class_path is not None else ():
                 digest.update(f"class|{sample.content()}|{sample.caption}\n".encode())
         return digest.hexdigest()
 
@@ -329,16 +373,15 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if not self.has_prior or self.class_path is not None:
             return
         assert self.class_prompt is not None
-        assert self.resolution is not None
         folder = inputs.folder / "class" / inputs.generator_key
-        images = class_images(folder, self.class_prompts, self.class_images, self.resolution)
+        images = class_images(folder, self.class_prompts, self.class_images, self.side)
         if inputs.generate_images is not None:
             generate_missing(
                 images,
                 inputs.generate_images,
                 inputs.rank,
                 inputs.processes,
-                batch_size=class_image_batch_size(self.resolution),
+                batch_size=class_image_batch_size(self.side),
             )
         self.class_samples = images
 
@@ -359,26 +402,28 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             )
         # Another run may have used this data module before, with other parts trained.
         self.latent_cache = self.text_cache = None
-        if self.control is not None:
-            self.control.prepare((*self.train, *self.held_out), inputs.rank, inputs.processes, inputs.device)
+        for source in self.sources.values():
+            if source.control is not None:
+                every = itertools.chain(source.train, source.held_out)
+                source.control.prepare(every, inputs.rank, inputs.processes, inputs.device)
         if self.cache_latents and inputs.encode_images is not None:
             self.latent_cache = TensorCache(inputs.folder / "latents" / inputs.vae_key)
             self._fill_latents(self.latent_cache, inputs)
-        if self.cache_text and inputs.encode_text is not None:
+        if self.cache_text and inputs.encode_text is not None and (all_prompts := self.cacheable_prompts()) is not None:
             self.text_cache = TensorCache(inputs.folder / "text" / inputs.text_encoder_key)
-            prompts = {text_key(prompt): prompt for prompt in self.all_prompts()}
-            rank_prompts = {key: prompts[key] for key in keys_of_rank(prompts, inputs.rank, inputs.processes)}
+            keys = {text_key(prompt): prompt for prompt in all_prompts}
+            rank_prompts = {key: keys[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
             with bar("Encoding captions", sum(key not in self.text_cache for key in rank_prompts)) as progress:
                 self.text_cache.fill(rank_prompts, inputs.encode_text, batch_size=64, progress=progress)
 
     def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:
         assert inputs.encode_images is not None
         encode_images = inputs.encode_images
-        flips = (False, True) if self.flip else (False,)
-        sizes = [(sample, self.bucket(sample)) for sample in (*self.train, *self.held_out)]
-        # A class image has the size of the subject image that it is paired with.
-        sizes += [(sample, size) for sample in self.class_samples for size in {self.bucket(s) for s in self.train}]
-        views = {latent_key(s, size, flip): View(s, size, flip) for s, size in sizes for flip in flips}
+        flips = {name: (False, True) if source.flip else (False,) for name, source in self.sources.items()}
+        views: dict[str, View] = {}
+        for name, sample, size in self._sized_samples():
+            for flip in flips[name]:
+                views.setdefault(latent_key(sample, size, flip), View(sample, size, flip))
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
             rank_views = {key: views[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
@@ -390,22 +435,38 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                     progress=progress,
                 )
 
+    def _sized_samples(self) -> Iterator[tuple[str, Sample, Size]]:
+        """Source, sample and training size of everything that the latent cache holds."""
+        names, sources = [*self.sources], [*self.sources.values()]
+        for entries, samples in (
+            (self.entries, [source.train for source in sources]),
+            (self.held_out_entries, [source.held_out for source in sources]),
+        ):
+            for entry in range(len(entries)):
+                number = int(entries.sources[entry])
+                yield names[number], samples[number][int(entries.rows[entry])], entries.size(entry)
+        for number, source in enumerate(sources):
+            # A class image has the size of the subject image that it is paired with.
+            sizes = {(w, h) for w, h in self.entries.sizes[self.entries.sources == number].tolist()}
+            yield from ((names[number], sample, size) for sample in source.class_samples for size in sizes)
+
     # --- loaders
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
-        accumulation = trainer.accumulate_grad_batches
+        order = self.order()
         sampler = MicroBatches(
-            self.order(),
+            order,
             steps=trainer.max_steps,
-            accumulation=accumulation,
+            accumulation=trainer.accumulate_grad_batches,
             rank=trainer.global_rank,
             processes=trainer.world_size,
             start=lambda: trainer.global_step,
         )
         workers = self._automatic_workers() if self.workers is None else self.workers
-        return self._loader(ImageDataset(self._row_settings(), self.train, training=True), sampler, workers)
+        samples = [source.train for source in self.sources.values()]
+        return self._loader(self._dataset(samples, self.entries, order.buckets, training=True), sampler, workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
@@ -413,18 +474,39 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         trainer = self.trainer
         assert trainer is not None
         micro_batch_size = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
-        sampler = FixedBatches(list(self.buckets(self.held_out).values()), micro_batch_size, VALIDATION_TIMESTEPS)
-        dataset = ImageDataset(self._row_settings(), self.held_out, training=False)
+        buckets = buckets_of(self.held_out_entries, [Share()] * len(self.sources))
+        sampler = FixedBatches(
+            [bucket.entries for bucket in buckets.values()],
+            micro_batch_size,
+            VALIDATION_TIMESTEPS,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        samples = [source.held_out for source in self.sources.values()]
+        dataset = self._dataset(samples, self.held_out_entries, (), training=False)
         return self._loader(dataset, sampler, self.workers or 0)
 
-    def _row_settings(self) -> RowSettings:
-        assert self.resolution is not None
-        return RowSettings(
+    def _dataset(
+        self, samples: Sequence[Samples], entries: Entries, buckets: Sequence[Bucket], *, training: bool
+    ) -> ImageDataset:
+        sources = [*self.sources.values()]
+        weights = {(source.loss_weight, source.prior_weight if source.has_prior else 1.0) for source in sources}
+        common = BatchSettings(
             seed=self.seed,
             batch_size=self.batch_size,
-            resolution=self.resolution,
-            bucket_step=self.bucket_step,
             factor=self.factor,
+            has_masks=any(source.mask is not None for source in sources),
+            is_weighted=len(sources) > 1 and training and weights != {(1.0, 1.0)},
+            latent_cache=self.latent_cache,
+            text_cache=self.text_cache,
+        )
+        rows = [source.row_settings() for source in sources]
+        return ImageDataset(common, rows, samples, entries, buckets, training=training)
+
+    def row_settings(self) -> RowSettings:
+        """Settings of the rows of this source."""
+        return RowSettings(
+            rules=self.train.rules,
             prompt_templates=self.prompt_templates,
             caption_dropout_prompt=self.caption_dropout_prompt,
             caption_dropout=self.caption_dropout,
@@ -432,9 +514,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             random_crop=self.random_crop,
             masked=self.mask is not None,
             control=self.control,
-            class_samples=self.class_samples,
-            latent_cache=self.latent_cache,
-            text_cache=self.text_cache,
+            class_samples=self.class_samples if self.has_prior else (),
+            skips_damaged=self.skips_damaged,
+            loss_weight=self.loss_weight,
+            prior_weight=self.prior_weight,
         )
 
     def _loader(self, dataset: Dataset[Any], sampler: Any, workers: int) -> DataLoader[Batch]:
@@ -455,17 +538,23 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         Only on Linux: elsewhere, a process starts by importing everything again. Batches go through shared memory, of
         which containers often have 64 MiB.
         """
-        trainer, resolution = self.trainer, self.resolution
+        trainer, resolution = self.trainer, self.side
         assert trainer is not None
-        assert resolution is not None
-        is_decoding = self.latent_cache is None or self.control is not None or self.mask is not None
+        sources = [*self.sources.values()]
+        has_control = any(source.control is not None for source in sources)
+        is_decoding = self.latent_cache is None or has_control or any(source.mask is not None for source in sources)
         if trainer.strategy.root_device.type != "cuda" or not is_decoding:
             return 0
         if not SHARED_MEMORY.is_dir() or multiprocessing.get_start_method() != "fork":
             return 0
         local_processes = max(1, trainer.num_devices)
         images = self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size)
-        images *= (2 if self.has_prior else 1) * (2 if self.control is not None else 1)
+        images *= (2 if self.has_prior else 1) * (2 if has_control else 1)
         prefetched = _PREFETCHED_BATCHES * max(1, images) * 3 * 4 * resolution**2
         free = shutil.disk_usage(SHARED_MEMORY).free // local_processes
         return max(0, min(MAX_WORKERS, usable_cores() // local_processes - 1, free // prefetched - 1))
+
+
+def bucket_step(resolution: int, factor: int) -> int:
+    """Step between the sides of the buckets of ``resolution`` in pixels: 64, or less for small resolutions."""
+    return min(64, max(factor * 8, factor * (resolution // factor // 8)))

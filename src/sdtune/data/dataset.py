@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,20 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from sdtune import streams
-from sdtune.data.buckets import assign
+from sdtune.data.buckets import Size
 from sdtune.data.cache import TensorCache
+from sdtune.data.captions import CaptionRules, CaptionTexts
 from sdtune.data.control.base import Control, map_to_tensor
-from sdtune.data.order import ScheduledSample
+from sdtune.data.entries import Entries
+from sdtune.data.order import Bucket, ScheduledSample
 from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index
-from sdtune.data.samples import Masked, Sample, latent_key, text_key, to_tensor
+from sdtune.data.samples import Sample, Samples, latent_key, masked, text_key, to_tensor
+from sdtune.errors import UserError
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.images.files import CENTER, frame
 from sdtune.randomness import generator
+
+log = logging.getLogger("sdtune")
 
 Batch = dict[str, Any]
 """Keys of a batch:
@@ -36,10 +42,14 @@ Batch = dict[str, Any]
 * ``pixels``: float32 [B, 3, H, W] in [-1, 1], or, if latents are cached, ``moments``: float32 [B, 2C, h, w];
 * ``text``: float32 [B, L, D], if text embeddings are cached;
 * ``mask``: float32 [B, 1, h, w] in [0, 1], if the loss is masked;
-* ``control``: float32 [B, 3, H, W] in [0, 1], if the data has control maps.
+* ``control``: float32 [B, 3, H, W] in [0, 1], if the data has control maps;
+* ``counts``: bool, in validation: False for a batch that only keeps the processes in step.
 
 With class images, B is twice the number of pairs, and there are two more keys: ``subject_count``: int, the number of
 subject images, which are the first rows; ``prior_weight``: float, the loss weight of the other rows (class images).
+
+Data of several sources has ``sources``: float32 [B, S], 1 at the source of each subject image, and 0 elsewhere; and, if
+their loss weights differ, ``weights``: float32 [B], which replace ``prior_weight``.
 """
 
 Row = dict[str, Any]
@@ -47,26 +57,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowSettings:
-    """Settings of the dataset rows; loader processes receive them instead of the data module with its trainer.
+    """Settings of the rows of one source; loader processes receive them instead of the data module with its trainer.
 
     Args:
-        batch_size: samples per optimizer step, over all processes and micro-batches.
-        resolution, bucket_step: resolution of the buckets and step between their sides, in pixels.
-        factor: downscaling factor of the VAE.
+        rules: from captions to prompts.
         prompt_templates: prompt templates with ``{}`` for the caption.
         caption_dropout_prompt: prompt that replaces a dropped caption.
+        masked: whether the samples have a loss mask.
         class_samples: class images; empty without prior preservation.
-        latent_cache, text_cache: caches of the encoder outputs; None: they are computed in the step.
-        seed: seed of the run.
-        masked: whether rows have a loss mask; the others are those of
+        skips_damaged: replace an image that becomes unreadable, see :meth:`ImageDataset.__getitem__`.
+        caption_dropout, flip, random_crop, control, loss_weight, prior_weight: those of
             :class:`~sdtune.data.datamodule.ImageDataModule`.
     """
 
-    seed: int
-    batch_size: int
-    resolution: int
-    bucket_step: int
-    factor: int
+    rules: CaptionRules
     prompt_templates: Sequence[str]
     caption_dropout_prompt: str
     caption_dropout: float
@@ -75,71 +79,158 @@ class RowSettings:
     masked: bool
     control: Control | None
     class_samples: Sequence[Sample]
+    skips_damaged: bool
+    loss_weight: float
+    prior_weight: float
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Settings that the rows of all sources share.
+
+    Args:
+        seed: seed of the run.
+        batch_size: samples per optimizer step, over all processes and micro-batches.
+        factor: downscaling factor of the VAE.
+        has_masks: whether rows have a loss mask, because those of a source have.
+        is_weighted: whether rows have a loss weight, because those of the sources differ.
+        latent_cache, text_cache: caches of the encoder outputs; None: they are computed in the step.
+    """
+
+    seed: int
+    batch_size: int
+    factor: int
+    has_masks: bool
+    is_weighted: bool
     latent_cache: TensorCache | None
     text_cache: TensorCache | None
-
-    def bucket(self, sample: Sample) -> tuple[int, int]:
-        """Training size (width, height) of ``sample``."""
-        return assign(sample.size, self.resolution, self.bucket_step, name=str(sample))
 
 
 class ImageDataset(Dataset[list[Row]]):
     """Dataset indexed by :class:`ScheduledSample`; an item is a list of the subject row and the class row, if any.
 
     Args:
-        training: draw template, caption dropout, flip and crop at random, and add class rows; otherwise use the first
-            template and the center crop.
+        common: settings of all rows.
+        sources: settings of the rows of each source.
+        samples: samples of each source.
+        entries: the entries of all sources.
+        buckets: the buckets of a training, for replacements of unreadable images.
+        training: draw caption, template, caption dropout, flip and crop at random, and add class rows; otherwise use
+            the first caption and template, and the center crop.
     """
 
-    def __init__(self, settings: RowSettings, samples: Sequence[Sample], training: bool) -> None:
-        self.settings, self.samples, self.training = settings, samples, training
+    def __init__(
+        self,
+        common: BatchSettings,
+        sources: Sequence[RowSettings],
+        samples: Sequence[Samples],
+        entries: Entries,
+        buckets: Sequence[Bucket],
+        *,
+        training: bool,
+    ) -> None:
+        self.common, self.sources, self.samples, self.entries = common, sources, samples, entries
+        self.buckets, self.training = buckets, training
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.entries)
 
     def __getitem__(self, index: ScheduledSample) -> list[Row]:
-        settings, sample = self.settings, self.samples[index.sample_index]
-        size = settings.bucket(sample)
-        rows = [self._row(sample, size, index.step, index.position)]
+        """Rows of a scheduled entry.
+
+        With ``skips_damaged``, an image that has become unreadable is replaced by another entry of its bucket, which is
+        a function of seed, step and position.
+
+        Raises:
+            UserError: an image is unreadable.
+        """
+        for attempt in range(_REPLACEMENTS + 1):
+            entry = index.entry if not attempt else self._replacement(index, attempt)
+            try:
+                return self._rows(entry, index)
+            except UserError as error:
+                settings = self.sources[int(self.entries.sources[entry])]
+                if not settings.skips_damaged or not self.training or attempt == _REPLACEMENTS:
+                    raise
+                log.warning("WARNING: step %d: %s; another image replaces it", index.step + 1, error.message)
+        raise AssertionError
+
+    def _replacement(self, index: ScheduledSample, attempt: int) -> int:
+        bucket = next(bucket for bucket in self.buckets if index.entry in bucket)
+        rng = generator(self.common.seed, f"{streams.REPLACEMENT}{attempt}", index.step, index.position)
+        return int(bucket.every[int(rng.integers(len(bucket.every)))])
+
+    def _rows(self, entry: int, index: ScheduledSample) -> list[Row]:
+        source, row_number = int(self.entries.sources[entry]), int(self.entries.rows[entry])
+        settings, samples, size = self.sources[source], self.samples[source], self.entries.size(entry)
+        texts, step, position = samples.texts(row_number), index.step, index.position
+        rows = [self._row(settings, samples[row_number], texts, size, step, position)]
         if self.training and settings.class_samples:
-            pair_number = index.step * settings.batch_size + index.position
-            class_sample = settings.class_samples[
-                class_image_index(settings.seed, len(settings.class_samples), pair_number)
-            ]
-            rows.append(self._row(class_sample, size, index.step, index.position + CLASS_POSITION_OFFSET))
+            pair_number = step * self.common.batch_size + position
+            count = len(settings.class_samples)
+            sample = settings.class_samples[class_image_index(self.common.seed, count, pair_number)]
+            rows.append(
+                self._row(
+                    settings, sample, CaptionTexts((sample.caption,)), size, step, position + CLASS_POSITION_OFFSET
+                )
+            )
+        if not self.training:
+            rows[0]["counts"] = index.counts
+        if len(self.sources) > 1:
+            for number, row in enumerate(rows):
+                row["source"] = torch.zeros(len(self.sources))
+                row["source"][source] = 1.0 - number
         return rows
 
-    def _row(self, sample: Sample, size: tuple[int, int], step: int, position: int) -> Row:
-        settings, is_subject = self.settings, position < CLASS_POSITION_OFFSET
-        prompt_templates = settings.prompt_templates if is_subject else ("{}",)
-        prompt, flip, offset = prompt_templates[0].replace("{}", sample.caption), False, CENTER
-        if self.training:
-            u_drop, u_flip, x, y, u_template = generator(settings.seed, streams.ROW, step, position).random(5)
-            prompt = prompt_templates[int(u_template * len(prompt_templates))].replace("{}", sample.caption)
-            if u_drop < settings.caption_dropout:
-                prompt = settings.caption_dropout_prompt if is_subject else ""
-            flip = bool(settings.flip and u_flip < 0.5)
-            offset = (float(x), float(y)) if settings.random_crop else offset
+    def _row(
+        self, settings: RowSettings, sample: Sample, texts: CaptionTexts, size: Size, step: int, position: int
+    ) -> Row:
+        common, is_subject = self.common, position < CLASS_POSITION_OFFSET
+        prompt, flip, offset = self._view(settings, texts, step, position)
         row: Row = {"prompt": prompt, "step": step, "position": position}
         row["frame"] = torch.tensor(frame(sample.size, size, offset, flip), dtype=torch.float32)
-        if settings.latent_cache is not None:
-            row["moments"] = settings.latent_cache.get(latent_key(sample, size, flip))
+        if common.latent_cache is not None:
+            row["moments"] = common.latent_cache.get(latent_key(sample, size, flip))
         else:
             row["pixels"] = to_tensor(sample.pixels(size, offset, flip))
         if settings.control is not None:
             row["control"] = map_to_tensor(settings.control.map(sample, size, offset, flip))
-        if settings.text_cache is not None:
-            row["text"] = settings.text_cache.get(text_key(prompt))
-        if settings.masked:
-            factor = settings.factor
-            # Class images have no mask: all of their pixels count.
-            ones = torch.ones(1, size[1] // factor, size[0] // factor)
-            row["mask"] = _mask(cast(Masked, sample), size, offset, flip, factor) if is_subject else ones
+        if common.text_cache is not None:
+            row["text"] = common.text_cache.get(text_key(prompt))
+        if common.has_masks:
+            # Images without mask, and class images, count whole.
+            ones = torch.ones(1, size[1] // common.factor, size[0] // common.factor)
+            has_mask = is_subject and settings.masked
+            row["mask"] = _mask(sample, size, offset, flip, common.factor) if has_mask else ones
+        if common.is_weighted:
+            row["weight"] = torch.tensor(settings.loss_weight * (1.0 if is_subject else settings.prior_weight))
         return row
 
+    def _view(
+        self, settings: RowSettings, texts: CaptionTexts, step: int, position: int
+    ) -> tuple[str, bool, tuple[float, float]]:
+        """Prompt, mirroring and crop of a use of a sample."""
+        is_subject, seed = position < CLASS_POSITION_OFFSET, self.common.seed
+        rules = settings.rules if is_subject else CaptionRules()
+        prompt_templates = settings.prompt_templates if is_subject else ("{}",)
+        if not self.training:
+            return prompt_templates[0].replace("{}", rules.fixed(texts)), False, CENTER
+        u_drop, u_flip, x, y, u_template = generator(seed, streams.ROW, step, position).random(5)
+        if u_drop < settings.caption_dropout:
+            prompt = settings.caption_dropout_prompt if is_subject else ""
+        else:
+            caption = rules.draw(texts, lambda: generator(seed, streams.CAPTION, step, position))
+            prompt = prompt_templates[int(u_template * len(prompt_templates))].replace("{}", caption)
+        offset = (float(x), float(y)) if settings.random_crop else CENTER
+        return prompt, bool(settings.flip and u_flip < 0.5), offset
 
-def _mask(sample: Masked, size: tuple[int, int], offset: tuple[float, float], flip: bool, factor: int) -> Tensor:
-    pixel_mask = torch.from_numpy(sample.mask(size, offset, flip)).float()[None] / 255
+
+_REPLACEMENTS = 8
+"""Unreadable images that are replaced in turn before the run stops: a disk may be gone."""
+
+
+def _mask(sample: Sample, size: Size, offset: tuple[float, float], flip: bool, factor: int) -> Tensor:
+    pixel_mask = torch.from_numpy(masked(sample).mask(size, offset, flip)).float()[None] / 255
     return F.avg_pool2d(pixel_mask, factor)
 
 
@@ -159,6 +250,11 @@ def collate(items: list[list[Row]], prior_weight: float) -> Batch:
     for key in ("frame", "pixels", "moments", "text", "mask", "control"):
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
+    for name, key in (("sources", "source"), ("weights", "weight")):
+        if key in rows[0]:
+            batch[name] = torch.stack([row[key] for row in rows])
+    if "counts" in rows[0]:
+        batch["counts"] = rows[0]["counts"]
     if len(rows) > len(subject_rows):
         batch |= {"subject_count": len(subject_rows), "prior_weight": prior_weight}
     return batch

@@ -1,27 +1,30 @@
-"""Read a folder of images and their captions."""
+"""List a folder of images with their captions, masks and control maps, and make its table in the cache."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdtune.data.control.paired import maps_of_images
+from sdtune.data.indexing import file_state, make_table, table_lock
 from sdtune.data.listing import count_and_names, list_files
+from sdtune.data.table import SampleTable, StoredImage, TableFacts, TableRow, open_table
 from sdtune.errors import UserError
-from sdtune.images.files import SUFFIXES, image_size, open_with_alpha
-from sdtune.progress import track
+from sdtune.files import mark_used
+from sdtune.images.files import SUFFIXES
+from sdtune.images.places import Place
+from sdtune.paths import cache_folder
 
 _REPEATS_AND_WORDS = re.compile(r"(-?[0-9]+)_(.*)")
-_CHECKING_THREADS = 4
 
 MASK_SUFFIX = ".mask.png"
 """Suffix of mask files: ``fox.mask.png`` is the mask of ``fox.jpg``."""
@@ -40,62 +43,91 @@ UNSUPPORTED_IMAGE_REMEDIES = {
 
 
 @dataclass(frozen=True)
-class CaptionedImage:
-    """Image file with its caption.
+class ImageFolder:
+    """Images of a folder, not opened yet, and what the folder says of them.
 
-    ``size`` is (width, height) in pixels after EXIF orientation; ``repeats`` (>= 1) is the number of uses per epoch.
+    Args:
+        rows: a row for each image, sorted by path.
+        facts: what the table of the folder states about itself, without digest.
     """
 
-    path: Path
-    caption: str
-    size: tuple[int, int]
-    repeats: int = 1
+    rows: tuple[TableRow, ...]
+    facts: TableFacts
 
 
-_CAPTION_REMEDY = 'set data.prompt="a photo of ...", or add a .txt file next to each image'
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Captioned images of a folder, and lines for the data summary about its unused files."""
-
-    images: tuple[CaptionedImage, ...]
-    notices: tuple[str, ...]
-    uses_prompt: bool
-    """Whether an image has no caption of its own."""
-
-
-def read_image_folder(
+def folder_table(
     path: str | Path,
-    prompt: str | None = None,
-    trigger: str | None = None,
     key: str = "data.path",
-    caption_remedy: str = _CAPTION_REMEDY,
     other_roles: Mapping[Path, str] | None = None,
+    maps: str | Path | None = None,
+    count: int | None = None,
+    *,
+    rehash: bool = False,
+) -> SampleTable:
+    """The table of an image folder, in the cache; made or brought up to date if files have changed.
+
+    A file counts as unchanged if its path, size and modification time are.
+
+    Args:
+        rehash: read all images again, although they seem unchanged; once per process.
+        path, key, other_roles, maps, count: as for :func:`list_image_folder`.
+
+    Raises:
+        UserError: as :func:`list_image_folder`.
+    """
+    listed = list_image_folder(path, key, other_roles, maps, count)
+    folder = Path(path).expanduser().absolute()
+    name = hashlib.sha256(json.dumps([str(folder), str(maps or ""), count]).encode()).hexdigest()[:32]
+    file = cache_folder() / "tables" / f"{name}.arrow"
+    reads_all = rehash and file not in _rehashed
+    with table_lock(file):
+        if reads_all or not _is_up_to_date(file, listed.facts):
+            make_table(file, listed.rows, len(listed.rows), listed.facts, rehash=reads_all)
+            _rehashed.add(file)
+    mark_used(file)
+    return open_table(file, key)
+
+
+_rehashed: set[Path] = set()
+"""Tables of which this process has read all images."""
+
+
+def _is_up_to_date(file: Path, facts: TableFacts) -> bool:
+    try:
+        return open_table(file).facts.sources == facts.sources
+    except UserError:  # none yet, or one of another version
+        return False
+
+
+def list_image_folder(
+    path: str | Path,
+    key: str = "data.path",
+    other_roles: Mapping[Path, str] | None = None,
+    maps: str | Path | None = None,
+    count: int | None = None,
 ) -> ImageFolder:
-    """Read the images in and below ``path``, sorted by path, each with its caption.
+    """List the images in and below ``path``, sorted by path, each with its captions, mask and control map.
 
-    An image's caption is the first of these that exists:
+    The caption of an image is the first of these that exists:
 
-    1. a ``.txt`` or ``.caption`` file with the image's name in the same folder (an empty file is an empty caption);
+    1. a ``.txt`` or ``.caption`` file with the image's name in the same folder (an empty file is an empty caption); of
+       both, the ``.caption`` file is the sentence;
     2. the image's row in a ``metadata.jsonl`` or ``metadata.csv``, with ``file_name`` (relative to that file) and
        ``text`` or ``caption``;
-    3. the words in the name of the image's sub-folder, in kohya's form ``10_sks dog``;
-    4. ``prompt``.
+    3. the words in the name of the image's sub-folder, in kohya's form ``10_sks dog``.
 
-    Line breaks in 1 and 2 become spaces. ``trigger`` is put before captions that do not start with it. The number in
-    kohya's form is the image's repeats; in other folders it is 1. Masks are not images;
-    :func:`sdtune.data.listing.list_files` states which files and folders are read. Only headers are read;
-    :func:`check_images` decodes the images.
+    The number in kohya's form is the image's repeats; in other folders it is 1. Masks are not images;
+    :func:`sdtune.data.listing.list_files` states which files and folders are read. No image is opened.
 
     Args:
         key: config key of the folder, for errors.
-        caption_remedy: remedy for images without a caption.
         other_roles: config key by resolved path of the folders of other settings; they are not read.
+        maps: folder of control maps, named like the images.
+        count: list only the first images; None: all.
 
     Raises:
-        UserError: no images; an image without a caption, with two captions of the same kind, or with an unreadable
-            header; invalid metadata; text that is not UTF-8; repeats below 1; a folder that cannot be read.
+        UserError: no images; an image with two rows of metadata or without a map; invalid metadata; text that is not
+            UTF-8; repeats below 1; a folder that cannot be read.
     """
     folder = Path(path).expanduser().absolute()
     listing = list_files(folder, key, other_roles or {})
@@ -111,31 +143,41 @@ def read_image_folder(
         repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
         captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
         captions |= _metadata_captions(files, images)
-        captions |= _sidecar_captions(files, images)
-        headers = track("Reading image headers", images, len(images))
-        sizes = {image: image_size(image, key) for image in headers}
-    uncaptioned = [image for image in images if image not in captions]
-    if prompt is not None:
-        captions |= dict.fromkeys(uncaptioned, prompt)
-    elif uncaptioned:
-        raise UserError(
-            f"{len(uncaptioned)} of {len(images)} images have no caption, the first is {uncaptioned[0]}",
-            key=key,
-            remedy=_kohya_parent(folder, key) or caption_remedy,
+        sidecars, sentences = _sidecar_captions(files, images)
+        captions |= sidecars
+    images = images[:count]
+    map_files = {} if maps is None else maps_of_images(images, maps)
+    states = {file: file_state(file) for file in (*files, *map_files.values())}
+
+    def unread(file: Path | None) -> StoredImage | None:
+        return None if file is None or file not in states else StoredImage(Place(file), *states[file])
+
+    rows = tuple(
+        TableRow(
+            StoredImage(Place(image), *states[image]),
+            captions=(captions[image],) if image in captions else (),
+            sentences=(sentences[image],) if image in sentences else (),
+            repeats=repeats_and_words[image][0],
+            mask=unread(mask_path(image)),
+            control=unread(map_files.get(image)),
         )
-    return ImageFolder(
-        tuple(
-            CaptionedImage(image, _with_trigger(captions[image], trigger), sizes[image], repeats)
-            for image, (repeats, _) in repeats_and_words.items()
-        ),
-        (
-            *listing.lines(folder),
-            *_unused(files, images, folder),
-            *_root_name_warning(folder, key),
-            *([] if trigger else _empty_captions(images, captions, folder)),
-        ),
-        uses_prompt=bool(uncaptioned),
+        for image in images
     )
+    notices = (*listing.lines(folder), *_unused(files, images, folder), *_root_name_warning(folder, key))
+    return ImageFolder(rows, TableFacts("", _identity(states), notices, _empty_captions(images, captions, folder)))
+
+
+def mask_path(image: Path) -> Path:
+    """Path of the mask of ``image``: ``fox.mask.png`` next to ``fox.jpg``."""
+    return image.with_name(f"{image.stem}{MASK_SUFFIX}")
+
+
+def _identity(states: Mapping[Path, tuple[int, int]]) -> str:
+    """Hash of paths, sizes and times, by which an unchanged folder is recognized."""
+    digest = hashlib.sha256()
+    for file, state in states.items():
+        digest.update(f"{file}|{state}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -168,36 +210,6 @@ def _unused(files: Sequence[Path], images: Sequence[Path], folder: Path) -> list
     return lines
 
 
-def check_images(images: Sequence[CaptionedImage], key: str = "data.path") -> list[str]:
-    """Decode every image once, so that damaged images are found before training.
-
-    Args:
-        key: config key of their folder, for errors.
-
-    Returns:
-        A warning for each image that is transparent everywhere, and therefore trained as plain white.
-
-    Raises:
-        UserError: an image cannot be decoded, or its size differs from ``size``; names the first such image.
-    """
-    with _errors_with_key(key), ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        checked = track("Checking images", pool.map(partial(_check, key=key), images), len(images))
-        return [warning for warning in checked if warning is not None]
-
-
-def _check(image: CaptionedImage, key: str) -> str | None:
-    pixels, alpha = open_with_alpha(image.path, key)
-    size = pixels.size
-    if size != image.size:
-        raise UserError(
-            f"{image.path} is {size[0]}x{size[1]} pixels, but its header states {image.size[0]}x{image.size[1]}"
-            " (it changed, or its EXIF orientation follows the pixel data)",
-            remedy="save this image again",
-        )
-    is_empty = alpha is not None and alpha.getextrema()[1] == 0
-    return f"WARNING: {image.path} is transparent everywhere; it is trained as a white image" if is_empty else None
-
-
 def _contents(folder: Path, files: Sequence[Path], left_out: Sequence[str]) -> str:
     if left_out:
         return "; ".join(left_out)
@@ -220,7 +232,7 @@ def _repeats_and_words(root: Path, folder: Path) -> tuple[int, str]:
     return repeats, words
 
 
-def _kohya_parent(root: Path, key: str) -> str | None:
+def kohya_parent(root: Path, key: str) -> str | None:
     """Advice for a ``root`` that is itself an image folder of kohya, such as ``10_sks dog``; None for other names."""
     if _REPEATS_AND_WORDS.fullmatch(root.name) is None:
         return None
@@ -228,7 +240,7 @@ def _kohya_parent(root: Path, key: str) -> str | None:
 
 
 def _root_name_warning(root: Path, key: str) -> list[str]:
-    advice = _kohya_parent(root, key)
+    advice = kohya_parent(root, key)
     return [] if advice is None else [f"WARNING: {key}: {_NAMES_COUNT_BELOW}; {advice}"]
 
 
@@ -240,28 +252,26 @@ def is_root_name_warning(line: str) -> bool:
     return _NAMES_COUNT_BELOW in line
 
 
-def _empty_captions(images: Sequence[Path], captions: Mapping[Path, str], root: Path) -> list[str]:
-    """Warning for the data summary about empty captions: usually, a text was intended."""
-    empty = [image for image in images if not captions[image]]
-    return [f"WARNING: the captions of these images are empty: {count_and_names(empty, root)}"] if empty else []
+def _empty_captions(images: Sequence[Path], captions: Mapping[Path, str], root: Path) -> str:
+    """Number and first names of the images whose caption is empty: usually, a text was intended."""
+    empty = [image for image in images if not captions.get(image, "-")]
+    return count_and_names(empty, root) if empty else ""
 
 
-def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
+def _sidecar_captions(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Captions of the images, and the sentences of those that have both a ``.txt`` and a ``.caption`` file."""
     sidecars: dict[Path, list[Path]] = {}
     for file in files:
         if file.suffix.lower() in CAPTION_SUFFIXES:
             sidecars.setdefault(file.with_suffix(""), []).append(file)
-    captions = {}
+    captions, sentences = {}, {}
     for image in images:
-        matches = sidecars.get(image.with_suffix(""), [])
-        if len(matches) > 1:
-            raise UserError(
-                f"{image} has two captions, {matches[0].name} and {matches[1].name}",
-                remedy="remove one",
-            )
+        matches = sorted(sidecars.get(image.with_suffix(""), []), key=lambda file: file.suffix.lower() != ".txt")
         if matches:
-            captions[image] = _one_line(_text(matches[0]))
-    return captions
+            captions[image] = _text(matches[0]).strip()
+        if len(matches) > 1:
+            sentences[image] = _text(matches[1]).strip()
+    return captions, sentences
 
 
 def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
@@ -282,7 +292,7 @@ def _metadata_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Pa
                 raise UserError(f"{table}, line {line}: unknown image {image}", remedy=remedy)
             if image in captions:
                 raise UserError(f"{table}, line {line}: duplicate row for {name}", remedy="remove one")
-            captions[image] = _one_line(caption)
+            captions[image] = caption.strip()
     return captions
 
 
@@ -330,14 +340,3 @@ def _text(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text", remedy="save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", remedy="make it readable") from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _with_trigger(caption: str, trigger: str | None) -> str:
-    # Match complete words: "sksy dog" and "sks-style" do not start with the trigger "sks".
-    if not trigger or re.match(rf"{re.escape(trigger)}(?![\w-])", caption):
-        return caption
-    return f"{trigger}, {caption}" if caption else trigger

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from sdtune import streams
@@ -20,54 +20,105 @@ from sdtune.randomness import generator
 
 
 class ScheduledSample(NamedTuple):
-    """Scheduled use of a sample: its index in the samples, optimizer ``step``, ``position`` in the batch of the step.
+    """Scheduled use of an entry (:class:`sdtune.data.entries.Entries`) at ``position`` in the batch of a ``step``.
 
-    In validation the step is 0 and the position is that among all uses of validation samples.
+    In validation the step is 0 and the position is that among all uses of validation samples. ``counts`` is False for
+    the entries that fill the last batches of a validation that several processes share.
     """
 
-    sample_index: int
+    entry: int
     step: int
     position: int
+    counts: bool = True
 
 
-@dataclass(frozen=True)
-class Order:
-    """Order of the global batches: each batch is from one bucket, and every epoch shuffles samples and batches.
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Entries of which a part, ``count``, is used in each epoch: another part in each.
 
     Args:
-        buckets: the sample indices of each bucket; a sample with n repeats occurs n times.
+        stream: name that makes the draw independent of others; of one source.
+        entries: int64 [N].
+        count: at most N.
+    """
+
+    stream: str
+    entries: npt.NDArray[np.int64]
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Entries of one bucket, whose batches are separate.
+
+    Args:
+        entries: int64 [N]; an entry with n repeats occurs n times.
+        drawn: entries of which only a part is used in each epoch.
+    """
+
+    entries: npt.NDArray[np.int64]
+    drawn: tuple[Drawn, ...] = ()
+
+    @property
+    def every(self) -> npt.NDArray[np.int64]:
+        """All entries, also those that are not used in every epoch."""
+        return np.concatenate([self.entries, *(group.entries for group in self.drawn)])
+
+    def __len__(self) -> int:
+        """Entries in an epoch."""
+        return len(self.entries) + sum(group.count for group in self.drawn)
+
+    def __contains__(self, entry: int) -> bool:
+        return bool((self.every == entry).any())
+
+    def epoch(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The entries of ``epoch``, int64 [len(self)]."""
+        parts = [self.entries]
+        for group in self.drawn:
+            rng = generator(seed, f"{streams.ORDER_DRAWN}{group.stream}", epoch)
+            parts.append(rng.permutation(group.entries)[: group.count])
+        return np.concatenate(parts) if len(parts) > 1 else self.entries
+
+
+class Order:
+    """Order of the global batches: each batch is from one bucket, and every epoch shuffles entries and batches.
+
+    Args:
+        buckets: the entries of each bucket.
         batch_size: samples per optimizer step, over all processes.
         seed: the run's seed.
     """
 
-    buckets: tuple[tuple[int, ...], ...]
-    batch_size: int
-    seed: int
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
+        self.buckets, self.batch_size, self.seed = tuple(buckets), batch_size, seed
+        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; each epoch uses every sample at least once."""
+        """Optimizer steps per epoch; each epoch uses every entry at least once, except those that are drawn."""
         return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
 
     def batch(self, step: int) -> tuple[int, ...]:
-        """Sample indices of optimizer step ``step``: ``batch_size`` samples of one bucket."""
+        """Entries of optimizer step ``step``: ``batch_size`` entries of one bucket."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        return _epoch(self, epoch)[step_of_epoch]
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._shuffled(epoch)}
+        return tuple(self._epochs[epoch][step_of_epoch].tolist())
 
-
-@lru_cache(maxsize=4)
-def _epoch(order: Order, epoch: int) -> list[tuple[int, ...]]:
-    batches: list[tuple[int, ...]] = []
-    for number, bucket in enumerate(order.buckets):
-        rng = generator(order.seed, f"{streams.ORDER_BUCKET}{number}", epoch)
-        padded = -(-len(bucket) // order.batch_size) * order.batch_size
-        # Additional permutations of the bucket fill its last batch: with batches of equal size, the cost of a step and
-        # the weight of a sample in the mean loss do not vary.
-        permutations = -(-padded // len(bucket))
-        indices = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(permutations)])[:padded]
-        batches += [tuple(int(i) for i in batch) for batch in indices.reshape(-1, order.batch_size)]
-    shuffled = generator(order.seed, streams.ORDER_BATCHES, epoch).permutation(len(batches))
-    return [batches[int(i)] for i in shuffled]
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The batches of ``epoch``, int64 [steps_per_epoch, batch_size]."""
+        batches = []
+        for number, bucket in enumerate(self.buckets):
+            rng = generator(self.seed, f"{streams.ORDER_BUCKET}{number}", epoch)
+            entries = bucket.epoch(self.seed, epoch)
+            padded = -(-len(entries) // self.batch_size) * self.batch_size
+            # Additional permutations of the bucket fill its last batch: with batches of equal size, the cost of a step
+            # and the weight of a sample in the mean loss do not vary.
+            permutations = -(-padded // len(entries))
+            indices = np.concatenate([rng.permutation(entries) for _ in range(permutations)])[:padded]
+            batches.append(indices.reshape(-1, self.batch_size))
+        every = np.concatenate(batches)
+        return every[generator(self.seed, streams.ORDER_BATCHES, epoch).permutation(len(every))]
 
 
 class MicroBatches(Sampler[list[ScheduledSample]]):
@@ -110,37 +161,57 @@ class MicroBatches(Sampler[list[ScheduledSample]]):
 
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
         for step in range(self.start(), self.steps):
-            indices = self.order.batch(step)
+            entries = self.order.batch(step)
             for micro_batch in range(self.accumulation):
                 first = (micro_batch * self.processes + self.rank) * self.micro_batch_size
-                yield [ScheduledSample(indices[p], step, p) for p in range(first, first + self.micro_batch_size)]
+                yield [ScheduledSample(entries[p], step, p) for p in range(first, first + self.micro_batch_size)]
 
 
 class FixedBatches(Sampler[list[ScheduledSample]]):
-    """Batch sampler for validation, the same on every process.
+    """Batch sampler for validation, which the processes share.
 
-    Noise and timestep depend on a sample's position, so fixed positions make them the same in every validation.
+    Noise and timestep depend on a sample's position, so fixed positions make them the same in every validation, for any
+    number of processes. Every process has the same number of batches, as collective operations need; the batches that
+    fill the last ones do not count.
 
     Args:
-        buckets: sample indices of each bucket.
+        buckets: entries of each bucket, each once.
         batch_size: samples per batch.
-        times: number of uses of each sample.
+        times: number of uses of each entry.
+        rank, processes: this process and the number of processes.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, times: int) -> None:
-        batches: list[list[ScheduledSample]] = []
-        position = 0
-        for bucket in buckets:
-            samples = [
-                ScheduledSample(index, 0, position + k)
-                for k, index in enumerate(i for i in bucket for _ in range(times))
-            ]
-            position += len(samples)
-            batches += [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        self._batches = batches
+    def __init__(
+        self,
+        buckets: Sequence[npt.NDArray[np.int64]],
+        batch_size: int,
+        times: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self._times = times
+        self._firsts = np.cumsum([0, *(len(bucket) * times for bucket in buckets)])
+        self._buckets = buckets
+        spans = [
+            (number, first, min(first + batch_size, len(bucket) * times))
+            for number, bucket in enumerate(buckets)
+            for first in range(0, len(bucket) * times, batch_size)
+        ]
+        share = spans[rank::processes]
+        self._counted = len(share)
+        self._spans = share + spans[:1] * (-(-len(spans) // processes) - len(share))
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._spans)
 
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
-        return iter(self._batches)
+        for place, (number, first, last) in enumerate(self._spans):
+            yield [
+                ScheduledSample(
+                    int(self._buckets[number][use // self._times]),
+                    0,
+                    int(self._firsts[number]) + use,
+                    place < self._counted,
+                )
+                for use in range(first, last)
+            ]

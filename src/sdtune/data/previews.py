@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ def preview_prompts(
     training images are used.
     """
     if data.control is None:
-        return [PreviewPrompt(prompt) for prompt in prompts or data.training_prompts()[:count]]
-    samples = (data.held_out or data.train)[: len(prompts) if prompts else count]
+        return [PreviewPrompt(prompt) for prompt in prompts or itertools.islice(data.training_prompts(), count)]
+    samples = list((data.held_out or data.train).first(len(prompts) if prompts else count))
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]
     texts = prompts or [sample.caption for sample in samples]

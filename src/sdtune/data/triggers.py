@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _WORDS_OF_TEMPLATES = frozenset(
     (
@@ -35,13 +36,13 @@ _MOST_WORDS = 3
 _MOST_CAPTIONS = 1000
 
 
-def trigger_words(captions: Sequence[str]) -> str | None:
+def trigger_words(captions: Iterable[str]) -> str | None:
     """The longest sequence of words that all captions have, without the words of templates at its ends.
 
     ``sks dog`` for "a photo of sks dog" and "sks dog in the snow". None if there is no such sequence, or if it is
     longer than a name, as a prompt that describes the only image.
     """
-    distinct = list(dict.fromkeys(captions))[:_MOST_CAPTIONS]
+    distinct = list(dict.fromkeys(itertools.islice(captions, _MOST_CAPTIONS)))
     texts = [re.findall(r"[^\s,.;:!?()]+", caption) for caption in distinct]
     if not texts or not all(texts):
         return None

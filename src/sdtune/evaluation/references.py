@@ -20,4 +20,5 @@ def references(data: ImageDataModule) -> list[np.ndarray]:
     if len(data.train) > REFERENCES:
         log.info("evaluation: generated images are compared with %d of %d training images", REFERENCES, len(data.train))
     step = max(1, len(data.train) // REFERENCES)
-    return [s.pixels(data.bucket(s), CENTER, False) for s in data.train[::step]][:REFERENCES]
+    samples = (data.train[index] for index in range(0, len(data.train), step)[:REFERENCES])
+    return [sample.pixels(data.bucket(sample), CENTER, False) for sample in samples]

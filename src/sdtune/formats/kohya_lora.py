@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,7 +86,7 @@ _MOST_TAGS = 1000
 
 
 def training_metadata(
-    folder: str, captions: Sequence[str], images: int, rates: Mapping[str, float], clip_skip: int
+    folder: str, captions: Iterable[str], images: int, rates: Mapping[str, float], clip_skip: int
 ) -> dict[str, str]:
     """kohya's ``ss_`` fields about the data and the learning rates, which programs show for a LoRA.
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from sdtune.errors import UserError
+from sdtune.images.places import Place, as_place
 
 CENTER = (0.5, 0.5)
 """Offset of a center crop, see :func:`resize_and_crop`."""
@@ -54,7 +55,7 @@ _UPRIGHT = {
 _WARNING_FILTERS_LOCK = threading.Lock()
 
 
-def open_image(path: Path, key: str = "data.path") -> Image.Image:
+def open_image(path: Path | Place, key: str = "data.path") -> Image.Image:
     """Decode the first frame of ``path`` completely, with its EXIF orientation applied, in mode RGB.
 
     Transparency is composited on white. 16-bit gray is scaled to 8 bits. CMYK is converted by Pillow's simple formula;
@@ -66,7 +67,7 @@ def open_image(path: Path, key: str = "data.path") -> Image.Image:
     return open_with_alpha(path, key)[0]
 
 
-def open_with_alpha(path: Path, key: str = "data.path") -> tuple[Image.Image, Image.Image | None]:
+def open_with_alpha(path: Path | Place, key: str = "data.path") -> tuple[Image.Image, Image.Image | None]:
     """The image as :func:`open_image` returns it, and its alpha channel, mode L; None if it has no transparency.
 
     Raises:
@@ -77,13 +78,13 @@ def open_with_alpha(path: Path, key: str = "data.path") -> tuple[Image.Image, Im
         return _rgb(decoded), decoded.convert("RGBA").getchannel("A") if _has_alpha(image) else None
 
 
-def open_alpha(path: Path, key: str = "data.path") -> Image.Image | None:
+def open_alpha(path: Path | Place, key: str = "data.path") -> Image.Image | None:
     """Only the alpha channel of :func:`open_with_alpha`."""
     with _opened(path, key) as image:
         return _decoded(image).convert("RGBA").getchannel("A") if _has_alpha(image) else None
 
 
-def open_mask(path: Path, key: str) -> Image.Image:
+def open_mask(path: Path | Place, key: str) -> Image.Image:
     """Decode a mask to mode L, 255 where it is set.
 
     Without transparency, the mask is the first color channel. With transparency, it depends on how the file was made:
@@ -122,7 +123,7 @@ def _decoded(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def image_size(path: Path, key: str = "data.path") -> tuple[int, int]:
+def image_size(path: Path | Place, key: str = "data.path") -> tuple[int, int]:
     """Read the (width, height) in pixels of the image that :func:`open_image` returns from the header alone.
 
     The EXIF orientation of a PNG may follow the pixel data and is then ignored here;
@@ -191,10 +192,11 @@ def frame(
 
 
 @contextmanager
-def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
+def _opened(path: Path | Place, key: str = "data.path") -> Iterator[Image.Image]:
     """Context manager that opens an image and reads its header; decoding failures in its body become a UserError."""
     formats: tuple[str, ...] = _FORMATS
-    if path.suffix.lower() in _HEIC:
+    place = as_place(path)
+    if place.file.suffix.lower() in _HEIC:
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
@@ -203,17 +205,18 @@ def _opened(path: Path, key: str = "data.path") -> Iterator[Image.Image]:
         with _WARNING_FILTERS_LOCK, warnings.catch_warnings():
             # Pillow warns above 89 megapixels, which photographs can have, and raises above 179.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=formats)
+            image = Image.open(place.open(), formats=formats)
         with image:
             yield image
     except _FAILURES as error:
-        reason = _reason(path, error)
+        reason = _reason(place, error)
         raise UserError(f"{path} is not a readable image ({reason})", key=key, remedy="remove or replace it") from error
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(place: Place, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # Pillow's message contains only the path
-        return f"no {', '.join(_FORMATS)} data in it" if path.stat().st_size else "the file is empty"
+        is_empty = not (place.length or place.file.stat().st_size)
+        return "the file is empty" if is_empty else f"no {', '.join(_FORMATS)} data in it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())

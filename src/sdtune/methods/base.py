@@ -50,6 +50,9 @@ from sdtune.training.gradient_checkpointing import checkpoint_activations
 from sdtune.training.nonfinite_guard import NonfiniteGuard
 from sdtune.training.param_groups import param_groups
 
+PARTS = ("#sum", "#count")
+"""Suffixes of the two tensors of a metric that is a mean over the samples of one source."""
+
 _ABSTRACT_METHODS = ("inject", "write_artifact")
 """Abstract methods of ``Adapter``; ``__abstractmethods__`` of a subclass is not set yet in ``__init_subclass__``."""
 
@@ -143,6 +146,9 @@ class Adapter(pl.LightningModule, ABC):
         self.average: Average | None = None
         """Average of the trained weights (EMA); set by a callback."""
         self._unet_is_half = False
+        self._validation_sums: dict[str, Any] = {}
+        self.validation_aborted = False
+        """Whether the run stops in the current validation, which has no result; set by the callback ``Checkpoints``."""
 
     # --- hooks: implemented or overridden by a method
 
@@ -425,8 +431,9 @@ class Adapter(pl.LightningModule, ABC):
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         previous = {} if is_first else self.step_metrics
         weight = 1 / self.trainer.accumulate_grad_batches
+        sums = {key: terms.pop(key) for key in [*terms] if key.endswith(PARTS)}
         # A single term equals the loss.
-        metrics = {"loss": loss, **(terms if len(terms) > 1 else {})}
+        metrics = {"loss": loss, **(terms if len(terms) > 1 else {}), **sums}
         averages = {key: previous.get(key, 0) + value.detach() * weight for key, value in metrics.items()}
         self.step_metrics = {**previous, **averages}
         return loss
@@ -442,17 +449,61 @@ class Adapter(pl.LightningModule, ABC):
             return {}, torch.zeros((), device=self.device)
         per_sample = self.losses(batch)
         subject_count = batch.get("subject_count", len(per_sample))
-        terms = {"loss/diffusion": per_sample[:subject_count].mean()}
-        if subject_count == len(per_sample):
-            return terms, terms["loss/diffusion"]
-        # Ruiz et al. 2023, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
-        terms["loss/prior"] = per_sample[subject_count:].mean()
-        return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
+        terms = {"loss/diffusion": per_sample[:subject_count].mean(), **self._source_sums(per_sample, batch, "loss")}
+        has_prior = subject_count < len(per_sample)
+        if has_prior:
+            # Ruiz et al. 2023, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
+            terms["loss/prior"] = per_sample[subject_count:].mean()
+        if "weights" in batch:
+            weighted = per_sample * batch["weights"]
+            prior = weighted[subject_count:].mean() if has_prior else 0
+            return terms, weighted[:subject_count].mean() + prior
+        if has_prior:
+            return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
+        return terms, terms["loss/diffusion"]
+
+    def _source_sums(self, per_sample: Tensor, batch: Batch, metric: str) -> dict[str, Tensor]:
+        """Sum of the losses of each source of a mix, and number of its samples, as ``<metric>/source/<name>#sum``."""
+        if "sources" not in batch:
+            return {}
+        data: ImageDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        sums, counts = per_sample.detach() @ batch["sources"], batch["sources"].sum(0)
+        return {
+            f"{metric}/source/{name}{part}": values[number]
+            for number, name in enumerate(data.sources)
+            for part, values in zip(PARTS, (sums, counts), strict=True)
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums, self.validation_aborted = {}, False
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.losses(batch, streams.VALIDATION).mean()
-        # logger=False: MetricsRecorder sends the value to the loggers, with the same step as in metrics.csv.
-        self.log("validation_loss", loss, batch_size=len(batch["prompts"]), sync_dist=True, on_epoch=True, logger=False)
+        if not batch.get("counts", True):
+            return  # the processes have equal numbers of batches, but not of images
+        per_sample = self.losses(batch, streams.VALIDATION)
+        count = len(per_sample)
+        total = {"validation_loss#sum": per_sample.mean() * count, "validation_loss#count": torch.tensor(float(count))}
+        for key, value in (total | self._source_sums(per_sample, batch, "validation_loss")).items():
+            self._validation_sums[key] = self._validation_sums.get(key, 0) + value
+
+    def on_validation_epoch_end(self) -> None:
+        """Divide the sums over all processes by the counts."""
+        if self.validation_aborted:
+            return
+        names = ["validation_loss", *self.source_metrics("validation_loss")]
+        parts = [self._validation_sums.get(f"{name}{part}", 0.0) for name in names for part in PARTS]
+        table = torch.stack([torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in parts])
+        if self.trainer.world_size > 1:
+            table = self.trainer.strategy.reduce(table, reduce_op="sum")
+        for name, total, count in zip(names, table[0::2], table[1::2], strict=True):
+            # logger=False: MetricsRecorder sends the values to the loggers, with the same step as in metrics.csv.
+            self.log(name, total / count, sync_dist=True, logger=False)
+
+    def source_metrics(self, metric: str) -> list[str]:
+        """Names of ``metric`` for each source of a mix."""
+        data = getattr(self.trainer, "datamodule", None)
+        sources = list(data.sources) if isinstance(data, ImageDataModule) else []
+        return [f"{metric}/source/{name}" for name in sources if len(sources) > 1]
 
     # --- the optimizer
 

@@ -399,7 +399,7 @@ class LoRA(Adapter):
         prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
         spec = kohya_lora.ModelSpec(
             title=name,
-            resolution=getattr(data, "resolution", None) or self.backbone.facts.side,
+            resolution=data.side if isinstance(data, ImageDataModule) else self.backbone.facts.side,
             prediction_type=prediction,
             steps=self.trainer.global_step,
             seed=self.seed,
@@ -410,8 +410,8 @@ class LoRA(Adapter):
         if isinstance(data, ImageDataModule):
             artifact_metadata |= kohya_lora.training_metadata(
                 data.name,
-                [sample.caption for sample in data.train],
-                sum(sample.repeats for sample in data.train),
+                data.train.captions(),
+                int(data.train.repeats.sum()),
                 self._base_rates(),
                 self.source.clip_skip,
             )

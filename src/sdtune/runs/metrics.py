@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,66 @@ def read_metrics(file: Path, key: str | None = None) -> MetricsTable:
             f"{file} is damaged ({error})", key=key, remedy="restore it from a copy, or delete it to lose its rows"
         ) from error
     return MetricsTable(list(reader.fieldnames or []), rows)
+
+
+def cut_metrics(file: Path, step: int, *, keep_validation: bool = True) -> list[str]:
+    """Remove the rows of ``metrics.csv`` after ``step``, which a resumed run writes again; returns the columns.
+
+    The rows are in the order of their steps, so the first row to remove is found by bisection: a file of a million rows
+    is cut in a fraction of a second.
+
+    Args:
+        keep_validation: False: also remove the rows of ``step`` that have a validation loss.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with file.open("rb+") as handle:
+        content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+        try:
+            header = content[: content.find(b"\n") + 1].decode()
+            columns = header.strip().split(",")
+            end = content.rfind(b"\n") + 1
+            if columns[0] != "step" or content[:end].count(b",") != (len(columns) - 1) * content[:end].count(b"\n"):
+                raise ValueError("a row has other columns than the table")
+            first = _first_row_after(content, len(header), end, step)
+            if not keep_validation:
+                first = _without_validation(content, len(header), first, columns, step)
+        except ValueError as error:
+            raise UserError(
+                f"{file} is damaged ({error})",
+                key="resume",
+                remedy="restore it from a copy, or delete it to lose its rows",
+            ) from error
+        finally:
+            if isinstance(content, mmap.mmap):
+                content.close()
+        handle.truncate(first)
+    return columns
+
+
+def _first_row_after(content: mmap.mmap | bytes, first: int, end: int, step: int) -> int:
+    """Offset of the first row, between the offsets ``first`` and ``end``, whose step is larger than ``step``."""
+    low, high = first, end
+    while low < high:
+        row = content.rfind(b"\n", first - 1, (low + high) // 2) + 1
+        next_row = content.find(b"\n", row) + 1
+        if int(content[row : content.find(b",", row)]) <= step:
+            low = next_row
+        else:
+            high = row
+    return low
+
+
+def _without_validation(content: mmap.mmap | bytes, first: int, end: int, columns: list[str], step: int) -> int:
+    """Offset before the last rows, up to ``end``, that have a validation loss of ``step``."""
+    while end > first:
+        row = content.rfind(b"\n", first - 1, end - 1) + 1
+        values = dict(zip(columns, content[row:end].decode().strip("\n").split(","), strict=True))
+        if int(values["step"]) != step or not values.get("validation_loss"):
+            break
+        end = row
+    return end
 
 
 Curve = tuple[list[int], list[float]]

@@ -36,7 +36,7 @@ def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> 
     """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
     limit = backbone.facts.max_tokens
     for prompt in dict.fromkeys(prompts):
-        length = count_tokens(backbone, prompt)
+        length = backbone.token_counts([prompt])[0]
         if length > limit:
             log.warning(
                 "WARNING: a prompt has %d tokens, the limit is %d; its end is not used: %r",
@@ -68,11 +68,6 @@ def warn_about_options(prompts: Iterable[str]) -> None:
     if found:
         options = ", ".join(found)
         log.warning("WARNING: %s in a prompt is plain text; options are read in a file: prompts_file=FILE", options)
-
-
-def count_tokens(backbone: Backbone, prompt: str) -> int:
-    """Number of tokens of ``prompt`` with start and end token, untruncated; the limit is ``facts.max_tokens``."""
-    return len(backbone.token_ids(prompt)) + 2
 
 
 def _truncated_end(backbone: Backbone, prompt: str) -> str:

@@ -55,16 +55,14 @@ def generate_class_images(
 
     Called before the training model is moved to the device, which then has room for the model that generates them.
     """
-    assert data.resolution is not None
     device = trainer.strategy.root_device
-    inputs = _class_image_inputs(source, seed, device, precision, vae_tiling, data.resolution)
+    inputs = _class_image_inputs(source, seed, device, precision, vae_tiling, data.side)
     _fill_together(data.generate_class_images, inputs, trainer)
 
 
 def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
     """Generate the class images of ``data`` and fill its caches; the processes of ``trainer`` share the work."""
-    assert data.resolution is not None
-    inputs = _cache_inputs(parts, data.resolution)
+    inputs = _cache_inputs(parts, data.side)
     for fill in (data.generate_class_images, data.prepare):
         _fill_together(fill, inputs, trainer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from sdtune.data.cache import keys_of_rank
 from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
-from sdtune.data.samples import Sample
+from sdtune.data.samples import Sample, Samples
 from sdtune.errors import UserError
 from sdtune.files import mark_used
 from sdtune.images.files import CENTER
@@ -62,7 +62,7 @@ class Estimated(FromImage):
         """Model names by config key."""
         return {"model": self.model, **({} if self.detector is None else {"detector": self.detector})}
 
-    def open(self, samples: Sequence[Sample]) -> None:
+    def open(self, samples: Samples) -> None:
         if self.task == "pose" and importlib.util.find_spec("scipy") is None:
             raise UserError(
                 "ViTPose of transformers needs scipy", key="data.control.task", remedy="install it: pip install scipy"
@@ -77,7 +77,7 @@ class Estimated(FromImage):
 
     def prepare(
         self,
-        samples: Sequence[Sample],
+        samples: Iterable[Sample],
         rank: int = 0,
         processes: int = 1,
         device: torch.device | None = None,

@@ -1,0 +1,128 @@
+"""Facts about the captions of a data set: how many, how long, what is cut; computed once and kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdtune.backbone.backbone import Backbone
+from sdtune.data import ImageDataModule
+from sdtune.data.prompts import distinct
+from sdtune.errors import UserError
+from sdtune.files import mark_used, read_json, write_json
+from sdtune.paths import cache_folder
+from sdtune.progress import bar
+
+COUNTED = 20_000
+"""Images whose captions a training counts before its first step; ``sdtune prepare`` counts all."""
+
+_AT_ONCE = 1024
+_MOST_TAGS = 200
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """Facts about the captions of a data set.
+
+    Args:
+        total: number of images.
+        counted: number of images whose captions were counted: all, or evenly spaced ones.
+        distinct: number of different prompts of the counted images.
+        longest: the prompt with most tokens.
+        longest_tokens: its number of tokens, with start and end token.
+        limit: number of tokens that the text encoder reads.
+        cut: number of different prompts that have more.
+        tags: the most frequent texts between commas, with the number of captions that have them.
+        draws_anew: whether captions are drawn anew for each use.
+    """
+
+    total: int
+    counted: int
+    distinct: int
+    longest: str
+    longest_tokens: int
+    limit: int
+    cut: int
+    tags: dict[str, int]
+    draws_anew: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all captions were counted."""
+        return self.counted == self.total
+
+
+def caption_facts(
+    data: ImageDataModule, backbone: Backbone, tokenizer: Path, *, complete: bool = False
+) -> CaptionFacts:
+    """Facts about the captions of ``data``, from the cache if they were counted before.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        complete: count the captions of all images; otherwise at most those of :data:`COUNTED` images.
+    """
+    total = sum(len(source.train) + len(source.held_out) for source in data.sources.values())
+    file = cache_folder() / "tables" / f"captions-{_key(data, backbone, tokenizer)}.json"
+    if (known := _read(file)) is not None and (known.is_complete or not complete):
+        mark_used(file)
+        return known
+    counts_all = complete or total <= COUNTED
+    prompts = data.all_prompts() if counts_all else distinct([_sampled(data)])
+    facts = _counted(prompts, backbone, data, total, total if counts_all else COUNTED)
+    write_json(file, asdict(facts))
+    return facts
+
+
+def _read(file: Path) -> CaptionFacts | None:
+    try:
+        return CaptionFacts(**read_json(file))
+    except (UserError, TypeError):  # none yet, or of another version
+        return None
+
+
+def _key(data: ImageDataModule, backbone: Backbone, tokenizer: Path) -> str:
+    digest = hashlib.sha256(data.fingerprint.encode())
+    for source in data.sources.values():
+        digest.update(repr((source.prompt_templates, str(source.train.rules), source.caption_dropout)).encode())
+        digest.update(repr((source.class_prompts, source.trigger)).encode())
+    for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
+    counts = None if backbone.new_tokens is None else backbone.new_tokens.vector_counts
+    digest.update(repr((counts, backbone.facts.max_tokens)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _sampled(data: ImageDataModule) -> Iterator[str]:
+    """Prompts of evenly spaced training images, each in the first template."""
+    total = sum(len(source.train) for source in data.sources.values())
+    for source in data.sources.values():
+        count = max(1, COUNTED * len(source.train) // total)
+        for index in np.linspace(0, len(source.train) - 1, count).astype(int).tolist():
+            yield source.prompt_templates[0].replace("{}", source.train.rules.fixed(source.train.texts(index)))
+
+
+def _counted(
+    prompts: Iterable[str], backbone: Backbone, data: ImageDataModule, total: int, counted: int
+) -> CaptionFacts:
+    limit, tags = backbone.facts.max_tokens, Counter[str]()
+    longest, longest_tokens, count, cut = "", 0, 0, 0
+    iterator = iter(prompts)
+    with bar("Counting tokens of captions", total) as progress:
+        while texts := list(itertools.islice(iterator, _AT_ONCE)):
+            count += len(texts)
+            for text, length in zip(texts, backbone.token_counts(texts), strict=True):
+                cut += length > limit
+                if length > longest_tokens:
+                    longest, longest_tokens = text, length
+                tags.update(tag.strip() for tag in text.split(",") if tag.strip())
+            progress(len(texts))
+    draws_anew = data.cache_text and any(source.captions.draws_tags for source in data.sources.values())
+    return CaptionFacts(
+        total, counted, count, longest, longest_tokens, limit, cut, dict(tags.most_common(_MOST_TAGS)), draws_anew
+    )
