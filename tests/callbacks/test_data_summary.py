@@ -57,7 +57,7 @@ def test_summary_names_images_order_and_longest_caption(
     assert "step(s) per epoch at batch size 2; 3 steps are" in messages[first + 1]
     assert messages[first + 2].endswith("the longest has 102 tokens, the limit is 77")
     assert messages[first + 3].startswith(
-        "WARNING: captions longer than 77 tokens are truncated; the longest is 'a a a"
+        "WARNING: captions longer than 77 tokens are truncated: 1 of 5; the longest is 'a a a"
     )
 
 

@@ -53,12 +53,54 @@ def test_resumed_run_removes_the_rows_that_it_writes_again(tmp_path: Path) -> No
     class Trainer:
         is_global_zero = True
 
+    state = {"columns": [], "step_seconds": torch.zeros(0), "validation": torch.tensor([[2, 0.45], [3, 0.35]])}
+    record.load_state_dict(state)
     record.truncate(2, Trainer())  # type: ignore[arg-type]
     assert (tmp_path / "metrics.csv").read_text(
         encoding="utf-8"
     ) == "step,loss,validation_loss\n1,0.5,\n2,0.4,\n2,,0.45\n"
-    assert record.validation == {2: 0.45}
+    assert record.validation == {2: pytest.approx(0.45)}
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 1000])
+@pytest.mark.parametrize("keep_validation", [True, False])
+def test_metrics_are_cut_after_every_step(tmp_path: Path, rows: int, keep_validation: bool) -> None:
+    header, file = "step,loss,validation_loss\n", tmp_path / "metrics.csv"
+    lines = [f"{step},{1 / step!r},\n" + (f"{step},,0.5\n" if step % 7 == 0 else "") for step in range(1, rows + 1)]
+    for step in {0, 1, rows // 2, 7, rows - 1, rows, rows + 5} - {-1}:
+        file.write_text(header + "".join(lines) + "12,0.5", encoding="utf-8")  # the last line is incomplete
+        assert cut_metrics(file, step, keep_validation=keep_validation) == ["step", "loss", "validation_loss"]
+        expected = "".join(lines[:step])
+        if not keep_validation and step <= rows:
+            expected = expected.removesuffix(f"{step},,0.5\n")
+        assert file.read_text(encoding="utf-8") == header + expected
+
+
+@pytest.mark.parametrize("text", ["step,loss\n1,2,3\n", "step,loss\nx,2\n", "loss\n1\n", "\0\0\n"])
+def test_damaged_metrics_are_not_cut(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^resume: .*metrics\.csv is damaged"):
+        cut_metrics(file, 1)
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_metrics_of_a_million_steps_are_cut_within_a_second(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    line = "{},0.046830497682094574,0.052252937108278275,0.0003333333333333333,\n"
+    rows = "".join(map(line.format, range(1, 1_000_001)))
+    file.write_text(f"step,loss,grad_norm,lr/unet,validation_loss\n{rows}", encoding="utf-8")
+    start = time.perf_counter()
+    cut_metrics(file, 999_000)
+    assert time.perf_counter() - start < 1
+    assert file.read_text(encoding="utf-8").count("\n") == 999_001
+
+
+def test_mean_of_a_source_is_empty_if_a_step_had_none_of_its_samples() -> None:
+    row = {"loss": 1.0, "loss/source/a#sum": 3.0, "loss/source/a#count": 2.0}
+    row |= {"loss/source/b#sum": 0.0, "loss/source/b#count": 0.0}
+    assert with_means(row) == {"loss": 1.0, "loss/source/a": 1.5, "loss/source/b": None}
 
 
 def test_extended_run_uses_the_learning_rate_of_its_new_length(tiny: Path, images: Path, tmp_path: Path) -> None:

@@ -23,14 +23,14 @@ def test_bucket_sizes_are_the_maximal_sizes_and_the_square(resolution: int, step
     candidates = {(w, h) for w in sides for h in sides if allowed(w, h, resolution)}
     maximal = {(w, h) for w, h in candidates if (w + step, h) not in candidates and (w, h + step) not in candidates}
     side = resolution // step * step
-    sizes = bucket_sizes(resolution, step)
+    sizes = list(bucket_sizes(resolution, step))
     assert sizes == sorted(maximal | {(side, side)})
     assert {(h, w) for w, h in sizes} == set(sizes)
 
 
 def test_bucket_sizes_equal_known_values() -> None:
-    assert bucket_sizes(64, 32) == [(64, 64)]  # pocket
-    assert bucket_sizes(512, 64) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    assert list(bucket_sizes(64, 32)) == [(64, 64)]  # pocket
+    assert list(bucket_sizes(512, 64)) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
 
 
 @pytest.mark.parametrize(("resolution", "step"), GRIDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import struct
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from sdtune.data import Folder
-from sdtune.data import folder as module
-from sdtune.data.folder import CaptionedImage, check_images, read_image_folder
+from sdtune.data import Folder, indexing
+from sdtune.data.table_samples import TableSample
 from sdtune.errors import UserError
+from sdtune.images.places import Place
 
 
 def save_image(path: Path, width: int = 8, height: int = 6) -> Path:
@@ -26,23 +25,32 @@ def save_image(path: Path, width: int = 8, height: int = 6) -> Path:
     return path
 
 
+def read(folder: Path | str, prompt: str | None = None, trigger: str | None = None) -> list[TableSample]:
+    return list(Folder(path=str(folder), prompt=prompt, trigger=trigger).read()[0])  # type: ignore[arg-type]
+
+
 def captions(folder: Path, prompt: str | None = None, trigger: str | None = None) -> dict[str, str]:
-    return {p.path.relative_to(folder).as_posix(): p.caption for p in read_image_folder(folder, prompt, trigger).images}
+    return {s.place.file.relative_to(folder).as_posix(): s.caption for s in read(folder, prompt, trigger)}
+
+
+def notices(folder: Path, prompt: str | None = None, trigger: str | None = None) -> list[str]:
+    data = Folder(path=str(folder), prompt=prompt, trigger=trigger)
+    data.read()
+    return data.notices
 
 
 def refused(folder: Path | str, *fragments: object, prompt: str | None = "p") -> None:
     """Assert that the folder is refused in one line that starts with the key and contains ``fragments`` in order."""
     pattern = r"\Adata\.path: .*" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
     with pytest.raises(UserError, match=pattern) as caught:
-        read_image_folder(folder, prompt)
+        read(folder, prompt)
     assert "\n" not in str(caught.value)
 
 
 def test_image_with_prompt_is_read(tmp_path: Path) -> None:
     path = save_image(tmp_path / "a.png", 30, 20)
-    assert read_image_folder(tmp_path, "a dog").images == (CaptionedImage(path, "a dog", (30, 20), 1),)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        read_image_folder(tmp_path, "a dog").images[0].repeats = 2  # type: ignore[misc]
+    [sample] = read(tmp_path, "a dog")
+    assert (sample.place, sample.caption, sample.size, sample.repeats) == (Place(path), "a dog", (30, 20), 1)
 
 
 def test_images_are_sorted_by_path(tmp_path: Path) -> None:
@@ -63,7 +71,7 @@ def test_hidden_files_and_macos_archive_folders_are_skipped(tmp_path: Path) -> N
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = save_image(tmp_path / "dogs/a.png")
-    assert read_image_folder("~/dogs", "p").images[0].path == path
+    assert read("~/dogs", "p")[0].place.file == path
 
 
 def test_captions_are_read_from_sidecar_files(tmp_path: Path) -> None:
@@ -95,7 +103,7 @@ def test_image_with_two_sidecars_is_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     (tmp_path / "a.txt").touch()
     (tmp_path / "a.caption").touch()
-    refused(tmp_path, tmp_path / "a.png", "two captions, a.caption and a.txt; remove one")
+    refused(tmp_path, tmp_path / "a.png", "two captions, a .txt and a .caption file; remove one, or set")
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])
@@ -128,9 +136,7 @@ def test_repeats_and_captions_are_read_from_kohya_folder_names(tmp_path: Path) -
     names = ["10_sks dog/a.png", "2_a_b/b.png", "3_/c.png", "plain/d.png", "plain/4_cat/e.png", "10_sks dog/more/f.png"]
     for name in names:
         save_image(tmp_path / name)
-    images = {
-        p.path.relative_to(tmp_path).as_posix(): (p.repeats, p.caption) for p in read_image_folder(tmp_path, "p").images
-    }
+    images = {s.place.file.relative_to(tmp_path).as_posix(): (s.repeats, s.caption) for s in read(tmp_path, "p")}
     assert images == {
         "10_sks dog/a.png": (10, "sks dog"),
         "2_a_b/b.png": (2, "a_b"),
@@ -143,12 +149,12 @@ def test_repeats_and_captions_are_read_from_kohya_folder_names(tmp_path: Path) -
 
 def test_name_of_the_root_folder_is_ignored(tmp_path: Path) -> None:
     save_image(tmp_path / "10_sks dog/a.png")
-    folder = read_image_folder(tmp_path / "10_sks dog", "p")
-    assert [(image.repeats, image.caption) for image in folder.images] == [(1, "p")]
+    assert [(sample.repeats, sample.caption) for sample in read(tmp_path / "10_sks dog", "p")] == [(1, "p")]
     advice = f"to use the repeats and words in the name 10_sks dog, set data.path={tmp_path}"
-    assert folder.notices == (f"WARNING: data.path: names count only below this folder; {advice}",)
+    warning = f"WARNING: data.path: names count only below this folder; {advice}"
+    assert notices(tmp_path / "10_sks dog", "p") == [warning]
     with pytest.raises(UserError, match=re.escape(advice)):
-        read_image_folder(tmp_path / "10_sks dog")
+        read(tmp_path / "10_sks dog")
 
 
 @pytest.mark.parametrize("name", ["0_sks dog", "-1_sks dog"])
@@ -171,7 +177,7 @@ def test_sidecar_precedes_metadata_then_folder_name_then_prompt(tmp_path: Path) 
         "5_words/d.png": "words",
         "e.png": "prompt",
     }
-    assert {image.repeats for image in read_image_folder(tmp_path, "prompt").images} == {1, 5}
+    assert {sample.repeats for sample in read(tmp_path, "prompt")} == {1, 5}
 
 
 @pytest.mark.parametrize(
@@ -286,8 +292,8 @@ def test_empty_captions_are_named_unless_a_trigger_replaces_them(tmp_path: Path)
     for name, caption in (("a", ""), ("b", "a cat"), ("c", " \n")):
         save_image(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
-    assert "WARNING: the captions of these images are empty: 2 (a.png, c.png)" in read_image_folder(tmp_path).notices
-    assert not any("empty" in line for line in read_image_folder(tmp_path, trigger="sks").notices)
+    assert "WARNING: the captions of these images are empty: 2 (a.png, c.png)" in notices(tmp_path)
+    assert not any("empty" in line for line in notices(tmp_path, trigger="sks"))
 
 
 def test_metadata_with_invalid_syntax_is_refused(tmp_path: Path) -> None:
@@ -320,7 +326,7 @@ def test_unreadable_caption_or_folder_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    refused(tmp_path, tmp_path / "a.png", "is not a readable image (No such file or directory)")
+    refused(tmp_path, tmp_path / "a.png", "cannot be read (No such file or directory)")
 
 
 def test_linked_folder_is_read_and_a_loop_is_refused(tmp_path: Path) -> None:
@@ -338,36 +344,61 @@ def test_text_file_with_png_suffix_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "b.png", "is not a readable image", "remove or replace it")
 
 
-def test_check_decodes_every_image_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_decoded_once_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(9):
         save_image(tmp_path / f"{index}.png")
     decoded, threads = [], set()
 
-    def spy(path: Path, key: str) -> tuple[Image.Image, None]:
-        decoded.append(path.name)
+    def spy(place: Place) -> tuple[Image.Image, None]:
+        decoded.append(place.file.name)
         threads.add(threading.current_thread())
-        with Image.open(path) as image:
+        with Image.open(place.file) as image:
             return image.convert("RGB"), None
 
-    monkeypatch.setattr(module, "open_with_alpha", spy)
-    check_images(read_image_folder(tmp_path, "p").images)
+    monkeypatch.setattr(indexing, "open_with_alpha", spy)
+    read(tmp_path, "p")
     assert sorted(decoded) == [f"{index}.png" for index in range(9)]
     assert threading.main_thread() not in threads
-    assert len(threads) <= 4
+    read(tmp_path, "another prompt")
+    assert len(decoded) == 9
 
 
-def test_check_raises_the_first_error_in_order(tmp_path: Path) -> None:
+def test_all_damaged_images_are_listed(tmp_path: Path) -> None:
     for name in "abcdef":
         path = save_image(tmp_path / f"{name}.jpg", 64, 64)
         if name in "ce":
             path.write_bytes(path.read_bytes()[:-500])
-    images = read_image_folder(tmp_path, "p").images  # the headers are complete
-    for _ in range(5):
-        with pytest.raises(UserError, match=r"\Adata\.path: .*c\.jpg is not a readable image \(.*; remove or"):
-            check_images(images)
+    for _ in range(2):  # the second time from the table
+        reason = "is not a readable image"
+        refused(tmp_path, "2 of 6 images are damaged:", tmp_path / "c.jpg", reason, tmp_path / "e.jpg", reason)
 
 
-def test_check_refuses_exif_orientation_after_the_pixel_data(tmp_path: Path) -> None:
+def test_damaged_images_are_left_out_with_skip(tmp_path: Path) -> None:
+    for name in "abc":
+        save_image(tmp_path / f"{name}.png")
+    intact = Folder(path=str(tmp_path), prompt="p", damaged="skip")
+    intact.open(8, 4)
+    (tmp_path / "b.png").write_bytes(b"text")
+    data = Folder(path=str(tmp_path), prompt="p", damaged="skip")
+    data.open(8, 4)
+    assert [s.place.file.name for s in data.train] == ["a.png", "c.png"]  # type: ignore[attr-defined]
+    assert [image.place.file.name for image in data.skipped] == ["b.png"]
+    assert any("1 of 3 images are damaged and left out" in line for line in data.notices)
+    assert data.fingerprint != intact.fingerprint
+    (tmp_path / "b.png").unlink()
+    without = Folder(path=str(tmp_path), prompt="p", damaged="skip")
+    without.open(8, 4)
+    assert data.fingerprint != without.fingerprint, "the damaged image counts"
+
+
+def test_folder_of_damaged_images_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"text")
+    data = Folder(path=str(tmp_path), prompt="p", damaged="skip")
+    with pytest.raises(UserError, match=r"^data\.path: all images are damaged; set a folder"):
+        data.read()
+
+
+def test_exif_orientation_after_the_pixel_data_is_applied(tmp_path: Path) -> None:
     path = save_image(tmp_path / "late.png", 8, 6)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -376,9 +407,9 @@ def test_check_refuses_exif_orientation_after_the_pixel_data(tmp_path: Path) -> 
     data = path.read_bytes()
     end = data.index(b"IEND") - 4
     path.write_bytes(data[:end] + chunk + data[end:])
-    message = r"\Adata\.path: .*late\.png is 6x8 pixels, but its header states 8x6 .*; save this image again"
-    with pytest.raises(UserError, match=message):
-        check_images(read_image_folder(tmp_path, "p").images)
+    [sample] = read(tmp_path, "p")
+    assert sample.size == (6, 8)
+    assert sample.pixels((6, 8), (0.5, 0.5), False).shape == (8, 6, 3)
 
 
 def test_errors_in_class_images_name_their_folder(images: Path, tmp_path: Path) -> None:

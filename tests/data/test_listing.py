@@ -10,7 +10,7 @@ from PIL import Image
 from running import folder_data
 from sdtune.callbacks.data_summary import summary
 from sdtune.data import Folder
-from sdtune.data.control.base import Paired
+from sdtune.data.control.paired import Paired
 from sdtune.errors import UserError
 
 

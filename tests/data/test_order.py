@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from sdtune.data.order import FixedBatches, MicroBatches, Order, ScheduledSample
+from sdtune.data.order import Bucket, FixedBatches, MicroBatches, ScheduledSample
+from sdtune.data.order import Order as OrderOfBuckets
 from sdtune.errors import UserError
 
 BUCKETS = ((0, 3, 4, 8, 9, 10, 11), (1, 2), (5, 6, 7, 7, 7))
 """Seven, two and five entries; entry 7 occurs three times."""
 
+
+def Order(buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> OrderOfBuckets:  # noqa: N802
+    return OrderOfBuckets([Bucket(np.array(bucket)) for bucket in buckets], batch_size, seed)
+
+
 BUCKET_OF = {entry: number for number, bucket in enumerate(BUCKETS) for entry in bucket}
 
 
-def epochs(order: Order, count: int) -> list[list[tuple[int, ...]]]:
+def epochs(order: OrderOfBuckets, count: int) -> list[list[tuple[int, ...]]]:
     steps = order.steps_per_epoch
     return [[order.batch(epoch * steps + i) for i in range(steps)] for epoch in range(count)]
 
@@ -112,13 +120,15 @@ def test_batch_size_that_cannot_be_split_is_refused(batch_size: int, processes: 
 
 
 def test_validation_uses_every_entry_the_set_number_of_times_at_fixed_positions() -> None:
-    batches = FixedBatches([[0, 2], [1]], batch_size=4, times=3)
+    batches = FixedBatches([np.array([0, 2]), np.array([1])], batch_size=4, times=3)
     assert len(batches) == len(list(batches)) == 3
     samples = [sample for batch in batches for sample in batch]
-    assert [sample.sample_index for sample in samples] == [0, 0, 0, 2, 2, 2, 1, 1, 1]
+    assert [sample.entry for sample in samples] == [0, 0, 0, 2, 2, 2, 1, 1, 1]
     assert [sample.position for sample in samples] == list(range(9))
     assert {sample.step for sample in samples} == {0}
-    assert all(len({sample.sample_index in (0, 2) for sample in batch}) == 1 for batch in batches)
+    assert all(len({sample.entry in (0, 2) for sample in batch}) == 1 for batch in batches)
     # The position of a sample, and therefore its noise, does not depend on the batch size.
-    single = [sample for batch in FixedBatches([[0, 2], [1]], batch_size=1, times=3) for sample in batch]
+    single = [
+        sample for batch in FixedBatches([np.array([0, 2]), np.array([1])], batch_size=1, times=3) for sample in batch
+    ]
     assert single == samples

@@ -13,8 +13,9 @@ import torch
 from drawings import save_drawings
 from running import folder_data
 from sdtune.backbone import Pretrained
-from sdtune.data.control.base import FromImage, Paired
+from sdtune.data.control.base import FromImage
 from sdtune.data.control.edges import Canny
+from sdtune.data.control.paired import Paired
 from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.agreement import agreement, mean_iou
 from sdtune.sampling.loop import Request, Sampling

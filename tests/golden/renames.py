@@ -12,7 +12,7 @@ RENAMED_KEYS: dict[str, str] = {
 """Config keys on the command line."""
 
 RENAMED_TARGETS: dict[str, str] = {
-    "sdtune.data.control.Paired": "sdtune.data.control.base.Paired",
+    "sdtune.data.control.Paired": "sdtune.data.control.paired.Paired",
     "sdtune.data.edges.Canny": "sdtune.data.control.edges.Canny",
     "sdtune.data.edges.Scribble": "sdtune.data.control.edges.Scribble",
     "sdtune.evaluation.ClipFigures": "sdtune.evaluation.ClipMetrics",

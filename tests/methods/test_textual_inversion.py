@@ -80,7 +80,7 @@ def test_prompt_is_expanded_to_all_vectors_of_a_token(tiny: Path) -> None:
     ids = backbone.tokenize(["A <My_Cat>, a <my_dog>.", "<my_cat>s x<my_cat> <my_dog>_1"])
     assert [i for i in ids[0].tolist() if i >= first] == [first, first + 1, first + 2]
     assert not (ids[1] >= first).any(), "a part of another word is not the token"
-    assert len(backbone.token_ids("<my_cat>")) == 2
+    assert len(backbone.token_ids(["<my_cat>"])[0]) == 2
 
 
 def test_invalid_tokens_are_refused(tiny: Path) -> None:

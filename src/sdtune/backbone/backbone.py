@@ -210,25 +210,18 @@ class Backbone(nn.Module):
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
-    def _token_ids(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> list[list[int]]:
         """Token ids of each prompt, untruncated and without start and end token."""
+        tokenizer = tokenizer or self.tokenizer
         if self.new_tokens is not None:
             return [self.new_tokens.ids(tokenizer, prompt) for prompt in prompts]
         ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False).input_ids
         return ids
 
-    def token_ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt``, untruncated and without start and end token."""
-        return self._token_ids(self.tokenizer, [prompt])[0]
-
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        """Number of tokens of each prompt with start and end token, untruncated; the limit is ``facts.max_tokens``."""
-        return [len(ids) + 2 for ids in self._token_ids(self.tokenizer, prompts)]
-
     def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
         """Token ids, int64 [B, L], padded and truncated to one or more windows of the text encoder's length."""
         tokenizer = tokenizer or self.tokenizer
-        return in_windows(tokenizer, self._token_ids(tokenizer, prompts), self._token_count, self.facts.windows)
+        return in_windows(tokenizer, self.token_ids(prompts, tokenizer), self._token_count, self.facts.windows)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""

@@ -51,7 +51,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
         *_sources(data),
         f"order: {epoch:,} step(s) per epoch at batch size {data.batch_size};"
         f" {steps:,} steps are {steps / epoch:.1f} epochs",
-        *(line for source in data.sources.values() for line in _class_images(source)),
+        *(line for source in data.parts.values() for line in _class_images(source)),
         *data.notices,
     ]
     for ((w, h), _), bucket in data.train_buckets.items():
@@ -66,11 +66,11 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
 
 def _sources(data: ImageDataModule) -> list[str]:
     """A line for each source of a mix: its images, and its share of an epoch."""
-    if len(data.sources) == 1:
+    if len(data.parts) == 1:
         return []
     lines = []
     total = sum(map(len, data.train_buckets.values()))
-    for number, (name, source) in enumerate(data.sources.items()):
+    for number, (name, source) in enumerate(data.parts.items()):
         used = 0
         for bucket in data.train_buckets.values():
             used += int((data.entries.sources[bucket.entries] == number).sum())
@@ -96,7 +96,7 @@ def size_warnings(data: ImageDataModule, side: int) -> list[str]:
     lines = []
     resolutions = {
         resolution: step
-        for source in data.sources.values()
+        for source in data.parts.values()
         for resolution, step in zip(source.resolutions.sides, source.resolutions.steps, strict=True)
     }
     for resolution, step in resolutions.items():
@@ -111,7 +111,7 @@ def size_warnings(data: ImageDataModule, side: int) -> list[str]:
                 f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not"
                 f" learn well at other sizes; data.resolution={side} is its own"
             )
-    for source in data.sources.values():
+    for source in data.parts.values():
         lines += _small_images(source)
     return lines
 

@@ -44,4 +44,7 @@ class TrainingImages(Callback):
                 image.save(partial, format="WEBP", quality=88)
             shown.append({"file": name, "caption": sample.caption, "repeats": sample.repeats})
         counts = {"images": len(data.train), "validation_images": len(data.held_out)}
-        write_json(self.folder / "images.json", {**counts, "class_images": len(data.class_samples), "shown": shown})
+        write_json(
+            self.folder / "images.json",
+            {**counts, "class_images": sum(len(part.class_samples) for part in data.parts.values()), "shown": shown},
+        )

@@ -14,6 +14,8 @@ from sdtune.quoting import in_quotes, override, shell_word
 _TEXTS = ("prompt", "data.prompt", "data.class_prompt", "data.trigger", "sampling.negative_prompt")
 """Settings whose value is a text, or a list of texts in brackets."""
 
+_TEXT_OF_SOURCE = r"\+\+data\.sources\.[\w-]+\.(prompt|class_prompt|trigger)"
+
 _LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",)}
 """Command -> its settings that are lists of numbers or names."""
 
@@ -41,9 +43,11 @@ def _for_hydra(command: str, text: str, multirun: bool) -> str:
     key, equals, value = text.partition("=")
     if not equals:
         return text
+    if re.match(r"data\.sources(\.|$)", key):  # Hydra adds unknown keys, such as names of sources, only with ++
+        key = f"++{key}"
     if command == "sample" and key in _SAMPLING:
         key = f"sampling.{key}"
-    if value and key in _TEXTS:
+    if value and (key in _TEXTS or re.fullmatch(_TEXT_OF_SOURCE, key)):
         return _text(key, value, multirun)
     if value and key in _LISTS.get(command, ()):
         return f"{key}={_list(key, value, multirun)}"

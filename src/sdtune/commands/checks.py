@@ -20,6 +20,7 @@ from sdtune.config.build import build
 from sdtune.config.model import CALLBACK_ARGUMENTS, check_model
 from sdtune.config.schema import check_node, check_value
 from sdtune.config.settings import Settings, check_name, read_settings
+from sdtune.config.sources import build_data, check_data
 from sdtune.config.targets import resolve
 from sdtune.config.trainer import check_trainer, trainer_arguments, with_epochs_as_steps
 from sdtune.data import ImageDataModule
@@ -41,7 +42,7 @@ def build_evaluation_data(config: dict[str, Any]) -> ImageDataModule:
     """
     settings = read_settings(config)
     check_node(config["backbone"], "backbone", settings.trust)
-    check_node(config["data"], "data", settings.trust, ("seed",))
+    check_data(config["data"], settings.trust)
     check_node(config["evaluation"], "evaluation", settings.trust, ())
     source = build(config["backbone"], settings.trust)
     data = _open_data(config, source.facts, settings)
@@ -79,7 +80,7 @@ def _exports(config: dict[str, Any], kind: Kind) -> list[Export]:
 
 
 def _open_data(config: dict[str, Any], facts: Facts, settings: Settings) -> ImageDataModule:
-    data: ImageDataModule = build(config["data"], settings.trust, {"seed": settings.seed})
+    data = build_data(config["data"], settings.trust, settings.seed)
     data.open(facts.side, facts.factor)
     return data
 
@@ -140,7 +141,7 @@ def check_run(
 def _check_nodes(config: dict[str, Any], trust: tuple[str, ...]) -> None:
     """Check each config group against the constructor that its ``_target_`` names."""
     check_model(config, trust)
-    check_node(config["data"], "data", trust, ("seed",))
+    check_data(config["data"], trust)
     check_node(config["evaluation"], "evaluation", trust, ())
     for key, node in config["logger"].items():
         # Loggers of other packages need not accept save_dir.

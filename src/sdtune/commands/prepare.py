@@ -54,11 +54,12 @@ def execute(run: TrainRun) -> None:
 def _write_grids(data: ImageDataModule, folder: Path) -> None:
     samples = list(data.train.first(_MAX_SHOWN))
     _write_grid(len(data.train), [s.pixels(data.bucket(s), CENTER, False) for s in samples], folder / "images.png")
-    if data.class_samples:
-        shown = list(data.class_samples[:_MAX_SHOWN])
-        _write_grid(len(data.class_samples), [s.pixels(s.size, CENTER, False) for s in shown], folder / "class.png")
+    class_samples = [sample for part in data.parts.values() for sample in part.class_samples]
+    if class_samples:
+        shown = class_samples[:_MAX_SHOWN]
+        _write_grid(len(class_samples), [s.pixels(s.size, CENTER, False) for s in shown], folder / "class.png")
         prompts: dict[str, list[str]] = {}
-        for sample in data.class_samples:
+        for sample in class_samples:
             prompts.setdefault(sample.caption, []).append(str(sample))
         for prompt, files in prompts.items():
             log.info("class images: %d of %r in %s", len(files), prompt, Path(files[0]).parent)

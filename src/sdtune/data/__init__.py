@@ -2,7 +2,8 @@
 
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.data.dataset import Batch
+from sdtune.data.mix import Mix
 from sdtune.data.samples import Sample
 from sdtune.data.sources import Folder, Table
 
-__all__ = ["Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample", "Table"]
+__all__ = ["Batch", "CacheInputs", "Folder", "ImageDataModule", "Mix", "Sample", "Table"]

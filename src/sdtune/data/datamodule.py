@@ -26,10 +26,10 @@ from sdtune.data.cache import TensorCache, keys_of_rank
 from sdtune.data.captions import CaptionRules, Captions
 from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, BatchSettings, ImageDataset, RowSettings, collate, init_worker
-from sdtune.data.entries import Entries, Resolutions, Share, buckets_of, entries_of, joined
+from sdtune.data.entries import Entries, Resolutions, Share, buckets_of, entries_of, join_entries
 from sdtune.data.order import Bucket, FixedBatches, MicroBatches, Order
 from sdtune.data.prior import GenerateImages, class_images, generate_missing
-from sdtune.data.samples import Sample, SampleList, Samples, View, latent_key, text_key
+from sdtune.data.samples import Sample, SampleList, SampleSequence, View, latent_key, text_key
 from sdtune.data.table import StoredImage
 from sdtune.data.table_samples import MaskSource
 from sdtune.data.templates import TemplateSet, templates
@@ -140,8 +140,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     factor: int = field(default=8, init=False)
     _opened_for: tuple[int, int] | None = field(default=None, init=False)
-    _train: Samples = field(default_factory=lambda: SampleList(()), init=False)
-    _held_out: Samples = field(default_factory=lambda: SampleList(()), init=False)
+    _train: SampleSequence = field(default_factory=lambda: SampleList(()), init=False)
+    _held_out: SampleSequence = field(default_factory=lambda: SampleList(()), init=False)
     resolutions: Resolutions = field(default_factory=lambda: Resolutions((), ()), init=False)
     latent_cache: TensorCache | None = field(default=None, init=False)
     text_cache: TensorCache | None = field(default=None, init=False)
@@ -152,6 +152,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     """Lines for the data summary about files and folders that are not used or look wrong."""
     skipped: list[StoredImage] = field(default_factory=list, init=False)
     """Damaged images that are left out."""
+    _skips_damaged: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -202,12 +203,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
 
     @property
-    def skips_damaged(self) -> bool:
-        """Whether images that become unreadable during training are replaced."""
-        return False
-
-    @property
-    def sources(self) -> dict[str, ImageDataModule]:
+    def parts(self) -> dict[str, ImageDataModule]:
         """The sources by name: this data module alone, unless it is a mix."""
         return {"": self}
 
@@ -227,20 +223,23 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             return
         self._opened_for, self.factor = (side, factor), factor
         self._set_resolutions(side)
-        self.notices = []
+        self.notices, self.skipped = [], []
         train, held_out = (self._as_samples(samples) for samples in self.read())
         self._train, self._held_out = train.first(self.limit), held_out.first(self.validation_limit)
         self._forget()
-        if self.control is not None:
-            self.control.open(self._train)
-            self.control.open(self._held_out)
+        self._open_controls()
         if self.has_prior and self.class_path is not None:
             self.class_samples = self.read_class(self.class_path)
         if self.has_prior:
             self._check_class_captions()
 
-    def _as_samples(self, samples: Sequence[Sample]) -> Samples:
-        return samples if isinstance(samples, Samples) else SampleList(samples, CaptionRules(self.captions))
+    def _open_controls(self) -> None:
+        if self.control is not None:
+            self.control.open(self._train)
+            self.control.open(self._held_out)
+
+    def _as_samples(self, samples: Sequence[Sample]) -> SampleSequence:
+        return samples if isinstance(samples, SampleSequence) else SampleList(samples, CaptionRules(self.captions))
 
     def _set_resolutions(self, side: int) -> None:
         """Set the resolutions; without ``data.resolution``, that of the backbone."""
@@ -277,12 +276,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return (self.class_prompt,) if isinstance(self.class_prompt, str) else tuple(self.class_prompt or ())
 
     @property
-    def train(self) -> Samples:
+    def train(self) -> SampleSequence:
         """Training samples, available after :meth:`open`."""
         return self._train
 
     @property
-    def held_out(self) -> Samples:
+    def held_out(self) -> SampleSequence:
         """Held-out samples for validation, available after :meth:`open`."""
         return self._held_out
 
@@ -298,17 +297,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     @cached_property
     def entries(self) -> Entries:
         """Entries of the training samples."""
-        return joined([entries_of(s.train, s.resolutions, n) for n, s in enumerate(self.sources.values())])
+        return join_entries([entries_of(s.train, s.resolutions, n) for n, s in enumerate(self.parts.values())])
 
     @cached_property
     def held_out_entries(self) -> Entries:
         """Entries of the held-out samples."""
-        return joined([entries_of(s.held_out, s.resolutions, n) for n, s in enumerate(self.sources.values())])
+        return join_entries([entries_of(s.held_out, s.resolutions, n) for n, s in enumerate(self.parts.values())])
 
     @cached_property
     def train_buckets(self) -> dict[tuple[Size, bool], Bucket]:
         """Buckets of the training by size (width, height) and whether they have class images."""
-        shares = [Share(name, s.weight, s.has_prior) for name, s in self.sources.items()]
+        shares = [Share(name, s.weight, s.has_prior) for name, s in self.parts.items()]
         return buckets_of(self.entries, shares)
 
     def order(self) -> Order:
@@ -317,27 +316,32 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def training_prompts(self) -> Iterator[str]:
         """The prompts of the training images, without draws and duplicates; read one after the other."""
-        return prompts.distinct(
-            prompts.of_samples(source.train, source.prompt_templates) for source in self.sources.values()
-        )
+        return prompts.distinct(source.of_training() for source in self._prompt_sources())
+
+    def all_prompts(self) -> Iterator[str]:
+        """All prompts of training and validation, without draws and duplicates; read one after the other.
+
+        They include those of class images, and those that replace dropped captions.
+        """
+        return prompts.distinct(source.every() for source in self._prompt_sources())
 
     def trigger_words(self) -> str | None:
         """``trigger``, or the words that all captions have in common (:func:`sdtune.data.triggers.trigger_words`)."""
         return self.trigger or triggers.trigger_words(self.training_prompts())
 
+    def _prompt_sources(self) -> list[prompts.PromptSource]:
+        return [source._prompt_source() for source in self.parts.values()]
+
+    def _prompt_source(self) -> prompts.PromptSource:
+        # Captions of class images have no trigger word, so a dropped one is empty.
+        dropped = [self._dropped_prompt, *([""] if self.has_prior else [])] if self.caption_dropout else []
+        class_captions = [sample.caption for sample in self.class_samples]
+        return prompts.PromptSource(self.train, self.held_out, self.prompt_templates, class_captions, dropped)
+
     @property
-    def caption_dropout_prompt(self) -> str:
+    def _dropped_prompt(self) -> str:
         """Prompt that replaces a dropped caption: the trigger word, or an empty text."""
         return self.trigger or ""
-
-    def all_prompts(self) -> Iterator[str]:
-        """The prompts of training and validation, without draws and duplicates, and those of class images and dropped
-        captions; read one after the other."""
-        return prompts.distinct(prompts.of_source(source) for source in self.sources.values())
-
-    def cacheable_prompts(self) -> list[str] | None:
-        """All prompts that a training can use; None if they are too many, because captions are drawn anew."""
-        return prompts.variants_of_sources([*self.sources.values()])
 
     # --- checkpoints
 
@@ -348,11 +352,13 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         It covers images, masks, control maps, class images, captions, repeats and order.
         """
         digest = hashlib.sha256()
-        for name, source in self.sources.items():
+        for name, source in self.parts.items():
             digest.update(f"{name}|{source.weight}\n".encode() if name else b"")
             for samples in (source.train, source.held_out):
                 sizes = entries_of(samples, source.resolutions).sizes if source.mask is not None else None
-                samples.update_digest(digest.update, sizes)
+                samples.update_digest(
+                    digest.update, sizes, maps=source.control is not None and source.control.reads_files
+                )
             for sample in source.class_samples if source.class_path is not None else ():
                 digest.update(f"class|{sample.content()}|{sample.caption}\n".encode())
         return digest.hexdigest()
@@ -402,14 +408,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             )
         # Another run may have used this data module before, with other parts trained.
         self.latent_cache = self.text_cache = None
-        for source in self.sources.values():
+        for source in self.parts.values():
             if source.control is not None:
                 every = itertools.chain(source.train, source.held_out)
                 source.control.prepare(every, inputs.rank, inputs.processes, inputs.device)
         if self.cache_latents and inputs.encode_images is not None:
             self.latent_cache = TensorCache(inputs.folder / "latents" / inputs.vae_key)
             self._fill_latents(self.latent_cache, inputs)
-        if self.cache_text and inputs.encode_text is not None and (all_prompts := self.cacheable_prompts()) is not None:
+        all_prompts = None
+        if self.cache_text and inputs.encode_text is not None:
+            all_prompts = prompts.all_variants(self._prompt_sources())
+        if all_prompts is not None and inputs.encode_text is not None:
             self.text_cache = TensorCache(inputs.folder / "text" / inputs.text_encoder_key)
             keys = {text_key(prompt): prompt for prompt in all_prompts}
             rank_prompts = {key: keys[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
@@ -419,7 +428,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:
         assert inputs.encode_images is not None
         encode_images = inputs.encode_images
-        flips = {name: (False, True) if source.flip else (False,) for name, source in self.sources.items()}
+        flips = {name: (False, True) if source.flip else (False,) for name, source in self.parts.items()}
         views: dict[str, View] = {}
         for name, sample, size in self._sized_samples():
             for flip in flips[name]:
@@ -437,7 +446,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def _sized_samples(self) -> Iterator[tuple[str, Sample, Size]]:
         """Source, sample and training size of everything that the latent cache holds."""
-        names, sources = [*self.sources], [*self.sources.values()]
+        names, sources = [*self.parts], [*self.parts.values()]
         for entries, samples in (
             (self.entries, [source.train for source in sources]),
             (self.held_out_entries, [source.held_out for source in sources]),
@@ -465,7 +474,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             start=lambda: trainer.global_step,
         )
         workers = self._automatic_workers() if self.workers is None else self.workers
-        samples = [source.train for source in self.sources.values()]
+        samples = [source.train for source in self.parts.values()]
         return self._loader(self._dataset(samples, self.entries, order.buckets, training=True), sampler, workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -474,7 +483,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         trainer = self.trainer
         assert trainer is not None
         micro_batch_size = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
-        buckets = buckets_of(self.held_out_entries, [Share()] * len(self.sources))
+        buckets = buckets_of(self.held_out_entries, [Share()] * len(self.parts))
         sampler = FixedBatches(
             [bucket.entries for bucket in buckets.values()],
             micro_batch_size,
@@ -482,14 +491,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             trainer.global_rank,
             trainer.world_size,
         )
-        samples = [source.held_out for source in self.sources.values()]
+        samples = [source.held_out for source in self.parts.values()]
         dataset = self._dataset(samples, self.held_out_entries, (), training=False)
         return self._loader(dataset, sampler, self.workers or 0)
 
     def _dataset(
-        self, samples: Sequence[Samples], entries: Entries, buckets: Sequence[Bucket], *, training: bool
+        self, samples: Sequence[SampleSequence], entries: Entries, buckets: Sequence[Bucket], *, training: bool
     ) -> ImageDataset:
-        sources = [*self.sources.values()]
+        sources = [*self.parts.values()]
         weights = {(source.loss_weight, source.prior_weight if source.has_prior else 1.0) for source in sources}
         common = BatchSettings(
             seed=self.seed,
@@ -500,22 +509,22 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             latent_cache=self.latent_cache,
             text_cache=self.text_cache,
         )
-        rows = [source.row_settings() for source in sources]
+        rows = [source._row_settings() for source in sources]
         return ImageDataset(common, rows, samples, entries, buckets, training=training)
 
-    def row_settings(self) -> RowSettings:
+    def _row_settings(self) -> RowSettings:
         """Settings of the rows of this source."""
         return RowSettings(
             rules=self.train.rules,
             prompt_templates=self.prompt_templates,
-            caption_dropout_prompt=self.caption_dropout_prompt,
+            caption_dropout_prompt=self._dropped_prompt,
             caption_dropout=self.caption_dropout,
             flip=self.flip,
             random_crop=self.random_crop,
             masked=self.mask is not None,
             control=self.control,
             class_samples=self.class_samples if self.has_prior else (),
-            skips_damaged=self.skips_damaged,
+            skips_damaged=self._skips_damaged,
             loss_weight=self.loss_weight,
             prior_weight=self.prior_weight,
         )
@@ -540,7 +549,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         """
         trainer, resolution = self.trainer, self.side
         assert trainer is not None
-        sources = [*self.sources.values()]
+        sources = [*self.parts.values()]
         has_control = any(source.control is not None for source in sources)
         is_decoding = self.latent_cache is None or has_control or any(source.mask is not None for source in sources)
         if trainer.strategy.root_device.type != "cuda" or not is_decoding:

@@ -22,7 +22,7 @@ from sdtune.data.control.base import Control, map_to_tensor
 from sdtune.data.entries import Entries
 from sdtune.data.order import Bucket, ScheduledSample
 from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index
-from sdtune.data.samples import Sample, Samples, latent_key, masked, text_key, to_tensor
+from sdtune.data.samples import Sample, SampleSequence, latent_key, masked, text_key, to_tensor
 from sdtune.errors import UserError
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.images.files import CENTER, frame
@@ -123,7 +123,7 @@ class ImageDataset(Dataset[list[Row]]):
         self,
         common: BatchSettings,
         sources: Sequence[RowSettings],
-        samples: Sequence[Samples],
+        samples: Sequence[SampleSequence],
         entries: Entries,
         buckets: Sequence[Bucket],
         *,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sdtune.data.buckets import Size, assign, assign_all, bucket_sizes
 from sdtune.data.order import Bucket, Drawn
-from sdtune.data.samples import Samples
+from sdtune.data.samples import SampleSequence
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Entries:
         return width, height
 
 
-def entries_of(samples: Samples, resolutions: Resolutions, source: int = 0) -> Entries:
+def entries_of(samples: SampleSequence, resolutions: Resolutions, source: int = 0) -> Entries:
     """Entries of the ``samples`` of one source.
 
     At the lowest resolution every image has an entry, and a small one is trained at its own size
@@ -88,7 +88,7 @@ def entries_of(samples: Samples, resolutions: Resolutions, source: int = 0) -> E
     )
 
 
-def joined(parts: Sequence[Entries]) -> Entries:
+def join_entries(parts: Sequence[Entries]) -> Entries:
     """The entries of several sources, one after the other."""
     return Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS))
 

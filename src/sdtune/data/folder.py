@@ -17,7 +17,7 @@ from typing import Any
 from sdtune.data.control.paired import maps_of_images
 from sdtune.data.indexing import file_state, make_table, table_lock
 from sdtune.data.listing import count_and_names, list_files
-from sdtune.data.table import SampleTable, StoredImage, TableFacts, TableRow, open_table
+from sdtune.data.table import MappedTable, StoredImage, TableFacts, TableRow, open_table
 from sdtune.errors import UserError
 from sdtune.files import mark_used
 from sdtune.images.files import SUFFIXES
@@ -63,7 +63,7 @@ def folder_table(
     count: int | None = None,
     *,
     rehash: bool = False,
-) -> SampleTable:
+) -> MappedTable:
     """The table of an image folder, in the cache; made or brought up to date if files have changed.
 
     A file counts as unchanged if its path, size and modification time are.
@@ -164,7 +164,10 @@ def list_image_folder(
         for image in images
     )
     notices = (*listing.lines(folder), *_unused(files, images, folder), *_root_name_warning(folder, key))
-    return ImageFolder(rows, TableFacts("", _identity(states), notices, _empty_captions(images, captions, folder)))
+    facts = TableFacts(
+        sources=_identity(states), notices=notices, empty_captions=_empty_captions(images, captions, folder)
+    )
+    return ImageFolder(rows, facts)
 
 
 def mask_path(image: Path) -> Path:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from sdtune.data.table import (
-    SampleTable,
+    MappedTable,
     StoredImage,
     TableFacts,
     TableRow,
@@ -74,7 +74,7 @@ def make_table(
     *,
     rehash: bool = False,
     title: str = "Reading images",
-) -> SampleTable:
+) -> MappedTable:
     """Read the images, masks and control maps of ``rows``, and write the table to ``file``.
 
     Images whose place, size and time are in the table that ``file`` already holds are not read again. A journal next to
@@ -84,7 +84,7 @@ def make_table(
         file: path of the table; the caller holds :func:`table_lock`.
         rows: rows with images that were not read yet (:func:`stored`).
         count: number of rows.
-        facts: what the table states about itself; its digest is computed.
+        facts: what the table states about itself; its digests are computed.
         rehash: read every image, although it seems unchanged.
         title: text of the progress bar.
     """
@@ -95,18 +95,20 @@ def make_table(
     else:
         earlier = [batch for part in (file, *segments) for batch in _batches_of_table(part)]
     known = KnownImages(earlier, file.parent)
-    digest, batches = hashlib.sha256(), []
+    digests, batches = [hashlib.sha256() for _ in _ROLES], []
     with bar(title, count) as progress, ThreadPoolExecutor(usable_cores()) as pool:
         iterator = iter(rows)
         while chunk := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
             read = list(pool.map(partial(_read_row, known=known), chunk))
-            digest.update(b"".join(row.content() + b"\n" for row, _ in read))
+            for digest, contents in zip(digests, zip(*(row.contents() for row, _ in read), strict=True), strict=True):
+                digest.update(b"".join(contents))
             batches.append(record_batch([row for row, _ in read], file.parent))
             if any(is_new for _, is_new in read):
                 number = len(segments) + len(batches)
                 write_table(journal / f"{number:06d}.arrow", batches[-1:], TableFacts(), sync=False)
             progress(len(chunk))
-    write_table(file, batches, replace(facts, digest=digest.hexdigest()))
+    image, mask, control = (digest.hexdigest() for digest in digests)
+    write_table(file, batches, replace(facts, digest=image, mask_digest=mask, control_digest=control))
     shutil.rmtree(journal, ignore_errors=True)
     return open_table(file)
 
@@ -190,7 +192,7 @@ def _hash(image: StoredImage, role: ImageRole) -> int:
 
 def _batches_of_table(file: Path) -> Sequence[pa.RecordBatch]:
     with suppress(UserError):  # none yet, or one of another version, which is made again
-        return SampleTable(file).batches
+        return MappedTable(file).batches
     return ()
 
 

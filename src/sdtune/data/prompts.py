@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from sdtune.data.captions import CaptionRules, CaptionTexts
-from sdtune.data.samples import Samples
+from sdtune.data.samples import SampleSequence
 
-if TYPE_CHECKING:
-    from sdtune.data.datamodule import ImageDataModule
+
+@dataclass(frozen=True)
+class PromptSource:
+    """What the prompts of a source are made from.
+
+    Args:
+        train, held_out: samples of training and validation.
+        templates: prompt templates with ``{}`` for the caption; validation uses the first.
+        class_captions: captions of the class images.
+        dropped: prompts that replace dropped captions; empty without caption dropout.
+    """
+
+    train: SampleSequence
+    held_out: SampleSequence
+    templates: Sequence[str]
+    class_captions: Sequence[str]
+    dropped: Sequence[str]
+
+    def of_training(self) -> Iterator[str]:
+        """Every caption of the training in every template, without draws."""
+        return (t.replace("{}", caption) for caption in self.train.captions() for t in self.templates)
+
+    def every(self) -> Iterator[str]:
+        """Prompts of training and validation without draws, and those of class images and dropped captions."""
+        yield from self.of_training()
+        yield from (self.templates[0].replace("{}", caption) for caption in self.held_out.captions())
+        yield from self._of_settings()
+
+    def _of_settings(self) -> Iterator[str]:
+        yield from (CaptionRules().fixed(CaptionTexts((caption,))) for caption in self.class_captions)
+        yield from self.dropped
+
+    def variants(self) -> Iterator[list[str] | None]:
+        """All prompts that a training can use, for one sample after the other; None for one that has too many."""
+        for samples, templates in ((self.train, self.templates), (self.held_out, self.templates[:1])):
+            for texts in samples.every_texts():
+                captions = samples.rules.variants(texts)
+                yield None if captions is None else [t.replace("{}", c) for c in captions for t in templates]
+        yield list(self._of_settings())
 
 
 def distinct(parts: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -22,40 +59,14 @@ def distinct(parts: Iterable[Iterable[str]]) -> Iterator[str]:
             yield text
 
 
-def of_samples(samples: Samples, templates: Sequence[str]) -> Iterator[str]:
-    """Every caption in every template."""
-    return (template.replace("{}", caption) for caption in samples.captions() for template in templates)
-
-
-def of_source(source: ImageDataModule) -> Iterator[str]:
-    """Prompts of training and validation without draws, and those of class images and dropped captions."""
-    yield from of_samples(source.train, source.prompt_templates)
-    yield from of_samples(source.held_out, source.prompt_templates[:1])
-    yield from _fixed_prompts(source)
-
-
-def _fixed_prompts(source: ImageDataModule) -> Iterator[str]:
-    """Prompts of class images and dropped captions."""
-    for sample in source.class_samples:
-        yield CaptionRules().fixed(CaptionTexts((sample.caption,)))
-    if source.caption_dropout:
-        yield source.caption_dropout_prompt
-        if source.has_prior:  # captions of class images have no trigger word, so a dropped one is empty
-            yield ""
-
-
-def variants_of_sources(sources: Sequence[ImageDataModule]) -> list[str] | None:
+def all_variants(sources: Sequence[PromptSource]) -> list[str] | None:
     """All prompts that a training on ``sources`` can use; None if they are too many to be encoded before it."""
-    if any(source.captions.draws_tags for source in sources):
+    if any(source.train.rules.settings.draws_tags for source in sources):
         return None
     found: dict[str, None] = {}
     for source in sources:
-        templates = source.prompt_templates
-        for samples, used in ((source.train, templates), (source.held_out, templates[:1])):
-            for texts in samples.every_texts():
-                variants = samples.rules.variants(texts)
-                if variants is None:
-                    return None
-                found |= dict.fromkeys(t.replace("{}", v) for v in variants for t in used)
-        found |= dict.fromkeys(_fixed_prompts(source))
+        for prompts in source.variants():
+            if prompts is None:
+                return None
+            found |= dict.fromkeys(prompts)
     return list(found)

@@ -50,7 +50,7 @@ class Masked(Sample, Protocol):
         """Loss mask uint8 [H, W], 255 where the loss counts, scaled and cropped like the image."""
 
 
-class Samples(Sequence[Sample], ABC):
+class SampleSequence(Sequence[Sample], ABC):
     """Sequence of samples whose numbers are arrays, so that a million samples need no million objects.
 
     Args:
@@ -85,16 +85,19 @@ class Samples(Sequence[Sample], ABC):
         """Captions of all samples, in order."""
 
     @abstractmethod
-    def select(self, indices: npt.NDArray[np.int64]) -> Samples:
+    def select(self, indices: npt.NDArray[np.int64]) -> SampleSequence:
         """The samples of ``indices``, in this order."""
 
     @abstractmethod
-    def update_digest(self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None) -> None:
+    def update_digest(
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+    ) -> None:
         """Hash contents, captions and repeats.
 
         Args:
             update: receives bytes.
             mask_sizes: training size (width, height) of each sample, int64 [N, 2], if masks are used; else None.
+            maps: whether control maps that are files are used.
         """
 
     @abstractmethod
@@ -104,7 +107,7 @@ class Samples(Sequence[Sample], ABC):
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
-    def first(self, count: int | None) -> Samples:
+    def first(self, count: int | None) -> SampleSequence:
         """The first ``count`` samples; all for None."""
         return self if count is None or count >= len(self) else self.select(np.arange(count))
 
@@ -113,8 +116,8 @@ class Samples(Sequence[Sample], ABC):
         return (self.rules.fixed(texts) for texts in self.every_texts())
 
 
-class SampleList(Samples):
-    """Samples in a list.
+class SampleList(SampleSequence):
+    """SampleSequence in a list.
 
     Args:
         samples: the samples; with prior preservation, their repeats are those of the class images.
@@ -147,7 +150,9 @@ class SampleList(Samples):
     def select(self, indices: npt.NDArray[np.int64]) -> SampleList:
         return SampleList([self._samples[int(index)] for index in indices], self.rules)
 
-    def update_digest(self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None) -> None:
+    def update_digest(
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+    ) -> None:
         for number, sample in enumerate(self._samples):
             caption = self.rules.fixed(CaptionTexts((sample.caption,)))
             update(f"{sample.content()}|{sample.repeats}|{caption}\n".encode())

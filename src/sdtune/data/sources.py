@@ -14,8 +14,8 @@ from sdtune.data.captions import CaptionRules
 from sdtune.data.control.paired import Paired
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.folder import folder_table, is_root_name_warning, kohya_parent
-from sdtune.data.samples import Samples
-from sdtune.data.table import SampleTable, open_table
+from sdtune.data.samples import SampleSequence
+from sdtune.data.table import MappedTable, open_table
 from sdtune.data.table_samples import TableSamples
 from sdtune.errors import UserError
 
@@ -53,14 +53,14 @@ class FileImages(ImageDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.name = Path(self.path).expanduser().resolve().stem
+        self.name, self._skips_damaged = Path(self.path).expanduser().resolve().stem, self.damaged == "skip"
         if self.hold_out and self.validation_path:
             raise UserError(
                 "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"
             )
 
     @abstractmethod
-    def table(self, path: str, key: str, count: int | None) -> SampleTable:
+    def table(self, path: str, key: str, count: int | None) -> MappedTable:
         """The table of the images in ``path``.
 
         Args:
@@ -68,12 +68,8 @@ class FileImages(ImageDataModule):
             count: number of images that are needed; None: all.
         """
 
-    @property
-    def skips_damaged(self) -> bool:
-        return self.damaged == "skip"
-
-    def read(self) -> tuple[Samples, Samples]:
-        self._uses_prompt, self.skipped = False, []
+    def read(self) -> tuple[SampleSequence, SampleSequence]:
+        self._uses_prompt = False
         rules = CaptionRules(self.captions, self.prompt, self.trigger)
         every = self._samples(self.path, "data.path", rules, self._needed())
         held_out = every.select(np.zeros(0, np.int64))
@@ -99,7 +95,7 @@ class FileImages(ImageDataModule):
             self.notices.append("WARNING: data.mask=alpha, but no image has transparency; all pixels count")
         return train, held_out
 
-    def read_class(self, path: str) -> Samples:
+    def read_class(self, path: str) -> SampleSequence:
         assert isinstance(self.class_prompt, str | None)
         rules = CaptionRules(prompt=self.class_prompt)
         return self._samples(path, "data.class_path", rules, None, masks=False).once()
@@ -238,9 +234,16 @@ class Folder(FileImages):
         """Folder of control maps."""
         return self.control.path if isinstance(self.control, Paired) else None
 
-    def table(self, path: str, key: str, count: int | None) -> SampleTable:
+    def table(self, path: str, key: str, count: int | None) -> MappedTable:
         maps = None if key == "data.class_path" else self._maps
-        return folder_table(path, key, self._roles(key), maps, count, rehash=self.rehash)
+        table = folder_table(path, key, self._roles(key), maps, count, rehash=self.rehash)
+        if not self.captions.sentences and (second := np.flatnonzero(table.text_counts("sentences")))[:1].size:
+            raise UserError(
+                f"{table.row(int(second[0])).image.place} has two captions, a .txt and a .caption file",
+                key=key,
+                remedy="remove one, or set data.captions.kind=tags data.captions.sentences=0.5 to use both",
+            )
+        return table
 
 
 @dataclass(kw_only=True, eq=False)
@@ -251,7 +254,7 @@ class Table(FileImages):
         path: the table, a file.
     """
 
-    def table(self, path: str, key: str, count: int | None) -> SampleTable:
+    def table(self, path: str, key: str, count: int | None) -> MappedTable:
         file = Path(path).expanduser().absolute()
         if file.is_dir():
             if key == "data.path":

@@ -90,6 +90,10 @@ class StoredImage:
         """(width, height) in pixels."""
         return self.width, self.height
 
+    def content(self) -> str:
+        """What the bytes mean for a training."""
+        return f"{self.sha256.hex() if self.sha256 else None}|{self.width}x{self.height}|{self.problem is not None}"
+
     def key(self) -> str:
         """What identifies the bytes without reading them: place, size and time."""
         file, offset, length = self.place
@@ -119,16 +123,14 @@ class TableRow:
     mask: StoredImage | None = None
     control: StoredImage | None = None
 
-    def content(self) -> bytes:
-        """What the row means for a training: all but the places of its files, and their times."""
+    def contents(self) -> tuple[bytes, bytes, bytes]:
+        """What the image with its captions, the mask and the control map mean for a training, without their places."""
+        texts = json.dumps([self.captions, self.weights, self.sentences, self.repeats])
+        return f"{self.image.content()}|{texts}\n".encode(), _content(self.mask), _content(self.control)
 
-        def image_content(image: StoredImage | None) -> list[Any] | None:
-            if image is None:
-                return None
-            return [image.sha256.hex() if image.sha256 else None, image.size, image.problem is not None]
 
-        images = [image_content(image) for image in (self.image, self.mask, self.control)]
-        return json.dumps([images, self.captions, self.weights, self.sentences, self.repeats]).encode()
+def _content(image: StoredImage | None) -> bytes:
+    return b"-\n" if image is None else f"{image.content()}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,21 @@ class TableFacts:
     """What a table states about itself.
 
     Args:
-        digest: hash of the contents of all rows (:meth:`TableRow.content`), in order.
+        digest, mask_digest, control_digest: hashes of the contents of all rows (:meth:`TableRow.contents`), in order.
         sources: what the table was made from; the same text means the same sources.
         notices: lines for the data summary.
         empty_captions: number and first names of the images whose caption is empty; an empty text if there are none.
     """
 
     digest: str = ""
+    mask_digest: str = ""
+    control_digest: str = ""
     sources: str = ""
     notices: tuple[str, ...] = ()
     empty_captions: str = ""
 
 
-class SampleTable:
+class MappedTable:
     """A table file, memory-mapped; rows are read when they are asked for.
 
     Args:
@@ -176,7 +180,8 @@ class SampleTable:
             )
         self.file = file
         values = json.loads(metadata)
-        self.facts = TableFacts(values["digest"], values["sources"], tuple(values["notices"]), values["empty_captions"])
+        facts = {name: values[name] for name in TableFacts.__dataclass_fields__}
+        self.facts = TableFacts(**{**facts, "notices": tuple(facts["notices"])})
         self._arrays: dict[tuple[str, ...], list[pa.Array]] = {}
         self._length: int = sum(batch.num_rows for batch in self.batches)
 
@@ -283,22 +288,22 @@ _TEXTS_AT_ONCE = 1024
 _STORED_FIELDS = [field.name for field in _STORED_IMAGE]
 
 
-def open_table(file: Path, key: str = "data.path") -> SampleTable:
+def open_table(file: Path, key: str = "data.path") -> MappedTable:
     """The table in ``file``; jobs of a sweep in one process share it, unless the file has changed.
 
     Raises:
-        UserError: as :class:`SampleTable`.
+        UserError: as :class:`MappedTable`.
     """
     try:
         state = file.stat()
     except OSError:
-        return SampleTable(file, key)
+        return MappedTable(file, key)
     return _opened_table(file, key, state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _opened_table(file: Path, key: str, *state: int) -> SampleTable:
-    return SampleTable(file, key)
+def _opened_table(file: Path, key: str, *state: int) -> MappedTable:
+    return MappedTable(file, key)
 
 
 def stored_image(values: Mapping[str, Any], base: Path) -> StoredImage:

@@ -1,4 +1,4 @@
-"""Samples of a table: rows with the settings of a training applied; objects are made when they are asked for."""
+"""SampleSequence of a table: rows with the settings of a training applied; objects are made when they are asked for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdtune.data.captions import CaptionRules, CaptionTexts
-from sdtune.data.samples import Samples
-from sdtune.data.table import SampleTable, StoredImage
+from sdtune.data.samples import SampleSequence
+from sdtune.data.table import MappedTable, StoredImage
 from sdtune.images.files import open_alpha, open_image, open_mask, resize_and_crop
 from sdtune.images.places import Place
 
@@ -35,7 +35,7 @@ class TableSample:
         mask_source: source of the loss mask; None without masks.
     """
 
-    table: SampleTable
+    table: MappedTable
     row: int
     rules: CaptionRules
     size: tuple[int, int]
@@ -87,7 +87,7 @@ class TableSample:
         return open_alpha(self.place) or Image.new("L", self.size, 255)
 
 
-class TableSamples(Samples):
+class TableSamples(SampleSequence):
     """Rows of a table as samples.
 
     Args:
@@ -100,7 +100,7 @@ class TableSamples(Samples):
 
     def __init__(
         self,
-        table: SampleTable,
+        table: MappedTable,
         rules: CaptionRules,
         repeats: int = 1,
         mask_source: MaskSource | None = None,
@@ -186,7 +186,12 @@ class TableSamples(Samples):
     def select(self, indices: npt.NDArray[np.int64]) -> TableSamples:
         return TableSamples(self.table, self.rules, self._factor, self._mask_source, self.rows[indices])
 
-    def update_digest(self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None) -> None:
-        rows = hashlib.sha256(self.rows.tobytes()).hexdigest()
-        masks = None if mask_sizes is None else self._mask_source
-        update(f"{self.table.facts.digest}|{rows}|{self._factor}|{masks}|{self.rules}\n".encode())
+    def update_digest(
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+    ) -> None:
+        facts, rows = self.table.facts, hashlib.sha256(self.rows.tobytes()).hexdigest()
+        update(f"{facts.digest}|{rows}|{self._factor}|{self.rules}\n".encode())
+        if mask_sizes is not None:
+            update(f"{self._mask_source}|{facts.mask_digest if self._mask_source == 'file' else ''}\n".encode())
+        if maps:
+            update(f"{facts.control_digest}\n".encode())

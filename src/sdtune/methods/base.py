@@ -470,7 +470,7 @@ class Adapter(pl.LightningModule, ABC):
         sums, counts = per_sample.detach() @ batch["sources"], batch["sources"].sum(0)
         return {
             f"{metric}/source/{name}{part}": values[number]
-            for number, name in enumerate(data.sources)
+            for number, name in enumerate(data.parts)
             for part, values in zip(PARTS, (sums, counts), strict=True)
         }
 
@@ -490,7 +490,7 @@ class Adapter(pl.LightningModule, ABC):
         """Divide the sums over all processes by the counts."""
         if self.validation_aborted:
             return
-        names = ["validation_loss", *self.source_metrics("validation_loss")]
+        names = ["validation_loss", *source_metrics(self.trainer, "validation_loss")]
         parts = [self._validation_sums.get(f"{name}{part}", 0.0) for name in names for part in PARTS]
         table = torch.stack([torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in parts])
         if self.trainer.world_size > 1:
@@ -498,12 +498,6 @@ class Adapter(pl.LightningModule, ABC):
         for name, total, count in zip(names, table[0::2], table[1::2], strict=True):
             # logger=False: MetricsRecorder sends the values to the loggers, with the same step as in metrics.csv.
             self.log(name, total / count, sync_dist=True, logger=False)
-
-    def source_metrics(self, metric: str) -> list[str]:
-        """Names of ``metric`` for each source of a mix."""
-        data = getattr(self.trainer, "datamodule", None)
-        sources = list(data.sources) if isinstance(data, ImageDataModule) else []
-        return [f"{metric}/source/{name}" for name in sources if len(sources) > 1]
 
     # --- the optimizer
 
@@ -566,6 +560,13 @@ class Adapter(pl.LightningModule, ABC):
         """
         check_same_backbone(checkpoint["sdtune"]["backbone"], self.source)
         complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())
+
+
+def source_metrics(trainer: pl.Trainer, metric: str) -> list[str]:
+    """Names of ``metric`` for each source of a mix; none for other data."""
+    data = getattr(trainer, "datamodule", None)
+    sources = list(data.parts) if isinstance(data, ImageDataModule) else []
+    return [f"{metric}/source/{name}" for name in sources if len(sources) > 1]
 
 
 def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> 
     """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
     limit = backbone.facts.max_tokens
     for prompt in dict.fromkeys(prompts):
-        length = backbone.token_counts([prompt])[0]
+        length = count_tokens(backbone, [prompt])[0]
         if length > limit:
             log.warning(
                 "WARNING: a prompt has %d tokens, the limit is %d; its end is not used: %r",
@@ -70,9 +70,14 @@ def warn_about_options(prompts: Iterable[str]) -> None:
         log.warning("WARNING: %s in a prompt is plain text; options are read in a file: prompts_file=FILE", options)
 
 
+def count_tokens(backbone: Backbone, prompts: Sequence[str]) -> list[int]:
+    """Number of tokens of each prompt with start and end token, untruncated; the limit is ``facts.max_tokens``."""
+    return [len(ids) + 2 for ids in backbone.token_ids(prompts)]
+
+
 def _truncated_end(backbone: Backbone, prompt: str) -> str:
     """The end of ``prompt`` that is truncated, decoded by the tokenizer."""
-    ids, tokens = backbone.token_ids(prompt)[backbone.facts.max_tokens - 2 :], backbone.new_tokens
+    ids, tokens = backbone.token_ids([prompt])[0][backbone.facts.max_tokens - 2 :], backbone.new_tokens
     known = [i for i in ids if i < len(backbone.tokenizer)]
     rows = {i - len(backbone.tokenizer) for i in ids if i not in known}
     names = [] if tokens is None else [token for token in tokens.vector_counts if rows & {*tokens.rows(token)}]

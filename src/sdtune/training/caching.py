@@ -56,15 +56,16 @@ def generate_class_images(
     Called before the training model is moved to the device, which then has room for the model that generates them.
     """
     device = trainer.strategy.root_device
-    inputs = _class_image_inputs(source, seed, device, precision, vae_tiling, data.side)
-    _fill_together(data.generate_class_images, inputs, trainer)
+    for part in data.parts.values():
+        inputs = _class_image_inputs(source, seed, device, precision, vae_tiling, part.side)
+        _fill_together(part.generate_class_images, inputs, trainer)
 
 
 def fill_caches(parts: CachedParts, data: ImageDataModule, trainer: pl.Trainer) -> None:
     """Generate the class images of ``data`` and fill its caches; the processes of ``trainer`` share the work."""
-    inputs = _cache_inputs(parts, data.side)
-    for fill in (data.generate_class_images, data.prepare):
-        _fill_together(fill, inputs, trainer)
+    for part in data.parts.values():
+        _fill_together(part.generate_class_images, _cache_inputs(parts, part.side), trainer)
+    _fill_together(data.prepare, _cache_inputs(parts, data.side), trainer)
 
 
 def _fill_together(fill: Callable[[CacheInputs], None], inputs: CacheInputs, trainer: pl.Trainer) -> None:

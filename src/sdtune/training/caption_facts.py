@@ -18,6 +18,7 @@ from sdtune.errors import UserError
 from sdtune.files import mark_used, read_json, write_json
 from sdtune.paths import cache_folder
 from sdtune.progress import bar
+from sdtune.sampling.prompts import count_tokens
 
 COUNTED = 20_000
 """Images whose captions a training counts before its first step; ``sdtune prepare`` counts all."""
@@ -67,7 +68,7 @@ def caption_facts(
         tokenizer: folder of the tokenizer.
         complete: count the captions of all images; otherwise at most those of :data:`COUNTED` images.
     """
-    total = sum(len(source.train) + len(source.held_out) for source in data.sources.values())
+    total = sum(len(source.train) + len(source.held_out) for source in data.parts.values())
     file = cache_folder() / "tables" / f"captions-{_key(data, backbone, tokenizer)}.json"
     if (known := _read(file)) is not None and (known.is_complete or not complete):
         mark_used(file)
@@ -88,9 +89,9 @@ def _read(file: Path) -> CaptionFacts | None:
 
 def _key(data: ImageDataModule, backbone: Backbone, tokenizer: Path) -> str:
     digest = hashlib.sha256(data.fingerprint.encode())
-    for source in data.sources.values():
-        digest.update(repr((source.prompt_templates, str(source.train.rules), source.caption_dropout)).encode())
-        digest.update(repr((source.class_prompts, source.trigger)).encode())
+    for source in data.parts.values():
+        values = (source.prompt_templates, str(source.train.rules), source.caption_dropout, source.class_prompts)
+        digest.update(repr(values).encode())
     for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())
     counts = None if backbone.new_tokens is None else backbone.new_tokens.vector_counts
@@ -100,8 +101,8 @@ def _key(data: ImageDataModule, backbone: Backbone, tokenizer: Path) -> str:
 
 def _sampled(data: ImageDataModule) -> Iterator[str]:
     """Prompts of evenly spaced training images, each in the first template."""
-    total = sum(len(source.train) for source in data.sources.values())
-    for source in data.sources.values():
+    total = sum(len(source.train) for source in data.parts.values())
+    for source in data.parts.values():
         count = max(1, COUNTED * len(source.train) // total)
         for index in np.linspace(0, len(source.train) - 1, count).astype(int).tolist():
             yield source.prompt_templates[0].replace("{}", source.train.rules.fixed(source.train.texts(index)))
@@ -116,13 +117,13 @@ def _counted(
     with bar("Counting tokens of captions", total) as progress:
         while texts := list(itertools.islice(iterator, _AT_ONCE)):
             count += len(texts)
-            for text, length in zip(texts, backbone.token_counts(texts), strict=True):
+            for text, length in zip(texts, count_tokens(backbone, texts), strict=True):
                 cut += length > limit
                 if length > longest_tokens:
                     longest, longest_tokens = text, length
                 tags.update(tag.strip() for tag in text.split(",") if tag.strip())
             progress(len(texts))
-    draws_anew = data.cache_text and any(source.captions.draws_tags for source in data.sources.values())
+    draws_anew = data.cache_text and any(source.captions.draws_tags for source in data.parts.values())
     return CaptionFacts(
         total, counted, count, longest, longest_tokens, limit, cut, dict(tags.most_common(_MOST_TAGS)), draws_anew
     )

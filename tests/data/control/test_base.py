@@ -13,19 +13,20 @@ from PIL import Image
 from drawings import drawing, save_drawings
 from image_data import batches, encoders, equal, noise, opened
 from sdtune.data import Folder
-from sdtune.data.control.base import Control, Paired
+from sdtune.data.control.base import Control
 from sdtune.data.control.edges import Canny, Scribble
+from sdtune.data.control.paired import Paired
 from sdtune.data.previews import preview_prompts
-from sdtune.data.sources import FileSample
+from sdtune.data.samples import SampleSequence
 from sdtune.errors import UserError
 
 COMPUTED = [Canny(), Scribble()]
 
 
-def samples(folder: Path) -> list[FileSample]:
-    data = Folder(path=str(folder), prompt="a dog")
+def samples(folder: Path, control: Control | None = None) -> SampleSequence:
+    data = Folder(path=str(folder), prompt="a dog", control=control)
     data.open(32, 4)
-    return list(data.train)  # type: ignore[arg-type]
+    return data.train
 
 
 @pytest.fixture
@@ -175,19 +176,17 @@ def test_control_maps_do_not_change_the_other_inputs(folder: Path) -> None:
 
 
 def test_larger_map_is_scaled_to_the_crop(folder: Path) -> None:
-    sample = samples(folder)[0]
     enlarged = paired(folder, 3, resample="nearest")
-    enlarged.open(samples(folder))
+    sample = samples(folder, enlarged)[0]
     image = sample.pixels((64, 64), (0.5, 0.5), False)
     assert np.array_equal(enlarged.map(sample, (64, 64)), image)
 
 
 def test_nearest_resampling_does_not_blend_classes(folder: Path) -> None:
-    sample = samples(folder)[0]
     colors = {tuple(c) for c in drawing(0, 64, 64).reshape(-1, 3).tolist()}
     for resample in ("nearest", "bilinear"):
         control = paired(folder, 3, resample=resample)
-        control.open([sample])
+        sample = samples(folder, control)[0]
         map_colors = {tuple(c) for c in control.map(sample, (40, 40)).reshape(-1, 3).tolist()}
         assert (map_colors <= colors) == (resample == "nearest")
 
@@ -198,8 +197,7 @@ def test_maps_are_found_by_name_and_by_sub_folder(tmp_path: Path) -> None:
     for i, name in enumerate(("a/x.png", "b/x.webp", "y.png")):
         noise(tmp_path / "maps" / name, 64, 64, seed=10 + i)
     control = Paired(str(tmp_path / "maps"))
-    images = samples(tmp_path / "images")
-    control.open(images)
+    images = samples(tmp_path / "images", control)
     maps = [control.map(s, (64, 64)).tobytes() for s in images]
     assert len(set(maps)) == 3
     assert maps[2] == np.asarray(Image.open(tmp_path / "maps" / "y.png").convert("RGB")).tobytes()
@@ -209,7 +207,7 @@ def test_one_map_for_two_images_is_refused(tmp_path: Path) -> None:
     for i, name in enumerate(("images/a/x.png", "images/b/x.png", "maps/x.png")):
         noise(tmp_path / name, 64, 64, seed=i)
     with pytest.raises(UserError, match=r"maps/x\.png is the map of .*a/x\.png and of .*b/x\.png; put the maps into"):
-        Paired(str(tmp_path / "maps")).open(samples(tmp_path / "images"))
+        samples(tmp_path / "images", Paired(str(tmp_path / "maps")))
 
 
 def test_invalid_maps_are_refused_with_their_file_name(folder: Path, tmp_path: Path) -> None:

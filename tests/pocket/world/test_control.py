@@ -11,8 +11,9 @@ import torch
 
 from sdtune.backbone import Facts, Pretrained
 from sdtune.data import Folder
-from sdtune.data.control.base import Control, Paired
+from sdtune.data.control.base import Control
 from sdtune.data.control.edges import Canny, Scribble
+from sdtune.data.control.paired import Paired
 from sdtune.errors import UserError
 from sdtune.evaluation.agreement import iou, line_f1
 from sdtune.pocket.evaluation.control import NEAR, ControlMetrics, box, expected_area, found, scores

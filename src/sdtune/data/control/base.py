@@ -14,7 +14,7 @@ from torch import Tensor
 from sdtune.images.files import CENTER, resize_and_crop
 
 if TYPE_CHECKING:
-    from sdtune.data.samples import Sample, Samples
+    from sdtune.data.samples import Sample, SampleSequence
 
 Resample = Literal["nearest", "bilinear"]
 
@@ -24,7 +24,10 @@ Task = Literal["edges", "depth", "segmentation", "pose"]
 class Control(ABC):
     """Source of the control maps of a data set."""
 
-    def open(self, samples: Samples) -> None:  # noqa: B027
+    reads_files: ClassVar[bool] = False
+    """Whether the maps are files of the data set, whose contents then belong to it."""
+
+    def open(self, samples: SampleSequence) -> None:  # noqa: B027
         """Check that each of ``samples`` has a usable map, without loading weights.
 
         Raises:

@@ -16,7 +16,7 @@ from sdtune.data.cache import keys_of_rank
 from sdtune.data.control.base import FromImage, fit
 from sdtune.data.control.estimators import Estimator
 from sdtune.data.control.poses import PoseEstimator
-from sdtune.data.samples import Sample, Samples
+from sdtune.data.samples import Sample, SampleSequence
 from sdtune.errors import UserError
 from sdtune.files import mark_used
 from sdtune.images.files import CENTER
@@ -62,7 +62,7 @@ class Estimated(FromImage):
         """Model names by config key."""
         return {"model": self.model, **({} if self.detector is None else {"detector": self.detector})}
 
-    def open(self, samples: Samples) -> None:
+    def open(self, samples: SampleSequence) -> None:
         if self.task == "pose" and importlib.util.find_spec("scipy") is None:
             raise UserError(
                 "ViTPose of transformers needs scipy", key="data.control.task", remedy="install it: pip install scipy"

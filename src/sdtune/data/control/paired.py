@@ -13,7 +13,7 @@ from sdtune.errors import UserError
 from sdtune.images.files import SUFFIXES, open_image
 
 if TYPE_CHECKING:
-    from sdtune.data.samples import Sample, Samples
+    from sdtune.data.samples import Sample, SampleSequence
     from sdtune.data.table import StoredImage
 
 _ASPECT_TOLERANCE = 0.01
@@ -32,11 +32,13 @@ class Paired(Control):
             blend.
     """
 
+    reads_files = True
+
     def __init__(self, path: str | None = None, resample: Resample = "bilinear") -> None:
         self.path = None if path is None else Path(path).expanduser().absolute()
         self.resample = resample
 
-    def open(self, samples: Samples) -> None:
+    def open(self, samples: SampleSequence) -> None:
         maps = samples.control_sizes()
         if maps is None:
             raise UserError(
