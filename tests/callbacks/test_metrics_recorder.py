@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from running import Rates, Spy, adamw, arguments, fit, folder_data, rows, train
 from sdtune.backbone import Pretrained
-from sdtune.callbacks.metrics_recorder import MetricsRecorder, suspect_captions
+from sdtune.callbacks.metrics_recorder import MetricsRecorder, suspect_captions, with_means
+from sdtune.errors import UserError
 from sdtune.lr_schedule import Cosine
 from sdtune.methods import LoRA
+from sdtune.runs.metrics import cut_metrics
 
 
 def recorded(tiny: Path, images: Path, folder: Path, **settings: Any) -> tuple[list[dict[str, str]], Spy]:

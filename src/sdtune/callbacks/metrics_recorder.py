@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from sdtune.methods.base import PARTS, Adapter, source_metrics
+from sdtune.methods.base import PARTS, Adapter, source_validation_metrics
 from sdtune.runs.metrics import cut_metrics, read_metrics
 from sdtune.training.collective import gathered
 
@@ -56,7 +56,7 @@ class MetricsRecorder(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Adapter)
-        self._validation_columns = ["validation_loss", *source_metrics(trainer, "validation_loss")]
+        self._validation_columns = ["validation_loss", *source_validation_metrics(trainer)]
         # on_train_start is not called for a complete run that is resumed for its metrics only.
         self._forget_after(trainer.max_steps, trainer)
 

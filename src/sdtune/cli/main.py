@@ -35,6 +35,9 @@ COMMANDS = {
     "export": Command("export the artifact of a run in the format of another program", "sdtune.commands.export"),
     "evaluate": Command("measure the artifact of a finished run", "sdtune.commands.evaluate"),
     "report": Command("write an HTML report of a run, a sweep, or any folder of runs", "sdtune.commands.report"),
+    "index": Command(
+        "write a table of samples from folders, parquet, CSV, JSONL, datasets folders or tars", "sdtune.commands.index"
+    ),
     "import-kohya": Command(
         "print the sdtune command of a configuration of kohya's sd-scripts", "sdtune.cli.import_kohya"
     ),
@@ -45,11 +48,12 @@ COMMANDS = {
     "completion": Command("print the completion script of bash, zsh or fish", "sdtune.cli.completion"),
 }
 
-_WITHOUT_CONFIG = ("report", "import-kohya", "doctor", "cache", "completion")
+_WITHOUT_CONFIG = ("report", "index", "import-kohya", "doctor", "cache", "completion")
 """Commands without Hydra's settings."""
 
 _HELP = """usage: sdtune <command> [Hydra overrides]
        sdtune report FOLDER [--follow] [--serve]
+       sdtune index SOURCE... out=FILE.arrow
        sdtune import-kohya CONFIG.toml [DATASET.toml]
        sdtune doctor
        sdtune cache [older_than=DAYS] [max_gib=GIB]
@@ -118,6 +122,10 @@ def _command_without_config(name: str) -> Callable[[list[str]], None]:
         from sdtune.commands.cache import main as cache
 
         return cache
+    if name == "index":
+        from sdtune.commands.index import main as index
+
+        return index
     if name == "doctor":
         from sdtune.commands.doctor import main as doctor
 

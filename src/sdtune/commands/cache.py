@@ -32,6 +32,7 @@ KINDS = {
     "base": "images of base models",
     "backbones": "models converted from single files",
     "hashes": "hashes of models",
+    "tables": "tables of image folders",
 }
 """Subfolders of the cache."""
 

@@ -49,7 +49,7 @@ def with_targets(node: Mapping[str, Any]) -> dict[str, Any]:
     """``node`` where each source of a mix has a ``_target_`` for its ``kind``, and the settings of the mix as defaults.
 
     Raises:
-        UserError: a source is not a mapping, its kind is unknown, or it has a setting of the whole mix.
+        UserError: a source is not a mapping, its kind is unknown, or it has a setting of the mix.
     """
     if not isinstance(node.get("sources"), Mapping):
         return dict(node)
@@ -63,7 +63,9 @@ def _source(name: str, own: Any, inherited: Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"got {own!r}", key=key, remedy=f"set the settings of a source, such as {key}.path=DIR")
     for setting in _OF_THE_MIX:
         if setting in own:
-            raise UserError("is a setting of the whole mix", key=f"{key}.{setting}", remedy=f"set data.{setting}")
+            raise UserError(
+                "belongs to the mix, not to one of its sources", key=f"{key}.{setting}", remedy=f"set data.{setting}"
+            )
     settings = {**inherited, **{setting: value for setting, value in own.items() if setting != "kind"}}
     if isinstance(own.get("captions"), Mapping):
         settings["captions"] = {**inherited.get("captions", {}), **own["captions"]}

@@ -164,16 +164,15 @@ class MappedTable:
 
     def __init__(self, file: Path, key: str = "data.path") -> None:
         remedy = "set the file that sdtune index has written"
+        if not file.is_file():
+            raise UserError(f"{file} does not exist", key=key, remedy=remedy)
         try:
             with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
                 metadata = (reader.schema.metadata or {}).get(_METADATA, b"")
                 self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
                 is_table = bool(metadata) and reader.schema.remove_metadata().equals(SCHEMA)
         except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{file} cannot be read as a table of samples ({reason})", key=key, remedy=remedy
-            ) from error
+            raise UserError(f"{file} is not a table of samples", key=key, remedy=remedy) from error
         if not is_table:
             raise UserError(
                 f"{file} is not a table of this version of sdtune", key=key, remedy="make it again with sdtune index"

@@ -467,7 +467,7 @@ class Adapter(pl.LightningModule, ABC):
         if "sources" not in batch:
             return {}
         data: ImageDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        sums, counts = per_sample.detach() @ batch["sources"], batch["sources"].sum(0)
+        sums, counts = per_sample.detach().float() @ batch["sources"], batch["sources"].sum(0)
         return {
             f"{metric}/source/{name}{part}": values[number]
             for number, name in enumerate(data.parts)
@@ -490,7 +490,7 @@ class Adapter(pl.LightningModule, ABC):
         """Divide the sums over all processes by the counts."""
         if self.validation_aborted:
             return
-        names = ["validation_loss", *source_metrics(self.trainer, "validation_loss")]
+        names = ["validation_loss", *source_validation_metrics(self.trainer)]
         parts = [self._validation_sums.get(f"{name}{part}", 0.0) for name in names for part in PARTS]
         table = torch.stack([torch.as_tensor(part, dtype=torch.float32, device=self.device) for part in parts])
         if self.trainer.world_size > 1:
@@ -562,11 +562,12 @@ class Adapter(pl.LightningModule, ABC):
         complete(checkpoint, [name for name, _ in self.trainable()], self.state_dict())
 
 
-def source_metrics(trainer: pl.Trainer, metric: str) -> list[str]:
-    """Names of ``metric`` for each source of a mix; none for other data."""
+def source_validation_metrics(trainer: pl.Trainer) -> list[str]:
+    """Names of the validation losses of the sources of a mix that have held-out images; none for other data."""
     data = getattr(trainer, "datamodule", None)
-    sources = list(data.parts) if isinstance(data, ImageDataModule) else []
-    return [f"{metric}/source/{name}" for name in sources if len(sources) > 1]
+    if not isinstance(data, ImageDataModule) or len(data.parts) == 1:
+        return []
+    return [f"validation_loss/source/{name}" for name, source in data.parts.items() if source.held_out]
 
 
 def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
