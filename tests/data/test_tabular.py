@@ -1,4 +1,4 @@
-"""One data set as folder, parquet file, tars, datasets folder, CSV and JSONL: the same rows, batches and fingerprint."""
+"""One data set as folder, parquet, tars, datasets folder, CSV and JSONL: the same rows, batches and fingerprint."""
 
 from __future__ import annotations
 
