@@ -38,7 +38,7 @@ def test_images_of_two_shapes_are_trained_in_separate_buckets(tmp_path: Path) ->
         noise(tmp_path / f"tall{i}.png", 512, 768, seed=i)
         noise(tmp_path / f"wide{i}.png", 640, 384, seed=i)
     data = opened(tmp_path, side=512, steps=4)
-    buckets = {size: bucket.every.tolist() for (size, _), bucket in data.train_buckets.items()}
+    buckets = {size: data.buckets.entries(number).tolist() for number, size in enumerate(data.buckets.sizes)}
     assert set(map(len, buckets.values())) == {3}
     # 512x768 has more than 512^2 pixels and is scaled down; 640x384 has fewer and keeps its size.
     assert set(buckets) == {(384, 576), (640, 384)} or set(buckets) == {(384, 640), (640, 384)}
@@ -76,7 +76,7 @@ def test_repeats_of_kohya_folders_and_of_the_setting_multiply(tmp_path: Path) ->
     noise(tmp_path / "3_dog" / "a.png", 64, 64)
     noise(tmp_path / "b.png", 64, 64, seed=1)
     data = opened(tmp_path, repeats=2, batch_size=1)
-    assert Counter(next(iter(data.train_buckets.values())).entries.tolist()) == {0: 6, 1: 2}
+    assert Counter(data.buckets.fixed[0].tolist()) == {0: 6, 1: 2}
     assert data.order().steps_per_epoch == 8
 
 

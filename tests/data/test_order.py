@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from sdtune.data.order import Bucket, FixedBatches, MicroBatches, ScheduledSample
+from sdtune.data.order import Drawn, FixedBatches, MicroBatches, ScheduledSample
 from sdtune.data.order import Order as OrderOfBuckets
 from sdtune.errors import UserError
 
@@ -17,7 +18,7 @@ BUCKETS = ((0, 3, 4, 8, 9, 10, 11), (1, 2), (5, 6, 7, 7, 7))
 
 
 def Order(buckets: Sequence[Sequence[int]], batch_size: int, seed: int) -> OrderOfBuckets:  # noqa: N802
-    return OrderOfBuckets([Bucket(np.array(bucket)) for bucket in buckets], batch_size, seed)
+    return OrderOfBuckets([np.array(bucket) for bucket in buckets], batch_size, seed)
 
 
 BUCKET_OF = {entry: number for number, bucket in enumerate(BUCKETS) for entry in bucket}
@@ -132,3 +133,50 @@ def test_validation_uses_every_entry_the_set_number_of_times_at_fixed_positions(
         sample for batch in FixedBatches([np.array([0, 2]), np.array([1])], batch_size=1, times=3) for sample in batch
     ]
     assert single == samples
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_processes_share_the_validation_batches(processes: int) -> None:
+    buckets = [np.array([0, 2, 5]), np.array([1])]
+    shares = [list(FixedBatches(buckets, 2, 3, rank, processes)) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1, "collective operations need equal numbers of batches"
+    counted = sorted(sample for share in shares for batch in share for sample in batch if sample.counts)
+    assert counted == sorted(sample for batch in FixedBatches(buckets, 2, 3) for sample in batch)
+    assert all(len({sample.counts for sample in batch}) == 1 for share in shares for batch in share)
+
+
+def test_drawn_entries_use_all_buckets_in_turn() -> None:
+    """Three of ten entries per epoch, each in a bucket of its own: over the epochs, all are used alike."""
+    drawn = Drawn("style", np.arange(10), np.arange(10), 3)
+    order = OrderOfBuckets([np.zeros(0, np.int64)] * 10, 1, 0, [drawn])
+    batches = [order.batch(step) for step in range(3 * 200)]
+    counts = Counter(entry for batch in batches for entry in batch)
+    assert set(counts) == set(range(10))
+    assert min(counts.values()) > 35
+    assert all(len(set(batches[3 * epoch : 3 * epoch + 3])) == 3 for epoch in range(200))
+
+
+def test_epochs_of_different_lengths_are_found_from_the_step_alone() -> None:
+    drawn = Drawn("style", np.arange(100, 110), np.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2]), 4)
+    buckets = [np.arange(5), np.arange(5, 8), np.zeros(0, np.int64)]
+
+    def order() -> OrderOfBuckets:
+        return OrderOfBuckets(buckets, 2, 7, [drawn])
+
+    whole = order()
+    batches = [whole.batch(step) for step in range(300)]
+    assert len({whole._steps(whole._entries(epoch)) for epoch in range(20)}) > 1
+    for step in (0, 17, 170, 299, 5):
+        assert order().batch(step) == batches[step]
+    first_epoch = [entry for batch in batches[: whole.steps_per_epoch] for entry in batch]
+    assert set(first_epoch) >= set(range(8))
+    assert len({entry for entry in first_epoch if entry >= 100}) == 4
+
+
+def test_batch_of_a_million_entries_takes_a_tenth_of_a_millisecond() -> None:
+    order = OrderOfBuckets([np.arange(600_000), np.arange(600_000, 1_000_000)], 4, 0)
+    order.batch(0)
+    start = time.perf_counter()
+    for step in range(1000):
+        order.batch(step)
+    assert (time.perf_counter() - start) / 1000 < 1e-4

@@ -39,26 +39,27 @@ class DataSummary(Callback):
 
 def summary(data: ImageDataModule, steps: int) -> list[str]:
     """Lines with the number of images, the buckets, and the epochs in ``steps`` optimizer steps."""
-    order = data.order()
-    seen = sum(map(len, order.buckets))
+    buckets = data.buckets
+    uses = [buckets.uses(number) for number in range(len(buckets.sizes))]
     counts: dict[tuple[int, int], int] = {}
-    for (size, _), bucket in data.train_buckets.items():
-        counts[size] = counts.get(size, 0) + len(np.unique(bucket.every))
+    for number, size in enumerate(buckets.sizes):
+        counts[size] = counts.get(size, 0) + len(buckets.entries(number))
     sizes = ", ".join(f"{w}x{h} ({count})" for (w, h), count in counts.items())
-    epoch = order.steps_per_epoch
+    epoch = data.order().steps_per_epoch
     lines = [
-        f"data: {len(data.train):,} images, {seen:,} with repeats, {len(data.held_out):,} held out; buckets {sizes}",
+        f"data: {len(data.train):,} images, {round(sum(uses)):,} with repeats, {len(data.held_out):,} held out;"
+        f" buckets {sizes}",
         *_sources(data),
         f"order: {epoch:,} step(s) per epoch at batch size {data.batch_size};"
         f" {steps:,} steps are {steps / epoch:.1f} epochs",
         *(line for source in data.parts.values() for line in _class_images(source)),
         *data.notices,
     ]
-    for ((w, h), _), bucket in data.train_buckets.items():
-        if len(bucket) < data.batch_size and len(order.buckets) > 1:
-            times = data.batch_size / len(bucket)
+    for (w, h), count in zip(buckets.sizes, uses, strict=True):
+        if count < data.batch_size and len(uses) > 1:
+            times = data.batch_size / count
             lines.append(
-                f"WARNING: bucket {w}x{h} has {len(bucket)} sample(s), fewer than the batch size: each is"
+                f"WARNING: bucket {w}x{h} has {count:.0f} sample(s), fewer than the batch size: each is"
                 f" used {times:.1f} times per epoch, samples of other buckets about once"
             )
     return lines
@@ -69,12 +70,12 @@ def _sources(data: ImageDataModule) -> list[str]:
     if len(data.parts) == 1:
         return []
     lines = []
-    total = sum(map(len, data.train_buckets.values()))
+    buckets = data.buckets
+    fixed = np.concatenate(buckets.fixed)
+    total = len(fixed) + sum(group.count for group in buckets.drawn)
     for number, (name, source) in enumerate(data.parts.items()):
-        used = 0
-        for bucket in data.train_buckets.values():
-            used += int((data.entries.sources[bucket.entries] == number).sum())
-            used += sum(g.count for g in bucket.drawn if data.entries.sources[g.entries[0]] == number)
+        drawn = sum(group.count for group in buckets.drawn if group.stream == name)
+        used = int((data.entries.sources[fixed] == number).sum()) + drawn
         weight = "" if source.loss_weight == 1 else f", loss weight {source.loss_weight:g}"
         lines.append(
             f"source {name}: {len(source.train):,} images, {used:,} of {total:,} entries per epoch"

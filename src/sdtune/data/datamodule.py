@@ -26,8 +26,8 @@ from sdtune.data.cache import TensorCache, keys_of_rank
 from sdtune.data.captions import CaptionRules, Captions
 from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, BatchSettings, ImageDataset, RowSettings, collate, init_worker
-from sdtune.data.entries import Entries, Resolutions, Share, buckets_of, entries_of, join_entries
-from sdtune.data.order import Bucket, FixedBatches, MicroBatches, Order
+from sdtune.data.entries import Buckets, Entries, Resolutions, Share, buckets_of, entries_of, join_entries
+from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import GenerateImages, class_images, generate_missing
 from sdtune.data.samples import Sample, SampleList, SampleSequence, View, latent_key, text_key
 from sdtune.data.table import StoredImage
@@ -251,7 +251,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def _forget(self) -> None:
         """Forget what was computed from other samples."""
-        for name in ("entries", "held_out_entries", "train_buckets", "fingerprint"):
+        for name in ("entries", "held_out_entries", "buckets", "fingerprint"):
             self.__dict__.pop(name, None)
 
     def _check_class_captions(self) -> None:
@@ -305,14 +305,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return join_entries([entries_of(s.held_out, s.resolutions, n) for n, s in enumerate(self.parts.values())])
 
     @cached_property
-    def train_buckets(self) -> dict[tuple[Size, bool], Bucket]:
-        """Buckets of the training by size (width, height) and whether they have class images."""
+    def buckets(self) -> Buckets:
+        """Buckets of the training entries."""
         shares = [Share(name, s.weight, s.has_prior) for name, s in self.parts.items()]
         return buckets_of(self.entries, shares)
 
     def order(self) -> Order:
         """Order of the training entries in global batches."""
-        return Order([*self.train_buckets.values()], self.batch_size, self.seed)
+        return Order(self.buckets.fixed, self.batch_size, self.seed, self.buckets.drawn)
 
     def training_prompts(self) -> Iterator[str]:
         """The prompts of the training images, without draws and duplicates; read one after the other."""
@@ -464,9 +464,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
-        order = self.order()
         sampler = MicroBatches(
-            order,
+            self.order(),
             steps=trainer.max_steps,
             accumulation=trainer.accumulate_grad_batches,
             rank=trainer.global_rank,
@@ -475,7 +474,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         )
         workers = self._automatic_workers() if self.workers is None else self.workers
         samples = [source.train for source in self.parts.values()]
-        return self._loader(self._dataset(samples, self.entries, order.buckets, training=True), sampler, workers)
+        return self._loader(self._dataset(samples, self.entries, training=True), sampler, workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         if not self.held_out:
@@ -485,19 +484,17 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         micro_batch_size = max(1, self.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
         buckets = buckets_of(self.held_out_entries, [Share()] * len(self.parts))
         sampler = FixedBatches(
-            [bucket.entries for bucket in buckets.values()],
+            [buckets.entries(number) for number in range(len(buckets.sizes))],
             micro_batch_size,
             VALIDATION_TIMESTEPS,
             trainer.global_rank,
             trainer.world_size,
         )
         samples = [source.held_out for source in self.parts.values()]
-        dataset = self._dataset(samples, self.held_out_entries, (), training=False)
+        dataset = self._dataset(samples, self.held_out_entries, training=False)
         return self._loader(dataset, sampler, self.workers or 0)
 
-    def _dataset(
-        self, samples: Sequence[SampleSequence], entries: Entries, buckets: Sequence[Bucket], *, training: bool
-    ) -> ImageDataset:
+    def _dataset(self, samples: Sequence[SampleSequence], entries: Entries, *, training: bool) -> ImageDataset:
         sources = [*self.parts.values()]
         weights = {(source.loss_weight, source.prior_weight if source.has_prior else 1.0) for source in sources}
         common = BatchSettings(
@@ -510,7 +507,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             text_cache=self.text_cache,
         )
         rows = [source._row_settings() for source in sources]
-        return ImageDataset(common, rows, samples, entries, buckets, training=training)
+        return ImageDataset(common, rows, samples, entries, training=training)
 
     def _row_settings(self) -> RowSettings:
         """Settings of the rows of this source."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from sdtune.data.cache import TensorCache
 from sdtune.data.captions import CaptionRules, CaptionTexts
 from sdtune.data.control.base import Control, map_to_tensor
 from sdtune.data.entries import Entries
-from sdtune.data.order import Bucket, ScheduledSample
+from sdtune.data.order import ScheduledSample
 from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index
 from sdtune.data.samples import Sample, SampleSequence, latent_key, masked, text_key, to_tensor
 from sdtune.errors import UserError
@@ -114,7 +115,6 @@ class ImageDataset(Dataset[list[Row]]):
         sources: settings of the rows of each source.
         samples: samples of each source.
         entries: the entries of all sources.
-        buckets: the buckets of a training, for replacements of unreadable images.
         training: draw caption, template, caption dropout, flip and crop at random, and add class rows; otherwise use
             the first caption and template, and the center crop.
     """
@@ -125,12 +125,11 @@ class ImageDataset(Dataset[list[Row]]):
         sources: Sequence[RowSettings],
         samples: Sequence[SampleSequence],
         entries: Entries,
-        buckets: Sequence[Bucket],
         *,
         training: bool,
     ) -> None:
         self.common, self.sources, self.samples, self.entries = common, sources, samples, entries
-        self.buckets, self.training = buckets, training
+        self.training = training
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -138,8 +137,8 @@ class ImageDataset(Dataset[list[Row]]):
     def __getitem__(self, index: ScheduledSample) -> list[Row]:
         """Rows of a scheduled entry.
 
-        With ``skips_damaged``, an image that has become unreadable is replaced by another entry of its bucket, which is
-        a function of seed, step and position.
+        With ``skips_damaged``, an image that has become unreadable is replaced by another entry of its source and
+        size, which is a function of seed, step and position.
 
         Raises:
             UserError: an image is unreadable.
@@ -156,9 +155,11 @@ class ImageDataset(Dataset[list[Row]]):
         raise AssertionError
 
     def _replacement(self, index: ScheduledSample, attempt: int) -> int:
-        bucket = next(bucket for bucket in self.buckets if index.entry in bucket)
+        entries = self.entries
+        is_alike = (entries.sizes == entries.sizes[index.entry]).all(axis=1)
+        is_alike &= entries.sources == entries.sources[index.entry]
         rng = generator(self.common.seed, f"{streams.REPLACEMENT}{attempt}", index.step, index.position)
-        return int(bucket.every[int(rng.integers(len(bucket.every)))])
+        return int(rng.choice(np.flatnonzero(is_alike)))
 
     def _rows(self, entry: int, index: ScheduledSample) -> list[Row]:
         source, row_number = int(self.entries.sources[entry]), int(self.entries.rows[entry])

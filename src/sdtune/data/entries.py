@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdtune.data.buckets import Size, assign, assign_all, bucket_sizes
-from sdtune.data.order import Bucket, Drawn
+from sdtune.data.order import Drawn
 from sdtune.data.samples import SampleSequence
 
 
@@ -111,30 +111,58 @@ class Share:
     has_pairs: bool = False
 
 
-def buckets_of(entries: Entries, shares: Sequence[Share]) -> dict[tuple[Size, bool], Bucket]:
-    """Buckets by training size (width, height) and whether they have pairs, sorted.
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Buckets of entries. A batch is from one, so that its images have one shape, and all or none have a class image.
 
-    A batch is from one bucket, so that its images have one shape, and all or none of them have a class image.
+    Args:
+        sizes: training size (width, height) of each bucket, ascending; a size occurs twice with and without pairs.
+        fixed: entries of each bucket that are used in every epoch, int64 [N]; with n repeats n times.
+        drawn: entries of which a part is used in each epoch.
     """
-    lengths = [int(entries.repeats[entries.sources == number].sum()) for number in range(len(shares))]
+
+    sizes: tuple[Size, ...]
+    fixed: tuple[npt.NDArray[np.int64], ...]
+    drawn: tuple[Drawn, ...] = ()
+
+    def entries(self, number: int) -> npt.NDArray[np.int64]:
+        """All entries of a bucket, each once, int64 [N]."""
+        drawn = [group.entries[group.buckets == number] for group in self.drawn]
+        return np.unique(np.concatenate([self.fixed[number], *drawn]))
+
+    def uses(self, number: int) -> float:
+        """Mean number of uses of entries of a bucket per epoch."""
+        drawn = [(group.buckets == number).mean() * group.count for group in self.drawn]
+        return len(self.fixed[number]) + float(sum(drawn))
+
+
+def buckets_of(entries: Entries, shares: Sequence[Share]) -> Buckets:
+    """Buckets by training size and whether their samples have class images.
+
+    Args:
+        shares: of each source.
+    """
     pairs = np.array([share.has_pairs for share in shares])[entries.sources]
     keys = (entries.sizes[:, 0] << 33) | (entries.sizes[:, 1] << 1) | pairs
-    buckets = {}
-    grouped = _groups(keys)
-    parts = {number: _parts(entries, number, share, max(lengths), grouped) for number, share in enumerate(shares)}
-    for place, (key, members) in enumerate(grouped):
-        fixed, drawn = [], []
-        for number in np.unique(entries.sources[members]).tolist():
-            own = members[entries.sources[members] == number]
-            whole, count = parts[number].get(place, (1, 0))
-            repeated = np.repeat(own, entries.repeats[own])
-            fixed += [repeated] * whole
-            if count:
-                drawn.append(Drawn(f"{shares[number].name}/{key}", repeated, count))
-        size = (key >> 33, key >> 1 & 0xFFFFFFFF)
-        if fixed or drawn:
-            buckets[size, bool(key & 1)] = Bucket(np.concatenate(fixed) if fixed else np.zeros(0, np.int64), (*drawn,))
-    return buckets
+    distinct, buckets = np.unique(keys, return_inverse=True)
+    lengths = [int(entries.repeats[entries.sources == number].sum()) for number in range(len(shares))]
+    fixed: list[list[npt.NDArray[np.int64]]] = [[] for _ in distinct]
+    drawn = []
+    for number, share in enumerate(shares):
+        own = np.flatnonzero(entries.sources == number)
+        repeated = np.repeat(own, entries.repeats[own])
+        times, rest = 1, 0
+        if share.weight is not None:
+            times, rest = divmod(max(1, round(share.weight * max(lengths))), lengths[number])
+        if rest:
+            drawn.append(Drawn(share.name, repeated, buckets[repeated], rest))
+        for bucket, members in _groups(buckets[repeated]):
+            fixed[bucket] += [repeated[members]] * times
+    return Buckets(
+        tuple((key >> 33, key >> 1 & 0xFFFFFFFF) for key in distinct.tolist()),
+        tuple(np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in fixed),
+        tuple(drawn),
+    )
 
 
 def _groups(keys: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
@@ -142,28 +170,3 @@ def _groups(keys: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64
     order = np.argsort(keys, kind="stable")
     distinct, firsts = np.unique(keys[order], return_index=True)
     return list(zip(distinct.tolist(), np.split(order, firsts[1:]), strict=True))
-
-
-def _parts(
-    entries: Entries, source: int, share: Share, largest: int, grouped: Sequence[tuple[int, npt.NDArray[np.int64]]]
-) -> dict[int, tuple[int, int]]:
-    """For each bucket of a source, how often it is used whole, and how many of its entries are drawn in addition.
-
-    The number of entries of a bucket is the same in all epochs, so all epochs have the same number of steps: the part
-    that is drawn is divided over the buckets by the method of largest remainders.
-    """
-    if share.weight is None:
-        return {}
-    counts = {}
-    for place, (_, members) in enumerate(grouped):
-        own = members[entries.sources[members] == source]
-        if len(own):
-            counts[place] = int(entries.repeats[own].sum())
-    total = sum(counts.values())
-    whole, rest = divmod(max(1, round(share.weight * largest)), total)
-    exact = {place: rest * count / total for place, count in counts.items()}
-    drawn = {place: int(value) for place, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda place: (drawn[place] - exact[place], place))
-    for place in by_remainder[: rest - sum(drawn.values())]:
-        drawn[place] += 1
-    return {place: (whole, drawn[place]) for place in counts}

@@ -6,6 +6,7 @@ batches. Therefore nothing here has state: a batch is computed from its step alo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,83 +35,94 @@ class ScheduledSample(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Entries of which a part, ``count``, is used in each epoch: another part in each.
+    """Entries of one source of which a part is used in each epoch, another part in each.
 
     Args:
-        stream: name that makes the draw independent of others; of one source.
-        entries: int64 [N].
-        count: at most N.
+        stream: name of the source, which makes its draw independent of others.
+        entries: int64 [N]; an entry with n repeats occurs n times.
+        buckets: number of the bucket of each entry, int64 [N].
+        count: entries per epoch, at most N.
     """
 
     stream: str
     entries: npt.NDArray[np.int64]
+    buckets: npt.NDArray[np.int64]
     count: int
 
-
-@dataclass(frozen=True, eq=False)
-class Bucket:
-    """Entries of one bucket, whose batches are separate.
-
-    Args:
-        entries: int64 [N]; an entry with n repeats occurs n times.
-        drawn: entries of which only a part is used in each epoch.
-    """
-
-    entries: npt.NDArray[np.int64]
-    drawn: tuple[Drawn, ...] = ()
-
-    @property
-    def every(self) -> npt.NDArray[np.int64]:
-        """All entries, also those that are not used in every epoch."""
-        return np.concatenate([self.entries, *(group.entries for group in self.drawn)])
-
-    def __len__(self) -> int:
-        """Entries in an epoch."""
-        return len(self.entries) + sum(group.count for group in self.drawn)
-
-    def __contains__(self, entry: int) -> bool:
-        return bool((self.every == entry).any())
-
-    def epoch(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The entries of ``epoch``, int64 [len(self)]."""
-        parts = [self.entries]
-        for group in self.drawn:
-            rng = generator(seed, f"{streams.ORDER_DRAWN}{group.stream}", epoch)
-            parts.append(rng.permutation(group.entries)[: group.count])
-        return np.concatenate(parts) if len(parts) > 1 else self.entries
+    def of_epoch(self, seed: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The entries that are used in ``epoch``, and their buckets, int64 [count] each."""
+        rng = generator(seed, f"{streams.ORDER_DRAWN}{self.stream}", epoch)
+        chosen = rng.permutation(len(self.entries))[: self.count]
+        return self.entries[chosen], self.buckets[chosen]
 
 
 class Order:
     """Order of the global batches: each batch is from one bucket, and every epoch shuffles entries and batches.
 
     Args:
-        buckets: the entries of each bucket.
+        buckets: the entries of each bucket that are used in every epoch, int64 [N]; an entry with n repeats occurs n
+            times.
         batch_size: samples per optimizer step, over all processes.
         seed: the run's seed.
+        drawn: entries of which a part is used in each epoch, in addition.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int) -> None:
-        self.buckets, self.batch_size, self.seed = tuple(buckets), batch_size, seed
-        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
+    def __init__(
+        self,
+        buckets: Sequence[npt.NDArray[np.int64]],
+        batch_size: int,
+        seed: int,
+        drawn: Sequence[Drawn] = (),
+    ) -> None:
+        self.buckets, self.batch_size, self.seed, self.drawn = tuple(buckets), batch_size, seed, tuple(drawn)
+        self._batches: dict[int, npt.NDArray[np.int64]] = {}
+        self._ends: list[int] = []
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; each epoch uses every entry at least once, except those that are drawn."""
-        return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
+        """Optimizer steps of the first epoch, and of all epochs unless entries are drawn: then a few more or less.
+
+        Each epoch uses every entry at least once, except those that are drawn.
+        """
+        return self._steps(self._entries(0))
+
+    def _steps(self, buckets: Sequence[npt.NDArray[np.int64]]) -> int:
+        return sum(-(-len(bucket) // self.batch_size) for bucket in buckets)
+
+    def _entries(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """The entries of each bucket in ``epoch``."""
+        parts = [[bucket] for bucket in self.buckets]
+        for group in self.drawn:
+            entries, buckets = group.of_epoch(self.seed, epoch)
+            for number in np.unique(buckets).tolist():
+                parts[number].append(entries[buckets == number])
+        return [np.concatenate(part) if len(part) > 1 else part[0] for part in parts]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch of optimizer step ``step``, and the number of the step in it."""
+        if not self.drawn:
+            return divmod(step, self.steps_per_epoch)
+        # The epochs have different numbers of steps, because the entries that are drawn are of different buckets.
+        while not self._ends or self._ends[-1] <= step:
+            steps = self._steps(self._entries(len(self._ends)))
+            self._ends.append(steps + (self._ends[-1] if self._ends else 0))
+        epoch = bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Entries of optimizer step ``step``: ``batch_size`` entries of one bucket."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        if epoch not in self._epochs:
-            self._epochs = {epoch: self._shuffled(epoch)}
-        return tuple(self._epochs[epoch][step_of_epoch].tolist())
+        epoch, step_of_epoch = self._place(step)
+        if epoch not in self._batches:
+            self._batches = {epoch: self._shuffled(epoch)}
+        return tuple(self._batches[epoch][step_of_epoch].tolist())
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The batches of ``epoch``, int64 [steps_per_epoch, batch_size]."""
+        """The batches of ``epoch``, int64 [steps, batch_size]."""
         batches = []
-        for number, bucket in enumerate(self.buckets):
+        for number, entries in enumerate(self._entries(epoch)):
+            if not len(entries):
+                continue
             rng = generator(self.seed, f"{streams.ORDER_BUCKET}{number}", epoch)
-            entries = bucket.epoch(self.seed, epoch)
             padded = -(-len(entries) // self.batch_size) * self.batch_size
             # Additional permutations of the bucket fill its last batch: with batches of equal size, the cost of a step
             # and the weight of a sample in the mean loss do not vary.
