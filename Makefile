@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 COMPARISON ?= outputs/sweeps/compare_methods
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results compare quantization together real-shapes real-recipes bench gpu-check test test-slow test-browser gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
+.PHONY: help setup demo results compare quantization scale together real-shapes real-recipes bench gpu-check test test-slow test-browser gpu-stub fuzz signals test-clients docs docs-images settings lint format graph type wheel pocket-assets pocket-train pocket-ship pocket-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ compare: .venv/.installed ## compare the five methods with three seeds each and 
 quantization: .venv/.dev ## train the demo's LoRA with each quantization of the frozen weights, three seeds each (an hour)
 	$(BIN)/sdtune train -m experiment=lora_subject hardware.precision=bf16-mixed seed=0,1,2 backbone.quantize=null,fp8,int8,nf4 hydra.sweep.dir=outputs/sweeps/quantization
 	$(BIN)/python -m experiments.quantization.table outputs/sweeps/quantization
+
+scale: .venv/.installed ## start trainings on tables of up to a million images and measure time and memory (half an hour); SCALE="--before CHECKOUT" compares an older checkout
+	$(BIN)/python -m experiments.scale.measure $(SCALE)
 
 together: .venv/.installed ## sample two combined LoRAs, and a LoRA with a ControlNet, into experiments/sample; trains what is missing
 	for name in lora_subject lora_style controlnet_canny; do \

@@ -13,6 +13,7 @@ from running import rows, sdtune
 from sdtune.cli.as_typed import for_hydra
 from sdtune.cli.import_kohya import main
 from sdtune.config.compose import compose, search_path
+from sdtune.config.sources import with_targets
 
 CONFIG = """
 [model_arguments]
@@ -53,8 +54,6 @@ batch_size = 2
   image_dir = "/data/sks otter"
   class_tokens = "sks otter, wet"
   num_repeats = 10
-  [[datasets.subsets]]
-  image_dir = "/data/more"
   [[datasets.subsets]]
   is_reg = true
   image_dir = "/data/reg"
@@ -116,9 +115,74 @@ def test_config_and_dataset_become_one_command(tmp_path: Path, capsys: pytest.Ca
     assert composed.hydra.runtime.choices.lr_schedule == "cosine"
     assert "multires_noise_iterations: not available" in notes
     assert "my_option: unknown, not translated" in notes
-    assert "shuffle_caption: captions are not shuffled" in notes
-    assert "/data/more: one image folder per training; put its images below /data/sks otter" in notes
+    assert (composed.data.captions.kind, composed.data.captions.shuffle) == ("tags", True)
     assert not any("sdpa" in note or "v2" in note for note in notes), "options that are off need no note"
+
+
+MIX = """
+[general]
+shuffle_caption = true
+keep_tokens_separator = "|||"
+enable_wildcard = true
+[[datasets]]
+resolution = 768
+batch_size = 4
+  [[datasets.subsets]]
+  image_dir = "/data/10_sks girl"
+  num_repeats = 10
+  caption_prefix = "sks girl,"
+  keep_tokens = 1
+  [[datasets.subsets]]
+  image_dir = "/other/style"
+  class_tokens = "zzz style, painting"
+  caption_tag_dropout_rate = 0.1
+  flip_aug = true
+[[datasets]]
+resolution = 512
+batch_size = 8
+  [[datasets.subsets]]
+  is_reg = true
+  image_dir = "/reg/style"
+  class_tokens = "girl"
+"""
+
+
+def test_several_subsets_become_a_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIG.replace("seed = 42", "seed = 42\nprior_loss_weight = 0.5")
+    composed, notes = converted(capsys, *write(tmp_path, config=config, mix=MIX))
+    captions = {"kind": "tags"}
+    assert OmegaConf.to_container(composed.data.sources) == {
+        "sks_girl": {
+            "path": "/data/10_sks girl",
+            "repeats": 10,
+            "resolution": 768,
+            "captions": {**captions, "keep_tokens": 1, "prefix": "sks girl,"},
+        },
+        "style": {
+            "path": "/other/style",
+            "prompt": "zzz style, painting",
+            "resolution": 768,
+            "flip": True,
+            "captions": {**captions, "caption_tag_dropout_rate": 0.1},
+        },
+        "style_2": {"path": "/reg/style", "prompt": "girl", "loss_weight": 0.5, "resolution": 512},
+    }
+    shared = composed.data.captions
+    assert (shared.kind, shared.shuffle, shared.keep_tokens_separator) == ("tags", True, "|||")
+    assert (shared.wildcards, shared.lines, composed.data.batch_size) == (True, True, 4)
+    assert "batch_size: one for all sources; the command has that of the first data set" in notes
+    assert any(note.startswith("is_reg: class images are a source of their own") for note in notes)
+
+
+def test_control_maps_of_several_subsets_belong_to_their_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subset = '[[datasets.subsets]]\nimage_dir = "/{0}"\nconditioning_data_dir = "/maps {0}"\n'
+    text = f"[[datasets]]\n{subset.format('a')}{subset.format('b')}"
+    composed, _ = converted(capsys, *write(tmp_path, config=CONFIG, data=text))
+    assert composed.hydra.runtime.choices.method == "controlnet"
+    assert composed.data.sources.b.control == {"option": "paired", "path": "/maps b"}
+    with_targets(OmegaConf.to_container(composed.data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +255,7 @@ def test_dataset_alone_becomes_settings(tmp_path: Path, capsys: pytest.CaptureFi
     [dataset] = write(tmp_path, dataset=DATASET)
     assert sdtune("import-kohya", str(dataset)) == 0
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("data=folder data.flip=true data.resolution=512 data.batch_size=2 ")
+    assert line.startswith("data=folder data.captions.kind=tags data.captions.shuffle=true data.flip=true ")
     assert line.endswith(" data.class_path=/data/reg data.class_prompt=otter")
 
 

@@ -5,10 +5,13 @@ The formats are those of the options ``--config_file`` and ``--dataset_config`` 
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -16,7 +19,7 @@ import yaml
 from sdtune.cli.kohya_options import OPTIMIZERS, Option, translate
 from sdtune.errors import UserError
 from sdtune.paths import config_folder
-from sdtune.quoting import shell_override
+from sdtune.quoting import in_quotes, shell_override
 
 _HELP = """usage: sdtune import-kohya CONFIG.toml [DATASET.toml]
 
@@ -28,7 +31,8 @@ trained.
 _DATASET_OPTIONS = (
     *("resolution", "flip_aug", "random_crop", "caption_dropout_rate", "alpha_mask", "keep_tokens", "shuffle_caption"),
     *("caption_extension", "color_aug", "face_crop_aug_range", "enable_bucket", "bucket_no_upscale", "min_bucket_reso"),
-    *("max_bucket_reso", "bucket_reso_steps", "conditioning_data_dir"),
+    *("max_bucket_reso", "bucket_reso_steps", "conditioning_data_dir", "keep_tokens_separator", "secondary_separator"),
+    *("caption_separator", "caption_tag_dropout_rate", "enable_wildcard", "caption_prefix", "caption_suffix"),
 )
 """Keys of a dataset file that are also options of the training scripts; so is ``batch_size``, ``train_batch_size``."""
 
@@ -47,7 +51,14 @@ _DEFAULT_USED = {
 
 _ZERO_IS_OFF = (
     *("min_snr_gamma", "max_train_epochs", "noise_offset", "caption_dropout_rate", "text_encoder_lr"),
-    *("network_dropout", "save_every_n_steps", "sample_every_n_steps", "clip_skip"),
+    *(
+        "keep_tokens",
+        "caption_tag_dropout_rate",
+        "network_dropout",
+        "save_every_n_steps",
+        "sample_every_n_steps",
+        "clip_skip",
+    ),
 )
 """Options for which 0 means that they are off."""
 
@@ -75,12 +86,17 @@ class DataSet:
         options: its settings that are also options of the training scripts.
         overrides: overrides of sdtune for its image folders.
         notes: what is not translated.
+        has_class_images: whether subject images are paired with class images.
+        has_maps: whether sources have control maps of their own.
+        kind: option of the group ``data``.
     """
 
     options: Mapping[str, Any]
     overrides: Sequence[str]
     notes: Sequence[str]
     has_class_images: bool = False
+    has_maps: bool = False
+    kind: str = "folder"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
         datasets = [_read(_beside(paths[0], str(named)))]
     if len(datasets) > 1:
         raise _error(f"{paths[0]} and {paths[1]} are dataset files", "name one of them")
-    data = _data_set(datasets[0]) if datasets else DataSet({}, (), ())
+    data = _data_set(datasets[0], options.get("prior_loss_weight", 1.0)) if datasets else DataSet({}, (), ())
     line, notes = converted(options, data)
     print(line)
     for note in notes:
@@ -175,7 +191,7 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     given = {**options, **data.options}
     is_lora = any(key.startswith("network_") for key in given)
     family = "sdxl" if given.pop("sdxl", False) else "sd21" if given.pop("v2", False) else "sd15"
-    words = [f"method={_method(given, data.has_class_images)}", f"backbone={family}"]
+    words = [f"method={_method(given, data)}", f"backbone={family}"]
     defaults = {**_DEFAULTS, **(_LORA_DEFAULTS if is_lora else {})} if options else {}
     given = _as_set_by_kohya({**defaults, **given}, is_lora, notes)
     translation = translate([Option.of(word) for key, value in given.items() if (word := _word(key, value))], "train")
@@ -193,7 +209,7 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     if options and words[0] == "method=full":
         notes.append("method=full: there is no option of a network, so the options are those of a full fine-tuning")
     settings = [*([overrides] if overrides else []), *data.overrides]
-    command = ["sdtune train", *words, "data=folder"] if options else ["data=folder"]
+    command = ["sdtune train", *words, f"data={data.kind}"] if options else [f"data={data.kind}"]
     return " ".join([*command, *settings]), notes
 
 
@@ -205,15 +221,15 @@ def _with_feed_forward(overrides: str) -> str:
     return f"{overrides} '{attention},feed_forward]'"
 
 
-def _method(given: Mapping[str, Any], has_class_images: bool) -> str:
+def _method(given: Mapping[str, Any], data: DataSet) -> str:
     """The method of the training script that has these options."""
     if "token_string" in given:
         return "textual_inversion"
-    if "conditioning_data_dir" in given:
+    if "conditioning_data_dir" in given or data.has_maps:
         return "controlnet"
     if any(key.startswith("network_") for key in given):
         return "lora"
-    return "dreambooth" if "reg_data_dir" in given or has_class_images else "full"
+    return "dreambooth" if "reg_data_dir" in given or data.has_class_images else "full"
 
 
 def _as_set_by_kohya(given: dict[str, Any], is_lora: bool, notes: list[str]) -> dict[str, Any]:
@@ -262,8 +278,8 @@ def _word(key: str, value: Any) -> str | None:
     return f"--{key}={separator.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def _data_set(content: Mapping[str, Any]) -> DataSet:
-    """Translate a dataset file; the first folder of subject images and of class images are used."""
+def _data_set(content: Mapping[str, Any], prior_weight: float) -> DataSet:
+    """Translate a dataset file: one folder of subject images with one of class images, or several as a mix."""
     folders = [
         Subset({**content.get("general", {}), **dataset, **subset})
         for dataset in content["datasets"]
@@ -273,14 +289,11 @@ def _data_set(content: Mapping[str, Any]) -> DataSet:
     classes = [folder for folder in folders if folder.is_class]
     if not subjects:
         raise _error("the dataset file has no subset with images of the subject", "add one without is_reg")
-    first, *others = subjects
-    settings = first.settings
-    options = {key: value for key, value in settings.items() if key in _DATASET_OPTIONS}
-    if "batch_size" in settings:
-        options["train_batch_size"] = settings["batch_size"]
-    notes = [f"{key}: not translated" for key in settings if key not in (*_DATASET_OPTIONS, *_READ)]
-    notes += [f"{folder.path}: one image folder per training; put its images below {first.path}" for folder in others]
-    notes += [f"{folder.path}: one folder of class images per training" for folder in classes[1:]]
+    keys = dict.fromkeys(key for folder in folders for key in folder.settings)
+    notes = [f"{key}: not translated" for key in keys if key not in (*_DATASET_OPTIONS, *_READ)]
+    if len(subjects) > 1 or len(classes) > 1:
+        return _mix(folders, prior_weight, notes)
+    first = subjects[0]
     notes += [
         f"{folder.path}: num_repeats of class images is not translated" for folder in classes if _repeats(folder) > 1
     ]
@@ -289,7 +302,74 @@ def _data_set(content: Mapping[str, Any]) -> DataSet:
         overrides.append(f"data.repeats={_repeats(first)}")
     if classes:
         overrides += [shell_override("data.class_path", classes[0].path), *_prompt("data.class_prompt", classes[0])]
-    return DataSet(options, overrides, notes, bool(classes))
+    return DataSet(_options(first.settings), overrides, notes, bool(classes))
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``settings`` that are also options of the training scripts."""
+    options = {key: value for key, value in settings.items() if key in _DATASET_OPTIONS}
+    if "batch_size" in settings:
+        options["train_batch_size"] = settings["batch_size"]
+    return options
+
+
+def _mix(folders: Sequence[Subset], prior_weight: float, notes: list[str]) -> DataSet:
+    """Each subset as a source of ``data=mix``; options that all have in common are those of the mix."""
+    every = [_options(folder.settings) for folder in folders]
+    shared = {key: value for key, value in every[0].items() if all(options.get(key) == value for options in every)}
+    if len({str(options.get("train_batch_size")) for options in every}) > 1:
+        shared["train_batch_size"] = every[0].get("train_batch_size", 1)
+        notes.append("batch_size: one for all sources; the command has that of the first data set")
+    overrides = []
+    for name, folder, options in zip(_names(folders), folders, every, strict=True):
+        key = f"data.sources.{name}"
+        overrides += [shell_override(f"{key}.path", folder.path), *_prompt(f"{key}.prompt", folder)]
+        if _repeats(folder) != 1:
+            overrides.append(f"{key}.repeats={_repeats(folder)}")
+        if folder.is_class and prior_weight != 1:
+            overrides.append(f"{key}.loss_weight={prior_weight}")
+        own = {name: value for name, value in options.items() if name not in shared}
+        overrides += _own_overrides(key, own, notes)
+    if any(folder.is_class for folder in folders):
+        notes.append(
+            "is_reg: class images are a source of their own, used as often as their repeats; kohya uses as many as"
+            " training images: set weight of this source instead"
+        )
+    has_maps = any("conditioning_data_dir" in options for options in every)
+    return DataSet(shared, overrides, notes, has_maps=has_maps, kind="mix")
+
+
+def _own_overrides(key: str, options: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """Overrides of the source ``key`` for options that not all sources have in common."""
+    used = {name: value for name, value in options.items() if name != "train_batch_size"}
+    maps = used.pop("conditioning_data_dir", None)
+    words = [word for name, value in used.items() if (word := _word(name, value))]
+    translation = translate([Option.of(word) for word in words], "train")
+    notes += [f"{key}: {option.name}: {remark}" for option, remark in translation.remarks]
+    notes += [f"{key}: {option.name}: unknown, not translated" for option in translation.unknown]
+    # The settings of the caches are those of the mix.
+    texts = [word for word in shlex.split(translation.overrides) if not word.startswith("data.cache_")]
+    pairs = [text.removeprefix("data.").split("=", 1) for text in texts if text.startswith("data.")]
+    overrides = [_requoted(f"{key}.{name}", value) for name, value in pairs]
+    if maps is not None:
+        overrides.append(shlex.quote(f"{key}.control={{option: paired, path: {in_quotes(str(maps))}}}"))
+    return overrides
+
+
+def _requoted(key: str, value: str) -> str:
+    """``key=value`` for the shell; ``value`` may have Hydra's quotes."""
+    return shlex.quote(f"{key}={value}")
+
+
+def _names(folders: Sequence[Subset]) -> list[str]:
+    """A name for each source, from the name of its folder without kohya's number of repeats."""
+    names: list[str] = []
+    for folder in folders:
+        words = re.sub(r"^\d+_", "", PurePath(folder.path.replace("\\", "/")).name)
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", words).strip("_-") or "images"
+        number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}_{n}") not in names)
+        names.append(name if number == 1 else f"{name}_{number}")
+    return names
 
 
 def _repeats(folder: Subset) -> int:

@@ -68,6 +68,15 @@ TRAINING = {
     "fp8_base": "backbone.quantize=fp8",
     "max_data_loader_n_workers": "data.workers=VALUE",
     "conditioning_data_dir": "method=controlnet data/control=paired data.control.path=VALUE",
+    "shuffle_caption": "data.captions.kind=tags data.captions.shuffle=true",
+    "keep_tokens": "data.captions.kind=tags data.captions.keep_tokens=VALUE",
+    "keep_tokens_separator": "data.captions.kind=tags data.captions.keep_tokens_separator=VALUE",
+    "secondary_separator": "data.captions.kind=tags data.captions.secondary_separator=VALUE",
+    "caption_separator": "data.captions.kind=tags data.captions.separator=VALUE",
+    "caption_tag_dropout_rate": "data.captions.kind=tags data.captions.caption_tag_dropout_rate=VALUE",
+    "enable_wildcard": "data.captions.wildcards=true data.captions.lines=true",
+    "caption_prefix": "data.captions.prefix=VALUE",
+    "caption_suffix": "data.captions.suffix=VALUE",
 }
 """Overrides that replace the options of ``train_network.py`` and ``sdxl_train_network.py``."""
 
@@ -99,8 +108,6 @@ TRAINING_REMARKS = {
     "config_file": "sdtune import-kohya CONFIG.toml prints the command of a config file",
     "dataset_config": "sdtune import-kohya DATASET.toml prints the settings of a dataset file",
     "caption_extension": "it is not needed: .txt and .caption files are read",
-    "shuffle_caption": "captions are not shuffled",
-    "keep_tokens": "captions are not shuffled; data.trigger puts a word first",
     "enable_bucket": "it is not needed: images are always sorted into buckets",
     "bucket_no_upscale": "it is not needed: images are never enlarged",
     "xformers": "it is not needed: the attention implementation is chosen for the device",
@@ -181,7 +188,7 @@ EXPORT_REMARKS = {
 
 UNAVAILABLE = (
     *("scale_weight_norms", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount"),
-    *("lowram", "color_aug", "face_crop_aug_range", "caption_tag_dropout_rate", "debiased_estimation_loss"),
+    *("lowram", "color_aug", "face_crop_aug_range", "debiased_estimation_loss"),
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles", "loss_type"),
 )
 """Options of kohya's scripts that have no counterpart in sdtune."""
@@ -375,8 +382,8 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         is_merged = len(together) > 1 or option.name not in templates or is_list
         texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
     texts += ["method.alpha_policy=constant method.alpha=1"] if _lacks_alpha(options) else []
-    words = [word for text in texts for word in (shlex.split(text) if "'" not in text else [text])]
-    return " ".join(dict.fromkeys(words))
+    words = dict.fromkeys(word for text in texts for word in shlex.split(text))
+    return " ".join(word if re.fullmatch(r"[\w./+:,=<>\[\]^-]+", word) else shlex.quote(word) for word in words)
 
 
 def _other_defaults(options: Sequence[Option]) -> list[str]:
@@ -489,5 +496,5 @@ def assigned(key: str, value: str) -> str:
     return f"{key}={value}" if re.fullmatch(plain, value) else shell_override(key, value)
 
 
-TEXT_KEYS = ("prompt", "name", "trigger", "path", "dir", "file")
+TEXT_KEYS = ("prompt", "name", "trigger", "path", "dir", "file", "separator", "prefix", "suffix")
 """Ends of the keys whose values may contain spaces and commas."""
