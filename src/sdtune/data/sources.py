@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtune.data.control.base import Paired
 from sdtune.data.datamodule import ImageDataModule, MaskSource
-from sdtune.data.folder import MASK_SUFFIX, CaptionedImage, check_images, is_root_name_warning, read_image_folder
+from sdtune.data.folder import CaptionedImage, check_images, is_root_name_warning, mask_path, read_image_folder
 from sdtune.data.samples import Sample
 from sdtune.errors import UserError
 from sdtune.images.files import open_alpha, open_image, open_mask, resize_and_crop
@@ -45,7 +45,7 @@ class FileSample:
     @property
     def mask_path(self) -> Path:
         """Path of the mask: ``image.mask.png`` next to ``image.jpg``."""
-        return self.path.with_name(f"{self.path.stem}{MASK_SUFFIX}")
+        return mask_path(self.path)
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         return resize_and_crop(self._mask_image().convert("RGB"), size, offset, flip)[..., 0]
