@@ -31,6 +31,8 @@ _USAGE = {
     "sample": '"PROMPT" [run=RUN] [KEY=VALUE ...]',
     "export": "RUN [format=FORMAT] [KEY=VALUE ...]",
     "evaluate": "RUN [KEY=VALUE ...]",
+    "caption": "DIR model=MODEL [KEY=VALUE ...]",
+    "mask": "DIR model=MODEL words=WORDS [KEY=VALUE ...]",
 }
 
 _SWEEP = "-m, --multirun"
@@ -41,7 +43,7 @@ _OPTIONS = {
     "--info": "print how Hydra composes the settings",
     "--version": "print the version",
 }
-_WITHOUT_SWEEPS = ("plan",)
+_WITHOUT_SWEEPS = ("plan", "caption", "mask")
 _INTERNAL = ("default_lr", "on_data", "paths")
 """Config groups that are not chosen on the command line."""
 _SHARED = "base"
