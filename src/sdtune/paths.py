@@ -153,7 +153,7 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
 
 
-def hub_folder(name: str, patterns: Sequence[str], key: str) -> Path:
+def download_model(name: str, patterns: Sequence[str], key: str) -> Path:
     """Folder with the files of the hub model ``name`` that match ``patterns``; missing ones are downloaded.
 
     Args:

@@ -69,6 +69,10 @@ def test_chat_model_answers_without_repeating_the_prompt(llava: Path, photos: li
     assert not any("USER" in caption or "Describe" in caption for caption in captions)
     assert [loaded([photo])[0] for photo in photos] == captions
     assert captioner(llava, DEFAULT_INSTRUCTION)(photos) == captions
+
+
+def test_chat_model_depends_on_its_prompt(llava: Path, photos: list[Image.Image]) -> None:
+    captions = captioner(llava)(photos)
     assert captioner(llava, "Which colors are in this image?")(photos) != captions
 
 

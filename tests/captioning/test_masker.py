@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,24 @@ def test_mask_is_the_sigmoid_of_the_logits_at_the_size_of_the_image(clipseg: Pat
             logits = model(**processor(text=["a cat"], images=[photo], return_tensors="pt", padding=True)).logits
         expected = torch.nn.functional.interpolate(logits.sigmoid()[None], size=(64, 40), mode="bilinear")[0, 0]
         assert np.abs(expected.numpy() * 255 - mask).max() <= 0.6
+
+
+def test_settings_of_published_models_are_read(clipseg: Path, photos: list[Image.Image], tmp_path: Path) -> None:
+    """CIDAS/clipseg-rd64-refined has the file of an older release of transformers."""
+    folder = tmp_path / "clipseg"
+    shutil.copytree(clipseg, folder)
+    (folder / "processor_config.json").unlink()
+    settings = {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "do_resize": True,
+        "size": 32,
+        "resample": 2,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert np.array_equal(masks(folder, ["cat"], photos), masks(clipseg, ["cat"], photos))
 
 
 def test_mask_of_several_words_is_their_union(clipseg: Path, photos: list[Image.Image]) -> None:

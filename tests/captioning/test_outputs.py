@@ -58,6 +58,15 @@ def test_images_that_would_share_a_file_are_refused(listed, tmp_path: Path) -> N
     assert listed(str(tmp_path), overwrite=False).missing == {}
 
 
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_photos(tmp_path / "sub", 1)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "sub")
+    with pytest.raises(UserError, match=r"^data\.path: .*/sub is not writable; make it writable, or copy the images$"):
+        mask_outputs(str(tmp_path), overwrite=False)
+    (tmp_path / "sub" / "00.mask.png").touch()
+    assert mask_outputs(str(tmp_path), overwrite=False).existing == 1
+
+
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.path: no images found in .*: it is empty; set a folder with"):
         caption_outputs(str(tmp_path), overwrite=False)

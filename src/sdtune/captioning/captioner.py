@@ -57,6 +57,8 @@ class Captioner:
         self._precision = precision if on_cpu else "32-true"
         self._processor, self._model = load_transformers_model(AutoModelForImageTextToText, folder, device, self._dtype)
         self._processor.tokenizer.padding_side = "left"  # decoder-only models continue the last token
+        if self._processor.tokenizer.pad_token is None:
+            self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
         self._is_chat = getattr(self._processor, "chat_template", None) is not None
 
     @torch.no_grad()

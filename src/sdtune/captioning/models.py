@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from sdtune.errors import UserError
 from sdtune.files import read_json
-from sdtune.paths import hub_folder, is_hub_id
+from sdtune.paths import download_model, is_hub_id
 
 _KEY = "model"
 
@@ -66,9 +66,9 @@ def locate_model(name: str, kind: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    folder = hub_folder(name, _CHECKED_FILES, _KEY)
+    folder = download_model(name, _CHECKED_FILES, _KEY)
     _check_files(folder, name, kind)
-    folder = hub_folder(name, TAGGER_FILES if is_tagger(folder) and kind == "caption" else _FILES, _KEY)
+    folder = download_model(name, TAGGER_FILES if is_tagger(folder) and kind == "caption" else _FILES, _KEY)
     _check_weights(folder, name)
     return folder
 

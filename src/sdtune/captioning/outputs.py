@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ def caption_outputs(path: str, overwrite: bool) -> Outputs:
     because an image must not have both.
 
     Raises:
-        UserError: there are no images, the folder cannot be read, or two images would have the same file.
+        UserError: there are no images, a folder cannot be read or written, or two images would have the same file.
     """
     folder, files, images = _listed(path)
     captions = {file.with_suffix(""): file for file in files if file.suffix.lower() in CAPTION_SUFFIXES}
@@ -79,6 +80,9 @@ def _listed(path: str) -> tuple[Path, Sequence[Path], Sequence[Path]]:
 def _outputs(kind: str, folder: Path, targets: dict[Path, Path], files: Sequence[Path], overwrite: bool) -> Outputs:
     present = set() if overwrite else set(files)
     missing = {image: target for image, target in targets.items() if target not in present}
+    for parent in dict.fromkeys(target.parent for target in missing.values()):
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} is not writable", key=_KEY, remedy="make it writable, or copy the images")
     owners: dict[Path, Path] = {}
     for image, target in missing.items():
         other = owners.setdefault(target, image)
@@ -152,7 +156,7 @@ def print_summary(outputs: Outputs, unreadable: Sequence[str]) -> None:
 
 
 @contextmanager
-def stoppable(kind: str) -> Iterator[None]:
+def interruptible(kind: str) -> Iterator[None]:
     """Context manager in which a stop signal raises :class:`Stopped`; the files written so far remain."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:

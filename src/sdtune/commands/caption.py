@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdtune.captioning.captioner import Captioner, CaptionSettings
 from sdtune.captioning.models import check_model_name, is_tagger, locate_model
-from sdtune.captioning.outputs import Outputs, caption_outputs, print_summary, stoppable, write_outputs
+from sdtune.captioning.outputs import Outputs, caption_outputs, interruptible, print_summary, write_outputs
 from sdtune.captioning.tagger import Tagger, TagSettings
 from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
@@ -42,7 +42,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     outputs = caption_outputs(options["data"]["path"], options["overwrite"])
 
     def start(composed: DictConfig) -> None:
-        with stoppable(outputs.kind), choose_threads(options["hardware"]):
+        with interruptible(outputs.kind), choose_threads(options["hardware"]):
             _write(options, outputs)
 
     return start

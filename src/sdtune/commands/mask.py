@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from sdtune.captioning.masker import Masker
 from sdtune.captioning.models import check_model_name, locate_model
-from sdtune.captioning.outputs import Outputs, mask_outputs, print_summary, stoppable, write_outputs
+from sdtune.captioning.outputs import Outputs, interruptible, mask_outputs, print_summary, write_outputs
 from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
 from sdtune.config.schema import check_value
@@ -43,7 +43,7 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     outputs = mask_outputs(options["data"]["path"], options["overwrite"])
 
     def start(composed: DictConfig) -> None:
-        with stoppable(outputs.kind), choose_threads(options["hardware"]):
+        with interruptible(outputs.kind), choose_threads(options["hardware"]):
             _write(options, outputs)
 
     return start
