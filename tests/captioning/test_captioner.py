@@ -58,6 +58,12 @@ def test_blip_continues_its_prompt(blip: Path, photos: list[Image.Image]) -> Non
     assert len(set(captions)) > 2
 
 
+def test_caption_of_blip_that_ends_after_its_prompt_is_the_prompt(blip: Path, photos: list[Image.Image]) -> None:
+    loaded = captioner(blip, "a photo of")
+    loaded._model.text_decoder.cls.predictions.bias.data[3] = 1e6  # [SEP]
+    assert loaded(photos[:2]) == ["a photo of", "a photo of"]
+
+
 def test_max_new_tokens_limits_the_caption(blip: Path, photos: list[Image.Image]) -> None:
     assert {len(caption.split()) for caption in captioner(blip, tokens=3)(photos)} == {3}
 
