@@ -26,7 +26,7 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "around a training": (("shared_backbone",), ("planning",), ("callbacks",)),
     "methods": (("pocket",), ("methods",), ("training",)),
     "artifacts": (("evaluation", "exporting"), ("sampling",), ("loaders",)),
-    "configs, models, data, runs": (("config",), ("backbone",), ("reporting",), ("runs", "data")),
+    "configs, models, data, runs": (("config",), ("backbone",), ("captioning", "reporting"), ("runs", "data")),
     "foundations": (
         ("formats", "images", "hardware", "objective"),
         (

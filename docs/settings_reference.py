@@ -59,6 +59,8 @@ COMMANDS = {
     "plan": "`sdtune plan`",
     "export": "`sdtune export`",
     "evaluate": "`sdtune evaluate`",
+    "caption": "`sdtune caption`",
+    "mask": "`sdtune mask`",
 }
 HELPED = (*COMMANDS, "prepare")
 

@@ -1,10 +1,10 @@
-"""Paths of the shipped configs, the pocket backbone and the cache that all runs share."""
+"""Paths of the shipped configs, the pocket backbone, the cache that all runs share, and models of the hub."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -151,3 +151,26 @@ def pocket_art() -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` has the form USER/NAME of a Hugging Face hub id; a local path may have it too."""
     return name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+
+
+def download_model(name: str, patterns: Sequence[str], key: str) -> Path:
+    """Folder with the files of the hub model ``name`` that match ``patterns``; missing ones are downloaded.
+
+    Args:
+        name: hub id.
+        patterns: glob patterns of file names.
+        key: config key of the model, for errors.
+
+    Raises:
+        UserError: they cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} is not a local folder and cannot be downloaded from the hub ({reason})", key=key
+        ) from error

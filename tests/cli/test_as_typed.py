@@ -44,6 +44,10 @@ from sdtune.errors import UserError
         ("sample", "strengths=null", "strengths=null"),
         ("plan", "methods=lora,full", "methods=[lora,full]"),
         ("plan", "methods=all", "methods=all"),
+        ("mask", "words=cat,dog", "words=[cat,dog]"),
+        ("mask", "words=a red car", "words=a red car"),
+        ("caption", "undesired_tags=solo,1girl", "undesired_tags=[solo,1girl]"),
+        ("caption", "prefix=sks, my", 'prefix="sks, my"'),
     ],
 )
 def test_override_in_grammar_of_hydra(command: str, given: str, expected: str) -> None:

@@ -53,6 +53,8 @@ def candidates(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         ("sdtune sample run=m", ["my photos/"]),
         ("sdtune report m", ["my photos/"]),
         ("sdtune export n", ["net.safetensors"]),
+        ("sdtune caption m", ["my photos/", "model=", "max_new_tokens="]),
+        ("sdtune mask DIR model=m", ["my photos/"]),
         ("sdtune train -cd ", ["my photos/"]),
         ("sdtune train --cfg ", ["job", "hydra", "all"]),
         ("sdtune train --conf", ["--config-dir"]),

@@ -17,7 +17,7 @@ def help_text(capsys: pytest.CaptureFixture[str], command: str, *overrides: str,
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "sample", "plan", "export", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "prepare", "sample", "plan", "export", "evaluate", "caption", "mask"])
 def test_each_setting_has_a_description(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = help_text(capsys, command).splitlines()
     settings = lines[next(i for i, line in enumerate(lines) if line.startswith("settings")) + 1 :]

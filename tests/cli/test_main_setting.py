@@ -22,6 +22,8 @@ from sdtune.errors import UserError
         ("sample", ["[a, b]", "~sampling.seed"], ["prompt=[a, b]", "~sampling.seed"]),
         ("sample", ["prompt=a", "frog"], ["prompt=a", "frog"]),
         ("train", ["method.rank"], ["method.rank"]),
+        ("caption", ["my photos", "model=a/b"], ['data.path="my photos"', "model=a/b"]),
+        ("mask", ["photos", "words=cat"], ["data.path=photos", "words=cat"]),
     ],
 )
 def test_key_is_added(command: str, given: list[str], expected: list[str]) -> None:

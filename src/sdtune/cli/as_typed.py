@@ -11,12 +11,12 @@ from hydra.errors import HydraException
 from sdtune.errors import UserError
 from sdtune.quoting import in_quotes, override, shell_word
 
-_TEXTS = ("prompt", "data.prompt", "data.class_prompt", "data.trigger", "sampling.negative_prompt")
+_TEXTS = ("prompt", "data.prompt", "data.class_prompt", "data.trigger", "sampling.negative_prompt", "prefix")
 """Settings whose value is a text, or a list of texts in brackets."""
 
 _TEXT_OF_SOURCE = r"\+\+data\.sources\.[\w-]+\.(prompt|class_prompt|trigger)"
 
-_LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",)}
+_LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",), "caption": ("undesired_tags",), "mask": ("words",)}
 """Command -> its settings that are lists of numbers or names."""
 
 _SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height", "batch_size")

@@ -66,7 +66,7 @@ complete --command sdtune --no-files --arguments '(__sdtune)'
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
-_PATHS = ("report", "import-kohya", "export", "evaluate")
+_PATHS = ("report", "import-kohya", "export", "evaluate", "caption", "mask")
 """Commands with a file or folder as their main argument."""
 _WORDS = {"cache": ("older_than=", "max_gib="), "completion": tuple(_SCRIPTS)}
 _OPTIONS = ("--help", "--multirun", "--config-dir", "--cfg", "--package", "--info", "--version")

@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdtune.config.compose import compose, without_hydra
+from sdtune.config.compose import WITHOUT_SWEEPS, compose, without_hydra
 from sdtune.config.hydra_compat import initialized
 from sdtune.runs.hydra_values import as_current
 
@@ -31,6 +31,8 @@ _USAGE = {
     "sample": '"PROMPT" [run=RUN] [KEY=VALUE ...]',
     "export": "RUN [format=FORMAT] [KEY=VALUE ...]",
     "evaluate": "RUN [KEY=VALUE ...]",
+    "caption": "DIR model=MODEL [KEY=VALUE ...]",
+    "mask": "DIR model=MODEL words=WORDS [KEY=VALUE ...]",
 }
 
 _SWEEP = "-m, --multirun"
@@ -41,7 +43,6 @@ _OPTIONS = {
     "--info": "print how Hydra composes the settings",
     "--version": "print the version",
 }
-_WITHOUT_SWEEPS = ("plan",)
 _INTERNAL = ("default_lr", "on_data", "paths")
 """Config groups that are not chosen on the command line."""
 _SHARED = "base"
@@ -61,7 +62,7 @@ def print_help(command: str, search: ConfigSearchPath, overrides: Sequence[str])
 
 
 def _head(command: str) -> list[str]:
-    options = {name: text for name, text in _OPTIONS.items() if command not in _WITHOUT_SWEEPS or name != _SWEEP}
+    options = {name: text for name, text in _OPTIONS.items() if command not in WITHOUT_SWEEPS or name != _SWEEP}
     summary = TEXTS[command][""].partition(": ")[2]
     return [
         f"usage: sdtune {command} {_USAGE[command]} [OPTION ...]",

@@ -199,6 +199,7 @@ SCRIPTS = {
         "train",
     ),
     "gen_img": "sample",
+    **dict.fromkeys(("make_captions", "make_captions_by_git", "tag_images_by_wd14_tagger"), "caption"),
     **dict.fromkeys(("extract_lora_from_models", "merge_lora", "resize_lora", "sdxl_merge_lora"), "export"),
 }
 """The command that does what a script of kohya does."""

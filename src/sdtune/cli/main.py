@@ -30,6 +30,10 @@ COMMANDS = {
         "create class images, caches and control maps of a training before its first step",
         "sdtune.commands.prepare",
     ),
+    "caption": Command(
+        "write captions of images with a captioning or tagging model", "sdtune.commands.caption", writes=False
+    ),
+    "mask": Command("write masks of what words describe in images", "sdtune.commands.mask", writes=False),
     "sample": Command("generate images with adapters at any strength", "sdtune.commands.sample"),
     "plan": Command("estimate memory and compute of a training, without weights", "sdtune.commands.plan", writes=False),
     "export": Command("export the artifact of a run in the format of another program", "sdtune.commands.export"),

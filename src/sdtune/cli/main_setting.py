@@ -10,7 +10,7 @@ from sdtune.cli.messages import joined_brackets
 from sdtune.errors import UserError
 from sdtune.quoting import in_quotes, override, shell_override, shell_word
 
-_KEYS = {"sample": "prompt", "export": "run", "evaluate": "run"}
+_KEYS = {"sample": "prompt", "export": "run", "evaluate": "run", "caption": "data.path", "mask": "data.path"}
 
 _IS_OVERRIDE = re.compile(r"~(?!/)|[+]{0,2}[\w./@:-]+=")
 
@@ -43,7 +43,7 @@ def with_main_setting(command: str, overrides: list[str]) -> list[str]:
 def _remedy(command: str, bare: Sequence[str], others: str) -> str:
     """What to write instead of several words without a key; ``others`` are the words with one."""
     if command != "sample":
-        return f"use one run or file per command: sdtune {command} {shell_word(bare[0])}{others}"
+        return f"use one run, file or folder per command: sdtune {command} {shell_word(bare[0])}{others}"
     run = next(filter(_is_run, bare), None)
     if run is not None:
         prompt = " ".join(text for text in bare if text != run) or "PROMPT"

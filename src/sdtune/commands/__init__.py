@@ -1,1 +1,1 @@
-"""The commands train, prepare, plan, sample, evaluate, export and report: check a composed config, then run it."""
+"""The commands, such as train, prepare, caption and sample: check a composed config, then run it."""

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Prepare = Callable[[DictConfig, Path], Callable[[DictConfig], Any]]
 """Function that checks a composed config and its output folder and returns the function to run; loads no weights."""
 
+WITHOUT_SWEEPS = ("plan", "caption", "mask")
+"""Commands that write no folder of their own and support no sweeps."""
+
 
 def search_path(extra: str | None) -> ConfigSearchPath:
     """Hydra's search path: ``extra``, the ``--config-dir``, and then the config folder of sdtune.
@@ -74,14 +77,14 @@ def _refuse_sweep(command: str, search: ConfigSearchPath, overrides: list[Overri
     with suppress(HydraException, OmegaConfBaseException, UserError):  # other overrides may depend on this one
         config = compose(command, search, [str(o.input_line) for o in overrides if not o.is_sweep_override()])
         default = OmegaConf.select(config, key, throw_on_missing=False)
-    remedies = ["add -m for a sweep"]
+    remedies = [] if command in WITHOUT_SWEEPS else ["add -m for a sweep"]
     is_text = " " in value
     if is_text:
         remedies.append(f"quote the value if it is one text: {shell_override(key, value)}")
     is_number = re.fullmatch(r"[\d.,eE+-]+", value) is not None
     if OmegaConf.is_list(default) or key == "strengths" or (default is None and not is_number):
         remedies.append("write a list: " + shell_word(f'{key}=["..."]') if is_text else f"write a list: [{value}]")
-    raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies))
+    raise UserError(f"several values ({value})", key=key, remedy=" or ".join(remedies) or "set one value")
 
 
 def recompose(config: DictConfig, group: str, option: str) -> DictConfig:

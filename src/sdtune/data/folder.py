@@ -16,7 +16,7 @@ from typing import Any
 
 from sdtune.data.control.paired import maps_of_images
 from sdtune.data.indexing import file_state, make_table, table_lock
-from sdtune.data.listing import count_and_names, list_files
+from sdtune.data.listing import Listing, count_and_names, list_files
 from sdtune.data.table import MappedTable, StoredImage, TableFacts, TableRow, open_table
 from sdtune.errors import UserError
 from sdtune.files import mark_used
@@ -131,14 +131,7 @@ def list_image_folder(
     """
     folder = Path(path).expanduser().absolute()
     listing = list_files(folder, key, other_roles or {})
-    files = listing.files
-    images = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK_SUFFIX)]
-    if not images:
-        raise UserError(
-            f"no images found in {folder}: {_contents(folder, files, listing.lines(folder))}",
-            key=key,
-            remedy=f"set a folder with {', '.join(SUFFIXES)} files",
-        )
+    files, images = listing.files, images_of(listing, folder, key)
     with _errors_with_key(key):
         repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
         captions = {image: words for image, (_, words) in repeats_and_words.items() if words}
@@ -181,6 +174,27 @@ def _identity(states: Mapping[Path, tuple[int, int]]) -> str:
     for file, state in states.items():
         digest.update(f"{file}|{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def images_of(listing: Listing, folder: Path, key: str) -> list[Path]:
+    """Image files of ``listing``, which is that of ``folder``; masks are not images.
+
+    Raises:
+        UserError: there are none; names the config ``key``.
+    """
+    images = [f for f in listing.files if f.suffix.lower() in SUFFIXES and not f.name.endswith(MASK_SUFFIX)]
+    if not images:
+        raise UserError(
+            f"no images found in {folder}: {_contents(folder, listing.files, listing.lines(folder))}",
+            key=key,
+            remedy=f"set a folder with {', '.join(SUFFIXES)} files",
+        )
+    return images
+
+
+def mask_path(image: Path) -> Path:
+    """Path of the mask of an image: ``fox.mask.png`` next to ``fox.jpg``."""
+    return image.with_name(f"{image.stem}{MASK_SUFFIX}")
 
 
 @contextmanager

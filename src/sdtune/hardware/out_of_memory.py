@@ -13,6 +13,8 @@ ADVICE: Final = {
     "prepare": "out of memory on the device: set a smaller data.resolution, or hardware=cpu",
     "sample": ("out of memory on the device: set sampling.batch_size=1 and hardware.vae_tiling=true, or hardware=cpu"),
     "evaluate": "out of memory on the device: set hardware=cpu, or use a machine with more memory",
+    "caption": "out of memory on the device: set batch_size=1, or hardware=cpu",
+    "mask": "out of memory on the device: set batch_size=1, or hardware=cpu",
     "shared": "out of memory on the device with {runs} concurrent runs: set hydra.launcher.max_concurrent_runs={fewer}",
     "shared by one": "out of memory on the device with one run at a time: set hardware.gradient_checkpointing=true",
     "other": "out of memory: end other programs, or use a machine with more memory",

@@ -21,7 +21,7 @@ from sdtune.errors import UserError
 from sdtune.files import mark_used
 from sdtune.images.files import CENTER
 from sdtune.images.grids import save_png
-from sdtune.paths import cache_folder, is_hub_id
+from sdtune.paths import cache_folder, download_model, is_hub_id
 from sdtune.progress import bar
 
 _MAX_SIDE = 1024  # longer side of the estimated and cached maps, in pixels
@@ -141,18 +141,7 @@ class Estimated(FromImage):
 
 def _folder(key: str, name: str) -> Path:
     local = Path(name).expanduser()
-    if local.is_dir():
-        return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name} is not a local folder and cannot be downloaded from the hub ({reason})", key=f"data.control.{key}"
-        ) from error
+    return local if local.is_dir() else download_model(name, ("*.json", "*.safetensors"), f"data.control.{key}")
 
 
 def _estimation_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Captions, tags and masks for the images of a folder, made by models that the user chooses."""
