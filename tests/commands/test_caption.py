@@ -13,7 +13,7 @@ import pytest
 
 from caption_models import build_blip, build_tagger, save_photos
 from running import sdtune
-from sdtune.data.folder import read_image_folder
+from sdtune.data import Folder
 
 COUNT = 30
 
@@ -43,7 +43,7 @@ def test_captions_are_read_by_the_data_source(
     folder = save_photos(tmp_path / "photos", 5)
     (folder / "01.caption").write_text("mine", encoding="utf-8")
     assert sdtune("caption", str(folder), f"model={blip}", "hardware=cpu", "max_new_tokens=8", "prefix=sks, my") == 0
-    captions = {image.path.stem: image.caption for image in read_image_folder(folder).images}
+    captions = {Path(str(sample)).stem: sample.caption for sample in Folder(path=str(folder)).read()[0]}
     assert captions["01"] == "mine"
     assert not (folder / "01.txt").exists()
     assert all(captions[f"{i:02d}"].startswith("sks, my ") for i in (0, 2, 3, 4))

@@ -192,11 +192,6 @@ def images_of(listing: Listing, folder: Path, key: str) -> list[Path]:
     return images
 
 
-def mask_path(image: Path) -> Path:
-    """Path of the mask of an image: ``fox.mask.png`` next to ``fox.jpg``."""
-    return image.with_name(f"{image.stem}{MASK_SUFFIX}")
-
-
 @contextmanager
 def _errors_with_key(key: str) -> Iterator[None]:
     """Context manager that adds the config ``key`` to each UserError without one."""
