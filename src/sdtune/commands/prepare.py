@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from sdtune.callbacks.data_summary import DataSummary
 from sdtune.commands.checks import check_run
+from sdtune.commands.data_page import write_page
 from sdtune.commands.threads import choose_threads
 from sdtune.commands.train_run import TrainRun
 from sdtune.config.settings import TRAINING, plain
@@ -48,6 +49,8 @@ def execute(run: TrainRun) -> None:
     trainer.fit(run.adapter, datamodule=run.data)
     if trainer.is_global_zero:
         _write_grids(run.data, run.folder)
+        page = write_page(run.data, run.adapter.backbone, run.source.tokenizer_folder(), run.folder)
+        log.info("images, captions and counts: %s", page)
     wait_for_children(trainer)
 
 

@@ -42,7 +42,7 @@ def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> 
                 "WARNING: a prompt has %d tokens, the limit is %d; its end is not used: %r",
                 length,
                 limit,
-                _truncated_end(backbone, prompt),
+                truncated_end(backbone, prompt),
             )
 
 
@@ -75,7 +75,7 @@ def count_tokens(backbone: Backbone, prompts: Sequence[str]) -> list[int]:
     return [len(ids) + 2 for ids in backbone.token_ids(prompts)]
 
 
-def _truncated_end(backbone: Backbone, prompt: str) -> str:
+def truncated_end(backbone: Backbone, prompt: str) -> str:
     """The end of ``prompt`` that is truncated, decoded by the tokenizer."""
     ids, tokens = backbone.token_ids([prompt])[0][backbone.facts.max_tokens - 2 :], backbone.new_tokens
     known = [i for i in ids if i < len(backbone.tokenizer)]
