@@ -1,4 +1,4 @@
-"""Small copies of the first training images with their captions, for the report of the run."""
+"""Small copies of the first training images for the report of the run, and the list of damaged images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.data import ImageDataModule
+from sdtune.data.skipped import write_skipped
 from sdtune.files import replacing, write_json
 from sdtune.images.files import CENTER
 
@@ -21,8 +22,10 @@ _SIDE = 256
 class TrainingImages(Callback):
     """Write copies of the first training images, cropped at the center, and ``images.json`` with their captions.
 
+    ``skipped.csv``, in the run folder, lists the damaged images that are left out.
+
     Args:
-        folder: folder of the copies.
+        folder: folder of the copies, in the run folder.
     """
 
     priority: ClassVar[int] = -40
@@ -35,6 +38,7 @@ class TrainingImages(Callback):
             return
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_skipped(self.folder.parent, data.skipped)
         shown = []
         for number, sample in enumerate(data.train.first(_MOST_IMAGES)):
             image = Image.fromarray(sample.pixels(data.bucket(sample), CENTER, False))

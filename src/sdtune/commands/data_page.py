@@ -14,6 +14,7 @@ from sdtune import streams
 from sdtune.backbone.backbone import Backbone
 from sdtune.callbacks.data_summary import size_warnings
 from sdtune.data import ImageDataModule
+from sdtune.data.table_samples import TableSample
 from sdtune.files import replacing
 from sdtune.images.files import CENTER
 from sdtune.progress import bar
@@ -116,7 +117,8 @@ def _card(
     tokens = count_tokens(backbone, [caption])[0]
     return ImageCard(
         thumbnail=thumbnail,
-        name=str(sample),
+        name=sample.place.file.name if isinstance(sample, TableSample) else f"image {index}",
+        place=str(sample),
         size=sample.size,
         bucket=source.bucket(sample),
         caption=caption,

@@ -18,6 +18,7 @@ from sdtune.commands.train_run import TrainRun
 from sdtune.config.settings import TRAINING, plain
 from sdtune.data import ImageDataModule
 from sdtune.data.samples import Sample
+from sdtune.data.skipped import write_skipped
 from sdtune.hardware.child_processes import wait_for_children
 from sdtune.images.files import CENTER
 from sdtune.images.grids import grid, save_png
@@ -49,6 +50,7 @@ def execute(run: TrainRun) -> None:
     trainer.fit(run.adapter, datamodule=run.data)
     if trainer.is_global_zero:
         _write_grids(run.data, run.folder)
+        write_skipped(run.folder, run.data.skipped)
         page = write_page(run.data, run.adapter.backbone, run.source.tokenizer_folder(), run.folder)
         log.info("images, captions and counts: %s", page)
     wait_for_children(trainer)

@@ -18,7 +18,8 @@ class ImageCard:
 
     Args:
         thumbnail: file of its thumbnail, relative to the page.
-        name: where the image is.
+        name: name of its file, or its number.
+        place: where it is.
         size: (width, height) in pixels.
         bucket: training size (width, height), in pixels.
         caption: the prompt without draws.
@@ -33,6 +34,7 @@ class ImageCard:
 
     thumbnail: str
     name: str
+    place: str
     size: tuple[int, int]
     bucket: tuple[int, int]
     caption: str
