@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sdtune.data.buckets import assign, bucket_sizes
+from sdtune.data.buckets import assign, assign_all, bucket_sizes
 from sdtune.errors import UserError
 
 GRIDS = [(64, 32), (64, 64), (100, 64), (256, 64), (500, 64), (512, 64), (512, 8), (768, 64), (1024, 64)]
@@ -93,3 +93,43 @@ def test_resolution_below_one_step_is_refused() -> None:
     message = r"^data\.resolution: 63 is less than the bucket step of 64 pixels; set at least 64$"
     with pytest.raises(UserError, match=message):
         bucket_sizes(63, 64)
+
+
+def kohya_buckets(resolution: int, smallest: int = 256, largest: int = 2048, step: int = 64) -> set[tuple[int, int]]:
+    """Bucket resolutions of kohya's sd-scripts: for each width, the tallest height of at most the area."""
+    area = resolution**2
+    square = math.isqrt(area) // step * step
+    sizes = {(square, square)}
+    for width in range(smallest, largest + 1, step):
+        height = min(largest, area // width // step * step)
+        if height >= smallest:
+            sizes |= {(width, height), (height, width)}
+    return sizes
+
+
+@pytest.mark.parametrize("resolution", [512, 768, 1024])
+def test_buckets_are_those_of_kohya_within_the_limits(resolution: int) -> None:
+    """All of kohya's whose aspect is within 1:2 and 2:1, except those that can be one step longer."""
+
+    def is_allowed(width: int, height: int) -> bool:
+        return width * height <= resolution**2 and max(width, height) <= 2 * min(width, height)
+
+    inside = {size for size in kohya_buckets(resolution) if is_allowed(*size)}
+    longest = {(w, h) for w, h in inside if not is_allowed(w + 64, h) and not is_allowed(w, h + 64)}
+    assert set(bucket_sizes(resolution, 64)) == longest | {(resolution, resolution)}
+
+
+def test_all_images_are_assigned_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    for resolution, step in ((64, 8), (512, 64), (1000, 64)):
+        sizes = rng.integers(step, 4 * resolution, (3000, 2))
+        expected = [assign((int(w), int(h)), resolution, step, "image") for w, h in sizes]
+        assert [tuple(size) for size in assign_all(sizes, resolution, step).tolist()] == expected
+
+
+def test_nearest_bucket_has_the_smallest_difference_of_logarithms() -> None:
+    rng = np.random.default_rng(1)
+    buckets = bucket_sizes(768, 64)
+    for width, height in rng.integers(1600, 4000, (500, 2)).tolist():
+        distances = [abs(math.log(w * height) - math.log(h * width)) for w, h in buckets]
+        assert assign((width, height), 768, 64, "image") == buckets[distances.index(min(distances))]

@@ -16,15 +16,18 @@ from sdtune.errors import UserError
 LOWER_IS_BETTER = frozenset(
     {"validation_loss", "prior_leak", "prior_drift", "memorisation", "median_step_seconds", "peak_memory_bytes"}
     | {"artifact_bytes", "trainable_parameters", "control_agreement_shuffled", "seconds", "seconds_to_best", "steps"}
+    | {"mixed_up"}
 )
 
 HIGHER_IS_BETTER = frozenset(
     {"clip_image", "clip_text", "dino_image", "diversity", "control_agreement", "images_per_second", "subject_gain"}
+    | {"subject_gain_lowest"}
     | {"subject_accuracy", "background_accuracy", "style_accuracy", "object_accuracy"}
 )
 
 SHARES = frozenset(
     {"subject_accuracy", "background_accuracy", "subject_gain", "style_accuracy", "object_accuracy", "prior_leak"}
+    | {"subject_gain_lowest", "mixed_up"}
 )
 """Metrics that are shares of n images; their resolution is 1/n."""
 
@@ -43,6 +46,8 @@ DESCRIPTIONS = {
     "control_agreement_shuffled": "the same with the map of another image: the agreement by chance",
     "subject_accuracy": "share of images that the classifier recognizes as the subject",
     "subject_gain": "subject_accuracy on a scale where the base model is 0 and the upper limit is 1",
+    "subject_gain_lowest": "subject_gain of the subject of a mix that is learned least",
+    "mixed_up": "share of images under the word of one subject that show another subject of the mix: 0 is best",
     "background_accuracy": "share of images with the requested background color",
     "style_accuracy": "share of images in the style",
     "object_accuracy": "share of images that show the requested object",
