@@ -108,6 +108,7 @@ signals: .venv/.dev ## stop and kill trainings at random moments, resume and com
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED) --method lora --moments 10
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED) --kill
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/signals.py --seed $(SEED) --method lora --moments 5 --kill --data all --phase training
 
 .venv-clients/.installed: tests/clients/requirements.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients

@@ -141,3 +141,40 @@ def test_torchrun_can_start_a_training(tiny: Path, images: Path, tmp_path: Path)
     assert (run / "metrics.json").is_file()
     assert train(*arguments(tiny, images, one, *common)) == 0
     assert [float(r["loss"]) for r in rows(run)] == pytest.approx([float(r["loss"]) for r in rows(one)], rel=1e-5)
+
+
+TWO_SOURCES = [
+    *("data=mix", "data.sources.a.path={images}", "data.sources.a.hold_out=5", "data.sources.a.weight=0.7"),
+    *("data.sources.b.path={images}", "data.sources.b.hold_out=3", "data.sources.b.loss_weight=0.5"),
+    *("data.sources.b.captions.kind=tags", "data.sources.b.captions.shuffle=true", "data.resolution=[32,64]"),
+    "data.sources.b.captions.suffix=', a, b, c, d'",
+]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_mix_as_one(tiny: Path, images: Path, tmp_path: Path) -> None:
+    """Shuffled tags, weights, loss weights, several resolutions and losses of each source."""
+    mix = [text.replace("{images}", str(images)) for text in TWO_SOURCES]
+    common = ["name=mine", "trainer.max_steps=60", "data.batch_size=4", "optimizer.lr=1e-4", *mix]
+    common += ["trainer.val_check_interval=10", "checkpoint.every_steps=30"]
+
+    def overrides(run: Path) -> list[str]:
+        return [a for a in arguments(tiny, images, run, *common) if not a.startswith(("data=folder", "data.path"))]
+
+    two, one, log = tmp_path / "two", tmp_path / "one", tmp_path / "two.log"
+    process = start(log, *_on_two_processes(overrides(two)))
+    assert train(*overrides(one)) == 0
+    assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")
+    rows_of_two, rows_of_one = rows(two), rows(one)
+    columns = [name for name in rows_of_one[0] if name.startswith(("loss", "validation_loss"))]
+    assert {"loss/source/a", "loss/source/b", "validation_loss/source/a", "validation_loss/source/b"} <= {*columns}
+    largest = 0.0
+    for row, other in zip(rows_of_two, rows_of_one, strict=True):
+        assert row["step"] == other["step"]
+        for column in columns:
+            assert (row[column] == "") == (other[column] == ""), (column, row["step"])
+            if row[column]:
+                difference = abs(float(row[column]) / float(other[column]) - 1)
+                largest = max(largest, difference)
+                assert difference <= (1e-5 if int(row["step"]) <= 20 else 1e-2), (column, row["step"], difference)
+    print(f"largest relative difference over 60 steps: {largest:.2g}")

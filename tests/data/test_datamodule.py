@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from image_data import batches, encode, encoders, equal, noise, opened, text
-from sdtune.data import Folder, ImageDataModule, datamodule
+from sdtune.data import Folder, ImageDataModule, datamodule, indexing, table
 from sdtune.data.control.edges import Canny
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.data.previews import preview_prompts
@@ -381,3 +381,62 @@ def test_preview_prompts_are_those_of_the_training_images(folder: Path) -> None:
     assert {"", "a cat"} <= set(data.all_prompts())
     prompts = [preview.prompt for preview in preview_prompts(data, None, 100, (64, 64))]
     assert prompts == list(data.training_prompts()) == list(dict.fromkeys(s.caption for s in data.train))
+
+
+# --- images that become unreadable
+
+
+def test_unreadable_image_is_replaced_by_one_of_its_size(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, stopping = opened(folder, steps=9, damaged="skip"), opened(folder, steps=9)
+    intact = batches(data)
+    broken = Path(str(data.train[2]))
+    broken.write_bytes(b"text")
+    found = batches(data)
+    assert equal(found, batches(opened_again(data)))
+    changed = [step for step, (one, other) in enumerate(zip(intact, found, strict=True)) if not equal([one], [other])]
+    uses = [step for step in range(9) if 2 in data.order().batch(step)]
+    assert changed == uses
+    assert all(one["pixels"].shape == other["pixels"].shape for one, other in zip(intact, found, strict=True))
+    assert f"{broken} is not a readable image" in caplog.text
+    assert "another image replaces it" in caplog.text
+    with pytest.raises(UserError, match="is not a readable image"):
+        batches(stopping)
+
+
+def opened_again(data: ImageDataModule) -> ImageDataModule:
+    data._forget()
+    return data
+
+
+def test_files_are_listed_once_and_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = indexing.read_image
+    monkeypatch.setattr(indexing, "read_image", lambda i, r: (read.append(str(i.place)), original(i, r))[1])
+    first = opened(folder)
+    count = len(read)
+    assert count == len(first.train)
+    mapped: list[Path] = []
+    init = table.MappedTable.__init__
+    monkeypatch.setattr(
+        table.MappedTable,
+        "__init__",
+        lambda self, file, key="data.path": (mapped.append(file), init(self, file, key))[1],
+    )
+    for prompt in ("x", "y", "z"):  # jobs of a sweep
+        assert opened(folder, prompt=prompt).train.table is first.train.table  # type: ignore[attr-defined]
+    assert (len(read), mapped) == (count, [])
+    opened(folder, rehash=True)
+    assert len(read) == 2 * count
+
+
+def test_limits_read_only_what_they_need(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = indexing.read_image
+    monkeypatch.setattr(indexing, "read_image", lambda i, r: (read.append(str(i.place)), original(i, r))[1])
+    assert len(opened(folder, limit=2).train) == len(read) == 2
+    read.clear()
+    data = opened(folder, limit=2, hold_out=3, validation_limit=1)
+    assert (len(data.train), len(data.held_out), len(read)) == (2, 1, 3)
+    whole = opened(folder, hold_out=3)
+    assert [str(s) for s in data.train] == [str(s) for s in whole.train][:2]
+    assert [str(s) for s in data.held_out] == [str(s) for s in whole.held_out][:1]

@@ -2,6 +2,7 @@
 
     python tests/fuzz/signals.py --seed 0 --method lora --moments 10
     python tests/fuzz/signals.py --seed 0 --method lora --moments 10 --kill
+    python tests/fuzz/signals.py --seed 0 --method lora --moments 5 --kill --data all --phase training
 
 SIGINT, SIGTERM and SIGHUP must be answered by a line within a second and end the run within one unit of the phase.
 After them and after SIGKILL, ``resume=`` (or the same command, if there is no run folder yet) must end with the same
@@ -54,6 +55,22 @@ PHASES: dict[str, tuple[type, str]] = {
 }
 """The function whose calls make up a phase."""
 
+DATA: dict[str, tuple[str, ...]] = {
+    "folder": (),
+    "tags": (
+        *("data.captions.kind=tags", "data.captions.shuffle=true", "data.captions.caption_tag_dropout_rate=0.3"),
+        "data.captions.suffix=', a, b, c, d, e'",
+    ),
+    "drawn": ("data.captions.wildcards=true", "data.captions.prefix='{red|blue|green} {cat|dog}'"),
+    "mix": (
+        *("data.sources.a.path={images}", "data.sources.a.weight=0.7", "data.sources.a.hold_out=3"),
+        *("data.sources.b.path={images}", "data.sources.b.loss_weight=0.5"),
+        *("data.sources.b.captions.kind=tags", "data.sources.b.captions.shuffle=true"),
+    ),
+    "resolutions": ("data.resolution=[32,64]",),
+}
+"""Kinds of data, with the overrides that choose them."""
+
 METHODS = ("lora", "full", "dreambooth", "textual_inversion", "controlnet")
 ANSWER_SECONDS, SECONDS = 1.0, 240
 TOO_LATE_SECONDS = 0.5
@@ -86,8 +103,10 @@ class Ended:
     output: str
 
 
-def command(world: World, method: str) -> list[str]:
+def command(world: World, method: str, data: str) -> list[str]:
     """Overrides of a short training with all phases."""
+    source = ("data=mix",) if data == "mix" else ("data=folder", f"data.path={world.images}", "data.hold_out=3")
+    own = [text.replace("{images}", str(world.images)) for text in DATA[data]]
     needed = {
         "textual_inversion": ('new_tokens=[{token: "<cat>", init: a}]', "data.templates=['<cat> {}']"),
         "controlnet": ("data/control=canny",),
@@ -98,10 +117,8 @@ def command(world: World, method: str) -> list[str]:
             f"method={method}",
             "backbone=sd15",
             f"backbone.path={world.tiny}",
-            "data=folder",
-            f"data.path={world.images}",
         ),
-        *("data.hold_out=3", "trainer.max_steps=8", "trainer.val_check_interval=3", "checkpoint.every_steps=2"),
+        *(*source, *own, "trainer.max_steps=8", "trainer.val_check_interval=3", "checkpoint.every_steps=2"),
         *("callbacks=ema", "callbacks.samples.every_steps=3", "callbacks.samples.sampling.steps=3"),
         *("evaluation.images=8", "evaluation.sampling.steps=3", "evaluation.clip=null", "trainer.log_every_n_steps=2"),
         *("hardware=cpu", "hardware.precision=32-true", "optimizer.lr=1e-3", "name=mine", *needed, *prior),
@@ -236,15 +253,20 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def interrupted(
-    world: World, method: str, seed: int, moments: int, kill: bool, phases: Sequence[str] = tuple(PHASES)
+    world: World,
+    method: str,
+    data: str,
+    seed: int,
+    moments: int,
+    kill: bool,
+    phases: Sequence[str] = tuple(PHASES),
 ) -> list[tuple[str, str]]:
     """Interrupt ``moments`` trainings in each phase; return the problems: the moment, and what is wrong."""
-    rng, base = random.Random(f"{seed}/{method}/{kill}"), world.root.parent / f"{method}-{seed}"
+    rng, base = random.Random(f"{seed}/{method}/{kill}"), world.root.parent / f"{method}-{data}-{seed}"
+    overrides = command(world, method, data)
     base.mkdir()
     whole, calls = base / "whole", base / "calls.json"
-    ended = _in_own_cache(
-        base / "cache-whole", lambda: run(_in(whole, command(world, method)), base / "log", calls=calls)
-    )
+    ended = _in_own_cache(base / "cache-whole", lambda: run(_in(whole, overrides), base / "log", calls=calls))
     assert ended.code == 0, ended.output
     expected, durations = result(whole), json.loads(calls.read_text(encoding="utf-8"))
     failures: list[tuple[str, str]] = []
@@ -256,29 +278,28 @@ def interrupted(
             number = signal.SIGKILL if kill else rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
             moment = Moment(phase, call, rng.uniform(0, durations[phase][call]), number)
             folder = base / f"{phase}-{index}"
-            trial = partial(_trial, world, method, folder, moment, expected)
+            trial = partial(_trial, overrides, folder, moment, expected)
             ended, problem = _in_own_cache(base / f"cache-{phase}-{index}", trial)
             if problem is not None:
-                failures.append((f"{method}: {moment}", problem))
+                failures.append((f"{method}, {data}: {moment}", problem))
             outcomes["not sent" if ended.sent is None else f"exit code {ended.code}"] += 1
             if ended.sent is not None:
                 ends.append(ended.at - ended.sent)
                 answers.append((ended.answered or ended.sent) - ended.sent)
         if outcomes and outcomes["not sent"] == outcomes.total():
-            failures.append((f"{method}: {phase}", "no signal was sent: every run ended before its moment"))
+            failures.append((f"{method}, {data}: {phase}", "no signal was sent: every run ended before its moment"))
         print(
-            f"{method}, {phase}: {dict(outcomes)}, longest answer {max(answers):.2f} s, longest end {max(ends):.2f} s",
+            f"{method}, {data}, {phase}: {dict(outcomes)}, longest answer {max(answers):.2f} s,"
+            f" longest end {max(ends):.2f} s",
             flush=True,
         )
     return failures
 
 
-def _trial(
-    world: World, method: str, folder: Path, moment: Moment, expected: dict[str, Any]
-) -> tuple[Ended, str | None]:
+def _trial(training: Sequence[str], folder: Path, moment: Moment, expected: dict[str, Any]) -> tuple[Ended, str | None]:
     """Interrupt one training, resume it and compare it."""
     log = folder.with_suffix(".log")
-    overrides = _in(folder, command(world, method))
+    overrides = _in(folder, training)
     ended = run(overrides, log, moment)
     if ended.code == 0 and ended.sent is not None and ended.at - ended.sent > TOO_LATE_SECONDS:
         return ended, f"the signal was ignored: {ended.output[-2000:]}"
@@ -310,6 +331,7 @@ def _in_own_cache(cache: Path, function: Callable[[], Any]) -> Any:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=(*METHODS, "all"), default="all")
+    parser.add_argument("--data", choices=(*DATA, "all"), default="folder")
     parser.add_argument("--moments", type=int, default=3, help="interruptions in each phase")
     parser.add_argument("--phase", choices=tuple(PHASES), action="append", help="only this phase")
     parser.add_argument("--kill", action="store_true", help="SIGKILL instead of SIGINT, SIGTERM and SIGHUP")
@@ -319,7 +341,12 @@ def _searched(world: World, args: argparse.Namespace) -> list[tuple[str, str]]:
     torch.set_num_threads(1)
     phases = args.phase or tuple(PHASES)
     methods = METHODS if args.method == "all" else (args.method,)
-    found = (interrupted(world, method, args.seed, args.moments, args.kill, phases) for method in methods)
+    kinds = tuple(DATA) if args.data == "all" else (args.data,)
+    found = (
+        interrupted(world, method, data, args.seed, args.moments, args.kill, phases)
+        for method in methods
+        for data in kinds
+    )
     return [failure for failures in found for failure in failures]
 
 

@@ -297,7 +297,8 @@ def open_table(file: Path, key: str = "data.path") -> MappedTable:
         state = file.stat()
     except OSError:
         return MappedTable(file, key)
-    return _opened_table(file, key, state.st_ino, state.st_size, state.st_mtime_ns)
+    # Not the modification time, which a use updates for sdtune cache; a new table is a new file.
+    return _opened_table(file, key, state.st_dev, state.st_ino, state.st_size)
 
 
 @lru_cache(maxsize=8)
