@@ -18,6 +18,7 @@ from sdtune.data import Folder, ImageDataModule, Mix
 from sdtune.data.captions import Captions
 from sdtune.data.control.edges import Canny
 from sdtune.data.control.paired import Paired
+from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.errors import UserError
 
 
@@ -82,6 +83,15 @@ def test_sources_are_used_as_often_as_their_weights_ask(tmp_path: Path) -> None:
     # 25 uses of three images: each eight times, and one of them, another in each epoch, once more.
     assert all(sorted(counts.values()) == [8, 8, 9] for counts in rows)
     assert len({counts.most_common(1)[0][0] for counts in rows}) > 1
+
+
+def test_sources_without_held_out_images_are_not_validated(tmp_path: Path) -> None:
+    a, b = (folder(tmp_path, name, [(64, 64)] * 4) for name in "ab")
+    data = mixed({"a": source(a), "b": source(b, hold_out=2)})
+    validated = list(data.val_dataloader())
+    assert {prompt for batch in validated for prompt in batch["prompts"]} == {"a b"}
+    assert sum(len(batch["prompts"]) for batch in validated) == 2 * VALIDATION_TIMESTEPS
+    assert mixed({"a": source(a), "b": source(b)}).val_dataloader() == []
 
 
 def test_entries_that_are_drawn_depend_on_seed_epoch_and_source(tmp_path: Path) -> None:

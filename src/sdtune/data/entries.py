@@ -168,5 +168,7 @@ def buckets_of(entries: Entries, shares: Sequence[Share]) -> Buckets:
 def _groups(keys: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
     """Distinct keys, sorted, each with the indices that have it, ascending."""
     order = np.argsort(keys, kind="stable")
+    if not len(keys):
+        return []  # np.split of an empty array has one part
     distinct, firsts = np.unique(keys[order], return_index=True)
     return list(zip(distinct.tolist(), np.split(order, firsts[1:]), strict=True))

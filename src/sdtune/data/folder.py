@@ -83,6 +83,7 @@ def folder_table(
     with table_lock(file):
         if reads_all or not _is_up_to_date(file, listed.facts):
             make_table(file, listed.rows, len(listed.rows), listed.facts, rehash=reads_all)
+        if reads_all:
             _rehashed.add(file)
     mark_used(file)
     return open_table(file, key)

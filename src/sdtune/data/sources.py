@@ -87,6 +87,12 @@ class FileImages(ImageDataModule):
                     key="data.hold_out",
                     remedy="set a smaller number or add images",
                 )
+        if not len(train):
+            raise UserError(
+                "all images are validation images, none is left for the training",
+                key="data.validation_path",
+                remedy="set another folder",
+            )
         train, held_out = train.first(self.limit), held_out.first(self.validation_limit).once()
         self._note_captions()
         for samples in (train, held_out):
