@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +37,32 @@ class DataSummary(Callback):
             captions = caption_summary(caption_facts(data, pl_module.backbone, pl_module.source.tokenizer_folder()))
             for line in (*summary(data, self.steps), *size_warnings(data, pl_module.source.facts.side), *captions):
                 log.info(line)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Adapter)
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        micro_batch = max(1, data.batch_size // (trainer.accumulate_grad_batches * trainer.world_size))
+        if trainer.is_global_zero:
+            for line in text_encoder_cost(pl_module, data, micro_batch):
+                log.info(line)
+
+
+def text_encoder_cost(module: Adapter, data: ImageDataModule, micro_batch: int) -> list[str]:
+    """A line if the captions are drawn anew, so that the frozen text encoder runs in each step: what that costs."""
+    if not data.cache_text or data.text_cache is not None or module.trains("text_encoder"):
+        return []
+    prompts = list(
+        itertools.islice(itertools.cycle(itertools.islice(data.training_prompts(), micro_batch)), micro_batch)
+    )
+    seconds = []
+    for _ in range(3):  # the first is slower
+        start = time.perf_counter()
+        module.encode_text(prompts).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return [
+        "captions are drawn anew for each use, so their embeddings are not cached: the text encoder runs in each step,"
+        f" {1000 * min(seconds):.0f} ms per micro-batch"
+    ]
 
 
 def summary(data: ImageDataModule, steps: int) -> list[str]:
@@ -140,9 +168,5 @@ def caption_summary(facts: CaptionFacts) -> list[str]:
         lines.append(
             f"WARNING: captions longer than {facts.limit} tokens are truncated: {facts.cut:,} of"
             f" {facts.distinct:,}{among}; the longest is {facts.longest!r}"
-        )
-    if facts.draws_anew:
-        lines.append(
-            "captions are drawn anew for each use, so the text encoder runs in every step instead of once per caption"
         )
     return lines

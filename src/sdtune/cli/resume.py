@@ -8,7 +8,7 @@ from sdtune.config.overrides import AUTO, folder_override, parsed, resumed_folde
 from sdtune.errors import UserError
 from sdtune.hardware.processes import is_launched_again, is_torchrun
 from sdtune.quoting import override, shell_override
-from sdtune.runs.compare import MAY_CHANGE, last_start, saved_config_dir
+from sdtune.runs.compare import last_start, may_change, saved_config_dir
 from sdtune.runs.hydra_values import saved_overrides
 
 _CONFIG_DIR = ("-cd", "--config-dir")
@@ -41,7 +41,7 @@ def rewrite(argv: list[str]) -> list[str]:
     ]
     known = {parsed(text) for text in saved}
     for text in new:
-        allowed = text.lstrip("+~").startswith(MAY_CHANGE)
+        allowed = may_change(text)
         if text.startswith("hydra.") and not (is_launched_again() or is_torchrun()):
             allowed = False  # only processes that Lightning or torchrun starts may set hydra.*
         if not allowed and parsed(text) not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ MAY_CHANGE = (
     *("hydra.", "hardware=", "logger=", "evaluation=", *MOVED),
 )
 """Prefixes of the overrides that may change when a run is resumed."""
+
+_MOVED_SOURCE = re.compile(r"data\.sources\.[^.=]+\.(path|class_path|validation_path|control\.path)(=|$)")
+"""Folders and files of the sources of a mix that have moved."""
+
+
+def may_change(text: str) -> bool:
+    """Whether an override, or the key of a setting, may change when a run is resumed."""
+    text = text.lstrip("+~")
+    return text.startswith(tuple(MAY_CHANGE)) or _MOVED_SOURCE.match(text) is not None
+
 
 NOT_RESUMABLE_REMEDY = "use the version of sdtune and the recipe that started it, or start a new run"
 """Remedy for a run that this version cannot resume, such as a run of sdtune 0.1."""
@@ -50,8 +61,7 @@ def check_unchanged(config: Mapping[str, Any], run: Path) -> None:
     """
     saved = read_yaml(run / ".hydra" / "config.yaml", "resume")
     before, now = flat(OmegaConf.to_container(saved, resolve=False)), flat(config)
-    may_change = tuple(f.rstrip("=") for f in MAY_CHANGE)
-    fixed = {key: value for key, value in before.items() if not key.startswith(may_change)}
+    fixed = {key: value for key, value in before.items() if not may_change(f"{key}=")}
     check_same(fixed, now, run, "run")
 
 

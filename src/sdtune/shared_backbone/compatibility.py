@@ -132,6 +132,13 @@ def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
         group, _, name = key.partition(".")
         common[key] = config[group].get(name)
     data = config["data"]
-    has_class = data.get("class_prompt") is not None or data.get("class_path") is not None
-    common["data.class_prompt"] = has_class and data.get("prior_weight", 1.0) > 0
+    common["data.class_prompt"] = _has_class(data)
+    for name, source in (data.get("sources") or {}).items():
+        common[f"data.sources.{name}"] = (_has_class({**data, **source}), source.get("resolution"))
     return common
+
+
+def _has_class(data: Mapping[str, Any]) -> bool:
+    """Whether the data has class images."""
+    has_class = data.get("class_prompt") is not None or data.get("class_path") is not None
+    return has_class and data.get("prior_weight", 1.0) > 0

@@ -40,7 +40,6 @@ class CaptionFacts:
         limit: number of tokens that the text encoder reads.
         cut: number of different prompts that have more.
         tags: the most frequent texts between commas, with the number of captions that have them.
-        draws_anew: whether captions are drawn anew for each use.
     """
 
     total: int
@@ -51,7 +50,6 @@ class CaptionFacts:
     limit: int
     cut: int
     tags: dict[str, int]
-    draws_anew: bool
 
     @property
     def is_complete(self) -> bool:
@@ -75,7 +73,7 @@ def caption_facts(
         return known
     counts_all = complete or total <= COUNTED
     prompts = data.all_prompts() if counts_all else distinct([_sampled(data)])
-    facts = _counted(prompts, backbone, data, total, total if counts_all else COUNTED)
+    facts = _counted(prompts, backbone, total, total if counts_all else COUNTED)
     write_json(file, asdict(facts))
     return facts
 
@@ -108,9 +106,7 @@ def _sampled(data: ImageDataModule) -> Iterator[str]:
             yield source.prompt_templates[0].replace("{}", source.train.rules.fixed(source.train.texts(index)))
 
 
-def _counted(
-    prompts: Iterable[str], backbone: Backbone, data: ImageDataModule, total: int, counted: int
-) -> CaptionFacts:
+def _counted(prompts: Iterable[str], backbone: Backbone, total: int, counted: int) -> CaptionFacts:
     limit, tags = backbone.facts.max_tokens, Counter[str]()
     longest, longest_tokens, count, cut = "", 0, 0, 0
     iterator = iter(prompts)
@@ -123,7 +119,4 @@ def _counted(
                     longest, longest_tokens = text, length
                 tags.update(tag.strip() for tag in text.split(",") if tag.strip())
             progress(len(texts))
-    draws_anew = data.cache_text and any(source.captions.draws_tags for source in data.parts.values())
-    return CaptionFacts(
-        total, counted, count, longest, longest_tokens, limit, cut, dict(tags.most_common(_MOST_TAGS)), draws_anew
-    )
+    return CaptionFacts(total, counted, count, longest, longest_tokens, limit, cut, dict(tags.most_common(_MOST_TAGS)))

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
 from sdtune.backbone import Pretrained
+from sdtune.data import Mix
 from sdtune.errors import UserError
 from sdtune.evaluation.distances import distances
 from sdtune.pocket import path
@@ -22,6 +23,7 @@ from sdtune.pocket.evaluation import style
 from sdtune.pocket.evaluation import subject as evaluation
 from sdtune.pocket.evaluation.style import StyleMetrics
 from sdtune.pocket.evaluation.subject import SubjectMetrics
+from sdtune.pocket.evaluation.subjects import SubjectsMetrics
 from sdtune.pocket.world.data import Subject
 from sdtune.pocket.world.objects import BACKGROUNDS
 from sdtune.pocket.world.scenes import compose_scene, draw_scene
@@ -147,3 +149,48 @@ def test_style_metrics_refuse_unsuitable_data() -> None:
         StyleMetrics().check(other, facts)
     with pytest.raises(UserError, match=r"^data.objects: max \d+, got 1000"):
         Style(objects=1000)
+
+
+def test_metrics_of_two_subjects_of_rendered_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the parrot's images, three of four show it and one the koala; the koala's show a trained object instead."""
+    data = Mix(sources={"bird": Subject(token="sks"), "bear": Subject(subject="koala", token="ohwx")})
+    data.open(64, 4)
+
+    def generate(_: Any, requests: list[Request], *__: Any) -> list[np.ndarray]:
+        things = ("parrot", "parrot", "parrot", "koala")
+        return [
+            image(things[number % 4] if "sks" in request.prompt else "apple", background_of(request.prompt), number)
+            for number, request in enumerate(requests)
+        ]
+
+    monkeypatch.setattr("sdtune.pocket.evaluation.subjects.generate_images", generate)
+    monkeypatch.setattr(RunModels, "trained", untrained)
+    monkeypatch.setattr(
+        RunModels,
+        "base_images",
+        lambda _, requests, *__: [image("apple", background_of(r.prompt), 1) for r in requests],
+    )
+    monkeypatch.setattr(SubjectMetrics, "ceiling", lambda *_: 1.0)
+    models = RunModels(Pretrained(), tmp_path, "net", CPU)
+    evaluation = SubjectsMetrics(images=12)
+    evaluation.check(data, Pretrained().facts)
+    metrics = evaluation.run(models, data, tmp_path / "evaluation")
+    assert {*evaluation.names} <= {*metrics}
+    assert metrics["subject_gain/bird"] == pytest.approx(0.75, abs=0.1)
+    assert metrics["mixed_up/bird"] == pytest.approx(0.25, abs=0.1)
+    assert (metrics["subject_gain/bear"], metrics["mixed_up/bear"]) == (0, 0)
+    assert metrics["subject_gain"] == pytest.approx(metrics["subject_gain/bird"] / 2)
+    assert metrics["subject_gain_lowest"] == 0
+    assert metrics["base_mixed_up"] == 0
+    assert metrics["background_accuracy"] == 1
+    assert (tmp_path / "evaluation" / "trained_images.png").is_file()
+
+
+def test_metrics_of_subjects_refuse_other_data() -> None:
+    single = Subject()
+    single.open(64, 4)
+    with pytest.raises(UserError, match=r"^evaluation: pocket_subjects needs a mix of pocket's subjects"):
+        SubjectsMetrics().check(single, Pretrained().facts)
+    mixed = Mix(sources={"bird": Subject(), "style": Style(images=2)})
+    with pytest.raises(UserError, match="but style is none; use kind: pocket_subject for all sources"):
+        SubjectsMetrics().check(mixed, Pretrained().facts)
