@@ -35,16 +35,16 @@ class Entries:
     """Entries of all sources, as arrays with one element for each entry.
 
     Args:
-        rows: index of the sample in the samples of its source, int64 [N].
-        sizes: training size (width, height) in pixels, int64 [N, 2].
-        sources: number of the source, int64 [N].
-        repeats: uses per epoch, int64 [N].
+        rows: index of the sample in the samples of its source, int32 [N].
+        sizes: training size (width, height) in pixels, int32 [N, 2].
+        sources: number of the source, int16 [N].
+        repeats: uses per epoch, int32 [N].
     """
 
-    rows: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    sources: npt.NDArray[np.int64]
-    repeats: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32]
+    sources: npt.NDArray[np.int16]
+    repeats: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,12 +79,12 @@ def entries_of(samples: SampleSequence, resolutions: Resolutions, source: int = 
             whole = np.isin(buckets[:, 0] << 32 | buckets[:, 1], list(known))
             kept, buckets = kept[whole], buckets[whole]
         parts.append((kept, buckets))
-    rows = np.concatenate([kept for kept, _ in parts])
+    rows = np.concatenate([kept for kept, _ in parts]).astype(np.int32)
     return Entries(
         rows,
-        np.concatenate([buckets for _, buckets in parts]),
-        np.full(len(rows), source),
-        samples.repeats[rows],
+        np.concatenate([buckets for _, buckets in parts]).astype(np.int32),
+        np.full(len(rows), source, np.int16),
+        samples.repeats[rows].astype(np.int32),
     )
 
 
@@ -143,7 +143,7 @@ def buckets_of(entries: Entries, shares: Sequence[Share]) -> Buckets:
         shares: of each source.
     """
     pairs = np.array([share.has_pairs for share in shares])[entries.sources]
-    keys = (entries.sizes[:, 0] << 33) | (entries.sizes[:, 1] << 1) | pairs
+    keys = (entries.sizes[:, 0].astype(np.int64) << 33) | (entries.sizes[:, 1].astype(np.int64) << 1) | pairs
     distinct, buckets = np.unique(keys, return_inverse=True)
     lengths = [int(entries.repeats[entries.sources == number].sum()) for number in range(len(shares))]
     fixed: list[list[npt.NDArray[np.int64]]] = [[] for _ in distinct]

@@ -63,7 +63,7 @@ class JoinedSamples(SampleSequence):
         return SampleList([self[int(index)] for index in indices])
 
     def update_digest(
-        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int32] | None, *, maps: bool
     ) -> None:
         for part in self._parts:
             update(f"{len(part)}\n".encode())

@@ -90,13 +90,13 @@ class SampleSequence(Sequence[Sample], ABC):
 
     @abstractmethod
     def update_digest(
-        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int32] | None, *, maps: bool
     ) -> None:
         """Hash contents, captions and repeats.
 
         Args:
             update: receives bytes.
-            mask_sizes: training size (width, height) of each sample, int64 [N, 2], if masks are used; else None.
+            mask_sizes: training size (width, height) of each sample, int32 [N, 2], if masks are used; else None.
             maps: whether control maps that are files are used.
         """
 
@@ -151,7 +151,7 @@ class SampleList(SampleSequence):
         return SampleList([self._samples[int(index)] for index in indices], self.rules)
 
     def update_digest(
-        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int32] | None, *, maps: bool
     ) -> None:
         for number, sample in enumerate(self._samples):
             caption = self.rules.fixed(CaptionTexts((sample.caption,)))

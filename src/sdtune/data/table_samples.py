@@ -187,7 +187,7 @@ class TableSamples(SampleSequence):
         return TableSamples(self.table, self.rules, self._factor, self._mask_source, self.rows[indices])
 
     def update_digest(
-        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int64] | None, *, maps: bool
+        self, update: Callable[[bytes], object], mask_sizes: npt.NDArray[np.int32] | None, *, maps: bool
     ) -> None:
         facts, rows = self.table.facts, hashlib.sha256(self.rows.tobytes()).hexdigest()
         update(f"{facts.digest}|{rows}|{self._factor}|{self.rules}\n".encode())
