@@ -52,12 +52,19 @@ def with_targets(node: Mapping[str, Any]) -> dict[str, Any]:
         UserError: a source is not a mapping, its kind is unknown, or it has a setting of the mix.
     """
     if not isinstance(node.get("sources"), Mapping):
+        for setting in ("weight", "loss_weight"):
+            if setting in node:
+                raise UserError(
+                    "is a setting of a source of data=mix", key=f"data.{setting}", remedy=f"remove data.{setting}"
+                )
         return dict(node)
     inherited = {key: value for key, value in node.items() if key not in (*_OF_THE_MIX, "_target_")}
-    return {**node, "sources": {name: _source(name, own, inherited) for name, own in node["sources"].items()}}
+    caches_latents = bool(node.get("cache_latents", True))
+    sources = {name: _source(str(name), own, inherited, caches_latents) for name, own in node["sources"].items()}
+    return {**node, "sources": sources}
 
 
-def _source(name: str, own: Any, inherited: Mapping[str, Any]) -> dict[str, Any]:
+def _source(name: str, own: Any, inherited: Mapping[str, Any], caches_latents: bool) -> dict[str, Any]:
     key = f"data.sources.{name}"
     if not isinstance(own, Mapping):
         raise UserError(f"got {own!r}", key=key, remedy=f"set the settings of a source, such as {key}.path=DIR")
@@ -67,6 +74,7 @@ def _source(name: str, own: Any, inherited: Mapping[str, Any]) -> dict[str, Any]
                 "belongs to the mix, not to one of its sources", key=f"{key}.{setting}", remedy=f"set data.{setting}"
             )
     settings = {**inherited, **{setting: value for setting, value in own.items() if setting != "kind"}}
+    settings["cache_latents"] = caches_latents  # which a random crop excludes
     if isinstance(own.get("captions"), Mapping):
         settings["captions"] = {**inherited.get("captions", {}), **own["captions"]}
     if isinstance(own.get("control"), Mapping) and "option" in own["control"]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sdtune.data import prompts, triggers
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
-from sdtune.data.buckets import Size, assign
+from sdtune.data.buckets import Size
 from sdtune.data.cache import TensorCache, keys_of_rank
 from sdtune.data.captions import CaptionRules, Captions
 from sdtune.data.control.base import Control
@@ -291,8 +291,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return self.resolutions.sides[-1]
 
     def bucket(self, sample: Sample) -> Size:
-        """Training size (width, height) of ``sample`` at the largest resolution."""
-        return assign(sample.size, self.side, self.resolutions.steps[-1], name=str(sample))
+        """Training size (width, height) of ``sample`` at the largest resolution that it has an entry for."""
+        return self.resolutions.largest_size(sample.size, str(sample))
 
     @cached_property
     def entries(self) -> Entries:
@@ -316,14 +316,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def training_prompts(self) -> Iterator[str]:
         """The prompts of the training images, without draws and duplicates; read one after the other."""
-        return prompts.distinct(source.of_training() for source in self._prompt_sources())
+        return prompts.distinct(prompts.in_turn([source.of_training() for source in self._prompt_sources()]))
 
     def all_prompts(self) -> Iterator[str]:
         """All prompts of training and validation, without draws and duplicates; read one after the other.
 
         They include those of class images, and those that replace dropped captions.
         """
-        return prompts.distinct(source.every() for source in self._prompt_sources())
+        return prompts.distinct(prompts.in_turn([source.every() for source in self._prompt_sources()]))
 
     def trigger_words(self) -> str | None:
         """``trigger``, or the words that all captions have in common (:func:`sdtune.data.triggers.trigger_words`)."""
@@ -496,13 +496,14 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def _dataset(self, samples: Sequence[SampleSequence], entries: Entries, *, training: bool) -> ImageDataset:
         sources = [*self.parts.values()]
-        weights = {(source.loss_weight, source.prior_weight if source.has_prior else 1.0) for source in sources}
+        prior_weights = {source.prior_weight for source in sources if source.has_prior}
+        is_weighted = len(prior_weights) > 1 or any(source.loss_weight != 1 for source in sources)
         common = BatchSettings(
             seed=self.seed,
             batch_size=self.batch_size,
             factor=self.factor,
             has_masks=any(source.mask is not None for source in sources),
-            is_weighted=len(sources) > 1 and training and weights != {(1.0, 1.0)},
+            is_weighted=training and is_weighted,
             latent_cache=self.latent_cache,
             text_cache=self.text_cache,
         )
@@ -532,11 +533,16 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             dataset,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=partial(collate, prior_weight=self.prior_weight),
+            collate_fn=partial(collate, prior_weight=self._prior_weight),
             worker_init_fn=init_worker,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=workers > 0,
         )
+
+    @property
+    def _prior_weight(self) -> float:
+        """Loss weight of the class images, if it is the same for all sources."""
+        return next((source.prior_weight for source in self.parts.values() if source.has_prior), self.prior_weight)
 
     def _automatic_workers(self) -> int:
         """Number of loader processes: none if all inputs are cached, and none on a CPU, whose cores the training needs.

@@ -143,16 +143,31 @@ class ImageDataset(Dataset[list[Row]]):
         Raises:
             UserError: an image is unreadable.
         """
-        for attempt in range(_REPLACEMENTS + 1):
+        source = int(self.entries.sources[index.entry])
+        settings, size = self.sources[source], self.entries.size(index.entry)
+        rows = [self._subject_row(index)]
+        if self.training and settings.class_samples:
+            rows.append(self._class_row(settings, size, index.step, index.position))
+        if not self.training:
+            rows[0]["counts"] = index.counts
+        if len(self.sources) > 1:
+            for number, row in enumerate(rows):
+                row["source"] = torch.zeros(len(self.sources))
+                row["source"][source] = 1.0 - number
+        return rows
+
+    def _subject_row(self, index: ScheduledSample) -> Row:
+        """Row of the entry, or of a replacement of its source and size."""
+        settings = self.sources[int(self.entries.sources[index.entry])]
+        for attempt in range(_REPLACEMENTS):
             entry = index.entry if not attempt else self._replacement(index, attempt)
             try:
-                return self._rows(entry, index)
+                return self._entry_row(entry, index)
             except UserError as error:
-                settings = self.sources[int(self.entries.sources[entry])]
-                if not settings.skips_damaged or not self.training or attempt == _REPLACEMENTS:
+                if not settings.skips_damaged or not self.training:
                     raise
                 log.warning("WARNING: step %d: %s; another image replaces it", index.step + 1, error.message)
-        raise AssertionError
+        return self._entry_row(index.entry, index)
 
     def _replacement(self, index: ScheduledSample, attempt: int) -> int:
         entries = self.entries
@@ -161,27 +176,18 @@ class ImageDataset(Dataset[list[Row]]):
         rng = generator(self.common.seed, f"{streams.REPLACEMENT}{attempt}", index.step, index.position)
         return int(rng.choice(np.flatnonzero(is_alike)))
 
-    def _rows(self, entry: int, index: ScheduledSample) -> list[Row]:
+    def _entry_row(self, entry: int, index: ScheduledSample) -> Row:
         source, row_number = int(self.entries.sources[entry]), int(self.entries.rows[entry])
-        settings, samples, size = self.sources[source], self.samples[source], self.entries.size(entry)
-        texts, step, position = samples.texts(row_number), index.step, index.position
-        rows = [self._row(settings, samples[row_number], texts, size, step, position)]
-        if self.training and settings.class_samples:
-            pair_number = step * self.common.batch_size + position
-            count = len(settings.class_samples)
-            sample = settings.class_samples[class_image_index(self.common.seed, count, pair_number)]
-            rows.append(
-                self._row(
-                    settings, sample, CaptionTexts((sample.caption,)), size, step, position + CLASS_POSITION_OFFSET
-                )
-            )
-        if not self.training:
-            rows[0]["counts"] = index.counts
-        if len(self.sources) > 1:
-            for number, row in enumerate(rows):
-                row["source"] = torch.zeros(len(self.sources))
-                row["source"][source] = 1.0 - number
-        return rows
+        samples, size = self.samples[source], self.entries.size(entry)
+        texts = samples.texts(row_number)
+        return self._row(self.sources[source], samples[row_number], texts, size, index.step, index.position)
+
+    def _class_row(self, settings: RowSettings, size: Size, step: int, position: int) -> Row:
+        count = len(settings.class_samples)
+        pair_number = step * self.common.batch_size + position
+        sample = settings.class_samples[class_image_index(self.common.seed, count, pair_number)]
+        texts = CaptionTexts((sample.caption,))
+        return self._row(settings, sample, texts, size, step, position + CLASS_POSITION_OFFSET)
 
     def _row(
         self, settings: RowSettings, sample: Sample, texts: CaptionTexts, size: Size, step: int, position: int

@@ -25,8 +25,11 @@ class Resolutions:
     sides: tuple[int, ...]
     steps: tuple[int, ...]
 
-    def size(self, size: Size, name: str) -> Size:
-        """Training size of an image at the lowest resolution; ``name`` is its name for errors."""
+    def largest_size(self, size: Size, name: str) -> Size:
+        """Largest training size (width, height) of an image of ``size``; ``name`` is its name for errors."""
+        for side, step in zip(self.sides[:0:-1], self.steps[:0:-1], strict=True):
+            if min(size) >= step and (bucket := assign(size, side, step, name)) in bucket_sizes(side, step):
+                return bucket
         return assign(size, self.sides[0], self.steps[0], name)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdtune.data.captions import CaptionTexts
+from sdtune.data.control.base import Control
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.data.entries import Resolutions
 from sdtune.data.samples import Sample, SampleList, SampleSequence
@@ -104,7 +105,7 @@ class Mix(ImageDataModule):
 
     def _check_controls(self) -> None:
         controls = {name: source.control for name, source in self.sources.items()}
-        kinds = {type(control) for control in controls.values()}
+        kinds = {_kind(control) for control in controls.values()}
         if len(kinds) > 1:
             without = next((name for name, control in controls.items() if control is None), None)
             different = "sources with and without control maps" if without else "sources with different control maps"
@@ -160,6 +161,12 @@ class Mix(ImageDataModule):
 _LONGEST_NAME = 60
 
 
+def _kind(control: Control | None) -> str:
+    """Class and settings of control maps, without the folder of the maps."""
+    public = {} if control is None else {k: v for k, v in vars(control).items() if k != "path" and k[0] != "_"}
+    return f"{type(control).__name__} {public}"
+
+
 def _of_source(name: str, line: str) -> str:
     """``line`` of a data summary, with the name of its source."""
     warning = "WARNING: " if line.startswith("WARNING: ") else ""
@@ -171,13 +178,18 @@ def errors_of_source(name: str) -> Iterator[None]:
     """Context manager that names a source in the settings of a :class:`~sdtune.errors.UserError`."""
 
     def renamed(text: str | None) -> str | None:
-        return (
-            None if text is None else re.sub(r"\bdata\.(?!sources\b|jsonl|csv)(?=[a-z])", f"data.sources.{name}.", text)
-        )
+        return None if text is None else _OF_SOURCE.sub(f"data.sources.{name}.", text)
 
     try:
         yield
     except UserError as error:
-        message = renamed(error.message)
-        assert message is not None
-        raise UserError(message, key=renamed(error.key), remedy=renamed(error.remedy)) from error
+        raise UserError(error.message, key=renamed(error.key), remedy=renamed(error.remedy)) from error
+
+
+_SETTINGS = (
+    *("path", "prompt", "trigger", "repeats", "hold_out", "validation_path", "validation_limit", "damaged", "rehash"),
+    *("class_path", "class_prompt", "class_images", "prior_weight", "mask", "control", "captions", "templates"),
+    *("resolution", "limit", "flip", "random_crop", "caption_dropout", "subject", "token", "images", "objects"),
+)
+_OF_SOURCE = re.compile(rf"(?<![\w/.])data\.(?=({'|'.join(_SETTINGS)})\b)")
+"""Beginning of the name of a setting of a source; not a file name such as ``data.old/path``."""

@@ -91,6 +91,6 @@ def class_image_index(seed: int, count: int, number: int) -> int:
     return _permutation(seed, count, epoch)[pair_of_epoch]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _permutation(seed: int, count: int, epoch: int) -> list[int]:
     return [int(i) for i in generator(seed, streams.CLASS_ORDER, epoch).permutation(count)]

@@ -50,10 +50,15 @@ class PromptSource:
         yield list(self._of_settings())
 
 
-def distinct(parts: Iterable[Iterable[str]]) -> Iterator[str]:
-    """The texts of ``parts``, each once."""
+def in_turn(parts: Sequence[Iterator[str]]) -> Iterator[str]:
+    """The first text of each of ``parts``, the second of each, and so on."""
+    return (text for texts in itertools.zip_longest(*parts) for text in texts if text is not None)
+
+
+def distinct(texts: Iterable[str]) -> Iterator[str]:
+    """The ``texts``, each once."""
     seen: set[str] = set()
-    for text in itertools.chain.from_iterable(parts):
+    for text in texts:
         if text not in seen:
             seen.add(text)
             yield text

@@ -449,18 +449,37 @@ class Adapter(pl.LightningModule, ABC):
             return {}, torch.zeros((), device=self.device)
         per_sample = self.losses(batch)
         subject_count = batch.get("subject_count", len(per_sample))
-        terms = {"loss/diffusion": per_sample[:subject_count].mean(), **self._source_sums(per_sample, batch, "loss")}
         has_prior = subject_count < len(per_sample)
+        if "sources" in batch:
+            return self._terms_of_mix(per_sample, batch, subject_count)
+        terms = {"loss/diffusion": per_sample[:subject_count].mean()}
         if has_prior:
             # Ruiz et al. 2023, eq. 2. The prior term has a separate mean, so that its weight is independent of B.
             terms["loss/prior"] = per_sample[subject_count:].mean()
-        if "weights" in batch:
-            weighted = per_sample * batch["weights"]
-            prior = weighted[subject_count:].mean() if has_prior else 0
-            return terms, weighted[:subject_count].mean() + prior
-        if has_prior:
             return terms, terms["loss/diffusion"] + batch["prior_weight"] * terms["loss/prior"]
         return terms, terms["loss/diffusion"]
+
+    def _terms_of_mix(self, per_sample: Tensor, batch: Batch, subject_count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """As :meth:`_diffusion_terms`, with the same terms for steps with and without class images, and of each source.
+
+        The terms are sums and counts, because the batches of a step differ in them; the loss is weighted.
+        """
+        data: ImageDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        losses = per_sample.detach().float()
+        parts = {"diffusion": losses[:subject_count], **({"prior": losses[subject_count:]} if data.has_prior else {})}
+        terms = {
+            f"loss/{name}{suffix}": value
+            for name, part in parts.items()
+            for suffix, value in zip(
+                PARTS, (part.sum(), torch.tensor(float(len(part)), device=part.device)), strict=True
+            )
+        }
+        weights = batch.get("weights")
+        weighted = per_sample if weights is None else per_sample * weights
+        loss = weighted[:subject_count].mean()
+        if subject_count < len(per_sample):
+            loss = loss + (batch["prior_weight"] if weights is None else 1) * weighted[subject_count:].mean()
+        return {**terms, **self._source_sums(per_sample, batch, "loss")}, loss
 
     def _source_sums(self, per_sample: Tensor, batch: Batch, metric: str) -> dict[str, Tensor]:
         """Sum of the losses of each source of a mix, and number of its samples, as ``<metric>/source/<name>#sum``."""

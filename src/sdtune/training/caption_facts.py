@@ -72,7 +72,7 @@ def caption_facts(
         mark_used(file)
         return known
     counts_all = complete or total <= COUNTED
-    prompts = data.all_prompts() if counts_all else distinct([_sampled(data)])
+    prompts = data.all_prompts() if counts_all else distinct(_sampled(data))
     facts = _counted(prompts, backbone, total, total if counts_all else COUNTED)
     write_json(file, asdict(facts))
     return facts
