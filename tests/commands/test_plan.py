@@ -503,3 +503,23 @@ def test_phase_that_does_not_fit_is_that_of_one_image_at_a_time(full: TrainingCo
     assert memory(costs, SWITCHES["plain"], 1, 1).least_phase == "step"
     single = replace(costs, evaluation=GenerationCost(0, 0, 10**15, 10**14))
     assert memory(single, SWITCHES["plain"], 1, 1).least_phase == "evaluation"
+
+
+def test_plan_of_a_mix_counts_its_most_expensive_source(capsys: pytest.CaptureFixture[str]) -> None:
+    def steps(*data: str) -> str:
+        assert plan("method=lora", "backbone=sd15", *data) == 0
+        return capsys.readouterr().out
+
+    small, large = "data.sources.a.path=x", "data.sources.b.path=y"
+    mix = steps("data=mix", small, large, "data.sources.b.resolution=[512,768]", "data.sources.a.class_prompt=a dog")
+    assert mix == steps("data=folder", "data.path=x", "data.resolution=768", "data.class_prompt=a dog")
+    assert mix != steps("data=folder", "data.path=x", "data.resolution=768")
+
+
+def test_plan_keeps_the_text_encoder_for_captions_that_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*data: str) -> str:
+        assert plan("method=lora", "backbone=sd15", "data=folder", "data.path=x", *data) == 0
+        return capsys.readouterr().out
+
+    drawn = text("data.captions.kind=tags", "data.captions.shuffle=true")
+    assert drawn == text("data.cache_text=false") != text()

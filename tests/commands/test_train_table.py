@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from running import arguments, sdtune, train
+from running import arguments, rows, sdtune, train
 
 
 def as_sources(images: Path, target: Path) -> dict[str, Path]:
@@ -68,3 +68,30 @@ def test_run_is_resumed_on_a_moved_table_and_refused_on_a_changed_one(
     capsys.readouterr()
     assert train(f"resume={run}", f"data.path={tmp_path / 'moved.arrow'}", "trainer.max_steps=6") == 2
     assert "the data has changed since the run started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_mix_with_class_images_in_one_source_has_constant_columns(
+    tiny: Path, images: Path, tmp_path: Path, interval: int
+) -> None:
+    mix = [f"data.sources.{name}.path={images}" for name in "ab"]
+    mix += ["data.sources.a.class_prompt=a dog", "data.sources.a.class_images=2", "data.sources.b.loss_weight=0.5"]
+    kept = [a for a in arguments(tiny, images, tmp_path / "run") if not a.startswith("data")]
+    more = ["trainer.max_steps=8", f"trainer.log_every_n_steps={interval}", "trainer.val_check_interval=4"]
+    assert train(*kept, "data=mix", *mix, "data.sources.b.hold_out=3", *more) == 0
+    table = rows(tmp_path / "run")
+    assert [name for name in table[0] if "loss" in name] == [
+        *("loss", "loss/diffusion", "loss/prior", "loss/source/a", "loss/source/b"),
+        *("validation_loss", "validation_loss/source/b"),
+    ]
+    training = [row for row in table if row["loss"]]
+    assert len(training) == 8
+    with_class = [row for row in training if row["loss/prior"]]
+    assert 0 < len(with_class) < 8
+    for row in training:
+        assert bool(row["loss/prior"]) == bool(row["loss/source/a"]) != bool(row["loss/source/b"])
+        if row["loss/source/b"]:
+            assert float(row["loss"]) == pytest.approx(0.5 * float(row["loss/source/b"]))
+        else:
+            assert float(row["loss"]) == pytest.approx(float(row["loss/diffusion"]) + float(row["loss/prior"]))
+    assert all(row["validation_loss"] == row["validation_loss/source/b"] for row in table)

@@ -57,6 +57,7 @@ KOHYA = [
     ("{{a|b}}, c", {"wildcards": True}, {"{a|b}, c"}),
     ("{a|b}, c", {}, {"{a|b}, c"}),
     ("{a}", {"wildcards": True}, {"a"}),
+    ("{a|{{b}}}, c", {"wildcards": True}, {"a, c", "{b}, c"}),
     ("{a|}b", {"wildcards": True}, {"ab", "b"}),
     ("a, b", {"prefix": "p,", "shuffle": True, "keep_tokens": 1}, shuffled("a", "b", first="p")),
     ("a, b", {"prefix": "p", "suffix": "s"}, {"p a, b s"}),
@@ -89,6 +90,9 @@ def test_trigger_stays_first_and_is_never_dropped() -> None:
     assert outcomes("a, b", trigger="sks", shuffle=True) == shuffled("a", "b", first="sks")
     assert outcomes("a", trigger="sks", caption_tag_dropout_rate=1.0) == {"sks"}
     assert outcomes("sks dog, a, b", trigger="sks", shuffle=True) == shuffled("a", "b", first="sks dog")
+    assert outcomes("a, b", trigger="sks, 1girl", shuffle=True) == shuffled("a", "b", first="sks, 1girl")
+    assert outcomes("a; b", trigger="sks", shuffle=True, separator=";") == shuffled("a", "b", first="sks")
+    assert outcomes("sks, a, b", trigger="sks", prefix="best,", shuffle=True) == shuffled("a", "b", first="best, sks")
 
 
 def test_text_captions_are_not_changed() -> None:

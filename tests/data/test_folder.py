@@ -317,10 +317,12 @@ def test_unreadable_caption_or_folder_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
     refused(tmp_path, tmp_path / "a.txt", "cannot be read (No such file or directory)")
 
-    def deny(self: Path) -> None:
+    (tmp_path / "a.txt").unlink()
+
+    def deny(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", deny)
+    monkeypatch.setattr("sdtune.data.listing.os.scandir", deny)
     refused(tmp_path, tmp_path, "cannot be read (Permission denied); make it readable")
 
 

@@ -217,6 +217,29 @@ def test_fingerprint_depends_on_every_source(tmp_path: Path) -> None:
     assert fingerprint() != whole
 
 
+def test_loss_weights_of_a_single_source_have_an_effect(tmp_path: Path) -> None:
+    class_path = folder(tmp_path, "class", [(64, 64)] * 2)
+    one = source(folder(tmp_path, "a", [(64, 64)] * 3), class_path=class_path, class_prompt="c", prior_weight=0.25)
+    assert {batch["prior_weight"] for batch in batches(mixed({"a": one}))} == {0.25}
+    weighted = source(folder(tmp_path, "b", [(64, 64)] * 3), loss_weight=0.5)
+    assert {float(w) for batch in batches(mixed({"b": weighted})) for w in batch["weights"]} == {0.5}
+
+
+def test_previews_and_prompts_take_the_sources_in_turn(tmp_path: Path) -> None:
+    sources = {}
+    for name in "ab":
+        path = folder(tmp_path, name, [(64, 64)] * 3)
+        for number in range(3):
+            (tmp_path / name / f"{number:02d}.txt").write_text(f"{name}{number}", encoding="utf-8")
+        sources[name] = source(path, prompt=None)
+    assert list(mixed(sources).training_prompts()) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+def test_shown_size_is_the_largest_that_is_trained(tmp_path: Path) -> None:
+    data = mixed({"a": source(folder(tmp_path, "a", [(70, 70), (96, 96)]), resolution=[64, 96])})
+    assert [data.parts["a"].bucket(sample) for sample in data.train] == [(64, 64), (96, 96)]
+
+
 # --- refusals
 
 
@@ -224,8 +247,10 @@ def test_sources_with_and_without_maps_are_refused(tmp_path: Path) -> None:
     a, b = (folder(tmp_path, name, [(64, 64)] * 2) for name in "ab")
     with pytest.raises(UserError, match=r"^data\.sources\.b\.control: sources with and without control maps cannot"):
         Mix(sources={"a": source(a, control=Canny()), "b": source(b)})
-    with pytest.raises(UserError, match=r"sources with different control maps cannot be mixed; set the same"):
-        Mix(sources={"a": source(a, control=Canny()), "b": source(b, control=Paired(a))})
+    for other in (Paired(a), Canny(low=50)):
+        with pytest.raises(UserError, match=r"sources with different control maps cannot be mixed; set the same"):
+            Mix(sources={"a": source(a, control=Canny()), "b": source(b, control=other)})
+    Mix(sources={"a": source(a, control=Paired(a)), "b": source(b, control=Paired(b))})
     assert isinstance(Mix(sources={"a": source(a, control=Canny()), "b": source(b, control=Canny())}).control, Canny)
 
 
@@ -275,6 +300,22 @@ def test_sources_inherit_the_settings_of_the_mix(tmp_path: Path) -> None:
     assert data.parts["b"].captions == Captions(prefix="p")
     assert (data.batch_size, data.seed, data.parts["b"].weight) == (4, 3, 2)
     assert config["sources"]["a"] == {"path": a, "prompt": "x"}, "unchanged"
+
+
+def test_random_crop_is_possible_in_a_mix(tmp_path: Path) -> None:
+    path = folder(tmp_path, "a", [(96, 96)])
+    config = {**node(a={"path": path, "prompt": "x"}), "random_crop": True, "cache_latents": False}
+    assert build_data(config, (), 0).parts["a"].random_crop
+    with pytest.raises(
+        UserError, match=r"^data\.sources\.a\.random_crop: not possible .*; set data\.cache_latents=false"
+    ):
+        build_data({**config, "cache_latents": True}, (), 0)
+
+
+def test_settings_of_sources_are_refused_outside_of_a_mix(tmp_path: Path) -> None:
+    config = {"_target_": "sdtune.data.Folder", "path": str(tmp_path), "loss_weight": 0.5}
+    with pytest.raises(UserError, match=r"^data\.loss_weight: is a setting of a source of data=mix; remove"):
+        check_data(config, ())
 
 
 def test_options_of_control_maps_are_read_from_the_config_group(tmp_path: Path) -> None:

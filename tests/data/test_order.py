@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from sdtune.data.entries import Entries, Share, buckets_of
 from sdtune.data.order import Drawn, FixedBatches, MicroBatches, ScheduledSample
 from sdtune.data.order import Order as OrderOfBuckets
 from sdtune.errors import UserError
+from sdtune.randomness import generator
 
 BUCKETS = ((0, 3, 4, 8, 9, 10, 11), (1, 2), (5, 6, 7, 7, 7))
 """Seven, two and five entries; entry 7 occurs three times."""
@@ -180,3 +182,35 @@ def test_batch_of_a_million_entries_takes_a_tenth_of_a_millisecond() -> None:
     for step in range(1000):
         order.batch(step)
     assert (time.perf_counter() - start) / 1000 < 1e-4
+
+
+def former_epoch(buckets: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+    """The order of version 0.1, which held lists."""
+    batches: list[tuple[int, ...]] = []
+    for number, bucket in enumerate(buckets):
+        rng = generator(seed, f"order/bucket{number}", epoch)
+        padded = -(-len(bucket) // batch_size) * batch_size
+        permutations = -(-padded // len(bucket))
+        indices = np.concatenate([rng.permutation(np.asarray(bucket)) for _ in range(permutations)])[:padded]
+        batches += [tuple(int(i) for i in batch) for batch in indices.reshape(-1, batch_size)]
+    shuffled = generator(seed, "order/batches", epoch).permutation(len(batches))
+    return [batches[int(i)] for i in shuffled]
+
+
+@pytest.mark.parametrize("count", [1_000, 1_000_000])
+def test_batches_are_those_of_version_0_1(count: int) -> None:
+    """Images of three sizes, some with repeats: from the arrays of sizes and repeats to the batches."""
+    rng = np.random.default_rng(count)
+    sizes = np.array([(64, 64), (96, 64), (64, 96)])[rng.integers(0, 3, count)]
+    repeats = rng.integers(1, 3, count)
+    entries = Entries(np.arange(count, dtype=np.int32), sizes, np.zeros(count, np.int16), repeats)
+    buckets = buckets_of(entries, [Share()])
+    former: dict[tuple[int, int], list[int]] = {}
+    for index, (size, times) in enumerate(zip(map(tuple, sizes.tolist()), repeats.tolist(), strict=True)):
+        former.setdefault(size, []).extend([index] * times)
+    assert list(buckets.sizes) == sorted(former)
+    order = OrderOfBuckets(buckets.fixed, 4, 3, buckets.drawn)
+    expected = former_epoch([former[size] for size in sorted(former)], 4, 3, 1)
+    steps = order.steps_per_epoch
+    assert steps == len(expected)
+    assert [order.batch(steps + step) for step in range(steps)] == expected

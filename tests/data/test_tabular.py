@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -215,13 +216,56 @@ def test_invalid_sources_are_refused(folder: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "table.arrow").exists()
 
     refused("a.zip", b"", r"^index: .*a\.zip is of an unknown kind; use a folder, \.parquet")
-    refused("a.parquet", b"text", r"^sources: .*a\.parquet is not a parquet file")
-    refused("a.jsonl", '{"file_name": "x.png"}\n{', r"^sources: .*a\.jsonl: Expecting")
-    refused("b.jsonl", "[1]\n", r"^sources: .*b\.jsonl, line 1: not a JSON object; correct this row")
-    refused("c.jsonl", '{"file_name": 3}\n', r"^sources: .*c\.jsonl, line 1: got '3' as file_name; use a path")
-    refused("d.jsonl", '{"file_name": "a.png", "text": 3}\n', r"^sources: d\.jsonl, line 1: got '3' as caption")
-    refused("e.tar", b"text", r"^sources: .*e\.tar is not an uncompressed tar")
-    refused("f.csv", "file_name,text\n,x\n", r"^sources: f\.csv, line 2 has no image; remove this row")
+    refused("a.parquet", b"text", r"^index: .*a\.parquet is not a parquet file")
+    refused("a.jsonl", '{"file_name": "x.png"}\n{', r"^index: .*a\.jsonl: Expecting")
+    refused("b.jsonl", "[1]\n", r"^index: .*b\.jsonl, line 1: not a JSON object; correct this row")
+    refused("c.jsonl", '{"file_name": 3}\n', r"^index: .*c\.jsonl, line 1: got '3' as file_name; use a path")
+    refused("d.jsonl", '{"file_name": "a.png", "text": 3}\n', r"^index: d\.jsonl, line 1: got '3' as caption")
+    refused("e.tar", b"text", r"^index: .*e\.tar is not an uncompressed tar")
+    weighted = '{"file_name": "a.png", "captions": ["x", "y"], "weights": %s}\n'
+    for weights in ("[0, 0]", "[-1, 2]", '["q", 1]', "[1]"):
+        refused(
+            "g.jsonl", weighted % weights, r"^index: g\.jsonl, line 1: got .* as weights of 2 captions; use one number"
+        )
+    refused("h.csv", "file_name,text,repeats\na.png,x,-3\n", r"^index: h\.csv, line 2: got -3 as repeats")
+    refused("f.csv", "file_name,text\n,x\n", r"^index: f\.csv, line 2 has no image; remove this row")
+
+
+def tar_bytes(**files: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name.replace("__", "."))
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar_bytes(a__png=b"x", a__json=b"{"), r"t\.tar, a\.json: Expecting .*; correct this file"),
+        (tar_bytes(a__png=b"x", a__json=b"[1]"), r"t\.tar, a\.json: not a JSON object; correct this file"),
+        (tar_bytes(a__png=b"x", a__txt=b"\xff"), r"t\.tar, a\.txt: .*; correct this file"),
+        (tar_bytes(a__png=b"x", b__png=b"y")[:1024], r"t\.tar has no end mark: it is cut off; copy or make it again"),
+    ],
+)
+def test_damaged_tars_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "t.tar").write_bytes(content)
+    with pytest.raises(UserError, match=f"^index: .*{message}"):
+        index(parse([str(tmp_path / "t.tar"), f"out={tmp_path / 'table.arrow'}"]))
+
+
+def test_image_that_was_edited_after_indexing_is_refused(folder: Path, tmp_path: Path) -> None:
+    index(parse([str(folder), f"out={tmp_path / 'table.arrow'}"]))
+    data = opened_table(tmp_path / "table.arrow")
+    sample = data.train[0]
+    original = sample.pixels((64, 64), (0.5, 0.5), False)
+    os.utime(folder / "000.png", ns=(1, 1))  # a copy without its time has the same bytes
+    assert np.array_equal(sample.pixels((64, 64), (0.5, 0.5), False), original)
+    noise(folder / "000.png", 64, 64, seed=55)
+    with pytest.raises(UserError, match=r"^data\.path: .*000\.png has changed since it was indexed; run sdtune index"):
+        sample.pixels((64, 64), (0.5, 0.5), False)
 
 
 def test_killed_index_continues(folder: Path, tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ class MetricsRecorder(Callback):
         self.validation = {at: loss for at, loss in self.validation.items() if at <= last}
         if trainer.is_global_zero and self.path.exists():
             self.columns = cut_metrics(self.path, step, keep_validation=keep_validation)
+            if not self.columns:
+                self.path.unlink()
 
 
 def with_means(row: Mapping[str, float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdtune.data.folder import list_image_folder
+from sdtune.data.folder import ImageFolder, list_image_folder
 from sdtune.data.indexing import file_state, make_table, table_lock
 from sdtune.data.sources import TABLE_SUFFIX
 from sdtune.data.table import MappedTable, TableFacts, TableRow
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     if list(arguments) in (["-h"], ["--help"], []):
         print(_HELP, end="")
         return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     request = parse(arguments)
     table = index(request)
     damaged = table.has("image", "problem").nonzero()[0].tolist()
@@ -123,7 +124,7 @@ def index(request: IndexRequest) -> MappedTable:
     """Write the table of ``request``."""
     shards = Shards(request.out.with_name(f"{request.out.name}.shards"))
     folders = {
-        source: list_image_folder(source, "index", maps=request.control)
+        source: _listed(source, request)
         for source in request.sources
         if source.is_dir() and not _is_saved_by_datasets(source)
     }
@@ -142,6 +143,15 @@ def index(request: IndexRequest) -> MappedTable:
     every = itertools.chain.from_iterable(map(rows, request.sources))
     with table_lock(request.out):
         return make_table(request.out, every, count, facts, rehash=request.rehash)
+
+
+def _listed(source: Path, request: IndexRequest) -> ImageFolder:
+    try:
+        return list_image_folder(source, "index", maps=request.control)
+    except UserError as error:
+        if error.key != "data.control.path":
+            raise
+        raise UserError(error.message, key="control", remedy=error.remedy) from error
 
 
 def _rows(source: Path, request: IndexRequest, shards: Shards) -> Iterator[TableRow]:

@@ -50,6 +50,8 @@ _GROUPS = (
 )
 _DATA_KEYS = ("batch_size", "resolution", "cache_latents", "cache_text", "class_prompt", "class_path", "prior_weight")
 
+_MORE_KEYS = ("sources", "captions")
+
 _PLACEHOLDER_TOKEN = NewToken("<new>", "a")
 """Used for a method that requires new tokens when the config has none."""
 
@@ -149,6 +151,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     if precision_name == "auto" and accelerator_name in ("gpu", "cuda") and not torch.cuda.is_available():
         precision_name = "bf16-mixed"  # for a GPU of another machine: NVIDIA GPUs since 2020 support it
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
+    data = _most_expensive(data, plain(OmegaConf.masked_copy(config.data, [k for k in _MORE_KEYS if k in config.data])))
     resolution = data["resolution"] or source.facts.side
     side = resolution if isinstance(resolution, int) else max(resolution)  # the largest costs most
     source.facts.check_side(side, "data.resolution")
@@ -162,6 +165,32 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
         precision=precision(precision_name, accelerator_name),
         gpu=accelerator_name != "cpu",
     )
+
+
+def _most_expensive(data: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with what costs most in the sources of a mix, and without a text cache if captions are drawn anew.
+
+    Args:
+        more: the nodes ``sources`` and ``captions`` of the data.
+    """
+    sources = [source for source in (more.get("sources") or {}).values() if isinstance(source, Mapping)]
+    nodes = [{**data, **source} for source in sources] or [data]
+    captions = [{**(more.get("captions") or {}), **(source.get("captions") or {})} for source in sources or [{}]]
+    sides = [side for node in nodes for side in _as_list(node["resolution"])]
+    with_class = [n for n in nodes if n["prior_weight"] > 0 and (n["class_prompt"] or n["class_path"])]
+    # Generated class images cost more than those of a folder.
+    class_node = min(with_class, key=lambda node: node["class_path"] is not None, default=data)
+    draws = any(c.get("kind") == "tags" and (c.get("shuffle") or c.get("caption_tag_dropout_rate")) for c in captions)
+    return {
+        **data,
+        **{key: class_node[key] for key in ("class_prompt", "class_path", "prior_weight")},
+        "resolution": max(sides) if sides else None,
+        "cache_text": data["cache_text"] and not draws,
+    }
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)

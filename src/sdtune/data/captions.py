@@ -111,8 +111,11 @@ class CaptionRules:
     trigger: str | None = None
 
     def __str__(self) -> str:
-        values = {field.name: getattr(self.settings, field.name) for field in fields(Captions)}
-        return repr((values, self.prompt, self.trigger))
+        settings, defaults = self.settings, Captions()
+        changed = {
+            f.name: value for f in fields(Captions) if (value := getattr(settings, f.name)) != getattr(defaults, f.name)
+        }
+        return repr((changed, self.prompt, self.trigger))
 
     def fixed(self, texts: CaptionTexts) -> str:
         """The caption for validation and previews: the first one, its tags in order, the first of each wildcard."""
@@ -168,9 +171,10 @@ class CaptionRules:
         return split or [("", 1.0)]
 
     def _around(self, caption: str) -> str:
-        """``caption`` with prefix, suffix and trigger."""
-        parts = (self.settings.prefix, caption, self.settings.suffix)
-        return with_trigger(" ".join(part for part in parts if part), self.trigger)
+        """``caption`` with trigger, prefix and suffix."""
+        separator = self.settings.separator if self.settings.kind == "tags" else ","
+        parts = (self.settings.prefix, with_trigger(caption, self.trigger, separator), self.settings.suffix)
+        return " ".join(part for part in parts if part)
 
     def _in_order(self, caption: str) -> str:
         """``caption`` without draws."""
@@ -217,7 +221,9 @@ class CaptionRules:
             parts = [self._tags(part) for part in caption.split(end, 2)]
             return parts[0], parts[1], parts[2] if len(parts) > 2 else []
         tags = self._tags(caption)
-        kept = max(self.settings.keep_tokens, 1 if self.trigger else 0)
+        # The trigger stands after the prefix.
+        until_trigger = " ".join(part for part in (self.settings.prefix, self.trigger) if part) if self.trigger else ""
+        kept = max(self.settings.keep_tokens, len(self._tags(until_trigger)))
         return tags[:kept], tags[kept:], []
 
     def _tags(self, text: str) -> list[str]:
@@ -226,21 +232,29 @@ class CaptionRules:
 
 def _wildcard_parts(caption: str) -> list[str | list[str]]:
     """Texts between the wildcards of ``caption``, and the choices of each wildcard, in order."""
+
+    def unescaped(text: str) -> str:
+        return text.replace(_OPEN, "{").replace(_CLOSE, "}")
+
+    caption = caption.replace("{{", _OPEN).replace("}}", _CLOSE)
     parts: list[str | list[str]] = []
-    for match in re.finditer(r"(\{\{|\}\})|\{([^}]+)\}|([^{}]+|.)", caption):
-        if match[1]:
-            parts.append(match[1][0])
-        else:
-            parts.append(match[2].split("|") if match[2] else match[3])
-    return parts
+    end = 0
+    for match in re.finditer(r"\{([^}]+)\}", caption):
+        parts += [unescaped(caption[end : match.start()]), [unescaped(choice) for choice in match[1].split("|")]]
+        end = match.end()
+    return [*parts, unescaped(caption[end:])]
 
 
-def with_trigger(caption: str, trigger: str | None) -> str:
-    """``caption`` with ``trigger`` before it, unless it starts with it."""
+_OPEN, _CLOSE = "\ue000", "\ue001"
+"""Stand for escaped braces: characters of Unicode's private use area."""
+
+
+def with_trigger(caption: str, trigger: str | None, separator: str = ",") -> str:
+    """``caption`` with ``trigger`` and ``separator`` before it, unless it starts with the trigger."""
     # Match complete words: "sksy dog" and "sks-style" do not start with the trigger "sks".
     if not trigger or re.match(rf"{re.escape(trigger)}(?![\w-])", caption):
         return caption
-    return f"{trigger}, {caption}" if caption else trigger
+    return f"{trigger}{separator.rstrip()} {caption}" if caption else trigger
 
 
 def _one_line(text: str) -> str:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sdtune.data.listing import Listing, count_and_names, list_files
 from sdtune.data.table import MappedTable, StoredImage, TableFacts, TableRow, open_table
 from sdtune.errors import UserError
 from sdtune.files import mark_used
+from sdtune.hardware.processes import is_global_zero
 from sdtune.images.files import SUFFIXES
 from sdtune.images.places import Place
 from sdtune.paths import cache_folder
@@ -66,36 +67,49 @@ def folder_table(
 ) -> MappedTable:
     """The table of an image folder, in the cache; made or brought up to date if files have changed.
 
-    A file counts as unchanged if its path, size and modification time are.
+    A file counts as unchanged if its path, size and modification time are. An unchanged folder is listed, but none of
+    its files is opened.
 
     Args:
-        rehash: read all images again, although they seem unchanged; once per process.
+        rehash: read all images again, although they seem unchanged; once, in the first process.
         path, key, other_roles, maps, count: as for :func:`list_image_folder`.
 
     Raises:
         UserError: as :func:`list_image_folder`.
     """
-    listed = list_image_folder(path, key, other_roles, maps, count)
     folder = Path(path).expanduser().absolute()
-    name = hashlib.sha256(json.dumps([str(folder), str(maps or ""), count]).encode()).hexdigest()[:32]
-    file = cache_folder() / "tables" / f"{name}.arrow"
-    reads_all = rehash and file not in _rehashed
+    listing = list_files(folder, key, other_roles or {})
+    map_folder = None if maps is None else Path(maps).expanduser().absolute()
+    map_states = {} if map_folder is None else list_files(map_folder, "data.control.path", {}).states
+    identity = _identity({**listing.states, **map_states}, str(count))
+    # One folder for all tables of the same images, whose rows know what was read for another one.
+    tables = cache_folder() / "tables" / _short_hash(str(folder))
+    selection = [str(maps or ""), count, [str(left_out) for left_out, _ in listing.left_out]]
+    file = tables / f"{_short_hash(json.dumps(selection))}.arrow"
+    reads_all = rehash and file not in _rehashed and is_global_zero()
     with table_lock(file):
-        if reads_all or not _is_up_to_date(file, listed.facts):
-            make_table(file, listed.rows, len(listed.rows), listed.facts, rehash=reads_all)
+        if reads_all or not _is_up_to_date(file, identity):
+            listed = list_image_folder(path, key, other_roles, maps, count, listing)
+            others = sorted(tables.glob("*.arrow"), key=lambda other: other != file)
+            facts = replace(listed.facts, sources=identity)
+            make_table(file, listed.rows, len(listed.rows), facts, earlier=others, rehash=reads_all)
         if reads_all:
             _rehashed.add(file)
     mark_used(file)
     return open_table(file, key)
 
 
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
 _rehashed: set[Path] = set()
 """Tables of which this process has read all images."""
 
 
-def _is_up_to_date(file: Path, facts: TableFacts) -> bool:
+def _is_up_to_date(file: Path, identity: str) -> bool:
     try:
-        return open_table(file).facts.sources == facts.sources
+        return open_table(file).facts.sources == identity
     except UserError:  # none yet, or one of another version
         return False
 
@@ -106,6 +120,7 @@ def list_image_folder(
     other_roles: Mapping[Path, str] | None = None,
     maps: str | Path | None = None,
     count: int | None = None,
+    listing: Listing | None = None,
 ) -> ImageFolder:
     """List the images in and below ``path``, sorted by path, each with its captions, mask and control map.
 
@@ -125,13 +140,14 @@ def list_image_folder(
         other_roles: config key by resolved path of the folders of other settings; they are not read.
         maps: folder of control maps, named like the images.
         count: list only the first images; None: all.
+        listing: the files of ``path``, if they are listed already.
 
     Raises:
         UserError: no images; an image with two rows of metadata or without a map; invalid metadata; text that is not
             UTF-8; repeats below 1; a folder that cannot be read.
     """
     folder = Path(path).expanduser().absolute()
-    listing = list_files(folder, key, other_roles or {})
+    listing = listing or list_files(folder, key, other_roles or {})
     files, images = listing.files, images_of(listing, folder, key)
     with _errors_with_key(key):
         repeats_and_words = {image: _repeats_and_words(folder, image.parent) for image in images}
@@ -141,7 +157,7 @@ def list_image_folder(
         captions |= sidecars
     images = images[:count]
     map_files = {} if maps is None else maps_of_images(images, maps)
-    states = {file: file_state(file) for file in (*files, *map_files.values())}
+    states = {**listing.states, **{file: file_state(file) for file in map_files.values()}}
 
     def unread(file: Path | None) -> StoredImage | None:
         return None if file is None or file not in states else StoredImage(Place(file), *states[file])
@@ -158,9 +174,7 @@ def list_image_folder(
         for image in images
     )
     notices = (*listing.lines(folder), *_unused(files, images, folder), *_root_name_warning(folder, key))
-    facts = TableFacts(
-        sources=_identity(states), notices=notices, empty_captions=_empty_captions(images, captions, folder)
-    )
+    facts = TableFacts(notices=notices, empty_captions=_empty_captions(images, captions, folder))
     return ImageFolder(rows, facts)
 
 
@@ -169,10 +183,10 @@ def mask_path(image: Path) -> Path:
     return image.with_name(f"{image.stem}{MASK_SUFFIX}")
 
 
-def _identity(states: Mapping[Path, tuple[int, int]]) -> str:
+def _identity(states: Mapping[Path, tuple[int, int]], selection: str) -> str:
     """Hash of paths, sizes and times, by which an unchanged folder is recognized."""
-    digest = hashlib.sha256()
-    for file, state in states.items():
+    digest = hashlib.sha256(selection.encode())
+    for file, state in sorted(states.items(), key=lambda item: str(item[0])):
         digest.update(f"{file}|{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import logging
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -72,6 +73,7 @@ def make_table(
     count: int,
     facts: TableFacts,
     *,
+    earlier: Sequence[Path] = (),
     rehash: bool = False,
     title: str = "Reading images",
 ) -> MappedTable:
@@ -85,16 +87,15 @@ def make_table(
         rows: rows with images that were not read yet (:func:`stored`).
         count: number of rows.
         facts: what the table states about itself; its digests are computed.
+        earlier: other tables that know images; those of the first count in doubt.
         rehash: read every image, although it seems unchanged.
         title: text of the progress bar.
     """
     journal = file.with_name(f"{file.name}.journal")
     segments = sorted(journal.glob("*.arrow"))
-    if rehash:
-        earlier = []
-    else:
-        earlier = [batch for part in (file, *segments) for batch in _batches_of_table(part)]
-    known = KnownImages(earlier, file.parent)
+    tables = dict.fromkeys((file, *earlier, *segments))
+    batches_known = [] if rehash else [batch for table in tables for batch in _batches_of_table(table)]
+    known = KnownImages(batches_known, file.parent)
     digests, batches = [hashlib.sha256() for _ in _ROLES], []
     with bar(title, count) as progress, ThreadPoolExecutor(usable_cores()) as pool:
         iterator = iter(rows)
@@ -162,15 +163,15 @@ class KnownImages:
         self._base = base
         self._columns = [batch.column(role) for batch in batches for role in _ROLES]
         roles = [role for _ in batches for role in _ROLES]
-        entries = [
-            (_hash(stored_image(value.as_py(), base), role), number, offset)
-            for number, (column, role) in enumerate(zip(self._columns, roles, strict=True))
-            for offset, value in enumerate(column)
-            if value.is_valid
-        ]
         # Arrays: a list of a million tuples takes ten times as much memory.
-        self._hashes = np.fromiter((entry[0] for entry in entries), np.uint64, len(entries))
-        places = np.array([entry[1:] for entry in entries], np.int32).reshape(-1, 2)
+        hashes, numbers, offsets = array("Q"), array("i"), array("i")
+        for number, (column, role) in enumerate(zip(self._columns, roles, strict=True)):
+            for offset in np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist():
+                hashes.append(_hash(stored_image(column[offset].as_py(), base), role))
+                numbers.append(number)
+                offsets.append(offset)
+        self._hashes = np.array(hashes, np.uint64)
+        places = np.stack([np.array(numbers, np.int32), np.array(offsets, np.int32)], axis=1)
         order = np.argsort(self._hashes, kind="stable")
         self._hashes, self._places = self._hashes[order], places[order]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtune.errors import UserError
@@ -23,10 +24,12 @@ class Listing:
 
     Args:
         files: sorted by path.
+        states: size in bytes and modification time in nanoseconds of each file; zeros for a broken link.
         left_out: folders that were not read, and why.
     """
 
     files: tuple[Path, ...]
+    states: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
     left_out: tuple[tuple[Path, str], ...] = ()
 
     def lines(self, root: Path) -> list[str]:
@@ -52,9 +55,10 @@ def list_files(folder: Path, key: str, other_roles: Mapping[Path, str]) -> Listi
     if role is not None:
         raise UserError(f"{folder} is also set as {role}", key=key, remedy="use a separate folder for each")
     left_out: list[tuple[Path, str]] = []
-    files = list(_walk(folder, key, other_roles, (), left_out)) if folder.is_dir() else []
+    states = dict(_walk(folder, key, other_roles, (), left_out)) if folder.is_dir() else {}
     # Sort by parts: the comparison of paths differs between Python versions, and the order must be reproducible.
-    return Listing(tuple(sorted(files, key=lambda file: file.parts)), tuple(left_out))
+    files = tuple(sorted(states, key=lambda file: file.parts))
+    return Listing(files, states, tuple(left_out))
 
 
 def _walk(
@@ -63,12 +67,14 @@ def _walk(
     other_roles: Mapping[Path, str],
     parents: tuple[Path, ...],
     left_out: list[tuple[Path, str]],
-) -> Iterator[Path]:
+) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Files in and below ``folder``, each with its size and modification time."""
     resolved = folder.resolve()
     if resolved in parents:
         raise UserError(f"{folder} links to one of its parent folders", key=key, remedy="remove this link")
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as scanned:  # asks for the type of each entry together with its name
+            entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})", key=key, remedy="make it readable") from error
     if reason := _reason(resolved, entries, other_roles) if parents else None:
@@ -77,15 +83,24 @@ def _walk(
     for entry in entries:
         if entry.name.startswith("."):
             continue
+        path = folder / entry.name
         if not entry.is_dir():
-            yield entry
+            yield path, _state(entry)
         elif entry.name in _SYSTEM_FOLDERS:
-            left_out.append((entry, "made by the operating system"))
+            left_out.append((path, "made by the operating system"))
         else:
-            yield from _walk(entry, key, other_roles, (*parents, resolved), left_out)
+            yield from _walk(path, key, other_roles, (*parents, resolved), left_out)
 
 
-def _reason(resolved: Path, entries: Sequence[Path], other_roles: Mapping[Path, str]) -> str | None:
+def _state(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError:  # a broken link
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _reason(resolved: Path, entries: Sequence[os.DirEntry[str]], other_roles: Mapping[Path, str]) -> str | None:
     """Why a folder is left out; None if it is read."""
     if any(entry.name in _RUN_MARKS for entry in entries):
         return "written by sdtune"

@@ -201,23 +201,20 @@ class FixedBatches(Sampler[list[ScheduledSample]]):
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self._times = times
+        self._times, self._buckets = times, buckets
         self._firsts = np.cumsum([0, *(len(bucket) * times for bucket in buckets)])
-        self._buckets = buckets
-        spans = [
-            (number, first, min(first + batch_size, len(bucket) * times))
-            for number, bucket in enumerate(buckets)
-            for first in range(0, len(bucket) * times, batch_size)
-        ]
-        share = spans[rank::processes]
-        self._counted = len(share)
-        self._spans = share + spans[:1] * (-(-len(spans) // processes) - len(share))
+        spans = np.concatenate(
+            [_spans(number, len(bucket) * times, batch_size) for number, bucket in enumerate(buckets)]
+        )
+        self._counted = len(spans[rank::processes])
+        filling = np.repeat(spans[:1], -(-len(spans) // processes) - self._counted, axis=0)
+        self._spans = np.concatenate([spans[rank::processes], filling])
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __iter__(self) -> Iterator[list[ScheduledSample]]:
-        for place, (number, first, last) in enumerate(self._spans):
+        for place, (number, first, last) in enumerate(self._spans.tolist()):
             yield [
                 ScheduledSample(
                     int(self._buckets[number][use // self._times]),
@@ -227,3 +224,9 @@ class FixedBatches(Sampler[list[ScheduledSample]]):
                 )
                 for use in range(first, last)
             ]
+
+
+def _spans(bucket: int, uses: int, batch_size: int) -> npt.NDArray[np.int64]:
+    """Number of the bucket, first and last use of each of its batches, int64 [N, 3]."""
+    firsts = np.arange(0, uses, batch_size)
+    return np.stack([np.full(len(firsts), bucket), firsts, np.minimum(firsts + batch_size, uses)], axis=1)

@@ -15,12 +15,16 @@ from sdtune.data.control.paired import Paired
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.folder import folder_table, is_root_name_warning, kohya_parent
 from sdtune.data.samples import SampleSequence
+from sdtune.data.skipped import write_skipped
 from sdtune.data.table import MappedTable, open_table
 from sdtune.data.table_samples import TableSamples
 from sdtune.errors import UserError
 
 _SHOWN = 3
-"""Damaged images that an error names."""
+"""Images that a warning names."""
+
+_MOST_LISTED = 20
+"""Damaged images that an error names; more are in a file."""
 
 TABLE_SUFFIX = ".arrow"
 """Suffix of a table of samples, by which data.class_path and data.validation_path are told from folders."""
@@ -75,7 +79,7 @@ class FileImages(ImageDataModule):
         held_out = every.select(np.zeros(0, np.int64))
         train = every
         if self.validation_path:
-            held_out = self._samples(self.validation_path, "data.validation_path", rules, self.validation_limit)
+            held_out = self._samples(self.validation_path, "data.validation_path", rules, None)
             train = every.without(held_out)
         elif self.hold_out:
             indices = np.arange(len(every))
@@ -124,8 +128,14 @@ class FileImages(ImageDataModule):
         Raises:
             UserError: images are damaged and ``damaged`` is ``stop``, or an image has no caption.
         """
-        table = self.table(path, key, count)
-        samples = TableSamples(table, rules, self.repeats, self.mask if masks else None).first(count)
+        wanted = count
+        while True:
+            table = self.table(path, key, wanted)
+            samples = TableSamples(table, rules, self.repeats, self.mask if masks else None).first(wanted)
+            missing = int(samples.is_damaged().sum()) - (0 if wanted is None or count is None else wanted - count)
+            if wanted is None or missing <= 0 or len(samples) < wanted or self.damaged == "stop":
+                break
+            wanted += missing  # more images, in place of the damaged ones
         self.notices += [line for line in table.facts.notices if self.repeats == 1 or not is_root_name_warning(line)]
         if not rules.trigger and table.facts.empty_captions:
             self.notices.append(f"WARNING: the captions of these images are empty: {table.facts.empty_captions}")
@@ -141,7 +151,10 @@ class FileImages(ImageDataModule):
             return samples
         damaged = [samples.image(int(index)) for index in np.flatnonzero(is_damaged)]
         if self.damaged == "stop":
-            shown = "; ".join(f"{image.place} {image.problem}" for image in damaged)
+            shown = "; ".join(f"{image.place} {image.problem}" for image in damaged[:_MOST_LISTED])
+            if len(damaged) > _MOST_LISTED:
+                write_skipped(samples.table.file.parent, damaged)
+                shown += f"; all of them are in {samples.table.file.parent / 'skipped.csv'}"
             if len(damaged) == 1:
                 raise UserError(shown, key=key, remedy="remove or replace it, or set data.damaged=skip")
             raise UserError(

@@ -6,6 +6,7 @@ Arrow IPC ("Feather V2"); a row names bytes in other files, which the table does
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -89,6 +90,31 @@ class StoredImage:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.width, self.height
+
+    def unchanged(self, key: str) -> Place:
+        """The place, after checking that its bytes are still those that the table knows.
+
+        Where the file has another time, as after a copy, the bytes are compared by their hash.
+
+        Raises:
+            UserError: the file has changed; the message names ``key``.
+        """
+        try:
+            status = self.place.file.stat()
+            has_size = self.place.is_part or status.st_size == self.file_bytes
+            if (status.st_mtime_ns == self.modified and has_size) or self._has_hash():
+                return self.place
+        except OSError as error:
+            reason = f"{self.place} cannot be read ({error.strerror or error})"
+            raise UserError(reason, key=key, remedy="restore it, or index again") from error
+        raise UserError(
+            f"{self.place} has changed since it was indexed",
+            key=key,
+            remedy="run sdtune index again; with data=folder start again",
+        )
+
+    def _has_hash(self) -> bool:
+        return hashlib.sha256(self.place.read()).digest() == self.sha256
 
     def content(self) -> str:
         """What the bytes mean for a training."""
@@ -185,7 +211,7 @@ class MappedTable:
         self._length: int = sum(batch.num_rows for batch in self.batches)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_table, (self.file,)
+        return _reopened, (self.file, self.facts)
 
     def __len__(self) -> int:
         return self._length
@@ -285,6 +311,18 @@ class MappedTable:
 
 _TEXTS_AT_ONCE = 1024
 _STORED_FIELDS = [field.name for field in _STORED_IMAGE]
+
+
+def _reopened(file: Path, facts: TableFacts) -> MappedTable:
+    """The table in ``file``, in a process that loads images.
+
+    Raises:
+        UserError: another command has replaced the table.
+    """
+    table = open_table(file)
+    if table.facts != facts:
+        raise UserError(f"{file} was replaced during the training", key="data.path", remedy="start the training again")
+    return table
 
 
 def open_table(file: Path, key: str = "data.path") -> MappedTable:

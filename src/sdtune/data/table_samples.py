@@ -73,7 +73,7 @@ class TableSample:
         return digest.hex()
 
     def pixels(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
-        return resize_and_crop(open_image(self.place), size, offset, flip)
+        return resize_and_crop(open_image(self._image.unchanged("data.path")), size, offset, flip)
 
     def mask(self, size: tuple[int, int], offset: tuple[float, float], flip: bool) -> np.ndarray:
         """Loss mask uint8 [H, W], 255 where the loss counts."""
@@ -83,8 +83,8 @@ class TableSample:
         if self.mask_source == "file":
             mask = self.table.image(self.row, "mask")
             assert mask is not None
-            return open_mask(mask.place, "data.mask")
-        return open_alpha(self.place) or Image.new("L", self.size, 255)
+            return open_mask(mask.unchanged("data.mask"), "data.mask")
+        return open_alpha(self._image.unchanged("data.mask")) or Image.new("L", self.size, 255)
 
 
 class TableSamples(SampleSequence):

@@ -10,6 +10,8 @@ import csv
 import hashlib
 import json
 import logging
+import math
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,7 +131,7 @@ def parquet_rows(file: Path, columns: Columns, shards: Shards) -> Iterator[Table
     try:
         source = pq.ParquetFile(file)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file} is not a parquet file ({str(error).splitlines()[0]})", key="sources") from error
+        raise UserError(f"{file} is not a parquet file ({str(error).splitlines()[0]})", key="index") from error
     names = source.schema_arrow.names
     image, caption = columns.find(names, file)
     images = {"image": image, "mask": _first(names, _MASK_NAMES), "control": _first(names, _CONTROL_NAMES)}
@@ -168,9 +170,14 @@ def _image_places(
     """Places of the images of a column: files that it names, or copies of its bytes."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [None if value is None else Place(_beside(file, value)) for value in values()]
-    if not pa.types.is_struct(kind):
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return shards.places(file, name, values)
-    structs = list(values()) if "bytes" not in [child.name for child in kind] else None
+    fields = [child.name for child in kind] if pa.types.is_struct(kind) else []
+    if not {"bytes", "path"} & {*fields}:
+        raise UserError(
+            f"{file}: the column {name} has values of type {kind}", key="image_column", remedy="use bytes or paths"
+        )
+    structs = list(values()) if "bytes" not in fields else None
     if structs is not None:
         return [None if value is None else Place(_beside(file, value["path"])) for value in structs]
     copied = shards.places(file, name, lambda: (None if value is None else value["bytes"] for value in values()))
@@ -198,17 +205,17 @@ def _row(
     }
     image = images.get("image")
     if image is None:
-        raise UserError(f"{source}, {where} has no image", key="sources", remedy="remove this row")
+        raise UserError(f"{source}, {where} has no image", key="index", remedy="remove this row")
     weights = values.get("weights")
     repeats = values.get("repeats")
     if repeats is not None and (not isinstance(repeats, int) or repeats < 1):
-        raise UserError(f"{source}, {where}: got {repeats!r} as repeats", key="sources", remedy="use at least 1")
+        raise UserError(f"{source}, {where}: got {repeats!r} as repeats", key="index", remedy="use at least 1")
     captions = _texts(values.get(caption) if caption else None, source, where)
-    if weights is not None and len(weights) != len(captions):
+    if weights is not None and not _are_weights(weights, len(captions)):
         raise UserError(
-            f"{source}, {where} has {len(captions)} captions and {len(weights)} weights",
-            key="sources",
-            remedy="use one weight for each caption",
+            f"{source}, {where}: got {str(weights)[:40]} as weights of {len(captions)} captions",
+            key="index",
+            remedy="use one number of at least 0 for each caption, not all 0",
         )
     return TableRow(
         image,
@@ -222,6 +229,14 @@ def _row(
     )
 
 
+def _are_weights(values: Any, count: int) -> bool:
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
+        return False
+    return sum(values) > 0
+
+
 def _texts(value: Any, source: str, where: str) -> tuple[str, ...]:
     """Texts of a cell: a text, a list of texts, or nothing."""
     if value is None:
@@ -229,7 +244,7 @@ def _texts(value: Any, source: str, where: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f"{source}, {where}: got {str(value)[:40]!r} as caption", key="sources", remedy="use a text, or a list"
+            f"{source}, {where}: got {str(value)[:40]!r} as caption", key="index", remedy="use a text, or a list"
         )
     return tuple(text.strip() for text in texts)
 
@@ -250,7 +265,7 @@ def text_rows(file: Path, columns: Columns) -> Iterator[TableRow]:
             value = values[name] if name is not None else None
             if value is not None and not isinstance(value, str):
                 raise UserError(
-                    f"{file}, line {line}: got {str(value)[:40]!r} as {name}", key="sources", remedy="use a path"
+                    f"{file}, line {line}: got {str(value)[:40]!r} as {name}", key="index", remedy="use a path"
                 )
             places[role] = Place(_beside(file, value)) if value else None
         yield _row(places, values, caption, file.name, f"line {line}")
@@ -262,13 +277,14 @@ def _csv_values(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for row in reader:
                 values: dict[str, Any] = {key: value for key, value in row.items() if key is not None}
-                if isinstance(values.get("repeats"), str):
-                    values["repeats"] = int(values["repeats"]) if values["repeats"].isdigit() else None
+                repeats = values.get("repeats")
+                if isinstance(repeats, str) and re.fullmatch(r"-?[0-9]+", repeats.strip()):
+                    values["repeats"] = int(repeats)
                 values.pop("weights", None)  # a cell of a CSV file is one caption
                 yield reader.line_num, values
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(
-                f"{file}, after line {reader.line_num}: {error}", key="sources", remedy="correct this row"
+                f"{file}, after line {reader.line_num}: {error}", key="index", remedy="correct this row"
             ) from error
 
 
@@ -280,11 +296,11 @@ def _jsonl_values(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     values = json.loads(line)
                     if not isinstance(values, dict):
                         raise UserError(
-                            f"{file}, line {number}: not a JSON object", key="sources", remedy="correct this row"
+                            f"{file}, line {number}: not a JSON object", key="index", remedy="correct this row"
                         )
                     yield number, values
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: {error}", key="sources", remedy="correct it") from error
+            raise UserError(f"{file}: {error}", key="index", remedy="correct it") from error
 
 
 def datasets_rows(folder: Path, columns: Columns) -> Iterator[TableRow]:
@@ -294,13 +310,13 @@ def datasets_rows(folder: Path, columns: Columns) -> Iterator[TableRow]:
         UserError: it has several splits, or no column of images.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json", "sources").get("splits", [])
+        splits = read_json(folder / "dataset_dict.json", "index").get("splits", [])
         raise UserError(
             f"{folder} has several splits",
-            key="sources",
+            key="index",
             remedy=f"set one of {', '.join(str(folder / s) for s in splits)}",
         )
-    files = [folder / str(entry["filename"]) for entry in read_json(folder / "state.json", "sources")["_data_files"]]
+    files = [folder / str(entry["filename"]) for entry in read_json(folder / "state.json", "index")["_data_files"]]
     number = 0
     for file in files:
         with pa.memory_map(str(file)) as source:
@@ -336,7 +352,7 @@ class MappedFile:
         offset = int(data.address - self.content.address)
         if not 0 <= offset <= self.content.size:
             raise UserError(
-                f"{self.file} is compressed", key="sources", remedy="save the data set again with save_to_disk"
+                f"{self.file} is compressed", key="index", remedy="save the data set again with save_to_disk"
             )
         return offset
 
@@ -362,7 +378,7 @@ def _mapped_places(column: pa.Array, mapped: MappedFile) -> list[Place | None]:
     if pa.types.is_struct(column.type):
         has_path = column.type.get_field_index("path") >= 0
         paths, content = column.field("path").to_pylist() if has_path else paths, column.field("bytes")
-    elif pa.types.is_string(column.type):
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return [None if path is None else Place(_beside(mapped.file, path)) for path in column.to_pylist()]
     start = mapped.offset(content.buffers()[2])
     offsets = np.frombuffer(content.buffers()[1], np.int64 if pa.types.is_large_binary(content.type) else np.int32)
@@ -386,25 +402,32 @@ def tar_rows(file: Path) -> Iterator[TableRow]:
         UserError: the file is compressed, or not a tar.
     """
     try:
-        archive = tarfile.open(file, "r:")  # noqa: SIM115
+        with tarfile.open(file, "r:") as archive:
+            yield from _rows_of_archive(archive, file)
+            archive.fileobj.seek(archive.offset)
+            is_complete = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         raise UserError(
-            f"{file} is not an uncompressed tar ({error})", key="sources", remedy="unpack .gz files with gunzip"
+            f"{file} is not an uncompressed tar ({error})", key="index", remedy="unpack .gz files with gunzip"
         ) from error
+    if not is_complete:
+        raise UserError(f"{file} has no end mark: it is cut off", key="index", remedy="copy or make it again")
+
+
+def _rows_of_archive(archive: tarfile.TarFile, file: Path) -> Iterator[TableRow]:
     state = file_state(file)
-    with archive:
-        group: dict[str, tarfile.TarInfo] = {}
-        current = ""
-        for member in archive:
-            if not member.isfile():  # links could point anywhere
-                continue
-            folder, _, name = member.name.rpartition("/")
-            key, _, suffix = name.partition(".")
-            if f"{folder}/{key}" != current:
-                yield from _tar_row(archive, file, state, current, group)
-                current, group = f"{folder}/{key}", {}
-            group[suffix.lower()] = member
-        yield from _tar_row(archive, file, state, current, group)
+    group: dict[str, tarfile.TarInfo] = {}
+    current = ""
+    for member in archive:
+        if not member.isfile():  # links could point anywhere
+            continue
+        folder, _, name = member.name.rpartition("/")
+        key, _, suffix = name.partition(".")
+        if f"{folder}/{key}" != current:
+            yield from _tar_row(archive, file, state, current, group)
+            current, group = f"{folder}/{key}", {}
+        group[suffix.lower()] = member
+    yield from _tar_row(archive, file, state, current, group)
 
 
 def _tar_row(
@@ -423,10 +446,7 @@ def _tar_row(
     values: dict[str, Any] = {}
     for name in ("json", "caption", "txt"):
         if name in group:
-            content = archive.extractfile(group[name])
-            assert content is not None
-            text = content.read().decode("utf-8-sig", errors="strict")
-            values |= json.loads(text) if name == "json" else {"txt": text}
+            values |= _texts_of_member(archive, group[name], file, is_json=name == "json")
     caption = _first(list(values), ("txt", *CAPTION_COLUMNS))
     yield TableRow(
         image,
@@ -435,3 +455,17 @@ def _tar_row(
         mask=image_of("mask.png" if "mask.png" in group else None),
         control=image_of("control.png" if "control.png" in group else None),
     )
+
+
+def _texts_of_member(archive: tarfile.TarFile, member: tarfile.TarInfo, file: Path, *, is_json: bool) -> dict[str, Any]:
+    """Values of a JSON object, or the text of a caption as ``txt``."""
+    content = archive.extractfile(member)
+    assert content is not None
+    try:
+        text = content.read().decode("utf-8-sig")
+        values = json.loads(text) if is_json else {"txt": text}
+    except ValueError as error:
+        raise UserError(f"{file}, {member.name}: {error}", key="index", remedy="correct this file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}, {member.name}: not a JSON object", key="index", remedy="correct this file")
+    return values

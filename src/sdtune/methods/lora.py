@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -410,7 +411,7 @@ class LoRA(Adapter):
         if isinstance(data, ImageDataModule):
             artifact_metadata |= kohya_lora.training_metadata(
                 data.name,
-                data.train.captions(),
+                itertools.islice(data.train.captions(), _MOST_CAPTIONS),
                 int(data.train.repeats.sum()),
                 self._base_rates(),
                 self.source.clip_skip,
@@ -421,6 +422,10 @@ class LoRA(Adapter):
         """Learning rate of each component before the schedule."""
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         return {str(group.get("name")): float(group.get("initial_lr", group["lr"])) for group in groups}
+
+
+_MOST_CAPTIONS = 20_000
+"""Captions whose tags are counted for the header of each snapshot."""
 
 
 def _is_below(path: str, parent: str) -> bool:

@@ -61,7 +61,7 @@ class DataPage:
         facts: names and texts of the counts over all images.
         notices: lines about files that are not used or look wrong.
         buckets: training sizes with their number of images, over all images.
-        tags: texts between commas with the number of prompts that have them, over all images.
+        tags: texts between commas with the number of training images that have them.
         damaged: images that are left out, and why.
         cards: the images that are shown.
         total: number of images.

@@ -104,6 +104,8 @@ def read_metrics(file: Path, key: str | None = None) -> MetricsTable:
 def cut_metrics(file: Path, step: int, *, keep_validation: bool = True) -> list[str]:
     """Remove the rows of ``metrics.csv`` after ``step``, which a resumed run writes again; returns the columns.
 
+    A file without header has no columns.
+
     The rows are in the order of their steps, so the first row to remove is found by bisection: a file of a million rows
     is cut in a fraction of a second.
 
@@ -117,13 +119,10 @@ def cut_metrics(file: Path, step: int, *, keep_validation: bool = True) -> list[
         content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
         try:
             header = content[: content.find(b"\n") + 1].decode()
+            if not header:  # of a process that was killed before its first row
+                return []
             columns = header.strip().split(",")
-            end = content.rfind(b"\n") + 1
-            if columns[0] != "step" or content[:end].count(b",") != (len(columns) - 1) * content[:end].count(b"\n"):
-                raise ValueError("a row has other columns than the table")
-            first = _first_row_after(content, len(header), end, step)
-            if not keep_validation:
-                first = _without_validation(content, len(header), first, columns, step)
+            first = _cut_at(content, len(header), columns, step, keep_validation=keep_validation)
         except ValueError as error:
             raise UserError(
                 f"{file} is damaged ({error})",
@@ -135,6 +134,29 @@ def cut_metrics(file: Path, step: int, *, keep_validation: bool = True) -> list[
                 content.close()
         handle.truncate(first)
     return columns
+
+
+def _cut_at(content: mmap.mmap | bytes, first: int, columns: list[str], step: int, *, keep_validation: bool) -> int:
+    """Offset of the first row to remove; rows begin at the offset ``first``."""
+    end = content.rfind(b"\n") + 1
+    if columns[0] != "step":
+        raise ValueError("the first column is not step")
+    last = content.rfind(b"\n", first - 1, end - 1) + 1
+    if end > first and content[last:end].count(b",") != len(columns) - 1:
+        raise ValueError("a row has other columns than the table")
+    if end > first and int(content[last : content.find(b",", last)]) <= step and keep_validation:
+        return end  # nothing to remove, only an incomplete line
+    commas, rows = 0, 0
+    for begin in range(first, end, _BLOCK):
+        block = content[begin : min(begin + _BLOCK, end)]
+        commas, rows = commas + block.count(b","), rows + block.count(b"\n")
+    if commas != (len(columns) - 1) * rows:
+        raise ValueError("a row has other columns than the table")
+    cut = _first_row_after(content, first, end, step)
+    return cut if keep_validation else _without_validation(content, first, cut, columns, step)
+
+
+_BLOCK = 2**20
 
 
 def _first_row_after(content: mmap.mmap | bytes, first: int, end: int, step: int) -> int:

@@ -39,7 +39,7 @@ class CaptionFacts:
         longest_tokens: its number of tokens, with start and end token.
         limit: number of tokens that the text encoder reads.
         cut: number of different prompts that have more.
-        tags: the most frequent texts between commas, with the number of captions that have them.
+        tags: the most frequent texts between commas, with the number of training images that have them.
     """
 
     total: int
@@ -72,8 +72,11 @@ def caption_facts(
         mark_used(file)
         return known
     counts_all = complete or total <= COUNTED
+    captions = (source.train.captions() for source in data.parts.values())
+    used = itertools.chain.from_iterable(captions) if counts_all else _sampled(data)
+    tags = Counter(tag for caption in used for tag in {part.strip() for part in caption.split(",")} if tag)
     prompts = data.all_prompts() if counts_all else distinct(_sampled(data))
-    facts = _counted(prompts, backbone, total, total if counts_all else COUNTED)
+    facts = _counted(prompts, tags, backbone, total, total if counts_all else COUNTED)
     write_json(file, asdict(facts))
     return facts
 
@@ -106,8 +109,8 @@ def _sampled(data: ImageDataModule) -> Iterator[str]:
             yield source.prompt_templates[0].replace("{}", source.train.rules.fixed(source.train.texts(index)))
 
 
-def _counted(prompts: Iterable[str], backbone: Backbone, total: int, counted: int) -> CaptionFacts:
-    limit, tags = backbone.facts.max_tokens, Counter[str]()
+def _counted(prompts: Iterable[str], tags: Counter[str], backbone: Backbone, total: int, counted: int) -> CaptionFacts:
+    limit = backbone.facts.max_tokens
     longest, longest_tokens, count, cut = "", 0, 0, 0
     iterator = iter(prompts)
     with bar("Counting tokens of captions", total) as progress:
@@ -117,6 +120,5 @@ def _counted(prompts: Iterable[str], backbone: Backbone, total: int, counted: in
                 cut += length > limit
                 if length > longest_tokens:
                     longest, longest_tokens = text, length
-                tags.update(tag.strip() for tag in text.split(",") if tag.strip())
             progress(len(texts))
     return CaptionFacts(total, counted, count, longest, longest_tokens, limit, cut, dict(tags.most_common(_MOST_TAGS)))

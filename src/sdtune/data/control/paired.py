@@ -75,7 +75,8 @@ class Paired(Control):
     def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         found = _stored_map(sample)
         assert found is not None
-        return fit(open_image(found.place, "data.control.path"), size, offset, self.resample)
+        place = found.unchanged("data.control.path")
+        return fit(open_image(place, "data.control.path"), size, offset, self.resample)
 
 
 def _stored_map(sample: Sample) -> StoredImage | None:
