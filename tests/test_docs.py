@@ -67,7 +67,10 @@ GROUPS = {str(path.relative_to(ROOT / "conf")) for path in (ROOT / "conf").glob(
 EVERY_SETTING = re.findall(
     r"^\| `([\w.]+)` \|", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), re.MULTILINE
 )
-OUTSIDE_OF_THE_PAGE = ("paths.outputs", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose", "hydra.launcher.n_jobs")
+OUTSIDE_OF_THE_PAGE = (
+    *("paths.outputs", "hydra.run.dir", "hydra.sweep.dir", "hydra.verbose", "hydra.launcher.n_jobs"),
+    *("data.sources.weight", "data.sources.loss_weight"),
+)
 OF_PLUGINS = ("submitit_local", "joblib")
 """Choices of hydra/launcher that the plugins of other packages add."""
 
@@ -134,11 +137,14 @@ def settings_and_choices(text: str, page: str) -> Iterator[Named]:
             yield Named(page, key, value)
 
 
-FILE_SUFFIXES = (".py", ".json", ".yaml", ".fit")
+FILE_SUFFIXES = (".py", ".json", ".yaml", ".html", ".fit")
 """Ends of the names of files and methods, which look like those of settings."""
 
-NO_SETTINGS = ("use_distributed_sampler", "mixed_precision", "optimizer_type", "sd_locked", "install", "eval", "key")
-"""Arguments of Lightning's Trainer, of kohya's scripts and of the shell."""
+NO_SETTINGS = (
+    *("use_distributed_sampler", "mixed_precision", "optimizer_type", "sd_locked", "install", "eval", "key"),
+    *("out", "image_column", "caption_column"),
+)
+"""Arguments of Lightning's Trainer, of kohya's scripts, of the shell and of sdtune index."""
 
 
 def exists(named: Named) -> bool:
@@ -214,6 +220,10 @@ def test_command_of_a_page_composes(example: Example, tmp_path: Path) -> None:
     arguments = list(example.arguments)
     if example.name == "report":
         assert len([text for text in arguments if text not in ("--follow", "--serve")]) == 1
+        return
+    if example.name == "index":
+        assert any(word.startswith("out=") for word in arguments)
+        assert {word.partition("=")[0] for word in arguments if "=" in word} <= {"out", "control", "rehash"}
         return
     if example.name == "import-kohya":
         assert all(word.endswith(".toml") for word in arguments)

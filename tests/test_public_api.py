@@ -21,7 +21,7 @@ PUBLIC = {
     "sdtune": {"TrainedRun", "plan", "pocket", "sample", "train"},
     "sdtune.backbone": {"Component", "Facts", "Pretrained"},
     "sdtune.callbacks": {"EMA", "Checkpoints", "EarlyStopping", "Pruning", "Samples"},
-    "sdtune.data": {"Batch", "CacheInputs", "Folder", "ImageDataModule", "Sample"},
+    "sdtune.data": {"Batch", "CacheInputs", "Folder", "ImageDataModule", "Mix", "Sample", "Table"},
     "sdtune.methods": {"Adapter", "ControlNet", "DreamBooth", "Full", "LoRA", "TextualInversion"},
     "sdtune.objective": {
         "MinSNR",

@@ -35,6 +35,7 @@ _TIMES = ("median_step_seconds", "images_per_second", "seconds_to_best")
 
 _OVERVIEW = {
     "subject": ("subject_gain", "background_accuracy", "prior_leak", "class_diversity"),
+    "subjects": ("subject_accuracy/parrot", "subject_accuracy/koala", "mixed_up/parrot", "mixed_up/koala"),
     "style": ("style_accuracy", "object_accuracy", "background_accuracy"),
     "control": ("control_agreement", "control_less_shuffled", "object_accuracy", "background_accuracy"),
 }
@@ -65,7 +66,15 @@ def text(name: str, seeds: Sequence[int], runs: Sequence[Mapping[str, Any]], met
         for key, values in rows
         if all(value is not None for value in values)
     ]
-    return "\n".join([*lines, "", "![Before and after, the first seed](before_after.png)", ""])
+    lines += ["", "![Before and after, the first seed](before_after.png)", ""]
+    if _is_of_subjects(runs[0]):
+        lines += ["Each row has images under the word of one subject:", "", "![Each subject](trained_images.png)", ""]
+    return "\n".join(lines)
+
+
+def _is_of_subjects(run: Mapping[str, Any]) -> bool:
+    """Whether a run was evaluated by ``pocket_subjects``."""
+    return "subject_gain_lowest" in run
 
 
 def overview(folder: Path) -> list[str]:
@@ -120,6 +129,8 @@ def _write(name: str, seeds: Sequence[int], folders: Sequence[Path], target: Pat
     write_text(target / "README.md", text(name, seeds, runs, metrics))
     write_json(target / "metrics.json", {"figures": metrics, "seeds": dict(zip(map(str, seeds), runs, strict=True))})
     shutil.copy2(folders[0] / "samples" / "before_after.png", target / "before_after.png")
+    if _is_of_subjects(runs[0]):
+        shutil.copy2(folders[0] / "evaluation" / "trained_images.png", target / "trained_images.png")
     print(target / "README.md")
 
 

@@ -122,8 +122,9 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--network_dim", "--learning_rate=1e-4", "--shuffle_caption", "network_alpha=4", "--other"],
         (
             "--network_dim, --learning_rate, --shuffle_caption, network_alpha, --other: unknown options; ",
-            "use method.rank=VALUE optimizer.lr=1e-4 method.alpha_policy=constant method.alpha=4 ",
-            "; --shuffle_caption: captions are not shuffled; remove --other, which is unknown; ",
+            "use method.rank=VALUE optimizer.lr=1e-4 data.captions.kind=tags data.captions.shuffle=true"
+            " method.alpha_policy=constant method.alpha=4 ",
+            "; remove --other, which is unknown; ",
             "; see docs/from-kohya.md",
         ),
     ),
@@ -273,7 +274,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "setting of kohya": (["learning_rate=1e-4"], ("learning_rate", "use optimizer.lr=1e-4")),
     "value of kohya": (["mixed_precision=bf16"], ("mixed_precision", "use hardware.precision=bf16-mixed")),
     "clip skip of kohya": (["clip_skip=2"], ("clip_skip", "use backbone.clip_skip=1")),
-    "option of kohya without a setting": (["keep_tokens=1"], ("keep_tokens", "captions are not shuffled")),
+    "option of kohya without a setting": (
+        ["keep_tokens=1"],
+        ("keep_tokens", "use data.captions.kind=tags data.captions.keep_tokens=1"),
+    ),
     "epochs": (["trainer.max_epochs=3"], ("trainer.max_epochs", "set trainer.epochs or trainer.max_steps")),
     "list that Hydra cannot parse": (
         ["data.templates=[a (b)]"],
@@ -428,7 +432,7 @@ def test_file_without_a_key_is_proposed_as_an_adapter(line: CommandLine) -> None
     (line.folder / "my lora.safetensors").touch()
     adapters = "sdtune sample 'a cat, red' 'adapters=[{path: \"my lora.safetensors\"}]' backbone="
     line.refuses(*line.sampling(), "a cat, red", "my lora.safetensors", words=("2 words without a key", adapters))
-    words = ("2 words without a key", "use one run or file per command: sdtune export 'my lora.safetensors'")
+    words = ("2 words without a key", "use one run, file or folder per command: sdtune export 'my lora.safetensors'")
     line.refuses("export", "my lora.safetensors", "other", words=words)
 
 

@@ -23,6 +23,7 @@ from sdtune.formats import embeddings
 from sdtune.methods import LoRA, TextualInversion
 from sdtune.methods.base import check_trainable
 from sdtune.sampling.loop import Sampling
+from sdtune.training.caption_facts import caption_facts
 
 CAT, DOG = NewToken("<my_cat>", "cat", vectors=2), NewToken("<my_dog>", "a big dog")
 
@@ -226,5 +227,5 @@ def test_caption_length_counts_every_vector_of_a_token(tiny: Path, images: Path)
     data.open(32, 4)
     backbone = source.load()
     initialize_tokens(backbone, [NewToken("<new>", "a", 5)])
-    lines = caption_summary(data, backbone)
+    lines = caption_summary(caption_facts(data, backbone, source.tokenizer_folder()))
     assert "captions: 1 distinct; the longest has 7 tokens, the limit is 77" in lines

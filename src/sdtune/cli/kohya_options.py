@@ -383,8 +383,14 @@ def _overrides(options: Sequence[Option], templates: Mapping[str, str]) -> str:
         is_merged = len(together) > 1 or option.name not in templates or is_list
         texts.append(merged[names](together) if is_merged else _override(templates[option.name], option))
     texts += ["method.alpha_policy=constant method.alpha=1"] if _lacks_alpha(options) else []
-    words = dict.fromkeys(word for text in texts for word in shlex.split(text))
-    return " ".join(word if re.fullmatch(r"[\w./+:,=<>\[\]^-]+", word) else shlex.quote(word) for word in words)
+    return " ".join(dict.fromkeys(word for text in texts for word in _words(text)))
+
+
+def _words(text: str) -> list[str]:
+    """Words of a shell line, each in quotes if a part of ``text`` has quotes and the word needs them."""
+    if "'" not in text:
+        return shlex.split(text)
+    return [word if re.fullmatch(r"[\w./+:,=-]+", word) else shlex.quote(word) for word in shlex.split(text)]
 
 
 def _other_defaults(options: Sequence[Option]) -> list[str]:

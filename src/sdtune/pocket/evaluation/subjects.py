@@ -32,7 +32,8 @@ class SubjectsMetrics:
     Each subject is generated under its own word. ``subject_gain/NAME`` is that of the source ``NAME``, and
     ``mixed_up/NAME`` the fraction of its images that the classifier reads as another subject of the mix.
     ``subject_gain``, ``mixed_up``, ``subject_accuracy`` and ``background_accuracy`` are means over the subjects, and
-    ``subject_gain_lowest`` is the lowest gain. ``base_...``: the same for the base model.
+    ``subject_gain_lowest`` is the lowest gain. ``base_subject_accuracy``, ``base_background_accuracy`` and
+    ``base_mixed_up`` are those of the base model.
 
     Args:
         images: number of images of each subject.
