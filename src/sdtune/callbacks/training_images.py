@@ -10,6 +10,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
 from sdtune.data import ImageDataModule
+from sdtune.data.previews import first_images
 from sdtune.data.skipped import write_skipped
 from sdtune.files import replacing, write_json
 from sdtune.images.files import CENTER
@@ -40,8 +41,8 @@ class TrainingImages(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_skipped(self.folder.parent, data.skipped)
         shown = []
-        for number, sample in enumerate(data.train.first(_MOST_IMAGES)):
-            image = Image.fromarray(sample.pixels(data.bucket(sample), CENTER, False))
+        for number, (source, sample) in enumerate(first_images(data, _MOST_IMAGES)):
+            image = Image.fromarray(sample.pixels(source.bucket(sample), CENTER, False))
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             name = f"{number:03d}.webp"
             with replacing(self.folder / name, sync=False) as partial:

@@ -17,6 +17,7 @@ from sdtune.commands.threads import choose_threads
 from sdtune.commands.train_run import TrainRun
 from sdtune.config.settings import TRAINING, plain
 from sdtune.data import ImageDataModule
+from sdtune.data.previews import first_images
 from sdtune.data.samples import Sample
 from sdtune.data.skipped import write_skipped
 from sdtune.hardware.child_processes import wait_for_children
@@ -57,8 +58,8 @@ def execute(run: TrainRun) -> None:
 
 
 def _write_grids(data: ImageDataModule, folder: Path) -> None:
-    samples = list(data.train.first(_MAX_SHOWN))
-    _write_grid(len(data.train), [s.pixels(data.bucket(s), CENTER, False) for s in samples], folder / "images.png")
+    images = [s.pixels(part.bucket(s), CENTER, False) for part, s in first_images(data, _MAX_SHOWN)]
+    _write_grid(len(data.train), images, folder / "images.png")
     class_samples = [sample for part in data.parts.values() for sample in part.class_samples]
     if class_samples:
         shown = class_samples[:_MAX_SHOWN]

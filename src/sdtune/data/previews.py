@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdtune.data.datamodule import ImageDataModule
+from sdtune.data.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,10 @@ def preview_prompts(
     maps = [data.control.map(sample, size) for sample in samples]
     texts = prompts or [sample.caption for sample in samples]
     return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(texts)]
+
+
+def first_images(data: ImageDataModule, count: int) -> list[tuple[ImageDataModule, Sample]]:
+    """The first training images, at most ``count``, of all sources in turn, each with its source."""
+    parts = [[(part, sample) for sample in part.train.first(count)] for part in data.parts.values()]
+    in_turn = (image for images in itertools.zip_longest(*parts) for image in images if image is not None)
+    return list(itertools.islice(in_turn, count))

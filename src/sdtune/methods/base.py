@@ -470,9 +470,7 @@ class Adapter(pl.LightningModule, ABC):
         terms = {
             f"loss/{name}{suffix}": value
             for name, part in parts.items()
-            for suffix, value in zip(
-                PARTS, (part.sum(), torch.tensor(float(len(part)), device=part.device)), strict=True
-            )
+            for suffix, value in zip(PARTS, (part.sum(), part.new_full((), len(part))), strict=True)
         }
         weights = batch.get("weights")
         weighted = per_sample if weights is None else per_sample * weights
