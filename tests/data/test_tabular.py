@@ -247,7 +247,7 @@ def tar_bytes(**files: bytes) -> bytes:
         (tar_bytes(a__png=b"x", a__json=b"{"), r"t\.tar, a\.json: Expecting .*; correct this file"),
         (tar_bytes(a__png=b"x", a__json=b"[1]"), r"t\.tar, a\.json: not a JSON object; correct this file"),
         (tar_bytes(a__png=b"x", a__txt=b"\xff"), r"t\.tar, a\.txt: .*; correct this file"),
-        (tar_bytes(a__png=b"x", b__png=b"y")[:1024], r"t\.tar has no end mark: it is cut off; copy or make it again"),
+        (tar_bytes(a__png=b"x", b__png=b"y")[:1024], r"t\.tar is cut off .*; copy or make it again"),
     ],
 )
 def test_damaged_tars_are_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -140,8 +140,15 @@ def size_warnings(data: ImageDataModule, side: int) -> list[str]:
                 f"WARNING: data.resolution is {resolution}, but the backbone was trained at {side} pixels and may not"
                 f" learn well at other sizes; data.resolution={side} is its own"
             )
-    for source in data.parts.values():
+    for number, (name, source) in enumerate(data.parts.items()):
         lines += _small_images(source)
+        possible = len(source.train) * len(source.resolutions.sides)
+        left_out = possible - int((data.entries.sources == number).sum())
+        if left_out:
+            lines.append(
+                f"{f'source {name}: ' if name else ''}{left_out:,} of {possible:,} images at several resolutions are"
+                " left out: they are smaller than their buckets there"
+            )
     return lines
 
 

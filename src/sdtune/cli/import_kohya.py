@@ -333,7 +333,7 @@ def _mix(folders: Sequence[Subset], prior_weight: float, notes: list[str]) -> Da
     if any(folder.is_class for folder in folders):
         notes.append(
             "is_reg: class images are a source of their own, used as often as their repeats; kohya uses as many as"
-            " training images: set weight of this source instead"
+            " training images: in place of its repeats, set its weight (1: as many as the largest source)"
         )
     has_maps = any("conditioning_data_dir" in options for options in every)
     return DataSet(shared, overrides, notes, has_maps=has_maps, kind="mix")

@@ -20,7 +20,11 @@ from sdtune.quoting import in_quotes, shell_override, shell_word
 from sdtune.runs.compare import NOT_RESUMABLE_REMEDY, flat
 from sdtune.suggest import closest_match, suggestion
 
-_FOLDER_SETTINGS = ("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path")
+_FOLDER_SETTINGS = (
+    *("data.path", "data.prompt", "data.trigger", "data.repeats", "data.hold_out", "data.validation_path"),
+    *("data.damaged", "data.rehash"),
+)
+_SOURCE_SETTINGS = (*_FOLDER_SETTINGS, "data.weight", "data.loss_weight")
 
 
 def composition_error(error: Exception, command: str, typed: Sequence[str]) -> str:
@@ -192,6 +196,8 @@ def _unknown_setting(error: ConfigAttributeError | ConfigKeyError, typed: Sequen
     known = str(error.full_key)  # ends at the first part that is unknown
     keys = (word.split("=", 1)[0].lstrip("+~") for word in typed)
     full = next((key for key in keys if key.startswith(f"{known}.")), known)
+    if full in _SOURCE_SETTINGS and "data=mix" in typed:
+        return f"{full}: a setting of each source of the mix; set {full.replace('data.', 'data.sources.NAME.')}"
     if full in _FOLDER_SETTINGS:
         return f"{full}: not a setting of this data group; for your own images set data=folder"
     if any(word.lstrip("+~").startswith(f"{full}=") and is_replaced(word, command) for word in typed):

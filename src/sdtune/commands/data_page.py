@@ -30,6 +30,9 @@ _THUMBNAILS = "thumbnails"
 _SIDE = 320
 """Longer side of a thumbnail, in pixels."""
 
+_DRAWS, _EXAMPLES = 12, 3
+"""Captions that are drawn for each image, and the number of different ones that are shown."""
+
 _NEAR = 4
 """Largest number of different bits, of 64, between the perceptual hashes of near-duplicates."""
 
@@ -56,7 +59,7 @@ def write_page(data: ImageDataModule, backbone: Backbone, tokenizer: Path, folde
             ("held-out images", f"{len(data.held_out):,}"),
             ("uses per epoch", f"{round(sum(data.buckets.uses(n) for n in range(len(data.buckets.sizes)))):,}"),
             ("steps per epoch", f"{data.order().steps_per_epoch:,} at batch size {data.batch_size}"),
-            ("different prompts", f"{captions.distinct:,}"),
+            ("different prompts, without what is drawn", f"{captions.distinct:,}"),
             ("longest prompt", f"{captions.longest_tokens} tokens, the limit is {captions.limit}"),
             ("prompts that are cut", f"{captions.cut:,}"),
             ("too small", f"{_small_count(data):,} images have fewer pixels than the resolution"),
@@ -113,7 +116,7 @@ def _card(
     sample, texts, rules = source.train[index], source.train.texts(index), source.train.rules
     template = source.prompt_templates[0]
     caption = template.replace("{}", rules.fixed(texts))
-    example = template.replace("{}", rules.draw(texts, lambda: rng))
+    drawn = dict.fromkeys(template.replace("{}", rules.draw(texts, lambda: rng)) for _ in range(_DRAWS))
     tokens = count_tokens(backbone, [caption])[0]
     return ImageCard(
         thumbnail=thumbnail,
@@ -122,7 +125,7 @@ def _card(
         size=sample.size,
         bucket=source.bucket(sample),
         caption=caption,
-        example=None if example == caption else example,
+        examples=[] if list(drawn) == [caption] else list(drawn)[:_EXAMPLES],
         tokens=tokens,
         cut=truncated_end(backbone, caption) if tokens > backbone.facts.max_tokens else "",
         repeats=sample.repeats,

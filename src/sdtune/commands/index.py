@@ -74,8 +74,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"damaged: {len(damaged) - _SHOWN_DAMAGED} more")
     if damaged:
         print(f"{len(damaged):,} damaged images; training stops at them, or leaves them out with data.damaged=skip")
-    print(f"{len(table):,} images: {request.out}")
-    print(f"train on them with: sdtune train data=table {shell_override('data.path', request.out)}")
+    of_them = f", {len(damaged):,} of them damaged" if damaged else ""
+    print(f"{len(table):,} images{of_them}: {request.out}")
+    data = f"data=table {shell_override('data.path', request.out)}"
+    print(f"train on them with: sdtune train experiment=sd15_lora backbone.path=MODEL {data}")
 
 
 def parse(arguments: Sequence[str]) -> IndexRequest:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from sdtune.callbacks.data_summary import DataSummary
+from sdtune.callbacks.data_summary import DataSummary, text_encoder_cost
 from sdtune.commands.checks import check_run
 from sdtune.commands.data_page import write_page
 from sdtune.commands.threads import choose_threads
@@ -52,6 +52,8 @@ def execute(run: TrainRun) -> None:
     if trainer.is_global_zero:
         _write_grids(run.data, run.folder)
         write_skipped(run.folder, run.data.skipped)
+        for line in text_encoder_cost(run.adapter, run.data, run.micro_batch):
+            log.info(line)
         page = write_page(run.data, run.adapter.backbone, run.source.tokenizer_folder(), run.folder)
         log.info("images, captions and counts: %s", page)
     wait_for_children(trainer)

@@ -152,7 +152,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     """Lines for the data summary about files and folders that are not used or look wrong."""
     skipped: list[StoredImage] = field(default_factory=list, init=False)
     """Damaged images that are left out."""
-    _skips_damaged: bool = field(default=False, init=False)
+    skips_damaged: bool = field(default=False, init=False)
+    """Whether images that cannot be read are left out, and replaced if they become unreadable during the training."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -436,6 +437,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
             rank_views = {key: views[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
+            if any(source.skips_damaged for source in self.parts.values()):
+                rank_views = {key: view for key, view in rank_views.items() if key in cache or view.is_readable()}
             with bar(f"Encoding images at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
                 cache.fill(
                     rank_views,
@@ -522,7 +525,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             masked=self.mask is not None,
             control=self.control,
             class_samples=self.class_samples if self.has_prior else (),
-            skips_damaged=self._skips_damaged,
+            skips_damaged=self.skips_damaged,
             loss_weight=self.loss_weight,
             prior_weight=self.prior_weight,
         )

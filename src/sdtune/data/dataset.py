@@ -197,7 +197,7 @@ class ImageDataset(Dataset[list[Row]]):
         row: Row = {"prompt": prompt, "step": step, "position": position}
         row["frame"] = torch.tensor(frame(sample.size, size, offset, flip), dtype=torch.float32)
         if common.latent_cache is not None:
-            row["moments"] = common.latent_cache.get(latent_key(sample, size, flip))
+            row["moments"] = self._moments(sample, size, flip)
         else:
             row["pixels"] = to_tensor(sample.pixels(size, offset, flip))
         if settings.control is not None:
@@ -212,6 +212,15 @@ class ImageDataset(Dataset[list[Row]]):
         if common.is_weighted:
             row["weight"] = torch.tensor(settings.loss_weight * (1.0 if is_subject else settings.prior_weight))
         return row
+
+    def _moments(self, sample: Sample, size: Size, flip: bool) -> Tensor:
+        cache = self.common.latent_cache
+        assert cache is not None
+        try:
+            return cache.get(latent_key(sample, size, flip))
+        except FileNotFoundError:
+            sample.pixels(size, CENTER, flip)  # raises the reason for which it was not encoded
+            raise
 
     def _view(
         self, settings: RowSettings, texts: CaptionTexts, step: int, position: int

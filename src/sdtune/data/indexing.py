@@ -96,7 +96,7 @@ def make_table(
     tables = dict.fromkeys((file, *earlier, *segments))
     batches_known = [] if rehash else [batch for table in tables for batch in _batches_of_table(table)]
     known = KnownImages(batches_known, file.parent)
-    digests, batches = [hashlib.sha256() for _ in _ROLES], []
+    digests, batches, read_now = [hashlib.sha256() for _ in _ROLES], [], 0
     with bar(title, count) as progress, ThreadPoolExecutor(usable_cores()) as pool:
         iterator = iter(rows)
         while chunk := list(itertools.islice(iterator, _ROWS_AT_ONCE)):
@@ -104,10 +104,13 @@ def make_table(
             for digest, contents in zip(digests, zip(*(row.contents() for row, _ in read), strict=True), strict=True):
                 digest.update(b"".join(contents))
             batches.append(record_batch([row for row, _ in read], file.parent))
+            read_now += sum(is_new for _, is_new in read)
             if any(is_new for _, is_new in read):
                 number = len(segments) + len(batches)
                 write_table(journal / f"{number:06d}.arrow", batches[-1:], TableFacts(), sync=False)
             progress(len(chunk))
+    if batches_known:
+        log.info("read %s of %s images; the others are unchanged", f"{read_now:,}", f"{count:,}")
     image, mask, control = (digest.hexdigest() for digest in digests)
     write_table(file, batches, replace(facts, digest=image, mask_digest=mask, control_digest=control))
     shutil.rmtree(journal, ignore_errors=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdtune.data.captions import CaptionRules, CaptionTexts
+from sdtune.errors import UserError
 from sdtune.images.files import CENTER
 
 
@@ -177,6 +178,14 @@ class View:
 
     def tensor(self) -> Tensor:
         return to_tensor(self.sample.pixels(self.size, CENTER, self.flip))
+
+    def is_readable(self) -> bool:
+        """Whether the image can be read."""
+        try:
+            self.tensor()
+        except UserError:
+            return False
+        return True
 
     def __str__(self) -> str:
         return str(self.sample)

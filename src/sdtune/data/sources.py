@@ -57,7 +57,7 @@ class FileImages(ImageDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.name, self._skips_damaged = Path(self.path).expanduser().resolve().stem, self.damaged == "skip"
+        self.name, self.skips_damaged = Path(self.path).expanduser().resolve().stem, self.damaged == "skip"
         if self.hold_out and self.validation_path:
             raise UserError(
                 "cannot be combined with data.validation_path", key="data.hold_out", remedy="remove one of the two"

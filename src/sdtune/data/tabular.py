@@ -111,7 +111,8 @@ class Shards:
                 key="out",
                 remedy="set a file on a larger disk",
             )
-        log.info("copying about %.2f GiB of images to %s", size / 2**30, file)
+        shown = f"{size / 2**30:.1f} GiB" if size > 2**30 else f"{size / 2**20:.1f} MiB"
+        log.info("copying about %s of images to %s", shown, file)
         lengths: list[int] = []
         with replacing(file) as partial, partial.open("wb") as sink:
             for value in values():
@@ -401,17 +402,20 @@ def tar_rows(file: Path) -> Iterator[TableRow]:
     Raises:
         UserError: the file is compressed, or not a tar.
     """
+    is_tar = False
     try:
         with tarfile.open(file, "r:") as archive:
+            is_tar = True
             yield from _rows_of_archive(archive, file)
             archive.fileobj.seek(archive.offset)
             is_complete = archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
-        raise UserError(
-            f"{file} is not an uncompressed tar ({error})", key="index", remedy="unpack .gz files with gunzip"
-        ) from error
+        reason, remedy = "is not an uncompressed tar", "unpack .gz files with gunzip"
+        if is_tar:
+            reason, remedy = "is cut off", "copy or make it again"
+        raise UserError(f"{file} {reason} ({error})", key="index", remedy=remedy) from error
     if not is_complete:
-        raise UserError(f"{file} has no end mark: it is cut off", key="index", remedy="copy or make it again")
+        raise UserError(f"{file} is cut off (it has no end mark)", key="index", remedy="copy or make it again")
 
 
 def _rows_of_archive(archive: tarfile.TarFile, file: Path) -> Iterator[TableRow]:

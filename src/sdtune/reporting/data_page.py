@@ -23,7 +23,7 @@ class ImageCard:
         size: (width, height) in pixels.
         bucket: training size (width, height), in pixels.
         caption: the prompt without draws.
-        example: one prompt that is drawn; None if nothing is drawn.
+        examples: some prompts that are drawn; empty if nothing is drawn.
         tokens: tokens of the prompt, with start and end token.
         cut: end of the prompt that the text encoder does not read; empty if it reads all.
         repeats: uses per epoch.
@@ -38,7 +38,7 @@ class ImageCard:
     size: tuple[int, int]
     bucket: tuple[int, int]
     caption: str
-    example: str | None
+    examples: Sequence[str]
     tokens: int
     cut: str
     repeats: int

@@ -254,7 +254,9 @@ def _is_measured(config: DictConfig) -> bool:
     if "optimizer" not in config:
         return True
     select = partial(OmegaConf.select, config)
-    if any(select(key) for key in ("optimized_metric", "data.hold_out", "data.validation_path")):
+    sources = [f"data.sources.{name}" for name in select("data.sources", default=None) or {}]
+    keys = [f"{data}.{name}" for data in ("data", *sources) for name in ("hold_out", "validation_path")]
+    if any(select(key) for key in ("optimized_metric", *keys)):
         return True
     return bool(config.get("evaluation")) and any(select(f"evaluation.{key}", default=True) for key in ("clip", "dino"))
 
