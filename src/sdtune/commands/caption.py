@@ -38,8 +38,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_value(options["data"]["path"], str, "data.path")
     for key, hint in _TYPES.items():
         check_value(options[key], hint, key)
-    check_model_name(options["model"], "caption")
     outputs = caption_outputs(options["data"]["path"], options["overwrite"])
+    check_model_name(options["model"], "caption")
 
     def start(composed: DictConfig) -> None:
         with interruptible(outputs.kind), choose_threads(options["hardware"]):

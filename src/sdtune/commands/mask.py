@@ -39,8 +39,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
         options["words"] = [options["words"]]
     for key, hint in _TYPES.items():
         check_value(options[key], hint, key)
-    check_model_name(options["model"], "mask")
     outputs = mask_outputs(options["data"]["path"], options["overwrite"])
+    check_model_name(options["model"], "mask")
 
     def start(composed: DictConfig) -> None:
         with interruptible(outputs.kind), choose_threads(options["hardware"]):
