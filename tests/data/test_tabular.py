@@ -270,13 +270,14 @@ def test_image_that_was_edited_after_indexing_is_refused(folder: Path, tmp_path:
 
 def test_killed_index_continues(folder: Path, tmp_path: Path) -> None:
     """The journal of a killed process keeps what it has read; the finished table equals that of one call."""
-    for number in range(3000):
+    for number in range(200):
         (folder / f"more-{number:04d}.png").symlink_to(folder / "000.png")
         (folder / f"more-{number:04d}.txt").write_text("a dog", encoding="utf-8")
     out = tmp_path / "table.arrow"
     code = (
-        "import os, sys\nfrom sdtune.data import indexing\nread, calls = indexing.read_image, []\n"
-        "def stops(image, role):\n    calls.append(image)\n    if len(calls) > 2200: os._exit(9)\n"
+        "import os, sys\nfrom sdtune.data import indexing\nindexing._ROWS_AT_ONCE = 64\n"
+        "read, calls = indexing.read_image, []\n"
+        "def stops(image, role):\n    calls.append(image)\n    if len(calls) > 140: os._exit(9)\n"
         "    return read(image, role)\nindexing.read_image = stops\n"
         "from sdtune.commands.index import main\nmain(sys.argv[1:])\nprint(len(calls))\n"
     )
@@ -285,11 +286,11 @@ def test_killed_index_continues(folder: Path, tmp_path: Path) -> None:
     assert not out.exists()
     assert len(list((tmp_path / "table.arrow.journal").glob("*.arrow"))) == 2
     done = subprocess.run([*PYTHON, "-c", code, *command], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == str(3006 - 2048)
+    assert done.stdout.splitlines()[-1] == str(206 - 128)
     assert not (tmp_path / "table.arrow.journal").exists()
     complete = index(parse([str(folder), f"out={tmp_path / 'complete.arrow'}"]))
     assert opened_table(out).fingerprint == opened_table(tmp_path / "complete.arrow").fingerprint
-    assert len(complete) == 3006
+    assert len(complete) == 206
 
 
 def test_changed_images_alone_are_read_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

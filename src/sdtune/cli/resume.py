@@ -46,7 +46,7 @@ def rewrite(argv: list[str]) -> list[str]:
             allowed = False  # only processes that Lightning or torchrun starts may set hydra.*
         if not allowed and parsed(text) not in known:
             raise UserError(
-                f"{text.lstrip('+')} is not allowed in a resumed run",
+                f"{text.removeprefix('++')} is not allowed in a resumed run",
                 key="resume",
                 remedy="change only the number of steps, hardware, logger, callbacks, evaluation and moved paths",
             )

@@ -92,7 +92,7 @@ def folder_table(
             listed = list_image_folder(path, key, other_roles, maps, count, listing)
             others = sorted(tables.glob("*.arrow"), key=lambda other: other != file)
             facts = replace(listed.facts, sources=identity)
-            make_table(file, listed.rows, len(listed.rows), facts, earlier=others, rehash=reads_all)
+            make_table(file, listed.rows, len(listed.rows), facts, earlier=others, rehash=reads_all, sync=False)
         if reads_all:
             _rehashed.add(file)
     mark_used(file)

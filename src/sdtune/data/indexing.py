@@ -75,6 +75,7 @@ def make_table(
     *,
     earlier: Sequence[Path] = (),
     rehash: bool = False,
+    sync: bool = True,
     title: str = "Reading images",
 ) -> MappedTable:
     """Read the images, masks and control maps of ``rows``, and write the table to ``file``.
@@ -89,6 +90,7 @@ def make_table(
         facts: what the table states about itself; its digests are computed.
         earlier: other tables that know images; those of the first count in doubt.
         rehash: read every image, although it seems unchanged.
+        sync: False for a table that can be made again.
         title: text of the progress bar.
     """
     journal = file.with_name(f"{file.name}.journal")
@@ -112,7 +114,7 @@ def make_table(
     if batches_known:
         log.info("read %s of %s images; the others are unchanged", f"{read_now:,}", f"{count:,}")
     image, mask, control = (digest.hexdigest() for digest in digests)
-    write_table(file, batches, replace(facts, digest=image, mask_digest=mask, control_digest=control))
+    write_table(file, batches, replace(facts, digest=image, mask_digest=mask, control_digest=control), sync=sync)
     shutil.rmtree(journal, ignore_errors=True)
     return open_table(file)
 
