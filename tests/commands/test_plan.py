@@ -20,6 +20,7 @@ from sdtune.backbone import Pretrained, cpu_convolution
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.single_file import included_configs
 from sdtune.commands import plan as plan_command
+from sdtune.commands.plan import most_expensive
 from sdtune.config.compose import compose, search_path
 from sdtune.methods import Full, LoRA
 from sdtune.paths import config_folder
@@ -505,21 +506,29 @@ def test_phase_that_does_not_fit_is_that_of_one_image_at_a_time(full: TrainingCo
     assert memory(single, SWITCHES["plain"], 1, 1).least_phase == "evaluation"
 
 
-def test_plan_of_a_mix_counts_its_most_expensive_source(capsys: pytest.CaptureFixture[str]) -> None:
-    def steps(*data: str) -> str:
-        assert plan("method=lora", "backbone=sd15", *data) == 0
-        return capsys.readouterr().out
-
-    small, large = "data.sources.a.path=x", "data.sources.b.path=y"
-    mix = steps("data=mix", small, large, "data.sources.b.resolution=[512,768]", "data.sources.a.class_prompt=a dog")
-    assert mix == steps("data=folder", "data.path=x", "data.resolution=768", "data.class_prompt=a dog")
-    assert mix != steps("data=folder", "data.path=x", "data.resolution=768")
+DATA = {"resolution": None, "cache_text": True, "class_prompt": None, "class_path": None, "prior_weight": 1.0}
 
 
-def test_plan_keeps_the_text_encoder_for_captions_that_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    def text(*data: str) -> str:
-        assert plan("method=lora", "backbone=sd15", "data=folder", "data.path=x", *data) == 0
-        return capsys.readouterr().out
+def test_plan_of_a_mix_counts_its_most_expensive_source() -> None:
+    sources = {
+        "a": {"path": "x", "class_prompt": "a dog"},
+        "b": {"path": "y", "resolution": [512, 768]},
+        "c": {"path": "z", "class_path": "dogs", "prior_weight": 0.5},
+    }
+    planned = most_expensive(DATA, {"sources": sources})
+    assert planned == {**DATA, "resolution": 768, "class_prompt": "a dog"}
+    assert most_expensive({**DATA, "resolution": [512, 1024]}, {}) == {**DATA, "resolution": 1024}
+    without_prior = {"a": {"class_prompt": "a dog", "prior_weight": 0}}
+    assert most_expensive(DATA, {"sources": without_prior}) == DATA
 
-    drawn = text("data.captions.kind=tags", "data.captions.shuffle=true")
-    assert drawn == text("data.cache_text=false") != text()
+
+def test_plan_keeps_the_text_encoder_for_captions_that_are_drawn() -> None:
+    drawn, text = {"kind": "tags", "shuffle": True}, {"kind": "tags", "caption_tag_dropout_rate": 0.0}
+    assert most_expensive(DATA, {"captions": drawn}) == {**DATA, "cache_text": False}
+    assert most_expensive(DATA, {"captions": text}) == DATA
+    assert not most_expensive(DATA, {"captions": text, "sources": {"a": {"captions": drawn}, "b": {}}})["cache_text"]
+
+
+def test_plan_of_a_mix_needs_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("method=lora", "data=mix", "data.sources.a.path=nowhere", "data.sources.a.resolution=128") == 0
+    assert "128" in capsys.readouterr().out

@@ -151,7 +151,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     if precision_name == "auto" and accelerator_name in ("gpu", "cuda") and not torch.cuda.is_available():
         precision_name = "bf16-mixed"  # for a GPU of another machine: NVIDIA GPUs since 2020 support it
     source = MetaPretrained(**{k: v for k, v in container["backbone"].items() if not k.startswith("_")})
-    data = _most_expensive(data, plain(OmegaConf.masked_copy(config.data, [k for k in _MORE_KEYS if k in config.data])))
+    data = most_expensive(data, plain(OmegaConf.masked_copy(config.data, [k for k in _MORE_KEYS if k in config.data])))
     resolution = data["resolution"] or source.facts.side
     side = resolution if isinstance(resolution, int) else max(resolution)  # the largest costs most
     source.facts.check_side(side, "data.resolution")
@@ -167,7 +167,7 @@ def checked_plan(config: DictConfig, shared: bool = False) -> CheckedPlan:
     )
 
 
-def _most_expensive(data: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def most_expensive(data: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """``data`` with what costs most in the sources of a mix, and without a text cache if captions are drawn anew.
 
     Args:
