@@ -69,10 +69,7 @@ def summary(data: ImageDataModule, steps: int) -> list[str]:
     """Lines with the number of images, the buckets, and the epochs in ``steps`` optimizer steps."""
     buckets = data.buckets
     uses = [buckets.uses(number) for number in range(len(buckets.sizes))]
-    counts: dict[tuple[int, int], int] = {}
-    for number, size in enumerate(buckets.sizes):
-        counts[size] = counts.get(size, 0) + len(buckets.entries(number))
-    sizes = ", ".join(f"{w}x{h} ({count})" for (w, h), count in counts.items())
+    sizes = ", ".join(f"{w}x{h} ({count})" for (w, h), count in buckets.images_by_size().items())
     epoch = data.order().steps_per_epoch
     lines = [
         f"data: {len(data.train):,} images, {round(sum(uses)):,} with repeats, {len(data.held_out):,} held out;"

@@ -350,15 +350,10 @@ def _own_overrides(key: str, options: Mapping[str, Any], notes: list[str]) -> li
     # The settings of the caches are those of the mix.
     texts = [word for word in shlex.split(translation.overrides) if not word.startswith("data.cache_")]
     pairs = [text.removeprefix("data.").split("=", 1) for text in texts if text.startswith("data.")]
-    overrides = [_requoted(f"{key}.{name}", value) for name, value in pairs]
+    overrides = [shlex.quote(f"{key}.{name}={value}") for name, value in pairs]
     if maps is not None:
         overrides.append(shlex.quote(f"{key}.control={{option: paired, path: {in_quotes(str(maps))}}}"))
     return overrides
-
-
-def _requoted(key: str, value: str) -> str:
-    """``key=value`` for the shell; ``value`` may have Hydra's quotes."""
-    return shlex.quote(f"{key}={value}")
 
 
 def _names(folders: Sequence[Subset]) -> list[str]:

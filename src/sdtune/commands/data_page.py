@@ -47,10 +47,6 @@ def write_page(data: ImageDataModule, backbone: Backbone, tokenizer: Path, folde
     cards, images = _cards(data, backbone, folder)
     groups, note = near_duplicates(images)
     cards = [replace(card, group=group) for card, group in zip(cards, groups, strict=True)]
-    counts: dict[str, int] = {}
-    for number, (width, height) in enumerate(data.buckets.sizes):
-        size = f"{width}x{height}"
-        counts[size] = counts.get(size, 0) + len(data.buckets.entries(number))
     warnings = [*data.notices, *size_warnings(data, backbone.facts.side)]
     page = DataPage(
         title=data.name,
@@ -65,7 +61,7 @@ def write_page(data: ImageDataModule, backbone: Backbone, tokenizer: Path, folde
             ("too small", f"{_small_count(data):,} images have fewer pixels than the resolution"),
         ],
         notices=warnings,
-        buckets=list(counts.items()),
+        buckets=[(f"{w}x{h}", count) for (w, h), count in data.buckets.images_by_size().items()],
         tags=list(captions.tags.items()),
         damaged=[(str(image.place), image.problem or "") for image in data.skipped],
         cards=cards,

@@ -48,9 +48,6 @@ _PREFETCHED_BATCHES = 2
 
 SHARED_MEMORY = Path("/dev/shm")
 
-_ITEMS_AT_ONCE = 4096
-"""Cache entries whose names are in memory at the same time."""
-
 
 @dataclass(frozen=True)
 class CacheInputs:

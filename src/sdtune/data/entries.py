@@ -133,6 +133,13 @@ class Buckets:
         drawn = [group.entries[group.buckets == number] for group in self.drawn]
         return np.unique(np.concatenate([self.fixed[number], *drawn]))
 
+    def images_by_size(self) -> dict[Size, int]:
+        """Number of images of each training size (width, height)."""
+        counts: dict[Size, int] = {}
+        for number, size in enumerate(self.sizes):
+            counts[size] = counts.get(size, 0) + len(self.entries(number))
+        return counts
+
     def uses(self, number: int) -> float:
         """Mean number of uses of entries of a bucket per epoch."""
         drawn = [(group.buckets == number).mean() * group.count for group in self.drawn]

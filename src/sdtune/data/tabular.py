@@ -15,7 +15,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,15 @@ class Columns:
         return image, self.caption or next((name for name in CAPTION_COLUMNS if name in names and name != image), None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shards:
     """Files that image bytes are copied to, next to the table, because they cannot be read in place.
 
     Args:
         folder: folder of the files.
-        copied: number of bytes that were copied by this process.
     """
 
     folder: Path
-    copied: int = field(default=0)
 
     def places(self, source: Path, column: str, values: Callable[[], Iterable[bytes | None]]) -> list[Place | None]:
         """Copy the ``values`` of a column into one file, unless an earlier call has; returns their places.
@@ -118,7 +116,6 @@ class Shards:
             for value in values():
                 lengths.append(-1 if value is None else len(value))
                 sink.write(value or b"")
-        self.copied += sum(length for length in lengths if length > 0)
         with replacing(lengths_file) as partial, partial.open("wb") as sink:
             np.save(sink, np.array(lengths, np.int64))
 
