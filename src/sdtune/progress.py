@@ -122,7 +122,7 @@ def _new_progress() -> Progress:
 
 
 def _title_width() -> int:
-    """Columns of the titles, so that a long one leaves the bar its place."""
+    """Maximum number of columns of a title; the bar needs the rest of the line."""
     return max(Console(stderr=True).width // 3, 20)
 
 

@@ -74,7 +74,7 @@ def locate_model(name: str, kind: str) -> Path:
 
 
 def _check_files(folder: Path, name: str, kind: str) -> None:
-    """Check that ``folder``, called ``name`` in errors, has a supported model of this kind, by its small files."""
+    """Check from the configuration files in ``folder`` that its model is supported; errors call it ``name``."""
     if kind == "caption" and is_tagger(folder):
         if importlib.util.find_spec("onnxruntime") is None:
             raise UserError(

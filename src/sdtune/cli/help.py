@@ -53,7 +53,7 @@ _LEFT = 36
 
 
 def print_help(command: str, search: ConfigSearchPath, overrides: Sequence[str]) -> None:
-    """Print the help of ``command``; it shows the settings of the options that ``overrides`` choose."""
+    """Print the help of ``command``, with the settings of the config options that ``overrides`` select."""
     config = compose(command, search, list(overrides))
     with initialized(command, search) as hydra, as_current(config):
         groups = option_groups(command, hydra.config_loader, config)

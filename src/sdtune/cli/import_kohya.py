@@ -340,7 +340,7 @@ def _mix(folders: Sequence[Subset], prior_weight: float, notes: list[str]) -> Da
 
 
 def _own_overrides(key: str, options: Mapping[str, Any], notes: list[str]) -> list[str]:
-    """Overrides of the source ``key`` for options that not all sources have in common."""
+    """Overrides of the source ``key`` for the options whose values differ between sources."""
     used = {name: value for name, value in options.items() if name != "train_batch_size"}
     maps = used.pop("conditioning_data_dir", None)
     words = [word for name, value in used.items() if (word := _word(name, value))]

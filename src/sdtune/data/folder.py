@@ -192,7 +192,7 @@ def _identity(states: Mapping[Path, tuple[int, int]], selection: str) -> str:
 
 
 def images_of(listing: Listing, folder: Path, key: str) -> list[Path]:
-    """Image files of ``listing``, which is that of ``folder``; masks are not images.
+    """Image files in ``listing``, the listing of ``folder``, without masks.
 
     Raises:
         UserError: there are none; names the config ``key``.
