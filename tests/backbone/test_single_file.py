@@ -407,7 +407,7 @@ def test_artifact_trained_from_half_precision_files_is_complete(
     assert not list((tmp_path / "artifact/it").rglob("*fp16*"))
     assert equal_weights(artifact.load().state_dict(), source.load().state_dict())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
-    assert torch.equal(pipeline.unet.conv_in.weight, model.backbone.unet.conv_in.weight)
+    assert torch.equal(pipeline.unet.conv_in.weight, model.backbone.denoiser.conv_in.weight)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sdtune.errors import check_multiple
 from sdtune.formats.original import Family
 
-Component = Literal["unet", "vae", "text_encoder"]
+Component = Literal["denoiser", "vae", "text_encoder"]
 """Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
 
 Quantization = Literal["fp8", "int8", "nf4"]
@@ -21,7 +21,7 @@ class Facts:
     """Properties of a backbone that are known before its weights are read.
 
     Attributes:
-        side: native resolution of the UNet, in pixels.
+        side: native resolution of the denoiser, in pixels.
         factor: downscaling factor of the VAE: pixels per latent cell in each direction.
         max_tokens: maximum number of tokens of a prompt, including the start and end token.
         windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
