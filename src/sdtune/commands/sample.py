@@ -98,8 +98,8 @@ def _check_adapters(adapters: Any) -> None:
 
 
 def _artifact_files(config: dict[str, Any]) -> dict[str, Sequence[ArtifactFile]]:
-    """The files of the settings ``control`` and ``adapters``, by setting, in the order in which they are applied."""
-    return {"control": _controls(config), "adapters": _adapters(config)}
+    """The files of the settings ``adapters`` and ``control``, by setting."""
+    return {"adapters": _adapters(config), "control": _controls(config)}
 
 
 def _adapters(config: dict[str, Any]) -> list[AdapterFile]:
@@ -149,7 +149,8 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     # On a CPU, bf16-mixed keeps float32 weights and uses autocast.
     on_cpu = device.type == "cpu"
     backbone = load_to_generate(source, device, None if on_cpu else dtype, vae_tiling=tiling)
-    files = [file for group in _artifact_files(config).values() for file in group]
+    # A LoRA is merged into the denoiser of a ControlNet, if the ControlNet has one.
+    files: list[ArtifactFile] = [*_controls(config), *_adapters(config)]
     artifacts = [artifact for file in files for artifact in file.load(backbone, source)]
     check_distinct(artifacts)
     requests = _requests(config)
