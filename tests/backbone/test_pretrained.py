@@ -187,7 +187,7 @@ def test_weights_equal_those_loaded_by_diffusers(tiny: Path) -> None:
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[key], expected[key]) for key in actual)
     torch.testing.assert_close(
-        backbone.schedule.alphas_cumprod.float(), pipeline.scheduler.alphas_cumprod, rtol=2e-4, atol=1e-8
+        backbone.path.schedule.alphas_cumprod.float(), pipeline.scheduler.alphas_cumprod, rtol=2e-4, atol=1e-8
     )
 
 

@@ -31,9 +31,10 @@ from running import Spy, arguments, fit, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
 from sdtune.data.control.base import map_to_tensor
+from sdtune.objective import Timesteps
 from sdtune.sampling.loop import Request, Sampling, generate
 from sdtune.sampling.run_models import RunModels
-from sdtune.training.random_draws import timesteps
+from sdtune.training.random_draws import times as random_times
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_new_modules_are_created_on_the_device_of_the_loaded_weights(case: Case,
     model = case.model(tiny)
     with torch.device("meta"):
         model.configure_model()
-    tables = model.backbone.schedule.alphas_cumprod
+    tables = model.backbone.path.schedule.alphas_cumprod
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers(), tables]} == {"cpu"}
 
 
@@ -236,7 +237,7 @@ class DiffusersStep:
         vae_noise = model.noise(shape, "train/vae", 0, batch["positions"])
         clean = (mean + (0.5 * log_variance).exp() * vae_noise) * pipe.vae.config.scaling_factor
         noise = model.noise(shape, "train/noise", 0, batch["positions"])
-        times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
+        times = random_times(model.backbone.path, Timesteps(), 0, "train", 0, batch["positions"], torch.device("cpu"))
         noisy = pipe.scheduler.add_noise(clean, noise, times)
         models, residuals = {"denoiser": pipe.unet, "text_encoder": pipe.text_encoder}, {}
         if hasattr(pipe, "text_encoder_2"):

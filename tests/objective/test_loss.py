@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
-from sdtune.objective import MinSNR, Objective, PredictionType
+from sdtune.errors import UserError
+from sdtune.objective import DDPMPath, FlowPath, MinSNR, Objective, PredictionType, Timesteps, Uniform
 
-KINDS: tuple[PredictionType, ...] = get_args(PredictionType)
+KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -19,7 +18,7 @@ def test_loss_of_each_sample_is_the_weighted_mean_squared_error(
 ) -> None:
     schedule, clean, noise, output, timesteps = case
     objective = Objective(MinSNR(gamma) if gamma else None)
-    losses = objective(output, kind=kind, schedule=schedule, clean=clean, noise=noise, timesteps=timesteps)
+    losses = objective(output, path=DDPMPath(schedule, kind), clean=clean, noise=noise, t=timesteps)
     assert losses.shape == (8,)
     assert losses.dtype == torch.float64
     for i, t in enumerate(timesteps.tolist()):
@@ -42,7 +41,7 @@ def test_loss_of_a_sample_is_independent_of_the_other_samples(case, kind: Predic
 
     def losses(rows: slice) -> torch.Tensor:
         return Objective(MinSNR())(
-            output[rows], kind=kind, schedule=schedule, clean=clean[rows], noise=noise[rows], timesteps=timesteps[rows]
+            output[rows], path=DDPMPath(schedule, kind), clean=clean[rows], noise=noise[rows], t=timesteps[rows]
         )
 
     torch.testing.assert_close(torch.cat([losses(slice(i, i + 1)) for i in range(8)]), losses(slice(None)))
@@ -52,11 +51,10 @@ def test_loss_of_a_half_precision_output_is_computed_in_float32(case) -> None:
     schedule, clean, noise, output, timesteps = case
     losses = Objective()(
         output.bfloat16(),
-        kind="epsilon",
-        schedule=schedule,
+        path=DDPMPath(schedule, "epsilon"),
         clean=clean.float(),
         noise=noise.float(),
-        timesteps=timesteps,
+        t=timesteps,
     )
     assert losses.dtype == torch.float32
     exact = (output.bfloat16().double() - noise).square().flatten(1).mean(1)
@@ -66,9 +64,7 @@ def test_loss_of_a_half_precision_output_is_computed_in_float32(case) -> None:
 def test_gradient_equals_the_formula(case) -> None:
     schedule, clean, noise, output, timesteps = case
     output = output.clone().requires_grad_()
-    Objective()(
-        output, kind="epsilon", schedule=schedule, clean=clean, noise=noise, timesteps=timesteps
-    ).mean().backward()
+    Objective()(output, path=DDPMPath(schedule, "epsilon"), clean=clean, noise=noise, t=timesteps).mean().backward()
     torch.testing.assert_close(output.grad, 2 * (output.detach() - noise) / output.numel())
 
 
@@ -80,9 +76,7 @@ def test_masked_loss_is_the_mean_over_the_masked_area(case) -> None:
     mask[3] = 0
 
     def losses(mask: torch.Tensor | None) -> torch.Tensor:
-        return Objective()(
-            output, kind="epsilon", schedule=schedule, clean=clean, noise=noise, timesteps=timesteps, mask=mask
-        )
+        return Objective()(output, path=DDPMPath(schedule, "epsilon"), clean=clean, noise=noise, t=timesteps, mask=mask)
 
     masked_losses = losses(mask)
     for i in range(8):
@@ -91,3 +85,18 @@ def test_masked_loss_is_the_mean_over_the_masked_area(case) -> None:
         expected = float(((output[i] - noise[i]) ** 2 * weights).sum()) / total if total else 0
         assert float(masked_losses[i]) == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(losses(torch.ones_like(mask)), losses(None))
+
+
+def test_loss_of_a_flow_is_that_of_the_velocity(case) -> None:
+    _, clean, noise, output, _ = case
+    t = torch.linspace(0.1, 1, 8, dtype=torch.float64)
+    losses = Objective()(output, path=FlowPath(), clean=clean, noise=noise, t=t)
+    torch.testing.assert_close(losses, (output - (noise - clean)).square().flatten(1).mean(1))
+
+
+def test_weighting_without_a_meaning_for_flow_models_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^objective\.weighting: MinSNR has no meaning for a flow"):
+        Objective(MinSNR()).check("flow_prediction")
+    Objective(Uniform(), timesteps=Timesteps("logit_normal")).check("flow_prediction")
+    for kind in KINDS:
+        Objective(MinSNR()).check(kind)

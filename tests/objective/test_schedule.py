@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdtune.errors import UserError
-from sdtune.objective.prediction import target
+from sdtune.objective import DDPMPath
 from sdtune.objective.schedule import NoiseSchedule, betas
 
 TRAINED = torch.linspace(1e-4, 0.03, 40).tolist()
@@ -119,7 +119,7 @@ def test_zero_terminal_snr_equals_diffusers_and_ends_in_pure_noise() -> None:
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     last = torch.full((3,), len(schedule) - 1)
     assert torch.equal(schedule.add_noise(clean, noise, last), noise)
-    torch.testing.assert_close(target("v_prediction", schedule, clean, noise, last), -clean)
+    torch.testing.assert_close(DDPMPath(schedule, "v_prediction").target(clean, noise, last), -clean)
 
 
 def test_zero_terminal_snr_with_epsilon_prediction_is_refused() -> None:

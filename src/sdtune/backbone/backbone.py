@@ -19,8 +19,7 @@ from sdtune.backbone.text import encoder_states, in_windows, unused_prefixes
 from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
 from sdtune.hardware.precision import HALVES, autocast
-from sdtune.objective.prediction import check_prediction_type
-from sdtune.objective.schedule import NoiseSchedule
+from sdtune.objective.path import path_from_config
 
 _SHORT_SEQUENCE = 1024  # latent positions up to which unfused attention is used on a CPU
 DECODED_PIXELS = 2 * 512 * 512
@@ -42,7 +41,7 @@ class PairExecutor(Protocol):
 
 
 class Backbone(nn.Module):
-    """Tokenizer, text encoder, VAE, denoiser and noise schedule of one Stable Diffusion model.
+    """Tokenizer, text encoder, VAE, denoiser and probability path of one Stable Diffusion model.
 
     Images are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
     variance.
@@ -64,8 +63,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, denoiser
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
-        self.schedule = NoiseSchedule.from_config(scheduler_config)
-        self.prediction_type = check_prediction_type(facts.prediction_type)
+        self.path = path_from_config(scheduler_config)
         self.new_tokens: NewTokens | None = None
         """New tokens that prompts may contain; None if there are none."""
         self.decodes_in_tiles = False

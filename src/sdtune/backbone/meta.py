@@ -31,7 +31,7 @@ class MetaPretrained(Pretrained):
                 "denoiser" if name == self.denoiser_folder else name: from_config(name, folder)
                 for name in self.components
             }
-        # The noise schedule is small, and its checks need values.
+        # The tables of the probability path are small, and its checks need values.
         with torch.device("cpu"):
             return assemble_backbone(self, models | {name: _tokenizer(folder / name) for name in self.tokenizers})
 

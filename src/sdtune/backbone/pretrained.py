@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from sdtune.backbone.backbone import Backbone
 
 
-INHERITED = ("guidance", "clip", "clip_skip", "max_tokens", "prediction_type", "zero_terminal_snr", "allow_pickle")
+INHERITED = (
+    "guidance",
+    "clip",
+    "clip_skip",
+    "max_tokens",
+    "prediction_type",
+    "flow_shift",
+    "zero_terminal_snr",
+    "allow_pickle",
+)
 """Settings that a trained pipeline does not store."""
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from sdtune.backbone.families import FAMILIES, GUIDANCE, STATED_PREDICTION, Component, Facts, Quantization, family_by
 from sdtune.backbone.foreign import unreadable_as_user_error
@@ -28,8 +28,8 @@ from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.original import Family
 from sdtune.formats.pipeline import STEMS, weights_name
+from sdtune.objective.path import is_flow, path_from_config, shift_of
 from sdtune.objective.prediction import PredictionType
-from sdtune.objective.schedule import NoiseSchedule, check_noise_process
 from sdtune.paths import pocket_pipeline
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class PipelineSource:
         clip: folder of a CLIP model for evaluating images of this backbone, if available.
         guidance: default guidance scale for sampling.
         prediction_type: prediction type of the denoiser; if None, that of the scheduler config.
+        flow_shift: shift of the noise levels of a flow model, in training and sampling; if None, that of the scheduler
+            config, or 3.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
         family: required model family; any if None.
         variant: variant of the weight files of a folder or hub id, such as ``fp16``; if None, files without a
@@ -73,6 +75,7 @@ class PipelineSource:
         clip: str | None = None,
         guidance: Annotated[float, Ge(0)] = GUIDANCE["sd1"],
         prediction_type: PredictionType | None = None,
+        flow_shift: Annotated[float, Gt(0)] | None = None,
         zero_terminal_snr: bool = False,
         family: Family | None = None,
         variant: str | None = None,
@@ -85,7 +88,8 @@ class PipelineSource:
     ) -> None:
         self.path, self.revision, self.from_scratch = path, revision, tuple(from_scratch)
         self.clip, self.guidance = clip, guidance
-        self.prediction_type, self.zero_terminal_snr = prediction_type, zero_terminal_snr
+        self.prediction_type, self.flow_shift = prediction_type, flow_shift
+        self.zero_terminal_snr = zero_terminal_snr
         self.family, self.variant, self.vae, self.allow_pickle = family, variant, vae, allow_pickle
         self.config_folder, self.clip_skip, self.max_tokens = config, clip_skip, max_tokens
         self.quantize = quantize
@@ -190,20 +194,54 @@ class PipelineSource:
         return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:
-        """Scheduler config, updated with ``prediction_type`` and ``zero_terminal_snr``."""
+        """Scheduler config, updated with ``prediction_type``, ``flow_shift`` and ``zero_terminal_snr``.
+
+        Raises:
+            UserError: a setting contradicts the config, or another setting.
+        """
         config = self.config("scheduler")
-        stated = config.get(STATED_PREDICTION)
+        stated = config.pop(STATED_PREDICTION, "flow_prediction" if is_flow(config) else None)
         if stated is not None and self.prediction_type not in (None, stated):
             raise UserError(
                 f"got {self.prediction_type}, but {self.path} states {stated}",
                 key="backbone.prediction_type",
                 remedy=f"remove it, or set {stated}",
             )
+        if "flow_prediction" in (stated, self.prediction_type):
+            return self._flow_scheduler(config)
+        if self.flow_shift is not None:
+            raise UserError(
+                f"got {self.flow_shift:g}, but {self.path} is not a flow model",
+                key="backbone.flow_shift",
+                remedy="remove it, or set backbone.prediction_type=flow_prediction",
+            )
         overrides: dict[str, Any] = {"prediction_type": self.prediction_type} if self.prediction_type else {}
         if self.zero_terminal_snr:
             # Sampling must start at the last step, which is pure noise (Lin et al. 2024, section 3.3).
             overrides |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        return {**{key: value for key, value in config.items() if key != STATED_PREDICTION}, **overrides}
+        return {**config, **overrides}
+
+    def _flow_scheduler(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Scheduler config of a flow model."""
+        if self.zero_terminal_snr:
+            raise UserError(
+                "has no meaning for a flow model, whose last step is pure noise",
+                key="backbone.zero_terminal_snr",
+                remedy="remove it",
+            )
+        shift = self.flow_shift or shift_of(config)
+        if is_flow(config):
+            name = "shift" if "FlowMatch" in str(config.get("_class_name")) else "flow_shift"
+            return {**config, name: shift}
+        # The pipelines of UNets need a scheduler with the interface of DDPM, which diffusers' Euler scheduler for flows
+        # has not.
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            "num_train_timesteps": config.get("num_train_timesteps", 1000),
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+        }
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -257,8 +295,7 @@ class PipelineSource:
                 remedy=f"use a text-to-image model with {channels} input channels",
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        check_noise_process(scheduler)
-        schedule = NoiseSchedule.from_config(scheduler)  # raises UserError for an unsupported schedule
+        path = path_from_config(scheduler)  # raises UserError for an unsupported one
         self._check_latents(vae)
         length = int(self.config("text_encoder").get("max_position_embeddings", 77))
         layers = int(self.config("text_encoder").get("num_hidden_layers", 12)) - (len(self.text_encoders) > 1)
@@ -273,12 +310,12 @@ class PipelineSource:
             side=int(denoiser.get("sample_size", 64)) * factor,
             factor=factor,
             latent_channels=channels,
-            prediction_type=scheduler.get("prediction_type", "epsilon"),
+            prediction_type=path.prediction_type,
             max_tokens=windows * (length - 2) + 2,
             family=self._family(denoiser),
             windows=windows,
             scheduler=str(scheduler.get("_class_name") or ""),
-            train_timesteps=len(schedule),
+            train_timesteps=path.steps,
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
 

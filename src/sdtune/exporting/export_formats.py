@@ -214,7 +214,7 @@ class Export:
             return [target]
         if self.alpha == "folded":
             weights = weights.folded()
-        velocity = backbone.prediction_type == "v_prediction"
+        velocity = backbone.path.prediction_type == "v_prediction"
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=_side(metadata, backbone.facts.side),

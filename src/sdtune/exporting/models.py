@@ -17,7 +17,7 @@ from sdtune.formats import write_safetensors
 from sdtune.formats.files import is_finite
 from sdtune.formats.keys import canonical_key, is_buffer
 from sdtune.formats.original import Models, join
-from sdtune.formats.pipeline import copy_pipeline, weights_name
+from sdtune.formats.pipeline import copy_pipeline, weights_name, write_scheduler
 
 
 def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
@@ -56,7 +56,7 @@ def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: 
         for name, tensors in models.items():
             write_json(folder / name / "config.json", source.config(name))
             write_safetensors(folder / name / weights_name(name), cast_tensors(tensors, dtype), {"format": "pt"})
-        write_json(folder / "scheduler" / "scheduler_config.json", backbone.scheduler_config)
+        write_scheduler(folder, backbone.scheduler_config)
 
 
 def write_single_file(
@@ -68,7 +68,7 @@ def write_single_file(
     tensors = join(
         {name: cast_tensors(model, dtype) for name, model in components(backbone).items()},
         Models(family, **configs),
-        v_prediction=backbone.prediction_type == "v_prediction",
+        v_prediction=backbone.path.prediction_type == "v_prediction",
         zero_snr=bool(backbone.scheduler_config.get("rescale_betas_zero_snr")),
     )
     architectures = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -77,7 +77,7 @@ def write_single_file(
         "modelspec.architecture": architectures[family],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": file.stem,
-        "modelspec.prediction_type": "v" if backbone.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if backbone.path.prediction_type == "v_prediction" else "epsilon",
         "modelspec.resolution": f"{backbone.facts.side}x{backbone.facts.side}",
     }
     write_safetensors(file, tensors, {**artifact_metadata, **metadata})

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdtune.files import read_json, replacing
+from sdtune.files import read_json, replacing, write_json
 from sdtune.formats.keys import canonical_key
 
 _COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
@@ -59,6 +59,14 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
             shutil.copy2(file, target / component / names[file.name])
         if len(component_files) > 1:
             _copy_index(source / component, target / component, names)
+
+
+def write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the scheduler ``config`` of the pipeline ``folder``, and its class into the index."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 
 def weights_name(component: str) -> str:

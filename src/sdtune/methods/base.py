@@ -198,7 +198,7 @@ class Adapter(pl.LightningModule, ABC):
 
         Args:
             noisy: noisy latents [B, C, h, w].
-            timesteps: int64 [B] in training; in previews one timestep of the sampler, without dimensions.
+            timesteps: [B] in training; in previews one timestep of the sampler, without dimensions.
             conditioning: text embeddings and sizes.
             conditions: inputs of modules beside the denoiser by name, such as ``control``.
         """
@@ -332,7 +332,7 @@ class Adapter(pl.LightningModule, ABC):
         return any(p.requires_grad for model in models for p in model.parameters())
 
     def on_fit_start(self) -> None:
-        self.backbone.schedule.to(self.device)
+        self.backbone.path.to(self.device)
         self._denoiser_is_half = all(
             parameter.dtype in HALVES.values() or "lora_" in name or not parameter.is_floating_point()
             for name, parameter in self.backbone.denoiser.named_parameters()
@@ -411,21 +411,13 @@ class Adapter(pl.LightningModule, ABC):
         if objective.offset_noise:
             offset = self.noise((shape[0], 1, 1), f"{stream}/{streams.OFFSET}", step, positions)
             noise = noise + objective.offset_noise * offset
-        timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
+        path = self.backbone.path
+        t = draws.times(path, objective.timesteps, self.seed, stream, step, positions, self.device)
         cached = batch.get("conditioning")
         conditioning = replace(cached or self.encode_text(batch["prompts"]), frame=batch.get("frame"))
-        schedule = self.backbone.schedule
-        noisy = schedule.add_noise(clean, noise, timesteps)
-        output = self.denoise(noisy, timesteps, conditioning, batch["conditions"])
-        return objective(
-            output,
-            kind=self.backbone.prediction_type,
-            schedule=schedule,
-            clean=clean,
-            noise=noise,
-            timesteps=timesteps,
-            mask=batch.get("mask"),
-        )
+        noisy = path.sample(clean, noise, t)
+        output = self.denoise(noisy, path.timesteps(t), conditioning, batch["conditions"])
+        return objective(output, path=path, clean=clean, noise=noise, t=t, mask=batch.get("mask"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws.seed_dropout(self.seed, self.global_rank, int(batch["step"]), batch_idx, self.device)
@@ -596,10 +588,10 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
     """Check that ``adapter`` can be trained on ``data``, without loading any weights.
 
     Raises:
-        UserError: :meth:`Adapter.check_data` fails; a component with random weights is not trained;
-            ``backbone.quantize`` is not possible; 8-bit states need a missing package; a file with initial embeddings
-            is missing; a new token has more vectors than fit into a prompt, is already a word of the vocabulary, or is
-            in no prompt and would not be trained.
+        UserError: :meth:`Adapter.check_data` fails; the loss weighting has no meaning for the model; a component with
+            random weights is not trained; ``backbone.quantize`` is not possible; 8-bit states need a missing package; a
+            file with initial embeddings is missing; a new token has more vectors than fit into a prompt, is already a
+            word of the vocabulary, or is in no prompt and would not be trained.
     """
     untrained = [part for part in adapter.source.from_scratch if part not in adapter.parts]
     if untrained:
@@ -608,6 +600,7 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
             key="backbone.from_scratch",
             remedy=f"add {untrained[0]} to method.parts (method=full), or remove it from backbone.from_scratch",
         )
+    adapter.objective.check(adapter.source.facts.prediction_type)
     check_quantization(adapter.source.quantize, adapter.parts)
     trains_models = bool(adapter.parts) or adapter.artifact_kind == "controlnet"
     if trains_models and isinstance(adapter.make_optimizer, AdamWBySize):

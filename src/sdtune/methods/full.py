@@ -18,7 +18,7 @@ from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats.keys import canonical_key
-from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder
+from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_encoder, write_scheduler
 from sdtune.methods.base import Adapter
 from sdtune.training.arguments import Common
 from sdtune.training.perceptual_loss import PerceptualLoss
@@ -149,7 +149,7 @@ class Full(Adapter):
                 save_component(model, target / subfolder)
             self._save_encoders(encoders, target)
             if self.backbone.scheduler_config != self.source.config("scheduler"):
-                write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)
+                write_scheduler(target, self.backbone.scheduler_config)
             write_json(target / "sdtune.json", {"backbone": self.source.hash()})
 
     def _save_encoders(self, encoders: Mapping[str, nn.Module], pipeline: Path) -> None:

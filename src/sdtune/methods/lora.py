@@ -407,7 +407,7 @@ class LoRA(Adapter):
     def write_snapshot(self, folder: Path, name: str) -> None:
         """Write ``<name>.safetensors`` in kohya format."""
         data = getattr(self.trainer, "datamodule", None)
-        prediction: Literal["epsilon", "v"] = "v" if self.backbone.prediction_type == "v_prediction" else "epsilon"
+        prediction: Literal["epsilon", "v"] = "v" if self.backbone.path.prediction_type == "v_prediction" else "epsilon"
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=data.side if isinstance(data, ImageDataModule) else self.backbone.facts.side,

@@ -1,16 +1,15 @@
-"""Prediction types of a UNet: noise (``epsilon``), velocity (``v_prediction``), clean sample (``sample``)."""
+"""Prediction types of a denoiser: noise, velocity, clean sample."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from sdtune.errors import UserError
-from sdtune.objective.schedule import NoiseSchedule
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-"""Prediction types as diffusers names them: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v)."""
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+"""Prediction types as diffusers names them: the noise (``epsilon``, Ho et al. 2020), the velocity of diffusion
+(``v_prediction``, Salimans & Ho 2022), the clean sample, and the velocity of a flow (``flow_prediction``, Lipman et al.
+2023)."""
 
 
 def check_prediction_type(prediction_type: str) -> PredictionType:
@@ -24,15 +23,3 @@ def check_prediction_type(prediction_type: str) -> PredictionType:
             f"{prediction_type!r} is not one of {', '.join(get_args(PredictionType))}", key="backbone.prediction_type"
         )
     return prediction_type  # type: ignore[return-value]
-
-
-def target(kind: PredictionType, schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Target of the UNet's output, [B, ...].
-
-    epsilon: the noise. v: sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, appendix D). sample: x (``clean``).
-    """
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return clean
-    return schedule.alpha(timesteps, clean) * noise - schedule.sigma(timesteps, clean) * clean

@@ -14,24 +14,6 @@ from sdtune.errors import UserError
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
-def check_noise_process(config: Mapping[str, Any]) -> None:
-    """Raise UserError for a diffusers scheduler config of a model that is not trained with :class:`NoiseSchedule`.
-
-    EDM models (Karras et al. 2022) get noise of a standard deviation up to 80 or more and inputs that are scaled by it;
-    flow models interpolate linearly between image and noise (Lipman et al. 2023). Training one of them with discrete
-    DDPM noise would change it without an error.
-    """
-    name = str(config.get("_class_name"))
-    is_flow = "FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if is_flow or name.startswith("EDM") or "sigma_data" in config:
-        kind = "a flow model" if is_flow else "an EDM model"
-        raise UserError(
-            f"the scheduler config ({name}) is that of {kind}, whose noise sdtune does not train with",
-            key="backbone.path",
-            remedy="use a model with a DDPM noise schedule",
-        )
-
-
 def betas(config: Mapping[str, Any]) -> Tensor:
     """Variances beta_t of a diffusers scheduler config, float64 [T].
 

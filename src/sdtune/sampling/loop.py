@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
 import numpy as np
@@ -23,6 +23,7 @@ from sdtune.conditioning import Conditioning, concatenate, stack_rows
 from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
 from sdtune.hardware.out_of_memory import is_out_of_memory
+from sdtune.objective.path import FlowPath
 
 log = logging.getLogger("sdtune")
 
@@ -35,6 +36,8 @@ _SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+_FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+"""Schedulers for flow models."""
 
 Seed = Annotated[int, Interval(ge=0, lt=2**64)]
 """Seeds that torch's generators accept."""
@@ -83,6 +86,13 @@ class Sampling:
                 facts.check_side(side, f"{key}.{name}")
         if self.steps > facts.train_timesteps:
             raise UserError(f"max {facts.train_timesteps} with this backbone, got {self.steps}", key=f"{key}.steps")
+        is_flow = facts.prediction_type == "flow_prediction"
+        if is_flow and self.sampler not in (None, *_FLOW_SCHEDULERS):
+            raise UserError(
+                f"{self.sampler} cannot sample a flow model",
+                key=f"{key}.sampler",
+                remedy=f"set {' or '.join(_FLOW_SCHEDULERS)}, or null",
+            )
         scheduler = _SCHEDULERS[self.sampler] if self.sampler else facts.scheduler
         if scheduler == "PNDMScheduler" and self.steps < facts.min_steps:
             raise UserError(f"pndm needs at least {facts.min_steps} steps here, got {self.steps}", key=f"{key}.steps")
@@ -90,7 +100,7 @@ class Sampling:
             raise UserError(
                 f"the scheduler of the backbone is {facts.scheduler or 'not named'}, which cannot be used here",
                 key=f"{key}.sampler",
-                remedy=f"set {key}.sampler=ddim",
+                remedy=f"set {key}.sampler={'euler' if is_flow else 'ddim'}",
             )
 
 
@@ -108,8 +118,8 @@ class Request:
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
-_OTHER_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler")
-"""Schedulers with the interface of KarrasDiffusionSchedulers that diffusers does not list there."""
+_OTHER_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "FlowMatchEulerDiscreteScheduler")
+"""Schedulers that the denoising loop can use and that diffusers does not list in KarrasDiffusionSchedulers."""
 
 
 def can_sample(scheduler: str) -> bool:
@@ -120,6 +130,13 @@ def can_sample(scheduler: str) -> bool:
     return is_known and isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
 
 
+def sampler_of(facts: Facts) -> Sampler | None:
+    """Sampler of images that are generated without settings: None, the one of the backbone, if it can be used."""
+    if can_sample(facts.scheduler):
+        return None
+    return "euler" if facts.prediction_type == "flow_prediction" else "ddim"
+
+
 def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.SchedulerMixin:
     """Scheduler ``sampler`` with the noise schedule of the backbone; None: the scheduler of the backbone.
 
@@ -127,6 +144,9 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
         UserError: the noise schedule has zero terminal SNR, which ``sampler`` does not support.
     """
     config = dict(backbone.scheduler_config)
+    if isinstance(backbone.path, FlowPath):
+        name = _FLOW_SCHEDULERS[sampler] if sampler else config["_class_name"]
+        return getattr(diffusers, name).from_config(_flow_config(config, backbone.path))
     kind = getattr(diffusers, _SCHEDULERS[sampler] if sampler else config["_class_name"])
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         if sampler is not None:
@@ -137,6 +157,12 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
             )
         kind = diffusers.DDIMScheduler
     return kind.from_config(config)
+
+
+def _flow_config(config: dict[str, Any], path: FlowPath) -> dict[str, Any]:
+    """Scheduler config for every scheduler of flow models: they name the shift differently."""
+    multistep = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
+    return {**config, "num_train_timesteps": path.steps, "shift": path.shift, **multistep}
 
 
 def predict_with_conditions(
@@ -207,7 +233,7 @@ def _batch(
     scheduler = make_scheduler(backbone, settings.sampler)
     scheduler.set_timesteps(settings.steps, device=device)
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # Euler of flows has none
     conditioning = texts([request.prompt for request in batch])
     guided = settings.guidance != 1
     if guided:
@@ -219,7 +245,9 @@ def _batch(
         step_arguments["generator"] = generators
     for timestep in scheduler.timesteps:
         model_input = torch.cat([latents, latents]) if guided else latents
-        output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, conditioning, conditions).float()
+        if hasattr(scheduler, "scale_model_input"):
+            model_input = scheduler.scale_model_input(model_input, timestep)
+        output = denoise(model_input, timestep, conditioning, conditions).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + settings.guidance * (conditional - unconditional)

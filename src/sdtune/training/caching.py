@@ -19,7 +19,7 @@ from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.hardware.precision import HALVES, autocast, generation_dtype
 from sdtune.paths import cache_folder
 from sdtune.sampling.load import load_to_generate
-from sdtune.sampling.loop import Request, Sampling, can_sample, generate
+from sdtune.sampling.loop import Request, Sampling, generate, sampler_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _class_image_inputs(
         untrained = load_to_generate(source, device, dtype, vae_tiling=vae_tiling, seed=seed)
         settings = Sampling(
             guidance=source.guidance,
-            sampler=None if can_sample(source.facts.scheduler) else "ddim",
+            sampler=sampler_of(source.facts),
             width=side,
             height=side,
             batch_size=class_image_batch_size(side),

@@ -11,6 +11,7 @@ from torch import Tensor
 from sdtune import streams
 from sdtune.data.datamodule import VALIDATION_TIMESTEPS
 from sdtune.hardware.devices import send
+from sdtune.objective import ProbabilityPath, Timesteps
 from sdtune.randomness import generator
 
 
@@ -24,13 +25,21 @@ def noise(
     return send(torch.from_numpy(np.stack(rows)), device)
 
 
-def timesteps(count: int, seed: int, stream: str, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """Timesteps, int64 [len(positions)] in [0, count): uniformly random, or evenly spaced for validation."""
+def times(
+    path: ProbabilityPath,
+    settings: Timesteps,
+    seed: int,
+    stream: str,
+    step: int,
+    positions: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Times on ``path`` [len(positions)]: random, or for validation at (k + 0.5) / 8 of the times."""
     if stream == streams.VALIDATION:
-        drawn = [int((p % VALIDATION_TIMESTEPS + 0.5) * count / VALIDATION_TIMESTEPS) for p in positions]
+        drawn = [path.at((p % VALIDATION_TIMESTEPS + 0.5) / VALIDATION_TIMESTEPS) for p in positions]
     else:
-        drawn = [int(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p).integers(count)) for p in positions]
-    return send(torch.tensor(drawn), device)
+        drawn = [path.draw(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p), settings) for p in positions]
+    return send(path.tensor(drawn), device)
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:

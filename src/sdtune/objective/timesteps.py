@@ -1,0 +1,39 @@
+"""Distribution of the timesteps of training samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from annotated_types import Gt
+from pydantic import ConfigDict
+
+TimestepKind = Literal["uniform", "logit_normal"]
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Distribution of the timesteps of training samples.
+
+    Args:
+        kind: ``uniform``, or ``logit_normal`` with location 0 and scale 1 (Esser et al. 2024, section 3.1); None:
+            uniform for diffusion models, logit-normal for flow models.
+        shift: shift s of the noise levels, t = s u / (1 + (s - 1) u): more than 1 draws more noise (Esser et al. 2024,
+            eq. 23); None: that of the model, 1 for diffusion models.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: TimestepKind | None = None
+    shift: Annotated[float, Gt(0)] | None = None
+
+    def draw(self, rng: np.random.Generator, *, kind: TimestepKind, shift: float) -> float:
+        """Random time in (0, 1]; ``kind`` and ``shift`` are those of the model, used where the settings are None."""
+        if (self.kind or kind) == "uniform":
+            u = 1.0 - float(rng.random())  # in (0, 1]: without noise there is nothing to predict
+        else:
+            u = 1.0 / (1.0 + math.exp(-float(rng.standard_normal())))
+        s = self.shift or shift
+        return s * u / (1 + (s - 1) * u)
