@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families import FAMILIES
 from sdtune.backbone.layers import layers
 from sdtune.backbone.new_tokens import check_vector_counts
 from sdtune.backbone.quantization import Quantized
 from sdtune.errors import UserError
 from sdtune.files import is_snapshot
-from sdtune.formats import embeddings, read_lora
+from sdtune.formats import KohyaTable, embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.lora import LoRAWeights, canonical
@@ -97,8 +98,8 @@ def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[Load
         UserError: a file does not fit the backbone, or two files contain the same token.
     """
     modules = _modules(backbone)
-    xl = dict(backbone.unet.config) if backbone.facts.family == "sdxl" else None
-    loaded = [_read(file, modules, xl) for file in files]
+    table = FAMILIES[backbone.facts.family].kohya_table(modules, dict(backbone.unet.config))
+    loaded = [_read(file, modules, table) for file in files]
     new_tokens: embeddings.TokenVectors = {}
     widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for adapter in loaded:
@@ -134,7 +135,7 @@ def _and(widths: Sequence[int]) -> str:
 def _read(
     file: AdapterFile,
     modules: Mapping[str, nn.Linear | nn.Conv2d],
-    xl: Mapping[str, Any] | None,
+    table: KohyaTable,
 ) -> LoadedLoRA:
     local_path = Path(file.path).expanduser()
     weights = LoRAWeights({}, {})
@@ -145,7 +146,7 @@ def _read(
         new_tokens = embeddings.parse(local_path, tensors, metadata)
         has_pairs = any(key.startswith(BUNDLED) for key in tensors)
     if has_pairs or not new_tokens:
-        weights, _ = read_lora(local_path, modules, xl)
+        weights, _ = read_lora(local_path, table)
     for path, (down, up) in weights.pairs.items():
         layer = modules.get(path)
         if layer is None:
