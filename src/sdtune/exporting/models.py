@@ -27,7 +27,9 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     with without_new_tokens(backbone):
         for name in ("unet", "vae", *backbone.encoders):
             tensors = getattr(backbone, name).state_dict()
-            tensors_of[name] = {canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)}
+            tensors_of[name] = {
+                canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)
+            }
     return tensors_of
 
 

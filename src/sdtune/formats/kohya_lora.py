@@ -191,10 +191,10 @@ def parse(source: Path, tensors: Mapping[str, Tensor], table: KohyaTable) -> LoR
     if unknown:
         raise unknown_modules(source, unknown, table.hints)
     alphas: dict[str, float] = {}
-    for module, alpha in parts[_ALPHA].items():
+    for path, alpha in parts[_ALPHA].items():
         if alpha.numel() != 1:
-            raise UserError(f"{source}: {module}: alpha must be a single number, got shape {list(alpha.shape)}")
-        alphas[module] = float(alpha)
+            raise UserError(f"{source}: {path}: alpha must be a single number, got shape {list(alpha.shape)}")
+        alphas[path] = float(alpha)
     return separated(source, assemble_pairs(source, parts[_DOWN], parts[_UP], alphas), joined)
 
 

@@ -35,8 +35,8 @@ class LoRAWeights:
     """LoRA pairs: the weight of a module changes by alpha / r * B A (Hu et al. 2021, section 4.1).
 
     Attributes:
-        pairs: by full diffusers module path with component, such as ``unet....`` or
-            ``text_encoder.text_model....`` (see :func:`canonical`): A [r, in] and B [out, r]; for convolutions A [r, in, h, w] and B [out, r, 1, 1].
+        pairs: by full diffusers module path with component, such as ``unet....`` or ``text_encoder.text_model....``
+            (see :func:`canonical`): A [r, in] and B [out, r]; for convolutions A [r, in, h, w] and B [out, r, 1, 1].
         alphas: alpha by the same paths; for rsLoRA (Kalajdzievski 2023, scale alpha / sqrt(r)) alpha * sqrt(r).
     """
 
