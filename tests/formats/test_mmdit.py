@@ -1,4 +1,4 @@
-"""Names of SD 3's transformer in the original layout: those of Stability's code, and the values of diffusers' script."""
+"""Names of SD 3's transformer in the original layout, as in Stability's code and in diffusers' conversion script."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
-from sd3_models import LAYERS, SETTINGS, tiny_transformer
+from sd3_models import SETTINGS, tiny_transformer
 from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.formats.original.mmdit import mmdit_entries
-from sdtune.formats.original.table import Entry, from_original, to_original
+from sdtune.formats.original.table import TensorEntry, from_original, to_original
 
 COUNTS = {
     "sd3_medium": (683, 2_028_328_000),
@@ -80,10 +80,7 @@ def test_values_equal_those_of_the_script_of_diffusers(name):
 @pytest.mark.parametrize(
     ("original", "name"),
     [
-        (
-            f"joint_blocks.{LAYERS - 1}.context_block.adaLN_modulation.1",
-            f"transformer_blocks.{LAYERS - 1}.norm1_context",
-        ),
+        ("joint_blocks.2.context_block.adaLN_modulation.1", "transformer_blocks.2.norm1_context"),
         ("final_layer.adaLN_modulation.1", "norm_out"),
     ],
 )
@@ -99,7 +96,11 @@ def test_shift_and_scale_are_swapped_in_the_last_layers(original, name, part):
 
 
 def test_incomplete_and_damaged_tensors_are_left_to_the_check_of_names_and_shapes():
-    entries = [Entry("qkv", ("q", "k", "v")), Entry("m", ("n",), "halves_swapped"), Entry("p", ("r",), "convolution")]
+    entries = [
+        TensorEntry("qkv", ("q", "k", "v")),
+        TensorEntry("m", ("n",), "halves_swapped"),
+        TensorEntry("p", ("r",), "convolution"),
+    ]
     assert from_original({}, entries) == {}
     assert from_original({"qkv": torch.tensor(1.0)}, entries) == {}
     assert from_original({"qkv": torch.ones(2)}, entries).keys() == {"q", "k"}

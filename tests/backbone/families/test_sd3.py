@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def test_true_models_have_the_published_names(family: Family) -> None:
     shapes = {name: model_shapes(name, folder) for name in family.components}
     with torch.device("meta"):
         tensors = {name: {key: torch.empty(shape) for key, shape in shapes[name].items()} for name in shapes}
-    import json
-
-    configs = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in shapes}
+        configs = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in shapes}
     # The value of the projection is compared, which needs a device.
     tensors["text_encoder"]["text_projection.weight"] = torch.eye(768)
     file = join(tensors, family.layout, configs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdtune.errors import check_multiple
 from sdtune.formats.kohya_lora import ModelNames, ModelSpecPrediction
 from sdtune.formats.kohya_names import KohyaTable
-from sdtune.formats.original import ComponentLayout, Layout
+from sdtune.formats.original import ComponentLayout, FileLayout
 from sdtune.formats.original.names import modern_vae_key, vae_entries
 
 FamilyName = Literal["sd1", "sd2", "sdxl"]
@@ -99,7 +99,7 @@ class Family(ABC):
     configs: str
     denoiser: str
     pads: Mapping[str, str | None]
-    layout: Layout
+    layout: FileLayout
     architecture: str
 
     @property

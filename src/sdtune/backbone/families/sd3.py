@@ -15,7 +15,7 @@ from sdtune.backbone.families.unet import PREFIX
 from sdtune.backbone.vocabulary import END
 from sdtune.formats.kohya_lora import ModelNames
 from sdtune.formats.kohya_names import KohyaModule, KohyaTable, plain_modules, underscored
-from sdtune.formats.original import ComponentLayout, Layout
+from sdtune.formats.original import ComponentLayout, FileLayout
 from sdtune.formats.original.clip import same_entries, with_text_model
 from sdtune.formats.original.mmdit import mmdit_entries
 
@@ -37,7 +37,7 @@ def _usual_t5_name(key: str) -> str:
 
 _CLIP_L, _CLIP_G, _T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 
-LAYOUT = Layout(
+LAYOUT = FileLayout(
     components={
         "transformer": ComponentLayout(PREFIX, mmdit_entries),
         "vae": VAE,
@@ -51,7 +51,7 @@ LAYOUT = Layout(
     # kohya's scripts write "epsilon" for these models too.
     predictions={"flow": "flow_prediction", "epsilon": "flow_prediction"},
 )
-"""Layout of single files; the encoders have their transformers names."""
+"""FileLayout of single files; the encoders have their transformers names."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SD3Family(Family):
     pads: Mapping[str, str | None] = field(
         default_factory=lambda: {"text_encoder": END, "text_encoder_2": "!", "text_encoder_3": None}, init=False
     )
-    layout: Layout = field(default=LAYOUT, init=False)
+    layout: FileLayout = field(default=LAYOUT, init=False)
     has_qk_norm: bool
     has_dual_attention: bool
     lora_version: str

@@ -14,7 +14,7 @@ from sdtune.backbone.families.base import VAE, Family
 from sdtune.errors import UserError
 from sdtune.formats.kohya_lora import ModelNames
 from sdtune.formats.kohya_names import KohyaModule, KohyaTable, plain_modules, underscored
-from sdtune.formats.original import ComponentLayout, Layout
+from sdtune.formats.original import ComponentLayout, FileLayout
 from sdtune.formats.original.clip import is_unused_in_open_clip, open_clip_entries, same_entries, with_text_model
 from sdtune.formats.original.names import unet_entries
 from sdtune.formats.original.table import original_names
@@ -79,9 +79,9 @@ def open_clip_layout(prefix: str, placeholders: Placeholders) -> ComponentLayout
     return ComponentLayout(prefix, open_clip_entries, is_unused=is_unused_in_open_clip, placeholders=placeholders)
 
 
-def unet_layout(text_encoders: Mapping[str, ComponentLayout], has_markers: bool) -> Layout:
-    """Layout of a single file with a UNet and these text encoders."""
-    return Layout(
+def unet_layout(text_encoders: Mapping[str, ComponentLayout], has_markers: bool) -> FileLayout:
+    """FileLayout of a single file with a UNet and these text encoders."""
+    return FileLayout(
         components={"unet": ComponentLayout(PREFIX, unet_entries), "vae": VAE, **text_encoders},
         optional=("vae",),
         is_ignored=is_ignored,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdtune.errors import UserError
-from sdtune.formats.original.table import Entry, from_original, original_names, to_original
+from sdtune.formats.original.table import TensorEntry, from_original, original_names, to_original
 
 Config = Mapping[str, Any]
 Components = dict[str, dict[str, Tensor]]
@@ -40,7 +40,7 @@ class ComponentLayout:
     """
 
     prefix: str
-    entries: Callable[[Collection[str], Config], Sequence[Entry]]
+    entries: Callable[[Collection[str], Config], Sequence[TensorEntry]]
     usual_name: Callable[[str], str] | None = None
     is_unused: Callable[[str, Config], bool] = _is_never_unused
     placeholders: Callable[[Mapping[str, Tensor], Config], dict[str, Tensor]] = _nothing
@@ -93,7 +93,7 @@ class ComponentLayout:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """How a single file stores a model.
 
     Attributes:
@@ -120,7 +120,10 @@ class Layout:
 
 
 def split(
-    tensors: Mapping[str, Tensor], layout: Layout, configs: Mapping[str, Config], names: Mapping[str, Collection[str]]
+    tensors: Mapping[str, Tensor],
+    layout: FileLayout,
+    configs: Mapping[str, Config],
+    names: Mapping[str, Collection[str]],
 ) -> Components:
     """Split the ``tensors`` of a single file into components and rename them; omit tensors that training does not need.
 
@@ -145,7 +148,7 @@ def split(
 
 def join(
     components: Components,
-    layout: Layout,
+    layout: FileLayout,
     configs: Mapping[str, Config],
     v_prediction: bool = False,
     zero_snr: bool = False,

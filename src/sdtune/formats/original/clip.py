@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sdtune.formats.original.table import Entry
+from sdtune.formats.original.table import TensorEntry
 
 _ENDS = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -29,18 +29,18 @@ _UNUSED = ("logit_scale", "attn_mask", "text_projection")
 """Tensors of the contrastive training, which are in the files; SD 2.x does not use the projection either."""
 
 
-def open_clip_entries(names: Collection[str], config: Mapping[str, Any]) -> list[Entry]:
+def open_clip_entries(names: Collection[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of a text encoder with the transformers ``config``; with the projection if ``names`` contains it."""
-    entries = [Entry(original, (f"text_model.{name}",)) for name, original in _ENDS.items()]
+    entries = [TensorEntry(original, (f"text_model.{name}",)) for name, original in _ENDS.items()]
     for i in range(int(config["num_hidden_layers"])):
         layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         for suffix in ("weight", "bias"):
             for name, original in _LAYER.items():
-                entries.append(Entry(f"{block}.{original}.{suffix}", (f"{layer}.{name}.{suffix}",)))
+                entries.append(TensorEntry(f"{block}.{original}.{suffix}", (f"{layer}.{name}.{suffix}",)))
             projections = tuple(f"{layer}.self_attn.{name}.{suffix}" for name in _PROJECTIONS)
-            entries.append(Entry(f"{block}.attn.in_proj_{suffix}", projections))
+            entries.append(TensorEntry(f"{block}.attn.in_proj_{suffix}", projections))
     if "text_projection.weight" in names:
-        entries.append(Entry("text_projection", ("text_projection.weight",), "transposed"))
+        entries.append(TensorEntry("text_projection", ("text_projection.weight",), "transposed"))
     return entries
 
 
@@ -54,9 +54,9 @@ def is_unused_in_open_clip(key: str, config: Mapping[str, Any]) -> bool:
     return key in _UNUSED or (is_layer and int(parts[2]) >= int(config["num_hidden_layers"]))
 
 
-def same_entries(names: Collection[str], config: Mapping[str, Any]) -> list[Entry]:
+def same_entries(names: Collection[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of a text encoder that the file stores with its transformers names."""
-    return [Entry(name, (name,)) for name in names]
+    return [TensorEntry(name, (name,)) for name in names]
 
 
 def with_text_model(key: str) -> str:

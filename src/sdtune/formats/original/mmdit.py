@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from sdtune.formats.original.table import Entry
+from sdtune.formats.original.table import TensorEntry
 
 _ENDS = {
     "x_embedder.proj": "pos_embed.proj",
@@ -22,9 +22,9 @@ _ENDS = {
 }
 
 
-def mmdit_entries(names: Collection[str], config: Mapping[str, Any]) -> list[Entry]:
+def mmdit_entries(names: Collection[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of an SD3Transformer2DModel with the diffusers ``config``; ``names`` follow from it."""
-    entries = [Entry("pos_embed", ("pos_embed.pos_embed",))]
+    entries = [TensorEntry("pos_embed", ("pos_embed.pos_embed",))]
     for original, name in _ENDS.items():
         entries += _layer(original, name)
     entries += _swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
@@ -48,29 +48,29 @@ def mmdit_entries(names: Collection[str], config: Mapping[str, Any]) -> list[Ent
     return entries
 
 
-def _layer(original: str, *names: str) -> Iterator[Entry]:
+def _layer(original: str, *names: str) -> Iterator[TensorEntry]:
     for suffix in ("weight", "bias"):
-        yield Entry(f"{original}.{suffix}", tuple(f"{name}.{suffix}" for name in names))
+        yield TensorEntry(f"{original}.{suffix}", tuple(f"{name}.{suffix}" for name in names))
 
 
-def _swapped(original: str, name: str) -> Iterator[Entry]:
+def _swapped(original: str, name: str) -> Iterator[TensorEntry]:
     for suffix in ("weight", "bias"):
-        yield Entry(f"{original}.{suffix}", (f"{name}.{suffix}",), "halves_swapped")
+        yield TensorEntry(f"{original}.{suffix}", (f"{name}.{suffix}",), "halves_swapped")
 
 
-def _attention(original: str, name: str, has_norm: bool) -> Iterator[Entry]:
+def _attention(original: str, name: str, has_norm: bool) -> Iterator[TensorEntry]:
     yield from _layer(f"{original}.qkv", f"{name}.to_q", f"{name}.to_k", f"{name}.to_v")
     yield from _layer(f"{original}.proj", f"{name}.to_out.0")
     for part in "qk" if has_norm else "":
-        yield Entry(f"{original}.ln_{part}.weight", (f"{name}.norm_{part}.weight",))
+        yield TensorEntry(f"{original}.ln_{part}.weight", (f"{name}.norm_{part}.weight",))
 
 
-def _text_attention(original: str, name: str, has_norm: bool) -> Iterator[Entry]:
+def _text_attention(original: str, name: str, has_norm: bool) -> Iterator[TensorEntry]:
     yield from _layer(f"{original}.qkv", f"{name}.add_q_proj", f"{name}.add_k_proj", f"{name}.add_v_proj")
     for part in "qk" if has_norm else "":
-        yield Entry(f"{original}.ln_{part}.weight", (f"{name}.norm_added_{part}.weight",))
+        yield TensorEntry(f"{original}.ln_{part}.weight", (f"{name}.norm_added_{part}.weight",))
 
 
-def _feed_forward(original: str, name: str) -> Iterator[Entry]:
+def _feed_forward(original: str, name: str) -> Iterator[TensorEntry]:
     yield from _layer(f"{original}.mlp.fc1", f"{name}.net.0.proj")
     yield from _layer(f"{original}.mlp.fc2", f"{name}.net.2")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdtune.formats.original.table import Entry
+from sdtune.formats.original.table import TensorEntry
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -37,20 +37,20 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 _VAE_PROJECTION = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
 
-def unet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[Entry]:
+def unet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of the tensors ``names`` of a UNet with the diffusers ``config``."""
     blocks = _unet_blocks(config)
-    return [Entry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]
+    return [TensorEntry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]
 
 
-def vae_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[Entry]:
+def vae_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of the tensors ``names`` of an AutoencoderKL with the diffusers ``config``.
 
     The attention weights are linear in diffusers, and 1x1 convolutions in the original layout.
     """
     blocks, inner = _vae_blocks(config), {"conv_shortcut": "nin_shortcut", **_VAE_ATTENTION}
     return [
-        Entry(_rename(name, blocks, inner), (name,), "convolution" if _VAE_PROJECTION.search(name) else "none")
+        TensorEntry(_rename(name, blocks, inner), (name,), "convolution" if _VAE_PROJECTION.search(name) else "none")
         for name in names
     ]
 
@@ -118,7 +118,7 @@ def _vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
     return blocks
 
 
-def controlnet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[Entry]:
+def controlnet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
     """Entries of the tensors ``names`` of a ControlNet with the diffusers ``config``.
 
     Source: lllyasviel/ControlNet, ``cldm/cldm.py``: the map embedding is one list of convolutions and activations.
@@ -137,4 +137,4 @@ def controlnet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[
     skips += len([name for name in blocks if name.endswith("downsamplers.0.conv")]) + 1
     blocks |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(skips)}
     blocks |= {"controlnet_mid_block": "middle_block_out.0"}
-    return [Entry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]
+    return [TensorEntry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file in the original layout, and the tensors of diffusers or transformers that it consists of.
 
     Attributes:
@@ -28,7 +28,7 @@ class Entry:
     change: Literal["none", "halves_swapped", "transposed", "convolution"] = "none"
 
 
-def to_original(tensors: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+def to_original(tensors: Mapping[str, Tensor], entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """Tensors of a file in the original layout, from all ``tensors`` that ``entries`` name."""
     originals: dict[str, Tensor] = {}
     for entry in entries:
@@ -44,7 +44,7 @@ def to_original(tensors: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict
     return originals
 
 
-def from_original(tensors: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
+def from_original(tensors: Mapping[str, Tensor], entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
     """The inverse of :func:`to_original`. Tensors that the file lacks are omitted; wrong shapes stay wrong."""
     converted: dict[str, Tensor] = {}
     for entry in entries:
@@ -71,6 +71,6 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(2)[::-1]) if tensor.dim() else tensor
 
 
-def original_names(entries: Iterable[Entry]) -> dict[str, str]:
+def original_names(entries: Iterable[TensorEntry]) -> dict[str, str]:
     """Name in the file by name in diffusers, for ``entries`` of one tensor each."""
     return {name: entry.original for entry in entries for name in entry.names}
