@@ -141,6 +141,12 @@ def test_pairs_that_were_not_trained_are_not_lost(layers, table, pair, tmp_path)
     assert not any(up.any() for _, up in back.pairs.values())
 
 
+def test_alpha_may_be_zero(layers, table, pair, tmp_path):
+    weights = weights_of(layers, pair, (4, 2), (0.0,))
+    back = kohya_lora.parse(tmp_path / "it", kohya_lora.to_tensors(weights, table), table)
+    assert back.alphas == weights.alphas
+
+
 @pytest.mark.parametrize("path", SWAPPED)
 def test_rows_of_swapped_modules_are_exchanged(layers, table, pair, tmp_path, path):
     weights = weights_of({path: layers[path]}, pair, (2,), (2.0,))

@@ -77,10 +77,10 @@ def plain_modules(paths: Collection[str], prefixes: Mapping[str, str]) -> dict[s
 
 
 def fused(weights: LoRAWeights, table: KohyaTable) -> LoRAWeights:
-    """``weights`` by kohya's module names. The changes of the weights and alpha / r of the modules are the same.
+    """``weights``, which have one alpha, by kohya's module names, with the same changes of the weights.
 
     Of a module with several parts, A is the concatenation of all A [r1 + r2 + ..., in], and B is block-diagonal
-    [out1 + out2 + ..., r1 + r2 + ...], with zeros for a part without a pair.
+    [out1 + out2 + ..., r1 + r2 + ...], with zeros for a part without a pair. Its alpha / r is that of the first part.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     alphas: dict[str, float] = {}
@@ -90,34 +90,29 @@ def fused(weights: LoRAWeights, table: KohyaTable) -> LoRAWeights:
         if not present:
             continue
         remaining -= set(present)
-        down, up = weights.pairs[present[0]]
-        alpha = weights.alphas[present[0]]
-        if len(module.paths) > 1:
-            down, up = _join(weights, module, present)
-            alpha *= down.shape[0] / weights.rank(present[0])
-        pairs[name], alphas[name] = (down, swap_halves(up) if module.halves_swapped else up), alpha
+        first = present[0]
+        down, up = _join(weights, module, present) if len(module.paths) > 1 else weights.pairs[first]
+        pairs[name] = down, swap_halves(up) if module.halves_swapped else up
+        alphas[name] = weights.alphas[first] * (down.shape[0] / weights.rank(first))
     assert not remaining, f"no kohya name for {sorted(remaining)[0]}"
     return LoRAWeights(pairs, alphas)
 
 
 def _join(weights: LoRAWeights, module: KohyaModule, present: Sequence[str]) -> tuple[Tensor, Tensor]:
     """A and B of ``module``, with the scale alpha / r of its first pair."""
-    scale = weights.alphas[present[0]] / weights.rank(present[0])
-    out = weights.pairs[present[0]][1].shape[0]
-    downs = [weights.pairs[path][0] for path in present]
+    first_up, first_rank = weights.pairs[present[0]][1], weights.rank(present[0])
+    down = torch.cat([weights.pairs[path][0] for path in present])
     blocks: list[Tensor] = []
-    ranks = sum(down.shape[0] for down in downs)
     column = 0
     for path in module.paths:
-        block = torch.zeros(out, ranks, dtype=weights.pairs[present[0]][1].dtype, device=downs[0].device)
+        block = first_up.new_zeros(len(first_up), len(down))
         if path in weights.pairs:
             up, rank = weights.pairs[path][1], weights.rank(path)
-            assert up.shape[0] == out, f"{path}: the parts of a module differ in size"
-            ratio = weights.alphas[path] / rank / scale
-            block[:, column : column + rank] = up if ratio == 1 else up * ratio
+            assert len(up) == len(first_up), f"{path}: the parts of a module differ in size"
+            block[:, column : column + rank] = up * (first_rank / rank)
             column += rank
         blocks.append(block)
-    return torch.cat(downs), torch.cat(blocks)
+    return down, torch.cat(blocks)
 
 
 def separated(source: Path, weights: LoRAWeights, modules: Mapping[str, KohyaModule]) -> LoRAWeights:

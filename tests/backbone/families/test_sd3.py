@@ -70,6 +70,12 @@ def test_configs_and_files_are_of_the_family(family: Family, tmp_path: Path) -> 
     assert SD1.usual_names(file) == file
 
 
+def test_config_of_no_family_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "transformer/config.json", {"qk_norm": None, "dual_attention_layers": [0]})
+    with pytest.raises(UserError, match=r"^key: .*config\.json has dual_attention_layers without qk_norm; use SD 3"):
+        family_of_folder(tmp_path, "key")
+
+
 @pytest.mark.parametrize("family", SD3_FAMILIES, ids=lambda family: family.name)
 def test_true_models_have_the_published_names(family: Family) -> None:
     folder = CONFIGS / family.configs
@@ -80,16 +86,14 @@ def test_true_models_have_the_published_names(family: Family) -> None:
     # The value of the projection is compared, which needs a device.
     tensors["text_encoder"]["text_projection.weight"] = torch.eye(768)
     file = join(tensors, family.layout, configs)
+    t5 = "text_encoders.t5xxl.transformer"
     for key, shape in {
         "text_encoders.clip_l.transformer.text_model.encoder.layers.11.mlp.fc2.weight": (768, 3072),
         "text_encoders.clip_g.transformer.text_model.encoder.layers.31.self_attn.q_proj.weight": (1280, 1280),
         "text_encoders.clip_g.transformer.text_projection.weight": (1280, 1280),
-        "text_encoders.t5xxl.transformer.shared.weight": (32128, 4096),
-        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-            32,
-            64,
-        ),
-        "text_encoders.t5xxl.transformer.encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
+        f"{t5}.shared.weight": (32128, 4096),
+        f"{t5}.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64),
+        f"{t5}.encoder.block.23.layer.1.DenseReluDense.wi_1.weight": (10240, 4096),
         "first_stage_model.encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
         "first_stage_model.decoder.conv_in.weight": (512, 16, 3, 3),
         "model.diffusion_model.x_embedder.proj.weight": (configs["transformer"]["caption_projection_dim"], 16, 2, 2),

@@ -47,12 +47,18 @@ def family_of_folder(folder: Path, key: str) -> Family:
         key: config key of the folder, for error messages.
 
     Raises:
-        UserError: the config of the denoiser is missing or unreadable.
+        UserError: the config of the denoiser is missing, unreadable or of no family.
     """
     if (folder / "transformer").is_dir():
         transformer = read_json(folder / "transformer" / "config.json", key)
-        # A config with dual attention but without normalization is of no published model.
-        return next((family for family in SD3_FAMILIES if family.has_config(transformer)), SD35_MEDIUM)
+        family = next((family for family in SD3_FAMILIES if family.has_config(transformer)), None)
+        if family is None:
+            raise UserError(
+                f"{folder / 'transformer' / 'config.json'} has dual_attention_layers without qk_norm",
+                key=key,
+                remedy="use SD 3 medium, SD 3.5 medium or SD 3.5 large",
+            )
+        return family
     unet = read_json(folder / "unet" / "config.json", key)
     return FAMILIES[family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())]
 
