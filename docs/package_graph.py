@@ -30,6 +30,7 @@ BANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "foundations": (
         ("formats", "images", "hardware", "objective"),
         (
+            "conditioning",
             "files",
             "lightning_compat",
             "log_filters",

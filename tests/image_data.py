@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdtune.conditioning import Conditioning
 from sdtune.data import CacheInputs, Folder, ImageDataModule
 
 
@@ -20,8 +21,8 @@ def encode(images: Tensor) -> Tensor:
     return torch.cat([F.avg_pool2d(images, 8), F.max_pool2d(images, 8)], 1)
 
 
-def text(prompts: list[str]) -> Tensor:
-    return torch.stack([torch.full((3, 2), float(sum(map(ord, prompt)))) for prompt in prompts])
+def text(prompts: list[str]) -> Conditioning:
+    return Conditioning(torch.stack([torch.full((3, 2), float(sum(map(ord, prompt)))) for prompt in prompts]))
 
 
 def encoders(cache: Path, images: Any = encode, vae_key: str = "vae", words: Any = text) -> CacheInputs:

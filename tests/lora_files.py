@@ -9,7 +9,8 @@ import torch
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.families import SD1
-from sdtune.formats import KohyaTable, LoRAWeights, ModelSpec, canonical, diffusers_lora, kohya_lora
+from sdtune.backbone.layers import module_path
+from sdtune.formats import KohyaTable, LoRAWeights, ModelSpec, diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors
 
 
@@ -17,12 +18,12 @@ def lora(base: Path, folder: Path, rank: int = 4) -> Path:
     """Write a LoRA with random weights for the pipeline ``base`` in the diffusers format."""
     backbone, rng = Pretrained(str(base)).load(), torch.Generator().manual_seed(3)
     pairs = {}
-    for component in ("unet", *backbone.encoders):
+    for component in ("denoiser", *backbone.encoders):
         for name, module in getattr(backbone, component).named_modules():
             if name.endswith(("attn2.to_q", "attn1.to_out.0", "q_proj", "resnets.0.conv1")):
                 out_features, in_shape = module.weight.shape[0], module.weight.shape[1:]
                 down = torch.randn(rank, *in_shape, generator=rng) / 8
-                pairs[canonical(f"{component}.{name}")] = (
+                pairs[module_path(backbone, component, name)] = (
                     down,
                     torch.randn(out_features, rank, *[1] * (len(in_shape) - 1), generator=rng),
                 )

@@ -75,8 +75,8 @@ class Case:
 
 MORE = [
     Case("lora", {"targets": ["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]}),
-    Case("full", {"parts": ["unet", "text_encoder", "vae"]}),
-    Case("dreambooth", {"parts": ["unet", "text_encoder"]}),
-    Case("controlnet", {"unet": "decoder"}),
-    Case("controlnet", {"unet": "all"}),
+    Case("full", {"parts": ["denoiser", "text_encoder", "vae"]}),
+    Case("dreambooth", {"parts": ["denoiser", "text_encoder"]}),
+    Case("controlnet", {"denoiser": "decoder"}),
+    Case("controlnet", {"denoiser": "all"}),
 ]

@@ -57,7 +57,7 @@ def write_run(
     lines = ["method=lora", *(f"{key}={value}" for key, value in overrides.items())]
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(lines), encoding="utf-8")
     rows = [f"{step},{1 / step + 0.01 * (step % 3)},{0.5},{1e-4}" for step in range(1, steps + 1)]
-    (folder / "metrics.csv").write_text("\n".join(["step,loss,grad_norm,lr/unet", *rows]) + "\n", encoding="utf-8")
+    (folder / "metrics.csv").write_text("\n".join(["step,loss,grad_norm,lr/denoiser", *rows]) + "\n", encoding="utf-8")
     _write_images(folder, steps, side, len(str(sorted(overrides.items()))))
     (folder / "artifact").mkdir()
     (folder / "artifact" / "bird.safetensors").touch()

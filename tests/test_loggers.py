@@ -49,7 +49,7 @@ def test_tensorboard_has_every_step(tiny: Path, images: Path, tmp_path: Path) ->
     logged = events.Scalars("loss")
     assert [event.step for event in logged] == [1, 2, 3]
     assert [event.value for event in logged] == pytest.approx([float(r["loss"]) for r in rows(tmp_path / "run")])
-    assert {"grad_norm", "lr/unet", "samples_per_second"} <= set(events.Tags()["scalars"])
+    assert {"grad_norm", "lr/denoiser", "samples_per_second"} <= set(events.Tags()["scalars"])
 
 
 def make_csv_logger(save_dir: str) -> CSVLogger:

@@ -85,7 +85,7 @@ def _plain_diffusers(
     net: nn.Module | None = None
     if method == "lora":
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        pairs = {f"backbone.unet.{n}": p for n, p in unet.named_parameters() if p.requires_grad}
+        pairs = {f"backbone.denoiser.{n}": p for n, p in unet.named_parameters() if p.requires_grad}
     elif method == "textual_inversion":
         tokenizer.add_tokens("<new>")
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -99,7 +99,7 @@ def _plain_diffusers(
         pairs = {f"controlnet.{n}": p for n, p in net.named_parameters()}
     else:
         unet.requires_grad_(True)
-        pairs = {f"backbone.unet.{n}": p for n, p in unet.named_parameters()}
+        pairs = {f"backbone.denoiser.{n}": p for n, p in unet.named_parameters()}
     with torch.no_grad():
         for name, parameter in pairs.items():
             parameter.copy_(values[name])

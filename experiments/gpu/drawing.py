@@ -12,7 +12,8 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.families import SD1, SDXL
 from sdtune.files import write_json
 from sdtune.hardware.precision import generation_dtype
-from sdtune.loaders.lora import AdapterFile, adapters_applied, load_adapters
+from sdtune.loaders.artifact import artifacts_applied
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -25,10 +26,10 @@ def draw(work: Path, kind: str, file: Path) -> None:
     device = torch.device("cuda")
     source = Pretrained(str(work / kind), guidance=(SDXL if kind == "sdxl" else SD1).guidance)
     backbone = load_to_generate(source, device, generation_dtype(device))
-    loras = load_adapters(backbone, [AdapterFile(str(work / f"{kind}-lora"), 1.0)])
+    loras = load_adapters(backbone, [AdapterFile(str(work / f"{kind}-lora"))], source)
     requests = [Request("a photo of a cat", seed) for seed in range(_IMAGES)]
     seconds = 0.0
-    with adapters_applied(backbone, loras, [1.0]):
+    with artifacts_applied(backbone, loras):
         for steps in (2, _DENOISING_STEPS):
             settings = Sampling(steps, guidance=source.guidance, sampler="ddim", batch_size=_IMAGES)
             torch.cuda.synchronize()

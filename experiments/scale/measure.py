@@ -185,7 +185,7 @@ def cut_seconds(work: Path) -> float:
     file = work / "metrics.csv"
     line = "{},0.046830497682094574,0.052252937108278275,0.0003333333333333333,\n"
     rows = "".join(map(line.format, range(1, 1_000_001)))
-    file.write_text(f"step,loss,grad_norm,lr/unet,validation_loss\n{rows}", encoding="utf-8")
+    file.write_text(f"step,loss,grad_norm,lr/denoiser,validation_loss\n{rows}", encoding="utf-8")
     begin = time.perf_counter()
     cut_metrics(file, 999_000)
     return round(time.perf_counter() - begin, 3)

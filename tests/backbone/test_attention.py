@@ -39,12 +39,12 @@ def test_injected_attention_processors_are_kept(tiny: Path) -> None:
         """An attention processor such as an IP-Adapter injects."""
 
     backbone = Pretrained(str(tiny)).load()
-    processors = backbone.unet.attn_processors
+    processors = backbone.denoiser.attn_processors
     injected = next(iter(processors))
-    backbone.unet.set_attn_processor({**processors, injected: Injected()})
+    backbone.denoiser.set_attn_processor({**processors, injected: Injected()})
     for device, expected in ((CPU, AttnProcessor), (OTHER, PlainAttnProcessor), (CPU, AttnProcessor)):
         backbone.prepare_for_device(device)
-        kinds = {name: type(processor) for name, processor in backbone.unet.attn_processors.items()}
+        kinds = {name: type(processor) for name, processor in backbone.denoiser.attn_processors.items()}
         assert kinds.pop(injected) is Injected
         assert set(kinds.values()) == {expected}
 

@@ -98,10 +98,10 @@ def test_unsupported_convolution_is_unchanged(shape: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("no_minimum_size")
 def test_unet_output_is_unchanged(tiny: Path) -> None:
     backbone = Pretrained(str(tiny)).load()
-    sample, steps, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, *backbone.text_shape)
+    sample, steps, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, *backbone.text_shapes["states"])
     with torch.no_grad():
-        expected = backbone.unet(sample, steps, text).sample
+        expected = backbone.denoiser(sample, steps, text).sample
         backbone.prepare_for_device(torch.device("cpu"))
-        actual = backbone.unet(sample, steps, text).sample
-    assert sum(type(module) is MatmulConv2d for module in backbone.unet.modules()) > 5
+        actual = backbone.denoiser(sample, steps, text).sample
+    assert sum(type(module) is MatmulConv2d for module in backbone.denoiser.modules()) > 5
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

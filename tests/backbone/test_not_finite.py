@@ -62,7 +62,7 @@ def test_weights_that_overflow_in_half_precision_are_refused(copy: Path) -> None
     name = damage(file, 1e6)
     Pretrained(str(copy)).load()
     with pytest.raises(UserError, match=rf"unet: NaN or infinite values in {name} \(float16\)"):
-        Pretrained(str(copy)).load(unet_dtype=torch.float16)
+        Pretrained(str(copy)).load(denoiser_dtype=torch.float16)
 
 
 def test_lora_is_refused_in_sampling_and_as_start_of_a_training(tiny: Path, lora: Path) -> None:

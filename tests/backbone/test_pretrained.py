@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sdtune.backbone import Facts, Pretrained
+from sdtune.conditioning import Conditioning
 from sdtune.errors import UserError
 
 
@@ -181,7 +182,8 @@ def test_weights_equal_those_loaded_by_diffusers(tiny: Path) -> None:
         StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None),
     )
     for component in ("unet", "vae", "text_encoder"):
-        actual, expected = getattr(backbone, component).state_dict(), getattr(pipeline, component).state_dict()
+        actual = getattr(backbone, "denoiser" if component == "unet" else component).state_dict()
+        expected = getattr(pipeline, component).state_dict()
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[key], expected[key]) for key in actual)
     torch.testing.assert_close(
@@ -203,7 +205,7 @@ def test_weights_from_scratch_depend_only_on_the_seed(copy: Path) -> None:
     (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
 
     def weights(seed: int) -> dict[str, torch.Tensor]:
-        backbone = Pretrained(str(copy), from_scratch=["unet"]).load(seed)
+        backbone = Pretrained(str(copy), from_scratch=["denoiser"]).load(seed)
         assert not any(p.requires_grad for p in backbone.parameters())
         return {name: p.clone() for name, p in backbone.named_parameters()}
 
@@ -212,27 +214,27 @@ def test_weights_from_scratch_depend_only_on_the_seed(copy: Path) -> None:
     torch.manual_seed(2)
     second, third = weights(5), weights(6)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    random_names = [name for name, p in first.items() if name.startswith("unet.") and p.dim() > 1]
+    random_names = [name for name, p in first.items() if name.startswith("denoiser.") and p.dim() > 1]
     assert not any(torch.equal(first[name], third[name]) for name in random_names)
-    assert all(torch.equal(first[name], third[name]) for name in first if not name.startswith("unet."))
+    assert all(torch.equal(first[name], third[name]) for name in first if not name.startswith("denoiser."))
     torch.manual_seed(1)
     assert torch.equal(rng_state, torch.get_rng_state())  # the global generator is unchanged
 
 
-@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("component", ["denoiser", "text_encoder", "vae"])
 def test_each_component_can_be_initialized_randomly(tiny: Path, component: str) -> None:
     pretrained, from_scratch = Pretrained(str(tiny)).load(), Pretrained(str(tiny), from_scratch=[component]).load(3)
-    for name in ("unet", "text_encoder", "vae"):
+    for name in ("denoiser", "text_encoder", "vae"):
         weights, other_weights = getattr(pretrained, name).state_dict(), getattr(from_scratch, name).state_dict()
         assert weights.keys() == other_weights.keys()
         assert all(torch.equal(weights[key], other_weights[key]) for key in weights) == (name != component)
 
 
 def test_hash_omits_components_from_scratch(tiny: Path, copy: Path) -> None:
-    pretrained, without_unet = Pretrained(str(tiny)), Pretrained(str(tiny), from_scratch=["unet"])
+    pretrained, without_unet = Pretrained(str(tiny)), Pretrained(str(tiny), from_scratch=["denoiser"])
     assert pretrained.hash() == Pretrained(str(copy)).hash() != without_unet.hash()
     (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
-    assert Pretrained(str(copy), from_scratch=["unet"]).hash() == without_unet.hash()
+    assert Pretrained(str(copy), from_scratch=["denoiser"]).hash() == without_unet.hash()
     assert (
         len(
             {
@@ -277,7 +279,7 @@ def test_text_embeddings_equal_those_of_the_diffusers_pipeline(tiny: Path) -> No
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     for prompt in ("a dog", "", "a " * 100):
         expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-        torch.testing.assert_close(backbone.encode_text([prompt]), expected)
+        torch.testing.assert_close(backbone.encode_text([prompt]).states, expected)
     assert backbone.tokenize(["a dog", "a " * 100]).shape == (2, 77)
     assert backbone.token_ids(["ab"]) == backbone.token_ids(["AB"])
     assert len(backbone.token_ids(["a " * 100])[0]) == 100
@@ -285,13 +287,13 @@ def test_text_embeddings_equal_those_of_the_diffusers_pipeline(tiny: Path) -> No
 
 def test_predict_returns_the_unet_output_in_its_dtype(tiny: Path) -> None:
     backbone = Pretrained(str(tiny)).load()
-    noisy, text, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32), torch.tensor([3, 900])
+    noisy, text, timesteps = torch.randn(2, 4, 8, 8), Conditioning(torch.randn(2, 77, 32)), torch.tensor([3, 900])
     with torch.no_grad():
         out = backbone.predict(noisy, timesteps, text)
-        assert torch.equal(out, backbone.unet(noisy, timesteps, text).sample)
+        assert torch.equal(out, backbone.denoiser(noisy, timesteps, text.states).sample)
         backbone.prepare_for_device(torch.device("cpu"))
         torch.testing.assert_close(backbone.predict(noisy, timesteps, text), out, rtol=1e-4, atol=1e-5)
-        backbone.unet.bfloat16()
+        backbone.denoiser.bfloat16()
         assert backbone.predict(noisy, timesteps, text).dtype == torch.bfloat16
 
 
@@ -302,10 +304,10 @@ def test_clip_skip_is_counted_as_in_diffusers(tiny: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     # diffusers 0.42 expects the encoder's layers in `text_model`, as in transformers before 5.6.
     pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
-    unskipped = Pretrained(str(tiny)).load().encode_text(["a dog"])
+    unskipped = Pretrained(str(tiny)).load().encode_text(["a dog"]).states
     for skip in (1,):
         expected, _ = pipeline.encode_prompt("a dog", "cpu", 1, do_classifier_free_guidance=False, clip_skip=skip)
-        actual = Pretrained(str(tiny), clip_skip=skip).load().encode_text(["a dog"])
+        actual = Pretrained(str(tiny), clip_skip=skip).load().encode_text(["a dog"]).states
         torch.testing.assert_close(actual, expected)
         assert not torch.allclose(actual, unskipped)
 
@@ -313,7 +315,7 @@ def test_clip_skip_is_counted_as_in_diffusers(tiny: Path) -> None:
 def test_layers_skipped_by_clip_skip_are_reported_as_unused(tiny: Path) -> None:
     backbone = Pretrained(str(tiny), clip_skip=1).load()
     backbone.text_encoder.requires_grad_(True)
-    backbone.encode_text(["a dog"]).sum().backward()
+    backbone.encode_text(["a dog"]).states.sum().backward()
     without_gradient = {name for name, p in backbone.text_encoder.named_parameters() if p.grad is None}
     assert without_gradient
     assert without_gradient == {
@@ -325,15 +327,15 @@ def test_layers_skipped_by_clip_skip_are_reported_as_unused(tiny: Path) -> None:
 def test_long_prompt_is_encoded_in_windows(tiny: Path) -> None:
     source = Pretrained(str(tiny), max_tokens=150)
     backbone, plain = source.load(), Pretrained(str(tiny)).load()
-    assert (source.facts.max_tokens, source.facts.windows, backbone.text_shape) == (152, 2, (154, 32))
+    assert (source.facts.max_tokens, source.facts.windows, backbone.text_shapes) == (152, 2, {"states": (154, 32)})
     first, second = " ".join("abcdefghij" * 7 + "abcde"), "x y z"
-    embeddings = backbone.encode_text([f"{first} {second}", "a dog"])
+    embeddings = backbone.encode_text([f"{first} {second}", "a dog"]).states
     assert embeddings.shape == (2, 154, 32)
-    torch.testing.assert_close(embeddings[0, :77], plain.encode_text([first])[0])
-    torch.testing.assert_close(embeddings[0, 77:], plain.encode_text([second])[0])
-    torch.testing.assert_close(embeddings[1], torch.cat([plain.encode_text(["a dog"])[0], plain.encode_text([""])[0]]))
+    torch.testing.assert_close(embeddings[0, :77], plain.encode_text([first]).states[0])
+    torch.testing.assert_close(embeddings[0, 77:], plain.encode_text([second]).states[0])
+    torch.testing.assert_close(embeddings[1], plain.encode_text(["a dog", ""]).states.flatten(0, 1))
     assert Pretrained(str(tiny), max_tokens=225).facts.windows == 3
-    assert Pretrained(str(tiny), max_tokens=75).load().text_shape == plain.text_shape
+    assert Pretrained(str(tiny), max_tokens=75).load().text_shapes == plain.text_shapes
 
 
 def test_cache_keys_of_text_differ_by_clip_skip_and_windows(tiny: Path) -> None:

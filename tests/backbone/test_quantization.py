@@ -20,7 +20,8 @@ from sdtune.backbone.families import Quantization
 from sdtune.backbone.layers import layers
 from sdtune.backbone.quantization import Quantized, check_quantization, quantize
 from sdtune.errors import UserError
-from sdtune.loaders.lora import AdapterFile, adapters_applied, load_adapters
+from sdtune.loaders.artifact import artifacts_applied
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.methods import base
 from sdtune.sampling.load import load_to_generate
 
@@ -53,7 +54,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 def prediction(backbone: Backbone, dtype: torch.dtype = torch.float32) -> Tensor:
     rng = torch.Generator().manual_seed(0)
-    text = backbone.encode_text(["a word", "another"]).to(dtype)
+    text = backbone.encode_text(["a word", "another"]).cast(dtype)
     noisy = torch.randn(2, 4, 8, 8, generator=rng, dtype=torch.float32).to(dtype)
     return backbone.predict(noisy, torch.tensor([10, 900]), text)
 
@@ -120,7 +121,7 @@ def test_prediction_equals_that_of_the_dequantized_model(
 @every_format
 def test_quantized_weights_do_not_depend_on_the_dtype_of_the_model(tiny: Path, quantization: Quantization) -> None:
     one = quantized(Pretrained(str(tiny)), quantization)
-    backbone = Pretrained(str(tiny)).load(unet_dtype=torch.bfloat16)
+    backbone = Pretrained(str(tiny)).load(denoiser_dtype=torch.bfloat16)
     backbone.cast_frozen("bf16-mixed")
     quantize(backbone, quantization)
     for (_, name, layer), (_, _, other) in zip(layers(one), layers(backbone), strict=True):
@@ -235,8 +236,7 @@ def test_merged_lora_makes_layers_dense_and_is_removed_exactly(
         for strength in (1.0, 0.5):
             outputs = []
             for model in (backbone, reference):
-                loaded = load_adapters(model, [file])
-                with adapters_applied(model, loaded, [strength]):
+                with artifacts_applied(model, load_adapters(model, [file], Pretrained(str(tiny))), strength):
                     outputs.append(prediction(model))
             assert relative(*outputs) < 1e-5
             assert relative(outputs[0], before) > 1e-3
@@ -247,14 +247,14 @@ def test_merged_lora_makes_layers_dense_and_is_removed_exactly(
 
 
 def test_methods_that_train_the_model_refuse_it() -> None:
-    for component in ("unet", "text_encoder"):
+    for component in ("denoiser", "text_encoder"):
         with pytest.raises(UserError, match=r"backbone.quantize: got fp8, but this method trains the model's weights"):
             check_quantization("fp8", (component,))
-    check_quantization(None, ("unet",))
+    check_quantization(None, ("denoiser",))
 
 
 def test_controlnet_that_trains_the_unet_refuses_it(tiny: Path, images: Path) -> None:
-    case = Case("controlnet", {"unet": "decoder"})
+    case = Case("controlnet", {"denoiser": "decoder"})
     model, data = case.model(tiny), case.data(tiny, images)
     model.source.quantize = "fp8"
     with pytest.raises(UserError, match=r"backbone.quantize"):
@@ -283,7 +283,7 @@ def test_plan_counts_quantized_weights(capsys: pytest.CaptureFixture[str]) -> No
     mib = {}
     for value in ("null", *FORMATS):
         assert plan("backbone=sd15", "hardware=gpu", f"backbone.quantize={value}") == 0
-        row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("unet"))
+        row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("denoiser"))
         assert row[1:3] == ["859,520,964", "1,594,368"]
         mib[value] = float(row[4]) * (1024 if row[5] == "GiB" else 1)
     assert mib["null"] == pytest.approx(1644, abs=10)

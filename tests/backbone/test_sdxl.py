@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_token_vectors import initialize_tokens
 from sdtune.backbone.new_tokens import NewToken
+from sdtune.conditioning import Conditioning
 from sdtune.images.files import frame
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -34,10 +36,10 @@ def backbone(base: Path) -> Backbone:
     return Pretrained(str(base)).load()
 
 
-def expected_embeddings(pipe: Any, prompt: str, **settings: Any) -> torch.Tensor:
+def assert_embeddings_of(pipe: Any, actual: Conditioning, prompt: str, **settings: Any) -> None:
     states, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, **settings)
-    row = torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))
-    return torch.cat([states, row[:, None]], dim=1)
+    torch.testing.assert_close(actual.states, states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.pooled, pooled, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["a dog", "", "a " * 100])
@@ -46,16 +48,16 @@ def test_text_embeddings_contain_both_encoders_and_the_pooled_embedding(
 ) -> None:
     with torch.no_grad():
         actual = backbone.encode_text([prompt])
-    expected = expected_embeddings(pipe, prompt)
     # Without new tokens the end token has the largest id, as in CLIP's vocabulary, and transformers pools there.
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert actual.shape[1:] == backbone.text_shape == (78, 40)
+    assert_embeddings_of(pipe, actual, prompt)
+    shapes = {name: tuple(value.shape[1:]) for name, value in actual.tensors().items()}
+    assert shapes == backbone.text_shapes == {"states": (77, 40), "pooled": (24,)}
 
 
 def test_clip_skip_adds_to_the_layer_that_sdxl_always_skips(base: Path, pipe: Any) -> None:
     with torch.no_grad():
         actual = Pretrained(str(base), clip_skip=1).load().encode_text(["a dog"])
-    torch.testing.assert_close(actual, expected_embeddings(pipe, "a dog", clip_skip=1), rtol=1e-4, atol=1e-5)
+    assert_embeddings_of(pipe, actual, "a dog", clip_skip=1)
 
 
 def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> None:
@@ -66,7 +68,8 @@ def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> N
         rows = [backbone.tokenize(["a <dog>"], tokenizer) for tokenizer in backbone.tokenizers]
         assert all(row.max() == backbone.new_tokens.first_id + 1 for row in rows)
         after = backbone.encode_text(["a dog", "a <dog> cat"])
-    assert torch.equal(after[0], before[0])
+    assert torch.equal(after.states[0], before.states[0])
+    assert torch.equal(after.pooled[0], before.pooled[0])
     ids = rows[1][0].tolist()
     out = backbone.text_encoder_2(backbone.tokenize(["a <dog> cat"], backbone.tokenizers[1]), output_hidden_states=True)
     end = (
@@ -75,7 +78,7 @@ def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> N
         .index(backbone.tokenizers[1].eos_token_id)
     )
     pooled = backbone.text_encoder_2.text_projection(out.last_hidden_state[0, end])
-    torch.testing.assert_close(after[1, -1, :24], pooled)
+    torch.testing.assert_close(after.pooled[1], pooled)
     assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.new_tokens.first_id)
 
 
@@ -83,12 +86,12 @@ def test_long_prompt_has_the_pooled_embedding_of_its_first_window(base: Path, ba
     long_backbone = Pretrained(str(base), max_tokens=150).load()
     first, second = " ".join("abcdefghij" * 7 + "abcde"), "x y z"
     with torch.no_grad():
-        embeddings = long_backbone.encode_text([f"{first} {second}"])[0]
-        one, two = backbone.encode_text([first])[0], backbone.encode_text([second])[0]
-    assert embeddings.shape == long_backbone.text_shape == (155, 40)
-    torch.testing.assert_close(embeddings[:77], one[:77])
-    torch.testing.assert_close(embeddings[77:154], two[:77])
-    torch.testing.assert_close(embeddings[154], one[77])
+        embeddings = long_backbone.encode_text([f"{first} {second}"])
+        one, two = backbone.encode_text([first]), backbone.encode_text([second])
+    assert embeddings.states.shape[1:] == long_backbone.text_shapes["states"] == (154, 40)
+    torch.testing.assert_close(embeddings.states[:, :77], one.states)
+    torch.testing.assert_close(embeddings.states[:, 77:], two.states)
+    torch.testing.assert_close(embeddings.pooled, one.pooled)
 
 
 def test_size_conditions_are_passed_to_the_unet(backbone: Backbone, pipe: Any) -> None:
@@ -97,12 +100,12 @@ def test_size_conditions_are_passed_to_the_unet(backbone: Backbone, pipe: Any) -
     frames = torch.tensor([[72.0, 80, 0, 4, 64, 64], [640, 480, 16, 0, 64, 64]])
     with torch.no_grad():
         text = backbone.encode_text(["a dog", "a cat"])
-        actual = backbone.predict(noisy, timesteps, text, frame=frames)
-        added = {"text_embeds": text[:, -1, :24], "time_ids": frames}
-        expected = pipe.unet(noisy, timesteps, encoder_hidden_states=text[:, :-1], added_cond_kwargs=added).sample
+        actual = backbone.predict(noisy, timesteps, replace(text, frame=frames))
+        added = {"text_embeds": text.pooled, "time_ids": frames}
+        expected = pipe.unet(noisy, timesteps, encoder_hidden_states=text.states, added_cond_kwargs=added).sample
         without_frame = backbone.predict(noisy, timesteps, text)
         default_frame = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-        with_default_frame = backbone.predict(noisy, timesteps, text, frame=default_frame)
+        with_default_frame = backbone.predict(noisy, timesteps, replace(text, frame=default_frame))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # memory layouts differ, and so does rounding
     assert torch.equal(without_frame, with_default_frame)
     assert not torch.allclose(actual, without_frame)
@@ -120,7 +123,8 @@ def test_images_equal_those_of_diffusers(backbone: Backbone, pipe: Any) -> None:
 def test_layers_without_gradient_are_reported_as_unused(backbone: Backbone) -> None:
     for name, encoder in backbone.encoders.items():
         encoder.requires_grad_(True)
-        backbone.encode_text(["a dog"]).square().sum().backward()
+        text = backbone.encode_text(["a dog"])
+        (text.states.square().sum() + text.pooled.square().sum()).backward()
         without_gradient = {n for n, p in encoder.named_parameters() if p.grad is None}
         assert without_gradient == {
             n for n, _ in encoder.named_parameters() if n.startswith(backbone.unused_prefixes(name))

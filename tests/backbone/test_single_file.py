@@ -353,8 +353,10 @@ def test_fp8_tensors_are_read_with_their_scales(folders: dict[Family, Path], tmp
     source.check()
     loaded = source.load().state_dict()
     expected = tensors[f"{scaled}.weight"].float() / 2
-    assert torch.equal(loaded["unet.time_embedding.linear_1.weight"], expected)
-    assert torch.equal(loaded["unet.conv_in.weight"], tensors["model.diffusion_model.input_blocks.0.0.weight"].float())
+    assert torch.equal(loaded["denoiser.time_embedding.linear_1.weight"], expected)
+    assert torch.equal(
+        loaded["denoiser.conv_in.weight"], tensors["model.diffusion_model.input_blocks.0.0.weight"].float()
+    )
     save_file({**tensors, f"{scaled}.comfy_quant": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"^backbone\.path: .*other\.safetensors has quantized weights in a format"):
         _ = Pretrained(str(tmp_path / "other.safetensors"), config=str(folders["sd1"])).facts
@@ -422,7 +424,7 @@ def test_artifact_trained_from_half_precision_files_is_complete(
     assert not list((tmp_path / "artifact/it").rglob("*fp16*"))
     assert equal_weights(artifact.load().state_dict(), source.load().state_dict())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "artifact/it", safety_checker=None, local_files_only=True)
-    assert torch.equal(pipeline.unet.conv_in.weight, model.backbone.unet.conv_in.weight)
+    assert torch.equal(pipeline.unet.conv_in.weight, model.backbone.denoiser.conv_in.weight)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_each_step_has_one_row_with_its_learning_rate(tiny: Path, images: Path, 
     recorded_rows, spy = recorded(tiny, images, tmp_path / "run")
     assert [row["step"] for row in recorded_rows] == [str(step) for step in range(1, 21)]
     assert [float(row["loss"]) for row in recorded_rows] == spy.losses
-    assert [float(row["lr/unet"]) for row in recorded_rows] == spy.rates
+    assert [float(row["lr/denoiser"]) for row in recorded_rows] == spy.rates
     assert spy.rates[0] == pytest.approx(1e-3 / 3)
     assert spy.rates[2] == max(spy.rates) == 1e-3
     assert all(float(row["grad_norm"]) > 0 for row in recorded_rows)
@@ -42,7 +42,7 @@ def test_each_step_has_one_row_with_its_learning_rate(tiny: Path, images: Path, 
     # With accumulation: the same samples and random numbers, so the same step, and still one row.
     split, _ = recorded(tiny, images, tmp_path / "split", accumulate_grad_batches=2)
     assert [row["step"] for row in split] == [row["step"] for row in recorded_rows]
-    for column in ("loss", "grad_norm", "lr/unet"):
+    for column in ("loss", "grad_norm", "lr/denoiser"):
         assert [float(row[column]) for row in split] == pytest.approx(
             [float(r[column]) for r in recorded_rows], rel=2e-4
         )
@@ -93,7 +93,7 @@ def test_metrics_of_a_million_steps_are_cut_within_a_second(tmp_path: Path) -> N
     file = tmp_path / "metrics.csv"
     line = "{},0.046830497682094574,0.052252937108278275,0.0003333333333333333,\n"
     rows = "".join(map(line.format, range(1, 1_000_001)))
-    file.write_text(f"step,loss,grad_norm,lr/unet,validation_loss\n{rows}", encoding="utf-8")
+    file.write_text(f"step,loss,grad_norm,lr/denoiser,validation_loss\n{rows}", encoding="utf-8")
     start = time.perf_counter()
     cut_metrics(file, 999_000)
     assert time.perf_counter() - start < 1
@@ -115,7 +115,7 @@ def test_extended_run_uses_the_learning_rate_of_its_new_length(tiny: Path, image
     assert train(f"resume={run}", "trainer.max_steps=6") == 0
     expected = [1e-4 * Cosine()(step, 3) for step in range(3)] + [1e-4 * Cosine()(step, 6) for step in (3, 4, 5)]
     assert Rates.used == pytest.approx(expected)
-    assert [float(row["lr/unet"]) for row in rows(run)] == pytest.approx(expected)
+    assert [float(row["lr/denoiser"]) for row in rows(run)] == pytest.approx(expected)
 
 
 class SlowValidation(Callback):

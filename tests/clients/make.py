@@ -21,8 +21,9 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.data.control.edges import Canny
 from sdtune.exporting import Export, find_artifact
-from sdtune.loaders import controlnet as controlnets
-from sdtune.loaders import lora as adapters
+from sdtune.loaders.artifact import artifacts_applied
+from sdtune.loaders.controlnet import load_applicable_controlnet
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.methods import ControlNet, Full, LoRA, TextualInversion
 from sdtune.sampling.loop import Request, Sampling, generate
 
@@ -51,13 +52,10 @@ def trained(model: Any, data: Any, folder: Path, name: str) -> Path:
 
 def generated(source: Pretrained, files: list[Path], strength: float, net: Path | None, maps: Any) -> np.ndarray:
     backbone = source.load()
-    loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(file)) for file in files])
-    nets = controlnets.load_controlnets(backbone, source, [str(net)] if net else [])
-    request = Request(PROMPT, SEED, (maps,) if net else ())
-    with (
-        controlnets.controlnets_applied(backbone, nets, [1.0] * len(nets)),
-        adapters.adapters_applied(backbone, loaded, [strength] * len(files)),
-    ):
+    loaded = load_adapters(backbone, [AdapterFile(str(file), strength) for file in files], source)
+    nets = [load_applicable_controlnet(backbone, source, str(net))] if net else []
+    request = Request(PROMPT, SEED, {"control": maps} if net else {})
+    with artifacts_applied(backbone, [*nets, *loaded]):
         return next(generate(backbone, [request], SETTINGS))
 
 

@@ -25,7 +25,9 @@ def test_steps_are_those_of_the_epochs(tiny: Path, images: Path, tmp_path: Path)
     assert train(*arguments(tiny, images, run, *common, "trainer.epochs=2")) == 0
     assert train(*arguments(tiny, images, same, *common, "trainer.max_steps=6")) == 0
     assert steps(run) == 6
-    assert [(row["loss"], row["lr/unet"]) for row in rows(run)] == [(row["loss"], row["lr/unet"]) for row in rows(same)]
+    assert [(row["loss"], row["lr/denoiser"]) for row in rows(run)] == [
+        (row["loss"], row["lr/denoiser"]) for row in rows(same)
+    ]
 
 
 def test_run_is_extended_by_epochs_or_by_steps(

@@ -116,15 +116,15 @@ def test_v_prediction_is_marked_in_files_whose_shapes_do_not_imply_it(
 
 @pytest.mark.parametrize("format_name", ["pipeline", "single_file"])
 def test_lora_is_merged_with_its_strength(base: Path, tmp_path: Path, format_name: Any) -> None:
-    from sdtune.loaders import lora as adapters
+    from sdtune.loaders.artifact import artifacts_applied
+    from sdtune.loaders.lora import AdapterFile, load_adapters
 
     file = lora(base, tmp_path)
     exported = written(Export(format_name, dtype="fp32", strength=0.5), file, base, tmp_path / "out")
     config = {"config": str(base)} if format_name == "single_file" else {}
     source = Pretrained(str(base))
     backbone = source.load()
-    loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(file))])
-    with adapters.adapters_applied(backbone, loaded, [0.5]):
+    with artifacts_applied(backbone, load_adapters(backbone, [AdapterFile(str(file), 0.5)], source)):
         expected = next(generate(backbone, *IMAGE))
     assert close(generated(Pretrained(str(exported), **config)), expected)
     assert not close(expected, generated(source))

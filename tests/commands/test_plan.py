@@ -21,6 +21,7 @@ from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.single_file import included_configs
 from sdtune.commands import plan as plan_command
 from sdtune.commands.plan import most_expensive
+from sdtune.conditioning import Conditioning
 from sdtune.config.compose import compose, search_path
 from sdtune.methods import Full, LoRA
 from sdtune.paths import config_folder
@@ -57,9 +58,9 @@ def full() -> TrainingCosts:
 @pytest.mark.parametrize(
     ("group", "expected"),
     [
-        ("sd15", {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}),
-        ("sd21", {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}),
-        ("sdxl", {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}),
+        ("sd15", {"denoiser": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}),
+        ("sd21", {"denoiser": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863}),
+        ("sdxl", {"denoiser": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}),
     ],
 )
 def test_shipped_configs_have_the_sizes_of_the_models(group: str, expected: dict[str, int]) -> None:
@@ -79,7 +80,7 @@ def test_forward_pass_of_the_sd15_unet_has_401_6_gmac(full: TrainingCosts) -> No
 
 
 def test_full_fine_tuning_costs_are_exact_to_the_byte(full: TrainingCosts) -> None:
-    assert parts(full) == {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
+    assert parts(full) == {"denoiser": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863}
     assert (full.total.trained, full.total.frozen) == (859_520_964, 123_060_480 + 83_653_863)
     assert full.gradients == 4 * 859_520_964
     assert 8 * 859_520_964 <= full.state < 8.001 * 859_520_964
@@ -120,9 +121,10 @@ def real_step(model: LoRA | Full, side: int) -> Meter:
         "step": 0,
         "positions": [0, 1],
         "moments": torch.randn(2, 2 * facts.latent_channels, cells, cells),
-        "text": torch.randn(2, facts.max_tokens, model.backbone.unet.config.cross_attention_dim),
+        "conditions": {},
+        "conditioning": Conditioning(torch.randn(2, *model.backbone.text_shapes["states"])),
     }
-    meter = Meter([*model.parameters(), *model.buffers(), batch["moments"], batch["text"]])
+    meter = Meter([*model.parameters(), *model.buffers(), batch["moments"], batch["conditioning"].states])
     with meter:
         model.training_step(batch, 0).backward()
     return meter
@@ -192,7 +194,7 @@ def test_costs_grow_with_the_unet_config(tiny: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
     before, after = (training_costs("method=full", "backbone=sd15", f"backbone.path={path}") for path in (tiny, wider))
     unet = UNet2DConditionModel.from_config(config)
-    assert parts(after)["unet"] == sum(p.numel() for p in unet.parameters()) > parts(before)["unet"]
+    assert parts(after)["denoiser"] == sum(p.numel() for p in unet.parameters()) > parts(before)["denoiser"]
     assert after.plain.flop > 1.5 * before.plain.flop
     assert after.plain.activations > 1.3 * before.plain.activations
     assert after.state > before.state
@@ -252,7 +254,7 @@ def test_class_images_are_generated_before_the_model_is_loaded(tiny: Path, tmp_p
     assert (from_folder.class_images, none.class_images) == (None, None)
     assert generated.class_images is not None
     count = parts(generated)
-    assert generated.class_images.weights == 2 * count["unet"] + 4 * count["vae"]
+    assert generated.class_images.weights == 2 * count["denoiser"] + 4 * count["vae"]
     assert generated.class_images.encoders == 2 * count["text_encoder"]
     # The upper bound allows 1024 bytes of latents and activations per pixel, for 64 images of 32x32 in one batch.
     assert 0 < generated.class_images.single < generated.class_images.activations < 64 * 32 * 32 * 1024
@@ -421,8 +423,8 @@ def test_plan_needs_no_weights_and_writes_no_files(
     assert output.err == ""
     lines = output.out.splitlines()
     assert lines[0] == "full on sdxl: 1024x1024 pixels, batch 1, bf16-mixed, 1 GPU"
-    unet = next(line for line in lines if line.startswith("unet"))
-    assert unet.split()[:4] == ["unet", "0", "2,567,463,684", "2,567,463,684"]
+    unet = next(line for line in lines if line.startswith("denoiser"))
+    assert unet.split()[:4] == ["denoiser", "0", "2,567,463,684", "2,567,463,684"]
     assert next(line for line in lines if line.startswith("total")).split()[3] == "3,468,837,867"
     assert list(tmp_path.iterdir()) == []
 

@@ -70,7 +70,7 @@ def test_run_writes_previews_metrics_and_a_controlnet_that_samples(
 
 def test_resumed_run_equals_uninterrupted_run(tiny: Path, drawings: Path, tmp_path: Path) -> None:
     full, resumed = tmp_path / "full", tmp_path / "resumed"
-    more = ["method.unet=decoder", "method.unet_lr=1e-3", "data.flip=true"]
+    more = ["method.denoiser=decoder", "method.denoiser_lr=1e-3", "data.flip=true"]
     assert train(*command(tiny, drawings, full, *more, "trainer.max_steps=4")) == 0
     assert train(*command(tiny, drawings, resumed, *more, "trainer.max_steps=2")) == 0
     assert train(f"resume={resumed}", "trainer.max_steps=4") == 0

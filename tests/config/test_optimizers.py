@@ -22,7 +22,7 @@ NAMES = sorted(path.stem for path in (config_folder() / "optimizer").glob("*.yam
 def test_optimizer_trains_from_its_config(tiny: Path, images: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     assert train(*arguments(tiny, images, run, f"optimizer={name}", "trainer.max_steps=3")) == 0
-    assert all(float(row["lr/unet"]) > 0 for row in rows(run))
+    assert all(float(row["lr/denoiser"]) > 0 for row in rows(run))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,9 +21,11 @@ def test_stored_tensor_is_read_back(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path / "a" / "b")
     value = torch.randn(3, 4).t()  # not contiguous
     assert "key" not in cache
-    cache.put("key", value)
+    cache.put("key", {"states": value, "mask": value > 0})
     assert "key" in cache
-    assert torch.equal(TensorCache(tmp_path / "a" / "b").get("key"), value)
+    read = TensorCache(tmp_path / "a" / "b").get("key")
+    assert torch.equal(read["states"], value)
+    assert torch.equal(read["mask"], value > 0)
     assert "another" not in cache
 
 
@@ -31,23 +33,23 @@ def test_every_key_has_a_separate_file_below_the_folder(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     keys = ["", "a/b", "../a", "a\0b", "é" * 500, "a", "A"]
     for i, key in enumerate(keys):
-        cache.put(key, torch.tensor([i]))
-    assert [int(cache.get(key)) for key in keys] == list(range(len(keys)))
+        cache.put(key, {"x": torch.tensor([i])})
+    assert [int(cache.get(key)["x"]) for key in keys] == list(range(len(keys)))
     assert all(path.is_relative_to(tmp_path) for path in map(cache.path, keys))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not safetensors at all"])
 def test_error_for_damaged_entry_names_its_file(tmp_path: Path, damage) -> None:
     cache = TensorCache(tmp_path)
-    cache.put("key", torch.randn(64))
+    cache.put("key", {"x": torch.randn(64)})
     cache.path("key").write_bytes(damage(cache.path("key").read_bytes()))
     with pytest.raises(UserError, match=rf"^{cache.path('key')}: damaged cache entry .*delete this file") as caught:
         cache.get("key")
     assert "\n" not in str(caught.value)
 
 
-def encode(items: Sequence[str]) -> Tensor:
-    return torch.tensor([[float(len(item))] for item in items])
+def encode(items: Sequence[str]) -> list[dict[str, Tensor]]:
+    return [{"x": torch.tensor([float(len(item))])} for item in items]
 
 
 def test_batches_with_missing_items_are_encoded_completely(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_batches_with_missing_items_are_encoded_completely(tmp_path: Path) -> No
     calls: list[list[str]] = []
     done: list[int] = []
 
-    def recorded(items: Sequence[str]) -> Tensor:
+    def recorded(items: Sequence[str]) -> list[dict[str, Tensor]]:
         calls.append(list(items))
         return encode(items)
 
@@ -65,7 +67,7 @@ def test_batches_with_missing_items_are_encoded_completely(tmp_path: Path) -> No
     # The first batch is the same as without the stored item, so that the values of the others are the same too.
     assert calls == [["a"], ["a", "aa", "aaa"], ["aaaa", "aaaaa"]]
     assert done == [2, 2]
-    assert [float(cache.get(key)) for key in items] == [1, 2, 3, 4, 5]
+    assert [float(cache.get(key)["x"]) for key in items] == [1, 2, 3, 4, 5]
     cache.fill(items, recorded, batch_size=3)
     assert len(calls) == 3
 
@@ -74,10 +76,8 @@ def test_batches_with_missing_items_are_encoded_completely(tmp_path: Path) -> No
 def test_output_that_is_not_finite_is_refused_and_not_stored(tmp_path: Path, value: float) -> None:
     cache = TensorCache(tmp_path)
 
-    def broken(items: Sequence[str]) -> Tensor:
-        out = encode(items)
-        out[[item == "bad.png" for item in items]] = value
-        return out
+    def broken(items: Sequence[str]) -> list[dict[str, Tensor]]:
+        return [{"y": torch.tensor([value if item == "bad.png" else 1.0]), "z": torch.ones(1)} for item in items]
 
     with pytest.raises(UserError, match=r"^bad\.png: .*not finite"):
         cache.fill({"g": "good.png", "b": "bad.png"}, broken, batch_size=2)
@@ -101,8 +101,8 @@ def test_threads_that_write_the_same_entry_leave_one_complete_file(tmp_path: Pat
     cache = TensorCache(tmp_path)
     value = torch.arange(50_000.0)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: cache.put("key", value), range(64)))
-    assert torch.equal(cache.get("key"), value)
+        list(pool.map(lambda _: cache.put("key", {"x": value}), range(64)))
+    assert torch.equal(cache.get("key")["x"], value)
     assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
 
 
@@ -112,12 +112,12 @@ def test_processes_that_write_the_same_entry_leave_one_complete_file(tmp_path: P
         "import sys, torch; from pathlib import Path; from sdtune.data.cache import TensorCache\n"
         "cache = TensorCache(Path(sys.argv[1]))\n"
         "for _ in range(10):\n"
-        "    cache.put('key', torch.arange(50_000.0)); assert cache.get('key')[-1] == 49_999\n"
+        "    cache.put('key', {'x': torch.arange(50_000.0)}); assert cache.get('key')['x'][-1] == 49_999\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     cache = TensorCache(tmp_path)
-    assert torch.equal(cache.get("key"), torch.arange(50_000.0))
+    assert torch.equal(cache.get("key")["x"], torch.arange(50_000.0))
     assert [path.name for path in cache.path("key").parent.iterdir()] == [cache.path("key").name]
 
 
@@ -130,7 +130,7 @@ def test_failed_write_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Path, "write_bytes", fail_halfway)
     with pytest.raises(OSError, match="No space left"):
-        cache.put("key", torch.zeros(1))
+        cache.put("key", {"x": torch.zeros(1)})
     assert "key" not in cache
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
@@ -139,8 +139,8 @@ def test_tensors_in_memory_are_limited_by_bytes(tmp_path: Path) -> None:
     """Each entry has a quarter of the limit, so four of six entries stay in memory: those that were read last."""
     cache = TensorCache(tmp_path)
     for key in "abcdef":
-        cache.put(key, torch.zeros(MEMORY_CACHE_BYTES // 16))
-        assert cache.get(key).sum() == 0
+        cache.put(key, {"x": torch.zeros(MEMORY_CACHE_BYTES // 32), "y": torch.zeros(MEMORY_CACHE_BYTES // 32)})
+        assert cache.get(key)["x"].sum() == 0
     for key in "abcdef":
         cache.path(key).unlink()
     assert [key for key in "fedcba" if readable(cache, key)] == list("fedc")

@@ -15,7 +15,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 cache = TensorCache(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 try:
-    cache.put("key", torch.zeros(1000))
+    cache.put("key", {"x": torch.zeros(1000)})
 except OSError as error:
     assert error.filename == str(cache.path("key")), error
     assert error.strerror == "File too large", error

@@ -202,7 +202,7 @@ def test_cached_latents_and_texts_equal_encoder_outputs(folder: Path, tmp_path: 
         assert other["prompts"] == one["prompts"]
         assert other["positions"] == one["positions"]
         assert torch.equal(other["moments"], encode(one["pixels"]))
-        assert torch.equal(other["text"], text(one["prompts"]))
+        assert torch.equal(other["conditioning"].states, text(one["prompts"]).states)
 
 
 def test_trained_parts_and_turned_off_caches_are_not_cached(folder: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_trained_parts_and_turned_off_caches_are_not_cached(folder: Path, tmp_pa
     assert {"pixels", "prompts"} < batches(data)[0].keys()
     data = opened(folder)
     data.prepare(encoders(tmp_path / "cache"))
-    assert not {"moments", "text"} & batches(data)[0].keys()
+    assert not {"moments", "conditioning"} & batches(data)[0].keys()
     assert not (tmp_path / "cache").exists()
 
 

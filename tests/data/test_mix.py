@@ -200,7 +200,7 @@ def test_caches_hold_all_sources(tmp_path: Path) -> None:
     data = mixed(sources, steps=20, cache_latents=True, cache_text=True)
     data.prepare(encoders(tmp_path / "cache"))
     found = batches(data)
-    assert all("moments" in batch and "text" in batch for batch in found)
+    assert all("moments" in batch and "conditioning" in batch for batch in found)
     assert {prompt for batch in found for prompt in batch["prompts"]} == {"a a", "a b x", "a b y"}
 
 

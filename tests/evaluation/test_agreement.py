@@ -83,7 +83,7 @@ def test_control_agreement_is_measured_without_a_clip(
     data.open(64, 4)
 
     def draw(_: object, requests: Sequence[Request], __: Sampling) -> list[np.ndarray]:
-        return [r.maps[0] if r.maps else np.zeros((64, 64, 3), np.uint8) for r in requests]
+        return [r.conditions.get("control", np.zeros((64, 64, 3), np.uint8)) for r in requests]
 
     monkeypatch.setattr(RunModels, "trained_images", draw)
     monkeypatch.setattr(RunModels, "base_images", draw)

@@ -223,7 +223,7 @@ def readers(world: World) -> dict[str, Reader]:
         return read
 
     def adapter(folder: Path) -> object:
-        return load_adapters(tiny.load(), [AdapterFile(str(folder / "file.safetensors"))])
+        return load_adapters(tiny.load(), [AdapterFile(str(folder / "file.safetensors"))], tiny)
 
     def initial_lora(folder: Path) -> object:
         method = LoRA(backbone=tiny, weights=str(folder / "file.safetensors"))

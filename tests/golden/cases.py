@@ -136,8 +136,8 @@ CASES: dict[str, list[Command]] = {
     "controlnet_opened": [
         _train(
             "experiment=controlnet_segmentation",
-            "method.unet=decoder",
-            "method.unet_lr=1e-5",
+            "method.denoiser=decoder",
+            "method.denoiser_lr=1e-5",
             "data.images=16",
             "data.batch_size=4",
             "evaluation.images=4",
@@ -151,7 +151,7 @@ CASES: dict[str, list[Command]] = {
             "backbone.path={sdxl}",
             "method=lora",
             "method.targets=[cross_attention,feed_forward,convolutions,text_encoder]",
-            "method.blocks={unet.mid_block: {rank: 2}}",
+            "method.blocks={denoiser.mid_block: {rank: 2}}",
             "method.text_encoder_lr=1e-4",
             "data.batch_size=2",
             "data.resolution=64",
@@ -164,7 +164,7 @@ CASES: dict[str, list[Command]] = {
         _train("backbone=sd21", "backbone.path={sd2}", "method=lora", "method.rank=4", "data.batch_size=2", *_FOLDER),
         *_exported("kohya"),
     ],
-    "full_sd1": [_train("method=full", "method.parts=[unet,text_encoder]", "data.hold_out=5", *_SD1)],
+    "full_sd1": [_train("method=full", "method.parts=[denoiser,text_encoder]", "data.hold_out=5", *_SD1)],
     "words_beside_lora": [
         _train(
             "method=lora",

@@ -22,6 +22,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.errors import UserError
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.loaders import lora as adapters
+from sdtune.loaders.artifact import artifacts_applied
 from sdtune.methods import LoRA
 from sdtune.sampling.loop import Sampling
 
@@ -116,16 +117,17 @@ def test_diffusers_in_another_process_generates_the_same_images(
 
 
 def test_applied_lora_is_removed_bit_for_bit_and_strengths_add_up(tiny: Path, artifact: Path) -> None:
-    backbone = Pretrained(str(tiny)).load()
+    source = Pretrained(str(tiny))
+    backbone = source.load()
     originals = {name: value.clone() for name, value in backbone.state_dict().items()}
+    files = [(FILE_NAME, 0.25), ("fox.safetensors", 0.5)]
     loras = adapters.load_adapters(
-        backbone,
-        [adapters.AdapterFile(str(artifact / FILE_NAME)), adapters.AdapterFile(str(artifact / "fox.safetensors"))],
+        backbone, [adapters.AdapterFile(str(artifact / name), strength) for name, strength in files], source
     )
-    with adapters.adapters_applied(backbone, loras, [0.25, 0.5]):
+    with artifacts_applied(backbone, loras):
         both_applied = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(torch.equal(value, originals[name]) for name, value in backbone.state_dict().items())
-    with adapters.adapters_applied(backbone, loras[:1], [0.75]):
+    with artifacts_applied(backbone, loras[:1], 3):
         one_applied = {name: value.clone() for name, value in backbone.state_dict().items()}
     changed = {name for name, value in one_applied.items() if not torch.equal(value, originals[name])}
     assert changed == {name for name, value in both_applied.items() if not torch.equal(value, originals[name])}
@@ -133,7 +135,7 @@ def test_applied_lora_is_removed_bit_for_bit_and_strengths_add_up(tiny: Path, ar
     assert any(name.startswith("text_encoder.") for name in changed)
     for name in changed:
         torch.testing.assert_close(both_applied[name], one_applied[name], rtol=0, atol=1e-6)
-    with pytest.raises(RuntimeError, match="inside"), adapters.adapters_applied(backbone, loras, [1.0, 1.0]):
+    with pytest.raises(RuntimeError, match="inside"), artifacts_applied(backbone, loras):
         raise RuntimeError("inside")
     assert all(torch.equal(value, originals[name]) for name, value in backbone.state_dict().items())
 
@@ -156,8 +158,8 @@ def test_strength_of_an_embedding_is_warned_about(
 ) -> None:
     save_file({"<my_cat>": torch.ones(2, 32)}, tmp_path / "cat.safetensors")
     files = [adapters.AdapterFile(str(path), 0.5) for path in (artifact / FILE_NAME, tmp_path / "cat.safetensors")]
-    loaded = adapters.load_adapters(Pretrained(str(tiny)).load(), files)
-    adapters.warn_about_unused_strengths(files, loaded)
+    source = Pretrained(str(tiny))
+    adapters.load_adapters(source.load(), files, source)
     assert [record.getMessage() for record in caplog.records] == [
         f"WARNING: adapters: strength 0.5 has no effect on the embedding {tmp_path}/cat.safetensors"
     ]
@@ -167,11 +169,14 @@ def test_strength_of_an_embedding_is_warned_about(
 def test_embeddings_in_a_lora_file_of_onetrainer_are_loaded(tiny: Path, tmp_path: Path, suffix: str) -> None:
     tensors, vectors = load_file(lora(tiny, tmp_path / "lora")), torch.ones(2, 32)
     save_file({**tensors, f"bundle_emb.<my.cat>.{suffix}": vectors}, tmp_path / "both.safetensors")
-    backbone = Pretrained(str(tiny)).load()
-    [loaded] = adapters.load_adapters(backbone, [adapters.AdapterFile(str(tmp_path / "both.safetensors"))])
+    source = Pretrained(str(tiny))
+    backbone = source.load()
+    words, loaded = adapters.AdapterFile(str(tmp_path / "both.safetensors")).load(backbone, source)
     assert loaded.weights.pairs
-    assert loaded.words.keys() == {"<my.cat>"}
-    assert torch.equal(backbone.new_token_vectors[0], vectors)
+    assert words.vectors.keys() == {"<my.cat>"}
+    with words.applied(backbone):
+        assert torch.equal(backbone.new_token_vectors[0], vectors)
+    assert backbone.new_token_vectors == []
     save_file({**tensors, "bundle_emb.<my.cat>.clip_l_out": vectors}, tmp_path / "out.safetensors")
     with pytest.raises(UserError, match=r"embedding '<my\.cat>' has clip_l_out, which sdtune does not support"):
-        adapters.load_adapters(backbone, [adapters.AdapterFile(str(tmp_path / "out.safetensors"))])
+        adapters.AdapterFile(str(tmp_path / "out.safetensors")).load(backbone, source)

@@ -33,7 +33,7 @@ def test_loss_and_gradients_equal_plain_diffusers(tiny: Path) -> None:
     prompts, positions, step = ["a red fox", ""], [4, 5], 7
     model = Full(backbone=Pretrained(str(tiny)), seed=11)
     model.configure_model()
-    batch = {"prompts": prompts, "step": step, "positions": positions, "pixels": pixels}
+    batch = {"prompts": prompts, "step": step, "positions": positions, "pixels": pixels, "conditions": {}}
     loss = model.losses(batch)
     loss.mean().backward()
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_plain_diffusers(tiny: Path) -> None:
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     reference = dict(pipe.unet.named_parameters())
-    for name, p in model.backbone.unet.named_parameters():
+    for name, p in model.backbone.denoiser.named_parameters():
         torch.testing.assert_close(p.grad, reference[name].grad, rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ class RecordDtypes(Callback):
         self.trained = {p.dtype for name, p in pl_module.named_parameters() if name in names}
         self.frozen = {
             part: {p.dtype for p in getattr(pl_module.backbone, part).parameters() if not p.requires_grad}
-            for part in ("unet", "text_encoder", "vae")
+            for part in ("denoiser", "text_encoder", "vae")
         }
 
 
@@ -112,7 +112,7 @@ def test_bf16_mixed_casts_only_frozen_weights(tiny: Path, images: Path) -> None:
         check_val_every_n_epoch=None,
     )
     assert dtypes.trained == {torch.float32}
-    assert dtypes.frozen == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    assert dtypes.frozen == {"denoiser": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
     assert trainer.global_step == 2
     assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
     assert all(gradient.dtype == torch.float32 for gradient in spy.gradients[0].values())
@@ -171,17 +171,17 @@ def test_data_module_can_be_reused_with_a_second_model(tiny: Path, images: Path)
     """The caches of the first model are not used by a model that trains the VAE and the text encoder."""
     data, spy = folder_data(images), Spy()
     fit(LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-3)), data, 1)
-    model = Full(backbone=Pretrained(str(tiny)), parts=["unet", "text_encoder", "vae"], optimizer=adamw(1e-3))
+    model = Full(backbone=Pretrained(str(tiny)), parts=["denoiser", "text_encoder", "vae"], optimizer=adamw(1e-3))
     fit(model, data, 1, [spy])
     assert all(gradient.any() for gradient in spy.gradients[0].values())
 
 
 def test_untrained_random_component_is_refused(tiny: Path, images: Path) -> None:
-    source = Pretrained(str(tiny), from_scratch=["unet", "text_encoder"])
-    model = Full(backbone=source, parts=["unet"], optimizer=adamw(1e-3))
+    source = Pretrained(str(tiny), from_scratch=["denoiser", "text_encoder"])
+    model = Full(backbone=source, parts=["denoiser"], optimizer=adamw(1e-3))
     with pytest.raises(UserError, match=r"^backbone\.from_scratch: text_encoder has random weights"):
         check_trainable(model, folder_data(images))
-    check_trainable(Full(backbone=source, parts=["unet", "text_encoder"]), folder_data(images))
+    check_trainable(Full(backbone=source, parts=["denoiser", "text_encoder"]), folder_data(images))
 
 
 def test_concrete_method_must_set_denoiser_is_read_only() -> None:

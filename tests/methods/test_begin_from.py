@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from families import Family, build_family
 from running import arguments, train
 from sdtune.backbone import Pretrained
-from sdtune.backbone.layers import layers
+from sdtune.backbone.layers import layers, module_path
 from sdtune.backbone.new_token_vectors import token_vectors
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.errors import UserError
 from sdtune.exporting import Export, find_artifact
-from sdtune.formats import canonical, diffusers_lora
+from sdtune.formats import diffusers_lora
 from sdtune.methods import ControlNet, LoRA, TextualInversion
 
 
@@ -59,8 +59,8 @@ def kohya_file(backbone: Any, path: Path, parts: tuple[str, ...] = KOHYA_LAYERS)
     for component, name, layer in layers(backbone):
         if not any(part in f"{component}.{name}" for part in parts):
             continue
-        prefix = {"unet": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}[component]
-        key = f"lora_{prefix}_{canonical(f'{component}.{name}').partition('.')[2].replace('.', '_')}"
+        prefix = {"denoiser": "unet", "text_encoder": "te1" if sdxl else "te", "text_encoder_2": "te2"}[component]
+        key = f"lora_{prefix}_{module_path(backbone, component, name).partition('.')[2].replace('.', '_')}"
         out_features, in_shape = layer.weight.shape[0], layer.weight.shape[1:]
         tensors[f"{key}.lora_down.weight"] = torch.randn(4, *in_shape, generator=rng)
         ups = torch.randn(out_features, 4, *[1] * (len(in_shape) - 1), generator=rng)
@@ -116,8 +116,8 @@ def test_layers_and_ranks_that_are_set_must_fit_the_file(tiny: Path, tmp_path: P
 def test_pairs_without_effect_and_ranks_of_a_block_name_what_to_set(tiny: Path, tmp_path: Path) -> None:
     source, file = Pretrained(str(tiny)), tmp_path / "it.safetensors"
     tensors = kohya_file(source.load(), file, (".attn1.", ".attn2."))
-    blocks: dict[str, Any] = {"unet.mid_block": {"rank": 8}}
-    with pytest.raises(UserError, match=r"set method\.blocks\.unet\.mid_block\.rank=4, or remove"):
+    blocks: dict[str, Any] = {"denoiser.mid_block": {"rank": 8}}
+    with pytest.raises(UserError, match=r"set method\.blocks\.denoiser\.mid_block\.rank=4, or remove"):
         LoRA(backbone=source, weights=str(file), blocks=blocks).configure_model()
     save_file({key: torch.zeros(()) if key.endswith("alpha") else value for key, value in tensors.items()}, file)
     with pytest.raises(UserError, match=r"^method\.weights: it\.safetensors has alpha 0, .*method\.alpha_policy=rank"):

@@ -163,11 +163,11 @@ def test_unet_that_is_only_read_is_loaded_in_half_precision(
     case: Case, tiny: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training gives bit-identical weights if the UNet is loaded in float32 and cast afterwards."""
-    unet_dtypes, load = [], Pretrained.load
+    denoiser_dtypes, load = [], Pretrained.load
 
-    def recording_load(self: Pretrained, seed: int = 0, unet: torch.dtype | None = None) -> Any:
-        unet_dtypes.append(unet)
-        return load(self, seed, unet)
+    def recording_load(self: Pretrained, seed: int = 0, denoiser: torch.dtype | None = None) -> Any:
+        denoiser_dtypes.append(denoiser)
+        return load(self, seed, denoiser)
 
     def train_tensors() -> dict[str, Tensor]:
         model = case.model(tiny)
@@ -176,12 +176,12 @@ def test_unet_that_is_only_read_is_loaded_in_half_precision(
 
     monkeypatch.setattr(Pretrained, "load", recording_load)
     trained = train_tensors()
-    assert unet_dtypes[0] == (torch.bfloat16 if case.kind.denoiser_is_read_only else None)
+    assert denoiser_dtypes[0] == (torch.bfloat16 if case.kind.denoiser_is_read_only else None)
     if case.kind.denoiser_is_read_only:
         case = Float32Unet(case.name, case.settings)
-    unet_dtypes.clear()
+    denoiser_dtypes.clear()
     reference = train_tensors()
-    assert unet_dtypes[0] is None
+    assert denoiser_dtypes[0] is None
     assert all(
         tensor.dtype == torch.float32 and torch.equal(tensor, reference[name]) for name, tensor in trained.items()
     )
@@ -209,7 +209,7 @@ def merge(model: Any, pipe: Any) -> None:
     trainable = {name.removeprefix("backbone."): p.detach() for name, p in model.trainable()}
     for name in (name for name in trainable if name.endswith(".lora_A.default.weight")):
         component, path = name.removesuffix(".lora_A.default.weight").split(".", 1)
-        weight = getattr(pipe, component).get_submodule(path).weight
+        weight = getattr(pipe, "unet" if component == "denoiser" else component).get_submodule(path).weight
         weight.data += product(trainable[name.replace("lora_A", "lora_B")], trainable[name]).view(weight.shape)
 
 
@@ -238,14 +238,14 @@ class DiffusersStep:
         noise = model.noise(shape, "train/noise", 0, batch["positions"])
         times = timesteps(1000, 0, "train", 0, batch["positions"], torch.device("cpu"))
         noisy = pipe.scheduler.add_noise(clean, noise, times)
-        models, residuals = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}, {}
+        models, residuals = {"denoiser": pipe.unet, "text_encoder": pipe.text_encoder}, {}
         if hasattr(pipe, "text_encoder_2"):
             models["text_encoder_2"] = pipe.text_encoder_2
         if (artifact / "it" / "config.json").is_file():
             models["controlnet"] = net = ControlNetModel.from_pretrained(artifact / "it", local_files_only=True)
-            down, mid = net(noisy, times, text, batch["control"], return_dict=False, **conditions)
+            down, mid = net(noisy, times, text, batch["conditions"]["control"], return_dict=False, **conditions)
             if (artifact / "it" / "unet").is_dir():  # a UNet that was trained with the ControlNet
-                models["unet"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
+                models["denoiser"] = pipe.unet = UNet2DConditionModel.from_pretrained(artifact / "it" / "unet")
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         output = pipe.unet(noisy, times, encoder_hidden_states=text, **conditions, **residuals).sample
         velocity = pipe.scheduler.config.prediction_type == "v_prediction"
@@ -360,15 +360,12 @@ def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
 
     model.artifact(tmp_path / "artifact", "mine")
     size = (model.backbone.facts.side,) * 2
-    maps = (data.control.map(data.train[0], size),) if data.control is not None else ()
-    requests = [Request("a fox <new>", 3, maps)]
+    conditions = {"control": data.control.map(data.train[0], size)} if data.control is not None else {}
+    requests = [Request("a fox <new>", 3, conditions)]
     settings = Sampling(steps=2, guidance=3.0)
     model.eval()
 
-    def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, control_maps: Any) -> Tensor:
-        return model.denoise(noisy, timestep, text, {"control": control_maps[0]} if control_maps else {})
-
-    [live_image] = generate(model.backbone, requests, settings, denoise)
+    [live_image] = generate(model.backbone, requests, settings, model.denoise)
     with RunModels(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")).trained() as loaded:
         [loaded_image] = generate(loaded, requests, settings)
     base = Pretrained(str(folder)).load()

@@ -28,6 +28,7 @@ from sdtune.backbone.controlnet_files import embedding_widths
 from sdtune.data.control.edges import Canny
 from sdtune.errors import UserError
 from sdtune.loaders import controlnet as controlnets
+from sdtune.loaders.artifact import artifacts_applied
 from sdtune.methods import ControlNet
 from sdtune.sampling.loop import Request, Sampling, generate
 from sdtune.sampling.run_models import RunModels
@@ -59,9 +60,9 @@ def predict(model: ControlNet, maps: Tensor | None = None) -> Tensor:
     rng = torch.Generator().manual_seed(1)
     noisy = torch.randn(2, 4, 8, 8, generator=rng)
     text = model.backbone.encode_text(["a fox", "two foxes"])
-    batch = {} if maps is None else {"control": maps}
+    conditions = {} if maps is None else {"control": maps}
     with torch.no_grad():
-        return model.denoise(noisy, torch.tensor([3, 800]), text, batch)
+        return model.denoise(noisy, torch.tensor([3, 800]), text, conditions)
 
 
 def maps() -> Tensor:
@@ -72,7 +73,7 @@ def test_parameter_count_on_sd15() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         model = ControlNet()
-        model.__dict__["backbone"] = SimpleNamespace(unet=unet, facts=SimpleNamespace(factor=8))
+        model.__dict__["backbone"] = SimpleNamespace(denoiser=unet, facts=SimpleNamespace(factor=8))
         model.inject()
     assert sum(p.numel() for p in model.controlnet.parameters()) == 361_279_120
     assert not any(p.requires_grad for p in unet.parameters())
@@ -86,7 +87,7 @@ def test_embedding_downsamples_a_control_map_by_the_factor_of_the_vae() -> None:
 
 @pytest.mark.parametrize("unet", MODES)
 def test_untrained_controlnet_changes_nothing_and_every_residual_has_an_effect(tiny: Path, unet: str) -> None:
-    model = configured(tiny, unet=unet)
+    model = configured(tiny, denoiser=unet)
     base = predict(model)
     assert torch.equal(predict(model, maps()), base)
     zero_convolutions = [*model.controlnet.controlnet_down_blocks, model.controlnet.controlnet_mid_block]
@@ -108,18 +109,18 @@ def test_only_the_control_map_has_an_effect(tiny: Path) -> None:
 def test_initial_values_depend_only_on_seed_and_name(tiny: Path) -> None:
     first = configured(tiny)
     torch.manual_seed(99)
-    second, other_seed = configured(tiny, unet="all"), configured(tiny, seed=1)
+    second, other_seed = configured(tiny, denoiser="all"), configured(tiny, seed=1)
     for name, p in first.controlnet.named_parameters():
         assert torch.equal(p, second.controlnet.get_parameter(name))
         is_random = "controlnet_cond_embedding" in name and "conv_out" not in name
         assert torch.equal(p, other_seed.controlnet.get_parameter(name)) != is_random, name
     copied = first.controlnet.down_blocks.state_dict()
-    assert all(torch.equal(v, copied[k]) for k, v in first.backbone.unet.down_blocks.state_dict().items())
+    assert all(torch.equal(v, copied[k]) for k, v in first.backbone.denoiser.down_blocks.state_dict().items())
 
 
 @pytest.mark.parametrize("unet", MODES)
 def test_all_trainable_tensors_change_and_frozen_ones_do_not(tiny: Path, drawings: Path, unet: str) -> None:
-    model = configured(tiny, unet=unet, optimizer=adamw(1e-3))
+    model = configured(tiny, denoiser=unet, optimizer=adamw(1e-3))
     names = {name for name, _ in model.trainable()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     spy = Spy()
@@ -130,14 +131,14 @@ def test_all_trainable_tensors_change_and_frozen_ones_do_not(tiny: Path, drawing
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == names
     unet_parts = {
-        name.removeprefix("backbone.unet.").split(".")[0] for name in names if name.startswith("backbone.unet.")
+        name.removeprefix("backbone.denoiser.").split(".")[0] for name in names if name.startswith("backbone.denoiser.")
     }
     assert (
         unet_parts
         == {
             "frozen": set(),
             "decoder": {"up_blocks", "conv_norm_out", "conv_out"},
-            "all": {name.split(".")[0] for name, _ in model.backbone.unet.named_parameters()},
+            "all": {name.split(".")[0] for name, _ in model.backbone.denoiser.named_parameters()},
         }[unet]
     )
     assert not any(name.startswith(("backbone.vae", "backbone.text_encoder")) for name in names)
@@ -145,7 +146,7 @@ def test_all_trainable_tensors_change_and_frozen_ones_do_not(tiny: Path, drawing
 
 @pytest.mark.parametrize("unet", MODES)
 def test_trains_and_validates_with_frozen_weights_in_half_precision(tiny: Path, drawings: Path, unet: str) -> None:
-    model = configured(tiny, unet=unet, optimizer=adamw(1e-3))
+    model = configured(tiny, denoiser=unet, optimizer=adamw(1e-3))
     spy = Spy()
     data = folder_data(drawings, control=Canny(), hold_out=5)
     trainer_arguments: dict[str, Any] = {
@@ -155,18 +156,18 @@ def test_trains_and_validates_with_frozen_weights_in_half_precision(tiny: Path, 
     }
     fit(model, data, 2, [spy], **trainer_arguments)
     assert {p.dtype for _, p in model.trainable()} == {torch.float32}
-    frozen_dtypes = {p.dtype for p in model.backbone.unet.parameters() if not p.requires_grad}
+    frozen_dtypes = {p.dtype for p in model.backbone.denoiser.parameters() if not p.requires_grad}
     assert frozen_dtypes == (set() if unet == "all" else {torch.bfloat16})
     assert all(0 < loss < 10 for loss in (*spy.losses, *spy.validation))
 
 
 def test_unet_has_a_separate_learning_rate(tiny: Path, drawings: Path) -> None:
-    model = configured(tiny, unet="decoder", unet_lr=1e-6, optimizer=adamw(1e-3))
+    model = configured(tiny, denoiser="decoder", denoiser_lr=1e-6, optimizer=adamw(1e-3))
     trainer = fit(model, folder_data(drawings, control=Canny()), 1)
     groups = trainer.optimizers[0].param_groups
-    assert {group["name"]: group["lr"] for group in groups} == {"controlnet": 1e-3, "unet": 1e-6}
-    with pytest.raises(UserError, match=r"^method\.unet_lr: the UNet is frozen"):
-        ControlNet(unet_lr=1e-6)
+    assert {group["name"]: group["lr"] for group in groups} == {"controlnet": 1e-3, "denoiser": 1e-6}
+    with pytest.raises(UserError, match=r"^method\.denoiser_lr: the denoiser is frozen"):
+        ControlNet(denoiser_lr=1e-6)
 
 
 def test_data_without_control_maps_is_refused(tiny: Path, images: Path) -> None:
@@ -212,7 +213,16 @@ def diffusers_images(tiny: Path, net: Any, images: Any, strength: Any, **parts: 
 
 
 def requests(*maps: np.ndarray) -> list[Request]:
-    return [Request("a red fox", 3, maps), Request("two blue foxes", 4, maps)]
+    conditions = dict(zip(("control", "control2"), maps, strict=False))
+    return [Request("a red fox", 3, conditions), Request("two blue foxes", 4, conditions)]
+
+
+def loaded_nets(backbone: Backbone, source: Pretrained, folders: list[Path], strengths: list[float]) -> list[Any]:
+    names = ("control", "control2")
+    return [
+        controlnets.load_applicable_controlnet(backbone, source, str(folder), strength, name)
+        for folder, strength, name in zip(folders, strengths, names, strict=False)
+    ]
 
 
 def artifact(tiny: Path, folder: Path, seed: int = 2, **settings: Any) -> Path:
@@ -224,7 +234,7 @@ def artifact(tiny: Path, folder: Path, seed: int = 2, **settings: Any) -> Path:
 def test_diffusers_generates_the_same_images(
     tiny: Path, tmp_path: Path, unet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = artifact(tiny, tmp_path, unet=unet)
+    folder = artifact(tiny, tmp_path, denoiser=unet)
     control_map = drawing(2, 32, 32)
     components = {}
     if unet != "frozen":
@@ -234,16 +244,16 @@ def test_diffusers_generates_the_same_images(
     source = Pretrained(str(tiny))
     backbone = source.load()
     backbone.prepare_for_device(torch.device("cpu"))
-    unet_weights = {name: value.clone() for name, value in backbone.unet.state_dict().items()}
+    unet_weights = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
     base = float_images(backbone, requests(), monkeypatch)
-    nets = controlnets.load_controlnets(backbone, source, [str(folder)])
-    with controlnets.controlnets_applied(backbone, nets, [0.8]):
+    nets = loaded_nets(backbone, source, [folder], [0.8])
+    with artifacts_applied(backbone, nets):
         images = float_images(backbone, requests(control_map), monkeypatch)
     assert np.abs(images - expected).max() <= 1e-4
     assert np.abs(images - base).max() > 1e-2
-    with controlnets.controlnets_applied(backbone, nets, [0.0]):
+    with artifacts_applied(backbone, nets, 0.0):
         assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
-    assert all(torch.equal(value, unet_weights[name]) for name, value in backbone.unet.state_dict().items())
+    assert all(torch.equal(value, unet_weights[name]) for name, value in backbone.denoiser.state_dict().items())
     assert np.array_equal(float_images(backbone, requests(control_map), monkeypatch), base)
     with RunModels(source, tmp_path, "net", torch.device("cpu")).trained() as loaded:
         # RunModels.trained() applies the ControlNet with strength 1.
@@ -261,36 +271,34 @@ def test_residuals_of_several_controlnets_add_up_as_in_diffusers(
     expected = diffusers_images(tiny, multi, [[Image.fromarray(m) for m in control_maps]] * 2, [0.7, 0.4])
     source = Pretrained(str(tiny))
     backbone = source.load()
-    nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
-    with controlnets.controlnets_applied(backbone, nets, [0.7, 0.4]):
+    with artifacts_applied(backbone, loaded_nets(backbone, source, folders, [0.7, 0.4])):
         images = float_images(backbone, requests(*control_maps), monkeypatch)
     assert np.abs(images - expected).max() <= 1e-4
-    with controlnets.controlnets_applied(backbone, nets, [0.7, 0.0]):
+    with artifacts_applied(backbone, loaded_nets(backbone, source, folders, [0.7, 0.0])):
         assert np.abs(images - float_images(backbone, requests(*control_maps), monkeypatch)).max() > 1e-3
 
 
 def test_two_controlnets_with_trained_unets_are_refused(tiny: Path, tmp_path: Path) -> None:
-    folders = [artifact(tiny, tmp_path / str(seed), seed, unet="decoder") for seed in (2, 3)]
+    folders = [artifact(tiny, tmp_path / str(seed), seed, denoiser="decoder") for seed in (2, 3)]
     source = Pretrained(str(tiny))
     backbone = source.load()
-    nets = controlnets.load_controlnets(backbone, source, [str(f) for f in folders])
     with (
-        pytest.raises(UserError, match=r"^control: both .* contain UNet weights"),
-        controlnets.controlnets_applied(backbone, nets, [1, 1]),
+        pytest.raises(UserError, match=r"^control: both .* contain weights of the denoiser"),
+        artifacts_applied(backbone, loaded_nets(backbone, source, folders, [1, 1])),
     ):
         pass
-    with controlnets.controlnets_applied(backbone, nets, [1, 0]):
+    with artifacts_applied(backbone, loaded_nets(backbone, source, folders, [1, 0])):
         pass
 
 
 def test_artifact_has_frozen_unet_weights_in_original_precision(tiny: Path, tmp_path: Path) -> None:
-    model = with_noise(configured(tiny, unet="decoder"))
-    model.backbone.unet.conv_in.to(torch.bfloat16)
+    model = with_noise(configured(tiny, denoiser="decoder"))
+    model.backbone.denoiser.conv_in.to(torch.bfloat16)
     model.artifact(tmp_path, "net")
     written = UNet2DConditionModel.from_pretrained(tmp_path / "net" / "unet", local_files_only=True)
     base = UNet2DConditionModel.from_pretrained(tiny / "unet", local_files_only=True)
     assert torch.equal(written.conv_in.weight, base.conv_in.weight)
-    assert torch.equal(written.conv_out.weight, model.backbone.unet.conv_out.weight)
+    assert torch.equal(written.conv_out.weight, model.backbone.denoiser.conv_out.weight)
     assert not torch.equal(written.conv_out.weight, base.conv_out.weight)
 
 

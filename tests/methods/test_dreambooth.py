@@ -54,7 +54,7 @@ def test_every_micro_batch_has_pairs_of_subject_and_class_images(tiny: Path, ima
     assert len(recorded.batches) == 6
     for batch in recorded.batches:
         assert batch["subject_count"] == 2
-        assert batch["moments"].shape[0] == batch["text"].shape[0] == len(batch["prompts"]) == 4
+        assert batch["moments"].shape[0] == len(batch["conditioning"]) == len(batch["prompts"]) == 4
         assert batch["prompts"][2:] == ["a dog", "a dog"]
         assert all(prompt.startswith("picture number") for prompt in batch["prompts"][:2])
         assert batch["positions"][2:] == [p + CLASS_POSITION_OFFSET for p in batch["positions"][:2]]

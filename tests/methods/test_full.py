@@ -21,13 +21,13 @@ def test_default_trains_only_the_unet_and_writes_a_pipeline(tiny: Path, images: 
     spy = Spy()
     fit(model, folder_data(images), 2, [spy])
     names = {name for name, _ in model.trainable()}
-    assert names == {f"backbone.unet.{name}" for name, _ in model.backbone.unet.named_parameters()}
+    assert names == {f"backbone.denoiser.{name}" for name, _ in model.backbone.denoiser.named_parameters()}
     assert all(gradient.any() for gradient in spy.gradients[1].values())
 
     model.artifact(tmp_path / "artifact", "mine")
     base = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "artifact" / "mine", local_files_only=True)
-    trained = model.backbone.unet.state_dict()
+    trained = model.backbone.denoiser.state_dict()
     assert loaded.unet.state_dict().keys() == trained.keys()
     for key, value in loaded.unet.state_dict().items():
         assert torch.equal(value, trained[key].contiguous()), key
@@ -42,7 +42,7 @@ def test_default_trains_only_the_unet_and_writes_a_pipeline(tiny: Path, images: 
     assert Pretrained(str(tmp_path / "artifact" / "mine")).hash() != Pretrained(str(tiny)).hash()
 
 
-@pytest.mark.parametrize("parts", [["text_encoder"], ["vae"], ["unet", "text_encoder", "vae"]])
+@pytest.mark.parametrize("parts", [["text_encoder"], ["vae"], ["denoiser", "text_encoder", "vae"]])
 def test_any_combination_of_components_is_trained_and_written(
     tiny: Path, images: Path, tmp_path: Path, parts: list[str]
 ) -> None:
@@ -51,7 +51,7 @@ def test_any_combination_of_components_is_trained_and_written(
     spy = Spy()
     fit(model, folder_data(images), 2, [spy])
     assert {name.split(".")[1] for name, _ in model.trainable()} == set(parts)
-    rates = {"unet": 1e-3, "text_encoder": 2e-3, "vae": 3e-3}
+    rates = {"denoiser": 1e-3, "text_encoder": 2e-3, "vae": 3e-3}
     groups = model.trainer.optimizers[0].param_groups
     assert {g["name"]: g["initial_lr"] for g in groups} == {part: rates[part] for part in parts}
     without_gradient = [name for name, gradient in spy.gradients[1].items() if not gradient.any()]
@@ -60,9 +60,9 @@ def test_any_combination_of_components_is_trained_and_written(
     model.artifact(tmp_path / "artifact", "mine")
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "artifact" / "mine", local_files_only=True)
     base = StableDiffusionPipeline.from_pretrained(tiny, local_files_only=True)
-    for part in ("unet", "text_encoder", "vae"):
+    for part, folder in (("denoiser", "unet"), ("text_encoder", "text_encoder"), ("vae", "vae")):
         written, trained, original = (
-            m.state_dict() for m in (getattr(loaded, part), getattr(model.backbone, part), getattr(base, part))
+            m.state_dict() for m in (getattr(loaded, folder), getattr(model.backbone, part), getattr(base, folder))
         )
         assert written.keys() == trained.keys()
         assert all(torch.equal(value, trained[key].contiguous()) for key, value in written.items())
@@ -75,7 +75,7 @@ def test_any_combination_of_components_is_trained_and_written(
 def test_vae_is_trained_only_with_the_reconstruction_loss(tiny: Path, images: Path) -> None:
     """The VAE's gradients are those of L1 + KL, also if the UNet is trained too."""
     gradients = []
-    for parts in (["vae"], ["unet", "vae"]):
+    for parts in (["vae"], ["denoiser", "vae"]):
         spy = Spy()
         fit(Full(backbone=Pretrained(str(tiny)), parts=parts, optimizer=adamw(0.0)), folder_data(images), 1, [spy])
         gradients.append({k: v for k, v in spy.gradients[0].items() if ".vae." in k})

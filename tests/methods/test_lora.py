@@ -49,12 +49,12 @@ def test_parameter_count_per_rank_on_sd15() -> None:
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.requires_grad_(False)
     model = LoRA(rank=1)
-    model.__dict__["backbone"] = SimpleNamespace(unet=unet, encoders={})
+    model.__dict__["backbone"] = SimpleNamespace(denoiser=unet, encoders={}, denoiser_folder="unet")
     model.inject()
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 199_296
 
 
-ATTENTION = r"unet\.(down|mid|up)_block.*\.attn{}\.(to_q|to_k|to_v|to_out\.0)"
+ATTENTION = r"denoiser\.(down|mid|up)_block.*\.attn{}\.(to_q|to_k|to_v|to_out\.0)"
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,17 @@ ATTENTION = r"unet\.(down|mid|up)_block.*\.attn{}\.(to_q|to_k|to_v|to_out\.0)"
         ({"targets": ["cross_attention"]}, ATTENTION.format(2)),
         ({"targets": ["self_attention"]}, ATTENTION.format(1)),
         ({}, ATTENTION.format("[12]")),
-        ({"targets": ["feed_forward"]}, r"unet\..*\.ff\.net\.(0\.proj|2)"),
+        ({"targets": ["feed_forward"]}, r"denoiser\..*\.ff\.net\.(0\.proj|2)"),
         (
             {"targets": ["convolutions"]},
-            r"unet\.(down|mid|up)_block.*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv|proj_in|proj_out)",
+            r"denoiser\.(down|mid|up)_block.*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv|proj_in|proj_out)",
         ),
         ({"targets": ["text_encoder"]}, r"text_encoder\..*\.self_attn\.(q|k|v|out)_proj"),
         (
             {"targets": ["text_encoder", "feed_forward"]},
-            r"text_encoder\..*(\.self_attn\.(q|k|v|out)_proj|\.fc[12])|unet\..*\.ff\.net\.(0\.proj|2)",
+            r"text_encoder\..*(\.self_attn\.(q|k|v|out)_proj|\.fc[12])|denoiser\..*\.ff\.net\.(0\.proj|2)",
         ),
-        ({"projections": ["q", "out"]}, r"unet\..*\.attn[12]\.(to_q|to_out\.0)"),
+        ({"projections": ["q", "out"]}, r"denoiser\..*\.attn[12]\.(to_q|to_out\.0)"),
         ({"targets": ["text_encoder"], "projections": ["k"]}, r"text_encoder\..*\.k_proj"),
     ],
 )
@@ -174,7 +174,7 @@ def test_alpha_policies_set_the_scale_of_the_update(
     """The update is scale * B A in training and in both file formats."""
     model = configured(tiny, rank=8, alpha=alpha, alpha_policy=policy)
     add_noise_to_b(model)
-    module = model.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    module = model.backbone.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     down, up = (getattr(module, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
     torch.testing.assert_close(module.get_delta_weight("default"), scale * up @ down)
     weights = model.weights()
@@ -185,7 +185,7 @@ def test_alpha_policies_set_the_scale_of_the_update(
 
 
 def test_blocks_set_rank_and_alpha_of_modules(tiny: Path) -> None:
-    blocks = {"unet.mid_block": {"rank": 6}, "unet": {"rank": 3, "alpha": 9}, "text_encoder": {"rank": 2}}
+    blocks = {"denoiser.mid_block": {"rank": 6}, "denoiser": {"rank": 3, "alpha": 9}, "text_encoder": {"rank": 2}}
     model = configured(
         tiny, rank=4, alpha=5, alpha_policy="constant", blocks=blocks, targets=["cross_attention", "text_encoder"]
     )
@@ -194,10 +194,10 @@ def test_blocks_set_rank_and_alpha_of_modules(tiny: Path) -> None:
         expected = (6, 5.0) if "mid_block" in path else (3, 9.0) if path.startswith("unet") else (2, 5.0)
         assert (weights.rank(path), weights.alphas[path]) == expected
     add_noise_to_b(model)
-    module = model.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+    module = model.backbone.denoiser.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
     assert module.scaling["default"] == 5 / 6
-    with pytest.raises(UserError, match="^method.blocks: no module below unet.mid gets a LoRA pair"):
-        configured(tiny, blocks={"unet.mid": {"rank": 2}})
+    with pytest.raises(UserError, match="^method.blocks: no module below denoiser.mid gets a LoRA pair"):
+        configured(tiny, blocks={"denoiser.mid": {"rank": 2}})
 
 
 def test_text_encoder_has_a_separate_learning_rate(tiny: Path, images: Path) -> None:
@@ -207,7 +207,7 @@ def test_text_encoder_has_a_separate_learning_rate(tiny: Path, images: Path) -> 
     )  # fmt: skip
     fit(model, folder_data(images), 1)
     groups = model.trainer.optimizers[0].param_groups
-    assert {g["name"]: g["initial_lr"] for g in groups} == {"unet": 1e-3, "text_encoder": 1e-5}
+    assert {g["name"]: g["initial_lr"] for g in groups} == {"denoiser": 1e-3, "text_encoder": 1e-5}
 
 
 def test_alpha_and_alpha_policy_must_be_consistent(tiny: Path) -> None:

@@ -198,7 +198,7 @@ def test_new_tokens_and_a_lora_are_trained_in_one_run(tiny: Path, images: Path, 
     model = LoRA(rank=2, backbone=Pretrained(str(tiny)), optimizer=adamw(1e-2), new_tokens=[DOG], tokens_lr=1e-1)
     fit(model, folder_data(images, templates=["<my_dog>, {}"]), 2)
     groups = model.trainer.optimizers[0].param_groups
-    assert [(g["name"], g["lr"] > 5e-2) for g in groups] == [("unet", False), ("tokens", True)]
+    assert [(g["name"], g["lr"] > 5e-2) for g in groups] == [("denoiser", False), ("tokens", True)]
     model.artifact(tmp_path, "mine")
     source, prompt = Pretrained(str(tiny)), "one <my_dog>"
     with_lora, without_lora = (

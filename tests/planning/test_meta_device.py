@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +36,8 @@ OVERRIDES = {
         "objective.offset_noise=0.1",
         "backbone.prediction_type=v_prediction",
     ],
-    "full": ["method.parts=[unet,text_encoder,vae]"],
-    "controlnet": ["method.unet=all", "data/control=canny"],
+    "full": ["method.parts=[denoiser,text_encoder,vae]"],
+    "controlnet": ["method.denoiser=all", "data/control=canny"],
 }
 
 
@@ -77,15 +76,12 @@ def generate(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample with a control map until the copy of the image to the CPU, which meta tensors do not support."""
     monkeypatch.setattr(sampling, "make_scheduler", lambda *_: Solver())
 
-    def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        return model.denoise(noisy, timestep, text, {"control": maps[0]})
-
-    request = Request("a fox", 0, (np.zeros((32, 32, 3), np.uint8),))
+    request = Request("a fox", 0, {"control": np.zeros((32, 32, 3), np.uint8)})
     with (
         autocast(torch.device("meta"), str(model.trainer.precision)),
         pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"),
     ):
-        list(sampling.generate(model.backbone, [request], Sampling(steps=2), denoise))
+        list(sampling.generate(model.backbone, [request], Sampling(steps=2), model.denoise))
 
 
 @pytest.mark.parametrize(
@@ -105,26 +101,24 @@ def test_masked_loss_and_controlnets_stay_on_the_device(tiny: Path, monkeypatch:
     batch["mask"] = torch.empty(2, 1, 8, 8, device="meta")
     with autocast(torch.device("meta"), str(model.trainer.precision)):
         assert model.losses(batch).device.type == "meta"
-        model.backbone.controlnets = (
-            ControlNetWithStrength(model.controlnet, 0.5),
-            ControlNetWithStrength(model.controlnet, 0.0),
+        model.backbone.conditioners = tuple(
+            ControlNetWithStrength(name, model.controlnet, 0.5) for name in ("control", "control2")
         )
         noisy, times = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
         text = model.encode_text(["a fox", ""])
-        out = sampling.predict_with_controlnets(
-            model.backbone, noisy, times, text, [batch["control"], batch["control"]]
-        )
+        maps = dict.fromkeys(("control", "control2"), batch["conditions"]["control"])
+        out = sampling.predict_with_conditions(model.backbone, noisy, times, text, maps)
     assert out.device.type == "meta"
 
 
 def add_cpu_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the backbone add a CPU tensor to the UNet's input."""
-    unet_inputs = Backbone.unet_inputs
+    denoiser_inputs = Backbone.denoiser_inputs
 
     def with_cpu_tensor(self: Backbone, noisy: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return unet_inputs(self, noisy + torch.zeros(noisy.shape), *args, **kwargs)
+        return denoiser_inputs(self, noisy + torch.zeros(noisy.shape), *args, **kwargs)
 
-    monkeypatch.setattr(Backbone, "unet_inputs", with_cpu_tensor)
+    monkeypatch.setattr(Backbone, "denoiser_inputs", with_cpu_tensor)
 
 
 def test_cpu_tensor_in_a_training_step_raises(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ def test_charts_show_what_is_chosen(opened: Opened) -> None:
     select.select_option(label="clip_image")
     assert page.evaluate("chart0.data.map((trace) => trace.visible)").count(True) == 1
     assert page.evaluate("chart0.data[0].visible") is False
-    page.locator("#curve-column").select_option("lr/unet")
-    assert page.evaluate("curve.layout.yaxis.title.text") == "lr/unet"
+    page.locator("#curve-column").select_option("lr/denoiser")
+    assert page.evaluate("curve.layout.yaxis.title.text") == "lr/denoiser"
     page.locator("#curve-column").select_option("loss")
     smooth = page.evaluate("curve.data[0].y[1]")
     page.locator("#curve-smoothing").fill("0")

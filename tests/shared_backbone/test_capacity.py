@@ -30,7 +30,7 @@ def test_costs_include_the_most_expensive_setting_of_every_job() -> None:
         planned("method.rank=16", "method.targets=[cross_attention]"),
         planned("method.rank=4", "method.targets=[feed_forward]", "method.dropout=0.1"),
         planned("method.rank=2", "method.targets=[convolutions]", "data.cache_text=false", EMA),
-        planned("method.blocks={unet.mid_block: {rank: 24}}"),
+        planned("method.blocks={denoiser.mid_block: {rank: 24}}"),
     ]
     all_targets = "method.targets=[cross_attention,self_attention,feed_forward,convolutions]"
     all_settings = planned("method.rank=24", all_targets, "method.dropout=0.1", "data.cache_text=false", EMA)

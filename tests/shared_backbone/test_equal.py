@@ -74,7 +74,7 @@ def test_shared_runs_equal_separate_runs_in_float64(
     assert distance(together / "0", together / "1", relative=False) > 1e-4
     for job in jobs:
         shared_rows, alone_rows = rows(together / job), rows(alone / job)
-        assert [row["lr/unet"] for row in shared_rows] == [row["lr/unet"] for row in alone_rows]
+        assert [row["lr/denoiser"] for row in shared_rows] == [row["lr/denoiser"] for row in alone_rows]
         assert [float(r["loss"]) for r in shared_rows] == pytest.approx(
             [float(r["loss"]) for r in alone_rows], rel=1e-6
         )
@@ -85,7 +85,7 @@ VARIANTS = {
         "method.targets=[cross_attention,self_attention,feed_forward,convolutions,text_encoder]",
         "method.alpha_policy=constant",
         "method.alpha=4,2",
-        "method.blocks={unet.mid_block: {rank: 3, alpha: 3}}",
+        "method.blocks={denoiser.mid_block: {rank: 3, alpha: 3}}",
         "method.rank=2",
     ],
     "accumulation, checkpointing and EMA": [

@@ -12,7 +12,7 @@ import torch
 from running import train
 from sdtune.errors import RunFailed
 from sdtune.shared_backbone import pool
-from sdtune.shared_backbone.batched_unet import Mode
+from sdtune.shared_backbone.batched_denoiser import Mode
 from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
 from sdtune.sweeps import job as jobs
 

@@ -332,7 +332,7 @@ def test_memory_of_a_group_counts_layers_and_ranks_of_a_file(tmp_path: Path) -> 
         (with_changes("hardware", offload=True), "hardware.offload"),
         (with_changes("hardware", num_nodes=2), "hardware.num_nodes"),
         (with_changes("method", _target_="sdtune.methods.ControlNet"), "method: ControlNet"),
-        (with_changes("backbone", from_scratch=["unet"]), "backbone.from_scratch"),
+        (with_changes("backbone", from_scratch=["denoiser"]), "backbone.from_scratch"),
         (with_changes("trainer", detect_anomaly=True), "trainer.detect_anomaly"),
         (
             {**with_changes("method", _target_=f"{__name__}.Wider"), "trust": [__name__]},

@@ -11,7 +11,7 @@ import pytest
 
 from running import arguments, rows, train
 from sdtune.runs.trials import STUDY, storage
-from sdtune.shared_backbone import batched_unet as joint
+from sdtune.shared_backbone import batched_denoiser as joint
 
 
 @pytest.mark.slow
@@ -19,14 +19,14 @@ def test_next_trial_replaces_a_pruned_one(
     tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_sizes: list[int] = []
-    call = joint.BatchedUNet.__call__
+    call = joint.BatchedDenoiser.__call__
 
-    def spy(self: joint.BatchedUNet, pairs: Any, inputs: Any, mode: joint.Mode, seeds: Any) -> Any:
+    def spy(self: joint.BatchedDenoiser, pairs: Any, inputs: Any, mode: joint.Mode, seeds: Any) -> Any:
         if mode.gradients:
             batch_sizes.append(len(inputs))
         return call(self, pairs, inputs, mode, seeds)
 
-    monkeypatch.setattr(joint.BatchedUNet, "__call__", spy)
+    monkeypatch.setattr(joint.BatchedDenoiser, "__call__", spy)
     sweep = tmp_path / "sweep"
     overrides = arguments(tiny, images, tmp_path, "name=mine", "trainer.max_steps=6", f"hydra.sweep.dir={sweep}")
     overrides = [a for a in overrides if not a.startswith(("hydra.run.dir", "method.rank"))]

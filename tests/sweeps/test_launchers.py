@@ -35,7 +35,7 @@ def test_launcher_runs_all_jobs_and_reports_a_failed_one(
     }
     assert states == {"0": "done", "1": "failed", "2": "done"}, log.read_text(encoding="utf-8")
     for job, rate in (("0", 1e-3), ("2", 1e-4)):
-        assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
+        assert [float(r["lr/denoiser"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
     assert "job 1 (optimizer.lr=1e+30) failed: step 2: the loss or its gradient is not finite" in log.read_text(
         encoding="utf-8"
     )

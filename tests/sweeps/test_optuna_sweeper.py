@@ -48,7 +48,7 @@ def test_search_reports_its_best_trial(settings: list[str], tmp_path: Path, caps
     assert len(complete) >= 2
     for trial in study_trials:
         job = sweep / str(trial.number)
-        rates = [float(r["lr/unet"]) for r in rows(job) if r["lr/unet"]]
+        rates = [float(r["lr/denoiser"]) for r in rows(job) if r["lr/denoiser"]]
         assert rates == [pytest.approx(trial.params["optimizer.lr"])] * len(rates)
         assert 1e-3 <= trial.params["optimizer.lr"] <= 1e-1
         state = json.loads((job / "job.json").read_text(encoding="utf-8"))["state"]

@@ -97,7 +97,7 @@ def test_failed_job_is_reported_and_the_others_run(
     assert captured.err.splitlines()[-1] == f"sdtune: run the failed jobs again with: sdtune train -m resume={sweep}"
     assert states(sweep) == {"0": "done", "1": "failed", "2": "done"}
     assert [len(rows(sweep / job)) for job in ("0", "2")] == [3, 3]
-    rates = [float(rows(sweep / job)[-1]["lr/unet"]) for job in ("0", "2")]
+    rates = [float(rows(sweep / job)[-1]["lr/denoiser"]) for job in ("0", "2")]
     assert rates == [pytest.approx(1e-3), pytest.approx(1e-4)]
 
 
@@ -243,7 +243,7 @@ def test_each_job_on_two_devices_uses_its_own_learning_rate(settings: list[str],
     process = start(log, *overrides, "optimizer.lr=1e-3,1e-4", "hardware.devices=2,1")
     assert process.wait(timeout=280) == 0, log.read_text(encoding="utf-8")
     for job, rate, devices in (("0", 1e-3, 2), ("1", 1e-3, 1), ("2", 1e-4, 2), ("3", 1e-4, 1)):
-        assert [float(r["lr/unet"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
+        assert [float(r["lr/denoiser"]) for r in rows(sweep / job)] == [pytest.approx(rate)] * 3
         assert json.loads((sweep / job / "metrics.json").read_text(encoding="utf-8"))["steps"] == 3
         logs = sorted((sweep / job).glob("train*.log"))
         assert len(logs) == devices, "each rank has a log"

@@ -13,7 +13,7 @@ from sdtune.training.adamw_by_size import LARGE, AdamWBySize
 
 def groups(count: int) -> list[dict[str, object]]:
     halves = [nn.Parameter(torch.empty(size, device="meta")) for size in (count // 2, count - count // 2)]
-    return [{"name": "unet", "params": halves[:1]}, {"name": "text_encoder", "params": halves[1:], "lr": 1e-6}]
+    return [{"name": "denoiser", "params": halves[:1]}, {"name": "text_encoder", "params": halves[1:], "lr": 1e-6}]
 
 
 def test_states_have_eight_bits_from_the_limit() -> None:

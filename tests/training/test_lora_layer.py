@@ -120,7 +120,7 @@ class Autocast(Callback):
         def record(module: nn.Module, inputs: Any, out: Any) -> None:
             self.seen.add((torch.is_autocast_enabled("cpu"), out.sample.dtype))
 
-        pl_module.backbone.unet.register_forward_hook(record)
+        pl_module.backbone.denoiser.register_forward_hook(record)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ class Autocast(Callback):
         (Case("lora"), True),
         (Case("textual_inversion"), True),
         (Case("controlnet"), True),
-        (Case("controlnet", {"unet": "decoder"}), False),
+        (Case("controlnet", {"denoiser": "decoder"}), False),
         (Case("dreambooth"), False),
     ],
     ids=str,

@@ -30,7 +30,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny: Path, images: Pat
         )
         spy = Spy()
         fit(model, folder_data(images), 2, [spy])
-        assert model.backbone.unet.is_gradient_checkpointing is enabled
+        assert model.backbone.denoiser.is_gradient_checkpointing is enabled
         assert model.backbone.text_encoder.is_gradient_checkpointing is enabled
         gradients.append(spy.gradients[1])
     for name, gradient in gradients[0].items():

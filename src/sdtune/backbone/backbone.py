@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdtune.backbone.attention import set_attention
-from sdtune.backbone.controlnet import ControlNetWithStrength, Residuals, cast_conditions
+from sdtune.backbone.controlnet import AddedInputs, Conditioner, cast_conditions
 from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewTokens
 from sdtune.backbone.text import encoder_states, in_windows, unused_prefixes
+from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.objective.prediction import check_prediction_type
@@ -30,36 +31,38 @@ TILE = 512
 
 
 Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
-"""LoRA pairs by module name in the UNet: A [rank, in], B [out, rank] (4-D for convolutions), and their scale."""
+"""LoRA pairs by module name in the denoiser: A [rank, in], B [out, rank] (4-D for convolutions), and their scale."""
 
 
 class PairExecutor(Protocol):
-    """Predicts with a UNet that several runs share, and with the unmerged LoRA pairs of one run."""
+    """Predicts with a denoiser that several runs share, and with the unmerged LoRA pairs of one run."""
 
-    def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
-        """Output of ``unet`` for ``inputs`` (:meth:`Backbone.unet_inputs`) with LoRA ``pairs`` applied."""
+    def predict_with_pairs(self, denoiser: Any, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
+        """Output of ``denoiser`` for ``inputs`` (:meth:`Backbone.denoiser_inputs`) with LoRA ``pairs`` applied."""
 
 
 class Backbone(nn.Module):
-    """Tokenizer, text encoder, VAE, UNet and noise schedule of one Stable Diffusion model.
+    """Tokenizer, text encoder, VAE, denoiser and noise schedule of one Stable Diffusion model.
 
     Images are float [B, 3, H, W] in [-1, 1]; latents are [B, C, H / factor, W / factor], scaled to about unit
-    variance; text embeddings are [B, L, D]; ``frame`` is float32 [B, 6], SDXL's size conditions in pixels: original
-    height and width of the image, top and left of its crop, height and width of the crop.
+    variance.
     """
+
+    denoiser_folder: ClassVar[str] = "unet"
+    """Folder of the denoiser in a pipeline, which also starts the names of its modules in LoRA files."""
 
     def __init__(
         self,
         tokenizer: CLIPTokenizer,
         text_encoder: CLIPTextModel,
         vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
+        denoiser: Any,
         scheduler_config: dict[str, Any],
         facts: Facts,
         clip_skip: int = 0,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
+        self.tokenizer, self.text_encoder, self.vae, self.denoiser = tokenizer, text_encoder, vae, denoiser
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.schedule = NoiseSchedule.from_config(scheduler_config)
         self.prediction_type = check_prediction_type(facts.prediction_type)
@@ -67,15 +70,17 @@ class Backbone(nn.Module):
         """New tokens that prompts may contain; None if there are none."""
         self.decodes_in_tiles = False
         """Whether large images are decoded in tiles; see :meth:`decode_in_tiles`."""
-        self.controlnets: tuple[ControlNetWithStrength, ...] = ()
-        """ControlNets used for sampling; set by :func:`sdtune.loaders.controlnet.controlnets_applied`."""
+        self.conditioners: tuple[Conditioner, ...] = ()
+        """Modules beside the denoiser that are used for sampling, such as ControlNets; set by
+        :meth:`sdtune.loaders.artifact.LoadedArtifact.applied`.
+        """
         self.pair_executor: PairExecutor | None = None
-        """Applies this run's LoRA pairs to a UNet that other runs share. If None, the UNet is not shared, and LoRA
-        pairs are merged into its weights for sampling.
+        """Applies this run's LoRA pairs to a denoiser that other runs share. If None, it is not shared, and LoRA pairs
+        are merged into its weights for sampling.
         """
         self.sampling_pairs: Pairs | None = None
-        """LoRA pairs for sampling if the UNet's weights are shared (empty: no LoRA), else None. Set by
-        :func:`sdtune.loaders.lora.adapters_applied`.
+        """LoRA pairs for sampling if the denoiser's weights are shared (empty: no LoRA), else None. Set by
+        :class:`sdtune.loaders.lora.LoadedLoRA`.
         """
 
     @property
@@ -89,9 +94,9 @@ class Backbone(nn.Module):
         return (self.tokenizer,)
 
     @property
-    def text_shape(self) -> tuple[int, int]:
-        """Shape (L, D) of the text embeddings of one prompt."""
-        return self._token_count, int(self.unet.config.cross_attention_dim)
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the text embeddings of one prompt, by field of :class:`Conditioning`."""
+        return {"states": (self._token_count, int(self.denoiser.config.cross_attention_dim))}
 
     @property
     def _token_count(self) -> int:
@@ -105,7 +110,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.unet.parameters()).device
+        device: torch.device = next(self.denoiser.parameters()).device
         return device
 
     def prepare_for_device(self, device: torch.device, *others: Any) -> None:
@@ -113,20 +118,20 @@ class Backbone(nn.Module):
 
         Attention is fused (``sdpa``). On a CPU with at most 1024 latent positions it is unfused, because its backward
         is faster there; with more positions, unfused attention would need too much memory. Attention processors that a
-        method has set are kept. On a CPU, the UNet and ``others`` also use ``channels_last`` and
+        method has set are kept. On a CPU, the denoiser and ``others`` also use ``channels_last`` and
         :func:`use_matmul_convolutions`.
 
         Args:
-            others: additional models with attention processors like the UNet's.
+            others: additional models with attention processors like the denoiser's.
         """
         positions = (self.facts.side // self.facts.factor) ** 2
         unfused = device.type == "cpu" and positions <= _SHORT_SEQUENCE
-        for model in (self.unet, self.vae, *others):
+        for model in (self.denoiser, self.vae, *others):
             set_attention(model, sdpa=not unfused)
         for encoder in self.encoders.values():
             encoder.set_attn_implementation("eager" if unfused else "sdpa")
         if device.type == "cpu":
-            for model in (self.unet, *others):
+            for model in (self.denoiser, *others):
                 model.to(memory_format=torch.channels_last)
                 use_matmul_convolutions(model)
 
@@ -163,7 +168,7 @@ class Backbone(nn.Module):
         return images.float()
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Sample of the VAE posterior for standard normal ``noise`` [B, C, h, w], scaled for the UNet."""
+        """Sample of the VAE posterior for standard normal ``noise`` [B, C, h, w], scaled for the denoiser."""
         sample = self._sample_posterior(moments, noise)
         shift: float = self.vae.config.shift_factor or 0.0
         scale: float = self.vae.config.scaling_factor
@@ -194,14 +199,17 @@ class Backbone(nn.Module):
     # --- text
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder); only once per backbone."""
-        assert self.new_tokens is None, "new tokens can be added only once"
+        """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder)."""
         first_id = len(self.tokenizer)
         assert all(len(tokenizer) == first_id for tokenizer in self.tokenizers)
-        self.new_tokens = NewTokens(first_id, {token: len(rows[0]) for token, rows in vectors.items()})
+        counts = {} if self.new_tokens is None else self.new_tokens.vector_counts
+        assert not counts.keys() & vectors.keys(), "each token is added once"
+        self.new_tokens = NewTokens(first_id, {**counts, **{token: len(rows[0]) for token, rows in vectors.items()}})
         for index, encoder in enumerate(self.encoders.values()):
             table = encoder.get_input_embeddings()
             rows = torch.cat([encoder_rows[index] for encoder_rows in vectors.values()]).to(table.weight)
+            if isinstance(table, ExtendedEmbedding):
+                rows, table = torch.cat([table.vectors.data, rows]), table.table
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows, first_id))
 
     @property
@@ -223,55 +231,44 @@ class Backbone(nn.Module):
         tokenizer = tokenizer or self.tokenizer
         return in_windows(tokenizer, self.token_ids(prompts, tokenizer), self._token_count, self.facts.windows)
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings [B, L, D] of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of SD 1.x and 2.x: hidden states after the final norm, respecting ``clip_skip``."""
         ids = send(self.tokenize(prompts), self.text_encoder.device)
         out = self.text_encoder(ids.view(len(ids) * self.facts.windows, -1), output_hidden_states=self.clip_skip > 0)
         states = encoder_states(self.text_encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
-        return states.reshape(*ids.shape, -1)
+        return Conditioning(states.reshape(*ids.shape, -1))
 
     # --- denoising
 
-    def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
-        """Conditioning arguments of the UNet and its ControlNets, in addition to noisy latents and timestep."""
-        return {"encoder_hidden_states": text}
+    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+        """Conditioning arguments of the denoiser and its ControlNets, besides noisy latents and timestep."""
+        mask = {} if conditioning.mask is None else {"encoder_attention_mask": conditioning.mask}
+        return {"encoder_hidden_states": conditioning.states, **mask}
 
-    def unet_inputs(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        controlnet_residuals: Residuals | None = None,
-        frame: Tensor | None = None,
+    def denoiser_inputs(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, added: AddedInputs | None = None
     ) -> dict[str, Any]:
-        """Keyword arguments of the UNet for a prediction; parameters as in :meth:`predict`.
+        """Keyword arguments of the denoiser for a prediction; parameters as in :meth:`predict`.
 
-        Inputs are cast to the UNet's dtype: a frozen half-precision UNet does not accept float32 activations.
+        Inputs are cast to the denoiser's dtype: a frozen half-precision denoiser does not accept float32 activations.
         """
-        dtype = self.unet.conv_in.weight.dtype
-        inputs: dict[str, Any] = cast_conditions(self.conditions(text, noisy, frame), dtype)
-        if controlnet_residuals is not None:
-            inputs["down_block_additional_residuals"] = tuple(r.to(dtype) for r in controlnet_residuals.skips)
-            inputs["mid_block_additional_residual"] = controlnet_residuals.middle.to(dtype)
+        dtype = self.denoiser.conv_in.weight.dtype
+        inputs: dict[str, Any] = cast_conditions(self.conditions(conditioning, noisy), dtype)
+        for name, value in (added or {}).items():
+            inputs[name] = value.to(dtype) if isinstance(value, Tensor) else tuple(part.to(dtype) for part in value)
         return {"sample": noisy.to(dtype), "timestep": timesteps, **inputs}
 
     def predict(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        controlnet_residuals: Residuals | None = None,
-        frame: Tensor | None = None,
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, added: AddedInputs | None = None
     ) -> Tensor:
-        """UNet output for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one) and text embeddings ``text`` [B, L, D].
+        """Output of the denoiser for ``noisy`` [B, C, h, w] at ``timesteps`` [B] (or one).
 
         Args:
-            controlnet_residuals: outputs of the ControlNets, which the UNet adds to its skips and its middle block.
-            frame: float32 [B, 6]; if None, that of an uncropped image of the latents' size.
+            added: inputs that modules beside the denoiser compute, such as the residuals of ControlNets.
         """
-        inputs = self.unet_inputs(noisy, timesteps, text, controlnet_residuals, frame)
+        inputs = self.denoiser_inputs(noisy, timesteps, conditioning, added)
         if self.sampling_pairs is not None:
             assert self.pair_executor is not None
-            return self.pair_executor.predict_with_pairs(self.unet, inputs, self.sampling_pairs)
-        out: Tensor = self.unet(**inputs).sample
+            return self.pair_executor.predict_with_pairs(self.denoiser, inputs, self.sampling_pairs)
+        out: Tensor = self.denoiser(**inputs).sample
         return out

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from torch import nn
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.formats.lora import canonical
 
 BLOCKS = ("down_", "mid_", "up_")
-"""Name prefixes of the UNet modules in its down, mid and up blocks."""
+"""Name prefixes of the denoiser's modules in its down, mid and up blocks."""
 
 
 def named_modules(backbone: Backbone) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield component, name within the component and module for all modules of the UNet and the text encoders."""
-    for component in ("unet", *backbone.encoders):
+    """Yield component, name within the component and module for all modules of the denoiser and the text encoders."""
+    for component in ("denoiser", *backbone.encoders):
         for name, module in getattr(backbone, component).named_modules():
             yield component, name, module
 
@@ -24,3 +25,9 @@ def layers(backbone: Backbone) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d
     for component, name, module in named_modules(backbone):
         if isinstance(module, nn.Linear | nn.Conv2d):
             yield component, name, module
+
+
+def module_path(backbone: Backbone, component: str, name: str) -> str:
+    """Path of a module in LoRA files: folder of its component in a pipeline, then its name; see :func:`canonical`."""
+    folder = backbone.denoiser_folder if component == "denoiser" else component
+    return canonical(f"{folder}.{name}")

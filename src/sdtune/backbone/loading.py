@@ -17,11 +17,11 @@ from sdtune.errors import UserError
 from sdtune.formats.files import check_finite
 
 
-def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | None = None) -> Backbone:
-    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the UNet in dtype ``unet_dtype`` if given).
+def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype | None = None) -> Backbone:
+    """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the denoiser in dtype ``denoiser_dtype`` if given).
 
     Raises:
-        UserError: a weight is NaN or infinite, in the file or after the cast to ``unet_dtype``.
+        UserError: a weight is NaN or infinite, in the file or after the cast to ``denoiser_dtype``.
     """
     folder = source.folder()
 
@@ -33,7 +33,9 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
         with unreadable_as_user_error(folder / name, "backbone.path"):
             model = model_class(name, folder).from_pretrained(
                 folder / name,
-                torch_dtype=unet_dtype if unet_dtype is not None and name == "unet" else torch.float32,
+                torch_dtype=denoiser_dtype
+                if denoiser_dtype is not None and name == source.denoiser_folder
+                else torch.float32,
                 variant=source.weights_variant(name),
                 use_safetensors=True,
                 local_files_only=True,
@@ -44,7 +46,8 @@ def load_backbone(source: PipelineSource, seed: int, unet_dtype: torch.dtype | N
     # Load on the CPU: the default device may be a GPU with too little memory for float32 weights.
     with torch.device("cpu"):
         # Load the largest model first: its file and its parameters are in memory at the same time.
-        parts = {name: component(name) for name in sorted(source.components, key=lambda name: name != "unet")}
+        folders = sorted(source.components, key=lambda name: name != source.denoiser_folder)
+        parts = {"denoiser" if name == source.denoiser_folder else name: component(name) for name in folders}
         parts |= {name: read_tokenizer(folder / name) for name in source.tokenizers}
         return assemble_backbone(source, parts)
 

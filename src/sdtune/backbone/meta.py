@@ -24,10 +24,13 @@ class MetaPretrained(Pretrained):
     def _folder(self) -> Path:
         return self._configs
 
-    def load(self, seed: int = 0, unet_dtype: torch.dtype | None = None) -> Backbone:
+    def load(self, seed: int = 0, denoiser_dtype: torch.dtype | None = None) -> Backbone:
         folder = self.folder()
         with torch.device("meta"):
-            models: dict[str, Any] = {name: from_config(name, folder) for name in self.components}
+            models: dict[str, Any] = {
+                "denoiser" if name == self.denoiser_folder else name: from_config(name, folder)
+                for name in self.components
+            }
         # The noise schedule is small, and its checks need values.
         with torch.device("cpu"):
             return assemble_backbone(self, models | {name: _tokenizer(folder / name) for name in self.tokenizers})

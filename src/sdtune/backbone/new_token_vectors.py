@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -26,6 +26,20 @@ def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
         token: tuple(rows[list(new_tokens.rows(token))] for rows in backbone.new_token_vectors)
         for token in new_tokens.vector_counts
     }
+
+
+@contextmanager
+def tokens_added(backbone: Backbone, vectors: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
+    """Context manager that adds new tokens with their ``vectors``, besides those that ``backbone`` already has."""
+    tables = {name: encoder.get_input_embeddings() for name, encoder in backbone.encoders.items()}
+    new_tokens = backbone.new_tokens
+    backbone.add_tokens(vectors)
+    try:
+        yield
+    finally:
+        backbone.new_tokens = new_tokens
+        for name, table in tables.items():
+            backbone.encoders[name].set_input_embeddings(table)
 
 
 def remove_tokens(backbone: Backbone) -> None:

@@ -35,8 +35,8 @@ class Pretrained(PipelineSource):
         inherited = {name: getattr(self, name) for name in INHERITED}
         return Pretrained(str(folder), config=self.config_folder, **inherited)
 
-    def load(self, seed: int = 0, unet_dtype: dtype | None = None) -> Backbone:
-        """Load the backbone on the CPU: frozen, in eval mode, in float32 (the UNet in ``unet_dtype`` if given)."""
+    def load(self, seed: int = 0, denoiser_dtype: dtype | None = None) -> Backbone:
+        """Load the backbone on the CPU: frozen, in eval mode, in float32, or the denoiser in ``denoiser_dtype``."""
         from sdtune.backbone.loading import load_backbone
 
-        return load_backbone(self, seed, unet_dtype) if self._loader is None else self._loader()
+        return load_backbone(self, seed, denoiser_dtype) if self._loader is None else self._loader()

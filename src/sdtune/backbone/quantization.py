@@ -159,7 +159,7 @@ def check_quantization(quantization: Quantization | None, trained: Iterable[str]
 
 
 def quantize(backbone: Backbone, quantization: Quantization | None) -> None:
-    """Quantize the frozen layers in the UNet's blocks and in the text encoders' layers, in place; None: do nothing.
+    """Quantize the frozen layers in the denoiser's blocks and in the text encoders' layers, in place; None: do nothing.
 
     ``fp8`` also quantizes convolutions. First and last layers, embeddings and norms stay as they are. The weights are
     first rounded to bfloat16, so that the result does not depend on whether the model was loaded in float32.
@@ -171,7 +171,7 @@ def quantize(backbone: Backbone, quantization: Quantization | None) -> None:
     if quantization is None:
         return
     for component, name, layer in list(layers(backbone)):
-        inside = name.startswith(BLOCKS) if component == "unet" else ".layers." in name
+        inside = name.startswith(BLOCKS) if component == "denoiser" else ".layers." in name
         if inside and _is_quantizable(layer, quantization):
             _quantize_layer(layer, quantization)
 

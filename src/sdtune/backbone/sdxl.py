@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.text import encoder_states, unused_prefixes
+from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
 
 # SDXL uses the penultimate hidden states of both encoders, without the final norm; clip_skip skips further layers.
@@ -22,11 +22,7 @@ _SKIPPED = 1
 
 
 class SDXLBackbone(Backbone):
-    """SDXL backbone, conditioned on two text encoders and on image sizes.
-
-    The result of :meth:`encode_text` has one row more than there are tokens: the pooled text embedding of the second
-    encoder, padded with zeros. Code that stores, stacks or repeats text embeddings thus includes the pooled embedding.
-    """
+    """SDXL backbone, conditioned on two text encoders and on image sizes."""
 
     def __init__(self, text_encoder_2: CLIPTextModelWithProjection, tokenizer_2: CLIPTokenizer, **parts: Any) -> None:
         super().__init__(**parts)
@@ -41,9 +37,8 @@ class SDXLBackbone(Backbone):
         return (self.tokenizer, self.tokenizer_2)
 
     @property
-    def text_shape(self) -> tuple[int, int]:
-        length, width = super().text_shape
-        return length + 1, width
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().text_shapes, "pooled": (int(self.text_encoder_2.config.projection_dim),)}
 
     def unused_prefixes(self, component: str) -> tuple[str, ...]:
         # The pooled text embedding depends on all layers of the second encoder.
@@ -53,8 +48,8 @@ class SDXLBackbone(Backbone):
             else unused_prefixes(self.text_encoder, _SKIPPED + self.clip_skip, norm=False)
         )
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Hidden states of both encoders and the pooled text embedding, [B, L + 1, D].
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Hidden states of both encoders, and the pooled text embedding of the second.
 
         The hidden states are the penultimate ones, or earlier ones with ``clip_skip``.
         """
@@ -72,15 +67,14 @@ class SDXLBackbone(Backbone):
                 pooled = encoder.text_projection(last).view(len(ids), self.facts.windows, -1)[:, 0]
         assert pooled is not None
         joined = torch.cat(states, dim=-1)
-        row = F.pad(pooled.to(joined.dtype), (0, joined.shape[-1] - pooled.shape[-1]))
-        return torch.cat([joined, row[:, None]], dim=1)
+        return Conditioning(joined, pooled.to(joined.dtype))
 
-    def conditions(self, text: Tensor, noisy: Tensor, frame: Tensor | None) -> dict[str, Any]:
-        pooled_width: int = self.text_encoder_2.config.projection_dim
+    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+        frame = conditioning.frame
         if frame is None:
             factor = self.facts.factor
             height, width = noisy.shape[-2] * factor, noisy.shape[-1] * factor
             frame = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
             frame = frame.expand(len(noisy), -1)
-        added = {"text_embeds": text[:, -1, :pooled_width], "time_ids": frame}
-        return {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": added}
+        added = {"text_embeds": conditioning.pooled, "time_ids": frame}
+        return {**super().conditions(conditioning, noisy), "added_cond_kwargs": added}

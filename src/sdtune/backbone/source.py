@@ -56,7 +56,7 @@ class PipelineSource:
         from_scratch: components with weights initialized randomly from the seed; only their ``config.json`` is needed.
         clip: folder of a CLIP model for evaluating images of this backbone, if available.
         guidance: default guidance scale for sampling.
-        prediction_type: prediction type of the UNet; if None, that of the scheduler config.
+        prediction_type: prediction type of the denoiser; if None, that of the scheduler config.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2024).
         family: required model family; any if None.
         variant: variant of the weight files of a folder or hub id, such as ``fp16``; if None, files without a
@@ -69,7 +69,7 @@ class PipelineSource:
             skip 2 of kohya's tools and A1111. SDXL always skips one more layer.
         max_tokens: maximum number of tokens per prompt, without start and end token, rounded up to whole windows of
             the text encoder (75 tokens for CLIP); if None, one window.
-        quantize: format in which the frozen weights of the UNet and the text encoders are kept in memory; if None,
+        quantize: format in which the frozen weights of the denoiser and the text encoders are kept in memory; if None,
             they are not quantized. Exports use the weights of the files.
     """
 
@@ -220,17 +220,27 @@ class PipelineSource:
         return ("text_encoder", "text_encoder_2") if second else ("text_encoder",)
 
     @property
+    def denoiser_folder(self) -> str:
+        """Folder name of the denoiser, in the pipeline and in the names of LoRA files."""
+        return "unet"
+
+    def folder_of(self, component: str) -> str:
+        """Folder name of a component of the backbone."""
+        return self.denoiser_folder if component == "denoiser" else component
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Folder names of the models."""
-        return (*self.text_encoders, "unet", "vae")
+        return (*self.text_encoders, self.denoiser_folder, "vae")
 
     @property
     def _pretrained_components(self) -> tuple[str, ...]:
         return tuple(name for name in self.components if not self.is_from_scratch(name))
 
     def is_from_scratch(self, component: str) -> bool:
-        """Whether the weights of ``component`` are initialized randomly."""
-        return component.removesuffix("_2") in self.from_scratch
+        """Whether the weights of the model in the folder ``component`` are initialized randomly."""
+        name = "denoiser" if component == self.denoiser_folder else component.removesuffix("_2")
+        return name in self.from_scratch
 
     @cached_property
     def facts(self) -> Facts:
@@ -246,11 +256,11 @@ class PipelineSource:
         index = self.config("")
         if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
             raise UserError(f"{self.path} is the SDXL refiner", key="backbone.path", remedy="use the SDXL base model")
-        unet, vae, scheduler = self.config("unet"), self.config("vae"), self.scheduler()
+        denoiser, vae, scheduler = self.config(self.denoiser_folder), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
-        if unet["in_channels"] != channels:
+        if denoiser["in_channels"] != channels:
             raise UserError(
-                f"the UNet of {self.path} has {unet['in_channels']} input channels (an inpainting model?)",
+                f"the denoiser of {self.path} has {denoiser['in_channels']} input channels (an inpainting model?)",
                 key="backbone.path",
                 remedy=f"use a text-to-image model with {channels} input channels",
             )
@@ -268,12 +278,12 @@ class PipelineSource:
             )
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
-            side=int(unet.get("sample_size", 64)) * factor,
+            side=int(denoiser.get("sample_size", 64)) * factor,
             factor=factor,
             latent_channels=channels,
             prediction_type=scheduler.get("prediction_type", "epsilon"),
             max_tokens=windows * (length - 2) + 2,
-            family=self._family(unet),
+            family=self._family(denoiser),
             windows=windows,
             scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=len(schedule),
@@ -288,8 +298,8 @@ class PipelineSource:
                 remedy="use a model whose VAE has only a scaling_factor",
             )
 
-    def _family(self, unet: dict[str, Any]) -> FamilyName:
-        family = family_by(unet, two_encoders=len(self.text_encoders) > 1)
+    def _family(self, denoiser: dict[str, Any]) -> FamilyName:
+        family = family_by(denoiser, two_encoders=len(self.text_encoders) > 1)
         if self.family not in (None, family):
             required, actual = FAMILIES[self.family or family], FAMILIES[family]
             raise UserError(

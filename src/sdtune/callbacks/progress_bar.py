@@ -56,7 +56,7 @@ class ProgressBar(Callback):
 
     def _metrics(self, row: Mapping[str, float], *, all_of_them: bool) -> str:
         rates = {key: value for key, value in row.items() if key.startswith("lr/")}
-        rate = rates.get("lr/unet", next(iter(rates.values())))
+        rate = rates.get("lr/denoiser", next(iter(rates.values())))
         texts = [f"loss {row['loss']:.4f}", f"lr {rate:.1e}"]
         texts += [f"{row['samples_per_second']:.1f} images/s"] if all_of_them else []
         texts += [f"val {self._validation_loss:.4f}"] if self._validation_loss is not None else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
+from sdtune.conditioning import Conditioning
 from sdtune.data.previews import PreviewPrompt, preview_prompts
 from sdtune.images.grids import grid, save_png
 from sdtune.methods.base import Adapter
@@ -65,12 +66,14 @@ class Samples(Callback):
         """Generate images with the weights that the run would export now; one row per seed, one column per prompt."""
         training_modes = {m: m.training for m in module.modules()}
         module.eval()
-        requests = [Request(preview.prompt, seed, preview.maps) for seed in self.seeds for preview in self.wanted]
+        requests = [Request(preview.prompt, seed, preview.conditions) for seed in self.seeds for preview in self.wanted]
 
-        def denoise(noisy: Tensor, timestep: Tensor, text: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        def denoise(
+            noisy: Tensor, timestep: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+        ) -> Tensor:
             if self.record.stop_requested:
                 raise _StopRequested
-            return module.denoise(noisy, timestep, text, {"control": maps[0]} if maps else {})
+            return module.denoise(noisy, timestep, conditioning, conditions)
 
         try:
             with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
@@ -83,9 +86,10 @@ class Samples(Callback):
         return [images[i : i + columns] for i in range(0, len(images), columns)]
 
     def sheet(self, rows: list[list[np.ndarray]], labels: list[str]) -> Image.Image:
-        """Grid of ``rows`` with the prompts as column titles and, if there are any, the control maps as first row."""
-        maps = [[preview.maps[0] for preview in self.wanted]] if self.wanted[0].maps else []
-        return grid([*maps, *rows], [*("control" for _ in maps), *labels], [preview.prompt for preview in self.wanted])
+        """Grid of ``rows`` with the prompts as column titles; conditions, such as control maps, are the first rows."""
+        names = list(self.wanted[0].conditions)
+        conditions = [[preview.conditions[name] for preview in self.wanted] for name in names]
+        return grid([*conditions, *rows], [*names, *labels], [preview.prompt for preview in self.wanted])
 
     def save(self, trainer: pl.Trainer, module: Adapter, path: Path) -> list[list[np.ndarray]]:
         """Generate a grid, write it to ``path`` and its images to ``step<N>/``, and log the grid."""

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from sdtune.backbone import Pretrained
+from sdtune.backbone.backbone import Backbone
 from sdtune.commands.sample_run import with_run
 from sdtune.commands.threads import choose_threads
 from sdtune.config import hardware
@@ -23,9 +24,10 @@ from sdtune.config.settings import plain
 from sdtune.errors import UserError
 from sdtune.hardware.precision import autocast, generation_dtype
 from sdtune.images.grids import grid, save_png
-from sdtune.loaders import controlnet as controlnets
-from sdtune.loaders import lora as loras
-from sdtune.loaders.controlnet import ControlImage
+from sdtune.loaders.artifact import ArtifactFile, LoadedArtifact, artifacts_applied
+from sdtune.loaders.controlnet import ControlImage, read_control_images
+from sdtune.loaders.lora import AdapterFile
+from sdtune.loaders.words import LoadedWords, check_distinct
 from sdtune.progress import bar
 from sdtune.runs.hydra_values import current_overrides
 from sdtune.sampling import prompts
@@ -58,10 +60,10 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     check_value(container["strengths"], list[float] | None, "strengths")
     source: Pretrained = build(container["backbone"], trust)
     source.check()
-    _check_adapters(container["adapters"], source)
-    for control in _controls(container):
-        control.read_image()
-        controlnets.check_controlnet(control.path, source, control.preprocess)
+    _check_adapters(container["adapters"])
+    for key, files in _artifact_files(container).items():
+        for number, file in enumerate(files):
+            file.check(source, f"{key}[{number}].path")
     build(container["sampling"], trust).check(source.facts)
     for _, settings in _requests(container):
         settings.check(source.facts, "prompts_file")
@@ -73,8 +75,8 @@ def prepare(config: DictConfig, folder: Path) -> Callable[[DictConfig], Any]:
     return start
 
 
-def _check_adapters(adapters: Any, source: Pretrained) -> None:
-    """Check the setting ``adapters`` and the files that it names."""
+def _check_adapters(adapters: Any) -> None:
+    """Check the setting ``adapters``."""
     if not isinstance(adapters, list):
         raise UserError(
             f"expected a list, got {adapters}",
@@ -93,12 +95,20 @@ def _check_adapters(adapters: Any, source: Pretrained) -> None:
             message = f"unknown key {sorted(unknown_keys)[0]}" if unknown_keys else "path is missing"
             raise UserError(message, key=f"adapters[{index}]", remedy="use {path: FILE, strength: 0.8}")
         check_value(adapter.get("strength", 1.0), float, f"adapters[{index}].strength")
-        loras.check_adapter(str(adapter["path"]), source.hash(), f"adapters[{index}].path")
+
+
+def _artifact_files(config: dict[str, Any]) -> dict[str, Sequence[ArtifactFile]]:
+    """The files of the settings ``adapters`` and ``control``, by setting."""
+    return {"adapters": _adapters(config), "control": _controls(config)}
+
+
+def _adapters(config: dict[str, Any]) -> list[AdapterFile]:
+    return [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
 
 
 def _controls(config: dict[str, Any]) -> list[ControlImage]:
     check_value(config["control"], list[dict[str, Any]], "control")
-    return [controlnets.read_control_image(entry, f"control[{i}]") for i, entry in enumerate(config["control"])]
+    return read_control_images(config["control"])
 
 
 def _requests(config: dict[str, Any]) -> list[tuple[Request, Sampling]]:
@@ -139,35 +149,46 @@ def execute(config: dict[str, Any], folder: Path) -> None:
     # On a CPU, bf16-mixed keeps float32 weights and uses autocast.
     on_cpu = device.type == "cpu"
     backbone = load_to_generate(source, device, None if on_cpu else dtype, vae_tiling=tiling)
-    files = [loras.AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in config["adapters"]]
-    adapters = loras.load_adapters(backbone, files)
-    loras.warn_about_unused_strengths(files, adapters)
-    controls = _controls(config)
-    nets = controlnets.load_controlnets(backbone, source, [control.path for control in controls])
+    # A LoRA is merged into the denoiser of a ControlNet, if the ControlNet has one.
+    files: list[ArtifactFile] = [*_controls(config), *_adapters(config)]
+    artifacts = [artifact for file in files for artifact in file.load(backbone, source)]
+    check_distinct(artifacts)
     requests = _requests(config)
-    texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
-    warn_about_truncated_prompts(backbone, texts)
-    warn_about_other_syntax(texts)
-    warn_about_options(texts)
-    warn_about_unused_words([word for adapter in adapters for word in adapter.words], texts)
+    _warn_about_prompts(backbone, artifacts, requests)
     sizes = {settings.size(source.facts.side) for _, settings in requests}
-    maps = {size: tuple(control.map(size) for control in controls) for size in sizes}
-    requests = [(replace(r, maps=maps[settings.size(source.facts.side)]), settings) for r, settings in requests]
+    conditions = {
+        size: {name: value for file in files for name, value in file.conditions(size).items()} for size in sizes
+    }
+    requests = [
+        (replace(request, conditions=conditions[settings.size(source.facts.side)]), settings)
+        for request, settings in requests
+    ]
     factors = config["strengths"] or [1.0]
     rows: list[list[np.ndarray]] = []
     with bar("Generating images", len(factors) * len(requests)) as progress:
         for factor in factors:
             with (
                 autocast(device, precision if on_cpu else "32-true"),
-                controlnets.controlnets_applied(backbone, nets, [control.strength * factor for control in controls]),
-                loras.adapters_applied(backbone, adapters, [file.strength * factor for file in files]),
+                artifacts_applied(backbone, artifacts, factor),
             ):
                 rows.append([])
                 for settings, group in groupby(requests, key=lambda pair: pair[1]):
                     for image in generate(backbone, [request for request, _ in group], settings):
                         rows[-1].append(image)
                         progress(1)
-    _write(folder, config, requests, controls, factors, rows)
+    _write(folder, config, requests, _controls(config), factors, rows)
+
+
+def _warn_about_prompts(
+    backbone: Backbone, artifacts: Sequence[LoadedArtifact], requests: Sequence[tuple[Request, Sampling]]
+) -> None:
+    texts = [text for request, settings in requests for text in (request.prompt, settings.negative_prompt)]
+    words = [artifact for artifact in artifacts if isinstance(artifact, LoadedWords)]
+    with artifacts_applied(backbone, words):
+        warn_about_truncated_prompts(backbone, texts)
+    warn_about_other_syntax(texts)
+    warn_about_options(texts)
+    warn_about_unused_words([word for artifact in words for word in artifact.vectors], texts)
 
 
 def describe(

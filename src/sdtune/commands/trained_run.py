@@ -65,7 +65,7 @@ class TrainedRun:
         """Line chart of a column of ``metrics.csv`` over the optimizer steps.
 
         Args:
-            column: such as ``loss``, ``validation_loss``, ``grad_norm`` or ``lr/unet``.
+            column: such as ``loss``, ``validation_loss``, ``grad_norm`` or ``lr/denoiser``.
             smoothing: weight of the previous values in the exponential mean, in [0, 1); 0: no smoothing.
 
         Raises:

@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """Disk cache with one tensor per file under ``folder``. Writes are atomic, so processes may share it."""
+    """Disk cache of encoder outputs under ``folder``, one file of named tensors per key.
+
+    Writes are atomic, so processes may share it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,8 +42,8 @@ class TensorCache:
     def __contains__(self, key: str) -> bool:
         return self.path(key).exists()
 
-    def get(self, key: str) -> Tensor:
-        """Read the tensor of ``key``.
+    def get(self, key: str) -> dict[str, Tensor]:
+        """Read the tensors of ``key``; the caller must not change the result.
 
         Raises:
             UserError: the file is damaged; the message names it.
@@ -52,8 +55,8 @@ class TensorCache:
                 f"{self.path(key)}: damaged cache entry ({error})", remedy="delete this file and run again"
             ) from error
 
-    def put(self, key: str, value: Tensor) -> None:
-        content = save({"value": value.contiguous().cpu()})
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        content = save({name: value.contiguous().cpu() for name, value in tensors.items()})
         try:
             # safetensors' own file writer reports a full disk as an error without errno.
             with replacing(self.path(key), sync=False) as partial:
@@ -65,7 +68,7 @@ class TensorCache:
     def fill(
         self,
         items: Mapping[str, T],
-        encode: Callable[[Sequence[T]], Tensor],
+        encode: Callable[[Sequence[T]], Sequence[Mapping[str, Tensor]]],
         *,
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
@@ -86,15 +89,15 @@ class TensorCache:
                 mark_used(self.path(key))
             if not missing:
                 continue
-            for key, value in zip(keys, encode([items[key] for key in keys]), strict=True):
+            for key, tensors in zip(keys, encode([items[key] for key in keys]), strict=True):
                 if key not in missing:
                     continue
-                if not torch.isfinite(value).all():
+                if not all(torch.isfinite(value).all() for value in tensors.values()):
                     raise UserError(
                         f"{items[key]}: the encoder output is not finite",
                         remedy="check this input and the weights of the encoder for damage",
                     )
-                self.put(key, value)
+                self.put(key, tensors)
             progress(len(missing))
 
 
@@ -102,13 +105,17 @@ MEMORY_CACHE_BYTES = 128 * 2**20
 """Maximum size in bytes of the tensors that each process holds in memory."""
 
 
-@cached(LRUCache(MEMORY_CACHE_BYTES, getsizeof=lambda value: value.nbytes), lock=Lock())
-def _read(path: Path) -> Tensor:
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in tensors.values())
+
+
+@cached(LRUCache(MEMORY_CACHE_BYTES, getsizeof=_bytes), lock=Lock())
+def _read(path: Path) -> dict[str, Tensor]:
     """Read a cache file; the last used tensors stay in memory, at most :data:`MEMORY_CACHE_BYTES` per process.
 
     A small data set is read repeatedly, and in a sweep on a shared backbone by every run.
     """
-    return load_file(path)["value"]
+    return load_file(path)
 
 
 def keys_of_rank(keys: Iterable[str], rank: int, processes: int) -> list[str]:

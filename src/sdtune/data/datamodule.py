@@ -19,6 +19,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdtune.conditioning import Conditioning
 from sdtune.data import prompts, triggers
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import Size
@@ -55,7 +56,7 @@ class CacheInputs:
 
     Args:
         encode_images: encodes images [B, 3, H, W] as moments [B, 2C, h, w]; None if the VAE is trained.
-        encode_text: encodes prompts as embeddings [B, L, D]; None if a text encoder is trained.
+        encode_text: encodes prompts as text embeddings; None if a text encoder is trained.
         vae_key, text_encoder_key: names of the subfolders of ``folder/latents`` and ``folder/text``; empty if the
             encoder is trained.
         folder: the cache folder.
@@ -67,7 +68,7 @@ class CacheInputs:
 
     encode_images: Callable[[Tensor], Tensor] | None
     vae_key: str
-    encode_text: Callable[[Sequence[str]], Tensor] | None
+    encode_text: Callable[[Sequence[str]], Conditioning] | None
     text_encoder_key: str
     folder: Path
     generate_images: GenerateImages | None = None
@@ -421,7 +422,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             keys = {text_key(prompt): prompt for prompt in all_prompts}
             rank_prompts = {key: keys[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
             with bar("Encoding captions", sum(key not in self.text_cache for key in rank_prompts)) as progress:
-                self.text_cache.fill(rank_prompts, inputs.encode_text, batch_size=64, progress=progress)
+                encode = inputs.encode_text
+                self.text_cache.fill(rank_prompts, lambda batch: encode(batch).rows(), batch_size=64, progress=progress)
 
     def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:
         assert inputs.encode_images is not None
@@ -439,7 +441,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             with bar(f"Encoding images at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
                 cache.fill(
                     rank_views,
-                    lambda batch: encode_images(torch.stack([view.tensor() for view in batch])),
+                    lambda batch: _moments(encode_images, batch),
                     batch_size=vae_batch_size(*size, inputs.device.type if inputs.device else "cpu"),
                     progress=progress,
                 )
@@ -520,7 +522,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             flip=self.flip,
             random_crop=self.random_crop,
             masked=self.mask is not None,
-            control=self.control,
+            conditions={} if self.control is None else {"control": self.control},
             class_samples=self.class_samples if self.has_prior else (),
             skips_damaged=self.skips_damaged,
             loss_weight=self.loss_weight,
@@ -570,3 +572,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 def bucket_step(resolution: int, factor: int) -> int:
     """Step between the sides of the buckets of ``resolution`` in pixels: 64, or less for small resolutions."""
     return min(64, max(factor * 8, factor * (resolution // factor // 8)))
+
+
+def _moments(encode_images: Callable[[Tensor], Tensor], views: Sequence[View]) -> list[dict[str, Tensor]]:
+    """Latent moments of a batch of views, as entries of the latent cache."""
+    return [{"moments": moments} for moments in encode_images(torch.stack([view.tensor() for view in views]))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from sdtune import streams
+from sdtune.conditioning import stack_rows
 from sdtune.data.buckets import Size
 from sdtune.data.cache import TensorCache
 from sdtune.data.captions import CaptionRules, CaptionTexts
@@ -41,9 +42,10 @@ Batch = dict[str, Any]
 * ``frame``: float32 [B, 6], original height and width, top and left of the crop, height and width of the crop in
   pixels (diffusers' ``time_ids`` of SDXL), see :func:`sdtune.images.files.frame`;
 * ``pixels``: float32 [B, 3, H, W] in [-1, 1], or, if latents are cached, ``moments``: float32 [B, 2C, h, w];
-* ``text``: float32 [B, L, D], if text embeddings are cached;
+* ``conditioning``: the text embeddings (:class:`sdtune.conditioning.Conditioning`), if they are cached;
 * ``mask``: float32 [B, 1, h, w] in [0, 1], if the loss is masked;
-* ``control``: float32 [B, 3, H, W] in [0, 1], if the data has control maps;
+* ``conditions``: inputs of modules beside the denoiser by name, such as ``control``: control maps, float32
+  [B, 3, H, W] in [0, 1]; empty if there are none;
 * ``counts``: bool, in validation: False for a batch that only keeps the processes in step.
 
 With class images, B is twice the number of pairs, and there are two more keys: ``subject_count``: int, the number of
@@ -66,8 +68,9 @@ class RowSettings:
         caption_dropout_prompt: prompt that replaces a dropped caption.
         masked: whether the samples have a loss mask.
         class_samples: class images; empty without prior preservation.
+        conditions: sources of the inputs of modules beside the denoiser, by name, such as ``control``.
         skips_damaged: replace an image that becomes unreadable, see :meth:`ImageDataset.__getitem__`.
-        caption_dropout, flip, random_crop, control, loss_weight, prior_weight: those of
+        caption_dropout, flip, random_crop, loss_weight, prior_weight: those of
             :class:`~sdtune.data.datamodule.ImageDataModule`.
     """
 
@@ -78,7 +81,7 @@ class RowSettings:
     flip: bool
     random_crop: bool
     masked: bool
-    control: Control | None
+    conditions: Mapping[str, Control]
     class_samples: Sequence[Sample]
     skips_damaged: bool
     loss_weight: float
@@ -200,10 +203,12 @@ class ImageDataset(Dataset[list[Row]]):
             row["moments"] = self._moments(sample, size, flip)
         else:
             row["pixels"] = to_tensor(sample.pixels(size, offset, flip))
-        if settings.control is not None:
-            row["control"] = map_to_tensor(settings.control.map(sample, size, offset, flip))
+        row["conditions"] = {
+            name: map_to_tensor(condition.map(sample, size, offset, flip))
+            for name, condition in settings.conditions.items()
+        }
         if common.text_cache is not None:
-            row["text"] = common.text_cache.get(text_key(prompt))
+            row["conditioning"] = common.text_cache.get(text_key(prompt))
         if common.has_masks:
             # Images without mask, and class images, count whole.
             ones = torch.ones(1, size[1] // common.factor, size[0] // common.factor)
@@ -217,7 +222,7 @@ class ImageDataset(Dataset[list[Row]]):
         cache = self.common.latent_cache
         assert cache is not None
         try:
-            return cache.get(latent_key(sample, size, flip))
+            return cache.get(latent_key(sample, size, flip))["moments"]
         except FileNotFoundError:
             sample.pixels(size, CENTER, flip)  # raises the reason for which it was not encoded
             raise
@@ -263,9 +268,13 @@ def collate(items: list[list[Row]], prior_weight: float) -> Batch:
         "step": rows[0]["step"],
         "positions": [row["position"] for row in rows],
     }
-    for key in ("frame", "pixels", "moments", "text", "mask", "control"):
+    for key in ("frame", "pixels", "moments", "mask"):
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
+    names = rows[0]["conditions"]
+    batch["conditions"] = {name: torch.stack([row["conditions"][name] for row in rows]) for name in names}
+    if "conditioning" in rows[0]:
+        batch["conditioning"] = stack_rows([row["conditioning"] for row in rows])
     for name, key in (("sources", "source"), ("weights", "weight")):
         if key in rows[0]:
             batch[name] = torch.stack([row[key] for row in rows])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from sdtune.data.samples import Sample
 
 @dataclass(frozen=True)
 class PreviewPrompt:
-    """Prompt of a preview; ``maps`` has one control map, uint8 [H, W, 3], or none if the data has no control maps."""
+    """Prompt of a preview; ``conditions`` has a ``control`` map, uint8 [H, W, 3], if the data has control maps."""
 
     prompt: str
-    maps: tuple[np.ndarray, ...] = ()
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def preview_prompts(
@@ -35,7 +35,7 @@ def preview_prompts(
     data.control.prepare(samples)
     maps = [data.control.map(sample, size) for sample in samples]
     texts = prompts or [sample.caption for sample in samples]
-    return [PreviewPrompt(text, (maps[i % len(maps)],)) for i, text in enumerate(texts)]
+    return [PreviewPrompt(text, {"control": maps[i % len(maps)]}) for i, text in enumerate(texts)]
 
 
 def first_images(data: ImageDataModule, count: int) -> list[tuple[ImageDataModule, Sample]]:

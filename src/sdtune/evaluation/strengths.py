@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.images.grids import grid, save_png
-from sdtune.loaders import lora as adapters
+from sdtune.loaders.artifact import artifacts_applied
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.sampling.loop import Request, Sampling
 from sdtune.sampling.run_models import RunModels, generate_images
 
@@ -27,10 +28,10 @@ def strength_grid(models: RunModels, requests: Sequence[Request], sampling: Samp
         return
     shown = requests[:_COLUMNS]
     with models.base() as backbone:
-        loaded = adapters.load_adapters(backbone, [adapters.AdapterFile(str(models.artifact))])
+        loaded = load_adapters(backbone, [AdapterFile(str(models.artifact))], models.source)
         rows = []
         for strength in STRENGTHS:
-            with adapters.adapters_applied(backbone, loaded, [strength], only_to_draw=True):
+            with artifacts_applied(backbone, loaded, strength, only_to_draw=True):
                 rows.append(generate_images(backbone, shown, sampling))
     labels = [f"strength {strength:g}" for strength in STRENGTHS]
     save_png(grid(rows, labels, [request.prompt for request in shown]), folder / "strengths.png")

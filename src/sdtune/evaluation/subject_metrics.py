@@ -76,7 +76,7 @@ class ClipMetrics:
         """Compute the metrics; writes grids of the measured images to ``folder``."""
         previews = preview_prompts(data, self.prompts, 8, self.sampling.size(models.source.facts.side))
         cycled = [previews[i % len(previews)] for i in range(self.count)]
-        requests = [Request(preview.prompt, self.seed + i, preview.maps) for i, preview in enumerate(cycled)]
+        requests = [Request(preview.prompt, self.seed + i, preview.conditions) for i, preview in enumerate(cycled)]
         metrics: dict[str, Any] = {}
         if self.clip is not None or self.dino is not None or isinstance(data.control, FromImage):
             metrics = self._measured(models, data, folder, requests)
@@ -103,7 +103,7 @@ class ClipMetrics:
         metrics: dict[str, Any] = {}
         class_embeddings: list[Tensor] = []
         # Without control maps, the base model's cached images serve all runs of a sweep.
-        without_maps = [replace(request, maps=()) for request in (*requests, *class_requests)]
+        without_maps = [replace(request, conditions={}) for request in (*requests, *class_requests)]
         generated = {"base_": models.base_images(without_maps, self.sampling)}
         generated[""] = models.trained_images([*requests, *class_requests], self.sampling)
         strength_grid(models, requests, self.sampling, folder)
@@ -124,7 +124,10 @@ class ClipMetrics:
                 metrics[f"{prefix}dino_image"] = dino_image(dino, images, training_images)
             if isinstance(data.control, FromImage):
                 pairs = zip(requests, data.control.extract_maps(images, models.device), strict=True)
-                agreements = [agreement(data.control.task, request.maps[0], extracted) for request, extracted in pairs]
+                agreements = [
+                    agreement(data.control.task, request.conditions["control"], extracted)
+                    for request, extracted in pairs
+                ]
                 metrics[f"{prefix}control_agreement"] = fmean(agreements)
             for kind, group in (("images", images), ("class", class_images)):
                 if group:

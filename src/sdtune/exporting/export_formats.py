@@ -15,7 +15,7 @@ from torch import Tensor
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
 from sdtune.backbone.families import FAMILIES, model_spec_prediction
-from sdtune.backbone.layers import BLOCKS, layers
+from sdtune.backbone.layers import BLOCKS, layers, module_path
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
@@ -25,7 +25,6 @@ from sdtune.exporting.previews import thumbnail
 from sdtune.files import read_json, replacing, write_json
 from sdtune.formats import (
     LoRAWeights,
-    canonical,
     diffusers_lora,
     embeddings,
     factors,
@@ -35,7 +34,7 @@ from sdtune.formats import (
 from sdtune.formats.files import read_metadata, read_safetensors
 from sdtune.formats.original.names import controlnet_entries
 from sdtune.formats.original.table import original_names
-from sdtune.loaders import lora as adapters
+from sdtune.loaders.lora import AdapterFile, LoadedLoRA, check_adapter
 
 log = logging.getLogger("sdtune")
 
@@ -182,12 +181,11 @@ class Export:
 
     def _lora(self, artifact: Artifact, source: Pretrained, folder: Path, header: dict[str, str]) -> list[Path]:
         # This warns if the LoRA was trained on another backbone.
-        adapters.check_adapter(str(artifact.path), source.hash(), "artifact")
+        check_adapter(str(artifact.path), source.hash(), "artifact")
         backbone = source.load()
-        file = adapters.AdapterFile(str(artifact.path))
-        [loaded] = adapters.load_adapters(backbone, [file])
+        [loaded] = [a for a in AdapterFile(str(artifact.path)).load(backbone, source) if isinstance(a, LoadedLoRA)]
         if self._is_full_model:
-            with adapters.adapters_applied(backbone, [loaded], [self.strength]):
+            with loaded.applied(backbone, self.strength):
                 artifact_metadata = {"sdtune_lora": artifact.name, "sdtune_strength": f"{self.strength:g}"}
                 artifact_metadata |= {"sdtune_base_hash": source.hash(), **header}
                 return self._full_model(self.merged(artifact.name), backbone, source, folder, artifact_metadata)
@@ -229,7 +227,7 @@ class Export:
             model=family.lora_names(backbone.prediction_type),
         )
         target = folder / f"{name}.safetensors"
-        table = family.kohya_table(weights.pairs, dict(backbone.unet.config))
+        table = family.kohya_table(weights.pairs, dict(backbone.denoiser.config))
         kohya_lora.write(target, weights, spec, artifact_metadata, table, dtype)
         return [target]
 
@@ -288,13 +286,13 @@ class Export:
         if artifact.path.is_file():
             backbone = source.load()
             controlnet = load_controlnet(
-                artifact.path, "artifact", backbone.unet, embedding_widths(backbone.facts.factor)
+                artifact.path, "artifact", backbone.denoiser, embedding_widths(backbone.facts.factor)
             )
             config, tensors = dict(controlnet.config), controlnet.state_dict()
         else:
             config = read_json(artifact.path / "config.json")
             tensors, _ = read_safetensors(artifact.path / WEIGHTS)
-        trained_unet = artifact.path / "unet"
+        has_denoiser = (artifact.path / source.denoiser_folder).is_dir()
         if self.format == "single_file":
             entries = controlnet_entries(tensors, config)
             names = {key: f"control_model.{name}" for key, name in original_names(entries).items()}
@@ -304,9 +302,7 @@ class Export:
             target = folder / f"{artifact.name}.safetensors"
             renamed = {names[key]: value for key, value in cast_tensors(tensors, dtype).items()}
             write_safetensors(target, renamed, {"modelspec.title": artifact.name})
-            return (
-                [target, *self._model_of_trained_unet(artifact, source, folder)] if trained_unet.is_dir() else [target]
-            )
+            return [target, *self._model_of_trained_denoiser(artifact, source, folder)] if has_denoiser else [target]
         target = folder / artifact.name
         with replacing(target) as partial:
             if artifact.path.is_file():
@@ -314,21 +310,21 @@ class Export:
                 write_json(partial / "config.json", for_safetensors)
                 write_safetensors(partial / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
             else:
-                _copy_controlnet(artifact.path, partial, dtype)
+                _copy_controlnet(artifact.path, partial, ["", source.denoiser_folder] if has_denoiser else [""], dtype)
         return [target]
 
-    def _model_of_trained_unet(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
-        """Write the full model with the UNet trained together with the ControlNet; programs load both files."""
+    def _model_of_trained_denoiser(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
+        """Write the full model with the denoiser trained together with the ControlNet; programs load both files."""
         backbone = source.load()
-        backbone.unet.load_state_dict(read_safetensors(artifact.path / "unet" / WEIGHTS)[0])
+        backbone.denoiser.load_state_dict(read_safetensors(artifact.path / source.denoiser_folder / WEIGHTS)[0])
         target = folder / f"{artifact.name}-model.safetensors"
         write_single_file(backbone, source, target, DTYPES[self.dtype], {})
         return [target]
 
 
-def _copy_controlnet(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy a ControlNet folder, and its trained UNet if there is one, with tensors in ``dtype``."""
-    for part in ("", "unet") if (source / "unet").is_dir() else ("",):
+def _copy_controlnet(source: Path, target: Path, parts: Sequence[str], dtype: torch.dtype) -> None:
+    """Copy the subfolders ``parts`` of a ControlNet folder, with tensors in ``dtype``."""
+    for part in parts:
         content, _ = read_safetensors(source / part / WEIGHTS)
         write_json(target / part / "config.json", read_json(source / part / "config.json"))
         write_safetensors(target / part / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
@@ -346,22 +342,22 @@ def _side(metadata: dict[str, str], default: int) -> int:
 
 
 def _weights(backbone: Backbone) -> dict[str, Tensor]:
-    """Weights of the modules that a LoRA file may contain: UNet blocks and text encoders, by canonical name."""
+    """Weights of the modules that a LoRA file may contain: denoiser blocks and text encoders, by path in the file."""
     return {
-        canonical(f"{component}.{name}"): layer.weight.data
+        module_path(backbone, component, name): layer.weight.data
         for component, name, layer in layers(backbone)
-        if (component != "unet" or name.startswith(BLOCKS)) and "text_projection" not in name
+        if (component != "denoiser" or name.startswith(BLOCKS)) and "text_projection" not in name
     }
 
 
 def _log_unrepresented_change(before: Backbone, after: Backbone, modules: set[str]) -> None:
     """Log the share of the squared weight change outside of ``modules``: biases, norms, embeddings, the VAE."""
     inside = outside = 0.0
-    for component in ("unet", "vae", *before.encoders):
+    for component in ("denoiser", "vae", *before.encoders):
         originals = dict(getattr(before, component).named_parameters())
         for name, value in getattr(after, component).named_parameters():
             change = float((value.data.float() - originals[name].data.float()).square().sum())
-            if canonical(f"{component}.{name}").removesuffix(".weight") in modules and name.endswith(".weight"):
+            if module_path(before, component, name).removesuffix(".weight") in modules and name.endswith(".weight"):
                 inside += change
             else:
                 outside += change

@@ -25,8 +25,9 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     """Tensors of each model by canonical name, without the embeddings of new tokens."""
     tensors_of: dict[str, dict[str, Tensor]] = {}
     with without_new_tokens(backbone):
-        for name in ("unet", "vae", *backbone.encoders):
-            tensors = getattr(backbone, name).state_dict()
+        for component in ("denoiser", "vae", *backbone.encoders):
+            name = backbone.denoiser_folder if component == "denoiser" else component
+            tensors = getattr(backbone, component).state_dict()
             tensors_of[name] = {
                 canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)
             }

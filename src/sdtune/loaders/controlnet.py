@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,11 @@ from sdtune.errors import UserError
 from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.images.files import open_image, resize_and_crop
-from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
+from sdtune.loaders.artifact import ArtifactFile, LoadedArtifact, warn_if_other_backbone
 
 
 @dataclass(frozen=True)
-class ControlImage:
+class ControlImage(ArtifactFile):
     """A ControlNet and its conditioning image.
 
     Args:
@@ -38,6 +38,7 @@ class ControlImage:
         strength: factor on the residuals of the ControlNet.
         preprocess: edge detector for the map, with the default settings of training; None: ``image`` is the map.
         resample: interpolation of a map to the size of the image; use nearest for segmentation.
+        name: name of the condition; different for each of several ControlNets.
     """
 
     path: str
@@ -45,6 +46,17 @@ class ControlImage:
     strength: float = 1.0
     preprocess: Literal["canny", "scribble"] | None = None
     resample: Resample = "bilinear"
+    name: str = "control"
+
+    def check(self, source: Pretrained, key: str) -> None:
+        self.read_image()
+        check_controlnet(self.path, source, self.preprocess)
+
+    def load(self, backbone: Backbone, source: Pretrained) -> list[LoadedArtifact]:
+        return [load_applicable_controlnet(backbone, source, self.path, self.strength, self.name)]
+
+    def conditions(self, size: tuple[int, int]) -> Mapping[str, np.ndarray]:
+        return {self.name: self.map(size)}
 
     def read_image(self) -> Image.Image:
         """The image in mode RGB.
@@ -73,17 +85,22 @@ def _computed(name: str) -> Computed:
     return Canny() if name == "canny" else Scribble()
 
 
-def read_control_image(
-    entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None = None
-) -> ControlImage:
-    """Check the entry ``key`` of a config and convert it.
+def read_control_images(
+    entries: Sequence[Mapping[str, Any]], image: str | Path | Image.Image | None = None
+) -> list[ControlImage]:
+    """Check the entries of the setting ``control`` and convert them.
 
     Args:
-        image: the image of an entry without one.
+        image: the image of entries without one.
 
     Raises:
         UserError: an unknown or missing key, or a value of the wrong type.
     """
+    images = [_control_image(entry, f"control[{i}]", image) for i, entry in enumerate(entries)]
+    return [replace(one, name=f"control{i + 1}") if i else one for i, one in enumerate(images)]
+
+
+def _control_image(entry: Mapping[str, Any], key: str, image: str | Path | Image.Image | None) -> ControlImage:
     merged = {**({} if image is None else {"image": image}), **entry}
     options: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in merged.items()}
     hints = {
@@ -108,9 +125,9 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
     Without ``preprocess`` the kind of the map is unknown and not checked.
 
     Raises:
-        UserError: there is no ControlNet, it does not fit the UNet, or it was trained with other control maps.
+        UserError: there is no ControlNet, it does not fit the denoiser, or it was trained with other control maps.
     """
-    folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
+    folder = find_controlnet(path, "control.path", source.config(source.denoiser_folder), source.facts.factor)
     trained_with = _facts(folder).get("preprocess", preprocess)
     if preprocess is not None and trained_with != preprocess:
         remedy = (
@@ -133,65 +150,61 @@ class LoadedControlNet(LoadedArtifact):
     """A ControlNet on the device of the backbone.
 
     Args:
-        unet: UNet weights that were trained together with the ControlNet; empty if there are none.
+        name: name of its condition.
+        denoiser: weights of the denoiser that were trained together with the ControlNet; empty if there are none.
     """
 
+    name: str
     model: ControlNetModel
-    unet: dict[str, Tensor]
+    denoiser: dict[str, Tensor]
+
+    @property
+    def replaces_denoiser(self) -> bool:  # type: ignore[override]
+        return bool(self.denoiser)
+
+    @contextmanager
+    def applied(self, backbone: Backbone, factor: float = 1.0, *, only_to_draw: bool = False) -> Iterator[None]:
+        """Context manager that adds the ControlNet to ``backbone``, with the denoiser weights that it contains.
+
+        At strength 0 it does nothing, so that it costs nothing.
+        """
+        strength, conditioners = self.strength * factor, backbone.conditioners
+        weights = self.denoiser if strength else {}
+        modules = backbone.denoiser.named_modules() if weights else ()
+        quantized = {f"{name}.weight": module for name, module in modules if isinstance(module, Quantized)}
+        stored = {id(parameter) for module in quantized.values() for parameter in (module.packed, module.scales)}
+        parameters = backbone.denoiser.named_parameters() if weights else ()
+        original_weights = {name: p.data.cpu() for name, p in parameters if id(p) not in stored}
+        try:
+            for name, layer in quantized.items():
+                layer.dense = weights[name].to(backbone.device, layer.dtype)
+            for name in original_weights:
+                weight = backbone.denoiser.get_parameter(name)
+                weight.data = weights[name].to(weight.device, weight.dtype)
+            if strength:
+                backbone.conditioners = (*conditioners, ControlNetWithStrength(self.name, self.model, strength))
+            yield
+        finally:
+            backbone.conditioners = conditioners
+            for name, value in original_weights.items():
+                parameter = backbone.denoiser.get_parameter(name)
+                parameter.data = value.to(parameter.device)
+            for layer in quantized.values():
+                layer.dense = None
 
 
-def load_controlnets(backbone: Backbone, source: Pretrained, paths: Sequence[str]) -> list[LoadedControlNet]:
-    """Read the ControlNets in ``paths``, in the dtype of the backbone's UNet.
+def load_applicable_controlnet(
+    backbone: Backbone, source: Pretrained, path: str, strength: float = 1.0, name: str = "control"
+) -> LoadedControlNet:
+    """Read the ControlNet in ``path``, in the dtype of the backbone's denoiser.
 
     Raises:
-        UserError: a path is not a ControlNet that fits the backbone.
+        UserError: ``path`` is not a ControlNet that fits the backbone.
     """
-    loaded = []
-    for path in paths:
-        folder = find_controlnet(path, "control.path", source.config("unet"), source.facts.factor)
-        model = load_controlnet(folder, "control.path", backbone.unet, embedding_widths(source.facts.factor))
-        model = model.to(backbone.device, backbone.unet.dtype).eval().requires_grad_(False)
-        backbone.prepare_for_device(backbone.device, model)
-        unet_file = folder / "unet" / WEIGHTS
-        loaded.append(LoadedControlNet(path, model, read_safetensors(unet_file)[0] if unet_file.is_file() else {}))
-    return loaded
-
-
-@contextmanager
-def controlnets_applied(
-    backbone: Backbone, controlnets: Sequence[LoadedControlNet], strengths: Sequence[float]
-) -> Iterator[None]:
-    """Context manager that applies ``controlnets`` to ``backbone``, with the UNet weights that one of them contains.
-
-    Raises:
-        UserError: more than one of ``controlnets`` with a strength other than 0 contains UNet weights.
-    """
-    with_unet = [net for net, strength in zip(controlnets, strengths, strict=True) if net.unet and strength]
-    if len(with_unet) > 1:
-        raise UserError(
-            f"both {with_unet[0].path} and {with_unet[1].path} contain UNet weights",
-            key="control",
-            remedy="use only one of them",
-        )
-    modules = backbone.unet.named_modules() if with_unet else ()
-    quantized = {f"{name}.weight": module for name, module in modules if isinstance(module, Quantized)}
-    stored = {id(parameter) for module in quantized.values() for parameter in (module.packed, module.scales)}
-    parameters = backbone.unet.named_parameters() if with_unet else ()
-    original_weights = {name: p.data.cpu() for name, p in parameters if id(p) not in stored}
-    try:
-        for name, layer in quantized.items():
-            layer.dense = with_unet[0].unet[name].to(backbone.device, layer.dtype)
-        for name in original_weights:
-            weight = backbone.unet.get_parameter(name)
-            weight.data = with_unet[0].unet[name].to(weight.device, weight.dtype)
-        backbone.controlnets = tuple(
-            ControlNetWithStrength(net.model, strength) for net, strength in zip(controlnets, strengths, strict=True)
-        )
-        yield
-    finally:
-        backbone.controlnets = ()
-        for name, value in original_weights.items():
-            parameter = backbone.unet.get_parameter(name)
-            parameter.data = value.to(parameter.device)
-        for layer in quantized.values():
-            layer.dense = None
+    folder = find_controlnet(path, "control.path", source.config(source.denoiser_folder), source.facts.factor)
+    model = load_controlnet(folder, "control.path", backbone.denoiser, embedding_widths(source.facts.factor))
+    model = model.to(backbone.device, backbone.denoiser.dtype).eval().requires_grad_(False)
+    backbone.prepare_for_device(backbone.device, model)
+    file = folder / source.denoiser_folder / WEIGHTS
+    denoiser = read_safetensors(file)[0] if file.is_file() else {}
+    return LoadedControlNet(path, strength, name, model, denoiser)

@@ -1,4 +1,4 @@
-"""Load LoRAs and embeddings of new tokens onto a backbone for sampling, with strengths, and unload them exactly."""
+"""Load LoRAs onto a backbone for sampling, with strengths, and unload them exactly."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import FAMILIES
-from sdtune.backbone.layers import layers
-from sdtune.backbone.new_tokens import check_vector_counts
+from sdtune.backbone.layers import layers, module_path
+from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.quantization import Quantized
 from sdtune.errors import UserError
 from sdtune.files import is_snapshot
-from sdtune.formats import KohyaTable, embeddings, read_lora
+from sdtune.formats import embeddings, read_lora
 from sdtune.formats.diffusers_lora import FILE_NAME
 from sdtune.formats.files import read_metadata, read_safetensors
-from sdtune.formats.lora import LoRAWeights, canonical
+from sdtune.formats.lora import LoRAWeights
 from sdtune.formats.lora_names import BUNDLED
-from sdtune.loaders.artifact import LoadedArtifact, warn_if_other_backbone
+from sdtune.loaders.artifact import ArtifactFile, LoadedArtifact, warn_if_other_backbone
+from sdtune.loaders.words import LoadedWords, check_distinct, check_words
 
 log = logging.getLogger("sdtune")
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class AdapterFile(ArtifactFile):
     """A LoRA file, an embedding file, or the ``artifact`` folder of a run, which can contain both.
 
     Args:
@@ -39,18 +40,21 @@ class AdapterFile:
     path: str
     strength: float = 1.0
 
+    def check(self, source: Pretrained, key: str) -> None:
+        check_adapter(self.path, source.hash(), key)
 
-@dataclass(frozen=True)
-class LoadedLoRA(LoadedArtifact):
-    """LoRA pairs with the module paths of the backbone, and the new tokens in the same file or folder."""
-
-    weights: LoRAWeights
-    words: embeddings.TokenVectors
+    def load(self, backbone: Backbone, source: Pretrained) -> list[LoadedArtifact]:
+        """The words and the LoRA of the file; a warning if it has a strength, but no LoRA."""
+        words, weights = _read(Path(self.path).expanduser(), _modules(backbone), backbone)
+        if self.strength != 1 and not weights.pairs:
+            log.warning("WARNING: adapters: strength %g has no effect on the embedding %s", self.strength, self.path)
+        loaded: list[LoadedArtifact] = [LoadedLoRA(self.path, self.strength, weights)] if weights.pairs else []
+        return [LoadedWords(self.path, self.strength, words), *loaded] if words else loaded
 
 
 def _modules(backbone: Backbone) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Canonical path (as in LoRA files) -> linear or convolution layer that a LoRA can change."""
-    return {canonical(f"{component}.{name}"): layer for component, name, layer in layers(backbone)}
+    """Path in LoRA files -> linear or convolution layer that a LoRA can change."""
+    return {module_path(backbone, component, name): layer for component, name, layer in layers(backbone)}
 
 
 _OTHER_BACKBONE = "use the backbone that the adapter was trained with"
@@ -90,74 +94,48 @@ def _is_intermediate(file: Path) -> bool:
     return file.stem.startswith(embeddings.FILE_NAME) and is_snapshot(file.stem)
 
 
-def load_adapters(backbone: Backbone, files: Sequence[AdapterFile]) -> list[LoadedLoRA]:
-    """Read ``files`` and add their new tokens to ``backbone``.
+def _read(
+    path: Path, modules: Mapping[str, nn.Linear | nn.Conv2d], backbone: Backbone
+) -> tuple[embeddings.TokenVectors, LoRAWeights]:
+    """Vectors of the new tokens, and LoRA pairs in ``path``; either may be empty.
+
+    Raises:
+        UserError: they do not fit the backbone.
+    """
+    weights = LoRAWeights({}, {})
+    if path.is_dir():
+        words, has_pairs = embeddings.read_folder(path), (path / FILE_NAME).is_file()
+    else:
+        tensors, metadata = read_safetensors(path)
+        words = embeddings.parse(path, tensors, metadata)
+        has_pairs = any(key.startswith(BUNDLED) for key in tensors)
+    if has_pairs or not words:
+        table = FAMILIES[backbone.facts.family].kohya_table(modules, dict(backbone.denoiser.config))
+        weights, _ = read_lora(path, table)
+    for module, (down, up) in weights.pairs.items():
+        layer = modules.get(module)
+        if layer is None:
+            raise UserError(f"{path}: this backbone has no layer {module}", remedy=_OTHER_BACKBONE)
+        shape = (up.shape[0], *down.shape[1:])
+        if shape != tuple(layer.weight.shape) and down.shape[1:].numel() * up.shape[0] != layer.weight.numel():
+            raise UserError(
+                f"{path}: {module} is for weights of shape {list(shape)}, but this backbone has"
+                f" {list(layer.weight.shape)}",
+                remedy=_OTHER_BACKBONE,
+            )
+    check_words(path, words, backbone)
+    return words, weights
+
+
+def load_adapters(backbone: Backbone, files: Sequence[AdapterFile], source: Pretrained) -> list[LoadedArtifact]:
+    """Read ``files``.
 
     Raises:
         UserError: a file does not fit the backbone, or two files contain the same token.
     """
-    modules = _modules(backbone)
-    table = FAMILIES[backbone.facts.family].kohya_table(modules, dict(backbone.unet.config))
-    loaded = [_read(file, modules, table) for file in files]
-    new_tokens: embeddings.TokenVectors = {}
-    widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
-    for adapter in loaded:
-        for token, vectors in adapter.words.items():
-            vector_widths = [rows.shape[1] for rows in vectors]
-            if vector_widths != widths:
-                raise UserError(
-                    f"{adapter.path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}",
-                    remedy="use the backbone that the file was trained with",
-                )
-            if token in new_tokens:
-                raise UserError(
-                    f"{adapter.path}: token {token!r} is already in another adapter", remedy="remove one of the two"
-                )
-            check_vector_counts({token: len(vectors[0])}, backbone.facts.max_tokens, f"adapters ({adapter.path})")
-            new_tokens[token] = vectors
-    if new_tokens:
-        backbone.add_tokens(new_tokens)
-    return loaded
-
-
-def warn_about_unused_strengths(files: Sequence[AdapterFile], loaded: Sequence[LoadedLoRA]) -> None:
-    """Log a warning for each of ``files`` that has a strength, but whose ``loaded`` adapter is only an embedding."""
-    for file, adapter in zip(files, loaded, strict=True):
-        if file.strength != 1 and not adapter.weights.pairs:
-            log.warning("WARNING: adapters: strength %g has no effect on the embedding %s", file.strength, file.path)
-
-
-def _and(widths: Sequence[int]) -> str:
-    return " and ".join(map(str, widths))
-
-
-def _read(
-    file: AdapterFile,
-    modules: Mapping[str, nn.Linear | nn.Conv2d],
-    table: KohyaTable,
-) -> LoadedLoRA:
-    local_path = Path(file.path).expanduser()
-    weights = LoRAWeights({}, {})
-    if local_path.is_dir():
-        new_tokens, has_pairs = embeddings.read_folder(local_path), (local_path / FILE_NAME).is_file()
-    else:
-        tensors, metadata = read_safetensors(local_path)
-        new_tokens = embeddings.parse(local_path, tensors, metadata)
-        has_pairs = any(key.startswith(BUNDLED) for key in tensors)
-    if has_pairs or not new_tokens:
-        weights, _ = read_lora(local_path, table)
-    for path, (down, up) in weights.pairs.items():
-        layer = modules.get(path)
-        if layer is None:
-            raise UserError(f"{file.path}: this backbone has no layer {path}", remedy=_OTHER_BACKBONE)
-        shape = (up.shape[0], *down.shape[1:])
-        if shape != tuple(layer.weight.shape) and down.shape[1:].numel() * up.shape[0] != layer.weight.numel():
-            raise UserError(
-                f"{file.path}: {path} is for weights of shape {list(shape)}, but this backbone has"
-                f" {list(layer.weight.shape)}",
-                remedy=_OTHER_BACKBONE,
-            )
-    return LoadedLoRA(file.path, weights, new_tokens)
+    artifacts = [artifact for file in files for artifact in file.load(backbone, source)]
+    check_distinct(artifacts)
+    return artifacts
 
 
 def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
@@ -166,54 +144,59 @@ def delta(down: Tensor, up: Tensor, scale: float, shape: torch.Size) -> Tensor:
     return product.reshape(shape)
 
 
-@contextmanager
-def adapters_applied(
-    backbone: Backbone, adapters: Sequence[LoadedLoRA], strengths: Sequence[float], *, only_to_draw: bool = False
-) -> Iterator[None]:
-    """Context manager that merges ``adapters`` into the weights, and restores the original weights exactly.
+@dataclass(frozen=True)
+class LoadedLoRA(LoadedArtifact):
+    """LoRA pairs with the module paths of the backbone."""
 
-    Merged weights make sampling as fast as with the base model; the layers of a quantized backbone are dense then.
-    Exception: with ``only_to_draw``, a single LoRA on a UNet that several runs share is not merged into it, so that the
-    runs can generate images in one batch.
+    weights: LoRAWeights
 
-    Args:
-        strengths: one factor per adapter.
-        only_to_draw: whether the weights are used only to generate images.
-    """
-    modules = _modules(backbone)
-    # The original weights wait in main memory, except those that other runs use.
-    is_shared = backbone.pair_executor is not None
-    originals: dict[str, Tensor] = {}
-    quantized: list[Quantized] = []
-    unmerged: dict[str, tuple[Tensor, Tensor, float]] = {}
-    keep_unmerged = is_shared and only_to_draw and len(adapters) == 1
-    names = {canonical(f"unet.{name}"): name for name, _ in backbone.unet.named_modules()} if keep_unmerged else {}
-    try:
-        for adapter, strength in zip(adapters, strengths, strict=True):
-            if strength == 0:
-                continue
-            for path, (down, up) in adapter.weights.pairs.items():
-                layer = modules[path]
-                weight = layer.weight
-                scale = strength * adapter.weights.alphas[path] / down.shape[0]
-                if path in names:
-                    unmerged[names[path]] = (down.float(), up.float(), scale)
+    @contextmanager
+    def applied(self, backbone: Backbone, factor: float = 1.0, *, only_to_draw: bool = False) -> Iterator[None]:
+        """Context manager that merges the pairs into the weights, and restores the original weights exactly.
+
+        Merged weights make sampling as fast as with the base model; the layers of a quantized backbone are dense then.
+        Exception: with ``only_to_draw``, the LoRA is not merged into a denoiser that several runs share, so that the
+        runs can generate images in one batch.
+        """
+        strength = self.strength * factor
+        # The original weights wait in main memory, except those that other runs use.
+        is_shared = backbone.pair_executor is not None
+        originals: dict[str, Tensor] = {}
+        dense: list[tuple[Quantized, Tensor | None]] = []
+        modules = _modules(backbone) if strength else {}
+        unmerged = self._unmerged(backbone, strength) if is_shared and only_to_draw else None
+        try:
+            for path, (down, up) in self.weights.pairs.items() if strength else ():
+                if unmerged is not None and path.startswith(f"{backbone.denoiser_folder}."):
                     continue
+                layer = modules[path]
+                weight, scale = layer.weight, strength * self.weights.alphas[path] / down.shape[0]
                 change = delta(down.to(weight.device), up.to(weight.device), scale, weight.shape)
                 merged = (weight.data.float() + change).to(weight.dtype)
                 if isinstance(layer, Quantized):
+                    dense.append((layer, layer.dense))
                     layer.dense = merged
-                    quantized.append(layer)
                     continue
-                if path not in originals:
-                    originals[path] = weight.data if is_shared else weight.data.cpu()
+                originals[path] = weight.data if is_shared else weight.data.cpu()
                 weight.data = merged
-        backbone.sampling_pairs = unmerged if keep_unmerged else None
-        yield
-    finally:
-        backbone.sampling_pairs = None
-        for path, original in originals.items():
-            weight = modules[path].weight
-            weight.data = original.to(weight.device)
-        for quantized_layer in quantized:
-            quantized_layer.dense = None
+            if unmerged is not None:
+                assert backbone.sampling_pairs is None, "one LoRA at a time on a shared denoiser"
+                backbone.sampling_pairs = unmerged
+            yield
+        finally:
+            if unmerged is not None:
+                backbone.sampling_pairs = None
+            for path, original in originals.items():
+                weight = modules[path].weight
+                weight.data = original.to(weight.device)
+            for quantized_layer, previous in dense:
+                quantized_layer.dense = previous
+
+    def _unmerged(self, backbone: Backbone, strength: float) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """The pairs of the denoiser by its module names; none at strength 0."""
+        names = {module_path(backbone, "denoiser", name): name for name, _ in backbone.denoiser.named_modules()}
+        return {
+            names[path]: (down.float(), up.float(), strength * self.weights.alphas[path] / down.shape[0])
+            for path, (down, up) in (self.weights.pairs.items() if strength else ())
+            if path in names
+        }

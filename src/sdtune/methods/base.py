@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from sdtune.backbone.new_tokens import (
     check_vocabulary,
 )
 from sdtune.backbone.quantization import check_quantization, quantize
+from sdtune.conditioning import Conditioning
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -84,8 +86,8 @@ class Adapter(pl.LightningModule, ABC):
     """True if the method trains only new tokens."""
 
     denoiser_is_read_only: ClassVar[bool]
-    """True if the method neither trains nor copies the UNet's weights; they are then loaded in half precision if the
-    run's precision is mixed.
+    """True if the method neither trains nor copies the denoiser's weights; they are then loaded in half precision if
+    the run's precision is mixed.
 
     Each concrete class sets it in its own body and does not inherit it: a subclass may train more than its base class.
     """
@@ -101,8 +103,8 @@ class Adapter(pl.LightningModule, ABC):
         abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT_METHODS)
         if not abstract and "denoiser_is_read_only" not in vars(cls):
             raise TypeError(
-                f"{cls.__qualname__} must set denoiser_is_read_only in its own class body: True if the UNet's weights"
-                " are neither trained nor copied"
+                f"{cls.__qualname__} must set denoiser_is_read_only in its own class body: True if the denoiser's"
+                " weights are neither trained nor copied"
             )
 
     def __init__(
@@ -145,7 +147,7 @@ class Adapter(pl.LightningModule, ABC):
         """Metrics that were last copied from the device, for the progress bar."""
         self.average: Average | None = None
         """Average of the trained weights (EMA); set by a callback."""
-        self._unet_is_half = False
+        self._denoiser_is_half = False
         self._validation_sums: dict[str, Any] = {}
         self.validation_aborted = False
         """Whether the run stops in the current validation, which has no result; set by the callback ``Checkpoints``."""
@@ -185,29 +187,30 @@ class Adapter(pl.LightningModule, ABC):
     def component_rates(self) -> Mapping[str, float | None]:
         """Learning rates by component; the optimizer's learning rate for None and for components not listed.
 
-        A component is ``unet``, ``text_encoder`` (all text encoders), ``vae``, or a module added by :meth:`inject`.
+        A component is ``denoiser``, ``text_encoder`` (all text encoders), ``vae``, or a module added by :meth:`inject`.
         """
         return {}
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        """UNet output [B, C, h, w]; previews call it too, so that they use the same computation as training.
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Denoiser output [B, C, h, w]; previews call it too, so that they use the same computation as training.
 
         Args:
             noisy: noisy latents [B, C, h, w].
             timesteps: int64 [B] in training; in previews one timestep of the sampler, without dimensions.
-            text: text embeddings [B, L, D].
-            batch: additional inputs, such as ``frame`` and ``control``; in previews at most ``control``.
+            conditioning: text embeddings and sizes.
+            conditions: inputs of modules beside the denoiser by name, such as ``control``.
         """
-        inputs = self.backbone.unet_inputs(noisy, timesteps, text, frame=batch.get("frame"))
-        return self._predict(inputs)
+        return self._predict(self.backbone.denoiser_inputs(noisy, timesteps, conditioning))
 
     def _predict(self, inputs: dict[str, Any]) -> Tensor:
-        """UNet output for ``inputs`` (:meth:`Backbone.unet_inputs`).
+        """Denoiser output for ``inputs`` (:meth:`Backbone.denoiser_inputs`).
 
-        A frozen UNet in half precision is computed without autocast: a third of autocast's kernels would be casts.
+        A frozen denoiser in half precision is computed without autocast: a third of autocast's kernels would be casts.
         """
-        with autocast(self.device, "32-true") if self._unet_is_half else nullcontext():
-            return self.executor.predict(self.backbone.unet, inputs)
+        with autocast(self.device, "32-true") if self._denoiser_is_half else nullcontext():
+            return self.executor.predict(self.backbone.denoiser, inputs)
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
@@ -280,7 +283,7 @@ class Adapter(pl.LightningModule, ABC):
             if vectors.dtype in HALVES.values():  # the embedding tables of a shared backbone on a GPU
                 vectors.data = vectors.data.float()
         # diffusers and transformers apply gradient checkpointing only in training mode.
-        self.backbone.unet.train()
+        self.backbone.denoiser.train()
         for encoder in self.backbone.encoders.values():
             encoder.train(self.trains("text_encoder"))
         if self.gradient_checkpointing:
@@ -330,9 +333,9 @@ class Adapter(pl.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         self.backbone.schedule.to(self.device)
-        self._unet_is_half = all(
+        self._denoiser_is_half = all(
             parameter.dtype in HALVES.values() or "lora_" in name or not parameter.is_floating_point()
-            for name, parameter in self.backbone.unet.named_parameters()
+            for name, parameter in self.backbone.denoiser.named_parameters()
         )
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
@@ -361,8 +364,8 @@ class Adapter(pl.LightningModule, ABC):
         for config in self.trainer.lr_scheduler_configs:
             apply_current_rates(config.scheduler)
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings [B, L, D]; with gradients only if a text encoder is trained."""
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings; with gradients only if a text encoder is trained."""
         # Outside of a training step Lightning's autocast is off, but frozen half-precision weights need it.
         with self._autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("text_encoder")):
             return self.backbone.encode_text(prompts)
@@ -409,9 +412,11 @@ class Adapter(pl.LightningModule, ABC):
             offset = self.noise((shape[0], 1, 1), f"{stream}/{streams.OFFSET}", step, positions)
             noise = noise + objective.offset_noise * offset
         timesteps = draws.timesteps(len(self.backbone.schedule), self.seed, stream, step, positions, self.device)
-        text = batch["text"] if "text" in batch else self.encode_text(batch["prompts"])
+        cached = batch.get("conditioning")
+        conditioning = replace(cached or self.encode_text(batch["prompts"]), frame=batch.get("frame"))
         schedule = self.backbone.schedule
-        output = self.denoise(schedule.add_noise(clean, noise, timesteps), timesteps, text, batch)
+        noisy = schedule.add_noise(clean, noise, timesteps)
+        output = self.denoise(noisy, timesteps, conditioning, batch["conditions"])
         return objective(
             output,
             kind=self.backbone.prediction_type,

@@ -1,4 +1,4 @@
-"""ControlNet: a trainable copy of the UNet's encoder, conditioned on a control map (Zhang et al. 2023)."""
+"""ControlNet: a trainable copy of the denoiser's encoder, conditioned on a control map (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sdtune import streams
 from sdtune.backbone.controlnet import residuals, skip_connection_count
 from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
 from sdtune.backbone.quantization import check_quantization
+from sdtune.conditioning import Conditioning
 from sdtune.data.control.base import Computed
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
@@ -32,12 +33,12 @@ class ControlNet(Adapter):
     """ControlNet (Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models", section 3).
 
     Args:
-        unet: which weights of the UNet are trained too: none (``frozen``), those of its decoder (``decoder``, the
-            authors' ``sd_locked=False``; for control maps and styles that the UNet does not know, with a lower learning
-            rate), or all (``all``).
-        unet_lr: learning rate of the UNet's trained weights; the optimizer's if None.
+        denoiser: which weights of the denoiser are trained too: none (``frozen``), those of its decoder (``decoder``,
+            the authors' ``sd_locked=False``; for control maps and styles that the denoiser does not know, with a lower
+            learning rate), or all (``all``).
+        denoiser_lr: learning rate of the denoiser's trained weights; the optimizer's if None.
         weights: path of a ControlNet with the initial weights, from any program: a folder in the diffusers layout or a
-            single file; a copy of the UNet's encoder if None.
+            single file; a copy of the denoiser's encoder if None.
     """
 
     artifact_kind = "controlnet"
@@ -46,19 +47,19 @@ class ControlNet(Adapter):
     def __init__(
         self,
         *,
-        unet: Literal["frozen", "decoder", "all"] = "frozen",
-        unet_lr: Annotated[float, Gt(0)] | None = None,
+        denoiser: Literal["frozen", "decoder", "all"] = "frozen",
+        denoiser_lr: Annotated[float, Gt(0)] | None = None,
         weights: str | None = None,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(**common)
-        if unet == "frozen" and unet_lr is not None:
+        if denoiser == "frozen" and denoiser_lr is not None:
             raise UserError(
-                "the UNet is frozen, so it has no learning rate",
-                key="method.unet_lr",
-                remedy="set method.unet=decoder or method.unet=all, or remove method.unet_lr",
+                "the denoiser is frozen, so it has no learning rate",
+                key="method.denoiser_lr",
+                remedy="set method.denoiser=decoder or method.denoiser=all, or remove method.denoiser_lr",
             )
-        self.unet, self.unet_lr, self.weights = unet, unet_lr, weights
+        self.opened, self.denoiser_lr, self.weights = denoiser, denoiser_lr, weights
         self.controlnet: ControlNetModel
         self._maps: dict[str, str | None] = {}
         """How the control maps are computed, for the artifact's sdtune.json; set by :meth:`check_data`."""
@@ -70,29 +71,34 @@ class ControlNet(Adapter):
                 key="data.control",
                 remedy="set data/control=canny, scribble, paired, estimated or pocket",
             )
-        if self.unet != "frozen":
-            check_quantization(self.source.quantize, ("unet",))
+        if self.opened != "frozen":
+            check_quantization(self.source.quantize, ("denoiser",))
         if self.weights is not None:
-            find_controlnet(self.weights, "method.weights", self.source.config("unet"), self.source.facts.factor)
+            find_controlnet(
+                self.weights,
+                "method.weights",
+                self.source.config(self.source.denoiser_folder),
+                self.source.facts.factor,
+            )
         self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}
 
     def inject(self) -> None:
-        unet = self.backbone.unet
+        denoiser = self.backbone.denoiser
         if self.weights is not None:
             path, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
-            self.controlnet = load_controlnet(path, "method.weights", unet, widths)
+            self.controlnet = load_controlnet(path, "method.weights", denoiser, widths)
         else:
-            self._copy_unet_encoder()
-        assert len(self.controlnet.controlnet_down_blocks) == skip_connection_count(unet)
+            self._copy_encoder()
+        assert len(self.controlnet.controlnet_down_blocks) == skip_connection_count(denoiser)
         self.controlnet.train()
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(self.unet == "all" or (self.unet == "decoder" and name.startswith(_DECODER)))
+        for name, parameter in denoiser.named_parameters():
+            parameter.requires_grad_(self.opened == "all" or (self.opened == "decoder" and name.startswith(_DECODER)))
 
-    def _copy_unet_encoder(self) -> None:
-        """Copy the UNet's encoder and draw the initial weights of the control map's embedding from the run's seed."""
+    def _copy_encoder(self) -> None:
+        """Copy the denoiser's encoder; draw the initial weights of the control map's embedding from the run's seed."""
         with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced below
             self.controlnet = ControlNetModel.from_unet(
-                self.backbone.unet, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
+                self.backbone.denoiser, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
             )
         embedding = self.controlnet.controlnet_cond_embedding
         for name, layer in (
@@ -112,39 +118,41 @@ class ControlNet(Adapter):
             parameter.data.copy_(torch.from_numpy(drawn.astype("float32")))
 
     def component_rates(self) -> Mapping[str, float | None]:
-        return {"unet": self.unet_lr}
+        return {"denoiser": self.denoiser_lr}
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        """UNet output [B, C, h, w] with the ControlNet's residuals, or without them if the batch has no control map.
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Denoiser output [B, C, h, w] with the ControlNet's residuals, or without them if there is no control map.
 
         Args:
-            batch: ``control``, if present: control maps, float32 [B, 3, H, W] in [0, 1].
+            conditions: ``control``, if present: control maps, float32 [B, 3, H, W] in [0, 1].
         """
-        frame, controlnet_residuals = batch.get("frame"), None
-        if "control" in batch:
-            conditions = self.backbone.conditions(text, noisy, frame)
-            controlnet_residuals = residuals(self.controlnet, noisy, timesteps, conditions, batch["control"])
-        inputs = self.backbone.unet_inputs(noisy, timesteps, text, controlnet_residuals, frame)
-        return self._predict(inputs)
+        added = None
+        if "control" in conditions:
+            arguments = self.backbone.conditions(conditioning, noisy)
+            added = residuals(self.controlnet, noisy, timesteps, arguments, conditions["control"])
+        return self._predict(self.backbone.denoiser_inputs(noisy, timesteps, conditioning, added))
 
     @classmethod
     def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
-        return {**batch, "control": pixels}
+        return {**batch, "conditions": {"control": pixels}}
 
     def artifact_bytes(self) -> int:
-        """Size in bytes of the ControlNet in float32, plus the full UNet if any of it is trained."""
-        models = [self.controlnet, *([] if self.unet == "frozen" else [self.backbone.unet])]
+        """Size in bytes of the ControlNet in float32, plus the full denoiser if any of it is trained."""
+        models = [self.controlnet, *([] if self.opened == "frozen" else [self.backbone.denoiser])]
         return sum(4 * p.numel() for model in models for p in model.parameters())
 
     def write_artifact(self, folder: Path, name: str) -> None:
-        """Write the diffusers folder ``<folder>/<name>``; a trained UNet is saved in its subfolder ``unet``."""
+        """Write the diffusers folder ``<folder>/<name>``; a trained denoiser is saved in its subfolder."""
+        subfolder = self.source.denoiser_folder
         with replacing(folder / name) as target:
             save_component(self.controlnet, target)
-            if self.unet != "frozen":
+            if self.opened != "frozen":
                 # Read the frozen weights again: in memory they may be in half precision.
-                full_unet = self.source.load(self.seed).unet
-                full_unet.load_state_dict(
-                    {n: p for n, p in self.backbone.unet.named_parameters() if p.requires_grad}, strict=False
+                full_denoiser = self.source.load(self.seed).denoiser
+                full_denoiser.load_state_dict(
+                    {n: p for n, p in self.backbone.denoiser.named_parameters() if p.requires_grad}, strict=False
                 )
-                save_component(full_unet, target / "unet")
-            write_json(target / "sdtune.json", {"backbone": self.source.hash(), "unet": self.unet, **self._maps})
+                save_component(full_denoiser, target / subfolder)
+            write_json(target / "sdtune.json", {"backbone": self.source.hash(), subfolder: self.opened, **self._maps})

@@ -21,7 +21,7 @@ class DreamBooth(Full):
     (``data.class_prompt``, ``data.prior_weight``), so that other methods can use them too.
 
     Args:
-        parts: components to train, ``unet`` and ``text_encoder``; the VAE stays frozen.
+        parts: components to train, ``denoiser`` and ``text_encoder``; the VAE stays frozen.
         text_encoder_lr: learning rate of the text encoder; the optimizer's if None.
     """
 
@@ -31,7 +31,7 @@ class DreamBooth(Full):
     def __init__(
         self,
         *,
-        parts: Sequence[Component] = ("unet",),
+        parts: Sequence[Component] = ("denoiser",),
         text_encoder_lr: Annotated[float, Gt(0)] | None = None,
         **common: Unpack[Common],
     ) -> None:

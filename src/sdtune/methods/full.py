@@ -25,9 +25,9 @@ from sdtune.training.perceptual_loss import PerceptualLoss
 
 
 class Full(Adapter):
-    """Full fine-tuning of the UNet, the text encoder and the VAE, in any combination.
+    """Full fine-tuning of the denoiser, the text encoder and the VAE, in any combination.
 
-    The UNet and the text encoder are trained with the diffusion loss (Rombach et al. 2022, section 3.3, as in
+    The denoiser and the text encoder are trained with the diffusion loss (Rombach et al. 2022, section 3.3, as in
     pretraining), with no gradient to the VAE. The VAE is trained with a separate reconstruction loss (Kingma & Welling
     2014; Rombach et al. 2022, appendix G, without the discriminator): the diffusion loss has no gradient for the
     decoder, and would train the encoder to make latents that are easy to denoise but contain no information.
@@ -48,7 +48,7 @@ class Full(Adapter):
     def __init__(
         self,
         *,
-        parts: Sequence[Component] = ("unet",),
+        parts: Sequence[Component] = ("denoiser",),
         text_encoder_lr: Annotated[float, Gt(0)] | None = None,
         vae_lr: Annotated[float, Gt(0)] | None = None,
         kl_weight: Annotated[float, Ge(0)] = 1e-4,
@@ -59,7 +59,7 @@ class Full(Adapter):
         super().__init__(**common)
         if not parts:
             raise UserError(
-                "the list is empty", key="method.parts", remedy="set at least one of unet, text_encoder, vae"
+                "the list is empty", key="method.parts", remedy="set at least one of denoiser, text_encoder, vae"
             )
         if perception is not None and "vae" not in parts:
             raise UserError(
@@ -139,12 +139,14 @@ class Full(Adapter):
         """Write a pipeline folder in the diffusers layout, ``<folder>/<name>``; frozen components are copied."""
         pipeline = folder / name
         encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
-        models = {part: getattr(self.backbone, part) for part in self.parts if part != "text_encoder"}
+        models = {
+            self.source.folder_of(part): getattr(self.backbone, part) for part in self.parts if part != "text_encoder"
+        }
         trained = [*models, *encoders]
         with replacing(pipeline) as target:
             copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained))
-            for part, model in models.items():
-                save_component(model, target / part)
+            for subfolder, model in models.items():
+                save_component(model, target / subfolder)
             self._save_encoders(encoders, target)
             if self.backbone.scheduler_config != self.source.config("scheduler"):
                 write_json(target / "scheduler" / "scheduler_config.json", self.backbone.scheduler_config)

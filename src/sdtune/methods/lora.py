@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdtune import streams
 from sdtune.backbone.families import FAMILIES, model_spec_prediction
-from sdtune.backbone.layers import BLOCKS, layers, named_modules
+from sdtune.backbone.layers import BLOCKS, layers, module_path, named_modules
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.formats import kohya_lora, read_lora
@@ -60,7 +60,7 @@ class Block:
 
 Projection = Literal["q", "k", "v", "out"]
 
-_UNET_PROJECTIONS: dict[Projection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_DENOISER_PROJECTIONS: dict[Projection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _TEXT_PROJECTIONS: dict[Projection, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
 
@@ -86,8 +86,8 @@ class LoRA(Adapter):
         alpha_policy: ``rank``: alpha = rank, so that a sweep over the rank does not also change the step size;
             ``constant``: ``alpha`` for every rank; ``rslora``: W' = W + (alpha / sqrt(rank)) B A (Kalajdzievski 2023,
             eq. 4). If None, the alphas in ``weights``, or ``rank`` without ``weights``.
-        blocks: rank and alpha for all modules below a module path, such as ``unet.mid_block`` or ``text_encoder``; if
-            several paths match, the longest is used.
+        blocks: rank and alpha for all modules below a module path, such as ``denoiser.mid_block`` or ``text_encoder``;
+            if several paths match, the longest is used.
         targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
             ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``). If
             None, the layers in ``weights`` (if ``projections`` is None too), else cross-attention and self-attention.
@@ -165,21 +165,23 @@ class LoRA(Adapter):
         self._ranks_and_alphas_in_file = {path: (pairs.rank(path), pairs.alphas[path]) for path in pairs.pairs}
         for component, names in self._layers_with_pairs(pairs.pairs.keys()).items():
             self._inject_pairs(component, getattr(self.backbone, component), names)
-        modules = {canonical(f"{component}.{name}"): module for component, name, module in self._lora_layers()}
+        modules = {
+            module_path(self.backbone, component, name): module for component, name, module in self._lora_layers()
+        }
         for key in self.blocks:
-            if not any(_is_below(path, canonical(key)) for path in modules):
+            if not any(_is_below(path, self._path_of_block(key)) for path in modules):
                 raise UserError(
                     f"no module below {key} gets a LoRA pair",
                     key="method.blocks",
-                    remedy=f"use the start of a module path such as {next(iter(modules), 'unet.mid_block')}",
+                    remedy="use the start of a module path, such as denoiser.mid_block",
                 )
         self._copy_pairs(pairs, modules)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         # With a shared backbone, the pairs of all runs are stacked and cast together, elsewhere.
-        casts = self._unet_is_half and isinstance(self.executor, LocalExecutor)
-        modules = self.backbone.unet.modules() if casts else ()
+        casts = self._denoiser_is_half and isinstance(self.executor, LocalExecutor)
+        modules = self.backbone.denoiser.modules() if casts else ()
         self._cast_layers = [m for m in modules if isinstance(m, FusedLoRALinear | HalfLoRAConv2d)]
 
     def _predict(self, inputs: dict[str, Any]) -> Tensor:
@@ -218,11 +220,12 @@ class LoRA(Adapter):
             return LoRAWeights({}, {})
         file = Path(self.weights_file).expanduser()
         components = {
-            canonical(f"{component}.{name}"): (component, name) for component, name, _ in layers(self.backbone)
+            module_path(self.backbone, component, name): (component, name)
+            for component, name, _ in layers(self.backbone)
         }
         family = FAMILIES[self.backbone.facts.family]
         try:
-            loaded, _ = read_lora(file, family.kohya_table(components, dict(self.backbone.unet.config)))
+            loaded, _ = read_lora(file, family.kohya_table(components, dict(self.backbone.denoiser.config)))
         except UserError as error:
             raise UserError(str(error), key="method.weights") from error
         if self.alpha_policy is None and (zero := [path for path, alpha in loaded.alphas.items() if not alpha]):
@@ -242,20 +245,20 @@ class LoRA(Adapter):
         return LoRAWeights(pairs, {path: loaded.alphas[path] for path in pairs})
 
     def _is_unused(self, component: str, name: str) -> bool:
-        return component != "unet" and name.startswith(self.backbone.unused_prefixes(component))
+        return component != "denoiser" and name.startswith(self.backbone.unused_prefixes(component))
 
     def _layers_with_pairs(self, paths_in_file: Set[str]) -> dict[str, list[str]]:
         """Names of the layers that get pairs, by component."""
         if paths_in_file and self.targets is None and self.projections is None:
             names: dict[str, list[str]] = {}
             for component, name, _ in layers(self.backbone):
-                if canonical(f"{component}.{name}") in paths_in_file:
+                if module_path(self.backbone, component, name) in paths_in_file:
                     names.setdefault(component, []).append(name)
             return names
-        names = {"unet": self._unet_layers()}
+        names = {"denoiser": self._denoiser_layers()}
         if "text_encoder" in (self.targets or DEFAULT_TARGETS):
             names |= {component: self._text_encoder_layers(component) for component in self.backbone.encoders}
-        chosen = {canonical(f"{component}.{name}") for component, part in names.items() for name in part}
+        chosen = {module_path(self.backbone, component, name) for component, part in names.items() for name in part}
         if missing := paths_in_file - chosen:
             raise UserError(
                 f"pairs of layers that are not in method.targets and method.projections: {few(missing)}",
@@ -312,7 +315,13 @@ class LoRA(Adapter):
 
     def _block(self, path: str) -> str | None:
         """The longest key of ``blocks`` that is above the module at the canonical ``path``; None if there is none."""
-        return max((key for key in self.blocks if _is_below(path, canonical(key))), key=len, default=None)
+        return max((key for key in self.blocks if _is_below(path, self._path_of_block(key))), key=len, default=None)
+
+    def _path_of_block(self, key: str) -> str:
+        """Path in LoRA files of the module that the key of ``blocks`` names."""
+        component, _, name = key.partition(".")
+        folder = self.source.folder_of(component)
+        return canonical(f"{folder}.{name}" if name else folder)
 
     def component_rates(self) -> Mapping[str, float | None]:
         return {"text_encoder": self.text_encoder_lr}
@@ -320,12 +329,12 @@ class LoRA(Adapter):
     def _chosen_projections(self) -> Sequence[Projection]:
         return get_args(Projection) if self.projections is None else self.projections
 
-    def _unet_layers(self) -> list[str]:
+    def _denoiser_layers(self) -> list[str]:
         names: list[str] = []
-        projections = [_UNET_PROJECTIONS[p] for p in self._chosen_projections()]
+        projections = [_DENOISER_PROJECTIONS[p] for p in self._chosen_projections()]
         targets = self.targets or DEFAULT_TARGETS
         for component, name, _ in layers(self.backbone):
-            if component != "unet" or not name.startswith(BLOCKS):
+            if component != "denoiser" or not name.startswith(BLOCKS):
                 continue
             if ".attn1." in name or ".attn2." in name:
                 kind = "self_attention" if ".attn1." in name else "cross_attention"
@@ -351,7 +360,7 @@ class LoRA(Adapter):
         if not layer_names:
             return
         # peft also matches target_modules as suffixes; a full name matches exactly one module.
-        settings = {name: self._rank_and_alpha(canonical(f"{component}.{name}")) for name in layer_names}
+        settings = {name: self._rank_and_alpha(module_path(self.backbone, component, name)) for name in layer_names}
         config = LoraConfig(
             r=max(rank for rank, _ in settings.values()),
             target_modules=layer_names,
@@ -360,6 +369,7 @@ class LoRA(Adapter):
             lora_dropout=self.dropout,
             use_rslora=self.alpha_policy == "rslora",
         )
+        folder = self.source.folder_of(component)
         register_layers(config, {nn.Linear: FusedLoRALinear, nn.Conv2d: HalfLoRAConv2d})
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
@@ -369,7 +379,7 @@ class LoRA(Adapter):
                 # Kaiming-uniform with a = sqrt(5), that is uniform in +-1 / sqrt(fan in). The random stream is
                 # named after the parameter, so that its initial value does not depend on which other pairs exist.
                 bound = parameter[0].numel() ** -0.5
-                rng = generator(self.seed, f"{streams.INITIAL_VALUES}/{component}.{name}")
+                rng = generator(self.seed, f"{streams.INITIAL_VALUES}/{folder}.{name}")
                 drawn = rng.uniform(-bound, bound, tuple(parameter.shape)).astype("float32")
                 parameter.data.copy_(torch.from_numpy(drawn))
 
@@ -378,7 +388,7 @@ class LoRA(Adapter):
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         alphas: dict[str, float] = {}
         for component, name, module in self._lora_layers():
-            path = canonical(f"{component}.{name}")
+            path = module_path(self.backbone, component, name)
             down, up = (getattr(module, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
             pairs[path] = (down, up)
             rank, alpha = self._rank_and_alpha(path)
@@ -417,7 +427,7 @@ class LoRA(Adapter):
                 self._base_rates(),
                 self.source.clip_skip,
             )
-        table = family.kohya_table(weights.pairs, dict(self.backbone.unet.config))
+        table = family.kohya_table(weights.pairs, dict(self.backbone.denoiser.config))
         kohya_lora.write(folder / f"{name}.safetensors", weights, spec, artifact_metadata, table)
 
     def _base_rates(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdtune.backbone.backbone import DECODED_PIXELS, Backbone
 from sdtune.backbone.quantization import Quantized, quantize
+from sdtune.conditioning import Conditioning
 from sdtune.data.batch_sizes import vae_batch_size
 from sdtune.data.dataset import Batch
 from sdtune.hardware.precision import autocast
@@ -204,7 +205,7 @@ def _generate(adapter: Adapter, model: Backbone, denoise: Callable[..., Tensor],
     # Classifier-free guidance doubles the batch: each image with its prompt and with the empty prompt.
     batch = meta_batch(adapter, 2 * count, side, True, True)
     latents = batch["moments"].chunk(2, dim=1)[0]
-    denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), batch["text"], batch)
+    denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), batch["conditioning"], batch["conditions"])
     model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
 
 
@@ -235,18 +236,30 @@ def meta_batch(adapter: Adapter, count: int, side: int, cached_latents: bool, ca
     """Micro-batch of ``count`` square images of ``side`` pixels for ``adapter``, on the meta device."""
     facts, cells = adapter.backbone.facts, side // adapter.backbone.facts.factor
     images = torch.empty(count, 3, side, side, device=_META)
-    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count))}
+    batch: Batch = {"prompts": [""] * count, "step": 0, "positions": list(range(count)), "conditions": {}}
     if cached_latents:
         batch["moments"] = torch.empty(count, 2 * facts.latent_channels, cells, cells, device=_META)
     else:
         batch["pixels"] = images
     if cached_text:
-        batch["text"] = torch.empty(count, *adapter.backbone.text_shape, device=_META)
+        shapes = adapter.backbone.text_shapes
+        batch["conditioning"] = Conditioning(
+            **{name: torch.empty(count, *shape, device=_META) for name, shape in shapes.items()}
+        )
     return adapter.synthetic_batch(batch, images)
 
 
 def _meter(adapter: Adapter, *inputs: Any) -> Meter:
-    return Meter([*adapter.parameters(), *adapter.buffers(), *(t for t in inputs if isinstance(t, Tensor))])
+    return Meter([*adapter.parameters(), *adapter.buffers(), *_tensors(inputs)])
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    """The tensors in nested ``inputs``."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    inner = inputs.tensors() if isinstance(inputs, Conditioning) else inputs
+    values = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list | tuple) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> PassCost:

@@ -13,8 +13,9 @@ from sdtune.backbone import Pretrained
 from sdtune.backbone.families import POCKET_GUIDANCE
 from sdtune.hardware.devices import device as device_of
 from sdtune.hardware.precision import generation_dtype
-from sdtune.loaders.controlnet import check_controlnet, controlnets_applied, load_controlnets, read_control_image
-from sdtune.loaders.lora import AdapterFile, adapters_applied, check_adapter, load_adapters
+from sdtune.loaders.artifact import ArtifactFile, artifacts_applied
+from sdtune.loaders.controlnet import read_control_images
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.progress import track
 from sdtune.sampling.load import load_to_generate
 from sdtune.sampling.loop import Request, Sampling, generate
@@ -53,24 +54,21 @@ def sample(
     """
     source = backbone or Pretrained(guidance=POCKET_GUIDANCE)
     files = [AdapterFile(str(a["path"]), float(a.get("strength", 1.0))) for a in adapters]
-    for file in files:
-        check_adapter(file.path, source.hash())
-    entries = [{"path": control}] if isinstance(control, str | Path) else control
-    controls = [read_control_image(entry, f"control[{i}]", control_image) for i, entry in enumerate(entries)]
+    controls = read_control_images([{"path": control}] if isinstance(control, str | Path) else control, control_image)
+    groups: dict[str, Sequence[ArtifactFile]] = {"adapters": files, "control": controls}
+    for key, entries in groups.items():
+        for number, file in enumerate(entries):
+            file.check(source, f"{key}[{number}].path")
     settings = sampling or Sampling(guidance=source.guidance)
-    maps = tuple(image.map(settings.size(source.facts.side)) for image in controls)
-    for image in controls:
-        check_controlnet(image.path, source, image.preprocess)
+    size = settings.size(source.facts.side)
+    conditions = {name: value for image in controls for name, value in image.conditions(size).items()}
     torch_device = torch.device(device) if device else device_of("auto")
     loaded_backbone = load_to_generate(source, torch_device, generation_dtype(torch_device))
-    loaded_adapters = load_adapters(loaded_backbone, files)
+    artifacts = [artifact for image in controls for artifact in image.load(loaded_backbone, source)]
+    artifacts += load_adapters(loaded_backbone, files, source)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    requests = [Request(text, seed, maps) for text in prompts for seed in seeds]
-    warn_about_truncated_prompts(loaded_backbone, [*prompts, settings.negative_prompt])
-    controlnets = load_controlnets(loaded_backbone, source, [image.path for image in controls])
-    with (
-        controlnets_applied(loaded_backbone, controlnets, [image.strength for image in controls]),
-        adapters_applied(loaded_backbone, loaded_adapters, [file.strength for file in files]),
-    ):
+    requests = [Request(text, seed, conditions) for text in prompts for seed in seeds]
+    with artifacts_applied(loaded_backbone, artifacts):
+        warn_about_truncated_prompts(loaded_backbone, [*prompts, settings.negative_prompt])
         generated = track("Generating images", generate(loaded_backbone, requests, settings), len(requests))
         return [Image.fromarray(pixels) for pixels in generated]

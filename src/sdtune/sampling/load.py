@@ -35,7 +35,7 @@ def place_to_generate(
     them for as long as it encodes prompts. The weights of a backbone that other runs share stay as they are.
 
     Args:
-        dtype: dtype of the UNet and the text encoders; None: unchanged. The VAE stays in float32, because some VAE
+        dtype: dtype of the denoiser and the text encoders; None: unchanged. The VAE stays in float32, because some VAE
             decoders overflow in half precision.
         vae_tiling: decode large images in tiles.
     """

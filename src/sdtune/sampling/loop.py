@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Annotated, Literal
@@ -17,8 +17,9 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import Residuals, residuals
+from sdtune.backbone.controlnet import sum_of
 from sdtune.backbone.families import SD1, Facts
+from sdtune.conditioning import Conditioning, concatenate, stack_rows
 from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
 from sdtune.hardware.out_of_memory import is_out_of_memory
@@ -38,9 +39,8 @@ _SCHEDULERS = {
 Seed = Annotated[int, Interval(ge=0, lt=2**64)]
 """Seeds that torch's generators accept."""
 
-Denoise = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
-"""(noisy latents [B, C, h, w], timestep, text embeddings [B, L, D], control maps [B, 3, H, W] per ControlNet) -> model
-output [B, C, h, w]."""
+Denoise = Callable[[Tensor, Tensor, Conditioning, Mapping[str, Tensor]], Tensor]
+"""(noisy latents [B, C, h, w], timestep, conditioning, conditions by name) -> model output [B, C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,13 @@ class Request:
     """One image to generate.
 
     Args:
-        maps: one control map per ControlNet, uint8 [H, W, 3] in the size of the image.
+        conditions: inputs of modules beside the denoiser by name (:class:`~sdtune.backbone.controlnet.Conditioner`):
+            control maps, uint8 [H, W, 3] in the size of the image. All requests of a batch have the same names.
     """
 
     prompt: str
     seed: int
-    maps: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 _OTHER_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler")
@@ -138,23 +139,21 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
     return kind.from_config(config)
 
 
-def predict_with_controlnets(
-    backbone: Backbone, noisy: Tensor, timesteps: Tensor, text: Tensor, maps: Sequence[Tensor]
+def predict_with_conditions(
+    backbone: Backbone,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    conditions: Mapping[str, Tensor],
 ) -> Tensor:
-    """Prediction of the backbone, with the residuals of its ControlNets if it has any and ``maps`` is not empty.
-
-    Args:
-        maps: one float32 [B, 3, H, W] in [0, 1] for each of ``backbone.controlnets``.
-    """
-    pairs = zip(backbone.controlnets, maps, strict=True) if backbone.controlnets and maps else ()
-    # A ControlNet with strength 0 is skipped, so that it costs nothing.
-    conditions = backbone.conditions(text, noisy, None)
-    net_residuals = [
-        residuals(net.model, noisy, timesteps, conditions, net_map, net.strength)
-        for net, net_map in pairs
-        if net.strength
+    """Prediction of the backbone, with what its conditioners compute from ``conditions``."""
+    arguments = backbone.conditions(conditioning, noisy)
+    added = [
+        conditioner.added_inputs(noisy, timesteps, arguments, conditions[conditioner.name])
+        for conditioner in backbone.conditioners
+        if conditioner.name in conditions
     ]
-    return backbone.predict(noisy, timesteps, text, reduce(Residuals.__add__, net_residuals) if net_residuals else None)
+    return backbone.predict(noisy, timesteps, conditioning, reduce(sum_of, added) if added else None)
 
 
 @torch.no_grad()
@@ -168,7 +167,7 @@ def generate(
     image.
 
     Args:
-        denoise: denoising function of a method; None: :func:`predict_with_controlnets`.
+        denoise: denoising function of a method; None: :func:`predict_with_conditions`.
 
     Yields:
         uint8 [H, W, 3].
@@ -177,7 +176,7 @@ def generate(
         UserError: width or height does not fit the VAE.
     """
     settings.check(backbone.facts)
-    denoise = denoise or partial(predict_with_controlnets, backbone)
+    denoise = denoise or partial(predict_with_conditions, backbone)
     texts = _text_encoder(backbone, requests, settings)
     first, size = 0, settings.batch_size
     while first < len(requests):
@@ -209,23 +208,18 @@ def _batch(
     scheduler.set_timesteps(settings.steps, device=device)
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     latents = latents * scheduler.init_noise_sigma
-    text = texts([request.prompt for request in batch])
+    conditioning = texts([request.prompt for request in batch])
     guided = settings.guidance != 1
     if guided:
-        negative = texts([settings.negative_prompt])
-        text = torch.cat([negative.expand(len(batch), -1, -1), text])
-    maps = [
-        torch.stack([map_to_tensor(pixels) for pixels in batch_maps]).to(device)
-        for batch_maps in zip(*(request.maps for request in batch), strict=True)
-    ]
-    assert all(m.shape[2:] == (height, width) for m in maps)
-    maps = [torch.cat([m, m]) for m in maps] if guided else maps
+        conditioning = concatenate([texts([settings.negative_prompt]).expand(len(batch)), conditioning])
+    conditions = _conditions(batch, device, guided)
+    assert all(value.shape[2:] == (height, width) for value in conditions.values())
     step_arguments = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = generators
     for timestep in scheduler.timesteps:
         model_input = torch.cat([latents, latents]) if guided else latents
-        output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, text, maps).float()
+        output = denoise(scheduler.scale_model_input(model_input, timestep), timestep, conditioning, conditions).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + settings.guidance * (conditional - unconditional)
@@ -234,8 +228,18 @@ def _batch(
     return images
 
 
-TextEncoder = Callable[[Sequence[str]], Tensor]
-"""Function from prompts to text embeddings [B, L, D]."""
+def _conditions(batch: Sequence[Request], device: torch.device, guided: bool) -> dict[str, Tensor]:
+    """Conditions of a batch by name, float32 [B, 3, H, W] in [0, 1]; twice, one after another, if ``guided``."""
+    assert all(request.conditions.keys() == batch[0].conditions.keys() for request in batch)
+    conditions = {
+        name: torch.stack([map_to_tensor(request.conditions[name]) for request in batch]).to(device)
+        for name in batch[0].conditions
+    }
+    return {name: torch.cat([value, value]) for name, value in conditions.items()} if guided else conditions
+
+
+TextEncoder = Callable[[Sequence[str]], Conditioning]
+"""Function from prompts to text embeddings."""
 
 
 def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sampling) -> TextEncoder:
@@ -247,14 +251,14 @@ def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sam
     if all(encoder.device == backbone.device for encoder in encoders):
         return backbone.encode_text
     prompts = list(dict.fromkeys([*(request.prompt for request in requests), settings.negative_prompt]))
-    embeddings: dict[str, Tensor] = {}
+    embeddings: dict[str, dict[str, Tensor]] = {}
     try:
         for encoder in encoders:
             encoder.to(backbone.device)
         for first in range(0, len(prompts), settings.batch_size):
             part = prompts[first : first + settings.batch_size]
-            embeddings |= zip(part, backbone.encode_text(part), strict=True)
+            embeddings |= zip(part, backbone.encode_text(part).rows(), strict=True)
     finally:
         for encoder in encoders:
             encoder.to("cpu")
-    return lambda texts: torch.stack([embeddings[text] for text in texts])
+    return lambda texts: stack_rows([embeddings[text] for text in texts])

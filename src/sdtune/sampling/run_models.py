@@ -13,11 +13,11 @@ from filelock import FileLock
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.new_token_vectors import remove_tokens
 from sdtune.files import mark_used, replacing
 from sdtune.hardware.precision import generation_dtype, precision
-from sdtune.loaders import controlnet as controlnets
-from sdtune.loaders import lora as adapters
+from sdtune.loaders.artifact import LoadedArtifact, artifacts_applied
+from sdtune.loaders.controlnet import load_applicable_controlnet
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.paths import cache_folder
 from sdtune.progress import track
 from sdtune.sampling.load import load_to_generate, place_to_generate
@@ -58,15 +58,12 @@ class RunModels:
         if self._base is None:
             dtype = generation_dtype(self.device)
             # Half weights of another type would be rounded twice, and the base images of all runs must be equal.
-            if self._weights is not None and self._weights.unet.dtype in (torch.float32, dtype):
+            if self._weights is not None and self._weights.denoiser.dtype in (torch.float32, dtype):
                 weights, self._weights = self._weights, None
                 self._base = place_to_generate(weights, self.device, dtype, vae_tiling=self._vae_tiling)
             else:
                 self._base = load_to_generate(self.source, self.device, dtype, vae_tiling=self._vae_tiling)
-        try:
-            yield self._base
-        finally:
-            remove_tokens(self._base)
+        yield self._base
 
     @contextmanager
     def trained(self) -> Iterator[Backbone]:
@@ -76,23 +73,18 @@ class RunModels:
             self.release()
             trained = self.source.of_trained_pipeline(folder)
             dtype = generation_dtype(self.device)
-            with self._with_adapters(
-                load_to_generate(trained, self.device, dtype, vae_tiling=self._vae_tiling)
-            ) as backbone:
+            backbone = load_to_generate(trained, self.device, dtype, vae_tiling=self._vae_tiling)
+            with artifacts_applied(backbone, self._adapters(backbone), only_to_draw=True):
                 yield backbone
             return
         with self.base() as backbone:
-            nets = controlnets.load_controlnets(backbone, self.source, [str(folder)] if folder.is_dir() else [])
-            strengths = [1.0] * len(nets)
-            with controlnets.controlnets_applied(backbone, nets, strengths), self._with_adapters(backbone):
+            net = [load_applicable_controlnet(backbone, self.source, str(folder))] if folder.is_dir() else []
+            with artifacts_applied(backbone, [*net, *self._adapters(backbone)], only_to_draw=True):
                 yield backbone
 
-    @contextmanager
-    def _with_adapters(self, backbone: Backbone) -> Iterator[Backbone]:
-        files = [adapters.AdapterFile(str(self.artifact))] if any(self.artifact.glob("*.safetensors")) else []
-        loaded = adapters.load_adapters(backbone, files)
-        with adapters.adapters_applied(backbone, loaded, [1.0] * len(files), only_to_draw=True):
-            yield backbone
+    def _adapters(self, backbone: Backbone) -> list[LoadedArtifact]:
+        files = [AdapterFile(str(self.artifact))] if any(self.artifact.glob("*.safetensors")) else []
+        return load_adapters(backbone, files, self.source)
 
     def release(self) -> None:
         """Free the memory of the model; it is loaded again when it is needed."""
@@ -105,7 +97,7 @@ class RunModels:
 
         The cache key includes the device type and the precision, because the images depend on them.
         """
-        assert not any(request.maps for request in requests), "control maps are not part of the cache key"
+        assert not any(request.conditions for request in requests), "conditions are not part of the cache key"
         settings = (self.source.image_cache_key(), self.device.type, precision("auto", self.device.type))
         half = () if self.device.type == "cpu" else (str(generation_dtype(self.device)),)
         key = repr((*settings, sampling, list(requests), *half))
@@ -136,7 +128,7 @@ def generate_images(backbone: Backbone, requests: Sequence[Request], sampling: S
     Float32 weights are used under bfloat16 autocast if the device supports bfloat16. So are the float32 LoRA pairs of
     a run that shares its backbone, in the dtype of the backbone.
     """
-    device_type, dtype = backbone.device.type, backbone.unet.dtype
+    device_type, dtype = backbone.device.type, backbone.denoiser.dtype
     is_float32 = dtype == torch.float32
     enabled = precision("auto", device_type) == "bf16-mixed" if is_float32 else backbone.pair_executor is not None
     with torch.autocast(device_type, torch.bfloat16 if is_float32 else dtype, enabled=enabled):

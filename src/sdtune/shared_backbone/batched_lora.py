@@ -1,4 +1,4 @@
-"""Batched LoRA layers: one UNet with the LoRA pairs of several runs, whose samples are concatenated in the batch.
+"""Batched LoRA layers: one denoiser with the LoRA pairs of several runs, whose samples are concatenated in the batch.
 
 The base layer is computed once for all runs. The pairs of all runs are two batched matrix products per layer, with
 smaller ranks padded with zeros. Used for language models by mLoRA (Ye et al. 2023) and LoRAFusion (Zhu et al. 2025).
@@ -28,7 +28,7 @@ class BatchedLoRALayer(nn.Module):
 
     Args:
         base: linear layer or convolution.
-        name: name of the layer in the UNet.
+        name: name of the layer in the denoiser.
         present: pairs of the current batch.
     """
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from sdtune.hardware.memory import peak_memory, reset_peak_memory
 from sdtune.hardware.out_of_memory import ADVICE, is_out_of_memory
 from sdtune.hardware.precision import HALVES
 from sdtune.methods.base import Adapter
-from sdtune.shared_backbone.batched_unet import BatchedUNet, Mode, map_tensors, shape
+from sdtune.shared_backbone.batched_denoiser import BatchedDenoiser, Mode, map_tensors, shape
 from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.step_coordinator import PendingCall
 
@@ -34,13 +33,13 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Forward(PendingCall):
-    """UNet call of one run; the first dimension of each tensor in ``inputs`` is the run's samples.
+    """Denoiser call of one run; the first dimension of each tensor in ``inputs`` is the run's samples.
 
-    ``pairs`` are the pairs of a finished run, applied to the weights as loaded; None: the pairs that ``unet`` trains.
-    ``seed`` is the seed of the run's dropout.
+    ``pairs`` are the pairs of a finished run, applied to the weights as loaded; None: the pairs that ``denoiser``
+    trains. ``seed`` is the seed of the run's dropout.
     """
 
-    unet: UNet2DConditionModel
+    denoiser: Any
     inputs: dict[str, Any]
     mode: Mode
     pairs: Mapping[str, LoRAPair] | None = None
@@ -64,7 +63,7 @@ class Back(PendingCall):
 
 
 class Pool:
-    """Weights that several runs share, and the batched UNets that compute for all of them.
+    """Weights that several runs share, and the batched denoisers that compute for all of them.
 
     Args:
         device: training device.
@@ -83,9 +82,9 @@ class Pool:
         self._base: Backbone | None = None
         self._moved: dict[int, Tensor] = {}
         self._stepped = False
-        self._training_unet: BatchedUNet | None = None
-        self._unet_as_loaded: BatchedUNet | None = None
-        self._layers: WeakKeyDictionary[UNet2DConditionModel, dict[str, LoraLayer]] = WeakKeyDictionary()
+        self._training_denoiser: BatchedDenoiser | None = None
+        self._denoiser_as_loaded: BatchedDenoiser | None = None
+        self._layers: WeakKeyDictionary[Any, dict[str, LoraLayer]] = WeakKeyDictionary()
 
     # --- weights
 
@@ -93,7 +92,7 @@ class Pool:
         """Return a backbone with its own parameters on the shared storage; the first call loads the weights."""
         if self._base is None:
             half_dtype = HALVES.get(self.precision) if self.device.type != "cpu" else None
-            self._base = source.load(unet_dtype=half_dtype)
+            self._base = source.load(denoiser_dtype=half_dtype)
             if half_dtype is not None:  # one copy of the weights serves the training and the images of finished runs
                 self._base.cast_frozen(self.precision)
             quantize(self._base, source.quantize)
@@ -214,7 +213,7 @@ class Pool:
             yield dict(remaining[first : first + per_pass])
 
     def compute(self, calls: dict[int, Forward], idle: set[int]) -> None:
-        """Answer ``calls``, which have equal shapes, with one forward pass of the UNet.
+        """Answer ``calls``, which have equal shapes, with one forward pass of the denoiser.
 
         Args:
             idle: numbers of runs that do not train now, because they have ended or generate images. In a training
@@ -233,29 +232,33 @@ class Pool:
             if number in calls:
                 calls[number].answer = prediction
 
-    def _joint(self, call: Forward) -> BatchedUNet:
-        """Batched UNet for ``call``: for training, or for the pairs of finished runs on the weights as loaded."""
+    def _joint(self, call: Forward) -> BatchedDenoiser:
+        """Batched denoiser for ``call``: for training, or for the pairs of finished runs on the weights as loaded."""
         assert self._base is not None
-        unet = self._base.unet
+        denoiser = self._base.denoiser
         if call.pairs is not None:
-            if self._unet_as_loaded is None:
-                self._unet_as_loaded = BatchedUNet(
-                    _copy_on_storage(unet, lambda parameter: parameter.data), False, self.rank, False
+            if self._denoiser_as_loaded is None:
+                self._denoiser_as_loaded = BatchedDenoiser(
+                    _copy_on_storage(denoiser, lambda parameter: parameter.data), False, self.rank, False
                 )
-            return self._unet_as_loaded
-        if self._training_unet is None:
-            moved = _copy_on_storage(unet, lambda parameter: self._moved[parameter.data_ptr()])
-            self._training_unet = BatchedUNet(moved, call.unet.is_gradient_checkpointing, self.rank, self.drops)
-        return self._training_unet
+            return self._denoiser_as_loaded
+        if self._training_denoiser is None:
+            moved = _copy_on_storage(denoiser, lambda parameter: self._moved[parameter.data_ptr()])
+            self._training_denoiser = BatchedDenoiser(
+                moved, call.denoiser.is_gradient_checkpointing, self.rank, self.drops
+            )
+        return self._training_denoiser
 
     def _pairs(self, call: Forward) -> Mapping[str, LoRAPair]:
         """Current LoRA pairs of a run by layer name."""
         if call.pairs is not None:
             return call.pairs
-        if call.unet not in self._layers:
-            modules = call.unet.named_modules()
-            self._layers[call.unet] = {n: m for n, m in modules if isinstance(m, LoraLayer) and "default" in m.lora_A}
-        return {name: _pair(layer) for name, layer in self._layers[call.unet].items()}
+        if call.denoiser not in self._layers:
+            modules = call.denoiser.named_modules()
+            self._layers[call.denoiser] = {
+                n: m for n, m in modules if isinstance(m, LoraLayer) and "default" in m.lora_A
+            }
+        return {name: _pair(layer) for name, layer in self._layers[call.denoiser].items()}
 
 
 def _batches(calls: Mapping[int, Forward]) -> Collection[dict[int, Forward]]:

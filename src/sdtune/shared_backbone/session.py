@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
-from diffusers import UNet2DConditionModel
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.trainer.states import TrainerFn
@@ -20,7 +19,7 @@ from sdtune.callbacks.checkpoints import Checkpoints
 from sdtune.callbacks.progress_bar import ProgressBar
 from sdtune.hardware.precision import default_dtype
 from sdtune.methods.base import Adapter
-from sdtune.shared_backbone.batched_unet import Mode
+from sdtune.shared_backbone.batched_denoiser import Mode
 from sdtune.shared_backbone.padding import LoRAPair
 from sdtune.shared_backbone.pool import Back, Forward, Pool
 from sdtune.shared_backbone.step_coordinator import JoinCall, PendingCall, StepCoordinator
@@ -30,7 +29,7 @@ class SharedBackbone:
     """Shared backbone of a group of runs, as each run uses it.
 
     Args:
-        pool: the weights and batched UNets.
+        pool: the weights and batched denoisers.
         coordinator: coordinator of the runs' threads.
         count: number of concurrent runs; cost metrics are for these runs together.
     """
@@ -54,7 +53,7 @@ class SharedBackbone:
         loaded.pair_executor = self.executor
         # Filling caches and generating class images may take minutes without a call; hooks check for a stop there.
         hook = self._stop_hook()
-        for part in (loaded.unet, loaded.vae.encoder):
+        for part in (loaded.denoiser, loaded.vae.encoder):
             part.register_forward_pre_hook(hook)
         return loaded
 
@@ -120,33 +119,31 @@ class SharedExecutor:
         self._shared = shared
         self._default = torch.get_default_dtype()
 
-    def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
-        return self._forward(unet, inputs, None)
+    def predict(self, denoiser: Any, inputs: dict[str, Any]) -> Tensor:
+        return self._forward(denoiser, inputs, None)
 
-    def predict_with_pairs(self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
+    def predict_with_pairs(self, denoiser: Any, inputs: dict[str, Any], pairs: Pairs) -> Tensor:
         device = self._shared.pool.device
         device_pairs = {
             n: LoRAPair(down.to(device), up.to(device), scale, 0.0) for n, (down, up, scale) in pairs.items()
         }
-        return self._forward(unet, inputs, device_pairs)
+        return self._forward(denoiser, inputs, device_pairs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self._request(Back(loss, kwargs))
 
-    def _forward(
-        self, unet: UNet2DConditionModel, inputs: dict[str, Any], pairs: Mapping[str, LoRAPair] | None
-    ) -> Tensor:
+    def _forward(self, denoiser: Any, inputs: dict[str, Any], pairs: Mapping[str, LoRAPair] | None) -> Tensor:
         sample: Tensor = inputs["sample"]
         kind = sample.device.type
         mode = Mode(
             torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
-            unet.training,
+            denoiser.training,
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             torch.get_default_dtype(),
         )
         inputs = {**inputs, "timestep": inputs["timestep"].expand(len(sample))}
         # Read the seed of this step now: other runs seed the global generator before the batch is computed.
-        answer: Tensor = self._request(Forward(unet, inputs, mode, pairs, torch.initial_seed()))
+        answer: Tensor = self._request(Forward(denoiser, inputs, mode, pairs, torch.initial_seed()))
         return answer
 
     def _request(self, call: PendingCall) -> Any:

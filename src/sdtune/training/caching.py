@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.conditioning import Conditioning
 from sdtune.data.batch_sizes import class_image_batch_size
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.hardware.precision import HALVES, autocast, generation_dtype
@@ -31,7 +32,7 @@ class CachedParts:
         seed: seed of the run.
         device: device of the run.
         precision: Lightning's precision of the run, such as ``bf16-mixed``.
-        encode_text: converts prompts to text embeddings [B, L, D] under the run's autocast.
+        encode_text: converts prompts to text embeddings under the run's autocast.
         vae_tiling: decode large class images in tiles.
         frozen_vae: whether no parameter of the VAE is trained.
         frozen_text: whether no parameter of the text encoders is trained.
@@ -42,7 +43,7 @@ class CachedParts:
     seed: int
     device: torch.device
     precision: str
-    encode_text: Callable[[Sequence[str]], Tensor]
+    encode_text: Callable[[Sequence[str]], Conditioning]
     vae_tiling: bool
     frozen_vae: bool
     frozen_text: bool
@@ -93,7 +94,7 @@ def _class_image_inputs(
             height=side,
             batch_size=class_image_batch_size(side),
         )
-        uses_autocast = device.type == "cpu" or untrained.unet.dtype == torch.float32
+        uses_autocast = device.type == "cpu" or untrained.denoiser.dtype == torch.float32
         with autocast(device, precision if uses_autocast else "32-true"):
             yield from generate(untrained, [Request(prompt, seed) for prompt, seed in prompts_and_seeds], settings)
 
@@ -118,8 +119,8 @@ def _cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
     def encode_images(images: Tensor) -> Tensor:
         return backbone.encode_images(images.to(parts.device))
 
-    def encode_text(prompts: Sequence[str]) -> Tensor:
-        return parts.encode_text(prompts).float()
+    def encode_text(prompts: Sequence[str]) -> Conditioning:
+        return parts.encode_text(prompts).cast(torch.float32)
 
     return replace(
         _class_image_inputs(source, parts.seed, parts.device, precision, parts.vae_tiling, side),

@@ -1,21 +1,20 @@
-"""Model executors: compute the UNet's predictions and gradients for a method."""
+"""Model executors: compute the denoiser's predictions and gradients for a method."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 
 class ModelExecutor(Protocol):
-    """Computes the forward and backward passes of the UNet for one run."""
+    """Computes the forward and backward passes of the denoiser for one run."""
 
-    def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
-        """Output of ``unet``, [B, C, h, w].
+    def predict(self, denoiser: Any, inputs: dict[str, Any]) -> Tensor:
+        """Output of ``denoiser``, [B, C, h, w].
 
         Args:
-            inputs: arguments of ``unet``, from :meth:`sdtune.backbone.backbone.Backbone.unet_inputs`.
+            inputs: arguments of ``denoiser``, from :meth:`sdtune.backbone.backbone.Backbone.denoiser_inputs`.
         """
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -23,10 +22,10 @@ class ModelExecutor(Protocol):
 
 
 class LocalExecutor:
-    """Calls the UNet and ``Tensor.backward`` directly, without sharing."""
+    """Calls the denoiser and ``Tensor.backward`` directly, without sharing."""
 
-    def predict(self, unet: UNet2DConditionModel, inputs: dict[str, Any]) -> Tensor:
-        output: Tensor = unet(**inputs).sample
+    def predict(self, denoiser: Any, inputs: dict[str, Any]) -> Tensor:
+        output: Tensor = denoiser(**inputs).sample
         return output
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

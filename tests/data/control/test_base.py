@@ -142,11 +142,11 @@ def test_maps_in_batches_match_the_pixels(tmp_path: Path, settings: dict[str, An
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
     data = opened(tmp_path / "images", control=paired(tmp_path / "images"), batch_size=3, steps=5, **settings)
     for batch in batches(data):
-        assert batch["control"].dtype == torch.float32
-        assert batch["control"].min() >= 0
-        assert batch["control"].max() <= 1
+        assert batch["conditions"]["control"].dtype == torch.float32
+        assert batch["conditions"]["control"].min() >= 0
+        assert batch["conditions"]["control"].max() <= 1
         # Different crops differ by 1.5.
-        torch.testing.assert_close(batch["control"] * 2 - 1, batch["pixels"], rtol=0, atol=0.02)
+        torch.testing.assert_close(batch["conditions"]["control"] * 2 - 1, batch["pixels"], rtol=0, atol=0.02)
 
 
 def test_maps_work_with_cached_latents_and_workers(folder: Path, tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_maps_work_with_cached_latents_and_workers(folder: Path, tmp_path: Path)
     cached.prepare(encoders(tmp_path / "cache"))
     for one, other in zip(batches(plain), batches(cached), strict=True):
         assert "moments" in other
-        assert torch.equal(one["control"], other["control"])
-        for pixels, control in zip(one["pixels"], one["control"], strict=True):
+        assert torch.equal(one["conditions"]["control"], other["conditions"]["control"])
+        for pixels, control in zip(one["pixels"], one["conditions"]["control"], strict=True):
             flipped = [Canny().map(s, (64, 64), flip=True) for s in plain.train]
             unflipped = [Canny().map(s, (64, 64)) for s in plain.train]
             map_pixels = (control * 255).permute(1, 2, 0).byte().numpy()
@@ -165,10 +165,10 @@ def test_maps_work_with_cached_latents_and_workers(folder: Path, tmp_path: Path)
 
 
 def test_control_maps_do_not_change_the_other_inputs(folder: Path) -> None:
-    assert all("control" not in batch for batch in batches(opened(folder)))
+    assert all(not batch["conditions"] for batch in batches(opened(folder)))
     one, other = batches(opened(folder)), batches(opened(folder, control=Canny()))
     for batch in other:
-        del batch["control"]
+        del batch["conditions"]["control"]
     assert equal(one, other)
 
 
@@ -249,9 +249,12 @@ def test_preview_has_the_map_of_the_image_with_its_caption(folder: Path) -> None
     default = preview_prompts(data, None, 4, (32, 32))
     assert [preview.prompt for preview in default] == [s.caption for s in data.held_out]
     for preview, sample in zip(default, data.held_out, strict=True):
-        assert np.array_equal(preview.maps[0], Canny().map(sample, (32, 32)))
+        assert np.array_equal(preview.conditions["control"], Canny().map(sample, (32, 32)))
     custom = preview_prompts(data, ["a", "b", "c"], 4, (32, 32))
     assert [preview.prompt for preview in custom] == ["a", "b", "c"]
-    assert np.array_equal(custom[2].maps[0], default[0].maps[0])
+    assert np.array_equal(custom[2].conditions["control"], default[0].conditions["control"])
     without_maps = preview_prompts(opened(folder), None, 2, (32, 32))
-    assert [(one.prompt, one.maps) for one in without_maps] == [("picture number 0", ()), ("picture number 1", ())]
+    assert [(one.prompt, one.conditions) for one in without_maps] == [
+        ("picture number 0", {}),
+        ("picture number 1", {}),
+    ]

@@ -18,7 +18,7 @@ from sdtune.formats.original.names import modern_vae_key, vae_entries
 FamilyName = Literal["sd1", "sd2", "sdxl"]
 """Values of ``backbone.family``."""
 
-Component = Literal["unet", "vae", "text_encoder"]
+Component = Literal["denoiser", "vae", "text_encoder"]
 """Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
 
 Quantization = Literal["fp8", "int8", "nf4"]
@@ -30,7 +30,7 @@ class Facts:
     """Properties of a backbone that are known before its weights are read.
 
     Attributes:
-        side: native resolution of the UNet, in pixels.
+        side: native resolution of the denoiser, in pixels.
         factor: downscaling factor of the VAE: pixels per latent cell in each direction.
         max_tokens: maximum number of tokens of a prompt, including the start and end token.
         windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).

@@ -96,11 +96,14 @@ class ControlMetrics:
         samples = [SceneSample(scene, full_caption(scene)) for scene in held_out_scenes(self.seed, self.count)]
         maps = [control.map(sample, (SIDE, SIDE)) for sample in samples]
         truth = [expected_area(sample, control) for sample in samples]
-        requests = [Request(s.caption, self.seed + i, (m,)) for i, (s, m) in enumerate(zip(samples, maps, strict=True))]
+        requests = [
+            Request(s.caption, self.seed + i, {"control": m})
+            for i, (s, m) in enumerate(zip(samples, maps, strict=True))
+        ]
         reader = classifier.load_classifier()
         readings: dict[str, list[float]] = {}
         # Without control maps, the base model's cached images serve all runs.
-        generated = {"base_": models.base_images([replace(r, maps=()) for r in requests], self.sampling)}
+        generated = {"base_": models.base_images([replace(r, conditions={}) for r in requests], self.sampling)}
         generated[""] = models.trained_images(requests, self.sampling)
         for prefix, images in generated.items():
             readings[f"{prefix}control_agreement"] = scores(images, truth, control)

@@ -1,4 +1,4 @@
-"""One UNet forward pass for several runs, each with its own LoRA pairs."""
+"""One denoiser forward pass for several runs, each with its own LoRA pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdtune.hardware.precision import default_dtype
@@ -38,25 +37,25 @@ class Mode:
             yield
 
 
-class BatchedUNet:
-    """UNet that computes the forward passes of several runs as one batch.
+class BatchedDenoiser:
+    """Denoiser that computes the forward passes of several runs as one batch.
 
     Args:
-        unet: UNet without LoRA pairs. A layer is wrapped as soon as a run has a pair there.
+        denoiser: denoiser without LoRA pairs. A layer is wrapped as soon as a run has a pair there.
         checkpointing: whether to recompute activations in backward.
         rank: rank to which pairs are padded.
         drops: whether any run of the sweep has dropout. Then all runs are computed as with dropout, so that their
             results do not change when the run with dropout ends.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, checkpointing: bool, rank: int, drops: bool) -> None:
-        self._unet, self._drops = unet, drops
+    def __init__(self, denoiser: Any, checkpointing: bool, rank: int, drops: bool) -> None:
+        self._denoiser, self._drops = denoiser, drops
         self._wrapped: set[str] = set()
         self._present, self._padding = CurrentBatch(), Padding(rank)
         if checkpointing:
             # Blocks are recomputed in backward, when the batch may consist of other runs.
             present = self._present
-            checkpoint_activations(unet, context_fn=lambda: (nullcontext(), self._with_stacks(present.stacks)))
+            checkpoint_activations(denoiser, context_fn=lambda: (nullcontext(), self._with_stacks(present.stacks)))
 
     def __call__(
         self,
@@ -65,33 +64,33 @@ class BatchedUNet:
         mode: Mode,
         seeds: Sequence[int],
     ) -> Sequence[Tensor]:
-        """UNet output for each run.
+        """Denoiser output for each run.
 
         Args:
             pairs: for each run, its LoRA pairs by layer name.
-            inputs: for each run, the arguments of the UNet; equal shapes.
+            inputs: for each run, the arguments of the denoiser; equal shapes.
             mode: torch state of the calls.
             seeds: for each run, the seed of its dropout.
         """
-        if self._unet.training != mode.training:
-            self._unet.train(mode.training)
+        if self._denoiser.training != mode.training:
+            self._denoiser.train(mode.training)
         for name in {name for run_pairs in pairs for name in run_pairs} - self._wrapped:
             self._wrap(name)
         present = {name: [run_pairs.get(name) for run_pairs in pairs] for name in self._wrapped}
-        kind = self._unet.device.type
+        kind = self._denoiser.device.type
         with mode.entered(kind):
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._unet.dtype
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._denoiser.dtype
             self._present.stacks = {}  # frees the pairs of the last call before new ones are allocated
             # Dropout is stored with the pairs: at recomputation, a later call may have changed the model's mode.
             self._present.stacks = self._padding.stacks(
                 present, dtype, seeds if mode.training and self._drops else None
             )
-            out: Tensor = self._unet(**joined(inputs)).sample
+            out: Tensor = self._denoiser(**joined(inputs)).sample
         return out.chunk(len(inputs))
 
     def _wrap(self, name: str) -> None:
         parent, _, attribute = name.rpartition(".")
-        holder = self._unet.get_submodule(parent)
+        holder = self._denoiser.get_submodule(parent)
         layer = getattr(holder, attribute)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         setattr(holder, attribute, BatchedLoRALayer(layer, name, self._present))
