@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from sdtune.backbone import Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.backbone.layers import module_path
-from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora
+from sdtune.formats import KohyaTable, LoRAWeights, ModelSpec, diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors
 
 
@@ -36,7 +37,17 @@ def read_diffusers(path: Path) -> LoRAWeights:
     return diffusers_lora.parse(path, *read_safetensors(path))
 
 
-def read_kohya(path: Path, modules: Iterable[str]) -> LoRAWeights:
-    """Read the weights of a file in the kohya format."""
+def sd1_table(modules: Collection[str]) -> KohyaTable:
+    """kohya's names of the ``modules`` of SD 1.x."""
+    return SD1.kohya_table(modules, {})
+
+
+def write_kohya(path: Path, weights: LoRAWeights, spec: ModelSpec, metadata: Mapping[str, str]) -> None:
+    """Write the weights of a LoRA of SD 1.x in the kohya format."""
+    kohya_lora.write(path, weights, spec, metadata, sd1_table(weights.pairs))
+
+
+def read_kohya(path: Path, modules: Collection[str]) -> LoRAWeights:
+    """Read the weights of a file of SD 1.x in the kohya format."""
     tensors, _ = read_safetensors(path)
-    return kohya_lora.parse(path, tensors, modules)
+    return kohya_lora.parse(path, tensors, sd1_table(modules))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from sdtune.backbone.families import GUIDANCE, POCKET_GUIDANCE
+from sdtune.backbone.families import FAMILIES, POCKET_GUIDANCE
 from sdtune.cli.as_typed import for_hydra
 from sdtune.commands import checks
 from sdtune.commands import sample as sample_run
@@ -254,7 +254,8 @@ def test_debug_overrides_a_recipe() -> None:
 
 def test_guidance_in_yaml_equals_guidance_of_the_family() -> None:
     """YAML cannot read it from :mod:`sdtune.backbone.families`, so the values are in both."""
-    expected = {"sd15": GUIDANCE["sd1"], "sd21": GUIDANCE["sd2"], "sdxl": GUIDANCE["sdxl"], "pocket": POCKET_GUIDANCE}
+    expected = {family.option.removeprefix("backbone="): family.guidance for family in FAMILIES.values()}
+    expected["pocket"] = POCKET_GUIDANCE
     composed = {name: compose("train", search_path(None), [f"backbone={name}"]).backbone.guidance for name in expected}
     assert composed == expected
 

@@ -28,7 +28,13 @@ OLD_WORDS = (
 COMPLETED_BY_CALLER = re.compile(r"(is|has|contains|states|its) ")
 """How a text begins that its caller puts behind the name of a file, in the modules of :data:`FILE_READERS`."""
 
-FILE_READERS = ("sdtune/formats/original/checkpoint.py", "sdtune/images/files.py")
+FILE_READERS = (
+    "sdtune/backbone/families/__init__.py",
+    "sdtune/backbone/families/unet.py",
+    "sdtune/formats/float8.py",
+    "sdtune/formats/original/checkpoint.py",
+    "sdtune/images/files.py",
+)
 
 FORWARDED = re.compile(r"[\W_]*(exports\[\{\}\])?[\W_]*(and \{\} more errors; )?(no job was started)?")
 """The text of another exception, at most with its place before it."""

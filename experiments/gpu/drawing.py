@@ -9,7 +9,7 @@ import torch
 
 from experiments.gpu.clock import GIB
 from sdtune.backbone import Pretrained
-from sdtune.backbone.families import GUIDANCE
+from sdtune.backbone.families import SD1, SDXL
 from sdtune.files import write_json
 from sdtune.hardware.precision import generation_dtype
 from sdtune.loaders.artifact import artifacts_applied
@@ -24,7 +24,7 @@ _DENOISING_STEPS = 20
 def draw(work: Path, kind: str, file: Path) -> None:
     """Generate a batch of images twice, first with few steps, and write the speed of the second to ``file``."""
     device = torch.device("cuda")
-    source = Pretrained(str(work / kind), guidance=GUIDANCE["sdxl" if kind == "sdxl" else "sd1"])
+    source = Pretrained(str(work / kind), guidance=(SDXL if kind == "sdxl" else SD1).guidance)
     backbone = load_to_generate(source, device, generation_dtype(device))
     loras = load_adapters(backbone, [AdapterFile(str(work / f"{kind}-lora"))], source)
     requests = [Request("a photo of a cat", seed) for seed in range(_IMAGES)]

@@ -20,7 +20,8 @@ from transformers import CLIPConfig, CLIPModel
 from experiments.benchmark.commands import images
 from experiments.gpu.configurations import SIDES, images_folder
 from sdtune.backbone import Pretrained
-from sdtune.backbone.models import MODEL_CLASSES, from_config
+from sdtune.backbone.families import family_of_folder
+from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import included_configs
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.files import write_json
@@ -49,7 +50,7 @@ def random_pipeline(folder: Path, kind: str) -> None:
     assert configs is not None
     shutil.copytree(configs, folder, dirs_exist_ok=True)
     (folder / "model_index.json").unlink()
-    for name in [name for name in MODEL_CLASSES if (configs / name).is_dir()]:
+    for name in sorted(family_of_folder(configs, "backbone.path").components):
         with torch.device("meta"):
             state = from_config(name, configs).state_dict()
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"

@@ -20,7 +20,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sdtune.backbone.models import MODEL_CLASSES, from_config
+from sdtune.backbone.families import family_of_folder
+from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import included_configs
 from sdtune.backbone.vocabulary import END, write_tokenizer
 from sdtune.commands.plan import checked_plan, plan_request
@@ -54,7 +55,7 @@ def random_pipeline(folder: Path, kind: str = "sd15", text: torch.dtype = torch.
     configs = included_configs(kind)
     assert configs is not None
     torch.manual_seed(0)
-    for name in [name for name in MODEL_CLASSES if (configs / name).is_dir()]:
+    for name in sorted(family_of_folder(configs, "backbone.path").components):
         model = from_config(name, configs)
         model.to(text if name.startswith("text_encoder") else torch.float16).save_pretrained(folder / name)
     shutil.copytree(configs / "scheduler", folder / "scheduler", dirs_exist_ok=True)

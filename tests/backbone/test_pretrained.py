@@ -48,7 +48,7 @@ def test_prediction_type_comes_from_the_scheduler_config(copy: Path) -> None:
     update_json(copy / "scheduler/scheduler_config.json", prediction_type="v_prediction")
     source = Pretrained(str(copy))
     assert source.facts.prediction_type == "v_prediction"
-    assert source.load().prediction_type == "v_prediction"
+    assert source.load().path.prediction_type == "v_prediction"
 
 
 def refiner(folder: Path) -> None:
@@ -62,13 +62,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: update_json(f / "scheduler/scheduler_config.json", _class_name="EDMEulerScheduler", sigma_data=0.5),
         r"the scheduler config \(EDMEulerScheduler\) is that of an EDM model",
     ),
-    "flow": (
-        lambda f: update_json(f / "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
-        r"\(FlowMatchEulerDiscreteScheduler\) is that of a flow model",
-    ),
-    "flow by a setting": (
-        lambda f: update_json(f / "scheduler/scheduler_config.json", prediction_type="flow_prediction"),
-        r"is that of a flow model",
+    "a shift by image size": (
+        lambda f: update_json(
+            f / "scheduler/scheduler_config.json",
+            _class_name="FlowMatchEulerDiscreteScheduler",
+            use_dynamic_shifting=True,
+        ),
+        r"\(FlowMatchEulerDiscreteScheduler\) shifts the noise levels by the image size",
     ),
     "no betas": (
         lambda f: update_json(f / "scheduler/scheduler_config.json", beta_start=None),

@@ -345,6 +345,23 @@ def test_file_without_a_vae_needs_another_one(folders: dict[Family, Path], tmp_p
             _ = Pretrained(**settings).facts
 
 
+def test_fp8_tensors_are_read_with_their_scales(folders: dict[Family, Path], tmp_path: Path) -> None:
+    tensors, scaled = original_tensors(folders["sd1"]), "model.diffusion_model.time_embed.0"
+    tensors = {key: value.to(torch.float8_e4m3fn) if value.dim() > 1 else value for key, value in tensors.items()}
+    save_file({**tensors, f"{scaled}.scale_weight": torch.tensor(0.5)}, tmp_path / "fp8.safetensors")
+    source = Pretrained(str(tmp_path / "fp8.safetensors"), config=str(folders["sd1"]))
+    source.check()
+    loaded = source.load().state_dict()
+    expected = tensors[f"{scaled}.weight"].float() / 2
+    assert torch.equal(loaded["denoiser.time_embedding.linear_1.weight"], expected)
+    assert torch.equal(
+        loaded["denoiser.conv_in.weight"], tensors["model.diffusion_model.input_blocks.0.0.weight"].float()
+    )
+    save_file({**tensors, f"{scaled}.comfy_quant": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"^backbone\.path: .*other\.safetensors has quantized weights in a format"):
+        _ = Pretrained(str(tmp_path / "other.safetensors"), config=str(folders["sd1"])).facts
+
+
 @pytest.mark.parametrize("key", ["logit_scale", "text_projection", "transformer.text_projection.weight"])
 def test_unused_tensors_of_the_text_encoder_are_ignored(folders: dict[Family, Path], tmp_path: Path, key: str) -> None:
     tensors = original_tensors(folders["sd1"])

@@ -14,11 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lora_files import write_kohya
 from sdtune.backbone import Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.cli.exit_codes import EXIT_INVALID_INPUT
 from sdtune.cli.main import main
 from sdtune.config.compose import compose, search_path
-from sdtune.formats import LoRAWeights, ModelSpec, kohya_lora
+from sdtune.formats import LoRAWeights, ModelSpec
 
 Damage = Callable[[Path], object]
 
@@ -632,9 +634,9 @@ def test_evaluating_a_folder_without_a_run_is_refused(line: CommandLine) -> None
 
 def adapter(path: Path, backbone_hash: str, module: str = "unet.down_blocks.0.attentions.0.proj_in") -> Path:
     pair = (torch.zeros(2, 16, 1, 1), torch.zeros(16, 2, 1, 1))
-    spec = ModelSpec(title="x", resolution=32, prediction_type="epsilon", steps=1, seed=0)
+    spec = ModelSpec("x", resolution=32, prediction_type="epsilon", steps=1, seed=0, model=SD1.lora_names("epsilon"))
     weights = LoRAWeights({module: pair}, {module: 2.0})
-    kohya_lora.write(path, weights, spec, {"sdtune_backbone_hash": backbone_hash})
+    write_kohya(path, weights, spec, {"sdtune_backbone_hash": backbone_hash})
     return path
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sdtune.backbone.families import SD1
 from sdtune.formats import LoRAWeights, ModelSpec, canonical
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
@@ -123,6 +124,7 @@ def spec():
         prediction_type="epsilon",
         steps=300,
         seed=7,
+        model=SD1.lora_names("epsilon"),
         date=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         trigger="sks otter",
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdtune.formats import canonical, diffusers_lora, kohya_lora
+from lora_files import write_kohya
+from sdtune.formats import canonical, diffusers_lora
 
 
 def predict(pipeline):
@@ -39,7 +40,7 @@ def test_loaded_lora_equals_merged_weights(pipeline, load, make_weights, delta, 
         diffusers_lora.write(file, weights, {"sdtune_backbone_hash": "abc"})
     else:
         file = tmp_path / "otter.safetensors"
-        kohya_lora.write(file, weights, spec, {})
+        write_kohya(file, weights, spec, {})
     base = predict(pipeline)
     merged_pipeline = load()
     merge(merged_pipeline, weights, delta)

@@ -13,7 +13,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from lora_files import read_diffusers, read_kohya
+from lora_files import read_diffusers, read_kohya, sd1_table, write_kohya
+from sdtune.backbone.families import SD2
 from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora, read_lora, read_safetensors
 from sdtune.formats.lora_names import usual_names
 
@@ -29,16 +30,16 @@ def test_round_trips_keep_the_weight_changes(make_weights, modules, delta, spec,
     weights = make_weights((4, 2), alphas)
     diffusers_file, kohya_file = tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"
     diffusers_lora.write(diffusers_file, weights, {})
-    kohya_lora.write(kohya_file, read_diffusers(diffusers_file), spec, {})
+    write_kohya(kohya_file, read_diffusers(diffusers_file), spec, {})
     assert_same_changes(read_kohya(kohya_file, modules), weights, delta)
-    kohya_lora.write(kohya_file, weights, spec, {})
+    write_kohya(kohya_file, weights, spec, {})
     diffusers_lora.write(diffusers_file, read_kohya(kohya_file, modules), {})
     assert_same_changes(read_diffusers(diffusers_file), weights, delta)
 
 
 def test_kohya_file_keeps_a_common_alpha_and_the_tensors(make_weights, modules, spec, tmp_path):
     weights = make_weights((4,), (3.0,))
-    kohya_lora.write(tmp_path / "it.safetensors", weights, spec, {})
+    write_kohya(tmp_path / "it.safetensors", weights, spec, {})
     back = read_kohya(tmp_path / "it.safetensors", modules)
     assert back.alphas == weights.alphas
     for module, pair in weights.pairs.items():
@@ -46,7 +47,8 @@ def test_kohya_file_keeps_a_common_alpha_and_the_tensors(make_weights, modules, 
 
 
 def test_kohya_file_has_alpha_equal_to_rank_if_alphas_differ(make_weights):
-    tensors = kohya_lora.to_tensors(make_weights((4,), (3.0, 8.0)))
+    weights = make_weights((4,), (3.0, 8.0))
+    tensors = kohya_lora.to_tensors(weights, sd1_table(weights.pairs))
     assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {4.0}
 
 
@@ -60,9 +62,9 @@ def test_half_precision_weights_are_folded_in_float32():
 def test_read_lora_detects_the_file_format(make_weights, modules, delta, spec, tmp_path):
     weights = make_weights()
     diffusers_lora.write(tmp_path / diffusers_lora.FILE_NAME, weights, {"sdtune_backbone_hash": "abc"})
-    kohya_lora.write(tmp_path / "otter.safetensors", weights, spec, {"sdtune_backbone_hash": "abc"})
+    write_kohya(tmp_path / "otter.safetensors", weights, spec, {"sdtune_backbone_hash": "abc"})
     for path in (tmp_path, tmp_path / diffusers_lora.FILE_NAME, tmp_path / "otter.safetensors"):
-        back, metadata = read_lora(path, modules)
+        back, metadata = read_lora(path, sd1_table(modules))
         assert_same_changes(back, weights, delta)
         assert metadata["sdtune_backbone_hash"] == "abc"
 
@@ -94,7 +96,7 @@ def test_names_of_other_programs_are_read(make_weights, modules, delta, tmp_path
     weights = LoRAWeights(unet, {path: weights.alphas[path] for path in unet})
     tensors = {rename(key): value for key, value in diffusers_lora.to_tensors(weights).items()}
     safetensors.torch.save_file(tensors, tmp_path / "it.safetensors")
-    assert_same_changes(read_lora(tmp_path / "it.safetensors", modules)[0], weights, delta)
+    assert_same_changes(read_lora(tmp_path / "it.safetensors", sd1_table(modules))[0], weights, delta)
 
 
 def test_paths_of_the_original_layout_become_names_of_kohya():
@@ -117,7 +119,7 @@ def test_alpha_of_files_written_by_diffusers_is_read(pipeline, modules, delta, t
         unet_lora_adapter_metadata=settings(pipeline.unet),
         text_encoder_lora_adapter_metadata=settings(pipeline.text_encoder),
     )
-    weights, metadata = read_lora(tmp_path, modules)
+    weights, metadata = read_lora(tmp_path, sd1_table(modules))
     expected = {}
     for component in ("unet", "text_encoder"):
         for path, module in getattr(pipeline, component).named_modules():
@@ -139,7 +141,7 @@ def settings(model):
 
 
 def test_kohya_file_has_complete_metadata(make_weights, spec, tmp_path):
-    kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"sdtune_backbone_hash": "abc"})
+    write_kohya(tmp_path / "it.safetensors", make_weights(), spec, {"sdtune_backbone_hash": "abc"})
     _, metadata = read_safetensors(tmp_path / "it.safetensors")
     assert len(metadata.pop("sshs_model_hash")) == 64
     assert len(metadata.pop("sshs_legacy_hash")) == 8
@@ -168,8 +170,8 @@ def test_kohya_file_has_complete_metadata(make_weights, spec, tmp_path):
 def test_kohya_metadata_without_trigger_and_with_several_ranks(make_weights, spec, tmp_path):
     weights = make_weights((4, 2))
     linear = {module: pair for module, pair in weights.pairs.items() if pair[0].dim() == 2}
-    spec = replace(spec, trigger=None, architecture="stable-diffusion-v2-768-v", prediction_type="v")
-    kohya_lora.write(tmp_path / "it", LoRAWeights(linear, {m: weights.alphas[m] for m in linear}), spec, {})
+    spec = replace(spec, trigger=None, model=SD2.lora_names("v_prediction"), prediction_type="v")
+    write_kohya(tmp_path / "it", LoRAWeights(linear, {m: weights.alphas[m] for m in linear}), spec, {})
     _, metadata = read_safetensors(tmp_path / "it")
     assert "modelspec.trigger_phrase" not in metadata
     assert metadata["ss_network_args"] == "{}"
@@ -183,7 +185,7 @@ def test_hashes_equal_those_of_kohya(spec, tmp_path):
     pair = torch.randn(4, 80_000), torch.randn(8, 4)
     weights = LoRAWeights({"unet.mid_block.a": pair}, {"unet.mid_block.a": 3.0})
     path = tmp_path / "it.safetensors"
-    kohya_lora.write(path, weights, spec, {"note": "not a training field"})
+    write_kohya(path, weights, spec, {"note": "not a training field"})
     tensors, metadata = read_safetensors(path)
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -197,7 +199,7 @@ def test_hashes_equal_those_of_kohya(spec, tmp_path):
 def test_hashes_ignore_metadata_that_are_not_training_fields(make_weights, spec, tmp_path):
     hashes = []
     for note in ("one", "another, and longer"):
-        kohya_lora.write(tmp_path / "it.safetensors", make_weights(), spec, {"note": note})
+        write_kohya(tmp_path / "it.safetensors", make_weights(), spec, {"note": note})
         _, metadata = read_safetensors(tmp_path / "it.safetensors")
         hashes.append((metadata["sshs_model_hash"], metadata["sshs_legacy_hash"]))
     assert hashes[0] == hashes[1]

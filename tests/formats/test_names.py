@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_files import sd1_table
 from sdtune.formats import LoRAWeights, diffusers_lora, kohya_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,7 +49,9 @@ def test_kohya_names_are_module_paths_with_underscores(sd15, weights):
     texts = {f"lora_te_text_model_{path}".replace(".", "_") for path in paths}
     assert (len(names), len(texts)) == (192, 72)
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
-    assert kohya_lora.to_tensors(weights).keys() == {f"{name}.{part}" for name in names | texts for part in parts}
+    assert kohya_lora.to_tensors(weights, sd1_table(weights.pairs)).keys() == {
+        f"{name}.{part}" for name in names | texts for part in parts
+    }
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_kohya_names_are_module_paths_with_underscores(sd15, weights):
     ],
 )
 def test_kohya_keys_and_shapes_equal_those_of_kohya_files(weights, key, shape):
-    tensor = kohya_lora.to_tensors(weights)[key]
+    tensor = kohya_lora.to_tensors(weights, sd1_table(weights.pairs))[key]
     assert tensor.shape == shape
     assert tensor.dtype == torch.float32
 

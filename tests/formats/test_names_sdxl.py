@@ -7,10 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from original_files import unet_names
+from sdtune.backbone.families import SDXL
 from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.formats import LoRAWeights, kohya_lora
-from sdtune.formats.original.names import controlnet_names
+from sdtune.formats.kohya_names import KohyaTable
+from sdtune.formats.original.names import controlnet_entries
+from sdtune.formats.original.table import original_names
 
 INSIDE = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -32,8 +35,12 @@ def weights(unet, targets, pair):
     return LoRAWeights(pairs, dict.fromkeys(pairs, 4.0))
 
 
+def table(weights, unet) -> KohyaTable:
+    return SDXL.kohya_table(weights.pairs, dict(unet.config))
+
+
 def test_kohya_has_722_unet_and_72_and_192_text_encoder_modules(unet, weights):
-    tensors = kohya_lora.to_tensors(weights, dict(unet.config))
+    tensors = kohya_lora.to_tensors(weights, table(weights, unet))
     names = {key.partition(".")[0] for key in tensors}
     counts = {
         start: sum(name.startswith(start) for name in names) for start in ("lora_unet_", "lora_te1_", "lora_te2_")
@@ -58,18 +65,18 @@ def test_kohya_has_722_unet_and_72_and_192_text_encoder_modules(unet, weights):
     ],
 )
 def test_kohya_keys_and_shapes_equal_those_of_kohya_files(unet, weights, key, shape):
-    assert kohya_lora.to_tensors(weights, dict(unet.config))[key].shape == shape
+    assert kohya_lora.to_tensors(weights, table(weights, unet))[key].shape == shape
 
 
 def test_original_and_diffusers_module_names_are_read(unet, weights, tmp_path):
     """Some trainers use the module names of diffusers for SDXL."""
-    modules, xl = list(weights.pairs), dict(unet.config)
+    names = {module.paths[0]: name for name, module in table(weights, unet).modules.items()}
     sample_pairs = {
         path: (torch.rand(4, down.shape[1]), torch.rand(up.shape[0], 4))
         for path, (down, up) in [*weights.pairs.items()][:3]
     }
     for name_module in (
-        (lambda module: kohya_lora.name_of(module, xl)),
+        names.__getitem__,
         (lambda module: "lora_unet_" + module[5:].replace(".", "_")),
     ):
         tensors = {
@@ -77,7 +84,7 @@ def test_original_and_diffusers_module_names_are_read(unet, weights, tmp_path):
             for module, pair in sample_pairs.items()
             for part, tensor in zip(("lora_down.weight", "lora_up.weight"), pair)
         }
-        parsed = kohya_lora.parse(tmp_path / "x", tensors, modules, xl)
+        parsed = kohya_lora.parse(tmp_path / "x", tensors, table(weights, unet))
         assert parsed.pairs.keys() == sample_pairs.keys()
 
 
@@ -86,7 +93,7 @@ def test_controlnet_names_equal_those_of_the_original_code(unet):
 
     with torch.device("meta"):
         sd15 = ControlNetModel.from_unet(from_config("unet", CONFIGS / "sd15"), load_weights_from_unet=False)
-    names = set(controlnet_names(sd15.state_dict(), dict(sd15.config)).values())
+    names = set(original_names(controlnet_entries(sd15.state_dict(), dict(sd15.config))).values())
     assert len(names) == 340  # as in lllyasviel's control_v11 files
     assert {
         "time_embed.0.weight",

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from original_files import open_clip_names, unet_names, vae_names
+from sdtune.backbone.families import FAMILIES, SD1, SD2, SDXL, family_of_file, family_of_folder
 from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.formats.keys import canonical_key
-from sdtune.formats.original import Models, detect, join, split
+from sdtune.formats.original import join, split
 
 COUNTS = {"sd15": 1131, "sd21": 1214, "sdxl": 2515}
 """Number of tensors in the authors' files, without noise schedule buffers and the placeholders of SD 2.1."""
@@ -21,23 +22,25 @@ def config_and_tensors(kind):
     folder = CONFIGS / kind
     names = [n for n in ("unet", "vae", "text_encoder", "text_encoder_2") if (folder / n).is_dir()]
     configs = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8")) for name in names}
-    family = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}[kind]
+    family = {"sd15": SD1, "sd21": SD2, "sdxl": SDXL}[kind]
+    assert family_of_folder(folder, "key") is family
+    assert (family.configs, set(family.components)) == (kind, set(names))
     with torch.device("meta"):
         loaded = {name: from_config(name, folder) for name in names}
     tensors = {
         name: {canonical_key(name, key): value for key, value in model.state_dict().items()}
         for name, model in loaded.items()
     }
-    return Models(family, **configs), tensors
+    return family, configs, tensors
 
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_names_equal_those_of_the_script_and_convert_back(kind):
-    config, tensors = config_and_tensors(kind)
-    single_file = join(tensors, config)
+    family, configs, tensors = config_and_tensors(kind)
+    single_file = join(tensors, family.layout, configs)
     unused_prefixes = (".resblocks.23.", "text_projection", "logit_scale") if kind == "sd21" else ()
     assert len([key for key in single_file if not any(part in key for part in unused_prefixes)]) == COUNTS[kind]
-    levels = len(config.unet["block_out_channels"])
+    levels = len(configs["unet"]["block_out_channels"])
     expected = {f"model.diffusion_model.{k}": v for k, v in unet_names(tensors["unet"], levels).items()}
     expected |= {f"first_stage_model.{k}": v for k, v in vae_names(tensors["vae"]).items()}
     first, second = tensors["text_encoder"], tensors.get("text_encoder_2")
@@ -58,10 +61,9 @@ def test_names_equal_those_of_the_script_and_convert_back(kind):
     endings = {key.rpartition(".")[2] for key in additional_keys}
     assert endings == allowed_endings.get(kind, {"logit_scale", "text_projection"})
     assert additional_endings >= endings
-    assert detect({key: list(value.shape) for key, value in single_file.items()}) == config.family
-    converted_back = split(
-        single_file, config, {name: set(component_tensors) for name, component_tensors in tensors.items()}
-    )
+    shapes = {key: list(value.shape) for key, value in single_file.items()}
+    assert family_of_file(shapes, FAMILIES.values()) is family
+    converted_back = split(single_file, family.layout, configs, {name: set(part) for name, part in tensors.items()})
     assert {
         name: {k: v.shape for k, v in component_tensors.items()} for name, component_tensors in converted_back.items()
     } == {name: {k: v.shape for k, v in component_tensors.items()} for name, component_tensors in tensors.items()}

@@ -9,12 +9,12 @@ import pickle
 import pytest
 import torch
 
-from lora_files import read_diffusers
+from lora_files import read_diffusers, sd1_table
 from sdtune.errors import UserError
 from sdtune.formats import read_lora, read_safetensors, write_safetensors
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-MODULES = [f"unet.{Q}", "unet.conv_in"]
+TABLE = sd1_table([f"unet.{Q}", "unet.conv_in"])
 KOHYA = f"lora_unet_{Q.replace('.', '_')}"
 DOWN, UP = torch.ones(2, 6), torch.ones(5, 2)
 
@@ -23,7 +23,7 @@ def refusal(path, tensors, metadata=None):
     """Message of ``read_lora`` for an invalid file with these tensors."""
     write_safetensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata or {"note": ""})
     with pytest.raises(UserError, match=".") as caught:
-        read_lora(path, MODULES)
+        read_lora(path, TABLE)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -148,9 +148,9 @@ def test_file_that_is_not_safetensors_is_refused(tmp_path, monkeypatch, content)
 
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone.safetensors: no such file"):
-        read_lora(tmp_path / "gone.safetensors", MODULES)
+        read_lora(tmp_path / "gone.safetensors", TABLE)
     with pytest.raises(UserError, match="pytorch_lora_weights.safetensors: no such file"):
-        read_lora(tmp_path, MODULES)
+        read_lora(tmp_path, TABLE)
 
 
 def test_views_are_stored_with_their_visible_values(tmp_path):

@@ -12,7 +12,8 @@ import torch
 from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 from experiments.gpu.weights import clip_config
-from sdtune.backbone.models import MODEL_CLASSES, from_config
+from sdtune.backbone.families import family_of_folder
+from sdtune.backbone.models import from_config
 from sdtune.backbone.single_file import included_configs
 from sdtune.backbone.vocabulary import END, write_tokenizer
 
@@ -29,7 +30,7 @@ def pipeline(folder: Path, kind: str) -> Path:
     shutil.copytree(configs, target, dirs_exist_ok=True)
     index = json.loads((configs / "model_index.json").read_text(encoding="utf-8"))
     (target / "model_index.json").unlink()
-    for name in [name for name in MODEL_CLASSES if (configs / name).is_dir()]:
+    for name in sorted(family_of_folder(configs, "backbone.path").components):
         with torch.device("meta"):
             state = from_config(name, configs).state_dict()
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"

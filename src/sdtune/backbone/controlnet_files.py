@@ -15,7 +15,8 @@ from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
-from sdtune.formats.original.names import controlnet_names
+from sdtune.formats.original.names import controlnet_entries
+from sdtune.formats.original.table import original_names
 from sdtune.formats.pipeline import weights_name
 
 WEIGHTS = weights_name("controlnet")
@@ -112,7 +113,7 @@ def load_controlnet(path: Path, key: str, unet: UNet2DConditionModel, widths: Se
             unet, conditioning_embedding_out_channels=tuple(widths), load_weights_from_unet=False
         )
     tensors, _ = read_safetensors(path)
-    names = controlnet_names(net.state_dict(), dict(net.config))
+    names = original_names(controlnet_entries(net.state_dict(), dict(net.config)))
     if _DIFFUSERS_KEY in tensors:  # a single file with diffusers' names
         names = {name: name for name in names}
     # Some files omit the prefix.

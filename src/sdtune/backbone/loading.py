@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.foreign import unreadable_as_user_error
-from sdtune.backbone.models import MODEL_CLASSES, from_config
+from sdtune.backbone.models import from_config, model_class
 from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
 from sdtune.errors import UserError
@@ -31,7 +31,7 @@ def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype
                 torch.manual_seed(seed)
                 return from_config(name, folder)
         with unreadable_as_user_error(folder / name, "backbone.path"):
-            model = MODEL_CLASSES[name].from_pretrained(
+            model = model_class(name, folder).from_pretrained(
                 folder / name,
                 torch_dtype=denoiser_dtype
                 if denoiser_dtype is not None and name == source.denoiser_folder

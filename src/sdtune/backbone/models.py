@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdtune.backbone.families import family_of_folder
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import read_config
-from sdtune.formats.keys import canonical_key
+from sdtune.formats.keys import canonical_key, is_redundant
 
-MODEL_CLASSES: dict[str, Any] = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-}
+
+def model_class(component: str, folder: Path) -> Any:
+    """Class of ``component`` of the pipeline ``folder`` in diffusers or transformers."""
+    return family_of_folder(folder, "backbone.path").model_classes()[component]
 
 
 def from_config(component: str, folder: Path) -> Any:
     """Build ``component`` of the pipeline ``folder`` with random weights."""
-    model_class = MODEL_CLASSES[component]
+    component_class = model_class(component, folder)
     if component.startswith("text_encoder"):
-        return model_class(CLIPTextConfig.from_pretrained(folder / component))
-    return model_class.from_config(model_class.load_config(folder / component))
+        return component_class(component_class.config_class.from_pretrained(folder / component))
+    return component_class.from_config(component_class.load_config(folder / component))
 
 
 def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
@@ -42,4 +39,5 @@ def model_shapes(component: str, folder: Path) -> Mapping[str, tuple[int, ...]]:
 def _shapes(component: str, config: str, folder: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), unreadable_as_user_error(Path(folder) / component / "config.json", "backbone.path"):
         model = from_config(component, Path(folder))
-    return {canonical_key(component, key): tuple(value.shape) for key, value in model.state_dict().items()}
+    tensors = model.state_dict()
+    return {canonical_key(component, key): tuple(t.shape) for key, t in tensors.items() if not is_redundant(key)}

@@ -13,24 +13,24 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
-from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, family_by
+from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, Family, family_of_file, family_of_folder
+from sdtune.backbone.families.base import VAE
 from sdtune.backbone.models import model_shapes
-from sdtune.backbone.vocabulary import END, write_tokenizer
+from sdtune.backbone.vocabulary import write_tokenizer
 from sdtune.errors import UserError
 from sdtune.files import mark_used, read_json, replacing, write_json
 from sdtune.formats.checkpoint_file import read_checkpoint
 from sdtune.formats.files import check_finite, write_safetensors
+from sdtune.formats.float8 import without_float8
 from sdtune.formats.keys import check_keys
-from sdtune.formats.original import Family, Models, detect, split
-from sdtune.formats.original.checkpoint import TEXT, VAE, split_vae, stated_prediction, with_usual_names
+from sdtune.formats.original import split
+from sdtune.formats.original.checkpoint import stated_prediction
 from sdtune.formats.pipeline import weights_name
 from sdtune.paths import cache_folder
 
 log = logging.getLogger("sdtune")
 
 CONFIGS = Path(__file__).parent / "configs"
-INCLUDED_CONFIGS: dict[Family, str] = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
-_PADS = {"tokenizer": {"sd1": END, "sd2": "!", "sdxl": END}, "tokenizer_2": {"sdxl": "!"}}
 _LAYOUT = 2  # version of the converted folders' layout; increase it to invalidate cached folders
 
 
@@ -38,12 +38,6 @@ def included_configs(name: str) -> Path | None:
     """Folder of the configs ``name`` (such as ``sd15``) that are included in sdtune; None if there are none."""
     folder = CONFIGS / name
     return folder if (folder / "model_index.json").is_file() else None
-
-
-def family_of(folder: Path) -> Family:
-    """Family of the pipeline ``folder``, from its configs."""
-    unet = read_json(folder / "unet" / "config.json", "backbone.config")
-    return family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())
 
 
 def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, needs_vae: bool = True) -> Path:
@@ -66,26 +60,27 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, need
             mark_used(target)
             return target
         checkpoint, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
-        tensors = with_usual_names(checkpoint)
         try:
-            family = detect({key: list(tensor.shape) for key, tensor in tensors.items()})
-            prediction = stated_prediction(tensors, metadata)
+            tensors = _usual_names(without_float8(checkpoint))
+            family = family_of_file(_shapes(tensors), FAMILIES.values())
+            prediction = stated_prediction(tensors, metadata, family.layout.predictions)
         except UserError as error:
             raise UserError(f"{file} {error}", key="backbone.path") from error
-        if needs_vae and not any(key.startswith(VAE) for key in tensors):
+        if needs_vae and "vae" not in family.layout.stored(tensors):
             raise UserError(
                 f"{file} contains no VAE",
                 key="backbone.path",
                 remedy="set backbone.vae= to a VAE of the same model family",
             )
-        config_folder = config or CONFIGS / INCLUDED_CONFIGS[family]
-        if family_of(config_folder) != family:
+        config_folder = config or CONFIGS / family.configs
+        family_of_configs = family_of_folder(config_folder, "backbone.config")
+        if family_of_configs is not family:
             raise UserError(
-                f"{config_folder} is for {FAMILIES[family_of(config_folder)][0]}, but {file} is {FAMILIES[family][0]}",
+                f"{config_folder} is for {family_of_configs.title}, but {file} is {family.title}",
                 key="backbone.config",
-                remedy=f"set it to a folder of {FAMILIES[family][0]} configs, or to null for the included configs",
+                remedy=f"set it to a folder of {family.title} configs, or to null for the included configs",
             )
-        log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, FAMILIES[family][0])
+        log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, family.title)
         _write(target, config_folder, tensors, family, f"backbone.path: {file}", prediction)
     return target
 
@@ -109,7 +104,11 @@ def convert_vae(file: Path, pipeline: Path, allow_pickle: bool) -> Path:
         tensors, _ = read_checkpoint(file, allow_pickle, "backbone.vae")
         expected = model_shapes("vae", pipeline)
         config = read_json(pipeline / "vae" / "config.json", "backbone.path")
-        vae = split_vae({key.removeprefix(VAE): tensor for key, tensor in tensors.items()}, config, expected)
+        try:
+            plain = without_float8(tensors)
+        except UserError as error:
+            raise UserError(f"{file} {error}", key="backbone.vae") from error
+        vae = VAE.read({key.removeprefix(VAE.prefix): tensor for key, tensor in plain.items()}, config, expected)
         check_keys(f"backbone.vae: {file}", _shapes(vae), expected)
         check_finite(vae, f"backbone.vae: {file}")
         with replacing(target, sync=False, alone=True) as partial:
@@ -138,14 +137,22 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
+def _usual_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with the key prefixes that the families expect."""
+    renamed = dict(tensors)
+    for family in FAMILIES.values():
+        renamed = family.usual_names(renamed)
+    return renamed
+
+
 def _write(
     target: Path, config_folder: Path, tensors: dict[str, Tensor], family: Family, where: str, prediction: str | None
 ) -> None:
-    components = ["unet", "vae", *TEXT[family]]
+    components = family.components
     configs = {name: read_json(config_folder / name / "config.json", "backbone.config") for name in components}
     expected = {name: model_shapes(name, config_folder) for name in components}
-    with_weights = [name for name in components if name != "vae" or any(key.startswith(VAE) for key in tensors)]
-    models = split(tensors, Models(family, **configs), expected)
+    with_weights = family.layout.stored(tensors)
+    models = split(tensors, family.layout, configs, expected)
     remedy = "set backbone.config=FOLDER to a pipeline folder with the configs of this model"
     if config_folder.is_relative_to(CONFIGS):
         remedy += " (backbone.config=pocket if it was trained from pocket)"
@@ -153,19 +160,18 @@ def _write(
         check_keys(f"{where} ({name})", _shapes(models[name]), expected[name], remedy)
         check_finite(models[name], f"{where} ({name})")
     index = read_json(config_folder / "model_index.json", "backbone.config")
-    index |= {name: ["transformers", "CLIPTokenizer"] for name, pads in _PADS.items() if family in pads}
+    tokenizers = {name.replace("text_encoder", "tokenizer"): pad for name, pad in family.pads.items()}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name, pad in tokenizers.items() if pad is not None}
     with replacing(target, sync=False, alone=True) as partial:
         for name in components:
             if name in with_weights:
                 write_safetensors(partial / name / weights_name(name), models[name], {"format": "pt"})
             write_json(partial / name / "config.json", configs[name])
-        for name, pads in _PADS.items():
-            if family not in pads:
-                continue
+        for name, pad in tokenizers.items():
             if (config_folder / name).is_dir():
                 shutil.copytree(config_folder / name, partial / name)
-            else:
-                write_tokenizer(partial / name, pads[family])
+            elif pad is not None:
+                write_tokenizer(partial / name, pad)
         write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(config_folder, tensors, prediction))
         write_json(partial / "model_index.json", index)
 

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from sdtune.backbone.families import FAMILIES, GUIDANCE, STATED_PREDICTION, Component, Facts, Quantization, family_by
+from sdtune.backbone.families import (
+    FAMILIES,
+    SD1,
+    STATED_PREDICTION,
+    Component,
+    Facts,
+    FamilyName,
+    Quantization,
+    family_by,
+)
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import (
     MODELS,
@@ -26,7 +35,6 @@ from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight
 from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
-from sdtune.formats.original import Family
 from sdtune.formats.pipeline import STEMS, weights_name
 from sdtune.objective.path import is_flow, path_from_config, shift_of
 from sdtune.objective.prediction import PredictionType
@@ -73,11 +81,11 @@ class PipelineSource:
         revision: str | None = None,
         from_scratch: Sequence[Component] = (),
         clip: str | None = None,
-        guidance: Annotated[float, Ge(0)] = GUIDANCE["sd1"],
+        guidance: Annotated[float, Ge(0)] = SD1.guidance,
         prediction_type: PredictionType | None = None,
         flow_shift: Annotated[float, Gt(0)] | None = None,
         zero_terminal_snr: bool = False,
-        family: Family | None = None,
+        family: FamilyName | None = None,
         variant: str | None = None,
         config: str | None = None,
         vae: str | None = None,
@@ -327,14 +335,14 @@ class PipelineSource:
                 remedy="use a model whose VAE has only a scaling_factor",
             )
 
-    def _family(self, denoiser: dict[str, Any]) -> Family:
+    def _family(self, denoiser: dict[str, Any]) -> FamilyName:
         family = family_by(denoiser, two_encoders=len(self.text_encoders) > 1)
         if self.family not in (None, family):
             required, actual = FAMILIES[self.family or family], FAMILIES[family]
             raise UserError(
-                f"{self.path} is {actual[0]}, but {required[1]} requires {required[0]}",
+                f"{self.path} is {actual.title}, but {required.option} requires {required.title}",
                 key="backbone.path",
-                remedy=f"use {actual[1]}",
+                remedy=f"use {actual.option}",
             )
         return family
 

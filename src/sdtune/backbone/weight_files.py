@@ -12,7 +12,7 @@ from pathlib import Path
 from sdtune.errors import UserError
 from sdtune.files import mark_used, replacing
 from sdtune.formats.files import read_metadata
-from sdtune.formats.keys import canonical_key, is_buffer
+from sdtune.formats.keys import canonical_key, is_redundant
 from sdtune.formats.pipeline import STEMS
 from sdtune.paths import cache_folder
 
@@ -56,7 +56,7 @@ def shapes(files: Sequence[Path], component: str) -> dict[str, list[int]]:
         canonical_key(component, key): shape
         for file in files
         for key, (_, shape, *_) in _read_header(file).items()
-        if not is_buffer(key)
+        if not is_redundant(key)
     }
 
 
@@ -145,7 +145,7 @@ def weights_hash(files: Files) -> str:
             (canonical_key(name, key), file, entry)
             for file in files[name]
             for key, entry in _read_header(file).items()
-            if not is_buffer(key)
+            if not is_redundant(key)
         ]
         with contextlib.ExitStack() as stack:
             # Read instead of memory-map: mapped pages count as resident memory, in addition to the loaded weights.

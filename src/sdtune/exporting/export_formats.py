@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
+from sdtune.backbone.families import FAMILIES, model_spec_prediction
 from sdtune.backbone.layers import BLOCKS, layers, module_path
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
@@ -31,7 +32,8 @@ from sdtune.formats import (
     write_safetensors,
 )
 from sdtune.formats.files import read_metadata, read_safetensors
-from sdtune.formats.original.names import controlnet_names
+from sdtune.formats.original.names import controlnet_entries
+from sdtune.formats.original.table import original_names
 from sdtune.loaders.lora import AdapterFile, LoadedLoRA, check_adapter
 
 log = logging.getLogger("sdtune")
@@ -214,18 +216,19 @@ class Export:
             return [target]
         if self.alpha == "folded":
             weights = weights.folded()
-        velocity = backbone.path.prediction_type == "v_prediction"
+        family = FAMILIES[backbone.facts.family]
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=_side(metadata, backbone.facts.side),
-            prediction_type="v" if velocity else "epsilon",
+            prediction_type=model_spec_prediction(backbone.path.prediction_type),
             steps=_number(metadata.get("ss_steps")),
             seed=_number(metadata.get("ss_seed")),
             trigger=metadata.get("modelspec.trigger_phrase"),
-            architecture=kohya_lora.architecture(backbone.facts.family, velocity),
+            model=family.lora_names(backbone.path.prediction_type),
         )
         target = folder / f"{name}.safetensors"
-        kohya_lora.write(target, weights, spec, artifact_metadata, dict(backbone.denoiser.config), dtype)
+        table = family.kohya_table(weights.pairs, dict(backbone.denoiser.config))
+        kohya_lora.write(target, weights, spec, artifact_metadata, table, dtype)
         return [target]
 
     # --- full models
@@ -291,7 +294,8 @@ class Export:
             tensors, _ = read_safetensors(artifact.path / WEIGHTS)
         has_denoiser = (artifact.path / source.denoiser_folder).is_dir()
         if self.format == "single_file":
-            names = {key: f"control_model.{name}" for key, name in controlnet_names(tensors, config).items()}
+            entries = controlnet_entries(tensors, config)
+            names = {key: f"control_model.{name}" for key, name in original_names(entries).items()}
             if config.get("addition_embed_type"):
                 # SDXL ControlNets have no original layout; other programs expect the names of diffusers.
                 names = {key: key for key in tensors}

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families import FAMILIES, model_spec_prediction
 from sdtune.backbone.new_token_vectors import without_new_tokens
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
 from sdtune.formats.files import is_finite
-from sdtune.formats.keys import canonical_key, is_buffer
-from sdtune.formats.original import Models, join
+from sdtune.formats.keys import canonical_key, is_redundant
+from sdtune.formats.original import join
 from sdtune.formats.pipeline import copy_pipeline, weights_name, write_scheduler
 
 
@@ -27,7 +28,9 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
         for component in ("denoiser", "vae", *backbone.encoders):
             name = backbone.denoiser_folder if component == "denoiser" else component
             tensors = getattr(backbone, component).state_dict()
-            tensors_of[name] = {canonical_key(name, key): value for key, value in tensors.items() if not is_buffer(key)}
+            tensors_of[name] = {
+                canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)
+            }
     return tensors_of
 
 
@@ -63,21 +66,21 @@ def write_single_file(
     backbone: Backbone, source: Pretrained, file: Path, dtype: torch.dtype, metadata: Mapping[str, str]
 ) -> None:
     """Write one file in the original layout, with the keys by which ComfyUI detects a v-prediction model."""
-    family = backbone.facts.family
+    family = FAMILIES[backbone.facts.family]
     configs = {name: source.config(name) for name in source.components}
     tensors = join(
         {name: cast_tensors(model, dtype) for name, model in components(backbone).items()},
-        Models(family, **configs),
+        family.layout,
+        configs,
         v_prediction=backbone.path.prediction_type == "v_prediction",
         zero_snr=bool(backbone.scheduler_config.get("rescale_betas_zero_snr")),
     )
-    architectures = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
     artifact_metadata = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architectures[family],
+        "modelspec.architecture": family.architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": file.stem,
-        "modelspec.prediction_type": "v" if backbone.path.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": model_spec_prediction(backbone.path.prediction_type),
         "modelspec.resolution": f"{backbone.facts.side}x{backbone.facts.side}",
     }
     write_safetensors(file, tensors, {**artifact_metadata, **metadata})

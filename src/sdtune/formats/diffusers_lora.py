@@ -24,7 +24,7 @@ _SETTINGS = "lora_adapter_metadata"
 
 # Names of peft and of diffusers' training scripts (diffusers.utils.convert_state_dict_to_diffusers).
 _KEY = re.compile(
-    r"(?P<module>(?:unet|text_encoder|text_encoder_2)\..+)\."
+    r"(?P<module>(?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3)\..+)\."
     r"(?:(?P<down>lora_A|lora\.down|lora_linear_layer\.down)|lora_B|lora\.up|lora_linear_layer\.up)\.weight"
 )
 
@@ -55,7 +55,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     """LoRA weights in ``tensors`` read from ``source``; alpha from ``lora_adapter_metadata``, else alpha = r.
 
     Raises:
-        UserError: a tensor or a setting is not that of a plain LoRA of the UNet or a text encoder.
+        UserError: a tensor or a setting is not that of a plain LoRA of the denoiser or a text encoder.
     """
     names_in_file: dict[str, str] = {}
     downs: dict[str, Tensor] = {}
@@ -70,9 +70,10 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         names_in_file[module] = match["module"]
         (downs if match["down"] else ups)[module] = tensor
     if unsupported:
+        denoiser = "transformer" if any(key.startswith("transformer.") for key in tensors) else "unet"
         raise UserError(
             f"{source}: unsupported tensors: {few(unsupported)}",
-            remedy="use a plain LoRA of unet, text_encoder or text_encoder_2",
+            remedy=f"use a plain LoRA of {denoiser}, text_encoder or text_encoder_2",
         )
     weights = assemble_pairs(source, downs, ups, {})
     settings = _settings(source, metadata, {module.partition(".")[0] for module in downs})

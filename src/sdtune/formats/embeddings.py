@@ -24,8 +24,8 @@ FOLDER = "embeddings"
 """Folder of the files in A1111, ComfyUI and kohya format, which are named after the trigger word."""
 
 _VECTORS = "emb_params"
-# Keys of SDXL's two text encoders, the same in kohya, A1111, ComfyUI and diffusers' scripts.
-_SDXL_KEYS = ("clip_l", "clip_g")
+# Keys of the two CLIP text encoders of SDXL, the same in kohya, A1111, ComfyUI and diffusers' scripts.
+_ENCODER_KEYS = ("clip_l", "clip_g")
 
 
 def file_stem(token: str) -> str:
@@ -60,7 +60,7 @@ def write(
         diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
             if len(rows) == 1
-            else ({name: encoder_rows.to(dtype) for name, encoder_rows in zip(_SDXL_KEYS, rows, strict=True)},) * 2
+            else ({name: encoder_rows.to(dtype) for name, encoder_rows in zip(_ENCODER_KEYS, rows, strict=True)},) * 2
         )
         files = {
             "diffusers": (folder / f"{FILE_NAME}{token_suffix}{suffix}.safetensors", diffusers_tensors),
@@ -85,8 +85,8 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     if bundled := without_bundled_embeddings(tensors)[1]:
         return {token: _bundled(source, token, vectors) for token, vectors in bundled.items()}
     token = metadata.get("sdtune_token", source.stem)
-    if set(rows) == set(tensors) == set(_SDXL_KEYS):
-        encoder_rows = tuple(rows[name] for name in _SDXL_KEYS)
+    if set(rows) == set(tensors) == set(_ENCODER_KEYS):
+        encoder_rows = tuple(rows[name] for name in _ENCODER_KEYS)
         return {token: encoder_rows} if len(encoder_rows[0]) == len(encoder_rows[1]) else {}
     if len(rows) == len(tensors) == 1:
         (key, vectors), *_ = rows.items()
@@ -96,12 +96,12 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
 
 def _bundled(source: Path, token: str, vectors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Vectors of each text encoder of an embedding that OneTrainer has saved in a LoRA file."""
-    if unknown := vectors.keys() - set(_SDXL_KEYS):
+    if unknown := vectors.keys() - set(_ENCODER_KEYS):
         raise UserError(
             f"{source}: embedding {token!r} has {sorted(unknown)[0]}, which sdtune does not support",
             remedy="train it without output embeddings",
         )
-    return tuple(vectors[name] for name in _SDXL_KEYS if name in vectors)
+    return tuple(vectors[name] for name in _ENCODER_KEYS if name in vectors)
 
 
 def read_folder(folder: Path) -> TokenVectors:

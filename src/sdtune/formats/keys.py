@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sdtune.errors import UserError
-from sdtune.formats.lora import few
+from sdtune.formats.lora import CLIP_ENCODERS, few
+from sdtune.formats.original.clip import with_text_model
 from sdtune.formats.original.names import modern_vae_key
 
 
@@ -36,11 +37,9 @@ def canonical_key(component: str, key: str) -> str:
     """``key`` of ``component`` in current naming, independent of the release that wrote the file."""
     if component == "vae":
         return modern_vae_key(key)
-    if component.startswith("text_encoder") and not key.startswith(("text_model.", "text_projection.")):
-        return f"text_model.{key}"
-    return key
+    return with_text_model(key) if component in CLIP_ENCODERS else key
 
 
-def is_buffer(key: str) -> bool:
-    """Whether ``key`` is the buffer of position ids that older transformers saved with the weights."""
-    return key.endswith("embeddings.position_ids")
+def is_redundant(key: str) -> bool:
+    """Whether ``key`` is not needed: position ids of older transformers, or the second name of T5's token table."""
+    return key.endswith("embeddings.position_ids") or key == "encoder.embed_tokens.weight"

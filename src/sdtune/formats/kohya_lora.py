@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -17,26 +17,31 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 from sdtune.formats.files import for_safetensors, write_safetensors
+from sdtune.formats.kohya_names import KohyaModule, KohyaTable, fused, separated
 from sdtune.formats.lora import LoRAWeights, assemble_pairs, few, unknown_modules
-from sdtune.formats.original import Family
-from sdtune.formats.original.names import rename_unet_module
 
-Architecture = Literal[
-    "stable-diffusion-v1", "stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "stable-diffusion-xl-v1-base"
-]
-"""Architecture names of ModelSpec."""
-
-XL: Architecture = "stable-diffusion-xl-v1-base"
-
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-_XL_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_VERSIONS: dict[Architecture, str] = {
-    "stable-diffusion-v1": "sd_v1",
-    "stable-diffusion-v2-512": "sd_v2",
-    "stable-diffusion-v2-768-v": "sd_v2",
-    XL: "sdxl_base_v1-0",
-}
 _DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+
+
+ModelSpecPrediction = Literal["epsilon", "v", "flow"]
+"""Prediction types in metadata."""
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """Names of a base model in the metadata of a LoRA file.
+
+    Attributes:
+        architecture: ModelSpec's architecture.
+        implementation: ModelSpec's implementation, whose module names the file has.
+        version: kohya's ``ss_base_model_version``.
+        is_v2: kohya's ``ss_v2``: whether it is a Stable Diffusion 2.x model.
+    """
+
+    architecture: str
+    implementation: str
+    version: str
+    is_v2: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,20 @@ class ModelSpec:
     Attributes:
         title: name of the run.
         resolution: training resolution: side in pixels of a square with the area of the training images.
-        prediction_type: prediction type of the UNet.
+        prediction_type: prediction type of the denoiser.
         steps: number of optimizer steps.
         seed: seed of the run.
-        architecture: architecture of the backbone.
+        model: names of the backbone.
         trigger: trigger words, if any.
         date: creation date of the file.
     """
 
     title: str
     resolution: int
-    prediction_type: Literal["epsilon", "v"]
+    prediction_type: ModelSpecPrediction
     steps: int
     seed: int
-    architecture: Architecture = "stable-diffusion-v1"
+    model: ModelNames
     trigger: str | None = None
     date: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -67,11 +72,8 @@ class ModelSpec:
         """``modelspec.`` fields of a LoRA file."""
         fields = {
             "sai_model_spec": "1.0.1",
-            "architecture": f"{self.architecture}/lora",
-            # As in kohya: SD 1 and 2 use the module names of diffusers, SDXL those of the original layout.
-            "implementation": "https://github.com/Stability-AI/generative-models"
-            if self.architecture == XL
-            else "diffusers",
+            "architecture": f"{self.model.architecture}/lora",
+            "implementation": self.model.implementation,
             "title": self.title,
             "resolution": f"{self.resolution}x{self.resolution}",
             "date": self.date.isoformat(timespec="seconds"),
@@ -113,38 +115,17 @@ def training_metadata(
     }
 
 
-def architecture(family: Family, velocity: bool) -> Architecture:
-    """ModelSpec architecture of ``family``; ``velocity``: whether the UNet predicts v."""
-    sd2: Architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-    architectures: dict[Family, Architecture] = {"sd1": "stable-diffusion-v1", "sd2": sd2, "sdxl": XL}
-    return architectures[family]
-
-
-def name_of(module: str, xl: Mapping[str, Any] | None = None) -> str:
-    """kohya name of a canonical diffusers module path with component.
-
-    ``xl`` is the UNet config of SDXL, else None: kohya names the modules of SDXL as in the original layout, and those
-    of SD 1 and 2 as in diffusers.
-    """
-    component, _, path = module.partition(".")
-    if xl is None:
-        return _PREFIXES[component] + path.replace(".", "_")
-    path_in_file = rename_unet_module(path, xl) if component == "unet" else path
-    return _XL_PREFIXES[component] + path_in_file.replace(".", "_")
-
-
-def to_tensors(weights: LoRAWeights, xl: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Tensors by file key, with one alpha for all modules.
+def to_tensors(weights: LoRAWeights, table: KohyaTable) -> dict[str, Tensor]:
+    """Tensors by file key, with one alpha for all modules that the file does not join.
 
     When diffusers converts this format, it loses the alpha of each attention layer: with several alphas it would scale
     such layers by the most frequent one.
     """
-    weights = weights.uniform()
+    named = fused(weights.uniform(), table)
     tensors: dict[str, Tensor] = {}
-    for module, (down, up) in weights.pairs.items():
-        name = name_of(module, xl)
+    for name, (down, up) in named.pairs.items():
         tensors[f"{name}.{_DOWN}"], tensors[f"{name}.{_UP}"] = down, up
-        tensors[f"{name}.{_ALPHA}"] = torch.tensor(weights.alphas[module])
+        tensors[f"{name}.{_ALPHA}"] = torch.tensor(named.alphas[name])
     return tensors
 
 
@@ -153,74 +134,68 @@ def write(
     weights: LoRAWeights,
     spec: ModelSpec,
     metadata: Mapping[str, str],
-    unet: Mapping[str, Any] | None = None,
+    table: KohyaTable,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write ``path``; programs list the LoRA by this file name. Generated fields override those in ``metadata``.
 
     Args:
-        unet: UNet config of the backbone; used only for SDXL.
+        path: the file.
+        weights: weights by canonical path.
+        spec: generated metadata.
+        metadata: further metadata.
+        table: names of the backbone's modules.
         dtype: dtype of the matrices.
 
     Raises:
         UserError: ``path`` cannot be written.
     """
-    named = to_tensors(weights, unet if spec.architecture == XL else None)
+    named = to_tensors(weights, table)
     tensors = for_safetensors({key: value.to(dtype) if value.dim() else value for key, value in named.items()})
     header = {**metadata, **spec.metadata(), **_training_fields(weights, spec)}
     write_safetensors(path, tensors, {**header, **_hashes(tensors, header)})
 
 
-def parse(
-    source: Path, tensors: Mapping[str, Tensor], modules: Iterable[str], xl: Mapping[str, Any] | None = None
-) -> LoRAWeights:
+def parse(source: Path, tensors: Mapping[str, Tensor], table: KohyaTable) -> LoRAWeights:
     """LoRA weights in ``tensors`` read from ``source``; alpha = r if missing, as in kohya.
 
     Args:
         source: path of the file, for error messages.
         tensors: tensors by file key.
-        modules: canonical paths, with component, of the modules that a LoRA may target. kohya's names contain
-            underscores instead of dots, so they are resolved by converting these paths.
-        xl: UNet config of an SDXL backbone, else None; with it, diffusers names with underscores are accepted as well.
+        table: names of the modules that a LoRA may target. kohya's names contain underscores instead of dots, so they
+            are resolved with this table.
 
     Raises:
-        UserError: a tensor is not that of a plain LoRA, or its module is not in ``modules``.
+        UserError: a tensor is not that of a plain LoRA, or its module is not in ``table``.
     """
-    paths: dict[str, str] = {}
-    for module in modules:
-        for name in _accepted_names(module, xl):
-            assert paths.setdefault(name, module) == module, f"ambiguous kohya name of {module}"
+    joined: dict[str, KohyaModule] = {}
     parts: dict[str, dict[str, Tensor]] = {_DOWN: {}, _UP: {}, _ALPHA: {}}
     unsupported: set[str] = set()
     unknown: set[str] = set()
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
+        module = table.module(name)
         if part not in parts:
             unsupported.add(key)
-        elif name not in paths:
+        elif module is None:
             unknown.add(name)
+        elif module.is_plain:
+            parts[part][module.paths[0]] = tensor
         else:
-            parts[part][paths[name]] = tensor
+            joined[name], parts[part][name] = module, tensor
     if unsupported:
         raise UserError(
             f"{source}: unsupported tensors: {few(unsupported)}",
             remedy=f"use a plain LoRA with {_DOWN}, {_UP} and {_ALPHA}",
         )
     if unknown:
-        raise unknown_modules(source, unknown, xl is not None)
+        raise unknown_modules(source, unknown, table.hints)
     alphas: dict[str, float] = {}
-    for module, alpha in parts[_ALPHA].items():
+    for path, alpha in parts[_ALPHA].items():
         if alpha.numel() != 1:
-            raise UserError(f"{source}: {module}: alpha must be a single number, got shape {list(alpha.shape)}")
-        alphas[module] = float(alpha)
-    return assemble_pairs(source, parts[_DOWN], parts[_UP], alphas)
-
-
-def _accepted_names(module: str, xl: Mapping[str, Any] | None) -> set[str]:
-    if xl is None:
-        return {name_of(module)}
-    component, _, path = module.partition(".")
-    return {name_of(module, xl), _XL_PREFIXES[component] + path.replace(".", "_")}
+            raise UserError(f"{source}: {path}: alpha must be a single number, got shape {list(alpha.shape)}")
+        alphas[path] = float(alpha)
+    return separated(source, assemble_pairs(source, parts[_DOWN], parts[_UP], alphas), joined)
 
 
 def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
@@ -231,8 +206,8 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
     if spatial:
         arguments = {"conv_dim": _single_value({weights.rank(module) for module in spatial}), "conv_alpha": alpha}
     return {
-        "ss_v2": str(spec.architecture.startswith("stable-diffusion-v2")),
-        "ss_base_model_version": _VERSIONS[spec.architecture] + ("_v" if _is_v_prediction(spec) else ""),
+        "ss_v2": str(spec.model.is_v2),
+        "ss_base_model_version": spec.model.version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": _single_value({weights.rank(module) for module in weights.pairs.keys() - spatial or spatial}),
         "ss_network_alpha": alpha,
@@ -241,10 +216,6 @@ def _training_fields(weights: LoRAWeights, spec: ModelSpec) -> dict[str, str]:
         "ss_steps": str(spec.steps),
         "ss_seed": str(spec.seed),
     }
-
-
-def _is_v_prediction(spec: ModelSpec) -> bool:
-    return spec.prediction_type == "v" and spec.architecture != XL
 
 
 def _single_value(values: set[int] | set[float]) -> str:

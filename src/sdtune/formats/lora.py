@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from sdtune.errors import UserError
 
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Components that are CLIP text encoders."""
+
+Hints = Sequence[tuple[str, str]]
+"""Regular expressions for module names that only other models have, each with the remedy."""
 
 
 def canonical(module: str) -> str:
@@ -20,7 +25,7 @@ def canonical(module: str) -> str:
     transformers >= 5.6 omits it from the module names of ``CLIPTextModel``.
     """
     component, _, path = module.partition(".")
-    if component in _TEXT_ENCODERS and path and not path.startswith(("text_model.", "text_projection")):
+    if component in CLIP_ENCODERS and path and not path.startswith(("text_model.", "text_projection")):
         return f"{component}.text_model.{path}"
     return module
 
@@ -30,8 +35,8 @@ class LoRAWeights:
     """LoRA pairs: the weight of a module changes by alpha / r * B A (Hu et al. 2021, section 4.1).
 
     Attributes:
-        pairs: by full diffusers module path with component, ``unet....`` or ``text_encoder.text_model....`` (see
-            :func:`canonical`): A [r, in] and B [out, r]; for convolutions A [r, in, h, w] and B [out, r, 1, 1].
+        pairs: by full diffusers module path with component, such as ``unet....`` or ``text_encoder.text_model....``
+            (see :func:`canonical`): A [r, in] and B [out, r]; for convolutions A [r, in, h, w] and B [out, r, 1, 1].
         alphas: alpha by the same paths; for rsLoRA (Kalajdzievski 2023, scale alpha / sqrt(r)) alpha * sqrt(r).
     """
 
@@ -41,7 +46,7 @@ class LoRAWeights:
     def __post_init__(self) -> None:
         assert self.pairs.keys() == self.alphas.keys(), "pairs and alphas name different modules"
         for module, (down, up) in self.pairs.items():
-            assert module.startswith("unet.") or canonical(module) == module, module
+            assert canonical(module) == module, module
             assert _is_pair(down, up), f"{module}: {tuple(down.shape)} and {tuple(up.shape)}"
 
     def rank(self, module: str) -> int:
@@ -95,28 +100,19 @@ def assemble_pairs(
     )
 
 
-def unknown_modules(source: Path, names: Collection[str], is_sdxl: bool) -> UserError:
+def unknown_modules(source: Path, names: Collection[str], hints: Hints) -> UserError:
     """The error for a LoRA file ``source`` that targets modules which the backbone does not have.
 
     Args:
+        source: path of the file.
         names: these modules, as the file names them.
-        is_sdxl: whether the backbone is SDXL.
+        hints: remedies for files of other models.
     """
-    is_for_sdxl = not is_sdxl and any(part in name for name in names for part in _SDXL_PARTS)
+    remedies = (remedy for pattern, remedy in hints if any(re.search(pattern, name) for name in names))
     return UserError(
         f"{source}: unknown target modules: {few(names, 1)}",
-        remedy="use an SDXL backbone, such as backbone=sdxl" if is_for_sdxl else "use the backbone of its training",
+        remedy=next(remedies, "use the backbone of its training"),
     )
-
-
-_SDXL_PARTS = (
-    "text_encoder_2",
-    "lora_te2_",
-    "lora_unet_input_blocks",
-    "lora_unet_output_blocks",
-    ".transformer_blocks.9.",
-)
-"""Parts of module names that only SDXL has."""
 
 
 def few(names: Collection[str], shown: int = 3) -> str:

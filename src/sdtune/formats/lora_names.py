@@ -21,10 +21,11 @@ _SUBSTITUTIONS = tuple(
         (r"\.processor\.to_out_lora\.(down|up)\.weight$", r".to_out.0.lora.\1.weight"),
         # models of diffusers and transformers without the name of the component
         (r"^(?=(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.)", "unet."),
+        (r"^(?=transformer_blocks\.)", "transformer."),
         (r"^(?=text_model\.)", "text_encoder."),
     )
 )
-_DOTTED = re.compile(r"lora_(unet|te[12]?)\.(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_DOTTED = re.compile(r"lora_(unet|transformer|te[123]?)\.(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 """OneTrainer's own names, with dots where kohya's names have underscores."""
 
 _DIFFUSION_MODEL = re.compile(r"diffusion_model\.(.+)\.lora_(A|B|down|up)\.weight")

@@ -15,8 +15,19 @@ from torch import Tensor
 from sdtune.files import read_json, replacing, write_json
 from sdtune.formats.keys import canonical_key
 
-_COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
-_COPIED_SUFFIXES = (".json", ".txt")
+_COMPONENTS = (
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "transformer",
+    "unet",
+    "vae",
+)
+_COPIED_SUFFIXES = (".json", ".txt", ".model")
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Stems of weight file names: of diffusers and of transformers."""
@@ -80,6 +91,8 @@ def _write_vocabulary_files(folder: Path) -> None:
     if vocabulary.is_file() or not tokenizer_json.is_file():
         return
     model = read_json(tokenizer_json)["model"]
+    if "merges" not in model:  # T5's tokenizer
+        return
     vocabulary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")

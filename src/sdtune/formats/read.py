@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from sdtune.errors import UserError
 from sdtune.formats import diffusers_lora, kohya_lora
 from sdtune.formats.files import read_safetensors, read_shapes
+from sdtune.formats.kohya_names import KohyaTable
 from sdtune.formats.lora import LoRAWeights, unknown_modules
 from sdtune.formats.lora_names import usual_names, without_bundled_embeddings
 
@@ -32,31 +32,28 @@ def largest_rank_in_file(path: Path) -> int:
     return max((shape[0] for key, shape in shapes.items() if shape and _DOWN.search(key)), default=1)
 
 
-def read_lora(
-    path: Path, modules: Iterable[str], xl: Mapping[str, Any] | None = None
-) -> tuple[LoRAWeights, dict[str, str]]:
+def read_lora(path: Path, table: KohyaTable) -> tuple[LoRAWeights, dict[str, str]]:
     """LoRA weights and header metadata of ``path``.
 
     Args:
         path: a file, or a folder with a LoRA file of diffusers.
-        modules: canonical paths, with component, of the modules that a LoRA may target.
-        xl: UNet config of an SDXL backbone, else None.
+        table: the modules that a LoRA may target, with their kohya names.
 
     Raises:
-        UserError: the file is missing, not a LoRA in diffusers or kohya format, or targets modules not in ``modules``.
+        UserError: the file is missing, not a LoRA in diffusers or kohya format, or targets modules not in ``table``.
     """
     file = _lora_file(path)
     content, metadata = read_safetensors(file)
     tensors = usual_names(without_bundled_embeddings(content)[0])
     if any(key.startswith("lora_") for key in tensors):
-        return kohya_lora.parse(file, tensors, modules, xl), metadata
+        return kohya_lora.parse(file, tensors, table), metadata
     if not is_lora(tensors):
         raise UserError(
             f"{file}: not a LoRA", remedy="use pytorch_lora_weights.safetensors of diffusers, or a file in kohya format"
         )
     weights = diffusers_lora.parse(file, tensors, metadata)
-    if unknown := weights.pairs.keys() - set(modules):
-        raise unknown_modules(file, unknown, xl is not None)
+    if unknown := weights.pairs.keys() - table.paths():
+        raise unknown_modules(file, unknown, table.hints)
     return weights, metadata
 
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sdtune import streams
+from sdtune.backbone.families import FAMILIES, model_spec_prediction
 from sdtune.backbone.layers import BLOCKS, layers, module_path, named_modules
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
@@ -218,13 +219,13 @@ class LoRA(Adapter):
         if self.weights_file is None:
             return LoRAWeights({}, {})
         file = Path(self.weights_file).expanduser()
-        sdxl_unet_config = dict(self.backbone.denoiser.config) if self.backbone.facts.family == "sdxl" else None
         components = {
             module_path(self.backbone, component, name): (component, name)
             for component, name, _ in layers(self.backbone)
         }
+        family = FAMILIES[self.backbone.facts.family]
         try:
-            loaded, _ = read_lora(file, components, sdxl_unet_config)
+            loaded, _ = read_lora(file, family.kohya_table(components, dict(self.backbone.denoiser.config)))
         except UserError as error:
             raise UserError(str(error), key="method.weights") from error
         if self.alpha_policy is None and (zero := [path for path, alpha in loaded.alphas.items() if not alpha]):
@@ -407,17 +408,17 @@ class LoRA(Adapter):
     def write_snapshot(self, folder: Path, name: str) -> None:
         """Write ``<name>.safetensors`` in kohya format."""
         data = getattr(self.trainer, "datamodule", None)
-        prediction: Literal["epsilon", "v"] = "v" if self.backbone.path.prediction_type == "v_prediction" else "epsilon"
+        family, prediction = FAMILIES[self.backbone.facts.family], self.backbone.path.prediction_type
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=data.side if isinstance(data, ImageDataModule) else self.backbone.facts.side,
-            prediction_type=prediction,
+            prediction_type=model_spec_prediction(prediction),
             steps=self.trainer.global_step,
             seed=self.seed,
             trigger=data.trigger_words() if isinstance(data, ImageDataModule) else None,
-            architecture=kohya_lora.architecture(self.backbone.facts.family, prediction == "v"),
+            model=family.lora_names(prediction),
         )
-        artifact_metadata, unet = self.artifact_metadata(folder / name), dict(self.backbone.denoiser.config)
+        artifact_metadata, weights = self.artifact_metadata(folder / name), self.weights()
         if isinstance(data, ImageDataModule):
             artifact_metadata |= kohya_lora.training_metadata(
                 data.name,
@@ -426,7 +427,8 @@ class LoRA(Adapter):
                 self._base_rates(),
                 self.source.clip_skip,
             )
-        kohya_lora.write(folder / f"{name}.safetensors", self.weights(), spec, artifact_metadata, unet)
+        table = family.kohya_table(weights.pairs, dict(self.backbone.denoiser.config))
+        kohya_lora.write(folder / f"{name}.safetensors", weights, spec, artifact_metadata, table)
 
     def _base_rates(self) -> dict[str, float]:
         """Learning rate of each component before the schedule."""

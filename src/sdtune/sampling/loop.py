@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import sum_of
-from sdtune.backbone.families import GUIDANCE, Facts
+from sdtune.backbone.families import SD1, Facts
 from sdtune.conditioning import Conditioning, concatenate, stack_rows
 from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
@@ -60,7 +60,7 @@ class Sampling:
     """
 
     steps: Annotated[int, Ge(1)] = 30
-    guidance: Annotated[float, Ge(0)] = GUIDANCE["sd1"]
+    guidance: Annotated[float, Ge(0)] = SD1.guidance
     negative_prompt: str = ""
     sampler: Sampler | None = None
     width: Annotated[int, Gt(0)] | None = None

@@ -1,4 +1,4 @@
-"""Convert CLIP text encoders between OpenCLIP names (SD 2.x, second text encoder of SDXL) and transformers names.
+"""Names of CLIP text encoders in OpenCLIP (SD 2.x, second text encoder of SDXL) and in transformers.
 
 OpenCLIP stores query, key and value as one tensor, and the projection transposed (mlfoundations/open_clip,
 ``src/open_clip/transformer.py``).
@@ -6,10 +6,10 @@ OpenCLIP stores query, key and value as one tensor, and the projection transpose
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+from sdtune.formats.original.table import TensorEntry
 
 _ENDS = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -25,64 +25,40 @@ _LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-UNUSED = ("logit_scale", "attn_mask")
-"""Tensors of the contrastive training, which are in the files but not used by Stable Diffusion."""
+_UNUSED = ("logit_scale", "attn_mask", "text_projection")
+"""Tensors of the contrastive training, which are in the files; SD 2.x does not use the projection either."""
 
 
-def from_open_clip(tensors: Mapping[str, Tensor], layers: int, projected: bool) -> dict[str, Tensor]:
-    """Convert OpenCLIP tensors to transformers names (prefix ``text_model.``), without layers beyond ``layers``.
+def open_clip_entries(names: Collection[str], config: Mapping[str, Any]) -> list[TensorEntry]:
+    """Entries of a text encoder with the transformers ``config``; with the projection if ``names`` contains it."""
+    entries = [TensorEntry(original, (f"text_model.{name}",)) for name, original in _ENDS.items()]
+    for i in range(int(config["num_hidden_layers"])):
+        layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for suffix in ("weight", "bias"):
+            for name, original in _LAYER.items():
+                entries.append(TensorEntry(f"{block}.{original}.{suffix}", (f"{layer}.{name}.{suffix}",)))
+            projections = tuple(f"{layer}.self_attn.{name}.{suffix}" for name in _PROJECTIONS)
+            entries.append(TensorEntry(f"{block}.attn.in_proj_{suffix}", projections))
+    if "text_projection.weight" in names:
+        entries.append(TensorEntry("text_projection", ("text_projection.weight",), "transposed"))
+    return entries
 
-    Args:
-        tensors: tensors by OpenCLIP name, without a prefix.
-        layers: number of layers of the result: SD 2.x uses the penultimate hidden states and omits the last layer.
-        projected: whether the result includes the projection.
+
+def is_unused_in_open_clip(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether Stable Diffusion does not use the OpenCLIP tensor ``key``, such as those of layers beyond ``config``.
+
+    SD 2.x uses the penultimate hidden states, so its transformers models omit the last layer.
     """
-    converted: dict[str, Tensor] = {}
-    for name, original in _pairs(layers):
-        for suffix in ("weight", "bias"):
-            if f"{original}.{suffix}" in tensors:
-                converted[f"{name}.{suffix}"] = tensors[f"{original}.{suffix}"]
-    for name, original in _ENDS.items():
-        if original in tensors:
-            converted[f"text_model.{name}"] = tensors[original]
-    for layer in range(layers):
-        for suffix in ("weight", "bias"):
-            joined = tensors.get(f"transformer.resblocks.{layer}.attn.in_proj_{suffix}")
-            for name, part in zip(_PROJECTIONS, joined.chunk(3) if joined is not None else (), strict=False):
-                # Copy: the three parts must not share the storage of the joined tensor.
-                converted[f"text_model.encoder.layers.{layer}.self_attn.{name}.{suffix}"] = part.clone()
-    if projected and "text_projection" in tensors:
-        converted["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    return converted
+    parts = key.split(".")
+    is_layer = key.startswith("transformer.resblocks.") and parts[2].isdigit()
+    return key in _UNUSED or (is_layer and int(parts[2]) >= int(config["num_hidden_layers"]))
 
 
-def to_open_clip(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Convert transformers tensors (prefix ``text_model.``, except the projection) to OpenCLIP names."""
-    converted = {original: tensors[f"text_model.{name}"] for name, original in _ENDS.items()}
-    for name, original in _pairs(layers):
-        converted |= {f"{original}.{suffix}": tensors[f"{name}.{suffix}"] for suffix in ("weight", "bias")}
-    for layer in range(layers):
-        attention = f"text_model.encoder.layers.{layer}.self_attn"
-        for suffix in ("weight", "bias"):
-            parts = [tensors[f"{attention}.{name}.{suffix}"] for name in _PROJECTIONS]
-            converted[f"transformer.resblocks.{layer}.attn.in_proj_{suffix}"] = torch.cat(parts)
-    if "text_projection.weight" in tensors:
-        converted["text_projection"] = tensors["text_projection.weight"].T.contiguous()
-    return converted
+def same_entries(names: Collection[str], config: Mapping[str, Any]) -> list[TensorEntry]:
+    """Entries of a text encoder that the file stores with its transformers names."""
+    return [TensorEntry(name, (name,)) for name in names]
 
 
-def expected(layers: int, projected: bool) -> set[str]:
-    """OpenCLIP tensor names that a text encoder with ``layers`` layers uses."""
-    names = set(_ENDS.values()) | {
-        f"{original}.{suffix}" for _, original in _pairs(layers) for suffix in ("weight", "bias")
-    }
-    names |= {
-        f"transformer.resblocks.{i}.attn.in_proj_{suffix}" for i in range(layers) for suffix in ("weight", "bias")
-    }
-    return names | ({"text_projection"} if projected else set())
-
-
-def _pairs(layers: int) -> Iterator[tuple[str, str]]:
-    for layer in range(layers):
-        for name, original in _LAYER.items():
-            yield f"text_model.encoder.layers.{layer}.{name}", f"transformer.resblocks.{layer}.{original}"
+def with_text_model(key: str) -> str:
+    """``key`` with the prefix ``text_model.``, which transformers >= 5.6 omits; the projection has none."""
+    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"

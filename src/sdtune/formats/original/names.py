@@ -1,4 +1,4 @@
-"""Map tensor names of UNet, VAE and ControlNet from diffusers to the original layout.
+"""Names of UNet, VAE and ControlNet in diffusers and in the original layout.
 
 Source of the original names: CompVis/stable-diffusion, ``ldm/modules/diffusionmodules/openaimodel.py`` (UNetModel) and
 ``model.py`` (Encoder, Decoder); Stability-AI/generative-models has the same.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from sdtune.formats.original.table import TensorEntry
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -32,28 +34,25 @@ _UNET_ENDS = {
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_VAE_PROJECTION = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
 
-def unet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Original name of each of ``keys``, the diffusers tensor names of a UNet with ``config``."""
+def unet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
+    """Entries of the tensors ``names`` of a UNet with the diffusers ``config``."""
     blocks = _unet_blocks(config)
-    return {key: _rename(key, blocks, _UNET_RESNET) for key in keys}
+    return [TensorEntry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]
 
 
-def rename_unet_module(path: str, config: Mapping[str, Any]) -> str:
-    """Original path of the diffusers UNet module ``path``."""
-    return _rename(f"{path}.weight", _unet_blocks(config), _UNET_RESNET).removesuffix(".weight")
+def vae_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
+    """Entries of the tensors ``names`` of an AutoencoderKL with the diffusers ``config``.
 
-
-def vae_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Original name of each of ``keys``, the diffusers tensor names of an AutoencoderKL with ``config``."""
+    The attention weights are linear in diffusers, and 1x1 convolutions in the original layout.
+    """
     blocks, inner = _vae_blocks(config), {"conv_shortcut": "nin_shortcut", **_VAE_ATTENTION}
-    return {key: _rename(key, blocks, inner) for key in keys}
-
-
-def is_vae_projection(key: str) -> bool:
-    """Whether the diffusers ``key`` is a VAE attention weight: linear in diffusers, a 1x1 convolution originally."""
-    return re.search(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", key) is not None
+    return [
+        TensorEntry(_rename(name, blocks, inner), (name,), "convolution" if _VAE_PROJECTION.search(name) else "none")
+        for name in names
+    ]
 
 
 def modern_vae_key(key: str) -> str:
@@ -119,8 +118,8 @@ def _vae_blocks(config: Mapping[str, Any]) -> dict[str, str]:
     return blocks
 
 
-def controlnet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Original name of each of ``keys``, the diffusers tensor names of a ControlNet with ``config``.
+def controlnet_entries(names: Iterable[str], config: Mapping[str, Any]) -> list[TensorEntry]:
+    """Entries of the tensors ``names`` of a ControlNet with the diffusers ``config``.
 
     Source: lllyasviel/ControlNet, ``cldm/cldm.py``: the map embedding is one list of convolutions and activations.
     """
@@ -138,4 +137,4 @@ def controlnet_names(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str
     skips += len([name for name in blocks if name.endswith("downsamplers.0.conv")]) + 1
     blocks |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(skips)}
     blocks |= {"controlnet_mid_block": "middle_block_out.0"}
-    return {key: _rename(key, blocks, _UNET_RESNET) for key in keys}
+    return [TensorEntry(_rename(name, blocks, _UNET_RESNET), (name,)) for name in names]

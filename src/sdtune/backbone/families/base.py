@@ -1,0 +1,139 @@
+"""What all model families share: their description, and the properties of a backbone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sdtune.errors import check_multiple
+from sdtune.formats.kohya_lora import ModelNames, ModelSpecPrediction
+from sdtune.formats.kohya_names import KohyaTable
+from sdtune.formats.original import ComponentLayout, FileLayout
+from sdtune.formats.original.names import modern_vae_key, vae_entries
+from sdtune.objective.prediction import PredictionType
+
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+"""Values of ``backbone.family``."""
+
+Component = Literal["denoiser", "vae", "text_encoder"]
+"""Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
+
+Quantization = Literal["fp8", "int8", "nf4"]
+"""Formats of quantized weights (:mod:`sdtune.backbone.quantization`)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Properties of a backbone that are known before its weights are read.
+
+    Attributes:
+        side: native resolution of the denoiser, in pixels.
+        factor: downscaling factor of the VAE: pixels per latent cell in each direction.
+        max_tokens: maximum number of tokens of a prompt, including the start and end token.
+        windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
+        scheduler: diffusers class of the scheduler config; empty if the config names none.
+        train_timesteps: number of timesteps of the noise schedule.
+        min_steps: minimum number of sampling steps with PNDM: 4 for its Runge-Kutta steps (Liu et al. 2022), 1 with
+            ``skip_prk_steps`` or with zero terminal SNR, for which DDIM is used instead.
+    """
+
+    side: int
+    factor: int
+    latent_channels: int
+    prediction_type: PredictionType
+    max_tokens: int
+    family: FamilyName = "sd1"
+    windows: int = 1
+    scheduler: str = "DDIMScheduler"
+    train_timesteps: int = 1000
+    min_steps: int = 1
+
+    def check_side(self, side: int, key: str) -> None:
+        """Raise UserError if the VAE cannot encode or decode an image with this ``side`` in pixels; ``key`` sets it."""
+        check_multiple(side, self.factor, key)
+
+
+STATED_PREDICTION = "_prediction_type_of_file"
+"""Key in the scheduler config of a converted single file that states its own prediction type; diffusers ignores keys
+that begin with an underscore."""
+
+VAE = ComponentLayout(
+    "first_stage_model.",
+    vae_entries,
+    usual_name=modern_vae_key,
+    is_unused=lambda key, config: key.startswith("loss."),
+)
+"""The VAE in single files, which may also have its diffusers names."""
+
+_SPEC_PREDICTIONS: dict[str, ModelSpecPrediction] = {"v_prediction": "v", "flow_prediction": "flow"}
+
+
+def model_spec_prediction(prediction_type: str) -> ModelSpecPrediction:
+    """Name in ModelSpec of the ``prediction_type`` of diffusers."""
+    return _SPEC_PREDICTIONS.get(prediction_type, "epsilon")
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A model family: names, default settings, and the formats of its files.
+
+    Attributes:
+        name: name in configs and records.
+        title: display name.
+        option: ``backbone`` option of the command line.
+        guidance: default guidance scale, as in ``conf/backbone``.
+        configs: folder of the included configs in ``backbone/configs``.
+        denoiser: folder of the denoiser in a pipeline.
+        pads: text encoders with the padding token of their tokenizers; None if sdtune does not include the tokenizer.
+        layout: layout of single files.
+        architecture: architecture in ModelSpec's metadata of a full model.
+    """
+
+    name: str
+    title: str
+    option: str
+    guidance: float
+    configs: str
+    denoiser: str
+    pads: Mapping[str, str | None]
+    layout: FileLayout
+    architecture: str
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Folders of the text encoders."""
+        return tuple(self.pads)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Folders of the models, in the order of :attr:`layout`."""
+        return tuple(self.layout.components)
+
+    @abstractmethod
+    def model_classes(self) -> dict[str, Any]:
+        """Class of each component in diffusers or transformers."""
+
+    @abstractmethod
+    def is_in(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether a single file with these tensors (by original name) contains a model of this family."""
+
+    def usual_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``tensors`` of a single file with the names in :attr:`layout`, for files that deviate from it."""
+        return dict(tensors)
+
+    @abstractmethod
+    def lora_names(self, prediction_type: str) -> ModelNames:
+        """Names in the metadata of a LoRA for a model with this prediction type of diffusers."""
+
+    @abstractmethod
+    def kohya_table(self, modules: Collection[str], denoiser: Mapping[str, Any]) -> KohyaTable:
+        """Names of modules in kohya files.
+
+        Args:
+            modules: canonical paths with component.
+            denoiser: config of the denoiser.
+        """
