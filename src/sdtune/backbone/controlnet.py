@@ -67,6 +67,8 @@ def cast_conditions(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[s
         else cast_conditions(value, dtype)
         if isinstance(value, dict)
         else value.to(dtype)
+        if isinstance(value, Tensor)
+        else tuple(part.to(dtype) for part in value)
         for name, value in conditions.items()
     }
 

@@ -29,5 +29,5 @@ def layers(backbone: Backbone) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d
 
 def module_path(backbone: Backbone, component: str, name: str) -> str:
     """Path of a module in LoRA files: folder of its component in a pipeline, then its name; see :func:`canonical`."""
-    folder = backbone.denoiser_folder if component == "denoiser" else component
+    folder = backbone.facts.family.denoiser if component == "denoiser" else component
     return canonical(f"{folder}.{name}")

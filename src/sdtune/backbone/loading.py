@@ -9,12 +9,17 @@ import torch
 from transformers import CLIPTokenizer
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families.sdxl_backbone import SDXLBackbone
+from sdtune.backbone.families.unet_backbone import UNetBackbone
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.models import from_config, model_class
-from sdtune.backbone.sdxl import SDXLBackbone
 from sdtune.backbone.source import PipelineSource
 from sdtune.errors import UserError
 from sdtune.formats.files import check_finite
+
+
+_BACKBONES: dict[str, type[Backbone]] = {"sd1": UNetBackbone, "sd2": UNetBackbone, "sdxl": SDXLBackbone}
+"""Backbone class of each family."""
 
 
 def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype | None = None) -> Backbone:
@@ -72,9 +77,14 @@ def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone
     """
     for tokenizer in source.tokenizers:
         _check_token_ids(source, tokenizer, parts)
-    backbone_class = SDXLBackbone if "text_encoder_2" in parts else Backbone
-    backbone = backbone_class(
-        scheduler_config=source.scheduler(), facts=source.facts, clip_skip=source.clip_skip, **parts
+    backbone = _BACKBONES[source.facts.family](
+        tokenizers={name: parts[name] for name in source.tokenizers},
+        encoders={name: parts[name] for name in source.text_encoders},
+        vae=parts["vae"],
+        denoiser=parts["denoiser"],
+        scheduler_config=source.scheduler(),
+        facts=source.facts,
+        clip_skip=source.clip_skip,
     )
     backbone.requires_grad_(False)
     return backbone.eval()

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +53,12 @@ class ExtendedEmbedding(nn.Module):
 
     Args:
         table: embeddings of the original vocabulary.
-        vectors: [N, D], the embeddings of the new ids.
-        first: the first new id.
+        vectors: [N, D], the embeddings of the new ids, which follow those of ``table``.
     """
 
-    def __init__(self, table: nn.Embedding, vectors: Tensor, first: int) -> None:
+    def __init__(self, table: nn.Embedding, vectors: Tensor) -> None:
         super().__init__()
-        self.table, self.first_id = table, first
+        self.table = table
         self.vectors = nn.Parameter(vectors, requires_grad=False)
 
     @property
@@ -69,9 +68,10 @@ class ExtendedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings [B, L, D] of ``ids`` [B, L]; all new rows are in the autograd graph, even unused ones."""
-        known = self.table(ids.clamp(max=self.table.num_embeddings - 1))
-        new = F.embedding((ids - self.first_id).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
-        return torch.where((ids >= self.first_id).unsqueeze(-1), new, known)
+        first_id = self.table.num_embeddings
+        known = self.table(ids.clamp(max=first_id - 1))
+        new = F.embedding((ids - first_id).clamp(0, len(self.vectors) - 1), self.vectors).to(known.dtype)
+        return torch.where((ids >= first_id).unsqueeze(-1), new, known)
 
 
 class NewTokens:
@@ -81,7 +81,7 @@ class NewTokens:
     ``sks-style`` for example, and only some of the vectors of a token might match.
 
     Args:
-        first_id: id of the first vector; the length of the tokenizers' vocabulary.
+        first_id: id of the first vector in the CLIP text encoders: the number of their embeddings.
         vector_counts: number of vectors of each new token.
     """
 
@@ -93,12 +93,17 @@ class NewTokens:
         start = sum(count for name, count in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
         return range(start, start + self.vector_counts[token])
 
-    def ids(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` without start and end token; each new token becomes the ids of all its vectors."""
+    def ids(self, tokenizer: Any, prompt: str, first_id: int | None = None) -> list[int]:
+        """Token ids of ``prompt`` without start and end token; each new token becomes the ids of all its vectors.
+
+        Args:
+            first_id: id of the first vector in the text encoder of ``tokenizer``; None: as in CLIP's.
+        """
+        start = self.first_id if first_id is None else first_id
         ids: list[int] = []
         for text, token in split_at_tokens(list(self.vector_counts), prompt):
             ids += tokenizer(text, add_special_tokens=False).input_ids if text else []
-            ids += [self.first_id + row for row in self.rows(token)] if token is not None else []
+            ids += [start + row for row in self.rows(token)] if token is not None else []
         return ids
 
 

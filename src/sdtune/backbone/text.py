@@ -42,6 +42,18 @@ def encoder_states(encoder: Any, out: Any, skip: int, norm: bool = True) -> Tens
     return _text_transformer(encoder).final_layer_norm(states) if norm else states
 
 
+def pooled_embedding(encoder: Any, out: Any, ids: Tensor, tokenizer: CLIPTokenizer) -> Tensor:
+    """Projected state [B, P] of the first end token.
+
+    With ``eos_token_id: 2`` in the config, transformers would pool at the largest id, which is a new token if the
+    prompt contains one.
+    """
+    ends = (ids == tokenizer.eos_token_id).int().argmax(-1)
+    last = out.last_hidden_state[torch.arange(len(ids), device=ends.device), ends]
+    projected: Tensor = encoder.text_projection(last)
+    return projected
+
+
 def unused_prefixes(encoder: Any, skip: int, norm: bool = True) -> tuple[str, ...]:
     """Name prefixes of the parameters that :func:`encoder_states` does not depend on."""
     transformer = _text_transformer(encoder)

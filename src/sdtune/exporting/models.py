@@ -26,7 +26,7 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     tensors_of: dict[str, dict[str, Tensor]] = {}
     with without_new_tokens(backbone):
         for component in ("denoiser", "vae", *backbone.encoders):
-            name = backbone.denoiser_folder if component == "denoiser" else component
+            name = backbone.facts.family.denoiser if component == "denoiser" else component
             tensors = getattr(backbone, component).state_dict()
             tensors_of[name] = {
                 canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)

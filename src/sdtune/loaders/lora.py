@@ -167,7 +167,7 @@ class LoadedLoRA(LoadedArtifact):
         unmerged = self._unmerged(backbone, strength) if is_shared and only_to_draw else None
         try:
             for path, (down, up) in self.weights.pairs.items() if strength else ():
-                if unmerged is not None and path.startswith(f"{backbone.denoiser_folder}."):
+                if unmerged is not None and path.startswith(f"{backbone.facts.family.denoiser}."):
                     continue
                 layer = modules[path]
                 weight, scale = layer.weight, strength * self.weights.alphas[path] / down.shape[0]

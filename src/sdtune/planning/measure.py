@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sdtune.backbone.backbone import DECODED_PIXELS, Backbone
+from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.latents import DECODED_PIXELS
 from sdtune.backbone.quantization import Quantized, quantize
 from sdtune.conditioning import Conditioning
 from sdtune.data.batch_sizes import vae_batch_size

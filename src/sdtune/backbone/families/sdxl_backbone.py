@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.text import encoder_states, unused_prefixes
+from sdtune.backbone.families.unet_backbone import UNetBackbone
+from sdtune.backbone.text import encoder_states, pooled_embedding, unused_prefixes
 from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
 
@@ -21,32 +20,18 @@ from sdtune.hardware.devices import send
 _SKIPPED = 1
 
 
-class SDXLBackbone(Backbone):
+class SDXLBackbone(UNetBackbone):
     """SDXL backbone, conditioned on two text encoders and on image sizes."""
-
-    def __init__(self, text_encoder_2: CLIPTextModelWithProjection, tokenizer_2: CLIPTokenizer, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
-
-    @property
-    def encoders(self) -> dict[str, Any]:
-        return {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-
-    @property
-    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
-        return (self.tokenizer, self.tokenizer_2)
 
     @property
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**super().text_shapes, "pooled": (int(self.text_encoder_2.config.projection_dim),)}
+        return {**super().text_shapes, "pooled": (int(self.encoders["text_encoder_2"].config.projection_dim),)}
 
     def unused_prefixes(self, component: str) -> tuple[str, ...]:
         # The pooled text embedding depends on all layers of the second encoder.
-        return (
-            ()
-            if component == "text_encoder_2"
-            else unused_prefixes(self.text_encoder, _SKIPPED + self.clip_skip, norm=False)
-        )
+        if component != "text_encoder":
+            return ()
+        return unused_prefixes(self.encoders[component], _SKIPPED + self.clip_skip, norm=False)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Hidden states of both encoders, and the pooled text embedding of the second.
@@ -54,17 +39,14 @@ class SDXLBackbone(Backbone):
         The hidden states are the penultimate ones, or earlier ones with ``clip_skip``.
         """
         states, pooled, skip = [], None, _SKIPPED + self.clip_skip
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True):
+        for tokenizer, (name, encoder) in zip(self.tokenizers, self.encoders.items(), strict=True):
             ids = send(self.tokenize(prompts, tokenizer), encoder.device)
             windows = ids.view(len(ids) * self.facts.windows, -1)
             out = encoder(windows, output_hidden_states=True)
             states.append(encoder_states(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
-            if encoder is self.text_encoder_2:
-                # Pool at the end token of the first window. With `eos_token_id: 2` in the config, transformers would
-                # pool at the largest id, which is a new token if the prompt contains one.
-                ends = (windows == tokenizer.eos_token_id).int().argmax(-1)
-                last = out.last_hidden_state[torch.arange(len(windows), device=ends.device), ends]
-                pooled = encoder.text_projection(last).view(len(ids), self.facts.windows, -1)[:, 0]
+            if name == "text_encoder_2":
+                # Pool in the first window.
+                pooled = pooled_embedding(encoder, out, windows, tokenizer).view(len(ids), self.facts.windows, -1)[:, 0]
         assert pooled is not None
         joined = torch.cat(states, dim=-1)
         return Conditioning(joined, pooled.to(joined.dtype))
