@@ -99,7 +99,7 @@ def test_single_file_is_converted_once_and_again_after_a_change(folder: Path, si
     assert not list(first.parent.glob("*.partial"))
     tensors = load_file(single)
     save_file({**tensors, "model.diffusion_model.out.2.bias": torch.ones(4)}, single)
-    assert torch.equal(weights(path=str(single), config=str(folder))["unet.conv_out.bias"], torch.ones(4))
+    assert torch.equal(weights(path=str(single), config=str(folder))["denoiser.conv_out.bias"], torch.ones(4))
 
 
 def test_markers_in_the_file_set_the_prediction_type(folder: Path, single: Path, family: Family) -> None:
