@@ -136,6 +136,16 @@ def test_marker_counts_more_than_metadata_and_cannot_be_contradicted(folder: Pat
         _ = Pretrained(**settings, prediction_type="epsilon").facts
 
 
+def test_flow_model_is_recognized_by_its_metadata_and_cannot_be_contradicted(folder: Path, single: Path) -> None:
+    save_file(load_file(single), single, {"modelspec.prediction_type": "flow"})
+    settings = {"path": str(single), "config": str(folder)}
+    source = Pretrained(**settings, flow_shift=2.0)
+    assert source.facts.prediction_type == "flow_prediction"
+    assert (source.facts.scheduler, source.load().path.shift) == ("DPMSolverMultistepScheduler", 2.0)
+    with pytest.raises(UserError, match=r"^backbone\.prediction_type: got epsilon, but .* states flow_prediction"):
+        _ = Pretrained(**settings, prediction_type="epsilon").facts
+
+
 def test_infinite_values_are_refused_only_in_tensors_that_are_used(folder: Path, single: Path) -> None:
     tensors = load_file(single)
     unused = {"model_ema.x": torch.full((1,), float("nan"))}
@@ -152,7 +162,7 @@ def test_infinite_values_are_refused_only_in_tensors_that_are_used(folder: Path,
     [
         (("edm_vpred.sigma_max",), {}, r"is an EDM model \(it has edm_vpred\.sigma_max\)"),
         (("edm_mean", "edm_std"), {}, r"is an EDM model \(it has edm_mean\)"),
-        ((), {"modelspec.prediction_type": "flow"}, r"states modelspec\.prediction_type flow; sdtune trains"),
+        ((), {"modelspec.prediction_type": "x0"}, r"states modelspec\.prediction_type x0; sdtune trains"),
     ],
 )
 def test_file_with_other_or_contradictory_noise_is_refused(

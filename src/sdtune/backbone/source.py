@@ -238,9 +238,10 @@ class PipelineSource:
                 remedy="remove it",
             )
         shift = self.flow_shift or shift_of(config)
-        if is_flow(config):
-            name = "shift" if "FlowMatch" in str(config.get("_class_name")) else "flow_shift"
-            return {**config, name: shift}
+        if "FlowMatch" in str(config.get("_class_name")):
+            return {**config, "shift": shift}
+        if config.get("use_flow_sigmas"):
+            return {**config, "prediction_type": "flow_prediction", "flow_shift": shift}
         # The pipelines of UNets need a scheduler with the interface of DDPM, which diffusers' Euler scheduler for flows
         # has not.
         return {

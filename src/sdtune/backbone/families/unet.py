@@ -86,7 +86,7 @@ def unet_layout(text_encoders: Mapping[str, ComponentLayout], has_markers: bool)
         optional=("vae",),
         is_ignored=is_ignored,
         has_markers=has_markers,
-        predictions={"v": "v_prediction", "epsilon": "epsilon"},
+        predictions={"v": "v_prediction", "epsilon": "epsilon", "flow": "flow_prediction"},
     )
 
 
