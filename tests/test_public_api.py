@@ -24,13 +24,16 @@ PUBLIC = {
     "sdtune.data": {"Batch", "CacheInputs", "Folder", "ImageDataModule", "Mix", "Sample", "Table"},
     "sdtune.methods": {"Adapter", "ControlNet", "DreamBooth", "Full", "LoRA", "TextualInversion"},
     "sdtune.objective": {
+        "DDPMPath",
+        "FlowPath",
         "MinSNR",
         "NoiseSchedule",
         "Objective",
         "PredictionType",
+        "ProbabilityPath",
+        "Timesteps",
         "Uniform",
         "Weighting",
-        "target",
     },
     "sdtune.sampling": {"Request", "Sampling", "generate", "sample"},
 }

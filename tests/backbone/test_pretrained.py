@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.conditioning import Conditioning
 from sdtune.errors import UserError
 
@@ -39,7 +40,14 @@ def test_facts_are_read_from_the_config_files_alone(tiny: Path, copy: Path) -> N
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()
     expected = Facts(
-        side=32, factor=4, latent_channels=4, prediction_type="epsilon", max_tokens=77, scheduler=DDIM, min_steps=4
+        side=32,
+        factor=4,
+        latent_channels=4,
+        prediction_type="epsilon",
+        max_tokens=77,
+        family=SD1,
+        scheduler=DDIM,
+        min_steps=4,
     )
     assert Pretrained(str(copy)).facts == Pretrained(str(tiny)).facts == expected
 

@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.data import Folder
 from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
@@ -81,4 +82,4 @@ def test_metrics_without_a_clip_are_null_with_a_reason(tiny: Path, images: Path,
 def test_missing_clip_folder_is_refused_before_weights_are_loaded(images: Path) -> None:
     data = Folder(path=str(images))
     with pytest.raises(UserError, match=r"evaluation\.clip: /nowhere is not a folder"):
-        ClipMetrics(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77))
+        ClipMetrics(clip="/nowhere").check(data, Facts(32, 4, 4, "epsilon", 77, SD1))

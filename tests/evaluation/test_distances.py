@@ -15,6 +15,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from running import adamw, fit, folder_data
 from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.evaluation.dino import Dino, dino_image
@@ -91,7 +92,7 @@ def test_folder_without_a_dino_model_is_refused(tmp_path: Path, images: Path) ->
 def test_invalid_clip_or_dino_folders_are_refused_before_training(
     dino_folder: Path, images: Path, tmp_path: Path
 ) -> None:
-    data, facts = folder_data(images), Facts(32, 4, 4, "epsilon", 77)
+    data, facts = folder_data(images), Facts(32, 4, 4, "epsilon", 77, SD1)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}', encoding="utf-8")
     for arguments, message in (
         ({"dino": "/nowhere"}, r"dino: /nowhere is not a folder; name a local folder with a DINO"),

@@ -55,7 +55,7 @@ KOHYA_LAYERS = (".attentions.", ".resnets.", "samplers.", "text_encoder")
 def kohya_file(backbone: Any, path: Path, parts: tuple[str, ...] = KOHYA_LAYERS) -> dict[str, torch.Tensor]:
     """Write a LoRA with rank 4 and alpha 2 on the layers whose path contains one of ``parts``."""
     rng, tensors = torch.Generator().manual_seed(5), {}
-    sdxl = backbone.facts.family == "sdxl"
+    sdxl = backbone.facts.family.name == "sdxl"
     for component, name, layer in layers(backbone):
         if not any(part in f"{component}.{name}" for part in parts):
             continue

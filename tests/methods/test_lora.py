@@ -14,6 +14,7 @@ from torch import Tensor
 
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.errors import UserError
 from sdtune.methods import LoRA
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import ControlNetWithStrength
+from sdtune.backbone.families.unet_backbone import UNetBackbone
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.config.compose import compose, search_path
@@ -113,12 +114,12 @@ def test_masked_loss_and_controlnets_stay_on_the_device(tiny: Path, monkeypatch:
 
 def add_cpu_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the backbone add a CPU tensor to the UNet's input."""
-    denoiser_inputs = Backbone.denoiser_inputs
+    denoiser_inputs = UNetBackbone.denoiser_inputs
 
     def with_cpu_tensor(self: Backbone, noisy: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return denoiser_inputs(self, noisy + torch.zeros(noisy.shape), *args, **kwargs)
 
-    monkeypatch.setattr(Backbone, "denoiser_inputs", with_cpu_tensor)
+    monkeypatch.setattr(UNetBackbone, "denoiser_inputs", with_cpu_tensor)
 
 
 def test_cpu_tensor_in_a_training_step_raises(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ class Backbone(LatentCodec, ABC):
         return ids
 
     def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
-        """Ids of CLIP tokens, int64 [B, L], padded and truncated to one or more windows of the text encoder's length."""
+        """Ids of CLIP tokens, int64 [B, L], padded and truncated to one or more windows of the encoder's length."""
         tokenizer = tokenizer or self.tokenizer
         return in_windows(tokenizer, self.token_ids(prompts, tokenizer), self._token_count, self.facts.windows)
 

@@ -17,7 +17,6 @@ from sdtune.backbone.source import PipelineSource
 from sdtune.errors import UserError
 from sdtune.formats.files import check_finite
 
-
 _BACKBONES: dict[str, type[Backbone]] = {"sd1": UNetBackbone, "sd2": UNetBackbone, "sdxl": SDXLBackbone}
 """Backbone class of each family."""
 
@@ -77,7 +76,7 @@ def assemble_backbone(source: PipelineSource, parts: dict[str, Any]) -> Backbone
     """
     for tokenizer in source.tokenizers:
         _check_token_ids(source, tokenizer, parts)
-    backbone = _BACKBONES[source.facts.family](
+    backbone = _BACKBONES[source.facts.family.name](
         tokenizers={name: parts[name] for name in source.tokenizers},
         encoders={name: parts[name] for name in source.text_encoders},
         vae=parts["vae"],

@@ -17,9 +17,11 @@ from sdtune.backbone.families import (
     STATED_PREDICTION,
     Component,
     Facts,
+    Family,
     FamilyName,
     Quantization,
-    family_by,
+    denoiser_folder,
+    family_of_configs,
 )
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import (
@@ -252,16 +254,36 @@ class PipelineSource:
             "flow_shift": shift,
         }
 
+    @cached_property
+    def _family(self) -> Family:
+        """Family of the pipeline.
+
+        Raises:
+            UserError: it is of no family, or not of the required one.
+        """
+        index = self.config("")
+        if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
+            raise UserError(f"{self.path} is the SDXL refiner", key="backbone.path", remedy="use the SDXL base model")
+        folder = denoiser_folder(index)
+        family = family_of_configs(index, self.config(folder), str(self._configs / folder / "config.json"))
+        if self.family not in (None, family.name):
+            required = FAMILIES[self.family or family.name]
+            raise UserError(
+                f"{self.path} is {family.title}, but {required.option} requires {required.title}",
+                key="backbone.path",
+                remedy=f"use {family.option}",
+            )
+        return family
+
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Folder names of the text encoders; two for SDXL."""
-        second = (self.config("").get("text_encoder_2") or [None])[0]
-        return ("text_encoder", "text_encoder_2") if second else ("text_encoder",)
+        """Folder names of the text encoders."""
+        return self._family.text_encoders
 
     @property
     def denoiser_folder(self) -> str:
         """Folder name of the denoiser, in the pipeline and in the names of LoRA files."""
-        return "unet"
+        return self._family.denoiser
 
     def folder_of(self, component: str) -> str:
         """Folder name of a component of the backbone."""
@@ -292,9 +314,6 @@ class PipelineSource:
             return self._read_facts()
 
     def _read_facts(self) -> Facts:
-        index = self.config("")
-        if "text_encoder_2" in index and not (index.get("text_encoder") or [None])[0]:
-            raise UserError(f"{self.path} is the SDXL refiner", key="backbone.path", remedy="use the SDXL base model")
         denoiser, vae, scheduler = self.config(self.denoiser_folder), self.config("vae"), self.scheduler()
         channels = vae.get("latent_channels", 4)
         if denoiser["in_channels"] != channels:
@@ -321,10 +340,11 @@ class PipelineSource:
             latent_channels=channels,
             prediction_type=path.prediction_type,
             max_tokens=windows * (length - 2) + 2,
-            family=self._family(denoiser),
+            family=self._family,
             windows=windows,
             scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=path.steps,
+            patch=int(denoiser.get("patch_size", 1)),
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
 
@@ -335,17 +355,6 @@ class PipelineSource:
                 key="backbone.path",
                 remedy="use a model whose VAE has only a scaling_factor",
             )
-
-    def _family(self, denoiser: dict[str, Any]) -> FamilyName:
-        family = family_by(denoiser, two_encoders=len(self.text_encoders) > 1)
-        if self.family not in (None, family):
-            required, actual = FAMILIES[self.family or family], FAMILIES[family]
-            raise UserError(
-                f"{self.path} is {actual.title}, but {required.option} requires {required.title}",
-                key="backbone.path",
-                remedy=f"use {actual.option}",
-            )
-        return family
 
     # --- weights
 

@@ -387,7 +387,7 @@ def _write_card(run: TrainRun, metrics: Mapping[str, Any]) -> None:
     source, data = run.source, run.data
     backbone = source.path if not Path(source.path).expanduser().exists() else Path(source.path).name
     facts: dict[str, Any] = {
-        "family": source.facts.family,
+        "family": source.facts.family.name,
         "backbone": backbone,
         "hash": source.hash(),
         "trigger": data.trigger_words(),

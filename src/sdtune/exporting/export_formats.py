@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
-from sdtune.backbone.families import FAMILIES, model_spec_prediction
+from sdtune.backbone.families import model_spec_prediction
 from sdtune.backbone.layers import BLOCKS, layers, module_path
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
@@ -216,7 +216,7 @@ class Export:
             return [target]
         if self.alpha == "folded":
             weights = weights.folded()
-        family = FAMILIES[backbone.facts.family]
+        family = backbone.facts.family
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=_side(metadata, backbone.facts.side),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.families import FAMILIES, model_spec_prediction
+from sdtune.backbone.families import model_spec_prediction
 from sdtune.backbone.new_token_vectors import without_new_tokens
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
@@ -66,7 +66,7 @@ def write_single_file(
     backbone: Backbone, source: Pretrained, file: Path, dtype: torch.dtype, metadata: Mapping[str, str]
 ) -> None:
     """Write one file in the original layout, with the keys by which ComfyUI detects a v-prediction model."""
-    family = FAMILIES[backbone.facts.family]
+    family = backbone.facts.family
     configs = {name: source.config(name) for name in source.components}
     tensors = join(
         {name: cast_tensors(model, dtype) for name, model in components(backbone).items()},

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.families import FAMILIES
 from sdtune.backbone.layers import layers, module_path
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.quantization import Quantized
@@ -110,7 +109,7 @@ def _read(
         words = embeddings.parse(path, tensors, metadata)
         has_pairs = any(key.startswith(BUNDLED) for key in tensors)
     if has_pairs or not words:
-        table = FAMILIES[backbone.facts.family].kohya_table(modules, dict(backbone.denoiser.config))
+        table = backbone.facts.family.kohya_table(modules, dict(backbone.denoiser.config))
         weights, _ = read_lora(path, table)
     for module, (down, up) in weights.pairs.items():
         layer = modules.get(module)

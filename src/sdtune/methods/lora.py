@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sdtune import streams
-from sdtune.backbone.families import FAMILIES, model_spec_prediction
+from sdtune.backbone.families import model_spec_prediction
 from sdtune.backbone.layers import BLOCKS, layers, module_path, named_modules
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
@@ -223,7 +223,7 @@ class LoRA(Adapter):
             module_path(self.backbone, component, name): (component, name)
             for component, name, _ in layers(self.backbone)
         }
-        family = FAMILIES[self.backbone.facts.family]
+        family = self.backbone.facts.family
         try:
             loaded, _ = read_lora(file, family.kohya_table(components, dict(self.backbone.denoiser.config)))
         except UserError as error:
@@ -408,7 +408,7 @@ class LoRA(Adapter):
     def write_snapshot(self, folder: Path, name: str) -> None:
         """Write ``<name>.safetensors`` in kohya format."""
         data = getattr(self.trainer, "datamodule", None)
-        family, prediction = FAMILIES[self.backbone.facts.family], self.backbone.path.prediction_type
+        family, prediction = self.backbone.facts.family, self.backbone.path.prediction_type
         spec = kohya_lora.ModelSpec(
             title=name,
             resolution=data.side if isinstance(data, ImageDataModule) else self.backbone.facts.side,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdtune.backbone import Facts, Pretrained
+from sdtune.backbone.families import SD1
 from sdtune.data import Folder
 from sdtune.data.control.base import Control
 from sdtune.data.control.edges import Canny, Scribble
@@ -194,7 +195,7 @@ def test_metrics_of_a_control_without_maps_of_scenes_are_null_with_a_reason(tmp_
 
 
 def test_control_metrics_refuse_unsuitable_data(images: Path) -> None:
-    facts = Facts(SIDE, 4, 4, "epsilon", 32)
+    facts = Facts(SIDE, 4, 4, "epsilon", 32, SD1)
     small_evaluation().check(opened_world(Canny()), facts)
     with pytest.raises(UserError, match=r"^evaluation: pocket_control needs control maps"):
         small_evaluation().check(opened_world(None), facts)
@@ -203,4 +204,4 @@ def test_control_metrics_refuse_unsuitable_data(images: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation=clip"):
         small_evaluation().check(folder_data, facts)
     with pytest.raises(UserError, match="64x64"):
-        small_evaluation().check(opened_world(Canny()), Facts(512, 8, 4, "epsilon", 77))
+        small_evaluation().check(opened_world(Canny()), Facts(512, 8, 4, "epsilon", 77, SD1))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sdtune.backbone import Facts
+from sdtune.backbone.families import SD1
 from sdtune.errors import UserError
 from sdtune.evaluation import ClipMetrics
 from sdtune.pocket.evaluation.subject import SubjectMetrics
@@ -72,7 +73,7 @@ def test_subject_metrics_use_clip_metrics_for_other_data(monkeypatch: pytest.Mon
         return {"clip_image": 0.5}
 
     monkeypatch.setattr(ClipMetrics, "run", run)
-    facts, data = Facts(64, 4, 4, "epsilon", 32), opened(World(images=2))
+    facts, data = Facts(64, 4, 4, "epsilon", 32, SD1), opened(World(images=2))
     evaluation = SubjectMetrics(images=4, seed=7, sampling=Sampling(batch_size=70))
     evaluation.check(data, facts)
     arguments: list[Any] = ["models", data, Path("evaluation")]
@@ -84,6 +85,6 @@ def test_subject_metrics_use_clip_metrics_for_other_data(monkeypatch: pytest.Mon
 
 
 def test_subject_metrics_need_images_of_pockets_size() -> None:
-    SubjectMetrics().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32))
+    SubjectMetrics().check(opened(Subject()), Facts(64, 4, 4, "epsilon", 32, SD1))
     with pytest.raises(UserError, match="64x64"):
-        SubjectMetrics().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77))
+        SubjectMetrics().check(opened(Subject()), Facts(512, 8, 4, "epsilon", 77, SD1))

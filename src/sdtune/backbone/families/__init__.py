@@ -23,20 +23,46 @@ from sdtune.backbone.families.unet import UNetFamily, check_unet_file
 from sdtune.errors import UserError
 from sdtune.files import read_json
 
-FAMILIES: dict[FamilyName, Family] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
-"""Families that ``backbone.family`` accepts."""
-
 SD3_FAMILIES = (SD3_MEDIUM, SD35_MEDIUM, SD35_LARGE)
+
+FAMILIES: dict[FamilyName, Family] = {family.name: family for family in (SD1, SD2, SDXL, *SD3_FAMILIES)}
+"""All families, by name."""
 
 POCKET_GUIDANCE = 3.0
 """Default guidance scale of pocket, the backbone included in sdtune, as in ``conf/backbone``."""
 
 
-def family_by(unet: Mapping[str, Any], two_encoders: bool) -> FamilyName:
-    """Family of a model with this UNet config and one or two text encoders."""
+def family_of_configs(index: Mapping[str, Any], denoiser: Mapping[str, Any], where: str) -> Family:
+    """Family of a pipeline, from its index and the config of its denoiser.
+
+    Args:
+        where: the config file of the denoiser, for errors.
+
+    Raises:
+        UserError: the denoiser is of no family.
+    """
+    if _has(index, "transformer"):
+        family = next((family for family in SD3_FAMILIES if family.has_config(denoiser)), None)
+        if family is None:
+            raise UserError(
+                f"{where} is the config of a {denoiser.get('_class_name')} that sdtune cannot train",
+                key="backbone.path",
+                remedy="use SD 3 medium, SD 3.5 medium or SD 3.5 large",
+            )
+        return family
+    if _has(index, "text_encoder_2"):
+        return SDXL
     # The transformer blocks of SD 2.x have linear projections, those of SD 1.x have convolutions.
-    family: FamilyName = "sd2" if unet.get("use_linear_projection") else "sd1"
-    return "sdxl" if two_encoders else family
+    return SD2 if denoiser.get("use_linear_projection") else SD1
+
+
+def _has(index: Mapping[str, Any], component: str) -> bool:
+    return bool((index.get(component) or [None])[0])
+
+
+def denoiser_folder(index: Mapping[str, Any]) -> str:
+    """Folder of the denoiser of a pipeline with this index."""
+    return "transformer" if _has(index, "transformer") else "unet"
 
 
 def family_of_folder(folder: Path, key: str) -> Family:
@@ -47,20 +73,11 @@ def family_of_folder(folder: Path, key: str) -> Family:
         key: config key of the folder, for error messages.
 
     Raises:
-        UserError: the config of the denoiser is missing, unreadable or of no family.
+        UserError: a config is missing, unreadable or of no family.
     """
-    if (folder / "transformer").is_dir():
-        transformer = read_json(folder / "transformer" / "config.json", key)
-        family = next((family for family in SD3_FAMILIES if family.has_config(transformer)), None)
-        if family is None:
-            raise UserError(
-                f"{folder / 'transformer' / 'config.json'} has dual_attention_layers without qk_norm",
-                key=key,
-                remedy="use SD 3 medium, SD 3.5 medium or SD 3.5 large",
-            )
-        return family
-    unet = read_json(folder / "unet" / "config.json", key)
-    return FAMILIES[family_by(unet, two_encoders=(folder / "text_encoder_2").is_dir())]
+    index = read_json(folder / "model_index.json", key)
+    file = folder / denoiser_folder(index) / "config.json"
+    return family_of_configs(index, read_json(file, key), str(file))
 
 
 def family_of_file(shapes: Mapping[str, Sequence[int]], families: Iterable[Family]) -> Family:
@@ -95,7 +112,8 @@ __all__ = [
     "Quantization",
     "SD3Family",
     "UNetFamily",
-    "family_by",
+    "denoiser_folder",
+    "family_of_configs",
     "family_of_file",
     "family_of_folder",
     "model_spec_prediction",

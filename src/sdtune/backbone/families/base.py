@@ -16,7 +16,7 @@ from sdtune.formats.original import ComponentLayout, FileLayout
 from sdtune.formats.original.names import modern_vae_key, vae_entries
 from sdtune.objective.prediction import PredictionType
 
-FamilyName = Literal["sd1", "sd2", "sdxl"]
+FamilyName = Literal["sd1", "sd2", "sdxl", "sd3_medium", "sd35_medium", "sd35_large"]
 """Values of ``backbone.family``."""
 
 Component = Literal["denoiser", "vae", "text_encoder"]
@@ -24,37 +24,6 @@ Component = Literal["denoiser", "vae", "text_encoder"]
 
 Quantization = Literal["fp8", "int8", "nf4"]
 """Formats of quantized weights (:mod:`sdtune.backbone.quantization`)."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Properties of a backbone that are known before its weights are read.
-
-    Attributes:
-        side: native resolution of the denoiser, in pixels.
-        factor: downscaling factor of the VAE: pixels per latent cell in each direction.
-        max_tokens: maximum number of tokens of a prompt, including the start and end token.
-        windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
-        scheduler: diffusers class of the scheduler config; empty if the config names none.
-        train_timesteps: number of timesteps of the noise schedule.
-        min_steps: minimum number of sampling steps with PNDM: 4 for its Runge-Kutta steps (Liu et al. 2022), 1 with
-            ``skip_prk_steps`` or with zero terminal SNR, for which DDIM is used instead.
-    """
-
-    side: int
-    factor: int
-    latent_channels: int
-    prediction_type: PredictionType
-    max_tokens: int
-    family: FamilyName = "sd1"
-    windows: int = 1
-    scheduler: str = "DDIMScheduler"
-    train_timesteps: int = 1000
-    min_steps: int = 1
-
-    def check_side(self, side: int, key: str) -> None:
-        """Raise UserError if the VAE cannot encode or decode an image with this ``side`` in pixels; ``key`` sets it."""
-        check_multiple(side, self.factor, key)
 
 
 STATED_PREDICTION = "_prediction_type_of_file"
@@ -93,7 +62,7 @@ class Family(ABC):
         architecture: architecture in ModelSpec's metadata of a full model.
     """
 
-    name: str
+    name: FamilyName
     title: str
     option: str
     guidance: float
@@ -137,3 +106,38 @@ class Family(ABC):
             modules: canonical paths with component.
             denoiser: config of the denoiser.
         """
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Properties of a backbone that are known before its weights are read.
+
+    Attributes:
+        side: native resolution of the denoiser, in pixels.
+        factor: downscaling factor of the VAE: pixels per latent cell in each direction.
+        patch: latent cells per patch of the denoiser in each direction; 1 for a UNet.
+        max_tokens: maximum number of CLIP tokens of a prompt, including the start and end token.
+        t5_tokens: number of T5 tokens of a prompt; 0 if the denoiser is not conditioned on T5.
+        windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
+        scheduler: diffusers class of the scheduler config; empty if the config names none.
+        train_timesteps: number of timesteps of the noise schedule.
+        min_steps: minimum number of sampling steps with PNDM: 4 for its Runge-Kutta steps (Liu et al. 2022), 1 with
+            ``skip_prk_steps`` or with zero terminal SNR, for which DDIM is used instead.
+    """
+
+    side: int
+    factor: int
+    latent_channels: int
+    prediction_type: PredictionType
+    max_tokens: int
+    family: Family
+    windows: int = 1
+    scheduler: str = "DDIMScheduler"
+    train_timesteps: int = 1000
+    min_steps: int = 1
+    patch: int = 1
+    t5_tokens: int = 0
+
+    def check_side(self, side: int, key: str) -> None:
+        """Raise UserError if the model cannot use an image with this ``side`` in pixels; ``key`` sets it."""
+        check_multiple(side, self.factor * self.patch, key)

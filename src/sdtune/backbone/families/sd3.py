@@ -95,6 +95,8 @@ class SD3Family(Family):
 
     def has_config(self, transformer: Mapping[str, Any]) -> bool:
         """Whether a transformer with this config belongs to the family."""
+        if transformer.get("_class_name") != "SD3Transformer2DModel":
+            return False
         has_norm, has_dual = transformer.get("qk_norm") is not None, bool(transformer.get("dual_attention_layers"))
         return (has_norm, has_dual) == (self.has_qk_norm, self.has_dual_attention)
 
