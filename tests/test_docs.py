@@ -32,6 +32,7 @@ from sdtune.cli.kohya_options import (
     TRAINING_REMARKS,
     UNAVAILABLE,
 )
+from sdtune.cli.kohya_sd3 import SD3, SD3_REMARKS
 from sdtune.cli.main import COMMANDS
 from sdtune.cli.main_setting import with_main_setting
 from sdtune.commands.cache import parse
@@ -365,9 +366,10 @@ def test_tables_for_users_of_kohya_are_those_of_the_messages() -> None:
     text = (ROOT / "docs" / "from-kohya.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     table = [(name.strip("| `"), value.strip("| ")) for name, value in rows]
+    tables = [*((overrides, remarks) for _, overrides, remarks in OPTIONS_OF_KOHYA), (SD3, SD3_REMARKS)]
     assert table == [
         row
-        for _, overrides, remarks in OPTIONS_OF_KOHYA
+        for overrides, remarks in tables
         for row in [*((name, f"`{value}`") for name, value in overrides.items()), *remarks.items()]
     ]
 

@@ -298,6 +298,188 @@ def test_damaged_files_are_refused(
     assert capsys.readouterr().err.startswith(f"sdtune: {message.format(file=file)}")
 
 
+SD3 = """
+pretrained_model_name_or_path = "/models/sd 3.safetensors"
+clip_l = "/models/clip_l.safetensors"
+clip_g = "/models/clip g.safetensors"
+t5xxl = "/models/t5xxl.safetensors"
+t5xxl_max_token_length = 154
+network_module = "networks.lora_sd3"
+network_dim = 16
+learning_rate = 1e-4
+text_encoder_lr = [5e-5, 5e-5, 0.0]
+cache_text_encoder_outputs = true
+apply_t5_attn_mask = true
+t5_dropout_rate = 0.1
+clip_l_dropout_rate = 0.0
+blocks_to_swap = 18
+clip_skip = 2
+min_snr_gamma = 5
+disable_mmap_load_safetensors = true
+"""
+
+
+def printed(capsys: pytest.CaptureFixture[str], folder: Path, text: str) -> tuple[list[str], list[str]]:
+    """Overrides of the printed command, and the printed notes."""
+    main([str(path) for path in write(folder, config=text)])
+    command, *notes = capsys.readouterr().out.splitlines()
+    return shlex.split(command)[2:], [note.removeprefix("# ") for note in notes]
+
+
+def test_lora_of_sd3_becomes_overrides_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, notes = printed(capsys, tmp_path, SD3)
+    assert sorted(overrides) == [
+        'backbone.path="/models/sd 3.safetensors"',
+        "backbone.t5_tokens=154",
+        "backbone.text_encoder=/models/clip_l.safetensors",
+        'backbone.text_encoder_2="/models/clip g.safetensors"',
+        "backbone.text_encoder_3=/models/t5xxl.safetensors",
+        "backbone=sd35_medium",
+        "data.batch_size=1",
+        "data.cache_text=true",
+        "data=folder",
+        "lr_schedule.warmup_steps=0",
+        "method.alpha=1",
+        "method.alpha_policy=constant",
+        "method.rank=16",
+        "method.targets=[joint_attention,self_attention,feed_forward,text_encoder]",
+        "method.text_encoder_lr=5e-05",
+        "method=lora",
+        "objective.timesteps.kind=uniform",
+        "objective.timesteps.shift=1.0",
+        "optimizer.lr=0.0001",
+        "trainer.max_steps=1600",
+    ]
+    assert sorted(notes) == [
+        "apply_t5_attn_mask: not available",
+        "backbone.tokenizer_3: set a folder or hub id with T5's vocabulary; kohya has google/t5-v1_1-xxl",
+        "backbone=sd35_medium: sd3_medium, sd35_medium or sd35_large, the model of the file",
+        "blocks_to_swap: not available; backbone.quantize=fp8 hardware.offload=true saves memory too",
+        "clip_skip: it has no effect on SD 3 in kohya's scripts",
+        "disable_mmap_load_safetensors: it is not needed: it only changes how files are read",
+        "kohya's default of network_alpha is 1",
+        "method.targets: kohya also trains the modulation layers (adaLN) of the blocks",
+        "min_snr_gamma: it has no effect on SD 3 in kohya's scripts",
+        "objective: kohya multiplies the squared error of the velocity by sigma^2; sdtune does not",
+        "t5_dropout_rate: not available",
+    ]
+
+
+SCHEMES = {
+    'weighting_scheme = "none"': ("uniform", []),
+    'weighting_scheme = "logit_normal"\nlogit_std = 1.0\nlogit_mean = 0.5': (
+        "logit_normal",
+        ["logit_mean: not available"],
+    ),
+    'weighting_scheme = "mode"\nlogit_mean = 0.5\nmode_scale = 1.0': (
+        "uniform",
+        [
+            "mode_scale: not available",
+            "weighting_scheme: mode is not available; use objective.timesteps.kind=uniform|logit_normal; the command"
+            " has uniform",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_weighting_scheme_becomes_the_kind_of_timesteps(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides, notes = printed(capsys, tmp_path, f"training_shift = 3.0\n{text}\n")
+    kind, expected = SCHEMES[text]
+    assert f"objective.timesteps.kind={kind}" in overrides
+    assert "objective.timesteps.shift=3.0" in overrides
+    assert sorted(note for note in notes if note.startswith(("logit_", "mode_", "weighting_"))) == expected
+    assert any(note.startswith("objective: ") for note in notes)
+
+
+def test_sigma_sqrt_is_the_plain_loss_of_sdtune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kohya's loss is the error of the velocity times sigma^2, and this scheme divides by sigma^2."""
+    overrides, notes = printed(capsys, tmp_path, 'training_shift = 1.0\nweighting_scheme = "sigma_sqrt"\n')
+    assert "objective.timesteps.kind=uniform" in overrides
+    assert not any(note.startswith(("objective", "weighting_scheme")) for note in notes)
+
+
+PARTS = {
+    '"context_attn_dim=0", "x_attn_dim=0", "x_mlp_dim=4"': (["feed_forward"], ["adaLN"]),
+    '"context_mlp_dim=0", "x_mlp_dim=0", "context_mod_dim=0", "x_mod_dim=0"': (
+        ["joint_attention", "self_attention"],
+        [],
+    ),
+    '"x_attn_dim=8", "train_block_indices=0-11", "verbose=True", "split_qkv=True"': (
+        ["joint_attention", "self_attention", "feed_forward"],
+        ["adaLN", "x_attn_dim=8, train_block_indices=0-11: not translated"],
+    ),
+    '"train_t5xxl=True", "conv_dim=8", "train_block_indices=all"': (
+        ["joint_attention", "self_attention", "feed_forward"],
+        ["train_t5xxl=True: LoRA pairs of T5 are not available", "adaLN"],
+    ),
+    '"context_attn_dim=0", "x_attn_dim=0", "context_mlp_dim=0", "x_mlp_dim=0"': (
+        ["joint_attention", "self_attention", "feed_forward"],
+        ["adaLN", "context_attn_dim=0, x_attn_dim=0, context_mlp_dim=0, x_mlp_dim=0: not translated"],
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", PARTS)
+def test_network_args_of_sd3_choose_the_layers(
+    arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = 'network_module = "networks.lora_sd3"\nnetwork_train_unet_only = true\nnetwork_dim = 4\n'
+    overrides, notes = printed(capsys, tmp_path, f"{text}network_args = [{arguments}]\n")
+    layers, expected = PARTS[arguments]
+    assert f"method.targets=[{','.join(layers)}]" in overrides
+    of_layers = [note for note in notes if note.startswith(("network_args", "method.targets"))]
+    assert len(of_layers) == len(expected)
+    assert all(text in note for text, note in zip(expected, of_layers, strict=True))
+
+
+def test_feed_forward_layers_of_text_encoders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = 'network_module = "networks.lora_sd3"\nnetwork_args = ["context_mlp_dim=0", "x_mlp_dim=0"]\n'
+    overrides, notes = printed(capsys, tmp_path, text)
+    assert "method.targets=[joint_attention,self_attention,text_encoder]" in overrides
+    assert "method.targets: kohya also trains the feed-forward layers of the text encoders" in notes
+
+
+def test_text_encoders_with_different_rates_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = 'network_module = "networks.lora_sd3"\ntext_encoder_lr = [1e-5, 2e-5, 0.0]\n'
+    _, notes = printed(capsys, tmp_path, text)
+    assert "text_encoder_lr: one learning rate is used for all text encoders: method.text_encoder_lr" in notes
+    overrides, _ = printed(capsys, tmp_path, text.replace("[1e-5, 2e-5, 0.0]", "[0, 0, 1e-5]"))
+    assert "method.targets=[joint_attention,self_attention,feed_forward]" in overrides
+
+
+def test_full_fine_tuning_of_sd3_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "train_t5xxl = true\nlearning_rate_te1 = 1e-6\nnum_last_block_to_freeze = 4\nfused_backward_pass = true\n"
+    overrides, notes = printed(capsys, tmp_path, text)
+    assert {"method=full", "backbone=sd35_medium"} <= set(overrides)
+    assert {
+        "train_t5xxl: T5 cannot be trained",
+        "learning_rate_te1: set method.text_encoder_lr, one rate for all text encoders",
+        "num_last_block_to_freeze: not available",
+        "fused_backward_pass: not available",
+    } <= set(notes)
+
+
+def test_options_of_flux_are_not_taken_for_those_of_sd3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = 'network_module = "networks.lora_flux"\nclip_l = "a"\nt5xxl = "b"\nae = "c"\ntimestep_sampling = "sigma"\n'
+    overrides, _ = printed(capsys, tmp_path, text)
+    assert "backbone=sd15" in overrides
+
+
+def test_typed_options_of_sd3_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--clip_g=/g.safetensors", "--text_encoder_lr=1e-5", "--weighting_scheme=cosmap", "--clip_skip=2")
+    assert sdtune("train", *options, "--network_args=train_t5xxl=True") == 2
+    message = capsys.readouterr().err
+    assert "backbone.text_encoder_2=/g.safetensors" in message
+    assert "'method.targets=[joint_attention,self_attention,text_encoder]'" in message
+    assert "--weighting_scheme: cosmap is not available; use objective.timesteps.kind=uniform|logit_normal" in message
+    assert "--clip_skip: it has no effect on SD 3 in kohya's scripts" in message
+    assert "backbone=sd3_medium|sd35_medium|sd35_large" in message
+    assert "convolutions" not in message
+
+
 def test_number_of_files_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert sdtune("import-kohya") == 2
     assert "import-kohya: expected one or two files, got nothing" in capsys.readouterr().err

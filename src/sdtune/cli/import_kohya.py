@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sdtune.cli.kohya_options import OPTIMIZERS, Option, translate
+from sdtune.cli.kohya_sd3 import ZERO_IS_OFF, is_sd3, sd3_layers, with_sd3_defaults
 from sdtune.errors import UserError
 from sdtune.paths import config_folder
 from sdtune.quoting import in_quotes, shell_override
@@ -59,6 +60,7 @@ _ZERO_IS_OFF = (
         "sample_every_n_steps",
         "clip_skip",
     ),
+    *ZERO_IS_OFF,
 )
 """Options for which 0 means that they are off."""
 
@@ -190,10 +192,13 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     notes = list(data.notes)
     given = {**options, **data.options}
     is_lora = any(key.startswith("network_") for key in given)
-    family = "sdxl" if given.pop("sdxl", False) else "sd21" if given.pop("v2", False) else "sd15"
+    of_sd3 = is_sd3(given)
+    family, choices = _family(given, of_sd3)
     words = [f"method={_method(given, data)}", f"backbone={family}"]
     defaults = {**_DEFAULTS, **(_LORA_DEFAULTS if is_lora else {})} if options else {}
-    given = _as_set_by_kohya({**defaults, **given}, is_lora, notes)
+    given = with_sd3_defaults({**defaults, **given}, notes) if of_sd3 else {**defaults, **given}
+    given = _as_set_by_kohya(given, is_lora, notes)
+    layers = sd3_layers(given, notes) if of_sd3 and is_lora else _LAYERS
     translation = translate([Option.of(word) for key, value in given.items() if (word := _word(key, value))], "train")
     notes += [
         f"{option.name}: {remark}{_DEFAULT_USED.get(option.name, '')}"
@@ -204,8 +209,8 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     # Whether the text encoder is trained is in the command.
     notes += [remark for remark in translation.other_defaults if "text encoder" not in remark]
     if options:
-        notes.append(f"backbone={family}: sd15, sd21 or sdxl, the family of the model")
-    overrides = _with_feed_forward(translation.overrides) if is_lora else translation.overrides
+        notes.append(f"backbone={family}: {choices}")
+    overrides = _with_layers(translation.overrides, layers) if is_lora else translation.overrides
     if options and words[0] == "method=full":
         notes.append("method=full: there is no option of a network, so the options are those of a full fine-tuning")
     settings = [*([overrides] if overrides else []), *data.overrides]
@@ -213,12 +218,23 @@ def converted(options: Mapping[str, Any], data: DataSet) -> tuple[str, list[str]
     return " ".join([*command, *settings]), notes
 
 
-def _with_feed_forward(overrides: str) -> str:
-    """``overrides`` with the feed-forward layers, which a LoRA of kohya also trains."""
-    attention = "method.targets=[cross_attention,self_attention"
-    if attention in overrides:
-        return overrides.replace(attention, f"{attention},feed_forward")
-    return f"{overrides} '{attention},feed_forward]'"
+def _family(given: dict[str, Any], of_sd3: bool) -> tuple[str, str]:
+    """Option of the group ``backbone``, and between which of them to choose; removes their options from ``given``."""
+    is_sdxl, is_sd2 = given.pop("sdxl", False), given.pop("v2", False)
+    if of_sd3:
+        return "sd35_medium", "sd3_medium, sd35_medium or sd35_large, the model of the file"
+    return "sdxl" if is_sdxl else "sd21" if is_sd2 else "sd15", "sd15, sd21 or sdxl, the family of the model"
+
+
+_LAYERS = ("cross_attention", "self_attention", "feed_forward")
+"""Layers of ``method.targets`` that a LoRA of kohya trains in a UNet."""
+
+
+def _with_layers(overrides: str, layers: Sequence[str]) -> str:
+    """``overrides`` with ``layers`` for the attention layers in ``method.targets``."""
+    targets = f"method.targets=[{','.join(layers)}"
+    changed, count = re.subn(r"method\.targets=\[\w+,self_attention", targets, overrides)
+    return changed if count else f"{overrides} '{targets}]'"
 
 
 def _method(given: Mapping[str, Any], data: DataSet) -> str:

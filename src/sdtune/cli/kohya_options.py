@@ -12,6 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdtune.cli.kohya_sd3 import (
+    SD3,
+    SD3_CHANGED,
+    SD3_REMARKS,
+    SD3_UNAVAILABLE,
+    TIMESTEP_KINDS,
+    for_sd3,
+    is_sd3,
+    scheme_remark,
+)
 from sdtune.paths import config_folder
 from sdtune.quoting import in_quotes, shell_override
 
@@ -94,6 +104,7 @@ _VALUES = {
         "dpmsolver++": "dpmpp_2m",
     },
     "save_precision": {"float": "fp32"},
+    "weighting_scheme": TIMESTEP_KINDS,
 }
 """Values of these options that have another name here."""
 
@@ -190,12 +201,16 @@ UNAVAILABLE = (
     *("scale_weight_norms", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount"),
     *("lowram", "color_aug", "face_crop_aug_range", "debiased_estimation_loss"),
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "lr_scheduler_num_cycles", "loss_type"),
+    *SD3_UNAVAILABLE,
 )
 """Options of kohya's scripts that have no counterpart in sdtune."""
 
 SCRIPTS = {
     **dict.fromkeys(
-        ("train_network", "sdxl_train_network", "train_db", "fine_tune", "train_textual_inversion", "train_controlnet"),
+        (
+            *("train_network", "sdxl_train_network", "sd3_train_network", "sd3_train", "train_db", "fine_tune"),
+            *("train_textual_inversion", "train_controlnet"),
+        ),
         "train",
     ),
     "gen_img": "sample",
@@ -225,7 +240,9 @@ _SHORT = {
 """Short names that are no options of kohya, whose most similar setting means something else."""
 
 OPTIONS = {
-    **dict.fromkeys(("train", "prepare", "plan"), Options({**TRAINING, **_SHORT}, TRAINING_REMARKS)),
+    **dict.fromkeys(
+        ("train", "prepare", "plan"), Options({**TRAINING, **SD3, **_SHORT}, {**TRAINING_REMARKS, **SD3_REMARKS})
+    ),
     "sample": Options(SAMPLING, SAMPLING_REMARKS),
     "export": Options(EXPORT, EXPORT_REMARKS),
 }
@@ -276,7 +293,9 @@ def explanation(words: Sequence[str], command: str) -> str | None:
     remedies += [f"remove {', '.join(unknown)}, which is unknown"] if unknown else []
     remedies += translation.other_defaults
     names = {option.name for option in options}
-    if "pretrained_model_name_or_path" in names and not names & {"token_string", "conditioning_data_dir"}:
+    if _are_of_sd3(options):
+        remedies.append("choose the model: backbone=sd3_medium|sd35_medium|sd35_large")
+    elif "pretrained_model_name_or_path" in names and not names & {"token_string", "conditioning_data_dir"}:
         remedies.append("begin with experiment=sd15_lora, or with experiment=sdxl_lora for SDXL")
     typed = ", ".join(option.typed for option in options)
     return f"{typed}: {kind}; {'; '.join(remedies)}; see docs/from-kohya.md"
@@ -311,14 +330,21 @@ def translate(options: Sequence[Option], command: str) -> Translation:
     for option in options:
         if _is_translated(option):
             remarks.pop(option.name, None)
+    adapted = for_sd3 if _are_of_sd3(options) else str
+    remarks |= SD3_CHANGED if _are_of_sd3(options) else {}
     replaced = [
         option
         for option in options
         if option.name not in remarks and (option.name in known.overrides or _is_translated(option))
     ]
-    remarked = [(option, remarks[option.name]) for option in options if option.name in remarks]
+    remarked = [(option, adapted(remarks[option.name])) for option in options if option.name in remarks]
     unknown = [option for option in options if option not in replaced and option.name not in remarks]
-    return Translation(replaced, _overrides(replaced, known.overrides), remarked, unknown, _other_defaults(options))
+    overrides = adapted(_overrides(replaced, known.overrides))
+    return Translation(replaced, overrides, remarked, unknown, _other_defaults(options))
+
+
+def _are_of_sd3(options: Sequence[Option]) -> bool:
+    return is_sd3({option.name: option.value for option in options})
 
 
 def _is_translated(option: Option) -> bool:
@@ -342,6 +368,8 @@ def _remark_on_value(option: Option) -> str | None:
         value = _VALUES[option.name].get(option.value, option.value)
         choices = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
         return None if value in choices else f"{value} is not available; use {group}={'|'.join(choices)}"
+    if option.name == "weighting_scheme":
+        return scheme_remark(option.value)
     if option.name == "models" and " " in option.value:
         first, *others = option.value.split()
         return (
@@ -399,7 +427,7 @@ def _other_defaults(options: Sequence[Option]) -> list[str]:
     remarks = ["kohya's default of network_alpha is 1"] if _lacks_alpha(options) else []
     if "network_dim" in names and not names & {"network_train_unet_only", "train_text_encoder", "text_encoder_lr"}:
         remarks.append("kohya also trains the text encoder: add text_encoder to method.targets")
-    if names & {"conv_dim", "network_args"}:
+    if names & {"conv_dim", "network_args"} and not _are_of_sd3(options):
         remarks.append("convolutions have the rank of the other layers")
     return remarks
 
