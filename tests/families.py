@@ -1,4 +1,4 @@
-"""Small models with the structure of SD 1.x, 2.x and SDXL: levels, transformer depths, heads, encoders, names."""
+"""Small models with the structure of SD 1.x, 2.x, SDXL and SD 3: levels, transformer depths, heads, encoders, names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
@@ -57,6 +68,68 @@ _UNETS: dict[Family, dict[str, Any]] = {
 }
 
 
+SD3 = Literal["sd3_medium", "sd35_medium", "sd35_large"]
+SD3_FAMILIES: tuple[SD3, ...] = ("sd3_medium", "sd35_medium", "sd35_large")
+
+_TRANSFORMERS: dict[SD3, dict[str, Any]] = {
+    "sd3_medium": {"qk_norm": None, "dual_attention_layers": ()},
+    "sd35_medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "sd35_large": {"qk_norm": "rms_norm", "dual_attention_layers": ()},
+}
+
+
+def build_sd3(folder: Path, family: SD3, seed: int = 0) -> Path:
+    """Save a pipeline of ``family`` with random weights that float16 represents exactly; 64x64 pixels, VAE factor 8."""
+    torch.manual_seed(seed)
+    first, second = _encoder(16, "quick_gelu", projected=True, projection=16), _encoder(24, "gelu", projected=True)
+    first.text_projection.weight.data = torch.eye(16)
+    parts: dict[str, Any] = {
+        "transformer": SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            joint_attention_dim=48,
+            caption_projection_dim=16,
+            pooled_projection_dim=40,
+            pos_embed_max_size=12,
+            **_TRANSFORMERS[family],
+        ),
+        "vae": _vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "tokenizer": _tokenizer("<|endoftext|>"),
+        "tokenizer_2": _tokenizer("!"),
+        "tokenizer_3": T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(_PIECES)], extra_ids=0),
+        "text_encoder": first,
+        "text_encoder_2": second,
+        "text_encoder_3": T5EncoderModel(
+            T5Config(
+                vocab_size=len(_PIECES) + 2,
+                d_model=48,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        ),
+    }
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        for parameter in parts[name].parameters():
+            parameter.data = parameter.data.half().float()
+    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        _write_vocabulary(folder / name)
+    return folder
+
+
+_PIECES = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz<>,_ABC0123456789"]
+"""Vocabulary of the T5 tokenizer: with its ids for padding, end and unknown pieces, and single characters."""
+
+
 def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
     """Save a pipeline of ``family`` with random weights that float16 represents exactly; VAE factor 8.
 
@@ -67,15 +140,7 @@ def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
     unet = UNet2DConditionModel(
         sample_size=8 if family == "sdxl" else 16, layers_per_block=2, norm_num_groups=4, **_UNETS[family]
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 16),
-        layers_per_block=2,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.13025 if family == "sdxl" else 0.18215,
-    )
+    vae = _vae(scaling_factor=0.13025 if family == "sdxl" else 0.18215)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -105,6 +170,18 @@ def build_family(folder: Path, family: Family, seed: int = 0) -> Path:
     return folder
 
 
+def _vae(**settings: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        sample_size=64,
+        **settings,
+    )
+
+
 def _tokens() -> dict[str, int]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{b}</w>" for b in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -120,7 +197,7 @@ def _write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
-def _encoder(width: int, activation: str, projected: bool = False) -> Any:
+def _encoder(width: int, activation: str, projected: bool = False, projection: int = 24) -> Any:
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return kind(
         CLIPTextConfig(
@@ -131,7 +208,7 @@ def _encoder(width: int, activation: str, projected: bool = False) -> Any:
             num_attention_heads=4,
             max_position_embeddings=77,
             hidden_act=activation,
-            projection_dim=24,
+            projection_dim=projection,
             # As in the real configs; the end token of the tokenizer differs.
             bos_token_id=0,
             eos_token_id=2,

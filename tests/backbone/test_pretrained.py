@@ -327,9 +327,9 @@ def test_layers_skipped_by_clip_skip_are_reported_as_unused(tiny: Path) -> None:
     without_gradient = {name for name, p in backbone.text_encoder.named_parameters() if p.grad is None}
     assert without_gradient
     assert without_gradient == {
-        n for n, _ in backbone.text_encoder.named_parameters() if n.startswith(backbone.unused_prefixes("text_encoder"))
+        n for n, _ in backbone.text_encoder.named_parameters() if n.startswith(backbone.frozen_prefixes("text_encoder"))
     }
-    assert Pretrained(str(tiny)).load().unused_prefixes("text_encoder") == ()
+    assert Pretrained(str(tiny)).load().frozen_prefixes("text_encoder") == ()
 
 
 def test_long_prompt_is_encoded_in_windows(tiny: Path) -> None:

@@ -127,7 +127,7 @@ def test_layers_without_gradient_are_reported_as_unused(backbone: Backbone) -> N
         (text.states.square().sum() + text.pooled.square().sum()).backward()
         without_gradient = {n for n, p in encoder.named_parameters() if p.grad is None}
         assert without_gradient == {
-            n for n, _ in encoder.named_parameters() if n.startswith(backbone.unused_prefixes(name))
+            n for n, _ in encoder.named_parameters() if n.startswith(backbone.frozen_prefixes(name))
         }
         assert bool(without_gradient) is (name == "text_encoder")
 

@@ -81,7 +81,7 @@ def test_vae_is_copied_where_links_are_not_allowed(
         raise OSError(1314, "A required privilege is not held by the client")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    folder = locate.with_vae(tiny, tiny / "vae")
+    folder = locate.with_parts(tiny, {"vae": tiny / "vae"})
     copied = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     original = {str(path.relative_to(tiny)): path.read_bytes() for path in tiny.rglob("*") if path.is_file()}
     assert copied == original

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from running import EPS, rows, start, train, wait_for_step
+from sdtune.backbone.families import SD1
 from sdtune.methods import LoRA
 from sdtune.sampling import run_models
 from sdtune.shared_backbone import pool
@@ -319,10 +320,10 @@ def test_memory_of_a_group_counts_layers_and_ranks_of_a_file(tmp_path: Path) -> 
     of_file = {**named, "method": {**default["method"], "weights": str(tmp_path / "it.safetensors")}}  # type: ignore[dict-item]
     assert [largest_rank(config["method"]) for config in (named, default, of_file)] == [4, 8, 24]  # type: ignore[arg-type]
     assert largest_rank({"_target_": "sdtune.methods.TextualInversion"}) == 0
-    method = largest_config([named, default], {})["method"]
+    method = largest_config([named, default], {}, SD1)["method"]
     assert (method["rank"], method["targets"]) == (8, ["cross_attention", "self_attention"])
     assert method["projections"] == ["k", "out", "q", "v"]
-    method = largest_config([named, of_file], {})["method"]
+    method = largest_config([named, of_file], {}, SD1)["method"]
     assert (method["rank"], method["weights"], len(method["targets"])) == (24, None, 5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,7 @@ class Backbone(LatentCodec, ABC):
     ) -> None:
         super().__init__()
         self.tokenizers = tuple(tokenizers.values())
+        self.tokenizer: CLIPTokenizer = self.tokenizers[0]
         first, *others = encoders
         self.add_module(first, encoders[first])
         self.vae, self.denoiser = vae, denoiser
@@ -94,12 +96,6 @@ class Backbone(LatentCodec, ABC):
         return self.encoders
 
     @property
-    def tokenizer(self) -> CLIPTokenizer:
-        """Tokenizer of the first text encoder."""
-        tokenizer: CLIPTokenizer = self.tokenizers[0]
-        return tokenizer
-
-    @property
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the text embeddings of one prompt, by field of :class:`Conditioning`."""
@@ -111,8 +107,11 @@ class Backbone(LatentCodec, ABC):
         return windows * ((self.facts.max_tokens - 2) // windows + 2)
 
     @abstractmethod
-    def unused_prefixes(self, component: str) -> tuple[str, ...]:
-        """Name prefixes of parameters of the denoiser or a text encoder that the prediction does not depend on."""
+    def frozen_prefixes(self, component: str) -> tuple[str, ...]:
+        """Name prefixes of parameters of the denoiser or a text encoder that are never trained.
+
+        The prediction does not depend on them, so they would get no gradient; or no file format has a place for them.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -184,6 +183,10 @@ class Backbone(LatentCodec, ABC):
         """Ids of CLIP tokens, int64 [B, L], padded and truncated to one or more windows of the encoder's length."""
         tokenizer = tokenizer or self.tokenizer
         return in_windows(tokenizer, self.token_ids(prompts, tokenizer), self._token_count, self.facts.windows)
+
+    def encoders_on_device(self) -> AbstractContextManager[None]:
+        """Context manager that moves text encoders that wait in main memory to the device of the denoiser."""
+        return nullcontext()
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -9,14 +9,11 @@ from torch import nn
 from sdtune.backbone.backbone import Backbone
 from sdtune.formats.lora import canonical
 
-BLOCKS = ("down_", "mid_", "up_")
-"""Name prefixes of the denoiser's modules in its down, mid and up blocks."""
-
 
 def named_modules(backbone: Backbone) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield component, name within the component and module for all modules of the denoiser and the text encoders."""
-    for component in ("denoiser", *backbone.encoders):
-        for name, module in getattr(backbone, component).named_modules():
+    for component, model in {"denoiser": backbone.denoiser, **backbone.encoders}.items():
+        for name, module in model.named_modules():
             yield component, name, module
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.families import T5
+from sdtune.backbone.families.sd3_backbone import SD3Backbone
 from sdtune.backbone.families.sdxl_backbone import SDXLBackbone
 from sdtune.backbone.families.unet_backbone import UNetBackbone
 from sdtune.backbone.foreign import unreadable_as_user_error
@@ -17,7 +19,14 @@ from sdtune.backbone.source import PipelineSource
 from sdtune.errors import UserError
 from sdtune.formats.files import check_finite
 
-_BACKBONES: dict[str, type[Backbone]] = {"sd1": UNetBackbone, "sd2": UNetBackbone, "sdxl": SDXLBackbone}
+_BACKBONES: dict[str, type[Backbone]] = {
+    "sd1": UNetBackbone,
+    "sd2": UNetBackbone,
+    "sdxl": SDXLBackbone,
+    "sd3_medium": SD3Backbone,
+    "sd35_medium": SD3Backbone,
+    "sd35_large": SD3Backbone,
+}
 """Backbone class of each family."""
 
 
@@ -37,15 +46,18 @@ def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype
         with unreadable_as_user_error(folder / name, "backbone.path"):
             model = model_class(name, folder).from_pretrained(
                 folder / name,
-                torch_dtype=denoiser_dtype
-                if denoiser_dtype is not None and name == source.denoiser_folder
-                else torch.float32,
+                torch_dtype=dtype(name),
                 variant=source.weights_variant(name),
                 use_safetensors=True,
                 local_files_only=True,
             )
         check_finite(dict(model.named_parameters()), f"backbone.path: {folder / name}")
         return model
+
+    def dtype(name: str) -> torch.dtype:
+        if name == T5:
+            return torch.bfloat16  # 4.8 billion parameters, which are not trained; T5 overflows in float16
+        return denoiser_dtype or torch.float32 if name == source.denoiser_folder else torch.float32
 
     # Load on the CPU: the default device may be a GPU with too little memory for float32 weights.
     with torch.device("cpu"):
@@ -56,14 +68,15 @@ def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype
         return assemble_backbone(source, parts)
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in ``folder``.
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``, T5's or CLIP's by the name of the folder.
 
     Raises:
         UserError: its files are damaged.
     """
     with unreadable_as_user_error(folder, "backbone.path"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        kind = T5TokenizerFast if folder.name == "tokenizer_3" else CLIPTokenizer
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
         tokenizer("a")  # some damaged values are found only here
         return tokenizer
 

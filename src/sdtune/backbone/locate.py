@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def hub_folder(
         ) from error
 
 
-MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+MODELS = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "unet", "vae")
 """Folder names of a pipeline's models."""
 
 
@@ -100,15 +100,15 @@ def _link(path: Path, target: Path) -> None:
             shutil.copyfile(target, path)
 
 
-def with_vae(pipeline: Path, vae: Path) -> Path:
-    """Pipeline folder of symbolic links to the parts of ``pipeline`` and to the VAE folder ``vae``.
+def with_parts(pipeline: Path, parts: Mapping[str, Path]) -> Path:
+    """Pipeline folder of symbolic links to the folders of ``pipeline``, and to ``parts``, which replace some of them.
 
     Its name is a hash of the link targets, so an existing folder is never changed while another process reads it.
     """
     targets = {entry.name: entry.resolve() for entry in pipeline.iterdir() if not entry.name.startswith(".")}
-    targets["vae"] = vae.resolve()
+    targets |= {name: folder.resolve() for name, folder in parts.items()}
     cache_key = json.dumps(sorted((name, str(linked)) for name, linked in targets.items()))
-    target = cache_folder() / "backbones" / f"vae-{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}"
+    target = cache_folder() / "backbones" / f"parts-{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f"{target.name}.lock")):
         if target.is_dir():

@@ -23,6 +23,8 @@ INHERITED = (
     "prediction_type",
     "flow_shift",
     "zero_terminal_snr",
+    "t5",
+    "t5_tokens",
     "allow_pickle",
 )
 """Settings that a trained pipeline does not store."""

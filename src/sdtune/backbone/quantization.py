@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch.nn.grad import conv2d_input
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import Quantization
-from sdtune.backbone.layers import BLOCKS, layers
+from sdtune.backbone.layers import layers
 from sdtune.errors import UserError
 from sdtune.hardware.precision import autocast_kind
 
 NF4_BLOCK = 64
 """Weights with a common scale in nf4 (Dettmers et al. 2023, section 3)."""
+
+_IN_LAYERS = re.compile(r"\.layers\.|\.block\.")
+"""Names inside of the layers of a text encoder: of CLIP and of T5."""
 
 _LARGEST_FP8 = 448.0  # of float8_e4m3fn
 
@@ -171,7 +175,7 @@ def quantize(backbone: Backbone, quantization: Quantization | None) -> None:
     if quantization is None:
         return
     for component, name, layer in list(layers(backbone)):
-        inside = name.startswith(BLOCKS) if component == "denoiser" else ".layers." in name
+        inside = name.startswith(backbone.facts.family.blocks) if component == "denoiser" else _IN_LAYERS.search(name)
         if inside and _is_quantizable(layer, quantization):
             _quantize_layer(layer, quantization)
 

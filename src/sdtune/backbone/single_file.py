@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
 
-from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, Family, family_of_file, family_of_folder
+from sdtune.backbone.families import FAMILIES, STATED_PREDICTION, T5, Family, family_of_file, family_of_folder
 from sdtune.backbone.families.base import VAE
 from sdtune.backbone.models import model_shapes
 from sdtune.backbone.vocabulary import write_tokenizer
@@ -40,23 +40,21 @@ def included_configs(name: str) -> Path | None:
     return folder if (folder / "model_index.json").is_file() else None
 
 
-def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, needs_vae: bool = True) -> Path:
+def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, provided: Collection[str] = ()) -> Path:
     """Pipeline folder in the cache, converted from the checkpoint ``file`` on the first call.
 
     Args:
         file: ``.safetensors`` or a pickle, in the original layout.
         config: pipeline folder with the configs; if None, the configs of its family that are included in sdtune.
         allow_pickle: see :func:`sdtune.formats.checkpoint_file.read_checkpoint`.
-        needs_vae: whether the VAE of the file is used; if not, the file may have none.
+        provided: components that are not used, or come from other files: the file may lack them.
 
     Raises:
         UserError: not a Stable Diffusion model that sdtune can train, or its tensors do not match the configs.
     """
     target = _cache_target(file, config)
     with FileLock(_lock_file(target)):
-        if (target / "model_index.json").is_file() and (
-            not needs_vae or (target / "vae" / weights_name("vae")).is_file()
-        ):
+        if (target / "model_index.json").is_file() and not _lacking(target, provided):
             mark_used(target)
             return target
         checkpoint, metadata = read_checkpoint(file, allow_pickle, "backbone.path")
@@ -66,12 +64,9 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, need
             prediction = stated_prediction(tensors, metadata, family.layout.predictions)
         except UserError as error:
             raise UserError(f"{file} {error}", key="backbone.path") from error
-        if needs_vae and "vae" not in family.layout.stored(tensors):
-            raise UserError(
-                f"{file} contains no VAE",
-                key="backbone.path",
-                remedy="set backbone.vae= to a VAE of the same model family",
-            )
+        lacking = [name for name in family.layout.optional if name not in provided]
+        if missing := [name for name in lacking if name not in family.layout.stored(tensors)]:
+            raise _missing(file, missing[0])
         config_folder = config or CONFIGS / family.configs
         family_of_configs = family_of_folder(config_folder, "backbone.config")
         if family_of_configs is not family:
@@ -82,6 +77,58 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, need
             )
         log.info("backbone: converting %s (%s) once to a pipeline folder in the cache", file.name, family.title)
         _write(target, config_folder, tensors, family, f"backbone.path: {file}", prediction)
+    return target
+
+
+def _lacking(target: Path, provided: Collection[str]) -> list[str]:
+    """Components that the converted folder ``target`` has no weights of, except those in ``provided``."""
+    components = family_of_folder(target, "backbone.path").components
+    return [name for name in components if name not in provided and not (target / name / weights_name(name)).is_file()]
+
+
+def _missing(file: Path, component: str) -> UserError:
+    if component == "vae":
+        return UserError(
+            f"{file} contains no VAE", key="backbone.path", remedy="set backbone.vae= to a VAE of the same model family"
+        )
+    without = ", or backbone.t5=false" if component == T5 else ""
+    return UserError(
+        f"{file} contains no {component}", key="backbone.path", remedy=f"set backbone.{component}=FILE{without}"
+    )
+
+
+def convert_encoder(file: Path, component: str, pipeline: Path, allow_pickle: bool) -> Path:
+    """Folder of a text encoder in the cache, converted from ``file`` on the first call.
+
+    Args:
+        file: a text encoder alone, with its transformers names, or a single file that contains it.
+        component: folder of the text encoder in a pipeline.
+        pipeline: pipeline folder whose config the file must match.
+        allow_pickle: see :func:`sdtune.formats.checkpoint_file.read_checkpoint`.
+
+    Raises:
+        UserError: the tensors do not match the config.
+    """
+    key, target = f"backbone.{component}", _cache_target(file, pipeline / component)
+    with FileLock(_lock_file(target)):
+        if (target / "config.json").is_file():
+            mark_used(target)
+            return target
+        layout = family_of_folder(pipeline, "backbone.path").layout.components[component]
+        config = read_json(pipeline / component / "config.json", "backbone.path")
+        expected = model_shapes(component, pipeline)
+        try:
+            tensors = without_float8(read_checkpoint(file, allow_pickle, key)[0])
+        except UserError as error:
+            raise UserError(f"{file} {error}", key=key) from error
+        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(layout.prefix)}
+        found = {name.removeprefix(layout.prefix): tensor for name, tensor in (inside or tensors).items()}
+        encoder = layout.read(found, config, expected)
+        check_keys(f"{key}: {file}", _shapes(encoder), expected, "use the text encoder of this model")
+        check_finite(encoder, f"{key}: {file}")
+        with replacing(target, sync=False, alone=True) as partial:
+            write_safetensors(partial / weights_name(component), encoder, {"format": "pt"})
+            write_json(partial / "config.json", config)
     return target
 
 

@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
 from sdtune.backbone.families import (
     FAMILIES,
     SD1,
     STATED_PREDICTION,
+    T5,
     Component,
     Facts,
     Family,
@@ -22,6 +23,7 @@ from sdtune.backbone.families import (
     Quantization,
     denoiser_folder,
     family_of_configs,
+    family_of_folder,
 )
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.backbone.locate import (
@@ -31,7 +33,7 @@ from sdtune.backbone.locate import (
     has_weight_files,
     hub_folder,
     read_config,
-    with_vae,
+    with_parts,
 )
 from sdtune.backbone.weight_files import check_files, shapes, variant_of, weight_files, weights_hash
 from sdtune.errors import UserError
@@ -73,6 +75,11 @@ class PipelineSource:
             skip 2 of kohya's tools and A1111. SDXL always skips one more layer.
         max_tokens: maximum number of tokens per prompt, without start and end token, rounded up to whole windows of
             the text encoder (75 tokens for CLIP); if None, one window.
+        text_encoder, text_encoder_2, text_encoder_3: single files with text encoders of SD 3, to use instead of the
+            pipeline's; for a single file without them.
+        tokenizer_3: folder or hub id of T5's tokenizer, for a single file: it is not included in sdtune.
+        t5: use T5, where the model has it; without it, its text embeddings are zeros.
+        t5_tokens: number of T5 tokens per prompt; padding counts, so sampling needs the number of the training.
         quantize: format in which the frozen weights of the denoiser and the text encoders are kept in memory; if None,
             they are not quantized. Exports use the weights of the files.
     """
@@ -94,6 +101,12 @@ class PipelineSource:
         allow_pickle: bool = False,
         clip_skip: Annotated[int, Ge(0)] = 0,
         max_tokens: Annotated[int, Ge(1)] | None = None,
+        text_encoder: str | None = None,
+        text_encoder_2: str | None = None,
+        text_encoder_3: str | None = None,
+        tokenizer_3: str | None = None,
+        t5: bool = True,
+        t5_tokens: Annotated[int, Interval(ge=1, le=512)] = 256,
         quantize: Quantization | None = None,
     ) -> None:
         self.path, self.revision, self.from_scratch = path, revision, tuple(from_scratch)
@@ -103,6 +116,9 @@ class PipelineSource:
         self.family, self.variant, self.vae, self.allow_pickle = family, variant, vae, allow_pickle
         self.config_folder, self.clip_skip, self.max_tokens = config, clip_skip, max_tokens
         self.quantize = quantize
+        files = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, T5: text_encoder_3}
+        self._encoder_files = {name: file for name, file in files.items() if file is not None}
+        self.tokenizer_3, self.t5, self.t5_tokens = tokenizer_3, t5, t5_tokens
 
     # --- location
 
@@ -125,7 +141,8 @@ class PipelineSource:
                 key="backbone.config",
                 remedy="use a pipeline folder with its configs",
             )
-        return convert_checkpoint(local_path, config, self.allow_pickle, needs_vae=not self.vae)
+        provided = {*self._encoder_files, *(["vae"] if self.vae else []), *([] if self.t5 else [T5])}
+        return convert_checkpoint(local_path, config, self.allow_pickle, provided)
 
     @cached_property
     def _hub_configs(self) -> Path:
@@ -142,7 +159,7 @@ class PipelineSource:
         # Repositories contain several copies of the weights (fp16, non-EMA, .bin); download only those that are read.
         suffix = f".{self.variant}" if self.variant else ""
         endings = (f"{suffix}.safetensors", f"{suffix}-?????-of-?????.safetensors")
-        names = [name for name in MODELS if not (name == "vae" and self.vae)]
+        names = [name for name in MODELS if not (name == "vae" and self.vae) and (self.t5 or name != T5)]
         patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in endings]
 
         def complete(folder: Path) -> bool:
@@ -151,14 +168,33 @@ class PipelineSource:
 
         return hub_folder(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
 
-    def _with_vae(self, pipeline: Path) -> Path:
-        if self.vae is None:
-            return pipeline
-        vae = find_local(self.vae, "backbone.vae")
+    def _with_parts(self, pipeline: Path) -> Path:
+        """``pipeline`` with the VAE, text encoders and tokenizer that replace its own."""
+        parts = {name: self._encoder_folder(name, file, pipeline) for name, file in self._encoder_files.items()}
+        if self.vae is not None:
+            parts["vae"] = self._vae_folder(self.vae, pipeline)
+        if self.tokenizer_3 is not None:
+            parts["tokenizer_3"] = _tokenizer_folder(self.tokenizer_3)
+        return with_parts(pipeline, parts) if parts else pipeline
+
+    def _encoder_folder(self, component: str, path: str, pipeline: Path) -> Path:
+        key, file = f"backbone.{component}", Path(path).expanduser()
+        if component not in family_of_folder(pipeline, "backbone.path").layout.optional:
+            raise UserError(
+                f"{self.path} has no place for it", key=key, remedy="remove it; only models of SD 3 take such files"
+            )
+        if not file.is_file():
+            raise UserError(f"{path} is not a file", key=key, remedy="set it to a .safetensors file")
+        from sdtune.backbone.single_file import convert_encoder
+
+        return convert_encoder(file, component, pipeline, self.allow_pickle)
+
+    def _vae_folder(self, path: str, pipeline: Path) -> Path:
+        vae = find_local(path, "backbone.vae")
         if vae is None:
             names = ["config.json", weights_name("vae")]
             vae = hub_folder(
-                self.vae, None, names, lambda folder: all((folder / n).is_file() for n in names), "backbone.vae"
+                path, None, names, lambda folder: all((folder / n).is_file() for n in names), "backbone.vae"
             )
         if vae.is_file():
             from sdtune.backbone.single_file import convert_vae
@@ -171,15 +207,15 @@ class PipelineSource:
                 key="backbone.vae",
                 remedy="use a VAE folder with its config.json",
             )
-        return with_vae(pipeline, vae)
+        return vae
 
     @cached_property
     def _configs(self) -> Path:
-        return self._with_vae(self._pipeline_folder(weights=False))
+        return self._with_parts(self._pipeline_folder(weights=False))
 
     @cached_property
     def _folder(self) -> Path:
-        return self._with_vae(self._pipeline_folder(weights=True))
+        return self._with_parts(self._pipeline_folder(weights=True))
 
     def folder(self) -> Path:
         """Local pipeline folder with all files that loading needs."""
@@ -277,8 +313,8 @@ class PipelineSource:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Folder names of the text encoders."""
-        return self._family.text_encoders
+        """Folder names of the text encoders; without T5 if it is not used."""
+        return tuple(name for name in self._family.text_encoders if self.t5 or name != T5)
 
     @property
     def denoiser_folder(self) -> str:
@@ -333,6 +369,13 @@ class PipelineSource:
                 key="backbone.clip_skip",
                 remedy=f"set at most {layers - 1}",
             )
+        has_t5 = self._family.has_t5
+        if has_t5 and self.max_tokens is not None and self.max_tokens > length - 2:
+            raise UserError(
+                f"the CLIP text encoders of {self._family.title} read {length - 2} tokens; only T5 reads more",
+                key="backbone.max_tokens",
+                remedy="remove it, or set backbone.t5_tokens",
+            )
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
             side=int(denoiser.get("sample_size", 64)) * factor,
@@ -345,6 +388,7 @@ class PipelineSource:
             scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=path.steps,
             patch=int(denoiser.get("patch_size", 1)),
+            t5_tokens=self.t5_tokens if has_t5 else 0,
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
 
@@ -359,10 +403,8 @@ class PipelineSource:
     # --- weights
 
     def _files(self, names: Sequence[str]) -> dict[str, list[Path]]:
-        return {
-            name: weight_files(self.folder(), name, None if name == "vae" and self.vae else self.variant)
-            for name in names
-        }
+        replaced = {*self._encoder_files, *(["vae"] if self.vae else [])}
+        return {name: weight_files(self.folder(), name, None if name in replaced else self.variant) for name in names}
 
     def check(self) -> None:
         """Raise UserError if weights or tokenizers are missing, damaged or inconsistent with the configs."""
@@ -375,13 +417,23 @@ class PipelineSource:
         for name, component_files in files.items():
             check_keys(f"backbone.path: {folder / name}", shapes(component_files, name), model_shapes(name, folder))
         for name in self.tokenizers:
-            file_names = {file.name for file in (folder / name).glob("*")}
-            if "tokenizer.json" not in file_names and not {"vocab.json", "merges.txt"} <= file_names:
-                raise UserError(
-                    f"{folder / name} has neither tokenizer.json nor vocab.json and merges.txt",
-                    key="backbone.path",
-                    remedy="copy the tokenizer files",
-                )
+            self._check_tokenizer(folder / name)
+
+    def _check_tokenizer(self, folder: Path) -> None:
+        file_names = {file.name for file in folder.glob("*")}
+        if folder.name == "tokenizer_3" and not {"tokenizer.json", "spiece.model"} & file_names:
+            raise UserError(
+                f"{self.path} has no T5 tokenizer",
+                key="backbone.tokenizer_3",
+                remedy="set it to a folder or hub id, such as google/t5-v1_1-xxl, or set backbone.t5=false",
+            )
+        is_clip = folder.name != "tokenizer_3"
+        if is_clip and "tokenizer.json" not in file_names and not {"vocab.json", "merges.txt"} <= file_names:
+            raise UserError(
+                f"{folder} has neither tokenizer.json nor vocab.json and merges.txt",
+                key="backbone.path",
+                remedy="copy the tokenizer files",
+            )
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -429,6 +481,8 @@ class PipelineSource:
                 digest.update(file.read_bytes())
         if self.clip_skip or self.facts.windows > 1:
             digest.update(f"{self.clip_skip}/{self.facts.windows}".encode())
+        if self.facts.t5_tokens:
+            digest.update(f"t5/{self.t5}/{self.facts.t5_tokens}".encode())
         if self.quantize:
             digest.update(self.quantize.encode())
 
@@ -439,3 +493,15 @@ class PipelineSource:
         digest.update(json.dumps(configs, sort_keys=True).encode())
         self._add_text_settings(digest)
         return digest.hexdigest()[:32]
+
+
+def _tokenizer_folder(path: str) -> Path:
+    """Local folder of T5's tokenizer ``path``, a folder or a hub id."""
+    key = "backbone.tokenizer_3"
+    folder = find_local(path, key)
+    if folder is None:
+        names = ["tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json"]
+        folder = hub_folder(path, None, names, lambda found: any((found / name).is_file() for name in names), key)
+    if not folder.is_dir():
+        raise UserError(f"{path} is not a folder", key=key, remedy="set it to a folder with tokenizer.json")
+    return folder

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
 from sdtune.backbone.families import model_spec_prediction
-from sdtune.backbone.layers import BLOCKS, layers, module_path
+from sdtune.backbone.layers import layers, module_path
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
@@ -346,16 +346,17 @@ def _weights(backbone: Backbone) -> dict[str, Tensor]:
     return {
         module_path(backbone, component, name): layer.weight.data
         for component, name, layer in layers(backbone)
-        if (component != "denoiser" or name.startswith(BLOCKS)) and "text_projection" not in name
+        if (component != "denoiser" or name.startswith(backbone.facts.family.blocks)) and "text_projection" not in name
     }
 
 
 def _log_unrepresented_change(before: Backbone, after: Backbone, modules: set[str]) -> None:
     """Log the share of the squared weight change outside of ``modules``: biases, norms, embeddings, the VAE."""
     inside = outside = 0.0
-    for component in ("denoiser", "vae", *before.encoders):
-        originals = dict(getattr(before, component).named_parameters())
-        for name, value in getattr(after, component).named_parameters():
+    changed = {"denoiser": after.denoiser, "vae": after.vae, **after.encoders}
+    for component, model in {"denoiser": before.denoiser, "vae": before.vae, **before.encoders}.items():
+        originals = dict(model.named_parameters())
+        for name, value in changed[component].named_parameters():
             change = float((value.data.float() - originals[name].data.float()).square().sum())
             if module_path(before, component, name).removesuffix(".weight") in modules and name.endswith(".weight"):
                 inside += change

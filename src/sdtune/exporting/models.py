@@ -25,9 +25,9 @@ def components(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
     """Tensors of each model by canonical name, without the embeddings of new tokens."""
     tensors_of: dict[str, dict[str, Tensor]] = {}
     with without_new_tokens(backbone):
-        for component in ("denoiser", "vae", *backbone.encoders):
-            name = backbone.facts.family.denoiser if component == "denoiser" else component
-            tensors = getattr(backbone, component).state_dict()
+        models = {backbone.facts.family.denoiser: backbone.denoiser, "vae": backbone.vae, **backbone.encoders}
+        for name, model in models.items():
+            tensors = model.state_dict()
             tensors_of[name] = {
                 canonical_key(name, key): value for key, value in tensors.items() if not is_redundant(key)
             }

@@ -284,7 +284,7 @@ class Adapter(pl.LightningModule, ABC):
                 vectors.data = vectors.data.float()
         # diffusers and transformers apply gradient checkpointing only in training mode.
         self.backbone.denoiser.train()
-        for encoder in self.backbone.encoders.values():
+        for encoder in self.backbone.trainable_encoders.values():
             encoder.train(self.trains("text_encoder"))
         if self.gradient_checkpointing:
             checkpoint_activations(self)
@@ -328,7 +328,8 @@ class Adapter(pl.LightningModule, ABC):
 
     def trains(self, component: str) -> bool:
         """Whether any parameter of ``component`` of the backbone is trained; ``text_encoder``: any text encoder."""
-        models = self.backbone.encoders.values() if component == "text_encoder" else [getattr(self.backbone, component)]
+        encoders = self.backbone.trainable_encoders
+        models = encoders.values() if component == "text_encoder" else [getattr(self.backbone, component)]
         return any(p.requires_grad for model in models for p in model.parameters())
 
     def on_fit_start(self) -> None:
@@ -341,10 +342,14 @@ class Adapter(pl.LightningModule, ABC):
         if isinstance(data, ImageDataModule):
             data.open(self.source.facts.side, self.source.facts.factor)
             check_trainable(self, data)
-            fill_caches(self._cached_parts(), data, self.trainer)
+            with self.backbone.encoders_on_device():
+                fill_caches(self._cached_parts(), data, self.trainer)
+            if data.text_cache is None:
+                for encoder in self.backbone.encoders.values():  # they encode prompts in each step
+                    encoder.to(self.device)
             if self.offload:
                 vae: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
-                encoders = list(self.backbone.encoders.values()) if data.text_cache is not None else []
+                encoders = list(self.backbone.trainable_encoders.values()) if data.text_cache is not None else []
                 self.cpu_offload = CpuOffload(vae, encoders, self.device)
 
     def _cached_parts(self) -> CachedParts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Unpack
@@ -22,6 +23,8 @@ from sdtune.formats.pipeline import copy_pipeline, save_component, save_text_enc
 from sdtune.methods.base import Adapter
 from sdtune.training.arguments import Common
 from sdtune.training.perceptual_loss import PerceptualLoss
+
+log = logging.getLogger("sdtune")
 
 
 class Full(Adapter):
@@ -95,15 +98,17 @@ class Full(Adapter):
             )
 
     def inject(self) -> None:
+        models: dict[str, nn.Module] = {}
         for part in self.parts:
-            if part != "text_encoder":
-                getattr(self.backbone, part).requires_grad_(True)
-                continue
-            for component, encoder in self.backbone.encoders.items():
-                unused_prefixes = self.backbone.unused_prefixes(component)
-                for name, parameter in encoder.named_parameters():
-                    # These layers do not affect the text embeddings, so they get no gradient, and DDP would fail.
-                    parameter.requires_grad_(not name.startswith(unused_prefixes))
+            encoders = self.backbone.trainable_encoders
+            models |= encoders if part == "text_encoder" else {part: getattr(self.backbone, part)}
+        for component, model in models.items():
+            # These parameters would get no gradient, and DDP would fail; or no file has a place for them.
+            frozen = self.backbone.frozen_prefixes(component)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.startswith(frozen))
+            if frozen and component == "denoiser":
+                log.info("%s: not trained, because it has no effect: %s", component, ", ".join(frozen))
 
     def component_rates(self) -> Mapping[str, float | None]:
         return self.rates
@@ -138,7 +143,7 @@ class Full(Adapter):
     def write_artifact(self, folder: Path, name: str) -> None:
         """Write a pipeline folder in the diffusers layout, ``<folder>/<name>``; frozen components are copied."""
         pipeline = folder / name
-        encoders = self.backbone.encoders if "text_encoder" in self.parts else {}
+        encoders = self.backbone.trainable_encoders if "text_encoder" in self.parts else {}
         models = {
             self.source.folder_of(part): getattr(self.backbone, part) for part in self.parts if part != "text_encoder"
         }

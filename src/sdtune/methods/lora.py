@@ -17,8 +17,8 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from sdtune import streams
-from sdtune.backbone.families import model_spec_prediction
-from sdtune.backbone.layers import BLOCKS, layers, module_path, named_modules
+from sdtune.backbone.families import LoRAProjection, LoRATarget, model_spec_prediction
+from sdtune.backbone.layers import layers, module_path, named_modules
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.errors import UserError
 from sdtune.formats import kohya_lora, read_lora
@@ -33,11 +33,10 @@ from sdtune.training.arguments import Common
 from sdtune.training.executor import LocalExecutor
 from sdtune.training.lora_layer import FusedLoRALinear, HalfLoRAConv2d, LoRALayers, cast_pairs, drop_cast_pairs
 
-Target = Literal["cross_attention", "self_attention", "feed_forward", "convolutions", "text_encoder"]
+Target = LoRATarget | Literal["text_encoder"]
 AlphaPolicy = Literal["rank", "constant", "rslora"]
 
 DEFAULT_RANK = 8
-DEFAULT_TARGETS: tuple[Target, ...] = ("cross_attention", "self_attention")
 
 log = logging.getLogger("sdtune")
 
@@ -58,22 +57,18 @@ class Block:
     alpha: Annotated[float, Gt(0)] | None = None
 
 
-Projection = Literal["q", "k", "v", "out"]
-
-_DENOISER_PROJECTIONS: dict[Projection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-_TEXT_PROJECTIONS: dict[Projection, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
+_TEXT_PROJECTIONS: dict[LoRAProjection, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 
-def _check_layers(targets: Sequence[Target] | None, projections: Sequence[Projection] | None) -> None:
+def _check_layers(targets: Sequence[Target] | None, projections: Sequence[LoRAProjection] | None) -> None:
     """Raise UserError if no layer gets pairs."""
-    attention_only = not {"feed_forward", "convolutions"} & set(targets or DEFAULT_TARGETS)
+    attention_only = not {"feed_forward", "convolutions"} & set(targets or ())
     for name, is_empty, options in (
-        ("targets", targets is not None and not targets, Target),
-        ("projections", projections is not None and not projections and attention_only, Projection),
+        ("targets", targets is not None and not targets, (*get_args(LoRATarget), "text_encoder")),
+        ("projections", projections is not None and not projections and attention_only, get_args(LoRAProjection)),
     ):
         if is_empty:
-            remedy = f"set at least one of {', '.join(get_args(options))}, or null"
+            remedy = f"set at least one of {', '.join(options)}, or null"
             raise UserError("the list is empty", key=f"method.{name}", remedy=remedy)
 
 
@@ -90,7 +85,7 @@ class LoRA(Adapter):
             if several paths match, the longest is used.
         targets: layers that get pairs. ``convolutions``: those of the residual blocks and samplers, and ``proj_in`` and
             ``proj_out`` of the transformers; ``text_encoder``: its attention (and its MLP, with ``feed_forward``). If
-            None, the layers in ``weights`` (if ``projections`` is None too), else cross-attention and self-attention.
+            None, the layers in ``weights`` (if ``projections`` is None too), else the attention of the model.
         projections: attention projections that get pairs; if None, those in ``weights`` (if ``targets`` is None too),
             else all.
         dropout: dropout probability of the input of the LoRA branch.
@@ -110,7 +105,7 @@ class LoRA(Adapter):
         alpha_policy: AlphaPolicy | None = None,
         blocks: Mapping[str, Block] | None = None,
         targets: Sequence[Target] | None = None,
-        projections: Sequence[Projection] | None = None,
+        projections: Sequence[LoRAProjection] | None = None,
         dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0,
         text_encoder_lr: Annotated[float, Gt(0)] | None = None,
         weights: str | None = None,
@@ -142,8 +137,8 @@ class LoRA(Adapter):
                     key=f"method.blocks.{key}.alpha",
                     remedy="set method.alpha_policy=constant and method.alpha",
                 )
-        if text_encoder_lr is not None and weights is None and "text_encoder" not in (targets or DEFAULT_TARGETS):
-            names = ",".join([*(targets or DEFAULT_TARGETS), "text_encoder"])
+        if text_encoder_lr is not None and weights is None and "text_encoder" not in (targets or ()):
+            names = ",".join([*(targets or self.source.facts.family.default_targets), "text_encoder"])
             raise UserError(
                 f"got {text_encoder_lr}, but the text encoder is not trained",
                 key="method.text_encoder_lr",
@@ -157,6 +152,14 @@ class LoRA(Adapter):
         self._cast_layers: LoRALayers = ()
 
     def check_data(self, data: ImageDataModule) -> None:
+        family = self.source.facts.family
+        lacking = set(self.targets or ()) - {*family.lora_targets, "text_encoder"}
+        if lacking:
+            raise UserError(
+                f"{family.title} has no {sorted(lacking)[0]}",
+                key="method.targets",
+                remedy=f"set some of {', '.join((*family.lora_targets, 'text_encoder'))}, or null",
+            )
         if self.weights_file is not None:
             check_adapter(self.weights_file, self.source.hash(), "method.weights")
 
@@ -164,7 +167,7 @@ class LoRA(Adapter):
         pairs = self._pairs_in_file()
         self._ranks_and_alphas_in_file = {path: (pairs.rank(path), pairs.alphas[path]) for path in pairs.pairs}
         for component, names in self._layers_with_pairs(pairs.pairs.keys()).items():
-            self._inject_pairs(component, getattr(self.backbone, component), names)
+            self._inject_pairs(component, self._model(component), names)
         modules = {
             module_path(self.backbone, component, name): module for component, name, module in self._lora_layers()
         }
@@ -176,6 +179,10 @@ class LoRA(Adapter):
                     remedy="use the start of a module path, such as denoiser.mid_block",
                 )
         self._copy_pairs(pairs, modules)
+
+    def _model(self, component: str) -> nn.Module:
+        models: dict[str, nn.Module] = {"denoiser": self.backbone.denoiser, **self.backbone.encoders}
+        return models[component]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -245,7 +252,7 @@ class LoRA(Adapter):
         return LoRAWeights(pairs, {path: loaded.alphas[path] for path in pairs})
 
     def _is_unused(self, component: str, name: str) -> bool:
-        return component != "denoiser" and name.startswith(self.backbone.unused_prefixes(component))
+        return name.startswith(self.backbone.frozen_prefixes(component))
 
     def _layers_with_pairs(self, paths_in_file: Set[str]) -> dict[str, list[str]]:
         """Names of the layers that get pairs, by component."""
@@ -256,8 +263,8 @@ class LoRA(Adapter):
                     names.setdefault(component, []).append(name)
             return names
         names = {"denoiser": self._denoiser_layers()}
-        if "text_encoder" in (self.targets or DEFAULT_TARGETS):
-            names |= {component: self._text_encoder_layers(component) for component in self.backbone.encoders}
+        if "text_encoder" in (self.targets or ()):
+            names |= {component: self._text_encoder_layers(component) for component in self.backbone.trainable_encoders}
         chosen = {module_path(self.backbone, component, name) for component, part in names.items() for name in part}
         if missing := paths_in_file - chosen:
             raise UserError(
@@ -326,24 +333,20 @@ class LoRA(Adapter):
     def component_rates(self) -> Mapping[str, float | None]:
         return {"text_encoder": self.text_encoder_lr}
 
-    def _chosen_projections(self) -> Sequence[Projection]:
-        return get_args(Projection) if self.projections is None else self.projections
+    def _chosen_projections(self) -> Sequence[LoRAProjection]:
+        return get_args(LoRAProjection) if self.projections is None else self.projections
 
     def _denoiser_layers(self) -> list[str]:
+        """Names of the denoiser's layers that are targets, without those that have no effect."""
+        family, projections = self.backbone.facts.family, self._chosen_projections()
+        targets = self.targets or family.default_targets
         names: list[str] = []
-        projections = [_DENOISER_PROJECTIONS[p] for p in self._chosen_projections()]
-        targets = self.targets or DEFAULT_TARGETS
         for component, name, _ in layers(self.backbone):
-            if component != "denoiser" or not name.startswith(BLOCKS):
+            kind = family.lora_layer(name) if component == "denoiser" else None
+            if kind is None or self._is_unused(component, name):
                 continue
-            if ".attn1." in name or ".attn2." in name:
-                kind = "self_attention" if ".attn1." in name else "cross_attention"
-                is_target = kind in targets and name.endswith(tuple(projections))
-            elif ".ff." in name:
-                is_target = "feed_forward" in targets
-            else:
-                is_target = "convolutions" in targets and name.rpartition(".")[2] in _CONVOLUTIONS
-            if is_target:
+            target, projection = kind
+            if target in targets and (projection is None or projection in projections):
                 names.append(name)
         return names
 

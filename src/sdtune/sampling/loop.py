@@ -145,8 +145,8 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
     """
     config = dict(backbone.scheduler_config)
     if isinstance(backbone.path, FlowPath):
-        name = _FLOW_SCHEDULERS[sampler] if sampler else config["_class_name"]
-        return getattr(diffusers, name).from_config(_flow_config(config, backbone.path))
+        flow_kind = getattr(diffusers, _FLOW_SCHEDULERS[sampler] if sampler else config["_class_name"])
+        return flow_kind.from_config(_flow_config(config, backbone.path, flow_kind))
     kind = getattr(diffusers, _SCHEDULERS[sampler] if sampler else config["_class_name"])
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
         if sampler is not None:
@@ -159,10 +159,11 @@ def make_scheduler(backbone: Backbone, sampler: Sampler | None) -> diffusers.Sch
     return kind.from_config(config)
 
 
-def _flow_config(config: dict[str, Any], path: FlowPath) -> dict[str, Any]:
-    """Scheduler config for every scheduler of flow models: they name the shift differently."""
+def _flow_config(config: dict[str, Any], path: FlowPath, kind: type) -> dict[str, Any]:
+    """Scheduler config for ``kind``; the schedulers of flow models name the shift differently."""
     multistep = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
-    return {**config, "num_train_timesteps": path.steps, "shift": path.shift, **multistep}
+    merged = {**config, "num_train_timesteps": path.steps, "shift": path.shift, **multistep}
+    return {name: value for name, value in merged.items() if name in inspect.signature(kind).parameters}
 
 
 def predict_with_conditions(

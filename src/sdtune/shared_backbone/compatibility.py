@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from sdtune.backbone.families import Family, LoRAProjection
 from sdtune.config.targets import resolve
 from sdtune.formats import largest_rank_in_file
 from sdtune.methods import LoRA, TextualInversion
-from sdtune.methods.lora import DEFAULT_RANK, DEFAULT_TARGETS, Projection, Target
+from sdtune.methods.lora import DEFAULT_RANK
 from sdtune.runs.compare import flat
 
 _PER_RUN = (
@@ -62,8 +63,10 @@ def largest_rank(method: Mapping[str, Any]) -> int:
     return max(map(int, ranks))
 
 
-def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Config of a job that costs as much as any job of ``configs`` can, with the optimizer ``optimizer``.
+def largest_config(
+    configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str, Any], family: Family
+) -> dict[str, Any]:
+    """Config of a job that costs as much as any job of ``configs`` can, with ``optimizer``, on a model of ``family``.
 
     It trains every layer that any job trains: in the shared backbone, that layer stores activations for each run. A job
     with the layers of a LoRA file counts as one with all targets, without layers such as ``time_emb_proj``.
@@ -74,9 +77,9 @@ def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str,
     if "rank" in method:
         method |= {"rank": max(map(largest_rank, methods)), "blocks": None, "alpha_policy": "rank", "alpha": None}
         method |= {"weights": None, "dropout": max(float(node.get("dropout", 0)) for node in methods)}
-        method["targets"] = sorted({name for node in methods for name in _targets(node)})
+        method["targets"] = sorted({name for node in methods for name in _targets(node, family)})
         projections = [
-            get_args(Projection) if node.get("projections") is None else node["projections"] for node in methods
+            get_args(LoRAProjection) if node.get("projections") is None else node["projections"] for node in methods
         ]
         method["projections"] = sorted({name for names in projections for name in names})
     callbacks = [config["callbacks"] for config in configs]
@@ -92,13 +95,13 @@ def largest_config(configs: Sequence[Mapping[str, Any]], optimizer: Mapping[str,
     return result
 
 
-def _targets(method: Mapping[str, Any]) -> Sequence[str]:
+def _targets(method: Mapping[str, Any], family: Family) -> Sequence[str]:
     """Targets of a LoRA's ``method`` node; all targets if the file ``method.weights`` sets its layers."""
     if method.get("targets"):
         targets: Sequence[str] = method["targets"]
         return targets
     layers_of_file = method.get("weights") and method.get("projections") is None
-    return get_args(Target) if layers_of_file else DEFAULT_TARGETS
+    return (*family.lora_targets, "text_encoder") if layers_of_file else family.default_targets
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -273,10 +273,9 @@ def plan_requests(full_configs: Sequence[DictConfig]) -> list[PlanRequest]:
     configs = [job.config for job in jobs]
     optimizers = {str(config["optimizer"]["_target_"]): config["optimizer"] for config in configs}
     caches = {key: all(job.data[key] for job in jobs) for key in ("cache_latents", "cache_text")}
-    return [
-        plan_request(replace(jobs[0], config=largest_config(configs, optimizer), data={**jobs[0].data, **caches}))
-        for optimizer in optimizers.values()
-    ]
+    family = jobs[0].source.facts.family
+    largest = [largest_config(configs, optimizer, family) for optimizer in optimizers.values()]
+    return [plan_request(replace(jobs[0], config=config, data={**jobs[0].data, **caches})) for config in largest]
 
 
 def _until_stopped(jobs: Iterator[Callable[[], None]], shared: SharedBackbone) -> Iterator[Callable[[], None]]:

@@ -8,10 +8,13 @@ from typing import Any
 
 from sdtune.backbone.families.base import (
     STATED_PREDICTION,
+    T5,
     Component,
     Facts,
     Family,
     FamilyName,
+    LoRAProjection,
+    LoRATarget,
     Quantization,
     model_spec_prediction,
 )
@@ -105,10 +108,13 @@ __all__ = [
     "SD35_MEDIUM",
     "SDXL",
     "STATED_PREDICTION",
+    "T5",
     "Component",
     "Facts",
     "Family",
     "FamilyName",
+    "LoRAProjection",
+    "LoRATarget",
     "Quantization",
     "SD3Family",
     "UNetFamily",

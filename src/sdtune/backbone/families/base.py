@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -22,6 +22,12 @@ FamilyName = Literal["sd1", "sd2", "sdxl", "sd3_medium", "sd35_medium", "sd35_la
 Component = Literal["denoiser", "vae", "text_encoder"]
 """Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
 
+LoRATarget = Literal["cross_attention", "self_attention", "joint_attention", "feed_forward", "convolutions"]
+"""Kinds of layers of a denoiser that a LoRA can target."""
+
+LoRAProjection = Literal["q", "k", "v", "out"]
+"""Linear layers of an attention layer."""
+
 Quantization = Literal["fp8", "int8", "nf4"]
 """Formats of quantized weights (:mod:`sdtune.backbone.quantization`)."""
 
@@ -29,6 +35,9 @@ Quantization = Literal["fp8", "int8", "nf4"]
 STATED_PREDICTION = "_prediction_type_of_file"
 """Key in the scheduler config of a converted single file that states its own prediction type; diffusers ignores keys
 that begin with an underscore."""
+
+T5 = "text_encoder_3"
+"""Folder of T5 in a pipeline."""
 
 VAE = ComponentLayout(
     "first_stage_model.",
@@ -60,6 +69,9 @@ class Family(ABC):
         pads: text encoders with the padding token of their tokenizers; None if sdtune does not include the tokenizer.
         layout: layout of single files.
         architecture: architecture in ModelSpec's metadata of a full model.
+        blocks: prefixes of the names of the denoiser's modules in its blocks, without its first and last layers.
+        lora_targets: kinds of layers of the denoiser that a LoRA can target.
+        default_targets: those that a LoRA targets by default.
     """
 
     name: FamilyName
@@ -71,11 +83,19 @@ class Family(ABC):
     pads: Mapping[str, str | None]
     layout: FileLayout
     architecture: str
+    blocks: tuple[str, ...]
+    lora_targets: tuple[LoRATarget, ...]
+    default_targets: tuple[LoRATarget, ...]
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
         """Folders of the text encoders."""
         return tuple(self.pads)
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether the denoiser is conditioned on T5; its CLIP text encoders then read one window of a prompt."""
+        return T5 in self.pads
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -93,6 +113,10 @@ class Family(ABC):
     def usual_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``tensors`` of a single file with the names in :attr:`layout`, for files that deviate from it."""
         return dict(tensors)
+
+    @abstractmethod
+    def lora_layer(self, name: str) -> tuple[LoRATarget, LoRAProjection | None] | None:
+        """Kind of the denoiser's layer ``name`` and, in attention, its projection; None if no LoRA can target it."""
 
     @abstractmethod
     def lora_names(self, prediction_type: str) -> ModelNames:
@@ -130,7 +154,7 @@ class Facts:
     latent_channels: int
     prediction_type: PredictionType
     max_tokens: int
-    family: Family
+    family: Family = field(repr=False)
     windows: int = 1
     scheduler: str = "DDIMScheduler"
     train_timesteps: int = 1000

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtune.backbone.families.base import VAE, Family
+from sdtune.backbone.families.base import VAE, Family, LoRAProjection, LoRATarget
 from sdtune.backbone.families.unet import PREFIX
 from sdtune.backbone.vocabulary import END
 from sdtune.formats.kohya_lora import ModelNames
@@ -22,6 +22,20 @@ from sdtune.formats.original.mmdit import mmdit_entries
 _IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.loss\..*|.*position_ids|text_encoders\.\w+\.(transformer\.)?logit_scale"
 )
+_LORA_LAYER = re.compile(
+    r"transformer_blocks\.\d+\.((?P<attention>attn2?)\.(?P<layer>to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    r"|ff(_context)?\.net\.(0\.proj|2))"
+)
+_PROJECTIONS: dict[str, LoRAProjection] = {
+    "to_q": "q",
+    "add_q_proj": "q",
+    "to_k": "k",
+    "add_k_proj": "k",
+    "to_v": "v",
+    "add_v_proj": "v",
+    "to_out.0": "out",
+    "to_add_out": "out",
+}
 _LORA_PREFIXES = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 
 
@@ -65,6 +79,7 @@ class SD3Family(Family):
     """
 
     denoiser: str = field(default="transformer", init=False)
+    blocks: tuple[str, ...] = field(default=("transformer_blocks.",), init=False)
     pads: Mapping[str, str | None] = field(
         default_factory=lambda: {"text_encoder": END, "text_encoder_2": "!", "text_encoder_3": None}, init=False
     )
@@ -107,6 +122,14 @@ class SD3Family(Family):
         others = tuple(component.prefix for component in self.layout.components.values())
         return {key if key.startswith(others) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
 
+    def lora_layer(self, name: str) -> tuple[LoRATarget, LoRAProjection | None] | None:
+        match = _LORA_LAYER.fullmatch(name)
+        if match is None:
+            return None
+        if match["attention"] is None:
+            return "feed_forward", None
+        return ("self_attention" if match["attention"] == "attn2" else "joint_attention"), _PROJECTIONS[match["layer"]]
+
     def lora_names(self, prediction_type: str) -> ModelNames:
         return ModelNames(self.architecture, "diffusers", self.lora_version)
 
@@ -131,6 +154,8 @@ SD3_MEDIUM = SD3Family(
     guidance=5.0,
     configs="sd3_medium",
     architecture="stable-diffusion-3-medium",
+    lora_targets=("joint_attention", "feed_forward"),
+    default_targets=("joint_attention",),
     has_qk_norm=False,
     has_dual_attention=False,
     lora_version="medium",
@@ -142,6 +167,8 @@ SD35_MEDIUM = SD3Family(
     guidance=5.0,
     configs="sd35_medium",
     architecture="stable-diffusion-3-5-medium",
+    lora_targets=("joint_attention", "self_attention", "feed_forward"),
+    default_targets=("joint_attention", "self_attention"),
     has_qk_norm=True,
     has_dual_attention=True,
     lora_version="5-medium",
@@ -153,6 +180,8 @@ SD35_LARGE = SD3Family(
     guidance=4.5,
     configs="sd35_large",
     architecture="stable-diffusion-3-5-large",
+    lora_targets=("joint_attention", "feed_forward"),
+    default_targets=("joint_attention",),
     has_qk_norm=True,
     has_dual_attention=False,
     lora_version="5-large",

@@ -27,7 +27,7 @@ class SDXLBackbone(UNetBackbone):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().text_shapes, "pooled": (int(self.encoders["text_encoder_2"].config.projection_dim),)}
 
-    def unused_prefixes(self, component: str) -> tuple[str, ...]:
+    def frozen_prefixes(self, component: str) -> tuple[str, ...]:
         # The pooled text embedding depends on all layers of the second encoder.
         if component != "text_encoder":
             return ()

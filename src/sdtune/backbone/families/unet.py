@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtune.backbone.families.base import VAE, Family
+from sdtune.backbone.families.base import VAE, Family, LoRAProjection, LoRATarget
 from sdtune.errors import UserError
 from sdtune.formats.kohya_lora import ModelNames
 from sdtune.formats.kohya_names import KohyaModule, KohyaTable, plain_modules, underscored
@@ -90,6 +90,10 @@ def unet_layout(text_encoders: Mapping[str, ComponentLayout], has_markers: bool)
     )
 
 
+_PROJECTIONS: dict[LoRAProjection, str] = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out")
+
+
 @dataclass(frozen=True)
 class UNetFamily(Family):
     """A family with a UNet.
@@ -103,6 +107,11 @@ class UNetFamily(Family):
     """
 
     denoiser: str = field(default="unet", init=False)
+    blocks: tuple[str, ...] = field(default=("down_", "mid_", "up_"), init=False)
+    lora_targets: tuple[LoRATarget, ...] = field(
+        default=("cross_attention", "self_attention", "feed_forward", "convolutions"), init=False
+    )
+    default_targets: tuple[LoRATarget, ...] = field(default=("cross_attention", "self_attention"), init=False)
     lora_prefixes: Mapping[str, str]
     lora_version: str
     has_original_lora_names: bool = False
@@ -123,6 +132,17 @@ class UNetFamily(Family):
     def is_in(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         prefix = self.layout.components[self.text_encoders[-1]].prefix
         return any(key.startswith(prefix) for key in shapes)
+
+    def lora_layer(self, name: str) -> tuple[LoRATarget, LoRAProjection | None] | None:
+        if not name.startswith(self.blocks):
+            return None
+        if ".attn1." in name or ".attn2." in name:
+            projection = next((key for key, end in _PROJECTIONS.items() if name.endswith(end)), None)
+            target: LoRATarget = "self_attention" if ".attn1." in name else "cross_attention"
+            return (target, projection) if projection is not None else None
+        if ".ff." in name:
+            return "feed_forward", None
+        return ("convolutions", None) if name.rpartition(".")[2] in _CONVOLUTIONS else None
 
     def lora_names(self, prediction_type: str) -> ModelNames:
         implementation = GENERATIVE_MODELS if self.has_original_lora_names else "diffusers"

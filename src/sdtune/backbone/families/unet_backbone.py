@@ -21,7 +21,7 @@ class UNetBackbone(Backbone):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"states": (self._token_count, int(self.denoiser.config.cross_attention_dim))}
 
-    def unused_prefixes(self, component: str) -> tuple[str, ...]:
+    def frozen_prefixes(self, component: str) -> tuple[str, ...]:
         return () if component == "denoiser" else unused_prefixes(self.encoders[component], self.clip_skip)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
