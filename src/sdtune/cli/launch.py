@@ -46,7 +46,7 @@ from sdtune.sweeps.sweep import multirun
 if TYPE_CHECKING:
     from hydra.core.config_search_path import ConfigSearchPath
 
-_NOT_SECRET = ("data.", "new_tokens", "backbone.max_tokens", "keep_tokens", "max_new_tokens")
+_NOT_SECRET = ("data.", "new_tokens", "backbone.max_tokens", "backbone.t5_tokens", "keep_tokens", "max_new_tokens")
 """Words of a prompt, numbers of tokens, and an option of kohya's scripts."""
 _SECRET = re.compile(r"(^|[._])(api_?key|token|password|secret)s?$", re.IGNORECASE)
 

@@ -193,7 +193,7 @@ class LoRA(Adapter):
 
     def _predict(self, inputs: dict[str, Any]) -> Tensor:
         if self._cast_layers:
-            cast_pairs(self._cast_layers, inputs["sample"].dtype)
+            cast_pairs(self._cast_layers, next(iter(inputs.values())).dtype)
         output = super()._predict(inputs)
         if not torch.is_grad_enabled():
             drop_cast_pairs(self._cast_layers)

@@ -205,7 +205,7 @@ class Pool:
     def in_parts(self, calls: dict[int, Forward]) -> Iterator[dict[int, Forward]]:
         """Split ``calls`` without gradients into passes of at most as many samples as one batch of images has."""
         assert self._base is not None
-        count, _, height, width = next(iter(calls.values())).inputs["sample"].shape
+        count, _, height, width = next(iter(next(iter(calls.values())).inputs.values())).shape
         side = int(math.sqrt(height * width)) * self._base.facts.factor
         per_pass = max(1, 2 * class_image_batch_size(side) // count)
         remaining = list(calls.items())
