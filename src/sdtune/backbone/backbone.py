@@ -202,7 +202,7 @@ class Backbone(LatentCodec, ABC):
     def denoiser_inputs(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, added: AddedInputs | None = None
     ) -> dict[str, Any]:
-        """Keyword arguments of the denoiser for a prediction, the noisy latents first; parameters as in :meth:`predict`.
+        """Keyword arguments of the denoiser for a prediction, the noisy latents first.
 
         Inputs are cast to the denoiser's dtype: a frozen half-precision denoiser does not accept float32 activations.
         """

@@ -30,6 +30,10 @@ _BACKBONES: dict[str, type[Backbone]] = {
 """Backbone class of each family."""
 
 
+T5_DTYPE = torch.bfloat16
+"""Dtype of T5: it has 4.8 billion parameters, is not trained, and overflows in float16."""
+
+
 def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype | None = None) -> Backbone:
     """Load ``source`` on the CPU: frozen, in eval mode, in float32 (the denoiser in dtype ``denoiser_dtype`` if given).
 
@@ -56,7 +60,7 @@ def load_backbone(source: PipelineSource, seed: int, denoiser_dtype: torch.dtype
 
     def dtype(name: str) -> torch.dtype:
         if name == T5:
-            return torch.bfloat16  # 4.8 billion parameters, which are not trained; T5 overflows in float16
+            return T5_DTYPE
         return denoiser_dtype or torch.float32 if name == source.denoiser_folder else torch.float32
 
     # Load on the CPU: the default device may be a GPU with too little memory for float32 weights.

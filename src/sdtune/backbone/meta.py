@@ -11,7 +11,8 @@ import torch
 from transformers import T5TokenizerFast
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.loading import assemble_backbone, read_tokenizer
+from sdtune.backbone.families import T5
+from sdtune.backbone.loading import T5_DTYPE, assemble_backbone, read_tokenizer
 from sdtune.backbone.models import from_config
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.backbone.vocabulary import write_tokenizer
@@ -31,6 +32,10 @@ class MetaPretrained(Pretrained):
                 "denoiser" if name == self.denoiser_folder else name: from_config(name, folder)
                 for name in self.components
             }
+        # As the weights are loaded: this includes the position table of a transformer, a buffer.
+        models["denoiser"].to(denoiser_dtype or torch.float32)
+        if T5 in models:
+            models[T5].to(T5_DTYPE)
         # The tables of the probability path are small, and its checks need values.
         with torch.device("cpu"):
             return assemble_backbone(self, models | {name: _tokenizer(folder / name) for name in self.tokenizers})

@@ -252,7 +252,7 @@ class LoRA(Adapter):
         return LoRAWeights(pairs, {path: loaded.alphas[path] for path in pairs})
 
     def _is_unused(self, component: str, name: str) -> bool:
-        return name.startswith(self.backbone.frozen_prefixes(component))
+        return f"{name}.".startswith(self.backbone.frozen_prefixes(component))
 
     def _layers_with_pairs(self, paths_in_file: Set[str]) -> dict[str, list[str]]:
         """Names of the layers that get pairs, by component."""

@@ -18,7 +18,7 @@ from sdtune.backbone.quantization import Quantized, quantize
 from sdtune.conditioning import Conditioning
 from sdtune.data.batch_sizes import vae_batch_size
 from sdtune.data.dataset import Batch
-from sdtune.hardware.precision import autocast
+from sdtune.hardware.precision import HALVES, autocast
 from sdtune.methods.base import Adapter
 from sdtune.planning.kernels import Kernels
 from sdtune.planning.meter import Meter
@@ -32,12 +32,18 @@ SAMPLE_BATCH = 4
 
 @dataclass(frozen=True)
 class ComponentCost:
-    """Parameter counts (frozen, trained) and bytes of a model component."""
+    """Parameter counts (frozen, trained) and bytes of a model component.
+
+    Attributes:
+        bytes: bytes on the device during a training step.
+        waiting: bytes that wait in main memory until prompts are encoded.
+    """
 
     name: str
     frozen: int
     trained: int
     bytes: int
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class TrainingCosts:
         idle_vae, idle_text: bytes of the encoders that a step with full caches does not need.
         plain, checkpointed: a micro-batch without and with gradient checkpointing.
         encoding: peak in bytes above the weights while encoding images for the cache; 0 if disabled.
+        prompts: bytes above the weights while T5 encodes prompts, in place of the denoiser; None without T5.
         previews, single_preview: peaks in bytes above weights and state while generating a batch of previews, and one;
             0 if disabled.
         class_images, evaluation: costs of generating class images before the training, and images after it; None if
@@ -107,6 +114,7 @@ class TrainingCosts:
     plain: PassCost
     checkpointed: PassCost
     encoding: int
+    prompts: int | None
     previews: int
     single_preview: int
     class_images: GenerationCost | None
@@ -122,7 +130,7 @@ class TrainingCosts:
     @property
     def total(self) -> ComponentCost:
         """Sum over all components."""
-        counts = zip(*((c.frozen, c.trained, c.bytes) for c in self.components), strict=True)
+        counts = zip(*((c.frozen, c.trained, c.bytes, c.waiting) for c in self.components), strict=True)
         return ComponentCost("total", *map(sum, counts))
 
 
@@ -166,7 +174,9 @@ def measure(
     checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(gpu)))
     checkpointed = _pass(adapter, batch, gpu)
     state = _optimizer_state(adapter)
-    components = _components(adapter)
+    components = _components(adapter, caches[1])
+    denoiser = sum(component.bytes for component in components if component.name == "denoiser")
+    waiting = sum(component.waiting for component in components)
     encoders = sum(component.bytes for component in components if component.name.startswith("text_encoder"))
     generation = _Generation(adapter, gpu)
     return TrainingCosts(
@@ -181,6 +191,7 @@ def measure(
         plain=plain,
         checkpointed=checkpointed,
         encoding=_peak(adapter, gpu, "32-true", lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
+        prompts=waiting - denoiser if waiting else None,
         previews=_previews(adapter, gpu, previews) if previews else 0,
         single_preview=_previews(adapter, gpu, 1) if previews else 0,
         class_images=generation.cost(class_images, side, str(adapter.trainer.precision)) if class_images else None,
@@ -214,7 +225,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
+def _components(adapter: Adapter, cached_text: bool) -> tuple[ComponentCost, ...]:
     counts: dict[int, int] = {}
     for layer in adapter.modules():
         if isinstance(layer, Quantized):
@@ -222,15 +233,33 @@ def _components(adapter: Adapter) -> tuple[ComponentCost, ...]:
     parameters_of: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         parameters_of.setdefault(name.removeprefix("backbone.").split(".")[0], []).append(parameter)
-    return tuple(
+    tables = {"denoiser": _position_table(adapter.backbone)}
+    registered = tuple(
         ComponentCost(
             name,
             frozen=sum(counts.get(id(p), p.numel()) for p in parameters if not p.requires_grad),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
-            bytes=sum(_bytes(p) for p in parameters),
+            bytes=sum(_bytes(p) for p in parameters) + tables.get(name, 0),
         )
         for name, parameters in parameters_of.items()
     )
+    return (*registered, *_waiting_encoders(adapter.backbone, cached_text))
+
+
+def _position_table(backbone: Backbone) -> int:
+    """Bytes of the denoiser's buffers: the position table of a transformer."""
+    return sum(_bytes(buffer) for buffer in backbone.denoiser.buffers())
+
+
+def _waiting_encoders(backbone: Backbone, cached_text: bool) -> list[ComponentCost]:
+    """Cost of the text encoders that wait in main memory; on the device in each step if captions are not cached."""
+    costs = []
+    for name in backbone.encoders.keys() - backbone.trainable_encoders.keys():
+        parameters = list(backbone.encoders[name].parameters())
+        size = sum(_bytes(p) for p in parameters)
+        count = sum(p.numel() for p in parameters)
+        costs.append(ComponentCost(name, count, 0, 0 if cached_text else size, size if cached_text else 0))
+    return costs
 
 
 def meta_batch(adapter: Adapter, count: int, side: int, cached_latents: bool, cached_text: bool) -> Batch:
@@ -305,14 +334,18 @@ class _Generation:
             trained: whether the images need the models that the method adds to the backbone, such as a ControlNet.
             cpu_precision: precision on a CPU; a GPU generates in half precision.
         """
-        base = self._adapter.source.load(self._adapter.seed)
+        half = HALVES.get("bf16-mixed" if self._gpu else cpu_precision)
+        base = self._adapter.source.load(self._adapter.seed, half)
         base.cast_frozen("bf16-mixed" if self._gpu else cpu_precision)
         quantize(base, self._adapter.source.quantize)
         base.prepare_for_device(_META if self._gpu else torch.device("cpu"))
         if self._adapter.vae_tiling:
             base.decode_in_tiles()
-        total = sum(_bytes(p) for p in base.parameters())
-        encoders = sum(_bytes(p) for encoder in base.encoders.values() for p in encoder.parameters())
+        total = sum(_bytes(p) for p in base.parameters()) + _position_table(base)
+        encoders = sum(_bytes(p) for encoder in base.trainable_encoders.values() for p in encoder.parameters())
+        # While T5 encodes prompts, the denoiser is in main memory.
+        replaced = sum(_bytes(p) for p in base.denoiser.parameters()) + _position_table(base)
+        waiting = sum(cost.waiting - replaced for cost in _waiting_encoders(base, True)) if self._gpu else 0
         precision = "32-true" if self._gpu else cpu_precision
 
         def peak(images: int) -> int:
@@ -327,7 +360,7 @@ class _Generation:
         if trained:  # a LoRA is merged into a dense weight beside the quantized one
             merged = [layer for layer in self._adapter.modules() if hasattr(layer, "lora_A")]
             more += sum(_bytes(m.base_layer.weight) for m in merged if isinstance(m.base_layer, Quantized))
-        return GenerationCost(total - parked + more, parked, peak(count), peak(1))
+        return GenerationCost(total - parked + more, parked + waiting, peak(count), peak(1))
 
 
 class MetaItems(TorchFunctionMode):

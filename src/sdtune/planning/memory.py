@@ -51,6 +51,7 @@ class Memory:
         step: peak of a training step. Backward frees activations while it allocates gradients, so the peak is less
             than their sum, except if gradients of an earlier micro-batch exist.
         encoding: peak while encoding images for the cache.
+        prompts: peak while T5 encodes prompts for the cache; 0 without T5.
         previews: peak while generating previews; 0 if disabled.
         class_images: peak while generating class images, before the training; 0 if there are none.
         evaluation: peak while generating images after the training; 0 if disabled.
@@ -66,6 +67,7 @@ class Memory:
     activations: int
     step: int
     encoding: int
+    prompts: int
     previews: int
     class_images: int
     evaluation: int
@@ -76,7 +78,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Peak of the run; ``sdtune sample`` is another command."""
-        return max(self.step, self.encoding, self.previews, self.class_images, self.evaluation)
+        return max(self.step, self.encoding, self.prompts, self.previews, self.class_images, self.evaluation)
 
     def fits(self, gib: float) -> bool:
         """Whether the least peak and :data:`ALLOWANCE` fit on a device of ``gib`` GiB."""
@@ -95,6 +97,7 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
     # During the optimizer's step all gradients and no activations are allocated.
     step = resident + state + costs.average + buckets + max(pass_peak, costs.gradients)
     encoding = weights + costs.encoding
+    prompts = 0 if costs.prompts is None else weights + costs.prompts
     # While previews are generated, an offloaded VAE is on the device, offloaded text encoders only for the prompts, and
     # on a GPU the trained weights are in main memory if their average replaces them.
     parked = costs.idle_text if switches.offload else 0
@@ -104,7 +107,7 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
         for activations in (costs.previews, costs.single_preview)
     )
     class_images, evaluation = (cost or _NO_IMAGES for cost in (costs.class_images, costs.evaluation))
-    peaks = {"step": step, "encoding": encoding, "previews": previews}
+    peaks = {"step": step, "encoding": encoding, "prompts": prompts, "previews": previews}
     peaks |= {"class_images": class_images.peak, "evaluation": evaluation.peak}
     if costs.gpu:
         peaks |= {"previews": single_preview, "class_images": class_images.least, "evaluation": evaluation.least}
@@ -117,6 +120,7 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
         activations=cost.activations,
         step=step,
         encoding=encoding,
+        prompts=prompts,
         previews=previews,
         class_images=class_images.peak,
         evaluation=evaluation.peak,

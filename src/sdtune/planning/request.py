@@ -10,6 +10,7 @@ import torch
 
 from sdtune.backbone.quantization import check_quantization, quantize
 from sdtune.data.batch_sizes import class_image_batch_size
+from sdtune.hardware.precision import HALVES
 from sdtune.methods.base import Adapter
 from sdtune.planning.measure import TrainingCosts, measure
 
@@ -68,6 +69,11 @@ def meta_adapter(request: PlanRequest) -> Adapter:
     )
     adapter.to("meta", torch.float64 if request.precision == "64-true" else torch.float32)
     adapter.backbone.cast_frozen(request.precision)
+    half = HALVES.get(request.precision)
+    if half is not None and adapter.denoiser_is_read_only:
+        # It is loaded in half precision, with its position table.
+        for buffer in adapter.backbone.denoiser.buffers():
+            buffer.data = buffer.data.to(half)
     check_quantization(adapter.source.quantize, adapter.parts)
     quantize(adapter.backbone, adapter.source.quantize)
     return adapter

@@ -18,6 +18,7 @@ _NOTE = (
 PEAKS = {
     "step": "a training step",
     "encoding": "encoding images",
+    "prompts": "encoding prompts",
     "previews": "generating previews",
     "class_images": "generating class images",
     "evaluation": "generating images of the evaluation",
@@ -55,7 +56,8 @@ def one(
     own = memory(costs, configured, accumulation, devices)
     checkpoint = _size(own.gradients + own.state + own.average)
     disk = f"disk: up to three checkpoints of {checkpoint} each, artifact folder: {_size(costs.artifact)}"
-    lines = [*_aligned(rows), "", disk]
+    waiting = [f"{part.name}: {_size(part.waiting)} wait in main memory" for part in costs.components if part.waiting]
+    lines = [*_aligned(rows), "", *waiting, disk]
     micro_batches = accumulation * devices
     forward, plain, checkpointed = (
         f"{flop * micro_batches / 1e12:.3f}"
@@ -75,7 +77,7 @@ def one(
         ("peak", "peak"),
         ("peak of sdtune sample run=RUN", "sample"),
     ):
-        if attribute in ("average", "class_images", "evaluation") and not getattr(memories[0], attribute):
+        if attribute in ("average", "prompts", "class_images", "evaluation") and not getattr(memories[0], attribute):
             continue  # omit rows that do not apply
         table.append([name, *(f"{getattr(cost, attribute) / unit:.2f}" for cost in memories)])
     if fits is not None:

@@ -276,17 +276,18 @@ def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sam
 
     If the text encoders wait in main memory, all prompts are encoded now, and the encoders are moved back.
     """
-    encoders = list(backbone.encoders.values())
-    if all(encoder.device == backbone.device for encoder in encoders):
+    if all(encoder.device == backbone.device for encoder in backbone.encoders.values()):
         return backbone.encode_text
+    encoders = list(backbone.trainable_encoders.values())
     prompts = list(dict.fromkeys([*(request.prompt for request in requests), settings.negative_prompt]))
     embeddings: dict[str, dict[str, Tensor]] = {}
     try:
         for encoder in encoders:
             encoder.to(backbone.device)
-        for first in range(0, len(prompts), settings.batch_size):
-            part = prompts[first : first + settings.batch_size]
-            embeddings |= zip(part, backbone.encode_text(part).rows(), strict=True)
+        with backbone.encoders_on_device():
+            for first in range(0, len(prompts), settings.batch_size):
+                part = prompts[first : first + settings.batch_size]
+                embeddings |= zip(part, backbone.encode_text(part).rows(), strict=True)
     finally:
         for encoder in encoders:
             encoder.to("cpu")

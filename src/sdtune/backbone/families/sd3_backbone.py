@@ -21,6 +21,16 @@ _SKIPPED = 1  # the CLIP states are the penultimate ones, without the final norm
 _T5_END, _T5_PAD = 1, 0
 
 
+class _Waiting:
+    """Holds a model that is no submodule of its owner; copies of the owner share it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
+        return self
+
+
 class SD3Backbone(Backbone):
     """Backbone with an SD3Transformer2DModel.
 
@@ -31,12 +41,11 @@ class SD3Backbone(Backbone):
 
     def __init__(self, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], **parts: Any) -> None:
         super().__init__(tokenizers, {name: encoder for name, encoder in encoders.items() if name != T5}, **parts)
-        # In a list, so that it is not a submodule.
-        self._t5 = [encoders[T5].requires_grad_(False).eval()] if T5 in encoders else []
+        self._t5 = _Waiting(encoders[T5].requires_grad_(False).eval()) if T5 in encoders else None
 
     @property
     def encoders(self) -> dict[str, Any]:
-        return super().encoders | ({T5: self._t5[0]} if self._t5 else {})
+        return super().encoders | ({T5: self._t5.model} if self._t5 else {})
 
     @property
     def trainable_encoders(self) -> dict[str, Any]:
@@ -66,14 +75,21 @@ class SD3Backbone(Backbone):
 
     @contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        away = [encoder for encoder in self._t5 if encoder.device != self.device]
-        for encoder in away:
-            encoder.to(self.device)
+        """As in the base class; the denoiser waits in main memory meanwhile, unless other runs use it too."""
+        device = self.device
+        if self._t5 is None or self._t5.model.device == device:
+            yield
+            return
+        denoiser = [self.denoiser] if self.pair_executor is None else []
         try:
+            for model in denoiser:
+                model.to("cpu")
+            self._t5.model.to(device)
             yield
         finally:
-            for encoder in away:
-                encoder.to("cpu")
+            self._t5.model.to("cpu")
+            for model in denoiser:
+                model.to(device)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """States of both CLIP encoders, joined on the width, then those of T5, joined on the tokens; pooled embeddings.
@@ -94,10 +110,10 @@ class SD3Backbone(Backbone):
     def _t5_states(self, prompts: Sequence[str], like: Tensor) -> Tensor:
         """Final states of T5, [B, T, D] in the dtype of ``like`` [B, L, D]; zeros without T5."""
         count = self.facts.t5_tokens
-        if not self._t5:
+        if self._t5 is None:
             return like.new_zeros(len(prompts), count, like.shape[-1])
         with self.encoders_on_device():
-            [encoder] = self._t5
+            encoder = self._t5.model
             ids = send(torch.tensor(self._t5_ids(prompts)), encoder.device)
             # T5 overflows in float16 and has its own dtype: autocast is not for it.
             with torch.autocast(encoder.device.type, enabled=False):
