@@ -65,21 +65,17 @@ def test_pooling_uses_the_end_token_and_not_a_new_token(backbone: Backbone) -> N
     with torch.no_grad():
         before = backbone.encode_text(["a dog", "a cat"])
         initialize_tokens(backbone, [NewToken("<dog>", "dog", 2)])
-        rows = [backbone.tokenize(["a <dog>"], tokenizer) for tokenizer in backbone.tokenizers]
-        assert all(row.max() == backbone.new_tokens.first_id + 1 for row in rows)
+        rows = [backbone.tokenize(["a <dog>"], name) for name in backbone.encoders]
+        assert all(row.max() == backbone.new_tokens["text_encoder"].first_id + 1 for row in rows)
         after = backbone.encode_text(["a dog", "a <dog> cat"])
     assert torch.equal(after.states[0], before.states[0])
     assert torch.equal(after.pooled[0], before.pooled[0])
     ids = rows[1][0].tolist()
-    out = backbone.text_encoder_2(backbone.tokenize(["a <dog> cat"], backbone.tokenizers[1]), output_hidden_states=True)
-    end = (
-        backbone.tokenize(["a <dog> cat"], backbone.tokenizers[1])[0]
-        .tolist()
-        .index(backbone.tokenizers[1].eos_token_id)
-    )
+    out = backbone.text_encoder_2(backbone.tokenize(["a <dog> cat"], "text_encoder_2"), output_hidden_states=True)
+    end = backbone.tokenize(["a <dog> cat"], "text_encoder_2")[0].tolist().index(backbone.tokenizers[1].eos_token_id)
     pooled = backbone.text_encoder_2.text_projection(out.last_hidden_state[0, end])
     torch.testing.assert_close(after.pooled[1], pooled)
-    assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.new_tokens.first_id)
+    assert ids.index(backbone.tokenizers[1].eos_token_id) > ids.index(backbone.new_tokens["text_encoder_2"].first_id)
 
 
 def test_long_prompt_has_the_pooled_embedding_of_its_first_window(base: Path, backbone: Backbone) -> None:

@@ -70,8 +70,8 @@ class Backbone(LatentCodec, ABC):
         self._encoder_names = tuple(encoders)
         self.scheduler_config, self.facts, self.clip_skip = scheduler_config, facts, clip_skip
         self.path = path_from_config(scheduler_config)
-        self.new_tokens: NewTokens | None = None
-        """New tokens that prompts may contain; None if there are none."""
+        self.new_tokens: dict[str, NewTokens] = {}
+        """New tokens that prompts may contain, by the name of the text encoder that has vectors of them."""
         self.conditioners: tuple[Conditioner, ...] = ()
         """Modules beside the denoiser that are used for sampling, such as ControlNets; set by
         :meth:`sdtune.loaders.artifact.LoadedArtifact.applied`.
@@ -153,36 +153,43 @@ class Backbone(LatentCodec, ABC):
     # --- text
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Add new tokens with their embedding vectors [N, D] (one tensor per text encoder)."""
-        counts = {} if self.new_tokens is None else self.new_tokens.vector_counts
-        assert not counts.keys() & vectors.keys(), "each token is added once"
-        for index, encoder in enumerate(self.encoders.values()):
+        """Add new tokens with their embedding vectors, one tensor per text encoder.
+
+        Args:
+            vectors: [N, D] for each text encoder; an encoder with [0, D] reads the token as plain text.
+        """
+        for index, (name, encoder) in enumerate(self.encoders.items()):
+            rows_of = {token: rows[index] for token, rows in vectors.items() if len(rows[index])}
+            counts = self.new_tokens[name].vector_counts if name in self.new_tokens else {}
+            assert not counts.keys() & rows_of.keys(), "each token is added once"
+            if not rows_of:
+                continue
             table = encoder.get_input_embeddings()
-            rows = torch.cat([encoder_rows[index] for encoder_rows in vectors.values()]).to(table.weight)
+            rows = torch.cat(list(rows_of.values())).to(table.weight)
             if isinstance(table, ExtendedEmbedding):
                 rows, table = torch.cat([table.vectors.data, rows]), table.table
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
-        first_id = next(iter(self.encoders.values())).get_input_embeddings().table.num_embeddings
-        self.new_tokens = NewTokens(first_id, counts | {token: len(rows[0]) for token, rows in vectors.items()})
+            known = NewTokens(table.num_embeddings, counts | {token: len(r) for token, r in rows_of.items()})
+            self.new_tokens = {**self.new_tokens, name: known}
 
     @property
     def new_token_vectors(self) -> list[nn.Parameter]:
-        """Embedding vectors of all new tokens, [N, D] for each text encoder; empty if there are none."""
+        """Embedding vectors of all new tokens, [N, D] for each text encoder that has some."""
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 
-    def token_ids(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> list[list[int]]:
-        """Ids of CLIP tokens of each prompt, untruncated and without start and end token."""
-        tokenizer = tokenizer or self.tokenizer
-        if self.new_tokens is not None:
-            return [self.new_tokens.ids(tokenizer, prompt) for prompt in prompts]
+    def token_ids(self, prompts: Sequence[str], encoder: str = "text_encoder") -> list[list[int]]:
+        """Token ids of each prompt for a text encoder, untruncated and without start and end token."""
+        tokenizer = self.tokenizers[list(self.encoders).index(encoder)]
+        if encoder in self.new_tokens:
+            return [self.new_tokens[encoder].ids(tokenizer, prompt) for prompt in prompts]
         ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False).input_ids
         return ids
 
-    def tokenize(self, prompts: Sequence[str], tokenizer: CLIPTokenizer | None = None) -> Tensor:
-        """Ids of CLIP tokens, int64 [B, L], padded and truncated to one or more windows of the encoder's length."""
-        tokenizer = tokenizer or self.tokenizer
-        return in_windows(tokenizer, self.token_ids(prompts, tokenizer), self._token_count, self.facts.windows)
+    def tokenize(self, prompts: Sequence[str], encoder: str = "text_encoder") -> Tensor:
+        """Token ids for a CLIP encoder, int64 [B, L], padded and truncated to one or more windows of its length."""
+        tokenizer = self.tokenizers[list(self.encoders).index(encoder)]
+        return in_windows(tokenizer, self.token_ids(prompts, encoder), self._token_count, self.facts.windows)
 
     def encoders_on_device(self) -> AbstractContextManager[None]:
         """Context manager that moves text encoders that wait in main memory to the device of the denoiser."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -11,21 +11,30 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_tokens import ExtendedEmbedding, NewToken, initial_vectors
 
 
-def initialize_tokens(backbone: Backbone, tokens: Sequence[NewToken]) -> None:
-    """Add ``tokens`` to ``backbone`` with their initial embedding vectors."""
+def initialize_tokens(backbone: Backbone, tokens: Sequence[NewToken], encoders: Collection[str] | None = None) -> None:
+    """Add ``tokens`` to ``backbone`` with their initial embedding vectors.
+
+    Args:
+        encoders: text encoders that learn the tokens; None: those that a method may train.
+    """
+    chosen = backbone.trainable_encoders if encoders is None else encoders
     tables = [encoder.get_input_embeddings() for encoder in backbone.encoders.values()]
-    backbone.add_tokens({token.token: initial_vectors(backbone.tokenizers, tables, token) for token in tokens})
+    learns = [name in chosen for name in backbone.encoders]
+    backbone.add_tokens({token.token: initial_vectors(backbone.tokenizers, tables, token, learns) for token in tokens})
 
 
 def token_vectors(backbone: Backbone) -> dict[str, tuple[Tensor, ...]]:
-    """Current embedding vectors [N, D] of each new token, one tensor per text encoder."""
-    if backbone.new_tokens is None:
-        return {}
-    new_tokens = backbone.new_tokens
-    return {
-        token: tuple(rows[list(new_tokens.rows(token))] for rows in backbone.new_token_vectors)
-        for token in new_tokens.vector_counts
-    }
+    """Current embedding vectors [N, D] of each new token, one tensor per text encoder; [0, D] where it has none."""
+    tokens = dict.fromkeys(token for known in backbone.new_tokens.values() for token in known.vector_counts)
+    return {token: tuple(_rows(backbone, name, token) for name in backbone.encoders) for token in tokens}
+
+
+def _rows(backbone: Backbone, encoder: str, token: str) -> Tensor:
+    table, known = backbone.encoders[encoder].get_input_embeddings(), backbone.new_tokens.get(encoder)
+    rows: Tensor = table.weight.new_empty(0, table.weight.shape[1])
+    if known is not None and token in known.vector_counts:
+        rows = table.vectors[list(known.rows(token))]
+    return rows
 
 
 @contextmanager
@@ -45,7 +54,7 @@ def tokens_added(backbone: Backbone, vectors: Mapping[str, Sequence[Tensor]]) ->
 def remove_tokens(backbone: Backbone) -> None:
     """Remove all new tokens, so that others can be added."""
     _set_original_tables(backbone)
-    backbone.new_tokens = None
+    backbone.new_tokens = {}
 
 
 def _set_original_tables(backbone: Backbone) -> None:

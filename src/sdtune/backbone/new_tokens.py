@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from sdtune.errors import UserError
 from sdtune.files import is_snapshot
@@ -75,13 +74,13 @@ class ExtendedEmbedding(nn.Module):
 
 
 class NewTokens:
-    """The new tokens of a backbone: where they occur in prompts, and their ids.
+    """The new tokens of a text encoder: where they occur in prompts, and their ids.
 
     The tokenizers stay unchanged: an added token would be matched by the tokenizer's own rules, ``sks`` inside
     ``sks-style`` for example, and only some of the vectors of a token might match.
 
     Args:
-        first_id: id of the first vector in the CLIP text encoders: the number of their embeddings.
+        first_id: id of the first vector: the number of embeddings of the text encoder.
         vector_counts: number of vectors of each new token.
     """
 
@@ -93,17 +92,12 @@ class NewTokens:
         start = sum(count for name, count in list(self.vector_counts.items())[: list(self.vector_counts).index(token)])
         return range(start, start + self.vector_counts[token])
 
-    def ids(self, tokenizer: Any, prompt: str, first_id: int | None = None) -> list[int]:
-        """Token ids of ``prompt`` without start and end token; each new token becomes the ids of all its vectors.
-
-        Args:
-            first_id: id of the first vector in the text encoder of ``tokenizer``; None: as in CLIP's.
-        """
-        start = self.first_id if first_id is None else first_id
+    def ids(self, tokenizer: Any, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` without start and end token; each new token becomes the ids of all its vectors."""
         ids: list[int] = []
         for text, token in split_at_tokens(list(self.vector_counts), prompt):
             ids += tokenizer(text, add_special_tokens=False).input_ids if text else []
-            ids += [start + row for row in self.rows(token)] if token is not None else []
+            ids += [self.first_id + row for row in self.rows(token)] if token is not None else []
         return ids
 
 
@@ -129,22 +123,28 @@ def _vector_token(token: str, index: int) -> str:
 
 
 def initial_vectors(
-    tokenizers: Sequence[CLIPTokenizer], tables: Sequence[nn.Embedding], token: NewToken
+    tokenizers: Sequence[Any], tables: Sequence[nn.Embedding], token: NewToken, learns: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Initial vectors of ``token``, [vectors, D] for each text encoder.
+
+    Args:
+        learns: for each text encoder, whether it learns the token; the others get no vectors, [0, D].
 
     Raises:
         UserError: ``token.init`` has no tokens, or the vectors in ``token.weights`` have other shapes.
     """
+    counts = [token.vectors if is_chosen else 0 for is_chosen in learns]
     if token.weights is None:
         return tuple(
-            _mean_embedding(tokenizer, table, token) for tokenizer, table in zip(tokenizers, tables, strict=True)
+            _mean_embedding(tokenizer, table, token)[:count]
+            for tokenizer, table, count in zip(tokenizers, tables, counts, strict=True)
         )
     file = Path(token.weights).expanduser()
     tensors, metadata = read_safetensors(file)
-    parsed = list(embeddings.parse(file, tensors, metadata).values())
-    file_shapes = [tuple(rows.shape) for rows in parsed[0]] if parsed else []
-    expected_shapes = [(token.vectors, table.weight.shape[1]) for table in tables]
+    parsed = next(iter(embeddings.parse(file, tensors, metadata).values()), ())
+    found = embeddings.of_encoders(parsed, len(tables)) if parsed else ()
+    file_shapes = [tuple(rows.shape) for rows in found if len(rows)]
+    expected_shapes = [(count, table.weight.shape[1]) for count, table in zip(counts, tables, strict=True) if count]
     if file_shapes != expected_shapes:
         shown = " and ".join(f"{n} x {d}" for n, d in file_shapes) or "no embedding"
         raise UserError(
@@ -153,10 +153,10 @@ def initial_vectors(
             key="new_tokens",
             remedy=f"set vectors: {file_shapes[0][0] if file_shapes else 1}, or use another file",
         )
-    return tuple(rows.clone() for rows in parsed[0])
+    return tuple(rows.clone() for rows in found)
 
 
-def _mean_embedding(tokenizer: CLIPTokenizer, table: nn.Embedding, token: NewToken) -> Tensor:
+def _mean_embedding(tokenizer: Any, table: nn.Embedding, token: NewToken) -> Tensor:
     """Mean embedding of the tokens of ``token.init``, repeated for each vector: [vectors, D]."""
     ids = torch.tensor(tokenizer(token.init, add_special_tokens=False).input_ids, device=table.weight.device)
     if not len(ids):
@@ -205,15 +205,16 @@ def check_tokens(tokens: Sequence[NewToken]) -> None:
             )
 
 
-def check_vocabulary(tokens: Sequence[NewToken], tokenizer: CLIPTokenizer) -> None:
+def check_vocabulary(tokens: Sequence[NewToken], tokenizer: Any) -> None:
     """Raise UserError for a token that the vocabulary has already, unless it has ``overwrite``.
 
     CLIP's vocabulary has two entries for a string: ``parrot</w>``, a complete word or the end of one, and ``parrot``,
-    before more letters.
+    before more letters. T5's has ``\u2581parrot``, the start of a word, and distinguishes upper case.
     """
     vocabulary = tokenizer.get_vocab()
     for token in tokens:
-        if not token.overwrite and (token.token in vocabulary or f"{token.token}</w>" in vocabulary):
+        known = (token.token, f"{token.token}</w>", f"\u2581{token.token}")
+        if not token.overwrite and any(entry in vocabulary for entry in known):
             raise UserError(
                 f"{token.token!r} is already in the tokenizer's vocabulary; as a new token it would lose its meaning",
                 key="new_tokens",

@@ -441,8 +441,13 @@ class PipelineSource:
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     def tokenizer_folder(self) -> Path:
-        """Folder of the first text encoder's tokenizer; all have the same vocabulary. Reads no weights."""
+        """Folder of the first text encoder's tokenizer. Reads no weights."""
         return self._configs / self.tokenizers[0]
+
+    def tokenizer_folders(self, encoders: Sequence[str] | None) -> list[Path]:
+        """Folders of the tokenizers of ``encoders``; None: the first, whose vocabulary all CLIP text encoders have."""
+        names = None if encoders is None else [name.replace("text_encoder", "tokenizer") for name in encoders]
+        return [self.tokenizer_folder()] if names is None else [self._configs / name for name in names]
 
     def hash(self) -> str:
         """SHA-256 of the weights that are read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""

@@ -18,14 +18,14 @@ FILE_NAME = "learned_embeds"
 """Stem of diffusers' embedding files: ``learned_embeds.safetensors``; with several tokens, one file per token."""
 
 TokenVectors = dict[str, tuple[Tensor, ...]]
-"""Embedding vectors [N, D] of each token, one tensor per text encoder (two for SDXL)."""
+"""Embedding vectors [N, D] of each token, one tensor per text encoder; [0, D] where an encoder has none."""
 
 FOLDER = "embeddings"
 """Folder of the files in A1111, ComfyUI and kohya format, which are named after the trigger word."""
 
 _VECTORS = "emb_params"
-# Keys of the two CLIP text encoders of SDXL, the same in kohya, A1111, ComfyUI and diffusers' scripts.
-_ENCODER_KEYS = ("clip_l", "clip_g")
+# Keys of the text encoders of SDXL and SD 3, the same in kohya, A1111, ComfyUI and diffusers' scripts.
+_KEYS = ("clip_l", "clip_g", "t5xxl")
 
 
 def file_stem(token: str) -> str:
@@ -43,7 +43,8 @@ def write(
 ) -> list[Path]:
     """Write the embedding vectors of each token to ``folder`` and return the paths.
 
-    For two text encoders all programs use the same format, so both files have the same content.
+    For several text encoders all programs use the same format, so both files have the same content; encoders without
+    vectors of the token are left out.
 
     Args:
         folder: target folder.
@@ -60,7 +61,7 @@ def write(
         diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
             if len(rows) == 1
-            else ({name: encoder_rows.to(dtype) for name, encoder_rows in zip(_ENCODER_KEYS, rows, strict=True)},) * 2
+            else ({name: r.to(dtype) for name, r in zip(_KEYS, rows, strict=False) if len(r)},) * 2
         )
         files = {
             "diffusers": (folder / f"{FILE_NAME}{token_suffix}{suffix}.safetensors", diffusers_tensors),
@@ -85,23 +86,35 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     if bundled := without_bundled_embeddings(tensors)[1]:
         return {token: _bundled(source, token, vectors) for token, vectors in bundled.items()}
     token = metadata.get("sdtune_token", source.stem)
-    if set(rows) == set(tensors) == set(_ENCODER_KEYS):
-        encoder_rows = tuple(rows[name] for name in _ENCODER_KEYS)
-        return {token: encoder_rows} if len(encoder_rows[0]) == len(encoder_rows[1]) else {}
+    if rows and set(rows) == set(tensors) and set(rows) <= set(_KEYS):
+        encoder_rows = _in_order(rows)
+        return {token: encoder_rows} if len({len(r) for r in encoder_rows if len(r)}) == 1 else {}
     if len(rows) == len(tensors) == 1:
         (key, vectors), *_ = rows.items()
         return {token if key == _VECTORS else key: (vectors,)}
     return {}
 
 
+def of_encoders(rows: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Vectors of an embedding for ``count`` text encoders: those that the file does not mention have none, [0, 0]."""
+    return (*rows, *(torch.empty(0, 0) for _ in range(count - len(rows))))
+
+
+def _in_order(rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """``rows`` in the order of the text encoders, up to the last one with vectors; [0, 0] for those without."""
+    last = max(index for index, name in enumerate(_KEYS) if name in rows)
+    return tuple(rows.get(name, torch.empty(0, 0)) for name in _KEYS[: last + 1])
+
+
 def _bundled(source: Path, token: str, vectors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Vectors of each text encoder of an embedding that OneTrainer has saved in a LoRA file."""
-    if unknown := vectors.keys() - set(_ENCODER_KEYS):
+    usual = {"t5xxl" if name == "t5" else name: rows for name, rows in vectors.items()}
+    if unknown := usual.keys() - set(_KEYS):
         raise UserError(
             f"{source}: embedding {token!r} has {sorted(unknown)[0]}, which sdtune does not support",
             remedy="train it without output embeddings",
         )
-    return tuple(vectors[name] for name in _ENCODER_KEYS if name in vectors)
+    return _in_order(usual)
 
 
 def read_folder(folder: Path) -> TokenVectors:

@@ -11,7 +11,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.new_token_vectors import tokens_added
 from sdtune.backbone.new_tokens import check_vector_counts
 from sdtune.errors import UserError
-from sdtune.formats.embeddings import TokenVectors
+from sdtune.formats.embeddings import TokenVectors, of_encoders
 from sdtune.loaders.artifact import LoadedArtifact
 
 
@@ -24,7 +24,8 @@ class LoadedWords(LoadedArtifact):
     @contextmanager
     def applied(self, backbone: Backbone, factor: float = 1.0, *, only_to_draw: bool = False) -> Iterator[None]:
         """Context manager that adds the tokens to ``backbone``."""
-        with tokens_added(backbone, self.vectors):
+        count = len(backbone.encoders)
+        with tokens_added(backbone, {token: of_encoders(rows, count) for token, rows in self.vectors.items()}):
             yield
 
 
@@ -32,13 +33,16 @@ def check_words(path: Path, vectors: TokenVectors, backbone: Backbone) -> None:
     """Raise UserError if the embedding vectors in ``path`` do not fit ``backbone``."""
     widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for token, rows in vectors.items():
-        vector_widths = [encoder_rows.shape[1] for encoder_rows in rows]
-        if vector_widths != widths:
+        pairs = list(zip(rows, widths, strict=False))
+        # Only T5 may be absent in a file.
+        is_complete = len(backbone.trainable_encoders) <= len(rows) <= len(widths)
+        if not is_complete or any(len(r) and r.shape[1] != width for r, width in pairs):
+            vector_widths = [encoder_rows.shape[1] for encoder_rows in rows]
             raise UserError(
                 f"{path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}",
                 remedy="use the backbone that the file was trained with",
             )
-        check_vector_counts({token: len(rows[0])}, backbone.facts.max_tokens, f"adapters ({path})")
+        check_vector_counts({token: max(map(len, rows))}, backbone.facts.max_tokens, f"adapters ({path})")
 
 
 def check_distinct(artifacts: Sequence[LoadedArtifact]) -> None:

@@ -98,6 +98,9 @@ class Adapter(pl.LightningModule, ABC):
     parts: Sequence[Component] = ()
     """Components whose weights are all trained."""
 
+    token_encoders: Sequence[str] | None = None
+    """Text encoders that learn the new tokens; None: all that a method may train."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         abstract = any(getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in _ABSTRACT_METHODS)
@@ -276,10 +279,13 @@ class Adapter(pl.LightningModule, ABC):
 
     def _build(self) -> None:
         if self.new_tokens:
-            initialize_tokens(self.backbone, self.new_tokens)
+            initialize_tokens(self.backbone, self.new_tokens, self.token_encoders)
         self.inject()
+        registered = {id(parameter) for parameter in self.parameters()}
         for vectors in self.backbone.new_token_vectors:
             vectors.requires_grad_(True)
+            if id(vectors) not in registered:
+                self.waiting_vectors = vectors  # those of T5, which is no submodule
             if vectors.dtype in HALVES.values():  # the embedding tables of a shared backbone on a GPU
                 vectors.data = vectors.data.float()
         # diffusers and transformers apply gradient checkpointing only in training mode.
@@ -328,7 +334,7 @@ class Adapter(pl.LightningModule, ABC):
 
     def trains(self, component: str) -> bool:
         """Whether any parameter of ``component`` of the backbone is trained; ``text_encoder``: any text encoder."""
-        encoders = self.backbone.trainable_encoders
+        encoders = self.backbone.encoders
         models = encoders.values() if component == "text_encoder" else [getattr(self.backbone, component)]
         return any(p.requires_grad for model in models for p in model.parameters())
 
@@ -617,5 +623,6 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
     if adapter.new_tokens:
         counts = {token.token: token.vectors for token in adapter.new_tokens}
         check_vector_counts(counts, adapter.source.facts.max_tokens, "new_tokens")
-        check_vocabulary(adapter.new_tokens, read_tokenizer(adapter.source.tokenizer_folder()))
+        for folder in adapter.source.tokenizer_folders(adapter.token_encoders):
+            check_vocabulary(adapter.new_tokens, read_tokenizer(folder))
         check_mentioned(adapter.new_tokens, data.all_prompts())

@@ -77,7 +77,10 @@ def count_tokens(backbone: Backbone, prompts: Sequence[str]) -> list[int]:
 
 def truncated_end(backbone: Backbone, prompt: str) -> str:
     """The end of ``prompt`` that is truncated, decoded by the tokenizer."""
-    ids, tokens = backbone.token_ids([prompt])[0][backbone.facts.max_tokens - 2 :], backbone.new_tokens
+    ids, tokens = (
+        backbone.token_ids([prompt])[0][backbone.facts.max_tokens - 2 :],
+        backbone.new_tokens.get("text_encoder"),
+    )
     first_id = len(backbone.tokenizer) if tokens is None else tokens.first_id
     known = [i for i in ids if i < first_id]
     rows = {i - first_id for i in ids if i not in known}

@@ -95,7 +95,7 @@ def _key(data: ImageDataModule, backbone: Backbone, tokenizer: Path) -> str:
         digest.update(repr(values).encode())
     for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())
-    counts = None if backbone.new_tokens is None else backbone.new_tokens.vector_counts
+    counts = {name: tokens.vector_counts for name, tokens in backbone.new_tokens.items()} or None
     digest.update(repr((counts, backbone.facts.max_tokens)).encode())
     return digest.hexdigest()[:32]
 

@@ -97,8 +97,8 @@ class SD3Backbone(Backbone):
         No state is masked: the transformer attends to padding too, in its authors' code as in diffusers.
         """
         states, pooled = [], []
-        for tokenizer, encoder in zip(self.tokenizers, self.trainable_encoders.values(), strict=False):
-            ids = send(self.tokenize(prompts, tokenizer), encoder.device)
+        for tokenizer, (name, encoder) in zip(self.tokenizers, self.trainable_encoders.items(), strict=False):
+            ids = send(self.tokenize(prompts, name), encoder.device)
             out = encoder(ids, output_hidden_states=True)
             states.append(encoder_states(encoder, out, _SKIPPED + self.clip_skip, norm=False))
             pooled.append(pooled_embedding(encoder, out, ids, tokenizer))
@@ -122,9 +122,8 @@ class SD3Backbone(Backbone):
 
     def _t5_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of T5 tokens, cut and padded to ``facts.t5_tokens``, with the end token."""
-        count, tokenizer = self.facts.t5_tokens, self.tokenizers[-1]
-        rows = tokenizer(list(prompts), add_special_tokens=False).input_ids
-        cut = [[*row[: count - 1], _T5_END] for row in rows]
+        count = self.facts.t5_tokens
+        cut = [[*row[: count - 1], _T5_END] for row in self.token_ids(prompts, T5)]
         return [row + [_T5_PAD] * (count - len(row)) for row in cut]
 
     # --- denoising

@@ -40,7 +40,7 @@ class SDXLBackbone(UNetBackbone):
         """
         states, pooled, skip = [], None, _SKIPPED + self.clip_skip
         for tokenizer, (name, encoder) in zip(self.tokenizers, self.encoders.items(), strict=True):
-            ids = send(self.tokenize(prompts, tokenizer), encoder.device)
+            ids = send(self.tokenize(prompts, name), encoder.device)
             windows = ids.view(len(ids) * self.facts.windows, -1)
             out = encoder(windows, output_hidden_states=True)
             states.append(encoder_states(encoder, out, skip, norm=False).reshape(*ids.shape, -1))
