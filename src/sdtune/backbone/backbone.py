@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sdtune.backbone.attention import set_attention
-from sdtune.backbone.controlnet import AddedInputs, Conditioner
+from sdtune.backbone.controlnet import AddedInputs, Conditioner, ControlNetKind
 from sdtune.backbone.cpu_convolution import use_matmul_convolutions
 from sdtune.backbone.families import Facts
 from sdtune.backbone.latents import LatentCodec
@@ -48,6 +48,9 @@ class Backbone(LatentCodec, ABC):
         facts: properties of the backbone.
         clip_skip: number of skipped last layers of the CLIP text encoders.
     """
+
+    controlnets: ClassVar[ControlNetKind]
+    """ControlNets of this family."""
 
     def __init__(
         self,

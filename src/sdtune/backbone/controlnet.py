@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import ControlNetModel
 from torch import Tensor
+
+from sdtune.backbone.families.base import Facts
+from sdtune.formats.pipeline import weights_name
 
 AddedInputs = dict[str, Tensor | tuple[Tensor, ...]]
 """Arguments of a denoiser that modules beside it compute, such as the residuals of ControlNets."""
+
+
+CONTROLNET_WEIGHTS = weights_name("controlnet")
+"""File name of the weights in the folder of a ControlNet."""
 
 
 class Conditioner(Protocol):
@@ -22,16 +30,101 @@ class Conditioner(Protocol):
         """Name of the condition, such as ``control``."""
 
     def added_inputs(
-        self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any], condition: Tensor
+        self, backbone: Any, noisy: Tensor, timesteps: Tensor, arguments: Mapping[str, Any], condition: Tensor
     ) -> AddedInputs:
         """Additional inputs of the denoiser.
 
         Args:
+            backbone: the backbone that predicts.
             noisy: noisy latents [B, C, h, w].
             timesteps: [B] or without dimensions.
-            conditions: arguments of :meth:`sdtune.backbone.backbone.Backbone.conditions`.
+            arguments: those of :meth:`sdtune.backbone.backbone.Backbone.conditions`.
             condition: the condition, such as control maps, float32 [B, 3, H, W] in [0, 1].
         """
+
+
+class ControlNetKind(ABC):
+    """How the ControlNets of a model family are found, copied, read and called."""
+
+    marker_keys: tuple[str, ...]
+    """Names of tensors, of which a file with a ControlNet has one."""
+
+    decoder: tuple[str, ...] = ()
+    """Name prefixes of the parameters in the denoiser's decoder; empty if it has none."""
+
+    def is_in(self, keys: Collection[str]) -> bool:
+        """Whether a file with these tensor names contains a ControlNet."""
+        return any(key in keys for key in self.marker_keys)
+
+    @abstractmethod
+    def find(self, path: str, key: str, denoiser: Mapping[str, Any], facts: Facts) -> Path:
+        """Check the ControlNet at ``path`` and return its local path; reads only configs and headers.
+
+        Args:
+            path: a folder in the diffusers layout, or a ``.safetensors`` file.
+            key: config key of ``path``, for error messages.
+            denoiser: config of the backbone's denoiser.
+            facts: properties of the backbone.
+
+        Raises:
+            UserError: ``path`` is not a ControlNet, or it belongs to another backbone.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, key: str, backbone: Any) -> Any:
+        """Load the ControlNet at ``path`` for ``backbone``, in float32.
+
+        Raises:
+            UserError: the files are damaged, or the tensors of a single file do not match the architecture.
+        """
+
+    @abstractmethod
+    def copy_of(self, backbone: Any, layers: int | None) -> Any:
+        """A ControlNet with the weights of the backbone's denoiser; see :class:`sdtune.methods.ControlNet`."""
+
+    @abstractmethod
+    def fresh_layers(self, controlnet: Any) -> list[tuple[str, Any]]:
+        """Layers of a copy with random initial values, which are not copied, and names for their random numbers."""
+
+    @abstractmethod
+    def check_layers(self, layers: int | None, denoiser: Mapping[str, Any]) -> None:
+        """Raise UserError if a ControlNet cannot copy ``layers`` blocks of a denoiser with this config."""
+
+    @abstractmethod
+    def frozen_prefixes(self, controlnet: Any) -> tuple[str, ...]:
+        """Name prefixes of parameters that have no effect, so they would get no gradient."""
+
+    @abstractmethod
+    def residuals(
+        self,
+        backbone: Any,
+        model: Any,
+        noisy: Tensor,
+        timesteps: Tensor,
+        arguments: Mapping[str, Any],
+        maps: Tensor,
+        strength: float = 1.0,
+    ) -> AddedInputs:
+        """Residuals of one ControlNet for ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the image."""
+
+    @abstractmethod
+    def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+        """Names of ``tensors`` in a single file for other programs."""
+
+
+@dataclass(frozen=True)
+class ControlNetWithStrength:
+    """A ControlNet for sampling, with its strength; a :class:`Conditioner`."""
+
+    name: str
+    model: Any
+    strength: float
+
+    def added_inputs(
+        self, backbone: Any, noisy: Tensor, timesteps: Tensor, arguments: Mapping[str, Any], condition: Tensor
+    ) -> AddedInputs:
+        kind: ControlNetKind = backbone.controlnets
+        return kind.residuals(backbone, self.model, noisy, timesteps, arguments, condition, self.strength)
 
 
 def sum_of(first: AddedInputs, second: AddedInputs) -> AddedInputs:
@@ -45,55 +138,14 @@ def _sum(first: Any, second: Any) -> Any:
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-@dataclass(frozen=True)
-class ControlNetWithStrength:
-    """A ControlNet for sampling, with its strength; a :class:`Conditioner`."""
-
-    name: str
-    model: ControlNetModel
-    strength: float
-
-    def added_inputs(
-        self, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any], condition: Tensor
-    ) -> AddedInputs:
-        return residuals(self.model, noisy, timesteps, conditions, condition, self.strength)
-
-
 def cast_conditions(conditions: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Cast ``conditions`` to ``dtype``, except the sizes in pixels, which half precision would round."""
-    return {
-        name: value
-        if name == "time_ids"
-        else cast_conditions(value, dtype)
-        if isinstance(value, dict)
-        else value.to(dtype)
-        if isinstance(value, Tensor)
-        else tuple(part.to(dtype) for part in value)
-        for name, value in conditions.items()
-    }
+    return {name: value if name == "time_ids" else _cast(value, dtype) for name, value in conditions.items()}
 
 
-def residuals(
-    model: ControlNetModel,
-    noisy: Tensor,
-    timesteps: Tensor,
-    conditions: Mapping[str, Any],
-    maps: Tensor,
-    strength: float = 1.0,
-) -> AddedInputs:
-    """Residuals of one ControlNet for ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the image."""
-    dtype = model.conv_in.weight.dtype
-    skips, middle = model(
-        noisy.to(dtype),
-        timesteps,
-        controlnet_cond=maps.to(dtype),
-        conditioning_scale=strength,
-        return_dict=False,
-        **cast_conditions(conditions, dtype),
-    )
-    return {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
-
-
-def skip_connection_count(unet: Any) -> int:
-    """Number of skip connections of ``unet``; diffusers silently ignores surplus or missing residuals."""
-    return 1 + sum(len(block.resnets) + len(block.downsamplers or ()) for block in unet.down_blocks)
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return cast_conditions(value, dtype)
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return tuple(part.to(dtype) for part in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.families import T5
+from sdtune.backbone.controlnet import ControlNetKind
+from sdtune.backbone.families import T5, Family
 from sdtune.backbone.families.sd3_backbone import SD3Backbone
 from sdtune.backbone.families.sdxl_backbone import SDXLBackbone
 from sdtune.backbone.families.unet_backbone import UNetBackbone
@@ -28,6 +30,16 @@ _BACKBONES: dict[str, type[Backbone]] = {
     "sd35_large": SD3Backbone,
 }
 """Backbone class of each family."""
+
+
+def controlnets_of(family: Family) -> ControlNetKind:
+    """The ControlNets of ``family``."""
+    return _BACKBONES[family.name].controlnets
+
+
+def is_controlnet(keys: Collection[str]) -> bool:
+    """Whether a file with these tensor names contains a ControlNet of any family."""
+    return any(backbone.controlnets.is_in(keys) for backbone in _BACKBONES.values())
 
 
 T5_DTYPE = torch.bfloat16

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sdtune.backbone.controlnet_files import is_controlnet
+from sdtune.backbone.loading import is_controlnet
 from sdtune.errors import UserError
 from sdtune.files import is_partial, is_snapshot, read_json
 from sdtune.formats import embeddings, read_safetensors
@@ -72,7 +72,7 @@ def _is_other(stem: str) -> bool:
 
 def _is_controlnet_folder(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and read_json(file).get("_class_name") == "ControlNetModel"
+    return file.is_file() and str(read_json(file).get("_class_name")).endswith("ControlNetModel")
 
 
 def _from_file(path: Path, key: str) -> Artifact:

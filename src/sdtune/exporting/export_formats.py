@@ -13,9 +13,10 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, load_controlnet
+from sdtune.backbone.controlnet import CONTROLNET_WEIGHTS
 from sdtune.backbone.families import model_spec_prediction
 from sdtune.backbone.layers import layers, module_path
+from sdtune.backbone.loading import controlnets_of
 from sdtune.backbone.pretrained import Pretrained
 from sdtune.errors import UserError
 from sdtune.exporting.artifact import Artifact, Kind
@@ -32,8 +33,6 @@ from sdtune.formats import (
     write_safetensors,
 )
 from sdtune.formats.files import read_metadata, read_safetensors
-from sdtune.formats.original.names import controlnet_entries
-from sdtune.formats.original.table import original_names
 from sdtune.loaders.lora import AdapterFile, LoadedLoRA, check_adapter
 
 log = logging.getLogger("sdtune")
@@ -285,20 +284,14 @@ class Export:
         dtype = DTYPES[self.dtype]
         if artifact.path.is_file():
             backbone = source.load()
-            controlnet = load_controlnet(
-                artifact.path, "artifact", backbone.denoiser, embedding_widths(backbone.facts.factor)
-            )
+            controlnet = backbone.controlnets.load(artifact.path, "artifact", backbone)
             config, tensors = dict(controlnet.config), controlnet.state_dict()
         else:
             config = read_json(artifact.path / "config.json")
-            tensors, _ = read_safetensors(artifact.path / WEIGHTS)
+            tensors, _ = read_safetensors(artifact.path / CONTROLNET_WEIGHTS)
         has_denoiser = (artifact.path / source.denoiser_folder).is_dir()
         if self.format == "single_file":
-            entries = controlnet_entries(tensors, config)
-            names = {key: f"control_model.{name}" for key, name in original_names(entries).items()}
-            if config.get("addition_embed_type"):
-                # SDXL ControlNets have no original layout; other programs expect the names of diffusers.
-                names = {key: key for key in tensors}
+            names = controlnets_of(source.facts.family).names_in_file(tensors, config)
             target = folder / f"{artifact.name}.safetensors"
             renamed = {names[key]: value for key, value in cast_tensors(tensors, dtype).items()}
             write_safetensors(target, renamed, {"modelspec.title": artifact.name})
@@ -308,7 +301,7 @@ class Export:
             if artifact.path.is_file():
                 for_safetensors = {key: value for key, value in config.items() if not key.startswith("_name")}
                 write_json(partial / "config.json", for_safetensors)
-                write_safetensors(partial / WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
+                write_safetensors(partial / CONTROLNET_WEIGHTS, cast_tensors(tensors, dtype), {"format": "pt"})
             else:
                 _copy_controlnet(artifact.path, partial, ["", source.denoiser_folder] if has_denoiser else [""], dtype)
         return [target]
@@ -316,7 +309,9 @@ class Export:
     def _model_of_trained_denoiser(self, artifact: Artifact, source: Pretrained, folder: Path) -> list[Path]:
         """Write the full model with the denoiser trained together with the ControlNet; programs load both files."""
         backbone = source.load()
-        backbone.denoiser.load_state_dict(read_safetensors(artifact.path / source.denoiser_folder / WEIGHTS)[0])
+        backbone.denoiser.load_state_dict(
+            read_safetensors(artifact.path / source.denoiser_folder / CONTROLNET_WEIGHTS)[0]
+        )
         target = folder / f"{artifact.name}-model.safetensors"
         write_single_file(backbone, source, target, DTYPES[self.dtype], {})
         return [target]
@@ -325,9 +320,9 @@ class Export:
 def _copy_controlnet(source: Path, target: Path, parts: Sequence[str], dtype: torch.dtype) -> None:
     """Copy the subfolders ``parts`` of a ControlNet folder, with tensors in ``dtype``."""
     for part in parts:
-        content, _ = read_safetensors(source / part / WEIGHTS)
+        content, _ = read_safetensors(source / part / CONTROLNET_WEIGHTS)
         write_json(target / part / "config.json", read_json(source / part / "config.json"))
-        write_safetensors(target / part / WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
+        write_safetensors(target / part / CONTROLNET_WEIGHTS, cast_tensors(content, dtype), {"format": "pt"})
     if (facts := source / "sdtune.json").is_file():
         write_json(target / "sdtune.json", read_json(facts))
 

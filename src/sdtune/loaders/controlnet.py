@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import ControlNetWithStrength
-from sdtune.backbone.controlnet_files import WEIGHTS, embedding_widths, find_controlnet, load_controlnet
+from sdtune.backbone.controlnet import CONTROLNET_WEIGHTS, ControlNetWithStrength
+from sdtune.backbone.loading import controlnets_of
 from sdtune.backbone.quantization import Quantized
 from sdtune.config.schema import check_value
 from sdtune.data.control.base import Computed, Resample, fit
@@ -119,6 +118,11 @@ def _control_image(entry: Mapping[str, Any], key: str, image: str | Path | Image
     return ControlImage(**options)
 
 
+def _find(path: str, source: Pretrained) -> Path:
+    kind = controlnets_of(source.facts.family)
+    return kind.find(path, "control.path", source.config(source.denoiser_folder), source.facts)
+
+
 def check_controlnet(path: str, source: Pretrained, preprocess: str | None = None) -> None:
     """Check that ``path`` is a ControlNet that fits ``source`` and ``preprocess``, without loading weights.
 
@@ -127,7 +131,7 @@ def check_controlnet(path: str, source: Pretrained, preprocess: str | None = Non
     Raises:
         UserError: there is no ControlNet, it does not fit the denoiser, or it was trained with other control maps.
     """
-    folder = find_controlnet(path, "control.path", source.config(source.denoiser_folder), source.facts.factor)
+    folder = _find(path, source)
     trained_with = _facts(folder).get("preprocess", preprocess)
     if preprocess is not None and trained_with != preprocess:
         remedy = (
@@ -155,7 +159,7 @@ class LoadedControlNet(LoadedArtifact):
     """
 
     name: str
-    model: ControlNetModel
+    model: Any
     denoiser: dict[str, Tensor]
 
     @property
@@ -201,10 +205,10 @@ def load_applicable_controlnet(
     Raises:
         UserError: ``path`` is not a ControlNet that fits the backbone.
     """
-    folder = find_controlnet(path, "control.path", source.config(source.denoiser_folder), source.facts.factor)
-    model = load_controlnet(folder, "control.path", backbone.denoiser, embedding_widths(source.facts.factor))
+    folder = _find(path, source)
+    model = backbone.controlnets.load(folder, "control.path", backbone)
     model = model.to(backbone.device, backbone.denoiser.dtype).eval().requires_grad_(False)
     backbone.prepare_for_device(backbone.device, model)
-    file = folder / source.denoiser_folder / WEIGHTS
+    file = folder / source.denoiser_folder / CONTROLNET_WEIGHTS
     denoiser = read_safetensors(file)[0] if file.is_file() else {}
     return LoadedControlNet(path, strength, name, model, denoiser)

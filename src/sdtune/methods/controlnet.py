@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
-from annotated_types import Gt
-from diffusers import ControlNetModel
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from sdtune import streams
-from sdtune.backbone.controlnet import residuals, skip_connection_count
-from sdtune.backbone.controlnet_files import embedding_widths, find_controlnet, load_controlnet
+from sdtune.backbone.loading import controlnets_of
 from sdtune.backbone.quantization import check_quantization
 from sdtune.conditioning import Conditioning
 from sdtune.data.control.base import Computed
@@ -26,8 +24,6 @@ from sdtune.methods.base import Adapter
 from sdtune.randomness import generator
 from sdtune.training.arguments import Common
 
-_DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
-
 
 class ControlNet(Adapter):
     """ControlNet (Zhang et al. 2023, "Adding conditional control to text-to-image diffusion models", section 3).
@@ -37,6 +33,8 @@ class ControlNet(Adapter):
             the authors' ``sd_locked=False``; for control maps and styles that the denoiser does not know, with a lower
             learning rate), or all (``all``).
         denoiser_lr: learning rate of the denoiser's trained weights; the optimizer's if None.
+        layers: number of copied blocks of a transformer; if None, half of its blocks, at most 12. The encoder of a UNet
+            is copied whole.
         weights: path of a ControlNet with the initial weights, from any program: a folder in the diffusers layout or a
             single file; a copy of the denoiser's encoder if None.
     """
@@ -49,6 +47,7 @@ class ControlNet(Adapter):
         *,
         denoiser: Literal["frozen", "decoder", "all"] = "frozen",
         denoiser_lr: Annotated[float, Gt(0)] | None = None,
+        layers: Annotated[int, Ge(1)] | None = None,
         weights: str | None = None,
         **common: Unpack[Common],
     ) -> None:
@@ -59,8 +58,8 @@ class ControlNet(Adapter):
                 key="method.denoiser_lr",
                 remedy="set method.denoiser=decoder or method.denoiser=all, or remove method.denoiser_lr",
             )
-        self.opened, self.denoiser_lr, self.weights = denoiser, denoiser_lr, weights
-        self.controlnet: ControlNetModel
+        self.opened, self.denoiser_lr, self.layers, self.weights = denoiser, denoiser_lr, layers, weights
+        self.controlnet: Any
         self._maps: dict[str, str | None] = {}
         """How the control maps are computed, for the artifact's sdtune.json; set by :meth:`check_data`."""
 
@@ -73,39 +72,31 @@ class ControlNet(Adapter):
             )
         if self.opened != "frozen":
             check_quantization(self.source.quantize, ("denoiser",))
-        if self.weights is not None:
-            find_controlnet(
-                self.weights,
-                "method.weights",
-                self.source.config(self.source.denoiser_folder),
-                self.source.facts.factor,
+        kind, config = controlnets_of(self.source.facts.family), self.source.config(self.source.denoiser_folder)
+        if self.opened == "decoder" and not kind.decoder:
+            raise UserError(
+                f"{self.source.facts.family.title} has no decoder", key="method.denoiser", remedy="set frozen or all"
             )
+        kind.check_layers(self.layers, config)
+        if self.weights is not None:
+            kind.find(self.weights, "method.weights", config, self.source.facts)
         self._maps = {"preprocess": data.control.name if isinstance(data.control, Computed) else None}
 
     def inject(self) -> None:
-        denoiser = self.backbone.denoiser
+        kind = self.backbone.controlnets
         if self.weights is not None:
-            path, widths = Path(self.weights).expanduser(), embedding_widths(self.backbone.facts.factor)
-            self.controlnet = load_controlnet(path, "method.weights", denoiser, widths)
+            self.controlnet = kind.load(Path(self.weights).expanduser(), "method.weights", self.backbone)
         else:
-            self._copy_encoder()
-        assert len(self.controlnet.controlnet_down_blocks) == skip_connection_count(denoiser)
+            self.controlnet = kind.copy_of(self.backbone, self.layers)
+            for name, layer in kind.fresh_layers(self.controlnet):
+                self._draw_weights(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
         self.controlnet.train()
-        for name, parameter in denoiser.named_parameters():
-            parameter.requires_grad_(self.opened == "all" or (self.opened == "decoder" and name.startswith(_DECODER)))
-
-    def _copy_encoder(self) -> None:
-        """Copy the denoiser's encoder; draw the initial weights of the control map's embedding from the run's seed."""
-        with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced below
-            self.controlnet = ControlNetModel.from_unet(
-                self.backbone.denoiser, conditioning_embedding_out_channels=embedding_widths(self.backbone.facts.factor)
-            )
-        embedding = self.controlnet.controlnet_cond_embedding
-        for name, layer in (
-            ("conv_in", embedding.conv_in),
-            *((f"blocks.{i}", b) for i, b in enumerate(embedding.blocks)),
-        ):
-            self._draw_weights(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
+        for name, parameter in self.controlnet.named_parameters():
+            parameter.requires_grad_(not name.startswith(kind.frozen_prefixes(self.controlnet)))
+        frozen = self.backbone.frozen_prefixes("denoiser")
+        for name, parameter in self.backbone.denoiser.named_parameters():
+            is_opened = self.opened == "all" or (self.opened == "decoder" and name.startswith(kind.decoder))
+            parameter.requires_grad_(is_opened and not name.startswith(frozen))
 
     def _draw_weights(self, name: str, layer: nn.Conv2d) -> None:
         """Draw weight and bias from torch's default: uniform in +-1 / sqrt(fan in)."""
@@ -131,7 +122,8 @@ class ControlNet(Adapter):
         added = None
         if "control" in conditions:
             arguments = self.backbone.conditions(conditioning, noisy)
-            added = residuals(self.controlnet, noisy, timesteps, arguments, conditions["control"])
+            kind, maps = self.backbone.controlnets, conditions["control"]
+            added = kind.residuals(self.backbone, self.controlnet, noisy, timesteps, arguments, maps)
         return self._predict(self.backbone.denoiser_inputs(noisy, timesteps, conditioning, added))
 
     @classmethod

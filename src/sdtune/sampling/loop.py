@@ -176,7 +176,7 @@ def predict_with_conditions(
     """Prediction of the backbone, with what its conditioners compute from ``conditions``."""
     arguments = backbone.conditions(conditioning, noisy)
     added = [
-        conditioner.added_inputs(noisy, timesteps, arguments, conditions[conditioner.name])
+        conditioner.added_inputs(backbone, noisy, timesteps, arguments, conditions[conditioner.name])
         for conditioner in backbone.conditioners
         if conditioner.name in conditions
     ]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import AddedInputs, cast_conditions
 from sdtune.backbone.families.base import T5
+from sdtune.backbone.families.sd3_controlnet import SD3ControlNets
 from sdtune.backbone.text import encoder_states, pooled_embedding
 from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
@@ -38,6 +39,8 @@ class SD3Backbone(Backbone):
     submodule: it waits in main memory, and is on the device only within :meth:`encoders_on_device`. Without T5 its
     states are zeros, as in diffusers.
     """
+
+    controlnets = SD3ControlNets()
 
     def __init__(self, tokenizers: Mapping[str, Any], encoders: Mapping[str, Any], **parts: Any) -> None:
         super().__init__(tokenizers, {name: encoder for name, encoder in encoders.items() if name != T5}, **parts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.controlnet import AddedInputs, cast_conditions
+from sdtune.backbone.families.unet_controlnet import UNetControlNets
 from sdtune.backbone.text import encoder_states, unused_prefixes
 from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
@@ -16,6 +17,8 @@ from sdtune.hardware.devices import send
 
 class UNetBackbone(Backbone):
     """Backbone with a UNet that attends to the states of a CLIP text encoder."""
+
+    controlnets = UNetControlNets()
 
     @property
     def text_shapes(self) -> dict[str, tuple[int, ...]]:

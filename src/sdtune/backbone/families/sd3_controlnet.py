@@ -1,0 +1,172 @@
+"""ControlNets of SD 3: a copy of the first blocks of its transformer, over the latents of the control map."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3ControlNetModel
+from torch import Tensor
+
+from sdtune.backbone.controlnet import CONTROLNET_WEIGHTS, AddedInputs, ControlNetKind, cast_conditions
+from sdtune.backbone.families.base import Facts
+from sdtune.backbone.foreign import unreadable_as_user_error
+from sdtune.errors import UserError
+from sdtune.files import read_json
+from sdtune.formats import read_safetensors
+from sdtune.formats.files import read_keys
+from sdtune.formats.keys import check_keys
+
+_MOST_LAYERS = 12
+_MARKER = "pos_embed_input.proj.weight"
+_COMPARED_FIELDS = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+_COPIED = ("pos_embed", "time_text_embed", "context_embedder")
+
+
+class SD3ControlNets(ControlNetKind):
+    """ControlNets of SD 3 (diffusers' SD3ControlNetModel)."""
+
+    marker_keys = (_MARKER,)
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], bool, Tensor] | None = None
+        """The last control maps with their latents: all steps of a batch of images have the same maps."""
+
+    def find(self, path: str, key: str, denoiser: Mapping[str, Any], facts: Facts) -> Path:
+        local_path = Path(path).expanduser()
+        if local_path.is_file():
+            if not self.is_in(read_keys(local_path)):
+                raise UserError(
+                    f"{path} is not a ControlNet of {facts.family.title}", key=key, remedy="use one of this model"
+                )
+            return local_path
+        file = local_path / "config.json"
+        if not file.is_file() or not (local_path / CONTROLNET_WEIGHTS).is_file():
+            raise UserError(
+                f"{path} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
+                key=key,
+                remedy="set a ControlNet here (use adapters= for a LoRA)",
+            )
+        config = read_json(file, key)
+        if config.get("_class_name") != "SD3ControlNetModel":
+            raise UserError(
+                f"{path} is a {config.get('_class_name')}, not an SD3ControlNetModel",
+                key=key,
+                remedy=f"use a ControlNet of {facts.family.title}",
+            )
+        if config.get("joint_attention_dim") is None or config.get("extra_conditioning_channels"):
+            raise UserError(
+                f"{path} has blocks without text, or more inputs than a map, which sdtune does not run",
+                key=key,
+                remedy="use a ControlNet that copies the blocks of the transformer",
+            )
+        for name in _COMPARED_FIELDS:
+            if config.get(name) != denoiser.get(name):
+                raise UserError(
+                    f"{path} has {name} {config.get(name)}, the backbone's transformer has {denoiser.get(name)}",
+                    key=key,
+                    remedy="use a ControlNet for this backbone",
+                )
+        return local_path
+
+    def load(self, path: Path, key: str, backbone: Any) -> SD3ControlNetModel:
+        if path.is_dir():
+            with unreadable_as_user_error(path, key):
+                loaded: SD3ControlNetModel = SD3ControlNetModel.from_pretrained(
+                    path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                )
+                return loaded
+        tensors, _ = read_safetensors(path)
+        layers = len({name.split(".")[1] for name in tensors if name.startswith("controlnet_blocks.")})
+        net = self._empty(backbone, layers)
+        shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
+        check_keys(f"{key}: {path}", {name: list(value.shape) for name, value in tensors.items()}, shapes)
+        net.load_state_dict({name: value.float() for name, value in tensors.items()})
+        return net
+
+    def copy_of(self, backbone: Any, layers: int | None) -> SD3ControlNetModel:
+        net = self._empty(backbone, layers or self._default_layers(backbone.denoiser.config))
+        for name in _COPIED:
+            getattr(net, name).load_state_dict(getattr(backbone.denoiser, name).state_dict())
+        blocks = {
+            name: value
+            for name, value in backbone.denoiser.transformer_blocks.state_dict().items()
+            if int(name.split(".")[0]) < len(net.transformer_blocks)
+        }
+        net.transformer_blocks.load_state_dict(blocks)
+        return net
+
+    def _empty(self, backbone: Any, layers: int) -> SD3ControlNetModel:
+        """A ControlNet with ``layers`` blocks of the transformer; its own layers are zero."""
+        config = {name: value for name, value in backbone.denoiser.config.items() if not name.startswith("_")}
+        # The pooled text reaches the ControlNet in training, so that sampling must not replace it with zeros.
+        config |= {"num_layers": layers, "force_zeros_for_pooled_projection": False}
+        config["dual_attention_layers"] = [i for i in config["dual_attention_layers"] if i < layers]
+        with torch.random.fork_rng(devices=[]):  # all random initial weights are replaced
+            net: SD3ControlNetModel = SD3ControlNetModel.from_config(config)
+        return net
+
+    @staticmethod
+    def _default_layers(config: Mapping[str, Any]) -> int:
+        return max(1, min(_MOST_LAYERS, int(config["num_layers"]) // 2))
+
+    def fresh_layers(self, controlnet: Any) -> list[tuple[str, Any]]:
+        return []  # they are zero
+
+    def check_layers(self, layers: int | None, denoiser: Mapping[str, Any]) -> None:
+        most = int(denoiser["num_layers"]) // 2
+        if layers is not None and layers > most:
+            raise UserError(
+                f"got {layers}, but the transformer has {denoiser['num_layers']} blocks, of which half can be copied",
+                key="method.layers",
+                remedy=f"set at most {most}",
+            )
+
+    def frozen_prefixes(self, controlnet: Any) -> tuple[str, ...]:
+        # The text tokens of the last block are not used.
+        last = f"transformer_blocks.{len(controlnet.transformer_blocks) - 1}"
+        parts = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "ff_context.")
+        return tuple(f"{last}.{part}" for part in parts)
+
+    def residuals(
+        self,
+        backbone: Any,
+        model: Any,
+        noisy: Tensor,
+        timesteps: Tensor,
+        arguments: Mapping[str, Any],
+        maps: Tensor,
+        strength: float = 1.0,
+    ) -> AddedInputs:
+        """As in the base class; the map's latents are the mean of the VAE's posterior."""
+        dtype = model.pos_embed_input.proj.weight.dtype
+        inputs = cast_conditions(arguments, dtype)
+        has_pooled = not model.config.force_zeros_for_pooled_projection
+        if not has_pooled:
+            inputs["pooled_projections"] = torch.zeros_like(inputs["pooled_projections"])
+        [*residuals] = model(
+            noisy.to(dtype),
+            controlnet_cond=self._latents(backbone, maps, shifted=has_pooled).to(dtype),
+            conditioning_scale=strength,
+            timestep=timesteps.expand(len(noisy)),
+            return_dict=False,
+            **inputs,
+        )[0]
+        return {"block_controlnet_hidden_states": tuple(residuals)}
+
+    def _latents(self, backbone: Any, maps: Tensor, *, shifted: bool) -> Tensor:
+        """Latents [B, C, h, w] of control maps in [0, 1]; ``shifted``: with the VAE's shift, as those of images."""
+        if self._last is not None and self._last[0]() is maps and self._last[1] is shifted:
+            return self._last[2]
+        with torch.no_grad():
+            mean: Tensor = backbone.encode_images(2 * maps - 1).chunk(2, dim=1)[0]
+        shift = (backbone.vae.config.shift_factor or 0.0) if shifted else 0.0
+        latents: Tensor = (mean - shift) * backbone.vae.config.scaling_factor
+        self._last = (weakref.ref(maps), shifted, latents)
+        return latents
+
+    def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+        return {key: key for key in tensors}
