@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from families import build_sd3
+from image_data import noise
 from running import plan, rows, train
 from sdtune.commands.plan import checked_plan, plan_request
 from sdtune.config.compose import compose, search_path
@@ -56,6 +58,29 @@ def test_sd15_recipe_trains_two_steps_on_a_tiny_backbone(
     assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] == 2
     assert [path for path in (run / "artifact").rglob("*") if path.is_file()]
     assert (run / "samples" / "before_after.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(r, marks=[] if r.stem == "sd35_lora" else [pytest.mark.slow], id=r.stem)
+        for r in RECIPES
+        if r.stem.startswith("sd35")
+    ],
+)
+def test_sd35_recipe_trains_two_steps_on_a_tiny_transformer(recipe: Path, tmp_path: Path) -> None:
+    folder = build_sd3(tmp_path / "model", "sd35_medium")
+    for number in range(2):
+        noise(tmp_path / "images" / f"{number}.png", 96, 80, number)
+    arguments = recipe_arguments(recipe, folder, tmp_path / "images")
+    small = [word for word in SMALL if not word.startswith("data.resolution")]
+    overrides = [*small, "data.resolution=64", "backbone.t5_tokens=12", "optimizer=adamw"]
+    overrides += ["data.class_images=2"] if "class_prompt" in " ".join(arguments) else []
+    overrides += ["data.prompt=a fox"] if "data.prompt" not in " ".join(arguments) else []
+    run = tmp_path / "run"
+    assert train(*arguments, *overrides, f"hydra.run.dir={run}") == 0
+    assert len(rows(run)) == 2
+    assert [path for path in (run / "artifact").rglob("*.safetensors") if path.is_file()]
 
 
 @pytest.mark.slow
@@ -106,5 +131,5 @@ def test_recipe_can_be_planned(recipe: Path, capsys: pytest.CaptureFixture[str])
         if word != "backbone.path=FOLDER"
     ]
     assert plan(*arguments) == 0
-    side = 1024 if recipe.stem.startswith("sdxl") else 512
+    side = 512 if recipe.stem.startswith("sd15") else 1024
     assert f": {side}x{side} pixels, batch " in capsys.readouterr().out.splitlines()[0]
