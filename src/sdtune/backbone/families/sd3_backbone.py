@@ -17,6 +17,7 @@ from sdtune.backbone.families.sd3_controlnet import SD3ControlNets
 from sdtune.backbone.text import encoder_states, pooled_embedding
 from sdtune.conditioning import Conditioning
 from sdtune.hardware.devices import send
+from sdtune.hardware.precision import autocast
 
 _SKIPPED = 1  # the CLIP states are the penultimate ones, without the final norm
 _T5_END, _T5_PAD = 1, 0
@@ -119,7 +120,7 @@ class SD3Backbone(Backbone):
             encoder = self._t5.model
             ids = send(torch.tensor(self._t5_ids(prompts)), encoder.device)
             # T5 overflows in float16 and has its own dtype: autocast is not for it.
-            with torch.autocast(encoder.device.type, enabled=False):
+            with autocast(encoder.device, "32-true"):
                 states: Tensor = encoder(ids).last_hidden_state
         return states.to(like)
 
