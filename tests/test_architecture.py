@@ -44,8 +44,6 @@ LIBRARIES = {
     "lightning_fabric": {"callbacks.checkpoints", "lightning_compat"},
     "diffusers": {
         "backbone",
-        "loaders",
-        "methods.controlnet",
         "pocket",
         "sampling",
     },

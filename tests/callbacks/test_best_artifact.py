@@ -30,8 +30,8 @@ def test_early_stopping_ends_the_run_and_the_best_artifact_is_written(tiny: Path
     files = {name: load_file(run / "artifact" / f"{name}.safetensors") for name in ("mine", "mine-best")}
     downs = {k: v for k, v in checkpoint["state_dict"].items() if "lora_A" in k}
     for key, value in downs.items():
-        name = key.removeprefix("backbone.").replace(".lora_A.default.weight", "").replace(".", "_")
-        exported = files["mine-best"][f"lora_{name}.lora_down.weight"]
+        name = key.removeprefix("backbone.denoiser.").replace(".lora_A.default.weight", "").replace(".", "_")
+        exported = files["mine-best"][f"lora_unet_{name}.lora_down.weight"]
         assert torch.equal(exported, value)
     assert any(not torch.equal(v, files["mine"][k]) for k, v in files["mine-best"].items())
 

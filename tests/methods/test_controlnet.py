@@ -24,7 +24,8 @@ from pipelines import build_pipeline
 from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet_files import embedding_widths
+from sdtune.backbone.families.unet_backbone import UNetBackbone
+from sdtune.backbone.families.unet_controlnet import embedding_widths
 from sdtune.data.control.edges import Canny
 from sdtune.errors import UserError
 from sdtune.loaders import controlnet as controlnets
@@ -73,7 +74,12 @@ def test_parameter_count_on_sd15() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         model = ControlNet()
-        model.__dict__["backbone"] = SimpleNamespace(denoiser=unet, facts=SimpleNamespace(factor=8))
+        model.__dict__["backbone"] = SimpleNamespace(
+            denoiser=unet,
+            facts=SimpleNamespace(factor=8),
+            controlnets=UNetBackbone.controlnets,
+            frozen_prefixes=lambda component: (),
+        )
         model.inject()
     assert sum(p.numel() for p in model.controlnet.parameters()) == 361_279_120
     assert not any(p.requires_grad for p in unet.parameters())

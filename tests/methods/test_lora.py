@@ -50,7 +50,9 @@ def test_parameter_count_per_rank_on_sd15() -> None:
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.requires_grad_(False)
     model = LoRA(rank=1)
-    model.__dict__["backbone"] = SimpleNamespace(denoiser=unet, encoders={}, facts=SimpleNamespace(family=SD1))
+    model.__dict__["backbone"] = SimpleNamespace(
+        denoiser=unet, encoders={}, facts=SimpleNamespace(family=SD1), frozen_prefixes=lambda component: ()
+    )
     model.inject()
     assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 199_296
 

@@ -111,7 +111,7 @@ class Backbone(LatentCodec, ABC):
 
     @abstractmethod
     def frozen_prefixes(self, component: str) -> tuple[str, ...]:
-        """Name prefixes of parameters of the denoiser or a text encoder that are never trained.
+        """Name prefixes of parameters of a component that are never trained; none for most.
 
         The prediction does not depend on them, so they would get no gradient; or no file format has a place for them.
         """

@@ -369,13 +369,7 @@ class PipelineSource:
                 key="backbone.clip_skip",
                 remedy=f"set at most {layers - 1}",
             )
-        has_t5 = self._family.has_t5
-        if has_t5 and self.max_tokens is not None and self.max_tokens > length - 2:
-            raise UserError(
-                f"the CLIP text encoders of {self._family.title} read {length - 2} tokens; only T5 reads more",
-                key="backbone.max_tokens",
-                remedy="remove it, or set backbone.t5_tokens",
-            )
+        self._check_max_tokens(length - 2)
         windows = -(-self.max_tokens // (length - 2)) if self.max_tokens else 1
         return Facts(
             side=int(denoiser.get("sample_size", 64)) * factor,
@@ -388,9 +382,17 @@ class PipelineSource:
             scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=path.steps,
             patch=int(denoiser.get("patch_size", 1)),
-            t5_tokens=self.t5_tokens if has_t5 else 0,
+            t5_tokens=self.t5_tokens if self._family.has_t5 else 0,
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
+
+    def _check_max_tokens(self, window: int) -> None:
+        if self._family.has_t5 and self.max_tokens is not None and self.max_tokens > window:
+            raise UserError(
+                f"the CLIP text encoders of {self._family.title} read {window} tokens; only T5 reads more",
+                key="backbone.max_tokens",
+                remedy="remove it, or set backbone.t5_tokens",
+            )
 
     def _check_latents(self, vae: dict[str, Any]) -> None:
         if vae.get("latents_mean") or vae.get("latents_std"):

@@ -97,14 +97,14 @@ def training_metadata(
         captions: caption of each image. Its tags are what commas separate, in lower case, as in kohya; the most
             frequent ones are written.
         images: number of training images, with repeats.
-        rates: learning rate by component, ``unet`` or a text encoder.
+        rates: learning rate by component, ``denoiser`` or a text encoder.
         clip_skip: as in diffusers: 0 skips no layer, which is clip skip 1 in kohya.
     """
     tags: Counter[str] = Counter()
     for caption in captions:
         tags.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
     encoder = next((rate for name, rate in rates.items() if name.startswith("text_encoder")), None)
-    unet = rates.get("unet")
+    unet = rates.get("denoiser")
     return {
         "ss_tag_frequency": json.dumps({folder: dict(tags.most_common(_MOST_TAGS))}, ensure_ascii=False),
         "ss_num_train_images": str(images),

@@ -96,8 +96,7 @@ def memory(costs: TrainingCosts, switches: Switches, accumulation: int, devices:
     pass_peak = cost.together if accumulation == 1 else cost.activations + costs.gradients
     # During the optimizer's step all gradients and no activations are allocated.
     step = resident + state + costs.average + buckets + max(pass_peak, costs.gradients)
-    encoding = weights + costs.encoding
-    prompts = 0 if costs.prompts is None else weights + costs.prompts
+    encoding, prompts = weights + costs.encoding, 0 if costs.prompts is None else weights + costs.prompts
     # While previews are generated, an offloaded VAE is on the device, offloaded text encoders only for the prompts, and
     # on a GPU the trained weights are in main memory if their average replaces them.
     parked = costs.idle_text if switches.offload else 0

@@ -25,7 +25,8 @@ class UNetBackbone(Backbone):
         return {"states": (self._token_count, int(self.denoiser.config.cross_attention_dim))}
 
     def frozen_prefixes(self, component: str) -> tuple[str, ...]:
-        return () if component == "denoiser" else unused_prefixes(self.encoders[component], self.clip_skip)
+        encoder = self.encoders.get(component)
+        return () if encoder is None else unused_prefixes(encoder, self.clip_skip)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Hidden states after the final norm, respecting ``clip_skip``."""
