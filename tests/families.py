@@ -29,6 +29,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from sdtune.paths import pocket_pipeline
+
 Family = Literal["sd1", "sd2", "sdxl"]
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
 EACH = [pytest.param(family, marks=() if family == "sd1" else pytest.mark.slow) for family in FAMILIES]
@@ -81,49 +83,86 @@ _TRANSFORMERS: dict[SD3, dict[str, Any]] = {
 def build_sd3(folder: Path, family: SD3, seed: int = 0) -> Path:
     """Save a pipeline of ``family`` with random weights that float16 represents exactly; 64x64 pixels, VAE factor 8."""
     torch.manual_seed(seed)
-    first, second = _encoder(16, "quick_gelu", projected=True, projection=16), _encoder(24, "gelu", projected=True)
-    first.text_projection.weight.data = torch.eye(16)
-    parts: dict[str, Any] = {
-        "transformer": SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=3,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            joint_attention_dim=48,
-            caption_projection_dim=16,
-            pooled_projection_dim=40,
-            pos_embed_max_size=12,
-            **_TRANSFORMERS[family],
-        ),
-        "vae": _vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "tokenizer": _tokenizer("<|endoftext|>"),
-        "tokenizer_2": _tokenizer("!"),
-        "tokenizer_3": T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(_PIECES)], extra_ids=0),
-        "text_encoder": first,
-        "text_encoder_2": second,
-        "text_encoder_3": T5EncoderModel(
-            T5Config(
-                vocab_size=len(_PIECES) + 2,
-                d_model=48,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-            )
-        ),
-    }
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-        for parameter in parts[name].parameters():
-            parameter.data = parameter.data.half().float()
-    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    encoders = _encoder(16, "quick_gelu", projected=True, projection=16), _encoder(24, "gelu", projected=True)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=40,
+        pos_embed_max_size=12,
+        **_TRANSFORMERS[family],
+    )
+    vae = _vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    parts = [transformer, vae, *encoders, _t5(48)]
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
+        parameter.data = parameter.data.half().float()
+    return _save_sd3(folder, *parts)
+
+
+def build_learner(folder: Path, seed: int = 0) -> Path:
+    """Save a pipeline of SD 3.5 medium over the VAE of pocket that learns simple images in minutes; 64x64 pixels.
+
+    All other weights are random. Those of the CLIP encoders are larger than usual, so that two captions differ enough.
+    """
+    torch.manual_seed(seed)
+    vae = AutoencoderKL.from_pretrained(pocket_pipeline() / "vae", local_files_only=True)
+    vae.register_to_config(shift_factor=1.0)  # large, so that an error in its use would show
+    channels, width = vae.config.latent_channels, 128
+    transformer = SD3Transformer2DModel(
+        sample_size=64 // 2 ** (len(vae.config.block_out_channels) - 1),
+        patch_size=2,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=width // 4,
+        joint_attention_dim=width,
+        caption_projection_dim=width,
+        pooled_projection_dim=96,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    encoders = [_encoder(48, kind, projected=True, projection=48, scale=5.0) for kind in ("quick_gelu", "gelu")]
+    return _save_sd3(folder, transformer, vae, *encoders, _t5(width))
+
+
+def _save_sd3(folder: Path, transformer: Any, vae: Any, first: Any, second: Any, t5: Any) -> Path:
+    first.text_projection.weight.data = torch.eye(first.config.hidden_size)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=_tokenizer("<|endoftext|>"),
+        tokenizer_2=_tokenizer("!"),
+        tokenizer_3=T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(_PIECES)], extra_ids=0),
+        text_encoder=first,
+        text_encoder_2=second,
+        text_encoder_3=t5,
+    ).save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         _write_vocabulary(folder / name)
     return folder
+
+
+def _t5(width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(_PIECES) + 2,
+            d_model=width,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
 
 
 _PIECES = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz<>,_ABC0123456789"]
@@ -197,7 +236,8 @@ def _write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
-def _encoder(width: int, activation: str, projected: bool = False, projection: int = 24) -> Any:
+def _encoder(width: int, activation: str, projected: bool = False, projection: int = 24, scale: float = 1.0) -> Any:
+    """A CLIP text encoder with random weights; ``scale``: factor on the usual ones."""
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     return kind(
         CLIPTextConfig(
@@ -209,6 +249,7 @@ def _encoder(width: int, activation: str, projected: bool = False, projection: i
             max_position_embeddings=77,
             hidden_act=activation,
             projection_dim=projection,
+            initializer_factor=scale,
             # As in the real configs; the end token of the tokenizer differs.
             bos_token_id=0,
             eos_token_id=2,
