@@ -70,7 +70,7 @@ def test_shipped_configs_have_the_sizes_of_the_models(group: str, expected: dict
         assert sum(p.numel() for p in parameters) == count
         assert {p.device.type for p in parameters} == {"meta"}
     assert backbone.facts.side == {"sd15": 512, "sd21": 768, "sdxl": 1024}[group]
-    assert backbone.prediction_type == ("v_prediction" if group == "sd21" else "epsilon")
+    assert backbone.path.prediction_type == ("v_prediction" if group == "sd21" else "epsilon")
 
 
 def test_forward_pass_of_the_sd15_unet_has_401_6_gmac(full: TrainingCosts) -> None:
