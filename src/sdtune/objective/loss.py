@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from annotated_types import Ge
@@ -33,8 +32,7 @@ class Objective:
     ) -> None:
         self.weighting = weighting or Uniform()
         self.offset_noise = offset_noise
-        # A config has plain mappings.
-        self.timesteps = Timesteps(**timesteps) if isinstance(timesteps, Mapping) else timesteps or Timesteps()
+        self.timesteps = timesteps or Timesteps()
 
     def check(self, prediction_type: PredictionType) -> None:
         """Raise UserError if the weighting has no meaning for a model with this prediction type."""

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Gt
-from pydantic import ConfigDict
 
 TimestepKind = Literal["uniform", "logit_normal"]
 
@@ -23,8 +22,6 @@ class Timesteps:
         shift: shift s of the noise levels, t = s u / (1 + (s - 1) u): more than 1 draws more noise (Esser et al. 2024,
             eq. 23); None: that of the model, 1 for diffusion models.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: TimestepKind | None = None
     shift: Annotated[float, Gt(0)] | None = None
