@@ -17,13 +17,15 @@ from sdtune.backbone.families import (
     SD3_FAMILIES,
     SD35_MEDIUM,
     Family,
+    FamilyName,
     family_of_file,
     family_of_folder,
 )
 from sdtune.backbone.models import model_shapes
 from sdtune.backbone.single_file import CONFIGS
 from sdtune.errors import UserError
-from sdtune.files import write_json
+from sdtune.files import read_json, write_json
+from sdtune.formats import read_lora, write_safetensors
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original import join, split
 from sdtune.formats.original.checkpoint import stated_prediction
@@ -179,3 +181,30 @@ def test_prediction_type_of_kohya_is_not_believed() -> None:
         assert stated_prediction([], {"modelspec.prediction_type": name}, predictions) == "flow_prediction"
     with pytest.raises(UserError, match="states modelspec.prediction_type v; sdtune trains models with flow or eps"):
         stated_prediction([], {"modelspec.prediction_type": "v"}, predictions)
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "remedy"),
+    [
+        ("sd1", "lora_unet_joint_blocks_0_x_block_attn_qkv", "Stable Diffusion 3"),
+        ("sdxl", "transformer.transformer_blocks.0.attn.to_q", "Stable Diffusion 3"),
+        ("sd35_medium", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q", "backbone=sd15"),
+        ("sd35_large", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "backbone=sdxl"),
+        ("sd35_medium", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "backbone=sdxl"),
+        ("sd3_medium", "lora_unet_joint_blocks_0_x_block_attn2_qkv", "backbone=sd35_medium"),
+        ("sd35_medium", "transformer.transformer_blocks.37.attn.to_q", "backbone=sd35_large"),
+    ],
+)
+def test_lora_of_another_family_is_refused_with_its_backbone(
+    tmp_path: Path, family: FamilyName, module: str, remedy: str
+) -> None:
+    names = ("lora_A", "lora_B") if "." in module else ("lora_down", "lora_up")
+    pair = (torch.ones(2, 6), torch.ones(5, 2))
+    tensors = {f"{module}.{n}.weight": t for n, t in zip(names, pair, strict=True)}
+    write_safetensors(tmp_path / "lora.safetensors", tensors, {"note": ""})
+    first = "unet.conv_in" if family in ("sd1", "sdxl") else "transformer.transformer_blocks.0.attn.to_q"
+    known = FAMILIES[family]
+    config = read_json(CONFIGS / known.configs / known.denoiser / "config.json")
+    table = known.kohya_table([first], config)
+    with pytest.raises(UserError, match=f"unknown target modules.*; use .*{remedy}"):
+        read_lora(tmp_path / "lora.safetensors", table)

@@ -36,6 +36,15 @@ _PROJECTIONS: dict[str, LoRAProjection] = {
     "to_out.0": "out",
     "to_add_out": "out",
 }
+_LORA_HINTS = (
+    (
+        r"^unet\.|^lora_unet_(down|mid|up|input|middle|output)_",
+        "use a backbone with a UNet, such as backbone=sd15 or backbone=sdxl",
+    ),
+    (r"attn2", "use backbone=sd35_medium"),
+    (r"blocks[._](2[4-9]|3\d)[._]", "use backbone=sd35_large"),
+)
+"""Remedies for LoRA files of other models."""
 _LORA_PREFIXES = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 
 
@@ -144,7 +153,7 @@ class SD3Family(Family):
         in_transformer = {path for path in paths if path.startswith("transformer.")}
         named |= plain_modules(paths - in_transformer, _LORA_PREFIXES)
         # OneTrainer's older files have the names of diffusers.
-        return KohyaTable(named, plain_modules(in_transformer, {"transformer": "lora_transformer_"}))
+        return KohyaTable(named, plain_modules(in_transformer, {"transformer": "lora_transformer_"}), _LORA_HINTS)
 
 
 SD3_MEDIUM = SD3Family(

@@ -33,6 +33,11 @@ SDXL_LORA = (
     "use an SDXL backbone, such as backbone=sdxl",
 )
 """Names that only a LoRA of SDXL has, and the remedy."""
+SD3_LORA = (
+    r"joint_blocks|^transformer\.|^lora_transformer_",
+    "use the Stable Diffusion 3 of its training, such as backbone=sd35_medium",
+)
+"""Names that only a LoRA of SD 3 has, and the remedy."""
 
 _UNUSED_OF_FIRST_ENCODER = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?(logit_scale|text_projection(\.weight)?)"
@@ -102,7 +107,7 @@ class UNetFamily(Family):
         lora_prefixes: prefix of kohya's module names of each component.
         has_original_lora_names: whether kohya names the UNet's modules as in the original layout. Some trainers use the
             names of diffusers, which are read as well.
-        lora_hints: remedies for LoRA files of other families.
+        lora_hints: remedies for LoRA files of other UNets.
         lora_version: kohya's ``ss_base_model_version`` for a model that predicts noise.
     """
 
@@ -150,8 +155,9 @@ class UNetFamily(Family):
 
     def kohya_table(self, modules: Collection[str], denoiser: Mapping[str, Any]) -> KohyaTable:
         diffusers_names = plain_modules(modules, self.lora_prefixes)
+        hints = (SD3_LORA, *self.lora_hints)  # both have a second text encoder
         if not self.has_original_lora_names:
-            return KohyaTable(diffusers_names, hints=self.lora_hints)
+            return KohyaTable(diffusers_names, hints=hints)
         unet = {module for module in modules if module.startswith("unet.")}
         entries = unet_entries([f"{path.removeprefix('unet.')}.weight" for path in unet], denoiser)
         names = {
@@ -161,7 +167,7 @@ class UNetFamily(Family):
             for name, original in original_names(entries).items()
         }
         names |= plain_modules(set(modules) - unet, self.lora_prefixes)
-        return KohyaTable(names, diffusers_names, self.lora_hints)
+        return KohyaTable(names, diffusers_names, hints)
 
 
 def check_unet_file(shapes: Mapping[str, Sequence[int]]) -> None:
