@@ -50,7 +50,7 @@ def _differences(method: str, adapter: Adapter, shape: Shape) -> dict[str, float
     prompts = PROMPTS if method == "textual_inversion" else [p.replace("<new> ", "") for p in PROMPTS]
     pixels = torch.rand(2, 3, shape.side, shape.side) * 2 - 1
     batch = {"prompts": prompts, "step": STEP, "positions": POSITIONS, "pixels": pixels}
-    batch["control"] = torch.rand(2, 3, shape.side, shape.side)
+    batch["conditions"] = {"control": torch.rand(2, 3, shape.side, shape.side)}
     adapter.configure_model()
     for _, parameter in adapter.trainable():
         if not parameter.any():  # layers before a zero weight would have no gradient
@@ -136,7 +136,9 @@ def _output(pipe: Any, net: nn.Module | None, batch: dict[str, Any]) -> tuple[Te
     noisy = scheduler.add_noise(latents, noise, times)
     residuals = {}
     if net is not None:
-        down, mid = net(noisy, times, encoder_hidden_states=text, controlnet_cond=batch["control"], return_dict=False)
+        down, mid = net(
+            noisy, times, encoder_hidden_states=text, controlnet_cond=batch["conditions"]["control"], return_dict=False
+        )
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     return pipe.unet(noisy, times, encoder_hidden_states=text, **residuals).sample, noise
 

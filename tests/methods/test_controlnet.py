@@ -316,7 +316,7 @@ def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog
     controlnets.check_controlnet(str(folder), source)
     with pytest.raises(UserError, match=r"^control\.path: /nowhere is neither a folder with config\.json"):
         controlnets.check_controlnet("/nowhere", source)
-    with pytest.raises(UserError, match=r"^control\.path: .* is a UNet2DConditionModel, not a ControlNetModel"):
+    with pytest.raises(UserError, match=r"^control\.path: .* is a UNet2DConditionModel, not the ControlNetModel"):
         controlnets.check_controlnet(str(tiny / "unet"), source)
     other = Pretrained(str(build_pipeline(tmp_path / "other", seed=1)))
     controlnets.check_controlnet(str(folder), other)
@@ -330,7 +330,7 @@ def test_incompatible_controlnets_are_refused(tiny: Path, tmp_path: Path, caplog
     (folder / "sdtune.json").unlink()
     controlnets.check_controlnet(str(folder), other)  # ControlNets of other programs have no backbone hash
     with pytest.raises(
-        UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], the backbone's UNet has \[64"
+        UserError, match=r"^control\.path: .* has block_out_channels \[16, 32\], the backbone's denoiser has \[64"
     ):
         controlnets.check_controlnet(str(folder), Pretrained())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from sdtune.backbone.families.base import Facts
+from sdtune.backbone.foreign import unreadable_as_user_error
+from sdtune.errors import UserError
+from sdtune.files import read_json
 from sdtune.formats.pipeline import weights_name
 
 AddedInputs = dict[str, Tensor | tuple[Tensor, ...]]
@@ -110,6 +113,55 @@ class ControlNetKind(ABC):
     @abstractmethod
     def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
         """Names of ``tensors`` in a single file for other programs."""
+
+
+def folder_config(folder: Path, key: str, kind: type[Any]) -> dict[str, Any]:
+    """Config of the ControlNet in ``folder``, of the diffusers class ``kind``.
+
+    Args:
+        key: config key of the folder, for error messages.
+
+    Raises:
+        UserError: the folder is incomplete, or its ControlNet is of another class.
+    """
+    file = folder / "config.json"
+    if not file.is_file() or not (folder / CONTROLNET_WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
+            key=key,
+            remedy="set a ControlNet here (use adapters= for a LoRA)",
+        )
+    config = read_json(file, key)
+    if config.get("_class_name") != kind.__name__:
+        raise UserError(
+            f"{folder} is a {config.get('_class_name')}, not the {kind.__name__} that this backbone needs",
+            key=key,
+            remedy="use a ControlNet for this backbone",
+        )
+    return config
+
+
+def check_fields(
+    folder: Path, key: str, config: Mapping[str, Any], denoiser: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    """Raise UserError if a field of ``names`` differs in the configs of a ControlNet and of the denoiser."""
+    for name in names:
+        if config.get(name) != denoiser.get(name):
+            raise UserError(
+                f"{folder} has {name} {config.get(name)}, the backbone's denoiser has {denoiser.get(name)}",
+                key=key,
+                remedy="use a ControlNet for this backbone",
+            )
+
+
+def load_folder(folder: Path, key: str, kind: type[Any]) -> Any:
+    """Load the ControlNet in ``folder``, of the diffusers class ``kind``, in float32.
+
+    Raises:
+        UserError: the files are damaged.
+    """
+    with unreadable_as_user_error(folder, key):
+        return kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,16 @@ import torch
 from diffusers import SD3ControlNetModel
 from torch import Tensor
 
-from sdtune.backbone.controlnet import CONTROLNET_WEIGHTS, AddedInputs, ControlNetKind, cast_conditions
+from sdtune.backbone.controlnet import (
+    AddedInputs,
+    ControlNetKind,
+    cast_conditions,
+    check_fields,
+    folder_config,
+    load_folder,
+)
 from sdtune.backbone.families.base import Facts
-from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.errors import UserError
-from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
@@ -43,42 +48,20 @@ class SD3ControlNets(ControlNetKind):
                     f"{path} is not a ControlNet of {facts.family.title}", key=key, remedy="use one of this model"
                 )
             return local_path
-        file = local_path / "config.json"
-        if not file.is_file() or not (local_path / CONTROLNET_WEIGHTS).is_file():
-            raise UserError(
-                f"{path} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
-                key=key,
-                remedy="set a ControlNet here (use adapters= for a LoRA)",
-            )
-        config = read_json(file, key)
-        if config.get("_class_name") != "SD3ControlNetModel":
-            raise UserError(
-                f"{path} is a {config.get('_class_name')}, not an SD3ControlNetModel",
-                key=key,
-                remedy=f"use a ControlNet of {facts.family.title}",
-            )
+        config = folder_config(local_path, key, SD3ControlNetModel)
         if config.get("joint_attention_dim") is None or config.get("extra_conditioning_channels"):
             raise UserError(
                 f"{path} has blocks without text, or more inputs than a map, which sdtune does not run",
                 key=key,
                 remedy="use a ControlNet that copies the blocks of the transformer",
             )
-        for name in _COMPARED_FIELDS:
-            if config.get(name) != denoiser.get(name):
-                raise UserError(
-                    f"{path} has {name} {config.get(name)}, the backbone's transformer has {denoiser.get(name)}",
-                    key=key,
-                    remedy="use a ControlNet for this backbone",
-                )
+        check_fields(local_path, key, config, denoiser, _COMPARED_FIELDS)
         return local_path
 
     def load(self, path: Path, key: str, backbone: Any) -> SD3ControlNetModel:
         if path.is_dir():
-            with unreadable_as_user_error(path, key):
-                loaded: SD3ControlNetModel = SD3ControlNetModel.from_pretrained(
-                    path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-                )
-                return loaded
+            loaded: SD3ControlNetModel = load_folder(path, key, SD3ControlNetModel)
+            return loaded
         tensors, _ = read_safetensors(path)
         layers = len({name.split(".")[1] for name in tensors if name.startswith("controlnet_blocks.")})
         net = self._empty(backbone, layers)

@@ -10,11 +10,16 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from sdtune.backbone.controlnet import CONTROLNET_WEIGHTS, AddedInputs, ControlNetKind, cast_conditions
+from sdtune.backbone.controlnet import (
+    AddedInputs,
+    ControlNetKind,
+    cast_conditions,
+    check_fields,
+    folder_config,
+    load_folder,
+)
 from sdtune.backbone.families.base import Facts
-from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.errors import UserError
-from sdtune.files import read_json
 from sdtune.formats import read_safetensors
 from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
@@ -59,27 +64,12 @@ class UNetControlNets(ControlNetKind):
                     f"{path} is not a ControlNet", key=key, remedy="use the folder or .safetensors file of a ControlNet"
                 )
             return local_path  # its tensor shapes are checked when it is loaded
-        file = local_path / "config.json"
-        if not file.is_file() or not (local_path / CONTROLNET_WEIGHTS).is_file():
-            raise UserError(
-                f"{path} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
-                key=key,
-                remedy="set a ControlNet here (use adapters= for a LoRA)",
-            )
-        config = read_json(file, key)
-        if config.get("_class_name") != "ControlNetModel":
-            raise UserError(f"{path} is a {config.get('_class_name')}, not a ControlNetModel", key=key)
-        for name in _COMPARED_FIELDS:
-            if config.get(name) != denoiser.get(name):
-                raise UserError(
-                    f"{path} has {name} {config.get(name)}, the backbone's UNet has {denoiser.get(name)}",
-                    key=key,
-                    remedy="use a ControlNet for this backbone",
-                )
+        config = folder_config(local_path, key, ControlNetModel)
+        check_fields(local_path, key, config, denoiser, _COMPARED_FIELDS)
         channels = config.get("conditioning_embedding_out_channels")
         if not isinstance(channels, list) or not channels:
             raise UserError(
-                f"{file} has no conditioning_embedding_out_channels", key=key, remedy="copy or download it again"
+                f"{local_path} has no conditioning_embedding_out_channels", key=key, remedy="copy or download it again"
             )
         map_factor = 2 ** (len(channels) - 1)
         if map_factor != facts.factor:
@@ -92,11 +82,8 @@ class UNetControlNets(ControlNetKind):
 
     def load(self, path: Path, key: str, backbone: Any) -> ControlNetModel:
         if path.is_dir():
-            with unreadable_as_user_error(path, key):
-                loaded: ControlNetModel = ControlNetModel.from_pretrained(
-                    path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-                )
-                return loaded
+            loaded: ControlNetModel = load_folder(path, key, ControlNetModel)
+            return loaded
         with torch.random.fork_rng(devices=[]):
             net = ControlNetModel.from_unet(
                 backbone.denoiser,
