@@ -85,6 +85,7 @@ def test_complete_folder_needs_no_model_in_memory(
     assert "0 captions written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_killed_command_continues_with_the_missing_captions(blip: Path, tmp_path: Path) -> None:
     options = ["hardware=cpu", "max_new_tokens=60", "batch_size=2", f"model={blip}"]
     uninterrupted, folder = (save_photos(tmp_path / name, COUNT) for name in ("uninterrupted", "killed"))

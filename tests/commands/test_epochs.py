@@ -76,6 +76,7 @@ def test_refusals(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_runs_on_one_backbone_may_have_different_numbers_of_steps(tiny: Path, images: Path, tmp_path: Path) -> None:
     few = shutil.copytree(images, tmp_path / "few")
     (few / "0.png").unlink()

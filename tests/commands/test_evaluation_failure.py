@@ -30,8 +30,12 @@ def raises(error: Exception) -> Any:
     ("error", "reason"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-        (UserError("weights.bin is damaged", key="evaluation.clip", remedy="copy it again"), "weights.bin is damaged"),
-        (OSError(5, "Input/output error"), "Input/output error"),
+        pytest.param(
+            UserError("weights.bin is damaged", key="evaluation.clip", remedy="copy it again"),
+            "weights.bin is damaged",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(OSError(5, "Input/output error"), "Input/output error", marks=pytest.mark.slow),
     ],
     ids=["memory", "damaged file", "disk"],
 )

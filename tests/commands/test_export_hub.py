@@ -175,6 +175,7 @@ def test_dry_run_prints_what_would_be_sent(run: Path, tmp_path: Path) -> None:
     assert hub.tokens == set()
 
 
+@pytest.mark.slow
 def test_wrong_token_is_one_line_and_keeps_the_files(tiny: Path, tmp_path: Path) -> None:
     hub, out = Hub(), tmp_path / "out"
     embeddings.write(tmp_path / "words", {"<a>": [torch.zeros(1, 32)]}, "", {})

@@ -246,6 +246,7 @@ def test_ema_costs_four_bytes_per_trained_parameter(tiny: Path) -> None:
     assert averaged.encoding == plain.encoding
 
 
+@pytest.mark.slow
 def test_class_images_are_generated_before_the_model_is_loaded(tiny: Path, tmp_path: Path) -> None:
     settings = "method=dreambooth", "backbone=sd15", f"backbone.path={tiny}"
     generated = training_costs(*settings, "data.class_prompt=a dog")

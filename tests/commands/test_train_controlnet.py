@@ -59,6 +59,8 @@ def test_run_writes_previews_metrics_and_a_controlnet_that_samples(
 
     artifact_files = sorted(p.name for p in (run / "artifact").iterdir())
     assert artifact_files == ["README.md", "edges", "edges-best", "edges-step00000002", "samples.png"]
+    card = (run / "artifact" / "README.md").read_text(encoding="utf-8")
+    assert "`ControlNetModel.from_pretrained('edges')`" in card
     assert json.loads((run / "artifact" / "edges" / "sdtune.json").read_text(encoding="utf-8"))["preprocess"] == "canny"
     stdout = capsys.readouterr().out
     assert f"ControlNet for diffusers: {run / 'artifact' / 'edges'}" in stdout

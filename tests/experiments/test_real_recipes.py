@@ -81,6 +81,8 @@ def test_sd35_recipe_trains_two_steps_on_a_tiny_transformer(recipe: Path, tmp_pa
     assert train(*arguments, *overrides, f"hydra.run.dir={run}") == 0
     assert len(rows(run)) == 2
     assert [path for path in (run / "artifact").rglob("*.safetensors") if path.is_file()]
+    card = (run / "artifact" / "README.md").read_text(encoding="utf-8")
+    assert ("`SD3ControlNetModel.from_pretrained" in card) == (recipe.stem == "sd35_controlnet")
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ for line in ARGUMENTS:
 FORBIDDEN = re.compile(r'[<>:"\\|?*]')
 
 
+@pytest.mark.slow
 def test_commands_run_without_what_windows_lacks(tiny: Path, images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["trainer.max_steps=1", "callbacks.samples.sampling.steps=1", "name=mine"]

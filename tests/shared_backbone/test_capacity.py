@@ -69,6 +69,7 @@ def test_new_tokens_have_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < permanent < step
 
 
+@pytest.mark.slow
 def test_costs_on_a_gpu_include_a_cublas_workspace() -> None:
     [request] = requests([planned()])
     on_gpu, on_cpu = (capacity.run_costs(request, torch.device(kind))[0] for kind in ("cuda", "cpu"))

@@ -41,6 +41,7 @@ def test_launcher_runs_all_jobs_and_reports_a_failed_one(
     )
 
 
+@pytest.mark.slow
 def test_stopped_joblib_sweep_without_workers_saves_its_job(tiny: Path, images: Path, tmp_path: Path) -> None:
     """With n_jobs=1, joblib starts no worker; the job runs in the process of the sweep."""
     sweep, log = tmp_path / "sweep", tmp_path / "log"

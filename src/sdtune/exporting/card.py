@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from sdtune.exporting.artifact import Artifact
-from sdtune.files import replacing, write_text
+from sdtune.files import read_json, replacing, write_text
 from sdtune.formats.files import read_metadata
 from sdtune.lr_schedule import warmup_limit
 from sdtune.paths import is_hub_id
@@ -25,13 +25,13 @@ _TAGS = {"lora": ["lora"], "embeddings": ["textual_inversion"], "controlnet": ["
 _USAGE = {
     "lora": "diffusers: `pipe.load_lora_weights(FOLDER)`; ComfyUI, A1111: `{name}.safetensors` in the LoRA folder",
     "embeddings": "diffusers: `pipe.load_textual_inversion(FOLDER)`; A1111, ComfyUI: the word's file as an embedding",
-    "controlnet": "diffusers: `ControlNetModel.from_pretrained('{name}')`",
+    "controlnet": "diffusers: `{controlnet}.from_pretrained('{name}')`",
     "model": "diffusers: `DiffusionPipeline.from_pretrained('{name}')`",
 }
 _USAGE_MERGED = {
     "pipeline": _USAGE["model"],
     "single_file": "diffusers: `from_single_file('{name}.safetensors')` of `StableDiffusionPipeline`, for SDXL of"
-    " `StableDiffusionXLPipeline`; ComfyUI, A1111: the file in the folder of the checkpoints",
+    " `StableDiffusionXLPipeline`, for SD 3 of `StableDiffusion3Pipeline`; ComfyUI, A1111: the file in the folder of the checkpoints",
 }
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _MAX_METRICS = 12
@@ -82,12 +82,19 @@ def write_card(
     sizes = f"batch size {data.get('batch_size')}, {facts['side']} pixels"
     lines += [f"| data | {facts['images']} images, {sizes}; captions such as {_quoted(facts['captions'])} |"]
     lines += _rank_lines(artifact)
-    lines += [f"| use | {_USAGE[artifact.kind].format(name=artifact.name)} |"]
+    lines += [f"| use | {_usage(artifact)} |"]
     lines += ["| license | **to be named by the author**; the license of the base model applies too |", ""]
     lines += ["## Settings", "", "```json", json.dumps(_settings(config), indent=2, ensure_ascii=False), "```", ""]
     target = folder / CARD
     write_text(target, "\n".join([*lines, *_metric_lines(metrics)]))
     return target
+
+
+def _usage(artifact: Artifact) -> str:
+    """How to load the artifact in other programs."""
+    is_controlnet = artifact.kind == "controlnet"
+    controlnet = read_json(artifact.path / "config.json")["_class_name"] if is_controlnet else None
+    return _USAGE[artifact.kind].format(name=artifact.name, controlnet=controlnet)
 
 
 def _rank_lines(artifact: Artifact) -> list[str]:
@@ -130,8 +137,7 @@ def write_export_card(folder: Path, card: Path, artifact: Artifact, name: str, w
     # Other files of the run may have another rank or alpha.
     text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("| LoRA |"))
     if merged is not None:
-        use = _USAGE[artifact.kind].format(name=artifact.name)
-        text = text.replace(f"| use | {use} |", f"| use | {_USAGE_MERGED[merged].format(name=name)} |", 1)
+        text = text.replace(f"| use | {_usage(artifact)} |", f"| use | {_USAGE_MERGED[merged].format(name=name)} |", 1)
         for tag in _TAGS[artifact.kind]:
             text = text.replace(f"- {tag}\n", "", 1)
     write_text(folder / card.name, text)
