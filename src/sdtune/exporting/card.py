@@ -31,7 +31,8 @@ _USAGE = {
 _USAGE_MERGED = {
     "pipeline": _USAGE["model"],
     "single_file": "diffusers: `from_single_file('{name}.safetensors')` of `StableDiffusionPipeline`, for SDXL of"
-    " `StableDiffusionXLPipeline`, for SD 3 of `StableDiffusion3Pipeline`; ComfyUI, A1111: the file in the folder of the checkpoints",
+    " `StableDiffusionXLPipeline`, for SD 3 of `StableDiffusion3Pipeline`; ComfyUI, A1111: the file"
+    " in the folder of the checkpoints",
 }
 _SETTINGS = ("method", "optimizer", "lr_schedule", "trainer", "objective")
 _MAX_METRICS = 12
