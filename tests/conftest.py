@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import default_signals  # noqa: F401
+from families import SD3, SD3_FAMILIES, build_sd3
 from pipelines import build_pipeline
 
 torch.set_num_threads(1)  # a tiny model gains nothing from more threads
@@ -21,6 +22,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pipeline folder of a tiny backbone."""
     return build_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def sd3_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[SD3, Path]:
+    """Pipeline folders of tiny SD 3 models."""
+    return {family: build_sd3(tmp_path_factory.mktemp(family), family) for family in SD3_FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def sd35_medium(sd3_folders: dict[SD3, Path]) -> Path:
+    """Pipeline folder of a tiny SD 3.5 medium."""
+    return sd3_folders["sd35_medium"]
 
 
 @pytest.fixture(scope="session", autouse=True)

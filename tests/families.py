@@ -29,6 +29,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from sd3_models import SETTINGS
 from sdtune.paths import pocket_pipeline
 
 Family = Literal["sd1", "sd2", "sdxl"]
@@ -73,12 +74,6 @@ _UNETS: dict[Family, dict[str, Any]] = {
 SD3 = Literal["sd3_medium", "sd35_medium", "sd35_large"]
 SD3_FAMILIES: tuple[SD3, ...] = ("sd3_medium", "sd35_medium", "sd35_large")
 
-_TRANSFORMERS: dict[SD3, dict[str, Any]] = {
-    "sd3_medium": {"qk_norm": None, "dual_attention_layers": ()},
-    "sd35_medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
-    "sd35_large": {"qk_norm": "rms_norm", "dual_attention_layers": ()},
-}
-
 
 def build_sd3(folder: Path, family: SD3, seed: int = 0) -> Path:
     """Save a pipeline of ``family`` with random weights that float16 represents exactly; 64x64 pixels, VAE factor 8."""
@@ -96,7 +91,7 @@ def build_sd3(folder: Path, family: SD3, seed: int = 0) -> Path:
         caption_projection_dim=16,
         pooled_projection_dim=40,
         pos_embed_max_size=12,
-        **_TRANSFORMERS[family],
+        **SETTINGS[family],
     )
     vae = _vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     parts = [transformer, vae, *encoders, _t5(48)]

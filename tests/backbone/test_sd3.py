@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from families import SD3, SD3_FAMILIES, build_sd3
+from families import SD3, SD3_FAMILIES
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import SD35_MEDIUM
@@ -22,16 +22,6 @@ from sdtune.exporting.models import write_single_file
 from sdtune.sampling import Request, Sampling, generate
 
 T5_TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[SD3, Path]:
-    return {family: build_sd3(tmp_path_factory.mktemp(family), family) for family in SD3_FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def medium(folders: dict[SD3, Path]) -> Path:
-    return folders["sd35_medium"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +60,9 @@ def images(pipe: Any, **settings: Any) -> np.ndarray:
 @pytest.mark.usefixtures("float32_t5")
 @pytest.mark.parametrize("t5", [True, False])
 @pytest.mark.parametrize("family", SD3_FAMILIES)
-def test_images_equal_those_of_the_diffusers_pipeline(folders: dict[SD3, Path], family: SD3, t5: bool) -> None:
-    expected = images(pipeline(folders[family], t5), num_inference_steps=28, guidance_scale=4.5)
-    backbone = source(folders[family], family=family, t5=t5).load()
+def test_images_equal_those_of_the_diffusers_pipeline(sd3_folders: dict[SD3, Path], family: SD3, t5: bool) -> None:
+    expected = images(pipeline(sd3_folders[family], t5), num_inference_steps=28, guidance_scale=4.5)
+    backbone = source(sd3_folders[family], family=family, t5=t5).load()
     [image] = generate(backbone, [Request("a dog", 4)], Sampling(steps=28, guidance=4.5))
     assert np.abs(image - (expected * 255).round()).max() <= 1
     assert image.std() > 10
@@ -80,12 +70,12 @@ def test_images_equal_those_of_the_diffusers_pipeline(folders: dict[SD3, Path], 
 
 @pytest.mark.usefixtures("float32_t5")
 @pytest.mark.parametrize("prompt", ["a dog", "", "a b c " * 40])
-def test_text_embeddings_equal_those_of_the_diffusers_pipeline(medium: Path, prompt: str) -> None:
-    pipe = pipeline(medium)
+def test_text_embeddings_equal_those_of_the_diffusers_pipeline(sd35_medium: Path, prompt: str) -> None:
+    pipe = pipeline(sd35_medium)
     states, _, pooled, _ = pipe.encode_prompt(
         prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
     )
-    backbone = source(medium).load()
+    backbone = source(sd35_medium).load()
     with torch.no_grad():
         actual = backbone.encode_text([prompt])
     torch.testing.assert_close(actual.states, states.float(), rtol=1e-4, atol=1e-5)
@@ -94,21 +84,21 @@ def test_text_embeddings_equal_those_of_the_diffusers_pipeline(medium: Path, pro
     assert shapes == backbone.text_shapes == {"states": (77 + T5_TOKENS, 48), "pooled": (40,)}
 
 
-def test_states_without_t5_are_zeros(medium: Path) -> None:
-    with_t5, without = source(medium).load(), source(medium, t5=False).load()
+def test_states_without_t5_are_zeros(sd35_medium: Path) -> None:
+    with_t5, without = source(sd35_medium).load(), source(sd35_medium, t5=False).load()
     with torch.no_grad():
         expected, actual = with_t5.encode_text(["a dog"]), without.encode_text(["a dog"])
     assert torch.equal(actual.states[:, :77], expected.states[:, :77])
     assert expected.states[:, 77:].abs().max() > 0.1
     assert actual.states[:, 77:].abs().max() == 0
     assert actual.states.shape == expected.states.shape
-    assert source(medium).encoder_cache_key("text_encoder", "32-true") != source(medium, t5=False).encoder_cache_key(
-        "text_encoder", "32-true"
-    )
+    assert source(sd35_medium).encoder_cache_key("text_encoder", "32-true") != source(
+        sd35_medium, t5=False
+    ).encoder_cache_key("text_encoder", "32-true")
 
 
-def test_t5_is_no_submodule_and_is_not_trainable(medium: Path) -> None:
-    backbone = source(medium).load()
+def test_t5_is_no_submodule_and_is_not_trainable(sd35_medium: Path) -> None:
+    backbone = source(sd35_medium).load()
     assert list(backbone.encoders) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     assert list(backbone.trainable_encoders) == ["text_encoder", "text_encoder_2"]
     t5 = backbone.encoders["text_encoder_3"]
@@ -118,8 +108,8 @@ def test_t5_is_no_submodule_and_is_not_trainable(medium: Path) -> None:
         assert t5.device == backbone.device
 
 
-def test_parameters_without_effect_are_reported(medium: Path) -> None:
-    backbone: Backbone = source(medium).load()
+def test_parameters_without_effect_are_reported(sd35_medium: Path) -> None:
+    backbone: Backbone = source(sd35_medium).load()
     backbone.denoiser.requires_grad_(True)
     with torch.no_grad():
         conditioning = backbone.encode_text(["a dog"])
@@ -135,9 +125,9 @@ def test_parameters_without_effect_are_reported(medium: Path) -> None:
 
 
 @pytest.fixture
-def single(medium: Path, tmp_path: Path) -> Path:
+def single(sd35_medium: Path, tmp_path: Path) -> Path:
     """All models in one file of the original layout."""
-    model = source(medium)
+    model = source(sd35_medium)
     write_single_file(model.load(), model, tmp_path / "it.safetensors", torch.float32, {})
     return tmp_path / "it.safetensors"
 
@@ -161,11 +151,11 @@ def is_equal(one: Backbone, other: Backbone) -> bool:
     return state.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
-def test_single_file_loads_the_same_model(medium: Path, single: Path) -> None:
-    settings = {"config": str(medium), "tokenizer_3": str(medium / "tokenizer_3")}
+def test_single_file_loads_the_same_model(sd35_medium: Path, single: Path) -> None:
+    settings = {"config": str(sd35_medium), "tokenizer_3": str(sd35_medium / "tokenizer_3")}
     model = source(single, family="sd35_medium", **settings)
     model.check()
-    loaded, expected = model.load(), source(medium).load()
+    loaded, expected = model.load(), source(sd35_medium).load()
     assert is_equal(loaded, expected)
     with torch.no_grad():
         one, other = loaded.encode_text(["a dog"]), expected.encode_text(["a dog"])
@@ -173,21 +163,21 @@ def test_single_file_loads_the_same_model(medium: Path, single: Path) -> None:
     assert model.facts.prediction_type == "flow_prediction"
 
 
-def test_text_encoders_come_from_files_beside_the_model(medium: Path, single: Path) -> None:
+def test_text_encoders_come_from_files_beside_the_model(sd35_medium: Path, single: Path) -> None:
     bare = without(single, "text_encoders.")
     files = {
         "text_encoder": str(text_encoder_file(single, "clip_l")),
         "text_encoder_2": str(text_encoder_file(single, "clip_g")),
         "text_encoder_3": str(text_encoder_file(single, "t5xxl")),
     }
-    settings = {"config": str(medium), "tokenizer_3": str(medium / "tokenizer_3")}
+    settings = {"config": str(sd35_medium), "tokenizer_3": str(sd35_medium / "tokenizer_3")}
     model = source(bare, **settings, **files)
     model.check()
-    assert is_equal(model.load(), source(medium).load())
+    assert is_equal(model.load(), source(sd35_medium).load())
     del files["text_encoder_3"]
-    model = source(bare, config=str(medium), t5=False, **files)
+    model = source(bare, config=str(sd35_medium), t5=False, **files)
     model.check()
-    assert is_equal(model.load(), source(medium, t5=False).load())
+    assert is_equal(model.load(), source(sd35_medium, t5=False).load())
 
 
 @pytest.mark.parametrize(
@@ -201,16 +191,16 @@ def test_text_encoders_come_from_files_beside_the_model(medium: Path, single: Pa
     ],
 )
 def test_incomplete_files_and_other_families_are_refused(
-    medium: Path, single: Path, parts: tuple[str, ...], settings: dict[str, Any], message: str
+    sd35_medium: Path, single: Path, parts: tuple[str, ...], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        source(without(single, *parts) if parts else single, config=str(medium), **settings).check()
+        source(without(single, *parts) if parts else single, config=str(sd35_medium), **settings).check()
     assert "\n" not in str(caught.value)
 
 
-def test_missing_tokenizer_of_t5_is_refused(medium: Path, single: Path, tmp_path: Path) -> None:
+def test_missing_tokenizer_of_t5_is_refused(sd35_medium: Path, single: Path, tmp_path: Path) -> None:
     config = tmp_path / "config"
-    shutil.copytree(medium, config)
+    shutil.copytree(sd35_medium, config)
     shutil.rmtree(config / "tokenizer_3")
     with pytest.raises(UserError, match=r"^backbone\.tokenizer_3: .* has no T5 tokenizer; set it to a folder"):
         source(single, config=str(config)).check()
@@ -229,9 +219,9 @@ def test_missing_tokenizer_of_t5_is_refused(medium: Path, single: Path, tmp_path
         ({"family": "sd1"}, r"is SD 3\.5 medium, but backbone=sd15 requires SD 1\.x; use backbone=sd35_medium"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(medium: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(sd35_medium: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _ = source(medium, **settings).facts
+        _ = source(sd35_medium, **settings).facts
 
 
 def test_text_encoder_file_for_another_family_is_refused(tiny: Path) -> None:
@@ -239,27 +229,27 @@ def test_text_encoder_file_for_another_family_is_refused(tiny: Path) -> None:
         _ = Pretrained(str(tiny), text_encoder="it.safetensors").facts
 
 
-def test_shift_is_that_of_the_config_or_of_the_setting(medium: Path) -> None:
-    assert source(medium).load().path.shift == 3.0
-    shifted = source(medium, flow_shift=1.5).load()
+def test_shift_is_that_of_the_config_or_of_the_setting(sd35_medium: Path) -> None:
+    assert source(sd35_medium).load().path.shift == 3.0
+    shifted = source(sd35_medium, flow_shift=1.5).load()
     assert (shifted.path.shift, shifted.scheduler_config["shift"]) == (1.5, 1.5)
 
 
-def test_sides_are_multiples_of_patches(medium: Path) -> None:
-    facts = source(medium).facts
+def test_sides_are_multiples_of_patches(sd35_medium: Path) -> None:
+    facts = source(sd35_medium).facts
     facts.check_side(64, "data.resolution")
     with pytest.raises(UserError, match="multiple of 16"):
         facts.check_side(72, "data.resolution")
 
 
 @pytest.mark.parametrize(("sampler", "message"), [("ddim", "ddim cannot sample a flow model; set euler or dpmpp_2m")])
-def test_samplers_of_diffusion_models_are_refused(medium: Path, sampler: Any, message: str) -> None:
+def test_samplers_of_diffusion_models_are_refused(sd35_medium: Path, sampler: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Sampling(steps=4, sampler=sampler).check(source(medium).facts)
+        Sampling(steps=4, sampler=sampler).check(source(sd35_medium).facts)
 
 
-def test_dpmpp_and_euler_of_flows_converge_to_the_same_image(medium: Path) -> None:
-    backbone = source(medium).load()
+def test_dpmpp_and_euler_of_flows_converge_to_the_same_image(sd35_medium: Path) -> None:
+    backbone = source(sd35_medium).load()
     pixels = [
         next(generate(backbone, [Request("a dog", 4)], Sampling(steps=60, guidance=1.0, sampler=sampler)))
         for sampler in ("euler", "dpmpp_2m")
@@ -267,11 +257,11 @@ def test_dpmpp_and_euler_of_flows_converge_to_the_same_image(medium: Path) -> No
     assert np.abs(pixels[0].astype(int) - pixels[1]).mean() < 3
 
 
-def test_configs_of_other_transformers_are_refused(medium: Path, tmp_path: Path) -> None:
-    shutil.copytree(medium, tmp_path / "other")
+def test_configs_of_other_transformers_are_refused(sd35_medium: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd35_medium, tmp_path / "other")
     file = tmp_path / "other/transformer/config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, "_class_name": "FluxTransformer2DModel"}), encoding="utf-8")
     with pytest.raises(UserError, match=r"is the config of a FluxTransformer2DModel that sdtune cannot train"):
         _ = source(tmp_path / "other").facts
-    assert source(medium).facts.family is SD35_MEDIUM
+    assert source(sd35_medium).facts.family is SD35_MEDIUM

@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from families import SD3, SD3_FAMILIES, build_sd3
+from families import SD3
 from image_data import noise
 from running import adamw, fit, folder_data
 from sdtune.backbone import Pretrained
@@ -37,16 +37,6 @@ T5_TOKENS = 12
 POSITIONS, STEP, SEED = [4, 5], 7, 11
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 WORD = NewToken("<new>", "a word", 2)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[SD3, Path]:
-    return {family: build_sd3(tmp_path_factory.mktemp(family), family) for family in SD3_FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def medium(folders: dict[SD3, Path]) -> Path:
-    return folders["sd35_medium"]
 
 
 @pytest.fixture(autouse=True)
@@ -226,8 +216,8 @@ def assert_gradients_equal(model: Any, step: DiffusersStep) -> None:
 
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_plain_diffusers(medium: Path, case: str, kind: str) -> None:
-    model = float64_model(case, medium, kind)
+def test_loss_and_gradients_equal_plain_diffusers(sd35_medium: Path, case: str, kind: str) -> None:
+    model = float64_model(case, sd35_medium, kind)
     rng = torch.Generator().manual_seed(3)
     batch: dict[str, Any] = {
         "prompts": ["a <new> fox", "two <new>"],
@@ -242,7 +232,7 @@ def test_loss_and_gradients_equal_plain_diffusers(medium: Path, case: str, kind:
         model.backbone.encode_images = lambda x: model.backbone.vae.encode(x.double()).latent_dist.parameters
     losses = model.losses(batch)
     losses.mean().backward()
-    step = DiffusersStep(medium, model, batch, drawn_times(kind))
+    step = DiffusersStep(sd35_medium, model, batch, drawn_times(kind))
     torch.testing.assert_close(losses, step.losses, rtol=1e-8, atol=0)
     assert all(parameter.grad is not None and parameter.grad.any() for _, parameter in model.trainable())
     assert_gradients_equal(model, step)
@@ -271,9 +261,9 @@ def test_parameter_count_of_a_lora_on_the_true_models(family: str, count: int, w
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_trainable_tensor_gets_a_gradient(medium: Path, images: Path, case: str) -> None:
+def test_every_trainable_tensor_gets_a_gradient(sd35_medium: Path, images: Path, case: str) -> None:
     method, settings = CASES[case]
-    model = method(backbone=source(medium), optimizer=adamw(1e-2), **settings)
+    model = method(backbone=source(sd35_medium), optimizer=adamw(1e-2), **settings)
     more: dict[str, Any] = {"control": Canny()} if method is ControlNet else {}
     more |= {"class_prompt": "a dog", "class_images": 2} if method is DreamBooth else {}
     more |= {"templates": ["<new> {}"]} if method is TextualInversion else {}
@@ -285,8 +275,8 @@ def test_every_trainable_tensor_gets_a_gradient(medium: Path, images: Path, case
     assert unchanged == []
 
 
-def test_last_block_of_a_controlnet_is_frozen_where_it_has_no_effect(medium: Path) -> None:
-    model = ControlNet(backbone=source(medium))
+def test_last_block_of_a_controlnet_is_frozen_where_it_has_no_effect(sd35_medium: Path) -> None:
+    model = ControlNet(backbone=source(sd35_medium))
     model.configure_model()
     frozen = {name for name, p in model.controlnet.named_parameters() if not p.requires_grad}
     assert frozen
@@ -311,10 +301,10 @@ def test_last_block_of_a_controlnet_is_frozen_where_it_has_no_effect(medium: Pat
     ],
 )
 def test_target_that_the_model_lacks_is_refused(
-    folders: dict[SD3, Path], images: Path, family: SD3, targets: list[Any], message: str
+    sd3_folders: dict[SD3, Path], images: Path, family: SD3, targets: list[Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        LoRA(backbone=source(folders[family]), targets=targets).check_data(folder_data(images))
+        LoRA(backbone=source(sd3_folders[family]), targets=targets).check_data(folder_data(images))
 
 
 @pytest.mark.parametrize(
@@ -325,14 +315,14 @@ def test_target_that_the_model_lacks_is_refused(
     ],
 )
 def test_settings_of_a_controlnet_that_do_not_fit_are_refused(
-    medium: Path, images: Path, settings: dict[str, Any], message: str
+    sd35_medium: Path, images: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        ControlNet(backbone=source(medium), **settings).check_data(folder_data(images, control=Canny()))
+        ControlNet(backbone=source(sd35_medium), **settings).check_data(folder_data(images, control=Canny()))
 
 
-def test_encoder_that_the_model_lacks_cannot_learn_a_word(medium: Path, tiny: Path, images: Path) -> None:
-    for backbone in (source(medium, t5=False), Pretrained(str(tiny))):
+def test_encoder_that_the_model_lacks_cannot_learn_a_word(sd35_medium: Path, tiny: Path, images: Path) -> None:
+    for backbone in (source(sd35_medium, t5=False), Pretrained(str(tiny))):
         model = TextualInversion(backbone=backbone, new_tokens=[WORD], encoders=["text_encoder_3"])
         with pytest.raises(UserError, match=r"^method\.encoders: this model has no text_encoder_3; set some of"):
             model.check_data(folder_data(images))
@@ -351,16 +341,16 @@ def images_of(pipe: Any, **more: Any) -> np.ndarray:
 
 
 def test_controlnet_generates_the_same_image_as_its_diffusers_pipeline(
-    medium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd35_medium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdtune.backbone.loading.T5_DTYPE", torch.float32)
-    model = ControlNet(backbone=source(medium))
+    model = ControlNet(backbone=source(sd35_medium))
     model.configure_model()
     add_noise_to_trainable(model)
     model.artifact(tmp_path, "net")
     control_map = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     net = SD3ControlNetModel.from_pretrained(tmp_path / "net", local_files_only=True)
-    pipe = StableDiffusion3ControlNetPipeline.from_pretrained(medium, controlnet=net, local_files_only=True)
+    pipe = StableDiffusion3ControlNetPipeline.from_pretrained(sd35_medium, controlnet=net, local_files_only=True)
     encode = pipe.vae.encode
 
     def mean_of(pixels: Tensor) -> Any:
@@ -370,8 +360,8 @@ def test_controlnet_generates_the_same_image_as_its_diffusers_pipeline(
 
     pipe.vae.encode = mean_of
     expected = images_of(pipe, control_image=Image.fromarray(control_map), controlnet_conditioning_scale=0.8)
-    backbone = source(medium).load()
-    loaded = load_applicable_controlnet(backbone, source(medium), str(tmp_path / "net"), 0.8)
+    backbone = source(sd35_medium).load()
+    loaded = load_applicable_controlnet(backbone, source(sd35_medium), str(tmp_path / "net"), 0.8)
     settings = Sampling(steps=6, guidance=3.0)
     with artifacts_applied(backbone, [loaded]):
         [image] = generate(backbone, [Request("a dog", 4, {"control": control_map})], settings)
@@ -381,14 +371,14 @@ def test_controlnet_generates_the_same_image_as_its_diffusers_pipeline(
 
 
 def test_lora_generates_the_same_image_in_diffusers(
-    medium: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd35_medium: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdtune.backbone.loading.T5_DTYPE", torch.float32)
     targets: list[Any] = ["joint_attention", "self_attention", "feed_forward", "text_encoder"]
-    model = LoRA(backbone=source(medium), targets=targets, optimizer=adamw(1e-2))
+    model = LoRA(backbone=source(sd35_medium), targets=targets, optimizer=adamw(1e-2))
     fit(model, folder_data(images), 2)
     model.artifact(tmp_path, "it")
-    pipe = StableDiffusion3Pipeline.from_pretrained(medium, local_files_only=True)
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd35_medium, local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     expected = images_of(pipe)
     model.eval()
@@ -397,8 +387,8 @@ def test_lora_generates_the_same_image_in_diffusers(
     assert np.abs(live - (expected * 255).round()).max() <= 1
 
 
-def test_full_model_loads_in_diffusers(medium: Path, images: Path, tmp_path: Path) -> None:
-    model = Full(backbone=source(medium), optimizer=adamw(1e-2))
+def test_full_model_loads_in_diffusers(sd35_medium: Path, images: Path, tmp_path: Path) -> None:
+    model = Full(backbone=source(sd35_medium), optimizer=adamw(1e-2))
     fit(model, folder_data(images), 2)
     model.artifact(tmp_path, "it")
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "it" / "transformer", local_files_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from sdtune.backbone.families.base import Facts
 from sdtune.backbone.foreign import unreadable_as_user_error
 from sdtune.errors import UserError
 from sdtune.files import read_json
+from sdtune.formats.files import read_keys
 from sdtune.formats.pipeline import weights_name
 
 AddedInputs = dict[str, Tensor | tuple[Tensor, ...]]
@@ -49,8 +50,14 @@ class Conditioner(Protocol):
 class ControlNetKind(ABC):
     """How the ControlNets of a model family are found, copied, read and called."""
 
+    model_class: type[Any]
+    """Class in diffusers."""
+
     marker_keys: tuple[str, ...]
-    """Names of tensors, of which a file with a ControlNet has one."""
+    """Tensor names that identify a single file with a ControlNet; one of them is enough."""
+
+    compared_fields: tuple[str, ...]
+    """Fields of the config that are the same in a ControlNet and its denoiser."""
 
     decoder: tuple[str, ...] = ()
     """Name prefixes of the parameters in the denoiser's decoder; empty if it has none."""
@@ -59,7 +66,6 @@ class ControlNetKind(ABC):
         """Whether a file with these tensor names contains a ControlNet."""
         return any(key in keys for key in self.marker_keys)
 
-    @abstractmethod
     def find(self, path: str, key: str, denoiser: Mapping[str, Any], facts: Facts) -> Path:
         """Check the ControlNet at ``path`` and return its local path; reads only configs and headers.
 
@@ -72,14 +78,63 @@ class ControlNetKind(ABC):
         Raises:
             UserError: ``path`` is not a ControlNet, or it belongs to another backbone.
         """
+        local_path = Path(path).expanduser()
+        if local_path.is_file():
+            if not self.is_in(read_keys(local_path)):
+                raise UserError(
+                    f"{path} is not a ControlNet of {facts.family.title}",
+                    key=key,
+                    remedy="use the folder or .safetensors file of a ControlNet for this backbone",
+                )
+            return local_path  # its tensor shapes are checked when it is loaded
+        config = self._folder_config(local_path, key)
+        self.check_config(path, key, config, facts)
+        for name in self.compared_fields:
+            if config.get(name) != denoiser.get(name):
+                raise UserError(
+                    f"{path} has {name} {config.get(name)}, the backbone's denoiser has {denoiser.get(name)}",
+                    key=key,
+                    remedy="use a ControlNet for this backbone",
+                )
+        return local_path
+
+    def _folder_config(self, folder: Path, key: str) -> dict[str, Any]:
+        file, expected = folder / "config.json", self.model_class.__name__
+        if not file.is_file() or not (folder / CONTROLNET_WEIGHTS).is_file():
+            raise UserError(
+                f"{folder} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
+                key=key,
+                remedy="set a ControlNet here (use adapters= for a LoRA)",
+            )
+        config = read_json(file, key)
+        if config.get("_class_name") != expected:
+            raise UserError(
+                f"{folder} is a {config.get('_class_name')}, not the {expected} that this backbone needs",
+                key=key,
+                remedy="use a ControlNet for this backbone",
+            )
+        return config
 
     @abstractmethod
+    def check_config(self, path: str, key: str, config: Mapping[str, Any], facts: Facts) -> None:
+        """Raise UserError if ``config``, that of the ControlNet folder ``path``, is not supported."""
+
     def load(self, path: Path, key: str, backbone: Any) -> Any:
         """Load the ControlNet at ``path`` for ``backbone``, in float32.
 
         Raises:
             UserError: the files are damaged, or the tensors of a single file do not match the architecture.
         """
+        if path.is_file():
+            return self.load_file(path, key, backbone)
+        with unreadable_as_user_error(path, key):
+            return self.model_class.from_pretrained(
+                path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+
+    @abstractmethod
+    def load_file(self, file: Path, key: str, backbone: Any) -> Any:
+        """As :meth:`load`, for a single file."""
 
     @abstractmethod
     def copy_of(self, backbone: Any, layers: int | None) -> Any:
@@ -113,55 +168,6 @@ class ControlNetKind(ABC):
     @abstractmethod
     def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
         """Names of ``tensors`` in a single file for other programs."""
-
-
-def folder_config(folder: Path, key: str, kind: type[Any]) -> dict[str, Any]:
-    """Config of the ControlNet in ``folder``, of the diffusers class ``kind``.
-
-    Args:
-        key: config key of the folder, for error messages.
-
-    Raises:
-        UserError: the folder is incomplete, or its ControlNet is of another class.
-    """
-    file = folder / "config.json"
-    if not file.is_file() or not (folder / CONTROLNET_WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} is neither a folder with config.json and {CONTROLNET_WEIGHTS} nor a .safetensors file",
-            key=key,
-            remedy="set a ControlNet here (use adapters= for a LoRA)",
-        )
-    config = read_json(file, key)
-    if config.get("_class_name") != kind.__name__:
-        raise UserError(
-            f"{folder} is a {config.get('_class_name')}, not the {kind.__name__} that this backbone needs",
-            key=key,
-            remedy="use a ControlNet for this backbone",
-        )
-    return config
-
-
-def check_fields(
-    folder: Path, key: str, config: Mapping[str, Any], denoiser: Mapping[str, Any], names: Iterable[str]
-) -> None:
-    """Raise UserError if a field of ``names`` differs in the configs of a ControlNet and of the denoiser."""
-    for name in names:
-        if config.get(name) != denoiser.get(name):
-            raise UserError(
-                f"{folder} has {name} {config.get(name)}, the backbone's denoiser has {denoiser.get(name)}",
-                key=key,
-                remedy="use a ControlNet for this backbone",
-            )
-
-
-def load_folder(folder: Path, key: str, kind: type[Any]) -> Any:
-    """Load the ControlNet in ``folder``, of the diffusers class ``kind``, in float32.
-
-    Raises:
-        UserError: the files are damaged.
-    """
-    with unreadable_as_user_error(folder, key):
-        return kind.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
 
 
 @dataclass(frozen=True)

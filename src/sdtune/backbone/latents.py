@@ -52,8 +52,11 @@ class LatentCodec(nn.Module):
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample of the VAE posterior for standard normal ``noise`` [B, C, h, w], scaled for the denoiser."""
-        sample = self._sample_posterior(moments, noise)
-        shift: float = self.vae.config.shift_factor or 0.0
+        return self.scaled(self._sample_posterior(moments, noise))
+
+    def scaled(self, sample: Tensor, *, shifted: bool = True) -> Tensor:
+        """Latents for the denoiser from a ``sample`` of the VAE posterior; ``shifted``: with the VAE's shift."""
+        shift: float = (self.vae.config.shift_factor or 0.0) if shifted else 0.0
         scale: float = self.vae.config.scaling_factor
         return (sample - shift) * scale
 

@@ -11,62 +11,42 @@ import torch
 from diffusers import SD3ControlNetModel
 from torch import Tensor
 
-from sdtune.backbone.controlnet import (
-    AddedInputs,
-    ControlNetKind,
-    cast_conditions,
-    check_fields,
-    folder_config,
-    load_folder,
-)
+from sdtune.backbone.controlnet import AddedInputs, ControlNetKind, cast_conditions
 from sdtune.backbone.families.base import Facts
 from sdtune.errors import UserError
 from sdtune.formats import read_safetensors
-from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
 
 _MOST_LAYERS = 12
 _MARKER = "pos_embed_input.proj.weight"
-_COMPARED_FIELDS = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
 _COPIED = ("pos_embed", "time_text_embed", "context_embedder")
 
 
 class SD3ControlNets(ControlNetKind):
     """ControlNets of SD 3 (diffusers' SD3ControlNetModel)."""
 
+    model_class = SD3ControlNetModel
     marker_keys = (_MARKER,)
+    compared_fields = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Tensor], bool, Tensor] | None = None
         """The last control maps with their latents: all steps of a batch of images have the same maps."""
 
-    def find(self, path: str, key: str, denoiser: Mapping[str, Any], facts: Facts) -> Path:
-        local_path = Path(path).expanduser()
-        if local_path.is_file():
-            if not self.is_in(read_keys(local_path)):
-                raise UserError(
-                    f"{path} is not a ControlNet of {facts.family.title}", key=key, remedy="use one of this model"
-                )
-            return local_path
-        config = folder_config(local_path, key, SD3ControlNetModel)
+    def check_config(self, path: str, key: str, config: Mapping[str, Any], facts: Facts) -> None:
         if config.get("joint_attention_dim") is None or config.get("extra_conditioning_channels"):
             raise UserError(
                 f"{path} has blocks without text, or more inputs than a map, which sdtune does not run",
                 key=key,
                 remedy="use a ControlNet that copies the blocks of the transformer",
             )
-        check_fields(local_path, key, config, denoiser, _COMPARED_FIELDS)
-        return local_path
 
-    def load(self, path: Path, key: str, backbone: Any) -> SD3ControlNetModel:
-        if path.is_dir():
-            loaded: SD3ControlNetModel = load_folder(path, key, SD3ControlNetModel)
-            return loaded
-        tensors, _ = read_safetensors(path)
+    def load_file(self, file: Path, key: str, backbone: Any) -> SD3ControlNetModel:
+        tensors, _ = read_safetensors(file)
         layers = len({name.split(".")[1] for name in tensors if name.startswith("controlnet_blocks.")})
         net = self._empty(backbone, layers)
         shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
-        check_keys(f"{key}: {path}", {name: list(value.shape) for name, value in tensors.items()}, shapes)
+        check_keys(f"{key}: {file}", {name: list(value.shape) for name, value in tensors.items()}, shapes)
         net.load_state_dict({name: value.float() for name, value in tensors.items()})
         return net
 
@@ -146,8 +126,7 @@ class SD3ControlNets(ControlNetKind):
             return self._last[2]
         with torch.no_grad():
             mean: Tensor = backbone.encode_images(2 * maps - 1).chunk(2, dim=1)[0]
-        shift = (backbone.vae.config.shift_factor or 0.0) if shifted else 0.0
-        latents: Tensor = (mean - shift) * backbone.vae.config.scaling_factor
+        latents: Tensor = backbone.scaled(mean, shifted=shifted)
         self._last = (weakref.ref(maps), shifted, latents)
         return latents
 

@@ -10,18 +10,10 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from sdtune.backbone.controlnet import (
-    AddedInputs,
-    ControlNetKind,
-    cast_conditions,
-    check_fields,
-    folder_config,
-    load_folder,
-)
+from sdtune.backbone.controlnet import AddedInputs, ControlNetKind, cast_conditions
 from sdtune.backbone.families.base import Facts
 from sdtune.errors import UserError
 from sdtune.formats import read_safetensors
-from sdtune.formats.files import read_keys
 from sdtune.formats.keys import check_keys
 from sdtune.formats.original.names import controlnet_entries
 from sdtune.formats.original.table import original_names
@@ -29,14 +21,6 @@ from sdtune.formats.original.table import original_names
 _PREFIX = "control_model."
 _DIFFUSERS_KEY = "controlnet_cond_embedding.conv_in.weight"
 _WIDTHS = (16, 32, 96, 256)  # channels of the control map embedding, as in diffusers and in the original code
-_COMPARED_FIELDS = (
-    "in_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "cross_attention_dim",
-    "addition_embed_type",
-)
 
 
 def embedding_widths(factor: int) -> tuple[int, ...]:
@@ -53,23 +37,23 @@ def embedding_widths(factor: int) -> tuple[int, ...]:
 class UNetControlNets(ControlNetKind):
     """ControlNets of SD 1.x, SD 2.x and SDXL."""
 
+    model_class = ControlNetModel
     marker_keys = (f"{_PREFIX}input_hint_block.0.weight", "input_hint_block.0.weight", _DIFFUSERS_KEY)
+    compared_fields = (
+        "in_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "cross_attention_dim",
+        "addition_embed_type",
+    )
     decoder = ("up_blocks.", "conv_norm_out.", "conv_out.")
 
-    def find(self, path: str, key: str, denoiser: Mapping[str, Any], facts: Facts) -> Path:
-        local_path = Path(path).expanduser()
-        if local_path.is_file():
-            if not self.is_in(read_keys(local_path)):
-                raise UserError(
-                    f"{path} is not a ControlNet", key=key, remedy="use the folder or .safetensors file of a ControlNet"
-                )
-            return local_path  # its tensor shapes are checked when it is loaded
-        config = folder_config(local_path, key, ControlNetModel)
-        check_fields(local_path, key, config, denoiser, _COMPARED_FIELDS)
+    def check_config(self, path: str, key: str, config: Mapping[str, Any], facts: Facts) -> None:
         channels = config.get("conditioning_embedding_out_channels")
         if not isinstance(channels, list) or not channels:
             raise UserError(
-                f"{local_path} has no conditioning_embedding_out_channels", key=key, remedy="copy or download it again"
+                f"{path} has no conditioning_embedding_out_channels", key=key, remedy="copy or download it again"
             )
         map_factor = 2 ** (len(channels) - 1)
         if map_factor != facts.factor:
@@ -78,26 +62,22 @@ class UNetControlNets(ControlNetKind):
                 key=key,
                 remedy="use a ControlNet for this backbone",
             )
-        return local_path
 
-    def load(self, path: Path, key: str, backbone: Any) -> ControlNetModel:
-        if path.is_dir():
-            loaded: ControlNetModel = load_folder(path, key, ControlNetModel)
-            return loaded
+    def load_file(self, file: Path, key: str, backbone: Any) -> ControlNetModel:
         with torch.random.fork_rng(devices=[]):
             net = ControlNetModel.from_unet(
                 backbone.denoiser,
                 conditioning_embedding_out_channels=embedding_widths(backbone.facts.factor),
                 load_weights_from_unet=False,
             )
-        tensors, _ = read_safetensors(path)
+        tensors, _ = read_safetensors(file)
         names = original_names(controlnet_entries(net.state_dict(), dict(net.config)))
         if _DIFFUSERS_KEY in tensors:  # a single file with diffusers' names
             names = {name: name for name in names}
         # Some files omit the prefix.
         unprefixed = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
         shapes = {names[name]: list(value.shape) for name, value in net.state_dict().items()}
-        check_keys(f"{key}: {path}", {name: list(value.shape) for name, value in unprefixed.items()}, shapes)
+        check_keys(f"{key}: {file}", {name: list(value.shape) for name, value in unprefixed.items()}, shapes)
         net.load_state_dict({name: unprefixed[original].float() for name, original in names.items()})
         return net
 
