@@ -84,8 +84,8 @@ class Backbone(LatentCodec, ABC):
         are merged into its weights for sampling.
         """
         self.sampling_pairs: Pairs | None = None
-        """LoRA pairs for sampling if the denoiser's weights are shared (empty: no LoRA), else None. Set by
-        :class:`sdtune.loaders.lora.LoadedLoRA`.
+        """LoRA pairs that sampling applies without merging them, because other runs share the denoiser. Empty: sample
+        without a LoRA. None: the denoiser is not shared. :class:`sdtune.loaders.lora.LoadedLoRA` sets it.
         """
 
     @property
@@ -111,7 +111,7 @@ class Backbone(LatentCodec, ABC):
 
     @abstractmethod
     def frozen_prefixes(self, component: str) -> tuple[str, ...]:
-        """Name prefixes of parameters of a component that are never trained; none for most.
+        """Prefixes of the names of parameters in ``component`` that are never trained; empty for most components.
 
         The prediction does not depend on them, so they would get no gradient; or no file format has a place for them.
         """
@@ -156,10 +156,11 @@ class Backbone(LatentCodec, ABC):
     # --- text
 
     def add_tokens(self, vectors: Mapping[str, Sequence[Tensor]]) -> None:
-        """Add new tokens with their embedding vectors, one tensor per text encoder.
+        """Add new tokens to the text encoders.
 
         Args:
-            vectors: [N, D] for each text encoder; an encoder with [0, D] reads the token as plain text.
+            vectors: embedding vectors of each token, one tensor [N, D] per text encoder. With [0, D], the encoder reads
+                the token as plain text.
         """
         for index, (name, encoder) in enumerate(self.encoders.items()):
             rows_of = {token: rows[index] for token, rows in vectors.items() if len(rows[index])}
@@ -177,7 +178,7 @@ class Backbone(LatentCodec, ABC):
 
     @property
     def new_token_vectors(self) -> list[nn.Parameter]:
-        """Embedding vectors of all new tokens, [N, D] for each text encoder that has some."""
+        """Embedding vectors of the new tokens: [N, D] for each text encoder that learned or loaded new tokens."""
         tables = [encoder.get_input_embeddings() for encoder in self.encoders.values()]
         return [table.vectors for table in tables if isinstance(table, ExtendedEmbedding)]
 

@@ -23,7 +23,7 @@ AddedInputs = dict[str, Tensor | tuple[Tensor, ...]]
 
 
 CONTROLNET_WEIGHTS = weights_name("controlnet")
-"""File name of the weights in the folder of a ControlNet."""
+"""Name of the weights file in a ControlNet folder of diffusers."""
 
 
 class Conditioner(Protocol):
@@ -60,7 +60,7 @@ class ControlNetKind(ABC):
     """Fields of the config that are the same in a ControlNet and its denoiser."""
 
     decoder: tuple[str, ...] = ()
-    """Name prefixes of the parameters in the denoiser's decoder; empty if it has none."""
+    """Prefixes of the parameter names in the denoiser's decoder; empty if the denoiser has no decoder."""
 
     def is_in(self, keys: Collection[str]) -> bool:
         """Whether a file with these tensor names contains a ControlNet."""
@@ -150,7 +150,7 @@ class ControlNetKind(ABC):
 
     @abstractmethod
     def frozen_prefixes(self, controlnet: Any) -> tuple[str, ...]:
-        """Name prefixes of parameters that have no effect, so they would get no gradient."""
+        """Prefixes of the names of parameters that do not change the output; they are not trained."""
 
     @abstractmethod
     def residuals(

@@ -240,7 +240,7 @@ class PipelineSource:
         return read_config(file)
 
     def scheduler(self) -> dict[str, Any]:
-        """Scheduler config, updated with ``prediction_type``, ``flow_shift`` and ``zero_terminal_snr``.
+        """Scheduler config of the pipeline, changed by ``prediction_type``, ``flow_shift`` and ``zero_terminal_snr``.
 
         Raises:
             UserError: a setting contradicts the config, or another setting.

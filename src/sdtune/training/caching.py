@@ -120,7 +120,7 @@ def _cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
         return backbone.encode_images(images.to(parts.device))
 
     def encode_text(prompts: Sequence[str]) -> Conditioning:
-        # With T5, an entry is large: 2.7 MB in bfloat16 for 333 tokens.
+        # The text embeddings of one prompt are large with T5: 2.7 MB in bfloat16 for 77 + 256 tokens.
         dtype = torch.bfloat16 if source.facts.family.has_t5 else torch.float32
         return parts.encode_text(prompts).cast(dtype)
 

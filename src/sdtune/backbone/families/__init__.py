@@ -36,7 +36,7 @@ POCKET_GUIDANCE = 3.0
 
 
 def family_of_configs(index: Mapping[str, Any], denoiser: Mapping[str, Any], where: str) -> Family:
-    """Family of a pipeline, from its index and the config of its denoiser.
+    """Find the family of a pipeline from ``model_index.json`` and the config of its denoiser.
 
     Args:
         where: the config file of the denoiser, for errors.

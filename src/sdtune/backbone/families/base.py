@@ -20,7 +20,7 @@ FamilyName = Literal["sd1", "sd2", "sdxl", "sd3_medium", "sd35_medium", "sd35_la
 """Values of ``backbone.family``."""
 
 Component = Literal["denoiser", "vae", "text_encoder"]
-"""Components that a method may train; ``text_encoder`` means both text encoders of SDXL."""
+"""Components that a method may train. ``text_encoder`` stands for all CLIP text encoders of a model."""
 
 LoRATarget = Literal["cross_attention", "self_attention", "joint_attention", "feed_forward", "convolutions"]
 """Kinds of layers of a denoiser that a LoRA can target."""
@@ -45,13 +45,13 @@ VAE = ComponentLayout(
     usual_name=modern_vae_key,
     is_unused=lambda key, config: key.startswith("loss."),
 )
-"""The VAE in single files, which may also have its diffusers names."""
+"""Layout of the VAE in single files. Some files use the tensor names of diffusers; they are read too."""
 
 _SPEC_PREDICTIONS: dict[str, ModelSpecPrediction] = {"v_prediction": "v", "flow_prediction": "flow"}
 
 
 def model_spec_prediction(prediction_type: str) -> ModelSpecPrediction:
-    """Name in ModelSpec of the ``prediction_type`` of diffusers."""
+    """Convert a ``prediction_type`` of diffusers to the word that ModelSpec's metadata uses."""
     return _SPEC_PREDICTIONS.get(prediction_type, "epsilon")
 
 
@@ -120,7 +120,7 @@ class Family(ABC):
 
     @abstractmethod
     def lora_names(self, prediction_type: str) -> ModelNames:
-        """Names in the metadata of a LoRA for a model with this prediction type of diffusers."""
+        """Names of the model in the metadata of its LoRA files; ``prediction_type`` is one of diffusers."""
 
     @abstractmethod
     def kohya_table(self, modules: Collection[str], denoiser: Mapping[str, Any]) -> KohyaTable:
