@@ -39,9 +39,9 @@ class Conditioning:
         """Apply ``change`` to each tensor."""
         return Conditioning(**{name: change(value) for name, value in self.tensors().items()})
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
-        """Copy on ``device``; Lightning moves batches with it."""
-        return self.map(lambda value: value.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Conditioning:
+        """Copy on ``device``; Lightning moves batches with it. From pinned memory, the copy is asynchronous."""
+        return self.map(lambda value: value.to(device, non_blocking=value.is_pinned()))
 
     def pin_memory(self) -> Conditioning:
         """Copy in page-locked memory; torch's data loader calls it."""
@@ -64,10 +64,12 @@ class Conditioning:
 
 def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> Conditioning:
     """Conditioning of a batch from the tensors of its samples: the inverse of :meth:`Conditioning.rows`."""
+    assert all(row.keys() == rows[0].keys() for row in rows)
     return Conditioning(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenate along the batch dimension."""
     tensors = [part.tensors() for part in parts]
+    assert all(part.keys() == tensors[0].keys() for part in tensors)
     return Conditioning(**{name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from families import SD3, SD3_FAMILIES
 from sdtune.backbone import Pretrained
@@ -66,6 +67,39 @@ def test_images_equal_those_of_the_diffusers_pipeline(sd3_folders: dict[SD3, Pat
     [image] = generate(backbone, [Request("a dog", 4)], Sampling(steps=28, guidance=4.5))
     assert np.abs(image - (expected * 255).round()).max() <= 1
     assert image.std() > 10
+
+
+@pytest.mark.usefixtures("float32_t5")
+def test_skip_layer_guidance_equals_that_of_the_diffusers_pipeline(sd35_medium: Path) -> None:
+    settings: dict[str, Any] = {"skip_guidance_layers": [0, 1], "skip_layer_guidance_scale": 2.5}
+    expected = images(pipeline(sd35_medium, True), num_inference_steps=28, guidance_scale=4.5, **settings)
+    backbone = source(sd35_medium).load()
+    [image] = generate(backbone, [Request("a dog", 4)], Sampling(steps=28, guidance=4.5, **settings))
+    [without] = generate(backbone, [Request("a dog", 4)], Sampling(steps=28, guidance=4.5))
+    assert np.abs(image - (expected * 255).round()).max() <= 1
+    assert np.abs(image.astype(int) - without).max() > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"skip_guidance_layers": [3]},
+            r"layers: \[3\], but the transformer has 3 blocks; set numbers .* 2$",
+        ),
+        ({"skip_guidance_layers": [1], "guidance": 1.0}, "skip_guidance_layers: is part of classifier-free guidance"),
+    ],
+)
+def test_skip_layer_guidance_that_has_no_effect_is_refused(
+    sd35_medium: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings).check(source(sd35_medium).facts)
+
+
+def test_skip_layer_guidance_of_a_unet_is_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"skip_guidance_layers: SD 1.x has no transformer whose blocks could be"):
+        Sampling(skip_guidance_layers=[1]).check(Pretrained(str(tiny)).facts)
 
 
 @pytest.mark.usefixtures("float32_t5")
@@ -248,13 +282,35 @@ def test_samplers_of_diffusion_models_are_refused(sd35_medium: Path, sampler: An
         Sampling(steps=4, sampler=sampler).check(source(sd35_medium).facts)
 
 
-def test_dpmpp_and_euler_of_flows_converge_to_the_same_image(sd35_medium: Path) -> None:
-    backbone = source(sd35_medium).load()
-    pixels = [
-        next(generate(backbone, [Request("a dog", 4)], Sampling(steps=60, guidance=1.0, sampler=sampler)))
-        for sampler in ("euler", "dpmpp_2m")
-    ]
-    assert np.abs(pixels[0].astype(int) - pixels[1]).mean() < 3
+class OnePoint:
+    """A predictor with the exact velocity of a data distribution of one point, (z_t - x) / t."""
+
+    condition_encoder = None
+
+    def __init__(self, point: Tensor) -> None:
+        self.point, self.times = point, list[float]()
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, *_: Any) -> Tensor:
+        self.times.append(float(timesteps) / 1000)
+        return (noisy - self.point) / self.times[-1]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_samplers_of_flows_give_the_denoiser_the_times_of_their_steps(
+    sd35_medium: Path, sampler: Any, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = source(sd35_medium, flow_shift=shift).load()
+    exact, latents = OnePoint(torch.full((1, 4, 8, 8), 0.5)), list[Tensor]()
+    monkeypatch.setattr(backbone, "decode", lambda z: (latents.append(z), z[:, :3])[1])
+    next(generate(backbone, [Request("", 4)], Sampling(steps=100, guidance=1.0, sampler=sampler), exact))
+    assert float((latents[0] - exact.point).abs().max()) < 1e-3
+    assert len(set(exact.times)) == 100
+    assert exact.times == sorted(exact.times, reverse=True)
+    # The shift of the middle of the times: t = s u / (1 + (s - 1) u), twice in FlowMatchEulerDiscreteScheduler.
+    middle = shift * 0.5 / (1 + (shift - 1) * 0.5)
+    if sampler == "dpmpp_2m":
+        assert exact.times[50] == pytest.approx(middle, abs=0.02)
 
 
 def test_configs_of_other_transformers_are_refused(sd35_medium: Path, tmp_path: Path) -> None:

@@ -179,11 +179,11 @@ def test_shuffles_depend_on_seed_step_and_position_alone(tagged: Path) -> None:
 def test_drawn_captions_are_encoded_in_the_step_and_others_are_cached(tagged: Path, tmp_path: Path) -> None:
     drawn = opened(tagged, captions=Captions(kind="tags", shuffle=True), cache_text=True)
     drawn.prepare(encoders(tmp_path / "cache"))
-    assert drawn.text_cache is None
+    assert drawn.caches.text is None
     assert "text" not in batches(drawn)[0]
     wild = opened(tagged, captions=Captions(wildcards=True, prefix="{x|y}"), cache_text=True, steps=12)
     wild.prepare(encoders(tmp_path / "cache"))
-    assert wild.text_cache is not None
+    assert wild.caches.text is not None
     assert {prompt[0] for batch in batches(wild) for prompt in batch["prompts"]} == {"x", "y"}
 
 

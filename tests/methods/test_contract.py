@@ -366,7 +366,7 @@ def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
     settings = Sampling(steps=2, guidance=3.0)
     model.eval()
 
-    [live_image] = generate(model.backbone, requests, settings, model.denoise)
+    [live_image] = generate(model.backbone, requests, settings, model)
     with RunModels(Pretrained(str(folder)), tmp_path / "artifact", "mine", torch.device("cpu")).trained() as loaded:
         [loaded_image] = generate(loaded, requests, settings)
     base = Pretrained(str(folder)).load()

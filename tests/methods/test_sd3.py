@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,27 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from families import SD3
 from image_data import noise
-from running import adamw, fit, folder_data
+from running import Spy, adamw, fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.meta import MetaPretrained
 from sdtune.backbone.new_tokens import NewToken
 from sdtune.backbone.single_file import CONFIGS
-from sdtune.data.control.edges import Canny
+from sdtune.data.control.edges import Canny, Scribble
+from sdtune.data.views import map_key
 from sdtune.errors import UserError
 from sdtune.loaders.artifact import artifacts_applied
 from sdtune.loaders.controlnet import load_applicable_controlnet
+from sdtune.loaders.lora import AdapterFile, load_adapters
 from sdtune.methods import ControlNet, DreamBooth, Full, LoRA, TextualInversion
 from sdtune.objective import Objective, Timesteps
 from sdtune.randomness import generator
 from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.prompts import count_tokens, warn_about_truncated_prompts
 
 T5_TOKENS = 12
 POSITIONS, STEP, SEED = [4, 5], 7, 11
@@ -227,7 +233,7 @@ def test_loss_and_gradients_equal_plain_diffusers(sd35_medium: Path, case: str, 
         "conditions": {},
     }
     if case == "controlnet":
-        batch["conditions"] = {"control": torch.rand(2, 3, 64, 64, generator=rng)}
+        batch["conditions"] = {"control": torch.rand(2, 3, 64, 64, generator=rng)}  # encoded in the step
         # The latents of the map are computed in float32 otherwise.
         model.backbone.encode_images = lambda x: model.backbone.vae.encode(x.double()).latent_dist.parameters
     losses = model.losses(batch)
@@ -283,6 +289,109 @@ def test_last_block_of_a_controlnet_is_frozen_where_it_has_no_effect(sd35_medium
     assert {name.split(".", 2)[2].rsplit(".", 1)[0] for name in frozen} == {
         "attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2",
     }  # fmt: skip
+
+
+# --- what a step does not compute
+
+
+class Forbid(Callback):
+    """Makes modules unusable before the first step."""
+
+    def __init__(self, modules: Callable[[Any], list[Any]]) -> None:
+        self.modules = modules
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for module in self.modules(pl_module):
+            module.forward = None
+            module.encode = None
+
+
+def test_control_maps_are_encoded_once(sd35_medium: Path, images: Path) -> None:
+    held_out = shutil.copytree(images, images.with_name("held out"))
+    losses = []
+    for cached in (True, False):
+        forbidden = [Forbid(lambda model: [model.backbone.vae])] if cached else []
+        spy, model = Spy(), ControlNet(backbone=source(sd35_medium), optimizer=adamw(1e-2), seed=2)
+        data = folder_data(
+            images, control=Canny(), flip=True, cache_latents=cached, validation_path=str(held_out), batch_size=3
+        )
+        fit(model, data, 3, [spy, *forbidden], check_val_every_n_epoch=None, val_check_interval=2)
+        losses.append([*spy.losses, *spy.validation])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 4
+
+
+@pytest.mark.parametrize(
+    "control", [Canny(), Scribble(), type("Own", (Canny,), {})()], ids=["canny", "scribble", "a user's class"]
+)
+def test_other_maps_of_the_same_images_have_other_latents(images: Path, control: Any) -> None:
+    data = folder_data(images, control=control)
+    data.open(64, 8)
+    first, second = data.train[0], data.train[1]
+    keys = {map_key(kind, sample, size, flip) for kind in (control, Canny(low=20)) for sample in (first, second)
+            for size in ((64, 64), (64, 96)) for flip in (False, True)}  # fmt: skip
+    assert len(keys) == 16
+
+
+def test_t5_encodes_each_caption_once_while_clip_learns(sd35_medium: Path, images: Path) -> None:
+    losses = []
+    for cached in (True, False):
+        forbidden = [Forbid(lambda model: [model.backbone.encoders["text_encoder_3"]])] if cached else []
+        spy, settings = Spy(), {"new_tokens": [WORD], "optimizer": adamw(1e-2), "seed": 2}
+        model = TextualInversion(backbone=source(sd35_medium), **settings)
+        fit(model, folder_data(images, templates=["<new> {}"], cache_text=cached), 3, [spy, *forbidden])
+        losses.append(spy.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_t5_that_learns_a_word_is_not_cached(sd35_medium: Path, images: Path) -> None:
+    model = TextualInversion(backbone=source(sd35_medium), new_tokens=[WORD], encoders=ENCODERS, optimizer=adamw(1e-2))
+    data = folder_data(images, templates=["<new> {}"])
+    fit(model, data, 1)
+    assert data.caches.waiting is None
+    assert data.caches.text is None
+
+
+def test_size_of_the_cache_of_captions_is_said_before(
+    sd35_medium: Path, images: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdtune.data.datamodule._LARGE_CACHE", 1)
+    caplog.set_level("INFO", logger="sdtune")
+    fit(LoRA(backbone=source(sd35_medium)), folder_data(images), 1)
+    said = [record.message for record in caplog.records if "text embeddings" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("the text embeddings of 3 captions take 0.0 GB in ")
+
+
+@pytest.mark.parametrize("chosen", [["text_encoder"], ["text_encoder_2"], ["text_encoder_3"], list(ENCODERS)])
+@pytest.mark.parametrize("t5", [True, False])
+def test_word_of_some_encoders_loads(sd35_medium: Path, tmp_path: Path, chosen: list[Any], t5: bool) -> None:
+    model = TextualInversion(backbone=source(sd35_medium), new_tokens=[WORD], encoders=chosen)
+    model.configure_model()
+    add_noise_to_trainable(model)
+    model.artifact(tmp_path, "it")
+    target = source(sd35_medium, t5=t5)
+    backbone = target.load()
+    if "text_encoder_3" in chosen and not t5:
+        with pytest.raises(UserError, match="embedding size"):
+            load_adapters(backbone, [AdapterFile(str(tmp_path))], target)
+        return
+    with artifacts_applied(backbone, load_adapters(backbone, [AdapterFile(str(tmp_path))], target)):
+        assert set(backbone.new_tokens) == set(chosen)
+        if t5:
+            expected = model.backbone.encode_text(["a <new> fox"])
+            torch.testing.assert_close(backbone.encode_text(["a <new> fox"]).states, expected.states)
+
+
+def test_prompt_is_cut_where_t5_stops(sd35_medium: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = source(sd35_medium).load()
+    assert count_tokens(backbone, ["a b"]) == [len(backbone.token_ids(["a b"], "text_encoder_3")[0]) + 1]
+    warn_about_truncated_prompts(backbone, ["a b", "a b c d e f g h i j k l m n o p"])
+    assert len(caplog.records) == 1
+    assert "the limit is 12" in caplog.text
+    caplog.clear()
+    warn_about_truncated_prompts(source(sd35_medium, t5=False).load(), ["a b c d e f g h i j k l m n o p"])
+    assert caplog.records == []
 
 
 # --- refusals
@@ -383,7 +492,7 @@ def test_lora_generates_the_same_image_in_diffusers(
     expected = images_of(pipe)
     model.eval()
     model.to("cpu")
-    [live] = generate(model.backbone, [Request("a dog", 4)], Sampling(steps=6, guidance=3.0), model.denoise)
+    [live] = generate(model.backbone, [Request("a dog", 4)], Sampling(steps=6, guidance=3.0), model)
     assert np.abs(live - (expected * 255).round()).max() <= 1
 
 

@@ -82,7 +82,7 @@ def test_shift_equals_that_of_diffusers(shift: float) -> None:
         def random(self) -> float:
             return 1 - self.value
 
-    actual = [Timesteps("uniform", shift).draw(Fixed(value), kind="uniform", shift=7.0) for value in u]
+    actual = [Timesteps("uniform", shift).draw(Fixed(value), default_kind="uniform", default_shift=7.0) for value in u]
     np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5)
 
 

@@ -82,7 +82,7 @@ def generate(model: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
         autocast(torch.device("meta"), str(model.trainer.precision)),
         pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"),
     ):
-        list(sampling.generate(model.backbone, [request], Sampling(steps=2), model.denoise))
+        list(sampling.generate(model.backbone, [request], Sampling(steps=2), model))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ def test_masked_loss_and_controlnets_stay_on_the_device(tiny: Path, monkeypatch:
         noisy, times = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
         text = model.encode_text(["a fox", ""])
         maps = dict.fromkeys(("control", "control2"), batch["conditions"]["control"])
-        out = sampling.predict_with_conditions(model.backbone, noisy, times, text, maps)
+        predictor = sampling.WithConditioners(model.backbone)
+        out = predictor.denoise(noisy, times, text, predictor.encode_conditions(maps))
     assert out.device.type == "meta"
 
 

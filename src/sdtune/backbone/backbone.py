@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,6 +25,22 @@ from sdtune.hardware.precision import HALVES
 from sdtune.objective.path import path_from_config
 
 _SHORT_SEQUENCE = 1024  # latent positions up to which unfused attention is used on a CPU
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How much of a prompt is read.
+
+    Attributes:
+        encoder: the text encoder that reads most of it.
+        tokens: number of tokens that it reads, with start and end token.
+        special: number of start and end tokens.
+    """
+
+    encoder: str
+    tokens: int
+    special: int
+
 
 Pairs = Mapping[str, tuple[Tensor, Tensor, float]]
 """LoRA pairs by module name in the denoiser: A [rank, in], B [out, rank] (4-D for convolutions), and their scale."""
@@ -75,10 +92,14 @@ class Backbone(LatentCodec, ABC):
         self.path = path_from_config(scheduler_config)
         self.new_tokens: dict[str, NewTokens] = {}
         """New tokens that prompts may contain, by the name of the text encoder that has vectors of them."""
+        self.waiting_states: Callable[[str], Tensor | None] = lambda prompt: None
+        """Cached outputs of :meth:`encode_waiting`, [T, D] for a prompt, or None."""
         self.conditioners: tuple[Conditioner, ...] = ()
         """Modules beside the denoiser that are used for sampling, such as ControlNets; set by
         :meth:`sdtune.loaders.artifact.LoadedArtifact.applied`.
         """
+        self.skipped_layers: tuple[int, ...] = ()
+        """Numbers of the transformer's blocks that predictions skip, for skip-layer guidance."""
         self.pair_executor: PairExecutor | None = None
         """Applies this run's LoRA pairs to a denoiser that other runs share. If None, it is not shared, and LoRA pairs
         are merged into its weights for sampling.
@@ -97,6 +118,22 @@ class Backbone(LatentCodec, ABC):
     def trainable_encoders(self) -> dict[str, Any]:
         """Text encoders that a method may train, by component name."""
         return self.encoders
+
+    @property
+    def waiting_encoders(self) -> dict[str, Any]:
+        """Text encoders that are on the device only within :meth:`encoders_on_device`, by component name."""
+        return {name: encoder for name, encoder in self.encoders.items() if name not in self.trainable_encoders}
+
+    @property
+    def waiting_are_frozen(self) -> bool:
+        """Whether there are :attr:`waiting_encoders`, and none is trained: their outputs can be cached."""
+        waiting = self.waiting_encoders.values()
+        return bool(waiting) and not any(p.requires_grad for encoder in waiting for p in encoder.parameters())
+
+    @property
+    def prompt_limit(self) -> PromptLimit:
+        """How much of a prompt is read."""
+        return PromptLimit("text_encoder", self.facts.max_tokens, 2)
 
     @property
     @abstractmethod
@@ -199,6 +236,10 @@ class Backbone(LatentCodec, ABC):
         """Context manager that moves text encoders that wait in main memory to the device of the denoiser."""
         return nullcontext()
 
+    def encode_waiting(self, prompts: Sequence[str]) -> Tensor:
+        """Hidden states [B, T, D] of the :attr:`waiting_encoders`, in their dtype."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Text embeddings of ``prompts``."""
@@ -206,7 +247,7 @@ class Backbone(LatentCodec, ABC):
     # --- denoising
 
     @abstractmethod
-    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+    def conditioning_arguments(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
         """Conditioning arguments of the denoiser and its ControlNets, besides noisy latents and timestep."""
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,13 @@ from sdtune.files import read_json
 from sdtune.formats.files import read_keys
 from sdtune.formats.pipeline import weights_name
 
-AddedInputs = dict[str, Tensor | tuple[Tensor, ...]]
-"""Arguments of a denoiser that modules beside it compute, such as the residuals of ControlNets."""
+ConditionEncoder = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Function from conditions by name, float32 [B, 3, H, W] in [0, 1], to what modules beside a denoiser read."""
+
+AddedInputs = dict[str, Any]
+"""Arguments of a denoiser that modules beside it compute, such as the residuals of ControlNets: tensors, or tuples or
+mappings of them.
+"""
 
 
 CONTROLNET_WEIGHTS = weights_name("controlnet")
@@ -33,6 +38,12 @@ class Conditioner(Protocol):
     def name(self) -> str:
         """Name of the condition, such as ``control``."""
 
+    def encode(self, backbone: Any, condition: Tensor) -> Tensor:
+        """What :meth:`added_inputs` reads of a condition, such as control maps, float32 [B, 3, H, W] in [0, 1].
+
+        It is computed once for each image, not in each step.
+        """
+
     def added_inputs(
         self, backbone: Any, noisy: Tensor, timesteps: Tensor, arguments: Mapping[str, Any], condition: Tensor
     ) -> AddedInputs:
@@ -42,8 +53,8 @@ class Conditioner(Protocol):
             backbone: the backbone that predicts.
             noisy: noisy latents [B, C, h, w].
             timesteps: [B] or without dimensions.
-            arguments: those of :meth:`sdtune.backbone.backbone.Backbone.conditions`.
-            condition: the condition, such as control maps, float32 [B, 3, H, W] in [0, 1].
+            arguments: those of :meth:`sdtune.backbone.backbone.Backbone.conditioning_arguments`.
+            condition: the output of :meth:`encode`.
         """
 
 
@@ -58,6 +69,9 @@ class ControlNetKind(ABC):
 
     compared_fields: tuple[str, ...]
     """Fields of the config that are the same in a ControlNet and its denoiser."""
+
+    encodes_maps: bool = False
+    """Whether :meth:`encode` computes something."""
 
     decoder: tuple[str, ...] = ()
     """Prefixes of the parameter names in the denoiser's decoder; empty if the denoiser has no decoder."""
@@ -152,6 +166,14 @@ class ControlNetKind(ABC):
     def frozen_prefixes(self, controlnet: Any) -> tuple[str, ...]:
         """Prefixes of the names of parameters that do not change the output; they are not trained."""
 
+    def encode(self, backbone: Any, maps: Tensor) -> Tensor:
+        """What :meth:`residuals` reads of control maps; the maps themselves by default.
+
+        Args:
+            maps: float32 [B, 3, H, W] in [0, 1], at the size of the image.
+        """
+        return maps
+
     @abstractmethod
     def residuals(
         self,
@@ -160,10 +182,10 @@ class ControlNetKind(ABC):
         noisy: Tensor,
         timesteps: Tensor,
         arguments: Mapping[str, Any],
-        maps: Tensor,
+        encoded: Tensor,
         strength: float = 1.0,
     ) -> AddedInputs:
-        """Residuals of one ControlNet for ``maps``, float32 [B, 3, H, W] in [0, 1], at the size of the image."""
+        """Residuals of one ControlNet for control maps, which :meth:`encode` has encoded."""
 
     @abstractmethod
     def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -178,6 +200,10 @@ class ControlNetWithStrength:
     model: Any
     strength: float
 
+    def encode(self, backbone: Any, condition: Tensor) -> Tensor:
+        kind: ControlNetKind = backbone.controlnets
+        return kind.encode(backbone, condition)
+
     def added_inputs(
         self, backbone: Any, noisy: Tensor, timesteps: Tensor, arguments: Mapping[str, Any], condition: Tensor
     ) -> AddedInputs:
@@ -186,11 +212,23 @@ class ControlNetWithStrength:
 
 
 def sum_of(first: AddedInputs, second: AddedInputs) -> AddedInputs:
-    """Sum of the inputs that two modules add."""
-    return {name: _sum(value, second[name]) for name, value in first.items()}
+    """Inputs that two modules add; where both add the same input, the sum."""
+    return {**first, **{name: _sum(first[name], value) if name in first else value for name, value in second.items()}}
+
+
+def with_added(arguments: Mapping[str, Any], added: AddedInputs) -> dict[str, Any]:
+    """Arguments of a denoiser with the inputs that modules beside it add; mappings of the same name are joined."""
+    joined = {
+        name: {**arguments[name], **value}
+        for name, value in added.items()
+        if isinstance(value, Mapping) and name in arguments
+    }
+    return {**arguments, **added, **joined}
 
 
 def _sum(first: Any, second: Any) -> Any:
+    if isinstance(first, Mapping):
+        return sum_of(dict(first), dict(second))
     if isinstance(first, Tensor):
         return first + second
     return tuple(a + b for a, b in zip(first, second, strict=True))

@@ -31,7 +31,7 @@ from sdtune.paths import cache_folder
 log = logging.getLogger("sdtune")
 
 CONFIGS = Path(__file__).parent / "configs"
-_LAYOUT = 2  # version of the converted folders' layout; increase it to invalidate cached folders
+_LAYOUT = 3  # version of the converted folders' layout; increase it to invalidate cached folders
 
 
 def included_configs(name: str) -> Path | None:

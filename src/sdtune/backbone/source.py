@@ -40,7 +40,7 @@ from sdtune.errors import UserError
 from sdtune.formats.files import read_safetensors
 from sdtune.formats.keys import canonical_key, check_keys
 from sdtune.formats.pipeline import STEMS, weights_name
-from sdtune.objective.path import is_flow, path_from_config, shift_of
+from sdtune.objective.path import FLOW_SHIFT, is_flow, path_from_config, shift_of
 from sdtune.objective.prediction import PredictionType
 from sdtune.paths import pocket_pipeline
 
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _JSON = ["*.json", "*/*.json", "tokenizer*/*"]
+
+_CACHE_LAYOUT = 2
+"""Version of the entries in the caches of encoder outputs; increase it to invalidate them."""
 
 
 class PipelineSource:
@@ -275,7 +278,8 @@ class PipelineSource:
                 key="backbone.zero_terminal_snr",
                 remedy="remove it",
             )
-        shift = self.flow_shift or shift_of(config)
+        # Schedulers of diffusion models may store an unused flow_shift.
+        shift = self.flow_shift or (shift_of(config) if is_flow(config) else FLOW_SHIFT)
         if "FlowMatch" in str(config.get("_class_name")):
             return {**config, "shift": shift}
         if config.get("use_flow_sigmas"):
@@ -382,6 +386,7 @@ class PipelineSource:
             scheduler=str(scheduler.get("_class_name") or ""),
             train_timesteps=path.steps,
             patch=int(denoiser.get("patch_size", 1)),
+            blocks=int(denoiser.get("num_layers", 0)),
             t5_tokens=self.t5_tokens if self._family.has_t5 else 0,
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
@@ -475,7 +480,7 @@ class PipelineSource:
         """
         assert component not in self.from_scratch
         names = self.text_encoders if component == "text_encoder" else (component,)
-        digest = hashlib.sha256(f"{precision}/{weights_hash(self._files(names))}".encode())
+        digest = hashlib.sha256(f"{_CACHE_LAYOUT}/{precision}/{weights_hash(self._files(names))}".encode())
         for name in names:
             digest.update(json.dumps(self.config(name), sort_keys=True).encode())
         if component == "text_encoder":

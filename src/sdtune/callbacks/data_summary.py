@@ -49,7 +49,7 @@ class DataSummary(Callback):
 
 def text_encoder_cost(module: Adapter, data: ImageDataModule, micro_batch: int) -> list[str]:
     """A line if the captions are drawn anew, so that the frozen text encoder runs in each step: what that costs."""
-    if not data.cache_text or data.text_cache is not None or module.trains("text_encoder"):
+    if not data.cache_text or data.caches.text is not None or module.trains("text_encoder"):
         return []
     prompts = list(
         itertools.islice(itertools.cycle(itertools.islice(data.training_prompts(), micro_batch)), micro_batch)

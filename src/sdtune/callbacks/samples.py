@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from sdtune.backbone.controlnet import ConditionEncoder
 from sdtune.callbacks.metrics_recorder import MetricsRecorder
 from sdtune.conditioning import Conditioning
 from sdtune.data.previews import PreviewPrompt, preview_prompts
@@ -30,6 +32,25 @@ log = logging.getLogger("sdtune")
 
 class _StopRequested(Exception):
     """Interrupts the generation of samples because the run will stop."""
+
+
+@dataclass(frozen=True)
+class _Stoppable:
+    """A :class:`~sdtune.sampling.loop.Predictor`: the method, until the run is asked to stop."""
+
+    module: Adapter
+    record: MetricsRecorder
+
+    @property
+    def condition_encoder(self) -> ConditionEncoder | None:
+        return self.module.condition_encoder
+
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        if self.record.stop_requested:
+            raise _StopRequested
+        return self.module.denoise(noisy, timesteps, conditioning, conditions)
 
 
 class Samples(Callback):
@@ -67,17 +88,9 @@ class Samples(Callback):
         training_modes = {m: m.training for m in module.modules()}
         module.eval()
         requests = [Request(preview.prompt, seed, preview.conditions) for seed in self.seeds for preview in self.wanted]
-
-        def denoise(
-            noisy: Tensor, timestep: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
-        ) -> Tensor:
-            if self.record.stop_requested:
-                raise _StopRequested
-            return module.denoise(noisy, timestep, conditioning, conditions)
-
         try:
             with module.final_weights(), module.cpu_offload.on_device(), trainer.precision_plugin.forward_context():
-                generated = generate(module.backbone, requests, self.sampling, denoise)
+                generated = generate(module.backbone, requests, self.sampling, _Stoppable(module, self.record))
                 images = list(track("Sample images", generated, len(requests)))
         finally:
             for m, training in training_modes.items():

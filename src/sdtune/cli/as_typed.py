@@ -19,7 +19,7 @@ _TEXT_OF_SOURCE = r"\+\+data\.sources\.[\w-]+\.(prompt|class_prompt|trigger)"
 _LISTS = {"sample": ("seeds", "strengths"), "plan": ("methods",), "caption": ("undesired_tags",), "mask": ("words",)}
 """Command -> its settings that are lists of numbers or names."""
 
-_SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height", "batch_size")
+_SAMPLING = ("steps", "guidance", "negative_prompt", "sampler", "width", "height", "batch_size", "skip_guidance_layers")
 """Settings of the group ``sampling``, which ``sdtune sample`` takes without the name of the group."""
 
 

@@ -123,7 +123,7 @@ def _card(
         caption=caption,
         examples=[] if list(drawn) == [caption] else list(drawn)[:_EXAMPLES],
         tokens=tokens,
-        cut=truncated_end(backbone, caption) if tokens > backbone.facts.max_tokens else "",
+        cut=truncated_end(backbone, caption) if tokens > backbone.prompt_limit.tokens else "",
         repeats=sample.repeats,
         source=name,
         is_small=sample.size[0] * sample.size[1] < 0.8 * source.resolutions.sides[0] ** 2,

@@ -215,6 +215,7 @@ def describe(
         "guidance": settings.guidance,
         "negative_prompt": settings.negative_prompt,
         "sampler": settings.sampler,
+        "skip_guidance_layers": settings.skip_guidance_layers,
         "adapters": [{"path": Path(a["path"]).name, "strength": a.get("strength", 1.0) * strength} for a in adapters],
     }
     if control:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -99,6 +100,33 @@ class TensorCache:
                     )
                 self.put(key, tensors)
             progress(len(missing))
+
+
+@dataclass(frozen=True)
+class EncoderCaches:
+    """Caches of encoder outputs; those that are None are computed in each step.
+
+    Args:
+        latents: moments of the VAE's posterior.
+        text: text embeddings.
+        conditions: encoded conditions, such as control maps.
+        waiting: hidden states of the text encoders that wait in main memory, if others are trained.
+    """
+
+    latents: TensorCache | None = None
+    text: TensorCache | None = None
+    conditions: TensorCache | None = None
+    waiting: TensorCache | None = None
+
+    def waiting_states(self, prompt: str) -> Tensor | None:
+        """Hidden states [T, D] of the text encoders that wait in main memory; None if they are not cached."""
+        key = text_key(prompt)
+        return self.waiting.get(key)["states"] if self.waiting is not None and key in self.waiting else None
+
+
+def text_key(prompt: str) -> str:
+    """Cache key of the text embeddings of ``prompt``."""
+    return f"text|{prompt}"
 
 
 MEMORY_CACHE_BYTES = 128 * 2**20

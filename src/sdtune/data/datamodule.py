@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,17 +24,18 @@ from sdtune.conditioning import Conditioning
 from sdtune.data import prompts, triggers
 from sdtune.data.batch_sizes import class_image_batch_size, vae_batch_size
 from sdtune.data.buckets import Size
-from sdtune.data.cache import TensorCache, keys_of_rank
+from sdtune.data.cache import EncoderCaches, TensorCache, keys_of_rank, text_key
 from sdtune.data.captions import CaptionRules, Captions
 from sdtune.data.control.base import Control
 from sdtune.data.dataset import Batch, BatchSettings, ImageDataset, RowSettings, collate, init_worker
 from sdtune.data.entries import Buckets, Entries, Resolutions, Share, buckets_of, entries_of, join_entries
 from sdtune.data.order import FixedBatches, MicroBatches, Order
 from sdtune.data.prior import GenerateImages, class_images, generate_missing
-from sdtune.data.samples import Sample, SampleList, SampleSequence, View, latent_key, text_key
+from sdtune.data.samples import Sample, SampleList, SampleSequence, latent_key
 from sdtune.data.table import StoredImage
 from sdtune.data.table_samples import MaskSource
 from sdtune.data.templates import TemplateSet, templates
+from sdtune.data.views import View, map_key
 from sdtune.errors import UserError, check_multiple
 from sdtune.hardware.threads import usable_cores
 from sdtune.progress import bar
@@ -49,6 +51,11 @@ _PREFETCHED_BATCHES = 2
 
 SHARED_MEMORY = Path("/dev/shm")
 
+_LARGE_CACHE = 100e6
+"""Size in bytes from which a cache of text embeddings is announced."""
+
+log = logging.getLogger("sdtune")
+
 
 @dataclass(frozen=True)
 class CacheInputs:
@@ -57,8 +64,13 @@ class CacheInputs:
     Args:
         encode_images: encodes images [B, 3, H, W] as moments [B, 2C, h, w]; None if the VAE is trained.
         encode_text: encodes prompts as text embeddings; None if a text encoder is trained.
+        encode_waiting: if a text encoder is trained, encodes prompts with those that only then are on the device, as
+            hidden states [B, T, D]; None if there are none, or they are trained.
+        encode_conditions: encodes conditions by name, such as ``control``: control maps [B, 3, H, W] in [0, 1]; None:
+            they are used as they are.
+        text_bytes: size of the text embeddings of one prompt.
         vae_key, text_encoder_key: names of the subfolders of ``folder/latents`` and ``folder/text``; empty if the
-            encoder is trained.
+            encoder is trained and no other encoder waits.
         folder: the cache folder.
         generate_images: generates class images with the initial weights of the model; None: they exist already.
         generator_key: name of the subfolder of ``folder/class``.
@@ -71,6 +83,9 @@ class CacheInputs:
     encode_text: Callable[[Sequence[str]], Conditioning] | None
     text_encoder_key: str
     folder: Path
+    text_bytes: int = 0
+    encode_waiting: Callable[[Sequence[str]], Tensor] | None = None
+    encode_conditions: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     generate_images: GenerateImages | None = None
     generator_key: str = ""
     device: torch.device | None = None
@@ -141,8 +156,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     _train: SampleSequence = field(default_factory=lambda: SampleList(()), init=False)
     _held_out: SampleSequence = field(default_factory=lambda: SampleList(()), init=False)
     resolutions: Resolutions = field(default_factory=lambda: Resolutions((), ()), init=False)
-    latent_cache: TensorCache | None = field(default=None, init=False)
-    text_cache: TensorCache | None = field(default=None, init=False)
+    caches: EncoderCaches = field(default=EncoderCaches(), init=False)
     prompt_templates: Sequence[str] = field(default=(), init=False)
     _resumed_fingerprint: str = field(default="", init=False)
     class_samples: Sequence[Sample] = field(default=(), init=False)
@@ -406,45 +420,90 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 remedy="restore the data, or start a new run",
             )
         # Another run may have used this data module before, with other parts trained.
-        self.latent_cache = self.text_cache = None
+        self.caches = EncoderCaches()
         for source in self.parts.values():
             if source.control is not None:
                 every = itertools.chain(source.train, source.held_out)
                 source.control.prepare(every, inputs.rank, inputs.processes, inputs.device)
+        latents = conditions = None
         if self.cache_latents and inputs.encode_images is not None:
-            self.latent_cache = TensorCache(inputs.folder / "latents" / inputs.vae_key)
-            self._fill_latents(self.latent_cache, inputs)
-        all_prompts = None
-        if self.cache_text and inputs.encode_text is not None:
-            all_prompts = prompts.all_variants(self._prompt_sources())
-        if all_prompts is not None and inputs.encode_text is not None:
-            self.text_cache = TensorCache(inputs.folder / "text" / inputs.text_encoder_key)
-            keys = {text_key(prompt): prompt for prompt in all_prompts}
-            rank_prompts = {key: keys[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
-            with bar("Encoding captions", sum(key not in self.text_cache for key in rank_prompts)) as progress:
-                encode = inputs.encode_text
-                self.text_cache.fill(rank_prompts, lambda batch: encode(batch).rows(), batch_size=64, progress=progress)
+            latents = TensorCache(inputs.folder / "latents" / inputs.vae_key)
+            self._fill_latents(latents, inputs)
+            if inputs.encode_conditions is not None:
+                conditions = latents
+                self._fill_conditions(conditions, inputs)
+        is_encoded = inputs.encode_text is not None or inputs.encode_waiting is not None
+        text = self._fill_text(inputs) if self.cache_text and is_encoded else None
+        is_whole = inputs.encode_text is not None
+        self.caches = EncoderCaches(latents, text if is_whole else None, conditions, None if is_whole else text)
+
+    def _fill_text(self, inputs: CacheInputs) -> TensorCache | None:
+        """Encode all prompts; None if they are too many."""
+        all_prompts = prompts.all_variants(self._prompt_sources())
+        if all_prompts is None:
+            return None
+        encode_text, encode_waiting = inputs.encode_text, inputs.encode_waiting
+
+        def rows(batch: Sequence[str]) -> list[dict[str, Tensor]]:
+            if encode_text is not None:
+                return encode_text(batch).rows()
+            assert encode_waiting is not None
+            return [{"states": states} for states in encode_waiting(batch)]
+
+        cache = TensorCache(inputs.folder / "text" / inputs.text_encoder_key)
+        keys = {text_key(prompt): prompt for prompt in all_prompts}
+        rank_prompts = {key: keys[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
+        missing = sum(key not in cache for key in rank_prompts)
+        if missing * inputs.text_bytes >= _LARGE_CACHE:
+            size = missing * inputs.text_bytes / 1e9
+            log.info("the text embeddings of %d captions take %.1f GB in %s", missing, size, cache.folder)
+        with bar("Encoding captions", missing) as progress:
+            cache.fill(rank_prompts, rows, batch_size=64, progress=progress)
+        return cache
 
     def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:
         assert inputs.encode_images is not None
         encode_images = inputs.encode_images
-        flips = {name: (False, True) if source.flip else (False,) for name, source in self.parts.items()}
-        views: dict[str, View] = {}
+        views = {latent_key(view.sample, view.size, view.flip): view for view in self._views()}
+        self._fill_views(cache, inputs, "images", views, lambda batch: {"moments": encode_images(batch)})
+
+    def _fill_conditions(self, cache: TensorCache, inputs: CacheInputs) -> None:
+        assert inputs.encode_conditions is not None
+        encode = inputs.encode_conditions
+        views = {
+            map_key(view.control, view.sample, view.size, view.flip): view
+            for view in self._views(of_maps=True)
+            if view.control is not None
+        }
+        self._fill_views(cache, inputs, "control maps", views, lambda batch: encode({"control": batch}))
+
+    def _views(self, *, of_maps: bool = False) -> Iterator[View]:
+        """Images, or control maps, at the sizes and mirrorings in which they are used."""
         for name, sample, size in self._sized_samples():
-            for flip in flips[name]:
-                views.setdefault(latent_key(sample, size, flip), View(sample, size, flip))
+            source = self.parts[name]
+            for flip in (False, True) if source.flip else (False,):
+                yield View(sample, size, flip, source.control if of_maps else None)
+
+    def _fill_views(
+        self,
+        cache: TensorCache,
+        inputs: CacheInputs,
+        what: str,
+        views: Mapping[str, View],
+        encode: Callable[[Tensor], Mapping[str, Tensor]],
+    ) -> None:
+        def entries(batch: Sequence[View]) -> list[dict[str, Tensor]]:
+            encoded = encode(torch.stack([view.tensor() for view in batch]))
+            return [{name: values[row] for name, values in encoded.items()} for row in range(len(batch))]
+
         for size in sorted({view.size for view in views.values()}):
             keys = [key for key, view in views.items() if view.size == size]
             rank_views = {key: views[key] for key in keys_of_rank(keys, inputs.rank, inputs.processes)}
             if any(source.skips_damaged for source in self.parts.values()):
                 rank_views = {key: view for key, view in rank_views.items() if key in cache or view.is_readable()}
-            with bar(f"Encoding images at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
-                cache.fill(
-                    rank_views,
-                    lambda batch: _moments(encode_images, batch),
-                    batch_size=vae_batch_size(*size, inputs.device.type if inputs.device else "cpu"),
-                    progress=progress,
-                )
+            with bar(f"Encoding {what} at {size[0]}x{size[1]}", sum(k not in cache for k in rank_views)) as progress:
+                batch_size = vae_batch_size(*size, inputs.device.type if inputs.device else "cpu")
+                cache.fill(rank_views, entries, batch_size=batch_size, progress=progress)
 
     def _sized_samples(self) -> Iterator[tuple[str, Sample, Size]]:
         """Source, sample and training size of everything that the latent cache holds."""
@@ -506,8 +565,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             factor=self.factor,
             has_masks=any(source.mask is not None for source in sources),
             is_weighted=training and is_weighted,
-            latent_cache=self.latent_cache,
-            text_cache=self.text_cache,
+            caches=self.caches,
         )
         rows = [source._row_settings() for source in sources]
         return ImageDataset(common, rows, samples, entries, training=training)
@@ -556,7 +614,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         assert trainer is not None
         sources = [*self.parts.values()]
         has_control = any(source.control is not None for source in sources)
-        is_decoding = self.latent_cache is None or has_control or any(source.mask is not None for source in sources)
+        reads_maps = has_control and self.caches.conditions is None
+        is_decoding = self.caches.latents is None or reads_maps or any(source.mask is not None for source in sources)
         if trainer.strategy.root_device.type != "cuda" or not is_decoding:
             return 0
         if not SHARED_MEMORY.is_dir() or multiprocessing.get_start_method() != "fork":
@@ -572,8 +631,3 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 def bucket_step(resolution: int, factor: int) -> int:
     """Step between the sides of the buckets of ``resolution`` in pixels: 64, or less for small resolutions."""
     return min(64, max(factor * 8, factor * (resolution // factor // 8)))
-
-
-def _moments(encode_images: Callable[[Tensor], Tensor], views: Sequence[View]) -> list[dict[str, Tensor]]:
-    """Latent moments of a batch of views, as entries of the latent cache."""
-    return [{"moments": moments} for moments in encode_images(torch.stack([view.tensor() for view in views]))]

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 from sdtune import streams
 from sdtune.conditioning import stack_rows
 from sdtune.data.buckets import Size
-from sdtune.data.cache import TensorCache
+from sdtune.data.cache import EncoderCaches, text_key
 from sdtune.data.captions import CaptionRules, CaptionTexts
 from sdtune.data.control.base import Control, map_to_tensor
 from sdtune.data.entries import Entries
 from sdtune.data.order import ScheduledSample
 from sdtune.data.prior import CLASS_POSITION_OFFSET, class_image_index
-from sdtune.data.samples import Sample, SampleSequence, latent_key, masked, text_key, to_tensor
+from sdtune.data.samples import Sample, SampleSequence, latent_key, masked, to_tensor
+from sdtune.data.views import map_key
 from sdtune.errors import UserError
 from sdtune.hardware.signals import STOP_SIGNALS
 from sdtune.images.files import CENTER, frame
@@ -45,7 +46,8 @@ Batch = dict[str, Any]
 * ``conditioning``: the text embeddings (:class:`sdtune.conditioning.Conditioning`), if they are cached;
 * ``mask``: float32 [B, 1, h, w] in [0, 1], if the loss is masked;
 * ``conditions``: inputs of modules beside the denoiser by name, such as ``control``: control maps, float32
-  [B, 3, H, W] in [0, 1]; empty if there are none;
+  [B, 3, H, W] in [0, 1]; empty if there are none. If they are cached, ``encoded_conditions``: the outputs of
+  :meth:`sdtune.methods.base.Adapter.encode_conditions`;
 * ``counts``: bool, in validation: False for a batch that only keeps the processes in step.
 
 With class images, B is twice the number of pairs, and there are two more keys: ``subject_count``: int, the number of
@@ -98,7 +100,7 @@ class BatchSettings:
         factor: downscaling factor of the VAE.
         has_masks: whether rows have a loss mask, because those of a source have.
         is_weighted: whether rows have a loss weight, because those of the sources differ.
-        latent_cache, text_cache: caches of the encoder outputs; None: they are computed in the step.
+        caches: caches of the encoder outputs.
     """
 
     seed: int
@@ -106,8 +108,7 @@ class BatchSettings:
     factor: int
     has_masks: bool
     is_weighted: bool
-    latent_cache: TensorCache | None
-    text_cache: TensorCache | None
+    caches: EncoderCaches
 
 
 class ImageDataset(Dataset[list[Row]]):
@@ -199,16 +200,22 @@ class ImageDataset(Dataset[list[Row]]):
         prompt, flip, offset = self._view(settings, texts, step, position)
         row: Row = {"prompt": prompt, "step": step, "position": position}
         row["frame"] = torch.tensor(frame(sample.size, size, offset, flip), dtype=torch.float32)
-        if common.latent_cache is not None:
+        if common.caches.latents is not None:
             row["moments"] = self._moments(sample, size, flip)
         else:
             row["pixels"] = to_tensor(sample.pixels(size, offset, flip))
-        row["conditions"] = {
-            name: map_to_tensor(condition.map(sample, size, offset, flip))
-            for name, condition in settings.conditions.items()
-        }
-        if common.text_cache is not None:
-            row["conditioning"] = common.text_cache.get(text_key(prompt))
+        if (cache := common.caches.conditions) is not None:
+            row["encoded_conditions"] = {
+                name: cache.get(map_key(condition, sample, size, flip))[name]
+                for name, condition in settings.conditions.items()
+            }
+        else:
+            row["conditions"] = {
+                name: map_to_tensor(condition.map(sample, size, offset, flip))
+                for name, condition in settings.conditions.items()
+            }
+        if common.caches.text is not None:
+            row["conditioning"] = common.caches.text.get(text_key(prompt))
         if common.has_masks:
             # Images without mask, and class images, count whole.
             ones = torch.ones(1, size[1] // common.factor, size[0] // common.factor)
@@ -219,7 +226,7 @@ class ImageDataset(Dataset[list[Row]]):
         return row
 
     def _moments(self, sample: Sample, size: Size, flip: bool) -> Tensor:
-        cache = self.common.latent_cache
+        cache = self.common.caches.latents
         assert cache is not None
         try:
             return cache.get(latent_key(sample, size, flip))["moments"]
@@ -271,8 +278,9 @@ def collate(items: list[list[Row]], prior_weight: float) -> Batch:
     for key in ("frame", "pixels", "moments", "mask"):
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
-    names = rows[0]["conditions"]
-    batch["conditions"] = {name: torch.stack([row["conditions"][name] for row in rows]) for name in names}
+    for key in ("conditions", "encoded_conditions"):
+        if key in rows[0]:
+            batch[key] = {name: torch.stack([row[key][name] for row in rows]) for name in rows[0][key]}
     if "conditioning" in rows[0]:
         batch["conditioning"] = stack_rows([row["conditioning"] for row in rows])
     for name, key in (("sources", "source"), ("weights", "weight")):

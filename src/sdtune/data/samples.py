@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sdtune.data.captions import CaptionRules, CaptionTexts
-from sdtune.errors import UserError
 from sdtune.images.files import CENTER
 
 
@@ -168,29 +166,6 @@ def masked(sample: Sample) -> Masked:
     return cast(Masked, sample)
 
 
-@dataclass(frozen=True)
-class View:
-    """Input of the latent cache: a sample, scaled and center-cropped to ``size`` (width, height), mirrored or not."""
-
-    sample: Sample
-    size: tuple[int, int]
-    flip: bool
-
-    def tensor(self) -> Tensor:
-        return to_tensor(self.sample.pixels(self.size, CENTER, self.flip))
-
-    def is_readable(self) -> bool:
-        """Whether the image can be read."""
-        try:
-            self.tensor()
-        except UserError:
-            return False
-        return True
-
-    def __str__(self) -> str:
-        return str(self.sample)
-
-
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """Convert uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
@@ -199,8 +174,3 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 def latent_key(sample: Sample, size: tuple[int, int], flip: bool) -> str:
     """Cache key of the latent moments of ``sample`` at ``size`` (width, height)."""
     return f"{sample.content()}|{size[0]}x{size[1]}|centre|{'flip' if flip else 'plain'}"
-
-
-def text_key(prompt: str) -> str:
-    """Cache key of the text embeddings of ``prompt``."""
-    return f"text|{prompt}"

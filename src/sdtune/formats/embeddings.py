@@ -24,6 +24,7 @@ FOLDER = "embeddings"
 """Folder of the files in A1111, ComfyUI and kohya format, which are named after the trigger word."""
 
 _VECTORS = "emb_params"
+_COUNT = "sdtune_text_encoders"
 # Keys of the text encoders of SDXL and SD 3, the same in kohya, A1111, ComfyUI and diffusers' scripts.
 _KEYS = ("clip_l", "clip_g", "t5xxl")
 
@@ -49,7 +50,7 @@ def write(
     Args:
         folder: target folder.
         vectors: embedding vectors [N, D] of each token, one tensor per text encoder.
-        mark: suffix of the file names.
+        suffix: suffix of the file names.
         metadata: entries of the safetensors header.
         forms: export formats.
         dtype: dtype of the stored vectors.
@@ -57,7 +58,8 @@ def write(
     written: list[Path] = []
     for token, rows in vectors.items():
         token_suffix = f"_{file_stem(token)}" if len(vectors) > 1 else ""
-        header = {**metadata, "sdtune_token": token}
+        # A file of other programs that lacks an encoder is for another model; ours may lack one that did not learn.
+        header = {**metadata, "sdtune_token": token, _COUNT: str(len(rows))}
         diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})
             if len(rows) == 1
@@ -88,6 +90,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     token = metadata.get("sdtune_token", source.stem)
     if rows and set(rows) == set(tensors) and set(rows) <= set(_KEYS):
         encoder_rows = _in_order(rows)
+        encoder_rows = of_encoders(encoder_rows, max(len(encoder_rows), int(metadata.get(_COUNT, 0))))
         return {token: encoder_rows} if len({len(r) for r in encoder_rows if len(r)}) == 1 else {}
     if len(rows) == len(tensors) == 1:
         (key, vectors), *_ = rows.items()
@@ -97,7 +100,7 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
 
 def of_encoders(rows: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
     """Vectors of an embedding for ``count`` text encoders: those that the file does not mention have none, [0, 0]."""
-    return (*rows, *(torch.empty(0, 0) for _ in range(count - len(rows))))
+    return (*rows, *(torch.empty(0, 0) for _ in range(count - len(rows))))[:count]
 
 
 def _in_order(rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

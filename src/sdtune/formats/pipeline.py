@@ -73,11 +73,12 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
 
 
 def write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the scheduler ``config`` of the pipeline ``folder``, and its class into the index."""
+    """Write the scheduler ``config`` of the pipeline ``folder``, and its class, if it names one, into the index."""
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", config)
-    index = read_json(folder / "model_index.json")
-    write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
+    if "_class_name" in config:
+        index = read_json(folder / "model_index.json")
+        write_json(folder / "model_index.json", {**index, "scheduler": ["diffusers", config["_class_name"]]})
 
 
 def weights_name(component: str) -> str:

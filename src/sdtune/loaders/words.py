@@ -34,8 +34,9 @@ def check_words(path: Path, vectors: TokenVectors, backbone: Backbone) -> None:
     widths = [encoder.config.hidden_size for encoder in backbone.encoders.values()]
     for token, rows in vectors.items():
         pairs = list(zip(rows, widths, strict=False))
-        # Only T5 may be absent in a file.
-        is_complete = len(backbone.trainable_encoders) <= len(rows) <= len(widths)
+        # Only T5 may be absent in a file, or in the backbone.
+        used = max(number for number, r in enumerate(rows, 1) if len(r))
+        is_complete = len(backbone.trainable_encoders) <= len(rows) and used <= len(widths)
         if not is_complete or any(len(r) and r.shape[1] != width for r, width in pairs):
             vector_widths = [encoder_rows.shape[1] for encoder_rows in rows]
             raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdtune import streams
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
+from sdtune.backbone.controlnet import ConditionEncoder
 from sdtune.backbone.families import Component
 from sdtune.backbone.loading import read_tokenizer
 from sdtune.backbone.new_token_vectors import initialize_tokens, token_vectors
@@ -94,6 +95,12 @@ class Adapter(pl.LightningModule, ABC):
 
     uses_class_images: ClassVar[bool] = False
     """True if the method trains on class images (prior preservation), unless ``data.prior_weight`` is 0."""
+
+    condition_encoder: ConditionEncoder | None = None
+    """Converts conditions (such as ``control``: control maps, float32 [B, 3, H, W] in [0, 1]) to those that
+    :meth:`denoise` gets, with a frozen model of the backbone; the outputs are cached like latents. None: conditions are
+    used as they are. A method sets it in :meth:`inject`.
+    """
 
     parts: Sequence[Component] = ()
     """Components whose weights are all trained."""
@@ -203,7 +210,8 @@ class Adapter(pl.LightningModule, ABC):
             noisy: noisy latents [B, C, h, w].
             timesteps: [B] in training; in previews one timestep of the sampler, without dimensions.
             conditioning: text embeddings and sizes.
-            conditions: inputs of modules beside the denoiser by name, such as ``control``.
+            conditions: inputs of modules beside the denoiser by name, such as ``control``; see
+                :attr:`condition_encoder`.
         """
         return self._predict(self.backbone.denoiser_inputs(noisy, timesteps, conditioning))
 
@@ -215,8 +223,7 @@ class Adapter(pl.LightningModule, ABC):
         with autocast(self.device, "32-true") if self._denoiser_is_half else nullcontext():
             return self.executor.predict(self.backbone.denoiser, inputs)
 
-    @classmethod
-    def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
+    def synthetic_batch(self, batch: Batch, pixels: Tensor) -> Batch:
         """Add placeholder values for the inputs that the method reads in addition to images and text.
 
         ``sdtune plan`` measures a training step with this batch.
@@ -350,12 +357,15 @@ class Adapter(pl.LightningModule, ABC):
             check_trainable(self, data)
             with self.backbone.encoders_on_device():
                 fill_caches(self._cached_parts(), data, self.trainer)
-            if data.text_cache is None:
-                for encoder in self.backbone.encoders.values():  # they encode prompts in each step
+            self.backbone.waiting_states = data.caches.waiting_states
+            if data.caches.text is None:
+                is_cached = data.caches.waiting is not None
+                in_each_step = self.backbone.trainable_encoders if is_cached else self.backbone.encoders
+                for encoder in in_each_step.values():
                     encoder.to(self.device)
             if self.offload:
-                vae: list[nn.Module] = [self.backbone.vae] if data.latent_cache is not None else []
-                encoders = list(self.backbone.trainable_encoders.values()) if data.text_cache is not None else []
+                vae: list[nn.Module] = [self.backbone.vae] if data.caches.latents is not None else []
+                encoders = list(self.backbone.trainable_encoders.values()) if data.caches.text is not None else []
                 self.cpu_offload = CpuOffload(vae, encoders, self.device)
 
     def _cached_parts(self) -> CachedParts:
@@ -369,6 +379,8 @@ class Adapter(pl.LightningModule, ABC):
             vae_tiling=self.vae_tiling,
             frozen_vae=not self.trains("vae"),
             frozen_text=not self.trains("text_encoder"),
+            frozen_waiting=self.backbone.waiting_are_frozen,
+            encode_conditions=self.condition_encoder,
         )
 
     def on_train_start(self) -> None:
@@ -405,6 +417,13 @@ class Adapter(pl.LightningModule, ABC):
         moments: Tensor = batch["moments"]
         return moments
 
+    def _conditions(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Conditions for :meth:`denoise`."""
+        if "encoded_conditions" in batch:
+            return batch["encoded_conditions"]  # type: ignore[no-any-return]
+        given: Mapping[str, Tensor] = batch["conditions"]
+        return given if self.condition_encoder is None else self.condition_encoder(given)
+
     def losses(self, batch: Batch, stream: str = streams.TRAIN) -> Tensor:
         """Diffusion loss of each sample, float32 [B].
 
@@ -425,9 +444,10 @@ class Adapter(pl.LightningModule, ABC):
         path = self.backbone.path
         t = draws.times(path, objective.timesteps, self.seed, stream, step, positions, self.device)
         cached = batch.get("conditioning")
-        conditioning = replace(cached or self.encode_text(batch["prompts"]), frame=batch.get("frame"))
+        text = self.encode_text(batch["prompts"]) if cached is None else cached
+        conditioning = replace(text, frame=batch.get("frame"))
         noisy = path.sample(clean, noise, t)
-        output = self.denoise(noisy, path.timesteps(t), conditioning, batch["conditions"])
+        output = self.denoise(noisy, path.timesteps(t), conditioning, self._conditions(batch))
         return objective(output, path=path, clean=clean, noise=noise, t=t, mask=batch.get("mask"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

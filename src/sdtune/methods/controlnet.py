@@ -90,6 +90,7 @@ class ControlNet(Adapter):
             self.controlnet = kind.copy_of(self.backbone, self.layers)
             for name, layer in kind.fresh_layers(self.controlnet):
                 self._draw_weights(f"{streams.CONTROLNET_EMBEDDING}.{name}", layer)
+        self.condition_encoder = self._encode_maps if kind.encodes_maps else None
         self.controlnet.train()
         for name, parameter in self.controlnet.named_parameters():
             parameter.requires_grad_(not name.startswith(kind.frozen_prefixes(self.controlnet)))
@@ -117,17 +118,21 @@ class ControlNet(Adapter):
         """Denoiser output [B, C, h, w] with the ControlNet's residuals, or without them if there is no control map.
 
         Args:
-            conditions: ``control``, if present: control maps, float32 [B, 3, H, W] in [0, 1].
+            conditions: ``control``, if present: control maps, encoded by :meth:`ControlNetKind.encode`.
         """
         added = None
         if "control" in conditions:
-            arguments = self.backbone.conditions(conditioning, noisy)
-            kind, maps = self.backbone.controlnets, conditions["control"]
-            added = kind.residuals(self.backbone, self.controlnet, noisy, timesteps, arguments, maps)
+            arguments = self.backbone.conditioning_arguments(conditioning, noisy)
+            kind, encoded = self.backbone.controlnets, conditions["control"]
+            added = kind.residuals(self.backbone, self.controlnet, noisy, timesteps, arguments, encoded)
         return self._predict(self.backbone.denoiser_inputs(noisy, timesteps, conditioning, added))
 
-    @classmethod
-    def synthetic_batch(cls, batch: Batch, pixels: Tensor) -> Batch:
+    def _encode_maps(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.backbone.controlnets.encode(self.backbone, maps) for name, maps in conditions.items()}
+
+    def synthetic_batch(self, batch: Batch, pixels: Tensor) -> Batch:
+        if self.condition_encoder is not None and "moments" in batch:
+            return {**batch, "encoded_conditions": {"control": batch["moments"].chunk(2, dim=1)[0]}}
         return {**batch, "conditions": {"control": pixels}}
 
     def artifact_bytes(self) -> int:

@@ -36,11 +36,12 @@ class Objective:
 
     def check(self, prediction_type: PredictionType) -> None:
         """Raise UserError if the weighting has no meaning for a model with this prediction type."""
-        if prediction_type == "flow_prediction" and not self.weighting.supports_flow:
+        # A weighting of the user's may say nothing about flow models.
+        if prediction_type == "flow_prediction" and not getattr(self.weighting, "supports_flow", False):
             raise UserError(
                 f"{type(self.weighting).__name__} has no meaning for a flow model",
                 key="objective.weighting",
-                remedy="set objective=simple",
+                remedy="set objective=simple, or supports_flow = True in a class of your own",
             )
 
     def plain(self) -> Objective:

@@ -91,7 +91,7 @@ class DDPMPath(ProbabilityPath):
     def draw(self, rng: np.random.Generator, settings: Timesteps) -> int:
         if settings.kind in (None, "uniform") and settings.shift in (None, 1.0):
             return int(rng.integers(self.steps))
-        return min(int(settings.draw(rng, kind="uniform", shift=1.0) * self.steps), self.steps - 1)
+        return min(int(settings.draw(rng, default_kind="uniform", default_shift=1.0) * self.steps), self.steps - 1)
 
     def at(self, quantile: float) -> int:
         return int(quantile * self.steps)
@@ -132,7 +132,7 @@ class FlowPath(ProbabilityPath):
         return ((1 - t) / t).square().float()
 
     def draw(self, rng: np.random.Generator, settings: Timesteps) -> float:
-        return settings.draw(rng, kind="logit_normal", shift=self.shift)
+        return settings.draw(rng, default_kind="logit_normal", default_shift=self.shift)
 
     def at(self, quantile: float) -> float:
         return quantile

@@ -26,11 +26,11 @@ class Timesteps:
     kind: TimestepKind | None = None
     shift: Annotated[float, Gt(0)] | None = None
 
-    def draw(self, rng: np.random.Generator, *, kind: TimestepKind, shift: float) -> float:
-        """Random time in (0, 1]; ``kind`` and ``shift`` are those of the model, used where the settings are None."""
-        if (self.kind or kind) == "uniform":
+    def draw(self, rng: np.random.Generator, *, default_kind: TimestepKind, default_shift: float) -> float:
+        """Random time in (0, 1]; the defaults are those of the model, used where the settings are None."""
+        if (self.kind or default_kind) == "uniform":
             u = 1.0 - float(rng.random())  # in (0, 1]: without noise there is nothing to predict
         else:
             u = 1.0 / (1.0 + math.exp(-float(rng.standard_normal())))
-        s = self.shift or shift
+        s = self.shift or default_shift
         return s * u / (1 + (s - 1) * u)

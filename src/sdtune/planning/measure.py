@@ -22,6 +22,7 @@ from sdtune.hardware.precision import HALVES, autocast
 from sdtune.methods.base import Adapter
 from sdtune.planning.kernels import Kernels
 from sdtune.planning.meter import Meter
+from sdtune.sampling.loop import Predictor, WithConditioners
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 
 _META = torch.device("meta")
@@ -165,6 +166,7 @@ def measure(
     backbone = adapter.backbone
     adapter.prepare_for_device(torch.device("cpu") if not gpu else _META)
     caches = cache_latents and not adapter.trains("vae"), cache_text and not adapter.trains("text_encoder")
+    waits = caches[1] or (cache_text and _cache_waiting_states(backbone))
     batch = meta_batch(adapter, 2 * count if pairs else count, side, *caches)
     if pairs:
         batch |= {"subject_count": count, "prior_weight": 1.0}
@@ -174,7 +176,7 @@ def measure(
     checkpoint_activations(adapter, context_fn=lambda: (nullcontext(), Kernels(gpu)))
     checkpointed = _pass(adapter, batch, gpu)
     state = _optimizer_state(adapter)
-    components = _components(adapter, caches[1])
+    components = _components(adapter, waits)
     denoiser = sum(component.bytes for component in components if component.name == "denoiser")
     waiting = sum(component.waiting for component in components)
     encoders = sum(component.bytes for component in components if component.name.startswith("text_encoder"))
@@ -201,9 +203,17 @@ def measure(
     )
 
 
+def _cache_waiting_states(backbone: Backbone) -> bool:
+    """Whether the states of the text encoders that wait in main memory can be cached; ``backbone`` then has them."""
+    if backbone.waiting_are_frozen:
+        states = backbone.encode_waiting([""])[0]
+        backbone.waiting_states = lambda prompt: states
+    return backbone.waiting_are_frozen
+
+
 def _previews(adapter: Adapter, gpu: bool, count: int) -> int:
     mixed, side = str(adapter.trainer.precision), adapter.backbone.facts.side
-    return _peak(adapter, gpu, mixed, lambda: _generate(adapter, adapter.backbone, adapter.denoise, count, side))
+    return _peak(adapter, gpu, mixed, lambda: _generate(adapter, adapter.backbone, adapter, count, side))
 
 
 def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
@@ -212,12 +222,14 @@ def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
     backbone.encode_images(torch.empty(images, 3, side, side, device=_META))
 
 
-def _generate(adapter: Adapter, model: Backbone, denoise: Callable[..., Tensor], count: int, side: int) -> None:
+def _generate(adapter: Adapter, model: Backbone, predictor: Predictor, count: int, side: int) -> None:
     """Run one sampling step of ``count`` images and decode them."""
     # Classifier-free guidance doubles the batch: each image with its prompt and with the empty prompt.
     batch = meta_batch(adapter, 2 * count, side, True, True)
     latents = batch["moments"].chunk(2, dim=1)[0]
-    denoise(latents, torch.empty(2 * count, dtype=torch.long, device=_META), batch["conditioning"], batch["conditions"])
+    conditions = batch["encoded_conditions"] if "encoded_conditions" in batch else batch["conditions"]
+    timesteps = torch.empty(2 * count, dtype=torch.long, device=_META)
+    predictor.denoise(latents, timesteps, batch["conditioning"], conditions)
     model.decode(latents[: max(1, min(count, DECODED_PIXELS // side**2))])
 
 
@@ -225,7 +237,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _components(adapter: Adapter, cached_text: bool) -> tuple[ComponentCost, ...]:
+def _components(adapter: Adapter, waits: bool) -> tuple[ComponentCost, ...]:
     counts: dict[int, int] = {}
     for layer in adapter.modules():
         if isinstance(layer, Quantized):
@@ -243,7 +255,7 @@ def _components(adapter: Adapter, cached_text: bool) -> tuple[ComponentCost, ...
         )
         for name, parameters in parameters_of.items()
     )
-    return (*registered, *_waiting_encoders(adapter.backbone, cached_text))
+    return (*registered, *_waiting_encoders(adapter.backbone, waits))
 
 
 def _position_table(backbone: Backbone) -> int:
@@ -251,14 +263,14 @@ def _position_table(backbone: Backbone) -> int:
     return sum(_bytes(buffer) for buffer in backbone.denoiser.buffers())
 
 
-def _waiting_encoders(backbone: Backbone, cached_text: bool) -> list[ComponentCost]:
-    """Cost of the text encoders that wait in main memory; on the device in each step if captions are not cached."""
+def _waiting_encoders(backbone: Backbone, waits: bool) -> list[ComponentCost]:
+    """Cost of the text encoders that wait in main memory, or are on the device in each step if not ``waits``."""
     costs = []
-    for name in backbone.encoders.keys() - backbone.trainable_encoders.keys():
-        parameters = list(backbone.encoders[name].parameters())
+    for name, encoder in backbone.waiting_encoders.items():
+        parameters = list(encoder.parameters())
         size = sum(_bytes(p) for p in parameters)
         count = sum(p.numel() for p in parameters)
-        costs.append(ComponentCost(name, count, 0, 0 if cached_text else size, size if cached_text else 0))
+        costs.append(ComponentCost(name, count, 0, 0 if waits else size, size if waits else 0))
     return costs
 
 
@@ -350,7 +362,7 @@ class _Generation:
 
         def peak(images: int) -> int:
             def generate() -> None:
-                _generate(self._adapter, base, lambda *inputs: base.predict(*inputs[:3]), images, side)
+                _generate(self._adapter, base, WithConditioners(base), images, side)
 
             return _peak(self._adapter, self._gpu, precision, generate, *base.parameters(), *base.buffers())
 

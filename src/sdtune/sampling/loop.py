@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from typing import Annotated, Any, Literal
+from functools import reduce
+from typing import Annotated, Any, Literal, Protocol
 
 import diffusers
 import numpy as np
@@ -17,13 +18,13 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import sum_of
+from sdtune.backbone.controlnet import ConditionEncoder, sum_of
 from sdtune.backbone.families import SD1, Facts
 from sdtune.conditioning import Conditioning, concatenate, stack_rows
 from sdtune.data.control.base import map_to_tensor
 from sdtune.errors import UserError
 from sdtune.hardware.out_of_memory import is_out_of_memory
-from sdtune.objective.path import FlowPath
+from sdtune.objective.path import FlowPath, ProbabilityPath
 
 log = logging.getLogger("sdtune")
 
@@ -42,8 +43,18 @@ _FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "dpmpp_2m": "DPM
 Seed = Annotated[int, Interval(ge=0, lt=2**64)]
 """Seeds that torch's generators accept."""
 
-Denoise = Callable[[Tensor, Tensor, Conditioning, Mapping[str, Tensor]], Tensor]
-"""(noisy latents [B, C, h, w], timestep, conditioning, conditions by name) -> model output [B, C, h, w]."""
+
+class Predictor(Protocol):
+    """Predicts in each step of sampling: a backbone with its conditioners, or a method that is trained."""
+
+    @property
+    def condition_encoder(self) -> ConditionEncoder | None:
+        """Converts the conditions of an image once, before the steps; None: they are used as they are."""
+
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Model output [B, C, h, w] for noisy latents [B, C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ class Sampling:
         sampler: name of the scheduler; None: that of the backbone.
         width, height: pixels; None: the native resolution of the backbone.
         batch_size: maximum number of images denoised in one batch; a GPU without enough memory gets fewer.
+        skip_guidance_layers: numbers of the transformer's blocks that are skipped for skip-layer guidance; None: none.
+            From 1 % to 20 % of the steps, each step adds the difference to a prediction without these blocks
+            (StableDiffusion3Pipeline in diffusers; Stability AI recommends 7, 8, 9 for SD 3.5 medium).
+        skip_layer_guidance_scale: factor on this difference.
     """
 
     steps: Annotated[int, Ge(1)] = 30
@@ -66,6 +81,8 @@ class Sampling:
     width: Annotated[int, Gt(0)] | None = None
     height: Annotated[int, Gt(0)] | None = None
     batch_size: Annotated[int, Ge(1)] = 4
+    skip_guidance_layers: Sequence[Annotated[int, Ge(0)]] | None = None
+    skip_layer_guidance_scale: Annotated[float, Gt(0)] = 2.8
 
     def size(self, side: int) -> tuple[int, int]:
         """(width, height) in pixels for a backbone with native resolution ``side``."""
@@ -93,6 +110,7 @@ class Sampling:
                 key=f"{key}.sampler",
                 remedy=f"set {' or '.join(_FLOW_SCHEDULERS)}, or null",
             )
+        self._check_skipped(facts, key)
         scheduler = _SCHEDULERS[self.sampler] if self.sampler else facts.scheduler
         if scheduler == "PNDMScheduler" and self.steps < facts.min_steps:
             raise UserError(f"pndm needs at least {facts.min_steps} steps here, got {self.steps}", key=f"{key}.steps")
@@ -103,6 +121,32 @@ class Sampling:
                 remedy=f"set {key}.sampler={'euler' if is_flow else 'ddim'}",
             )
 
+    def _check_skipped(self, facts: Facts, key: str) -> None:
+        if not self.skip_guidance_layers:
+            return
+        if not facts.blocks:
+            raise UserError(
+                f"{facts.family.title} has no transformer whose blocks could be skipped",
+                key=f"{key}.skip_guidance_layers",
+                remedy="set null",
+            )
+        if max(self.skip_guidance_layers) >= facts.blocks:
+            raise UserError(
+                f"{list(self.skip_guidance_layers)}, but the transformer has {facts.blocks} blocks",
+                key=f"{key}.skip_guidance_layers",
+                remedy=f"set numbers from 0 to {facts.blocks - 1}",
+            )
+        if self.guidance == 1:
+            raise UserError(
+                "is part of classifier-free guidance, which a guidance of 1 turns off",
+                key=f"{key}.skip_guidance_layers",
+                remedy=f"set {key}.guidance to more than 1, or skip_guidance_layers to null",
+            )
+
+    def skips_layers(self, step: int) -> bool:
+        """Whether step number ``step`` has skip-layer guidance."""
+        return bool(self.skip_guidance_layers) and 0.01 * self.steps < step < 0.2 * self.steps
+
 
 @dataclass(frozen=True)
 class Request:
@@ -110,7 +154,8 @@ class Request:
 
     Args:
         conditions: inputs of modules beside the denoiser by name (:class:`~sdtune.backbone.controlnet.Conditioner`):
-            control maps, uint8 [H, W, 3] in the size of the image. All requests of a batch have the same names.
+            images, uint8 [H, W, 3]; control maps have the size of the image. All requests of a batch have the same
+            names.
     """
 
     prompt: str
@@ -166,26 +211,40 @@ def _flow_config(config: dict[str, Any], path: FlowPath, kind: type) -> dict[str
     return {name: value for name, value in merged.items() if name in inspect.signature(kind).parameters}
 
 
-def predict_with_conditions(
-    backbone: Backbone,
-    noisy: Tensor,
-    timesteps: Tensor,
-    conditioning: Conditioning,
-    conditions: Mapping[str, Tensor],
-) -> Tensor:
-    """Prediction of the backbone, with what its conditioners compute from ``conditions``."""
-    arguments = backbone.conditions(conditioning, noisy)
-    added = [
-        conditioner.added_inputs(backbone, noisy, timesteps, arguments, conditions[conditioner.name])
-        for conditioner in backbone.conditioners
-        if conditioner.name in conditions
-    ]
-    return backbone.predict(noisy, timesteps, conditioning, reduce(sum_of, added) if added else None)
+@dataclass(frozen=True)
+class WithConditioners:
+    """A :class:`Predictor`: the backbone, with what its conditioners compute from the conditions."""
+
+    backbone: Backbone
+
+    @property
+    def condition_encoder(self) -> ConditionEncoder | None:
+        return self._encode
+
+    def _encode(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        conditioners = {conditioner.name: conditioner for conditioner in self.backbone.conditioners}
+        return {
+            name: conditioners[name].encode(self.backbone, condition)
+            for name, condition in conditions.items()
+            if name in conditioners
+        }
+
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, conditions: Mapping[str, Tensor]
+    ) -> Tensor:
+        backbone = self.backbone
+        arguments = backbone.conditioning_arguments(conditioning, noisy)
+        added = [
+            conditioner.added_inputs(backbone, noisy, timesteps, arguments, conditions[conditioner.name])
+            for conditioner in backbone.conditioners
+            if conditioner.name in conditions
+        ]
+        return backbone.predict(noisy, timesteps, conditioning, reduce(sum_of, added) if added else None)
 
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone, requests: Sequence[Request], settings: Sampling, denoise: Denoise | None = None
+    backbone: Backbone, requests: Sequence[Request], settings: Sampling, predictor: Predictor | None = None
 ) -> Iterator[np.ndarray]:
     """Generate the images of ``requests``, in order.
 
@@ -194,7 +253,7 @@ def generate(
     image.
 
     Args:
-        denoise: denoising function of a method; None: :func:`predict_with_conditions`.
+        predictor: a method that is trained; None: the backbone with its conditioners.
 
     Yields:
         uint8 [H, W, 3].
@@ -203,13 +262,13 @@ def generate(
         UserError: width or height does not fit the VAE.
     """
     settings.check(backbone.facts)
-    denoise = denoise or partial(predict_with_conditions, backbone)
+    predictor = predictor or WithConditioners(backbone)
     texts = _text_encoder(backbone, requests, settings)
     first, size = 0, settings.batch_size
     while first < len(requests):
         batch = requests[first : first + size]
         try:
-            images = _batch(backbone, batch, settings, denoise, texts)
+            images = _batch(backbone, batch, settings, predictor, texts)
         except RuntimeError as error:
             if backbone.device.type == "cpu" or size == 1 or not is_out_of_memory(error):
                 raise
@@ -224,7 +283,7 @@ def generate(
 
 
 def _batch(
-    backbone: Backbone, batch: Sequence[Request], settings: Sampling, denoise: Denoise, texts: TextEncoder
+    backbone: Backbone, batch: Sequence[Request], settings: Sampling, predictor: Predictor, texts: TextEncoder
 ) -> np.ndarray:
     """Generate the images of one batch, uint8 [B, H, W, 3]."""
     device, facts = backbone.device, backbone.facts
@@ -235,36 +294,58 @@ def _batch(
     scheduler.set_timesteps(settings.steps, device=device)
     latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # Euler of flows has none
-    conditioning = texts([request.prompt for request in batch])
+    text = conditioning = texts([request.prompt for request in batch])
+    given, encode = _conditions(batch, device), predictor.condition_encoder
+    maps = conditions = given if encode is None else encode(given)
     guided = settings.guidance != 1
     if guided:
-        conditioning = concatenate([texts([settings.negative_prompt]).expand(len(batch)), conditioning])
-    conditions = _conditions(batch, device, guided)
-    assert all(value.shape[2:] == (height, width) for value in conditions.values())
+        conditioning = concatenate([texts([settings.negative_prompt]).expand(len(batch)), text])
+        conditions = {name: torch.cat([value, value]) for name, value in maps.items()}
     step_arguments = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = generators
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(_timesteps(scheduler, backbone.path)):
         model_input = torch.cat([latents, latents]) if guided else latents
         if hasattr(scheduler, "scale_model_input"):
             model_input = scheduler.scale_model_input(model_input, timestep)
-        output = denoise(model_input, timestep, conditioning, conditions).float()
+        output = predictor.denoise(model_input, timestep, conditioning, conditions).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + settings.guidance * (conditional - unconditional)
+            if settings.skips_layers(step):
+                with _layers_skipped(backbone, settings):
+                    skipped = predictor.denoise(model_input[: len(batch)], timestep, text, maps).float()
+                output = output + settings.skip_layer_guidance_scale * (conditional - skipped)
         latents = scheduler.step(output, timestep, latents, **step_arguments).prev_sample
     images: np.ndarray = (backbone.decode(latents) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return images
 
 
-def _conditions(batch: Sequence[Request], device: torch.device, guided: bool) -> dict[str, Tensor]:
-    """Conditions of a batch by name, float32 [B, 3, H, W] in [0, 1]; twice, one after another, if ``guided``."""
+def _timesteps(scheduler: Any, path: ProbabilityPath) -> Tensor:
+    """Timesteps of the denoiser; exact for a flow, whose multistep schedulers round them to whole numbers."""
+    timesteps: Tensor = scheduler.timesteps
+    if not isinstance(path, FlowPath) or timesteps.is_floating_point():
+        return timesteps
+    scheduler.set_begin_index(0)  # it would look for the first timestep among the rounded ones
+    return path.timesteps(scheduler.sigmas[: len(timesteps)]).to(timesteps.device)
+
+
+@contextmanager
+def _layers_skipped(backbone: Backbone, settings: Sampling) -> Iterator[None]:
+    backbone.skipped_layers = tuple(settings.skip_guidance_layers or ())
+    try:
+        yield
+    finally:
+        backbone.skipped_layers = ()
+
+
+def _conditions(batch: Sequence[Request], device: torch.device) -> dict[str, Tensor]:
+    """Conditions of a batch by name, float32 [B, 3, H, W] in [0, 1]."""
     assert all(request.conditions.keys() == batch[0].conditions.keys() for request in batch)
-    conditions = {
+    return {
         name: torch.stack([map_to_tensor(request.conditions[name]) for request in batch]).to(device)
         for name in batch[0].conditions
     }
-    return {name: torch.cat([value, value]) for name, value in conditions.items()} if guided else conditions
 
 
 TextEncoder = Callable[[Sequence[str]], Conditioning]
@@ -278,7 +359,7 @@ def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sam
     """
     if all(encoder.device == backbone.device for encoder in backbone.encoders.values()):
         return backbone.encode_text
-    encoders = list(backbone.trainable_encoders.values())
+    encoders = {encoder: encoder.device for encoder in backbone.trainable_encoders.values()}
     prompts = list(dict.fromkeys([*(request.prompt for request in requests), settings.negative_prompt]))
     embeddings: dict[str, dict[str, Tensor]] = {}
     try:
@@ -289,6 +370,6 @@ def _text_encoder(backbone: Backbone, requests: Sequence[Request], settings: Sam
                 part = prompts[first : first + settings.batch_size]
                 embeddings |= zip(part, backbone.encode_text(part).rows(), strict=True)
     finally:
-        for encoder in encoders:
-            encoder.to("cpu")
+        for encoder, device in encoders.items():
+            encoder.to(device)
     return lambda texts: stack_rows([embeddings[text] for text in texts])

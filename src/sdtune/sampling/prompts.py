@@ -34,7 +34,7 @@ _OTHER_SYNTAX = re.compile(r"\([^()]+:\d+(\.\d+)?\)|<(lora|lyco|hypernet):[^>]+>
 
 def warn_about_truncated_prompts(backbone: Backbone, prompts: Iterable[str]) -> None:
     """Log a warning for each of ``prompts`` that has more tokens than ``backbone`` uses."""
-    limit = backbone.facts.max_tokens
+    limit = backbone.prompt_limit.tokens
     for prompt in dict.fromkeys(prompts):
         length = count_tokens(backbone, [prompt])[0]
         if length > limit:
@@ -71,21 +71,22 @@ def warn_about_options(prompts: Iterable[str]) -> None:
 
 
 def count_tokens(backbone: Backbone, prompts: Sequence[str]) -> list[int]:
-    """Number of tokens of each prompt with start and end token, untruncated; the limit is ``facts.max_tokens``."""
-    return [len(ids) + 2 for ids in backbone.token_ids(prompts)]
+    """Number of tokens of each prompt with start and end token, untruncated, as ``backbone.prompt_limit`` counts."""
+    limit = backbone.prompt_limit
+    return [len(ids) + limit.special for ids in backbone.token_ids(prompts, limit.encoder)]
 
 
 def truncated_end(backbone: Backbone, prompt: str) -> str:
     """The end of ``prompt`` that is truncated, decoded by the tokenizer."""
-    ids, tokens = (
-        backbone.token_ids([prompt])[0][backbone.facts.max_tokens - 2 :],
-        backbone.new_tokens.get("text_encoder"),
-    )
-    first_id = len(backbone.tokenizer) if tokens is None else tokens.first_id
+    limit = backbone.prompt_limit
+    tokenizer = backbone.tokenizers[list(backbone.encoders).index(limit.encoder)]
+    ids = backbone.token_ids([prompt], limit.encoder)[0][limit.tokens - limit.special :]
+    tokens = backbone.new_tokens.get(limit.encoder)
+    first_id = len(tokenizer) if tokens is None else tokens.first_id
     known = [i for i in ids if i < first_id]
     rows = {i - first_id for i in ids if i not in known}
     names = [] if tokens is None else [token for token in tokens.vector_counts if rows & {*tokens.rows(token)}]
-    return " ".join([str(backbone.tokenizer.decode(known)).strip(), *names]).strip()
+    return " ".join([str(tokenizer.decode(known)).strip(), *names]).strip()
 
 
 _OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "steps"}

@@ -133,7 +133,7 @@ class SharedExecutor:
         self._request(Back(loss, kwargs))
 
     def _forward(self, denoiser: Any, inputs: dict[str, Any], pairs: Mapping[str, LoRAPair] | None) -> Tensor:
-        sample: Tensor = inputs["sample"]
+        sample: Tensor = next(iter(inputs.values()))  # the noisy latents
         kind = sample.device.type
         mode = Mode(
             torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),

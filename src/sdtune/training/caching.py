@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +37,8 @@ class CachedParts:
         vae_tiling: decode large class images in tiles.
         frozen_vae: whether no parameter of the VAE is trained.
         frozen_text: whether no parameter of the text encoders is trained.
+        frozen_waiting: whether some text encoders wait in main memory and are not trained.
+        encode_conditions: encodes conditions with the VAE; None: they are used as they are.
     """
 
     backbone: Backbone
@@ -47,6 +50,13 @@ class CachedParts:
     vae_tiling: bool
     frozen_vae: bool
     frozen_text: bool
+    frozen_waiting: bool
+    encode_conditions: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None
+
+    @property
+    def caches_waiting(self) -> bool:
+        """Whether only the text encoders that wait in main memory are cached, because others are trained."""
+        return not self.frozen_text and self.frozen_waiting
 
 
 def generate_class_images(
@@ -116,19 +126,34 @@ def _cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
     """Encoders whose outputs may be cached (None for a trained component), and the generator of class images."""
     backbone, source, precision = parts.backbone, parts.source, parts.precision
 
+    # The text embeddings of one prompt are large with T5: 2.7 MB in bfloat16 for 77 + 256 tokens.
+    dtype = torch.bfloat16 if source.facts.family.has_t5 else torch.float32
+
     def encode_images(images: Tensor) -> Tensor:
         return backbone.encode_images(images.to(parts.device))
 
+    def encode_conditions(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert parts.encode_conditions is not None
+        return parts.encode_conditions({name: value.to(parts.device) for name, value in conditions.items()})
+
     def encode_text(prompts: Sequence[str]) -> Conditioning:
-        # The text embeddings of one prompt are large with T5: 2.7 MB in bfloat16 for 77 + 256 tokens.
-        dtype = torch.bfloat16 if source.facts.family.has_t5 else torch.float32
         return parts.encode_text(prompts).cast(dtype)
 
     return replace(
         _class_image_inputs(source, parts.seed, parts.device, precision, parts.vae_tiling, side),
         encode_images=encode_images if parts.frozen_vae else None,
         vae_key=source.encoder_cache_key("vae", "32-true") if parts.frozen_vae else "",
+        encode_conditions=encode_conditions if parts.encode_conditions is not None else None,
         encode_text=encode_text if parts.frozen_text else None,
-        # The text encoder uses the run's precision, so embeddings of different precisions differ.
-        text_encoder_key=source.encoder_cache_key("text_encoder", precision) if parts.frozen_text else "",
+        text_bytes=sum(math.prod(shape) for shape in backbone.text_shapes.values()) * dtype.itemsize,
+        text_encoder_key=_text_key(parts),
+        encode_waiting=backbone.encode_waiting if parts.caches_waiting else None,
     )
+
+
+def _text_key(parts: CachedParts) -> str:
+    """Name of the subfolder of the cached text embeddings; empty if they are not cached."""
+    if parts.frozen_text:
+        # The text encoders use the run's precision, so embeddings of different precisions differ.
+        return parts.source.encoder_cache_key("text_encoder", parts.precision)
+    return f"waiting-{parts.source.encoder_cache_key('text_encoder', '')}" if parts.caches_waiting else ""

@@ -96,7 +96,7 @@ def _key(data: ImageDataModule, backbone: Backbone, tokenizer: Path) -> str:
     for file in sorted(file for file in tokenizer.iterdir() if file.is_file()):
         digest.update(file.name.encode() + file.read_bytes())
     counts = {name: tokens.vector_counts for name, tokens in backbone.new_tokens.items()} or None
-    digest.update(repr((counts, backbone.facts.max_tokens)).encode())
+    digest.update(repr((counts, backbone.prompt_limit)).encode())
     return digest.hexdigest()[:32]
 
 
@@ -110,7 +110,7 @@ def _sampled(data: ImageDataModule) -> Iterator[str]:
 
 
 def _counted(prompts: Iterable[str], tags: Counter[str], backbone: Backbone, total: int, counted: int) -> CaptionFacts:
-    limit = backbone.facts.max_tokens
+    limit = backbone.prompt_limit.tokens
     longest, longest_tokens, count, cut = "", 0, 0, 0
     iterator = iter(prompts)
     with bar("Counting tokens of captions", total) as progress:

@@ -39,7 +39,10 @@ def times(
         drawn = [path.at((p % VALIDATION_TIMESTEPS + 0.5) / VALIDATION_TIMESTEPS) for p in positions]
     else:
         drawn = [path.draw(generator(seed, f"{stream}/{streams.TIMESTEP}", step, p), settings) for p in positions]
-    return send(path.tensor(drawn), device)
+    tensor = path.tensor(drawn)
+    if device.type == "mps" and tensor.dtype == torch.float64:  # which Apple's GPUs lack
+        tensor = tensor.float()
+    return send(tensor, device)
 
 
 def seed_dropout(seed: int, rank: int, step: int, batch_idx: int, device: torch.device) -> None:

@@ -141,6 +141,7 @@ class Facts:
         factor: downscaling factor of the VAE: pixels per latent cell in each direction.
         patch: latent cells per patch of the denoiser in each direction; 1 for a UNet.
         max_tokens: maximum number of CLIP tokens of a prompt, including the start and end token.
+        blocks: number of blocks of a transformer; 0 for a UNet.
         t5_tokens: number of T5 tokens of a prompt; 0 if the denoiser is not conditioned on T5.
         windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
         scheduler: diffusers class of the scheduler config; empty if the config names none.
@@ -160,6 +161,7 @@ class Facts:
     train_timesteps: int = 1000
     min_steps: int = 1
     patch: int = 1
+    blocks: int = 0
     t5_tokens: int = 0
 
     def check_side(self, side: int, key: str) -> None:

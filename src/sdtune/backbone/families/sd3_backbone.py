@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import AddedInputs, cast_conditions
+from sdtune.backbone.backbone import Backbone, PromptLimit
+from sdtune.backbone.controlnet import AddedInputs, cast_conditions, with_added
 from sdtune.backbone.families.base import T5
 from sdtune.backbone.families.sd3_controlnet import SD3ControlNets
 from sdtune.backbone.text import encoder_states, pooled_embedding
@@ -54,6 +54,10 @@ class SD3Backbone(Backbone):
     @property
     def trainable_encoders(self) -> dict[str, Any]:
         return super().encoders
+
+    @property
+    def prompt_limit(self) -> PromptLimit:
+        return super().prompt_limit if self._t5 is None else PromptLimit(T5, self.facts.t5_tokens, 1)
 
     @property
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,17 +115,24 @@ class SD3Backbone(Backbone):
         padded = F.pad(clip, (0, width - clip.shape[-1]))
         return Conditioning(torch.cat([padded, self._t5_states(prompts, padded)], dim=1), torch.cat(pooled, dim=-1))
 
-    def _t5_states(self, prompts: Sequence[str], like: Tensor) -> Tensor:
-        """Final states of T5, [B, T, D] in the dtype of ``like`` [B, L, D]; zeros without T5."""
-        count = self.facts.t5_tokens
-        if self._t5 is None:
-            return like.new_zeros(len(prompts), count, like.shape[-1])
+    def encode_waiting(self, prompts: Sequence[str]) -> Tensor:
+        """Final hidden states of T5, [B, T, D]."""
+        assert self._t5 is not None
         with self.encoders_on_device():
             encoder = self._t5.model
             ids = send(torch.tensor(self._t5_ids(prompts)), encoder.device)
             # T5 overflows in float16 and has its own dtype: autocast is not for it.
             with autocast(encoder.device, "32-true"):
                 states: Tensor = encoder(ids).last_hidden_state
+        return states
+
+    def _t5_states(self, prompts: Sequence[str], like: Tensor) -> Tensor:
+        """Final hidden states of T5, [B, T, D] in the dtype of ``like`` [B, L, D]; zeros without T5."""
+        if self._t5 is None:
+            return like.new_zeros(len(prompts), self.facts.t5_tokens, like.shape[-1])
+        cached = [self.waiting_states(prompt) for prompt in prompts]
+        known = [states for states in cached if states is not None]
+        states = send(torch.stack(known), like.device) if len(known) == len(cached) else self.encode_waiting(prompts)
         return states.to(like)
 
     def _t5_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -132,13 +143,15 @@ class SD3Backbone(Backbone):
 
     # --- denoising
 
-    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+    def conditioning_arguments(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": conditioning.states, "pooled_projections": conditioning.pooled}
 
     def denoiser_inputs(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, added: AddedInputs | None = None
     ) -> dict[str, Any]:
         dtype = self.denoiser.pos_embed.proj.weight.dtype
-        inputs = cast_conditions({**self.conditions(conditioning, noisy), **(added or {})}, dtype)
+        inputs = cast_conditions(with_added(self.conditioning_arguments(conditioning, noisy), added or {}), dtype)
+        if self.skipped_layers:
+            inputs["skip_layers"] = list(self.skipped_layers)
         # The sampler's timestep has no dimensions, but the transformer needs one per sample.
         return {"hidden_states": noisy.to(dtype), "timestep": timesteps.expand(len(noisy)), **inputs}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,8 @@ class SD3ControlNets(ControlNetKind):
 
     model_class = SD3ControlNetModel
     marker_keys = (_MARKER,)
+    encodes_maps = True
     compared_fields = ("in_channels", "patch_size", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], bool, Tensor] | None = None
-        """The last control maps with their latents: all steps of a batch of images have the same maps."""
 
     def check_config(self, path: str, key: str, config: Mapping[str, Any], facts: Facts) -> None:
         if config.get("joint_attention_dim") is None or config.get("extra_conditioning_channels"):
@@ -94,6 +90,12 @@ class SD3ControlNets(ControlNetKind):
         parts = ("attn.add_q_proj.", "attn.norm_added_q.", "attn.to_add_out.", "ff_context.")
         return tuple(f"{last}.{part}" for part in parts)
 
+    def encode(self, backbone: Any, maps: Tensor) -> Tensor:
+        """Mean of the VAE's posterior for control maps, float32 [B, C, h, w]."""
+        with torch.no_grad():
+            mean: Tensor = backbone.encode_images(2 * maps - 1).chunk(2, dim=1)[0]
+        return mean
+
     def residuals(
         self,
         backbone: Any,
@@ -101,34 +103,25 @@ class SD3ControlNets(ControlNetKind):
         noisy: Tensor,
         timesteps: Tensor,
         arguments: Mapping[str, Any],
-        maps: Tensor,
+        encoded: Tensor,
         strength: float = 1.0,
     ) -> AddedInputs:
-        """As in the base class; the map's latents are the mean of the VAE's posterior."""
         dtype = model.pos_embed_input.proj.weight.dtype
         inputs = cast_conditions(arguments, dtype)
+        # A ControlNet without pooled text was trained on latents without the VAE's shift (InstantX; in diffusers,
+        # StableDiffusion3ControlNetPipeline).
         has_pooled = not model.config.force_zeros_for_pooled_projection
         if not has_pooled:
             inputs["pooled_projections"] = torch.zeros_like(inputs["pooled_projections"])
         [*residuals] = model(
             noisy.to(dtype),
-            controlnet_cond=self._latents(backbone, maps, shifted=has_pooled).to(dtype),
+            controlnet_cond=backbone.scaled(encoded, shifted=has_pooled).to(dtype),
             conditioning_scale=strength,
             timestep=timesteps.expand(len(noisy)),
             return_dict=False,
             **inputs,
         )[0]
         return {"block_controlnet_hidden_states": tuple(residuals)}
-
-    def _latents(self, backbone: Any, maps: Tensor, *, shifted: bool) -> Tensor:
-        """Latents [B, C, h, w] of control maps in [0, 1]; ``shifted``: with the VAE's shift, as those of images."""
-        if self._last is not None and self._last[0]() is maps and self._last[1] is shifted:
-            return self._last[2]
-        with torch.no_grad():
-            mean: Tensor = backbone.encode_images(2 * maps - 1).chunk(2, dim=1)[0]
-        latents: Tensor = backbone.scaled(mean, shifted=shifted)
-        self._last = (weakref.ref(maps), shifted, latents)
-        return latents
 
     def names_in_file(self, tensors: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
         return {key: key for key in tensors}

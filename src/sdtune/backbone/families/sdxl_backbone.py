@@ -51,7 +51,7 @@ class SDXLBackbone(UNetBackbone):
         joined = torch.cat(states, dim=-1)
         return Conditioning(joined, pooled.to(joined.dtype))
 
-    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+    def conditioning_arguments(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
         frame = conditioning.frame
         if frame is None:
             factor = self.facts.factor
@@ -59,4 +59,4 @@ class SDXLBackbone(UNetBackbone):
             frame = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
             frame = frame.expand(len(noisy), -1)
         added = {"text_embeds": conditioning.pooled, "time_ids": frame}
-        return {**super().conditions(conditioning, noisy), "added_cond_kwargs": added}
+        return {**super().conditioning_arguments(conditioning, noisy), "added_cond_kwargs": added}

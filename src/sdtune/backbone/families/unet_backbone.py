@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sdtune.backbone.backbone import Backbone
-from sdtune.backbone.controlnet import AddedInputs, cast_conditions
+from sdtune.backbone.controlnet import AddedInputs, cast_conditions, with_added
 from sdtune.backbone.families.unet_controlnet import UNetControlNets
 from sdtune.backbone.text import encoder_states, unused_prefixes
 from sdtune.conditioning import Conditioning
@@ -36,7 +36,7 @@ class UNetBackbone(Backbone):
         states = encoder_states(encoder, out, self.clip_skip) if self.clip_skip else out.last_hidden_state
         return Conditioning(states.reshape(*ids.shape, -1))
 
-    def conditions(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+    def conditioning_arguments(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
         mask = {} if conditioning.mask is None else {"encoder_attention_mask": conditioning.mask}
         return {"encoder_hidden_states": conditioning.states, **mask}
 
@@ -44,5 +44,5 @@ class UNetBackbone(Backbone):
         self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, added: AddedInputs | None = None
     ) -> dict[str, Any]:
         dtype = self.denoiser.conv_in.weight.dtype
-        inputs = cast_conditions({**self.conditions(conditioning, noisy), **(added or {})}, dtype)
+        inputs = cast_conditions(with_added(self.conditioning_arguments(conditioning, noisy), added or {}), dtype)
         return {"sample": noisy.to(dtype), "timestep": timesteps, **inputs}

@@ -109,7 +109,7 @@ class UNetControlNets(ControlNetKind):
         noisy: Tensor,
         timesteps: Tensor,
         arguments: Mapping[str, Any],
-        maps: Tensor,
+        encoded: Tensor,
         strength: float = 1.0,
     ) -> AddedInputs:
         # diffusers silently ignores surplus or missing residuals.
@@ -118,7 +118,7 @@ class UNetControlNets(ControlNetKind):
         skips, middle = model(
             noisy.to(dtype),
             timesteps,
-            controlnet_cond=maps.to(dtype),
+            controlnet_cond=encoded.to(dtype),
             conditioning_scale=strength,
             return_dict=False,
             **cast_conditions(arguments, dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -42,6 +43,13 @@ class Control(ABC):
         device: torch.device | None = None,
     ) -> None:
         """Compute the maps that need a model, before training, on ``device`` (None: the CPU)."""
+
+    def content(self, sample: Sample, size: tuple[int, int], flip: bool) -> str:
+        """Identifier of the center-cropped map of ``sample`` at ``size``, part of the cache key of its latents.
+
+        By default a hash of the map's pixels. A source that knows what its maps are computed from is faster with that.
+        """
+        return hashlib.sha256(self.map(sample, size, CENTER, flip).tobytes()).hexdigest()
 
     @abstractmethod
     def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:

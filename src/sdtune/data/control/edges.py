@@ -31,11 +31,23 @@ class EdgeMaps(Computed):
 
     name: ClassVar[str]
 
-    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
-        if offset != CENTER or type(self) not in (Canny, Scribble):
-            return super().unmirrored_map(sample, size, offset)
+    @property
+    def _identity(self) -> str | None:
+        """Name of the kind of map with its settings; None for other classes, whose code may change."""
+        if type(self) not in (Canny, Scribble):
+            return None
         settings = "-".join(map(str, (*vars(self).values(), f"opencv{cv2.__version__}")))
-        folder = cache_folder() / "control" / f"{self.name}-{settings}"
+        return f"{self.name}-{settings}"
+
+    def content(self, sample: Sample, size: tuple[int, int], flip: bool) -> str:
+        identity = self._identity
+        return super().content(sample, size, flip) if identity is None else f"{identity}|{sample.content()}"
+
+    def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
+        identity = self._identity
+        if offset != CENTER or identity is None:
+            return super().unmirrored_map(sample, size, offset)
+        folder = cache_folder() / "control" / identity
         file = folder / f"{sample.content()}-{size[0]}x{size[1]}.png"
         with suppress(OSError, SyntaxError, ValueError):  # missing, or damaged in one of Pillow's ways
             with Image.open(file) as image:

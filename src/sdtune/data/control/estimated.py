@@ -123,6 +123,10 @@ class Estimated(FromImage):
         endings = ("", "-other-side") if self.task == "pose" else ("",)
         return [self._map_folder / f"{sample.content()}{ending}.png" for ending in endings]
 
+    def content(self, sample: Sample, size: tuple[int, int], flip: bool) -> str:
+        assert self._map_folder is not None, "call prepare() first"
+        return f"{self._map_folder.name}|{sample.content()}"
+
     def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         return self._crop(self._files(sample)[0], size, offset)
 

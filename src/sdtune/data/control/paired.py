@@ -72,6 +72,13 @@ class Paired(Control):
                 remedy="make a map of the full image, with the same aspect ratio",
             )
 
+    def content(self, sample: Sample, size: tuple[int, int], flip: bool) -> str:
+        found = _stored_map(sample)
+        assert found is not None
+        found.unchanged("data.control.path")
+        assert found.sha256 is not None, "open() refuses unreadable maps"
+        return f"{found.sha256.hex()}|{self.resample}"
+
     def unmirrored_map(self, sample: Sample, size: tuple[int, int], offset: tuple[float, float]) -> np.ndarray:
         found = _stored_map(sample)
         assert found is not None
