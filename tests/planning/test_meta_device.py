@@ -109,7 +109,7 @@ def test_masked_loss_and_controlnets_stay_on_the_device(tiny: Path, monkeypatch:
         text = model.encode_text(["a fox", ""])
         maps = dict.fromkeys(("control", "control2"), batch["conditions"]["control"])
         predictor = sampling.WithConditioners(model.backbone)
-        out = predictor.denoise(noisy, times, text, predictor.encode_conditions(maps))
+        out = predictor.denoise(noisy, times, text, predictor.condition_encoder(maps))
     assert out.device.type == "meta"
 
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from families import SD3
+from image_data import noise
 from running import EPS, arguments, rows, train
 from sdtune.backbone import cpu_convolution
 
@@ -109,6 +111,25 @@ VARIANTS = {
     "quantized weights": ["method.rank=2,4", "backbone.quantize=fp8"],
     "class images": ["method.rank=2,4", "data.class_prompt=a fox", "data.class_images=3"],
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3_medium", "sd35_medium"])
+def test_shared_runs_on_sd3_equal_separate_runs(
+    family: SD3, sd3_folders: dict[SD3, Path], settings: list[str], tmp_path: Path
+) -> None:
+    for number in range(3):
+        noise(tmp_path / "larger" / f"{number}.png", 96, 80, number, f"image number {number}")
+    overrides = [o for o in settings if not o.startswith(("backbone", "data.path", "callbacks.samples"))]
+    overrides += [f"backbone={family}", f"backbone.path={sd3_folders[family]}", "backbone.t5_tokens=12"]
+    overrides += [f"data.path={tmp_path}/larger", "method.rank=2,4", "optimizer.lr=1e-3", EPS]
+    overrides += ["callbacks.samples.sampling.steps=2", "evaluation=clip", "evaluation.images=2"]
+    overrides += ["evaluation.sampling.steps=2", "evaluation.clip=pocket"]
+    together, alone = sweep(tmp_path / "together", overrides, *LAUNCHER), sweep(tmp_path / "alone", overrides)
+    for job in ("0", "1"):
+        assert distance(together / job, alone / job) < 1e-3
+        pictures = [np.asarray(Image.open(run / job / "samples/before_after.png")) for run in (together, alone)]
+        assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 2
 
 
 @pytest.mark.slow

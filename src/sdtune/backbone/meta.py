@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import T5TokenizerFast
 
 from sdtune.backbone.backbone import Backbone
@@ -33,7 +34,8 @@ class MetaPretrained(Pretrained):
                 for name in self.components
             }
         # As the weights are loaded: this includes the position table of a transformer, a buffer.
-        models["denoiser"].to(denoiser_dtype or torch.float32)
+        # diffusers' own to() warns of modules to keep in float32, even if there are none.
+        nn.Module.to(models["denoiser"], denoiser_dtype or torch.float32)
         if T5 in models:
             models[T5].to(T5_DTYPE)
         # The tables of the probability path are small, and its checks need values.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
@@ -207,7 +207,8 @@ def load_applicable_controlnet(
     """
     folder = _find(path, source)
     model = backbone.controlnets.load(folder, "control.path", backbone)
-    model = model.to(backbone.device, backbone.denoiser.dtype).eval().requires_grad_(False)
+    # diffusers' own to() warns of modules to keep in float32, even if there are none.
+    nn.Module.to(model, backbone.device, backbone.denoiser.dtype).eval().requires_grad_(False)
     backbone.prepare_for_device(backbone.device, model)
     file = folder / source.denoiser_folder / CONTROLNET_WEIGHTS
     denoiser = read_safetensors(file)[0] if file.is_file() else {}
