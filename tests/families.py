@@ -143,6 +143,13 @@ def _save_sd3(folder: Path, transformer: Any, vae: Any, first: Any, second: Any,
     ).save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         _write_vocabulary(folder / name)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["tokenizer_3"] = ["transformers", "T5TokenizerFast"]  # as published; older releases have two classes
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    file = folder / "tokenizer_3" / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["extra_special_tokens"]  # a list, which older releases do not read
+    file.write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

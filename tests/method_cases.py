@@ -80,3 +80,9 @@ MORE = [
     Case("controlnet", {"denoiser": "decoder"}),
     Case("controlnet", {"denoiser": "all"}),
 ]
+MORE_OF_SD3 = [
+    Case("lora", {"targets": ["joint_attention", "feed_forward", "text_encoder"]}),
+    Case("full", {"parts": ["denoiser", "text_encoder", "vae"]}),
+    Case("dreambooth", {"parts": ["denoiser", "text_encoder"]}),
+    Case("controlnet", {"denoiser": "all"}),
+]

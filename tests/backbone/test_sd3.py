@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,23 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from families import SD3, SD3_FAMILIES
+from image_data import noise
+from running import fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import SD35_MEDIUM
+from sdtune.backbone.families.sd3_backbone import SD3Backbone
+from sdtune.backbone.new_tokens import NewToken
+from sdtune.backbone.quantization import Quantized
 from sdtune.errors import UserError
 from sdtune.exporting.models import write_single_file
+from sdtune.methods import Full, LoRA, TextualInversion
 from sdtune.sampling import Request, Sampling, generate
+from sdtune.sampling.load import load_to_generate
 
 T5_TOKENS = 20
 
@@ -142,6 +152,129 @@ def test_t5_is_no_submodule_and_is_not_trainable(sd35_medium: Path) -> None:
         assert t5.device == backbone.device
 
 
+class Moves:
+    """Records where models are moved, instead of moving them."""
+
+    def __init__(self, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[str, str]] = []
+        for name, model in (("denoiser", backbone.denoiser), ("t5", backbone.encoders["text_encoder_3"])):
+            monkeypatch.setattr(model, "to", lambda device, name=name: self.made.append((name, str(device))))
+        monkeypatch.setattr(type(backbone), "device", property(lambda _: torch.device("cuda")))
+
+
+def test_denoiser_makes_room_for_t5(sd35_medium: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = source(sd35_medium).load()
+    moves = Moves(backbone, monkeypatch)
+    with suppress(RuntimeError), backbone.encoders_on_device():
+        assert moves.made == [("denoiser", "cpu"), ("t5", "cuda")]
+        raise RuntimeError
+    assert moves.made[2:] == [("t5", "cpu"), ("denoiser", "cuda")]
+
+
+def test_denoiser_of_other_runs_stays_where_it_is(sd35_medium: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone: Any = source(sd35_medium).load()
+    backbone.pair_executor = object()
+    moves = Moves(backbone, monkeypatch)
+    with backbone.encoders_on_device():
+        pass
+    assert moves.made == [("t5", "cuda"), ("t5", "cpu")]
+
+
+def test_t5_is_on_the_device_only_for_captions_that_are_not_cached(
+    sd35_medium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    for number in range(2):
+        noise(tmp_path / "images" / f"{number}.png", 96, 80, number, f"number {number}")
+    inside, happened = [False], list[str]()
+    encode = SD3Backbone.encode_images
+
+    @contextmanager
+    def on_device(self: Any) -> Iterator[None]:
+        inside[0], before = True, inside[0]
+        happened.append("T5 comes")
+        yield
+        inside[0] = before
+
+    def encode_images(self: Any, images: Tensor) -> Tensor:
+        happened.append("images" if not inside[0] else "images beside T5")
+        return encode(self, images)
+
+    monkeypatch.setattr(SD3Backbone, "encoders_on_device", on_device)
+    monkeypatch.setattr(SD3Backbone, "encode_images", encode_images)
+    fit(LoRA(backbone=source(sd35_medium)), folder_data(tmp_path / "images"), 1)
+    assert happened[:2] == ["images", "T5 comes"]
+    assert "images beside T5" not in happened
+    happened.clear()
+    fit(LoRA(backbone=source(sd35_medium)), folder_data(tmp_path / "images"), 1)
+    assert happened == []
+
+
+def test_t5_stays_in_bfloat16_beside_quantized_weights(sd35_medium: Path) -> None:
+    backbone = load_to_generate(source(sd35_medium, quantize="int8"), torch.device("cpu"), torch.float16)
+    t5 = backbone.encoders["text_encoder_3"]
+    assert {p.dtype for p in t5.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    quantized = {name for name, layer in backbone.denoiser.named_modules() if isinstance(layer, Quantized)}
+    assert "transformer_blocks.0.attn.to_q" in quantized
+    assert not [name for name in quantized if ".norm" in name]
+
+
+def test_artifacts_fit_the_model_with_and_without_t5(sd35_medium: Path) -> None:
+    assert source(sd35_medium).hash() == source(sd35_medium, t5=False).hash()
+    assert source(sd35_medium).image_cache_key() != source(sd35_medium, t5=False).image_cache_key()
+
+
+def test_model_that_was_trained_without_t5_loads_without_it(sd35_medium: Path, tmp_path: Path) -> None:
+    model = Full(backbone=source(sd35_medium, t5=False))
+    model.configure_model()
+    model.artifact(tmp_path, "it")
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        tmp_path / "it", text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+    assert pipe.text_encoder_3 is None
+    assert pipe.tokenizer_3 is None
+    assert list(source(tmp_path / "it", t5=False).load().encoders) == ["text_encoder", "text_encoder_2"]
+
+
+def test_tokenizer_of_t5_may_be_a_sentencepiece_model(sd35_medium: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a dog on the red house\n" * 50, encoding="utf-8")
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=24,
+        hard_vocab_limit=False, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=3,
+    )  # fmt: skip
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"extra_ids": 0}', encoding="utf-8")
+    (tmp_path / "spiece.model").rename(tmp_path / "tokenizer/spiece.model")
+    backbone = source(sd35_medium, tokenizer_3=str(tmp_path / "tokenizer")).load()
+    [ids] = backbone._t5_ids(["a dog"])
+    assert len(ids) == T5_TOKENS
+    assert 1 in ids
+    assert ids[-1] == 0
+    assert 2 not in ids[: ids.index(1)]
+
+
+def test_tokenizer_of_t5_may_be_in_a_pipeline(sd35_medium: Path) -> None:
+    given = source(sd35_medium, tokenizer_3=str(sd35_medium)).load()
+    assert given.token_ids(["a b"], "text_encoder_3") == source(sd35_medium).load().token_ids(["a b"], "text_encoder_3")
+
+
+def test_images_beyond_the_position_table_are_refused(sd35_medium: Path) -> None:
+    facts = source(sd35_medium).facts
+    assert facts.largest_side == 12 * 2 * 8
+    with pytest.raises(UserError, match=r"^sampling\.width: 208 pixels, but the position table ends at 192; set"):
+        Sampling(width=208).check(facts)
+
+
+def test_vectors_of_a_word_fit_into_the_tokens_of_their_encoder(sd35_medium: Path, tmp_path: Path) -> None:
+    noise(tmp_path / "images/0.png", 96, 80, 0, "number")
+    word, data = NewToken("<new>", "a", 20), folder_data(tmp_path / "images", templates=["<new> {}"])
+    model = TextualInversion(backbone=source(sd35_medium), new_tokens=[word], encoders=["text_encoder_3"])
+    with pytest.raises(UserError, match=r"20 vectors, but a prompt of text_encoder_3 has room for 19; .*t5_tokens"):
+        fit(model, data, 1)
+    fit(TextualInversion(backbone=source(sd35_medium), new_tokens=[word]), data, 1)
+
+
 def test_parameters_without_effect_are_reported(sd35_medium: Path) -> None:
     backbone: Backbone = source(sd35_medium).load()
     backbone.denoiser.requires_grad_(True)
@@ -156,6 +289,25 @@ def test_parameters_without_effect_are_reported(sd35_medium: Path) -> None:
 
 
 # --- single files
+
+
+def test_encoder_file_may_have_tensors_without_use(sd35_medium: Path, single: Path) -> None:
+    file = text_encoder_file(single, "clip_l")
+    tensors = load_file(file)
+    save_file(
+        {**tensors, "logit_scale": torch.ones(()), "text_model.embeddings.position_ids": torch.zeros(1, 77)}, file
+    )
+    model = source(without(single, "clip_l."), text_encoder=str(file), config=str(sd35_medium))
+    assert model.load().encoders["text_encoder"] is not None
+
+
+def test_all_missing_parts_are_named_at_once(single: Path) -> None:
+    message = (
+        r"contains no VAE, text_encoder, text_encoder_2, text_encoder_3; set backbone\.vae=FILE"
+        r" backbone\.text_encoder=FILE .*, or backbone\.t5=false$"
+    )
+    with pytest.raises(UserError, match=message):
+        source(without(single, "first_stage", "text_encoders")).check()
 
 
 @pytest.fixture
@@ -217,7 +369,7 @@ def test_text_encoders_come_from_files_beside_the_model(sd35_medium: Path, singl
 @pytest.mark.parametrize(
     ("parts", "settings", "message"),
     [
-        (("text_encoders.",), {}, r"contains no text_encoder; set backbone\.text_encoder=FILE$"),
+        (("clip_l.",), {}, r"contains no text_encoder; set backbone\.text_encoder=FILE$"),
         (("clip_g",), {}, r"contains no text_encoder_2; set backbone\.text_encoder_2=FILE$"),
         (("t5xxl",), {}, r"contains no text_encoder_3; set backbone\.text_encoder_3=FILE, or backbone\.t5=false$"),
         (("first_stage_model",), {}, r"contains no VAE; set backbone\.vae="),

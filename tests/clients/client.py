@@ -16,6 +16,9 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DiffusionPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -28,14 +31,25 @@ assert AutoencoderKL
 
 def pipeline(case: dict[str, Any], path: str) -> Any:
     """Load a pipeline folder, or a single file with the configs of the base model."""
-    sdxl = case["family"] == "sdxl"
-    more = {} if sdxl else {"safety_checker": None}
+    more: dict[str, Any] = {"safety_checker": None} if case["family"] in ("sd1", "sd2") else {}
     if Path(path).is_dir():
-        return DiffusionPipeline.from_pretrained(path, local_files_only=True, **more)
-    kind: Any = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+        return in_bfloat16(DiffusionPipeline.from_pretrained(path, local_files_only=True, **more))
+    kind: Any = {"sdxl": StableDiffusionXLPipeline, "sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline}.get(
+        case["family"], StableDiffusion3Pipeline
+    )
     pipe = kind.from_single_file(path, config=case["base"], local_files_only=True, **more)
     base = DiffusionPipeline.from_pretrained(case["base"], local_files_only=True, **more)
     pipe.scheduler = base.scheduler  # a single file has no scheduler config, and programs choose different defaults
+    return in_bfloat16(pipe)
+
+
+def in_bfloat16(pipe: Any) -> Any:
+    """``pipe`` with T5 in bfloat16, as sdtune runs it, and without dropout.
+
+    T5 is in training mode after ``from_single_file``, so that its states would be random.
+    """
+    if getattr(pipe, "text_encoder_3", None) is not None:
+        pipe.text_encoder_3.to(torch.bfloat16).eval()
     return pipe
 
 
@@ -107,6 +121,8 @@ def word(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
 def controlnet(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
     base, path = pipeline(case, case["base"]), Path(case["place"])
     base_image = generate(base, case)
+    if case["family"].startswith("sd3"):
+        return controlnet_of_sd3(case, expected, base, base_image)
     if path.is_dir():
         net = ControlNetModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
     else:
@@ -120,6 +136,27 @@ def controlnet(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
     control_map = Image.open(case["map"])
     live = generate(pipe, case, image=control_map, controlnet_conditioning_scale=1.0)
     without = generate(pipe, case, image=control_map, controlnet_conditioning_scale=0.0)
+    return {
+        "as sdtune": difference(live, expected),
+        "strength 0 = base": difference(without, base_image),
+        "moved": difference(live, base_image),
+    }
+
+
+def controlnet_of_sd3(case: dict[str, Any], expected: np.ndarray, base: Any, base_image: np.ndarray) -> dict[str, int]:
+    net = SD3ControlNetModel.from_pretrained(case["place"], local_files_only=True, use_safetensors=True)
+    pipe = StableDiffusion3ControlNetPipeline(**base.components, controlnet=net)
+    encode = pipe.vae.encode
+
+    def mean_of(pixels: torch.Tensor) -> Any:  # the pipeline draws from the posterior of the map without the generator
+        out = encode(pixels)
+        out.latent_dist.sample = out.latent_dist.mode
+        return out
+
+    pipe.vae.encode = mean_of
+    control_map = Image.open(case["map"])
+    live = generate(pipe, case, control_image=control_map, controlnet_conditioning_scale=1.0)
+    without = generate(pipe, case, control_image=control_map, controlnet_conditioning_scale=0.0)
     return {
         "as sdtune": difference(live, expected),
         "strength 0 = base": difference(without, base_image),

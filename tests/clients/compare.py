@@ -18,7 +18,14 @@ _VERSIONS = (
     "import diffusers, transformers, peft; print(diffusers.__version__, transformers.__version__, peft.__version__)"
 )
 _KINDS = {"base": "the base model", "model": "full fine-tuning, DreamBooth", "word": "Textual Inversion"}
-_FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+_FAMILIES = {
+    "sd1": "SD 1.x",
+    "sd2": "SD 2.x",
+    "sdxl": "SDXL",
+    "sd3_medium": "SD 3 medium",
+    "sd35_medium": "SD 3.5 medium",
+    "sd35_large": "SD 3.5 large",
+}
 
 
 def run(python: str, *arguments: str) -> str:

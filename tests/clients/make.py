@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from families import FAMILIES, Family, build_family
+from families import FAMILIES, SD3, SD3_FAMILIES, Family, build_family, build_sd3
 from running import fit, folder_data
 from sdtune.backbone import Pretrained
 from sdtune.backbone.new_tokens import NewToken
@@ -29,7 +29,13 @@ from sdtune.sampling.loop import Request, Sampling, generate
 
 PROMPT, SEED, STRENGTH = "a photo of a <cat> cat", 7, 0.7
 SETTINGS = Sampling(steps=2, guidance=4.0)
-EVERYWHERE = ["cross_attention", "self_attention", "feed_forward", "text_encoder"]
+
+
+def targets(family: Family | SD3) -> list[Any]:
+    """All kinds of layers that a LoRA of diffusers can have, but for convolutions."""
+    attention = {"sd35_medium": ["joint_attention", "self_attention"]}.get(family, ["joint_attention"])
+    attention = attention if family in SD3_FAMILIES else ["cross_attention", "self_attention"]
+    return [*attention, "feed_forward", "text_encoder"]
 
 
 def images(folder: Path) -> Path:
@@ -59,9 +65,10 @@ def generated(source: Pretrained, files: list[Path], strength: float, net: Path 
         return next(generate(backbone, [request], SETTINGS))
 
 
-def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
+def cases(family: Family | SD3, folder: Path) -> Iterator[dict[str, Any]]:
     """Write the files of ``family``; yield for each its kind, format and expected image."""
-    raw = build_family(folder / "raw", family)
+    is_sd3 = family in SD3_FAMILIES
+    raw = build_sd3(folder / "raw", family) if family in SD3_FAMILIES else build_family(folder / "raw", family)
     # Export the base model: current transformers saves text encoders built from a config with unusual tensor names.
     [base] = Export("pipeline", dtype="fp32").write(
         find_artifact(raw, "artifact"), Pretrained(str(raw)), folder / "base"
@@ -102,7 +109,7 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
     yield case("base", "single file", single, generated(source, [], 1.0, None, maps))
 
     lora = trained(
-        LoRA(backbone=source, rank=4, alpha_policy="constant", alpha=6.0, targets=EVERYWHERE),
+        LoRA(backbone=source, rank=4, alpha_policy="constant", alpha=6.0, targets=targets(family)),
         data,
         folder / "lora",
         "it",
@@ -110,29 +117,32 @@ def cases(family: Family, folder: Path) -> Iterator[dict[str, Any]]:
     file = lora / "pytorch_lora_weights.safetensors"
     expected = generated(source, [file], STRENGTH, None, maps)
     yield case("LoRA", "diffusers", file, expected)
-    yield case("LoRA", "kohya", lora / "it.safetensors", expected)
-    yield case("LoRA", "kohya, folded", written(lora, "kohya", alpha="folded"), expected)
+    if not is_sd3:  # for SD 3, diffusers reads only its own form
+        yield case("LoRA", "kohya", lora / "it.safetensors", expected)
+        yield case("LoRA", "kohya, folded", written(lora, "kohya", alpha="folded"), expected)
     yield case("LoRA, merged", "folder", written(lora, "pipeline", strength=STRENGTH), expected)
     yield case("LoRA, merged", "single file", written(lora, "single_file", strength=STRENGTH), expected)
 
-    tokens = [NewToken("<cat>", "cat", 2)]
-    embeddings_folder = trained(
-        TextualInversion(backbone=source, new_tokens=tokens),
-        folder_data(image_folder, prompt="a <cat>", resolution=64),
-        folder / "words",
-        "it",
-    )
-    expected = generated(source, [embeddings_folder], 1.0, None, maps)
-    yield case("word", "diffusers", embeddings_folder / "learned_embeds.safetensors", expected)
-    yield case("word", "A1111", embeddings_folder / "embeddings" / "cat.safetensors", expected)
+    if not is_sd3:  # diffusers loads no embeddings of SD 3
+        tokens = [NewToken("<cat>", "cat", 2)]
+        embeddings_folder = trained(
+            TextualInversion(backbone=source, new_tokens=tokens),
+            folder_data(image_folder, prompt="a <cat>", resolution=64),
+            folder / "words",
+            "it",
+        )
+        expected = generated(source, [embeddings_folder], 1.0, None, maps)
+        yield case("word", "diffusers", embeddings_folder / "learned_embeds.safetensors", expected)
+        yield case("word", "A1111", embeddings_folder / "embeddings" / "cat.safetensors", expected)
 
     data_with_maps = folder_data(image_folder, prompt="a cat", resolution=64, control=Canny())
     net = trained(ControlNet(backbone=source), data_with_maps, folder / "net", "it") / "it"
     expected = generated(source, [], 1.0, net, maps)
     yield case("ControlNet", "folder", net, expected)
-    yield case("ControlNet", "single file", written(net, "single_file"), expected)
+    if not is_sd3:  # diffusers reads single files only of Stability AI's ControlNets of SD 3
+        yield case("ControlNet", "single file", written(net, "single_file"), expected)
 
-    full = trained(Full(backbone=source, parts=["unet", "text_encoder", "vae"]), data, folder / "full", "it") / "it"
+    full = trained(Full(backbone=source, parts=["denoiser", "text_encoder", "vae"]), data, folder / "full", "it") / "it"
     expected = generated(Pretrained(str(full)), [], 1.0, None, maps)
     yield case("model", "folder", full, expected)
     yield case("model", "single file", written(full, "single_file"), expected)
@@ -142,7 +152,7 @@ def main() -> None:
     torch.manual_seed(0)
     target = Path(sys.argv[1]).absolute()
     all_cases = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, *SD3_FAMILIES):
         (target / family).mkdir(parents=True)
         all_cases += list(cases(family, target / family))
     (target / "cases.json").write_text(json.dumps(all_cases, indent=2), encoding="utf-8")

@@ -37,7 +37,7 @@ from safetensors import safe_open
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from cases import CASES, PLANS, Command  # noqa: E402
-from renames import RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS  # noqa: E402
+from renames import RENAMED_COLUMNS, RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS, RENAMED_WORDS  # noqa: E402
 
 from families import FAMILIES, build_family  # noqa: E402
 
@@ -159,6 +159,7 @@ def of_rows(file: Path) -> str:
     with file.open(newline="", encoding="utf-8") as handle:
         rows = list(csv.reader(handle))
     assert len(rows) > 1, file
+    rows[0] = [RENAMED_COLUMNS.get(name, name) for name in rows[0]]
     return sha(json.dumps(rows))
 
 
@@ -186,11 +187,14 @@ def of_config(text: str, base: bool) -> str:
     """Hash of a composed config, flattened, with the current names."""
     flat = flattened(yaml.safe_load(text))
     if base:
-        flat = {
-            RENAMED_KEYS.get(key, key): RENAMED_TARGETS.get(v, v) if isinstance(v, str) else v
-            for key, v in flat.items()
-        }
+        flat = {RENAMED_KEYS.get(key, key): renamed_value(value) for key, value in flat.items()}
     return sha(json.dumps(flat, sort_keys=True))
+
+
+def renamed_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [RENAMED_WORDS.get(one, one) if isinstance(one, str) else one for one in value]
+    return RENAMED_TARGETS.get(value, value) if isinstance(value, str) else value
 
 
 def flattened(node: Any, key: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from families import FAMILIES, build_family
-from method_cases import METHODS, MORE, WORD, Case
+from families import FAMILIES, SD3_FAMILIES, build_family, build_sd3
+from method_cases import METHODS, MORE, MORE_OF_SD3, WORD, Case
 from running import Spy, arguments, fit, rows, train
 from sdtune.backbone import Pretrained
 from sdtune.callbacks import EMA
@@ -66,20 +67,31 @@ def _quick(case: Case, family: str) -> bool:
     return family == "tiny" or (family == "sdxl" and case.kind.trains_only_new_tokens)
 
 
+def _families(names: Sequence[str], more: dict[str, list[Case]]) -> list[Any]:
+    """Each family with each method, and with the cases ``more`` of the family."""
+    return [
+        pytest.param(case, family, id=f"{case}-{family}", marks=() if _quick(case, family) else pytest.mark.slow)
+        for family in names
+        for case in [*PLAIN, *more.get(family, MORE)]
+    ]
+
+
 every_family = pytest.mark.parametrize(
     ("case", "family"),
-    [
-        pytest.param(case, family, id=f"{case}-{family}", marks=() if _quick(case, family) else pytest.mark.slow)
-        for family in ("tiny", *FAMILIES)
-        for case in [*PLAIN, *MORE]
-    ],
+    _families(("tiny", *FAMILIES, *SD3_FAMILIES), dict.fromkeys(SD3_FAMILIES, MORE_OF_SD3)),
 )
+every_unet = pytest.mark.parametrize(("case", "family"), _families(("tiny", *FAMILIES), {}))
+"""SD 3 has its own comparison with plain diffusers in test_sd3.py."""
 every_method = pytest.mark.parametrize("case", PLAIN, ids=str)
 
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return cache(lambda family: build_family(tmp_path_factory.mktemp(family), family))
+    def built(family: Any) -> Path:
+        build_one: Any = build_sd3 if family in SD3_FAMILIES else build_family
+        return build_one(tmp_path_factory.mktemp(family), family)
+
+    return cache(built)
 
 
 @pytest.fixture
@@ -128,7 +140,8 @@ def test_untrained_method_predicts_exactly_like_the_backbone(case: Case, folder:
     )
     timesteps, prompts = torch.tensor([5, 800]), ["a fox", ""]
     with torch.no_grad():
-        output = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), {"control": maps})
+        encode = model.condition_encoder or dict
+        output = model.denoise(noisy, timesteps, model.backbone.encode_text(prompts), encode({"control": maps}))
         expected = base.predict(noisy, timesteps, base.encode_text(prompts))
     # Not torch.equal: the two copies of the weights may be aligned differently, which changes the last bit in MKL.
     assert float((output - expected).abs().max()) <= 1e-6
@@ -312,7 +325,7 @@ class DiffusersStep:
         return self.gradients.get(key)
 
 
-@every_family
+@every_unet
 def test_loss_and_gradients_equal_plain_diffusers(case: Case, folder: Path, images: Path) -> None:
     """Compares the loss of every sample, class images included, and the gradient of every trained tensor.
 
@@ -377,12 +390,23 @@ def test_loaded_artifact_generates_the_same_image_as_the_trained_model(
     assert map_to_tensor(live_image).shape == (3, *size)
 
 
-@every_method
-def test_resumed_run_equals_uninterrupted_run(case: Case, tiny: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        pytest.param(case, family, id=f"{case}-{family}" if family != "tiny" else str(case), marks=marks)
+        for family, marks in (("tiny", ()), ("sd35_medium", pytest.mark.slow))
+        for case in PLAIN
+    ],
+)
+def test_resumed_run_equals_uninterrupted_run(
+    case: Case, family: str, folder: Path, images: Path, tmp_path: Path
+) -> None:
     """Bit for bit, with two loader workers, gradient accumulation and EMA; the run is stopped after step 2."""
-    common = [a for a in arguments(tiny, images, tmp_path) if not a.startswith(
+    common = [a for a in arguments(folder, images, tmp_path) if not a.startswith(
         ("method", "hydra.run.dir", "callbacks.samples"))]  # fmt: skip
-    common += case.command(tiny, images)
+    if family == "sd35_medium":
+        common = ["backbone=sd35_medium" if a == "backbone=sd15" else a for a in common]
+    common += case.command(folder, images)
     common += ["name=mine", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "data.workers=2"]
     common += ["callbacks=ema", "callbacks.samples=null", "checkpoint.every_steps=3", "optimizer.lr=1e-3"]
     common += ["trainer.max_steps=4", "lr_schedule=cosine", "lr_schedule.warmup_steps=1"]

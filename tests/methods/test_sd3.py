@@ -363,6 +363,17 @@ def test_size_of_the_cache_of_captions_is_said_before(
     assert said[0].startswith("the text embeddings of 3 captions take 0.0 GB in ")
 
 
+def test_training_a_turbo_model_warns(
+    sd35_medium: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turbo = shutil.copytree(sd35_medium, tmp_path / "sd35-large-turbo")
+    fit(LoRA(backbone=source(turbo)), folder_data(images), 1)
+    assert [r.message for r in caplog.records if "seems to be a Turbo model; training undoes" in r.message]
+    caplog.clear()
+    fit(LoRA(backbone=source(sd35_medium)), folder_data(images), 1)
+    assert "Turbo" not in caplog.text
+
+
 @pytest.mark.parametrize("chosen", [["text_encoder"], ["text_encoder_2"], ["text_encoder_3"], list(ENCODERS)])
 @pytest.mark.parametrize("t5", [True, False])
 def test_word_of_some_encoders_loads(sd35_medium: Path, tmp_path: Path, chosen: list[Any], t5: bool) -> None:

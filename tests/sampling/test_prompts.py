@@ -41,9 +41,13 @@ def test_syntax_of_other_programs_is_warned_about(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("vectors", [75, 76])
-def test_new_token_must_fit_into_a_prompt(vectors: int) -> None:
+def test_new_token_must_fit_into_a_prompt(vectors: int, tiny: Path) -> None:
+    facts = Pretrained(str(tiny)).facts
     if vectors == 75:
-        check_vector_counts({"<a>": vectors}, 77, "new_tokens")
+        check_vector_counts({"<a>": vectors}, facts, "text_encoder", "new_tokens")
         return
-    with pytest.raises(UserError, match="^new_tokens: '<a>' has 76 vectors, but a prompt has room for 75; use fewer"):
-        check_vector_counts({"<a>": vectors}, 77, "new_tokens")
+    message = (
+        r"^new_tokens: '<a>' has 76 vectors, but a prompt of text_encoder has room for 75; .*backbone\.max_tokens$"
+    )
+    with pytest.raises(UserError, match=message):
+        check_vector_counts({"<a>": vectors}, facts, "text_encoder", "new_tokens")

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from pydantic import ConfigDict, StringConstraints
 from torch import Tensor, nn
 
+from sdtune.backbone.families.base import Facts
 from sdtune.errors import UserError
 from sdtune.files import is_snapshot
 from sdtune.formats import embeddings, read_safetensors
@@ -222,19 +223,21 @@ def check_vocabulary(tokens: Sequence[NewToken], tokenizer: Any) -> None:
             )
 
 
-def check_vector_counts(vector_counts: Mapping[str, int], max_tokens: int, key: str) -> None:
+def check_vector_counts(vector_counts: Mapping[str, int], facts: Facts, encoder: str, key: str) -> None:
     """Raise UserError for a new token with more vectors than fit into a prompt.
 
     Args:
-        max_tokens: maximum number of tokens of a prompt, including the start and end token.
+        facts: properties of the backbone.
+        encoder: text encoder that has the vectors.
         key: config key for the error.
     """
+    room, setting = facts.room_of(encoder)
     for token, count in vector_counts.items():
-        if count > max_tokens - 2:
+        if count > room:
             raise UserError(
-                f"{token!r} has {count} vectors, but a prompt has room for {max_tokens - 2}",
+                f"{token!r} has {count} vectors, but a prompt of {encoder} has room for {room}",
                 key=key,
-                remedy="use fewer vectors, or a larger backbone.max_tokens",
+                remedy=f"use fewer vectors, or a larger {setting}" if setting else "use fewer vectors",
             )
 
 

@@ -23,6 +23,7 @@ NF4_BLOCK = 64
 """Weights with a common scale in nf4 (Dettmers et al. 2023, section 3)."""
 
 _IN_LAYERS = re.compile(r"\.layers\.|\.block\.")
+_IN_NORM = re.compile(r"(^|\.)norm\w*\.")  # adaptive norms of transformers, which diffusers keeps whole too
 """Names inside of the layers of a text encoder: of CLIP and of T5."""
 
 _LARGEST_FP8 = 448.0  # of float8_e4m3fn
@@ -176,7 +177,7 @@ def quantize(backbone: Backbone, quantization: Quantization | None) -> None:
         return
     for component, name, layer in list(layers(backbone)):
         inside = name.startswith(backbone.facts.family.blocks) if component == "denoiser" else _IN_LAYERS.search(name)
-        if inside and _is_quantizable(layer, quantization):
+        if inside and not _IN_NORM.search(name) and _is_quantizable(layer, quantization):
             _quantize_layer(layer, quantization)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def convert_checkpoint(file: Path, config: Path | None, allow_pickle: bool, prov
             raise UserError(f"{file} {error}", key="backbone.path") from error
         lacking = [name for name in family.layout.optional if name not in provided]
         if missing := [name for name in lacking if name not in family.layout.stored(tensors)]:
-            raise _missing(file, missing[0])
+            raise _missing(file, missing)
         config_folder = config or CONFIGS / family.configs
         family_of_configs = family_of_folder(config_folder, "backbone.config")
         if family_of_configs is not family:
@@ -86,14 +86,12 @@ def _lacking(target: Path, provided: Collection[str]) -> list[str]:
     return [name for name in components if name not in provided and not (target / name / weights_name(name)).is_file()]
 
 
-def _missing(file: Path, component: str) -> UserError:
-    if component == "vae":
-        return UserError(
-            f"{file} contains no VAE", key="backbone.path", remedy="set backbone.vae= to a VAE of the same model family"
-        )
-    without = ", or backbone.t5=false" if component == T5 else ""
+def _missing(file: Path, components: Sequence[str]) -> UserError:
+    without = ", or backbone.t5=false" if T5 in components else ""
     return UserError(
-        f"{file} contains no {component}", key="backbone.path", remedy=f"set backbone.{component}=FILE{without}"
+        f"{file} contains no {', '.join('VAE' if name == 'vae' else name for name in components)}",
+        key="backbone.path",
+        remedy=f"set {' '.join(f'backbone.{name}=FILE' for name in components)}{without}",
     )
 
 
@@ -114,7 +112,8 @@ def convert_encoder(file: Path, component: str, pipeline: Path, allow_pickle: bo
         if (target / "config.json").is_file():
             mark_used(target)
             return target
-        layout = family_of_folder(pipeline, "backbone.path").layout.components[component]
+        family = family_of_folder(pipeline, "backbone.path")
+        layout = family.layout.components[component]
         config = read_json(pipeline / component / "config.json", "backbone.path")
         expected = model_shapes(component, pipeline)
         try:
@@ -123,6 +122,7 @@ def convert_encoder(file: Path, component: str, pipeline: Path, allow_pickle: bo
             raise UserError(f"{file} {error}", key=key) from error
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(layout.prefix)}
         found = {name.removeprefix(layout.prefix): tensor for name, tensor in (inside or tensors).items()}
+        found = {name: tensor for name, tensor in found.items() if not family.layout.is_ignored(layout.prefix + name)}
         encoder = layout.read(found, config, expected)
         check_keys(f"{key}: {file}", _shapes(encoder), expected, "use the text encoder of this model")
         check_finite(encoder, f"{key}: {file}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,7 +144,7 @@ class PipelineSource:
                 key="backbone.config",
                 remedy="use a pipeline folder with its configs",
             )
-        provided = {*self._encoder_files, *(["vae"] if self.vae else []), *([] if self.t5 else [T5])}
+        provided = {*self._replaced, *([] if self.t5 else [T5])}
         return convert_checkpoint(local_path, config, self.allow_pickle, provided)
 
     @cached_property
@@ -158,15 +158,20 @@ class PipelineSource:
         configs: Path | None = vars(self).get("_hub_configs")
         return self.revision if configs is None else configs.name  # a snapshot folder is named after its commit
 
+    @property
+    def _replaced(self) -> set[str]:
+        """Components whose weights come from another place."""
+        return {*self._encoder_files, *(["vae"] if self.vae else [])}
+
     def _hub_folder(self) -> Path:
         # Repositories contain several copies of the weights (fp16, non-EMA, .bin); download only those that are read.
         suffix = f".{self.variant}" if self.variant else ""
         endings = (f"{suffix}.safetensors", f"{suffix}-?????-of-?????.safetensors")
-        names = [name for name in MODELS if not (name == "vae" and self.vae) and (self.t5 or name != T5)]
+        names = [name for name in MODELS if name not in self._replaced and (self.t5 or name != T5)]
         patterns = [f"{name}/{stem}{end}" for name in names for stem in STEMS for end in endings]
 
         def complete(folder: Path) -> bool:
-            required = (name for name in self._pretrained_components if not (name == "vae" and self.vae))
+            required = (name for name in self._pretrained_components if name not in self._replaced)
             return has_all_configs(folder) and all(has_weight_files(folder, name, self.variant) for name in required)
 
         return hub_folder(self.path, self._hub_configs.name, [*_JSON, *patterns], complete, "backbone.path")
@@ -186,6 +191,8 @@ class PipelineSource:
             raise UserError(
                 f"{self.path} has no place for it", key=key, remedy="remove it; only models of SD 3 take such files"
             )
+        if component == T5 and not self.t5:
+            raise UserError("backbone.t5=false leaves T5 out", key=key, remedy="remove one of the two")
         if not file.is_file():
             raise UserError(f"{path} is not a file", key=key, remedy="set it to a .safetensors file")
         from sdtune.backbone.single_file import convert_encoder
@@ -387,6 +394,7 @@ class PipelineSource:
             train_timesteps=path.steps,
             patch=int(denoiser.get("patch_size", 1)),
             blocks=int(denoiser.get("num_layers", 0)),
+            largest_side=_largest_side(denoiser, factor),
             t5_tokens=self.t5_tokens if self._family.has_t5 else 0,
             min_steps=1 if scheduler.get("skip_prk_steps") or scheduler.get("rescale_betas_zero_snr") else 4,
         )
@@ -410,8 +418,10 @@ class PipelineSource:
     # --- weights
 
     def _files(self, names: Sequence[str]) -> dict[str, list[Path]]:
-        replaced = {*self._encoder_files, *(["vae"] if self.vae else [])}
-        return {name: weight_files(self.folder(), name, None if name in replaced else self.variant) for name in names}
+        def variant(name: str) -> str | None:
+            return None if name in self._replaced else self.variant
+
+        return {name: weight_files(self.folder(), name, variant(name)) for name in names}
 
     def check(self) -> None:
         """Raise UserError if weights or tokenizers are missing, damaged or inconsistent with the configs."""
@@ -430,7 +440,7 @@ class PipelineSource:
         file_names = {file.name for file in folder.glob("*")}
         if folder.name == "tokenizer_3" and not {"tokenizer.json", "spiece.model"} & file_names:
             raise UserError(
-                f"{self.path} has no T5 tokenizer",
+                f"{self.tokenizer_3 or self.path} has no T5 tokenizer",
                 key="backbone.tokenizer_3",
                 remedy="set it to a folder or hub id, such as google/t5-v1_1-xxl, or set backbone.t5=false",
             )
@@ -457,8 +467,11 @@ class PipelineSource:
         return [self.tokenizer_folder()] if names is None else [self._configs / name for name in names]
 
     def hash(self) -> str:
-        """SHA-256 of the weights that are read from files (:func:`~sdtune.backbone.weight_files.weights_hash`)."""
-        return weights_hash(self._files(self._pretrained_components))
+        """SHA-256 of the weights that are read from files (:func:`~sdtune.backbone.weight_files.weights_hash`).
+
+        T5 is left out: it is optional and comes in several precisions, but artifacts fit the model with any of them.
+        """
+        return weights_hash(self._files([name for name in self._pretrained_components if name != T5]))
 
     def weights(self, without: Sequence[str] = ()) -> dict[str, list[Path]]:
         """Weight files of each component, except those in ``without``."""
@@ -500,7 +513,8 @@ class PipelineSource:
 
     def image_cache_key(self) -> str:
         """Cache key of images generated by this backbone: a hash of weights, configs, tokenizers and text settings."""
-        digest = hashlib.sha256(f"{self.hash()}/{self.from_scratch}".encode())
+        weights = weights_hash(self._files(self._pretrained_components))
+        digest = hashlib.sha256(f"{weights}/{self.from_scratch}".encode())
         configs = [self.scheduler(), *(self.config(component) for component in self.components)]
         digest.update(json.dumps(configs, sort_keys=True).encode())
         self._add_text_settings(digest)
@@ -516,4 +530,15 @@ def _tokenizer_folder(path: str) -> Path:
         folder = hub_folder(path, None, names, lambda found: any((found / name).is_file() for name in names), key)
     if not folder.is_dir():
         raise UserError(f"{path} is not a folder", key=key, remedy="set it to a folder with tokenizer.json")
-    return folder
+    return folder / "tokenizer_3" if (folder / "tokenizer_3").is_dir() else folder  # that of a pipeline
+
+
+def _largest_side(denoiser: Mapping[str, Any], factor: int) -> int | None:
+    positions = denoiser.get("pos_embed_max_size")
+    return None if positions is None else int(positions) * int(denoiser["patch_size"]) * factor
+
+
+def unused_folders(source: PipelineSource) -> list[str]:
+    """Folders of the text encoders that ``source`` does not use, and of their tokenizers."""
+    unused = [name for name in source.facts.family.text_encoders if name not in source.text_encoders]
+    return [*unused, *(name.replace("text_encoder", "tokenizer") for name in unused)]

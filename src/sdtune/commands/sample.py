@@ -215,9 +215,10 @@ def describe(
         "guidance": settings.guidance,
         "negative_prompt": settings.negative_prompt,
         "sampler": settings.sampler,
-        "skip_guidance_layers": settings.skip_guidance_layers,
         "adapters": [{"path": Path(a["path"]).name, "strength": a.get("strength", 1.0) * strength} for a in adapters],
     }
+    if settings.skip_guidance_layers:
+        facts |= {name: getattr(settings, name) for name in ("skip_guidance_layers", "skip_layer_guidance_scale")}
     if control:
         facts["control"] = [
             {

@@ -20,3 +20,8 @@ def vae_batch_size(width: int, height: int, device_type: str) -> int:
 def class_image_batch_size(side: int) -> int:
     """Batch size for generating class images of ``side`` x ``side`` pixels: 4 at 512 x 512."""
     return batch_size_for_pixels(4 * 512 * 512, side, side)
+
+
+def text_batch_size(*, has_t5: bool) -> int:
+    """Number of prompts that are encoded at once for the cache; 64 of T5 would need more than 2 GB of activations."""
+    return 16 if has_t5 else 64

@@ -9,6 +9,7 @@ import multiprocessing
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -66,6 +67,8 @@ class CacheInputs:
         encode_text: encodes prompts as text embeddings; None if a text encoder is trained.
         encode_waiting: if a text encoder is trained, encodes prompts with those that only then are on the device, as
             hidden states [B, T, D]; None if there are none, or they are trained.
+        encoders_on_device: context in which prompts are encoded.
+        text_batch_size: number of prompts that are encoded at once.
         encode_conditions: encodes conditions by name, such as ``control``: control maps [B, 3, H, W] in [0, 1]; None:
             they are used as they are.
         text_bytes: size of the text embeddings of one prompt.
@@ -85,6 +88,8 @@ class CacheInputs:
     folder: Path
     text_bytes: int = 0
     encode_waiting: Callable[[Sequence[str]], Tensor] | None = None
+    encoders_on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+    text_batch_size: int = 64
     encode_conditions: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     generate_images: GenerateImages | None = None
     generator_key: str = ""
@@ -457,8 +462,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         if missing * inputs.text_bytes >= _LARGE_CACHE:
             size = missing * inputs.text_bytes / 1e9
             log.info("the text embeddings of %d captions take %.1f GB in %s", missing, size, cache.folder)
-        with bar("Encoding captions", missing) as progress:
-            cache.fill(rank_prompts, rows, batch_size=64, progress=progress)
+        on_device = inputs.encoders_on_device() if missing else nullcontext()
+        with on_device, bar("Encoding captions", missing) as progress:
+            cache.fill(rank_prompts, rows, batch_size=inputs.text_batch_size, progress=progress)
         return cache
 
     def _fill_latents(self, cache: TensorCache, inputs: CacheInputs) -> None:

@@ -12,6 +12,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.families import model_spec_prediction
 from sdtune.backbone.new_token_vectors import without_new_tokens
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.backbone.source import unused_folders
 from sdtune.errors import UserError
 from sdtune.files import replacing, write_json
 from sdtune.formats import write_safetensors
@@ -55,7 +56,7 @@ def write_pipeline(backbone: Backbone, source: Pretrained, target: Path, dtype: 
     """Write a pipeline folder in the diffusers layout, as safetensors in ``dtype``."""
     models = components(backbone)
     with replacing(target) as folder:
-        copy_pipeline(source.folder(), folder, without=list(models), weights={})
+        copy_pipeline(source.folder(), folder, list(models), weights={}, absent=unused_folders(source))
         for name, tensors in models.items():
             write_json(folder / name / "config.json", source.config(name))
             write_safetensors(folder / name / weights_name(name), cast_tensors(tensors, dtype), {"format": "pt"})

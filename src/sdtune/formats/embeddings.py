@@ -90,12 +90,18 @@ def parse(source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     token = metadata.get("sdtune_token", source.stem)
     if rows and set(rows) == set(tensors) and set(rows) <= set(_KEYS):
         encoder_rows = _in_order(rows)
-        encoder_rows = of_encoders(encoder_rows, max(len(encoder_rows), int(metadata.get(_COUNT, 0))))
+        encoder_rows = of_encoders(encoder_rows, max(len(encoder_rows), _encoder_count(metadata)))
         return {token: encoder_rows} if len({len(r) for r in encoder_rows if len(r)}) == 1 else {}
     if len(rows) == len(tensors) == 1:
         (key, vectors), *_ = rows.items()
         return {token if key == _VECTORS else key: (vectors,)}
     return {}
+
+
+def _encoder_count(metadata: Mapping[str, str]) -> int:
+    """Number of text encoders of the model that the embedding was trained with; 0 if the file does not say it."""
+    stated = metadata.get(_COUNT, "")
+    return int(stated) if stated in ("1", "2", "3") else 0
 
 
 def of_encoders(rows: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:

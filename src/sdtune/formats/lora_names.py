@@ -28,7 +28,7 @@ _SUBSTITUTIONS = tuple(
 _DOTTED = re.compile(r"lora_(unet|transformer|te[123]?)\.(.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 """OneTrainer's own names, with dots where kohya's names have underscores."""
 
-_DIFFUSION_MODEL = re.compile(r"diffusion_model\.(.+)\.lora_(A|B|down|up)\.weight")
+_DIFFUSION_MODEL = re.compile(r"diffusion_model\.(.+)\.(?:lora_(A|B|down|up)\.weight|alpha)")
 """ai-toolkit's and ComfyUI's names: module paths of the original layout."""
 
 
@@ -42,7 +42,7 @@ def _usual_name(key: str) -> str:
         return f"lora_{match[1]}_{match[2].replace('.', '_')}.{match[3]}"
     if match := _DIFFUSION_MODEL.fullmatch(key):
         part = {"A": "down", "B": "up"}.get(match[2], match[2])
-        return f"lora_unet_{match[1].replace('.', '_')}.lora_{part}.weight"
+        return f"lora_unet_{match[1].replace('.', '_')}.{f'lora_{part}.weight' if part else 'alpha'}"
     for pattern, replacement in _SUBSTITUTIONS:
         key = pattern.sub(replacement, key)
     return key

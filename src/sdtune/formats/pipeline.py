@@ -33,7 +33,13 @@ STEMS = ("diffusion_pytorch_model", "model")
 """Stems of weight file names: of diffusers and of transformers."""
 
 
-def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: Mapping[str, Sequence[Path]]) -> None:
+def copy_pipeline(
+    source: Path,
+    target: Path,
+    without: Sequence[str],
+    weights: Mapping[str, Sequence[Path]],
+    absent: Sequence[str] = (),
+) -> None:
     """Copy a text-to-image pipeline folder to the new folder ``target``, without the components in ``without``.
 
     It writes in place; the caller wraps it in :func:`sdtune.files.replacing`.
@@ -46,17 +52,18 @@ def copy_pipeline(source: Path, target: Path, without: Sequence[str], weights: M
         target: new folder.
         without: components that are not copied.
         weights: weight files of each component, one file or shards; the copies have no variant in their names.
+        absent: folders that the copy does not have, nor names in its index.
     """
     target.mkdir(parents=True, exist_ok=True)
     index = read_json(source / "model_index.json")
     for name, value in index.items():
-        if isinstance(value, list) and name not in _COMPONENTS:
+        if isinstance(value, list) and (name not in _COMPONENTS or name in absent):
             index[name] = [None, None]
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for component in _COMPONENTS:
-        if component in without or not (source / component).is_dir():
+        if component in without or component in absent or not (source / component).is_dir():
             continue
         (target / component).mkdir(exist_ok=True)
         for file in sorted((source / component).iterdir()):

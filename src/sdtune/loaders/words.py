@@ -43,7 +43,8 @@ def check_words(path: Path, vectors: TokenVectors, backbone: Backbone) -> None:
                 f"{path}: embedding size is {_and(vector_widths)}, but this backbone has {_and(widths)}",
                 remedy="use the backbone that the file was trained with",
             )
-        check_vector_counts({token: max(map(len, rows))}, backbone.facts.max_tokens, f"adapters ({path})")
+        for encoder, r in zip(backbone.encoders, rows, strict=False):
+            check_vector_counts({token: len(r)}, backbone.facts, encoder, f"adapters ({path})")
 
 
 def check_distinct(artifacts: Sequence[LoadedArtifact]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +53,8 @@ from sdtune.training.executor import LocalExecutor, ModelExecutor
 from sdtune.training.gradient_checkpointing import checkpoint_activations
 from sdtune.training.nonfinite_guard import NonfiniteGuard
 from sdtune.training.param_groups import param_groups
+
+log = logging.getLogger("sdtune")
 
 PARTS = ("#sum", "#count")
 """Suffixes of the two tensors of a metric that is a mean over the samples of one source."""
@@ -355,8 +358,10 @@ class Adapter(pl.LightningModule, ABC):
         if isinstance(data, ImageDataModule):
             data.open(self.source.facts.side, self.source.facts.factor)
             check_trainable(self, data)
-            with self.backbone.encoders_on_device():
-                fill_caches(self._cached_parts(), data, self.trainer)
+            warn_if_distilled(self.source.path)
+            for side in {side for size in data.buckets.sizes for side in size}:
+                self.source.facts.check_side(side, "data.resolution")
+            fill_caches(self._cached_parts(), data, self.trainer)
             self.backbone.waiting_states = data.caches.waiting_states
             if data.caches.text is None:
                 is_cached = data.caches.waiting is not None
@@ -615,6 +620,16 @@ def source_validation_metrics(trainer: pl.Trainer) -> list[str]:
     return [f"validation_loss/source/{name}" for name, source in data.parts.items() if source.held_out]
 
 
+def warn_if_distilled(path: str) -> None:
+    """Log a warning if the name of the model says that it is distilled for few steps; its configs do not say it."""
+    if "turbo" in Path(path).name.lower():
+        log.warning(
+            "WARNING: %s seems to be a Turbo model; training undoes its distillation: train the model that it"
+            " was made of, and use the LoRA with both",
+            path,
+        )
+
+
 def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
     """Check that ``adapter`` can be trained on ``data``, without loading any weights.
 
@@ -642,7 +657,8 @@ def check_trainable(adapter: Adapter, data: ImageDataModule) -> None:
     adapter.check_data(data)
     if adapter.new_tokens:
         counts = {token.token: token.vectors for token in adapter.new_tokens}
-        check_vector_counts(counts, adapter.source.facts.max_tokens, "new_tokens")
+        for encoder in adapter.token_encoders or ("text_encoder",):
+            check_vector_counts(counts, adapter.source.facts, encoder, "new_tokens")
         for folder in adapter.source.tokenizer_folders(adapter.token_encoders):
             check_vocabulary(adapter.new_tokens, read_tokenizer(folder))
         check_mentioned(adapter.new_tokens, data.all_prompts())

@@ -14,6 +14,7 @@ from sdtune import streams
 from sdtune.backbone.families import Component
 from sdtune.backbone.new_token_vectors import without_new_tokens
 from sdtune.backbone.pretrained import Pretrained
+from sdtune.backbone.source import unused_folders
 from sdtune.data.datamodule import ImageDataModule
 from sdtune.data.dataset import Batch
 from sdtune.errors import UserError
@@ -149,7 +150,8 @@ class Full(Adapter):
         }
         trained = [*models, *encoders]
         with replacing(pipeline) as target:
-            copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained))
+            absent = unused_folders(self.source)
+            copy_pipeline(self.source.folder(), target, trained, self.source.weights(trained), absent)
             for subfolder, model in models.items():
                 save_component(model, target / subfolder)
             self._save_encoders(encoders, target)

@@ -16,7 +16,7 @@ from sdtune.backbone.backbone import Backbone
 from sdtune.backbone.latents import DECODED_PIXELS
 from sdtune.backbone.quantization import Quantized, quantize
 from sdtune.conditioning import Conditioning
-from sdtune.data.batch_sizes import vae_batch_size
+from sdtune.data.batch_sizes import text_batch_size, vae_batch_size
 from sdtune.data.dataset import Batch
 from sdtune.hardware.precision import HALVES, autocast
 from sdtune.methods.base import Adapter
@@ -193,7 +193,7 @@ def measure(
         plain=plain,
         checkpointed=checkpointed,
         encoding=_peak(adapter, gpu, "32-true", lambda: _encode(backbone, side, gpu)) if caches[0] else 0,
-        prompts=waiting - denoiser if waiting else None,
+        prompts=waiting - denoiser + _prompts(adapter, gpu) if waiting else None,
         previews=_previews(adapter, gpu, previews) if previews else 0,
         single_preview=_previews(adapter, gpu, 1) if previews else 0,
         class_images=generation.cost(class_images, side, str(adapter.trainer.precision)) if class_images else None,
@@ -214,6 +214,12 @@ def _cache_waiting_states(backbone: Backbone) -> bool:
 def _previews(adapter: Adapter, gpu: bool, count: int) -> int:
     mixed, side = str(adapter.trainer.precision), adapter.backbone.facts.side
     return _peak(adapter, gpu, mixed, lambda: _generate(adapter, adapter.backbone, adapter, count, side))
+
+
+def _prompts(adapter: Adapter, gpu: bool) -> int:
+    """Activations of the text encoders for one batch of the text cache."""
+    texts = [""] * text_batch_size(has_t5=adapter.source.facts.family.has_t5)
+    return _peak(adapter, gpu, str(adapter.trainer.precision), lambda: adapter.encode_text(texts))
 
 
 def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
@@ -325,7 +331,7 @@ def _pass(adapter: Adapter, batch: Batch, gpu: bool) -> PassCost:
     return PassCost(forward, meter.flop, meter.activations, meter.together)
 
 
-def _peak(adapter: Adapter, gpu: bool, precision: str, work: Callable[[], None], *existing: Tensor) -> int:
+def _peak(adapter: Adapter, gpu: bool, precision: str, work: Callable[[], object], *existing: Tensor) -> int:
     """Peak in bytes of ``work``, without gradients, above the adapter's weights and ``existing`` tensors."""
     meter = _meter(adapter, *existing)
     with Kernels(gpu), meter, torch.no_grad(), autocast(_META, precision):

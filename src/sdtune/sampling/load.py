@@ -20,7 +20,7 @@ def load_to_generate(
         backbone = source.load(seed, dtype)
     if source.quantize is not None and backbone.pair_executor is None:
         if dtype is not None:  # text encoders are loaded in float32
-            for encoder in backbone.encoders.values():
+            for encoder in backbone.trainable_encoders.values():
                 encoder.to(dtype)
         quantize(backbone, source.quantize)
     return place_to_generate(backbone, device, dtype, vae_tiling=vae_tiling)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from sdtune.backbone.families import Family, LoRAProjection
+from sdtune.backbone.families import T5, Family, LoRAProjection
 from sdtune.config.targets import resolve
 from sdtune.formats import largest_rank_in_file
 from sdtune.methods import LoRA, TextualInversion
@@ -117,6 +117,8 @@ def alone(config: Mapping[str, Any]) -> str | None:
         return f"method: {method.__name__} trains the backbone or an additional network"
     if method not in (LoRA, TextualInversion):
         return f"method: {method.__name__} may train more than LoRA pairs or new tokens"
+    if T5 in (config["method"].get("encoders") or ()):
+        return "method.encoders: T5 cannot learn the words of several jobs at once"
     if config["backbone"].get("from_scratch"):
         return "backbone.from_scratch: the job's seed initializes the weights"
     if config["hardware"].get("offload"):

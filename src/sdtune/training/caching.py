@@ -15,7 +15,7 @@ from torch import Tensor
 from sdtune.backbone import Pretrained
 from sdtune.backbone.backbone import Backbone
 from sdtune.conditioning import Conditioning
-from sdtune.data.batch_sizes import class_image_batch_size
+from sdtune.data.batch_sizes import class_image_batch_size, text_batch_size
 from sdtune.data.datamodule import CacheInputs, ImageDataModule
 from sdtune.hardware.precision import HALVES, autocast, generation_dtype
 from sdtune.paths import cache_folder
@@ -28,7 +28,7 @@ class CachedParts:
     """Models and settings of a run that its caches are filled with.
 
     Args:
-        backbone: the loaded backbone; only its VAE is used.
+        backbone: the loaded backbone, whose encoders are used.
         source: the pipeline that the backbone was loaded from, to load it again.
         seed: seed of the run.
         device: device of the run.
@@ -148,6 +148,8 @@ def _cache_inputs(parts: CachedParts, side: int) -> CacheInputs:
         text_bytes=sum(math.prod(shape) for shape in backbone.text_shapes.values()) * dtype.itemsize,
         text_encoder_key=_text_key(parts),
         encode_waiting=backbone.encode_waiting if parts.caches_waiting else None,
+        encoders_on_device=backbone.encoders_on_device,
+        text_batch_size=text_batch_size(has_t5=source.facts.family.has_t5),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sdtune.errors import check_multiple
+from sdtune.errors import UserError, check_multiple
 from sdtune.formats.kohya_lora import ModelNames, ModelSpecPrediction
 from sdtune.formats.kohya_names import KohyaTable
 from sdtune.formats.original import ComponentLayout, FileLayout
@@ -142,6 +142,7 @@ class Facts:
         patch: latent cells per patch of the denoiser in each direction; 1 for a UNet.
         max_tokens: maximum number of CLIP tokens of a prompt, including the start and end token.
         blocks: number of blocks of a transformer; 0 for a UNet.
+        largest_side: longest side in pixels that a transformer's position table allows; None for a UNet.
         t5_tokens: number of T5 tokens of a prompt; 0 if the denoiser is not conditioned on T5.
         windows: number of windows of the text encoder that a prompt may fill (75 tokens each for CLIP).
         scheduler: diffusers class of the scheduler config; empty if the config names none.
@@ -162,8 +163,18 @@ class Facts:
     min_steps: int = 1
     patch: int = 1
     blocks: int = 0
+    largest_side: int | None = None
     t5_tokens: int = 0
+
+    def room_of(self, encoder: str) -> tuple[int, str | None]:
+        """Tokens of a prompt that ``encoder`` reads, without start and end token, and the setting for more."""
+        if encoder == T5:
+            return self.t5_tokens - 1, "backbone.t5_tokens"
+        return self.max_tokens - 2, None if self.family.has_t5 else "backbone.max_tokens"
 
     def check_side(self, side: int, key: str) -> None:
         """Raise UserError if the model cannot use an image with this ``side`` in pixels; ``key`` sets it."""
         check_multiple(side, self.factor * self.patch, key)
+        if self.largest_side is not None and side > self.largest_side:
+            raise UserError(f"{side} pixels, but the position table ends at {self.largest_side}", key=key,
+                            remedy=f"set at most {self.largest_side}")  # fmt: skip

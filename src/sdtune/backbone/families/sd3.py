@@ -20,7 +20,7 @@ from sdtune.formats.original.clip import same_entries, with_text_model
 from sdtune.formats.original.mmdit import mmdit_entries
 
 _IGNORED = re.compile(
-    r"model_ema\..*|first_stage_model\.loss\..*|.*position_ids|text_encoders\.\w+\.(transformer\.)?logit_scale"
+    r"model_ema\..*|first_stage_model\.loss\..*|.*position_ids|.*spiece_model|text_encoders\.\w+\.(transformer\.)?logit_scale"
 )
 _LORA_LAYER = re.compile(
     r"transformer_blocks\.\d+\.((?P<attention>attn2?)\.(?P<layer>to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -58,6 +58,11 @@ def _usual_t5_name(key: str) -> str:
     return "shared.weight" if key == "encoder.embed_tokens.weight" else key
 
 
+def _second_table_name(originals: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    # diffusers needs the token table of T5 under both names.
+    return {"encoder.embed_tokens.weight": originals["shared.weight"].clone()}
+
+
 _CLIP_L, _CLIP_G, _T5 = (f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl"))
 
 LAYOUT = FileLayout(
@@ -66,7 +71,9 @@ LAYOUT = FileLayout(
         "vae": VAE,
         "text_encoder": ComponentLayout(_CLIP_L, same_entries, usual_name=with_text_model, implied=_identity),
         "text_encoder_2": ComponentLayout(_CLIP_G, same_entries, usual_name=with_text_model),
-        "text_encoder_3": ComponentLayout(_T5, same_entries, usual_name=_usual_t5_name),
+        "text_encoder_3": ComponentLayout(
+            _T5, same_entries, usual_name=_usual_t5_name, placeholders=_second_table_name
+        ),
     },
     optional=("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
     is_ignored=lambda key: _IGNORED.fullmatch(key) is not None,
