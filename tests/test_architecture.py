@@ -432,3 +432,36 @@ def test_command_answers_without_importing_torch(arguments: list[str], code: int
         assert lines == []
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+# --- families
+
+_UNET_NAMES = {
+    "backbone/locate.py": "folder names of pipelines",
+    "backbone/loading.py": "the backbone class of the families with a UNet",
+    "cli/import_kohya.py": "option names of kohya's scripts",
+    "cli/kohya_options.py": "option names of kohya's scripts",
+    "pocket/pretraining/assemble.py": "pocket has a UNet",
+}
+"""Files that may name the UNet, apart from comments, and the reasons."""
+
+
+def test_unet_is_named_only_where_it_must_be() -> None:
+    places = {}
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).as_posix()
+        if not name.startswith(("backbone/families", "formats", "shared_backbone")):
+            places[name] = _names_unet(ast.parse(file.read_text(encoding="utf-8")))
+    assert {name for name, names_it in places.items() if names_it} == set(_UNET_NAMES)
+
+
+def _names_unet(tree: ast.Module) -> bool:
+    """Whether a name or a string names the UNet; docstrings do not count."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    words = [
+        node.value if isinstance(node, ast.Constant) else getattr(node, field, None)
+        for node in ast.walk(tree)
+        for field in ("id", "attr", "arg", "name", "module")
+        if id(node) not in docstrings
+    ]
+    return any(isinstance(word, str) and "unet" in word.lower() for word in words)

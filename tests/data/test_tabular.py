@@ -268,6 +268,7 @@ def test_image_that_was_edited_after_indexing_is_refused(folder: Path, tmp_path:
         sample.pixels((64, 64), (0.5, 0.5), False)
 
 
+@pytest.mark.slow
 def test_killed_index_continues(folder: Path, tmp_path: Path) -> None:
     """The journal of a killed process keeps what it has read; the finished table equals that of one call."""
     for number in range(200):

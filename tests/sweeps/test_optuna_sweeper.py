@@ -38,6 +38,7 @@ def trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=STUDY, storage=storage(sweep)).trials
 
 
+@pytest.mark.slow
 def test_search_reports_its_best_trial(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep"
     assert train(*settings) == 0

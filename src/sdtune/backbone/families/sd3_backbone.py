@@ -144,6 +144,7 @@ class SD3Backbone(Backbone):
     # --- denoising
 
     def conditioning_arguments(self, conditioning: Conditioning, noisy: Tensor) -> dict[str, Any]:
+        assert conditioning.mask is None, "the transformer attends to all states"
         return {"encoder_hidden_states": conditioning.states, "pooled_projections": conditioning.pooled}
 
     def denoiser_inputs(
