@@ -37,7 +37,7 @@ from safetensors import safe_open
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from cases import CASES, PLANS, Command  # noqa: E402
-from renames import RENAMED_COLUMNS, RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS, RENAMED_WORDS  # noqa: E402
+from renames import RENAMED_BLOCKS, RENAMED_COLUMNS, RENAMED_FILES, RENAMED_KEYS, RENAMED_TARGETS, RENAMED_WORDS  # noqa: E402
 
 from families import FAMILIES, build_family  # noqa: E402
 
@@ -100,6 +100,12 @@ def translated(argument: str) -> str:
     for old, new in RENAMED_KEYS.items():
         if argument.startswith(f"{new}="):
             return f"{old}={argument.removeprefix(f'{new}=')}"
+    if argument.startswith("method.parts="):
+        for old, new in RENAMED_WORDS.items():
+            argument = argument.replace(new, old)
+    if argument.startswith("method.blocks="):
+        for old, new in RENAMED_BLOCKS.items():
+            argument = argument.replace(new, old)
     return argument
 
 
@@ -235,11 +241,11 @@ def of_printed(sdtune: Sdtune, line: list[str], work: Path) -> str:
     return saved.read_text(encoding="utf-8")
 
 
-def recipes() -> dict[str, list[str]]:
-    """Recipe -> command line that prints its config."""
+def recipes(root: Path) -> dict[str, list[str]]:
+    """Recipe -> command line that prints its config, for the recipes of the checkout ``root``."""
     command_lines = {}
-    for file in sorted((REPOSITORY / "experiments").rglob("*.yaml")):
-        name = str(file.relative_to(REPOSITORY / "experiments").with_suffix(""))
+    for file in sorted((root / "experiments").rglob("*.yaml")):
+        name = str(file.relative_to(root / "experiments").with_suffix(""))
         command = "sample" if name.startswith("sample/") else "train"
         command_lines[name] = [command, f"experiment={name}", "--cfg", "job"]
     return command_lines
@@ -265,7 +271,7 @@ def everything(sdtune: Sdtune, work: Path, only: list[str]) -> dict[str, str]:
         }
         configs = {
             f"recipe/{name}": pool.submit(of_printed, sdtune, line, work / "recipe" / name)
-            for name, line in recipes().items()
+            for name, line in recipes(sdtune.executable.parents[2] if sdtune.base else REPOSITORY).items()
             if not only or "recipe" in only
         }
         for task in tasks:

@@ -9,6 +9,9 @@ RENAMED_TARGETS: dict[str, str] = {}
 RENAMED_WORDS: dict[str, str] = {"unet": "denoiser"}
 """Words in the lists of configs."""
 
+RENAMED_BLOCKS: dict[str, str] = {"unet.": "denoiser."}
+"""Beginnings of module paths in ``method.blocks``."""
+
 RENAMED_COLUMNS: dict[str, str] = {"lr/unet": "lr/denoiser"}
 """Columns of ``metrics.csv``."""
 
