@@ -538,3 +538,25 @@ def test_plan_keeps_the_text_encoder_for_captions_that_are_drawn() -> None:
     assert most_expensive(DATA, {"captions": drawn}) == {**DATA, "cache_text": False}
     assert most_expensive(DATA, {"captions": text}) == DATA
     assert not most_expensive(DATA, {"captions": text, "sources": {"a": {"captions": drawn}, "b": {}}})["cache_text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "count", "trained"),
+    [
+        ("sd3_medium", "2,028,328,000", "9,338,880"),
+        ("sd35_medium", "2,243,171,520", "11,894,784"),
+        ("sd35_large", "8,056,627,520", "23,502,848"),
+    ],
+)
+def test_plan_prints_the_true_sizes_of_sd3(
+    backbone: str, count: str, trained: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("method=lora", "method.rank=16", f"backbone={backbone}", "callbacks.samples=null") == 0
+    lines = capsys.readouterr().out.splitlines()
+    transformer = next(line for line in lines if line.startswith("denoiser"))
+    assert count in transformer
+    assert trained in transformer
+    t5 = next(line for line in lines if line.startswith("text_encoder_3"))
+    assert "4,762,310,656" in t5
+    assert any(line.startswith("text_encoder_3: ") and "wait in main memory" in line for line in lines)

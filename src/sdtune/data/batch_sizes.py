@@ -23,5 +23,8 @@ def class_image_batch_size(side: int) -> int:
 
 
 def text_batch_size(*, has_t5: bool) -> int:
-    """Number of prompts that are encoded at once for the cache; 64 of T5 would need more than 2 GB of activations."""
-    return 16 if has_t5 else 64
+    """Number of prompts that are encoded at once for the cache.
+
+    T5 fills a GPU with a thousand tokens, and its 9 GB of weights should leave room on one of 12 GB.
+    """
+    return 4 if has_t5 else 64

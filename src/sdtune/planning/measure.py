@@ -219,7 +219,8 @@ def _previews(adapter: Adapter, gpu: bool, count: int) -> int:
 def _prompts(adapter: Adapter, gpu: bool) -> int:
     """Activations of the text encoders for one batch of the text cache."""
     texts = [""] * text_batch_size(has_t5=adapter.source.facts.family.has_t5)
-    return _peak(adapter, gpu, str(adapter.trainer.precision), lambda: adapter.encode_text(texts))
+    waiting = [p for encoder in adapter.backbone.waiting_encoders.values() for p in encoder.parameters()]
+    return _peak(adapter, gpu, str(adapter.trainer.precision), lambda: adapter.encode_text(texts), *waiting)
 
 
 def _encode(backbone: Backbone, side: int, gpu: bool) -> None:
