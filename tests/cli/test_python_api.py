@@ -117,6 +117,7 @@ def test_interrupt_saves_the_run_and_restores_the_handlers(tiny: Path, images: P
     assert any((run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_plan_has_text_numbers_and_a_figure() -> None:
     plan = sdtune.plan(["methods=lora,textual_inversion", "backbone=pocket"])
     assert "textual_inversion" in str(plan)

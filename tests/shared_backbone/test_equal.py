@@ -54,8 +54,9 @@ def distance(one: Path, other: Path, relative: bool = True) -> float:
 GRIDS = {"1,16": "1e-2", "1,4,8,16": "1e-2,1e-3,3e-4,1e-4"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("ranks", "steps"), [("1,16", 8), pytest.param("1,4,8,16", STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "steps"), [("1,16", 8), ("1,4,8,16", STEPS)])
 def test_shared_runs_equal_separate_runs_in_float64(
     ranks: str, steps: int, settings: list[str], tmp_path: Path
 ) -> None:

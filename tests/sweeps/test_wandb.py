@@ -61,7 +61,8 @@ def assert_dashboard_uses_logged_names(job: dict[str, Any]) -> None:
             assert name in job["config"][group]
 
 
-@pytest.mark.parametrize("launcher", ["basic", pytest.param("shared_backbone", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "shared_backbone"])
 def test_runs_of_a_sweep_share_a_group_and_log_their_own_settings(
     launcher: str, offline: list[str], tiny: Path, images: Path, tmp_path: Path
 ) -> None:
