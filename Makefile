@@ -82,7 +82,7 @@ gpu-check: .venv/.installed ## measure sdtune on a GPU in ten minutes and write 
 test: .venv/.dev ## run the tests (less than ten minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu_stub and not browser" -n $(TEST_JOBS) --dist worksteal
 
-test-slow: .venv/.dev ## run the slow tests: more than ten seconds each, and the other model families
+test-slow: .venv/.dev ## run the slow tests: the longest ones, and the other model families
 	$(BIN)/python -m pytest -m slow
 
 .venv/.browser: .venv/.dev

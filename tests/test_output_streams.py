@@ -62,6 +62,7 @@ def test_help_into_a_closed_pipe_prints_no_error(argument: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_run_in_an_ascii_locale_writes_its_card_in_utf_8(tiny: Path, images: Path, tmp_path: Path) -> None:
     caption = "\N{CJK UNIFIED IDEOGRAPH-5199} of a bird \N{LATIN SMALL LETTER U WITH DIAERESIS}"
     for image in images.glob("*.png"):

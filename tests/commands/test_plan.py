@@ -186,6 +186,7 @@ def test_norms_are_float32_and_matmuls_bfloat16_on_a_gpu() -> None:
         assert F.linear(x, weight).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_costs_grow_with_the_unet_config(tiny: Path, tmp_path: Path) -> None:
     wider = tmp_path / "wider"
     shutil.copytree(tiny, wider, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -200,6 +201,7 @@ def test_costs_grow_with_the_unet_config(tiny: Path, tmp_path: Path) -> None:
     assert after.state > before.state
 
 
+@pytest.mark.slow
 def test_twice_the_batch_costs_twice_the_compute(tiny: Path) -> None:
     settings = "backbone=sd15", f"backbone.path={tiny}"
     one, two = (training_costs(f"data.batch_size={size}", "method=lora", *settings) for size in (1, 2))
@@ -213,6 +215,7 @@ def test_gradient_checkpointing_trades_compute_for_activations(full: TrainingCos
     assert full.plain.flop < full.checkpointed.flop < full.plain.flop + full.checkpointed.forward
 
 
+@pytest.mark.slow
 def test_uncached_inputs_are_encoded_in_the_step(tiny: Path) -> None:
     settings = "method.targets=[cross_attention,text_encoder]", "backbone=sd15", f"backbone.path={tiny}"
     cached, fresh = (
@@ -236,6 +239,7 @@ def test_artifact_has_the_planned_size(
     assert model.artifact_bytes() <= written_bytes < 1.02 * model.artifact_bytes()  # kohya's format also stores alphas
 
 
+@pytest.mark.slow
 def test_ema_costs_four_bytes_per_trained_parameter(tiny: Path) -> None:
     settings = "method=lora", "backbone=sd15", f"backbone.path={tiny}"
     without, with_ema = (training_costs(*settings, *more) for more in ((), ("callbacks=ema",)))

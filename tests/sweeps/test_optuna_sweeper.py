@@ -69,6 +69,7 @@ def test_search_reports_its_best_trial(settings: list[str], tmp_path: Path, caps
     assert [f.stat().st_mtime_ns for f in sorted(sweep.glob("*/metrics.csv"))] == ages
 
 
+@pytest.mark.slow
 def test_trial_that_does_not_learn_is_pruned(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
