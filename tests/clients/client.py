@@ -119,10 +119,22 @@ def word(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
 
 
 def controlnet(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
-    base, path = pipeline(case, case["base"]), Path(case["place"])
+    base = pipeline(case, case["base"])
     base_image = generate(base, case)
-    if case["family"].startswith("sd3"):
-        return controlnet_of_sd3(case, expected, base, base_image)
+    is_sd3 = case["family"].startswith("sd3")
+    pipe = pipeline_with_sd3_controlnet(case, base) if is_sd3 else pipeline_with_controlnet(case, base)
+    control = {"control_image" if is_sd3 else "image": Image.open(case["map"])}
+    live = generate(pipe, case, controlnet_conditioning_scale=1.0, **control)
+    without = generate(pipe, case, controlnet_conditioning_scale=0.0, **control)
+    return {
+        "as sdtune": difference(live, expected),
+        "strength 0 = base": difference(without, base_image),
+        "moved": difference(live, base_image),
+    }
+
+
+def pipeline_with_controlnet(case: dict[str, Any], base: Any) -> Any:
+    path = Path(case["place"])
     if path.is_dir():
         net = ControlNetModel.from_pretrained(path, local_files_only=True, use_safetensors=True)
     else:
@@ -132,18 +144,10 @@ def controlnet(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:
     sdxl = case["family"] == "sdxl"
     kind: Any = StableDiffusionXLControlNetPipeline if sdxl else StableDiffusionControlNetPipeline
     parts = {k: v for k, v in base.components.items() if k not in ("image_encoder",)}
-    pipe = kind(**parts, controlnet=net, **({} if sdxl else {"requires_safety_checker": False}))
-    control_map = Image.open(case["map"])
-    live = generate(pipe, case, image=control_map, controlnet_conditioning_scale=1.0)
-    without = generate(pipe, case, image=control_map, controlnet_conditioning_scale=0.0)
-    return {
-        "as sdtune": difference(live, expected),
-        "strength 0 = base": difference(without, base_image),
-        "moved": difference(live, base_image),
-    }
+    return kind(**parts, controlnet=net, **({} if sdxl else {"requires_safety_checker": False}))
 
 
-def controlnet_of_sd3(case: dict[str, Any], expected: np.ndarray, base: Any, base_image: np.ndarray) -> dict[str, int]:
+def pipeline_with_sd3_controlnet(case: dict[str, Any], base: Any) -> Any:
     net = SD3ControlNetModel.from_pretrained(case["place"], local_files_only=True, use_safetensors=True)
     pipe = StableDiffusion3ControlNetPipeline(**base.components, controlnet=net)
     encode = pipe.vae.encode
@@ -154,14 +158,7 @@ def controlnet_of_sd3(case: dict[str, Any], expected: np.ndarray, base: Any, bas
         return out
 
     pipe.vae.encode = mean_of
-    control_map = Image.open(case["map"])
-    live = generate(pipe, case, control_image=control_map, controlnet_conditioning_scale=1.0)
-    without = generate(pipe, case, control_image=control_map, controlnet_conditioning_scale=0.0)
-    return {
-        "as sdtune": difference(live, expected),
-        "strength 0 = base": difference(without, base_image),
-        "moved": difference(live, base_image),
-    }
+    return pipe
 
 
 def model(case: dict[str, Any], expected: np.ndarray) -> dict[str, int]:

@@ -237,8 +237,8 @@ class Backbone(LatentCodec, ABC):
         return nullcontext()
 
     def encode_waiting(self, prompts: Sequence[str]) -> Tensor:
-        """Hidden states [B, T, D] of the :attr:`waiting_encoders`, in their dtype."""
-        raise NotImplementedError
+        """Hidden states [B, T, D] that the :attr:`waiting_encoders` compute for ``prompts``, in their own dtype."""
+        raise AssertionError("all text encoders of this family are on the device")
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -58,7 +58,8 @@ def write(
     written: list[Path] = []
     for token, rows in vectors.items():
         token_suffix = f"_{file_stem(token)}" if len(vectors) > 1 else ""
-        # A file of other programs that lacks an encoder is for another model; ours may lack one that did not learn.
+        # sdtune leaves out encoders that did not learn the word. The number of all encoders tells such a file from one
+        # for a model with fewer encoders.
         header = {**metadata, "sdtune_token": token, _COUNT: str(len(rows))}
         diffusers_tensors, kohya_tensors = (
             ({token: rows[0].to(dtype)}, {_VECTORS: rows[0].to(dtype)})

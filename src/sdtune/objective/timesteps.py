@@ -27,7 +27,7 @@ class Timesteps:
     shift: Annotated[float, Gt(0)] | None = None
 
     def draw(self, rng: np.random.Generator, *, default_kind: TimestepKind, default_shift: float) -> float:
-        """Random time in (0, 1]; the defaults are those of the model, used where the settings are None."""
+        """Random time in (0, 1]. A setting that is None has the default, which the model gives."""
         if (self.kind or default_kind) == "uniform":
             u = 1.0 - float(rng.random())  # in (0, 1]: without noise there is nothing to predict
         else:

@@ -167,7 +167,10 @@ class Facts:
     t5_tokens: int = 0
 
     def room_of(self, encoder: str) -> tuple[int, str | None]:
-        """Tokens of a prompt that ``encoder`` reads, without start and end token, and the setting for more."""
+        """Number of tokens that ``encoder`` reads of a prompt, without start and end token.
+
+        Also returns the config key that raises this number; None if there is none.
+        """
         if encoder == T5:
             return self.t5_tokens - 1, "backbone.t5_tokens"
         return self.max_tokens - 2, None if self.family.has_t5 else "backbone.max_tokens"

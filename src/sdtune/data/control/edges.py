@@ -33,7 +33,7 @@ class EdgeMaps(Computed):
 
     @property
     def _identity(self) -> str | None:
-        """Name of the kind of map with its settings; None for other classes, whose code may change."""
+        """Kind and settings of the maps, for cache keys; None for a user's subclass, because its code may change."""
         if type(self) not in (Canny, Scribble):
             return None
         settings = "-".join(map(str, (*vars(self).values(), f"opencv{cv2.__version__}")))
